@@ -1,0 +1,174 @@
+"""The three Catch-Your-Breath losses and the cross-entropy at the last pause: pure, unreduced, one number per token.
+
+With s the stopping-time distribution and t_i the target's probability at slot i (`stopping.SlotScores`):
+
+    CYB     = -log sum_i s_i gamma_i t_i
+    CYB-AP  = CYB, with omega (what the world grants) and gamma (a discount) free
+    CYB-VA  = -sum_i s_i log t_i + KL(s || rho)
+    CYB-DP  = CYB + alpha KL(rho || s)
+
+All exact: nothing is sampled and no gradient is stopped. Reference: "Catch Your Breath", arXiv 2510.13879.
+This file needs jax and `stopping` alone.
+
+Dimensions: ... any leading shape (tokens), W slots.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
+
+
+def discount(
+  kind: Literal["none", "linear", "exponential"], num_slots: int, start: float = 1.0
+) -> Float[np.ndarray, W]:
+  """The discount gamma over slots that CYB-AP takes.
+
+      none: 1      linear: 1 - (i-1)(1-g0)      exponential: g0^(i-1)         i = 1..W
+
+  Args:
+    kind: one of the three.
+    num_slots: W.
+    start: g0, the discount of the first pause, in [0, 1].
+
+  Returns:
+    f64[W], all in [0, 1].
+
+  Raises:
+    ValueError: on another kind, g0 outside [0, 1], or a linear discount that falls below 0 before the last slot.
+
+  Example:
+    >>> discount("linear", 4, 0.9).tolist()  # doctest: +SKIP
+    [1.0, 0.9, 0.8, 0.7]
+  """
+  pauses = np.arange(num_slots, dtype=np.float64)
+  if not 0.0 <= start <= 1.0:
+    raise ValueError(f"gamma: {start} is not in [0, 1]")
+  if kind == "none":
+    return np.ones(num_slots)
+  if kind == "exponential":
+    return start**pauses
+  if kind != "linear":
+    raise ValueError(f"gamma: kind {kind!r} is none of 'none', 'linear', 'exponential'")
+  gamma = 1.0 - pauses * (1.0 - start)
+  if gamma[-1] < -1e-9:
+    raise ValueError(
+      f"gamma: linear:{start:g} falls to {gamma[-1]:g} at slot {num_slots}; {num_slots} slots take"
+      f" {1 - 1 / (num_slots - 1):g} or more"
+    )
+  return np.maximum(gamma, 0.0)
+
+
+def cyb(
+  scores: SlotScores,
+  omega: Float[ArrayLike, "... W"] | None = None,
+  gamma: Float[ArrayLike, "... W"] | None = None,
+) -> Float[Array, ...]:
+  """CYB and CYB-AP: minus the log of the expected (discounted) probability of the target at the time it is read.
+
+      -log sum_i s_i gamma_i t_i = -lse_i(log s_i + log gamma_i + log t_i)
+
+  Args:
+    scores: f32[..., W] each.
+    omega: [W] or [..., W], non-negative, normalised inside; None: 0:..:0:1, all W steps are always granted.
+    gamma: [W] or [..., W], in [0, 1]; None: all ones. May be traced, as omega.
+
+  Returns:
+    f32[...], nats; infinite where no slot that can be read has weight.
+
+  Raises:
+    ValueError: on a wrong length, or concrete values out of range.
+
+  Example:
+    >>> scores = SlotScores(jnp.log(jnp.array([0.5, 0.8])), jnp.log(jnp.array([0.5, 0.1])), jnp.log(jnp.array([0.5,
+    0.9]))) >>> float(jnp.exp(-cyb(scores)))  # 0.5 * 0.5 + 0.5 * 0.8  # doctest: +SKIP 0.65
+  """
+  log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
+  return _cyb(scores, log_stopping, gamma)
+
+
+def _cyb(scores: SlotScores, log_stopping: Array, gamma: ArrayLike | None) -> Array:
+  terms = log_stopping + scores.log_target
+  if gamma is not None:
+    terms = terms + _log_discount(gamma, terms.shape[-1])
+  return -jax.nn.logsumexp(terms, axis=-1)
+
+
+def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, ...]:
+  """CYB-VA: the variational bound, with the stopping time as the latent variable and rho as its prior.
+
+      -sum_i s_i log t_i + KL(s || rho),      omega = 0:..:0:1
+
+  Least where s_i is proportional to rho_i t_i; there it equals -log sum_i rho_i t_i, its lower bound.
+
+  Args:
+    scores: f32[..., W] each.
+    rho: [W] or [..., W], positive everywhere, normalised inside; may be traced.
+
+  Returns:
+    f32[...], nats.
+
+  Raises:
+    ValueError: on a wrong length, or concrete values that are not positive.
+  """
+  rho = normalize(rho, scores.log_target.shape[-1], name="rho", positive=True)
+  log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
+  # s log s -> 0 as s -> 0: where log s is -inf (d exactly 0 or 1) the term is left out before it is multiplied.
+  reached = log_stopping > -jnp.inf
+  log_stopping = jnp.where(reached, log_stopping, 0.0)
+  terms = jnp.exp(log_stopping) * (log_stopping - jnp.log(rho) - scores.log_target)
+  return jnp.where(reached, terms, 0.0).sum(-1)
+
+
+def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[ArrayLike, ""]) -> Float[Array, ...]:
+  """CYB-DP: CYB with a penalty that pulls the stopping times towards rho.
+
+      CYB + alpha KL(rho || s),      omega = 0:..:0:1, gamma = 1
+
+  Args:
+    scores: f32[..., W] each.
+    rho: [W] or [..., W], non-negative (zeros allowed), normalised inside; may be traced.
+    alpha: the penalty's coefficient, not negative.
+
+  Returns:
+    f32[...], nats.
+
+  Raises:
+    ValueError: on a wrong length, concrete values of rho out of range, or a negative alpha.
+  """
+  if not isinstance(alpha, jax.core.Tracer) and not np.all(np.asarray(alpha) >= 0):
+    raise ValueError(f"alpha: {alpha} must not be negative")
+  rho = normalize(rho, scores.log_target.shape[-1], name="rho")
+  log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
+  wanted = rho > 0
+  log_rho = jnp.log(jnp.where(wanted, rho, 1.0))
+  divergence = jnp.where(wanted, rho * (log_rho - jnp.where(wanted, log_stopping, 0.0)), 0.0).sum(-1)
+  return _cyb(scores, log_stopping, None) + alpha * divergence
+
+
+def last_slot_cross_entropy(scores: SlotScores) -> Float[Array, ...]:
+  """TBYS, "think before you speak": the cross-entropy at the last pause, -log t_W; f32[...], nats.
+
+  Equals CYB with d = 1 at every slot before the last. Scores of the last slot alone are enough.
+  """
+  return -scores.log_target[..., -1]
+
+
+def _log_discount(gamma: ArrayLike, num_slots: int) -> Array:
+  shape = np.shape(gamma)
+  if not shape or shape[-1] != num_slots:
+    raise ValueError(f"gamma: shape {shape}, but there are {num_slots} slots on the last axis")
+  if not isinstance(gamma, jax.core.Tracer):
+    values = np.asarray(gamma, np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+      raise ValueError(f"gamma: {values.tolist()} must lie in [0, 1]")
+    if (values.max(-1) <= 0).any():
+      raise ValueError(f"gamma: {values.tolist()} is all zero; at least one slot needs weight")
+  gamma = jnp.asarray(gamma, jnp.result_type(float))
+  return jnp.where(gamma > 0, jnp.log(jnp.where(gamma > 0, gamma, 1.0)), -jnp.inf)

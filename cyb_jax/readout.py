@@ -1,0 +1,225 @@
+"""From hidden states to `SlotScores` without ever holding the logits.
+
+Of the V logits of a slot three numbers are needed: the target's z_y, that of `<don't know>` z_dk, and the log-sum-exp
+l over the vocabulary. The dense way keeps f32[slots, V] twice (value and gradient); here a scan walks over chunks of
+slots, each with the full vocabulary, and the backward pass makes each chunk's logits again. The gradient is exact,
+written by hand: with p = softmax(z) and cotangents g of (z_y, l),
+
+    dz = g_l p + g_y onehot(y),    dh = dz U,    dU = sum over chunks of dz^T h.
+
+This file needs jax and `stopping` alone.
+
+Dimensions: ... leading shape (batch, tokens), W slots, D model, V vocabulary rows, N slots flattened, C slots in a
+chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cyb_jax.stopping import Form, SlotScores, prior_shift
+
+# f32 logits of one chunk: large enough for full matrix tiles, small enough that a few copies of it fit anywhere.
+_CHUNK_BYTES = 256 * 2**20
+
+
+def slot_scores(
+  hidden: Float[Array, "... W D"],
+  unembedding: Float[Array, "V D"],
+  targets: Int[Array, ...],
+  dont_know: Float[Array, D] | int | None,
+  *,
+  form: Form = "token",
+  prior: float | None = None,
+  soft_cap: float | None = None,
+  slots: Sequence[int] | None = None,
+  chunk_size: int | None = None,
+  vocab_size: int | None = None,
+  dont_know_bias: Float[Array, ""] | float = 0.0,
+) -> SlotScores:
+  """What every slot says of its token's target, and whether it abstains.
+
+  Matrix products run in the dtype of `hidden` (to which `unembedding` is cast) and are summed in f32.
+
+  Args:
+    hidden: [..., W, D], after the final norm.
+    unembedding: [V, D].
+    targets: int[...], the id that all W slots of a token must say.
+    dont_know: f32[D], an output row of its own for `<don't know>`; or an int, a row of `unembedding`, which then is no
+      word; or None for a model that can't abstain: d = 0 exactly (log d = -inf, log a = 0).
+    form: 'token': `<don't know>` competes with the vocabulary; 'unit': a logistic unit of its own.
+    prior: psi'(dk) in (0, 1), see `stopping.prior_shift`; None: no shift.
+    soft_cap: c in z <- c tanh(z / c), applied to all logits, to `<don't know>` in token form too, before any shift.
+    slots: static; which of the W slots to compute, e.g. (-1,) for the last one. The others cost nothing. None: all.
+    chunk_size: slots worked on at once, over all devices; None: as many as make 256 MiB of f32 logits.
+    vocab_size: rows of `unembedding` that are real; those after it only pad and get no probability. None: all V.
+    dont_know_bias: a scalar added to z_dk after the soft cap, nats (the unit form's bias).
+
+  Returns:
+    `SlotScores` of f32[..., len(slots)].
+
+  Raises:
+    ValueError: on shapes that don't fit, a row or slot that doesn't exist, a prior outside (0, 1).
+  """
+  num_slots, width = hidden.shape[-2:]
+  rows = unembedding.shape[0]
+  real = rows if vocab_size is None else vocab_size
+  if unembedding.shape[1] != width:
+    raise ValueError(f"unembedding: shape {unembedding.shape}, but hidden has {width} features")
+  if targets.shape != hidden.shape[:-2]:
+    raise ValueError(f"targets: shape {targets.shape}, but hidden has the leading shape {hidden.shape[:-2]}")
+  if not 0 < real <= rows:
+    raise ValueError(f"vocab_size: {real} is not in 1..{rows}, the rows of the unembedding")
+  excluded = None
+  if isinstance(dont_know, int):
+    if not 0 <= dont_know < real:
+      raise ValueError(f"dont_know: {dont_know} is not a row of a vocabulary of {real}")
+    excluded = dont_know
+  if slots is not None:
+    if not slots or not all(-num_slots <= slot < num_slots for slot in slots):
+      raise ValueError(f"slots: {tuple(slots)} must name some of {num_slots} slots")
+    hidden = jnp.stack([hidden[..., slot, :] for slot in slots], -2)
+  flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
+  target_logit, log_normalizer = _word_readout(hidden, unembedding, flat_targets, real, excluded, soft_cap, chunk_size)
+  if dont_know is None:
+    return SlotScores(
+      log_target=target_logit - log_normalizer,
+      log_dont_know=jnp.full_like(target_logit, -jnp.inf),
+      log_answer=jnp.zeros_like(target_logit),
+    )
+  row = unembedding[dont_know] if excluded is not None else dont_know
+  dont_know_logit = jnp.einsum(
+    "...d,d->...", hidden, row.astype(hidden.dtype), preferred_element_type=log_normalizer.dtype
+  )
+  if form == "token":
+    dont_know_logit = _cap(dont_know_logit, soft_cap)
+  shift = prior_shift(form, prior, real + (excluded is None)) + dont_know_bias
+  return SlotScores.from_readout(target_logit, dont_know_logit, log_normalizer, form=form, shift=shift)
+
+
+def _cap(logits: Array, soft_cap: float | None) -> Array:
+  return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _word_readout(
+  hidden: Float[Array, "... D"],
+  unembedding: Float[Array, "V D"],
+  targets: Int[Array, ...],
+  real: int,
+  excluded: int | None,
+  soft_cap: float | None,
+  chunk_size: int | None,
+) -> tuple[Float[Array, ...], Float[Array, ...]]:
+  """(z_y, l) of every slot: flattens, pads to whole chunks, and undoes both."""
+  shape = hidden.shape[:-1]
+  count = math.prod(shape)
+  if chunk_size is None:
+    chunk_size = max(128, 2 ** int(math.log2(_CHUNK_BYTES / 4 / unembedding.shape[0])))
+  elif chunk_size < 1:
+    raise ValueError(f"chunk_size: {chunk_size} must be positive")
+  chunk_size = min(chunk_size, max(count, 1))
+  chunks = max(1, -(-count // chunk_size))
+  padding = chunks * chunk_size - count
+  hidden = hidden.reshape(count, hidden.shape[-1])
+  targets = targets.reshape(count)
+  if padding:
+    # Rows are padded, tiles are not shrunk: a last chunk of another size would be a second, slower program.
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    targets = jnp.pad(targets, (0, padding))
+  # [C, chunks]: chunk j is the rows j, chunks + j, ...: the batch axis stays the major one, so that with a sharded
+  # batch every device works on its own rows of every chunk, and no row changes its device.
+  hidden = hidden.reshape(chunk_size, chunks, -1)
+  targets = targets.reshape(chunk_size, chunks)
+  target_logit, log_normalizer = _chunked(real, excluded, soft_cap, hidden, unembedding, targets)
+  return (
+    target_logit.reshape(-1)[:count].reshape(shape),
+    log_normalizer.reshape(-1)[:count].reshape(shape),
+  )
+
+
+def _sum_dtype(hidden: Array) -> jnp.dtype:
+  """f32, or f64 where jax's 64-bit mode is used to check this file."""
+  return jnp.promote_types(hidden.dtype, jnp.float32)
+
+
+def _logits(
+  chunk: Float[Array, "C D"],
+  unembedding: Float[Array, "V D"],
+  real: int,
+  excluded: int | None,
+  soft_cap: float | None,
+) -> tuple[Float[Array, "C V"], Float[Array, "C V"] | None]:
+  """Capped logits with -inf in columns that are no words, and the cap's derivative."""
+  logits = jnp.einsum("cd,vd->cv", chunk, unembedding, preferred_element_type=_sum_dtype(chunk))
+  slope = None
+  if soft_cap is not None:
+    tanh = jnp.tanh(logits / soft_cap)
+    logits, slope = soft_cap * tanh, 1.0 - tanh**2
+  if real < unembedding.shape[0] or excluded is not None:
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    word = column < real
+    if excluded is not None:
+      word &= column != excluded
+    logits = jnp.where(word, logits, -jnp.inf)
+  return logits, slope
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(real, excluded, soft_cap, hidden, unembedding, targets):
+  return _chunked_forward(real, excluded, soft_cap, hidden, unembedding, targets)[0]
+
+
+def _chunked_forward(real, excluded, soft_cap, hidden, unembedding, targets):
+  chunks = hidden.shape[1]
+  words = unembedding.astype(hidden.dtype)
+
+  def read(_, j):
+    chunk = jax.lax.dynamic_index_in_dim(hidden, j, 1, keepdims=False)
+    target = jax.lax.dynamic_index_in_dim(targets, j, 1, keepdims=False)
+    logits, _slope = _logits(chunk, words, real, excluded, soft_cap)
+    # A masked sum rather than a gather: it fuses, and it stays local where the vocabulary is sharded.
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
+    target_logit = jnp.where(hit, logits, 0.0).sum(-1)
+    return None, (target_logit, jax.nn.logsumexp(logits, axis=-1))
+
+  _, (target_logit, log_normalizer) = jax.lax.scan(read, None, jnp.arange(chunks))
+  outputs = target_logit.T, log_normalizer.T
+  return outputs, (hidden, unembedding, targets, outputs[1])
+
+
+def _chunked_backward(real, excluded, soft_cap, residuals, cotangents):
+  hidden, unembedding, targets, log_normalizer = residuals
+  target_cotangent, normalizer_cotangent = cotangents
+  # The cast is inside, so that the gradient of an f32 unembedding is summed and returned in f32 under bf16 activations.
+  words = unembedding.astype(hidden.dtype)
+
+  def read(carry, j):
+    d_hidden, d_unembedding = carry
+    chunk, target, normalizer, d_target, d_normalizer = (
+      jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False)
+      for x in (hidden, targets, log_normalizer, target_cotangent, normalizer_cotangent)
+    )
+    logits, slope = _logits(chunk, words, real, excluded, soft_cap)
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
+    d_logits = jnp.exp(logits - normalizer[:, None]) * d_normalizer[:, None]
+    d_logits = d_logits + jnp.where(hit, d_target[:, None], 0.0)
+    if slope is not None:
+      d_logits = d_logits * slope
+    d_logits = d_logits.astype(hidden.dtype)
+    d_chunk = jnp.einsum("cv,vd->cd", d_logits, words, preferred_element_type=_sum_dtype(hidden))
+    d_hidden = jax.lax.dynamic_update_index_in_dim(d_hidden, d_chunk.astype(hidden.dtype), j, 1)
+    d_unembedding += jnp.einsum("cv,cd->vd", d_logits, chunk, preferred_element_type=d_unembedding.dtype)
+    return (d_hidden, d_unembedding), None
+
+  start = jnp.zeros_like(hidden), jnp.zeros(unembedding.shape, _sum_dtype(hidden))
+  (d_hidden, d_unembedding), _ = jax.lax.scan(read, start, jnp.arange(hidden.shape[1]))
+  return d_hidden, d_unembedding.astype(unembedding.dtype), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)

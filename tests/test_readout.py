@@ -1,0 +1,232 @@
+"""The chunked readout against a dense float64 one: values, gradients, odd sizes, caps, masks, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cyb_jax.readout import slot_scores
+from cyb_jax.stopping import SlotScores
+
+
+def dense(hidden, unembedding, targets, dont_know, form="token", prior=None, soft_cap=None, vocab_size=None, bias=0.0):
+  """All logits at once, in the dtype of the inputs; `<don't know>` as the last column (token form)."""
+  words = hidden @ unembedding.T
+  dk = words[..., dont_know] if isinstance(dont_know, int) else hidden @ dont_know
+  if soft_cap:
+    words = soft_cap * jnp.tanh(words / soft_cap)
+    dk = soft_cap * jnp.tanh(dk / soft_cap) if form == "token" else dk
+  real = len(unembedding) if vocab_size is None else vocab_size
+  words = jnp.where(jnp.arange(len(unembedding)) < real, words, -jnp.inf)
+  if isinstance(dont_know, int):
+    words = jnp.where(jnp.arange(len(unembedding)) == dont_know, -jnp.inf, words)
+  l = jax.nn.logsumexp(words, -1)
+  z_y = jnp.take_along_axis(words, jnp.broadcast_to(targets[..., None, None], (*words.shape[:-1], 1)), -1)[..., 0]
+  size = real + (not isinstance(dont_know, int))
+  if prior is not None:
+    dk = dk + (np.log(prior / (1 - prior)) + (np.log(size - 1) if form == "token" else 0))
+  dk = dk + bias
+  odds = dk - l if form == "token" else dk
+  return SlotScores(z_y - l, -jnp.log1p(jnp.exp(-odds)), -jnp.log1p(jnp.exp(odds)))
+
+
+def problem(seed, leading=(2, 3), slots=4, width=8, vocabulary=13):
+  rng = np.random.default_rng(seed)
+  hidden = rng.normal(size=(*leading, slots, width)).astype(np.float32)
+  unembedding = rng.normal(size=(vocabulary, width)).astype(np.float32)
+  return (
+    hidden,
+    unembedding,
+    rng.integers(1, vocabulary - 2, leading),
+    rng.normal(size=width).astype(np.float32),
+  )
+
+
+def weighted(scores, seed=0):
+  """A number that depends on all three scores of every slot, differently."""
+  leaves = jax.tree.leaves(scores)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  return sum((x * jax.random.normal(k, x.shape, jnp.float32)).sum() for x, k in zip(leaves, keys))
+
+
+OPTIONS = {
+  "plain": {},
+  "prior": {"prior": 0.9},
+  "unit": {"form": "unit", "prior": 0.9},
+  "cap": {"soft_cap": 3.0, "prior": 0.5},
+  "cap unit": {"soft_cap": 3.0, "form": "unit"},
+  "padded vocabulary": {"vocab_size": 11},
+  "row of the vocabulary": {"dont_know": 0, "prior": 0.9},
+  "row of a padded vocabulary": {"dont_know": 10, "vocab_size": 11, "prior": 0.9, "soft_cap": 5.0},
+}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 8, None])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_agrees_with_the_dense_readout(options, chunk_size, exact):
+  hidden, unembedding, targets, row = problem(1)
+  options = dict(options)
+  dont_know = options.pop("dont_know", row)
+  arrays = (hidden, unembedding) if isinstance(dont_know, int) else (hidden, unembedding, dont_know)
+
+  def ours(hidden, unembedding, dont_know=dont_know):
+    return slot_scores(hidden, unembedding, targets, dont_know, chunk_size=chunk_size, **options)
+
+  def oracle(hidden, unembedding, dont_know=dont_know):
+    return dense(hidden, unembedding, targets, dont_know, **options)
+
+  argnums = tuple(range(len(arrays)))
+  got, got_grad = ours(*arrays), jax.grad(lambda *a: weighted(ours(*a)), argnums)(*arrays)
+  with jax.enable_x64(True):
+    doubles = [jnp.asarray(a, jnp.float64) for a in arrays]
+    expected, expected_grad = oracle(*doubles), jax.grad(lambda *a: weighted(oracle(*a)), argnums)(*doubles)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+  for a, b in zip(got_grad, expected_grad):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@given(
+  seed=st.integers(0, 1000),
+  leading=st.sampled_from([(), (1,), (5,), (2, 3), (0,)]),
+  slots=st.integers(1, 3),
+  vocabulary=st.sampled_from([3, 4, 17, 31]),
+  chunk_size=st.sampled_from([None, 1, 2, 7]),
+)
+def test_any_shape(seed, leading, slots, vocabulary, chunk_size):
+  rng = np.random.default_rng(seed)
+  hidden = rng.normal(size=(*leading, slots, 4)).astype(np.float32)
+  unembedding = rng.normal(size=(vocabulary, 4)).astype(np.float32)
+  targets = rng.integers(0, vocabulary, leading)
+  row = rng.normal(size=4).astype(np.float32)
+  scores = slot_scores(hidden, unembedding, targets, row, prior=0.9, chunk_size=chunk_size)
+  assert scores.log_target.shape == (*leading, slots)
+  expected = dense(jnp.asarray(hidden), jnp.asarray(unembedding), jnp.asarray(targets), row, prior=0.9)
+  for a, b in zip(jax.tree.leaves(scores), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_equals_from_logits(exact):
+  """The row form and dense logits with one more column are the same thing."""
+  hidden, unembedding, targets, row = problem(2)
+  logits = hidden @ np.concatenate([unembedding, row[None]]).T
+  dense_scores = SlotScores.from_logits(logits, targets, -1, prior=0.9)
+  for a, b in zip(
+    jax.tree.leaves(slot_scores(hidden, unembedding, targets, row, prior=0.9)), jax.tree.leaves(dense_scores)
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_by_finite_differences():
+  with jax.enable_x64(True):
+    hidden, unembedding, targets, row = (jnp.asarray(x) for x in problem(3))
+    arrays = [x.astype(jnp.float64) for x in (hidden, unembedding, row)]
+    rng = np.random.default_rng(0)
+    directions = [jnp.asarray(rng.normal(size=x.shape)) for x in arrays]
+
+    def value(*arrays):
+      hidden, unembedding, row = arrays
+      return weighted(slot_scores(hidden, unembedding, targets, row, prior=0.9, soft_cap=4.0, chunk_size=5))
+
+    gradients = jax.grad(value, (0, 1, 2))(*arrays)
+    step = 1e-6
+    up, down = (value(*(x + s * v for x, v in zip(arrays, directions))) for s in (step, -step))
+    slope = sum((g * v).sum() for g, v in zip(gradients, directions))
+    np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-6)
+
+
+@pytest.mark.parametrize("slots", [(-1,), (0, 2), (3, 1)])
+def test_chosen_slots(slots, exact):
+  hidden, unembedding, targets, row = problem(4)
+  some = slot_scores(hidden, unembedding, targets, row, slots=slots)
+  every = slot_scores(hidden, unembedding, targets, row)
+  for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(every)):
+    np.testing.assert_allclose(a, b[..., list(slots)], rtol=1e-5, atol=1e-6)
+
+
+def flops(**options):
+  hidden = jax.ShapeDtypeStruct((16, 8, 4, 32), jnp.float32)
+  unembedding = jax.ShapeDtypeStruct((512, 32), jnp.float32)
+  targets = jax.ShapeDtypeStruct((16, 8), jnp.int32)
+  row = jax.ShapeDtypeStruct((32,), jnp.float32)
+
+  def value(hidden, unembedding, targets, row):
+    return slot_scores(hidden, unembedding, targets, row, chunk_size=1024, **options).log_target.sum()
+
+  compiled = jax.jit(jax.grad(value, (0, 1))).lower(hidden, unembedding, targets, row).compile()
+  return compiled.cost_analysis()["flops"]
+
+
+def test_unused_slots_cost_nothing():
+  assert flops(slots=(-1,)) < 0.3 * flops()
+
+
+def test_saturated_logits_have_finite_gradients():
+  hidden = jnp.full((1, 2, 4), 20.0)
+  unembedding = jnp.array([[1.0] * 4, [-1.0] * 4, [0.0] * 4])
+  for row in (jnp.ones(4), -jnp.ones(4)):
+    value, gradient = jax.value_and_grad(
+      lambda h, row=row: sum(x.sum() for x in jax.tree.leaves(slot_scores(h, unembedding, jnp.array([1]), row)))
+    )(hidden)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+def test_without_dont_know():
+  hidden, unembedding, targets, _ = problem(5)
+  scores = slot_scores(hidden, unembedding, targets, None)
+  np.testing.assert_array_equal(jnp.exp(scores.log_dont_know), 0.0)
+  np.testing.assert_array_equal(scores.log_answer, 0.0)
+
+
+def test_bf16_gradient_of_f32_unembedding_is_summed_in_f32():
+  """Many small contributions to one row: lost if the sum over chunks were kept in bf16."""
+  hidden = jnp.full((4096, 1, 2), 0.01, jnp.bfloat16)
+  unembedding = jnp.zeros((2, 2))
+  targets = jnp.zeros(4096, jnp.int32)
+
+  def value(unembedding):
+    return slot_scores(hidden, unembedding, targets, None, chunk_size=16).log_target.sum()
+
+  gradient = jax.grad(value)(unembedding)
+  assert gradient.dtype == jnp.float32
+  np.testing.assert_allclose(gradient[0], 4096 * 0.5 * float(hidden[0, 0, 0]), rtol=1e-3)
+
+
+def memory(leading=(32, 1024, 4), width=768, vocabulary=50304):
+  hidden = jax.ShapeDtypeStruct((*leading, width), jnp.float32)
+  unembedding = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
+  targets = jax.ShapeDtypeStruct(leading[:-1], jnp.int32)
+  row = jax.ShapeDtypeStruct((width,), jnp.float32)
+
+  def value(hidden, unembedding, row, targets):
+    return sum(x.sum() for x in jax.tree.leaves(slot_scores(hidden, unembedding, targets, row, prior=0.9)))
+
+  step = jax.jit(jax.value_and_grad(value, (0, 1, 2)))
+  return step.lower(hidden, unembedding, row, targets).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("leading", [(32, 1024, 4), (131072, 1), (131071, 1)])
+def test_memory_is_bounded(leading):
+  """131,072 slots x 768 x 50,304 in f32: dense logits and their gradient alone would take about 50 GiB."""
+  assert memory(leading) <= 2 * 2**30
+
+
+def test_errors():
+  hidden, unembedding, targets, row = problem(6)
+  for arguments, options, message in [
+    ((hidden, unembedding[:, :3], targets, row), {}, "unembedding: shape"),
+    ((hidden, unembedding, targets[:1], row), {}, "targets: shape"),
+    ((hidden, unembedding, targets, 13), {}, "dont_know: 13"),
+    ((hidden, unembedding, targets, row), {"slots": (4,)}, r"slots: \(4,\)"),
+    ((hidden, unembedding, targets, row), {"slots": ()}, "slots"),
+    ((hidden, unembedding, targets, row), {"vocab_size": 14}, "vocab_size: 14"),
+    ((hidden, unembedding, targets, row), {"prior": 0.0}, "prior: 0.0"),
+    ((hidden, unembedding, targets, row), {"chunk_size": 0}, "chunk_size: 0"),
+    ((hidden, unembedding, targets, row), {"form": "both"}, "form: 'both'"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      slot_scores(*arguments, **options)
