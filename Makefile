@@ -1,0 +1,49 @@
+# A venv per interpreter: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
+PYTHON ?= python3
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+# Two workers: with more the compiler's threads get in each other's way on small machines.
+WORKERS ?= 2
+
+.PHONY: quickstart test test-all lint setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   train and evaluate a tiny self-paced model on film reviews ($(WORKDIR))"
+	@echo "make test         all tests but the slow ones;  make test-all: those too"
+	@echo "make lint         ruff"
+	@echo "PYTHON=python3.12 picks the interpreter"
+
+setup: $(VENV)/.installed
+
+# Pinned versions, so that what was tested is what runs.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: PYTHON=$(PYTHON) is older than 3.11; try PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reviews,test]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python -m cyb_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR)
+	@echo
+	@echo "The run lies in $(WORKDIR): config.json, metrics.jsonl, checkpoints/, evaluation.json."
+	@echo "Next:"
+	@echo "  $(BIN)/cyb-evaluate --workdir=$(WORKDIR) --split=test"
+	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:baseline --workdir=runs/baseline   # without pauses"
+	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:tbys3 --workdir=runs/tbys3         # always three pauses"
+	@echo "  $(BIN)/tensorboard --logdir=runs"
+	@echo "  experiments/README.md lists every setting of the paper"
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-all: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
