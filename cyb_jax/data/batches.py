@@ -1,0 +1,260 @@
+"""Batches: batch = f(seed, step), so that a run resumes at any step, on any number of hosts, from two numbers.
+
+Letters: B rows of a batch, T tokens, n windows of an epoch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from cyb_jax.data.store import TokenStore
+from cyb_jax.errors import InputError
+
+# 'tokens': int32[B, T], 'targets': int32[B, T], 'weights': float32[B, T].
+Batch = dict[str, np.ndarray]
+
+_ROUNDS = 16
+# Window numbers are computed for so many steps at once: a step alone is all overhead.
+_BLOCK_STEPS = 64
+
+
+class Permutation:
+  """A shuffling of 0 .. size-1 that is computed, not stored: a bijection fixed by `key`.
+
+  A Feistel network over pairs (left, right) of numbers below about sqrt(size): each round adds to one half a hash of
+  the other, which can be undone whatever the hash. The pairs are a few more than `size`; a result beyond it is
+  permuted again until it falls inside (cycle walking), which keeps it a bijection.
+  """
+
+  def __init__(self, size: int, key: str):
+    self.size = size
+    self._left = math.isqrt(size - 1) + 1
+    self._right = -(-size // self._left)
+    digest = hashlib.shake_128(key.encode()).digest(8 * _ROUNDS)
+    self._keys = np.frombuffer(digest, "<u8").astype(np.uint64)
+
+  def __call__(self, numbers: np.ndarray) -> np.ndarray:
+    """Permutes int64[...] of numbers in [0, size)."""
+    permuted = self._once(np.asarray(numbers).astype(np.uint64))
+    while (outside := permuted >= self.size).any():
+      permuted[outside] = self._once(permuted[outside])
+    return permuted.astype(np.int64)
+
+  def _once(self, numbers: np.ndarray) -> np.ndarray:
+    sizes = np.uint64(self._left), np.uint64(self._right)
+    halves = [numbers // sizes[1], numbers % sizes[1]]
+    for number, key in enumerate(self._keys):
+      turn = number % 2
+      halves[turn] = (halves[turn] + _mixed(halves[1 - turn] ^ key) % sizes[turn]) % sizes[turn]
+    return halves[0] * sizes[1] + halves[1]
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+  # The finaliser of splitmix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195); products wrap.
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> np.uint64(31))
+
+
+class TrainBatches:
+  """The batches of a run, by step number.
+
+  Example g = step * B + row is window `subset[order(seed, epoch)[g mod n]]` with epoch = g // n: every window once an
+  epoch, in an order of its own each epoch. `subset`, the share of the windows that is used, hangs on no seed: runs
+  that differ in their seed see the same data.
+
+  Args:
+    store: read from its train split.
+    sequence_length: T.
+    batch_size: B, over all hosts.
+    seed: of the order.
+    fraction: share of the windows that is used, in (0, 1]; at least one window.
+    host, hosts: this process reads the rows [host * B / hosts, (host + 1) * B / hosts).
+
+  Attributes:
+    num_windows: windows in the train split.
+    windows_per_epoch: n, those that are used.
+    steps_per_epoch: n / B, a float.
+
+  Raises:
+    InputError: for sizes that do not fit each other or the data.
+  """
+
+  def __init__(
+    self,
+    store: TokenStore,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    fraction: float = 1.0,
+    host: int = 0,
+    hosts: int = 1,
+  ):
+    if not 0 < fraction <= 1:
+      raise InputError(f"data.fraction={fraction}: give a share of the data in (0, 1]")
+    self._rows = _rows_of_host(batch_size, host, hosts)
+    self.num_windows = store.num_windows("train", sequence_length)
+    store.require("train", sequence_length)
+    self.windows_per_epoch = max(1, math.floor(fraction * self.num_windows))
+    self.steps_per_epoch = self.windows_per_epoch / batch_size
+    self._store, self._sequence_length = store, sequence_length
+    self._batch_size, self._seed = batch_size, seed
+    self._subset = Permutation(self.num_windows, "subset")
+    self._block = functools.lru_cache(maxsize=2)(self._windows_of_block)
+
+  def __call__(self, step: int) -> Batch:
+    """This host's rows of a step's batch."""
+    return _batch(self._store, "train", self.windows(step), self._sequence_length)
+
+  def windows(self, step: int) -> np.ndarray:
+    """int64[B / hosts]: numbers of the windows in this host's rows of a step's batch."""
+    if step < 0:
+      raise ValueError(f"step must be at least 0, not {step}")
+    block, place = divmod(step, _BLOCK_STEPS)
+    return self._block(block)[place]
+
+  def _windows_of_block(self, block: int) -> np.ndarray:
+    steps = block * _BLOCK_STEPS + np.arange(_BLOCK_STEPS)
+    epochs, places = np.divmod(steps[:, None] * self._batch_size + self._rows, self.windows_per_epoch)
+    chosen = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+      inside = epochs == epoch
+      order = Permutation(self.windows_per_epoch, f"{self._seed}:{epoch}")
+      chosen[inside] = order(places[inside])
+    return self._subset(chosen)
+
+
+def evaluation_batches(
+  store: TokenStore,
+  split: str,
+  *,
+  sequence_length: int,
+  batch_size: int,
+  limit: int | None = None,
+  host: int = 0,
+  hosts: int = 1,
+) -> Iterator[Batch]:
+  """The windows of a split in order, each once; the last batch is filled up with rows of weight 0.
+
+  Args:
+    store, split: what is read.
+    sequence_length: T.
+    batch_size: B, over all hosts.
+    limit: at most so many windows, from the first on.
+    host, hosts: this process reads the rows [host * B / hosts, (host + 1) * B / hosts) of each batch.
+
+  Raises:
+    InputError: for an unknown split, or sizes that do not fit each other.
+  """
+  rows = _rows_of_host(batch_size, host, hosts)
+  windows = store.num_windows(split, sequence_length)
+  if limit is not None and limit < 1:
+    raise InputError(f"limit={limit}: give at least 1 window")
+  used = windows if limit is None else min(limit, windows)
+
+  def batches():
+    for first in range(0, used, batch_size):
+      indices = first + rows
+      # The window after the last one is all padding.
+      yield _batch(store, split, np.where(indices < used, indices, windows), sequence_length)
+
+  return batches()
+
+
+def with_documents(batch: Batch, end_id: int) -> Batch:
+  """The batch with `documents`, int32[B, T]: the documents of each row, numbered from 0; see `pauses.document_ids`."""
+  return batch | {"documents": np.cumsum(batch["tokens"] == end_id, axis=-1, dtype=np.int32)}
+
+
+def _rows_of_host(batch_size: int, host: int, hosts: int) -> np.ndarray:
+  if batch_size < 1 or hosts < 1 or batch_size % hosts:
+    raise InputError(f"data.batch_size={batch_size}: give a positive multiple of the number of hosts, {hosts}")
+  if not 0 <= host < hosts:
+    raise InputError(f"host={host}: give a number from 0 to {hosts - 1}")
+  return np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+
+
+def _batch(store: TokenStore, split: str, indices: np.ndarray, sequence_length: int) -> Batch:
+  tokens, weights = store.windows(split, indices, sequence_length)
+  return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+class Prefetch:
+  """Reads batches ahead in a thread: an iterator, and a context manager that ends the thread.
+
+      with Prefetch(batches, start=step) as ahead:
+        batch = next(ahead)
+
+  Args:
+    read: a step's batch, such as a `TrainBatches`.
+    start: the first step.
+    stop: the step to end before; None never ends.
+    depth: how many batches are held ready.
+
+  Attributes:
+    waited: seconds that the consumer has spent waiting, in all.
+  """
+
+  def __init__(self, read: Callable[[int], Any], start: int = 0, stop: int | None = None, *, depth: int = 2):
+    self.waited = 0.0
+    self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._run, args=(read, start, stop), name="cyb-prefetch", daemon=True)
+    self._thread.start()
+
+  def __iter__(self) -> Prefetch:
+    return self
+
+  def __next__(self) -> Any:
+    """The next step's batch; what `read` raised is raised here, in its place in the order."""
+    if self._closed.is_set():
+      raise StopIteration
+    start = time.perf_counter()
+    batch, error = self._ready.get()
+    self.waited += time.perf_counter() - start
+    if error is not None:
+      self.close()
+      raise error
+    return batch
+
+  def close(self) -> None:
+    """Ends the thread; a second call does nothing."""
+    self._closed.set()
+    while not self._ready.empty():  # the thread may be waiting for room
+      self._ready.get_nowait()
+    self._thread.join()
+
+  def __enter__(self) -> Prefetch:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _run(self, read, start: int, stop: int | None) -> None:
+    step = start
+    while not self._closed.is_set():
+      try:
+        item = (None, StopIteration()) if step == stop else (read(step), None)
+      except BaseException as error:  # handed to the consumer
+        item = None, error
+      self._put(item)
+      if item[1] is not None:
+        return
+      step += 1
+
+  def _put(self, item) -> None:
+    while not self._closed.is_set():
+      try:
+        return self._ready.put(item, timeout=0.1)
+      except queue.Full:
+        continue

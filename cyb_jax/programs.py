@@ -1,0 +1,81 @@
+"""What all programs share: flags, logs, the JSON line, exit codes.
+
+A program prints one JSON object on standard output, alone on the last line; logs go to standard error. Exit codes: 0;
+1 a crash; 2 bad input, one line and no traceback; 75 interrupted, saved, to be continued.
+"""
+
+from __future__ import annotations
+
+import logging as python_logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from cyb_jax import jsonl
+from cyb_jax.errors import InputError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 75
+
+
+class Interrupted(Exception):
+  """Stopped by a signal, after everything was saved: the same command continues."""
+
+
+def launch(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
+  """Runs a program: parses flags, calls `main` with what is left, prints what it returns, exits.
+
+  Args:
+    main: takes argv, returns the object to print, or None.
+  """
+  logging.set_verbosity(logging.INFO)
+  logging.set_stderrthreshold(logging.INFO)
+  logging.use_absl_handler()
+  # Of what other packages say, warnings are enough; orbax alone logs forty lines a checkpoint.
+  python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+  logging.get_absl_handler().addFilter(_is_ours_or_warning)
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+  def guarded(argv: Sequence[str]) -> int:
+    try:
+      if len(argv) > 1:
+        raise InputError(f"arguments: {' '.join(argv[1:])!r} are left over; every option is a flag, --name=value")
+      result = main(argv)
+    except InputError as error:
+      return _complain(str(error))
+    except Interrupted as error:
+      logging.info("%s", error)
+      return EXIT_INTERRUPTED
+    if result is not None:
+      sys.stderr.flush()
+      sys.stdout.write(jsonl.dumps(result) + "\n")
+      sys.stdout.flush()
+    return 0
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
+  return record.levelno >= python_logging.WARNING or "cyb_jax" in pathlib.PurePath(record.pathname).parts
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  # A config file runs while flags are parsed, so that anything may come up here. Whatever it is, it is the input.
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+    sys.exit(_complain(str(error)))
+
+
+def _complain(message: str) -> int:
+  lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+  # Errors of a config file arrive as a formatted traceback, whose last line is the error itself.
+  line = lines[-1] if lines and "Traceback" in message else " ".join(lines)
+  for prefix in ("cyb_jax.errors.InputError: ", "InputError: "):
+    line = line.removeprefix(prefix)
+  sys.stderr.write(f"error: {line}\n")
+  return EXIT_BAD_INPUT
