@@ -1,0 +1,125 @@
+"""Rotary positions, and the one place that chooses how attention is computed.
+
+Letters: B batch, S slots in a row (tokens x slots per token, flattened), N heads, G kv heads, H head size,
+R rotated part of a head.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cyb_jax.errors import InputError
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def rotation(
+  positions: Int[Array, "B S"], rotated_size: int, base: float
+) -> tuple[Float[Array, "B S R/2"], Float[Array, "B S R/2"]]:
+  """Cosine and sine of the rotary angles, positions * base^(-2i/R) for i = 0 .. R/2-1.
+
+  Positions are given, never counted: a pause stands at the position of its token. Angles are float32 whatever
+  the activations are: bfloat16 cannot tell position 257 from 258.
+
+  Args:
+    positions: i32[B, S].
+    rotated_size: R, even: how many of a head's H numbers are rotated.
+    base: the longest wavelength is close to 2 pi base.
+
+  Returns:
+    (cosine, sine), both f32[B, S, R/2].
+
+  References: Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864
+  """
+  exponents = jnp.arange(0, rotated_size, 2, dtype=jnp.float32) / rotated_size
+  angles = positions.astype(jnp.float32)[..., None] * base**-exponents
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+  heads: Float[Array, "B S N H"], cosine: Float[Array, "B S R/2"], sine: Float[Array, "B S R/2"]
+) -> Float[Array, "B S N H"]:
+  """Rotates the first R numbers of every head; the others pass through.
+
+  Number i is paired with number i + R/2, as in NeoX, Pythia, Gemma and the Hugging Face Llama (the RoFormer
+  paper pairs neighbours; the two differ by a permutation of the projections' columns). With R = 4 of H = 6:
+
+      heads    x0 x1 x2 x3 x4 x5
+      pairs    (x0, x2) turns by angle 0, (x1, x3) by angle 1; x4 and x5 stay
+
+  Args:
+    heads: [B, S, N, H], any float dtype; the rotation is computed in float32.
+    cosine, sine: f32[B or 1, S, R/2] from `rotation`.
+
+  Returns:
+    [B, S, N, H] in the dtype of `heads`.
+  """
+  half = cosine.shape[-1]
+  cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
+  first, second, rest = jnp.split(heads, (half, 2 * half), axis=-1)
+  dtype = heads.dtype
+  first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+  turned = (first * cosine - second * sine).astype(dtype), (second * cosine + first * sine).astype(dtype)
+  return jnp.concatenate((*turned, rest), axis=-1)
+
+
+def attend(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B S G H"],
+  value: Float[Array, "B S G H"],
+  mask: Bool[Array, "#B 1 S S"] | None = None,
+  implementation: str = "auto",
+) -> Float[Array, "B S N H"]:
+  """softmax(q k^T / sqrt(H)) v with grouped heads: head n reads kv head n // (N / G).
+
+  Args:
+    query: [B, S, N, H].
+    key, value: [B, S, G, H], N a multiple of G.
+    mask: None is causal in the order of the slots. Otherwise boolean [B or 1, 1, S, S], True where the query
+      (third axis) may see the key (fourth); it must hold causality itself, and let every query see a key.
+    implementation: 'xla' holds all [B, N, S, S] weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
+      floats; 'auto' is cudnn where it is supported and skips work (causal, no mask), else xla. The choice is
+      made while tracing, from `jax.default_backend()`.
+
+  Returns:
+    [B, S, N, H] in the dtype of `query`. The softmax is computed in float32.
+
+  Raises:
+    InputError: 'cudnn' was asked for where it cannot run.
+  """
+  if implementation == "auto":
+    # cuDNN turns a mask into a dense bias and skips nothing: then XLA is as good, and takes every shape.
+    fits = mask is None and _cudnn_objection(query.dtype, query.shape[-1]) is None
+    implementation = "cudnn" if fits else "xla"
+  elif implementation == "cudnn":
+    objection = _cudnn_objection(query.dtype, query.shape[-1])
+    if objection is not None:
+      raise InputError(f"decoder.attention: 'cudnn' {objection}; use 'auto' or 'xla'")
+  elif implementation != "xla":
+    raise InputError(f"decoder.attention: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+  return jax.nn.dot_product_attention(
+    query, key, value, mask=mask, is_causal=mask is None, implementation=implementation
+  )
+
+
+def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:
+  """Why cuDNN's flash attention cannot run here, or None.
+
+  The limits are those of https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html
+  """
+  if jax.default_backend() != "gpu":
+    return f"needs an NVIDIA GPU, this process runs on {jax.default_backend()!r}"
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"needs bfloat16 activations, not {jnp.dtype(dtype).name}"
+  try:
+    capability = float(jax.local_devices()[0].compute_capability)
+  except (AttributeError, ValueError):  # an AMD GPU is a 'gpu' too
+    return "needs an NVIDIA GPU"
+  if capability < 8.0:
+    return f"needs compute capability 8.0 or newer, not {capability}"
+  largest = 256 if capability >= 9.0 else 128
+  if head_size % 8 or head_size > largest:
+    return f"needs a head size that is a multiple of 8 and at most {largest} here, not {head_size}"
+  return None

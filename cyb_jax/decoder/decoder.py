@@ -1,0 +1,426 @@
+"""A decoder-only transformer, one configuration of which is any of the families that we load.
+
+It knows nothing of pauses: it is given inputs that are embedded already, with their positions and, where
+plain causal order is not meant, a mask; and it gives back hidden states, to be read out elsewhere.
+
+Letters: B batch, T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads,
+H head size, L layers, F mlp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from cyb_jax.decoder import attention
+from cyb_jax.errors import InputError
+
+_ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+_REMAT_POLICIES = {
+  "full": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+_CHOICES = {
+  "norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
+  "activation": tuple(_ACTIVATIONS),
+  "attention_bias": ("none", "qkv", "all"),
+  "remat": ("none", *_REMAT_POLICIES),
+  "dtype": ("float32", "bfloat16"),
+  "param_dtype": ("float32", "bfloat16"),
+  "attention": attention.IMPLEMENTATIONS,
+  "initializer": ("normal", "scaled"),
+}
+_SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size")
+_SWITCHES = (
+  "gated_mlp", "mlp_bias", "parallel_residual", "tied_embeddings", "scale_embeddings", "scan_layers",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+  """Shape and style of a decoder. The defaults are Llama's style; sizes have none.
+
+  Raises:
+    InputError: a field is out of its range, or two do not go together; the message names `decoder.field`.
+  """
+
+  vocab_size: int  # V; rows of the embedding table. Pauses and <don't know> are not among them.
+  num_layers: int  # L
+  d_model: int  # D
+  num_heads: int  # N
+  num_kv_heads: int  # G, divides N
+  head_size: int  # H; N * H need not be D
+  mlp_size: int  # F
+
+  norm: str = "rmsnorm"  # or 'rmsnorm_plus_one' (Gemma: times 1 + scale), 'layernorm' (scale and bias)
+  norm_epsilon: float = 1e-5
+  activation: str = "silu"  # or 'gelu' (exact), 'gelu_tanh'
+  gated_mlp: bool = True  # down(activation(gate x) * up x), else down(activation(up x))
+  attention_bias: str = "none"  # or 'qkv', 'all' (the output projection too)
+  mlp_bias: bool = False
+  parallel_residual: bool = False  # x + attention(norm x) + mlp(norm' x), as in Pythia
+  rope_base: float = 10_000.0
+  rope_fraction: float = 1.0  # the part of each head that is rotated, from its start
+  tied_embeddings: bool = True
+  scale_embeddings: bool = False  # inputs times sqrt(D), as in Gemma
+  soft_cap: float | None = None  # logits become cap * tanh(logits / cap): applied by the readout, not here
+
+  initializer: str = "normal"  # or 'scaled'; see init_params
+  dtype: str = "float32"  # of activations and matrix products; norms, softmax and rotations are in float32
+  param_dtype: str = "float32"  # 'bfloat16' is for inference: small updates would be rounded away
+  attention: str = "auto"  # or 'xla', 'cudnn'; see attention.attend
+  remat: str = "none"  # or 'full' (keeps the layers' inputs), 'dots' (and all products but attention's)
+  scan_layers: bool = False  # one compiled layer, parameters stacked on a leading axis 'layers'
+
+  def __post_init__(self):
+    for name in _SIZES:
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _bad(name, value, "an integer of at least 1")
+    for name, choices in _CHOICES.items():
+      if getattr(self, name) not in choices:
+        raise _bad(name, getattr(self, name), f"one of {', '.join(choices)}")
+    for name in _SWITCHES:
+      if not isinstance(getattr(self, name), bool):
+        raise _bad(name, getattr(self, name), "True or False")
+    for name in ("norm_epsilon", "rope_base", "rope_fraction"):
+      if not _is_positive(getattr(self, name)):
+        raise _bad(name, getattr(self, name), "a positive number")
+    if self.soft_cap is not None and not _is_positive(self.soft_cap):
+      raise _bad("soft_cap", self.soft_cap, "a positive number, or None for no cap")
+    if self.num_heads % self.num_kv_heads:
+      raise _bad("num_kv_heads", self.num_kv_heads, f"a divisor of decoder.num_heads = {self.num_heads}")
+    off = abs(self.rotated_size - self.rope_fraction * self.head_size)
+    if self.rope_fraction > 1 or self.rotated_size % 2 or off > 1e-6:
+      wanted = f"a fraction of at most 1 that gives an even part of decoder.head_size = {self.head_size}"
+      raise _bad("rope_fraction", self.rope_fraction, wanted)
+    if self.attention == "cudnn" and self.dtype == "float32":
+      raise _bad("attention", self.attention, "auto or xla, or decoder.dtype = bfloat16 (cuDNN wants that)")
+
+  @property
+  def rotated_size(self) -> int:
+    """How many numbers of each head RoPE turns."""
+    return round(self.rope_fraction * self.head_size)
+
+
+def _is_positive(value: object) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _bad(field: str, value: object, wanted: str) -> InputError:
+  return InputError(f"decoder.{field}: {value!r} will not do; expected {wanted}")
+
+
+class Decoder(nn.Module):
+  """Embedded inputs -> hidden states. Methods are called as `decoder.apply(variables, ..., method='embed')`.
+
+  Parameters come from `init_params`: `embedding` [V, D]; `unembedding` [V, D] unless tied; `layers_0`,
+  `layers_1`, ... or, with scan_layers, `layers` with a leading axis L; `final_norm`. A layer has
+  `attention_norm`, `attention` (`query` [D, N, H], `key` and `value` [D, G, H], `out` [N, H, D]), `mlp_norm`
+  and `mlp` (`gate` and `up` [D, F], `down` [F, D]); a matrix is a `kernel`, with a `bias` where configured.
+  """
+
+  config: DecoderConfig
+
+  def setup(self):
+    config = self.config
+    table = (config.vocab_size, config.d_model)
+    self.embedding = self.param(
+      "embedding",
+      nn.with_logical_partitioning(_embedding_init(config), ("vocab", "embed")),
+      table,
+      jnp.dtype(config.param_dtype),
+    )
+    if not config.tied_embeddings:
+      self.output_embedding = self.param(
+        "unembedding",
+        nn.with_logical_partitioning(_unembedding_init(config), ("vocab", "embed")),
+        table,
+        jnp.dtype(config.param_dtype),
+      )
+    layer = _Layer
+    if config.remat != "none":
+      # Inside a scan XLA cannot merge the recomputation with the original, and the barrier only costs.
+      layer = nn.remat(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+    if config.scan_layers:
+      scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      self.layers = scanned(config)
+    else:
+      self.layers = [layer(config) for _ in range(config.num_layers)]
+    self.final_norm = _Norm(config)
+
+  def embed(self, tokens: Int[Array, ...]) -> Float[Array, "... D"]:
+    """Rows of the embedding table, times sqrt(D) where the config says so.
+
+    Args:
+      tokens: i32[...] in [0, V). An id of V or more gives NaN rather than some other token's row.
+
+    Returns:
+      [..., D] in the dtype of activations.
+    """
+    return self.scale_inputs(jnp.take(self.embedding, tokens, axis=0))
+
+  def scale_inputs(self, rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Rows of any input table (pauses have one of their own) as the layers take them: scaled and cast."""
+    dtype = jnp.dtype(self.config.dtype)
+    rows = rows.astype(dtype)
+    if self.config.scale_embeddings:
+      # Gemma rounds the factor to the dtype of activations, and was trained so.
+      rows *= jnp.asarray(math.sqrt(self.config.d_model), dtype)
+    return rows
+
+  def __call__(
+    self,
+    inputs: Float[Array, "B S D"],
+    positions: Int[Array, "#B S"],
+    *,
+    mask: Bool[Array, "#B 1 S S"] | None = None,
+    query_key_offset: Float[Array, "S D"] | Float[Array, "B S D"] | None = None,
+  ) -> Float[Array, "B S D"]:
+    """All layers and the final norm.
+
+    Args:
+      inputs: [B, S, D], embedded (and scaled) already; cast to the dtype of activations.
+      positions: i32[B or 1, S], what RoPE turns by; pauses repeat their token's position.
+      mask: None is causal in the order of S; otherwise boolean [B or 1, 1, S, S], True where the query (third
+        axis) may see the key (fourth), causality included.
+      query_key_offset: [S, D] or [B, S, D], added to the normed input of the query and key projections, not
+        of the value's, in every layer: q = W_q (z + v), k = W_k (z + v).
+
+    Returns:
+      [B, S, D] in the dtype of activations.
+
+    Raises:
+      InputError: the config asks for cuDNN attention where it cannot run.
+    """
+    config = self.config
+    dtype = jnp.dtype(config.dtype)
+    hidden = inputs.astype(dtype)
+    if query_key_offset is not None:
+      query_key_offset = query_key_offset.astype(dtype)
+    # Once for all layers.
+    turn = attention.rotation(positions, config.rotated_size, config.rope_base)
+    if config.scan_layers:
+      hidden, _ = self.layers(hidden, turn, mask, query_key_offset)
+    else:
+      for layer in self.layers:
+        hidden, _ = layer(hidden, turn, mask, query_key_offset)
+    return self.final_norm(hidden)
+
+  def unembedding(self) -> Float[Array, "V D"]:
+    """The output table, in the dtype of parameters: the embedding table itself where they are tied."""
+    return self.embedding if self.config.tied_embeddings else self.output_embedding
+
+  def initialize(self) -> None:
+    """Touches every parameter; for `init_params`."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    self(self.embed(tokens), tokens)
+
+
+def init_params(decoder: Decoder, rng: Array) -> PyTree:
+  """Fresh parameters, all of them in one call.
+
+  - 'normal': every matrix and both tables normal of standard deviation 0.02, divided by sqrt(2 L) for the
+    projections that write to the residual stream (attention out, mlp down). GPT-2: Radford et al. 2019,
+    https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf,
+    section 2.3, and https://github.com/openai/gpt-2/blob/master/src/model.py
+  - 'scaled': every matrix truncated normal of standard deviation 1/sqrt(fan in); the output table 1/sqrt(D),
+    so that logits start at about 1; an untied embedding so that inputs start at 1, scale_embeddings or not. A
+    tied table has the output's deviation (and inputs start at 1 where scale_embeddings is set). Fan-in
+    scaling and unit inputs are PaLM's: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5.
+
+  Norm scales start at one (zero for 'rmsnorm_plus_one'), biases at zero.
+
+  Args:
+    decoder: the module.
+    rng: a jax.random key.
+
+  Returns:
+    The tree `params`, leaves boxed as nn.LogicallyPartitioned, the logical axes being 'vocab', 'embed',
+    'heads', 'kv_heads', 'head_size', 'mlp', 'layers', 'norm'. `nn.unbox` gives bare arrays.
+  """
+  # Parameters do not depend on how attention is computed, and shapes must be had where cuDNN is not.
+  config = dataclasses.replace(decoder.config, attention="xla")
+  return Decoder(config).init(rng, method="initialize")["params"]
+
+
+class _Layer(nn.Module):
+  """One transformer block. Returns a pair, as nn.scan wants."""
+
+  config: DecoderConfig
+
+  def setup(self):
+    self.attention_norm = _Norm(self.config)
+    self.attention = _Attention(self.config)
+    self.mlp_norm = _Norm(self.config)
+    self.mlp = _Mlp(self.config)
+
+  def __call__(self, hidden, turn, mask, query_key_offset):
+    attended = self.attention(self.attention_norm(hidden), turn, mask, query_key_offset)
+    if self.config.parallel_residual:
+      return hidden + attended + self.mlp(self.mlp_norm(hidden)), None
+    hidden = hidden + attended
+    return hidden + self.mlp(self.mlp_norm(hidden)), None
+
+
+class _Attention(nn.Module):
+  config: DecoderConfig
+
+  def setup(self):
+    config = self.config
+    model, heads = (config.d_model,), (config.num_heads, config.head_size)
+    kv_heads = (config.num_kv_heads, config.head_size)
+    read = functools.partial(
+      _Projection,
+      config,
+      model,
+      kernel_init=_matrix_init(config, 1),
+      use_bias=config.attention_bias != "none",
+    )
+    self.query = read(heads, axes=("embed", "heads", "head_size"))
+    self.key = read(kv_heads, axes=("embed", "kv_heads", "head_size"))
+    self.value = read(kv_heads, axes=("embed", "kv_heads", "head_size"))
+    self.out = _Projection(
+      config,
+      heads,
+      model,
+      axes=("heads", "head_size", "embed"),
+      kernel_init=_matrix_init(config, 2, writes_residual=True),
+      use_bias=config.attention_bias == "all",
+    )
+
+  def __call__(self, normed, turn, mask, query_key_offset):
+    shifted = normed if query_key_offset is None else normed + query_key_offset
+    query = attention.rotate(self.query(shifted), *turn)
+    key = attention.rotate(self.key(shifted), *turn)
+    return self.out(attention.attend(query, key, self.value(normed), mask, self.config.attention))
+
+
+class _Mlp(nn.Module):
+  config: DecoderConfig
+
+  def setup(self):
+    config = self.config
+    model, inner = (config.d_model,), (config.mlp_size,)
+    read = functools.partial(
+      _Projection,
+      config,
+      model,
+      inner,
+      axes=("embed", "mlp"),
+      kernel_init=_matrix_init(config, 1),
+      use_bias=config.mlp_bias,
+    )
+    if config.gated_mlp:
+      self.gate = read()
+    self.up = read()
+    self.down = _Projection(
+      config,
+      inner,
+      model,
+      axes=("mlp", "embed"),
+      kernel_init=_matrix_init(config, 1, writes_residual=True),
+      use_bias=config.mlp_bias,
+    )
+
+  def __call__(self, normed):
+    activation = _ACTIVATIONS[self.config.activation]
+    if self.config.gated_mlp:
+      return self.down(activation(self.gate(normed)) * self.up(normed))
+    return self.down(activation(self.up(normed)))
+
+
+class _Projection(nn.Module):
+  """Contracts the last axes of its input, of shape `inputs`, into axes of shape `outputs`."""
+
+  config: DecoderConfig
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  axes: tuple[str, ...]  # logical names of inputs + outputs
+  kernel_init: Callable
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self, x):
+    dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
+    kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+    kernel = self.param("kernel", kernel_init, self.inputs + self.outputs, param_dtype)
+    y = jnp.tensordot(x, kernel.astype(dtype), axes=len(self.inputs))
+    if self.use_bias:
+      bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :])
+      y += self.param("bias", bias_init, self.outputs, param_dtype).astype(dtype)
+    return y
+
+
+class _Norm(nn.Module):
+  """RMSNorm, https://arxiv.org/abs/1910.07467, or LayerNorm, https://arxiv.org/abs/1607.06450; in float32."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x):
+    config = self.config
+    param_dtype = jnp.dtype(config.param_dtype)
+    # Gemma's checkpoints store the scale less one.
+    stored_less_one = config.norm == "rmsnorm_plus_one"
+    start = nn.initializers.zeros_init() if stored_less_one else nn.initializers.ones_init()
+    scale = self.param("scale", nn.with_logical_partitioning(start, ("norm",)), x.shape[-1:], param_dtype)
+    scale = scale.astype(jnp.float32)
+    if stored_less_one:
+      scale = 1 + scale
+    y = x.astype(jnp.float32)
+    if config.norm == "layernorm":
+      y -= y.mean(axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + config.norm_epsilon)
+    y *= scale
+    if config.norm == "layernorm":
+      bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",))
+      y += self.param("bias", bias_init, x.shape[-1:], param_dtype).astype(jnp.float32)
+    return y.astype(jnp.dtype(config.dtype))
+
+
+def _matrix_init(config: DecoderConfig, num_inputs: int, *, writes_residual: bool = False) -> Callable:
+  """For a kernel whose first `num_inputs` axes are contracted; the rules are in init_params."""
+  if config.initializer == "normal":
+    std = 0.02 / math.sqrt(2 * config.num_layers) if writes_residual else 0.02
+    return nn.initializers.normal(std)
+
+  def init(rng, shape, dtype):
+    return _truncated_normal(1 / math.sqrt(math.prod(shape[:num_inputs])))(rng, shape, dtype)
+
+  return init
+
+
+def _embedding_init(config: DecoderConfig) -> Callable:
+  if config.tied_embeddings or config.initializer == "normal":
+    return _unembedding_init(config)
+  return _truncated_normal(1 / math.sqrt(config.d_model) if config.scale_embeddings else 1.0)
+
+
+def _unembedding_init(config: DecoderConfig) -> Callable:
+  if config.initializer == "normal":
+    return nn.initializers.normal(0.02)
+  return _truncated_normal(1 / math.sqrt(config.d_model))
+
+
+def _truncated_normal(std: float) -> Callable:
+  # Cutting a standard normal at two deviations leaves a deviation of 0.8796; `std` is to be what comes out.
+  return nn.initializers.truncated_normal(std / 0.87962566103423978)

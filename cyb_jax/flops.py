@@ -1,0 +1,101 @@
+"""How many floating-point operations a decoder needs, counted by hand.
+
+Counted by hand because XLA counts the body of a scan once. Two counts, of matrix products only (a
+multiplication and an addition are two operations; norms, activations and softmax are a few percent at most):
+
+- the model's: causal attention over the keys that a query may see. What the method needs, on any machine; the
+  one for model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B).
+- executed: what the compiled program does. XLA's attention computes the full square and masks half of it
+  away; rematerialised layers run twice; the readout computes its logits again in the backward pass.
+
+Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size,
+L layers, F mlp.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from cyb_jax.decoder import DecoderConfig
+
+# Dense bfloat16, per device as JAX counts devices, from the manufacturers' data sheets:
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, https://www.nvidia.com/en-us/data-center/
+_TPU_PEAKS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+}
+_GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# The same names on slower boards, and on a part of a board.
+_SLOWER = ("PCIe", "NVL", "MIG")
+
+
+def forward_flops(config: DecoderConfig, *, tokens: int, slots: int, slots_read: int, executed: bool = False) -> float:
+  """Operations of one forward pass, per real token.
+
+  Each of the S = T*W slots passes all matrices, 2 operations per parameter, and attends: 4 N H operations per
+  key (half for the weights, half for the values), over (S + 1)/2 keys on average, or S as executed. Each slot
+  that is read out costs 2 D V.
+
+  Args:
+    config: the decoder. Embedding rows are looked up, which costs nothing.
+    tokens: T, real tokens in a window.
+    slots: W, slots per token.
+    slots_read: how many of a token's slots are read out.
+    executed: count what the program does. Attention is taken to be XLA's: cuDNN's skips the masked half.
+  """
+  return slots * _layers(config, tokens * slots, executed) + slots_read * _readout(config)
+
+
+def train_flops(config: DecoderConfig, *, tokens: int, slots: int, slots_read: int, executed: bool = False) -> float:
+  """Operations of one training step, per real token: forward, and twice that for backward.
+
+  As executed, with what is computed again: the logits; with `remat` 'full' the layers, except for the
+  products that end them, whose results no gradient needs; with 'dots' attention. Arguments as in
+  `forward_flops`.
+  """
+  total = 3 * forward_flops(config, tokens=tokens, slots=slots, slots_read=slots_read, executed=executed)
+  if executed:
+    total += slots_read * _readout(config)
+    if config.remat == "full":
+      last = config.mlp_size  # mlp down; in parallel with it, attention out
+      if config.parallel_residual:
+        last += config.num_heads * config.head_size
+      spared = config.num_layers * 2 * config.d_model * last
+      total += slots * (_layers(config, tokens * slots, executed) - spared)
+    elif config.remat == "dots":
+      total += slots * config.num_layers * _attention(config, tokens * slots, executed)
+  return total
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Dense bfloat16 operations per second that the device can do at best, or None where that is not known."""
+  kind = device.device_kind
+  if any(word in kind for word in _SLOWER):
+    return None
+  for name, peak in _GPU_PEAKS.items():
+    if name in kind:
+      return peak
+  return _TPU_PEAKS.get(kind)
+
+
+def _layers(config: DecoderConfig, length: int, executed: bool) -> float:
+  """One slot through all layers."""
+  heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and out; key and value
+  matrices = heads * config.head_size + (3 if config.gated_mlp else 2) * config.mlp_size
+  return config.num_layers * (2 * config.d_model * matrices + _attention(config, length, executed))
+
+
+def _attention(config: DecoderConfig, length: int, executed: bool) -> float:
+  """One slot's weights and weighted values, in one layer, averaged over the window."""
+  keys = length if executed else (length + 1) / 2
+  return 4 * config.num_heads * config.head_size * keys
+
+
+def _readout(config: DecoderConfig) -> float:
+  """The logits of one slot."""
+  return 2 * config.d_model * config.vocab_size

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cyb_jax.decoder import attention
+from cyb_jax.errors import InputError
+
+# One compilation in place of one per operation.
+_attend = jax.jit(attention.attend)
+
+
+def test_rotation_by_hand():
+  # R = 4, base 100: angles p * 1 and p * 100^(-1/2) = p / 10.
+  cosine, sine = attention.rotation(jnp.array([[0, 3]]), 4, 100.0)
+  np.testing.assert_allclose(cosine, [[[1, 1], [np.cos(3.0), np.cos(0.3)]]], rtol=1e-6)
+  np.testing.assert_allclose(sine, [[[0, 0], [np.sin(3.0), np.sin(0.3)]]], rtol=1e-6)
+
+
+def test_rotate_by_hand():
+  # A quarter turn takes (x0, x2) to (-x2, x0); an angle of 0 leaves (x1, x3); x4 is not rotated at all.
+  heads = jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])[None, None, None]
+  cosine, sine = jnp.array([[[0.0, 1.0]]]), jnp.array([[[1.0, 0.0]]])
+  assert attention.rotate(heads, cosine, sine)[0, 0, 0].tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+  query, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)), jnp.float32)
+
+  @jax.jit
+  def product(query_position, key_position):
+    turned = [
+      attention.rotate(x, *attention.rotation(jnp.reshape(position, (1, 1)), 8, 1e4))
+      for x, position in ((query, query_position), (key, key_position))
+    ]
+    return (turned[0] * turned[1]).sum()
+
+  np.testing.assert_allclose(product(7, 4), product(103, 100), rtol=1e-4)
+  assert abs(product(7, 4) - product(7, 5)) > 1e-2
+
+
+def test_rotation_keeps_far_positions_apart_in_bfloat16():
+  heads = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+  turned = attention.rotate(heads, *attention.rotation(jnp.array([[2048, 2049]]), 4, 1e4))
+  assert turned.dtype == jnp.bfloat16
+  expected = [np.cos(2049.0) - np.sin(2049.0), np.cos(20.49) - np.sin(20.49)]
+  np.testing.assert_allclose(turned[0, 1, 0, :2].astype(jnp.float32), expected, atol=1e-2)
+
+
+def test_attend_by_hand_and_grouped():
+  # Two query heads on one kv head; H = 1. Slot 1 of head 0 weighs by softmax(log 3 * (1, 0)) = (3/4, 1/4).
+  query = jnp.array([[[[1.0], [1.0]], [[np.log(3.0)], [0.0]]]])  # [1, 2, 2, 1]
+  key = jnp.array([[[[1.0]], [[0.0]]]])
+  value = jnp.array([[[[4.0]], [[8.0]]]])
+  np.testing.assert_allclose(_attend(query, key, value)[0, :, :, 0], [[4, 4], [5, 6]], rtol=1e-6)
+
+
+def test_groups_are_neighbours():
+  # Heads 0 and 1 read kv head 0, heads 2 and 3 kv head 1.
+  query = jnp.ones((1, 1, 4, 2))
+  value = jnp.array([10.0, 20.0])[None, None, :, None] * jnp.ones((1, 1, 2, 2))
+  assert _attend(query, value, value)[0, 0, :, 0].tolist() == [10, 10, 20, 20]
+
+
+def test_mask_hides_and_stands_alone():
+  query, key, value = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 3, 2, 4)), jnp.float32)
+  causal = np.tril(np.ones((3, 3), bool))[None, None]
+  np.testing.assert_allclose(_attend(query, key, value, causal), _attend(query, key, value), rtol=1e-6)
+  mask = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 1]], bool)[None, None]
+  out = _attend(query, key, value, mask)
+  np.testing.assert_allclose(out[:, 1], value[:, 1], rtol=1e-6)
+  changed = _attend(query, key, value.at[:, 1].set(100.0), mask)
+  np.testing.assert_array_equal(out[:, 2], changed[:, 2])
+  # Nothing is added to a mask: one that is not causal is taken at its word.
+  seeing = _attend(query, key, value, np.ones((1, 1, 3, 3), bool))
+  assert abs(seeing[:, 0] - value[:, 0]).max() > 0.1
+
+
+class _Device:
+  def __init__(self, capability):
+    self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+  ("backend", "capability", "dtype", "head_size", "masked", "chosen"),
+  [
+    ("cpu", "9.0", "bfloat16", 64, False, "xla"),
+    ("gpu", "9.0", "bfloat16", 64, False, "cudnn"),
+    ("gpu", "9.0", "bfloat16", 64, True, "xla"),
+    ("gpu", "9.0", "float32", 64, False, "xla"),
+    ("gpu", "9.0", "bfloat16", 256, False, "cudnn"),
+    ("gpu", "8.0", "bfloat16", 256, False, "xla"),
+    ("gpu", "8.0", "bfloat16", 128, False, "cudnn"),
+    ("gpu", "7.5", "bfloat16", 64, False, "xla"),
+    ("gpu", "9.0", "bfloat16", 60, False, "xla"),
+    ("gpu", "gfx90a", "bfloat16", 64, False, "xla"),
+  ],
+)
+def test_auto_chooses(monkeypatch, backend, capability, dtype, head_size, masked, chosen):
+  seen = {}
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "local_devices", lambda: [_Device(capability)])
+  monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kwargs: seen.update(kwargs))
+  x = np.zeros((1, 2, 1, head_size), dtype)
+  attention.attend(x, x, x, np.ones((1, 1, 2, 2), bool) if masked else None)
+  assert seen["implementation"] == chosen
+  assert seen["is_causal"] is not masked
+
+
+def test_cudnn_where_it_cannot_run_is_refused(monkeypatch):
+  x = jnp.zeros((1, 2, 1, 8), jnp.bfloat16)
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' needs an NVIDIA GPU.*'cpu'"):
+    attention.attend(x, x, x, implementation="cudnn")
+  with pytest.raises(InputError, match=r"decoder\.attention: 'flash' is not one of auto, xla, cudnn"):
+    attention.attend(x, x, x, implementation="flash")

@@ -1,0 +1,92 @@
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cyb_jax import flops
+from cyb_jax.decoder import Decoder, DecoderConfig, init_params, num_params, preset
+
+
+def _config(**fields):
+  sizes = dict(num_layers=2, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768)
+  return DecoderConfig(vocab_size=512, **{**sizes, **fields})
+
+
+def test_by_hand():
+  # One layer, D = 2, N = 2, G = 1, H = 4, F = 5, V = 7. Matrices: query and out 16 each, key and value 8 each,
+  # mlp 3 x 10: 78 parameters, 156 operations. Per key: 4 N H = 32.
+  config = DecoderConfig(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
+  # T = 2, W = 2: S = 4, keys 2.5 on average. Readout 2 D V = 28.
+  one = dict(tokens=2, slots=2, slots_read=1)
+  assert flops.forward_flops(config, **one) == 2 * (156 + 32 * 2.5) + 28
+  assert flops.forward_flops(config, tokens=2, slots=2, slots_read=2) == 2 * (156 + 32 * 2.5) + 2 * 28
+  assert flops.forward_flops(config, **one, executed=True) == 2 * (156 + 32 * 4) + 28
+  assert flops.train_flops(config, **one) == 3 * (2 * (156 + 32 * 2.5) + 28)
+  # As executed the logits are computed twice.
+  assert flops.train_flops(config, **one, executed=True) == 3 * 2 * (156 + 32 * 4) + 4 * 28
+
+
+def test_is_about_two_per_parameter():
+  config = preset("smollm2_135m")
+  # A tied table is touched once, as the readout.
+  per_token = flops.forward_flops(config, tokens=1, slots=1, slots_read=1)
+  assert per_token == pytest.approx(2 * num_params(config), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(gated_mlp=False, norm="layernorm", attention_bias="all", mlp_bias=True),
+    dict(remat="full", num_kv_heads=2),
+    dict(remat="full", parallel_residual=True),
+    dict(remat="dots"),
+  ],
+)
+def test_executed_agrees_with_xla(fields):
+  config = _config(num_layers=1, **fields)
+  decoder = Decoder(config)
+  batch, tokens, slots = 2, 16, 3
+  params = jax.eval_shape(lambda rng: nn.unbox(init_params(decoder, rng)), jax.random.key(0))
+  ids = jax.ShapeDtypeStruct((batch, tokens * slots), jnp.int32)
+  positions = np.repeat(np.arange(tokens), slots)[None]
+
+  def hidden(params, ids):
+    variables = {"params": params}
+    return decoder.apply(variables, decoder.apply(variables, ids, method="embed"), positions)
+
+  def logits(params, ids):
+    last = hidden(params, ids)[:, slots - 1 :: slots]
+    return last @ decoder.apply({"params": params}, method="unembedding").T
+
+  def counted(function):
+    return jax.jit(function).lower(params, ids).compile().cost_analysis()["flops"] / (batch * tokens)
+
+  arguments = dict(tokens=tokens, slots=slots, executed=True)
+  forward = flops.forward_flops(config, slots_read=1, **arguments)
+  assert forward == pytest.approx(counted(logits), rel=0.03)
+  train = flops.train_flops(config, slots_read=0, **arguments)
+  assert train == pytest.approx(counted(jax.grad(lambda params, ids: hidden(params, ids).sum())), rel=0.03)
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA H100 PCIe", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("TPU v4 lite", None),
+    ("cpu", None),
+  ],
+)
+def test_peaks(kind, peak):
+  assert flops.peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
