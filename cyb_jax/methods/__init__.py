@@ -1,0 +1,29 @@
+"""Methods by name. To add one: a file that subclasses `Method`, and its class in the list below."""
+
+from __future__ import annotations
+
+import difflib
+
+from cyb_jax.decoder import DecoderConfig
+from cyb_jax.errors import InputError
+from cyb_jax.methods.baseline import Baseline
+from cyb_jax.methods.cyb import Cyb
+from cyb_jax.methods.method import Batch, Method, MethodConfig, Params, Reading, TokenLosses
+from cyb_jax.methods.tbys import Tbys
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Baseline, Tbys, Cyb)}
+
+__all__ = ["METHODS", "Batch", "Method", "MethodConfig", "Params", "Reading", "TokenLosses", "build"]
+
+
+def build(config: MethodConfig, decoder_config: DecoderConfig, **options) -> Method:
+  """The configured method; `options`: see `Method`.
+
+  Raises:
+    InputError: an unknown name, or options that the method refuses.
+  """
+  if config.name not in METHODS:
+    close = difflib.get_close_matches(str(config.name), METHODS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise InputError(f"method.name: {config.name!r} is none of {', '.join(map(repr, METHODS))}{hint}")
+  return METHODS[config.name](config, decoder_config, **options)

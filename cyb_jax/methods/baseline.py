@@ -1,0 +1,38 @@
+"""No pauses: a plain language model, trained with cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from cyb_jax.errors import InputError
+from cyb_jax.losses import last_slot_cross_entropy
+from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.paused import PausedMethod
+
+
+class Baseline(PausedMethod):
+  """K = 0 (method.md 4)."""
+
+  name = "baseline"
+  options = frozenset()
+
+  def validate(self) -> None:
+    super().validate()
+    if self.config.pauses:
+      raise InputError(f"method.pauses: {self.config.pauses}, but method 'baseline' has none; set it to 0")
+
+  def losses(self, params: Params, batch: Batch, rng: Array) -> TokenLosses:
+    reading = self.read(params, batch)
+    return TokenLosses(
+      loss=reading.loss,
+      log_likelihood=-reading.loss,
+      stopping=jnp.ones_like(reading.log_stopping),
+    )
+
+  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+    scores = self.scores(params, self.hidden(params, batch), batch)
+    loss = last_slot_cross_entropy(scores)
+    return Reading(loss=loss, scores=scores, log_stopping=jnp.zeros_like(scores.log_target))

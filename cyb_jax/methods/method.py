@@ -1,0 +1,180 @@
+"""The seam: what a method is to the trainer, to evaluation and to the programs, which know none by name.
+
+Dimensions: B batch, T tokens, W slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+from cyb_jax.decoder import Decoder, DecoderConfig
+from cyb_jax.errors import InputError
+from cyb_jax.stopping import SlotScores
+
+Batch = dict[str, Array]
+"""`tokens` i32[B, T], `targets` i32[B, T], `weights` f32[B, T]; with `documents` i32[B, T] attention stays inside a
+document.
+"""
+
+Params = PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+  """Which method, and its options. An option that the method doesn't have must be left at its default.
+
+  Attributes:
+    name: a name of the registry, `cyb_jax.methods.METHODS`.
+    loss: 'ap', 'va' or 'dp'.
+    pauses: K, pauses after every token.
+    omega: how many slots the world grants in training, W numbers; None: always all of them.
+    gamma: the discount over slots, W numbers in [0, 1]; None: all ones.
+    rho: the prior over slots of VA and DP, W numbers.
+    alpha: the coefficient of DP's penalty.
+    recipe: how many pauses a token gets: 'constant', K after every token.
+    dont_know: 'token': `<don't know>` competes with the vocabulary; 'unit': a logistic unit of its own.
+    dont_know_prior: the probability of abstaining that the prior shift gives to a model that knows nothing; None: no
+      shift.
+    pause_input: 'pause': a pause's own embedding alone (the paper); 'token+pause': plus that of its token.
+    pause_visibility: 'visible' or 'hidden', see `cyb_jax.pauses`.
+    pause_offset: a learned offset per pause index before the query and key projections.
+  """
+
+  name: str = "cyb"
+  loss: str = "ap"
+  pauses: int = 0
+  omega: tuple[float, ...] | None = None
+  gamma: tuple[float, ...] | None = None
+  rho: tuple[float, ...] | None = None
+  alpha: float = 0.0
+  recipe: str = "constant"
+  dont_know: str = "token"
+  dont_know_prior: float | None = 0.9
+  pause_input: str = "pause"
+  pause_visibility: str = "visible"
+  pause_offset: bool = False
+
+
+# `pauses` has no default that suits all methods, and `name` picks one.
+_COMMON = frozenset({"name", "pauses"})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenLosses:
+  """What a training step needs of every token.
+
+  Attributes:
+    loss: f32[B, T], the training objective, nats.
+    log_likelihood: f32[B, T], log-probability of the target as the model would be read, without discount or penalty.
+    stopping: f32[B, T, W], the probability of reading each slot.
+  """
+
+  loss: Float[Array, "B T"]
+  log_likelihood: Float[Array, "B T"]
+  stopping: Float[Array, "B T W"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """What evaluation needs of every token: all slots, read.
+
+  Attributes:
+    loss: f32[B, T], the training objective, nats.
+    scores: f32[B, T, W] each.
+    log_stopping: f32[B, T, W], under the evaluation's omega.
+  """
+
+  loss: Float[Array, "B T"]
+  scores: SlotScores
+  log_stopping: Float[Array, "B T W"]
+
+
+class Method(abc.ABC):
+  """Turns (params, batch) into per-token losses and log-likelihoods, and says what it spends.
+
+  Methods hold no state; params are a tree that `init` makes and everything else takes.
+
+  Attributes:
+    name: in the registry.
+    options: the fields of `MethodConfig` that this method has.
+    decides: whether the model itself decides when it stops (then d means something).
+  """
+
+  name: ClassVar[str]
+  options: ClassVar[frozenset[str]]
+  decides: ClassVar[bool] = False
+
+  def __init__(
+    self,
+    config: MethodConfig,
+    decoder_config: DecoderConfig,
+    *,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+  ):
+    """
+    Args:
+      config: validated here.
+      decoder_config: its vocab_size counts the rows of the tables.
+      vocab_size: how many of those rows are real; None: all.
+      chunk_size: of the readout, slots over all devices; see `readout.slot_scores`.
+
+    Raises:
+      InputError: an option that this method doesn't have, or a value that it can't work with.
+    """
+    self.config = config
+    self.decoder = Decoder(decoder_config)
+    self.vocab_size = decoder_config.vocab_size if vocab_size is None else vocab_size
+    self.chunk_size = chunk_size
+    for field in dataclasses.fields(MethodConfig):
+      value = getattr(config, field.name)
+      if field.name not in self.options | _COMMON and value != field.default:
+        raise InputError(
+          f"method.{field.name}: {value!r} is set, but method {self.name!r} has no such option; leave it at"
+          f" {field.default!r}. It has: {', '.join(sorted(self.options)) or 'none'}"
+        )
+    if isinstance(config.pauses, bool) or not isinstance(config.pauses, int) or config.pauses < 0:
+      raise InputError(f"method.pauses: {config.pauses!r} must be a whole number that is not negative")
+    self.validate()
+
+  @abc.abstractmethod
+  def validate(self) -> None:
+    """Raises InputError if the options don't go together."""
+
+  @property
+  @abc.abstractmethod
+  def num_slots(self) -> int:
+    """W, decoder slots per real token."""
+
+  @abc.abstractmethod
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters, leaves boxed with their logical axes (`flax.linen.LogicallyPartitioned`)."""
+
+  @abc.abstractmethod
+  def losses(self, params: Params, batch: Batch, rng: Array) -> TokenLosses:
+    """The training objective, per token.
+
+    Args:
+      params: bare arrays.
+      batch: see `Batch`.
+      rng: a key of this step alone, for methods that draw.
+    """
+
+  @abc.abstractmethod
+  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+    """Reads every slot, for evaluation; `omega`: see `stopping.log_stopping_distribution`."""
+
+  @abc.abstractmethod
+  def forward_flops(self, tokens: int, *, executed: bool = False) -> float:
+    """Of one evaluation forward, per real token of a window of `tokens`; see `cyb_jax.flops`."""
+
+  @abc.abstractmethod
+  def train_flops(self, tokens: int, *, executed: bool = False) -> float:
+    """Of one training step, per real token of a window of `tokens`."""

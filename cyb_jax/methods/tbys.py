@@ -1,0 +1,40 @@
+"""TBYS, "think before you speak": K pauses after every token, cross-entropy at the last one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from cyb_jax.errors import InputError
+from cyb_jax.losses import last_slot_cross_entropy
+from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
+
+
+class Tbys(PausedMethod):
+  """-log t_W (method.md 4). The last slot alone is read in training; evaluation reads all, to show what each knows."""
+
+  name = "tbys"
+  options = PAUSE_OPTIONS
+
+  def validate(self) -> None:
+    super().validate()
+    if not self.config.pauses:
+      raise InputError("method.pauses: 0, but method 'tbys' needs at least 1; without pauses it is 'baseline'")
+
+  @property
+  def slots_trained(self) -> int:
+    return 1
+
+  def losses(self, params: Params, batch: Batch, rng: Array) -> TokenLosses:
+    loss = last_slot_cross_entropy(self.scores(params, self.hidden(params, batch), batch, slots=(-1,)))
+    last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
+    return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.broadcast_to(last, (*loss.shape, len(last))))
+
+  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+    scores = self.scores(params, self.hidden(params, batch), batch)
+    log_stopping = jnp.full_like(scores.log_target, -jnp.inf).at[..., -1].set(0.0)
+    return Reading(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)
