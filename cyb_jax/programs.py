@@ -26,11 +26,12 @@ class Interrupted(Exception):
   """Stopped by a signal, after everything was saved: the same command continues."""
 
 
-def launch(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
+def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int = 0) -> None:
   """Runs a program: parses flags, calls `main` with what is left, prints what it returns, exits.
 
   Args:
     main: takes argv, returns the object to print, or None.
+    words: how many arguments without a flag it takes.
   """
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold(logging.INFO)
@@ -42,8 +43,9 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
 
   def guarded(argv: Sequence[str]) -> int:
     try:
-      if len(argv) > 1:
-        raise InputError(f"arguments: {' '.join(argv[1:])!r} are left over; every option is a flag, --name=value")
+      if len(argv) > 1 + words:
+        left = " ".join(argv[1 + words :])
+        raise InputError(f"arguments: {left!r} are left over; every option is a flag, --name=value")
       result = main(argv)
     except InputError as error:
       return _complain(str(error))
@@ -59,6 +61,31 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def config_of(flag: flags.FlagHolder) -> Any:
+  """The ConfigDict of a `--config` flag.
+
+  Raises:
+    InputError: the flag isn't given, or its file isn't there.
+  """
+  if flag.value is None:
+    raise InputError(f"--{flag.name}: not given; experiments/README.md lists the configs")
+  try:
+    flag.value.to_dict()
+  except OSError as error:  # ml_collections keeps it back until the config is used
+    raise InputError(f"--{flag.name}: {str(error).splitlines()[-1].strip()}") from None
+  return flag.value
+
+
+def _with_installed_config(argument: str) -> str:
+  """`--config=experiments/NAME.py` outside a checkout means the copy that was installed."""
+  flag, _, value = argument.partition("=")
+  path, colon, rest = value.partition(":")
+  installed = pathlib.Path(__file__).parent / path
+  if flag == "--config" and path.startswith("experiments/") and not os.path.exists(path) and installed.exists():
+    return f"{flag}={installed}{colon}{rest}"
+  return argument
+
+
 def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
   return record.levelno >= python_logging.WARNING or "cyb_jax" in pathlib.PurePath(record.pathname).parts
 
@@ -66,7 +93,7 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
 def _parse(argv: Sequence[str]) -> list[str]:
   # A config file runs while flags are parsed, so that anything may come up here. Whatever it is, it is the input.
   try:
-    return flags.FLAGS(argv)
+    return flags.FLAGS([_with_installed_config(argument) for argument in argv])
   except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
     sys.exit(_complain(str(error)))
 

@@ -1,12 +1,19 @@
 """Eight CPU devices for every test, so that sharded steps can be compared with one device in the same process."""
 
 import os
+import pathlib
 
-# jax 0.9.2 - 0.10.2 deadlocks with forced CPU devices unless the thread pool has twice as many threads; read before
-# the backend starts.
+# jax 0.9.2 - 0.10.2 deadlocks with forced CPU devices unless the thread pool has twice as many threads; read before the
+# backend starts.
 os.environ.setdefault("NPROC", "32")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is most of what the tests do: a quick compiler halves their time, and a cache keeps what it has done.
+FLAGS = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -21,3 +28,15 @@ def exact():
   """Matrix products in full f32, as the parity tests ask."""
   with jax.default_matmul_precision("highest"):
     yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+  """Token stores of tests are prepared in a folder of their own, once a session."""
+  before = os.environ.get("XDG_CACHE_HOME")
+  os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+  yield
+  if before is None:
+    del os.environ["XDG_CACHE_HOME"]
+  else:
+    os.environ["XDG_CACHE_HOME"] = before

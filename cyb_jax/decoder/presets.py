@@ -27,7 +27,7 @@ PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
   # For tests, probes and CPUs; Llama's style. The vocabulary is the tokenizer's: pass vocab_size.
   # 0.43M in the layers + 128 V; 1.5M at 8192.
   "tiny": DecoderConfig(
-    vocab_size=8192, num_layers=2, d_model=128, num_heads=4, num_kv_heads=4, head_size=32, mlp_size=384
+    vocab_size=8192, num_layers=2, d_model=128, num_heads=2, num_kv_heads=2, head_size=64, mlp_size=384
   ),
   # 8.4M in the layers + 256 V; 10.5M at 8192.
   "small": DecoderConfig(

@@ -1,0 +1,25 @@
+"""Self-paced language models in JAX and Flax: a decoder that may say "I don't know yet" and is given another step of
+compute.
+
+The losses stand alone: `cyb_jax.stopping`, `cyb_jax.losses`, `cyb_jax.pauses` and `cyb_jax.readout` need jax and
+nothing else of this package.
+"""
+
+from __future__ import annotations
+
+import typing
+
+if typing.TYPE_CHECKING:
+  from cyb_jax.runs import Run
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "load"]
+
+
+def load(workdir: str, checkpoint: int | str = "last") -> Run:
+  """A trained run: its config, method, parameters and tokenizer; see `cyb_jax.runs.load`."""
+  # Imported here, so that those who take the losses alone don't pay for the rest.
+  from cyb_jax import runs
+
+  return runs.load(workdir, checkpoint)

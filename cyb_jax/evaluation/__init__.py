@@ -1,0 +1,6 @@
+"""What a trained model is worth: perplexities and stopping times over a split."""
+
+from cyb_jax.evaluation.perplexity import Evaluator, spearman
+from cyb_jax.evaluation.record import evaluate_split
+
+__all__ = ["Evaluator", "evaluate_split", "spearman"]

@@ -1,0 +1,153 @@
+"""Perplexity and its relatives over a split (method.md 5): every real token scored once, the same tokens for every
+method.
+
+Dimensions: B batch, T tokens, W slots.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, PyTree
+from scipy import stats
+
+from cyb_jax import sharding
+from cyb_jax.methods import Batch, Method
+from cyb_jax.stopping import hard_slot, log_stopping_distribution
+
+# Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
+_CALIBRATION_TOKENS = 4_000_000
+
+
+class Evaluator:
+  """Evaluates a method's parameters; compiled once, used as often as wanted.
+
+  Args:
+    method: what is evaluated.
+    mesh: the batch is spread over it.
+    omega: W weights, what the world grants in this evaluation; None: all W slots, always.
+  """
+
+  def __init__(self, method: Method, mesh: Mesh, omega: ArrayLike | None = None):
+    self.method = method
+    self.omega = omega
+    self._batch_sharding = sharding.batch_sharding(mesh)
+    self._sums = jax.jit(
+      functools.partial(_sums, method, omega), in_shardings=(None, self._batch_sharding), out_shardings=None
+    )
+
+  def __call__(
+    self, params: PyTree, batches: Iterable[dict[str, Any]], *, num_bytes: int | None = None
+  ) -> dict[str, Any]:
+    """The numbers of method.md 5.
+
+    Args:
+      params: of the method, bare arrays.
+      batches: [B, T] each, see `methods.Batch`; padding has weight 0.
+      num_bytes: UTF-8 bytes of the text that the tokens stand for; None: unknown.
+
+    Returns:
+      The keys of design.md from `loss` to `flops`; what is undefined for the method is None. Beside them
+      `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
+      under the omega of training, where it is another).
+    """
+    totals: dict[str, np.ndarray] = {}
+    decisions: list[np.ndarray] = []
+    gains: list[np.ndarray] = []
+    windows = length = kept = 0
+    for batch in batches:
+      placed = {k: jax.make_array_from_process_local_data(self._batch_sharding, v) for k, v in batch.items()}
+      sums, decided, gained = jax.device_get(self._sums(params, placed))
+      for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+      real = batch["weights"] > 0
+      windows += int(real.any(-1).sum())
+      length = batch["tokens"].shape[1]
+      if decided is not None and kept < _CALIBRATION_TOKENS:
+        decisions.append(decided[real])
+        gains.append(gained[real])
+        kept += int(real.sum())
+    tokens = totals["tokens"]
+
+    def perplexity(name: str) -> Any:
+      return np.exp(-totals[name] / tokens).tolist() if name in totals else None
+
+    def stopping(name: str) -> dict[str, Any]:
+      latency = totals[name] / tokens
+      return {"mean_pauses": float(latency @ np.arange(len(latency))), "latency": latency.tolist()}
+
+    loss = float(totals["loss"] / tokens)
+    training = None
+    if "training_stopping" in totals:
+      training = {"perplexity": perplexity("training_log_likelihood")} | stopping("training_stopping")
+    slots = windows * length * self.method.num_slots
+    return {
+      "loss": loss,
+      "loss_perplexity": float(np.exp(loss)),
+      "perplexity": perplexity("log_likelihood"),
+      "bits_per_byte": float(-totals["log_likelihood"] / np.log(2) / num_bytes) if num_bytes else None,
+      **stopping("stopping"),
+      "slot_perplexity": perplexity("slots"),
+      "oracle_perplexity": perplexity("oracle"),
+      "hard_perplexity": perplexity("hard"),
+      "calibration": spearman(np.concatenate(decisions), np.concatenate(gains)) if decisions else None,
+      "training_omega": training,
+      "tokens": int(tokens),
+      "slots": slots,
+      "flops": float(self.method.forward_flops(length) * windows * length),
+    }
+
+
+def _sums(
+  method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
+) -> tuple[dict[str, Array], Array | None, Array | None]:
+  """Weighted sums over a batch; and, where the method decides, d_i and t_{i+1} - t_i per token."""
+  reading = method.read(params, batch, omega)
+  scores, weights = reading.scores, batch["weights"]
+
+  def total(values: Array) -> Array:
+    return jnp.einsum("bt...,bt->...", values, weights)
+
+  sums = {
+    "tokens": weights.sum(),
+    "loss": total(reading.loss),
+    "log_likelihood": total(jax.nn.logsumexp(reading.log_stopping + scores.log_target, -1)),
+    "slots": total(scores.log_target),
+    "oracle": total(scores.log_target.max(-1)),
+    "stopping": total(jnp.exp(reading.log_stopping)),
+  }
+  if not method.decides:
+    return sums, None, None
+  chosen = hard_slot(scores.log_dont_know)[..., None]
+  sums["hard"] = total(jnp.take_along_axis(scores.log_target, chosen, -1)[..., 0])
+  if method.config.omega is not None:
+    log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, method.config.omega)
+    sums["training_log_likelihood"] = total(jax.nn.logsumexp(log_stopping + scores.log_target, -1))
+    sums["training_stopping"] = total(jnp.exp(log_stopping))
+  if method.num_slots == 1:
+    return sums, None, None
+  target = jnp.exp(scores.log_target)
+  return sums, jnp.exp(scores.log_dont_know[..., :-1]), target[..., 1:] - target[..., :-1]
+
+
+def spearman(decisions: np.ndarray, gains: np.ndarray) -> list[float | None]:
+  """Rank correlation over tokens of d_i with t_{i+1} - t_i, per step i; None where one of them is constant.
+
+  Args:
+    decisions: f32[N, W-1].
+    gains: f32[N, W-1].
+  """
+  result = []
+  for d, gain in zip(decisions.T, gains.T):
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", stats.ConstantInputWarning)
+      value = stats.spearmanr(d, gain).statistic if len(d) > 1 else np.nan
+    result.append(float(value) if np.isfinite(value) else None)
+  return result

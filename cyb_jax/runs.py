@@ -1,0 +1,196 @@
+"""A run's folder: what lies where, who may continue it, and how it is loaded.
+
+config.json      the config it was started with
+tokenizer/       a copy of the token store's
+metrics.jsonl    one object a line
+checkpoints/     one folder a step
+evaluation.json  the last evaluation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+from absl import logging
+from jaxtyping import PyTree
+
+from cyb_jax import config as configs
+from cyb_jax import jsonl, sharding
+from cyb_jax.checkpoints import Checkpoints
+from cyb_jax.config import Config
+from cyb_jax.data import Tokenizer, tokenizers
+from cyb_jax.errors import InputError
+from cyb_jax.methods import Method
+
+
+def checkpoints_in(workdir: str | os.PathLike, **options: Any) -> Checkpoints:
+  """The checkpoints of a run."""
+  return Checkpoints(pathlib.Path(workdir).absolute() / "checkpoints", **options)
+
+
+def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
+  """Whether this config may run in this folder; writes nothing.
+
+  Raises:
+    InputError: it holds a run of another config, or can't be written to.
+  """
+  path = pathlib.Path(workdir).absolute()
+  if (path / "config.json").exists():
+    changed = configs.differences(read_config(path), config.source)
+    if changed:
+      raise InputError(
+        f"workdir: {workdir} holds a run of another config ({'; '.join(changed[:4])}{'; ...' if changed[4:] else ''});"
+        " take another folder, or the run's own config"
+      )
+  existing = path
+  while not existing.exists():
+    existing = existing.parent
+  if not existing.is_dir():
+    raise InputError(f"workdir: {existing} is a file, a folder is needed")
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise InputError(f"workdir: no right to write in {existing}")
+
+
+def start_workdir(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> pathlib.Path:
+  """Makes the folder and writes what doesn't change; see `check_workdir` for what is checked before."""
+  path = pathlib.Path(workdir).absolute()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(path / "config.json", configs.to_json(config))
+    (path / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(path / "tokenizer")
+  except OSError as error:
+    raise InputError(f"workdir: {workdir} can't be written to: {error.strerror}") from None
+  return path
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Replaces a file, whole or not at all."""
+  new = path.with_name(path.name + ".tmp")
+  new.write_text(text)
+  new.replace(path)
+
+
+def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None:
+  """evaluation.json."""
+  write_whole(pathlib.Path(workdir) / "evaluation.json", jsonl.dumps(record, indent=2) + "\n")
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+  """The nested dict in config.json.
+
+  Raises:
+    InputError: there is none.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.exists():
+    raise InputError(f"workdir: {workdir} holds no run (there is no config.json)")
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise InputError(f"workdir: {path} is not JSON ({error})") from None
+
+
+# What makes the parameters of two decoders interchangeable.
+_SHAPE = (
+  "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size", "norm", "gated_mlp",
+  "attention_bias", "mlp_bias", "tied_embeddings", "scan_layers",
+)  # fmt: skip
+
+
+def check_init_from(config: Config, method: Method) -> None:
+  """Whether the run that `init_from` names has a decoder of the same shape; reads no parameters.
+
+  Raises:
+    InputError: no run, or another decoder.
+  """
+  if not config.init_from:
+    return
+  source = configs.freeze(read_config(config.init_from))
+  tokenizer = tokenizers.load(pathlib.Path(config.init_from) / "tokenizer")
+  theirs = source.decoder_config(tokenizer.vocab_size)
+  for field in _SHAPE:
+    ours, found = getattr(method.decoder.config, field), getattr(theirs, field)
+    if ours != found:
+      raise InputError(f"init_from: {config.init_from} has decoder.{field} = {found!r}, but this config has {ours!r}")
+
+
+def adopt(workdir: str | os.PathLike, params: PyTree) -> PyTree:
+  """Fresh parameters, and in their place those that a run has under the same name and in the same shape.
+
+  Args:
+    workdir: the run, its newest checkpoint.
+    params: fresh, placed; what isn't replaced is returned as it is.
+  """
+  run = load(workdir)
+
+  def pick(path, fresh):
+    found = run.params
+    for key in path:
+      found = found.get(key.key) if isinstance(found, dict) else None
+    if found is None or found.shape != fresh.shape:
+      logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
+      return fresh
+    return jax.device_put(found, fresh.sharding)
+
+  return jax.tree_util.tree_map_with_path(pick, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained run, ready to use: `run.method.read(run.params, batch)`.
+
+  Attributes:
+    config: frozen.
+    method: built over the tokenizer's vocabulary.
+    params: f32, on the default device or the mesh that was asked for.
+    tokenizer: encode and decode.
+    step: of the checkpoint.
+    meta: of the checkpoint: `train_tokens`, `train_slots`, `train_flops`, the token store's `store` fingerprint.
+  """
+
+  config: Config
+  method: Method
+  params: PyTree
+  tokenizer: Tokenizer
+  step: int
+  meta: dict[str, Any]
+
+
+def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.sharding.Mesh | None = None) -> Run:
+  """Loads a run's parameters, without its optimizer state.
+
+  Args:
+    workdir: the run's folder.
+    checkpoint: a step, 'last', or 'best' (the lowest validation loss).
+    mesh: where the parameters go; None: the default device.
+
+  Raises:
+    InputError: no run, or no such checkpoint.
+  """
+  config = configs.freeze(read_config(workdir))
+  folder = pathlib.Path(workdir).absolute()
+  if not (folder / "checkpoints").is_dir():
+    raise InputError(f"checkpoints: {workdir} holds no finished checkpoint")
+  tokenizer = tokenizers.load(folder / "tokenizer")
+  method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
+  checkpoints = checkpoints_in(folder, read_only=True)
+  try:
+    step = checkpoints.find(checkpoint)
+    boxed = jax.eval_shape(method.init, jax.random.key(0))
+    if mesh is None:
+      here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      placed = jax.tree.map(lambda _: here, nn.unbox(boxed))
+    else:
+      placed = sharding.shardings(boxed, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)
+    params = checkpoints.restore_params(step, abstract)
+    return Run(config, method, params, tokenizer, step, checkpoints.meta(step))
+  finally:
+    checkpoints.close()

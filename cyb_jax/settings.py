@@ -1,0 +1,76 @@
+"""The named settings of the experiments: the rows of the paper's tables (arXiv 2510.13879), as config fields.
+
+`experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+
+from cyb_jax.decoder import PRESETS
+from cyb_jax.errors import InputError
+
+_PRIORS = {"uniform": "1:1:1:1", "bimodal": "4:1:1:4", "early": "11:3:3:3"}
+
+
+def _cyb(pauses: int = 3, **fields: Any) -> dict[str, Any]:
+  return {"name": "cyb", "loss": "ap", "pauses": pauses} | fields
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+  # The model that training starts from, evaluated: no pauses, no steps.
+  "pretrained": {"name": "baseline", "pauses": 0},
+  "baseline": {"name": "baseline", "pauses": 0},
+  **{f"tbys{k}": {"name": "tbys", "pauses": k} for k in (1, 2, 3)},
+  "ap": _cyb(),
+  "ap1": _cyb(1),
+  "ap2": _cyb(2),
+  "ap_discount": _cyb(gamma="exponential:0.99"),
+  "ap_uniform": _cyb(omega=_PRIORS["uniform"]),
+  "ap_bimodal": _cyb(omega=_PRIORS["bimodal"]),
+  **{f"va_{name}": _cyb(loss="va", rho=rho) for name, rho in _PRIORS.items()},
+  **{f"dp_{name}": _cyb(loss="dp", rho=rho, alpha=0.01) for name, rho in _PRIORS.items()},
+  **{f"dp_{name}_strong": _cyb(loss="dp", rho=rho, alpha=0.1) for name, rho in _PRIORS.items()},
+}
+
+# Epochs x data: passes over how many thirds of the training windows (the paper's 1x, 2x and 3x data).
+REGIMES: dict[str, tuple[float, int]] = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "1x3": (1, 3)}
+
+
+def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tuple[str, str, str]:
+  """(setting, size, regime) from 'SETTING,SIZE,REGIME', what is left out from the defaults.
+
+  Raises:
+    InputError: a name that isn't one of theirs, or a fourth argument.
+  """
+  given = [part.strip() for part in (argument or "").split(",")]
+  if len(given) > 3:
+    raise InputError(f"config argument: {argument!r} has {len(given)} parts; SETTING,SIZE,REGIME are three")
+  given += [""] * (3 - len(given))
+  return (
+    _one_of("setting", given[0] or setting, SETTINGS),
+    _one_of("size", given[1] or size, PRESETS),
+    _one_of("data regime", given[2] or regime, REGIMES),
+  )
+
+
+def _one_of(kind: str, name: str, accepted: Iterable[str]) -> str:
+  accepted = list(accepted)
+  if name not in accepted:
+    close = difflib.get_close_matches(name, accepted, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(accepted)}"
+    raise InputError(f"config argument: {kind} {name!r} is unknown; {hint}")
+  return name
+
+
+def apply(config: ml_collections.ConfigDict, setting: str, size: str, regime: str) -> None:
+  """Sets the method, the decoder's preset, and how much data is passed over how often."""
+  config.method.update(SETTINGS[setting])
+  config.decoder.preset = size
+  epochs, thirds = REGIMES[regime]
+  config.train.epochs = float(epochs) if setting != "pretrained" else 0.0
+  config.data.fraction = thirds / 3

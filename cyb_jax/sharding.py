@@ -1,0 +1,99 @@
+"""Where arrays live: logical axes to mesh axes, in one table.
+
+Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads, mlp and
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from cyb_jax.config import ParallelismConfig
+from cyb_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Parameters: the model's width over fsdp, what runs in parallel over tensor. Layers and norms are everywhere.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+  ("batch", ("data", "fsdp")),
+  ("vocab", "tensor"),
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("mlp", "tensor"),
+  ("head_size", None),
+  ("layers", None),
+  ("norm", None),
+)
+
+
+def make_mesh(config: ParallelismConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of a config over the devices (all of them by default).
+
+  Raises:
+    InputError: the axes don't make up the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [config.data, config.fsdp, config.tensor]
+  rest = config.fsdp * config.tensor
+  if config.data == -1:
+    sizes[0] = len(devices) // rest
+  if math.prod(sizes) != len(devices):
+    raise InputError(
+      f"parallelism: data = {config.data}, fsdp = {config.fsdp}, tensor = {config.tensor} don't make up"
+      f" {len(devices)} devices; data x fsdp x tensor must (data = -1 takes what the others leave)"
+    )
+  # Explicit axes, the default of jax.make_mesh, fail at Linen's embedding gather.
+  return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def data_shards(mesh: Mesh) -> int:
+  """Into how many parts the batch is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(batch_size: int, shards: int) -> None:
+  """Raises InputError if a batch can't be split evenly."""
+  if batch_size % shards:
+    below = batch_size // shards * shards
+    near = f"{below} or {below + shards}" if below else f"{shards}"
+    raise InputError(f"data.batch_size: {batch_size} windows don't divide over {shards} devices; try {near}")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+  """A sharding for every leaf of a tree whose leaves are boxed with logical axes.
+
+  An axis that doesn't divide over its mesh axis (one kv head over two devices, say) is left whole.
+
+  Args:
+    boxed: arrays or shapes, boxed as `nn.LogicallyPartitioned`; bare leaves are replicated.
+    mesh: from `make_mesh`.
+
+  Returns:
+    The unboxed tree, of NamedShardings.
+  """
+  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+
+  def place(leaf, spec: PartitionSpec) -> NamedSharding:
+    axes = []
+    for size, axis in zip(np.shape(leaf), tuple(spec) + (None,) * np.ndim(leaf)):
+      axes.append(axis if axis is None or size % mesh.shape[axis] == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+  return jax.tree.map(place, nn.unbox(boxed), specs)

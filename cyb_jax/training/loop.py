@@ -1,0 +1,346 @@
+"""From a config to a trained run: data, method, state, steps, checkpoints, metrics, the last evaluation.
+
+A run is a function of its config and its token store. It may be killed at any time: the same call continues it, and
+in the end parameters, optimizer state, data order and metrics.jsonl (but for `timing`) are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from cyb_jax import __version__, runs, sharding
+from cyb_jax.config import Config
+from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
+from cyb_jax.data.tokenizers import trained_pieces
+from cyb_jax.errors import InputError
+from cyb_jax.evaluation import Evaluator, evaluate_split
+from cyb_jax.flops import peak_flops
+from cyb_jax.methods import Method
+from cyb_jax.programs import Interrupted
+from cyb_jax.training.metrics import MetricsLog, format_seconds, read_metrics, summarize
+from cyb_jax.training.optimizer import make_optimizer, schedule
+from cyb_jax.training.step import Totals, TrainState
+from cyb_jax.training.strategies import Strategy, build_strategy, with_new_totals
+
+
+def open_store(config: Config) -> TokenStore:
+  """The token store of a config: opened, or prepared first where it is missing.
+
+  Raises:
+    InputError: it is another one than the config asks for, or too small for one window.
+  """
+  data = config.data
+  if data.store and pathlib.Path(data.store).exists():
+    store = TokenStore.open(data.store)
+    _check_store(store, config)
+  else:
+    store = prepare(data.task, data.tokenizer, data.store or None, options=config.task_options())
+  store.require("train", data.sequence_length)
+  return store
+
+
+def _check_store(store: TokenStore, config: Config) -> None:
+  data, found = config.data, store.description
+  if data.task != found["task"]:
+    raise InputError(f"data.task: {data.task!r}, but the token store in {store.path} holds {found['task']!r}")
+  spec = data.tokenizer
+  wanted = spec if trained_pieces(spec) else open_tokenizer(spec).describe()["sha256"]
+  if wanted != found["tokenizer_from"]:
+    raise InputError(
+      f"data.tokenizer: {spec!r} ({wanted[:24]}), but the token store in {store.path} was made with"
+      f" {found['tokenizer_from'][:24]}; give that tokenizer, or another data.store"
+    )
+
+
+def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+  """Trains, or continues to train, and evaluates.
+
+  Args:
+    config: validated.
+    workdir: the run's folder; made here, after everything that can be checked was.
+
+  Returns:
+    The last evaluation, as evaluation.json holds it.
+
+  Raises:
+    InputError: bad input; nothing was written.
+    Interrupted: a signal came; everything is saved.
+  """
+  runs.check_workdir(workdir, config)
+  mesh = sharding.make_mesh(config.parallelism)
+  shards = sharding.data_shards(mesh)
+  sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
+  store = open_store(config)
+  local = config.parallelism.strategy == "pmap"
+  method = config.build_method(store.vocab_size, data_shards=1 if local else shards)
+  batches = TrainBatches(
+    store,
+    sequence_length=config.data.sequence_length,
+    batch_size=config.data.batch_size,
+    seed=config.data.seed,
+    fraction=config.data.fraction,
+    host=jax.process_index(),
+    hosts=jax.process_count(),
+  )
+  # Rounded first: 3 passes over a third must not become one step more than one pass over the whole.
+  steps = config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
+  runs.check_init_from(config, method)
+  folder = runs.start_workdir(workdir, config, store.tokenizer)
+  with jax.default_matmul_precision(config.precision.matmul):
+    return _Loop(config, folder, mesh, store, method, batches, steps).run()
+
+
+@dataclasses.dataclass
+class _Pending:
+  """A line of metrics whose numbers may still be on their way from the device."""
+
+  step: int
+  totals: Totals
+
+
+class _Clock:
+  """Measures between the times at which numbers were ready, since steps are dispatched long before they run."""
+
+  def __init__(self, ahead: Prefetch, step: int):
+    self._ahead, self._step = ahead, step
+    self._ready, self._waited = time.perf_counter(), ahead.waited
+
+  def lap(self, step: int) -> tuple[int, float, float]:
+    """(steps, seconds, share of them spent waiting for data) since the lap before; call it when `step` is done."""
+    now, waited = time.perf_counter(), self._ahead.waited
+    seconds = max(now - self._ready, 1e-9)
+    lap = step - self._step, seconds, min(1.0, (waited - self._waited) / seconds)
+    self._step, self._ready, self._waited = step, now, waited
+    return lap
+
+
+class _Loop:
+  def __init__(
+    self,
+    config: Config,
+    folder: pathlib.Path,
+    mesh: Mesh,
+    store: TokenStore,
+    method: Method,
+    batches: TrainBatches,
+    steps: int,
+  ):
+    self.config, self.folder, self.store, self.method = config, folder, store, method
+    self.batches, self.steps, self.devices = batches, steps, mesh.size
+    width = method.decoder.config.d_model
+    self.schedule = schedule(config.optimizer, steps, width)
+    optimizer = make_optimizer(config.optimizer, steps, width)
+    self.strategy: Strategy = build_strategy(config, method, optimizer, mesh)
+    self.evaluator = Evaluator(method, mesh)
+    self.mesh = mesh
+    self.peak = peak_flops(mesh.devices.flat[0])
+    self.warned = False
+
+  def run(self) -> dict[str, Any]:
+    checkpoints = runs.checkpoints_in(self.folder, keep=self.config.train.keep)
+    with contextlib.closing(checkpoints), _signals() as stopped:
+      state, start, seen = self._start(checkpoints)
+      log = MetricsLog(self.folder, start, tensorboard=self.config.train.tensorboard)
+      with contextlib.closing(log), Prefetch(self._read, start, self.steps) as ahead:
+        state, seen = self._steps(state, start, seen, ahead, log, checkpoints, stopped)
+      record = self._last_evaluation()
+      assert record is not None, "the last step validates before it saves"
+      runs.write_evaluation(self.folder, record)
+      return record
+
+  def _start(self, checkpoints) -> tuple[TrainState, int, int]:
+    """The state to go on from. Order: the newest checkpoint of this folder; else fresh parameters, and in their place
+    those of `init_from` that it has (step, optimizer state and data order start anew)."""
+    steps = checkpoints.steps()
+    if not steps:
+      state = self.strategy.init()
+      if self.config.init_from:
+        logical = self.strategy.logical(state)
+        params = runs.adopt(self.config.init_from, logical.params)
+        state = self.strategy.place(dataclasses.replace(logical, params=params))
+      size = sum(x.size for x in jax.tree.leaves(self.strategy.logical(state).params))
+      logging.info(
+        "%s: %s parameters, %d steps of %d x %d tokens, %d slots each, on %d %s",
+        self.method.name,
+        f"{size:,}",
+        self.steps,
+        self.config.data.batch_size,
+        self.config.data.sequence_length,
+        self.method.num_slots,
+        self.devices,
+        jax.devices()[0].device_kind,
+      )
+      return state, 0, 0
+    meta = checkpoints.meta(steps[-1])
+    if meta["store"] != self.store.fingerprint:
+      raise InputError(
+        f"data.store: {self.store.path} has fingerprint {self.store.fingerprint[:12]}, but the run in {self.folder} was"
+        f" trained on {meta['store'][:12]}; give it the store that it started with"
+      )
+    restored = checkpoints.restore(steps[-1], self.strategy.abstract())
+    return self.strategy.place(restored.state), restored.step, meta["train_tokens"]
+
+  def _steps(
+    self,
+    state: TrainState,
+    start: int,
+    seen: int,
+    ahead: Prefetch,
+    log: MetricsLog,
+    checkpoints,
+    stopped: list[int],
+  ) -> tuple[TrainState, int]:
+    train = self.config.train
+    pending: _Pending | None = None
+    clock = _Clock(ahead, start)
+    for step in range(start + 1, self.steps + 1):
+      batch = next(ahead)
+      seen += int(np.count_nonzero(batch["weights"]))
+      state = self.strategy.step(state, self.strategy.put(batch))
+      if step == start + 1 < self.steps:
+        # The first call compiles: the clock of the first line starts behind it.
+        jax.block_until_ready(state.step)
+        clock = _Clock(ahead, step)
+      if pending is not None:
+        # Only now, with the next step under way, are the numbers waited for.
+        self._log(log, pending, clock)
+        pending = None
+      last = step == self.steps
+      validates = train.eval_every > 0 and step % train.eval_every == 0 and not last
+      saves = last or bool(stopped) or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
+      if last or step % train.log_every == 0:
+        pending = _Pending(step, state.totals)
+        state = with_new_totals(self.strategy, state)
+      if not (validates or saves):
+        continue
+      if pending is not None:
+        self._log(log, pending, clock)
+        pending = None
+      meta, loss = self._meta(step, seen), None
+      if validates or last:
+        record = self._evaluate(state, step, meta, limit=None if last else train.eval_limit or None)
+        loss = record["loss"]
+        log.write(record)
+        logging.info("step %d: validation perplexity %.3f", step, record["perplexity"])
+      if saves:
+        checkpoints.save(step, self.strategy.logical(state), meta, loss=loss)
+      if stopped and not last:
+        checkpoints.wait()
+        raise Interrupted(f"signal {stopped[0]}: saved at step {step} of {self.steps}; the same command continues")
+      clock = _Clock(ahead, step)
+    if not self.steps:
+      meta = self._meta(0, 0)
+      record = self._evaluate(state, 0, meta)
+      log.write(record)
+      checkpoints.save(0, self.strategy.logical(state), meta, loss=record["loss"])
+    checkpoints.wait()
+    return state, seen
+
+  def _read(self, step: int) -> dict[str, np.ndarray]:
+    batch = self.batches(step)
+    return with_documents(batch, self.store.end_id) if self.config.data.document_mask else batch
+
+  def _meta(self, step: int, seen: int) -> dict[str, Any]:
+    run = step * self.config.data.batch_size * self.config.data.sequence_length
+    return {
+      "train_tokens": seen,
+      "train_slots": run * self.method.num_slots,
+      "train_flops": float(run * self.method.train_flops(self.config.data.sequence_length)),
+      "store": self.store.fingerprint,
+      "version": __version__,
+    }
+
+  def _evaluate(self, state: TrainState, step: int, meta: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
+    params = self.strategy.params(state)
+    return evaluate_split(
+      self.evaluator, params, self.store, self.config, split="validation", step=step, meta=meta, limit=limit
+    )
+
+  def _last_evaluation(self) -> dict[str, Any] | None:
+    """The evaluation at the last step, where metrics.jsonl has it; a finished run repeats nothing."""
+    for row in reversed(read_metrics(self.folder)):
+      if row["split"] == "validation" and row["step"] == self.steps:
+        return row
+    return None
+
+  def _log(self, log: MetricsLog, pending: _Pending, clock: _Clock) -> None:
+    config = self.config
+    row = summarize(jax.device_get(self.strategy.logical(pending.totals)))
+    steps, seconds, data_wait = clock.lap(pending.step)
+    tokens = steps * config.data.batch_size * config.data.sequence_length
+    rate = tokens / seconds
+    flops = self.method.train_flops(config.data.sequence_length) * rate
+    timing = {
+      "tokens_per_second": rate,
+      "slots_per_second": rate * self.method.num_slots,
+      "mfu": flops / (self.peak * self.devices) if self.peak else None,
+      "data_wait": data_wait,
+      "seconds": seconds,
+    }
+    rate_now = float(self.schedule(pending.step - 1))
+    log.write({"split": "train", "step": pending.step, **row, "learning_rate": rate_now, "timing": timing})
+    left = (self.steps - pending.step) * seconds / max(steps, 1)
+    mfu = f", MFU {timing['mfu']:.1%}" if timing["mfu"] else ""
+    logging.info(
+      "step %d/%d  loss %.4f  perplexity %.2f  pauses %.2f  %.0f tokens/s, %.0f slots/s%s, data wait %.0f%%, %s left",
+      pending.step,
+      self.steps,
+      row["loss"],
+      row["perplexity"],
+      row["mean_pauses"],
+      rate,
+      timing["slots_per_second"],
+      mfu,
+      100 * timing["data_wait"],
+      format_seconds(left),
+    )
+    self._warn_of_collapse(pending.step, row["latency"])
+
+  def _warn_of_collapse(self, step: int, latency: list[float]) -> None:
+    share, slot = max((share, slot) for slot, share in enumerate(latency))
+    if not self.method.decides or len(latency) == 1 or share <= self.config.train.collapse_warning:
+      self.warned = False
+    elif not self.warned:
+      logging.warning(
+        "step %d: the stopping distribution has collapsed: %.1f%% of the answers are read after %d pauses. Token+pause"
+        " inputs (method.pause_input), a lower rate or the DP loss may keep it open",
+        step,
+        100 * share,
+        slot,
+      )
+      self.warned = True
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+  """SIGTERM and SIGINT are noted in the list, and the loop stops after its step; a second one kills as usual."""
+  stopped: list[int] = []
+  previous = {}
+
+  def note(number, _frame):
+    stopped.append(number)
+    signal.signal(number, previous[number])
+    logging.warning("signal %d: finishing the step, then saving", number)
+
+  # Only the main thread may set handlers; elsewhere (a notebook's worker) signals are somebody else's.
+  with contextlib.suppress(ValueError):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      previous[number] = signal.signal(number, note)
+  try:
+    yield stopped
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

@@ -1,0 +1,133 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard events, the progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cyb_jax import jsonl
+from cyb_jax.training.step import Totals
+
+
+def summarize(totals: Totals) -> dict[str, Any]:
+  """Means over the steps of `totals`, as they stand in a line of metrics.
+
+  `loss` (nats per token, the training objective), `perplexity` (of the target as it would be read, under the training
+  omega), `latency` (mean of s), `mean_pauses`, `gradient_norm` (mean over steps, before clipping), `tokens`.
+  """
+  host = {k: np.asarray(v, np.float64) for k, v in vars(totals).items()}
+  tokens = max(float(host["tokens"]), 1.0)
+  latency = host["stopping"] / tokens
+  return {
+    "loss": float(host["loss"] / tokens),
+    "perplexity": float(np.exp(-host["log_likelihood"] / tokens)),
+    "latency": latency.tolist(),
+    "mean_pauses": float(latency @ np.arange(len(latency))),
+    "gradient_norm": float(host["gradient_norm"] / max(float(host["steps"]), 1.0)),
+    "tokens": int(host["tokens"]),
+  }
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """The rows of a run's metrics.jsonl; a line that a kill has torn ends them."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class MetricsLog:
+  """metrics.jsonl, one object a line; and TensorBoard events beside it.
+
+  Args:
+    workdir: the run's folder.
+    resume_step: the step that the run continues from; lines after it are dropped, since they will come again.
+    tensorboard: whether event files are written.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, resume_step: int, *, tensorboard: bool = True):
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._drop_after(resume_step)
+    self._file = self._path.open("a")
+    self._events = _EventFile(pathlib.Path(workdir) / "tensorboard", resume_step) if tensorboard else None
+
+  def _drop_after(self, step: int) -> None:
+    if not self._path.exists():
+      return
+    kept = [json.dumps(row) + "\n" for row in read_metrics(self._path.parent) if row["step"] <= step]
+    new = self._path.with_suffix(".tmp")
+    new.write_text("".join(kept))
+    new.replace(self._path)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Adds a line. What depends on the clock belongs under `timing`."""
+    self._file.write(jsonl.dumps(dict(row)) + "\n")
+    self._file.flush()
+    if self._events is not None:
+      self._events.write(row)
+
+  def close(self) -> None:
+    self._file.close()
+    if self._events is not None:
+      self._events.close()
+
+
+class _EventFile:
+  """TensorBoard's own record format, written without TensorFlow."""
+
+  def __init__(self, directory: pathlib.Path, step: int):
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{step}"
+    self._records = RecordWriter((directory / name).open("wb"))
+    self._event = event_pb2.Event
+    # Tells TensorBoard to forget what an interrupted run wrote after this step.
+    start = self._event(wall_time=time.time(), step=step + 1, file_version="brain.Event:2")
+    self._records.write(start.SerializeToString())
+    restart = self._event(wall_time=time.time(), step=step + 1)
+    restart.session_log.status = restart.session_log.START
+    self._records.write(restart.SerializeToString())
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    event = self._event(wall_time=time.time(), step=int(row["step"]))
+    for tag, value in _flat(row["split"], row):
+      event.summary.value.add(tag=tag, simple_value=value)
+    self._records.write(event.SerializeToString())
+    self._records.flush()
+
+  def close(self) -> None:
+    self._records.close()
+
+
+def _flat(prefix: str, value: Any):
+  if isinstance(value, Mapping):
+    for name, inner in value.items():
+      if name not in ("split", "step"):
+        yield from _flat(f"{prefix}/{name}", inner)
+  elif isinstance(value, list | tuple):
+    for i, inner in enumerate(value):
+      yield from _flat(f"{prefix}/{i}", inner)
+  elif isinstance(value, int | float) and not isinstance(value, bool):
+    yield prefix, float(value)
+
+
+def format_seconds(seconds: float) -> str:
+  """'42s', '3m10s', '2h05m'."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f"{seconds}s"
+  if seconds < 3600:
+    return f"{seconds // 60}m{seconds % 60:02}s"
+  return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"

@@ -1,0 +1,161 @@
+"""The two ways to run the step: jit over a mesh, and pmap. Both hold the state in their own layout; outside it is one
+logical state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, SingleDeviceSharding
+from jaxtyping import PyTree
+
+from cyb_jax import sharding
+from cyb_jax.config import Config
+from cyb_jax.methods import Batch, Method
+from cyb_jax.training.step import Totals, TrainState, init_state, train_step, unbox
+
+
+class Strategy(Protocol):
+  """How a run holds its state and takes its steps."""
+
+  def init(self) -> TrainState:
+    """A fresh state, placed; the same numbers under every strategy and mesh."""
+
+  def abstract(self) -> TrainState:
+    """Shapes, dtypes and shardings of the logical state, to restore a checkpoint into."""
+
+  def place(self, state: TrainState) -> TrainState:
+    """A logical state (as `abstract`), in this strategy's layout."""
+
+  def logical(self, state: TrainState) -> TrainState:
+    """The logical state: what is saved and evaluated."""
+
+  def params(self, state: TrainState) -> PyTree:
+    """The parameters, on the mesh, to be read and not donated."""
+
+  def put(self, batch: dict[str, Any]) -> Batch:
+    """This host's rows of a batch, on the devices."""
+
+  def step(self, state: TrainState, batch: Batch) -> TrainState:
+    """One training step; the old state is donated."""
+
+  def new_totals(self) -> Totals:
+    """Zeros, placed."""
+
+
+class JitStrategy:
+  """jit over a mesh with axes data, fsdp, tensor; XLA places the collectives."""
+
+  def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
+    self._init = functools.partial(init_state, method, optimizer, config.train.seed)
+    boxed = jax.eval_shape(self._init)
+    self._shardings = sharding.shardings(boxed, mesh)
+    self._shapes = unbox(boxed)
+    self._batch_sharding = sharding.batch_sharding(mesh)
+    step = functools.partial(
+      train_step,
+      method=method,
+      optimizer=optimizer,
+      seed=config.train.seed,
+      accumulate=config.optimizer.accumulate,
+    )
+    self._step = jax.jit(
+      step, in_shardings=(self._shardings, self._batch_sharding), out_shardings=self._shardings, donate_argnums=0
+    )
+    self._totals = jax.jit(functools.partial(Totals.zeros, method.num_slots), out_shardings=self._shardings.totals)
+
+  def init(self) -> TrainState:
+    return jax.jit(lambda: unbox(self._init()), out_shardings=self._shardings)()
+
+  def abstract(self) -> TrainState:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self._shardings)
+
+  def place(self, state: TrainState) -> TrainState:
+    return state
+
+  def logical(self, state: TrainState) -> TrainState:
+    return state
+
+  def params(self, state: TrainState) -> PyTree:
+    return state.params
+
+  def put(self, batch: dict[str, Any]) -> Batch:
+    return {k: jax.make_array_from_process_local_data(self._batch_sharding, v) for k, v in batch.items()}
+
+  def step(self, state: TrainState, batch: Batch) -> TrainState:
+    return self._step(state, batch)
+
+  def new_totals(self) -> Totals:
+    return self._totals()
+
+
+class PmapStrategy:
+  """pmap: the state on every device, the batch split between them, sums reduced by psum."""
+
+  def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
+    self._devices = list(mesh.devices.flat)
+    self._everywhere = sharding.replicated(mesh)
+    self._init = functools.partial(init_state, method, optimizer, config.train.seed)
+    self._num_slots = method.num_slots
+    self._step = jax.pmap(
+      functools.partial(
+        train_step,
+        method=method,
+        optimizer=optimizer,
+        seed=config.train.seed,
+        accumulate=config.optimizer.accumulate,
+        axis_name="data",
+      ),
+      axis_name="data",
+      devices=self._devices,
+      donate_argnums=0,
+    )
+
+  def init(self) -> TrainState:
+    return self.place(jax.jit(lambda: unbox(self._init()))())
+
+  def abstract(self) -> TrainState:
+    here = SingleDeviceSharding(self._devices[0])
+    shapes = unbox(jax.eval_shape(self._init))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+
+  def place(self, state: TrainState) -> TrainState:
+    return self._replicate(state)
+
+  def _replicate(self, tree: PyTree) -> PyTree:
+    spread = jax.pmap(lambda _, tree: tree, in_axes=(0, None), devices=self._devices)
+    return spread(jnp.arange(len(self._devices)), tree)
+
+  def logical(self, state: TrainState) -> TrainState:
+    # One device's copy; they are equal, bit for bit, since all apply the same reduced gradient.
+    return jax.tree.map(lambda x: x.addressable_shards[0].data.reshape(x.shape[1:]), state)
+
+  def params(self, state: TrainState) -> PyTree:
+    return jax.device_put(self.logical(state).params, self._everywhere)
+
+  def put(self, batch: dict[str, Any]) -> Batch:
+    return {k: v.reshape(len(self._devices), -1, *v.shape[1:]) for k, v in batch.items()}
+
+  def step(self, state: TrainState, batch: Batch) -> TrainState:
+    return self._step(state, batch)
+
+  def new_totals(self) -> Totals:
+    return self._replicate(Totals.zeros(self._num_slots))
+
+
+STRATEGIES = {"jit": JitStrategy, "pmap": PmapStrategy}
+
+
+def build_strategy(config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh) -> Strategy:
+  """The configured strategy over the devices of a mesh."""
+  return STRATEGIES[config.parallelism.strategy](config, method, optimizer, mesh)
+
+
+def with_new_totals(strategy: Strategy, state: TrainState) -> TrainState:
+  """The state with its totals set to zero."""
+  return dataclasses.replace(state, totals=strategy.new_totals())

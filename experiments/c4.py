@@ -1,0 +1,34 @@
+"""Every setting of the paper on C4, from scratch, on whatever part of `c4/en` TFDS has on disk.
+
+    TFDS_DATA_DIR=DIR python -m cyb_jax.train --config=experiments/c4.py:SETTING,SIZE,REGIME --workdir=DIR
+    TFDS_DATA_DIR=DIR python -m cyb_jax.train --config=experiments/c4.py:ap,gpt2_124m,1x1 --workdir=gs://BUCKET/c4-ap
+
+SETTING, SIZE, REGIME as in reviews.py. For the whole of C4, give a step budget in place of epochs
+(--config.train.steps=...) and prepare the tokens first (python -m cyb_jax.prepare --task=c4_en --output=DIR, then
+--config.data.store=DIR).
+"""
+
+from cyb_jax import config as configs
+from cyb_jax import settings
+
+
+def get_config(argument: str = ""):
+  setting, size, regime = settings.parse(argument, setting="ap", size="gpt2_124m", regime="1x1")
+  config = configs.default()
+  settings.apply(config, setting, size, regime)
+  if config.method.name != "baseline":
+    config.method.pause_input = "token+pause"
+  config.data.task = "c4_en"
+  small = size in ("tiny", "small")
+  config.data.tokenizer = "sentencepiece:4096" if small else "sentencepiece:32000"
+  config.data.sequence_length = 128 if small else 1024
+  config.data.batch_size = 16 if small else 256
+  config.optimizer.learning_rate = {"tiny": 4e-3, "small": 2e-3}.get(size, 6e-4)
+  config.optimizer.warmup_fraction = 0.02
+  config.train.log_every = 50
+  config.train.eval_every = 1000
+  config.train.eval_limit = 512
+  config.train.checkpoint_every = 1000
+  if not small:
+    config.decoder.remat = "dots"
+  return config

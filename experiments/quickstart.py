@@ -1,0 +1,33 @@
+"""A tiny self-paced model on film reviews, in minutes on two CPU cores.
+
+CYB-AP with up to 3 pauses, pauses that carry their token's embedding (recommended from scratch), on a part of the
+reviews.
+
+    python -m cyb_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart
+    python -m cyb_jax.train --config=experiments/quickstart.py:baseline --workdir=runs/quickstart-baseline
+
+Any setting of experiments/README.md can stand in the place of `baseline`.
+"""
+
+from cyb_jax import config as configs
+from cyb_jax import settings
+
+
+def get_config(argument: str = ""):
+  setting, size, _ = settings.parse(argument, setting="ap", size="tiny", regime="1x3")
+  config = configs.default()
+  settings.apply(config, setting, size, "1x3")
+  if config.method.name != "baseline":
+    config.method.pause_input = "token+pause"
+  config.data.tokenizer = "sentencepiece:2048"
+  config.data.sequence_length = 64
+  config.data.batch_size = 16
+  config.optimizer.learning_rate = 4e-3
+  config.optimizer.warmup_fraction = 0.05
+  if setting != "pretrained":
+    config.train.steps = 500
+  config.train.log_every = 20
+  config.train.eval_every = 100
+  config.train.eval_limit = 64
+  config.train.checkpoint_every = 100
+  return config

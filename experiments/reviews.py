@@ -1,0 +1,34 @@
+"""Every setting of the paper on film reviews, from scratch: IMDB and Rotten Tomatoes, 6.0M words.
+
+    python -m cyb_jax.train --config=experiments/reviews.py:SETTING,SIZE,REGIME --workdir=DIR
+    python -m cyb_jax.train --config=experiments/reviews.py:ap,tiny,1x1 --workdir=runs/reviews-ap
+
+SETTING: baseline, tbys1..3, ap, ap1, ap2, ap_discount, ap_uniform, ap_bimodal, va_*, dp_*, dp_*_strong, pretrained.
+SIZE: a decoder preset. REGIME: 1x1 (one pass over a third of the data), 2x1 (two passes), 1x2, 1x3.
+
+Pauses carry their token's embedding: from scratch, pauses without it collapse to the first slot. Choose the rate on the
+validation split: --config.optimizer.learning_rate=...
+"""
+
+from cyb_jax import config as configs
+from cyb_jax import settings
+
+
+def get_config(argument: str = ""):
+  setting, size, regime = settings.parse(argument, setting="ap", size="tiny", regime="1x1")
+  config = configs.default()
+  settings.apply(config, setting, size, regime)
+  if config.method.name != "baseline":
+    config.method.pause_input = "token+pause"
+  config.data.task = "imdb_reviews"
+  config.data.tokenizer = "sentencepiece:8192"
+  small = size in ("tiny", "small")
+  config.data.sequence_length = 128 if small else 512
+  config.data.batch_size = 16 if small else 64
+  config.optimizer.learning_rate = {"tiny": 4e-3, "small": 2e-3}.get(size, 6e-4)
+  config.optimizer.warmup_fraction = 0.02
+  config.train.log_every = 50
+  config.train.eval_every = 500
+  config.train.eval_limit = 128
+  config.train.checkpoint_every = 500
+  return config

@@ -1,0 +1,198 @@
+"""The step: accumulation, jit, pmap and meshes against one device, rows of unequal weight; determinism; metrics."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import VOCABULARY, assert_trees_close, assert_trees_equal, build, random_batch, tiny_config, with_part
+
+from cyb_jax import config as configs
+from cyb_jax import sharding
+from cyb_jax.config import ParallelismConfig
+from cyb_jax.errors import InputError
+from cyb_jax.training import build_strategy, make_optimizer, train_step
+from cyb_jax.training.metrics import MetricsLog, format_seconds, summarize
+from cyb_jax.training.step import Totals
+
+CONFIG = configs.freeze(tiny_config(pauses=2))
+
+
+def run(config=CONFIG, *, devices=1, steps=3, batches=None):
+  """The logical state after some steps of a config on some devices."""
+  mesh = sharding.make_mesh(config.parallelism, jax.devices()[:devices])
+  method = config.build_method(VOCABULARY, data_shards=sharding.data_shards(mesh))
+  optimizer = make_optimizer(config.optimizer, 10, method.decoder.config.d_model)
+  strategy = build_strategy(config, method, optimizer, mesh)
+  state = strategy.init()
+  with jax.default_matmul_precision("highest"):
+    for step in range(steps):
+      batch = batches[step] if batches else random_batch(step, 8, 6, uneven=True)
+      state = strategy.step(state, strategy.put(batch))
+  return jax.device_get(strategy.logical(state))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return run()
+
+
+MESHES = {
+  "jit 8": ({"strategy": "jit"}, 8),
+  "jit 2 data x 2 fsdp x 2 tensor": ({"strategy": "jit", "fsdp": 2, "tensor": 2}, 8),
+  "jit 4 fsdp": ({"strategy": "jit", "fsdp": 4}, 4),
+  "pmap 8": ({"strategy": "pmap"}, 8),
+  "pmap 1": ({"strategy": "pmap"}, 1),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_strategy_equals_one_device(name, one_device):
+  options, devices = MESHES[name]
+  state = run(with_part(CONFIG, "parallelism", **options), devices=devices)
+  # Adam divides by the root of tiny second moments: what rounding moves there shows in the parameters.
+  assert_trees_close(state.params, one_device.params, rtol=1e-4, atol=2e-5)
+  assert_trees_close(state.totals, one_device.totals, rtol=1e-5, atol=1e-5)
+  assert int(state.step) == 3
+
+
+def gradient_step(config, *, devices=1):
+  """Parameters after one step of plain gradient descent, so that they show the gradient itself."""
+  import optax
+
+  mesh = sharding.make_mesh(config.parallelism, jax.devices()[:devices])
+  method = config.build_method(VOCABULARY)
+  strategy = build_strategy(config, method, optax.sgd(1.0), mesh)
+  with jax.default_matmul_precision("highest"):
+    state = strategy.step(strategy.init(), strategy.put(random_batch(5, 8, 6, uneven=True)))
+  return jax.device_get(strategy.logical(state))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_accumulation_is_the_large_batch(accumulate):
+  whole = gradient_step(CONFIG)
+  parts = gradient_step(with_part(CONFIG, "optimizer", accumulate=accumulate))
+  assert_trees_close(parts.params, whole.params, rtol=1e-6, atol=1e-6)
+  assert_trees_close(parts.totals, whole.totals, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+def test_gradient_over_eight_devices_with_accumulation(strategy):
+  whole = gradient_step(CONFIG)
+  config = with_part(CONFIG, "parallelism", strategy=strategy)
+  assert_trees_close(gradient_step(config, devices=8).params, whole.params, rtol=1e-6, atol=1e-6)
+  config = with_part(config, "optimizer", accumulate=2)
+  assert_trees_close(gradient_step(config, devices=4).params, whole.params, rtol=1e-6, atol=1e-6)
+
+
+def test_loss_is_sum_over_count():
+  """Against the definition: every token has the same weight, wherever it lies."""
+  method, params = build(name="cyb", pauses=1)
+  batch = random_batch(2, 4, 6, uneven=True)
+
+  def objective(params):
+    losses = method.losses(params, batch, jax.random.key(0)).loss
+    return (losses * batch["weights"]).sum() / batch["weights"].sum()
+
+  import optax
+
+  optimizer = optax.sgd(1.0)
+  from cyb_jax.training.step import TrainState
+
+  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), Totals.zeros(2))
+  after = train_step(state, batch, method=method, optimizer=optimizer, seed=0)
+  gradient = jax.grad(objective)(params)
+  expected = jax.tree.map(lambda p, g: p - g, params, gradient)
+  assert_trees_close(after.params, expected, rtol=1e-4, atol=2e-5)
+  assert float(after.totals.tokens) == batch["weights"].sum()
+  np.testing.assert_allclose(after.totals.loss / after.totals.tokens, objective(params), rtol=1e-5)
+
+
+def test_a_batch_without_weight_changes_nothing():
+  batch = random_batch(0, 8, 6)
+  batch["weights"] = np.zeros_like(batch["weights"])
+  config = with_part(CONFIG, "optimizer", weight_decay=0.0)
+  before = run(config, steps=0)
+  after = run(config, steps=1, batches=[batch])
+  assert_trees_equal(after.params, before.params)
+
+
+def test_same_seed_same_bits():
+  assert_trees_equal(run(), run())
+  other = run(with_part(CONFIG, "train", seed=1))
+  assert not np.array_equal(other.params["pause_input"], run().params["pause_input"])
+
+
+def test_training_learns():
+  batch = random_batch(0, 8, 6)
+  config = with_part(with_part(CONFIG, "optimizer", learning_rate=0.02, schedule="constant"), "train", steps=40)
+  first = summarize(run(config, steps=1, batches=[batch]).totals)["loss"]
+  mean = summarize(run(config, steps=40, batches=[batch] * 40).totals)["loss"]
+  assert mean < 0.7 * first
+
+
+def test_meshes():
+  assert sharding.make_mesh(ParallelismConfig(fsdp=2)).shape == {"data": 4, "fsdp": 2, "tensor": 1}
+  with pytest.raises(InputError, match="data = 3, fsdp = 1, tensor = 1 don't make up 8 devices"):
+    sharding.make_mesh(ParallelismConfig(data=3))
+  with pytest.raises(InputError, match="fsdp = 3"):
+    sharding.make_mesh(ParallelismConfig(fsdp=3))
+  with pytest.raises(InputError, match=r"data.batch_size: 12 windows don't divide over 8 devices; try 8 or 16"):
+    sharding.check_batch(12, 8)
+
+
+def test_parameters_are_really_sharded():
+  config = with_part(CONFIG, "parallelism", fsdp=2, tensor=2)
+  mesh = sharding.make_mesh(config.parallelism)
+  method = config.build_method(VOCABULARY)
+  state = build_strategy(config, method, make_optimizer(config.optimizer, 10, 16), mesh).init()
+  kernel = state.params["decoder"]["layers_0"]["mlp"]["up"]["kernel"]
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  moment = jax.tree.leaves(state.opt_state)
+  largest = max(moment, key=lambda x: x.size)
+  assert largest.addressable_shards[0].data.size * 4 == largest.size
+
+
+def test_metrics_by_hand():
+  totals = Totals(*(jnp.asarray(x, jnp.float32) for x in (2.0, 10.0, 20.0, -10.0, [5.0, 3.0, 2.0], 1.0)))
+  row = summarize(totals)
+  assert row["loss"] == 2.0
+  assert row["perplexity"] == pytest.approx(np.e)
+  assert row["latency"] == [0.5, 0.3, 0.2]
+  assert row["mean_pauses"] == pytest.approx(0.7)
+  assert row["gradient_norm"] == 0.5
+  assert row["tokens"] == 10
+
+
+def test_metrics_log_drops_what_comes_again(tmp_path):
+  log = MetricsLog(tmp_path, 0, tensorboard=True)
+  for step in (2, 4, 6):
+    log.write({"split": "train", "step": step, "loss": float("nan"), "timing": {"seconds": 1.0}})
+  log.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"split": "train", "st')  # torn by a kill
+  MetricsLog(tmp_path, 4, tensorboard=False).close()
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [2, 4]
+  assert rows[0]["loss"] is None
+  assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+  from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+  log = MetricsLog(tmp_path, 0, tensorboard=True)
+  log.write({"split": "train", "step": 3, "loss": 1.5, "latency": [0.25, 0.75]})
+  log.close()
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  values = {}
+  for event in EventFileLoader(str(path)).Load():
+    for value in event.summary.value:
+      number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
+      values[value.tag] = (event.step, number)
+  assert values == {"train/loss": (3, 1.5), "train/latency/0": (3, 0.25), "train/latency/1": (3, 0.75)}
+
+
+def test_format_seconds():
+  assert [format_seconds(x) for x in (41.6, 190, 7500)] == ["42s", "3m10s", "2h05m"]
