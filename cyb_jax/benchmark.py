@@ -27,7 +27,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "How often each time is taken; med
 
 
 def readout() -> dict[str, Any]:
-  """XLA's temporary memory for value and gradient at full size, and the time of both at a size that a dense one fits."""
+  """XLA's temporary memory for value and gradient at full size; the time of both at a size that a dense one fits."""
   import jax
   import jax.numpy as jnp
 

@@ -111,14 +111,13 @@ class Checkpoints:
     Raises:
       InputError: the checkpoint holds other arrays than are asked for.
     """
-    saved = self._metadata(step)
-    wanted = {jax.tree_util.keystr(k): (v.shape, v.dtype) for k, v in jax.tree_util.tree_leaves_with_path(abstract)}
     # Compared here, because orbax would cast another dtype silently and read a part of another shape.
-    kinds = [(tuple(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(saved)]
-    if sorted(map(str, kinds)) != sorted(map(str, ((tuple(s), d) for s, d in wanted.values()))):
+    saved, wanted = _arrays(self._metadata(step)), _arrays(abstract)
+    if saved != wanted:
+      name = min(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
       raise InputError(
-        f"checkpoint {step} in {self.directory} holds {len(kinds)} arrays of other shapes or types than the"
-        f" {len(wanted)} of this config"
+        f"checkpoint {step} in {self.directory}: {name} is {saved.get(name, 'missing')}, but this config has"
+        f" {wanted.get(name, 'no such array')}"
       )
     restored = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
@@ -154,3 +153,11 @@ class Checkpoints:
 
   def close(self) -> None:
     self._manager.close()
+
+
+def _arrays(tree: PyTree) -> dict[str, str]:
+  """'f32[2, 3]' and the like, by path; the same for a state and for what orbax says of a saved one."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
