@@ -196,10 +196,14 @@ class Config:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
   def build_method(self, vocab_size: int | None = None, *, data_shards: int = 1) -> Method:
-    """The method over a vocabulary; `data_shards`: devices that share a batch, for the readout's chunks."""
-    chunk_size = self.parallelism.chunk_size * data_shards or None
-    decoder = self.decoder_config(vocab_size)
-    return methods.build(self.method, decoder, vocab_size=vocab_size, chunk_size=chunk_size)
+    """The method over a vocabulary; `data_shards`: devices that a batch is split over, under jit."""
+    return methods.build(
+      self.method,
+      self.decoder_config(vocab_size),
+      vocab_size=vocab_size,
+      chunk_size=self.parallelism.chunk_size or None,
+      shards=data_shards,
+    )
 
   def task_options(self) -> dict[str, str]:
     """`data.options` as a dict."""

@@ -9,8 +9,8 @@ written by hand: with p = softmax(z) and cotangents g of (z_y, l),
 
 This file needs jax and `stopping` alone.
 
-Dimensions: ... leading shape (batch, tokens), W slots, D model, V vocabulary rows, N slots flattened, C slots in a
-chunk.
+Dimensions: ... leading shape (batch, tokens), W slots, D model, V vocabulary rows, N slots flattened, G shards, C slots
+of a shard in a chunk, J chunks.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def slot_scores(
   soft_cap: float | None = None,
   slots: Sequence[int] | None = None,
   chunk_size: int | None = None,
+  shards: int = 1,
   vocab_size: int | None = None,
   dont_know_bias: Float[Array, ""] | float = 0.0,
 ) -> SlotScores:
@@ -57,7 +58,9 @@ def slot_scores(
     prior: psi'(dk) in (0, 1), see `stopping.prior_shift`; None: no shift.
     soft_cap: c in z <- c tanh(z / c), applied to all logits, to `<don't know>` in token form too, before any shift.
     slots: static; which of the W slots to compute, e.g. (-1,) for the last one. The others cost nothing. None: all.
-    chunk_size: slots worked on at once, over all devices; None: as many as make 256 MiB of f32 logits.
+    chunk_size: slots worked on at once, per shard; None: as many as make 256 MiB of f32 logits.
+    shards: into how many parts the first axis is split over devices, under jit with a sharded batch. The unembedding's
+      gradient is then summed on each part by itself and reduced once, not once a chunk.
     vocab_size: rows of `unembedding` that are real; those after it only pad and get no probability. None: all V.
     dont_know_bias: a scalar added to z_dk after the soft cap, nats (the unit form's bias).
 
@@ -86,7 +89,9 @@ def slot_scores(
       raise ValueError(f"slots: {tuple(slots)} must name some of {num_slots} slots")
     hidden = jnp.stack([hidden[..., slot, :] for slot in slots], -2)
   flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
-  target_logit, log_normalizer = _word_readout(hidden, unembedding, flat_targets, real, excluded, soft_cap, chunk_size)
+  target_logit, log_normalizer = _word_readout(
+    hidden, unembedding, flat_targets, real, excluded, soft_cap, chunk_size, shards
+  )
   if dont_know is None:
     return SlotScores(
       log_target=target_logit - log_normalizer,
@@ -115,7 +120,8 @@ def _word_readout(
   excluded: int | None,
   soft_cap: float | None,
   chunk_size: int | None,
-) -> tuple[Float[Array, ...], Float[Array, ...]]:
+  shards: int,
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
   """(z_y, l) of every slot: flattens, pads to whole chunks, and undoes both."""
   shape = hidden.shape[:-1]
   count = math.prod(shape)
@@ -123,19 +129,22 @@ def _word_readout(
     chunk_size = max(128, 2 ** int(math.log2(_CHUNK_BYTES / 4 / unembedding.shape[0])))
   elif chunk_size < 1:
     raise ValueError(f"chunk_size: {chunk_size} must be positive")
-  chunk_size = min(chunk_size, max(count, 1))
-  chunks = max(1, -(-count // chunk_size))
-  padding = chunks * chunk_size - count
+  if shards < 1:
+    raise ValueError(f"shards: {shards} must be positive")
+  of_a_shard = max(1, -(-count // shards))
+  chunk_size = min(chunk_size, of_a_shard)
+  chunks = -(-of_a_shard // chunk_size)
+  padding = shards * chunk_size * chunks - count
   hidden = hidden.reshape(count, hidden.shape[-1])
   targets = targets.reshape(count)
   if padding:
     # Rows are padded, tiles are not shrunk: a last chunk of another size would be a second, slower program.
     hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
     targets = jnp.pad(targets, (0, padding))
-  # [C, chunks]: chunk j is the rows j, chunks + j, ...: the batch axis stays the major one, so that with a sharded
-  # batch every device works on its own rows of every chunk, and no row changes its device.
-  hidden = hidden.reshape(chunk_size, chunks, -1)
-  targets = targets.reshape(chunk_size, chunks)
+  # [G, C, J]: the batch axis stays the major one, so that every device works on its own rows of every chunk and no row
+  # changes its device.
+  hidden = hidden.reshape(shards, chunk_size, chunks, -1)
+  targets = targets.reshape(shards, chunk_size, chunks)
   target_logit, log_normalizer = _chunked(real, excluded, soft_cap, hidden, unembedding, targets)
   return (
     target_logit.reshape(-1)[:count].reshape(shape),
@@ -149,25 +158,29 @@ def _sum_dtype(hidden: Array) -> jnp.dtype:
 
 
 def _logits(
-  chunk: Float[Array, "C D"],
+  chunk: Float[Array, "G C D"],
   unembedding: Float[Array, "V D"],
   real: int,
   excluded: int | None,
   soft_cap: float | None,
-) -> tuple[Float[Array, "C V"], Float[Array, "C V"] | None]:
+) -> tuple[Float[Array, "G C V"], Float[Array, "G C V"] | None]:
   """Capped logits with -inf in columns that are no words, and the cap's derivative."""
-  logits = jnp.einsum("cd,vd->cv", chunk, unembedding, preferred_element_type=_sum_dtype(chunk))
+  logits = jnp.einsum("gcd,vd->gcv", chunk, unembedding, preferred_element_type=_sum_dtype(chunk))
   slope = None
   if soft_cap is not None:
     tanh = jnp.tanh(logits / soft_cap)
     logits, slope = soft_cap * tanh, 1.0 - tanh**2
   if real < unembedding.shape[0] or excluded is not None:
-    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    column = _columns(logits)
     word = column < real
     if excluded is not None:
       word &= column != excluded
     logits = jnp.where(word, logits, -jnp.inf)
   return logits, slope
+
+
+def _columns(logits: Float[Array, "G C V"]) -> Int[Array, "G C V"]:
+  return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -176,21 +189,18 @@ def _chunked(real, excluded, soft_cap, hidden, unembedding, targets):
 
 
 def _chunked_forward(real, excluded, soft_cap, hidden, unembedding, targets):
-  chunks = hidden.shape[1]
   words = unembedding.astype(hidden.dtype)
 
   def read(_, j):
-    chunk = jax.lax.dynamic_index_in_dim(hidden, j, 1, keepdims=False)
-    target = jax.lax.dynamic_index_in_dim(targets, j, 1, keepdims=False)
+    chunk, target = (jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False) for x in (hidden, targets))
     logits, _slope = _logits(chunk, words, real, excluded, soft_cap)
     # A masked sum rather than a gather: it fuses, and it stays local where the vocabulary is sharded.
-    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
-    target_logit = jnp.where(hit, logits, 0.0).sum(-1)
+    target_logit = jnp.where(_columns(logits) == target[..., None], logits, 0.0).sum(-1)
     return None, (target_logit, jax.nn.logsumexp(logits, axis=-1))
 
-  _, (target_logit, log_normalizer) = jax.lax.scan(read, None, jnp.arange(chunks))
-  outputs = target_logit.T, log_normalizer.T
-  return outputs, (hidden, unembedding, targets, outputs[1])
+  _, outputs = jax.lax.scan(read, None, jnp.arange(hidden.shape[2]))
+  target_logit, log_normalizer = (jnp.moveaxis(x, 0, 2) for x in outputs)  # [J, G, C] -> [G, C, J]
+  return (target_logit, log_normalizer), (hidden, unembedding, targets, log_normalizer)
 
 
 def _chunked_backward(real, excluded, soft_cap, residuals, cotangents):
@@ -202,24 +212,23 @@ def _chunked_backward(real, excluded, soft_cap, residuals, cotangents):
   def read(carry, j):
     d_hidden, d_unembedding = carry
     chunk, target, normalizer, d_target, d_normalizer = (
-      jax.lax.dynamic_index_in_dim(x, j, 1, keepdims=False)
+      jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False)
       for x in (hidden, targets, log_normalizer, target_cotangent, normalizer_cotangent)
     )
     logits, slope = _logits(chunk, words, real, excluded, soft_cap)
-    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
-    d_logits = jnp.exp(logits - normalizer[:, None]) * d_normalizer[:, None]
-    d_logits = d_logits + jnp.where(hit, d_target[:, None], 0.0)
+    d_logits = jnp.exp(logits - normalizer[..., None]) * d_normalizer[..., None]
+    d_logits = d_logits + jnp.where(_columns(logits) == target[..., None], d_target[..., None], 0.0)
     if slope is not None:
       d_logits = d_logits * slope
     d_logits = d_logits.astype(hidden.dtype)
-    d_chunk = jnp.einsum("cv,vd->cd", d_logits, words, preferred_element_type=_sum_dtype(hidden))
-    d_hidden = jax.lax.dynamic_update_index_in_dim(d_hidden, d_chunk.astype(hidden.dtype), j, 1)
-    d_unembedding += jnp.einsum("cv,cd->vd", d_logits, chunk, preferred_element_type=d_unembedding.dtype)
+    d_chunk = jnp.einsum("gcv,vd->gcd", d_logits, words, preferred_element_type=_sum_dtype(hidden))
+    d_hidden = jax.lax.dynamic_update_index_in_dim(d_hidden, d_chunk.astype(hidden.dtype), j, 2)
+    d_unembedding += jnp.einsum("gcv,gcd->gvd", d_logits, chunk, preferred_element_type=d_unembedding.dtype)
     return (d_hidden, d_unembedding), None
 
-  start = jnp.zeros_like(hidden), jnp.zeros(unembedding.shape, _sum_dtype(hidden))
-  (d_hidden, d_unembedding), _ = jax.lax.scan(read, start, jnp.arange(hidden.shape[1]))
-  return d_hidden, d_unembedding.astype(unembedding.dtype), None
+  sums = jnp.zeros((hidden.shape[0], *unembedding.shape), _sum_dtype(hidden))
+  (d_hidden, d_unembedding), _ = jax.lax.scan(read, (jnp.zeros_like(hidden), sums), jnp.arange(hidden.shape[2]))
+  return d_hidden, d_unembedding.sum(0).astype(unembedding.dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -16,6 +16,9 @@ from cyb_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; an interrupted run in it is continued.")
+_PROFILE = flags.DEFINE_integer(
+  "profile", 0, "Trace so many steps, after ten, into WORKDIR/profile (TensorBoard, Perfetto)."
+)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -23,9 +26,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   source = programs.config_of(_CONFIG)
   if not _WORKDIR.value:
     raise InputError("--workdir: not given; name the run's folder")
+  if _PROFILE.value < 0:
+    raise InputError(f"--profile: {_PROFILE.value} is negative")
   from cyb_jax import config, training
 
-  return training.train(config.freeze(source), _WORKDIR.value)
+  return training.train(config.freeze(source), _WORKDIR.value, profile=_PROFILE.value)
 
 
 def run() -> None:

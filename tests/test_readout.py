@@ -1,5 +1,7 @@
 """The chunked readout against a dense float64 one: values, gradients, odd sizes, caps, masks, memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,44 @@ def test_any_shape(seed, leading, slots, vocabulary, chunk_size):
   expected = dense(jnp.asarray(hidden), jnp.asarray(unembedding), jnp.asarray(targets), row, prior=0.9)
   for a, b in zip(jax.tree.leaves(scores), jax.tree.leaves(expected)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shards", [2, 5])
+def test_shards_change_nothing(shards, exact):
+  hidden, unembedding, targets, row = problem(7)
+
+  def run(**options):
+    return jax.value_and_grad(
+      lambda h, u, r: weighted(slot_scores(h, u, targets, r, prior=0.9, chunk_size=3, **options)), (0, 1, 2)
+    )(hidden, unembedding, row)
+
+  for a, b in zip(jax.tree.leaves(run(shards=shards)), jax.tree.leaves(run())):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_batch_is_reduced_once():
+  """Over eight devices nothing is sent inside the loop over chunks, and the unembedding's gradient once behind it."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  hidden = jax.ShapeDtypeStruct((16, 32, 4, 16), jnp.float32, sharding=rows)
+  targets = jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=rows)
+  unembedding = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=everywhere)
+  row = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=everywhere)
+
+  def value(hidden, unembedding, row, targets):
+    return weighted(slot_scores(hidden, unembedding, targets, row, chunk_size=32, shards=8))
+
+  step = jax.jit(jax.grad(value, (0, 1, 2)), out_shardings=(rows, everywhere, everywhere))
+  computation, sent = "", []
+  for line in step.lower(hidden, unembedding, row, targets).compile().as_text().splitlines():
+    if line and not line[0].isspace():
+      computation = line.split()[0]
+    if re.search(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line):
+      sent.append((computation, line))
+  assert sent
+  assert {where for where, _ in sent} == {"ENTRY"}
+  assert not any("all-gather" in line and "[16,32" in line for _, line in sent)
 
 
 def test_equals_from_logits(exact):
@@ -226,6 +266,7 @@ def test_errors():
     ((hidden, unembedding, targets, row), {"vocab_size": 14}, "vocab_size: 14"),
     ((hidden, unembedding, targets, row), {"prior": 0.0}, "prior: 0.0"),
     ((hidden, unembedding, targets, row), {"chunk_size": 0}, "chunk_size: 0"),
+    ((hidden, unembedding, targets, row), {"shards": 0}, "shards: 0"),
     ((hidden, unembedding, targets, row), {"form": "both"}, "form: 'both'"),
   ]:
     with pytest.raises(ValueError, match=message):

@@ -226,6 +226,13 @@ def test_init_from_keeps_what_the_run_has_not(tmp_path, workdir):
   assert not (tmp_path / "other").exists()
 
 
+def test_profile(tmp_path):
+  config = tiny_config(pauses=1)
+  config.train.update(eval_every=0, checkpoint_every=0)
+  training.train(configs.freeze(config), tmp_path / "run", profile=5)
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
 def test_collapse_is_warned_of(tmp_path, monkeypatch):
   from cyb_jax.training import loop
 
@@ -266,6 +273,11 @@ def test_another_tokenizer(tmp_path, store):
 def test_another_task(tmp_path, store):
   refused(tmp_path, r"data.task: 'synthetic_sums', but .*'synthetic_lookups'", data__store=str(store),
           data__task="synthetic_sums")  # fmt: skip
+
+
+def test_other_options(tmp_path, store):
+  refused(tmp_path, r"data.options: documents=65, but the token store .* with documents=64", data__store=str(store),
+          data__options="documents=65")  # fmt: skip
 
 
 def test_truncated_and_altered_stores(tmp_path, store):

@@ -118,6 +118,14 @@ def test_a_batch_without_weight_changes_nothing():
   assert_trees_equal(after.params, before.params)
 
 
+def test_bf16_activations_stay_close():
+  config = with_part(CONFIG, "precision", activations="bfloat16")
+  ours, theirs = summarize(run(config).totals), summarize(run().totals)
+  assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+  assert ours["loss"] != theirs["loss"]
+  assert {x.dtype for x in jax.tree.leaves(run(config).params)} == {jnp.dtype("float32")}
+
+
 def test_same_seed_same_bits():
   assert_trees_equal(run(), run())
   other = run(with_part(CONFIG, "train", seed=1))

@@ -1,6 +1,15 @@
 """A decoder-only transformer in Flax Linen."""
 
-from cyb_jax.decoder.decoder import Decoder, DecoderConfig, init_params
+from cyb_jax.decoder.decoder import Decoder, DecoderConfig, embedding_init, init_params, unembedding_init
 from cyb_jax.decoder.presets import PRESETS, num_params, preset
 
-__all__ = ["PRESETS", "Decoder", "DecoderConfig", "init_params", "num_params", "preset"]
+__all__ = [
+  "PRESETS",
+  "Decoder",
+  "DecoderConfig",
+  "embedding_init",
+  "init_params",
+  "num_params",
+  "preset",
+  "unembedding_init",
+]

@@ -138,14 +138,14 @@ class Decoder(nn.Module):
     table = (config.vocab_size, config.d_model)
     self.embedding = self.param(
       "embedding",
-      nn.with_logical_partitioning(_embedding_init(config), ("vocab", "embed")),
+      nn.with_logical_partitioning(embedding_init(config), ("vocab", "embed")),
       table,
       jnp.dtype(config.param_dtype),
     )
     if not config.tied_embeddings:
       self.output_embedding = self.param(
         "unembedding",
-        nn.with_logical_partitioning(_unembedding_init(config), ("vocab", "embed")),
+        nn.with_logical_partitioning(unembedding_init(config), ("vocab", "embed")),
         table,
         jnp.dtype(config.param_dtype),
       )
@@ -409,13 +409,15 @@ def _matrix_init(config: DecoderConfig, num_inputs: int, *, writes_residual: boo
   return init
 
 
-def _embedding_init(config: DecoderConfig) -> Callable:
+def embedding_init(config: DecoderConfig) -> Callable:
+  """The initialiser of input rows; the rules are in init_params."""
   if config.tied_embeddings or config.initializer == "normal":
-    return _unembedding_init(config)
+    return unembedding_init(config)
   return _truncated_normal(1 / math.sqrt(config.d_model) if config.scale_embeddings else 1.0)
 
 
-def _unembedding_init(config: DecoderConfig) -> Callable:
+def unembedding_init(config: DecoderConfig) -> Callable:
+  """The initialiser of output rows; the rules are in init_params."""
   if config.initializer == "normal":
     return nn.initializers.normal(0.02)
   return _truncated_normal(1 / math.sqrt(config.d_model))

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cyb_jax import losses
+from cyb_jax.decoder import unembedding_init
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
-from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
+from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod, boxed_row
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
 # Which of the options each loss reads, beside those that all of them do.
@@ -62,12 +63,14 @@ class Cyb(PausedMethod):
       raise InputError(f"method.{error} (W = pauses + 1 = {self.num_slots})") from None
 
   def init_own(self, rng: Array) -> Params:
+    width = self.decoder.config.d_model
     if self.config.dont_know == "token":
-      return {"dont_know": self._new_rows(rng)}
+      # As the output rows of words start.
+      (row,) = unembedding_init(self.decoder.config)(rng, (1, width), jnp.float32)
+      return {"dont_know": boxed_row(row)}
     # A unit starts from its prior alone: zero row, and the bias counts from the prior's shift.
-    zero_row = jnp.zeros(self.decoder.config.d_model)
     return {
-      "dont_know": nn.LogicallyPartitioned(zero_row, ("embed",)),
+      "dont_know": boxed_row(jnp.zeros(width)),
       "dont_know_bias": nn.LogicallyPartitioned(jnp.zeros(()), ()),
     }
 

@@ -118,13 +118,15 @@ class Method(abc.ABC):
     *,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    shards: int = 1,
   ):
     """
     Args:
       config: validated here.
       decoder_config: its vocab_size counts the rows of the tables.
       vocab_size: how many of those rows are real; None: all.
-      chunk_size: of the readout, slots over all devices; see `readout.slot_scores`.
+      chunk_size: of the readout; see `readout.slot_scores`.
+      shards: devices that a batch is split over under jit; see there.
 
     Raises:
       InputError: an option that this method doesn't have, or a value that it can't work with.
@@ -133,6 +135,7 @@ class Method(abc.ABC):
     self.decoder = Decoder(decoder_config)
     self.vocab_size = decoder_config.vocab_size if vocab_size is None else vocab_size
     self.chunk_size = chunk_size
+    self.shards = shards
     for field in dataclasses.fields(MethodConfig):
       value = getattr(config, field.name)
       if field.name not in self.options | _COMMON and value != field.default:

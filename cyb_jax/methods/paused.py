@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cyb_jax import flops
-from cyb_jax.decoder import init_params
+from cyb_jax.decoder import embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import attention_mask, slot_positions
@@ -49,23 +49,18 @@ class PausedMethod(Method):
     decoder_key, pause_key, own_key = jax.random.split(rng, 3)
     params = {"decoder": init_params(self.decoder, decoder_key)}
     if self.config.pauses:
-      params["pause_input"] = self._new_rows(pause_key, self.config.pauses)
+      # Pauses start as words do.
+      shape = (self.config.pauses, self.decoder.config.d_model)
+      params["pause_input"] = boxed_row(embedding_init(self.decoder.config)(pause_key, shape, jnp.float32))
       if self.config.pause_offset:
         # Zero: at the start an offset changes nothing.
-        params["pause_offset"] = _boxed(jnp.zeros((self.config.pauses, self.decoder.config.d_model)), None)
+        params["pause_offset"] = boxed_row(jnp.zeros(shape))
     return params | self.init_own(own_key)
 
   def init_own(self, rng: Array) -> Params:
     """The parameters beside the decoder and its pauses."""
     del rng
     return {}
-
-  def _new_rows(self, rng: Array, count: int | None = None) -> nn.LogicallyPartitioned:
-    """Fresh rows as the decoder's embeddings are made; f32[count, D] or f32[D]."""
-    # Std 0.02: GPT-2's, as for the tables of `decoder.init_params`, whatever the initialiser of the matrices.
-    width = self.decoder.config.d_model
-    shape = (width,) if count is None else (count, width)
-    return _boxed(0.02 * jax.random.normal(rng, shape, jnp.float32), count)
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     """One decoder pass over all slots of all tokens."""
@@ -116,6 +111,7 @@ class PausedMethod(Method):
       soft_cap=config.soft_cap,
       slots=slots,
       chunk_size=self.chunk_size,
+      shards=self.shards,
       vocab_size=self.vocab_size,
       dont_know_bias=dont_know_bias,
     )
@@ -136,5 +132,6 @@ class PausedMethod(Method):
     )
 
 
-def _boxed(value: Array, count: int | None) -> nn.LogicallyPartitioned:
+def boxed_row(value: Float[Array, "... D"]) -> nn.LogicallyPartitioned:
+  """A parameter whose last axis is the model's width."""
   return nn.LogicallyPartitioned(value, (None,) * (value.ndim - 1) + ("embed",))

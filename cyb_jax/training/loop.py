@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from cyb_jax import __version__, runs, sharding
 from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
+from cyb_jax.data.tasks import PLACES
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator, evaluate_split
@@ -34,6 +35,9 @@ from cyb_jax.training.metrics import MetricsLog, format_seconds, read_metrics, s
 from cyb_jax.training.optimizer import make_optimizer, schedule
 from cyb_jax.training.step import Totals, TrainState
 from cyb_jax.training.strategies import Strategy, build_strategy, with_new_totals
+
+# Steps before the trace: by then everything is compiled and the batches are read ahead.
+_PROFILE_AFTER = 10
 
 
 def open_store(config: Config) -> TokenStore:
@@ -54,6 +58,12 @@ def open_store(config: Config) -> TokenStore:
 
 def _check_store(store: TokenStore, config: Config) -> None:
   data, found = config.data, store.description
+  for name, value in config.task_options().items():
+    if name not in PLACES and str(found["options"].get(name)) != value:
+      raise InputError(
+        f"data.options: {name}={value}, but the token store in {store.path} was prepared with"
+        f" {name}={found['options'].get(name)}"
+      )
   if data.task != found["task"]:
     raise InputError(f"data.task: {data.task!r}, but the token store in {store.path} holds {found['task']!r}")
   spec = data.tokenizer
@@ -65,12 +75,13 @@ def _check_store(store: TokenStore, config: Config) -> None:
     )
 
 
-def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> dict[str, Any]:
   """Trains, or continues to train, and evaluates.
 
   Args:
     config: validated.
     workdir: the run's folder; made here, after everything that can be checked was.
+    profile: how many steps to trace into WORKDIR/profile, after the first ten.
 
   Returns:
     The last evaluation, as evaluation.json holds it.
@@ -100,7 +111,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   runs.check_init_from(config, method)
   folder = runs.start_workdir(workdir, config, store.tokenizer)
   with jax.default_matmul_precision(config.precision.matmul):
-    return _Loop(config, folder, mesh, store, method, batches, steps).run()
+    return _Loop(config, folder, mesh, store, method, batches, steps, profile).run()
 
 
 @dataclasses.dataclass
@@ -137,6 +148,7 @@ class _Loop:
     method: Method,
     batches: TrainBatches,
     steps: int,
+    profile: int,
   ):
     self.config, self.folder, self.store, self.method = config, folder, store, method
     self.batches, self.steps, self.devices = batches, steps, mesh.size
@@ -144,10 +156,13 @@ class _Loop:
     self.schedule = schedule(config.optimizer, steps, width)
     optimizer = make_optimizer(config.optimizer, steps, width)
     self.strategy: Strategy = build_strategy(config, method, optimizer, mesh)
-    self.evaluator = Evaluator(method, mesh)
+    # Evaluation runs under jit whatever the strategy.
+    shards = sharding.data_shards(mesh)
+    self.evaluator = Evaluator(config.build_method(store.vocab_size, data_shards=shards), mesh)
     self.mesh = mesh
     self.peak = peak_flops(mesh.devices.flat[0])
     self.warned = False
+    self.profile = profile
 
   def run(self) -> dict[str, Any]:
     checkpoints = runs.checkpoints_in(self.folder, keep=self.config.train.keep)
@@ -209,7 +224,12 @@ class _Loop:
     for step in range(start + 1, self.steps + 1):
       batch = next(ahead)
       seen += int(np.count_nonzero(batch["weights"]))
+      if self.profile and step == start + _PROFILE_AFTER + 1:
+        jax.profiler.start_trace(str(self.folder / "profile"))
       state = self.strategy.step(state, self.strategy.put(batch))
+      if self.profile and step == min(start + _PROFILE_AFTER + self.profile, self.steps) > start + _PROFILE_AFTER:
+        jax.block_until_ready(state.step)
+        jax.profiler.stop_trace()
       if step == start + 1 < self.steps:
         # The first call compiles: the clock of the first line starts behind it.
         jax.block_until_ready(state.step)

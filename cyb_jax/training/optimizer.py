@@ -40,7 +40,7 @@ def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
 
 def decayed(params: PyTree) -> PyTree:
   """Which parameters have weight decay: the matrices (`kernel`), not norms, biases, embeddings and output rows."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.DictKey("kernel") in path, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, width: int) -> optax.GradientTransformation:
