@@ -87,7 +87,12 @@ def _with_installed_config(argument: str) -> str:
 
 
 def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
-  return record.levelno >= python_logging.WARNING or "cyb_jax" in pathlib.PurePath(record.pathname).parts
+  # By the package's own folder: a checkout may well be called cyb_jax and hold a venv.
+  ours = str(pathlib.Path(__file__).parent) + os.sep
+  if record.pathname.startswith(ours):
+    return True
+  # Orbax warns of every checkpoint that no validation was made for, which is as configured.
+  return record.levelno >= python_logging.WARNING and "tracked_metric" not in str(record.msg)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

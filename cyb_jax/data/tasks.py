@@ -10,6 +10,7 @@ test (unless the task has a test split), so that equal documents fall together.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -21,6 +22,7 @@ import json
 import os
 import re
 import string
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -213,12 +215,31 @@ def _one_of(options: Mapping[str, Any], name: str, accepted: tuple[str, ...]) ->
 
 def _import_seqio():
   try:
-    return importlib.import_module("seqio")
+    with _quiet_stderr():
+      return importlib.import_module("seqio")
   except ImportError as error:
     raise InputError(
       f'data.task: reading a task needs seqio and TensorFlow ({error}); pip install "cyb_jax", '
       "or give a store that is prepared already"
     ) from error
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+  """Sends what TensorFlow's C++ side says while it is loaded (of drivers that nobody asked for) to nowhere.
+
+  It writes to the file descriptor, before any level of its own is read; Python's exceptions are not touched.
+  """
+  sys.stderr.flush()
+  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nowhere, 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
 
 
 def _reraised(examples: Iterable[Any]) -> Iterator[Any]:
