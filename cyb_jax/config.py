@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -305,7 +306,9 @@ def _typed(path: str, value: Any, part: type, name: str) -> Any:
   annotation = typing.get_type_hints(part)[name]
   accepted = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
   accepted = tuple(typing.get_origin(kind) or kind for kind in accepted)
-  if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+  if float in accepted and isinstance(value, int | float) and not isinstance(value, bool):
+    if not math.isfinite(value):
+      raise InputError(f"{path}: {value!r} must be finite")
     return float(value)
   if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
     wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
@@ -334,7 +337,10 @@ def _parse_list(name: str, value: Any, num_slots: int) -> tuple[float, ...] | No
   try:
     if name == "gamma" and kind in ("linear", "exponential"):
       return tuple(discount(kind, num_slots, float(start)).tolist())
-    return tuple(float(x) for x in value.split(":"))
+    weights = tuple(float(x) for x in value.split(":"))
+    # What omega is where it isn't set, spelled out.
+    default = name == "omega" and len(weights) == num_slots and weights[-1] > 0 and not any(weights[:-1])
+    return None if default else weights
   except ValueError as error:
     detail = f" ({error})" if "gamma" in str(error) else ""
     also = ", 'linear:0.9', 'exponential:0.99'" if name == "gamma" else ""
@@ -380,6 +386,7 @@ def _validate(config: Config) -> None:
   )
   check("train.log_every", train.log_every >= 1, "at least 1")
   check("train.keep", train.keep >= 1, "at least 1")
+  check("train.collapse_warning", 0 < train.collapse_warning <= 1, "in (0, 1]")
   check("train.seed", train.seed >= 0, "not negative")
   for name in ("eval_every", "eval_limit", "checkpoint_every"):
     check(f"train.{name}", getattr(train, name) >= 0, "not negative")

@@ -96,7 +96,7 @@ def cyb(
 def _cyb(scores: SlotScores, log_stopping: Array, gamma: ArrayLike | None) -> Array:
   terms = log_stopping + scores.log_target
   if gamma is not None:
-    terms = terms + _log_discount(gamma, terms.shape[-1])
+    terms = terms + _log_discount(gamma, terms.shape[-1], terms.dtype)
   return -jax.nn.logsumexp(terms, axis=-1)
 
 
@@ -117,7 +117,7 @@ def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, .
   Raises:
     ValueError: on a wrong length, or concrete values that are not positive.
   """
-  rho = normalize(rho, scores.log_target.shape[-1], name="rho", positive=True)
+  rho = normalize(rho, scores.log_target.shape[-1], name="rho", positive=True, dtype=scores.log_target.dtype)
   log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
   # s log s -> 0 as s -> 0: where log s is -inf (d exactly 0 or 1) the term is left out before it is multiplied.
   reached = log_stopping > -jnp.inf
@@ -142,9 +142,9 @@ def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[Arra
   Raises:
     ValueError: on a wrong length, concrete values of rho out of range, or a negative alpha.
   """
-  if not isinstance(alpha, jax.core.Tracer) and not np.all(np.asarray(alpha) >= 0):
-    raise ValueError(f"alpha: {alpha} must not be negative")
-  rho = normalize(rho, scores.log_target.shape[-1], name="rho")
+  if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) >= 0) & np.isfinite(alpha)):
+    raise ValueError(f"alpha: {alpha} must be finite and not negative")
+  rho = normalize(rho, scores.log_target.shape[-1], name="rho", dtype=scores.log_target.dtype)
   log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
   wanted = rho > 0
   log_rho = jnp.log(jnp.where(wanted, rho, 1.0))
@@ -160,7 +160,7 @@ def last_slot_cross_entropy(scores: SlotScores) -> Float[Array, ...]:
   return -scores.log_target[..., -1]
 
 
-def _log_discount(gamma: ArrayLike, num_slots: int) -> Array:
+def _log_discount(gamma: ArrayLike, num_slots: int, dtype: jnp.dtype) -> Array:
   shape = np.shape(gamma)
   if not shape or shape[-1] != num_slots:
     raise ValueError(f"gamma: shape {shape}, but there are {num_slots} slots on the last axis")
@@ -170,5 +170,5 @@ def _log_discount(gamma: ArrayLike, num_slots: int) -> Array:
       raise ValueError(f"gamma: {values.tolist()} must lie in [0, 1]")
     if (values.max(-1) <= 0).any():
       raise ValueError(f"gamma: {values.tolist()} is all zero; at least one slot needs weight")
-  gamma = jnp.asarray(gamma, jnp.result_type(float))
+  gamma = jnp.asarray(gamma, dtype)
   return jnp.where(gamma > 0, jnp.log(jnp.where(gamma > 0, gamma, 1.0)), -jnp.inf)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -51,7 +52,8 @@ def slot_scores(
   Args:
     hidden: [..., W, D], after the final norm.
     unembedding: [V, D].
-    targets: int[...], the id that all W slots of a token must say.
+    targets: int[...], the id that all W slots of a token must say. An id that is no row (an ignored label such as -100)
+      gives a finite number without meaning, so that a weight of 0 takes it out; a row that is no word gives -inf.
     dont_know: f32[D], an output row of its own for `<don't know>`; or an int, a row of `unembedding`, which then is no
       word; or None for a model that can't abstain: d = 0 exactly (log d = -inf, log a = 0).
     form: 'token': `<don't know>` competes with the vocabulary; 'unit': a logistic unit of its own.
@@ -80,7 +82,8 @@ def slot_scores(
   if not 0 < real <= rows:
     raise ValueError(f"vocab_size: {real} is not in 1..{rows}, the rows of the unembedding")
   excluded = None
-  if isinstance(dont_know, int):
+  if isinstance(dont_know, numbers.Integral):  # numpy's integers too
+    dont_know = int(dont_know)
     if not 0 <= dont_know < real:
       raise ValueError(f"dont_know: {dont_know} is not a row of a vocabulary of {real}")
     excluded = dont_know
@@ -99,9 +102,9 @@ def slot_scores(
       log_answer=jnp.zeros_like(target_logit),
     )
   row = unembedding[dont_know] if excluded is not None else dont_know
-  dont_know_logit = jnp.einsum(
-    "...d,d->...", hidden, row.astype(hidden.dtype), preferred_element_type=log_normalizer.dtype
-  )
+  # A sum of products in f32 rather than a matrix product: the row's gradient, over all slots, is summed in f32 too, and
+  # nothing is rounded to bf16 or TF32 on the way to d.
+  dont_know_logit = (hidden.astype(log_normalizer.dtype) * row.astype(log_normalizer.dtype)).sum(-1)
   if form == "token":
     dont_know_logit = _cap(dont_know_logit, soft_cap)
   shift = prior_shift(form, prior, real + (excluded is None)) + dont_know_bias

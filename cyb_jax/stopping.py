@@ -141,22 +141,28 @@ def prior_shift(form: Form, prior: float | None, vocabulary: int) -> float:
 
 
 def normalize(
-  weights: Float[ArrayLike, "... W"] | None, num_slots: int, *, name: str, positive: bool = False
+  weights: Float[ArrayLike, "... W"] | None,
+  num_slots: int,
+  *,
+  name: str,
+  positive: bool = False,
+  dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "... W"]:
-  """Weights over slots as an f32 distribution; None is 0:..:0:1.
+  """Weights over slots as a distribution; None is 0:..:0:1.
 
   Args:
     weights: [W] or [..., W], non-negative, not all zero; need not be normalised; may be traced.
     num_slots: W.
     name: for the errors.
-    positive: whether a zero is an error.
+    positive: whether a zero is an error, also one that a tiny weight becomes in `dtype`.
+    dtype: of the result.
 
   Raises:
     ValueError: on another length; and, where the values are concrete, on values that are negative, not finite, all
       zero, or zero with `positive`. Traced values can't be looked at.
   """
   if weights is None:
-    return jnp.zeros(num_slots).at[-1].set(1.0)
+    return jnp.zeros(num_slots, dtype).at[-1].set(1.0)
   shape = np.shape(weights)
   if not shape or shape[-1] != num_slots:
     raise ValueError(f"{name}: shape {shape}, but there are {num_slots} slots on the last axis")
@@ -166,10 +172,12 @@ def normalize(
       raise ValueError(f"{name}: {_show(values)} must be finite and not negative")
     if (values.sum(-1) <= 0).any():
       raise ValueError(f"{name}: {_show(values)} is all zero; at least one slot needs weight")
-    if positive and (values <= 0).any():
-      raise ValueError(f"{name}: {_show(values)} must be positive at every slot")
-    return jnp.asarray(values / values.sum(-1, keepdims=True), jnp.result_type(float))
-  weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    values = (values / values.sum(-1, keepdims=True)).astype(dtype)
+    # The smallest normal number counts as zero: the compiled program may flush what is below it.
+    if positive and (values < np.finfo(dtype).tiny).any():
+      raise ValueError(f"{name}: {_show(np.asarray(weights, np.float64))} must be positive at every slot")
+    return jnp.asarray(values)
+  weights = weights.astype(dtype)
   return weights / weights.sum(-1, keepdims=True)
 
 
@@ -200,7 +208,7 @@ def log_stopping_distribution(
     ValueError: see `normalize`.
   """
   num_slots = log_dont_know.shape[-1]
-  omega = normalize(omega, num_slots, name="omega")
+  omega = normalize(omega, num_slots, name="omega", dtype=log_dont_know.dtype)
   # An exclusive sum from the right by shifting, since total - cumsum would leave rounding where Omega_{>i} is 0.
   tail = jnp.flip(jnp.cumsum(jnp.flip(omega, -1), -1), -1)
   tail = jnp.concatenate([tail[..., 1:], jnp.zeros_like(tail[..., :1])], -1)
@@ -232,7 +240,8 @@ def _log_add(x: Float[Array, ...], y: Float[Array, ...]) -> Float[Array, ...]:
 
 def expected_pauses(log_stopping: Float[Array, "... W"]) -> Float[Array, ...]:
   """sum_i (i - 1) s_i, the mean number of pauses before the answer; f32[...]."""
-  return jnp.exp(log_stopping) @ jnp.arange(log_stopping.shape[-1], dtype=log_stopping.dtype)
+  # A sum of products rather than a matrix product, which accelerators would round.
+  return (jnp.exp(log_stopping) * jnp.arange(log_stopping.shape[-1], dtype=log_stopping.dtype)).sum(-1)
 
 
 def hard_slot(log_dont_know: Float[Array, "... W"]) -> Int[Array, ...]:

@@ -27,7 +27,9 @@ def test_default_freezes_and_survives_json():
 
 
 def test_lists_are_written_with_colons():
-  assert frozen(method__omega="0:0:0:1").method.omega == (0.0, 0.0, 0.0, 1.0)
+  assert frozen(method__omega="1:0:0:1").method.omega == (1.0, 0.0, 0.0, 1.0)
+  # What it is where it isn't set; VA and DP take no other.
+  assert frozen(method__omega="0:0:0:2").method.omega is None
   assert frozen(method__gamma="linear:0.9").method.gamma == pytest.approx((1.0, 0.9, 0.8, 0.7))
   assert frozen(method__gamma="exponential:0.5").method.gamma == pytest.approx((1.0, 0.5, 0.25, 0.125))
   assert frozen(method__omega="").method.omega is None
@@ -63,6 +65,11 @@ def test_no_prior_shift_can_be_asked_for():
     ({"optimizer__beta2": 1.0}, r"optimizer\.beta2: 1.0"),
     ({"train__steps": -1}, r"train\.steps: -1"),
     ({"train__keep": 0}, r"train\.keep: 0"),
+    ({"train__epochs": float("inf")}, r"train\.epochs: inf must be finite"),
+    ({"train__collapse_warning": -3.0}, r"train\.collapse_warning: -3.0 must be in"),
+    ({"optimizer__learning_rate": float("inf")}, r"optimizer\.learning_rate: inf must be finite"),
+    ({"method__omega": "1:0:0:0", "method__gamma": "0:1:1:1"}, r"method\.gamma: .* is zero at every slot that"),
+    ({"method__loss": "va", "method__rho": "1:1e-50:1:1"}, r"method\.rho: 1:1e-50:1:1 must be positive"),
     ({"parallelism__strategy": "xmap"}, r"parallelism\.strategy: 'xmap' must be 'jit' or 'pmap'"),
     ({"parallelism__strategy": "pmap", "parallelism__tensor": 2}, r"parallelism\.tensor: 2 must be 1 under .*'pmap'"),
     ({"precision__activations": "float16"}, r"precision\.activations: 'float16' must be one of auto"),

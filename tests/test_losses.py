@@ -229,7 +229,9 @@ def test_bad_parameters():
   scores = scores_of(*random_logits(0, 3))
   for call, message in [
     (lambda: losses.cyb_va(scores, [1.0, 0.0, 1.0]), "rho: 1:0:1 must be positive"),
+    (lambda: losses.cyb_va(scores, [1.0, 1e-39, 1.0]), "rho: 1:1e-39:1 must be positive"),
     (lambda: losses.cyb_va(scores, [1.0, 1.0]), "rho: shape"),
+    (lambda: losses.cyb_dp(scores, [1.0, 1.0, 1.0], float("inf")), "alpha: inf"),
     (lambda: losses.cyb_dp(scores, [0.0, 0.0, 0.0], 0.1), "rho: 0:0:0 is all zero"),
     (lambda: losses.cyb_dp(scores, [1.0, 1.0, 1.0], -0.1), "alpha: -0.1"),
     (lambda: losses.cyb(scores, gamma=[1.0, 1.0, 1.5]), "gamma: .*must lie in"),
@@ -238,6 +240,14 @@ def test_bad_parameters():
   ]:
     with pytest.raises(ValueError, match=message):
       call()
+
+
+def test_f32_scores_give_f32_losses_in_64_bit_mode():
+  scores = scores_of(*random_logits(0, 3))
+  with jax.enable_x64(True):
+    for loss in (losses.cyb(scores, [1, 2, 3], [1, 0.5, 0.5]), losses.cyb_va(scores, [1, 2, 1])):
+      assert loss.dtype == jnp.float32
+    assert losses.cyb_dp(scores, [1, 2, 1], 0.1).dtype == jnp.float32
 
 
 def test_losses_see_the_distribution_they_are_defined_by():

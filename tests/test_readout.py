@@ -87,6 +87,7 @@ def test_agrees_with_the_dense_readout(options, chunk_size, exact):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
     assert a.dtype == jnp.float32
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+    assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
   for a, b in zip(got_grad, expected_grad):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -234,6 +235,28 @@ def test_bf16_gradient_of_f32_unembedding_is_summed_in_f32():
   gradient = jax.grad(value)(unembedding)
   assert gradient.dtype == jnp.float32
   np.testing.assert_allclose(gradient[0], 4096 * 0.5 * float(hidden[0, 0, 0]), rtol=1e-3)
+
+
+def test_bf16_gradient_of_the_dont_know_row_is_summed_in_f32():
+  hidden, unembedding, targets, row = problem(8, leading=(64,))
+  hidden = hidden.astype(jnp.bfloat16)
+
+  def total(row, hidden):
+    return slot_scores(hidden, unembedding.astype(hidden.dtype), targets, row).log_dont_know.sum()
+
+  gradient = jax.grad(total)(row, hidden)
+  exact = jax.grad(total)(row, hidden.astype(jnp.float32))
+  assert np.abs(gradient - gradient.astype(jnp.bfloat16)).max() > 0
+  np.testing.assert_allclose(gradient, exact, rtol=2e-2, atol=2e-2)
+
+
+def test_numpy_integers_name_a_row():
+  hidden, unembedding, targets, _ = problem(9)
+  for a, b in zip(
+    jax.tree.leaves(slot_scores(hidden, unembedding, targets, np.int64(0))),
+    jax.tree.leaves(slot_scores(hidden, unembedding, targets, 0)),
+  ):
+    np.testing.assert_array_equal(a, b)
 
 
 def memory(leading=(32, 1024, 4), width=768, vocabulary=50304):

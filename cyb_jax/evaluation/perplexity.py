@@ -113,7 +113,8 @@ def _sums(
   scores, weights = reading.scores, batch["weights"]
 
   def total(values: Array) -> Array:
-    return jnp.einsum("bt...,bt->...", values, weights)
+    # Not an einsum: accelerators would round a matrix product.
+    return (values * weights.reshape(weights.shape + (1,) * (values.ndim - 2))).sum((0, 1))
 
   sums = {
     "tokens": weights.sum(),

@@ -6,6 +6,7 @@ Parameters beside the decoder's and the pauses': `dont_know` f32[D], the output 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,8 @@ class Cyb(PausedMethod):
         raise InputError(f"method.{field}: {value!r} is set, but method.loss = {config.loss!r} doesn't use it")
     if config.loss != "ap" and config.rho is None:
       raise InputError(f"method.rho: not set, but method.loss = {config.loss!r} needs {self.num_slots} weights")
-    if not config.alpha >= 0:
-      raise InputError(f"method.alpha: {config.alpha!r} must not be negative")
+    if not 0 <= config.alpha < math.inf:
+      raise InputError(f"method.alpha: {config.alpha!r} must be finite and not negative")
     if config.dont_know not in ("token", "unit"):
       raise InputError(f"method.dont_know: {config.dont_know!r} is none of 'token', 'unit'")
     if config.dont_know_prior is not None and not 0 < config.dont_know_prior < 1:
@@ -61,6 +62,12 @@ class Cyb(PausedMethod):
         losses.cyb(_no_scores(self.num_slots), gamma=config.gamma)
     except ValueError as error:
       raise InputError(f"method.{error} (W = pauses + 1 = {self.num_slots})") from None
+    if config.omega is not None and config.gamma is not None:
+      last = max(i for i, weight in enumerate(config.omega) if weight > 0)
+      if not any(config.gamma[: last + 1]):
+        raise InputError(
+          f"method.gamma: {config.gamma} is zero at every slot that method.omega = {config.omega} reaches"
+        )
 
   def init_own(self, rng: Array) -> Params:
     width = self.decoder.config.d_model

@@ -125,7 +125,8 @@ def train_step(
       "tokens": weights.sum(),
       "loss": loss,
       "log_likelihood": (losses.log_likelihood * weights).sum(),
-      "stopping": jnp.einsum("btw,bt->w", losses.stopping, weights),
+      # Not an einsum: accelerators would round a matrix product.
+      "stopping": (losses.stopping * weights[..., None]).sum((0, 1)),
     }
 
   gradient_of = jax.grad(sums, has_aux=True)
