@@ -16,14 +16,16 @@ from absl import flags
 from cyb_jax import programs
 from cyb_jax.errors import InputError
 
-_SLOTS = flags.DEFINE_integer("slots", 131072, "readout: slots.")
-_WIDTH = flags.DEFINE_integer("width", 768, "readout: d_model.")
-_VOCABULARY = flags.DEFINE_integer("vocabulary", 50304, "readout: rows of the unembedding.")
-_TIMED_SLOTS = flags.DEFINE_integer("timed_slots", 1024, "readout: slots of the timed runs; a dense one must fit.")
-_STORE = flags.DEFINE_string("store", "", "data: a token store; '': generated tokens.")
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 1024, "data: tokens in a window.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "data: windows in a batch.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "How often each time is taken; medians are printed.")
+
+def define_flags() -> None:
+  flags.DEFINE_integer("slots", 131072, "readout: slots.")
+  flags.DEFINE_integer("width", 768, "readout: d_model.")
+  flags.DEFINE_integer("vocabulary", 50304, "readout: rows of the unembedding.")
+  flags.DEFINE_integer("timed_slots", 1024, "readout: slots of the timed runs, which a dense one must fit too.")
+  flags.DEFINE_string("store", "", "data: a token store; '': generated tokens.")
+  flags.DEFINE_integer("sequence_length", 1024, "data: tokens in a window.")
+  flags.DEFINE_integer("batch_size", 64, "data: windows in a batch.")
+  flags.DEFINE_integer("repeats", 5, "How often each time is taken; medians are printed.")
 
 
 def readout() -> dict[str, Any]:
@@ -45,42 +47,43 @@ def readout() -> dict[str, Any]:
 
   def arguments(slots):
     return (
-      jax.ShapeDtypeStruct((slots // 4, 4, _WIDTH.value), jnp.float32),
-      jax.ShapeDtypeStruct((_VOCABULARY.value, _WIDTH.value), jnp.float32),
-      jax.ShapeDtypeStruct((_WIDTH.value,), jnp.float32),
+      jax.ShapeDtypeStruct((slots // 4, 4, flags.FLAGS.width), jnp.float32),
+      jax.ShapeDtypeStruct((flags.FLAGS.vocabulary, flags.FLAGS.width), jnp.float32),
+      jax.ShapeDtypeStruct((flags.FLAGS.width,), jnp.float32),
       jax.ShapeDtypeStruct((slots // 4,), jnp.int32),
     )
 
   def compiled(function, slots):
     return jax.jit(jax.value_and_grad(function, (0, 1, 2))).lower(*arguments(slots)).compile()
 
-  for flag in (_SLOTS, _TIMED_SLOTS):
-    if flag.value < 4 or flag.value % 4:
-      raise InputError(f"--{flag.name}: {flag.value} must be a positive multiple of 4")
+  for name in ("slots", "timed_slots", "width", "vocabulary"):
+    value, unit = flags.FLAGS[name].value, 4 if name.endswith("slots") else 1
+    if value < unit or value % unit:
+      raise InputError(f"--{name}: {value} must be a positive multiple of {unit}")
   memory = {
-    name: compiled(function, _SLOTS.value).memory_analysis().temp_size_in_bytes
+    name: compiled(function, flags.FLAGS.slots).memory_analysis().temp_size_in_bytes
     for name, function in (("chunked", chunked), ("dense", dense))
   }
   keys = jax.random.split(jax.random.key(0), 4)
   values = [
     0.02 * jax.random.normal(key, x.shape, x.dtype) if x.dtype == jnp.float32 else jnp.zeros(x.shape, x.dtype)
-    for key, x in zip(keys, arguments(_TIMED_SLOTS.value))
+    for key, x in zip(keys, arguments(flags.FLAGS.timed_slots))
   ]
-  programs_ = {name: compiled(f, _TIMED_SLOTS.value) for name, f in (("chunked", chunked), ("dense", dense))}
+  programs_ = {name: compiled(f, flags.FLAGS.timed_slots) for name, f in (("chunked", chunked), ("dense", dense))}
   seconds = side_by_side(
     {name: lambda p=program: jax.block_until_ready(p(*values)) for name, program in programs_.items()}
   )
   return {
     "benchmark": "readout",
-    "slots": _SLOTS.value,
-    "width": _WIDTH.value,
-    "vocabulary": _VOCABULARY.value,
+    "slots": flags.FLAGS.slots,
+    "width": flags.FLAGS.width,
+    "vocabulary": flags.FLAGS.vocabulary,
     "temporary_bytes": memory["chunked"],
     "temporary_gib": memory["chunked"] / 2**30,
     "dense_temporary_gib": memory["dense"] / 2**30,
     "device": jax.devices()[0].device_kind,
     "timing": {
-      "slots": _TIMED_SLOTS.value,
+      "slots": flags.FLAGS.timed_slots,
       "chunked_seconds": seconds["chunked"],
       "dense_seconds": seconds["dense"],
       "chunked_over_dense": seconds["chunked"] / seconds["dense"],
@@ -96,11 +99,13 @@ def data() -> dict[str, Any]:
   from cyb_jax.data import TokenStore, TrainBatches, prepare
 
   with tempfile.TemporaryDirectory() as scratch:
-    if _STORE.value:
-      store = TokenStore.open(_STORE.value)
+    if flags.FLAGS.store:
+      store = TokenStore.open(flags.FLAGS.store)
     else:
       store = prepare("synthetic_sums", "bytes", pathlib.Path(scratch) / "store", options={"documents": 20000})
-    batches = TrainBatches(store, sequence_length=_SEQUENCE_LENGTH.value, batch_size=_BATCH_SIZE.value, seed=0)
+    batches = TrainBatches(
+      store, sequence_length=flags.FLAGS.sequence_length, batch_size=flags.FLAGS.batch_size, seed=0
+    )
     count = 50
 
     def read():
@@ -108,11 +113,11 @@ def data() -> dict[str, Any]:
         batches(step)
 
     seconds = side_by_side({"read": read})["read"]
-    tokens = count * _BATCH_SIZE.value * _SEQUENCE_LENGTH.value
+    tokens = count * flags.FLAGS.batch_size * flags.FLAGS.sequence_length
     return {
       "benchmark": "data",
-      "sequence_length": _SEQUENCE_LENGTH.value,
-      "batch_size": _BATCH_SIZE.value,
+      "sequence_length": flags.FLAGS.sequence_length,
+      "batch_size": flags.FLAGS.batch_size,
       "store_tokens": store.num_tokens("train"),
       "timing": {"tokens_per_second": tokens / seconds, "seconds": seconds},
     }
@@ -123,7 +128,7 @@ def side_by_side(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
   times: dict[str, list[float]] = {name: [] for name in functions}
   for function in functions.values():
     function()
-  for _ in range(_REPEATS.value):
+  for _ in range(flags.FLAGS.repeats):
     for name, function in functions.items():
       start = time.perf_counter()
       function()
@@ -137,13 +142,14 @@ BENCHMARKS = {"readout": readout, "data": data}
 def main(argv: Sequence[str]) -> dict[str, Any]:
   if len(argv) != 2 or argv[1] not in BENCHMARKS:
     raise InputError(f"benchmark: {' '.join(argv[1:])!r} is none of {', '.join(BENCHMARKS)}")
-  if _REPEATS.value < 1:
-    raise InputError(f"--repeats: {_REPEATS.value} must be at least 1")
+  if flags.FLAGS.repeats < 1:
+    raise InputError(f"--repeats: {flags.FLAGS.repeats} must be at least 1")
   return BENCHMARKS[argv[1]]()
 
 
 def run() -> None:
   """Console script."""
+  define_flags()
   programs.launch(main, words=1)
 
 

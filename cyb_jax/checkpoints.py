@@ -49,6 +49,7 @@ class Checkpoints:
         best_fn=lambda metrics: metrics["loss"],
         best_mode="min",
         read_only=read_only,
+        save_interval_steps=0 if read_only else 1,
         create=not read_only,
         cleanup_tmp_directories=not read_only,
       ),

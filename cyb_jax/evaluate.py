@@ -8,82 +8,83 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from cyb_jax import programs
 from cyb_jax.errors import InputError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
-_SPLIT = flags.DEFINE_string("split", "validation", "validation, test or train.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "At most so many windows; 0: the split whole.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
-_OMEGA = flags.DEFINE_string("omega", "", "What the world grants, W weights such as 1:1:1:1; '': all slots, always.")
-_STORE = flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
+
+def define_flags() -> None:
+  flags.DEFINE_string("workdir", None, "The run's folder.")
+  flags.DEFINE_string("split", "validation", "validation, test or train.")
+  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
+  flags.DEFINE_integer("limit", 0, "At most so many windows; 0: the split whole.")
+  flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
+  flags.DEFINE_string("omega", "", "What the world grants, W weights such as 1:1:1:1; '': all slots, always.")
+  flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
-  if not _WORKDIR.value:
-    raise InputError("--workdir: not given; name the run's folder")
-  for flag in (_LIMIT, _BATCH_SIZE):
-    if flag.value < 0:
-      raise InputError(f"--{flag.name}: {flag.value} is negative")
+  args = flags.FLAGS
+  workdir = programs.required_flag("workdir", "name the run's folder")
+  for name in ("limit", "batch_size"):
+    if args[name].value < 0:
+      raise InputError(f"--{name}: {args[name].value} is negative")
   import dataclasses
 
   import jax
 
   from cyb_jax import runs, sharding, training
+  from cyb_jax.config import ParallelismConfig
   from cyb_jax.evaluation import Evaluator, evaluate_split
   from cyb_jax.stopping import normalize
 
-  checkpoint = _CHECKPOINT.value
+  checkpoint = args.checkpoint
   if checkpoint not in ("last", "best"):
     if not checkpoint.isdecimal():
       raise InputError(f"--checkpoint: {checkpoint!r} is none of 'last', 'best' and a step's number")
     checkpoint = int(checkpoint)
-  mesh = sharding.make_mesh(_mesh_of_evaluation())
-  run = runs.load(_WORKDIR.value, checkpoint, mesh)
+  # All devices share the batch: parameters that trained sharded need not be so to be read.
+  mesh = sharding.make_mesh(ParallelismConfig())
+  run = runs.load(workdir, checkpoint, mesh)
   omega = None
-  if _OMEGA.value:
+  if args.omega:
     try:
-      omega = [float(x) for x in _OMEGA.value.split(":")]
+      omega = [float(x) for x in args.omega.split(":")]
       normalize(omega, run.method.num_slots, name="omega")
     except ValueError as error:
-      raise InputError(f"--omega: {_OMEGA.value!r} won't do for {run.method.num_slots} slots ({error})") from None
+      raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
   config = run.config
-  if _STORE.value:
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=_STORE.value))
-  store = training.open_store(config)
-  if store.fingerprint != run.meta["store"]:
-    raise InputError(f"--store: {store.path} is another token store than the one that {_WORKDIR.value} was trained on")
-  batch_size = _BATCH_SIZE.value or config.data.batch_size
-  sharding.check_batch(batch_size, sharding.data_shards(mesh))
+  if args.store:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=args.store))
+  store = runs.open_recorded_store(run.meta, config.data.store) or training.open_store(config)
+  runs.check_fingerprint(store, run.meta)
+  shards = sharding.data_shards(mesh)
+  # Rows that fill a batch up have weight 0, so that any size will do.
+  batch_size = -(-(args.batch_size or config.data.batch_size) // shards) * shards
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
       Evaluator(run.method, mesh, omega),
       run.params,
       store,
       config,
-      split=_SPLIT.value,
+      split=args.split,
       step=run.step,
       meta=run.meta,
-      limit=_LIMIT.value or None,
+      limit=args.limit or None,
       batch_size=batch_size,
     )
-  runs.write_evaluation(_WORKDIR.value, record)
+  try:
+    runs.write_evaluation(workdir, record)
+  except OSError as error:
+    logging.warning("evaluation.json can't be written to %s: %s", workdir, error.strerror)
   return record
-
-
-def _mesh_of_evaluation():
-  from cyb_jax.config import ParallelismConfig
-
-  # All devices share the batch: parameters that trained sharded need not be so to be read.
-  return ParallelismConfig()
 
 
 def run() -> None:
   """Console script."""
+  define_flags()
   programs.launch(main)
 
 

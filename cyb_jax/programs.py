@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging as python_logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,32 +59,53 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       sys.stdout.flush()
     return 0
 
+  for name in flags.FLAGS:
+    if flags.FLAGS.find_module_defining_flag(name, "").startswith("cyb_jax"):
+      # `--help` shows those of the program that is run, which a console script has none of.
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=_parse)
 
 
-def config_of(flag: flags.FlagHolder) -> Any:
-  """The ConfigDict of a `--config` flag.
+def config_flag() -> Any:
+  """The ConfigDict of the flag `--config`.
 
   Raises:
     InputError: the flag isn't given, or its file isn't there.
   """
-  if flag.value is None:
-    raise InputError(f"--{flag.name}: not given; experiments/README.md lists the configs")
+  config = flags.FLAGS.config
+  if config is None:
+    raise InputError("--config: not given; experiments/README.md lists the configs")
   try:
-    flag.value.to_dict()
+    config.to_dict()
   except OSError as error:  # ml_collections keeps it back until the config is used
-    raise InputError(f"--{flag.name}: {str(error).splitlines()[-1].strip()}") from None
-  return flag.value
+    raise InputError(f"--config: {_last_line(error)}") from None
+  return config
 
 
-def _with_installed_config(argument: str) -> str:
-  """`--config=experiments/NAME.py` outside a checkout means the copy that was installed."""
-  flag, _, value = argument.partition("=")
-  path, colon, rest = value.partition(":")
-  installed = pathlib.Path(__file__).parent / path
-  if flag == "--config" and path.startswith("experiments/") and not os.path.exists(path) and installed.exists():
-    return f"{flag}={installed}{colon}{rest}"
-  return argument
+def required_flag(name: str, wanted: str) -> str:
+  """The value of a flag that must be given."""
+  value = flags.FLAGS[name].value
+  if not value:
+    raise InputError(f"--{name}: not given; {wanted}")
+  return value
+
+
+def _last_line(error: Exception) -> str:
+  return str(error).strip().splitlines()[-1].strip()
+
+
+def _with_installed_config(argv: Sequence[str]) -> list[str]:
+  """`--config=experiments/NAME.py` outside a checkout means the copy that was installed; so does `--config NAME`."""
+  words = list(argv)
+  for i, word in enumerate(words):
+    flag, equals, value = word.partition("=")
+    if not equals and i and words[i - 1] == "--config":
+      flag, value = "--config", word
+    path, colon, rest = value.partition(":")
+    installed = pathlib.Path(__file__).parent / path
+    if flag == "--config" and path.startswith("experiments/") and not os.path.exists(path) and installed.exists():
+      words[i] = f"{flag}=" * bool(equals) + f"{installed}{colon}{rest}"
+  return words
 
 
 def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
@@ -98,9 +120,24 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
 def _parse(argv: Sequence[str]) -> list[str]:
   # A config file runs while flags are parsed, so that anything may come up here. Whatever it is, it is the input.
   try:
-    return flags.FLAGS([_with_installed_config(argument) for argument in argv])
-  except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-    sys.exit(_complain(str(error)))
+    return flags.FLAGS(_with_installed_config(argv))
+  except Exception as error:
+    sys.exit(_complain(_said_plainly(error, argv)))
+
+
+def _said_plainly(error: Exception, argv: Sequence[str]) -> str:
+  """What ml_collections wraps: an override of a field that isn't there, a config file that isn't there."""
+  text = str(error.args[0] if error.args else error) or repr(error)
+  field = re.search(r"\w+", text)
+  if isinstance(error, KeyError | AttributeError) and field:
+    for word in argv:
+      flag = word.partition("=")[0]
+      if flag.startswith("--config.") and field[0] in flag.split("."):
+        close = re.search(r'Did you mean "(\w+)"', text)
+        return f"{flag}: unknown field" + (f"; did you mean {close[1]}?" if close else "; the config has no such field")
+  if "Failed loading config file" in text:
+    return f"--config: {_last_line(error)}"
+  return text
 
 
 def _complain(message: str) -> int:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,7 @@ from cyb_jax import config as configs
 from cyb_jax import jsonl, sharding
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.config import Config
-from cyb_jax.data import Tokenizer, tokenizers
+from cyb_jax.data import Tokenizer, TokenStore, tokenizers
 from cyb_jax.errors import InputError
 from cyb_jax.methods import Method
 
@@ -40,6 +41,8 @@ def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
   Raises:
     InputError: it holds a run of another config, or can't be written to.
   """
+  if "://" in str(workdir):
+    raise InputError(f"workdir: {workdir} is no folder on a local disk, which is what this version writes to")
   path = pathlib.Path(workdir).absolute()
   if (path / "config.json").exists():
     changed = configs.differences(read_config(path), config.source)
@@ -53,8 +56,11 @@ def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
     existing = existing.parent
   if not existing.is_dir():
     raise InputError(f"workdir: {existing} is a file, a folder is needed")
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise InputError(f"workdir: no right to write in {existing}")
+  try:
+    # Tried rather than asked: some file systems refuse whatever the permissions say. Nothing of it stays.
+    tempfile.TemporaryFile(dir=existing).close()
+  except OSError as error:
+    raise InputError(f"workdir: can't write in {existing} ({error.strerror}); take another folder") from None
 
 
 def start_workdir(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> pathlib.Path:
@@ -63,11 +69,56 @@ def start_workdir(workdir: str | os.PathLike, config: Config, tokenizer: Tokeniz
   try:
     path.mkdir(parents=True, exist_ok=True)
     write_whole(path / "config.json", configs.to_json(config))
-    (path / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(path / "tokenizer")
+    if newest_meta(path) is None:  # what a checkpoint was trained with is not written again
+      (path / "tokenizer").mkdir(exist_ok=True)
+      tokenizer.save(path / "tokenizer")
   except OSError as error:
     raise InputError(f"workdir: {workdir} can't be written to: {error.strerror}") from None
   return path
+
+
+def newest_meta(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """The JSON object of a run's newest checkpoint; None where it has none."""
+  if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+    return None
+  checkpoints = checkpoints_in(workdir, read_only=True)
+  try:
+    steps = checkpoints.steps()
+    return checkpoints.meta(steps[-1]) if steps else None
+  finally:
+    checkpoints.close()
+
+
+def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenStore | None:
+  """The token store that a run was trained on, without its source.
+
+  Args:
+    meta: of the run's newest checkpoint; None: it has none yet.
+    given: a folder that is to hold it; '': where it lay.
+
+  Returns:
+    The store; None where nothing is recorded, or it has gone and must be prepared again.
+
+  Raises:
+    InputError: the given folder holds another store.
+  """
+  if meta is None or not (given or pathlib.Path(meta["store_path"]).exists()):
+    return None
+  store = TokenStore.open(given or meta["store_path"])
+  if store.fingerprint == meta["store"]:
+    return store
+  if given:
+    check_fingerprint(store, meta)
+  return None  # another one lies there now
+
+
+def check_fingerprint(store: TokenStore, meta: dict[str, Any] | None) -> None:
+  """Raises InputError if a run was trained on another store."""
+  if meta is not None and meta["store"] != store.fingerprint:
+    raise InputError(
+      f"data.store: {store.path} has fingerprint {store.fingerprint[:12]}, but the run was trained on"
+      f" {meta['store'][:12]}; give it the store that it started with"
+    )
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
@@ -97,28 +148,41 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     raise InputError(f"workdir: {path} is not JSON ({error})") from None
 
 
-# What makes the parameters of two decoders interchangeable.
-_SHAPE = (
-  "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size", "norm", "gated_mlp",
-  "attention_bias", "mlp_bias", "tied_embeddings", "scan_layers",
-)  # fmt: skip
+# How a decoder is computed, not what it computes.
+_MANNER = ("attention", "dtype", "initializer", "param_dtype", "remat")
 
 
-def check_init_from(config: Config, method: Method) -> None:
-  """Whether the run that `init_from` names has a decoder of the same shape; reads no parameters.
+def check_init_from(config: Config, method: Method | None = None, tokenizer: Tokenizer | None = None) -> None:
+  """Whether `init_from` names a run whose decoder and tokenizer are those of this config; reads no parameters.
+
+  Args:
+    config: `init_from` may be ''.
+    method: of the new run; None, before its vocabulary is known: only whether there is such a run is checked.
+    tokenizer: of the new run.
 
   Raises:
-    InputError: no run, or another decoder.
+    InputError: no run, or another decoder or tokenizer.
   """
   if not config.init_from:
     return
-  source = configs.freeze(read_config(config.init_from))
-  tokenizer = tokenizers.load(pathlib.Path(config.init_from) / "tokenizer")
-  theirs = source.decoder_config(tokenizer.vocab_size)
-  for field in _SHAPE:
-    ours, found = getattr(method.decoder.config, field), getattr(theirs, field)
-    if ours != found:
-      raise InputError(f"init_from: {config.init_from} has decoder.{field} = {found!r}, but this config has {ours!r}")
+  folder = pathlib.Path(config.init_from)
+  if not (folder / "config.json").exists() or newest_meta(folder) is None:
+    raise InputError(f"init_from: {config.init_from} holds no run with a checkpoint")
+  if method is None or tokenizer is None:
+    return
+  source, theirs = configs.freeze(read_config(folder)), tokenizers.load(folder / "tokenizer")
+  if theirs.describe() != tokenizer.describe():
+    raise InputError(
+      f"init_from: {config.init_from} was trained with another tokenizer; give data.tokenizer its"
+      f" {folder / 'tokenizer'} (a .model file), or data.store the store that it was trained on"
+    )
+  decoder = source.decoder_config(theirs.vocab_size)
+  for field in dataclasses.fields(decoder):
+    ours, found = getattr(method.decoder.config, field.name), getattr(decoder, field.name)
+    if field.name not in _MANNER and ours != found:
+      raise InputError(
+        f"init_from: {config.init_from} has decoder.{field.name} = {found!r}, but this config has {ours!r}"
+      )
 
 
 def adopt(workdir: str | os.PathLike, params: PyTree) -> PyTree:

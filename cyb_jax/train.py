@@ -14,27 +14,28 @@ from ml_collections import config_flags
 from cyb_jax import programs
 from cyb_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; an interrupted run in it is continued.")
-_PROFILE = flags.DEFINE_integer(
-  "profile", 0, "Trace so many steps, after ten, into WORKDIR/profile (TensorBoard, Perfetto)."
-)
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
+  flags.DEFINE_string("workdir", None, "The run's folder; an interrupted run in it is continued.")
+  flags.DEFINE_integer("profile", 0, "Trace so many steps, after ten, into WORKDIR/profile (TensorBoard, Perfetto).")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
-  source = programs.config_of(_CONFIG)
-  if not _WORKDIR.value:
-    raise InputError("--workdir: not given; name the run's folder")
-  if _PROFILE.value < 0:
-    raise InputError(f"--profile: {_PROFILE.value} is negative")
+  source = programs.config_flag()
+  workdir = programs.required_flag("workdir", "name the run's folder")
+  profile = flags.FLAGS.profile
+  if profile < 0:
+    raise InputError(f"--profile: {profile} is negative")
   from cyb_jax import config, training
 
-  return training.train(config.freeze(source), _WORKDIR.value, profile=_PROFILE.value)
+  return training.train(config.freeze(source), workdir, profile=profile)
 
 
 def run() -> None:
   """Console script."""
+  define_flags()
   programs.launch(main)
 
 

@@ -1,7 +1,7 @@
 """The paper's run, as far as published: Gemma 1 2B on C4, 2,048 real tokens, 25k steps of 256 windows (arXiv
 2510.13879).
 
-    python -m cyb_jax.train --config=experiments/gemma2b_c4.py:SETTING --workdir=gs://BUCKET/DIR \
+    python -m cyb_jax.train --config=experiments/gemma2b_c4.py:SETTING --workdir=DIR \
         --config.data.tokenizer=GEMMA.model --config.data.store=DIR --config.init_from=RUN \
         --config.parallelism.fsdp=16 --config.optimizer.learning_rate=RATE
 

@@ -56,7 +56,7 @@ def test_the_core_needs_jax_alone():
 
 
 def test_rooms_import_downwards_only():
-  """design.md: the core imports none of the rooms above it, and only `data` knows TensorFlow and SeqIO."""
+  """The core imports none of the rooms above it, and only `data` knows TensorFlow and SeqIO."""
   above = ("methods", "training", "evaluation", "interop", "data", "runs", "config", "programs")
   for name in ("stopping.py", "losses.py", "pauses.py", "readout.py", "decoder/decoder.py", "decoder/attention.py"):
     text = (ROOT / "cyb_jax" / name).read_text()
@@ -97,6 +97,7 @@ def test_nothing_is_fetched_or_made_at_import(tmp_path):
     "def no(*a, **k): raise OSError('network at import')\n"
     "socket.socket.connect = no\n"
     "import cyb_jax.train, cyb_jax.evaluate, cyb_jax.prepare, cyb_jax.benchmark, cyb_jax.training, cyb_jax.data\n"
+    "from absl import flags; assert 'workdir' not in flags.FLAGS\n"
     "import jax\n"
     "assert 'tensorflow' not in sys.modules and 'seqio' not in sys.modules\n"
     "assert not jax._src.xla_bridge._backends, 'a backend was started'\n"

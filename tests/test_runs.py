@@ -93,6 +93,8 @@ def test_evaluation_is_deterministic_whatever_the_batch(workdir):
   assert part["step"] == 10
   assert part["split"] == "test"
   assert part["bits_per_byte"] is None
+  assert (part["limit"], part["omega"]) == (5, [1.0, 1.0, 1.0])
+  assert (first["limit"], first["omega"]) == (None, None)
 
 
 def test_a_finished_run_repeats_nothing(workdir):
@@ -193,8 +195,8 @@ def test_every_method_trains_and_evaluates(tmp_path, method, undefined):
 
 def test_document_mask_and_accumulation_train(tmp_path):
   config = tiny_config(pauses=1)
-  config.data.document_mask = True
-  config.optimizer.accumulate = 1
+  config.data.update(document_mask=True, batch_size=16)
+  config.optimizer.accumulate = 2
   config.train.update(steps=2, eval_every=0)
   masked = training.train(configs.freeze(config), tmp_path / "masked")
   config.data.document_mask = False
@@ -209,6 +211,8 @@ def test_no_steps_evaluates_the_start(tmp_path, workdir):
   record = training.train(configs.freeze(config), tmp_path / "run")
   trained = json.loads((workdir / "evaluation.json").read_text())
   assert record["step"] == 0
+  assert training.train(configs.freeze(config), tmp_path / "run") == record
+  assert len(rows(tmp_path / "run")) == 1
   assert record["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-6)
 
 
@@ -223,7 +227,62 @@ def test_init_from_keeps_what_the_run_has_not(tmp_path, workdir):
   config.decoder.mlp_size = 48
   with pytest.raises(InputError, match=r"init_from: .* has decoder.mlp_size = 32, but this config has 48"):
     training.train(configs.freeze(config), tmp_path / "other")
+  config.decoder.update(mlp_size=32, rope_base=7.0)
+  with pytest.raises(InputError, match=r"init_from: .* has decoder.rope_base = 10000.0, but this config has 7.0"):
+    training.train(configs.freeze(config), tmp_path / "other")
+  config.init_from = str(tmp_path / "nowhere")
+  with pytest.raises(InputError, match=r"init_from: .*nowhere holds no run with a checkpoint"):
+    training.train(configs.freeze(config), tmp_path / "other")
   assert not (tmp_path / "other").exists()
+
+
+def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
+  from cyb_jax.programs import Interrupted
+  from cyb_jax.training import loop
+
+  whole = loop._Loop._evaluate
+
+  def interrupted(self, state, step, *arguments, **options):
+    if step == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return whole(self, state, step, *arguments, **options)
+
+  monkeypatch.setattr(loop._Loop, "_evaluate", interrupted)
+  config = tiny_config(pauses=1)
+  config.train.checkpoint_every = 0
+  with pytest.raises(Interrupted, match="saved at step 6 of 12"):
+    training.train(configs.freeze(config), tmp_path / "run")
+  assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [6]
+
+
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
+  config = tiny_config(pauses=1)
+  config.optimizer.update(learning_rate=1e30, clip_norm=0.0, warmup_fraction=0.0, schedule="constant")
+  config.train.update(eval_every=0, checkpoint_every=2)
+  with pytest.raises(FloatingPointError, match=r"step \d+: the loss or the gradient isn't finite"):
+    training.train(configs.freeze(config), tmp_path / "run")
+  assert all(row["loss"] is not None for row in rows(tmp_path / "run"))
+
+
+def test_the_best_is_the_best_on_the_same_windows(tmp_path):
+  """Losses over a few windows in mid-run and over all of them at the end can't be compared."""
+  config = tiny_config(pauses=1)
+  config.train.update(steps=10, eval_every=5, eval_limit=1, checkpoint_every=5)
+  training.train(configs.freeze(config), tmp_path / "run")
+  checkpoints = runs.checkpoints_in(tmp_path / "run", read_only=True)
+  limited = {
+    step: cli.run("evaluate", f"--workdir={tmp_path}/run", "--limit=1", f"--checkpoint={step}")[0]["loss"]
+    for step in (5, 10)
+  }
+  assert checkpoints.find("best") == min(limited, key=limited.get)
+
+
+def test_metrics_that_were_removed_are_no_reason_to_fail(tmp_path):
+  config = tiny_config(pauses=1)
+  config.train.update(steps=2, eval_every=0)
+  first = training.train(configs.freeze(config), tmp_path / "run")
+  (tmp_path / "run" / "metrics.jsonl").unlink()
+  assert training.train(configs.freeze(config), tmp_path / "run")["perplexity"] == first["perplexity"]
 
 
 def test_profile(tmp_path):
@@ -289,6 +348,25 @@ def test_truncated_and_altered_stores(tmp_path, store):
   refused(tmp_path, r"data.store: .*train-00000.tokens was altered", data__store=str(store))
 
 
+def test_no_validation_split(tmp_path):
+  for i in range(3):
+    (tmp_path / f"{i}.txt").write_text(f"{i} words " * 100)
+  refused(tmp_path, r"data.task: 'text_files' gave no validation split: .*train has 3", data__task="text_files",
+          data__options=f"pattern={tmp_path}/*.txt")  # fmt: skip
+
+
+def test_batch_larger_than_an_epoch(tmp_path, store):
+  refused(tmp_path, r"data.batch_size=8000: an epoch has only \d+ windows", data__store=str(store),
+          data__batch_size=8000)  # fmt: skip
+
+
+def test_a_bucket_is_no_workdir(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(InputError, match=r"workdir: gs://bucket/run is no folder on a local disk"):
+    training.train(configs.freeze(tiny_config()), "gs://bucket/run")
+  assert not list(tmp_path.iterdir())
+
+
 def test_empty_task(tmp_path):
   (tmp_path / "empty.txt").write_text("")
   refused(tmp_path, r"data.task='text_files': no text", data__task="text_files",
@@ -314,13 +392,12 @@ def test_workdir_of_another_config(workdir):
   assert (workdir / "config.json").read_bytes() == before
 
 
-def test_no_right_to_write(tmp_path, monkeypatch):
-  (tmp_path / "closed").mkdir()
-  # Root may write anywhere, so that the answer is given for it.
-  monkeypatch.setattr(os, "access", lambda path, mode: False)
-  with pytest.raises(InputError, match=r"workdir: no right to write in .*closed"):
-    training.train(configs.freeze(tiny_config()), tmp_path / "closed" / "run")
-  monkeypatch.undo()
+def test_no_right_to_write(tmp_path):
+  # A place where root may not write either.
+  if not pathlib.Path("/proc").is_dir():
+    pytest.skip("needs /proc")
+  with pytest.raises(InputError, match=r"workdir: can't write in /proc"):
+    training.train(configs.freeze(tiny_config()), "/proc/nowhere/run")
   (tmp_path / "file").write_text("")
   with pytest.raises(InputError, match=r"workdir: .*file is a file, a folder is needed"):
     training.train(configs.freeze(tiny_config()), tmp_path / "file" / "run")
@@ -333,8 +410,52 @@ def test_store_of_another_run(tmp_path, store):
   training.train(configs.freeze(config), tmp_path / "run")
   shutil.rmtree(store)
   data.prepare("synthetic_lookups", "bytes", store, options={"documents": 65})
+  before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
   with pytest.raises(InputError, match=r"data.store: .* has fingerprint"):
     training.train(configs.freeze(config), tmp_path / "run")
+  assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def text_config(pattern, **data_fields):
+  config = tiny_config(pauses=1)
+  fields = {"task": "text_files", "options": f"pattern={pattern},unit=line", "tokenizer": "sentencepiece:300"}
+  config.data.update(fields | data_fields)
+  config.train.update(steps=2, eval_every=0)
+  return config
+
+
+WORDS = "sun moon rain river stone cloud tree winter summer garden window paper kitchen morning evening silver".split()
+
+
+def write_text(path, seed):
+  words = np.random.default_rng(seed).choice(WORDS, (400, 9))
+  path.write_text("\n".join(f"{i} " + " ".join(row) for i, row in enumerate(words)))
+
+
+def test_a_run_outlives_its_source(tmp_path):
+  """Neither a changed text nor its loss touches a run: it goes on, and is evaluated, with the store that it has."""
+  text = tmp_path / "a.txt"
+  write_text(text, 0)
+  config = text_config(text)
+  first = training.train(configs.freeze(config), tmp_path / "run")
+  model = (tmp_path / "run" / "tokenizer" / "tokenizer.model").read_bytes()
+  write_text(text, 1)
+  assert training.train(configs.freeze(config), tmp_path / "run") == first
+  text.unlink()
+  record, _ = cli.run("evaluate", f"--workdir={tmp_path}/run")
+  assert record["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
+  assert (tmp_path / "run" / "tokenizer" / "tokenizer.model").read_bytes() == model
+
+
+def test_init_from_another_tokenizer(tmp_path):
+  for name, seed in (("a", 0), ("b", 1)):
+    write_text(tmp_path / f"{name}.txt", seed)
+  training.train(configs.freeze(text_config(tmp_path / "a.txt")), tmp_path / "a")
+  config = text_config(tmp_path / "b.txt")
+  config.init_from = str(tmp_path / "a")
+  with pytest.raises(InputError, match=r"init_from: .* was trained with another tokenizer"):
+    training.train(configs.freeze(config), tmp_path / "b")
+  assert not (tmp_path / "b").exists()
 
 
 def test_programs_complain_in_one_line(tmp_path, workdir):
@@ -342,8 +463,17 @@ def test_programs_complain_in_one_line(tmp_path, workdir):
   run = f"--workdir={tmp_path}/run"
   assert "--config: not given" in cli.complaint("train", run)
   assert "--workdir: not given" in cli.complaint("train", f"--config={config}")
-  assert "pausess" in cli.complaint("train", f"--config={config}", run, "--config.method.pausess=1")
+  assert "--config.method.pausess: unknown field; did you mean pauses?" in cli.complaint(
+    "train", f"--config={config}", run, "--config.method.pausess=1"
+  )
+  assert "--config.nothing.x: unknown field" in cli.complaint(
+    "train", f"--config={config}", run, "--config.nothing.x=1"
+  )
+  assert "nothing.py" in cli.complaint("train", "--config=nothing.py", run, "--config.train.steps=1")
   assert "nothing.py" in cli.complaint("train", "--config=nothing.py", run)
+  broken = tmp_path / "broken.py"
+  broken.write_text("def get_config():\n  return 1 / 0\n")
+  assert "division by zero" in cli.complaint("train", f"--config={broken}", run)
   assert "setting 'app' is unknown; did you mean 'ap'?" in cli.complaint(
     "train", "--config=experiments/quickstart.py:app", run
   )

@@ -107,6 +107,11 @@ class TrainBatches:
     store.require("train", sequence_length)
     self.windows_per_epoch = max(1, math.floor(fraction * self.num_windows))
     self.steps_per_epoch = self.windows_per_epoch / batch_size
+    if batch_size > self.windows_per_epoch:
+      raise InputError(
+        f"data.batch_size={batch_size}: an epoch has only {self.windows_per_epoch} windows of {sequence_length} tokens"
+        " (data.fraction of the train split); give a smaller batch or window, or more text"
+      )
     self._store, self._sequence_length = store, sequence_length
     self._batch_size, self._seed = batch_size, seed
     self._subset = Permutation(self.num_windows, "subset")

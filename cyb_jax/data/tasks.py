@@ -142,15 +142,26 @@ def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
   """
   kind, _, registered = name.partition(":")
   if kind == "seqio" and registered:
-    settled = _settle(name, {"module": ""}, options)
+    settled = settle_options(name, options)
     identity = {"seqio": registered, "module": settled["module"]}
     return Task(name, settled, identity, False, lambda: _registered_provider(registered, settled["module"]))
+  settled = settle_options(name, options)
+  identity, provider = TASKS[name][1](settled)
+  return Task(name, settled, identity, name.startswith("synthetic_"), provider)
+
+
+def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Every option of a task with its value, without looking for its source.
+
+  Raises:
+    InputError: for an unknown task or option, or a value of the wrong kind.
+  """
+  kind, _, registered = name.partition(":")
+  if kind == "seqio" and registered:
+    return _settle(name, {"module": ""}, options)
   if name not in TASKS:
     raise InputError(f"data.task={name!r}: unknown; choose one of {', '.join(TASKS)}, or seqio:NAME")
-  defaults, make = TASKS[name]
-  settled = _settle(name, defaults, options)
-  identity, provider = make(settled)
-  return Task(name, settled, identity, name.startswith("synthetic_"), provider)
+  return _settle(name, TASKS[name][0], options)
 
 
 def register(options: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[str, ...]:
@@ -409,7 +420,10 @@ def _c4_en(options):
     source = seqio.TfdsDataSource(
       f"c4/en:{version}", os.fspath(folder.parent.parent), splits=sorted(documents), read_only=True
     )
-    return _seqio_task("c4_en", source)
+    if "validation" in documents:
+      return _seqio_task("c4_en", source)
+    plain = Task("c4_en", {}, {}, False, lambda: _seqio_task("c4_en_plain", source))
+    return _seqio_task("c4_en", _hashed_source(lambda split: (d.text for d in plain.documents(split))))
 
   return {"tfds": f"c4/en:{version}", "documents": documents}, provider
 

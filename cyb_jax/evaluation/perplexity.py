@@ -54,7 +54,7 @@ class Evaluator:
       num_bytes: UTF-8 bytes of the text that the tokens stand for; None: unknown.
 
     Returns:
-      The keys of design.md from `loss` to `flops`; what is undefined for the method is None. Beside them
+      The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. Beside them
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega of training, where it is another).
     """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from absl import logging
 from jaxtyping import PyTree
 
 from cyb_jax.config import Config
@@ -38,7 +41,8 @@ def evaluate_split(
     batch_size: windows at a time; changes no number beyond rounding.
 
   Returns:
-    Every evaluation key of design.md, and those that `Evaluator` adds.
+    `method`, `step`, `split`, `limit`, `omega` (of this evaluation; None: all slots, always), what `Evaluator` gives,
+    and `train_tokens`, `train_slots`, `train_flops`.
 
   Raises:
     InputError: the store has no such split, or nothing in it.
@@ -58,6 +62,20 @@ def evaluate_split(
   if config.data.document_mask:
     batches = (with_documents(batch, store.end_id) for batch in batches)
   whole = limit is None or limit >= windows
-  numbers = evaluator(params, batches, num_bytes=store.num_bytes(split) if whole else None)
-  record = {"method": config.method.name, "step": step, "split": split} | numbers
+  used = windows if whole else limit
+  logging.info("evaluating %s: %d windows of %d tokens", split, used, config.data.sequence_length)
+  numbers = evaluator(params, _told(batches, used), num_bytes=store.num_bytes(split) if whole else None)
+  record = {"method": config.method.name, "step": step, "split": split, "limit": None if whole else limit}
+  record |= {"omega": evaluator.omega} | numbers
   return record | {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
+
+
+def _told(batches: Iterable[dict[str, Any]], windows: int) -> Iterator[dict[str, Any]]:
+  """The batches, with a line of progress now and then."""
+  done, last = 0, time.monotonic()
+  for batch in batches:
+    yield batch
+    done += len(batch["tokens"])
+    if time.monotonic() - last > 10:
+      last = time.monotonic()
+      logging.info("evaluated %d of %d windows", min(done, windows), windows)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from cyb_jax import __version__, runs, sharding
 from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
-from cyb_jax.data.tasks import PLACES
+from cyb_jax.data.tasks import PLACES, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator, evaluate_split
@@ -41,7 +41,7 @@ _PROFILE_AFTER = 10
 
 
 def open_store(config: Config) -> TokenStore:
-  """The token store of a config: opened, or prepared first where it is missing.
+  """The token store of a config, for a run that has none yet: opened, or prepared first where it is missing.
 
   Raises:
     InputError: it is another one than the config asks for, or too small for one window.
@@ -53,19 +53,26 @@ def open_store(config: Config) -> TokenStore:
   else:
     store = prepare(data.task, data.tokenizer, data.store or None, options=config.task_options())
   store.require("train", data.sequence_length)
+  if "validation" not in store.splits:
+    raise InputError(
+      f"data.task: {data.task!r} gave no validation split: too few documents for 1% of them by hash (train has"
+      f" {store.description['splits']['train']['documents']}); give more text, or smaller documents (text_files:"
+      " data.options=unit=line)"
+    )
   return store
 
 
 def _check_store(store: TokenStore, config: Config) -> None:
   data, found = config.data, store.description
-  for name, value in config.task_options().items():
-    if name not in PLACES and str(found["options"].get(name)) != value:
-      raise InputError(
-        f"data.options: {name}={value}, but the token store in {store.path} was prepared with"
-        f" {name}={found['options'].get(name)}"
-      )
   if data.task != found["task"]:
     raise InputError(f"data.task: {data.task!r}, but the token store in {store.path} holds {found['task']!r}")
+  settled = settle_options(data.task, config.task_options())
+  for name in config.task_options():  # those that aren't given are the store's own
+    if name not in PLACES and settled[name] != found["options"][name]:
+      raise InputError(
+        f"data.options: {name}={settled[name]}, but the token store in {store.path} was prepared with"
+        f" {name}={found['options'][name]}"
+      )
   spec = data.tokenizer
   wanted = spec if trained_pieces(spec) else open_tokenizer(spec).describe()["sha256"]
   if wanted != found["tokenizer_from"]:
@@ -94,7 +101,13 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> di
   mesh = sharding.make_mesh(config.parallelism)
   shards = sharding.data_shards(mesh)
   sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
-  store = open_store(config)
+  meta = runs.newest_meta(workdir)
+  if meta is None:
+    runs.check_init_from(config)
+    pieces = trained_pieces(config.data.tokenizer)
+    config.decoder_config(pieces)
+  store = runs.open_recorded_store(meta, config.data.store) or open_store(config)
+  runs.check_fingerprint(store, meta)
   local = config.parallelism.strategy == "pmap"
   method = config.build_method(store.vocab_size, data_shards=1 if local else shards)
   batches = TrainBatches(
@@ -108,7 +121,8 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> di
   )
   # Rounded first: 3 passes over a third must not become one step more than one pass over the whole.
   steps = config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
-  runs.check_init_from(config, method)
+  if meta is None:
+    runs.check_init_from(config, method, store.tokenizer)
   folder = runs.start_workdir(workdir, config, store.tokenizer)
   with jax.default_matmul_precision(config.precision.matmul):
     return _Loop(config, folder, mesh, store, method, batches, steps, profile).run()
@@ -136,6 +150,28 @@ class _Clock:
     lap = step - self._step, seconds, min(1.0, (waited - self._waited) / seconds)
     self._step, self._ready, self._waited = step, now, waited
     return lap
+
+
+class _Trace:
+  """A profiler trace that is ended whatever ends the run."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder, self._running = folder / "profile", False
+
+  def start(self) -> None:
+    jax.profiler.start_trace(str(self._folder))
+    self._running = True
+
+  def stop(self) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+    self._running = False
+
+  def __enter__(self) -> _Trace:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.stop()
 
 
 class _Loop:
@@ -169,10 +205,11 @@ class _Loop:
     with contextlib.closing(checkpoints), _signals() as stopped:
       state, start, seen = self._start(checkpoints)
       log = MetricsLog(self.folder, start, tensorboard=self.config.train.tensorboard)
-      with contextlib.closing(log), Prefetch(self._read, start, self.steps) as ahead:
-        state, seen = self._steps(state, start, seen, ahead, log, checkpoints, stopped)
+      with contextlib.closing(log), Prefetch(self._read, start, self.steps) as ahead, _Trace(self.folder) as trace:
+        state, seen = self._steps(state, start, seen, ahead, log, checkpoints, stopped, trace)
       record = self._last_evaluation()
-      assert record is not None, "the last step validates before it saves"
+      if record is None:  # somebody has removed the metrics of a finished run
+        record = self._evaluate(state, self.steps, self._meta(self.steps, seen))
       runs.write_evaluation(self.folder, record)
       return record
 
@@ -200,11 +237,6 @@ class _Loop:
       )
       return state, 0, 0
     meta = checkpoints.meta(steps[-1])
-    if meta["store"] != self.store.fingerprint:
-      raise InputError(
-        f"data.store: {self.store.path} has fingerprint {self.store.fingerprint[:12]}, but the run in {self.folder} was"
-        f" trained on {meta['store'][:12]}; give it the store that it started with"
-      )
     restored = checkpoints.restore(steps[-1], self.strategy.abstract())
     return self.strategy.place(restored.state), restored.step, meta["train_tokens"]
 
@@ -217,6 +249,7 @@ class _Loop:
     log: MetricsLog,
     checkpoints,
     stopped: list[int],
+    trace: _Trace,
   ) -> tuple[TrainState, int]:
     train = self.config.train
     pending: _Pending | None = None
@@ -225,11 +258,11 @@ class _Loop:
       batch = next(ahead)
       seen += int(np.count_nonzero(batch["weights"]))
       if self.profile and step == start + _PROFILE_AFTER + 1:
-        jax.profiler.start_trace(str(self.folder / "profile"))
+        trace.start()
       state = self.strategy.step(state, self.strategy.put(batch))
       if self.profile and step == min(start + _PROFILE_AFTER + self.profile, self.steps) > start + _PROFILE_AFTER:
         jax.block_until_ready(state.step)
-        jax.profiler.stop_trace()
+        trace.stop()
       if step == start + 1 < self.steps:
         # The first call compiles: the clock of the first line starts behind it.
         jax.block_until_ready(state.step)
@@ -253,15 +286,21 @@ class _Loop:
       if validates or last:
         record = self._evaluate(state, step, meta, limit=None if last else train.eval_limit or None)
         loss = record["loss"]
+        if last and train.eval_every and train.eval_limit:
+          # The best checkpoint is the best on the same windows.
+          loss = self._evaluate(state, step, meta, limit=train.eval_limit)["loss"]
         log.write(record)
         logging.info("step %d: validation perplexity %.3f", step, record["perplexity"])
-      if saves:
+      # Looked at once, and after the validation, during which a signal may have come.
+      stopping = bool(stopped)
+      if saves or stopping:
+        self._check_finite(step, state.totals)
         checkpoints.save(step, self.strategy.logical(state), meta, loss=loss)
-      if stopped and not last:
+      if stopping and not last:
         checkpoints.wait()
         raise Interrupted(f"signal {stopped[0]}: saved at step {step} of {self.steps}; the same command continues")
       clock = _Clock(ahead, step)
-    if not self.steps:
+    if not self.steps and not checkpoints.steps():
       meta = self._meta(0, 0)
       record = self._evaluate(state, 0, meta)
       log.write(record)
@@ -280,6 +319,7 @@ class _Loop:
       "train_slots": run * self.method.num_slots,
       "train_flops": float(run * self.method.train_flops(self.config.data.sequence_length)),
       "store": self.store.fingerprint,
+      "store_path": str(self.store.path),
       "version": __version__,
     }
 
@@ -298,36 +338,42 @@ class _Loop:
 
   def _log(self, log: MetricsLog, pending: _Pending, clock: _Clock) -> None:
     config = self.config
+    self._check_finite(pending.step, pending.totals)
     row = summarize(jax.device_get(self.strategy.logical(pending.totals)))
     steps, seconds, data_wait = clock.lap(pending.step)
     tokens = steps * config.data.batch_size * config.data.sequence_length
-    rate = tokens / seconds
-    flops = self.method.train_flops(config.data.sequence_length) * rate
+    # None where no step ran since the clock was started, behind the first one.
+    rate = tokens / seconds if steps else None
+    flops = self.method.train_flops(config.data.sequence_length) * (rate or 0.0)
     timing = {
       "tokens_per_second": rate,
-      "slots_per_second": rate * self.method.num_slots,
+      "slots_per_second": rate * self.method.num_slots if rate else None,
       "mfu": flops / (self.peak * self.devices) if self.peak else None,
       "data_wait": data_wait,
       "seconds": seconds,
     }
     rate_now = float(self.schedule(pending.step - 1))
     log.write({"split": "train", "step": pending.step, **row, "learning_rate": rate_now, "timing": timing})
-    left = (self.steps - pending.step) * seconds / max(steps, 1)
-    mfu = f", MFU {timing['mfu']:.1%}" if timing["mfu"] else ""
-    logging.info(
-      "step %d/%d  loss %.4f  perplexity %.2f  pauses %.2f  %.0f tokens/s, %.0f slots/s%s, data wait %.0f%%, %s left",
-      pending.step,
-      self.steps,
-      row["loss"],
-      row["perplexity"],
-      row["mean_pauses"],
-      rate,
-      timing["slots_per_second"],
-      mfu,
-      100 * timing["data_wait"],
-      format_seconds(left),
+    line = (
+      f"step {pending.step}/{self.steps}  loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}"
+      f"  pauses {row['mean_pauses']:.2f}"
     )
+    if rate:
+      mfu = f", MFU {timing['mfu']:.1%}" if timing["mfu"] else ""
+      left = format_seconds((self.steps - pending.step) * seconds / steps)
+      slots = timing["slots_per_second"]
+      line += f"  {rate:.0f} tokens/s, {slots:.0f} slots/s{mfu}, data wait {data_wait:.0%}, {left} left"
+    logging.info("%s", line)
     self._warn_of_collapse(pending.step, row["latency"])
+
+  def _check_finite(self, step: int, totals: Totals) -> None:
+    """Stops a run before it logs or saves numbers that mean nothing; its checkpoints stay as they are."""
+    totals = jax.device_get(self.strategy.logical(totals))
+    if not np.isfinite([totals.loss, totals.gradient_norm]).all():
+      raise FloatingPointError(
+        f"step {step}: the loss or the gradient isn't finite, in this step or since the line of metrics before it;"
+        f" the checkpoints in {self.folder} are from before. A lower optimizer.learning_rate may do"
+      )
 
   def _warn_of_collapse(self, step: int, latency: list[float]) -> None:
     share, slot = max((share, slot) for slot, share in enumerate(latency))
