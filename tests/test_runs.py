@@ -424,7 +424,24 @@ def text_config(pattern, **data_fields):
   return config
 
 
-WORDS = "sun moon rain river stone cloud tree winter summer garden window paper kitchen morning evening silver".split()
+WORDS = [
+  "sun",
+  "moon",
+  "rain",
+  "river",
+  "stone",
+  "cloud",
+  "tree",
+  "winter",
+  "summer",
+  "garden",
+  "window",
+  "paper",
+  "kitchen",
+  "morning",
+  "evening",
+  "silver",
+]
 
 
 def write_text(path, seed):
