@@ -424,24 +424,9 @@ def text_config(pattern, **data_fields):
   return config
 
 
-WORDS = [
-  "sun",
-  "moon",
-  "rain",
-  "river",
-  "stone",
-  "cloud",
-  "tree",
-  "winter",
-  "summer",
-  "garden",
-  "window",
-  "paper",
-  "kitchen",
-  "morning",
-  "evening",
-  "silver",
-]
+WORDS = """
+sun moon rain river stone cloud tree winter summer garden window paper kitchen morning evening silver
+""".split()  # noqa: SIM905
 
 
 def write_text(path, seed):
