@@ -57,6 +57,15 @@ def test_every_strategy_equals_one_device(name, one_device):
   assert int(state.step) == 3
 
 
+def test_scanned_and_rematerialised_layers_over_a_mesh():
+  config = tiny_config(pauses=2)
+  config.decoder.update(num_layers=2, scan_layers=True, remat="full")
+  config = configs.freeze(config)
+  whole = run(config)
+  spread = run(with_part(config, "parallelism", fsdp=2, tensor=2), devices=8)
+  assert_trees_close(spread.params, whole.params, rtol=1e-4, atol=2e-5)
+
+
 def gradient_step(config, *, devices=1):
   """Parameters after one step of plain gradient descent, so that they show the gradient itself."""
   import optax
