@@ -5,6 +5,7 @@ python -m cyb_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
   config = run.config
   if args.store:
+    if not os.path.exists(args.store):
+      raise InputError(f"--store: {args.store} is not there")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=args.store))
   store = runs.open_recorded_store(run.meta, config.data.store) or training.open_store(config)
   runs.check_fingerprint(store, run.meta)

@@ -102,7 +102,7 @@ def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenSt
   Raises:
     InputError: the given folder holds another store.
   """
-  if meta is None or not (given or pathlib.Path(meta["store_path"]).exists()):
+  if meta is None or not pathlib.Path(given or meta["store_path"]).exists():
     return None
   store = TokenStore.open(given or meta["store_path"])
   if store.fingerprint == meta["store"]:
