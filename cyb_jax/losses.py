@@ -15,19 +15,21 @@ Dimensions: ... any leading shape (tokens), W slots.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
 
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
+
+if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
+  from jaxtyping import Array, ArrayLike, Float
 
 
 def discount(
   kind: Literal["none", "linear", "exponential"], num_slots: int, start: float = 1.0
-) -> Float[np.ndarray, W]:
+) -> Float[np.ndarray, "W"]:
   """The discount gamma over slots that CYB-AP takes.
 
       none: 1      linear: 1 - (i-1)(1-g0)      exponential: g0^(i-1)         i = 1..W
@@ -69,7 +71,7 @@ def cyb(
   scores: SlotScores,
   omega: Float[ArrayLike, "... W"] | None = None,
   gamma: Float[ArrayLike, "... W"] | None = None,
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
   """CYB and CYB-AP: minus the log of the expected (discounted) probability of the target at the time it is read.
 
       -log sum_i s_i gamma_i t_i = -lse_i(log s_i + log gamma_i + log t_i)
@@ -100,7 +102,7 @@ def _cyb(scores: SlotScores, log_stopping: Array, gamma: ArrayLike | None) -> Ar
   return -jax.nn.logsumexp(terms, axis=-1)
 
 
-def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, ...]:
+def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, "..."]:
   """CYB-VA: the variational bound, with the stopping time as the latent variable and rho as its prior.
 
       -sum_i s_i log t_i + KL(s || rho),      omega = 0:..:0:1
@@ -126,7 +128,7 @@ def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, .
   return jnp.where(reached, terms, 0.0).sum(-1)
 
 
-def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[ArrayLike, ""]) -> Float[Array, ...]:
+def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[ArrayLike, ""]) -> Float[Array, "..."]:
   """CYB-DP: CYB with a penalty that pulls the stopping times towards rho.
 
       CYB + alpha KL(rho || s),      omega = 0:..:0:1, gamma = 1
@@ -152,7 +154,7 @@ def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[Arra
   return _cyb(scores, log_stopping, None) + alpha * divergence
 
 
-def last_slot_cross_entropy(scores: SlotScores) -> Float[Array, ...]:
+def last_slot_cross_entropy(scores: SlotScores) -> Float[Array, "..."]:
   """TBYS, "think before you speak": the cross-entropy at the last pause, -log t_W; f32[...], nats.
 
   Equals CYB with d = 1 at every slot before the last. Scores of the last slot alone are enough.

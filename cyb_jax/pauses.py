@@ -27,11 +27,13 @@ Dimensions: B batch, T tokens, W slots per token, S = T*W slots flattened.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+
+if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
+  from jaxtyping import Array, Bool, Int
 
 Visibility = Literal["visible", "hidden"]
 

@@ -19,12 +19,15 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from cyb_jax.stopping import Form, SlotScores, prior_shift
+
+if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
+  from jaxtyping import Array, Float, Int
 
 # f32 logits of one chunk: large enough for full matrix tiles, small enough that a few copies of it fit anywhere.
 _CHUNK_BYTES = 256 * 2**20
@@ -33,8 +36,8 @@ _CHUNK_BYTES = 256 * 2**20
 def slot_scores(
   hidden: Float[Array, "... W D"],
   unembedding: Float[Array, "V D"],
-  targets: Int[Array, ...],
-  dont_know: Float[Array, D] | int | None,
+  targets: Int[Array, "..."],
+  dont_know: Float[Array, "D"] | int | None,
   *,
   form: Form = "token",
   prior: float | None = None,
@@ -118,7 +121,7 @@ def _cap(logits: Array, soft_cap: float | None) -> Array:
 def _word_readout(
   hidden: Float[Array, "... D"],
   unembedding: Float[Array, "V D"],
-  targets: Int[Array, ...],
+  targets: Int[Array, "..."],
   real: int,
   excluded: int | None,
   soft_cap: float | None,

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+
+if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
+  from jaxtyping import Array, ArrayLike, Float, Int
 
 Form = Literal["token", "unit"]
 
@@ -44,7 +46,7 @@ class SlotScores:
   def from_logits(
     cls,
     logits: Float[Array, "... W V"],
-    targets: Int[Array, ...],
+    targets: Int[Array, "..."],
     dont_know_id: int,
     prior: float | None = None,
   ) -> SlotScores:
@@ -226,25 +228,25 @@ def log_stopping_distribution(
   return jnp.cumsum(waited, -1) + stop
 
 
-def _safe_log(x: Float[Array, ...]) -> tuple[Float[Array, ...], Array]:
+def _safe_log(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Array]:
   """log x with 0 in place of -inf, and where x > 0 (the inner half of a double `where`)."""
   positive = x > 0
   return jnp.log(jnp.where(positive, x, 1.0)), positive
 
 
-def _log_add(x: Float[Array, ...], y: Float[Array, ...]) -> Float[Array, ...]:
+def _log_add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
   """log(e^x + e^y) for finite x; y may be -inf (d = 1 exactly): value x, gradient (1, 0)."""
   finite = y > -jnp.inf
   return jnp.where(finite, jnp.logaddexp(x, jnp.where(finite, y, 0.0)), x)
 
 
-def expected_pauses(log_stopping: Float[Array, "... W"]) -> Float[Array, ...]:
+def expected_pauses(log_stopping: Float[Array, "... W"]) -> Float[Array, "..."]:
   """sum_i (i - 1) s_i, the mean number of pauses before the answer; f32[...]."""
   # A sum of products rather than a matrix product, which accelerators would round.
   return (jnp.exp(log_stopping) * jnp.arange(log_stopping.shape[-1], dtype=log_stopping.dtype)).sum(-1)
 
 
-def hard_slot(log_dont_know: Float[Array, "... W"]) -> Int[Array, ...]:
+def hard_slot(log_dont_know: Float[Array, "... W"]) -> Int[Array, "..."]:
   """The slot, from 0, that a greedy reader takes: the first with d <= 1/2, else the last; i32[...]."""
   answers = (log_dont_know <= math.log(0.5)).at[..., -1].set(True)
   return jnp.argmax(answers, -1)

@@ -46,7 +46,7 @@ def test_the_core_needs_jax_alone():
   """With everything else that the package depends on made unimportable."""
   code = (
     "import sys\n"
-    "for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'etils', 'tensorflow', 'seqio', 'tensorboard'):\n"
+    "for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'etils', 'jaxtyping', 'seqio', 'tensorflow'):\n"
     "  sys.modules[name] = None\n"
     "import cyb_jax.stopping, cyb_jax.losses, cyb_jax.pauses, cyb_jax.readout, cyb_jax\n"
     "print(cyb_jax.__version__)"

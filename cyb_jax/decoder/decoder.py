@@ -167,7 +167,7 @@ class Decoder(nn.Module):
       self.layers = [layer(config) for _ in range(config.num_layers)]
     self.final_norm = _Norm(config)
 
-  def embed(self, tokens: Int[Array, ...]) -> Float[Array, "... D"]:
+  def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Rows of the embedding table, times sqrt(D) where the config says so.
 
     Args:

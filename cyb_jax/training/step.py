@@ -39,7 +39,7 @@ class Totals:
   tokens: Float[Array, ""]
   loss: Float[Array, ""]
   log_likelihood: Float[Array, ""]
-  stopping: Float[Array, W]
+  stopping: Float[Array, "W"]
   gradient_norm: Float[Array, ""]
 
   @classmethod
