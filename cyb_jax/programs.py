@@ -95,16 +95,19 @@ def _last_line(error: Exception) -> str:
 
 
 def _with_installed_config(argv: Sequence[str]) -> list[str]:
-  """`--config=experiments/NAME.py` outside a checkout means the copy that was installed; so does `--config NAME`."""
+  """`--config=experiments/NAME.py` from elsewhere means the copy that was installed, or the checkout's."""
+  package = pathlib.Path(__file__).parent
   words = list(argv)
   for i, word in enumerate(words):
     flag, equals, value = word.partition("=")
     if not equals and i and words[i - 1] == "--config":
       flag, value = "--config", word
     path, colon, rest = value.partition(":")
-    installed = pathlib.Path(__file__).parent / path
-    if flag == "--config" and path.startswith("experiments/") and not os.path.exists(path) and installed.exists():
-      words[i] = f"{flag}=" * bool(equals) + f"{installed}{colon}{rest}"
+    if flag == "--config" and path.startswith("experiments/") and not os.path.exists(path):
+      for installed in (package / path, package.parent / path):
+        if installed.exists():
+          words[i] = f"{flag}=" * bool(equals) + f"{installed}{colon}{rest}"
+          break
   return words
 
 

@@ -32,25 +32,25 @@ def write_config(folder):
   return path
 
 
-def start(program, *flags, **options):
+def start(program, *flags, cwd=ROOT):
   command = [sys.executable, "-m", f"cyb_jax.{program}", *map(str, flags)]
   return subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT, **options
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=cwd
   )
 
 
-def run(program, *flags, expect=0, **options):
+def run(program, *flags, expect=0, cwd=ROOT):
   """(the JSON object of the last line, standard error) of a program that ends with `expect`."""
-  process = start(program, *flags, **options)
+  process = start(program, *flags, cwd=cwd)
   out, err = process.communicate(timeout=300)
   assert process.returncode == expect, f"exit code {process.returncode}\n{err[-4000:]}"
   lines = out.strip().splitlines()
   return (json.loads(lines[-1]) if lines else None), err
 
 
-def complaint(program, *flags):
+def complaint(program, *flags, cwd=ROOT):
   """The one line that a program ends with on bad input."""
-  result, err = run(program, *flags, expect=2)
+  result, err = run(program, *flags, expect=2, cwd=cwd)
   assert result is None
   assert "Traceback" not in err
   (line,) = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -473,6 +473,9 @@ def test_programs_complain_in_one_line(tmp_path, workdir):
   )
   assert "nothing.py" in cli.complaint("train", "--config=nothing.py", run, "--config.train.steps=1")
   assert "nothing.py" in cli.complaint("train", "--config=nothing.py", run)
+  # Found from another folder, in either form: what is missing is the next thing.
+  for flags in (("--config=experiments/quickstart.py",), ("--config", "experiments/quickstart.py:tbys3")):
+    assert "--workdir: not given" in cli.complaint("train", *flags, cwd=tmp_path)
   broken = tmp_path / "broken.py"
   broken.write_text("def get_config():\n  return 1 / 0\n")
   assert "division by zero" in cli.complaint("train", f"--config={broken}", run)
