@@ -7,6 +7,7 @@ whole, so that an interrupted save leaves nothing that could be read.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -94,7 +95,8 @@ class Checkpoints:
     self._manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-      metrics=None if loss is None else {"loss": loss},
+      # A loss that isn't finite must not compete: nan would win.
+      metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
     )
 
   def wait(self) -> None:

@@ -21,7 +21,7 @@ STATE = {"params": jnp.arange(4.0), "step": jnp.zeros((), jnp.int32)}
 @pytest.fixture
 def saved(tmp_path):
   checkpoints = Checkpoints(tmp_path / "c", keep=2)
-  for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
+  for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, float("nan")), (5, None)):
     checkpoints.save(step, jax.tree.map(lambda x, s=step: x + s, STATE), {"tokens": 10 * step}, loss=loss)
   checkpoints.wait()
   yield checkpoints
