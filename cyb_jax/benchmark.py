@@ -69,10 +69,8 @@ def readout() -> dict[str, Any]:
     0.02 * jax.random.normal(key, x.shape, x.dtype) if x.dtype == jnp.float32 else jnp.zeros(x.shape, x.dtype)
     for key, x in zip(keys, arguments(flags.FLAGS.timed_slots))
   ]
-  programs_ = {name: compiled(f, flags.FLAGS.timed_slots) for name, f in (("chunked", chunked), ("dense", dense))}
-  seconds = side_by_side(
-    {name: lambda p=program: jax.block_until_ready(p(*values)) for name, program in programs_.items()}
-  )
+  timed = {name: compiled(f, flags.FLAGS.timed_slots) for name, f in (("chunked", chunked), ("dense", dense))}
+  seconds = side_by_side({name: lambda p=program: jax.block_until_ready(p(*values)) for name, program in timed.items()})
   return {
     "benchmark": "readout",
     "slots": flags.FLAGS.slots,

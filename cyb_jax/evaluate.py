@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   run = runs.load(workdir, checkpoint, mesh)
   omega = None
   if args.omega:
+    if not run.method.decides:
+      raise InputError(f"--omega: {args.omega!r} is set, but method {run.method.name!r} doesn't decide when it stops")
     try:
       omega = [float(x) for x in args.omega.split(":")]
       normalize(omega, run.method.num_slots, name="omega")

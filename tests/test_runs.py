@@ -188,6 +188,8 @@ def test_every_method_trains_and_evaluates(tmp_path, method, undefined):
   assert len(record["latency"]) == config.method.pauses + 1
   if method.get("name") == "tbys":
     assert record["latency"] == [0.0, 0.0, 1.0]
+    refusal = cli.complaint("evaluate", f"--workdir={tmp_path}/run", "--omega=1:1:1")
+    assert "method 'tbys' doesn't decide when it stops" in refusal
     assert record["slot_perplexity"][-1] == pytest.approx(record["perplexity"], rel=1e-5)
   if method.get("name") == "baseline":
     assert record["perplexity"] == pytest.approx(record["loss_perplexity"], rel=1e-5)

@@ -195,7 +195,6 @@ class _Loop:
     # Evaluation runs under jit whatever the strategy.
     shards = sharding.data_shards(mesh)
     self.evaluator = Evaluator(config.build_method(store.vocab_size, data_shards=shards), mesh)
-    self.mesh = mesh
     self.peak = peak_flops(mesh.devices.flat[0])
     self.warned = False
     self.profile = profile
