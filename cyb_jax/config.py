@@ -103,6 +103,8 @@ class TrainConfig:
     checkpoint_every: steps; 0: only at the end.
     keep: how many of the newest checkpoints are kept, beside the best one.
     tensorboard: whether event files are written.
+    max_skipped: steps in a row whose loss or gradient isn't finite that stop the run. Fewer are skipped: they are not
+      applied, but counted and logged.
     collapse_warning: warn when one slot's mean share of s is above this.
   """
 
@@ -115,6 +117,7 @@ class TrainConfig:
   checkpoint_every: int = 200
   keep: int = 2
   tensorboard: bool = True
+  max_skipped: int = 10
   collapse_warning: float = 0.98
 
 
@@ -385,6 +388,7 @@ def _validate(config: Config) -> None:
     "train.epochs", train.epochs >= 0, "not negative; 0 trains nothing and evaluates what training would start from"
   )
   check("train.log_every", train.log_every >= 1, "at least 1")
+  check("train.max_skipped", train.max_skipped >= 1, "at least 1")
   check("train.keep", train.keep >= 1, "at least 1")
   check("train.collapse_warning", 0 < train.collapse_warning <= 1, "in (0, 1]")
   check("train.seed", train.seed >= 0, "not negative")
@@ -407,11 +411,31 @@ def _validate(config: Config) -> None:
 
 
 # What may differ between the runs that share a work directory: it changes where and how fast, not what is computed.
-_OPERATIONAL = ("parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.tensorboard")
+_OPERATIONAL = (
+  "parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.tensorboard", "train.max_skipped",
+)  # fmt: skip
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-  """The fields in which two nested configs differ, as 'a.b: old -> new'; those that change no result are left out."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """The fields in which two nested configs differ, as 'a.b: old -> new'; those that change no result are left out.
+
+  A field that one of them doesn't have is at its default: an older version may have written it.
+  """
+  defaults = default().to_dict()
+  return _differences(_filled(old, defaults), _filled(new, defaults), "")
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+  filled = dict(values)
+  for name, value in defaults.items():
+    if isinstance(value, Mapping) and isinstance(values.get(name, {}), Mapping):
+      filled[name] = _filled(values.get(name, {}), value)
+    else:
+      filled.setdefault(name, value)
+  return filled
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[str]:
   lines = []
   for name in sorted({*old, *new}):
     path = prefix + name
@@ -419,7 +443,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
       continue
     a, b = old.get(name), new.get(name)
     if isinstance(a, Mapping) or isinstance(b, Mapping):
-      lines += differences(a or {}, b or {}, f"{path}.")
+      lines += _differences(a or {}, b or {}, f"{path}.")
     elif a != b:
       lines.append(f"{path}: {a!r} -> {b!r}")
   return lines

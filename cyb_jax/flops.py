@@ -34,7 +34,9 @@ _GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 _SLOWER = ("PCIe", "NVL", "MIG")
 
 
-def forward_flops(config: DecoderConfig, *, tokens: int, slots: int, slots_read: int, executed: bool = False) -> float:
+def forward_flops(
+  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, executed: bool = False
+) -> float:
   """Operations of one forward pass, per real token.
 
   Each of the S = T*W slots passes all matrices, 2 operations per parameter, and attends: 4 N H operations per
@@ -44,14 +46,16 @@ def forward_flops(config: DecoderConfig, *, tokens: int, slots: int, slots_read:
   Args:
     config: the decoder. Embedding rows are looked up, which costs nothing.
     tokens: T, real tokens in a window.
-    slots: W, slots per token.
+    slots: W, slots per token; a fraction where rows of a fixed number of slots are shared out.
     slots_read: how many of a token's slots are read out.
     executed: count what the program does. Attention is taken to be XLA's: cuDNN's skips the masked half.
   """
   return slots * _layers(config, tokens * slots, executed) + slots_read * _readout(config)
 
 
-def train_flops(config: DecoderConfig, *, tokens: int, slots: int, slots_read: int, executed: bool = False) -> float:
+def train_flops(
+  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, executed: bool = False
+) -> float:
   """Operations of one training step, per real token: forward, and twice that for backward.
 
   As executed, with what is computed again: the logits; with `remat` 'full' the layers, except for the
@@ -83,14 +87,14 @@ def peak_flops(device: jax.Device) -> float | None:
   return _TPU_PEAKS.get(kind)
 
 
-def _layers(config: DecoderConfig, length: int, executed: bool) -> float:
+def _layers(config: DecoderConfig, length: float, executed: bool) -> float:
   """One slot through all layers."""
   heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and out; key and value
   matrices = heads * config.head_size + (3 if config.gated_mlp else 2) * config.mlp_size
   return config.num_layers * (2 * config.d_model * matrices + _attention(config, length, executed))
 
 
-def _attention(config: DecoderConfig, length: int, executed: bool) -> float:
+def _attention(config: DecoderConfig, length: float, executed: bool) -> float:
   """One slot's weights and weighted values, in one layer, averaged over the window."""
   keys = length if executed else (length + 1) / 2
   return 4 * config.num_heads * config.head_size * keys

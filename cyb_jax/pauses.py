@@ -21,19 +21,27 @@ Worked example, T = 2 tokens "a b", K = 2 pauses each, pauses numbered p = V, q 
         p   1 1 1 1 1 .             p   1 . . 1 1 .
         q   1 1 1 1 1 1             q   1 . . 1 1 1
 
-Dimensions: B batch, T tokens, W slots per token, S = T*W slots flattened.
+Recipes: how many of its W slots a token gets. *constant*: all of them. *sampled*: W_n ~ Cat(omega), drawn per token.
+*on_policy*: W_n drawn from the model's own stopping distribution. Where W_n varies, the slots that tokens have are
+packed, one after the other, into rows of a fixed number of slots, so that shapes stay static:
+
+    W_n = 2, 1, 3, 1 in a row of 6 slots    a p b c p q      what doesn't fit (here the fourth token) has no weight
+
+Dimensions: B batch, T tokens, W slots per token, S slots of a row: T*W flattened, or as many as it is packed into.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
-  from jaxtyping import Array, Bool, Int
+  from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 Visibility = Literal["visible", "hidden"]
 
@@ -106,6 +114,7 @@ def attention_mask(
   *,
   visibility: Visibility = "visible",
   documents: Int[Array, "B T"] | None = None,
+  packing: Packing | None = None,
 ) -> Bool[Array, "b 1 S S"] | None:
   """Which slot (query, third axis) may see which (key, fourth axis), over the flattened slots.
 
@@ -115,9 +124,10 @@ def attention_mask(
     visibility: 'visible': plain causal, the paper's form; 'hidden': a pause is seen by the later slots of its own
       token alone.
     documents: i32[B, T], see `document_ids`; None: attention crosses documents.
+    packing: where the slots lie, see `pack`; None: all W slots of every token, in order.
 
   Returns:
-    bool[1 or B, 1, T*W, T*W], or None where the mask is plain causal, which every attention kernel does for itself.
+    bool[1 or B, 1, S, S], or None where the mask is plain causal, which every attention kernel does for itself.
 
   Raises:
     ValueError: on another visibility.
@@ -127,12 +137,98 @@ def attention_mask(
   hidden = visibility == "hidden" and num_slots > 1
   if documents is None and not hidden:
     return None
-  order = jnp.arange(length * num_slots)
-  token, slot = order // num_slots, order % num_slots
-  mask = (order[:, None] >= order[None, :])[None, None]
+  if packing is None:
+    order = jnp.arange(length * num_slots)[None]
+    token, slot = order // num_slots, order % num_slots
+  else:
+    token, slot = packing.token, packing.slot
+    order = jnp.arange(token.shape[-1])[None]
+  mask = order[:, :, None] >= order[:, None, :]
   if hidden:
-    mask &= (slot[None, :] == 0) | (token[:, None] == token[None, :])
+    mask &= (slot[:, None, :] == 0) | (token[:, :, None] == token[:, None, :])
   if documents is not None:
-    documents = jnp.repeat(documents, num_slots, axis=-1)
-    mask &= (documents[:, :, None] == documents[:, None, :])[:, None]
-  return mask
+    documents = jnp.take_along_axis(documents, jnp.broadcast_to(token, (len(documents), token.shape[-1])), -1)
+    mask &= documents[:, :, None] == documents[:, None, :]
+  return mask[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packing:
+  """Ragged tokens, their slots packed into rows of S.
+
+  Attributes:
+    token: i32[B, S], the token that a place belongs to. Places behind the last slot repeat the last token.
+    slot: i32[B, S], which of its token's slots lies there.
+    places: i32[B, T, W], where a token's slots lie. A token with fewer than W slots repeats the place of its last one.
+    kept: bool[B, T], whether all slots of a token fit into its row. Those of the others must have no weight.
+  """
+
+  token: Int[Array, "B S"]
+  slot: Int[Array, "B S"]
+  places: Int[Array, "B T W"]
+  kept: Bool[Array, "B T"]
+
+
+def pack(lengths: Int[Array, "B T"], num_slots: int, row_slots: int) -> Packing:
+  """Packs the slots of every row, in order, into rows of a fixed number of slots.
+
+  Args:
+    lengths: i32[B, T], W_n, how many slots each token has, in 1..W.
+    num_slots: W.
+    row_slots: S. Tokens at the end of a row that don't fit are not kept.
+
+  Example:
+    >>> packing = pack(jnp.array([[2, 1, 3, 1]]), 3, 6)
+    >>> packing.token.tolist(), packing.slot.tolist()
+    ([[0, 0, 1, 2, 2, 2]], [[0, 1, 0, 0, 1, 2]])
+    >>> packing.kept.tolist()
+    [[True, True, True, False]]
+  """
+  ends = jnp.cumsum(lengths, -1)
+  starts = ends - lengths
+  place = jnp.arange(row_slots, dtype=jnp.int32)
+  token = jax.vmap(lambda ends: jnp.searchsorted(ends, place, side="right"))(ends)
+  token = jnp.minimum(token, lengths.shape[1] - 1).astype(jnp.int32)
+  # Behind the last slot of a row this would grow without end.
+  slot = jnp.minimum(place - jnp.take_along_axis(starts, token, -1), num_slots - 1)
+  places = starts[..., None] + jnp.minimum(jnp.arange(num_slots), lengths[..., None] - 1)
+  return Packing(token=token, slot=slot, places=jnp.minimum(places, row_slots - 1), kept=ends <= row_slots)
+
+
+def draw_lengths(
+  rng: Array, tokens: Int[Array, "B T"], shares: Float[Array, "W"] | Float[Array, "B T W"]
+) -> Int[Array, "B T"]:
+  """W_n, how many slots each token has: drawn from Cat(shares), i32[B, T] in 1..W.
+
+  A row's draw hangs on `rng` and on its own tokens alone: it is the same on whatever device and in whatever part of a
+  batch the row lies.
+
+  Args:
+    rng: a jax.random key.
+    tokens: i32[B, T].
+    shares: probabilities of 1..W slots, for all tokens or for each.
+  """
+  log_shares = jnp.broadcast_to(jnp.log(shares), (*tokens.shape, shares.shape[-1]))
+  # A hash of the row's tokens and their order, in wrapping arithmetic.
+  mixed = (tokens.astype(jnp.uint32) + 1) * jnp.uint32(0x9E3779B1)
+  mixed ^= mixed >> 15
+  digests = (mixed * (2 * jnp.arange(tokens.shape[1], dtype=jnp.uint32) + 1)).sum(-1, dtype=jnp.uint32)
+  keys = jax.vmap(lambda digest: jax.random.fold_in(rng, digest))(digests)
+  return jax.vmap(jax.random.categorical)(keys, log_shares).astype(jnp.int32) + 1
+
+
+def packed_row_slots(shares: Float[ArrayLike, "W"], length: int) -> int:
+  """Slots of a row that W_n ~ Cat(shares) fills: the mean and four standard deviations, about one row in 30,000 is
+  longer. At most T*W, and just that where all shares are in one place.
+
+  Args:
+    shares: concrete weights of 1..W slots, normalised.
+    length: T.
+  """
+  shares = np.asarray(shares, np.float64)
+  counts = np.arange(1, len(shares) + 1)
+  mean = float(shares @ counts)
+  variance = float(shares @ (counts - mean) ** 2)
+  # The guard keeps rounding in the mean from adding a slot.
+  return min(length * len(shares), math.ceil(length * mean + 4 * math.sqrt(length * variance) - 1e-6))

@@ -35,6 +35,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
   **{f"va_{name}": _cyb(loss="va", rho=rho) for name, rho in _PRIORS.items()},
   **{f"dp_{name}": _cyb(loss="dp", rho=rho, alpha=0.01) for name, rho in _PRIORS.items()},
   **{f"dp_{name}_strong": _cyb(loss="dp", rho=rho, alpha=0.1) for name, rho in _PRIORS.items()},
+  # Described in the paper, not run there; and ours.
+  "ap_unit": _cyb(dont_know="unit"),
+  "ap_sampled": _cyb(recipe="sampled", omega=_PRIORS["uniform"]),
+  "ap_on_policy": _cyb(recipe="on_policy"),
+  "ap_hidden": _cyb(pause_visibility="hidden"),
+  # The pauses of earlier work: one embedding for all, each at a position of its own.
+  "ap_shared": _cyb(pause_shared=True, pause_positions="shifting"),
+  # Controls: a mixture over slots that doesn't look at the token; every slot trained by itself.
+  "constant_stop": {"name": "constant_stop", "pauses": 3},
+  "mean_slots": {"name": "mean_slots", "pauses": 3},
 }
 
 # Epochs x data: passes over how many thirds of the training windows (the paper's 1x, 2x and 3x data).

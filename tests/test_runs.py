@@ -257,13 +257,16 @@ def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
   assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [6]
 
 
-def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, caplog):
   config = tiny_config(pauses=1)
   config.optimizer.update(learning_rate=1e30, clip_norm=0.0, warmup_fraction=0.0, schedule="constant")
-  config.train.update(eval_every=0, checkpoint_every=2)
-  with pytest.raises(FloatingPointError, match=r"step \d+: the loss or the gradient isn't finite"):
+  config.train.update(eval_every=0, checkpoint_every=1, max_skipped=4)
+  with pytest.raises(FloatingPointError, match=r"step 5: the loss or the gradient of the last 4 steps isn't finite"):
     training.train(configs.freeze(config), tmp_path / "run")
-  assert all(row["loss"] is not None for row in rows(tmp_path / "run"))
+  assert "steps were not applied, their loss or gradient isn't finite: 2, 3" in caplog.text
+  assert [(row["skipped"], row["skipped_steps"]) for row in rows(tmp_path / "run")] == [(2, [2, 3])]
+  # What was saved is from before, and is not pushed out.
+  assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [1]
 
 
 def test_the_best_is_the_best_on_the_same_windows(tmp_path):

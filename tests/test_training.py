@@ -1,10 +1,13 @@
 """The step: accumulation, jit, pmap and meshes against one device, rows of unequal weight; determinism; metrics."""
 
+import dataclasses
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from models import VOCABULARY, assert_trees_close, assert_trees_equal, build, random_batch, tiny_config, with_part
 
@@ -14,7 +17,7 @@ from cyb_jax.config import ParallelismConfig
 from cyb_jax.errors import InputError
 from cyb_jax.training import build_strategy, make_optimizer, train_step
 from cyb_jax.training.metrics import MetricsLog, format_seconds, summarize
-from cyb_jax.training.step import Totals
+from cyb_jax.training.step import Totals, TrainState
 
 CONFIG = configs.freeze(tiny_config(pauses=2))
 
@@ -68,8 +71,6 @@ def test_scanned_and_rematerialised_layers_over_a_mesh():
 
 def gradient_step(config, *, devices=1):
   """Parameters after one step of plain gradient descent, so that they show the gradient itself."""
-  import optax
-
   mesh = sharding.make_mesh(config.parallelism, jax.devices()[:devices])
   method = config.build_method(VOCABULARY)
   strategy = build_strategy(config, method, optax.sgd(1.0), mesh)
@@ -95,6 +96,11 @@ def test_gradient_over_eight_devices_with_accumulation(strategy):
   assert_trees_close(gradient_step(config, devices=4).params, whole.params, rtol=1e-6, atol=1e-6)
 
 
+def state_of(params, optimizer):
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, zero, params, optimizer.init(params), Totals.zeros(2))
+
+
 def test_loss_is_sum_over_count():
   """Against the definition: every token has the same weight, wherever it lies."""
   method, params = build(name="cyb", pauses=1)
@@ -104,12 +110,8 @@ def test_loss_is_sum_over_count():
     losses = method.losses(params, batch, jax.random.key(0)).loss
     return (losses * batch["weights"]).sum() / batch["weights"].sum()
 
-  import optax
-
   optimizer = optax.sgd(1.0)
-  from cyb_jax.training.step import TrainState
-
-  state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), Totals.zeros(2))
+  state = state_of(params, optimizer)
   after = train_step(state, batch, method=method, optimizer=optimizer, seed=0)
   gradient = jax.grad(objective)(params)
   expected = jax.tree.map(lambda p, g: p - g, params, gradient)
@@ -172,7 +174,18 @@ def test_parameters_are_really_sharded():
 
 
 def test_metrics_by_hand():
-  totals = Totals(*(jnp.asarray(x, jnp.float32) for x in (2.0, 10.0, 20.0, -10.0, [5.0, 3.0, 2.0], 1.0)))
+  totals = Totals(
+    steps=2.0,
+    tokens=10.0,
+    loss=20.0,
+    log_likelihood=-10.0,
+    stopping=np.array([5.0, 3.0, 2.0]),
+    slots=25.0,
+    dropped=3.0,
+    gradient_norm=1.0,
+    skipped=2,
+    skipped_steps=np.array([7, 9, 0, 0]),
+  )
   row = summarize(totals)
   assert row["loss"] == 2.0
   assert row["perplexity"] == pytest.approx(np.e)
@@ -180,6 +193,65 @@ def test_metrics_by_hand():
   assert row["mean_pauses"] == pytest.approx(0.7)
   assert row["gradient_norm"] == 0.5
   assert row["tokens"] == 10
+  assert row["slots_per_token"] == 2.5
+  assert row["dropped_tokens"] == 3
+  assert (row["skipped"], row["skipped_steps"]) == (2, [7, 9])
+
+
+def test_metrics_of_no_step_are_undefined():
+  row = summarize(Totals.zeros(2))
+  assert np.isnan([row["loss"], row["perplexity"], row["mean_pauses"], row["gradient_norm"], *row["latency"]]).all()
+  assert row["tokens"] == row["skipped"] == 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
+  method, params = build(name="cyb", pauses=1)
+  losses = method.losses
+
+  def broken(params, batch, rng, step):
+    out = losses(params, batch, rng, step)
+    on = (step >= 1) & (step < 3)
+    if where == "loss":
+      return dataclasses.replace(out, loss=out.loss + jnp.where(on, jnp.inf, 0.0))
+    # At 0 a square root is finite, and its gradient isn't.
+    return dataclasses.replace(out, loss=out.loss + jnp.sqrt(jnp.where(on, 0 * params["dont_know"].sum(), 1.0)))
+
+  method.losses = broken
+  optimizer = optax.adam(1e-2)
+  step = jax.jit(
+    functools.partial(train_step, method=method, optimizer=optimizer, seed=0, accumulate=accumulate, max_skipped=3)
+  )
+  batches = [random_batch(k) for k in range(4)]
+  first = step(state_of(params, optimizer), batches[0])
+  assert int(first.skipped_in_a_row) == 0
+  bad = step(step(first, batches[1]), batches[2])
+  assert_trees_equal((bad.params, bad.opt_state), (first.params, first.opt_state))
+  assert (int(bad.step), int(bad.skipped_in_a_row), int(bad.totals.skipped)) == (3, 2, 2)
+  assert bad.totals.skipped_steps.tolist()[:3] == [2, 3, 0]
+  assert float(bad.totals.loss) == float(first.totals.loss)
+  good = step(bad, batches[3])
+  assert (int(good.skipped_in_a_row), int(good.totals.skipped), float(good.totals.steps)) == (0, 2, 2.0)
+  assert np.isfinite(float(good.totals.loss))
+
+
+def test_after_so_many_in_a_row_nothing_is_applied_any_more():
+  method, params = build(name="cyb", pauses=1)
+  losses = method.losses
+  method.losses = lambda params, batch, rng, step: dataclasses.replace(
+    losses(params, batch, rng, step), loss=losses(params, batch, rng, step).loss + jnp.where(step < 20, jnp.nan, 0.0)
+  )
+  optimizer = optax.sgd(1.0)
+  step = jax.jit(functools.partial(train_step, method=method, optimizer=optimizer, seed=0, max_skipped=18))
+  state = state_of(params, optimizer)
+  for k in range(22):
+    state = step(state, random_batch(k))
+  assert int(state.skipped_in_a_row) == 22
+  assert_trees_equal(state.params, params)
+  # More than are remembered are counted all the same.
+  assert int(state.totals.skipped) == 22
+  assert state.totals.skipped_steps.tolist() == list(range(1, 17))
 
 
 def test_metrics_log_drops_what_comes_again(tmp_path):

@@ -20,7 +20,7 @@ from scipy import stats
 
 from cyb_jax import sharding
 from cyb_jax.methods import Batch, Method
-from cyb_jax.stopping import hard_slot, log_stopping_distribution
+from cyb_jax.stopping import hard_slot
 
 # Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
 _CALIBRATION_TOKENS = 4_000_000
@@ -43,6 +43,10 @@ class Evaluator:
       functools.partial(_sums, method, omega), in_shardings=(None, self._batch_sharding), out_shardings=None
     )
 
+  def put(self, batch: dict[str, Any]) -> Batch:
+    """This host's rows of a batch, on the devices."""
+    return {k: jax.make_array_from_process_local_data(self._batch_sharding, v) for k, v in batch.items()}
+
   def __call__(
     self, params: PyTree, batches: Iterable[dict[str, Any]], *, num_bytes: int | None = None
   ) -> dict[str, Any]:
@@ -56,15 +60,14 @@ class Evaluator:
     Returns:
       The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. Beside them
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
-      under the omega of training, where it is another).
+      under the omega and the recipe of training, where they are others).
     """
     totals: dict[str, np.ndarray] = {}
     decisions: list[np.ndarray] = []
     gains: list[np.ndarray] = []
     windows = length = kept = 0
     for batch in batches:
-      placed = {k: jax.make_array_from_process_local_data(self._batch_sharding, v) for k, v in batch.items()}
-      sums, decided, gained = jax.device_get(self._sums(params, placed))
+      sums, decided, gained = jax.device_get(self._sums(params, self.put(batch)))
       for name, value in sums.items():
         totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
       real = batch["weights"] > 0
@@ -110,6 +113,7 @@ def _sums(
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """Weighted sums over a batch; and, where the method decides, d_i and t_{i+1} - t_i per token."""
   reading = method.read(params, batch, omega)
+  training = method.read_as_trained(params, batch, reading)
   scores, weights = reading.scores, batch["weights"]
 
   def total(values: Array) -> Array:
@@ -118,7 +122,7 @@ def _sums(
 
   sums = {
     "tokens": weights.sum(),
-    "loss": total(reading.loss),
+    "loss": total((training or reading).loss),
     "log_likelihood": total(jax.nn.logsumexp(reading.log_stopping + scores.log_target, -1)),
     "slots": total(scores.log_target),
     "oracle": total(scores.log_target.max(-1)),
@@ -128,10 +132,10 @@ def _sums(
     return sums, None, None
   chosen = hard_slot(scores.log_dont_know)[..., None]
   sums["hard"] = total(jnp.take_along_axis(scores.log_target, chosen, -1)[..., 0])
-  if method.config.omega is not None:
-    log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, method.config.omega)
-    sums["training_log_likelihood"] = total(jax.nn.logsumexp(log_stopping + scores.log_target, -1))
-    sums["training_stopping"] = total(jnp.exp(log_stopping))
+  if training is not None:
+    log_likelihood = jax.nn.logsumexp(training.log_stopping + training.scores.log_target, -1)
+    sums["training_log_likelihood"] = total(log_likelihood)
+    sums["training_stopping"] = total(jnp.exp(training.log_stopping))
   if method.num_slots == 1:
     return sums, None, None
   target = jnp.exp(scores.log_target)

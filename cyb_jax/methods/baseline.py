@@ -24,7 +24,7 @@ class Baseline(PausedMethod):
     if self.config.pauses:
       raise InputError(f"method.pauses: {self.config.pauses}, but method 'baseline' has none; set it to 0")
 
-  def losses(self, params: Params, batch: Batch, rng: Array) -> TokenLosses:
+  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     reading = self.read(params, batch)
     return TokenLosses(
       loss=reading.loss,
@@ -33,6 +33,6 @@ class Baseline(PausedMethod):
     )
 
   def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
-    scores = self.scores(params, self.hidden(params, batch), batch)
+    scores = self.scores(params, self.hidden(params, batch), batch["targets"])
     loss = last_slot_cross_entropy(scores)
     return Reading(loss=loss, scores=scores, log_stopping=jnp.zeros_like(scores.log_target))

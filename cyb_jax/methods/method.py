@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.decoder import Decoder, DecoderConfig
 from cyb_jax.errors import InputError
@@ -36,13 +37,24 @@ class MethodConfig:
     gamma: the discount over slots, W numbers in [0, 1]; None: all ones.
     rho: the prior over slots of VA and DP, W numbers.
     alpha: the coefficient of DP's penalty.
-    recipe: how many pauses a token gets: 'constant', K after every token.
+    recipe: how many of its W = K + 1 slots a token gets in training. 'constant': all of them; 'sampled': W_n ~
+      Cat(omega); 'on_policy': W_n drawn from the model's own stopping distribution, see `cyb_jax.methods.cyb`.
+    slot_budget: of sampled and on_policy, slots per token of the rows that slots are packed into, in [1, W]. 0:
+      sampled, enough for all but one row in 30,000; on_policy, W.
+    policy_floor: of on_policy, the share of tokens whose W_n is drawn from all W alike, so that every slot is trained.
     dont_know: 'token': `<don't know>` competes with the vocabulary; 'unit': a logistic unit of its own.
     dont_know_prior: the probability of abstaining that the prior shift gives to a model that knows nothing; None: no
       shift.
+    calibration_batches: before the first step a constant is added to the `<don't know>` logit so that over the first so
+      many batches the median of d is `dont_know_prior`; 0: off.
+    stopping_warmup: for the first so many steps d is held at `dont_know_prior`, so that slots learn to answer before
+      the model learns when to; 0: off.
     pause_input: 'pause': a pause's own embedding alone (the paper); 'token+pause': plus that of its token.
     pause_visibility: 'visible' or 'hidden', see `cyb_jax.pauses`.
     pause_offset: a learned offset per pause index before the query and key projections.
+    pause_shared: one embedding for all pauses (the form of earlier work).
+    pause_positions: 'token': a pause stands at its token's position; 'shifting': it takes a position of its own (the
+      form of earlier work).
   """
 
   name: str = "cyb"
@@ -53,11 +65,17 @@ class MethodConfig:
   rho: tuple[float, ...] | None = None
   alpha: float = 0.0
   recipe: str = "constant"
+  slot_budget: float = 0.0
+  policy_floor: float = 0.1
   dont_know: str = "token"
   dont_know_prior: float | None = 0.9
+  calibration_batches: int = 0
+  stopping_warmup: int = 0
   pause_input: str = "pause"
   pause_visibility: str = "visible"
   pause_offset: bool = False
+  pause_shared: bool = False
+  pause_positions: str = "token"
 
 
 # `pauses` has no default that suits all methods, and `name` picks one.
@@ -73,11 +91,15 @@ class TokenLosses:
     loss: f32[B, T], the training objective, nats.
     log_likelihood: f32[B, T], log-probability of the target as the model would be read, without discount or penalty.
     stopping: f32[B, T, W], the probability of reading each slot.
+    slots: f32[B, T], how many slots each token was given; None: W.
+    kept: bool[B, T], False where a token's slots didn't fit into its row: it then has no weight. None: all fit.
   """
 
   loss: Float[Array, "B T"]
   log_likelihood: Float[Array, "B T"]
   stopping: Float[Array, "B T W"]
+  slots: Float[Array, "B T"] | None = None
+  kept: Bool[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -161,18 +183,48 @@ class Method(abc.ABC):
     """Fresh parameters, leaves boxed with their logical axes (`flax.linen.LogicallyPartitioned`)."""
 
   @abc.abstractmethod
-  def losses(self, params: Params, batch: Batch, rng: Array) -> TokenLosses:
+  def losses(self, params: Params, batch: Batch, rng: Array, step: Int[Array, ""] | int | None = None) -> TokenLosses:
     """The training objective, per token.
 
     Args:
       params: bare arrays.
       batch: see `Batch`.
-      rng: a key of this step alone, for methods that draw.
+      rng: a key of this step alone, for methods that draw. All devices and all parts of an accumulated batch are given
+        the same one: what is drawn for a row must hang on the row as well (`pauses.draw_lengths`).
+      step: how many steps were taken before this one; None: all warm-ups are over.
     """
 
   @abc.abstractmethod
   def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
     """Reads every slot, for evaluation; `omega`: see `stopping.log_stopping_distribution`."""
+
+  def read_as_trained(self, params: Params, batch: Batch, reading: Reading) -> Reading | None:
+    """The same batch as training sees it, where that is another world than the evaluation's default.
+
+    Args:
+      params: as in `read`.
+      batch: the one that was read.
+      reading: `read(params, batch)`, to be used again where it will do.
+
+    Returns:
+      None where training grants all slots to every token, as `read` does by default.
+    """
+    del params, batch, reading
+    return None
+
+  @property
+  def calibration_batches(self) -> int:
+    """On how many batches `calibrate` wants to look before the first step."""
+    return 0
+
+  def calibrate(self, params: Params, batches: Iterable[Batch]) -> Params:
+    """Fresh parameters, adjusted to the first batches."""
+    del batches
+    return params
+
+  def train_slots(self, tokens: int) -> int:
+    """Decoder slots that training runs for a window of `tokens`."""
+    return tokens * self.num_slots
 
   @abc.abstractmethod
   def forward_flops(self, tokens: int, *, executed: bool = False) -> float:

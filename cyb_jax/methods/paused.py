@@ -1,42 +1,51 @@
-"""What the methods with a constant number of pauses share: one decoder pass over W slots per token.
+"""What the methods with pauses after every token share: one decoder pass over all slots of all tokens.
 
-Parameters: `decoder`; with K > 0 pauses `pause_input` f32[K, D] (row k - 1 is `<pause_k>`), and where offsets are
-learned `pause_offset` f32[K, D]. A method that abstains adds its own.
+Parameters: `decoder`; with K > 0 pauses `pause_input` f32[K, D] (row k - 1 is `<pause_k>`; f32[1, D] where one is
+shared), and where offsets are learned `pause_offset` f32[K, D]. A method that abstains adds its own.
 
-Dimensions: B batch, T tokens, W slots, S = T*W slots flattened, D model.
+Dimensions: B batch, T tokens, W slots, S slots of a row (T*W flattened, or as many as they are packed into), D model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cyb_jax import flops
 from cyb_jax.decoder import embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
-from cyb_jax.pauses import attention_mask, slot_positions
+from cyb_jax.pauses import Packing, attention_mask, slot_positions
 from cyb_jax.readout import slot_scores
 from cyb_jax.stopping import SlotScores
 
-PAUSE_OPTIONS = frozenset({"recipe", "pause_input", "pause_visibility", "pause_offset"})
+PAUSE_OPTIONS = frozenset(
+  {"recipe", "pause_input", "pause_visibility", "pause_offset", "pause_shared", "pause_positions"}
+)
 
 _CHOICES = {
-  "recipe": ("constant",),
   "pause_input": ("pause", "token+pause"),
   "pause_visibility": ("visible", "hidden"),
+  "pause_positions": ("token", "shifting"),
 }
 
 
 class PausedMethod(Method):
-  """K pauses after every token, in training and in evaluation (recipe *constant*)."""
+  """Up to K pauses after every token.
+
+  Attributes:
+    recipes: the values of `method.recipe` that this method has.
+  """
+
+  recipes: ClassVar[tuple[str, ...]] = ("constant",)
 
   def validate(self) -> None:
-    for field, choices in _CHOICES.items():
+    for field, choices in {"recipe": self.recipes, **_CHOICES}.items():
       value = getattr(self.config, field)
       if value not in choices:
         raise InputError(f"method.{field}: {value!r} is none of {', '.join(map(repr, choices))}")
@@ -51,7 +60,8 @@ class PausedMethod(Method):
     if self.config.pauses:
       # Pauses start as words do.
       shape = (self.config.pauses, self.decoder.config.d_model)
-      params["pause_input"] = boxed_row(embedding_init(self.decoder.config)(pause_key, shape, jnp.float32))
+      rows = (1, shape[1]) if self.config.pause_shared else shape
+      params["pause_input"] = boxed_row(embedding_init(self.decoder.config)(pause_key, rows, jnp.float32))
       if self.config.pause_offset:
         # Zero: at the start an offset changes nothing.
         params["pause_offset"] = boxed_row(jnp.zeros(shape))
@@ -63,37 +73,69 @@ class PausedMethod(Method):
     return {}
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
-    """One decoder pass over all slots of all tokens."""
+    """One decoder pass over all W slots of all tokens."""
     tokens = batch["tokens"]
     batch_size, length = tokens.shape
-    slots = self.num_slots
+    inputs, offset = self._inputs(params, tokens)
+    positions = slot_positions(1, length, self.num_slots).reshape(1, -1)
+    if self.config.pause_positions == "shifting":
+      positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
+    outputs = self.decoder.apply(
+      {"params": params["decoder"]},
+      inputs,
+      positions,
+      mask=attention_mask(
+        length, self.num_slots, visibility=self.config.pause_visibility, documents=batch.get("documents")
+      ),
+      query_key_offset=None if offset is None else jnp.tile(offset, (length, 1)),
+    )
+    return outputs.reshape(batch_size, length, self.num_slots, -1)
+
+  def hidden_packed(self, params: Params, batch: Batch, packing: Packing) -> Float[Array, "B S D"]:
+    """One decoder pass over the slots that tokens were given."""
+    tokens = batch["tokens"]
+    inputs, offset = self._inputs(params, tokens)
+    source = packing.token * self.num_slots + packing.slot
+    positions = packing.token
+    if self.config.pause_positions == "shifting":
+      positions = jnp.arange(source.shape[-1], dtype=jnp.int32)[None]
+    return self.decoder.apply(
+      {"params": params["decoder"]},
+      jnp.take_along_axis(inputs, source[..., None], 1),
+      positions,
+      mask=attention_mask(
+        tokens.shape[1],
+        self.num_slots,
+        visibility=self.config.pause_visibility,
+        documents=batch.get("documents"),
+        packing=packing,
+      ),
+      query_key_offset=None if offset is None else offset[packing.slot],
+    )
+
+  def _inputs(
+    self, params: Params, tokens: Int[Array, "B T"]
+  ) -> tuple[Float[Array, "B T*W D"], Float[Array, "W D"] | None]:
+    """All slots, embedded; and the offsets of queries and keys by slot, where they are learned."""
+    batch_size, length = tokens.shape
     variables = {"params": params["decoder"]}
     inputs = self.decoder.apply(variables, tokens, method="embed")[:, :, None]
     offset = None
-    if slots > 1:
+    if self.num_slots > 1:
       rows = self.decoder.apply(variables, params["pause_input"], method="scale_inputs")
-      pauses = jnp.broadcast_to(rows, (batch_size, length, *rows.shape))
+      pauses = jnp.broadcast_to(rows, (batch_size, length, self.config.pauses, rows.shape[-1]))
       if self.config.pause_input == "token+pause":
         pauses = pauses + inputs
       inputs = jnp.concatenate([inputs, pauses], axis=2)
       if self.config.pause_offset:
-        table = jnp.pad(params["pause_offset"], ((1, 0), (0, 0)))  # the token's own slot has none
-        offset = jnp.tile(table, (length, 1))
-    flat = (batch_size, length * slots)
-    outputs = self.decoder.apply(
-      variables,
-      inputs.reshape(*flat, -1),
-      slot_positions(1, length, slots).reshape(1, -1),
-      mask=attention_mask(length, slots, visibility=self.config.pause_visibility, documents=batch.get("documents")),
-      query_key_offset=offset,
-    )
-    return outputs.reshape(batch_size, length, slots, -1)
+        offset = jnp.pad(params["pause_offset"], ((1, 0), (0, 0)))  # the token's own slot has none
+    return inputs.reshape(batch_size, length * self.num_slots, -1), offset
 
   def scores(
     self,
     params: Params,
-    hidden: Float[Array, "B T W D"],
-    batch: Batch,
+    hidden: Float[Array, "... W D"],
+    targets: Int[Array, "..."],
     *,
     slots: Sequence[int] | None = None,
     dont_know: Array | None = None,
@@ -104,7 +146,7 @@ class PausedMethod(Method):
     return slot_scores(
       hidden,
       self.decoder.apply({"params": params["decoder"]}, method="unembedding"),
-      batch["targets"],
+      targets,
       dont_know,
       form=self.config.dont_know,
       prior=self.config.dont_know_prior if dont_know is not None else None,

@@ -29,12 +29,12 @@ class Tbys(PausedMethod):
   def slots_trained(self) -> int:
     return 1
 
-  def losses(self, params: Params, batch: Batch, rng: Array) -> TokenLosses:
-    loss = last_slot_cross_entropy(self.scores(params, self.hidden(params, batch), batch, slots=(-1,)))
+  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+    loss = last_slot_cross_entropy(self.scores(params, self.hidden(params, batch), batch["targets"], slots=(-1,)))
     last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
     return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.broadcast_to(last, (*loss.shape, len(last))))
 
   def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
-    scores = self.scores(params, self.hidden(params, batch), batch)
+    scores = self.scores(params, self.hidden(params, batch), batch["targets"])
     log_stopping = jnp.full_like(scores.log_target, -jnp.inf).at[..., -1].set(0.0)
     return Reading(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)

@@ -134,6 +134,7 @@ class _Pending:
 
   step: int
   totals: Totals
+  skipped_in_a_row: jax.Array
 
 
 class _Clock:
@@ -214,7 +215,7 @@ class _Loop:
 
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
     """The state to go on from. Order: the newest checkpoint of this folder; else fresh parameters, and in their place
-    those of `init_from` that it has (step, optimizer state and data order start anew)."""
+    those of `init_from` that it has (step, optimizer state and data order start anew), then calibrated."""
     steps = checkpoints.steps()
     if not steps:
       state = self.strategy.init()
@@ -222,6 +223,7 @@ class _Loop:
         logical = self.strategy.logical(state)
         params = runs.adopt(self.config.init_from, logical.params)
         state = self.strategy.place(dataclasses.replace(logical, params=params))
+      state = self._calibrated(state)
       size = sum(x.size for x in jax.tree.leaves(self.strategy.logical(state).params))
       logging.info(
         "%s: %s parameters, %d steps of %d x %d tokens, %d slots each, on %d %s",
@@ -238,6 +240,16 @@ class _Loop:
     meta = checkpoints.meta(steps[-1])
     restored = checkpoints.restore(steps[-1], self.strategy.abstract())
     return self.strategy.place(restored.state), restored.step, meta["train_tokens"]
+
+  def _calibrated(self, state: TrainState) -> TrainState:
+    """A fresh state, its parameters adjusted to the first batches where the method wants that."""
+    method = self.evaluator.method
+    if not method.calibration_batches:
+      return state
+    logical = self.strategy.logical(state)
+    batches = (self.evaluator.put(self._read(step)) for step in range(method.calibration_batches))
+    params = method.calibrate(logical.params, batches)
+    return self.strategy.place(dataclasses.replace(logical, params=params))
 
   def _steps(
     self,
@@ -274,7 +286,8 @@ class _Loop:
       validates = train.eval_every > 0 and step % train.eval_every == 0 and not last
       saves = last or bool(stopped) or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
       if last or step % train.log_every == 0:
-        pending = _Pending(step, state.totals)
+        # A copy: the next step donates what it is given.
+        pending = _Pending(step, state.totals, state.skipped_in_a_row + 0)
         state = with_new_totals(self.strategy, state)
       if not (validates or saves):
         continue
@@ -293,8 +306,12 @@ class _Loop:
       # Looked at once, and after the validation, during which a signal may have come.
       stopping = bool(stopped)
       if saves or stopping:
-        self._check_finite(step, state.totals)
-        checkpoints.save(step, self.strategy.logical(state), meta, loss=loss)
+        in_a_row = self._check_skipped(step, state.skipped_in_a_row)
+        if in_a_row and not (stopping or last):
+          # These parameters may be what the steps fail on: they must not push out the ones from before.
+          logging.warning("step %d: not saved, since the last %d steps were not applied", step, in_a_row)
+        else:
+          checkpoints.save(step, self.strategy.logical(state), meta, loss=loss)
       if stopping and not last:
         checkpoints.wait()
         raise Interrupted(f"signal {stopped[0]}: saved at step {step} of {self.steps}; the same command continues")
@@ -315,7 +332,7 @@ class _Loop:
     run = step * self.config.data.batch_size * self.config.data.sequence_length
     return {
       "train_tokens": seen,
-      "train_slots": run * self.method.num_slots,
+      "train_slots": step * self.config.data.batch_size * self.method.train_slots(self.config.data.sequence_length),
       "train_flops": float(run * self.method.train_flops(self.config.data.sequence_length)),
       "store": self.store.fingerprint,
       "store_path": str(self.store.path),
@@ -337,16 +354,16 @@ class _Loop:
 
   def _log(self, log: MetricsLog, pending: _Pending, clock: _Clock) -> None:
     config = self.config
-    self._check_finite(pending.step, pending.totals)
     row = summarize(jax.device_get(self.strategy.logical(pending.totals)))
     steps, seconds, data_wait = clock.lap(pending.step)
     tokens = steps * config.data.batch_size * config.data.sequence_length
     # None where no step ran since the clock was started, behind the first one.
     rate = tokens / seconds if steps else None
+    slots = self.method.train_slots(config.data.sequence_length) / config.data.sequence_length
     flops = self.method.train_flops(config.data.sequence_length) * (rate or 0.0)
     timing = {
       "tokens_per_second": rate,
-      "slots_per_second": rate * self.method.num_slots if rate else None,
+      "slots_per_second": rate * slots if rate else None,
       "mfu": flops / (self.peak * self.devices) if self.peak else None,
       "data_wait": data_wait,
       "seconds": seconds,
@@ -360,23 +377,33 @@ class _Loop:
     if rate:
       mfu = f", MFU {timing['mfu']:.1%}" if timing["mfu"] else ""
       left = format_seconds((self.steps - pending.step) * seconds / steps)
-      slots = timing["slots_per_second"]
-      line += f"  {rate:.0f} tokens/s, {slots:.0f} slots/s{mfu}, data wait {data_wait:.0%}, {left} left"
+      line += (
+        f"  {rate:.0f} tokens/s, {timing['slots_per_second']:.0f} slots/s{mfu}, data wait {data_wait:.0%}, {left} left"
+      )
+    if row["dropped_tokens"]:
+      line += f"  ({row['dropped_tokens']} tokens didn't fit)"
     logging.info("%s", line)
+    if row["skipped"]:
+      numbers = ", ".join(map(str, row["skipped_steps"])) + ", ..." * (row["skipped"] > len(row["skipped_steps"]))
+      logging.warning("%d steps were not applied, their loss or gradient isn't finite: %s", row["skipped"], numbers)
+    self._check_skipped(pending.step, pending.skipped_in_a_row)
     self._warn_of_collapse(pending.step, row["latency"])
 
-  def _check_finite(self, step: int, totals: Totals) -> None:
-    """Stops a run before it logs or saves numbers that mean nothing; its checkpoints stay as they are."""
-    totals = jax.device_get(self.strategy.logical(totals))
-    if not np.isfinite([totals.loss, totals.gradient_norm]).all():
+  def _check_skipped(self, step: int, skipped_in_a_row: jax.Array) -> int:
+    """How many of the last steps weren't applied; too many of them stop the run, whose checkpoints are good ones."""
+    in_a_row = int(self.strategy.logical(skipped_in_a_row))
+    if in_a_row >= self.config.train.max_skipped:
       raise FloatingPointError(
-        f"step {step}: the loss or the gradient isn't finite, in this step or since the line of metrics before it;"
-        f" the checkpoints in {self.folder} are from before. A lower optimizer.learning_rate may do"
+        f"step {step}: the loss or the gradient of the last {in_a_row} steps isn't finite (train.max_skipped ="
+        f" {self.config.train.max_skipped}); none of them was applied, and the checkpoints in {self.folder} are from"
+        " before. A lower optimizer.learning_rate may do"
       )
+    return in_a_row
 
   def _warn_of_collapse(self, step: int, latency: list[float]) -> None:
     share, slot = max((share, slot) for slot, share in enumerate(latency))
-    if not self.method.decides or len(latency) == 1 or share <= self.config.train.collapse_warning:
+    # Without a step that was applied the shares are nan, and compare as not above.
+    if not self.method.decides or len(latency) == 1 or not share > self.config.train.collapse_warning:
       self.warned = False
     elif not self.warned:
       logging.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -16,21 +17,28 @@ from cyb_jax.training.step import Totals
 
 
 def summarize(totals: Totals) -> dict[str, Any]:
-  """Means over the steps of `totals`, as they stand in a line of metrics.
+  """Means over the steps of `totals`, as they stand in a line of metrics; nan where no step was applied.
 
   `loss` (nats per token, the training objective), `perplexity` (of the target as it would be read, under the training
-  omega), `latency` (mean of s), `mean_pauses`, `gradient_norm` (mean over steps, before clipping), `tokens`.
+  omega), `latency` (mean of s), `mean_pauses`, `slots_per_token` (that tokens were given), `gradient_norm` (mean over
+  steps, before clipping), `tokens`, `dropped_tokens` (whose slots didn't fit into their row), `skipped` (steps that
+  weren't applied) and `skipped_steps` (the numbers of the first 16 of them).
   """
   host = {k: np.asarray(v, np.float64) for k, v in vars(totals).items()}
-  tokens = max(float(host["tokens"]), 1.0)
+  # A batch may well have no token of weight; steps that weren't applied have nothing to be the mean of.
+  tokens = max(float(host["tokens"]), 1.0) if host["steps"] else math.nan
   latency = host["stopping"] / tokens
   return {
     "loss": float(host["loss"] / tokens),
     "perplexity": float(np.exp(-host["log_likelihood"] / tokens)),
     "latency": latency.tolist(),
     "mean_pauses": float(latency @ np.arange(len(latency))),
-    "gradient_norm": float(host["gradient_norm"] / max(float(host["steps"]), 1.0)),
+    "slots_per_token": float(host["slots"] / tokens),
+    "gradient_norm": float(host["gradient_norm"] / host["steps"]) if host["steps"] else math.nan,
     "tokens": int(host["tokens"]),
+    "dropped_tokens": int(host["dropped"]),
+    "skipped": int(host["skipped"]),
+    "skipped_steps": [int(step) for step in host["skipped_steps"] if step],
   }
 
 

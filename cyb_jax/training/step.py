@@ -16,9 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.methods import Batch, Method
+
+# So many numbers of steps that weren't applied are remembered between two lines of metrics; more are only counted.
+_SKIPS_REMEMBERED = 16
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +29,19 @@ from cyb_jax.methods import Batch, Method
 class Totals:
   """Sums over the steps since the last line of metrics; part of the state, so that a resumed run logs the same lines.
 
+  Steps that weren't applied are in `skipped` and `skipped_steps` alone.
+
   Attributes:
     steps: f32[].
     tokens: f32[], sum of weights.
     loss: f32[], sum of the training objective, nats.
     log_likelihood: f32[], sum of the targets' log-probabilities, nats.
     stopping: f32[W], sum of s.
+    slots: f32[], sum of the slots that tokens were given.
+    dropped: f32[], sum of weights of tokens whose slots didn't fit into their row; they are not in `tokens`.
     gradient_norm: f32[], sum over steps, before clipping.
+    skipped: i32[], steps that weren't applied, since their loss or gradient wasn't finite.
+    skipped_steps: i32[16], the numbers of the first of them, then 0.
   """
 
   steps: Float[Array, ""]
@@ -40,14 +49,23 @@ class Totals:
   loss: Float[Array, ""]
   log_likelihood: Float[Array, ""]
   stopping: Float[Array, "W"]
+  slots: Float[Array, ""]
+  dropped: Float[Array, ""]
   gradient_norm: Float[Array, ""]
+  skipped: Int[Array, ""]
+  skipped_steps: Int[Array, "R"]
 
   @classmethod
   def zeros(cls, num_slots: int) -> Totals:
-    def zero() -> Array:
-      return jnp.zeros((), jnp.float32)
-
-    return cls(zero(), zero(), zero(), zero(), jnp.zeros(num_slots, jnp.float32), zero())
+    shapes = {"stopping": (num_slots,), "skipped_steps": (_SKIPS_REMEMBERED,)}
+    return cls(
+      **{
+        field.name: jnp.zeros(
+          shapes.get(field.name, ()), jnp.int32 if field.name.startswith("skipped") else jnp.float32
+        )
+        for field in dataclasses.fields(cls)
+      }
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -57,12 +75,14 @@ class TrainState:
 
   Attributes:
     step: i32[], how many steps were taken.
+    skipped_in_a_row: i32[], how many of the last ones weren't applied.
     params: the method's parameters, f32.
     opt_state: optax's.
     totals: see `Totals`.
   """
 
   step: Int[Array, ""]
+  skipped_in_a_row: Int[Array, ""]
   params: PyTree
   opt_state: PyTree
   totals: Totals
@@ -76,6 +96,7 @@ def init_state(method: Method, optimizer: optax.GradientTransformation, seed: in
   params = method.init(jax.random.fold_in(jax.random.key(seed), 0))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
+    skipped_in_a_row=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
     totals=Totals.zeros(method.num_slots),
@@ -97,62 +118,88 @@ def train_step(
   optimizer: optax.GradientTransformation,
   seed: int,
   accumulate: int = 1,
+  max_skipped: int = 1,
   axis_name: str | None = None,
 ) -> TrainState:
   """One step.
+
+  A step whose loss or gradient isn't finite changes neither parameters nor optimizer state; it is counted, and the next
+  batch is taken. After `max_skipped` of them in a row nothing is applied any more, so that the loop, which looks only
+  now and then, finds the last good state.
 
   Args:
     state: bare arrays.
     batch: [B, T] each; under pmap this device's part.
     method: turns params and batch into losses.
     optimizer: see `optimizer.make_optimizer`.
-    seed: of what the method draws; the key of a step depends on seed and step alone.
+    seed: of what the method draws; the key of a step depends on seed and step alone, and is the same on all devices.
     accumulate: parts of the batch, worked on one after the other; divides B. The gradient is that of the whole.
+    max_skipped: see above.
     axis_name: pmap's axis; None under jit, where XLA reduces by itself.
 
   Returns:
     The new state; its totals hold what this step adds to the metrics.
   """
   rng = jax.random.fold_in(jax.random.key(seed), state.step + 1)
-  if axis_name is not None:
-    rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
 
-  def sums(params: PyTree, part: Batch, rng: Array) -> tuple[Array, dict[str, Any]]:
-    losses = method.losses(params, part, rng)
-    weights = part["weights"]
+  def sums(params: PyTree, part: Batch) -> tuple[Array, dict[str, Any]]:
+    losses = method.losses(params, part, rng, state.step)
+    given = weights = part["weights"]
+    if losses.kept is not None:
+      weights = given * losses.kept
     loss = (losses.loss * weights).sum()
+    slots = method.num_slots if losses.slots is None else losses.slots
     return loss, {
       "tokens": weights.sum(),
       "loss": loss,
       "log_likelihood": (losses.log_likelihood * weights).sum(),
       # Not an einsum: accelerators would round a matrix product.
       "stopping": (losses.stopping * weights[..., None]).sum((0, 1)),
+      "slots": (slots * weights).sum(),
+      "dropped": (given - weights).sum(),
     }
 
   gradient_of = jax.grad(sums, has_aux=True)
   if accumulate == 1:
-    gradient, aux = gradient_of(state.params, batch, rng)
+    gradient, aux = gradient_of(state.params, batch)
   else:
     # Row i goes to part i % accumulate: the batch axis stays the major one, so that sharded rows stay where they are.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
-    keys = jax.random.split(rng, accumulate)
-    shapes = jax.eval_shape(gradient_of, state.params, jax.tree.map(lambda x: x[0], parts), rng)
+    shapes = jax.eval_shape(gradient_of, state.params, jax.tree.map(lambda x: x[0], parts))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(carry, part):
-      return jax.tree.map(jnp.add, carry, gradient_of(state.params, *part)), None
+      return jax.tree.map(jnp.add, carry, gradient_of(state.params, part)), None
 
-    (gradient, aux), _ = jax.lax.scan(add, start, (parts, keys))
+    (gradient, aux), _ = jax.lax.scan(add, start, parts)
   if axis_name is not None:
     gradient, aux = jax.lax.psum((gradient, aux), axis_name)
   # A batch without a token of weight has nothing to teach, rather than nan.
   count = jnp.maximum(aux["tokens"], 1.0)
   gradient = jax.tree.map(lambda g: g / count, gradient)
+  norm = optax.global_norm(gradient)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  totals = Totals(steps=jnp.ones(()), gradient_norm=optax.global_norm(gradient), **aux)
+  params = optax.apply_updates(state.params, updates)
+  applied = jnp.isfinite(aux["loss"]) & jnp.isfinite(norm) & (state.skipped_in_a_row < max_skipped)
   return TrainState(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
-    totals=jax.tree.map(jnp.add, state.totals, totals),
+    skipped_in_a_row=jnp.where(applied, 0, state.skipped_in_a_row + 1),
+    params=_choose(applied, params, state.params),
+    opt_state=_choose(applied, opt_state, state.opt_state),
+    totals=_add_step(state.totals, applied, state.step + 1, aux | {"steps": 1.0, "gradient_norm": norm}),
+  )
+
+
+def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+  return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
+def _add_step(totals: Totals, applied: Bool[Array, ""], step: Int[Array, ""], sums: dict[str, Array]) -> Totals:
+  added = {name: getattr(totals, name) + jnp.where(applied, value, 0.0) for name, value in sums.items()}
+  # Beyond the last place an update is dropped.
+  place = jnp.where(applied, len(totals.skipped_steps), totals.skipped)
+  return Totals(
+    skipped=totals.skipped + ~applied,
+    skipped_steps=totals.skipped_steps.at[place].set(step, mode="drop"),
+    **added,
   )

@@ -63,6 +63,7 @@ class JitStrategy:
       optimizer=optimizer,
       seed=config.train.seed,
       accumulate=config.optimizer.accumulate,
+      max_skipped=config.train.max_skipped,
     )
     self._step = jax.jit(
       step, in_shardings=(self._shardings, self._batch_sharding), out_shardings=self._shardings, donate_argnums=0
@@ -109,6 +110,7 @@ class PmapStrategy:
         optimizer=optimizer,
         seed=config.train.seed,
         accumulate=config.optimizer.accumulate,
+        max_skipped=config.train.max_skipped,
         axis_name="data",
       ),
       axis_name="data",
