@@ -114,7 +114,8 @@ def _with_installed_config(argv: Sequence[str]) -> list[str]:
 def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
   # By the package's own folder: a checkout may well be called cyb_jax and hold a venv.
   ours = str(pathlib.Path(__file__).parent) + os.sep
-  if record.pathname.startswith(ours):
+  # The program itself may be a script of the experiments.
+  if record.pathname.startswith(ours) or os.path.abspath(record.pathname) == os.path.abspath(sys.argv[0]):
     return True
   # Orbax warns of every checkpoint that no validation was made for, which is as configured.
   return record.levelno >= python_logging.WARNING and "tracked_metric" not in str(record.msg)

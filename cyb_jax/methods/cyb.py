@@ -162,8 +162,16 @@ class Cyb(PausedMethod):
       "dp": lambda scores: losses.cyb_dp(scores, config.rho, config.alpha),
     }[config.loss]
 
+  @property
+  def _ragged(self) -> bool:
+    """Whether the number of slots varies; where all W are granted it is known not to, and *sampled* is *constant*."""
+    omega = self.config.omega
+    return self.config.recipe == "on_policy" or (
+      self.config.recipe == "sampled" and omega is not None and any(omega[:-1])
+    )
+
   def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
-    if self.config.recipe == "constant":
+    if not self._ragged:
       reading = self._reading(self._held(self.slot_scores(params, batch), step))
       return TokenLosses(
         loss=reading.loss,
@@ -252,7 +260,7 @@ class Cyb(PausedMethod):
       return self._read_drawn(params, batch, self._policy(reading.scores))
     if self.config.omega is None:
       return None
-    if self.config.recipe == "sampled":
+    if self._ragged:
       return self.read(params, batch, self.config.omega)
     return self._reading(reading.scores)
 
@@ -281,13 +289,13 @@ class Cyb(PausedMethod):
     return params | {"dont_know_offset": jnp.full_like(params["dont_know_offset"], offset)}
 
   def train_slots(self, tokens: int) -> int:
-    if self.config.recipe == "constant":
+    if not self._ragged:
       return super().train_slots(tokens)
     first_pass = tokens * self.num_slots if self.config.recipe == "on_policy" else 0
     return first_pass + self._row_slots(tokens)
 
   def train_flops(self, tokens: int, *, executed: bool = False) -> float:
-    if self.config.recipe == "constant":
+    if not self._ragged:
       return super().train_flops(tokens, executed=executed)
     slots = self._row_slots(tokens) / tokens
     total = flops.train_flops(self.decoder.config, tokens=tokens, slots=slots, slots_read=slots, executed=executed)

@@ -248,7 +248,8 @@ class _Loop:
       return state
     logical = self.strategy.logical(state)
     batches = (self.evaluator.put(self._read(step)) for step in range(method.calibration_batches))
-    params = method.calibrate(logical.params, batches)
+    params = method.calibrate(self.strategy.params(state), batches)
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, logical.params)
     return self.strategy.place(dataclasses.replace(logical, params=params))
 
   def _steps(

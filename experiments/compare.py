@@ -1,0 +1,176 @@
+"""Methods side by side: equal tokens, the rate tuned per method on validation, several seeds, test once.
+
+    python experiments/compare.py --workdir=runs/compare --jobs=2
+    python experiments/compare.py --workdir=runs/compare --settings=baseline,ap --rates=2e-3,4e-3 --seeds=5
+
+Trains every setting at every rate with seed 0, takes the rate with the lowest validation perplexity, trains that with
+the other seeds (a seed is an initialisation and an order of the data), evaluates these runs on the test split, and
+prints a table and, on the last line, JSON; both are in WORKDIR too. A study that was interrupted goes on: run the same
+command again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import queue
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from cyb_jax import jsonl, programs, settings
+from cyb_jax.errors import InputError
+from cyb_jax.runs import write_whole
+
+SETTINGS = "baseline,tbys3,ap,ap_unit,constant_stop,mean_slots"
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("workdir", None, "The study's folder; each run has its own in it.")
+  flags.DEFINE_string("config", "experiments/quickstart.py", "The experiment that settings are arguments of.")
+  flags.DEFINE_list("settings", SETTINGS, "Settings of experiments/README.md.")
+  flags.DEFINE_list("rates", "2e-3,4e-3,8e-3", "Learning rates, of which each setting takes its best.")
+  flags.DEFINE_integer("seeds", 3, "Seeds.")
+  flags.DEFINE_integer("steps", 400, "Steps of every run: the same tokens for all.")
+  flags.DEFINE_integer("jobs", 1, "Runs at a time; each is bound to its share of the CPU's cores.")
+
+
+class Study:
+  """The runs of a comparison, each in a folder named by what it is."""
+
+  def __init__(self, folder: pathlib.Path, config: str, steps: int, jobs: int):
+    self.folder, self.config, self.steps = folder, config, steps
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    self._cores: queue.Queue[list[int]] = queue.Queue()
+    for job in range(jobs):
+      self._cores.put(cores[job::jobs])
+    self._pool = concurrent.futures.ThreadPoolExecutor(jobs)
+
+  def map(self, function, items: Sequence[tuple]) -> list[Any]:
+    return list(self._pool.map(lambda item: function(*item), items))
+
+  def train(self, setting: str, rate: str, seed: int) -> dict[str, Any]:
+    """The validation record of a run, trained where it isn't yet."""
+    workdir = self.folder / setting / f"rate{rate}-seed{seed}"
+    record = workdir / "evaluation.json"
+    if record.exists():
+      return json.loads(record.read_text())
+    return self._program(
+      "train",
+      f"--config={self.config}:{setting}",
+      f"--workdir={workdir}",
+      f"--config.optimizer.learning_rate={rate}",
+      f"--config.train.seed={seed}",
+      f"--config.data.seed={seed}",
+      f"--config.train.steps={self.steps}",
+      "--config.train.eval_every=0",
+    )
+
+  def test(self, setting: str, rate: str, seed: int) -> dict[str, Any]:
+    """The test record of a run that was trained."""
+    workdir = self.folder / setting / f"rate{rate}-seed{seed}"
+    path = workdir / "test.json"
+    if path.exists():
+      return json.loads(path.read_text())
+    validation = (workdir / "evaluation.json").read_text()
+    record = self._program("evaluate", f"--workdir={workdir}", "--split=test")
+    write_whole(workdir / "evaluation.json", validation)
+    write_whole(path, jsonl.dumps(record, indent=2) + "\n")
+    return record
+
+  def _program(self, name: str, *options: str) -> dict[str, Any]:
+    cores = self._cores.get()
+    try:
+      logging.info("%s %s", name, " ".join(options))
+      command = [sys.executable, "-m", f"cyb_jax.{name}", *options]
+      bind = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+      done = subprocess.run(command, capture_output=True, text=True, preexec_fn=bind)
+    finally:
+      self._cores.put(cores)
+    if done.returncode:
+      raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  del argv
+  args = flags.FLAGS
+  folder = pathlib.Path(programs.required_flag("workdir", "name the study's folder"))
+  for name in ("seeds", "steps", "jobs"):
+    if args[name].value < 1:
+      raise InputError(f"--{name}: {args[name].value} must be at least 1")
+  for rate in args.rates:
+    try:
+      float(rate)
+    except ValueError:
+      raise InputError(f"--rates: {rate!r} is no number") from None
+  for setting in args.settings:
+    settings.parse(setting, setting="", size="tiny", regime="1x1")
+  study = Study(folder, args.config, args.steps, args.jobs)
+  searched = [(setting, rate, 0) for setting in args.settings for rate in args.rates]
+  found = dict(zip(searched, study.map(study.train, searched)))
+  best = {
+    setting: min(args.rates, key=lambda rate, s=setting: found[s, rate, 0]["perplexity"] or float("inf"))
+    for setting in args.settings
+  }
+  chosen = [(setting, best[setting], seed) for setting in args.settings for seed in range(args.seeds)]
+  study.map(study.train, chosen)
+  tested = dict(zip(chosen, study.map(study.test, chosen)))
+  rows = [
+    _row(setting, best[setting], [tested[setting, best[setting], seed] for seed in range(args.seeds)])
+    | {"validation_by_rate": {rate: found[setting, rate, 0]["perplexity"] for rate in args.rates}}
+    for setting in args.settings
+  ]
+  result = {"study": args.config, "steps": args.steps, "seeds": args.seeds, "rows": rows}
+  write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
+  table = _table(rows)
+  write_whole(folder / "comparison.md", table)
+  sys.stdout.write(table + "\n")
+  return result
+
+
+def _row(setting: str, rate: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+  perplexities = [record["perplexity"] for record in records]
+  pauses = [record["mean_pauses"] for record in records]
+  first = records[0]
+  return {
+    "setting": setting,
+    "learning_rate": float(rate),
+    "perplexity": statistics.mean(perplexities),
+    "perplexity_seeds": perplexities,
+    "perplexity_deviation": statistics.stdev(perplexities) if len(perplexities) > 1 else None,
+    "mean_pauses": statistics.mean(pauses),
+    "latency": [statistics.mean(shares) for shares in zip(*(record["latency"] for record in records))],
+    "slot_perplexity": [statistics.mean(slots) for slots in zip(*(record["slot_perplexity"] for record in records))],
+    "train_tokens": first["train_tokens"],
+    "train_slots": first["train_slots"],
+    "train_flops": first["train_flops"],
+  }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+  lines = [
+    "| setting | rate | test perplexity | by slot | mean pauses | mean of s | train tokens | train PFLOPs |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    deviation = row["perplexity_deviation"]
+    spread = f" +- {deviation:.1f}" if deviation is not None else ""
+    slots = " ".join(f"{p:.1f}" for p in row["slot_perplexity"])
+    latency = " ".join(f"{s:.3f}".lstrip("0") for s in row["latency"])
+    lines.append(
+      f"| `{row['setting']}` | {row['learning_rate']:g} | {row['perplexity']:.1f}{spread} | {slots} |"
+      f" {row['mean_pauses']:.2f} | {latency} | {row['train_tokens']:,} | {row['train_flops'] / 1e15:.2f} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+  define_flags()
+  programs.launch(main)
