@@ -158,7 +158,7 @@ def test_parse_fills_in():
   assert settings.parse(None, setting="ap", size="tiny", regime="1x1") == ("ap", "tiny", "1x1")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "reviews", "c4", "gemma2b_c4"])
+@pytest.mark.parametrize("name", ["quickstart", "reviews", "finetune_reviews", "c4", "gemma2b_c4"])
 @pytest.mark.parametrize("setting", ["baseline", "ap", "va_early", "pretrained"])
 def test_experiments_freeze(name, setting):
   import importlib

@@ -1,0 +1,38 @@
+"""Teaches a model that has never paused to do so: fine-tuning on film reviews, from a run of reviews.py.
+
+    python -m cyb_jax.train --config=experiments/reviews.py:baseline,tiny,1x2 --workdir=runs/plain
+    python -m cyb_jax.train --config=experiments/finetune_reviews.py:ap --workdir=runs/tuned --config.init_from=runs/plain
+
+SETTING, SIZE, REGIME as in reviews.py; size, tokenizer and data must be those of the run that it starts from.
+
+Two things here are ours, not the paper's, and off in its configs. A confident model starts with d far below the prior
+that it was given: method.calibration_batches = 4 adds the constant to the <don't know> logit that makes the median of d
+over the first 4 batches the prior, 0.9. And method.stopping_warmup = 50 holds d at the prior for the first 50 steps, so
+that the new pauses learn to answer before the model learns that they don't. Compare with
+--config.method.calibration_batches=0 --config.method.stopping_warmup=0.
+"""
+
+from cyb_jax import config as configs
+from cyb_jax import settings
+
+
+def get_config(argument: str = ""):
+  setting, size, regime = settings.parse(argument, setting="ap", size="tiny", regime="1x1")
+  config = configs.default()
+  settings.apply(config, setting, size, regime)
+  if config.method.name == "cyb":
+    config.method.calibration_batches = 4
+    config.method.stopping_warmup = 50
+  config.data.task = "imdb_reviews"
+  config.data.tokenizer = "sentencepiece:8192"
+  small = size in ("tiny", "small")
+  config.data.sequence_length = 128 if small else 512
+  config.data.batch_size = 16 if small else 64
+  # A quarter of what reviews.py starts with.
+  config.optimizer.learning_rate = {"tiny": 1e-3, "small": 5e-4}.get(size, 1.5e-4)
+  config.optimizer.warmup_fraction = 0.02
+  config.train.log_every = 50
+  config.train.eval_every = 500
+  config.train.eval_limit = 128
+  config.train.checkpoint_every = 500
+  return config
