@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cyb_jax import flops
-from cyb_jax.decoder import embedding_init, init_params
+from cyb_jax.decoder import HiddenSlots, embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import attention_mask, slot_positions
@@ -62,6 +62,10 @@ class PausedMethod(Method):
     del rng
     return {}
 
+  @property
+  def _hides(self) -> bool:
+    return self.config.pause_visibility == "hidden" and self.num_slots > 1
+
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     """One decoder pass over all slots of all tokens."""
     tokens = batch["tokens"]
@@ -79,12 +83,17 @@ class PausedMethod(Method):
       if self.config.pause_offset:
         table = jnp.pad(params["pause_offset"], ((1, 0), (0, 0)))  # the token's own slot has none
         offset = jnp.tile(table, (length, 1))
+    documents = batch.get("documents")
+    if self._hides and self.decoder.config.attention != "cudnn":
+      mask = HiddenSlots(slots, documents)
+    else:
+      mask = attention_mask(length, slots, visibility=self.config.pause_visibility, documents=documents)
     flat = (batch_size, length * slots)
     outputs = self.decoder.apply(
       variables,
       inputs.reshape(*flat, -1),
       slot_positions(1, length, slots).reshape(1, -1),
-      mask=attention_mask(length, slots, visibility=self.config.pause_visibility, documents=batch.get("documents")),
+      mask=mask,
       query_key_offset=offset,
     )
     return outputs.reshape(batch_size, length, slots, -1)
@@ -123,12 +132,22 @@ class PausedMethod(Method):
 
   def forward_flops(self, tokens: int, *, executed: bool = False) -> float:
     return flops.forward_flops(
-      self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=self.num_slots, executed=executed
+      self.decoder.config,
+      tokens=tokens,
+      slots=self.num_slots,
+      slots_read=self.num_slots,
+      hidden=self._hides,
+      executed=executed,
     )
 
   def train_flops(self, tokens: int, *, executed: bool = False) -> float:
     return flops.train_flops(
-      self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=self.slots_trained, executed=executed
+      self.decoder.config,
+      tokens=tokens,
+      slots=self.num_slots,
+      slots_read=self.slots_trained,
+      hidden=self._hides,
+      executed=executed,
     )
 
 
