@@ -6,7 +6,8 @@ multiplication and an addition are two operations; norms, activations and softma
 - the model's: causal attention over the keys that a query may see. What the method needs, on any machine; the
   one for model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B).
 - executed: what the compiled program does. XLA's attention computes the full square and masks half of it
-  away; rematerialised layers run twice; the readout computes its logits again in the backward pass.
+  away (of hidden slots, only what lies in `decoder.attention.HiddenSlots`); rematerialised layers run twice; the
+  readout computes its logits again in the backward pass.
 
 Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size,
 L layers, F mlp.
@@ -35,26 +36,29 @@ _SLOWER = ("PCIe", "NVL", "MIG")
 
 
 def forward_flops(
-  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, executed: bool = False
+  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
 ) -> float:
   """Operations of one forward pass, per real token.
 
   Each of the S = T*W slots passes all matrices, 2 operations per parameter, and attends: 4 N H operations per
-  key (half for the weights, half for the values), over (S + 1)/2 keys on average, or S as executed. Each slot
-  that is read out costs 2 D V.
+  key (half for the weights, half for the values), over (S + 1)/2 keys on average, or S as executed; where slots are
+  hidden, over (T + 1)/2 tokens and (W - 1)/2 slots of its own token, or T + W - 1 as executed. Each slot that is read
+  out costs 2 D V.
 
   Args:
     config: the decoder. Embedding rows are looked up, which costs nothing.
     tokens: T, real tokens in a window.
     slots: W, slots per token; a fraction where rows of a fixed number of slots are shared out.
     slots_read: how many of a token's slots are read out.
+    hidden: whether the slots after a token's first are seen by that token's alone.
     executed: count what the program does. Attention is taken to be XLA's: cuDNN's skips the masked half.
   """
-  return slots * _layers(config, tokens * slots, executed) + slots_read * _readout(config)
+  keys = _keys(tokens, slots, hidden, executed)
+  return slots * _layers(config, keys) + slots_read * _readout(config)
 
 
 def train_flops(
-  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, executed: bool = False
+  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
 ) -> float:
   """Operations of one training step, per real token: forward, and twice that for backward.
 
@@ -62,7 +66,8 @@ def train_flops(
   products that end them, whose results no gradient needs; with 'dots' attention. Arguments as in
   `forward_flops`.
   """
-  total = 3 * forward_flops(config, tokens=tokens, slots=slots, slots_read=slots_read, executed=executed)
+  keys = _keys(tokens, slots, hidden, executed)
+  total = 3 * (slots * _layers(config, keys) + slots_read * _readout(config))
   if executed:
     total += slots_read * _readout(config)
     if config.remat == "full":
@@ -70,9 +75,9 @@ def train_flops(
       if config.parallel_residual:
         last += config.num_heads * config.head_size
       spared = config.num_layers * 2 * config.d_model * last
-      total += slots * (_layers(config, tokens * slots, executed) - spared)
+      total += slots * (_layers(config, keys) - spared)
     elif config.remat == "dots":
-      total += slots * config.num_layers * _attention(config, tokens * slots, executed)
+      total += slots * config.num_layers * _attention(config, keys)
   return total
 
 
@@ -87,16 +92,21 @@ def peak_flops(device: jax.Device) -> float | None:
   return _TPU_PEAKS.get(kind)
 
 
-def _layers(config: DecoderConfig, length: float, executed: bool) -> float:
+def _keys(tokens: int, slots: float, hidden: bool, executed: bool) -> float:
+  """Keys of a slot, averaged over the window."""
+  seen_of_tokens, seen_of_own = (tokens, slots - 1) if hidden else (tokens * slots, 0)
+  return seen_of_tokens + seen_of_own if executed else (seen_of_tokens + 1 + seen_of_own) / 2
+
+
+def _layers(config: DecoderConfig, keys: float) -> float:
   """One slot through all layers."""
   heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and out; key and value
   matrices = heads * config.head_size + (3 if config.gated_mlp else 2) * config.mlp_size
-  return config.num_layers * (2 * config.d_model * matrices + _attention(config, length, executed))
+  return config.num_layers * (2 * config.d_model * matrices + _attention(config, keys))
 
 
-def _attention(config: DecoderConfig, length: float, executed: bool) -> float:
-  """One slot's weights and weighted values, in one layer, averaged over the window."""
-  keys = length if executed else (length + 1) / 2
+def _attention(config: DecoderConfig, keys: float) -> float:
+  """One slot's weights and weighted values, in one layer."""
   return 4 * config.num_heads * config.head_size * keys
 
 

@@ -6,6 +6,7 @@ A program prints one JSON object on standard output, alone on the last line; log
 
 from __future__ import annotations
 
+import copy
 import logging as python_logging
 import os
 import pathlib
@@ -14,7 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from cyb_jax import jsonl
 from cyb_jax.errors import InputError
@@ -80,6 +83,22 @@ def config_flag() -> Any:
   except OSError as error:  # ml_collections keeps it back until the config is used
     raise InputError(f"--config: {_last_line(error)}") from None
   return config
+
+
+def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_collections.ConfigDict:
+  """A copy of a ConfigDict with each 'a.b=value' applied as the flag `--config.a.b=value` would be.
+
+  Raises:
+    InputError: no such field, or a value of another type.
+  """
+  values = flags.FlagValues()
+  words = ["override", *(f"--config.{field}" for field in fields)]
+  try:
+    config_flags.DEFINE_config_dict("config", copy.deepcopy(config), flag_values=values, sys_argv=words)
+    values(words)
+    return values.config
+  except Exception as error:  # whatever the flags make of it, it is the input
+    raise InputError(_said_plainly(error, words)) from None
 
 
 def required_flag(name: str, wanted: str) -> str:

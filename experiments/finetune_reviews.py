@@ -1,7 +1,7 @@
 """Teaches a model that has never paused to do so: fine-tuning on film reviews, from a run of reviews.py.
 
-    python -m cyb_jax.train --config=experiments/reviews.py:baseline,tiny,1x2 --workdir=runs/plain
-    python -m cyb_jax.train --config=experiments/finetune_reviews.py:ap --workdir=runs/tuned --config.init_from=runs/plain
+    cyb-train --config=experiments/reviews.py:baseline,tiny,1x2 --workdir=runs/plain
+    cyb-train --config=experiments/finetune_reviews.py:ap --config.init_from=runs/plain --workdir=runs/tuned
 
 SETTING, SIZE, REGIME as in reviews.py; size, tokenizer and data must be those of the run that it starts from.
 

@@ -5,6 +5,7 @@ import pytest
 
 from cyb_jax.decoder import attention
 from cyb_jax.errors import InputError
+from cyb_jax.pauses import attention_mask
 
 # One compilation in place of one per operation.
 _attend = jax.jit(attention.attend)
@@ -74,6 +75,50 @@ def test_mask_hides_and_stands_alone():
   # Nothing is added to a mask: one that is not causal is taken at its word.
   seeing = _attend(query, key, value, np.ones((1, 1, 3, 3), bool))
   assert abs(seeing[:, 0] - value[:, 0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  ("tokens", "width", "heads", "groups", "with_documents"),
+  [(5, 4, 2, 2, False), (7, 3, 6, 2, True), (1, 2, 1, 1, False), (4, 1, 2, 1, True), (33, 2, 3, 1, True)],
+)
+def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_documents, exact):
+  rng = np.random.default_rng(tokens)
+  shape = (2, tokens * width)
+  query, weight = jnp.asarray(rng.normal(size=(2, *shape, heads, 8)), jnp.float32)
+  key, value = jnp.asarray(rng.normal(size=(2, *shape, groups, 8)), jnp.float32)
+  documents = jnp.asarray(np.cumsum(rng.random((2, tokens)) < 0.3, -1), jnp.int32) if with_documents else None
+  dense = attention_mask(tokens, width, visibility="hidden", documents=documents)
+
+  def run(mask):
+    def weighted(*args):
+      out = attention.attend(*args, mask, "xla")
+      return (out * weight).sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(2 * query, key, value)
+    return out, *gradients
+
+  for got, expected in zip(run(attention.HiddenSlots(width, documents)), run(dense)):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_slots_stay_finite_and_keep_the_dtype():
+  # Scores of a thousand: exp of them, or of their difference to a slot that isn't seen, would overflow.
+  query = jnp.full((1, 6, 1, 4), 40.0, jnp.bfloat16).at[:, 2].set(-40.0)
+
+  def summed(query):
+    out = attention.attend(query, query, query, attention.HiddenSlots(3))
+    return out.astype(jnp.float32).sum(), out
+
+  (_, out), gradient = jax.jit(jax.value_and_grad(summed, has_aux=True))(query)
+  assert out.dtype == jnp.bfloat16
+  assert np.isfinite(out.astype(jnp.float32)).all()
+  assert np.isfinite(gradient.astype(jnp.float32)).all()
+
+
+def test_hidden_slots_have_no_cudnn():
+  x = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
+  with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' has no hidden slots"):
+    attention.attend(x, x, x, attention.HiddenSlots(2), "cudnn")
 
 
 class _Device:

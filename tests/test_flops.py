@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cyb_jax import flops
-from cyb_jax.decoder import Decoder, DecoderConfig, init_params, num_params, preset
+from cyb_jax.decoder import Decoder, DecoderConfig, HiddenSlots, init_params, num_params, preset
 
 
 def _config(**fields):
@@ -25,6 +25,9 @@ def test_by_hand():
   assert flops.forward_flops(config, tokens=2, slots=2, slots_read=2) == 2 * (156 + 32 * 2.5) + 2 * 28
   assert flops.forward_flops(config, **one, executed=True) == 2 * (156 + 32 * 4) + 28
   assert flops.train_flops(config, **one) == 3 * (2 * (156 + 32 * 2.5) + 28)
+  # Hidden, a slot sees 1.5 tokens on average and half a pause; as executed, both tokens and the pause.
+  assert flops.forward_flops(config, **one, hidden=True) == 2 * (156 + 32 * (1.5 + 0.5)) + 28
+  assert flops.forward_flops(config, **one, hidden=True, executed=True) == 2 * (156 + 32 * (2 + 1)) + 28
   # As executed the logits are computed twice.
   assert flops.train_flops(config, **one, executed=True) == 3 * 2 * (156 + 32 * 4) + 4 * 28
 
@@ -37,25 +40,27 @@ def test_is_about_two_per_parameter():
 
 
 @pytest.mark.parametrize(
-  "fields",
+  ("fields", "hides"),
   [
-    dict(gated_mlp=False, norm="layernorm", attention_bias="all", mlp_bias=True),
-    dict(remat="full", num_kv_heads=2),
-    dict(remat="full", parallel_residual=True),
-    dict(remat="dots"),
+    (dict(gated_mlp=False, norm="layernorm", attention_bias="all", mlp_bias=True), False),
+    (dict(remat="full", num_kv_heads=2), False),
+    (dict(remat="full", parallel_residual=True), False),
+    (dict(remat="dots"), False),
+    (dict(remat="dots", num_kv_heads=2), True),
   ],
 )
-def test_executed_agrees_with_xla(fields):
+def test_executed_agrees_with_xla(fields, hides):
   config = _config(num_layers=1, **fields)
   decoder = Decoder(config)
   batch, tokens, slots = 2, 16, 3
   params = jax.eval_shape(lambda rng: nn.unbox(init_params(decoder, rng)), jax.random.key(0))
   ids = jax.ShapeDtypeStruct((batch, tokens * slots), jnp.int32)
   positions = np.repeat(np.arange(tokens), slots)[None]
+  mask = HiddenSlots(slots) if hides else None
 
   def hidden(params, ids):
     variables = {"params": params}
-    return decoder.apply(variables, decoder.apply(variables, ids, method="embed"), positions)
+    return decoder.apply(variables, decoder.apply(variables, ids, method="embed"), positions, mask=mask)
 
   def logits(params, ids):
     last = hidden(params, ids)[:, slots - 1 :: slots]
@@ -64,7 +69,7 @@ def test_executed_agrees_with_xla(fields):
   def counted(function):
     return jax.jit(function).lower(params, ids).compile().cost_analysis()["flops"] / (batch * tokens)
 
-  arguments = dict(tokens=tokens, slots=slots, executed=True)
+  arguments = dict(tokens=tokens, slots=slots, hidden=hides, executed=True)
   forward = flops.forward_flops(config, slots_read=1, **arguments)
   assert forward == pytest.approx(counted(logits), rel=0.03)
   train = flops.train_flops(config, slots_read=0, **arguments)

@@ -25,18 +25,24 @@ def dense_hidden(method, params, batch, *, token_plus_pause=False):
     inputs = inputs.at[:, :, 1:].add(inputs[:, :, :1])
   batch_size, length, num_slots = slots.ids.shape
   order = jnp.arange(length * num_slots)
+  token, slot = order // num_slots, order % num_slots
+  mask = (order[:, None] >= order[None, :])[None, None]
+  if method.config.pause_visibility == "hidden":
+    mask &= (slot == 0) | (token[:, None] == token)
   hidden = method.decoder.apply(
     {"params": params["decoder"]},
     inputs.reshape(batch_size, length * num_slots, -1),
     slots.positions.reshape(batch_size, -1),
-    mask=(order[:, None] >= order[None, :])[None, None],
+    mask=mask,
   )
   return hidden.reshape(batch_size, length, num_slots, -1)
 
 
-@pytest.mark.parametrize("pause_input", ["pause", "token+pause"])
-def test_hidden_is_a_pass_over_the_interleaved_ids(pause_input, exact):
-  method, params = build(**CYB, pause_input=pause_input)
+@pytest.mark.parametrize(
+  ("pause_input", "visibility"), [("pause", "visible"), ("token+pause", "visible"), ("token+pause", "hidden")]
+)
+def test_hidden_is_a_pass_over_the_interleaved_ids(pause_input, visibility, exact):
+  method, params = build(**CYB, pause_input=pause_input, pause_visibility=visibility)
   batch = random_batch()
   expected = dense_hidden(method, params, batch, token_plus_pause=pause_input == "token+pause")
   np.testing.assert_allclose(method.hidden(params, batch), expected, rtol=1e-4, atol=1e-5)

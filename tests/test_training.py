@@ -22,7 +22,7 @@ from cyb_jax.training.step import Totals, TrainState
 CONFIG = configs.freeze(tiny_config(pauses=2))
 
 
-def run(config=CONFIG, *, devices=1, steps=3, batches=None):
+def run(config=CONFIG, *, devices=1, steps=3, batches=None, ahead=False):
   """The logical state after some steps of a config on some devices."""
   mesh = sharding.make_mesh(config.parallelism, jax.devices()[:devices])
   method = config.build_method(VOCABULARY, data_shards=sharding.data_shards(mesh))
@@ -32,6 +32,9 @@ def run(config=CONFIG, *, devices=1, steps=3, batches=None):
   with jax.default_matmul_precision("highest"):
     for step in range(steps):
       batch = batches[step] if batches else random_batch(step, 8, 6, uneven=True)
+      if ahead and not step:
+        program = strategy.compile(state, strategy.put(batch))
+        assert program.memory_analysis().alias_size_in_bytes > 0  # the state is donated
       state = strategy.step(state, strategy.put(batch))
   return jax.device_get(strategy.logical(state))
 
@@ -58,6 +61,13 @@ def test_every_strategy_equals_one_device(name, one_device):
   assert_trees_close(state.params, one_device.params, rtol=1e-4, atol=2e-5)
   assert_trees_close(state.totals, one_device.totals, rtol=1e-5, atol=1e-5)
   assert int(state.step) == 3
+
+
+@pytest.mark.parametrize("name", ["jit 2 data x 2 fsdp x 2 tensor", "pmap 8"])
+def test_compiled_ahead_it_is_the_same_step(name):
+  options, devices = MESHES[name]
+  config = with_part(CONFIG, "parallelism", **options)
+  assert_trees_equal(run(config, devices=devices, ahead=True), run(config, devices=devices))
 
 
 def test_scanned_and_rematerialised_layers_over_a_mesh():

@@ -15,8 +15,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import sentencepiece
-
 from cyb_jax.errors import InputError
 
 _MODEL_FILE = "tokenizer.model"
@@ -102,6 +100,8 @@ class SentencePieceTokenizer:
   """
 
   def __init__(self, model: bytes):
+    import sentencepiece  # here: what has no SentencePiece model runs where it isn't installed
+
     self.model = bytes(model)
     try:
       processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
@@ -221,6 +221,8 @@ def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceToken
   Raises:
     InputError: if the texts are too few for so many pieces, or the pieces too few for the characters.
   """
+  import sentencepiece
+
   sentences = (
     line[start : start + _LONGEST_SENTENCE]
     for text in texts

@@ -1,5 +1,6 @@
 """A decoder-only transformer in Flax Linen."""
 
+from cyb_jax.decoder.attention import HiddenSlots
 from cyb_jax.decoder.decoder import Decoder, DecoderConfig, embedding_init, init_params, unembedding_init
 from cyb_jax.decoder.presets import PRESETS, num_params, preset
 
@@ -7,6 +8,7 @@ __all__ = [
   "PRESETS",
   "Decoder",
   "DecoderConfig",
+  "HiddenSlots",
   "embedding_init",
   "init_params",
   "num_params",

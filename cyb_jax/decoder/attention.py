@@ -1,10 +1,13 @@
 """Rotary positions, and the one place that chooses how attention is computed.
 
 Letters: B batch, S slots in a row (tokens x slots per token, flattened), N heads, G kv heads, H head size,
-R rotated part of a head.
+R rotated part of a head; where slots are hidden, T tokens of W slots each, K = W - 1.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +68,36 @@ def rotate(
   return jnp.concatenate((*turned, rest), axis=-1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HiddenSlots:
+  """A mask told by its structure, where that costs less than the square: slots that other tokens don't see.
+
+  The row is T tokens of W slots each, S = T*W. Slot w of token t (from 0) sees the first slots of the tokens 0 .. t and
+  the slots 1 .. w of its own; T = 2, W = 3:
+
+                t0 . .  t1 . .
+      t0 first   1 . .   . . .
+         second  1 1 .   . . .
+         third   1 1 1   . . .
+      t1 first   1 . .   1 . .
+         second  1 . .   1 1 .
+         third   1 . .   1 1 1
+
+  Attributes:
+    num_slots: W.
+    documents: i32[B, T]; tokens of different numbers don't see each other. None: all do.
+  """
+
+  num_slots: int = dataclasses.field(metadata={"static": True})
+  documents: Int[Array, "B T"] | None = None
+
+
 def attend(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B S G H"],
   value: Float[Array, "B S G H"],
-  mask: Bool[Array, "#B 1 S S"] | None = None,
+  mask: Bool[Array, "#B 1 S S"] | HiddenSlots | None = None,
   implementation: str = "auto",
 ) -> Float[Array, "B S N H"]:
   """softmax(q k^T / sqrt(H)) v with grouped heads: head n reads kv head n // (N / G).
@@ -78,7 +106,8 @@ def attend(
     query: [B, S, N, H].
     key, value: [B, S, G, H], N a multiple of G.
     mask: None is causal in the order of the slots. Otherwise boolean [B or 1, 1, S, S], True where the query
-      (third axis) may see the key (fourth); it must hold causality itself, and let every query see a key.
+      (third axis) may see the key (fourth); it must hold causality itself, and let every query see a key. Or
+      `HiddenSlots`, with [B, N, S, T + K] weights in place of [B, N, S, S].
     implementation: 'xla' holds all [B, N, S, S] weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
       floats; 'auto' is cudnn where it is supported and skips work (causal, no mask), else xla. The choice is
       made while tracing, from `jax.default_backend()`.
@@ -89,6 +118,10 @@ def attend(
   Raises:
     InputError: 'cudnn' was asked for where it cannot run.
   """
+  if isinstance(mask, HiddenSlots):
+    if implementation not in ("auto", "xla"):
+      raise InputError(f"decoder.attention: {implementation!r} has no hidden slots; use 'auto' or 'xla'")
+    return _attend_hidden(query, key, value, mask)
   if implementation == "auto":
     # cuDNN turns a mask into a dense bias and skips nothing: then XLA is as good, and takes every shape.
     fits = mask is None and _cudnn_objection(query.dtype, query.shape[-1]) is None
@@ -102,6 +135,41 @@ def attend(
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=mask is None, implementation=implementation
   )
+
+
+def _attend_hidden(
+  query: Float[Array, "B S N H"], key: Float[Array, "B S G H"], value: Float[Array, "B S G H"], slots: HiddenSlots
+) -> Float[Array, "B S N H"]:
+  """One softmax over two sets of keys: the tokens' first slots, and the other slots of the query's own token.
+
+  Neither is normalised by itself, so there is nothing to merge, and gradients are autodiff's own.
+  """
+  batch, length, heads, size = query.shape
+  groups, width = key.shape[2], slots.num_slots
+  tokens = length // width
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+  query = query.reshape(batch, tokens, width, groups, heads // groups, size)
+  key, value = (x.reshape(batch, tokens, width, groups, size) for x in (key, value))
+  # r: heads of a group; s: the keys' tokens; k: the keys' slots. In the order in which products come.
+  far = product("btwgrh,bsgh->bgtwrs", query, key[:, :, 0]) * size**-0.5
+  near = product("btwgrh,btkgh->btgwrk", query, key[:, :, 1:]) * size**-0.5
+  order = jnp.arange(tokens)
+  seen = (order[:, None] >= order)[None]
+  if slots.documents is not None:
+    seen &= slots.documents[:, :, None] == slots.documents[:, None, :]
+  far = jnp.where(seen[:, None, :, None, None], far, -jnp.inf)
+  earlier = jnp.arange(width)[:, None] > jnp.arange(width - 1)
+  near = jnp.where(earlier[:, None], near, -jnp.inf)
+  # A token sees itself: the largest is finite. It cancels, so it needs no gradient.
+  largest = jnp.maximum(far.max(-1), jnp.swapaxes(near.max(-1, initial=-jnp.inf), 1, 2))
+  largest = jax.lax.stop_gradient(largest)[..., None]
+  far, near = jnp.exp(far - largest), jnp.exp(near - jnp.swapaxes(largest, 1, 2))
+  total = far.sum(-1) + jnp.swapaxes(near.sum(-1), 1, 2)
+  out = product("bgtwrs,bsgh->btwgrh", far.astype(value.dtype), value[:, :, 0])
+  out += product("btgwrk,btkgh->btwgrh", near.astype(value.dtype), value[:, :, 1:])
+  out /= jnp.moveaxis(total, 1, 3)[..., None]
+  return out.reshape(batch, length, heads, size).astype(query.dtype)
 
 
 def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:

@@ -298,12 +298,25 @@ class Cyb(PausedMethod):
     if not self._ragged:
       return super().train_flops(tokens, executed=executed)
     slots = self._row_slots(tokens) / tokens
-    total = flops.train_flops(self.decoder.config, tokens=tokens, slots=slots, slots_read=slots, executed=executed)
+    # Packed rows have no structure but their mask: with hidden pauses too the whole square is computed.
+    total = flops.train_flops(
+      self.decoder.config,
+      tokens=tokens,
+      slots=slots,
+      slots_read=slots,
+      hidden=self._hides and not executed,
+      executed=executed,
+    )
     if self.config.recipe == "on_policy":
       # The first pass reads d alone, which in unit form needs no logits.
       read = self.num_slots - 1 if self.config.dont_know == "token" else 0
       total += flops.forward_flops(
-        self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=read, executed=executed
+        self.decoder.config,
+        tokens=tokens,
+        slots=self.num_slots,
+        slots_read=read,
+        hidden=self._hides,
+        executed=executed,
       )
     return total
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax import flops
-from cyb_jax.decoder import embedding_init, init_params
+from cyb_jax.decoder import HiddenSlots, embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
@@ -72,6 +72,10 @@ class PausedMethod(Method):
     del rng
     return {}
 
+  @property
+  def _hides(self) -> bool:
+    return self.config.pause_visibility == "hidden" and self.num_slots > 1
+
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     """One decoder pass over all W slots of all tokens."""
     tokens = batch["tokens"]
@@ -80,13 +84,16 @@ class PausedMethod(Method):
     positions = slot_positions(1, length, self.num_slots).reshape(1, -1)
     if self.config.pause_positions == "shifting":
       positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
+    documents = batch.get("documents")
+    if self._hides and self.decoder.config.attention != "cudnn":
+      mask = HiddenSlots(self.num_slots, documents)
+    else:
+      mask = attention_mask(length, self.num_slots, visibility=self.config.pause_visibility, documents=documents)
     outputs = self.decoder.apply(
       {"params": params["decoder"]},
       inputs,
       positions,
-      mask=attention_mask(
-        length, self.num_slots, visibility=self.config.pause_visibility, documents=batch.get("documents")
-      ),
+      mask=mask,
       query_key_offset=None if offset is None else jnp.tile(offset, (length, 1)),
     )
     return outputs.reshape(batch_size, length, self.num_slots, -1)
@@ -165,12 +172,22 @@ class PausedMethod(Method):
 
   def forward_flops(self, tokens: int, *, executed: bool = False) -> float:
     return flops.forward_flops(
-      self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=self.num_slots, executed=executed
+      self.decoder.config,
+      tokens=tokens,
+      slots=self.num_slots,
+      slots_read=self.num_slots,
+      hidden=self._hides,
+      executed=executed,
     )
 
   def train_flops(self, tokens: int, *, executed: bool = False) -> float:
     return flops.train_flops(
-      self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=self.slots_trained, executed=executed
+      self.decoder.config,
+      tokens=tokens,
+      slots=self.num_slots,
+      slots_read=self.slots_trained,
+      hidden=self._hides,
+      executed=executed,
     )
 
 

@@ -44,6 +44,9 @@ class Strategy(Protocol):
   def step(self, state: TrainState, batch: Batch) -> TrainState:
     """One training step; the old state is donated."""
 
+  def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    """Compiles the step ahead of its first call; `step` runs this program from then on, on shapes like these alone."""
+
   def new_totals(self) -> Totals:
     """Zeros, placed."""
 
@@ -90,6 +93,10 @@ class JitStrategy:
 
   def step(self, state: TrainState, batch: Batch) -> TrainState:
     return self._step(state, batch)
+
+  def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    self._step = self._step.lower(state, batch).compile()
+    return self._step
 
   def new_totals(self) -> Totals:
     return self._totals()
@@ -145,6 +152,10 @@ class PmapStrategy:
 
   def step(self, state: TrainState, batch: Batch) -> TrainState:
     return self._step(state, batch)
+
+  def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    self._step = self._step.lower(state, batch).compile()
+    return self._step
 
   def new_totals(self) -> Totals:
     return self._replicate(Totals.zeros(self._num_slots))

@@ -1,0 +1,82 @@
+"""The readout: XLA's temporary memory, and its time, against a dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from cyb_jax.benchmarks import timing
+from cyb_jax.errors import InputError
+
+
+def define_flags() -> None:
+  flags.DEFINE_integer("slots", 131072, "Slots.")
+  flags.DEFINE_integer("width", 768, "d_model.")
+  flags.DEFINE_integer("vocabulary", 50304, "Rows of the unembedding.")
+  flags.DEFINE_integer("timed_slots", 1024, "Slots of the timed runs, which a dense one must fit too.")
+  timing.define_flags()
+
+
+def readout() -> dict[str, Any]:
+  """XLA's temporary memory for value and gradient at full size; the time of both at a size that a dense one fits."""
+  repeats = timing.repeats()
+  for name in ("slots", "timed_slots", "width", "vocabulary"):
+    value, unit = flags.FLAGS[name].value, 4 if name.endswith("slots") else 1
+    if value < unit or value % unit:
+      raise InputError(f"--{name}: {value} must be a positive multiple of {unit}")
+  import jax
+  import jax.numpy as jnp
+
+  from cyb_jax.readout import slot_scores
+  from cyb_jax.stopping import SlotScores
+
+  def chunked(hidden, unembedding, row, targets):
+    scores = slot_scores(hidden, unembedding, targets, row, prior=0.9)
+    return sum(x.sum() for x in jax.tree.leaves(scores))
+
+  def dense(hidden, unembedding, row, targets):
+    rows = jnp.concatenate([unembedding, row[None]])
+    scores = SlotScores.from_logits(hidden @ rows.T, targets, -1, prior=0.9)
+    return sum(x.sum() for x in jax.tree.leaves(scores))
+
+  def arguments(slots):
+    return (
+      jax.ShapeDtypeStruct((slots // 4, 4, flags.FLAGS.width), jnp.float32),
+      jax.ShapeDtypeStruct((flags.FLAGS.vocabulary, flags.FLAGS.width), jnp.float32),
+      jax.ShapeDtypeStruct((flags.FLAGS.width,), jnp.float32),
+      jax.ShapeDtypeStruct((slots // 4,), jnp.int32),
+    )
+
+  def compiled(function, slots):
+    return jax.jit(jax.value_and_grad(function, (0, 1, 2))).lower(*arguments(slots)).compile()
+
+  memory = {
+    name: compiled(function, flags.FLAGS.slots).memory_analysis().temp_size_in_bytes
+    for name, function in (("chunked", chunked), ("dense", dense))
+  }
+  keys = jax.random.split(jax.random.key(0), 4)
+  values = [
+    0.02 * jax.random.normal(key, x.shape, x.dtype) if x.dtype == jnp.float32 else jnp.zeros(x.shape, x.dtype)
+    for key, x in zip(keys, arguments(flags.FLAGS.timed_slots))
+  ]
+  timed = {name: compiled(f, flags.FLAGS.timed_slots) for name, f in (("chunked", chunked), ("dense", dense))}
+  seconds = timing.side_by_side(
+    {name: lambda p=program: jax.block_until_ready(p(*values)) for name, program in timed.items()}, repeats
+  )
+  return {
+    "benchmark": "readout",
+    "slots": flags.FLAGS.slots,
+    "width": flags.FLAGS.width,
+    "vocabulary": flags.FLAGS.vocabulary,
+    "temporary_bytes": memory["chunked"],
+    "temporary_gib": memory["chunked"] / 2**30,
+    "dense_temporary_gib": memory["dense"] / 2**30,
+    "device": jax.devices()[0].device_kind,
+    "timing": {
+      "slots": flags.FLAGS.timed_slots,
+      "chunked_seconds": seconds["chunked"],
+      "dense_seconds": seconds["dense"],
+      "chunked_over_dense": seconds["chunked"] / seconds["dense"],
+    },
+  }

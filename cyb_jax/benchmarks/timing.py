@@ -1,0 +1,72 @@
+"""Times taken side by side, so that a machine that drifts, or that others use too, is fair to all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+
+from cyb_jax.errors import InputError
+
+T = TypeVar("T")
+
+
+def define_flags() -> None:
+  flags.DEFINE_integer("repeats", 5, "How often each time is taken; medians are printed.")
+
+
+def repeats() -> int:
+  """The flag `--repeats`.
+
+  Raises:
+    InputError: it is less than 1.
+  """
+  if flags.FLAGS.repeats < 1:
+    raise InputError(f"--repeats: {flags.FLAGS.repeats} must be at least 1")
+  return flags.FLAGS.repeats
+
+
+def in_turn(functions: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
+  """What each function returns in each round, called in turn: A B C A B C ...
+
+  Returns:
+    One list a function, of `rounds` results.
+  """
+  results: list[list[T]] = [[] for _ in functions]
+  for _ in range(rounds):
+    for function, mine in zip(functions, results):
+      mine.append(function())
+  return results
+
+
+def side_by_side(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+  """Median seconds of each, taken in turn; one run of each before."""
+
+  def timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+  for function in functions.values():
+    function()
+  times = in_turn([lambda f=function: timed(f) for function in functions.values()], rounds)
+  return {name: statistics.median(values) for name, values in zip(functions, times)}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+  """(lower quartile, median, upper quartile) of at least two values."""
+  lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+  return lower, median, upper
+
+
+def ratio(base: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+  """(median, lowest, highest) of base / other, round by round: how many times faster `other` is.
+
+  Args:
+    base, other: seconds of each round, in the order in which they were taken.
+  """
+  rounds = [a / b for a, b in zip(base, other, strict=True)]
+  return statistics.median(rounds), min(rounds), max(rounds)

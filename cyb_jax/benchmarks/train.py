@@ -1,0 +1,354 @@
+"""The training step: how fast, how much of the device's peak, how much memory; configs measured side by side.
+
+What runs is what cyb-train runs: its step under its strategy (jit or pmap), with its optimizer and its donation, on
+batches that a thread reads ahead. Nothing is synchronised for the clock's sake:
+
+    dispatch   s1 s2 s3 s4 s5 s6 ...        the host is up to two steps ahead of the device
+    wait for         s1 s2 s3 s4 ...        after the dispatch of step k + 2, for step k
+
+The time of a step is the time between the moments at which the step before it and it were seen to be ready. What is
+waited for is one number that a small program copies out of the new state, since the state itself is donated to the
+next step. So a step's time holds whatever keeps the device from the next one: slow dispatch, late batches.
+
+Rows take turns, a block of steps each (A B C A B C ...), so that a drifting machine is fair to all; their states lie on
+the devices together. A block's first step starts the clock, and two more follow those that are timed, so that every one
+of them is waited for with later ones under way. A block of each comes before all others: first runs allocate.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags, logging
+from ml_collections import config_flags
+
+from cyb_jax import programs
+from cyb_jax.benchmarks import timing
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used, so that --help is quick
+  from cyb_jax.config import Config
+  from cyb_jax.methods import Method
+
+_AHEAD = 2
+_PROFILED_STEPS = 3
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
+  flags.DEFINE_multi_string(
+    "variant",
+    [],
+    "Fields in which a variant differs, as 'method.pauses=1,method.pause_visibility=hidden': it is measured beside the"
+    " config itself. May be given several times.",
+  )
+  flags.DEFINE_string("store", "", "A token store; '': that of data.store, or else random tokens.")
+  flags.DEFINE_integer(
+    "vocabulary",
+    0,
+    "Entries of the random tokens' vocabulary; 0: decoder.vocab_size, or what data.tokenizer says, or the preset's.",
+  )
+  flags.DEFINE_integer("steps", 20, "Timed steps in a block.")
+  flags.DEFINE_integer("blocks", 5, "Blocks of steps, taken in turn with those of the variants.")
+  flags.DEFINE_float(
+    "peak_tflops", 0.0, "What a device does at best, 1e12 operations a second; 0: what is known of it."
+  )
+  flags.DEFINE_string("profile", "", "A folder: some more steps of row N (from 0) are traced into FOLDER/N.")
+
+
+def train() -> dict[str, Any]:
+  """A row for the config and for each variant.
+
+  Raises:
+    InputError: bad input; nothing was compiled or written.
+  """
+  args = flags.FLAGS
+  for name, least in (("steps", 2), ("blocks", 1), ("vocabulary", 0), ("peak_tflops", 0)):
+    if not args[name].value >= least:
+      raise InputError(f"--{name}: {args[name].value} must be at least {least}")
+  source = programs.config_flag()
+
+  import jax
+
+  from cyb_jax import config as configs
+
+  # What is timed is compilation, not a look-up in a cache that an earlier run has filled. JAX asks once, at its first
+  # compilation, whatever that is.
+  jax.config.update("jax_enable_compilation_cache", False)
+  contenders = [_Contender(configs.freeze(source), args.store, args.vocabulary)]
+  for variant in args.variant:
+    try:
+      config = configs.freeze(programs.override(source, split_fields(variant)))
+      contenders.append(_Contender(config, args.store, args.vocabulary))
+    except InputError as error:
+      raise InputError(f"--variant={variant}: {error}") from None
+  if args.profile:
+    try:
+      pathlib.Path(args.profile).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise InputError(f"--profile: {args.profile} can't be written to: {error.strerror}") from None
+  names = ["", *args.variant]
+  with contextlib.ExitStack() as stack:
+    for name, contender in zip(names, contenders):
+      stack.enter_context(contender)
+      logging.info("%s: compiled in %.1f s", name or "the config", contender.compile_seconds)
+    for contender in contenders:
+      contender.block(args.steps)
+    blocks = timing.in_turn([functools.partial(x.block, args.steps) for x in contenders], args.blocks)
+    rows = [
+      {"variant": name, **contender.describe(mine, args.peak_tflops * 1e12 or None, alone=len(contenders) == 1)}
+      for name, contender, mine in zip(names, contenders, blocks)
+    ]
+    for number, contender in enumerate(contenders if args.profile else ()):
+      with jax.profiler.trace(str(pathlib.Path(args.profile) / str(number))):
+        contender.block(_PROFILED_STEPS)
+  per_token = [[x.median / contender.tokens for x in mine] for contender, mine in zip(contenders, blocks)]
+  ratios = []
+  for name, mine in zip(names, per_token):
+    median, lowest, highest = timing.ratio(per_token[0], mine)
+    ratios.append({"variant": name, "tokens_per_second": median, "lowest": lowest, "highest": highest})
+  return {
+    "benchmark": "train",
+    "config": config_flags.get_config_filename(args["config"]),
+    "overrides": config_flags.get_override_values(args["config"]),
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+    "blocks": args.blocks,
+    "steps": args.steps,
+    "rows": rows,
+    "timing": {"ratios": ratios},
+  }
+
+
+def split_fields(variant: str) -> list[str]:
+  """'a.b=1,c.d=x,y' as ['a.b=1', 'c.d=x,y']: a comma parts two fields where a field's name follows.
+
+  Raises:
+    InputError: a part without a value.
+  """
+  fields = re.split(r",(?=\w+(?:\.\w+)+(?:=|,|$))", variant)
+  for field in fields:
+    if not re.match(r"\w+(\.\w+)*=", field):
+      raise InputError(f"{field!r} is not of the form field=value, such as method.pauses=1")
+  return fields
+
+
+class RandomTokens:
+  """Batches of tokens drawn evenly, by step number, as `data.TrainBatches` gives those of a store.
+
+  Args:
+    vocab_size: of the tokens; token 0 ends documents.
+    sequence_length: T.
+    rows: this host's.
+  """
+
+  end_id = 0
+
+  def __init__(self, vocab_size: int, sequence_length: int, rows: int):
+    self._vocab_size, self._shape = vocab_size, (rows, sequence_length + 1)
+
+  def __call__(self, step: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(step).integers(0, self._vocab_size, self._shape, np.int32)
+    weights = np.ones((self._shape[0], self._shape[1] - 1), np.float32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """The times of a block of steps.
+
+  Attributes:
+    seconds: of each step.
+    waited: seconds that the host has waited for batches meanwhile.
+  """
+
+  seconds: tuple[float, ...]
+  waited: float
+
+  @property
+  def median(self) -> float:
+    return statistics.median(self.seconds)
+
+
+def run_block(step: Callable[[], Any], steps: int, waited: Callable[[], float]) -> Block:
+  """Times steps that are dispatched ahead; see the module.
+
+  Args:
+    step: dispatches a step and returns an array that is ready when the step is done.
+    steps: how many are timed; three more are run.
+    waited: seconds waited for batches so far.
+  """
+  under_way: collections.deque[Any] = collections.deque()
+  ready: list[float] = []
+  waits: list[float] = []
+  for _ in range(1 + steps + _AHEAD):
+    under_way.append(step())
+    if len(under_way) > _AHEAD:
+      under_way.popleft().block_until_ready()
+      ready.append(time.perf_counter())
+      waits.append(waited())
+  under_way.pop().block_until_ready()  # the device is the next row's
+  return Block(tuple(np.diff(ready).tolist()), waits[-1] - waits[0])
+
+
+def slots_run(method: Method, sequence_length: int) -> int:
+  """Decoder slots that training runs for one window of `sequence_length` tokens."""
+  return method.train_slots(sequence_length)
+
+
+class _Contender:
+  """A config under test. Entering it compiles its step and lays its state on the devices.
+
+  Raises:
+    InputError: sizes that don't fit each other, the devices or the store.
+  """
+
+  def __init__(self, config: Config, store: str, vocabulary: int):
+    import jax
+
+    from cyb_jax import sharding
+    from cyb_jax.training.optimizer import make_optimizer
+    from cyb_jax.training.strategies import build_strategy
+
+    self.config = config
+    self._mesh = sharding.make_mesh(config.parallelism)
+    shards = sharding.data_shards(self._mesh)
+    sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
+    self._read, vocab_size = _open_batches(config, store, vocabulary)
+    local = config.parallelism.strategy == "pmap"
+    self.method = config.build_method(vocab_size, data_shards=1 if local else shards)
+    # The schedule's length changes no cost.
+    optimizer = make_optimizer(config.optimizer, config.train.steps or 1000, self.method.decoder.config.d_model)
+    self._strategy = build_strategy(config, self.method, optimizer, self._mesh)
+    self._mark = jax.jit(lambda step: step + 1)
+    self._resources = contextlib.ExitStack()
+
+  @property
+  def tokens(self) -> int:
+    """In a batch."""
+    return self.config.data.batch_size * self.config.data.sequence_length
+
+  def __enter__(self) -> _Contender:
+    import jax
+
+    from cyb_jax.data import Prefetch
+
+    with jax.default_matmul_precision(self.config.precision.matmul):
+      self._state = self._strategy.init()
+      batch = self._strategy.put(self._read(0))
+      jax.block_until_ready(self._state)
+      start = time.perf_counter()
+      self._program = self._strategy.compile(self._state, batch)
+      self.compile_seconds = time.perf_counter() - start
+    self._ahead = self._resources.enter_context(Prefetch(self._read))
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._resources.close()
+    del self._state
+
+  def block(self, steps: int) -> Block:
+    """Runs the next steps; see `run_block`."""
+    return run_block(self._step, steps, lambda: self._ahead.waited)
+
+  def _step(self) -> Any:
+    self._state = self._strategy.step(self._state, self._strategy.put(next(self._ahead)))
+    return self._mark(self._state.step)
+
+  def describe(self, blocks: Sequence[Block], peak: float | None, *, alone: bool) -> dict[str, Any]:
+    """The row; `peak`: operations per second of a device, None: what is known; `alone`: no other row ran before."""
+    import jax
+
+    from cyb_jax.flops import peak_flops
+
+    config, method, device = self.config, self.method, self._mesh.devices.flat[0]
+    peak = peak or peak_flops(device)
+    length = config.data.sequence_length
+    slots_per_token = slots_run(method, length) / length
+    flops = method.train_flops(length)
+    lower, median, upper = timing.quartiles([x for block in blocks for x in block.seconds])
+    rate = self.tokens / median
+    return {
+      "method": method.name,
+      "strategy": config.parallelism.strategy,
+      "devices": self._mesh.size,
+      "device": device.device_kind,
+      "dtype": config.activation_dtype,
+      "vocabulary": method.vocab_size,
+      "parameters": sum(x.size for x in jax.tree.leaves(self._strategy.logical(self._state).params)),
+      "sequence_length": length,
+      "batch_size": config.data.batch_size,
+      "slots_per_token": slots_per_token,
+      "model_flops_per_token": flops,
+      "executed_flops_per_token": method.train_flops(length, executed=True),
+      "peak_tflops": peak / 1e12 if peak else None,
+      "program_memory_bytes": _program_memory(self._program),
+      "peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use") if alone else None,
+      "timing": {
+        "tokens_per_second": rate,
+        "slots_per_second": rate * slots_per_token,
+        "mfu": rate * flops / (peak * self._mesh.size) if peak else None,
+        "step_seconds": median,
+        "step_seconds_quartiles": [lower, upper],
+        "data_wait": sum(x.waited for x in blocks) / sum(sum(x.seconds) for x in blocks),
+        "compile_seconds": self.compile_seconds,
+      },
+    }
+
+
+def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable[[int], dict[str, np.ndarray]], int]:
+  """What reads a step's batch, and its vocabulary's size."""
+  import jax
+
+  from cyb_jax.data import TokenStore, TrainBatches, with_documents
+
+  data, hosts = config.data, jax.process_count()
+  store = store or data.store
+  if store:
+    opened = TokenStore.open(store)
+    if vocabulary:
+      raise InputError(f"--vocabulary: {vocabulary} is set, but the token store has its own, {opened.vocab_size}")
+    vocab_size, end_id = opened.vocab_size, opened.end_id
+    batches = TrainBatches(
+      opened,
+      sequence_length=data.sequence_length,
+      batch_size=data.batch_size,
+      seed=data.seed,
+      fraction=data.fraction,
+      host=jax.process_index(),
+      hosts=hosts,
+    )
+  else:
+    vocab_size, end_id = vocabulary or _own_vocabulary(config), RandomTokens.end_id
+    batches = RandomTokens(vocab_size, data.sequence_length, data.batch_size // hosts)
+  if not data.document_mask:
+    return batches, vocab_size
+  return lambda step: with_documents(batches(step), end_id), vocab_size
+
+
+def _own_vocabulary(config: Config) -> int:
+  """How many entries a run of this config would have, as far as that is known without its data."""
+  from cyb_jax.data.tokenizers import ByteTokenizer, trained_pieces
+
+  spec = config.data.tokenizer
+  named = ByteTokenizer.vocab_size if spec == "bytes" else trained_pieces(spec)
+  return config.decoder.get("vocab_size") or named or config.decoder_config().vocab_size
+
+
+def _program_memory(program: Any) -> int | None:
+  """Bytes that a compiled program needs on each device: what it is given, gives and works with."""
+  memory = program.memory_analysis()
+  if memory is None:
+    return None
+  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return kept + memory.temp_size_in_bytes
