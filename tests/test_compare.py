@@ -1,0 +1,114 @@
+"""The comparison of methods: which runs it makes, what it takes from them; once with real programs."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import cli
+import pytest
+from absl import flags
+
+from experiments import compare
+
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import models
+from cyb_jax import settings
+
+def get_config(argument):
+  config = models.tiny_config(pause_input="pause")
+  settings.apply(config, *settings.parse(argument, setting="ap", size="tiny", regime="1x3"))
+  config.data.fraction = 1.0
+  return config
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _flags():
+  before = set(flags.FLAGS)
+  compare.define_flags()
+  flags.FLAGS.mark_as_parsed()
+  yield
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
+
+
+def record(perplexity):
+  return {
+    "perplexity": perplexity, "mean_pauses": 0.5, "latency": [0.5, 0.5], "slot_perplexity": [9.0, 8.0],
+    "train_tokens": 10, "train_slots": 20, "train_flops": 3e15,
+  }  # fmt: skip
+
+
+class Programs:
+  """In place of processes: validation is best at a rate of 2e-3, and a run's folder holds what it would."""
+
+  def __init__(self):
+    self.calls = []
+
+  def __call__(self, study, name, *options):
+    given = dict(option.lstrip("-").split("=", 1) for option in options)
+    self.calls.append((name, given))
+    workdir = pathlib.Path(given["workdir"])
+    if name == "evaluate":
+      assert given["split"] == "test"
+      # The program itself leaves what it found where the validation's record lay.
+      (workdir / "evaluation.json").write_text("{}")
+      return record(100.0 + float(workdir.name.rpartition("seed")[2]))
+    workdir.mkdir(parents=True)
+    rate = float(given["config.optimizer.learning_rate"])
+    assert given["config.train.seed"] == given["config.data.seed"]
+    result = record(50 + abs(rate - 2e-3) * 1e4)
+    (workdir / "evaluation.json").write_text(json.dumps(result))
+    return result
+
+
+def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypatch, capsys):
+  programs = Programs()
+  monkeypatch.setattr(compare.Study, "_program", lambda study, *words: programs(study, *words))
+  for name, value in {
+    "workdir": str(tmp_path), "settings": ["baseline", "ap"], "rates": ["1e-3", "2e-3"], "seeds": 3, "steps": 7,
+  }.items():  # fmt: skip
+    monkeypatch.setattr(flags.FLAGS, name, value)
+  result = compare.main(["compare"])
+  trained = [given["workdir"] for name, given in programs.calls if name == "train"]
+  assert len(trained) == len(set(trained)) == 2 * (2 + 2)
+  tested = [given["workdir"] for name, given in programs.calls if name == "evaluate"]
+  assert sorted(tested) == sorted(
+    f"{tmp_path}/{setting}/rate2e-3-seed{seed}" for setting in ("baseline", "ap") for seed in range(3)
+  )
+  row = result["rows"][1]
+  assert row["setting"] == "ap"
+  assert row["learning_rate"] == 2e-3
+  assert row["perplexity"] == 101.0
+  assert row["perplexity_seeds"] == [100.0, 101.0, 102.0]
+  assert row["perplexity_deviation"] == 1.0
+  assert row["validation_by_rate"] == {"1e-3": 60.0, "2e-3": 50.0}
+  assert json.loads((tmp_path / "comparison.json").read_text()) == result
+  table = (tmp_path / "comparison.md").read_text()
+  assert "| `ap` | 0.002 | 101.0 +- 1.0 | 9.0 8.0 | 0.50 | .500 .500 | 10 | 3.00 |" in table
+  assert table in capsys.readouterr().out
+  # The validation's record is still the run's own, and nothing is run again.
+  assert json.loads((tmp_path / "ap" / "rate2e-3-seed0" / "evaluation.json").read_text())["perplexity"] == 50.0
+  calls = len(programs.calls)
+  assert compare.main(["compare"]) == result
+  assert len(programs.calls) == calls
+
+
+@pytest.mark.slow
+def test_with_real_programs(tmp_path):
+  config = tmp_path / "tiny.py"
+  config.write_text(CONFIG.format(tests=str(cli.ROOT / "tests")))
+  command = [sys.executable, "experiments/compare.py", f"--config={config}", f"--workdir={tmp_path}/study", "--steps=2"]
+  options = ["--settings=baseline,mean_slots", "--rates=1e-3", "--seeds=2", "--jobs=2"]
+  done = subprocess.run(command + options, capture_output=True, text=True, env=cli.environment(), cwd=cli.ROOT)
+  assert done.returncode == 0, done.stderr[-2000:]
+  rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+  assert [row["setting"] for row in rows] == ["baseline", "mean_slots"]
+  assert rows[0]["train_tokens"] == rows[1]["train_tokens"] == 2 * 8 * 16
+  assert rows[1]["train_slots"] == 4 * rows[0]["train_slots"]
+  assert len(rows[1]["perplexity_seeds"]) == 2
+  bad = subprocess.run([*command, "--rates=x"], capture_output=True, text=True, env=cli.environment(), cwd=cli.ROOT)
+  assert (bad.returncode, bad.stderr.strip().splitlines()[-1]) == (2, "error: --rates: 'x' is no number")
