@@ -3,16 +3,17 @@
     python experiments/compare.py --workdir=runs/compare --jobs=2
     python experiments/compare.py --workdir=runs/compare --settings=baseline,ap --rates=2e-3,4e-3 --seeds=5
 
-Trains every setting at every rate with seed 0, takes the rate with the lowest validation perplexity, trains that with
-the other seeds (a seed is an initialisation and an order of the data), evaluates these runs on the test split, and
-prints a table and, on the last line, JSON; both are in WORKDIR too. A study that was interrupted goes on: run the same
-command again.
+Trains every setting at every rate with seed 0, and, while the best one is the lowest or the highest, at half or twice
+that; takes the rate with the lowest validation perplexity, trains it with the other seeds (a seed is an initialisation
+and an order of the data), evaluates these runs on the test split, and prints a table and, on the last line, JSON; both
+are in WORKDIR too. A study that was interrupted goes on: run the same command again.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import queue
@@ -28,6 +29,8 @@ from cyb_jax import jsonl, programs, settings
 from cyb_jax.errors import InputError
 from cyb_jax.runs import write_whole
 
+# Beyond the rates that are given, in factors of two.
+MAX_EXTENSIONS = 4
 SETTINGS = "baseline,tbys3,ap,ap_unit,constant_stop,mean_slots"
 
 
@@ -35,7 +38,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "The study's folder; each run has its own in it.")
   flags.DEFINE_string("config", "experiments/quickstart.py", "The experiment that settings are arguments of.")
   flags.DEFINE_list("settings", SETTINGS, "Settings of experiments/README.md.")
-  flags.DEFINE_list("rates", "2e-3,4e-3,8e-3", "Learning rates, of which each setting takes its best.")
+  flags.DEFINE_list("rates", "1e-3,2e-3", "Learning rates that each setting's search for its best one starts with.")
   flags.DEFINE_integer("seeds", 3, "Seeds.")
   flags.DEFINE_integer("steps", 400, "Steps of every run: the same tokens for all.")
   flags.DEFINE_integer("jobs", 1, "Runs at a time; each is bound to its share of the CPU's cores.")
@@ -55,9 +58,27 @@ class Study:
   def map(self, function, items: Sequence[tuple]) -> list[Any]:
     return list(self._pool.map(lambda item: function(*item), items))
 
-  def train(self, setting: str, rate: str, seed: int) -> dict[str, Any]:
+  def tune(self, setting: str, rates: Sequence[float]) -> dict[float, float]:
+    """Validation perplexity by rate, the best one with a worse one on either side where that can be had."""
+    found = {rate: self._perplexity(setting, rate) for rate in rates}
+    for _ in range(MAX_EXTENSIONS):
+      best = min(found, key=found.get)
+      if best == min(found):
+        extra = best / 2
+      elif best == max(found):
+        extra = best * 2
+      else:
+        break
+      found[extra] = self._perplexity(setting, extra)
+    return found
+
+  def _perplexity(self, setting: str, rate: float) -> float:
+    perplexity = self.train(setting, rate, 0)["perplexity"]
+    return math.inf if perplexity is None else perplexity
+
+  def train(self, setting: str, rate: float, seed: int) -> dict[str, Any]:
     """The validation record of a run, trained where it isn't yet."""
-    workdir = self.folder / setting / f"rate{rate}-seed{seed}"
+    workdir = self.folder / setting / f"rate{rate:g}-seed{seed}"
     record = workdir / "evaluation.json"
     if record.exists():
       return json.loads(record.read_text())
@@ -65,16 +86,16 @@ class Study:
       "train",
       f"--config={self.config}:{setting}",
       f"--workdir={workdir}",
-      f"--config.optimizer.learning_rate={rate}",
+      f"--config.optimizer.learning_rate={rate:g}",
       f"--config.train.seed={seed}",
       f"--config.data.seed={seed}",
       f"--config.train.steps={self.steps}",
       "--config.train.eval_every=0",
     )
 
-  def test(self, setting: str, rate: str, seed: int) -> dict[str, Any]:
+  def test(self, setting: str, rate: float, seed: int) -> dict[str, Any]:
     """The test record of a run that was trained."""
-    workdir = self.folder / setting / f"rate{rate}-seed{seed}"
+    workdir = self.folder / setting / f"rate{rate:g}-seed{seed}"
     path = workdir / "test.json"
     if path.exists():
       return json.loads(path.read_text())
@@ -105,26 +126,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   for name in ("seeds", "steps", "jobs"):
     if args[name].value < 1:
       raise InputError(f"--{name}: {args[name].value} must be at least 1")
-  for rate in args.rates:
-    try:
-      float(rate)
-    except ValueError:
-      raise InputError(f"--rates: {rate!r} is no number") from None
+  try:
+    rates = [float(rate) for rate in args.rates]
+  except ValueError:
+    raise InputError(f"--rates: {','.join(args.rates)!r} aren't all numbers") from None
+  if not rates or min(rates) <= 0:
+    raise InputError(f"--rates: {','.join(args.rates)!r} must be positive numbers")
   for setting in args.settings:
     settings.parse(setting, setting="", size="tiny", regime="1x1")
   study = Study(folder, args.config, args.steps, args.jobs)
-  searched = [(setting, rate, 0) for setting in args.settings for rate in args.rates]
-  found = dict(zip(searched, study.map(study.train, searched)))
-  best = {
-    setting: min(args.rates, key=lambda rate, s=setting: found[s, rate, 0]["perplexity"] or float("inf"))
-    for setting in args.settings
-  }
+  found = dict(zip(args.settings, study.map(study.tune, [(setting, rates) for setting in args.settings])))
+  best = {setting: min(by_rate, key=by_rate.get) for setting, by_rate in found.items()}
   chosen = [(setting, best[setting], seed) for setting in args.settings for seed in range(args.seeds)]
   study.map(study.train, chosen)
   tested = dict(zip(chosen, study.map(study.test, chosen)))
   rows = [
     _row(setting, best[setting], [tested[setting, best[setting], seed] for seed in range(args.seeds)])
-    | {"validation_by_rate": {rate: found[setting, rate, 0]["perplexity"] for rate in args.rates}}
+    | {"validation_by_rate": {f"{rate:g}": found[setting][rate] for rate in sorted(found[setting])}}
     for setting in args.settings
   ]
   result = {"study": args.config, "steps": args.steps, "seeds": args.seeds, "rows": rows}
@@ -135,13 +153,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   return result
 
 
-def _row(setting: str, rate: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(setting: str, rate: float, records: list[dict[str, Any]]) -> dict[str, Any]:
   perplexities = [record["perplexity"] for record in records]
   pauses = [record["mean_pauses"] for record in records]
   first = records[0]
   return {
     "setting": setting,
-    "learning_rate": float(rate),
+    "learning_rate": rate,
     "perplexity": statistics.mean(perplexities),
     "perplexity_seeds": perplexities,
     "perplexity_deviation": statistics.stdev(perplexities) if len(perplexities) > 1 else None,

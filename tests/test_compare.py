@@ -69,15 +69,16 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
   programs = Programs()
   monkeypatch.setattr(compare.Study, "_program", lambda study, *words: programs(study, *words))
   for name, value in {
-    "workdir": str(tmp_path), "settings": ["baseline", "ap"], "rates": ["1e-3", "2e-3"], "seeds": 3, "steps": 7,
+    "workdir": str(tmp_path), "settings": ["baseline", "ap"], "rates": ["5e-4", "1e-3"], "seeds": 3, "steps": 7,
   }.items():  # fmt: skip
     monkeypatch.setattr(flags.FLAGS, name, value)
   result = compare.main(["compare"])
   trained = [given["workdir"] for name, given in programs.calls if name == "train"]
-  assert len(trained) == len(set(trained)) == 2 * (2 + 2)
+  # Two rates were given; the best is twice the higher one, and twice that was tried too.
+  assert len(trained) == len(set(trained)) == 2 * (4 + 2)
   tested = [given["workdir"] for name, given in programs.calls if name == "evaluate"]
   assert sorted(tested) == sorted(
-    f"{tmp_path}/{setting}/rate2e-3-seed{seed}" for setting in ("baseline", "ap") for seed in range(3)
+    f"{tmp_path}/{setting}/rate0.002-seed{seed}" for setting in ("baseline", "ap") for seed in range(3)
   )
   row = result["rows"][1]
   assert row["setting"] == "ap"
@@ -85,13 +86,13 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
   assert row["perplexity"] == 101.0
   assert row["perplexity_seeds"] == [100.0, 101.0, 102.0]
   assert row["perplexity_deviation"] == 1.0
-  assert row["validation_by_rate"] == {"1e-3": 60.0, "2e-3": 50.0}
+  assert row["validation_by_rate"] == {"0.0005": 65.0, "0.001": 60.0, "0.002": 50.0, "0.004": 70.0}
   assert json.loads((tmp_path / "comparison.json").read_text()) == result
   table = (tmp_path / "comparison.md").read_text()
   assert "| `ap` | 0.002 | 101.0 +- 1.0 | 9.0 8.0 | 0.50 | .500 .500 | 10 | 3.00 |" in table
   assert table in capsys.readouterr().out
   # The validation's record is still the run's own, and nothing is run again.
-  assert json.loads((tmp_path / "ap" / "rate2e-3-seed0" / "evaluation.json").read_text())["perplexity"] == 50.0
+  assert json.loads((tmp_path / "ap" / "rate0.002-seed0" / "evaluation.json").read_text())["perplexity"] == 50.0
   calls = len(programs.calls)
   assert compare.main(["compare"]) == result
   assert len(programs.calls) == calls
@@ -102,7 +103,7 @@ def test_with_real_programs(tmp_path):
   config = tmp_path / "tiny.py"
   config.write_text(CONFIG.format(tests=str(cli.ROOT / "tests")))
   command = [sys.executable, "experiments/compare.py", f"--config={config}", f"--workdir={tmp_path}/study", "--steps=2"]
-  options = ["--settings=baseline,mean_slots", "--rates=1e-3", "--seeds=2", "--jobs=2"]
+  options = ["--settings=baseline,mean_slots", "--rates=1e-30", "--seeds=2", "--jobs=2"]
   done = subprocess.run(command + options, capture_output=True, text=True, env=cli.environment(), cwd=cli.ROOT)
   assert done.returncode == 0, done.stderr[-2000:]
   rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
@@ -111,4 +112,4 @@ def test_with_real_programs(tmp_path):
   assert rows[1]["train_slots"] == 4 * rows[0]["train_slots"]
   assert len(rows[1]["perplexity_seeds"]) == 2
   bad = subprocess.run([*command, "--rates=x"], capture_output=True, text=True, env=cli.environment(), cwd=cli.ROOT)
-  assert (bad.returncode, bad.stderr.strip().splitlines()[-1]) == (2, "error: --rates: 'x' is no number")
+  assert (bad.returncode, bad.stderr.strip().splitlines()[-1]) == (2, "error: --rates: 'x' aren't all numbers")
