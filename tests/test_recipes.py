@@ -199,6 +199,27 @@ def test_sampled_with_all_granted_is_constant_bit_for_bit(options):
   assert_trees_close(packed, method.slot_scores(params, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"pause_visibility": "hidden", "dont_know": "unit"}])
+def test_gradients_of_packed_rows_by_differences(options, exact):
+  method, params = build(**SAMPLED, **options, slot_budget=1.8)
+  batch = random_batch(14, 4, 8)
+
+  @jax.jit
+  def objective(params):
+    out = method.losses(params, batch, KEY)
+    return (out.loss * out.kept).sum()
+
+  gradient = jax.jit(jax.grad(objective))(params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+    assert np.isfinite(leaf).all(), path
+    assert np.abs(leaf).max() > 0, path
+  # Along the gradient itself, where a difference says most.
+  norm = optax.global_norm(gradient)
+  h = 1e-2 / norm
+  ahead, behind = (jax.tree.map(lambda p, g, s=s: p + s * h * g, params, gradient) for s in (1, -1))
+  assert float(objective(ahead) - objective(behind)) == pytest.approx(float(2 * h * norm**2), rel=2e-2)
+
+
 def test_what_does_not_fit_has_no_weight_and_is_counted():
   method, params = build(**SAMPLED, slot_budget=1.5)
   batch = random_batch(2, 4, 8)
@@ -269,6 +290,7 @@ def test_on_policy_draws_from_the_models_own_distribution(exact):
   value, gradient = jax.value_and_grad(lambda params: method.losses(params, batch, KEY).loss.sum())(params)
   want, want_gradient = jax.value_and_grad(given_the_layout)(params)
   np.testing.assert_allclose(value, want, rtol=1e-6)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
   assert_trees_close(gradient, want_gradient, rtol=1e-4, atol=1e-5)
 
 
