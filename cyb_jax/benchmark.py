@@ -2,6 +2,7 @@
 
 cyb-benchmark readout [--slots=131072 --width=768 --vocabulary=50304]   memory against a dense readout, and time
 cyb-benchmark data [--store=DIR]                                        tokens/s that batches are read at
+cyb-benchmark faults [--kills=100]                                      one run killed so often, against one left alone
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from cyb_jax import programs
+from cyb_jax.benchmarks import faults
 from cyb_jax.errors import InputError
 
 
@@ -26,6 +28,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("sequence_length", 1024, "data: tokens in a window.")
   flags.DEFINE_integer("batch_size", 64, "data: windows in a batch.")
   flags.DEFINE_integer("repeats", 5, "How often each time is taken; medians are printed.")
+  faults.define_flags()
 
 
 def readout() -> dict[str, Any]:
@@ -134,7 +137,7 @@ def side_by_side(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
   return {name: statistics.median(values) for name, values in times.items()}
 
 
-BENCHMARKS = {"readout": readout, "data": data}
+BENCHMARKS = {"readout": readout, "data": data, "faults": faults.faults}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What all programs share: flags, logs, the JSON line, exit codes.
 
 A program prints one JSON object on standard output, alone on the last line; logs go to standard error. Exit codes: 0;
-1 a crash; 2 bad input, one line and no traceback; 75 interrupted, saved, to be continued.
+1 a crash; a disk that fails, or a check that does (one line, no traceback); 2 bad input, one line and no traceback; 75
+interrupted, saved, to be continued.
 """
 
 from __future__ import annotations
@@ -17,14 +18,28 @@ from typing import Any
 from absl import app, flags, logging
 
 from cyb_jax import jsonl
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, StorageError
 
+EXIT_CRASH = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75
 
 
 class Interrupted(Exception):
   """Stopped by a signal, after everything was saved: the same command continues."""
+
+
+class Failed(Exception):
+  """What a program was to show doesn't hold. Its result is printed all the same, and the exit code is 1.
+
+  Args:
+    message: one line.
+    result: the object to print.
+  """
+
+  def __init__(self, message: str, result: dict[str, Any]):
+    super().__init__(message)
+    self.result = result
 
 
 def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int = 0) -> None:
@@ -43,6 +58,7 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
   def guarded(argv: Sequence[str]) -> int:
+    code = 0
     try:
       if len(argv) > 1 + words:
         left = " ".join(argv[1 + words :])
@@ -50,6 +66,12 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       result = main(argv)
     except InputError as error:
       return _complain(str(error))
+    except StorageError as error:
+      _complain(str(error))
+      return EXIT_CRASH
+    except Failed as error:
+      _complain(str(error))
+      result, code = error.result, EXIT_CRASH
     except Interrupted as error:
       logging.info("%s", error)
       return EXIT_INTERRUPTED
@@ -57,7 +79,7 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       sys.stderr.flush()
       sys.stdout.write(jsonl.dumps(result) + "\n")
       sys.stdout.flush()
-    return 0
+    return code
 
   for name in flags.FLAGS:
     if flags.FLAGS.find_module_defining_flag(name, "").startswith("cyb_jax"):
@@ -116,8 +138,8 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
   ours = str(pathlib.Path(__file__).parent) + os.sep
   if record.pathname.startswith(ours):
     return True
-  # Orbax warns of every checkpoint that no validation was made for, which is as configured.
-  return record.levelno >= python_logging.WARNING and "tracked_metric" not in str(record.msg)
+  # What orbax logs of a save that fails, thirty lines long, is raised too.
+  return record.levelno >= python_logging.WARNING and "Handler Commit operations" not in str(record.msg)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -18,6 +18,6 @@ def test_data():
 
 
 def test_bad_input():
-  assert "'speed' is none of readout, data" in cli.complaint("benchmark", "speed")
+  assert "'speed' is none of readout, data, faults" in cli.complaint("benchmark", "speed")
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")

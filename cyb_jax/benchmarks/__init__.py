@@ -1,0 +1,1 @@
+"""What `cyb-benchmark` measures, one file each."""
