@@ -229,6 +229,11 @@ class Checkpoints:
         raise
       raise failed from error
 
+  def check(self) -> None:
+    """Raises what the last save failed with, if it has by now; doesn't wait."""
+    if self._saving is not None and self._saving[1].done():
+      self.wait()
+
   def _finish(self, step: int, loss: float | None) -> None:
     """In the background: when orbax is done, the checksums, the step's name, and the end of those not kept."""
     self._saver.wait_until_finished()

@@ -55,6 +55,7 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
   # Of what other packages say, warnings are enough; orbax alone logs forty lines a checkpoint.
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
   logging.get_absl_handler().addFilter(_is_ours_or_warning)
+  sys.unraisablehook = _told_of_unraisable(sys.unraisablehook)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
   def guarded(argv: Sequence[str]) -> int:
@@ -138,8 +139,19 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
   ours = str(pathlib.Path(__file__).parent) + os.sep
   if record.pathname.startswith(ours):
     return True
-  # What orbax logs of a save that fails, thirty lines long, is raised too.
-  return record.levelno >= python_logging.WARNING and "Handler Commit operations" not in str(record.msg)
+  # What orbax logs of a save that fails, a traceback in each of its threads, is raised too.
+  raised = record.exc_info is not None and f"{os.sep}orbax{os.sep}" in record.pathname
+  return record.levelno >= python_logging.WARNING and not raised
+
+
+def _told_of_unraisable(told: Callable[[Any], None]) -> Callable[[Any], None]:
+  """A hook for errors that nobody can catch, without those of orbax's own loop when a save has failed."""
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      told(unraisable)
+
+  return hook
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -281,6 +281,7 @@ class _Loop:
       validates = train.eval_every > 0 and step % train.eval_every == 0 and not last
       saves = last or bool(stopped) or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
       if last or step % train.log_every == 0:
+        checkpoints.check()
         pending = _Pending(step, state.totals)
         state = with_new_totals(self.strategy, state)
       if not (validates or saves):
