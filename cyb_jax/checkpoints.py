@@ -174,10 +174,12 @@ class Checkpoints:
       losses = {}
       for step in steps:
         found = self.damage(step, quick=True)
-        if found is not None:
-          damage[step] = found
-        else:
+        if found is None:
           losses[step] = self._loss(step)
+        else:  # it may have been the best, and that is to be said
+          damage[step] = found
+          with contextlib.suppress(Exception):
+            losses[step] = self._loss(step)
       which = _lowest(losses)
       if which is None:
         raise InputError(
