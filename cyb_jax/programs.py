@@ -54,6 +54,8 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
   logging.use_absl_handler()
   # Of what other packages say, warnings are enough; orbax alone logs forty lines a checkpoint.
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+  # Only orbax uses it, and raises what is logged.
+  python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
   logging.get_absl_handler().addFilter(_is_ours_or_warning)
   sys.unraisablehook = _told_of_unraisable(sys.unraisablehook)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -26,11 +26,11 @@ from cyb_jax.training import loop
 
 def test_kills():
   """The short form of `cyb-benchmark faults`."""
-  result, _ = cli.run("benchmark", "faults", "--kills=6")
+  result, _ = cli.run("benchmark", "faults", "--kills=5")
   assert result["identical"]
   assert result["difference"] is None
   assert result["phases"].keys() == PHASES.keys()
-  assert sum(result["phases"].values()) == result["kills"] == 6
+  assert sum(result["phases"].values()) == result["kills"] == 5
   assert "--kills: 0 must be at least 1" in cli.complaint("benchmark", "faults", "--kills=0")
 
 

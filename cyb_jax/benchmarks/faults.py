@@ -24,7 +24,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax.errors import InputError
-from cyb_jax.programs import Failed
+from cyb_jax.programs import EXIT_BAD_INPUT, Failed
 
 # What a life is doing when it dies, and how often it is to be killed there.
 PHASES = {"start_up": 0.2, "step": 0.25, "save": 0.35, "evaluation": 0.2}
@@ -69,7 +69,7 @@ def faults() -> dict[str, Any]:
 
   Raises:
     Failed: they differ, or the run ended before all kills; the result names the first difference.
-    InputError: bad flags.
+    InputError: bad flags, or a config that the program refuses.
   """
   kills = flags.FLAGS.kills
   if kills < 1:
@@ -345,6 +345,8 @@ class _Life:
 
   def _check(self) -> None:
     self.kill_now()
+    if self._code == EXIT_BAD_INPUT:
+      raise InputError(self._tail().rpartition("error: ")[2].strip())
     if self._code != 0:
       raise RuntimeError(f"a training has ended by itself with exit code {self._code}\n{self._tail()}")
 
