@@ -23,6 +23,9 @@ from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.training import loop
 
+# Of orbax's threads, when a save has failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def test_kills():
   """The short form of `cyb-benchmark faults`."""
