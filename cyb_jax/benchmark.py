@@ -3,6 +3,7 @@
 cyb-benchmark readout [--slots=131072 --width=768 --vocabulary=50304]   memory against a dense readout, and time
 cyb-benchmark data [--store=DIR]                                        tokens/s that batches are read at
 cyb-benchmark train --config=experiments/NAME.py [--variant=FIELDS]     tokens/s, MFU, memory of the training step
+cyb-benchmark faults [--kills=100]                                      one run killed so often, against one left alone
 
 `cyb-benchmark NAME --help` shows the flags of one.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cyb_jax import programs
-from cyb_jax.benchmarks import data, readout, train
+from cyb_jax.benchmarks import data, faults, readout, train
 from cyb_jax.errors import InputError
 
 # Each with the flags that it alone has.
@@ -22,6 +23,7 @@ BENCHMARKS = {
   "readout": (readout.define_flags, readout.readout),
   "data": (data.define_flags, data.data),
   "train": (train.define_flags, train.train),
+  "faults": (faults.define_flags, faults.faults),
 }
 
 

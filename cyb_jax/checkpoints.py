@@ -1,23 +1,38 @@
 """Checkpoints of a run: the one file that imports orbax.
 
-A checkpoint holds the train state and a small JSON object (`meta`). It appears under its step's name only when it is
-whole, so that an interrupted save leaves nothing that could be read.
+A checkpoint holds the train state and a small JSON object (`meta`), and the checksums of its files. It appears under
+its step's name only when it is whole, and is taken away from there before it is deleted, so that nothing that an
+interruption leaves could be taken for one:
+
+    DIRECTORY/12/               a checkpoint: orbax's folders, and checksums.json
+    DIRECTORY/unfinished/       saves and deletions under way; what a killed run has left of them goes at the next start
+    DIRECTORY/damaged/          checkpoints that a run has found damaged when it was continued
+
+Every file is flushed to the disk before the checkpoint appears.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
+import os
+import pathlib
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 from jaxtyping import PyTree
-from orbax.checkpoint import checkpoint_managers as policies
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, StorageError, storage_cause
+
+_CHECKSUMS = "checksums.json"
+_HASHING_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,83 +47,238 @@ class Restored:
 class Checkpoints:
   """The checkpoints in a folder; saves run in the background, one at a time.
 
+  Only one object that isn't `read_only` may use a folder at a time (a run locks its folder). It looks at what is there
+  first: damaged checkpoints are moved to `damaged/` with a warning, so that the run goes on from the newest whole one.
+
   Args:
-    directory: local or `gs://`; made when the first checkpoint is saved.
+    directory: on a local disk; made when the first checkpoint is saved.
     keep: how many of the newest are kept, beside the one with the lowest validation loss.
-    read_only: for evaluation: nothing is written or tidied.
+    read_only: for evaluation, also while a training writes here: nothing is written or tidied.
+
+  Raises:
+    InputError: there are checkpoints, and all of them are damaged; nothing was touched.
   """
 
-  def __init__(self, directory: epath.PathLike, *, keep: int = 1, read_only: bool = False):
-    self.directory = epath.Path(directory)
-    best = policies.BestN(
-      get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+  def __init__(self, directory: str | os.PathLike, *, keep: int = 1, read_only: bool = False):
+    self.directory = pathlib.Path(directory)
+    self._unfinished = self.directory / "unfinished"
+    self._keep, self._read_only = keep, read_only
+    self._saving: tuple[int, Future[None]] | None = None
+    if read_only:
+      return
+    self._set_damaged_aside()
+    shutil.rmtree(self._unfinished, ignore_errors=True)
+    self._losses = {step: self._loss(step) for step in self.steps()}
+    # Where folders that are made in the background can't be made, orbax waits for them for minutes.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    handler = ocp.CompositeCheckpointHandler(
+      "state", "meta", "validation", composite_options=ocp.CompositeOptions(async_options=options)
     )
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        best_fn=lambda metrics: metrics["loss"],
-        best_mode="min",
-        read_only=read_only,
-        save_interval_steps=0 if read_only else 1,
-        create=not read_only,
-        cleanup_tmp_directories=not read_only,
-      ),
-      item_names=("state", "meta"),
-    )
+    self._saver = ocp.AsyncCheckpointer(handler, async_options=options)
+    self._background = ThreadPoolExecutor(1, thread_name_prefix="cyb-checkpoint")
 
   def steps(self) -> list[int]:
-    """The steps of the finished checkpoints, ascending."""
-    return sorted(self._manager.all_steps())
+    """The steps of the finished checkpoints, damaged ones among them, ascending."""
+    if not self.directory.is_dir():
+      return []
+    return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
-  def find(self, which: int | Literal["last", "best"]) -> int:
-    """The step of a checkpoint.
+  def damage(self, step: int, *, quick: bool = False) -> str | None:
+    """What is wrong with a checkpoint, by the checksums that were written with it.
+
+    Args:
+      step: one of `steps()`.
+      quick: the sizes of all files, and the checksums of all but the state's.
+
+    Returns:
+      None where nothing is; else the first file that is missing, truncated or altered, such as 'state/manifest.ocdbt is
+      12 bytes, not 282'.
+    """
+    folder = self.directory / str(step)
+    try:
+      listed = {
+        str(name): (int(size), str(sha256))
+        for name, (size, sha256) in json.loads((folder / _CHECKSUMS).read_text()).items()
+      }
+    except FileNotFoundError:
+      return f"{_CHECKSUMS} is missing"
+    except OSError as error:
+      return f"{_CHECKSUMS} can't be read ({error.strerror})"
+    except (ValueError, TypeError, AttributeError):
+      return f"{_CHECKSUMS} was altered"
+    for name, (size, _) in listed.items():
+      try:
+        found = (folder / name).stat().st_size
+      except OSError as error:
+        return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+      if found != size:
+        return f"{name} is {found} bytes, not {size}"
+
+    def altered(name: str) -> str | None:
+      try:
+        return None if _sha256(folder / name) == listed[name][1] else f"{name} was altered"
+      except OSError as error:
+        return f"{name} can't be read ({error.strerror})"
+
+    chosen = [name for name in listed if not (quick and name.startswith("state/"))]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+      return next(filter(None, pool.map(altered, chosen)), None)
+
+  def find(self, which: int | Literal["last", "best"], *, quick: bool = False) -> int:
+    """The step of a checkpoint that isn't damaged.
+
+    Args:
+      which: a step; 'last', the newest whole one, with a warning where a newer one is damaged; or 'best', the one with
+        the lowest validation loss.
+      quick: see `damage`; and nothing is warned of.
 
     Raises:
-      InputError: there is none, or none such.
+      InputError: there is none, or none such, or it is damaged.
     """
-    steps = self.steps()
-    if not steps:
-      raise InputError(f"checkpoints: {self.directory} holds no finished checkpoint")
+    while True:
+      steps = self.steps()
+      if not steps:
+        raise InputError(f"checkpoints: {self.directory} holds no finished checkpoint")
+      damage: dict[int, str] = {}
+      # A training that goes on in this folder may delete what is being looked at; then it has newer ones.
+      try:
+        chosen = self._pick(which, steps, damage, quick)
+      except FileNotFoundError:
+        if set(steps) <= set(self.steps()):
+          raise
+        continue
+      if damage.keys() <= set(self.steps()):
+        break
+    if chosen is None:
+      raise self._all_damaged(damage)
+    if chosen in damage:
+      raise InputError(f"checkpoint: {chosen} in {self.directory} is damaged: {damage[chosen]}; take another one")
+    if not quick:
+      for step in sorted(damage, reverse=True):
+        logging.warning(
+          "checkpoint %d in %s is damaged: %s; %d is used instead", step, self.directory, damage[step], chosen
+        )
+    return chosen
+
+  def _pick(self, which: int | str, steps: list[int], damage: dict[int, str], quick: bool) -> int | None:
+    """The step that is asked for; what is found damaged on the way is added to `damage`."""
     if which == "last":
-      return steps[-1]
+      for step in reversed(steps):
+        found = self.damage(step, quick=quick)
+        if found is None:
+          return step
+        damage[step] = found
+      return None
+    listed = ", ".join(map(str, steps))
     if which == "best":
-      best = self._manager.best_step()
-      if best is None or self._manager.metrics(best) is None:
+      losses = {}
+      for step in steps:
+        found = self.damage(step, quick=True)
+        if found is None:
+          losses[step] = self._loss(step)
+        else:  # it may have been the best, and that is to be said
+          damage[step] = found
+          with contextlib.suppress(Exception):
+            losses[step] = self._loss(step)
+      which = _lowest(losses)
+      if which is None:
         raise InputError(
           f"checkpoint: 'best' needs a validation at the step of a checkpoint (train.eval_every), and {self.directory}"
-          f" has none; there are {', '.join(map(str, steps))}"
+          f" has none; there are {listed}"
         )
-      return best
-    if which not in steps:
-      raise InputError(f"checkpoint: {which} is not there; there are {', '.join(map(str, steps))}")
+    elif which not in steps:
+      raise InputError(f"checkpoint: {which} is not there; there are {listed}")
+    found = self.damage(which, quick=quick)
+    if found is not None:
+      damage[which] = found
     return which
 
   def save(self, step: int, state: PyTree, meta: dict[str, Any], *, loss: float | None = None) -> None:
     """Starts to save; returns when the state was copied, and may be donated.
 
     Raises:
-      Whatever the save before this one failed with.
+      StorageError: the disk fails this save, or has failed the one before.
+      Whatever else the save before this one failed with.
     """
-    if step in self._manager.all_steps():
+    self.wait()
+    if step in self.steps():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-      # A loss that isn't finite must not compete: nan would win.
-      metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
-    )
+    # A loss that isn't finite must not compete: nan would win.
+    loss = loss if loss is not None and math.isfinite(loss) else None
+    items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+    if loss is not None:
+      items["validation"] = ocp.args.JsonSave({"loss": loss})
+    try:
+      self._unfinished.mkdir(parents=True, exist_ok=True)
+      self._saver.save(self._unfinished / str(step), args=ocp.args.Composite(**items))
+    except Exception as error:
+      failed = self._storage_error(step, error)
+      if failed is None:
+        raise
+      raise failed from error
+    self._saving = step, self._background.submit(self._finish, step, loss)
 
   def wait(self) -> None:
-    """Until the last save is whole; raises what it failed with."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    """Until the last save is whole; raises what it failed with, as `save` does."""
+    if self._saving is None:
+      return
+    (step, done), self._saving = self._saving, None
+    try:
+      done.result()
+    except Exception as error:
+      failed = self._storage_error(step, error)
+      if failed is None:
+        raise
+      raise failed from error
+
+  def check(self) -> None:
+    """Raises what the last save failed with, if it has by now; doesn't wait."""
+    if self._saving is not None and self._saving[1].done():
+      self.wait()
+
+  def _finish(self, step: int, loss: float | None) -> None:
+    """In the background: when orbax is done, the checksums, the step's name, and the end of those not kept."""
+    self._saver.wait_until_finished()
+    folder = self._unfinished / str(step)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+      hashes = pool.map(lambda path: _sha256(path, flush=True), files)
+      listed = {str(path.relative_to(folder)): (path.stat().st_size, sha256) for path, sha256 in zip(files, hashes)}
+    with (folder / _CHECKSUMS).open("w") as file:
+      json.dump(listed, file, indent=1)
+      file.flush()
+      os.fsync(file.fileno())
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+      _flush(path)
+    folder.rename(self.directory / str(step))
+    _flush(self.directory)
+    self._losses[step] = loss
+    steps = self.steps()
+    kept = {*steps[-self._keep :], _lowest({s: self._losses[s] for s in steps})}
+    for old in set(steps) - kept:
+      # Renamed first: a deletion that is killed half-way must leave nothing under the step's name.
+      doomed = self._unfinished / f"{old}.deleted"
+      (self.directory / str(old)).rename(doomed)
+      shutil.rmtree(doomed)
+
+  def _storage_error(self, step: int, error: Exception) -> StorageError | None:
+    """What to raise for a save that the disk has failed; None: it is something else that has."""
+    cause = storage_cause(error)
+    if cause is None:
+      return None
+    # It may be what fills the disk.
+    shutil.rmtree(self._unfinished, ignore_errors=True)
+    steps = self.steps()
+    before = (
+      f"that of step {steps[-1]} is there, and the same command goes on from it" if steps else "there is none before"
+    )
+    return StorageError(f"checkpoint {step} can't be saved in {self.directory}: {cause}; {before}")
 
   def restore(self, step: int, abstract: PyTree) -> Restored:
     """The checkpoint of a step, on the devices and in the layout that `abstract` asks for.
 
     Args:
-      step: one of `steps()`.
+      step: one of `steps()` that isn't damaged, which isn't looked at again.
       abstract: a tree of ShapeDtypeStruct with shardings.
 
     Raises:
@@ -122,40 +292,121 @@ class Checkpoints:
         f"checkpoint {step} in {self.directory}: {name} is {saved.get(name, 'missing')}, but this config has"
         f" {wanted.get(name, 'no such array')}"
       )
-    restored = self._manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-    )
+    restored = self._read(step, state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
     logging.info("restored step %d from %s", step, self.directory)
     return Restored(step, restored["state"], restored["meta"])
+
+  def read(self, step: int) -> Restored:
+    """The checkpoint of a step as it lies there: numpy arrays in nested dicts, whatever they are."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), self._metadata(step))
+    restored = self.restore(step, abstract)
+    return dataclasses.replace(restored, state=jax.device_get(restored.state))
 
   def restore_params(self, step: int, abstract: PyTree) -> PyTree:
     """The parameters alone, without reading the optimizer's state.
 
     Args:
-      step: one of `steps()`.
+      step: one of `steps()` that isn't damaged, which isn't looked at again.
       abstract: a tree of ShapeDtypeStruct with shardings, of the parameters.
     """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      restored = checkpointer.restore(
-        self.directory / str(step) / "state",
-        args=ocp.args.PyTreeRestore(
-          item={"params": abstract},
-          restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract)},
-          partial_restore=True,
-        ),
-      )
-    return restored["params"]
+    wanted = ocp.args.PyTreeRestore(
+      item={"params": abstract},
+      restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract)},
+      partial_restore=True,
+    )
+    return self._read(step, state=wanted)["state"]["params"]
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON object of a checkpoint."""
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    return self._read(step, meta=ocp.args.JsonRestore())["meta"]
+
+  def _loss(self, step: int) -> float | None:
+    """The validation loss of a checkpoint, where it has one."""
+    if not (self.directory / str(step) / "validation").is_dir():
+      return None
+    return self._read(step, validation=ocp.args.JsonRestore())["validation"]["loss"]
 
   def _metadata(self, step: int) -> PyTree:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-      return checkpointer.metadata(self.directory / str(step) / "state").item_metadata.tree
+    # All items are named, or orbax warns of those that it doesn't know.
+    items = {name: ocp.JsonCheckpointHandler() for name in ("meta", "validation")}
+    with ocp.Checkpointer(
+      ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), **items)
+    ) as checkpointer:
+      return checkpointer.metadata(self.directory / str(step)).item_metadata["state"].tree
+
+  def _read(self, step: int, **items: Any) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(**items))
+
+  def _set_damaged_aside(self) -> None:
+    """Moves away what is damaged, so that its step can be saved again and it can't become the best."""
+    steps, damage = self.steps(), {}
+    if not steps:
+      return
+    newest = self._pick("last", steps, damage, quick=False)
+    if newest is None:
+      raise self._all_damaged(damage)
+    # Of the others the state is read only where it may come to be used.
+    losses = {newest: self._loss(newest)}
+    for step in set(steps) - damage.keys() - {newest}:
+      found = self.damage(step, quick=True)
+      if found is None:
+        losses[step] = self._loss(step)
+      else:
+        damage[step] = found
+    while (best := _lowest(losses)) not in (None, newest) and (found := self.damage(best)) is not None:
+      damage[best] = found
+      del losses[best]
+    for step, found in sorted(damage.items(), reverse=True):
+      place, count = self.directory / "damaged" / str(step), 1
+      while place.exists():
+        place, count = place.with_name(f"{step}.{count}"), count + 1
+      place.parent.mkdir(exist_ok=True)
+      (self.directory / str(step)).rename(place)
+      instead = f"; {newest} is used instead" if step > newest else ""
+      logging.warning("checkpoint %d is damaged: %s; it was moved to %s%s", step, found, place, instead)
+
+  def _all_damaged(self, damage: dict[int, str]) -> InputError:
+    found = "; ".join(f"{step}: {damage[step]}" for step in sorted(damage, reverse=True))
+    return InputError(
+      f"checkpoints: all in {self.directory} are damaged ({found}); put a whole copy in place of one, or start anew in"
+      " another folder"
+    )
 
   def close(self) -> None:
-    self._manager.close()
+    """Ends what runs in the background; raises what the last save failed with, if nobody has seen it yet."""
+    if self._read_only:
+      return
+    try:
+      self.wait()
+    finally:
+      self._background.shutdown()
+      self._saver.close()
+      with contextlib.suppress(OSError):
+        self._unfinished.rmdir()
+
+
+def _lowest(losses: dict[int, float | None]) -> int | None:
+  """The step of the lowest loss, the newest of equals."""
+  known = {step: loss for step, loss in losses.items() if loss is not None}
+  return min(known, key=lambda step: (known[step], -step), default=None)
+
+
+def _sha256(path: pathlib.Path, *, flush: bool = False) -> str:
+  with path.open("rb") as file:
+    if flush:
+      os.fsync(file.fileno())
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(folder: pathlib.Path) -> None:
+  """A folder's own entries reach the disk by themselves only sometime."""
+  number = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)
 
 
 def _arrays(tree: PyTree) -> dict[str, str]:

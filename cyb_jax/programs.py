@@ -1,7 +1,8 @@
 """What all programs share: flags, logs, the JSON line, exit codes.
 
 A program prints one JSON object on standard output, alone on the last line; logs go to standard error. Exit codes: 0;
-1 a crash; 2 bad input, one line and no traceback; 75 interrupted, saved, to be continued.
+1 a crash; a disk that fails, or a check that does (one line, no traceback); 2 bad input, one line and no traceback; 75
+interrupted, saved, to be continued.
 """
 
 from __future__ import annotations
@@ -20,14 +21,28 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import jsonl
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, StorageError
 
+EXIT_CRASH = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75
 
 
 class Interrupted(Exception):
   """Stopped by a signal, after everything was saved: the same command continues."""
+
+
+class Failed(Exception):
+  """What a program was to show doesn't hold. Its result is printed all the same, and the exit code is 1.
+
+  Args:
+    message: one line.
+    result: the object to print.
+  """
+
+  def __init__(self, message: str, result: dict[str, Any]):
+    super().__init__(message)
+    self.result = result
 
 
 def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int = 0) -> None:
@@ -42,10 +57,14 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
   logging.use_absl_handler()
   # Of what other packages say, warnings are enough; orbax alone logs forty lines a checkpoint.
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+  # Only orbax uses it, and raises what is logged.
+  python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
   logging.get_absl_handler().addFilter(_is_ours_or_warning)
+  sys.unraisablehook = _told_of_unraisable(sys.unraisablehook)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
   def guarded(argv: Sequence[str]) -> int:
+    code = 0
     try:
       if len(argv) > 1 + words:
         left = " ".join(argv[1 + words :])
@@ -53,6 +72,12 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       result = main(argv)
     except InputError as error:
       return _complain(str(error))
+    except StorageError as error:
+      _complain(str(error))
+      return EXIT_CRASH
+    except Failed as error:
+      _complain(str(error))
+      result, code = error.result, EXIT_CRASH
     except Interrupted as error:
       logging.info("%s", error)
       return EXIT_INTERRUPTED
@@ -60,7 +85,7 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       sys.stderr.flush()
       sys.stdout.write(jsonl.dumps(result) + "\n")
       sys.stdout.flush()
-    return 0
+    return code
 
   for name in flags.FLAGS:
     if flags.FLAGS.find_module_defining_flag(name, "").startswith("cyb_jax"):
@@ -136,8 +161,19 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
   # The program itself may be a script of the experiments.
   if record.pathname.startswith(ours) or os.path.abspath(record.pathname) == os.path.abspath(sys.argv[0]):
     return True
-  # Orbax warns of every checkpoint that no validation was made for, which is as configured.
-  return record.levelno >= python_logging.WARNING and "tracked_metric" not in str(record.msg)
+  # What orbax logs of a save that fails, a traceback in each of its threads, is raised too.
+  raised = record.exc_info is not None and f"{os.sep}orbax{os.sep}" in record.pathname
+  return record.levelno >= python_logging.WARNING and not raised
+
+
+def _told_of_unraisable(told: Callable[[Any], None]) -> Callable[[Any], None]:
+  """A hook for errors that nobody can catch, without those of orbax's own loop when a save has failed."""
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      told(unraisable)
+
+  return hook
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

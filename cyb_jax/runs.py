@@ -5,11 +5,14 @@ tokenizer/       a copy of the token store's
 metrics.jsonl    one object a line
 checkpoints/     one folder a step
 evaluation.json  the last evaluation
+.lock            held by the training that runs here
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -26,7 +29,7 @@ from cyb_jax import jsonl, sharding
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.config import Config
 from cyb_jax.data import Tokenizer, TokenStore, tokenizers
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, storage_cause
 from cyb_jax.methods import Method
 
 
@@ -63,30 +66,96 @@ def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
     raise InputError(f"workdir: can't write in {existing} ({error.strerror}); take another folder") from None
 
 
-def start_workdir(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> pathlib.Path:
-  """Makes the folder and writes what doesn't change; see `check_workdir` for what is checked before."""
+class Lock:
+  """The one right to train in a folder, for as long as the `with` block; the system takes it back from a process that
+  dies, however it does.
+
+  A folder that no run has been in yet is locked when its first file is to be written, by `hold`: a start that is
+  refused leaves nothing behind.
+
+  Args:
+    workdir: the run's folder; it needn't be there.
+
+  Raises:
+    InputError: another run holds it.
+  """
+
+  def __init__(self, workdir: str | os.PathLike):
+    self._workdir = workdir
+    self._file: int | None = None
+
+  def __enter__(self) -> Lock:
+    # Where it can't be opened, `check_workdir` has the words for it.
+    with contextlib.suppress(OSError):
+      self._lock(os.open(pathlib.Path(self._workdir) / ".lock", os.O_RDWR))
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._file is not None:
+      os.close(self._file)
+    self._file = None
+
+  def hold(self) -> bool:
+    """Locks the folder, which must be there; whether it was not held before."""
+    if self._file is not None:
+      return False
+    self._lock(os.open(pathlib.Path(self._workdir) / ".lock", os.O_RDWR | os.O_CREAT, 0o666))
+    return True
+
+  def _lock(self, file: int) -> None:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      os.close(file)
+      raise InputError(
+        f"workdir: another run is training in {self._workdir}; wait for it to end, or take another folder"
+      ) from None
+    except OSError as error:  # some network file systems have no locks
+      logging.warning("%s can't be locked (%s): see that only one run trains there", self._workdir, error.strerror)
+    self._file = file
+
+
+def start_workdir(
+  workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer, lock: Lock, meta: dict[str, Any] | None
+) -> pathlib.Path:
+  """Makes the folder and writes what doesn't change; see `check_workdir` for what is checked before.
+
+  Args:
+    workdir: the run's folder.
+    config, tokenizer: the run's.
+    lock: of the folder; held from here on.
+    meta: what `newest_meta` has said.
+
+  Raises:
+    InputError: the folder can't be written to, or another run trains there, or has since it was looked at.
+  """
   path = pathlib.Path(workdir).absolute()
   try:
     path.mkdir(parents=True, exist_ok=True)
+    if lock.hold():
+      check_workdir(workdir, config)
+      if newest_meta(path) != meta:
+        raise InputError(f"workdir: another run has trained in {workdir} just now; start again to continue it")
+    for leftover in path.glob("*.tmp"):
+      leftover.unlink(missing_ok=True)
     write_whole(path / "config.json", configs.to_json(config))
-    if newest_meta(path) is None:  # what a checkpoint was trained with is not written again
+    if meta is None:  # what a checkpoint was trained with is not written again
       (path / "tokenizer").mkdir(exist_ok=True)
       tokenizer.save(path / "tokenizer")
   except OSError as error:
-    raise InputError(f"workdir: {workdir} can't be written to: {error.strerror}") from None
+    raise InputError(f"workdir: {workdir} can't be written to: {storage_cause(error) or error}") from None
   return path
 
 
 def newest_meta(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """The JSON object of a run's newest checkpoint; None where it has none."""
-  if not (pathlib.Path(workdir) / "checkpoints").is_dir():
-    return None
+  """The JSON object of a run's newest checkpoint that isn't damaged; None where it has no checkpoint.
+
+  Raises:
+    InputError: all are damaged.
+  """
   checkpoints = checkpoints_in(workdir, read_only=True)
-  try:
-    steps = checkpoints.steps()
-    return checkpoints.meta(steps[-1]) if steps else None
-  finally:
-    checkpoints.close()
+  # The state, which may be large, isn't read for this.
+  return checkpoints.meta(checkpoints.find("last", quick=True)) if checkpoints.steps() else None
 
 
 def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenStore | None:
@@ -122,10 +191,17 @@ def check_fingerprint(store: TokenStore, meta: dict[str, Any] | None) -> None:
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-  """Replaces a file, whole or not at all."""
-  new = path.with_name(path.name + ".tmp")
-  new.write_text(text)
-  new.replace(path)
+  """Replaces a file, whole or not at all, whatever dies and whoever else does the same."""
+  new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    with new.open("w") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    new.replace(path)
+  except BaseException:
+    new.unlink(missing_ok=True)
+    raise
 
 
 def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None:
@@ -236,7 +312,7 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
     mesh: where the parameters go; None: the default device.
 
   Raises:
-    InputError: no run, or no such checkpoint.
+    InputError: no run, no such checkpoint, or a damaged one. A damaged newest one is passed over with a warning.
   """
   config = configs.freeze(read_config(workdir))
   folder = pathlib.Path(workdir).absolute()
@@ -245,16 +321,18 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
   tokenizer = tokenizers.load(folder / "tokenizer")
   method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
   checkpoints = checkpoints_in(folder, read_only=True)
-  try:
+  boxed = jax.eval_shape(method.init, jax.random.key(0))
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda _: here, nn.unbox(boxed))
+  else:
+    placed = sharding.shardings(boxed, mesh)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)
+  while True:
     step = checkpoints.find(checkpoint)
-    boxed = jax.eval_shape(method.init, jax.random.key(0))
-    if mesh is None:
-      here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      placed = jax.tree.map(lambda _: here, nn.unbox(boxed))
-    else:
-      placed = sharding.shardings(boxed, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)
-    params = checkpoints.restore_params(step, abstract)
-    return Run(config, method, params, tokenizer, step, checkpoints.meta(step))
-  finally:
-    checkpoints.close()
+    try:
+      return Run(config, method, checkpoints.restore_params(step, abstract), tokenizer, step, checkpoints.meta(step))
+    except Exception:
+      # A training that goes on in this folder may have deleted it meanwhile; then it has a newer one.
+      if step in checkpoints.steps():
+        raise

@@ -32,11 +32,13 @@ def write_config(folder):
   return path
 
 
+def command(program, *flags):
+  return [sys.executable, "-m", f"cyb_jax.{program}", *map(str, flags)]
+
+
 def start(program, *flags, cwd=ROOT):
-  command = [sys.executable, "-m", f"cyb_jax.{program}", *map(str, flags)]
-  return subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=cwd
-  )
+  pipe = subprocess.PIPE
+  return subprocess.Popen(command(program, *flags), stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=cwd)
 
 
 def run(program, *flags, expect=0, cwd=ROOT):

@@ -39,7 +39,7 @@ def rows(workdir, *, timing=False):
 
 def test_the_folder(workdir):
   assert {p.name for p in workdir.iterdir()} == {
-    "config.json", "tokenizer", "metrics.jsonl", "checkpoints", "evaluation.json",
+    "config.json", "tokenizer", "metrics.jsonl", "checkpoints", "evaluation.json", ".lock",
   }  # fmt: skip
   metrics = rows(workdir)
   assert [r["step"] for r in metrics if r["split"] == "train"] == [3, 6, 9, 12]

@@ -36,7 +36,7 @@ import numpy as np
 from absl import logging
 
 from cyb_jax.data import tasks, tokenizers
-from cyb_jax.errors import InputError
+from cyb_jax.errors import REFUSALS, InputError, StorageError
 
 FORMAT = 1
 _DESCRIPTION = "store.json"
@@ -225,6 +225,7 @@ def prepare(
   Raises:
     InputError: for an unknown task or option, an unusable tokenizer, a source that is missing or empty, an output that
       holds something else or cannot be written.
+    StorageError: the disk is full.
   """
   if limit is not None and limit < 1:
     raise InputError(f"limit={limit}: give at least 1 document, or none for all")
@@ -263,8 +264,12 @@ def prepare(
       (scratch / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
       os.chmod(scratch, 0o777 & ~_umask())  # a temporary folder is private; a store need not be
       os.rename(scratch, path)
-    except BaseException:
+    except BaseException as error:
       shutil.rmtree(scratch, ignore_errors=True)
+      if isinstance(error, OSError) and error.errno in REFUSALS:
+        raise StorageError(
+          f"data.store: {path} can't be written: {REFUSALS[error.errno]}; nothing is left of it"
+        ) from error
       raise
   log.say(f"prepared {path}")
   return TokenStore.open(path, verify=False)

@@ -26,7 +26,7 @@ from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
 from cyb_jax.data.tasks import PLACES, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, writing
 from cyb_jax.evaluation import Evaluator, evaluate_split
 from cyb_jax.flops import peak_flops
 from cyb_jax.methods import Method
@@ -96,7 +96,13 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> di
   Raises:
     InputError: bad input; nothing was written.
     Interrupted: a signal came; everything is saved.
+    StorageError: the disk failed, by being full for instance; what was saved before is whole.
   """
+  with runs.Lock(workdir) as lock:
+    return _train(config, workdir, lock, profile)
+
+
+def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile: int) -> dict[str, Any]:
   runs.check_workdir(workdir, config)
   mesh = sharding.make_mesh(config.parallelism)
   shards = sharding.data_shards(mesh)
@@ -123,7 +129,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> di
   steps = config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
   if meta is None:
     runs.check_init_from(config, method, store.tokenizer)
-  folder = runs.start_workdir(workdir, config, store.tokenizer)
+  folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
   with jax.default_matmul_precision(config.precision.matmul):
     return _Loop(config, folder, mesh, store, method, batches, steps, profile).run()
 
@@ -210,7 +216,8 @@ class _Loop:
       record = self._last_evaluation()
       if record is None:  # somebody has removed the metrics of a finished run
         record = self._evaluate(state, self.steps, self._meta(self.steps, seen))
-      runs.write_evaluation(self.folder, record)
+      with writing(f"{self.folder / 'evaluation.json'}"):
+        runs.write_evaluation(self.folder, record)
       return record
 
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
@@ -287,6 +294,7 @@ class _Loop:
       validates = train.eval_every > 0 and step % train.eval_every == 0 and not last
       saves = last or bool(stopped) or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
       if last or step % train.log_every == 0:
+        checkpoints.check()
         # A copy: the next step donates what it is given.
         pending = _Pending(step, state.totals, state.skipped_in_a_row + 0)
         state = with_new_totals(self.strategy, state)
@@ -312,6 +320,7 @@ class _Loop:
           # These parameters may be what the steps fail on: they must not push out the ones from before.
           logging.warning("step %d: not saved, since the last %d steps were not applied", step, in_a_row)
         else:
+          log.flush()
           checkpoints.save(step, self.strategy.logical(state), meta, loss=loss)
       if stopping and not last:
         checkpoints.wait()

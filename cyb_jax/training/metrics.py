@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-from cyb_jax import jsonl
+from cyb_jax import jsonl, runs
+from cyb_jax.errors import writing
 from cyb_jax.training.step import Totals
 
 
@@ -43,14 +45,16 @@ def summarize(totals: Totals) -> dict[str, Any]:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a run's metrics.jsonl; a line that a kill has torn ends them."""
+  """The rows of a run's metrics.jsonl, but for a line that can't be read: the last one, where a kill has torn it."""
   path = pathlib.Path(workdir) / "metrics.jsonl"
   rows = []
-  for line in path.read_text().splitlines() if path.exists() else ():
+  lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+  for number, line in enumerate(lines, start=1):
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:
-      break
+      if number < len(lines):
+        logging.warning("%s: line %d can't be read; it is left out", path, number)
   return rows
 
 
@@ -65,29 +69,43 @@ class MetricsLog:
 
   def __init__(self, workdir: str | os.PathLike, resume_step: int, *, tensorboard: bool = True):
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._drop_after(resume_step)
-    self._file = self._path.open("a")
-    self._events = _EventFile(pathlib.Path(workdir) / "tensorboard", resume_step) if tensorboard else None
+    events = pathlib.Path(workdir) / "tensorboard"
+    with writing(str(self._path)):
+      self._drop_after(resume_step)
+      # Unbuffered: a line goes out in one piece, and one that the disk refuses isn't tried again when it is closed.
+      self._file = self._path.open("ab", buffering=0)
+    with writing(str(events)):
+      self._events = _EventFile(events, resume_step) if tensorboard else None
 
   def _drop_after(self, step: int) -> None:
-    if not self._path.exists():
-      return
-    kept = [json.dumps(row) + "\n" for row in read_metrics(self._path.parent) if row["step"] <= step]
-    new = self._path.with_suffix(".tmp")
-    new.write_text("".join(kept))
-    new.replace(self._path)
+    if self._path.exists():
+      kept = [json.dumps(row) + "\n" for row in read_metrics(self._path.parent) if row["step"] <= step]
+      runs.write_whole(self._path, "".join(kept))
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Adds a line. What depends on the clock belongs under `timing`."""
-    self._file.write(jsonl.dumps(dict(row)) + "\n")
-    self._file.flush()
+    """Adds a line. What depends on the clock belongs under `timing`.
+
+    Raises:
+      StorageError: the disk fails. A run that continues drops a line that was torn.
+    """
+    with writing(f"{self._path} (step {row['step']})"):
+      line = memoryview(jsonl.dumps(dict(row)).encode() + b"\n")
+      while line:  # a disk that is just full takes a part
+        line = line[self._file.write(line) :]
     if self._events is not None:
-      self._events.write(row)
+      with writing(f"TensorBoard's events (step {row['step']})"):
+        self._events.write(row)
+
+  def flush(self) -> None:
+    """To the disk itself, before a checkpoint that the lines are older than."""
+    with writing(str(self._path)):
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     self._file.close()
     if self._events is not None:
-      self._events.close()
+      with writing("TensorBoard's events"):
+        self._events.close()
 
 
 class _EventFile:
