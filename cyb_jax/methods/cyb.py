@@ -298,7 +298,7 @@ class Cyb(PausedMethod):
     if not self._ragged:
       return super().train_flops(tokens, executed=executed)
     slots = self._row_slots(tokens) / tokens
-    # Packed rows have no structure but their mask: with hidden pauses too the whole square is computed.
+    # Packed rows have no structure but their mask: hidden pauses save nothing of what is executed.
     total = flops.train_flops(
       self.decoder.config,
       tokens=tokens,
