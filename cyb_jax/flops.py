@@ -5,9 +5,9 @@ multiplication and an addition are two operations; norms, activations and softma
 
 - the model's: causal attention over the keys that a query may see. What the method needs, on any machine; the
   one for model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B).
-- executed: what the compiled program does. XLA's attention computes whole blocks and masks part of them away
-  (`decoder.attention.causal_blocks`; under a document mask of visible slots the full square, which isn't counted);
-  rematerialised layers run twice; the readout computes its logits again in the backward pass.
+- executed: what the compiled program does. XLA's attention computes the full square and masks half of it
+  away (of hidden slots, only what lies in `decoder.attention.HiddenSlots`); rematerialised layers run twice; the
+  readout computes its logits again in the backward pass.
 
 Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size,
 L layers, F mlp.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import jax
 
 from cyb_jax.decoder import DecoderConfig
-from cyb_jax.decoder.attention import causal_blocks
 
 # Dense bfloat16, per device as JAX counts devices, from the manufacturers' data sheets:
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, https://www.nvidia.com/en-us/data-center/
@@ -42,9 +41,9 @@ def forward_flops(
   """Operations of one forward pass, per real token.
 
   Each of the S = T*W slots passes all matrices, 2 operations per parameter, and attends: 4 N H operations per
-  key (half for the weights, half for the values), over (S + 1)/2 keys on average; where slots are hidden, over
-  (T + 1)/2 tokens and (W - 1)/2 slots of its own token. As executed there are more, see the module. Each slot that is
-  read out costs 2 D V.
+  key (half for the weights, half for the values), over (S + 1)/2 keys on average, or S as executed; where slots are
+  hidden, over (T + 1)/2 tokens and (W - 1)/2 slots of its own token, or T + W - 1 as executed. Each slot that is read
+  out costs 2 D V.
 
   Args:
     config: the decoder. Embedding rows are looked up, which costs nothing.
@@ -95,10 +94,8 @@ def peak_flops(device: jax.Device) -> float | None:
 
 def _keys(tokens: int, slots: float, hidden: bool, executed: bool) -> float:
   """Keys of a slot, averaged over the window."""
-  shared, own = (tokens, slots - 1) if hidden else (tokens * slots, 0)
-  if executed:
-    return sum((last - first) * last for first, last in causal_blocks(shared)) / shared + own
-  return (shared + 1 + own) / 2
+  seen_of_tokens, seen_of_own = (tokens, slots - 1) if hidden else (tokens * slots, 0)
+  return seen_of_tokens + seen_of_own if executed else (seen_of_tokens + 1 + seen_of_own) / 2
 
 
 def _layers(config: DecoderConfig, keys: float) -> float:

@@ -66,7 +66,7 @@ def test_groups_are_neighbours():
 def test_mask_hides_and_stands_alone():
   query, key, value = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 3, 2, 4)), jnp.float32)
   causal = np.tril(np.ones((3, 3), bool))[None, None]
-  np.testing.assert_allclose(_attend(query, key, value, causal), _attend(query, key, value), rtol=1e-5)
+  np.testing.assert_allclose(_attend(query, key, value, causal), _attend(query, key, value), rtol=1e-6)
   mask = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 1]], bool)[None, None]
   out = _attend(query, key, value, mask)
   np.testing.assert_allclose(out[:, 1], value[:, 1], rtol=1e-6)
@@ -77,43 +77,9 @@ def test_mask_hides_and_stands_alone():
   assert abs(seeing[:, 0] - value[:, 0]).max() > 0.1
 
 
-@pytest.mark.parametrize(("length", "blocks"), [(1, 1), (127, 1), (128, 2), (131, 2), (258, 4), (1001, 4)])
-def test_causal_blocks_cover_the_rows(length, blocks):
-  bounds = attention.causal_blocks(length)
-  assert len(bounds) == blocks
-  assert [row for first, last in bounds for row in range(first, last)] == list(range(length))
-
-
-@pytest.mark.parametrize(("length", "heads", "groups"), [(1, 2, 1), (5, 6, 2), (131, 3, 3), (259, 2, 1)])
-def test_causal_attention_is_that_of_jax(length, heads, groups, exact):
-  rng = np.random.default_rng(length)
-  query, weight = jnp.asarray(rng.normal(size=(2, 2, length, heads, 8)), jnp.float32)
-  key, value = jnp.asarray(rng.normal(size=(2, 2, length, groups, 8)), jnp.float32)
-
-  def run(attend):
-    def weighted(*args):
-      out = attend(*args)
-      return (out * weight).sum(), out
-
-    (_, out), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(2 * query, key, value)
-    return out, *gradients
-
-  of_jax = run(lambda *args: jax.nn.dot_product_attention(*args, is_causal=True, implementation="xla"))
-  for got, expected in zip(run(attention.attend), of_jax):
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_causal_attention_in_bfloat16():
-  query, key, value = jnp.asarray(np.random.default_rng(2).normal(size=(3, 1, 70, 2, 16)), jnp.bfloat16)
-  out = _attend(query, key, value)
-  assert out.dtype == jnp.bfloat16
-  exact = _attend(*(x.astype(jnp.float32) for x in (query, key, value)))
-  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-2)
-
-
 @pytest.mark.parametrize(
   ("tokens", "width", "heads", "groups", "with_documents"),
-  [(5, 4, 2, 2, False), (7, 3, 6, 2, True), (1, 2, 1, 1, False), (4, 1, 2, 1, True), (131, 2, 3, 1, True)],
+  [(5, 4, 2, 2, False), (7, 3, 6, 2, True), (1, 2, 1, 1, False), (4, 1, 2, 1, True), (33, 2, 3, 1, True)],
 )
 def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_documents, exact):
   rng = np.random.default_rng(tokens)
@@ -180,7 +146,6 @@ def test_auto_chooses(monkeypatch, backend, capability, dtype, head_size, masked
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(jax, "local_devices", lambda: [_Device(capability)])
   monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kwargs: seen.update(kwargs))
-  monkeypatch.setattr(attention, "_attend_causal", lambda *args: seen.update(implementation="xla", is_causal=True))
   x = np.zeros((1, 2, 1, head_size), dtype)
   attention.attend(x, x, x, np.ones((1, 1, 2, 2), bool) if masked else None)
   assert seen["implementation"] == chosen

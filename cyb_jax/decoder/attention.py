@@ -17,9 +17,6 @@ from cyb_jax.errors import InputError
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
-# Rows of a block; smaller products are all overhead.
-_SMALLEST_BLOCK = 64
-
 
 def rotation(
   positions: Int[Array, "B S"], rotated_size: int, base: float
@@ -111,9 +108,9 @@ def attend(
     mask: None is causal in the order of the slots. Otherwise boolean [B or 1, 1, S, S], True where the query
       (third axis) may see the key (fourth); it must hold causality itself, and let every query see a key. Or
       `HiddenSlots`, with [B, N, S, T + K] weights in place of [B, N, S, S].
-    implementation: 'xla' holds all [B, N, S, S] weights, where causal those of `causal_blocks`; 'cudnn' is flash
-      attention on NVIDIA GPUs for 16-bit floats; 'auto' is cudnn where it is supported and skips work (causal, no
-      mask), else xla. The choice is made while tracing, from `jax.default_backend()`.
+    implementation: 'xla' holds all [B, N, S, S] weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
+      floats; 'auto' is cudnn where it is supported and skips work (causal, no mask), else xla. The choice is
+      made while tracing, from `jax.default_backend()`.
 
   Returns:
     [B, S, N, H] in the dtype of `query`. The softmax is computed in float32.
@@ -135,49 +132,9 @@ def attend(
       raise InputError(f"decoder.attention: 'cudnn' {objection}; use 'auto' or 'xla'")
   elif implementation != "xla":
     raise InputError(f"decoder.attention: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-  if mask is None and implementation == "xla":
-    return _attend_causal(query, key, value)
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=mask is None, implementation=implementation
   )
-
-
-def causal_blocks(length: int) -> list[tuple[int, int]]:
-  """Rows [first, last) that are worked on together, on the keys [0, last) alone: what lies above is masked anyway.
-
-  Four blocks leave out three eighths of the square. More would leave out up to half, and take longer to compile.
-  """
-  count = max(1, min(4, length // _SMALLEST_BLOCK))
-  size = -(-length // count)
-  return [(first, min(first + size, length)) for first in range(0, length, size)]
-
-
-def _attend_causal(
-  query: Float[Array, "B S N H"], key: Float[Array, "B S G H"], value: Float[Array, "B S G H"]
-) -> Float[Array, "B S N H"]:
-  """In `causal_blocks`, and divided by the sum of the weights last: on [S, H] in place of [S, S].
-
-  So it passes over less than the square, and less often than `jax.nn.dot_product_attention` does.
-  """
-  batch, length, heads, size = query.shape
-  groups = key.shape[2]
-  dtype = jnp.promote_types(query.dtype, jnp.float32)
-  product = functools.partial(jnp.einsum, preferred_element_type=dtype)
-  query = query.reshape(batch, length, groups, heads // groups, size)
-  order = jnp.arange(length)
-
-  def block(first: int, last: int) -> Array:
-    # r: heads of a group, in the place where the product leaves it.
-    weights = product("bqgrh,bkgh->bgqrk", query[:, first:last], key[:, :last]) * size**-0.5
-    seen = order[first:last, None] >= order[:last]
-    weights = jnp.where(seen[:, None], weights, _unseen(dtype))
-    # It cancels, so it needs no gradient.
-    weights = jnp.exp(weights - jax.lax.stop_gradient(weights.max(-1, keepdims=True)))
-    out = product("bgqrk,bkgh->bqgrh", weights.astype(value.dtype), value[:, :last])
-    return out / jnp.swapaxes(weights.sum(-1), 1, 2)[..., None]
-
-  out = jnp.concatenate([block(first, last) for first, last in causal_blocks(length)], axis=1)
-  return out.reshape(batch, length, heads, size).astype(query.dtype)
 
 
 def _attend_hidden(
@@ -194,36 +151,25 @@ def _attend_hidden(
   product = functools.partial(jnp.einsum, preferred_element_type=dtype)
   query = query.reshape(batch, tokens, width, groups, heads // groups, size)
   key, value = (x.reshape(batch, tokens, width, groups, size) for x in (key, value))
+  # r: heads of a group; s: the keys' tokens; k: the keys' slots. In the order in which products come.
+  far = product("btwgrh,bsgh->bgtwrs", query, key[:, :, 0]) * size**-0.5
+  near = product("btwgrh,btkgh->btgwrk", query, key[:, :, 1:]) * size**-0.5
   order = jnp.arange(tokens)
-  earlier = (jnp.arange(width)[:, None] > jnp.arange(width - 1))[:, None]
-  documents = slots.documents
-
-  def block(first: int, last: int) -> Array:
-    here = slice(first, last)
-    # r: heads of a group; s: the keys' tokens; k: the keys' slots. In the order in which products come.
-    far = product("btwgrh,bsgh->bgtwrs", query[:, here], key[:, :last, 0]) * size**-0.5
-    near = product("btwgrh,btkgh->btgwrk", query[:, here], key[:, here, 1:]) * size**-0.5
-    seen = (order[here, None] >= order[:last])[None]
-    if documents is not None:
-      seen &= documents[:, here, None] == documents[:, None, :last]
-    far = jnp.where(seen[:, None, :, None, None], far, _unseen(dtype))
-    near = jnp.where(earlier, near, _unseen(dtype))
-    # It cancels, so it needs no gradient.
-    largest = jnp.maximum(far.max(-1), jnp.swapaxes(near.max(-1, initial=_unseen(dtype)), 1, 2))
-    largest = jax.lax.stop_gradient(largest)[..., None]
-    far, near = jnp.exp(far - largest), jnp.exp(near - jnp.swapaxes(largest, 1, 2))
-    total = far.sum(-1) + jnp.swapaxes(near.sum(-1), 1, 2)
-    out = product("bgtwrs,bsgh->btwgrh", far.astype(value.dtype), value[:, :last, 0])
-    out += product("btgwrk,btkgh->btwgrh", near.astype(value.dtype), value[:, here, 1:])
-    return out / jnp.moveaxis(total, 1, 3)[..., None]
-
-  out = jnp.concatenate([block(first, last) for first, last in causal_blocks(tokens)], axis=1)
+  seen = (order[:, None] >= order)[None]
+  if slots.documents is not None:
+    seen &= slots.documents[:, :, None] == slots.documents[:, None, :]
+  far = jnp.where(seen[:, None, :, None, None], far, -jnp.inf)
+  earlier = jnp.arange(width)[:, None] > jnp.arange(width - 1)
+  near = jnp.where(earlier[:, None], near, -jnp.inf)
+  # A token sees itself: the largest is finite. It cancels, so it needs no gradient.
+  largest = jnp.maximum(far.max(-1), jnp.swapaxes(near.max(-1, initial=-jnp.inf), 1, 2))
+  largest = jax.lax.stop_gradient(largest)[..., None]
+  far, near = jnp.exp(far - largest), jnp.exp(near - jnp.swapaxes(largest, 1, 2))
+  total = far.sum(-1) + jnp.swapaxes(near.sum(-1), 1, 2)
+  out = product("bgtwrs,bsgh->btwgrh", far.astype(value.dtype), value[:, :, 0])
+  out += product("btgwrk,btkgh->btwgrh", near.astype(value.dtype), value[:, :, 1:])
+  out /= jnp.moveaxis(total, 1, 3)[..., None]
   return out.reshape(batch, length, heads, size).astype(query.dtype)
-
-
-def _unseen(dtype: jnp.dtype) -> float:
-  """The score of a key that isn't seen: finite, so that a row without any (padding) gives numbers, not nan."""
-  return 0.5 * float(jnp.finfo(dtype).min)
 
 
 def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:
