@@ -382,7 +382,7 @@ def test_slots_and_flops_by_hand():
   readout = 2 * TINY.d_model * TINY.vocab_size
   want = 3 * 1.564 * (2 * (per_slot + attention) + readout)
   assert sampled.train_flops(1000) == pytest.approx(want)
-  # Readout once more in the backward pass; attention over whole blocks.
+  # Readout once more in the backward pass; attention over the whole square.
   assert sampled.train_flops(1000, executed=True) > want + 1.564 * readout
   policy, _ = build(**ON_POLICY, slot_budget=2.0)
   assert policy.train_slots(10) == 30 + 20
