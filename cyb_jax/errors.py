@@ -1,4 +1,4 @@
-"""The two kinds of error that a program ends with in one line: bad input, and a disk that fails a run."""
+"""The errors that a program ends with in one line: bad input, a disk that fails a run, a run that has diverged."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class StorageError(OSError):
 
   The message is one line that names the file, what is wrong with the disk, and what of the run is whole. Programs print
   it without a traceback and exit with code 1; once the disk is well, the same command continues.
+  """
+
+
+class DivergedError(FloatingPointError):
+  """One step after the other has a loss or a gradient that isn't finite.
+
+  None of them was applied. The message is one line that names the step, and where the last good state lies. Programs
+  print it without a traceback and exit with code 1.
   """
 
 

@@ -1,8 +1,8 @@
 """What all programs share: flags, logs, the JSON line, exit codes.
 
 A program prints one JSON object on standard output, alone on the last line; logs go to standard error. Exit codes: 0;
-1 a crash; a disk that fails, or a check that does (one line, no traceback); 2 bad input, one line and no traceback; 75
-interrupted, saved, to be continued.
+1 a crash; a disk that fails, a run that diverges, a check that doesn't hold (one line, no traceback); 2 bad input, one
+line and no traceback; 75 interrupted, saved, to be continued.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import jsonl
-from cyb_jax.errors import InputError, StorageError
+from cyb_jax.errors import DivergedError, InputError, StorageError
 
 EXIT_CRASH = 1
 EXIT_BAD_INPUT = 2
@@ -72,7 +72,7 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       result = main(argv)
     except InputError as error:
       return _complain(str(error))
-    except StorageError as error:
+    except (DivergedError, StorageError) as error:
       _complain(str(error))
       return EXIT_CRASH
     except Failed as error:

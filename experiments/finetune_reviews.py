@@ -29,7 +29,7 @@ def get_config(argument: str = ""):
   config.data.sequence_length = 128 if small else 512
   config.data.batch_size = 16 if small else 64
   # A quarter of what reviews.py starts with.
-  config.optimizer.learning_rate = {"tiny": 1e-3, "small": 5e-4}.get(size, 1.5e-4)
+  config.optimizer.learning_rate = {"tiny": 2.5e-4, "small": 2.5e-4}.get(size, 1.5e-4)
   config.optimizer.warmup_fraction = 0.02
   config.train.log_every = 50
   config.train.eval_every = 500

@@ -16,7 +16,7 @@ from models import assert_trees_equal, tiny_config
 import cyb_jax
 from cyb_jax import config as configs
 from cyb_jax import data, runs, training
-from cyb_jax.errors import InputError
+from cyb_jax.errors import DivergedError, InputError
 
 KEYS = {
   "method", "step", "split", "loss", "perplexity", "mean_pauses", "latency", "slot_perplexity", "oracle_perplexity",
@@ -261,12 +261,20 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, caplog):
   config = tiny_config(pauses=1)
   config.optimizer.update(learning_rate=1e30, clip_norm=0.0, warmup_fraction=0.0, schedule="constant")
   config.train.update(eval_every=0, checkpoint_every=1, max_skipped=4)
-  with pytest.raises(FloatingPointError, match=r"step 5: the loss or the gradient of the last 4 steps isn't finite"):
+  with pytest.raises(DivergedError, match=r"step 5: the loss or the gradient of the last 4 steps isn't finite"):
     training.train(configs.freeze(config), tmp_path / "run")
   assert "steps were not applied, their loss or gradient isn't finite: 2, 3" in caplog.text
   assert [(row["skipped"], row["skipped_steps"]) for row in rows(tmp_path / "run")] == [(2, [2, 3])]
   # What was saved is from before, and is not pushed out.
   assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [1]
+
+
+def test_a_run_that_diverges_ends_in_one_line(tmp_path):
+  rate = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0", "--config.train.max_skipped=2"]
+  result, err = cli.run("train", f"--config={cli.write_config(tmp_path)}", f"--workdir={tmp_path}/run", *rate, expect=1)
+  assert result is None
+  assert "Traceback" not in err
+  assert "train.max_skipped = 2" in err.splitlines()[-1]
 
 
 def test_the_best_is_the_best_on_the_same_windows(tmp_path):

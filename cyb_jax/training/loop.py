@@ -26,7 +26,7 @@ from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
 from cyb_jax.data.tasks import PLACES, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
-from cyb_jax.errors import InputError, writing
+from cyb_jax.errors import DivergedError, InputError, writing
 from cyb_jax.evaluation import Evaluator, evaluate_split
 from cyb_jax.flops import peak_flops
 from cyb_jax.methods import Method
@@ -97,6 +97,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> di
     InputError: bad input; nothing was written.
     Interrupted: a signal came; everything is saved.
     StorageError: the disk failed, by being full for instance; what was saved before is whole.
+    DivergedError: `train.max_skipped` steps in a row weren't finite; what was saved before is good.
   """
   with runs.Lock(workdir) as lock:
     return _train(config, workdir, lock, profile)
@@ -403,7 +404,7 @@ class _Loop:
     """How many of the last steps weren't applied; too many of them stop the run, whose checkpoints are good ones."""
     in_a_row = int(self.strategy.logical(skipped_in_a_row))
     if in_a_row >= self.config.train.max_skipped:
-      raise FloatingPointError(
+      raise DivergedError(
         f"step {step}: the loss or the gradient of the last {in_a_row} steps isn't finite (train.max_skipped ="
         f" {self.config.train.max_skipped}); none of them was applied, and the checkpoints in {self.folder} are from"
         " before. A lower optimizer.learning_rate may do"
