@@ -247,7 +247,7 @@ def test_draws_are_the_same_on_all_devices_and_in_all_parts(options):
 
   def state_after(config, devices):
     mesh = sharding.make_mesh(config.parallelism, jax.devices()[:devices])
-    shards = 1 if config.parallelism.strategy == "pmap" else devices
+    shards = 1 if config.parallelism.strategy == "pmap" else sharding.data_shards(mesh)
     method = config.build_method(VOCABULARY, data_shards=shards)
     strategy = training.build_strategy(config, method, training.make_optimizer(config.optimizer, 10, 16), mesh)
     state = strategy.init()
@@ -260,6 +260,7 @@ def test_draws_are_the_same_on_all_devices_and_in_all_parts(options):
   for other in (
     state_after(config, 8),
     state_after(with_part(config, "parallelism", strategy="pmap"), 8),
+    state_after(with_part(config, "parallelism", fsdp=2, tensor=2), 8),
     state_after(with_part(config, "optimizer", accumulate=2), 2),
   ):
     assert float(other.totals.slots) == float(one.totals.slots)
