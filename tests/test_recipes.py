@@ -540,7 +540,8 @@ def test_bad_options(options, message):
 def test_controls_are_mixtures_that_do_not_look(exact):
   batch = random_batch(12)
   constant, params = build(name="constant_stop", pauses=2)
-  params["stopping_logits"] = jnp.array([0.3, -1.0, 0.5])
+  np.testing.assert_allclose(constant.losses(params, batch, KEY).stopping[0, 0], [0.1, 0.09, 0.81], rtol=1e-5)
+  params["stopping_logits"] = jnp.array([0.3, -1.0, 0.5]) / 16  # times D = 16
   t = np.exp(np.asarray(constant.read(params, batch).scores.log_target, np.float64))
   weights = np.exp(np.array([0.3, -1.0, 0.5]))
   shares = weights / weights.sum()
@@ -551,12 +552,38 @@ def test_controls_are_mixtures_that_do_not_look(exact):
   # d loss / d logit_i = s_i - r_i, with r the share of the likelihood that slot i has.
   gradient = jax.grad(lambda p: constant.losses(p, batch, KEY).loss.sum())(params)["stopping_logits"]
   responsible = shares * t / (t @ shares)[..., None]
-  np.testing.assert_allclose(gradient, (shares - responsible).sum((0, 1)), rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(gradient, 16 * (shares - responsible).sum((0, 1)), rtol=1e-3, atol=1e-4)
   mean, _ = build(name="mean_slots", pauses=2)
   out = mean.losses(params, batch, KEY)
   np.testing.assert_allclose(out.loss, -np.log(t).mean(-1), rtol=2e-5)
   np.testing.assert_allclose(out.log_likelihood, np.log(t.mean(-1)), rtol=2e-5)
   np.testing.assert_allclose(out.stopping, 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_shares_of_the_control_get_to_where_they_are_best(best):
+  """In the steps of a small experiment, at its rate: a control that is stuck would make what it controls look good."""
+  decoder = dataclasses.replace(TINY, d_model=128)
+  method = methods.build(MethodConfig(name="constant_stop", pauses=2), decoder, vocab_size=VOCABULARY)
+  # One slot knows on two tokens of three, the others on one of six each: the optimum is the shares themselves.
+  know = np.full(3, 1 / 6)
+  know[best] = 2 / 3
+  t = jnp.asarray(np.where(np.eye(3), 0.9, 1e-4))
+  params = {"stopping_logits": jax.tree.leaves(method.init_own(KEY))[0]}
+  optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, 400))
+
+  @jax.jit
+  def step(params, state):
+    def loss(params):
+      return -(know * jax.nn.logsumexp(method.log_shares(params) + jnp.log(t), -1)).sum()
+
+    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    return optax.apply_updates(params, updates), state
+
+  state = optimizer.init(params)
+  for _ in range(400):
+    params, state = step(params, state)
+  np.testing.assert_allclose(jnp.exp(method.log_shares(params)), know, atol=0.01)
 
 
 def test_controls_are_evaluated_as_they_are_read():
@@ -566,7 +593,8 @@ def test_controls_are_evaluated_as_they_are_read():
     got = evaluate(method, params, batch)
     log_likelihood = np.asarray(method.losses(params, batch, KEY).log_likelihood, np.float64)
     assert got["perplexity"] == pytest.approx(np.exp(-log_likelihood.mean()), rel=1e-5)
-    assert got["latency"] == pytest.approx([1 / 3] * 3, rel=1e-5)
+    shares = {"constant_stop": [0.1, 0.09, 0.81], "mean_slots": [1 / 3] * 3}[name]
+    assert got["latency"] == pytest.approx(shares, rel=1e-5)
     assert got["calibration"] is None
     assert got["hard_perplexity"] is None
 

@@ -3,7 +3,7 @@
 CYB reads a mixture of slots, and a mixture alone helps (method.md 5). Here the shares are W trained numbers, the same
 for every token: what CYB gains over this it owes to deciding token by token.
 
-Parameters beside the decoder's and the pauses': `stopping_logits` f32[W].
+Parameters beside the decoder's and the pauses': `stopping_logits` f32[W], to be multiplied by D.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
-from cyb_jax.stopping import SlotScores
+from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
 
 class Mixture(PausedMethod):
@@ -55,16 +55,28 @@ class Mixture(PausedMethod):
 
 
 class ConstantStop(Mixture):
-  """-log sum_i s_i t_i with s = softmax of W trained numbers."""
+  """-log sum_i s_i t_i with s = softmax of W trained numbers, which start where CYB's prior has them."""
 
   name = "constant_stop"
+  options = PAUSE_OPTIONS | {"dont_know_prior"}
 
   def init_own(self, rng: Array) -> Params:
     del rng
-    return {"stopping_logits": nn.LogicallyPartitioned(jnp.zeros(self.num_slots), (None,))}
+    prior = self.config.dont_know_prior
+    log_shares = jnp.zeros(self.num_slots)
+    if prior is not None:
+      d = jnp.full(self.num_slots, prior)
+      log_shares = log_stopping_distribution(jnp.log(d), jnp.log1p(-d))
+    return {"stopping_logits": nn.LogicallyPartitioned(log_shares / self._scale, (None,))}
+
+  @property
+  def _scale(self) -> float:
+    # Adam moves a parameter by about the rate a step, whatever its gradient: a logit of a few nats would not be reached
+    # at the rates that matrices want. That of a decision d, a sum over D features of size 1, moves D times as fast.
+    return float(self.decoder.config.d_model)
 
   def log_shares(self, params: Params) -> Float[Array, "W"]:
-    return jax.nn.log_softmax(params["stopping_logits"])
+    return jax.nn.log_softmax(self._scale * params["stopping_logits"])
 
   def objective(self, scores: SlotScores, log_likelihood: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return -log_likelihood

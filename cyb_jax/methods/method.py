@@ -44,7 +44,7 @@ class MethodConfig:
     policy_floor: of on_policy, the share of tokens whose W_n is drawn from all W alike, so that every slot is trained.
     dont_know: 'token': `<don't know>` competes with the vocabulary; 'unit': a logistic unit of its own.
     dont_know_prior: the probability of abstaining that the prior shift gives to a model that knows nothing; None: no
-      shift.
+      shift. The shares of `constant_stop` start where it puts them; None: alike.
     calibration_batches: before the first step a constant is added to the `<don't know>` logit so that over the first so
       many batches the median of d is `dont_know_prior`; 0: off.
     stopping_warmup: for the first so many steps d is held at `dont_know_prior`, so that slots learn to answer before
