@@ -136,8 +136,9 @@ def start_workdir(
       check_workdir(workdir, config)
       if newest_meta(path) != meta:
         raise InputError(f"workdir: another run has trained in {workdir} just now; start again to continue it")
-    for leftover in path.glob("*.tmp"):
-      leftover.unlink(missing_ok=True)
+    for name in ("config.json", "metrics.jsonl"):  # which a run alone writes
+      for leftover in path.glob(f"{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
     write_whole(path / "config.json", configs.to_json(config))
     if meta is None:  # what a checkpoint was trained with is not written again
       (path / "tokenizer").mkdir(exist_ok=True)
@@ -259,6 +260,19 @@ def check_init_from(config: Config, method: Method | None = None, tokenizer: Tok
       raise InputError(
         f"init_from: {config.init_from} has decoder.{field.name} = {found!r}, but this config has {ours!r}"
       )
+  trained = source.build_method(theirs.vocab_size)
+  if not (trained.decides and method.decides):
+    return
+  if trained.config.dont_know != method.config.dont_know:
+    raise InputError(
+      f"method.dont_know: {method.config.dont_know!r}, but init_from = {config.init_from} was trained with"
+      f" {trained.config.dont_know!r}, and its row means something else there; take that"
+    )
+  if trained.calibration_batches and not method.calibration_batches:
+    raise InputError(
+      f"method.calibration_batches: 0, but init_from = {config.init_from} was calibrated; set it to"
+      f" {trained.calibration_batches}, which keeps that run's offset"
+    )
 
 
 def adopt(workdir: str | os.PathLike, params: PyTree) -> PyTree:
@@ -279,6 +293,10 @@ def adopt(workdir: str | os.PathLike, params: PyTree) -> PyTree:
       return fresh
     return jax.device_put(found, fresh.sharding)
 
+  ours = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+  for path, _ in jax.tree_util.tree_leaves_with_path(run.params):
+    if jax.tree_util.keystr(path) not in ours:
+      logging.info("init_from: %s is left behind", jax.tree_util.keystr(path))
   return jax.tree_util.tree_map_with_path(pick, params)
 
 

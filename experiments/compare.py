@@ -62,7 +62,7 @@ class Study:
     """Validation perplexity by rate, the best one with a worse one on either side where that can be had."""
     found = {rate: self._perplexity(setting, rate) for rate in rates}
     for _ in range(MAX_EXTENSIONS):
-      best = min(found, key=found.get)
+      best = _best(found)
       if best == min(found):
         extra = best / 2
       elif best == max(found):
@@ -79,10 +79,11 @@ class Study:
   def train(self, setting: str, rate: float, seed: int) -> dict[str, Any]:
     """The validation record of a run, trained where it isn't yet."""
     workdir = self.folder / setting / f"rate{rate:g}-seed{seed}"
-    record = workdir / "evaluation.json"
-    if record.exists():
-      return json.loads(record.read_text())
-    return self._program(
+    # A file of its own: evaluation.json is that of whichever program ran last.
+    path = workdir / "validation.json"
+    if path.exists():
+      return json.loads(path.read_text())
+    record = self._program(
       "train",
       f"--config={self.config}:{setting}",
       f"--workdir={workdir}",
@@ -92,6 +93,8 @@ class Study:
       f"--config.train.steps={self.steps}",
       "--config.train.eval_every=0",
     )
+    write_whole(path, jsonl.dumps(record, indent=2) + "\n")
+    return record
 
   def test(self, setting: str, rate: float, seed: int) -> dict[str, Any]:
     """The test record of a run that was trained."""
@@ -99,9 +102,7 @@ class Study:
     path = workdir / "test.json"
     if path.exists():
       return json.loads(path.read_text())
-    validation = (workdir / "evaluation.json").read_text()
     record = self._program("evaluate", f"--workdir={workdir}", "--split=test")
-    write_whole(workdir / "evaluation.json", validation)
     write_whole(path, jsonl.dumps(record, indent=2) + "\n")
     return record
 
@@ -114,43 +115,94 @@ class Study:
       done = subprocess.run(command, capture_output=True, text=True, preexec_fn=bind)
     finally:
       self._cores.put(cores)
+    said = done.stderr.strip().splitlines()[-1:]
+    if name == "train" and done.returncode == 1 and "train.max_skipped" in "".join(said):
+      logging.warning("%s", said[0])
+      return {"perplexity": None}  # a rate at which it diverges
     if done.returncode:
-      raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+      raise programs.Failed(f"{' '.join(command)} ended with {done.returncode}: {''.join(said)}", {"failed": options})
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  folder = pathlib.Path(programs.required_flag("workdir", "name the study's folder"))
-  for name in ("seeds", "steps", "jobs"):
-    if args[name].value < 1:
-      raise InputError(f"--{name}: {args[name].value} must be at least 1")
-  try:
-    rates = [float(rate) for rate in args.rates]
-  except ValueError:
-    raise InputError(f"--rates: {','.join(args.rates)!r} aren't all numbers") from None
-  if not rates or min(rates) <= 0:
-    raise InputError(f"--rates: {','.join(args.rates)!r} must be positive numbers")
-  for setting in args.settings:
-    settings.parse(setting, setting="", size="tiny", regime="1x1")
-  study = Study(folder, args.config, args.steps, args.jobs)
-  found = dict(zip(args.settings, study.map(study.tune, [(setting, rates) for setting in args.settings])))
-  best = {setting: min(by_rate, key=by_rate.get) for setting, by_rate in found.items()}
-  chosen = [(setting, best[setting], seed) for setting in args.settings for seed in range(args.seeds)]
-  study.map(study.train, chosen)
-  tested = dict(zip(chosen, study.map(study.test, chosen)))
-  rows = [
-    _row(setting, best[setting], [tested[setting, best[setting], seed] for seed in range(args.seeds)])
-    | {"validation_by_rate": {f"{rate:g}": found[setting][rate] for rate in sorted(found[setting])}}
-    for setting in args.settings
-  ]
-  result = {"study": args.config, "steps": args.steps, "seeds": args.seeds, "rows": rows}
-  write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
-  table = _table(rows)
-  write_whole(folder / "comparison.md", table)
-  sys.stdout.write(table + "\n")
+  result = run(
+    pathlib.Path(programs.required_flag("workdir", "name the study's folder")),
+    args.config,
+    list(args.settings),
+    list(args.rates),
+    seeds=args.seeds,
+    steps=args.steps,
+    jobs=args.jobs,
+  )
+  sys.stdout.write(_table(result["rows"]) + "\n")
   return result
+
+
+def run(
+  folder: pathlib.Path, config: str, chosen: list[str], given: list[str], *, seeds: int, steps: int, jobs: int
+) -> dict[str, Any]:
+  """What comparison.json holds; `chosen`: settings, `given`: rates, the rest as the flags.
+
+  Raises:
+    InputError: a bad flag, or a folder that holds another study.
+    Failed: a program has failed.
+  """
+  for name, value in (("seeds", seeds), ("steps", steps), ("jobs", jobs)):
+    if value < 1:
+      raise InputError(f"--{name}: {value} must be at least 1")
+  try:
+    rates = [float(rate) for rate in given]
+  except ValueError:
+    raise InputError(f"--rates: {','.join(given)!r} aren't all numbers") from None
+  if not rates or not all(0 < rate < math.inf for rate in rates):
+    raise InputError(f"--rates: {','.join(given)!r} must be positive numbers")
+  if not chosen or len(set(chosen)) < len(chosen):
+    raise InputError(f"--settings: {','.join(chosen)!r} must be settings of experiments/README.md, each once")
+  for setting in chosen:
+    settings.parse(setting, setting="", size="tiny", regime="1x1")
+  _claim(folder, {"config": config, "steps": steps})
+  study = Study(folder, config, steps, jobs)
+  found = dict(zip(chosen, study.map(study.tune, [(setting, rates) for setting in chosen])))
+  best = {setting: _best(by_rate) for setting, by_rate in found.items()}
+  for setting, rate in best.items():
+    if found[setting][rate] == math.inf:
+      raise InputError(f"--rates: {setting} diverges at {', '.join(f'{r:g}' for r in found[setting])}; give lower ones")
+  runs = [(setting, best[setting], seed) for setting in chosen for seed in range(seeds)]
+  study.map(study.train, runs)
+  tested = dict(zip(runs, study.map(study.test, runs)))
+  rows = [
+    _row(setting, best[setting], [tested[setting, best[setting], seed] for seed in range(seeds)])
+    | {"validation_by_rate": {f"{rate:g}": found[setting][rate] for rate in sorted(found[setting])}}
+    for setting in chosen
+  ]
+  result = {"study": config, "steps": steps, "seeds": seeds, "rows": rows}
+  write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
+  write_whole(folder / "comparison.md", _table(rows))
+  return result
+
+
+def _best(perplexity_by_rate: dict[float, float]) -> float:
+  """The rate of the lowest perplexity; of equals (that diverge, say) the lowest."""
+  return min(perplexity_by_rate, key=lambda rate: (perplexity_by_rate[rate], rate))
+
+
+def _claim(folder: pathlib.Path, study: dict[str, Any]) -> None:
+  """Runs are found again by setting, rate and seed: whatever else they hang on is the folder's.
+
+  Raises:
+    InputError: the folder holds runs of another study.
+  """
+  path = folder / "study.json"
+  if path.exists():
+    for name, value in json.loads(path.read_text()).items():
+      if study[name] != value:
+        raise InputError(
+          f"--{name}: {study[name]!r}, but {folder} holds a study with {value!r}; take another --workdir"
+        )
+  folder.mkdir(parents=True, exist_ok=True)
+  write_whole(path, jsonl.dumps(study) + "\n")
 
 
 def _row(setting: str, rate: float, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -349,6 +349,11 @@ def test_evaluation_under_a_given_omega_draws_from_that(exact):
   baseline, _ = build(name="baseline")
   alone = evaluate(baseline, {"decoder": params["decoder"]}, batch)
   np.testing.assert_allclose(one["perplexity"], alone["perplexity"], rtol=1e-5)
+  # A later slot is that of some tokens alone; both contexts, the evaluation's and training's, are run.
+  assert one["slot_perplexity"] is None
+  assert one["calibration"] is None
+  assert one["slots"] == 2 * 4 * 6 * 3
+  assert one["flops"] == 2 * 4 * 6 * method.forward_flops(6)
 
 
 def test_on_policy_evaluates_in_its_own_contexts_too(exact):
@@ -358,7 +363,8 @@ def test_on_policy_evaluates_in_its_own_contexts_too(exact):
   plain, _ = build(name="cyb", pauses=2)
   assert got["perplexity"] == pytest.approx(evaluate(plain, params, batch)["perplexity"], rel=1e-6)
   scores = plain.slot_scores(params, batch)
-  shares = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
+  asked = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
+  shares = 0.9 * asked + 0.1 / 3  # with the floor of training
   lengths = np.asarray(draw_lengths(jax.random.key(0), batch["tokens"], shares))
   nats = []
   for b in range(4):
@@ -512,7 +518,13 @@ def test_positions_that_shift(exact):
     (SAMPLED | {"policy_floor": 0.2}, r"method.policy_floor: 0.2 is set, but method.recipe = 'sampled'"),
     (SAMPLED | {"slot_budget": 3.5}, r"method.slot_budget: 3.5 must lie in \[1, 3\]"),
     (SAMPLED | {"slot_budget": 0.5}, r"method.slot_budget: 0.5 must lie in \[1, 3\]"),
-    ({"name": "cyb", "pauses": 1, "slot_budget": 2.0}, r"method.slot_budget: 2 must be 0 under .* 'constant'"),
+    ({"name": "cyb", "pauses": 1, "slot_budget": 2.0}, r"method.slot_budget: 2 must be 0 where all"),
+    (
+      SAMPLED | {"omega": None, "slot_budget": 2.0},
+      r"method.slot_budget: 2 must be 0 where all slots are always given",
+    ),
+    (SAMPLED | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token that is given 1"),
+    (ON_POLICY | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token that is given 1"),
     ({"name": "tbys", "pauses": 1, "recipe": "sampled"}, r"method.recipe: 'sampled' is none of 'constant'"),
     (
       {"name": "tbys", "pauses": 1, "pause_positions": "x"},

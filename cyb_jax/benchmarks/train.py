@@ -313,6 +313,8 @@ def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable
   from cyb_jax.data import TokenStore, TrainBatches, with_documents
 
   data, hosts = config.data, jax.process_count()
+  if store and not pathlib.Path(store).exists():
+    raise InputError(f"--store: {store} is not there")
   store = store or data.store
   if store:
     opened = TokenStore.open(store)

@@ -90,7 +90,7 @@ class Evaluator:
     training = None
     if "training_stopping" in totals:
       training = {"perplexity": perplexity("training_log_likelihood")} | stopping("training_stopping")
-    slots = windows * length * self.method.num_slots
+    slots = windows * length * self.method.num_slots * self.method.passes
     return {
       "loss": loss,
       "loss_perplexity": float(np.exp(loss)),
@@ -104,7 +104,7 @@ class Evaluator:
       "training_omega": training,
       "tokens": int(tokens),
       "slots": slots,
-      "flops": float(self.method.forward_flops(length) * windows * length),
+      "flops": float(self.method.forward_flops(length) * windows * length * self.method.passes),
     }
 
 
@@ -124,10 +124,11 @@ def _sums(
     "tokens": weights.sum(),
     "loss": total((training or reading).loss),
     "log_likelihood": total(jax.nn.logsumexp(reading.log_stopping + scores.log_target, -1)),
-    "slots": total(scores.log_target),
     "oracle": total(scores.log_target.max(-1)),
     "stopping": total(jnp.exp(reading.log_stopping)),
   }
+  if reading.lengths is None:  # else a slot is that of some tokens alone
+    sums["slots"] = total(scores.log_target)
   if not method.decides:
     return sums, None, None
   chosen = hard_slot(scores.log_dont_know)[..., None]
@@ -136,7 +137,7 @@ def _sums(
     log_likelihood = jax.nn.logsumexp(training.log_stopping + training.scores.log_target, -1)
     sums["training_log_likelihood"] = total(log_likelihood)
     sums["training_stopping"] = total(jnp.exp(training.log_stopping))
-  if method.num_slots == 1:
+  if method.num_slots == 1 or reading.lengths is not None:
     return sums, None, None
   target = jnp.exp(scores.log_target)
   return sums, jnp.exp(scores.log_dont_know[..., :-1]), target[..., 1:] - target[..., :-1]

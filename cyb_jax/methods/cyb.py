@@ -20,6 +20,7 @@ no token: its rows have room for all W slots of every token.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -93,11 +94,15 @@ class Cyb(PausedMethod):
         losses.cyb(_no_scores(self.num_slots), gamma=config.gamma)
     except ValueError as error:
       raise InputError(f"method.{error} (W = pauses + 1 = {self.num_slots})") from None
-    if config.omega is not None and config.gamma is not None:
-      last = max(i for i, weight in enumerate(config.omega) if weight > 0)
+    if config.gamma is not None:
+      granted = config.omega or (0.0,) * config.pauses + (1.0,)
+      reached = [i for i, weight in enumerate(granted) if weight > 0]
+      # Summed over, one number of slots that can be answered from will do; drawn, each of them must.
+      last = 0 if config.recipe == "on_policy" else min(reached) if self._ragged else max(reached)
       if not any(config.gamma[: last + 1]):
         raise InputError(
-          f"method.gamma: {config.gamma} is zero at every slot that method.omega = {config.omega} reaches"
+          f"method.gamma: {config.gamma} is zero at every slot of a token that is given {last + 1}; one of the first"
+          f" {last + 1} needs weight"
         )
 
   def _validate_recipe(self) -> None:
@@ -112,8 +117,8 @@ class Cyb(PausedMethod):
         f"method.omega: {config.omega} is set, but method.recipe = 'on_policy' draws from the model's own stopping"
         " distribution; leave it at ''"
       )
-    if config.slot_budget and not (ragged and 1 <= config.slot_budget <= self.num_slots):
-      wanted = f"lie in [1, {self.num_slots}], or be 0" if ragged else "be 0 under method.recipe = 'constant'"
+    if config.slot_budget and not (self._ragged and 1 <= config.slot_budget <= self.num_slots):
+      wanted = f"lie in [1, {self.num_slots}], or be 0" if self._ragged else "be 0 where all slots are always given"
       raise InputError(f"method.slot_budget: {config.slot_budget:g} must {wanted}")
     if config.recipe == "on_policy" and not 0 < config.policy_floor <= 1:
       raise InputError(f"method.policy_floor: {config.policy_floor:g} must lie in (0, 1]")
@@ -182,8 +187,6 @@ class Cyb(PausedMethod):
       shares = normalize(self.config.omega, self.num_slots, name="omega")
     else:
       shares = self._policy(self._held(self._decisions(jax.lax.stop_gradient(params), batch), step))
-      floor = self.config.policy_floor
-      shares = (1 - floor) * shares + floor / self.num_slots
     length = batch["tokens"].shape[1]
     lengths = draw_lengths(rng, batch["tokens"], shares)
     packing = pack(lengths, self.num_slots, self._row_slots(length))
@@ -227,8 +230,10 @@ class Cyb(PausedMethod):
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 1))), scores)
 
   def _policy(self, scores: SlotScores) -> Float[Array, "B T W"]:
-    """How many slots the model would ask for, were all W granted."""
-    return jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
+    """How many slots the model would ask for, were all W granted; for a share of the tokens 1..W alike."""
+    asked = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
+    floor = self.config.policy_floor
+    return (1 - floor) * asked + floor / self.num_slots
 
   def _row_slots(self, length: int) -> int:
     """S, slots of a packed row in training."""
@@ -253,7 +258,8 @@ class Cyb(PausedMethod):
   def _read_drawn(self, params: Params, batch: Batch, shares: Array) -> Reading:
     lengths = draw_lengths(jax.random.key(_EVALUATION_SEED), batch["tokens"], shares)
     packing = pack(lengths, self.num_slots, batch["tokens"].shape[1] * self.num_slots)
-    return self._reading(self.slot_scores_packed(params, batch, packing), lengths)
+    reading = self._reading(self.slot_scores_packed(params, batch, packing), lengths)
+    return dataclasses.replace(reading, lengths=lengths)
 
   def read_as_trained(self, params: Params, batch: Batch, reading: Reading) -> Reading | None:
     if self.config.recipe == "on_policy":
@@ -265,14 +271,23 @@ class Cyb(PausedMethod):
     return self._reading(reading.scores)
 
   @property
+  def passes(self) -> int:
+    return 2 if self._ragged else 1
+
+  @property
   def calibration_batches(self) -> int:
     return self.config.calibration_batches
 
   def calibrate(self, params: Params, batches: Iterable[Batch]) -> Params:
-    """Sets `dont_know_offset` so that the median of d over the tokens' slots but the last is `dont_know_prior`."""
+    """Sets `dont_know_offset` so that the median of d over the tokens' slots but the last is `dont_know_prior`.
+
+    Parameters of a run that was calibrated keep their offset: what they have learned counts from there.
+    """
     if not self.config.calibration_batches or self.num_slots == 1:
       return params
-    params = params | {"dont_know_offset": jnp.zeros_like(params["dont_know_offset"])}
+    if float(params["dont_know_offset"]):
+      logging.info("not calibrated: the offset of %+.3f nats is kept", float(params["dont_know_offset"]))
+      return params
 
     @jax.jit
     def odds(params: Params, batch: Batch) -> Float[Array, "B T W-1"]:
@@ -280,6 +295,9 @@ class Cyb(PausedMethod):
       return (scores.log_dont_know - scores.log_answer)[..., :-1]
 
     found = np.concatenate([np.asarray(odds(params, batch))[np.asarray(batch["weights"]) > 0] for batch in batches])
+    if not len(found):
+      logging.warning("not calibrated: the first %d batches have no token of weight", self.config.calibration_batches)
+      return params
     median, prior = float(np.median(found)), self.config.dont_know_prior
     offset = math.log(prior) - math.log1p(-prior) - median
     logging.info(

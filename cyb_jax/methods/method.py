@@ -111,11 +111,14 @@ class Reading:
     loss: f32[B, T], the training objective, nats.
     scores: f32[B, T, W] each.
     log_stopping: f32[B, T, W], under the evaluation's omega.
+    lengths: i32[B, T], how many slots each token was given; the scores of a token's later slots repeat its last one.
+      None: all W.
   """
 
   loss: Float[Array, "B T"]
   scores: SlotScores
   log_stopping: Float[Array, "B T W"]
+  lengths: Int[Array, "B T"] | None = None
 
 
 class Method(abc.ABC):
@@ -211,6 +214,11 @@ class Method(abc.ABC):
     """
     del params, batch, reading
     return None
+
+  @property
+  def passes(self) -> int:
+    """How often `read` and `read_as_trained` together pass a batch through the decoder."""
+    return 1
 
   @property
   def calibration_batches(self) -> int:

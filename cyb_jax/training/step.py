@@ -123,9 +123,9 @@ def train_step(
 ) -> TrainState:
   """One step.
 
-  A step whose loss or gradient isn't finite changes neither parameters nor optimizer state; it is counted, and the next
-  batch is taken. After `max_skipped` of them in a row nothing is applied any more, so that the loop, which looks only
-  now and then, finds the last good state.
+  A step whose loss or gradient isn't finite changes neither parameters nor moments; it is counted, and the next batch
+  is taken, at the rate that the schedule has for it. After `max_skipped` of them in a row nothing is applied any more,
+  so that the loop, which looks only now and then, finds the last good state.
 
   Args:
     state: bare arrays.
@@ -185,13 +185,24 @@ def train_step(
     step=state.step + 1,
     skipped_in_a_row=jnp.where(applied, 0, state.skipped_in_a_row + 1),
     params=_choose(applied, params, state.params),
-    opt_state=_choose(applied, opt_state, state.opt_state),
+    opt_state=_choose_moments(applied, opt_state, state.opt_state),
     totals=_add_step(state.totals, applied, state.step + 1, aux | {"steps": 1.0, "gradient_norm": norm}),
   )
 
 
 def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
   return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
+def _choose_moments(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+  """As `_choose`, but that the schedule goes by steps, applied or not: it must reach its end with the run."""
+
+  def is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)
+
+  return jax.tree.map(
+    lambda new, old: new if is_schedule(new) else jnp.where(condition, new, old), new, old, is_leaf=is_schedule
+  )
 
 
 def _add_step(totals: Totals, applied: Bool[Array, ""], step: Int[Array, ""], sums: dict[str, Array]) -> Totals:
