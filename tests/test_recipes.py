@@ -453,6 +453,28 @@ def test_a_fine_tuned_run_starts_at_its_prior(tmp_path):
   assert np.median(d) == pytest.approx(0.6, abs=1e-4)
 
 
+def test_what_a_run_has_learned_of_d_is_kept_or_refused(tmp_path):
+  """An offset belongs to the row that was trained with it; and a row means something else in the other form."""
+  source = tiny_config(pauses=2, calibration_batches=1, dont_know_prior=0.6)
+  source.train.update(steps=1, eval_every=0)
+  training.train(configs.freeze(source), tmp_path / "source")
+  offset = float(runs.load(tmp_path / "source").params["dont_know_offset"])
+  on = tiny_config(pauses=2, calibration_batches=2, dont_know_prior=0.9)
+  on.init_from = str(tmp_path / "source")
+  on.train.update(steps=1, eval_every=0)
+  training.train(configs.freeze(on), tmp_path / "on")
+  assert float(runs.load(tmp_path / "on").params["dont_know_offset"]) == offset
+  for field, value, message in (
+    ("calibration_batches", 0, r"method.calibration_batches: 0, but init_from = .* was calibrated; set it to 1"),
+    ("dont_know", "unit", r"method.dont_know: 'unit', but init_from = .* was trained with 'token'"),
+  ):
+    bad = on.copy_and_resolve_references()
+    bad.method[field] = value
+    with pytest.raises(InputError, match=message):
+      training.train(configs.freeze(bad), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_d_is_held_while_it_warms_up(exact):
   options = {"name": "cyb", "pauses": 2, "dont_know_prior": 0.8}
   method, params = build(**options, stopping_warmup=5)
