@@ -226,7 +226,7 @@ def _row(setting: str, rate: float, records: list[dict[str, Any]]) -> dict[str, 
 
 def _table(rows: list[dict[str, Any]]) -> str:
   lines = [
-    "| setting | rate | test perplexity | by slot | mean pauses | mean of s | train tokens | train PFLOPs |",
+    "| setting | rate | test perplexity | by slot | mean pauses | mean of s | train tokens | train TFLOPs |",
     "|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
@@ -236,7 +236,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     latency = " ".join(f"{s:.3f}".lstrip("0") for s in row["latency"])
     lines.append(
       f"| `{row['setting']}` | {row['learning_rate']:g} | {row['perplexity']:.1f}{spread} | {slots} |"
-      f" {row['mean_pauses']:.2f} | {latency} | {row['train_tokens']:,} | {row['train_flops'] / 1e15:.2f} |"
+      f" {row['mean_pauses']:.2f} | {latency} | {row['train_tokens']:,} | {row['train_flops'] / 1e12:.1f} |"
     )
   return "\n".join(lines) + "\n"
 

@@ -81,7 +81,7 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
   assert written["rows"][0]["validation_by_rate"]["0.004"] is None
   assert written["rows"][0]["perplexity_seeds"] == result["rows"][0]["perplexity_seeds"]
   table = (tmp_path / "comparison.md").read_text()
-  assert "| `ap` | 0.002 | 101.0 +- 1.0 | 9.0 8.0 | 0.50 | .500 .500 | 10 | 3.00 |" in table
+  assert "| `ap` | 0.002 | 101.0 +- 1.0 | 9.0 8.0 | 0.50 | .500 .500 | 10 | 3000.0 |" in table
   # The last program to run left the test's record in evaluation.json: what is tuned on must not be that.
   assert json.loads((tmp_path / "ap" / "rate0.002-seed0" / "validation.json").read_text())["perplexity"] == 50.0
   calls = len(programs.calls)
