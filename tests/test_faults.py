@@ -29,11 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def test_kills():
   """The short form of `cyb-benchmark faults`."""
-  result, _ = cli.run("benchmark", "faults", "--kills=5")
+  result, _ = cli.run("benchmark", "faults", "--kills=3")
   assert result["identical"]
   assert result["difference"] is None
   assert result["phases"].keys() == PHASES.keys()
-  assert sum(result["phases"].values()) == result["kills"] == 5
+  assert sum(result["phases"].values()) == result["kills"] == 3
   assert "--kills: 0 must be at least 1" in cli.complaint("benchmark", "faults", "--kills=0")
 
 
