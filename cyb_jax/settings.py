@@ -84,3 +84,18 @@ def apply(config: ml_collections.ConfigDict, setting: str, size: str, regime: st
   epochs, thirds = REGIMES[regime]
   config.train.epochs = float(epochs) if setting != "pretrained" else 0.0
   config.data.fraction = thirds / 3
+
+
+def on_reviews(config: ml_collections.ConfigDict, size: str) -> None:
+  """The film reviews, windows and a rate that suit a decoder of this size, and how often a run looks up."""
+  small = size in ("tiny", "small")
+  config.data.task = "imdb_reviews"
+  config.data.tokenizer = "sentencepiece:8192"
+  config.data.sequence_length = 128 if small else 512
+  config.data.batch_size = 16 if small else 64
+  config.optimizer.learning_rate = 1e-3 if small else 6e-4
+  config.optimizer.warmup_fraction = 0.02
+  config.train.log_every = 50
+  config.train.eval_every = 500
+  config.train.eval_limit = 128
+  config.train.checkpoint_every = 500

@@ -23,16 +23,7 @@ def get_config(argument: str = ""):
   if config.method.name == "cyb":
     config.method.calibration_batches = 4
     config.method.stopping_warmup = 50
-  config.data.task = "imdb_reviews"
-  config.data.tokenizer = "sentencepiece:8192"
-  small = size in ("tiny", "small")
-  config.data.sequence_length = 128 if small else 512
-  config.data.batch_size = 16 if small else 64
-  # A quarter of what reviews.py starts with.
-  config.optimizer.learning_rate = {"tiny": 2.5e-4, "small": 2.5e-4}.get(size, 1.5e-4)
-  config.optimizer.warmup_fraction = 0.02
-  config.train.log_every = 50
-  config.train.eval_every = 500
-  config.train.eval_limit = 128
-  config.train.checkpoint_every = 500
+  settings.on_reviews(config, size)
+  # A quarter of what training from scratch starts with.
+  config.optimizer.learning_rate /= 4
   return config

@@ -20,15 +20,5 @@ def get_config(argument: str = ""):
   settings.apply(config, setting, size, regime)
   if config.method.name != "baseline":
     config.method.pause_input = "token+pause"
-  config.data.task = "imdb_reviews"
-  config.data.tokenizer = "sentencepiece:8192"
-  small = size in ("tiny", "small")
-  config.data.sequence_length = 128 if small else 512
-  config.data.batch_size = 16 if small else 64
-  config.optimizer.learning_rate = {"tiny": 1e-3, "small": 1e-3}.get(size, 6e-4)
-  config.optimizer.warmup_fraction = 0.02
-  config.train.log_every = 50
-  config.train.eval_every = 500
-  config.train.eval_limit = 128
-  config.train.checkpoint_every = 500
+  settings.on_reviews(config, size)
   return config

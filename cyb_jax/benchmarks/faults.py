@@ -55,10 +55,9 @@ _LONGEST_LIFE = 1200.0
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("kills", 100, "faults: how often the run is killed.")
-  flags.DEFINE_integer("kills_seed", 0, "faults: where the moments are drawn from.")
-  if "config" not in flags.FLAGS:
-    config_flags.DEFINE_config_file("config", None, "faults: what is trained, if not a tiny model on generated text.")
+  flags.DEFINE_integer("kills", 100, "How often the run is killed.")
+  flags.DEFINE_integer("kills_seed", 0, "Where the moments are drawn from.")
+  config_flags.DEFINE_config_file("config", None, "What is trained, if not a tiny model on generated text.")
 
 
 def faults() -> dict[str, Any]:

@@ -36,9 +36,8 @@ from cyb_jax import programs
 from cyb_jax.benchmarks import timing
 from cyb_jax.errors import InputError
 
-if TYPE_CHECKING:  # imported where they are used, so that --help is quick
+if TYPE_CHECKING:  # imported where it is used, so that --help is quick
   from cyb_jax.config import Config
-  from cyb_jax.methods import Method
 
 _AHEAD = 2
 _PROFILED_STEPS = 3
@@ -201,11 +200,6 @@ def run_block(step: Callable[[], Any], steps: int, waited: Callable[[], float]) 
   return Block(tuple(np.diff(ready).tolist()), waits[-1] - waits[0])
 
 
-def slots_run(method: Method, sequence_length: int) -> int:
-  """Decoder slots that training runs for one window of `sequence_length` tokens."""
-  return method.train_slots(sequence_length)
-
-
 class _Contender:
   """A config under test. Entering it compiles its step and lays its state on the devices.
 
@@ -274,7 +268,7 @@ class _Contender:
     config, method, device = self.config, self.method, self._mesh.devices.flat[0]
     peak = peak or peak_flops(device)
     length = config.data.sequence_length
-    slots_per_token = slots_run(method, length) / length
+    slots_per_token = method.train_slots(length) / length
     flops = method.train_flops(length)
     lower, median, upper = timing.quartiles([x for block in blocks for x in block.seconds])
     rate = self.tokens / median

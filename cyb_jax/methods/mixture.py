@@ -1,0 +1,47 @@
+"""What the controls share: a mixture over slots whose shares don't look at the token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cyb_jax.errors import InputError
+from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
+from cyb_jax.stopping import SlotScores
+
+
+class Mixture(PausedMethod):
+  """Every slot of every token is read with a share that is the same for all tokens."""
+
+  options = PAUSE_OPTIONS
+
+  def validate(self) -> None:
+    super().validate()
+    if not self.config.pauses:
+      raise InputError(f"method.pauses: 0, but method {self.name!r} needs at least 1; without pauses it is 'baseline'")
+
+  def log_shares(self, params: Params) -> Float[Array, "W"]:
+    """Log of the shares, the same for every token."""
+    raise NotImplementedError
+
+  def objective(self, scores: SlotScores, log_likelihood: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """The training objective, nats."""
+    raise NotImplementedError
+
+  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+    reading = self.read(params, batch)
+    return TokenLosses(
+      loss=reading.loss,
+      log_likelihood=jax.nn.logsumexp(reading.log_stopping + reading.scores.log_target, -1),
+      stopping=jnp.exp(reading.log_stopping),
+    )
+
+  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+    scores = self.scores(params, self.hidden(params, batch), batch["targets"])
+    log_stopping = jnp.broadcast_to(self.log_shares(params), scores.log_target.shape)
+    log_likelihood = jax.nn.logsumexp(log_stopping + scores.log_target, -1)
+    return Reading(loss=self.objective(scores, log_likelihood), scores=scores, log_stopping=log_stopping)
