@@ -45,7 +45,7 @@ class Evaluator:
 
   def put(self, batch: dict[str, Any]) -> Batch:
     """This host's rows of a batch, on the devices."""
-    return {k: jax.make_array_from_process_local_data(self._batch_sharding, v) for k, v in batch.items()}
+    return sharding.put_batch(batch, self._batch_sharding)
 
   def __call__(
     self, params: PyTree, batches: Iterable[dict[str, Any]], *, num_bytes: int | None = None

@@ -107,8 +107,7 @@ class Cyb(PausedMethod):
 
   def _validate_recipe(self) -> None:
     config = self.config
-    ragged = config.recipe != "constant"
-    if ragged and config.loss != "ap":
+    if config.recipe != "constant" and config.loss != "ap":
       raise InputError(
         f"method.recipe: {config.recipe!r} goes with method.loss = 'ap' alone, not {config.loss!r}; take 'constant'"
       )
@@ -236,10 +235,10 @@ class Cyb(PausedMethod):
     return (1 - floor) * asked + floor / self.num_slots
 
   def _row_slots(self, length: int) -> int:
-    """S, slots of a packed row in training."""
+    """S, slots of a packed row in training; where it is `_ragged`."""
     if self.config.slot_budget:
       return math.ceil(self.config.slot_budget * length)
-    if self.config.omega is None:  # on_policy, or sampled with all W slots granted
+    if self.config.recipe == "on_policy":
       return length * self.num_slots
     omega = np.asarray(self.config.omega)
     return packed_row_slots(omega / omega.sum(), length)

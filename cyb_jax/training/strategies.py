@@ -89,7 +89,7 @@ class JitStrategy:
     return state.params
 
   def put(self, batch: dict[str, Any]) -> Batch:
-    return {k: jax.make_array_from_process_local_data(self._batch_sharding, v) for k, v in batch.items()}
+    return sharding.put_batch(batch, self._batch_sharding)
 
   def step(self, state: TrainState, batch: Batch) -> TrainState:
     return self._step(state, batch)
