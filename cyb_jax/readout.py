@@ -15,6 +15,7 @@ of a shard in a chunk, J chunks.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -105,13 +106,69 @@ def slot_scores(
       log_answer=jnp.zeros_like(target_logit),
     )
   row = unembedding[dont_know] if excluded is not None else dont_know
-  # A sum of products in f32 rather than a matrix product: the row's gradient, over all slots, is summed in f32 too, and
-  # nothing is rounded to bf16 or TF32 on the way to d.
-  dont_know_logit = (hidden.astype(log_normalizer.dtype) * row.astype(log_normalizer.dtype)).sum(-1)
-  if form == "token":
-    dont_know_logit = _cap(dont_know_logit, soft_cap)
+  dont_know_logit = _dont_know_logit(hidden, row, form, soft_cap)
   shift = prior_shift(form, prior, real + (excluded is None)) + dont_know_bias
   return SlotScores.from_readout(target_logit, dont_know_logit, log_normalizer, form=form, shift=shift)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WordScores:
+  """What a slot says of every word, for decoding.
+
+  Attributes:
+    log_words: f32[..., V], the log-probability of every word, given that the slot answers; sums to one over V.
+    log_dont_know: f32[...], log d.
+    log_answer: f32[...], log(1 - d).
+  """
+
+  log_words: Float[Array, "... V"]
+  log_dont_know: Float[Array, "..."]
+  log_answer: Float[Array, "..."]
+
+
+def word_scores(
+  hidden: Float[Array, "... D"],
+  unembedding: Float[Array, "V D"],
+  dont_know: Float[Array, "D"] | None,
+  *,
+  form: Form = "token",
+  prior: float | None = None,
+  soft_cap: float | None = None,
+  vocab_size: int | None = None,
+  dont_know_bias: Float[Array, ""] | float = 0.0,
+) -> WordScores:
+  """`slot_scores` for all words at once, dense and without a gradient of its own; arguments as there.
+
+  `log_words` has `vocab_size` columns: rows of the unembedding that only pad are no words. `dont_know` is a row of its
+  own, or None for a model that can't abstain.
+  """
+  real = unembedding.shape[0] if vocab_size is None else vocab_size
+  words = unembedding[:real].astype(hidden.dtype)
+  logits = _cap(jnp.einsum("...d,vd->...v", hidden, words, preferred_element_type=_sum_dtype(hidden)), soft_cap)
+  log_normalizer = jax.nn.logsumexp(logits, -1)
+  log_words = logits - log_normalizer[..., None]
+  if dont_know is None:
+    zeros = jnp.zeros_like(log_normalizer)
+    return WordScores(log_words, zeros - jnp.inf, zeros)
+  scores = SlotScores.from_readout(
+    log_normalizer,
+    _dont_know_logit(hidden, dont_know, form, soft_cap),
+    log_normalizer,
+    form=form,
+    shift=prior_shift(form, prior, real + 1) + dont_know_bias,
+  )
+  return WordScores(log_words, scores.log_dont_know, scores.log_answer)
+
+
+def _dont_know_logit(
+  hidden: Float[Array, "... D"], row: Float[Array, "D"], form: Form, soft_cap: float | None
+) -> Float[Array, "..."]:
+  # A sum of products in f32 rather than a matrix product: the row's gradient, over all slots, is summed in f32 too, and
+  # nothing is rounded to bf16 or TF32 on the way to d.
+  dtype = _sum_dtype(hidden)
+  logit = (hidden.astype(dtype) * row.astype(dtype)).sum(-1)
+  return _cap(logit, soft_cap) if form == "token" else logit
 
 
 def _cap(logits: Array, soft_cap: float | None) -> Array:

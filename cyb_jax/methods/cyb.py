@@ -38,6 +38,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod, boxed_row
 from cyb_jax.pauses import Packing, draw_lengths, pack, packed_row_slots
+from cyb_jax.readout import WordScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
 # Which of the options each loss reads, beside those that all of them do.
@@ -151,10 +152,11 @@ class Cyb(PausedMethod):
     return jax.tree.map(lambda x: jnp.take_along_axis(x[..., 0], places, -1).reshape(packing.places.shape), scores)
 
   def _scores(self, params: Params, hidden: Array, targets: Array) -> SlotScores:
-    bias = params.get("dont_know_bias", 0.0)
-    if "dont_know_offset" in params:
-      bias = bias + jax.lax.stop_gradient(params["dont_know_offset"])
-    return self.scores(params, hidden, targets, dont_know=params["dont_know"], dont_know_bias=bias)
+    return self.scores(params, hidden, targets, dont_know=params["dont_know"], dont_know_bias=_bias(params))
+
+  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+    del slot
+    return self._word_scores(params, hidden, params["dont_know"], _bias(params))
 
   @property
   def objective(self) -> Callable[[SlotScores], Array]:
@@ -336,6 +338,14 @@ class Cyb(PausedMethod):
         executed=executed,
       )
     return total
+
+
+def _bias(params: Params) -> Array | float:
+  """What is added to the `<don't know>` logit beside the prior's shift."""
+  bias = params.get("dont_know_bias", 0.0)
+  if "dont_know_offset" in params:
+    bias = bias + jax.lax.stop_gradient(params["dont_know_offset"])
+  return bias
 
 
 def _boxed_scalar() -> nn.LogicallyPartitioned:

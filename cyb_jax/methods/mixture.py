@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
+from cyb_jax.readout import WordScores
 from cyb_jax.stopping import SlotScores
 
 
@@ -45,3 +46,12 @@ class Mixture(PausedMethod):
     log_stopping = jnp.broadcast_to(self.log_shares(params), scores.log_target.shape)
     log_likelihood = jax.nn.logsumexp(log_stopping + scores.log_target, -1)
     return Reading(loss=self.objective(scores, log_likelihood), scores=scores, log_stopping=log_stopping)
+
+  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+    """Read slot by slot, d_i is the part of the shares not yet read that lies behind slot i."""
+    scores = super().word_scores(params, hidden, slot)
+    log_shares = self.log_shares(params)
+    # Exclusive sums from the right, so that nothing is left behind the last slot.
+    log_from = jnp.flip(jax.lax.cumlogsumexp(jnp.flip(log_shares)))
+    log_behind = jnp.append(log_from[1:], -jnp.inf)
+    return WordScores(scores.log_words, (log_behind - log_from)[slot], (log_shares - log_from)[slot])

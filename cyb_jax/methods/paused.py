@@ -21,7 +21,7 @@ from cyb_jax.decoder import HiddenSlots, embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
-from cyb_jax.readout import slot_scores
+from cyb_jax.readout import WordScores, slot_scores, word_scores
 from cyb_jax.stopping import SlotScores
 
 PAUSE_OPTIONS = frozenset(
@@ -161,6 +161,35 @@ class PausedMethod(Method):
       slots=slots,
       chunk_size=self.chunk_size,
       shards=self.shards,
+      vocab_size=self.vocab_size,
+      dont_know_bias=dont_know_bias,
+    )
+
+  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+    """What slots say of every word, and whether they abstain; for decoding.
+
+    Args:
+      params: bare arrays.
+      hidden: [..., D], of slots anywhere.
+      slot: i32[...], which of its token's slots each is, from 0. Methods that stop by a rule abstain by it.
+    """
+    del slot
+    return self._word_scores(params, hidden)
+
+  def _word_scores(
+    self,
+    params: Params,
+    hidden: Float[Array, "... D"],
+    dont_know: Array | None = None,
+    dont_know_bias: Array | float = 0.0,
+  ) -> WordScores:
+    return word_scores(
+      hidden,
+      self.decoder.apply({"params": params["decoder"]}, method="unembedding"),
+      dont_know,
+      form=self.config.dont_know,
+      prior=self.config.dont_know_prior if dont_know is not None else None,
+      soft_cap=self.decoder.config.soft_cap,
       vocab_size=self.vocab_size,
       dont_know_bias=dont_know_bias,
     )

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
+from cyb_jax.readout import WordScores
 
 
 class Tbys(PausedMethod):
@@ -38,3 +39,9 @@ class Tbys(PausedMethod):
     scores = self.scores(params, self.hidden(params, batch), batch["targets"])
     log_stopping = jnp.full_like(scores.log_target, -jnp.inf).at[..., -1].set(0.0)
     return Reading(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)
+
+  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+    """d = 1 before the last slot."""
+    scores = super().word_scores(params, hidden, slot)
+    waits = slot < self.config.pauses
+    return WordScores(scores.log_words, jnp.where(waits, 0.0, -jnp.inf), jnp.where(waits, -jnp.inf, 0.0))
