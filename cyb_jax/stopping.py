@@ -246,7 +246,7 @@ def expected_pauses(log_stopping: Float[Array, "... W"]) -> Float[Array, "..."]:
   return (jnp.exp(log_stopping) * jnp.arange(log_stopping.shape[-1], dtype=log_stopping.dtype)).sum(-1)
 
 
-def hard_slot(log_dont_know: Float[Array, "... W"]) -> Int[Array, "..."]:
-  """The slot, from 0, that a greedy reader takes: the first with d <= 1/2, else the last; i32[...]."""
-  answers = (log_dont_know <= math.log(0.5)).at[..., -1].set(True)
+def hard_slot(log_dont_know: Float[Array, "... W"], threshold: Float[ArrayLike, ""] = 0.5) -> Int[Array, "..."]:
+  """The slot, from 0, that a greedy reader takes: the first with d <= `threshold`, else the last; i32[...]."""
+  answers = (log_dont_know <= jnp.log(threshold)).at[..., -1].set(True)
   return jnp.argmax(answers, -1)

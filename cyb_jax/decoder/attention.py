@@ -1,7 +1,7 @@
 """Rotary positions, and the one place that chooses how attention is computed.
 
 Letters: B batch, S slots in a row (tokens x slots per token, flattened), N heads, G kv heads, H head size,
-R rotated part of a head; where slots are hidden, T tokens of W slots each, K = W - 1.
+R rotated part of a head, C keys; where slots are hidden, T tokens of W slots each, K = W - 1.
 """
 
 from __future__ import annotations
@@ -95,20 +95,20 @@ class HiddenSlots:
 
 def attend(
   query: Float[Array, "B S N H"],
-  key: Float[Array, "B S G H"],
-  value: Float[Array, "B S G H"],
-  mask: Bool[Array, "#B 1 S S"] | HiddenSlots | None = None,
+  key: Float[Array, "B C G H"],
+  value: Float[Array, "B C G H"],
+  mask: Bool[Array, "#B 1 S C"] | HiddenSlots | None = None,
   implementation: str = "auto",
 ) -> Float[Array, "B S N H"]:
   """softmax(q k^T / sqrt(H)) v with grouped heads: head n reads kv head n // (N / G).
 
   Args:
     query: [B, S, N, H].
-    key, value: [B, S, G, H], N a multiple of G.
-    mask: None is causal in the order of the slots. Otherwise boolean [B or 1, 1, S, S], True where the query
+    key, value: [B, C, G, H], N a multiple of G; C = S but where keys come from a cache.
+    mask: None is causal in the order of the slots. Otherwise boolean [B or 1, 1, S, C], True where the query
       (third axis) may see the key (fourth); it must hold causality itself, and let every query see a key. Or
       `HiddenSlots`, with [B, N, S, T + K] weights in place of [B, N, S, S].
-    implementation: 'xla' holds all [B, N, S, S] weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
+    implementation: 'xla' holds all [B, N, S, C] weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
       floats; 'auto' is cudnn where it is supported and skips work (causal, no mask), else xla. The choice is
       made while tracing, from `jax.default_backend()`.
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.decoder import attention
+from cyb_jax.decoder.cache import Cache, seen_places, write
 from cyb_jax.errors import InputError
 
 _ACTIVATIONS = {
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
@@ -211,6 +212,40 @@ class Decoder(nn.Module):
     Raises:
       InputError: the config asks for cuDNN attention where it cannot run.
     """
+    hidden, _ = self._run(inputs, positions, mask, query_key_offset, None, None)
+    return hidden
+
+  def extend(
+    self,
+    inputs: Float[Array, "B Q D"],
+    positions: Int[Array, "B Q"],
+    cache: Cache,
+    start: Int[Array, "B"] | None,
+    *,
+    first: Int[Array, "B"] | None = None,
+    query_key_offset: Float[Array, "Q D"] | Float[Array, "B Q D"] | None = None,
+  ) -> tuple[Float[Array, "B Q D"], Cache]:
+    """Runs some more slots of every row behind those that the cache holds; causal.
+
+    Args:
+      inputs: [B, Q, D], as in `__call__`.
+      positions: i32[B, Q], what RoPE turns by.
+      cache: see there; meant to be donated.
+      start: i32[B], the place of each row's first new slot; the places before it are seen. None: all rows start empty,
+        and the new slots see each other alone.
+      first: i32[B], places before it aren't seen; None: all are.
+      query_key_offset: as in `__call__`.
+
+    Returns:
+      [B, Q, D], and the cache with the new slots in it.
+    """
+    count, capacity = inputs.shape[1], cache.capacity
+    if count > capacity:
+      raise ValueError(f"cache: {capacity} places, but {count} slots are to be written")
+    mask = None if start is None else seen_places(start, count, capacity, first)
+    return self._run(inputs, positions, mask, query_key_offset, cache, start)
+
+  def _run(self, inputs, positions, mask, query_key_offset, cache, start):
     config = self.config
     dtype = jnp.dtype(config.dtype)
     hidden = inputs.astype(dtype)
@@ -218,12 +253,17 @@ class Decoder(nn.Module):
       query_key_offset = query_key_offset.astype(dtype)
     # Once for all layers.
     turn = attention.rotation(positions, config.rotated_size, config.rope_base)
+    layered = None if cache is None else (cache.keys, cache.values)
     if config.scan_layers:
-      hidden, _ = self.layers(hidden, turn, mask, query_key_offset)
+      hidden, layered = self.layers(hidden, turn, mask, query_key_offset, layered, start)
     else:
-      for layer in self.layers:
-        hidden, _ = layer(hidden, turn, mask, query_key_offset)
-    return self.final_norm(hidden)
+      cached = []
+      for number, layer in enumerate(self.layers):
+        before = None if cache is None else (cache.keys[number], cache.values[number])
+        hidden, after = layer(hidden, turn, mask, query_key_offset, before, start)
+        cached.append(after)
+      layered = None if cache is None else tuple(zip(*cached))
+    return self.final_norm(hidden), None if cache is None else Cache(*layered)
 
   def unembedding(self) -> Float[Array, "V D"]:
     """The output table, in the dtype of parameters: the embedding table itself where they are tied."""
@@ -263,7 +303,7 @@ def init_params(decoder: Decoder, rng: Array) -> PyTree:
 
 
 class _Layer(nn.Module):
-  """One transformer block. Returns a pair, as nn.scan wants."""
+  """One transformer block. Returns a pair, as nn.scan wants: hidden states, and this layer's part of the cache."""
 
   config: DecoderConfig
 
@@ -273,12 +313,12 @@ class _Layer(nn.Module):
     self.mlp_norm = _Norm(self.config)
     self.mlp = _Mlp(self.config)
 
-  def __call__(self, hidden, turn, mask, query_key_offset):
-    attended = self.attention(self.attention_norm(hidden), turn, mask, query_key_offset)
+  def __call__(self, hidden, turn, mask, query_key_offset, cached, start):
+    attended, cached = self.attention(self.attention_norm(hidden), turn, mask, query_key_offset, cached, start)
     if self.config.parallel_residual:
-      return hidden + attended + self.mlp(self.mlp_norm(hidden)), None
+      return hidden + attended + self.mlp(self.mlp_norm(hidden)), cached
     hidden = hidden + attended
-    return hidden + self.mlp(self.mlp_norm(hidden)), None
+    return hidden + self.mlp(self.mlp_norm(hidden)), cached
 
 
 class _Attention(nn.Module):
@@ -307,11 +347,20 @@ class _Attention(nn.Module):
       use_bias=config.attention_bias == "all",
     )
 
-  def __call__(self, normed, turn, mask, query_key_offset):
+  def __call__(self, normed, turn, mask, query_key_offset, cached, start):
     shifted = normed if query_key_offset is None else normed + query_key_offset
     query = attention.rotate(self.query(shifted), *turn)
     key = attention.rotate(self.key(shifted), *turn)
-    return self.out(attention.attend(query, key, self.value(normed), mask, self.config.attention))
+    value = self.value(normed)
+    if cached is None:
+      return self.out(attention.attend(query, key, value, mask, self.config.attention)), None
+    if start is None:
+      place = jnp.zeros(len(key), jnp.int32)
+      cached = write(cached[0], key, place), write(cached[1], value, place)
+      return self.out(attention.attend(query, key, value, None, self.config.attention)), cached
+    cached = write(cached[0], key, start), write(cached[1], value, start)
+    # A few queries against all places, most of them masked: no kernel but XLA's takes that.
+    return self.out(attention.attend(query, *cached, mask, "xla")), cached
 
 
 class _Mlp(nn.Module):

@@ -323,7 +323,7 @@ class Cyb(PausedMethod):
       tokens=tokens,
       slots=slots,
       slots_read=slots,
-      hidden=self._hides and not executed,
+      hidden=self.hides_pauses and not executed,
       executed=executed,
     )
     if self.config.recipe == "on_policy":
@@ -334,7 +334,7 @@ class Cyb(PausedMethod):
         tokens=tokens,
         slots=self.num_slots,
         slots_read=read,
-        hidden=self._hides,
+        hidden=self.hides_pauses,
         executed=executed,
       )
     return total

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax import flops
-from cyb_jax.decoder import HiddenSlots, embedding_init, init_params
+from cyb_jax.decoder import Cache, HiddenSlots, embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
@@ -73,8 +73,14 @@ class PausedMethod(Method):
     return {}
 
   @property
-  def _hides(self) -> bool:
+  def hides_pauses(self) -> bool:
+    """Whether a token's pauses are seen by that token alone."""
     return self.config.pause_visibility == "hidden" and self.num_slots > 1
+
+  @property
+  def shifts_positions(self) -> bool:
+    """Whether a pause takes a position of its own, so that later tokens stand further on."""
+    return self.config.pause_positions == "shifting"
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     """One decoder pass over all W slots of all tokens."""
@@ -82,10 +88,10 @@ class PausedMethod(Method):
     batch_size, length = tokens.shape
     inputs, offset = self._inputs(params, tokens)
     positions = slot_positions(1, length, self.num_slots).reshape(1, -1)
-    if self.config.pause_positions == "shifting":
+    if self.shifts_positions:
       positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
     documents = batch.get("documents")
-    if self._hides and self.decoder.config.attention != "cudnn":
+    if self.hides_pauses and self.decoder.config.attention != "cudnn":
       mask = HiddenSlots(self.num_slots, documents)
     else:
       mask = attention_mask(length, self.num_slots, visibility=self.config.pause_visibility, documents=documents)
@@ -104,7 +110,7 @@ class PausedMethod(Method):
     inputs, offset = self._inputs(params, tokens)
     source = packing.token * self.num_slots + packing.slot
     positions = packing.token
-    if self.config.pause_positions == "shifting":
+    if self.shifts_positions:
       positions = jnp.arange(source.shape[-1], dtype=jnp.int32)[None]
     return self.decoder.apply(
       {"params": params["decoder"]},
@@ -118,6 +124,42 @@ class PausedMethod(Method):
         packing=packing,
       ),
       query_key_offset=None if offset is None else offset[packing.slot],
+    )
+
+  def extend(
+    self,
+    params: Params,
+    tokens: Int[Array, "B Q"],
+    slots: Int[Array, "B Q"],
+    positions: Int[Array, "B Q"],
+    cache: Cache,
+    start: Int[Array, "B"] | None,
+    first: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B Q D"], Cache]:
+    """Runs some more slots of every row behind those in the cache.
+
+    Args:
+      params: bare arrays.
+      tokens: i32[B, Q], the token that each slot belongs to.
+      slots: i32[B, Q], which of its slots it is, from 0.
+      positions: i32[B, Q], for the rotary embeddings.
+      cache, start, first: see `Decoder.extend`.
+    """
+    variables = {"params": params["decoder"]}
+    inputs = self.decoder.apply(variables, tokens, method="embed")
+    offset = None
+    if self.num_slots > 1:
+      pause = jnp.maximum(slots - 1, 0)
+      row = jnp.zeros_like(pause) if self.config.pause_shared else pause
+      pauses = self.decoder.apply(variables, params["pause_input"][row], method="scale_inputs")
+      if self.config.pause_input == "token+pause":
+        pauses = pauses + inputs
+      is_pause = (slots > 0)[..., None]
+      inputs = jnp.where(is_pause, pauses, inputs)
+      if self.config.pause_offset:
+        offset = jnp.where(is_pause, params["pause_offset"][pause], 0.0)
+    return self.decoder.apply(
+      variables, inputs, positions, cache, start, first=first, query_key_offset=offset, method="extend"
     )
 
   def _inputs(
@@ -205,7 +247,7 @@ class PausedMethod(Method):
       tokens=tokens,
       slots=self.num_slots,
       slots_read=self.num_slots,
-      hidden=self._hides,
+      hidden=self.hides_pauses,
       executed=executed,
     )
 
@@ -215,7 +257,7 @@ class PausedMethod(Method):
       tokens=tokens,
       slots=self.num_slots,
       slots_read=self.slots_trained,
-      hidden=self._hides,
+      hidden=self.hides_pauses,
       executed=executed,
     )
 

@@ -1,0 +1,333 @@
+"""The sampler against the training forward, against slow loops that run the whole prefix again, and against the exact
+distribution."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import TINY, VOCABULARY, build
+from scipy import stats
+
+from cyb_jax.errors import InputError
+from cyb_jax.generation import Sampler, SamplingOptions, default_mode
+from cyb_jax.pauses import pack
+from cyb_jax.stopping import log_stopping_distribution
+
+END = 3
+PROMPTS = [[5], [1, 7, 2, 9], [4, 4], [8, 6, 0, 11, 12, 13, 2]]
+VARIANTS = {
+  "visible": {},
+  "hidden": {"pause_visibility": "hidden", "pause_input": "token+pause", "pause_offset": True},
+  "shifting": {"pause_positions": "shifting", "pause_shared": True, "dont_know": "unit"},
+}
+
+
+@functools.cache
+def model(variant="visible", name="cyb", pauses=2, scan=False):
+  """A model whose d is spread over (0, 1): at the prior all rows would pause."""
+  decoder = dataclasses.replace(TINY, scan_layers=scan)
+  prior = {"dont_know_prior": 0.6} if name == "cyb" else {}
+  method, params = build(decoder, name=name, pauses=pauses, **prior, **VARIANTS[variant])
+  if name == "cyb":
+    params["dont_know"] = 2 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)
+  return method, params
+
+
+def generate(method, params, prompts=PROMPTS, *, new=6, seeds=0, end_id=None, **options):
+  stated = {k: options.pop(k) for k in ("stop", "callback", "chunk", "context") if k in options}
+  with jax.default_matmul_precision("highest"):
+    sampler = Sampler(method, SamplingOptions(**options))
+    return sampler.generate(params, prompts, max_new_tokens=new, seeds=seeds, end_id=end_id, **stated)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole(method, params, tokens, lengths):
+  """The training forward over one row whose tokens have so many slots: what each token's slots say of every word,
+  f32[T, W, V] and so on; slots beyond a token's last one repeat it."""
+  packing = pack(lengths[None], method.num_slots, tokens.shape[0] * method.num_slots)
+  hidden = method.hidden_packed(params, {"tokens": tokens[None]}, packing)[0][packing.places[0]]
+  return method.word_scores(params, hidden, jnp.broadcast_to(jnp.arange(method.num_slots), hidden.shape[:-1]))
+
+
+def padded(tokens, lengths, size=16):
+  """One shape, one program: what stands behind is seen by nobody."""
+  fill = [0] * (size - len(tokens))
+  return jnp.array(tokens + fill), jnp.array(lengths + [1] * len(fill))
+
+
+def run_again(method, params, prompt, lengths, said, slots):
+  """The scores of the last token's slot number `slots` - 1, the whole prefix run again."""
+  tokens = prompt + said
+  with jax.default_matmul_precision("highest"):
+    scores = whole(method, params, *padded(tokens, [*lengths, slots]))
+  return jax.tree.map(lambda x: np.asarray(x[len(tokens) - 1, slots - 1]), scores)
+
+
+def slow_self_paced(method, params, prompt, new, in_prompt, draw=None, seed=0):
+  """Word by word and slot by slot; greedy, or with the sampler's own draws."""
+  lengths = [in_prompt] * (len(prompt) - 1)
+  said, pauses, log_probs = [], [], []
+  for count in range(new):
+    for slot in range(method.num_slots):
+      scores = run_again(method, params, prompt, lengths, said, slot + 1)
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), slot)
+      if draw:
+        asks = jax.random.uniform(jax.random.fold_in(key, 1)) < np.exp(scores.log_dont_know)
+      else:
+        asks = scores.log_dont_know > np.log(0.5)
+      if slot == method.num_slots - 1 or not asks:
+        break
+    word = scores.log_words.argmax()
+    if draw:
+      word = jax.random.categorical(jax.random.fold_in(key, 2), scores.log_words / draw)
+    said.append(int(word))
+    pauses.append(slot)
+    log_probs.append(float(scores.log_words[word]))
+    lengths.append(slot + 1)
+  return said, pauses, log_probs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_self_paced_equals_a_slow_loop(variant):
+  method, params = model(variant)
+  got = generate(method, params, read="threshold", temperature=0)
+  for row, prompt in enumerate(PROMPTS):
+    said, pauses, log_probs = slow_self_paced(method, params, prompt, 6, 1)
+    assert (got.tokens[row], got.pauses[row]) == (said, pauses)
+    np.testing.assert_allclose(got.log_probs[row], log_probs, atol=1e-5)
+  in_all = [pause for row in got.pauses for pause in row]
+  assert len(set(in_all)) == 3  # else this shows nothing
+  assert got.slots == [6 + sum(row) for row in got.pauses]
+  # As many iterations as the longest row has slots.
+  assert got.iterations == max(got.slots)
+
+
+def test_sampled_self_paced_with_a_prompt_that_pauses():
+  method, params = model(scan=True)
+  got = generate(method, params, temperature=0.7, prompt_pauses="all", seeds=[11, 12, 13, 14], new=4)
+  for row, prompt in enumerate(PROMPTS):
+    said, pauses, log_probs = slow_self_paced(method, params, prompt, 4, 3, draw=0.7, seed=11 + row)
+    assert (got.tokens[row], got.pauses[row]) == (said, pauses)
+    np.testing.assert_allclose(got.log_probs[row], log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("read", ["sample", "threshold", "mixture"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_constant_equals_the_training_forward(variant, read):
+  method, params = model(variant)
+  got = generate(method, params, mode="constant", read=read, temperature=0 if read != "sample" else 1.0)
+  assert got.slots == [18] * len(PROMPTS)
+  assert got.iterations == 6
+  for row, prompt in enumerate(PROMPTS):
+    tokens = jnp.array([prompt + got.tokens[row][:-1]])
+    with jax.default_matmul_precision("highest"):
+      hidden = method.hidden(params, {"tokens": tokens})[0, len(prompt) - 1 :]
+    scores = method.word_scores(params, hidden, jnp.arange(3))
+    log_s = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
+    if read == "mixture":
+      log_words = jax.nn.logsumexp(log_s[..., None] + scores.log_words, 1)
+    else:
+      log_words = np.asarray(scores.log_words)[np.arange(6), got.pauses[row]]
+    words = np.array(got.tokens[row])
+    np.testing.assert_allclose(got.log_probs[row], np.asarray(log_words)[np.arange(6), words], atol=1e-5)
+    if read == "threshold":
+      first = [next((i for i in range(2) if row[i] <= 0.5), 2) for row in np.exp(np.asarray(scores.log_dont_know))]
+      assert got.pauses[row] == first
+    if read != "sample":
+      assert words.tolist() == np.asarray(log_words).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("mode", ["self_paced", "constant", "none"])
+def test_neighbours_and_padding_change_nothing(mode):
+  method, params = model()
+  together = generate(method, params, mode=mode, seeds=[1, 2, 3, 4], end_id=END, new=8)
+  for row, prompt in enumerate(PROMPTS):
+    alone = generate(method, params, [prompt], mode=mode, seeds=[row + 1], end_id=END, new=8)
+    assert (alone.tokens[0], alone.pauses[0]) == (together.tokens[row], together.pauses[row])
+    np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-5)
+  # Another padding of the prompts, another order.
+  long = [2] * 20
+  shuffled = generate(method, params, [long, *PROMPTS[::-1]], mode=mode, seeds=[9, 4, 3, 2, 1], end_id=END, new=8)
+  assert shuffled.tokens[1:] == together.tokens[::-1]
+  assert shuffled.pauses[1:] == together.pauses[::-1]
+
+
+def exact(method, params, prompt, omega=None):
+  """Pr(pauses, word) of the next word, f64[W, V], from the whole prefix."""
+  lengths = [method.num_slots] * len(prompt)
+  scores = whole(method, params, *padded(prompt, lengths))
+  scores = jax.tree.map(lambda x: np.asarray(x[len(prompt) - 1], np.float64), scores)
+  d = np.exp(scores.log_dont_know)
+  omega = np.eye(len(d))[-1] if omega is None else np.array(omega) / np.sum(omega)
+  s, waited = [], 1.0
+  for i in range(len(d)):
+    s.append(waited * (omega[i] + (1 - d[i]) * omega[i + 1 :].sum()))
+    waited *= d[i]
+  return np.array(s)[:, None] * np.exp(scores.log_words)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"mode": "self_paced", "prompt_pauses": "all"},
+    {"mode": "self_paced", "prompt_pauses": "all", "omega": (2.0, 0.0, 1.0)},
+    {"mode": "constant", "omega": (1.0, 2.0, 1.0)},
+    {"mode": "constant", "read": "mixture"},
+  ],
+)
+def test_what_is_drawn_has_the_exact_distribution(options):
+  decoder = dataclasses.replace(TINY, vocab_size=8)
+  method, params = model()
+  method = type(method)(method.config, decoder, vocab_size=5)
+  decoder_params = params["decoder"] | {"embedding": params["decoder"]["embedding"][:8]}
+  params = params | {"decoder": decoder_params, "dont_know": 0.3 * params["dont_know"]}
+  prompt, rows = [1, 4, 2], 6000
+  got = generate(method, params, [prompt] * rows, new=1, seeds=100, **options)
+  expected = exact(method, params, prompt, options.get("omega"))
+  counts = np.zeros_like(expected)
+  np.add.at(counts, (np.ravel(got.pauses), np.ravel(got.tokens)), 1)
+  if options.get("read") == "mixture":
+    counts, expected = counts.sum(0), expected.sum(0)
+  assert expected.sum() == pytest.approx(1.0, rel=1e-4)
+  assert not counts[expected == 0].any()
+  counts, expected = counts[expected > 0], expected[expected > 0]
+  assert expected.min() * rows > 5
+  assert fits(counts, expected) > 1e-3
+  # A distribution that is off by a tenth would be told from it.
+  assert fits(counts, expected * (1 + 0.1 * (-1.0) ** np.arange(len(expected)))) < 1e-3
+
+
+def fits(counts, expected):
+  """The p-value of chi-square."""
+  return stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue
+
+
+@pytest.mark.parametrize(("name", "mode", "pauses"), [("tbys", "constant", 2), ("baseline", "none", 0)])
+def test_methods_that_do_not_decide(name, mode, pauses):
+  method, params = model(name=name, pauses=pauses)
+  assert default_mode(method) == mode
+  got = generate(method, params, mode=mode, temperature=0)
+  assert got.pauses == [[pauses] * 6] * len(PROMPTS)
+  # One slot at a time, with the pauses in the prompt, it is the same.
+  again = generate(method, params, mode="self_paced", temperature=0, prompt_pauses="all" if pauses else "none")
+  assert again.tokens == got.tokens
+  assert again.pauses == got.pauses
+  np.testing.assert_allclose(again.log_probs, got.log_probs, atol=1e-5)
+
+
+def test_constant_stop_pauses_by_its_shares():
+  method, params = model(name="constant_stop")
+  shares = jnp.array([0.2, 0.5, 0.3])
+  params = params | {"stopping_logits": jnp.log(shares) / TINY.d_model}
+  got = generate(method, params, [[1, 2]] * 3000, new=1, mode="self_paced")
+  counts = np.bincount(np.ravel(got.pauses), minlength=3)
+  assert fits(counts, np.asarray(shares, np.float64)) > 1e-3
+
+
+def test_limits_on_pauses():
+  method, params = model()
+  free = generate(method, params, seeds=3, new=8)
+  assert max(sum(row) for row in free.pauses) > 3
+  budget = generate(method, params, seeds=3, new=8, pause_budget=3)
+  for row, freely in zip(budget.pauses, free.pauses):
+    assert sum(row) == min(3, sum(freely))
+  at_most_one = generate(method, params, seeds=3, new=8, max_pauses=1)
+  assert {pause for row in at_most_one.pauses for pause in row} == {0, 1}
+  denied = generate(method, params, seeds=3, new=8, omega=(1.0, 0.0, 0.0))
+  none = generate(method, params, seeds=3, new=8, mode="none")
+  assert denied.tokens == none.tokens
+  assert none.pauses == [[0] * 8] * len(PROMPTS)
+  assert none.slots == [8] * len(PROMPTS)
+  always = generate(method, params, seeds=3, new=8, read="threshold", threshold=0.0)
+  assert always.pauses == [[2] * 8] * len(PROMPTS)
+
+
+def test_words_that_may_be_drawn():
+  method, params = model()
+  greedy = generate(method, params, [[1, 2]], seeds=0, mode="none", temperature=0, new=1)
+  best = exact(method, params, [1, 2])[0]
+  # In mode none the prompt has no pauses: the same model's first slot alone.
+  scores = whole(method, params, *padded([1, 2], [1, 1]))
+  best = np.asarray(scores.log_words)[1, 0]
+  order = np.argsort(-best)
+  assert greedy.tokens[0][0] == order[0]
+  rows = [[1, 2]] * 400
+  for options, kept in (
+    ({"top_k": 3}, 3),
+    ({"top_p": 0.5}, int((np.cumsum(np.exp(best[order])) < 0.5).sum()) + 1),
+    ({"top_k": 4, "top_p": 0.999999}, 4),
+    ({"top_k": 1}, 1),
+  ):
+    got = {row[0] for row in generate(method, params, rows, mode="none", new=1, **options).tokens}
+    assert got == set(order[:kept].tolist())
+  # Rows that only pad the vocabulary, dk and pauses are no words.
+  hot = generate(method, params, [[1, 2]] * 400, mode="self_paced", temperature=50.0, new=3)
+  assert {token for row in hot.tokens for token in row} == set(range(VOCABULARY))
+
+
+def test_rows_end_by_themselves():
+  method, params = model()
+  free = generate(method, params, seeds=5, new=12)
+  word = free.tokens[1][2]
+  ended = generate(method, params, seeds=5, new=12, end_id=word)
+  for row, freely in zip(ended.tokens, free.tokens):
+    assert row == (freely[: freely.index(word) + 1] if word in freely else freely)
+  bounded = generate(method, params, seeds=5, new=12, context=9)
+  assert [len(row) for row in bounded.tokens] == [8, 5, 7, 2]
+  assert bounded.tokens[3] == free.tokens[3][:2]
+  # Stopped by the caller in mid-chunk; what was said behind is cut off, and told in pieces.
+  told = {}
+
+  def tell(row, tokens, pauses):
+    told.setdefault(row, []).extend(zip(tokens, pauses))
+
+  stopped = generate(
+    method, params, seeds=5, new=12, stop=lambda row, said: 4 if row == 2 and len(said) > 4 else None, callback=tell,
+    chunk=3,
+  )  # fmt: skip
+  assert stopped.tokens == [*free.tokens[:2], free.tokens[2][:4], free.tokens[3]]
+  assert told == {row: list(zip(stopped.tokens[row], stopped.pauses[row])) for row in range(4)}
+  assert stopped.slots[2] == 4 + sum(free.pauses[2][:4])
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"mode": "slow"}, "mode: 'slow' is none of self_paced, constant, none"),
+    ({"read": "mixture"}, "take mode 'constant'"),
+    ({"max_pauses": 3}, "max_pauses: 3 must lie in 0..2"),
+    ({"omega": (1.0, 1.0)}, "give max_pauses + 1 = 3 weights"),
+    ({"temperature": -1.0}, "temperature: -1.0"),
+    ({"top_p": 0.0}, "top_p: 0.0"),
+    ({"top_k": -1}, "top_k: -1"),
+    ({"threshold": 1.5}, "threshold: 1.5"),
+    ({"mode": "constant", "pause_budget": 3}, "pause_budget: 3 is set"),
+    ({"mode": "none", "prompt_pauses": "all"}, "prompt_pauses: 'all'"),
+  ],
+)
+def test_bad_options(options, message):
+  method, _ = model()
+  with pytest.raises(InputError, match=re.escape(message)):
+    Sampler(method, SamplingOptions(**options))
+
+
+@pytest.mark.parametrize(
+  ("prompts", "options", "message"),
+  [
+    ([], {}, "prompt: none given"),
+    ([[1], []], {}, "prompt: number 2 is empty"),
+    ([[1, VOCABULARY]], {}, f"prompt: number 1 has the id {VOCABULARY}"),
+    ([[1, 2, 3]], {"context": 3}, "prompt: number 1 has 3 tokens, but the context is 3"),
+    ([[1]], {"new": 0}, "max_new_tokens: 0"),
+    ([[1]], {"seeds": [1, 2]}, "seeds: 2 of them"),
+    ([[1]], {"seeds": -1}, "seed: -1"),
+  ],
+)
+def test_bad_prompts(prompts, options, message):
+  method, params = model()
+  with pytest.raises(InputError, match=re.escape(message)):
+    generate(method, params, prompts, **options)
