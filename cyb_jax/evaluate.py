@@ -1,6 +1,7 @@
 """Evaluates a run's checkpoint on a split of its token store.
 
 python -m cyb_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
+    [--context=self_paced]
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ def define_flags() -> None:
   flags.DEFINE_integer("limit", 0, "At most so many windows; 0: the split whole.")
   flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
   flags.DEFINE_string("omega", "", "What the world grants, W weights such as 1:1:1:1; '': all slots, always.")
+  flags.DEFINE_string(
+    "context", "constant", "constant: every token is followed by all its pauses; self_paced: by those alone that the"
+    " model asks for."
+  )  # fmt: skip
   flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
 
 
@@ -41,23 +46,21 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from cyb_jax.evaluation import Evaluator, evaluate_split
   from cyb_jax.stopping import normalize
 
-  checkpoint = args.checkpoint
-  if checkpoint not in ("last", "best"):
-    if not checkpoint.isdecimal():
-      raise InputError(f"--checkpoint: {checkpoint!r} is none of 'last', 'best' and a step's number")
-    checkpoint = int(checkpoint)
+  checkpoint, omega = programs.checkpoint_flag(), programs.weights_flag("omega")
   # All devices share the batch: parameters that trained sharded need not be so to be read.
   mesh = sharding.make_mesh(ParallelismConfig())
   run = runs.load(workdir, checkpoint, mesh)
-  omega = None
-  if args.omega:
+  if omega is not None:
     if not run.method.decides:
       raise InputError(f"--omega: {args.omega!r} is set, but method {run.method.name!r} doesn't decide when it stops")
     try:
-      omega = [float(x) for x in args.omega.split(":")]
       normalize(omega, run.method.num_slots, name="omega")
     except ValueError as error:
       raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
+  if args.context not in ("constant", "self_paced"):
+    raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
+  if args.context == "self_paced" and run.method.num_slots == 1:
+    raise InputError(f"--context: 'self_paced', but method {run.method.name!r} has no pauses; leave it at 'constant'")
   config = run.config
   if args.store:
     if not os.path.exists(args.store):
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   batch_size = -(-(args.batch_size or config.data.batch_size) // shards) * shards
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
-      Evaluator(run.method, mesh, omega),
+      Evaluator(run.method, mesh, omega, args.context),
       run.params,
       store,
       config,

@@ -210,12 +210,16 @@ def draw_lengths(
     shares: probabilities of 1..W slots, for all tokens or for each.
   """
   log_shares = jnp.broadcast_to(jnp.log(shares), (*tokens.shape, shares.shape[-1]))
+  return jax.vmap(jax.random.categorical)(row_keys(rng, tokens), log_shares).astype(jnp.int32) + 1
+
+
+def row_keys(rng: Array, tokens: Int[Array, "B T"]) -> Array:
+  """A key for every row, key[B], that hangs on `rng` and on the row's own tokens alone."""
   # A hash of the row's tokens and their order, in wrapping arithmetic.
   mixed = (tokens.astype(jnp.uint32) + 1) * jnp.uint32(0x9E3779B1)
   mixed ^= mixed >> 15
   digests = (mixed * (2 * jnp.arange(tokens.shape[1], dtype=jnp.uint32) + 1)).sum(-1, dtype=jnp.uint32)
-  keys = jax.vmap(lambda digest: jax.random.fold_in(rng, digest))(digests)
-  return jax.vmap(jax.random.categorical)(keys, log_shares).astype(jnp.int32) + 1
+  return jax.vmap(lambda digest: jax.random.fold_in(rng, digest))(digests)
 
 
 def packed_row_slots(shares: Float[ArrayLike, "W"], length: int) -> int:

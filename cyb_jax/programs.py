@@ -134,6 +134,25 @@ def required_flag(name: str, wanted: str) -> str:
   return value
 
 
+def checkpoint_flag() -> int | str:
+  """The flag `--checkpoint`: 'last', 'best', or a step."""
+  value = flags.FLAGS.checkpoint
+  if value in ("last", "best"):
+    return value
+  if not value.isdecimal():
+    raise InputError(f"--checkpoint: {value!r} is none of 'last', 'best' and a step's number")
+  return int(value)
+
+
+def weights_flag(name: str) -> tuple[float, ...] | None:
+  """The numbers of a flag such as `--omega=1:1:1:1`; None where it is ''."""
+  value = flags.FLAGS[name].value
+  try:
+    return tuple(float(x) for x in value.split(":")) if value else None
+  except ValueError:
+    raise InputError(f"--{name}: {value!r} aren't numbers with colons between them, such as 1:1:1:1") from None
+
+
 def _last_line(error: Exception) -> str:
   return str(error).strip().splitlines()[-1].strip()
 

@@ -44,6 +44,9 @@ class Tokenizer(Protocol):
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`[encode(text) for text in texts]`, on all cores."""
 
+  def unencodable(self, text: str) -> str | None:
+    """The first character of `text` that no ids stand for; None where all have some."""
+
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids`; `end_id` gives no text, and bytes that are no UTF-8 give U+FFFD."""
 
@@ -68,6 +71,9 @@ class ByteTokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [list(text.encode()) for text in texts]
+
+  def unencodable(self, text: str) -> str | None:
+    return _surrogate(text)
 
   def decode(self, ids: Iterable[int]) -> str:
     return bytes(i for i in map(int, ids) if i != self.end_id).decode(errors="replace")
@@ -134,6 +140,15 @@ class SentencePieceTokenizer:
           encoded[row] = self.encode(text)
     return encoded
 
+  def unencodable(self, text: str) -> str | None:
+    found = _surrogate(text)
+    if found is not None:
+      return found
+    unknown = self._processor.unk_id()
+    if unknown not in self.encode(text):
+      return None
+    return next((character for character in text if unknown in self.encode(character)), text[:1])
+
   def decode(self, ids: Iterable[int]) -> str:
     return self._processor.decode([i for i in map(int, ids) if i != self.end_id])
 
@@ -182,6 +197,28 @@ def load(directory: str | os.PathLike) -> Tokenizer:
   if tokenizer.describe() != description:
     raise InputError(f"{description_path}: it does not describe the tokenizer beside it; restore both files")
   return tokenizer
+
+
+def encode_whole(tokenizer: Tokenizer, text: str, field: str) -> list[int]:
+  """Ids of a text, all of it.
+
+  Args:
+    tokenizer: of a run.
+    text: that a user gives.
+    field: for the error.
+
+  Raises:
+    InputError: the vocabulary can't encode one of its characters.
+  """
+  character = tokenizer.unencodable(text)
+  if character is not None:
+    raise InputError(f"{field}: the vocabulary can't encode {character!r} (U+{ord(character):04X}); leave it out")
+  return tokenizer.encode(text)
+
+
+def _surrogate(text: str) -> str | None:
+  """A character that UTF-8 doesn't have: what Python makes of bytes on the command line that are none."""
+  return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
 
 
 def trained_pieces(spec: str) -> int | None:

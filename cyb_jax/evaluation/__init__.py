@@ -2,5 +2,6 @@
 
 from cyb_jax.evaluation.perplexity import Evaluator, spearman
 from cyb_jax.evaluation.record import evaluate_split
+from cyb_jax.evaluation.self_paced import read_self_paced
 
-__all__ = ["Evaluator", "evaluate_split", "spearman"]
+__all__ = ["Evaluator", "evaluate_split", "read_self_paced", "spearman"]

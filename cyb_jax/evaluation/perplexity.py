@@ -19,7 +19,8 @@ from jaxtyping import Array, ArrayLike, PyTree
 from scipy import stats
 
 from cyb_jax import sharding
-from cyb_jax.methods import Batch, Method
+from cyb_jax.evaluation.self_paced import read_self_paced
+from cyb_jax.methods import Batch, Method, Reading
 from cyb_jax.stopping import hard_slot
 
 # Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
@@ -33,14 +34,18 @@ class Evaluator:
     method: what is evaluated.
     mesh: the batch is spread over it.
     omega: W weights, what the world grants in this evaluation; None: all W slots, always.
+    context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': by those alone that
+      the model asks for, see `evaluation.self_paced`.
   """
 
-  def __init__(self, method: Method, mesh: Mesh, omega: ArrayLike | None = None):
+  def __init__(self, method: Method, mesh: Mesh, omega: ArrayLike | None = None, context: str = "constant"):
     self.method = method
     self.omega = omega
+    self.context = context
     self._batch_sharding = sharding.batch_sharding(mesh)
+    sums = _sums if context == "constant" else _sums_self_paced
     self._sums = jax.jit(
-      functools.partial(_sums, method, omega), in_shardings=(None, self._batch_sharding), out_shardings=None
+      functools.partial(sums, method, omega), in_shardings=(None, self._batch_sharding), out_shardings=None
     )
 
   def put(self, batch: dict[str, Any]) -> Batch:
@@ -60,7 +65,9 @@ class Evaluator:
     Returns:
       The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. Beside them
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
-      under the omega and the recipe of training, where they are others).
+      under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
+      perplexity, and beside it are `constant_perplexity`, of the same text read in a constant context, and
+      `context_pauses`, how many a token the context kept.
     """
     totals: dict[str, np.ndarray] = {}
     decisions: list[np.ndarray] = []
@@ -90,7 +97,14 @@ class Evaluator:
     training = None
     if "training_stopping" in totals:
       training = {"perplexity": perplexity("training_log_likelihood")} | stopping("training_stopping")
-    slots = windows * length * self.method.num_slots * self.method.passes
+    passes = self.method.passes if self.context == "constant" else 2
+    slots = windows * length * self.method.num_slots * passes
+    beside = {}
+    if self.context == "self_paced":
+      beside = {
+        "constant_perplexity": perplexity("constant_log_likelihood"),
+        "context_pauses": float(totals["kept"] / tokens) - 1,
+      }
     return {
       "loss": loss,
       "loss_perplexity": float(np.exp(loss)),
@@ -104,7 +118,8 @@ class Evaluator:
       "training_omega": training,
       "tokens": int(tokens),
       "slots": slots,
-      "flops": float(self.method.forward_flops(length) * windows * length * self.method.passes),
+      "flops": float(self.method.forward_flops(length) * windows * length * passes),
+      **beside,
     }
 
 
@@ -113,8 +128,26 @@ def _sums(
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """Weighted sums over a batch; and, where the method decides, d_i and t_{i+1} - t_i per token."""
   reading = method.read(params, batch, omega)
-  training = method.read_as_trained(params, batch, reading)
-  scores, weights = reading.scores, batch["weights"]
+  return _sums_of(method, reading, method.read_as_trained(params, batch, reading), batch["weights"])
+
+
+def _sums_self_paced(
+  method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
+) -> tuple[dict[str, Array], Array | None, Array | None]:
+  """The same of a self-paced context; and of the constant one, what they are compared by."""
+  reading, kept = read_self_paced(method, params, batch, omega)
+  sums, decisions, gains = _sums_of(method, reading, None, batch["weights"])
+  constant = method.read(params, batch, omega)
+  log_likelihood = jax.nn.logsumexp(constant.log_stopping + constant.scores.log_target, -1)
+  sums["constant_log_likelihood"] = (log_likelihood * batch["weights"]).sum()
+  sums["kept"] = (kept * batch["weights"]).sum()
+  return sums, decisions, gains
+
+
+def _sums_of(
+  method: Method, reading: Reading, training: Reading | None, weights: Array
+) -> tuple[dict[str, Array], Array | None, Array | None]:
+  scores = reading.scores
 
   def total(values: Array) -> Array:
     # Not an einsum: accelerators would round a matrix product.

@@ -41,8 +41,8 @@ def evaluate_split(
     batch_size: windows at a time; changes no number beyond rounding.
 
   Returns:
-    `method`, `step`, `split`, `limit`, `omega` (of this evaluation; None: all slots, always), what `Evaluator` gives,
-    and `train_tokens`, `train_slots`, `train_flops`.
+    `method`, `step`, `split`, `limit`, `omega` (of this evaluation; None: all slots, always), `context`, what
+    `Evaluator` gives, and `train_tokens`, `train_slots`, `train_flops`.
 
   Raises:
     InputError: the store has no such split, or nothing in it.
@@ -66,7 +66,7 @@ def evaluate_split(
   logging.info("evaluating %s: %d windows of %d tokens", split, used, config.data.sequence_length)
   numbers = evaluator(params, _told(batches, used), num_bytes=store.num_bytes(split) if whole else None)
   record = {"method": config.method.name, "step": step, "split": split, "limit": None if whole else limit}
-  record |= {"omega": evaluator.omega} | numbers
+  record |= {"omega": evaluator.omega, "context": evaluator.context} | numbers
   return record | {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
 
 

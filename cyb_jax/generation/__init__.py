@@ -1,5 +1,15 @@
 """Text at the model's own pace."""
 
-from cyb_jax.generation.sampler import Generation, Sampler, SamplerState, SamplingOptions, default_mode
+from cyb_jax.generation.options import SamplingOptions, default_mode
+from cyb_jax.generation.sampler import Generation, Sampler, SamplerState
+from cyb_jax.generation.text import PAUSE_MARK, Continuation
 
-__all__ = ["Generation", "Sampler", "SamplerState", "SamplingOptions", "default_mode"]
+__all__ = [
+  "PAUSE_MARK",
+  "Continuation",
+  "Generation",
+  "Sampler",
+  "SamplerState",
+  "SamplingOptions",
+  "default_mode",
+]

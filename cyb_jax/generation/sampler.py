@@ -33,8 +33,6 @@ from cyb_jax.generation.options import Plan, SamplingOptions, default_mode, plan
 from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.stopping import hard_slot, log_stopping_distribution, normalize
 
-__all__ = ["Generation", "Sampler", "SamplerState", "SamplingOptions", "default_mode"]
-
 # Prompts are padded to a multiple of this, so that few lengths mean few programs.
 _PROMPT_MULTIPLE = 16
 # What is drawn for a slot.

@@ -1,0 +1,63 @@
+"""From what a row has said to text, as it comes: which may end in the middle of a character, or hold a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cyb_jax.data import Tokenizer
+
+# What stands for a pause in text that is shown.
+PAUSE_MARK = "\N{MIDDLE DOT}"
+# What decoding gives for bytes that are no character, or not yet.
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Continuation:
+  """The text of a row behind its prompt.
+
+  Args:
+    tokenizer: of the run.
+    prompt: its ids. Tokenizers that drop the first space of a text are given it again, so that none is dropped here.
+    stops: strings that end the text; they aren't part of it.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
+    self._tokenizer, self._prompt, self._stops = tokenizer, list(prompt), tuple(stops)
+    self._before = len(tokenizer.decode(self._prompt))
+    self._tokens: list[int] = []
+    self._shown = 0
+
+  def text(self, tokens: Sequence[int]) -> str:
+    """What these tokens say, up to the first stop string."""
+    return self._cut(self._decode(tokens))
+
+  def kept(self, tokens: Sequence[int]) -> int | None:
+    """How many of the tokens it takes to say a stop string; None: they don't."""
+    if not self._stops or not self._has_stop(tokens):
+      return None
+    few, enough = 0, len(tokens)
+    while enough - few > 1:
+      middle = (few + enough) // 2
+      few, enough = (few, middle) if self._has_stop(tokens[:middle]) else (middle, enough)
+    return enough
+
+  def pieces(self, tokens: Sequence[int], pauses: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """(pauses, text) of each token that follows on those of the calls before; a character that several tokens make up
+    comes with the last of them, and what may become a stop string isn't held back."""
+    for token, count in zip(tokens, pauses, strict=True):
+      self._tokens.append(token)
+      text = self._cut(self._decode(self._tokens))
+      end = len(text.rstrip(_UNFINISHED))
+      yield count, text[self._shown : end]
+      self._shown = max(self._shown, end)
+
+  def _decode(self, tokens: Sequence[int]) -> str:
+    return self._tokenizer.decode([*self._prompt, *tokens])[self._before :]
+
+  def _has_stop(self, tokens: Sequence[int]) -> bool:
+    text = self._decode(tokens)
+    return any(stop in text for stop in self._stops)
+
+  def _cut(self, text: str) -> str:
+    ends = [text.index(stop) for stop in self._stops if stop in text]
+    return text[: min(ends)] if ends else text
