@@ -161,7 +161,9 @@ class _Shown:
       self._later[row] += text
 
   def end(self) -> None:
-    sys.stdout.write("\n\n".join(["", *self._later[1:]]) + "\n")
+    rests = [row.rest() for row in self._rows]
+    later = (text + rest for text, rest in zip(self._later[1:], rests[1:]))
+    sys.stdout.write("\n\n".join([rests[0], *later]) + "\n")
 
 
 def run() -> None:

@@ -42,14 +42,24 @@ class Continuation:
     return enough
 
   def pieces(self, tokens: Sequence[int], pauses: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """(pauses, text) of each token that follows on those of the calls before; a character that several tokens make up
-    comes with the last of them, and what may become a stop string isn't held back."""
+    """(pauses, text) of each token that follows on those of the calls before.
+
+    A character that several tokens make up comes with the last of them; what may become a stop string is kept back.
+    """
     for token, count in zip(tokens, pauses, strict=True):
       self._tokens.append(token)
       text = self._cut(self._decode(self._tokens))
       end = len(text.rstrip(_UNFINISHED))
+      begun = [n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+      end = min(end, len(text) - max(begun, default=0))
       yield count, text[self._shown : end]
       self._shown = max(self._shown, end)
+
+  def rest(self) -> str:
+    """What was kept back, once nothing more comes."""
+    text = self._cut(self._decode(self._tokens))
+    rest, self._shown = text[self._shown :], len(text)
+    return rest
 
   def _decode(self, tokens: Sequence[int]) -> str:
     return self._tokenizer.decode([*self._prompt, *tokens])[self._before :]
