@@ -14,6 +14,7 @@ from scipy import stats
 
 from cyb_jax.errors import InputError
 from cyb_jax.generation import Sampler, SamplingOptions, default_mode
+from cyb_jax.generation.sampler import _advance
 from cyb_jax.pauses import pack
 from cyb_jax.stopping import log_stopping_distribution
 
@@ -281,6 +282,7 @@ def test_rows_end_by_themselves():
   assert bounded.tokens[3] == free.tokens[3][:2]
   # Stopped by the caller in mid-chunk; what was said behind is cut off, and told in pieces.
   told = {}
+  programs = _advance._cache_size()
 
   def tell(row, tokens, pauses):
     told.setdefault(row, []).extend(zip(tokens, pauses))
@@ -292,6 +294,7 @@ def test_rows_end_by_themselves():
   assert stopped.tokens == [*free.tokens[:2], free.tokens[2][:4], free.tokens[3]]
   assert told == {row: list(zip(stopped.tokens[row], stopped.pauses[row])) for row in range(4)}
   assert stopped.slots[2] == 4 + sum(free.pauses[2][:4])
+  assert _advance._cache_size() == programs  # whoever looks in doesn't make it compile again
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,9 @@ class Sampler:
     every = chunk if stop or callback else max_new_tokens * self.plan.num_slots
     kept: list[int | None] = [None] * len(prompts)
     told = [0] * len(prompts)
+    done = np.zeros(len(prompts), bool)
     while True:
-      state = self.advance(params, state, every, end)
+      state = self.advance(params, state, every, end, done)
       # The cache stays where it is.
       said, finished, tokens, pauses, iterations = jax.device_get(
         (state.said, state.finished, state.tokens, state.pauses, state.iterations)
@@ -186,7 +187,6 @@ class Sampler:
       done = finished | np.array([keep is not None for keep in kept])
       if done.all():
         break
-      state = dataclasses.replace(state, finished=jnp.asarray(done))
     counts = [int(count) if keep is None else keep for count, keep in zip(said, kept)]
     log_probs = np.asarray(state.log_probs)
     in_all = [pauses[row, :count].tolist() for row, count in enumerate(counts)]
@@ -237,9 +237,22 @@ class Sampler:
       self.method, self.plan, max_new_tokens, params, before, last, lengths, keys, budgets, np.array(limits, np.int32)
     )
 
-  def advance(self, params: PyTree, state: SamplerState, iterations: int, end_id: int = -1) -> SamplerState:
-    """So many iterations more, or until all rows are finished. The state that is given is used up (donated)."""
-    return _advance(self.method, self.plan, params, state, self._numbers, jnp.int32(iterations), jnp.int32(end_id))
+  def advance(
+    self,
+    params: PyTree,
+    state: SamplerState,
+    iterations: int,
+    end_id: int = -1,
+    stopped: Bool[np.ndarray, "B"] | None = None,
+  ) -> SamplerState:
+    """So many iterations more, or until all rows are finished; rows that are `stopped` are.
+
+    The state that is given is used up (donated).
+    """
+    # An argument, since a state that the caller has changed may lie elsewhere, which would be another program.
+    stopped = np.zeros(len(state.token), bool) if stopped is None else stopped
+    numbers = self._numbers | {"iterations": np.int32(iterations), "end_id": np.int32(end_id)}
+    return _advance(self.method, self.plan, params, state, numbers, stopped)
 
 
 def _check(prompts: Sequence[Sequence[int]], new: int, context: int | None, vocabulary: int) -> list[int]:
@@ -327,20 +340,20 @@ def _advance(
   params: PyTree,
   state: SamplerState,
   numbers: dict[str, Array],
-  iterations: Int[Array, ""],
-  end_id: Int[Array, ""],
+  stopped: Bool[Array, "B"],
 ) -> SamplerState:
-  until = state.iterations + iterations
+  state = dataclasses.replace(state, finished=state.finished | stopped)
+  until = state.iterations + numbers["iterations"]
   step = _all_slots if plan.parallel else _one_slot
 
   def goes_on(state: SamplerState) -> Bool[Array, ""]:
     return (state.iterations < until) & ~state.finished.all()
 
-  return jax.lax.while_loop(goes_on, functools.partial(step, method, plan, params, numbers, end_id), state)
+  return jax.lax.while_loop(goes_on, functools.partial(step, method, plan, params, numbers), state)
 
 
 def _one_slot(
-  method: PausedMethod, plan: Plan, params: PyTree, numbers: dict[str, Array], end_id: Array, state: SamplerState
+  method: PausedMethod, plan: Plan, params: PyTree, numbers: dict[str, Array], state: SamplerState
 ) -> SamplerState:
   """Every live row runs one slot: and asks for a pause, or says a word."""
   offset = state.slot if plan.shifts else jnp.zeros_like(state.slot)
@@ -366,7 +379,7 @@ def _one_slot(
   waits = asks & ~denied & ~state.finished
   word = _choose(plan, numbers, _keys(state, _WORD), scores.log_words)
   log_prob = jnp.take_along_axis(scores.log_words, word[:, None], 1)[:, 0]
-  said = _say(state, cache, end_id, ~waits & ~state.finished, word, state.slot, log_prob)
+  said = _say(state, cache, numbers["end_id"], ~waits & ~state.finished, word, state.slot, log_prob)
   ran = state.slot + 1
   moved = _move(state, said, ran if plan.keeps_pauses else 1, ran if plan.shifts else 1)
   return dataclasses.replace(
@@ -377,7 +390,7 @@ def _one_slot(
 
 
 def _all_slots(
-  method: PausedMethod, plan: Plan, params: PyTree, numbers: dict[str, Array], end_id: Array, state: SamplerState
+  method: PausedMethod, plan: Plan, params: PyTree, numbers: dict[str, Array], state: SamplerState
 ) -> SamplerState:
   """Every live row runs all slots of its token, and says a word."""
   rows, width = len(state.token), plan.num_slots
@@ -407,7 +420,7 @@ def _all_slots(
     log_words = jnp.take_along_axis(scores.log_words, read[:, None, None], 1)[:, 0]
   word = _choose(plan, numbers, _keys(state, _WORD), log_words)
   log_prob = jnp.take_along_axis(log_words, word[:, None], 1)[:, 0]
-  said = _say(state, cache, end_id, ~state.finished, word, read.astype(jnp.int32), log_prob)
+  said = _say(state, cache, numbers["end_id"], ~state.finished, word, read.astype(jnp.int32), log_prob)
   return _move(state, said, width if plan.keeps_pauses else 1, method.num_slots if plan.shifts else 1)
 
 

@@ -1,0 +1,221 @@
+"""Decoding: how fast text is said, mode beside mode, over batch sizes.
+
+A step is one iteration of the sampler's loop: in mode self_paced one slot of every row, in mode constant all W slots of
+a token. Of each mode and batch size the whole way from the prompts to N new tokens is timed, and the way to the first
+one; the modes take turns (A B C A B C ...), so that a drifting machine is fair to all. Beside them stands what a
+decoder without a cache does for one token: the training forward over as many tokens as the row has in the end.
+
+A step is short of memory bandwidth rather than of arithmetic: every parameter and the whole cache are read once, for a
+few slots. `bytes_per_step` counts that, and `bandwidth_share` sets it against the bandwidth of a large copy on the same
+device.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from cyb_jax import programs
+from cyb_jax.benchmarks import timing
+from cyb_jax.errors import InputError
+
+_COPIED_BYTES = 1 << 28
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py: fresh parameters; or give --workdir")
+  flags.DEFINE_string("workdir", None, "A trained run, which pauses where it has learned to.")
+  flags.DEFINE_list("batch_sizes", "1,8,32", "Rows that are decoded together.")
+  flags.DEFINE_integer("prompt_tokens", 32, "Tokens of each prompt, drawn evenly.")
+  flags.DEFINE_integer("new_tokens", 32, "Tokens that each row says.")
+  flags.DEFINE_string("read", "sample", "When to answer: sample or threshold.")
+  flags.DEFINE_integer("vocabulary", 0, "With --config: entries of the vocabulary; 0: as the config or preset says.")
+  timing.define_flags()
+
+
+def decode() -> dict[str, Any]:
+  """A row for each batch size and mode, and their ratios.
+
+  Raises:
+    InputError: bad input; nothing was compiled.
+  """
+  args = flags.FLAGS
+  repeats = timing.repeats()
+  for name in ("prompt_tokens", "new_tokens"):
+    if args[name].value < 1:
+      raise InputError(f"--{name}: {args[name].value} must be at least 1")
+  try:
+    batch_sizes = [int(size) for size in args.batch_sizes]
+  except ValueError:
+    batch_sizes = []
+  if not batch_sizes or min(batch_sizes) < 1:
+    raise InputError(f"--batch_sizes: {','.join(args.batch_sizes)!r} must be whole numbers of at least 1")
+  if args.read not in ("sample", "threshold"):
+    raise InputError(f"--read: {args.read!r} is none of 'sample', 'threshold'")
+  if bool(args.workdir) == (args.config is not None):
+    raise InputError("--workdir: give it, or --config, and not both")
+
+  import jax
+  import numpy as np
+
+  method, params, matmul = _loaded(args.workdir) if args.workdir else _fresh(args.vocabulary)
+  bandwidth = _copy_bandwidth(repeats)
+  rows, ratios = [], []
+  with jax.default_matmul_precision(matmul):
+    for size in batch_sizes:
+      drawn = np.random.default_rng(0).integers(0, method.vocab_size, (size, args.prompt_tokens))
+      prompts = [row.tolist() for row in drawn]
+      modes = ("self_paced", "constant", "none") if method.num_slots > 1 else ("none",)
+      speakers = {mode: _Speaker(method, params, prompts, mode, args.read, args.new_tokens) for mode in modes}
+      logging.info("batch size %d: compiled", size)
+      again = _whole_forward(method, params, size, args.prompt_tokens + args.new_tokens)
+      functions: list[Callable[[], float]] = [again]
+      for speaker in speakers.values():
+        functions += [speaker.first_token, speaker.all_tokens]
+      rerun, *times = timing.in_turn(functions, repeats)
+      mine = [
+        {"batch_size": size, "mode": mode, **speaker.describe(first, whole, bandwidth)}
+        for (mode, speaker), first, whole in zip(speakers.items(), times[::2], times[1::2])
+      ]
+      rows += mine
+      by_mode = {row["mode"]: row for row in mine}
+      last = by_mode.get("constant", by_mode["none"])
+      ratio = {"batch_size": size, "rerun_over_cached_token": statistics.median(rerun) / last["seconds_per_token"]}
+      if method.num_slots > 1:
+        paced, constant = by_mode["self_paced"], by_mode["constant"]
+        ratio["all_slots_step_over_one_slot_step"] = constant["seconds_per_step"] / paced["seconds_per_step"]
+        ratio["self_paced_over_constant_tokens_per_second"] = paced["tokens_per_second"] / constant["tokens_per_second"]
+      ratios.append(ratio)
+  return {
+    "benchmark": "decode",
+    "source": args.workdir or config_flags.get_config_filename(args["config"]),
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+    "parameter_bytes": _bytes(params),
+    "num_slots": method.num_slots,
+    "prompt_tokens": args.prompt_tokens,
+    "new_tokens": args.new_tokens,
+    "read": args.read,
+    "repeats": repeats,
+    "timing": {"copy_bytes_per_second": bandwidth, "rows": rows, "ratios": ratios},
+  }
+
+
+class _Speaker:
+  """One mode at one batch size; compiled when it is made."""
+
+  def __init__(self, method: Any, params: Any, prompts: list[list[int]], mode: str, read: str, new: int):
+    import jax
+
+    from cyb_jax.generation import Sampler, SamplingOptions
+
+    self._sampler = Sampler(method, SamplingOptions(mode=mode, read=read))
+    self._params, self._prompts, self._new = params, prompts, new
+    self._steps = new * method.num_slots
+    self.all_tokens()
+    self._done = jax.block_until_ready(self._said)
+
+  def first_token(self) -> float:
+    """Seconds from the prompts to the first token of all rows."""
+    return self._timed(context=len(self._prompts[0]) + 1)
+
+  def all_tokens(self) -> float:
+    """Seconds from the prompts to the last token of all rows."""
+    return self._timed(context=None)
+
+  def _timed(self, context: int | None) -> float:
+    import jax
+
+    start = time.perf_counter()
+    state = self._sampler.start(self._params, self._prompts, max_new_tokens=self._new, context=context)
+    self._said = self._sampler.advance(self._params, state, self._steps)
+    jax.block_until_ready(self._said.said)
+    return time.perf_counter() - start
+
+  def describe(self, first: list[float], whole: list[float], bandwidth: float) -> dict[str, Any]:
+    """A row of the result, from the seconds of each round."""
+    state, rows = self._done, len(self._prompts)
+    tokens, pauses = rows * self._new, int(state.pauses.sum())
+    plan = self._sampler.plan
+    slots = tokens * plan.num_slots if plan.parallel else tokens + pauses
+    seconds, iterations = statistics.median(whole), int(state.iterations)
+    # The first step runs in both; what is between them is steps alone.
+    between = [(b - a) for a, b in zip(first, whole)]
+    steps = iterations - (1 if plan.parallel else 1 + int(state.pauses[:, 0].max()))
+    per_step = statistics.median(between) / steps if steps else seconds
+    moved = _bytes(self._params) + state.cache.nbytes
+    return {
+      "tokens_per_second": tokens / seconds,
+      "slots_per_second": slots / seconds,
+      "seconds_to_first_token": statistics.median(first),
+      "seconds_per_token": statistics.median(between) / (self._new - 1) if self._new > 1 else seconds,
+      "mean_pauses": pauses / tokens,
+      "steps": iterations,
+      "seconds_per_step": per_step,
+      "cache_bytes": state.cache.nbytes,
+      "bytes_per_step": moved,
+      "bandwidth_share": moved / per_step / bandwidth,
+    }
+
+
+def _whole_forward(method: Any, params: Any, rows: int, tokens: int) -> Callable[[], float]:
+  """Seconds of what a decoder without a cache runs for one token: all slots of all tokens, one token read."""
+  import jax
+  import jax.numpy as jnp
+
+  @jax.jit
+  def forward(params, tokens):
+    hidden = method.hidden(params, {"tokens": tokens})[:, -1]
+    return method.word_scores(params, hidden, jnp.arange(method.num_slots))
+
+  batch = jnp.zeros((rows, tokens), jnp.int32)
+  jax.block_until_ready(forward(params, batch))
+
+  def timed() -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(forward(params, batch))
+    return time.perf_counter() - start
+
+  return timed
+
+
+def _copy_bandwidth(repeats: int) -> float:
+  """Bytes a second that a large copy reads and writes."""
+  import jax
+  import jax.numpy as jnp
+
+  copy = jax.jit(lambda x: x + 1)
+  source = jnp.zeros(_COPIED_BYTES // 4, jnp.int32)
+  seconds = timing.side_by_side({"copy": lambda: jax.block_until_ready(copy(source))}, repeats)
+  return 2 * _COPIED_BYTES / seconds["copy"]
+
+
+def _loaded(workdir: str) -> tuple[Any, Any, str]:
+  from cyb_jax import runs
+
+  run = runs.load(workdir)
+  return run.method, run.params, run.config.precision.matmul
+
+
+def _fresh(vocabulary: int) -> tuple[Any, Any, str]:
+  import flax.linen as nn
+  import jax
+
+  from cyb_jax import config as configs
+
+  config = configs.freeze(programs.config_flag())
+  method = config.build_method(vocabulary or None)
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(config.train.seed))))()
+  return method, params, config.precision.matmul
+
+
+def _bytes(params: Any) -> int:
+  import jax
+
+  return functools.reduce(lambda total, x: total + x.nbytes, jax.tree.leaves(params), 0)
