@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params, num_params, preset
+from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, empty_cache, init_params, num_params, preset
+from cyb_jax.decoder.cache import seen_places, write
 from cyb_jax.errors import InputError
 
 _SIZES = dict(vocab_size=19, num_layers=2, d_model=12, num_heads=4, num_kv_heads=2, head_size=8, mlp_size=20)
@@ -430,3 +431,41 @@ def test_bad_fields(field, value, wanted):
   message = str(caught.value)
   assert message.startswith(f"decoder.{field}: {value!r} will not do; expected ")
   assert "\n" not in message
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma", "pythia"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_slots_run_on_a_cache_are_those_run_together(style, scan_layers, exact):
+  """In pieces; rows that have come differently far; a slot taken back; the first places unseen."""
+  decoder, params = _make(**_STYLES[style])
+  inputs, positions = _normal(0, 2, 6, 12), jnp.array([[0, 0, 1, 1, 2, 2]] * 2)
+  whole = _apply(decoder, params, inputs, positions)
+  if scan_layers:
+    decoder = Decoder(dataclasses.replace(decoder.config, scan_layers=True))
+    params = {"params": _stack(params["params"], 2)}
+  extend = functools.partial(_apply, decoder, params, method="extend")
+  close = {"rtol": 1e-4, "atol": 1e-4}
+  hidden, cache = extend(inputs[:, :4], positions[:, :4], empty_cache(decoder.config, 2, 7), None)
+  np.testing.assert_allclose(hidden, whole[:, :4], **close)
+  hidden, _ = extend(inputs[:, 4:], positions[:, 4:], cache, jnp.array([4, 4]))
+  np.testing.assert_allclose(hidden, whole[:, 4:], **close)
+  # The second row takes its fourth slot back, and runs it again.
+  rows, places = jnp.arange(2), jnp.array([4, 3])
+  hidden, cache = extend(inputs[rows, places][:, None], positions[rows, places][:, None], cache, places)
+  np.testing.assert_allclose(hidden[:, 0], whole[rows, places], **close)
+  # Seen from place 2 on.
+  hidden, _ = extend(inputs[:, 5:], positions[:, 5:], cache, jnp.array([5, 4]), first=jnp.array([2, 2]))
+  # Deeper layers still hold what was seen before: the slots behind the first two are as they were.
+  assert not np.allclose(hidden[0, 0], whole[0, 5], atol=1e-2)
+  with pytest.raises(ValueError, match="cache: 7 places, but 8 slots"):
+    extend(jnp.zeros((2, 8, 12)), jnp.zeros((2, 8), int), cache, None)
+
+
+def test_places_that_are_seen():
+  seen = seen_places(jnp.array([2, 0]), 2, 5, jnp.array([1, 0]))
+  assert seen.astype(int).tolist() == [
+    [[[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]],
+    [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]],
+  ]
+  cached = write(jnp.zeros((2, 4, 1, 1)), jnp.array([[1.0, 2.0], [3.0, 4.0]])[..., None, None], jnp.array([1, 2]))
+  assert cached[..., 0, 0].tolist() == [[0, 1, 2, 0], [0, 0, 3, 4]]
