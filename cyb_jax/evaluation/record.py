@@ -47,11 +47,7 @@ def evaluate_split(
   Raises:
     InputError: the store has no such split, or nothing in it.
   """
-  if split not in store.splits:
-    raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
-  windows = store.num_windows(split, config.data.sequence_length)
-  if windows == 0:
-    raise InputError(f"split: {split!r} of {store.path} is empty")
+  windows, limit = used_windows(store, config, split, limit)
   batches = evaluation_batches(
     store,
     split,
@@ -61,16 +57,31 @@ def evaluate_split(
   )
   if config.data.document_mask:
     batches = (with_documents(batch, store.end_id) for batch in batches)
-  whole = limit is None or limit >= windows
-  used = windows if whole else limit
-  logging.info("evaluating %s: %d windows of %d tokens", split, used, config.data.sequence_length)
-  numbers = evaluator(params, _told(batches, used), num_bytes=store.num_bytes(split) if whole else None)
-  record = {"method": config.method.name, "step": step, "split": split, "limit": None if whole else limit}
+  logging.info("evaluating %s: %d windows of %d tokens", split, windows, config.data.sequence_length)
+  num_bytes = store.num_bytes(split) if limit is None else None
+  numbers = evaluator(params, told(batches, windows), num_bytes=num_bytes)
+  record = {"method": config.method.name, "step": step, "split": split, "limit": limit}
   record |= {"omega": evaluator.omega, "context": evaluator.context} | numbers
   return record | {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
 
 
-def _told(batches: Iterable[dict[str, Any]], windows: int) -> Iterator[dict[str, Any]]:
+def used_windows(store: TokenStore, config: Config, split: str, limit: int | None) -> tuple[int, int | None]:
+  """How many windows of a split are used, and the limit, None where it leaves none out.
+
+  Raises:
+    InputError: the store has no such split, or nothing in it.
+  """
+  if split not in store.splits:
+    raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
+  windows = store.num_windows(split, config.data.sequence_length)
+  if windows == 0:
+    raise InputError(f"split: {split!r} of {store.path} is empty")
+  if limit is None or limit >= windows:
+    return windows, None
+  return limit, limit
+
+
+def told(batches: Iterable[dict[str, Any]], windows: int) -> Iterator[dict[str, Any]]:
   """The batches, with a line of progress now and then."""
   done, last = 0, time.monotonic()
   for batch in batches:
