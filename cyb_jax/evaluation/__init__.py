@@ -3,5 +3,13 @@
 from cyb_jax.evaluation.perplexity import Evaluator, spearman
 from cyb_jax.evaluation.record import evaluate_split
 from cyb_jax.evaluation.self_paced import read_self_paced
+from cyb_jax.evaluation.statistics import PauseStatistics, statistics_of_split
 
-__all__ = ["Evaluator", "evaluate_split", "read_self_paced", "spearman"]
+__all__ = [
+  "Evaluator",
+  "PauseStatistics",
+  "evaluate_split",
+  "read_self_paced",
+  "spearman",
+  "statistics_of_split",
+]
