@@ -42,8 +42,6 @@ _RELIABILITY_BINS = 20
 _DECILES = 10
 _DIFFICULTIES = 256  # what a token store's bytes can say
 _EXAMPLES = 5
-# Quarters of the types need types whose variance is worth something.
-_MIN_COUNT = 20
 # Windows read beforehand have at least so many tokens.
 _SAMPLE_TOKENS = 8192
 # Thresholds on the odds of d that are tried whatever d is; beside them quantiles of the sample's.
@@ -129,13 +127,14 @@ class PauseStatistics:
     method: any; of one without pauses there is little to say.
     mesh: the batch is spread over it.
     tokenizer: of the method's vocabulary.
+    min_count: what stands out is looked for among types of at least so many tokens.
 
   Attributes:
     context: C, how many tokens before a window are wanted.
   """
 
-  def __init__(self, method: Method, mesh: Mesh, tokenizer: Tokenizer):
-    self.method = method
+  def __init__(self, method: Method, mesh: Mesh, tokenizer: Tokenizer, *, min_count: int = 20):
+    self.method, self._min_count = method, min_count
     self._tokenizer = tokenizer
     self._words = Words(tokenizer)
     self.context = self._words.context
@@ -274,9 +273,9 @@ class PauseStatistics:
         if row["count"]:
           classes.append({"class": name} | row | {"examples": [words.texts[token] for token in members]})
     return {
-      "types": summarize(types, tokenizer, min_count=_MIN_COUNT) | {"paper": paper},
+      "types": summarize(types, tokenizer, min_count=self._min_count) | {"paper": paper},
       "word_position": [{"position": name} | types.row(first_position + n) for n, name in enumerate(POSITIONS)],
-      "word_class": classes,
+      "word_class": classes or None,
       "frequency": types.frequencies(vocabulary),
     }
 
