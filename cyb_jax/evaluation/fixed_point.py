@@ -24,7 +24,7 @@ def fixed(x: Float[Array, "..."], bound: float) -> Int[Array, "... 4"]:
   """The bytes, lowest first, of x in units of bound / 2^30; the highest one carries the sign.
 
   Args:
-    x: f32, within [-bound, bound]; what is beyond is cut.
+    x: f32, within [-bound, bound]; what is beyond is cut, and nan is 0.
     bound: a power of two, so that f32 loses nothing.
   """
   return _bytes(_units(x, bound))
@@ -68,7 +68,8 @@ def mean_and_variance(sums: np.ndarray, bound: float) -> tuple[np.ndarray, np.nd
 
 
 def _units(x: Float[Array, "..."], bound: float) -> Int[Array, "..."]:
-  return jnp.round(jnp.clip(x, -bound, bound) * (_ONE / bound)).astype(jnp.int32)
+  x = jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -bound, bound))
+  return jnp.round(x * (_ONE / bound)).astype(jnp.int32)
 
 
 def _bytes(units: Int[Array, "..."]) -> Int[Array, "... 4"]:

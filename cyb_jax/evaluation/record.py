@@ -69,8 +69,10 @@ def used_windows(store: TokenStore, config: Config, split: str, limit: int | Non
   """How many windows of a split are used, and the limit, None where it leaves none out.
 
   Raises:
-    InputError: the store has no such split, or nothing in it.
+    InputError: the store has no such split, or nothing in it; a limit below 1.
   """
+  if limit is not None and limit < 1:
+    raise InputError(f"limit: {limit}; give at least 1 window")
   if split not in store.splits:
     raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
   windows = store.num_windows(split, config.data.sequence_length)

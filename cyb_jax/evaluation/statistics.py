@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from scipy import special
@@ -33,7 +34,7 @@ from cyb_jax.evaluation.words import POSITIONS, Words
 from cyb_jax.methods import Batch, Method, Reading
 from cyb_jax.stopping import expected_pauses, hard_slot, log_stopping_distribution
 
-# Bounds of what is summed. A token of more than 1,024 nats counts as one of 1,024.
+# Bounds of what is summed. A token of more than 1,024 nats counts as one of 1,024, and so does one of nan.
 _NATS = 1024.0
 _SHARE = 1.0
 _HISTOGRAM_BINS = 20  # a pause
@@ -116,6 +117,7 @@ def statistics_of_split(
       batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
       yield with_documents(batch, store.end_id) if config.data.document_mask else batch
 
+  logging.info("pause statistics of %s: %d windows of %d tokens", split, windows, length)
   record = {"method": config.method.name, "step": step, "split": split, "limit": limit, "windows": windows}
   return record | statistics(params, batches, sample, documents=documents)
 
@@ -201,6 +203,8 @@ class PauseStatistics:
       edges, thresholds = self._look(params, sample())
     sums = self._first(self._marked(batches()), params, edges, thresholds)
     tokens = int(sums["tokens"].sum())
+    if sums["not_finite"]:
+      logging.warning("the loss of %d tokens isn't finite: each counts as %g nats", sums["not_finite"], _NATS)
     result = {"tokens": tokens, "documents": documents, "num_slots": method.num_slots}
     result |= {"perplexity": _perplexity(sums, groups), "latency": None, "training_latency": None}
     result |= dict.fromkeys(("calibration", "curves", "self_paced"))
@@ -345,12 +349,15 @@ def _first_pass(
   real, log_target = batch["weights"] > 0, reading.scores.log_target
   stopping = jnp.exp(reading.log_stopping)
   nats = -jax.nn.logsumexp(reading.log_stopping + log_target, -1)
+  finite = jnp.isfinite(nats)
+  nats = jnp.where(finite, nats, _NATS)
   # A slot that is never read counts for nothing, even one that gives the target no probability at all.
   mean_of_logs = -jnp.where(stopping > 0, stopping * log_target, 0.0).sum(-1)
   group = jnp.where(real, batch["group"], GROUPS)
   sums = {
     "nats": _added(group, GROUPS, fixed(nats, _NATS)),
     "tokens": _added(group, GROUPS, jnp.ones_like(group)),
+    "not_finite": (real & ~finite).sum(),
     "mean_of_logs": total(mean_of_logs, real, _NATS),
     "oracle": total(-log_target.max(-1), real, _NATS),
     "slots": total(-log_target, real, _NATS),
