@@ -1,0 +1,81 @@
+"""The folder of a report: there whole, or as it was before."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+
+from cyb_jax.errors import InputError, writing
+
+MAX_BYTES = 10_000_000
+_FILES = ("index.html", "statistics.json", "comparison.json")
+
+
+def check_output(folder: str | os.PathLike) -> pathlib.Path:
+  """Whether a report may be written there: a folder that isn't there yet, is empty, or holds a report alone.
+
+  Raises:
+    InputError: it holds something else, which would be lost, or can't be written to.
+  """
+  path = pathlib.Path(folder).absolute()
+  if path.exists():
+    if not path.is_dir():
+      raise InputError(f"--output: {folder} is a file; give a folder")
+    others = sorted(p.name for p in path.iterdir() if p.name not in _FILES and p.suffix != ".png")
+    if others:
+      raise InputError(
+        f"--output: {folder} holds {others[0]!r}, which is no report's; give a folder of the report's own"
+      )
+  existing = path.parent
+  while not existing.exists():
+    existing = existing.parent
+  try:
+    tempfile.TemporaryFile(dir=existing).close()
+  except OSError as error:
+    raise InputError(f"--output: can't write in {existing} ({error.strerror}); take another folder") from None
+  return path
+
+
+def check_size(page: str) -> None:
+  """Raises InputError where a page is larger than 10 MB."""
+  size = len(page.encode())
+  if size > MAX_BYTES:
+    raise InputError(
+      f"--text_windows: the page would have {size / 1e6:.1f} MB, and 10 MB is the most; show fewer windows of text"
+    )
+
+
+def write_folder(path: pathlib.Path, files: Mapping[str, str | bytes]) -> None:
+  """Replaces a report's folder by one with these files.
+
+  Args:
+    path: that `check_output` has passed.
+    files: contents by name; text is written as UTF-8.
+
+  Raises:
+    StorageError: the disk refuses; the folder is then as it was before.
+  """
+  with writing(f"the report in {path}"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    new, old = scratch / "new", scratch / "old"
+    try:
+      new.mkdir()
+      for name, content in files.items():
+        with open(new / name, "wb") as file:
+          file.write(content.encode() if isinstance(content, str) else content)
+          file.flush()
+          os.fsync(file.fileno())
+      if path.exists():
+        path.rename(old)
+      try:
+        new.rename(path)
+      except OSError:
+        if old.exists():
+          old.rename(path)
+        raise
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)

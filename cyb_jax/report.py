@@ -1,0 +1,224 @@
+"""Reports on a run, or on several side by side: one HTML file, its pictures, and the numbers in them.
+
+python -m cyb_jax.report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
+python -m cyb_jax.report --compare=DIR,DIR,... [--output=DIR]
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from cyb_jax import evaluate, programs
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
+
+  from cyb_jax.data import TokenStore
+  from cyb_jax.evaluation.report.coloured import Window
+  from cyb_jax.evaluation.report.comparison import Candidate
+  from cyb_jax.runs import Run
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("workdir", None, "The run's folder.")
+  flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
+  flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
+  flags.DEFINE_string("split", "validation", "validation, test or train.")
+  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
+  flags.DEFINE_integer("limit", 0, "At most so many windows; 0: the split whole.")
+  flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
+  flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
+  flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown coloured, spread over the split.")
+  flags.DEFINE_bool("text", False, "Print the coloured text too.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  del argv
+  args = flags.FLAGS
+  for name in ("limit", "batch_size", "text_windows"):
+    if args[name].value < 0:
+      raise InputError(f"--{name}: {args[name].value} is negative")
+  if args.compare and args.workdir:
+    raise InputError(f"--compare: {','.join(args.compare)!r} is set, and --workdir = {args.workdir!r} too; give one")
+  if args.compare:
+    return _compare(list(args.compare))
+  return _report(programs.required_flag("workdir", "name the run's folder, or several with --compare"))
+
+
+def _report(workdir: str) -> dict[str, Any]:
+  from cyb_jax import jsonl, runs
+  from cyb_jax.evaluation.report import coloured, output, single
+
+  args = flags.FLAGS
+  if args.text and not args.text_windows:
+    raise InputError("--text: set, but --text_windows is 0; show at least one")
+  runs.read_config(workdir)  # that there is a run is the first thing to be told
+  folder = output.check_output(args.output or os.path.join(workdir, "report"))
+  mesh = evaluate.reading_mesh()
+  run = runs.load(workdir, programs.checkpoint_flag(), mesh)
+  store = evaluate.open_store(run.config, run.meta)
+  windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
+  statistics = recorded_statistics(folder, run.step) or recorded_statistics(_kept(workdir), run.step)
+  statistics = statistics or _statistics(run, mesh, store)
+  html, pictures = single.build(run.config.source, run.meta, statistics, _metrics(workdir), windows)
+  output.check_size(html)
+  output.write_folder(
+    folder, {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
+  )
+  if args.text:
+    _print(windows)
+  return {
+    "report": str(folder / "index.html"),
+    "figures": sorted(pictures),
+    "bytes": len(html.encode()),
+    "perplexity": statistics["perplexity"]["mixture"],
+    "mean_pauses": (statistics["latency"] or {"mean_pauses": 0.0})["mean_pauses"],
+    "step": statistics["step"],
+    "split": statistics["split"],
+  }
+
+
+def _compare(workdirs: list[str]) -> dict[str, Any]:
+  from cyb_jax import jsonl, runs
+  from cyb_jax.evaluation.report import comparison, output, side_by_side
+
+  args = flags.FLAGS
+  if len(workdirs) < 2:
+    raise InputError(f"--compare: {workdirs[0]!r} is one folder; give at least two, with commas between them")
+  if args.text:
+    raise InputError("--text: set, but --compare shows no text; report on one run with --workdir")
+  for workdir in workdirs:
+    runs.read_config(workdir)
+  folder = output.check_output(args.output or "report")
+  candidates = [_candidate(workdir) for workdir in workdirs]
+  comparison.check_comparable(candidates)
+  groups = comparison.group_runs(candidates)
+  numbers = comparison.compare(groups)
+  html, pictures = side_by_side.build(groups, numbers)
+  output.check_size(html)
+  output.write_folder(
+    folder, {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
+  )
+  return {
+    "report": str(folder / "index.html"),
+    "figures": sorted(pictures),
+    "bytes": len(html.encode()),
+    "groups": [
+      {"label": row["label"], "perplexity": row["perplexity"]["mean"], "seeds": len(row["workdirs"])}
+      for row in numbers["groups"]
+    ],
+    "split": numbers["split"],
+  }
+
+
+def _kept(workdir: str) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / "report"
+
+
+def _candidate(workdir: str) -> Candidate:
+  """A run with its statistics: those in its own report's folder where they are of the same step, split and limit."""
+  from cyb_jax import jsonl, runs
+  from cyb_jax.evaluation.report.comparison import Candidate
+
+  checkpoints = runs.checkpoints_in(workdir, read_only=True)
+  step = checkpoints.find(programs.checkpoint_flag(), quick=True)
+  meta = checkpoints.meta(step)
+  statistics = recorded_statistics(_kept(workdir), step)
+  if statistics is None:
+    mesh = evaluate.reading_mesh()
+    run = runs.load(workdir, step, mesh)
+    statistics = _statistics(run, mesh, evaluate.open_store(run.config, run.meta))
+    path = _kept(workdir) / "statistics.json"
+    # Beside a page that shows others they would be out of place; then they are computed again next time.
+    if not path.parent.exists():
+      try:
+        path.parent.mkdir()
+        runs.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
+      except OSError as error:
+        logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror)
+        shutil.rmtree(path.parent, ignore_errors=True)
+  validation = [row for row in _metrics(workdir) if row.get("split") == "validation" and row.get("omega") is None]
+  return Candidate(workdir, runs.read_config(workdir), meta, statistics, validation)
+
+
+def recorded_statistics(folder: pathlib.Path, step: int) -> dict[str, Any] | None:
+  """statistics.json of a report's folder; None where there is none of this step, and of the split and the limit that
+  the flags ask for.
+  """
+  import json
+
+  limit = flags.FLAGS.limit or None
+  try:
+    found = json.loads((folder / "statistics.json").read_text())
+    same = found["step"] == step and found["split"] == flags.FLAGS.split
+    # A limit that leaves nothing out is recorded as none.
+    same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+  if same:
+    logging.info("statistics.json of %s is of the same step and text: it is used again", folder)
+  return found if same else None
+
+
+def _statistics(run: Run, mesh: Mesh, store: TokenStore) -> dict[str, Any]:
+  import jax
+
+  from cyb_jax.evaluation.statistics import PauseStatistics, statistics_of_split
+
+  args = flags.FLAGS
+  with jax.default_matmul_precision(run.config.precision.matmul):
+    return statistics_of_split(
+      PauseStatistics(run.method, mesh, run.tokenizer),
+      run.params,
+      store,
+      run.config,
+      split=args.split,
+      step=run.step,
+      limit=args.limit or None,
+      batch_size=evaluate.rows_at_once(run.config, mesh),
+    )
+
+
+def _metrics(workdir: str) -> list[dict[str, Any]]:
+  """The rows of metrics.jsonl; [] where it was removed. A last line that is only half there is left out."""
+  import json
+
+  rows = []
+  try:
+    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+      try:
+        rows.append(json.loads(line))
+      except ValueError:
+        continue
+  except OSError as error:
+    logging.warning("metrics.jsonl of %s can't be read: %s", workdir, error.strerror)
+  return rows
+
+
+def _print(windows: Sequence[Window]) -> None:
+  from cyb_jax.evaluation.report import coloured
+
+  # https://no-color.org: set to anything but nothing.
+  colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+  text = coloured.to_terminal(windows, max(shutil.get_terminal_size().columns, 20), colour=colour)
+  encoding = sys.stdout.encoding or "utf-8"
+  sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+  sys.stdout.flush()
+
+
+def run() -> None:
+  """Console script."""
+  define_flags()
+  programs.launch(main)
+
+
+if __name__ == "__main__":
+  run()
