@@ -364,6 +364,17 @@ def test_one_group_is_no_comparison_but_a_page():
   assert "no difference to show" in text
 
 
+def test_runs_without_metrics_are_compared_all_the_same():
+  groups = comparison.group_runs([candidate("a", ()), candidate("b", (), loss="va", rho="1:1:1")])
+  text, pictures = side_by_side.build(groups, comparison.compare(groups))
+  assert text.count("No run has a validation on the validation split whole") == 2
+  assert "perplexity.png" in pictures
+  groups = comparison.group_runs([candidate("a"), candidate("b", (), loss="va", rho="1:1:1")])
+  text, pictures = side_by_side.build(groups, comparison.compare(groups))
+  assert "never reached: CYB-VA" in text
+  assert "curve_tokens.png" in pictures
+
+
 def test_matplotlib_may_be_missing(monkeypatch):
   monkeypatch.setitem(sys.modules, "matplotlib", None)
   monkeypatch.delitem(sys.modules, "cyb_jax.evaluation.report.figures")

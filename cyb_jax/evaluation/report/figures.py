@@ -138,7 +138,7 @@ def bars(
     left, right = axes.get_xlim()
     # Room for the numbers.
     axes.set_xlim(left, right + 0.14 * (right - left))
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    axes.xaxis.set_major_locator(_few_ticks())
     axes.xaxis.set_major_formatter(_BRIEF)
     axes.set_xlabel(x)
 
@@ -252,7 +252,7 @@ def _scales(axes: Any, log_x: bool, log_y: bool) -> None:
   for log, axis, scale in ((log_x, axes.xaxis, axes.set_xscale), (log_y, axes.yaxis, axes.set_yscale)):
     axis.set_major_formatter(_BRIEF)
     if not log:
-      axis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+      axis.set_major_locator(_few_ticks())
       continue
     scale("log")
     low, high = axis.get_view_interval()
@@ -260,9 +260,13 @@ def _scales(axes: Any, log_x: bool, log_y: bool) -> None:
       # Too few powers of ten lie in between to read a value from.
       steps = matplotlib.ticker.LogLocator(10, subs=(1, 2, 5), numticks=20)
       few = sum(low <= tick <= high for tick in steps.tick_values(low, high)) < 3
-      axis.set_major_locator(matplotlib.ticker.MaxNLocator(5) if few else steps)
+      axis.set_major_locator(_few_ticks() if few else steps)
       axis.set_major_formatter(_BRIEF)
       axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def _few_ticks() -> Any:
+  return matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
 
 
 def _brief(value: float, digits: int = 3) -> str:

@@ -184,12 +184,18 @@ def _efficiency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   title = "Data efficiency"
   if len(groups) < 2:
     return Section(title, page.absent("There is one group of runs: nothing to reach."))
+  windows = numbers["curve_windows"]
+  unknown = [g.label for g in groups if not all(curve(run, "train_tokens", windows).spent for run in g.runs)]
+  if len(unknown) == len(groups):
+    return Section(title, page.absent(f"No run has a validation on {_on(windows)} in its metrics.jsonl."))
   body = page.paragraph(
     "How many times fewer the row needs than the column has spent to reach the column's last validation loss, on"
-    f" {_on(numbers['curve_windows'])}: 2 means half as many. Interpolated linearly in the loss over the logarithm of"
+    f" {_on(windows)}: 2 means half as many. Interpolated linearly in the loss over the logarithm of"
     " what is spent, along the row's own curve, whose rate was still on its schedule; the median over pairs of seeds,"
     " and its range. ≥: the row's first validation was there already."
   )
+  if unknown:
+    body += page.absent(f"Without a validation on these windows, and so never reached: {', '.join(unknown)}.")
   for spend, name in SPENDS.items():
     cells = {(e["a"], e["b"]): e for e in numbers["efficiency"][spend]}
     body += page.table(

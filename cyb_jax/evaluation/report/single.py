@@ -259,7 +259,7 @@ def _calibration(statistics: Statistics) -> Section:
         cells["gain_edges"],
         cells["counts"],
         x=f"d of slot {i}",
-        y=f"gain of slot {i + 1} in t",
+        y=f"t of slot {i + 1} less t of slot {i}",
       ),
       f"Density of d and of the gain of one more slot, slot {i}; Spearman {number(step['spearman'])}",
       f"Every token by the d of slot {i} and by how much slot {i + 1} gives its target more (logarithmic counts). A"
@@ -478,7 +478,8 @@ def _difficulty(statistics: Statistics) -> Section:
       x="difficulty of the answer", y="mean pauses", x_ticks=levels, legend=False,
     ),
     "Mean pauses by difficulty: " + ", ".join(f"{m}: {number(r['mean_pauses'])}" for m, r in zip(levels, answers)),
-    "Mean pauses where the difficulty of the answer is known: a self-paced model waits longer for harder ones.",
+    "Mean pauses where the difficulty of the answer is known: a self-paced model waits longer for harder ones."
+    " The axis doesn't start at 0.",
   )  # fmt: skip
   series = [("as it is read", levels, [row["accuracy"] for row in answers])]
   series += [(f"slot {i + 1}", levels, [row["slot_accuracy"][i] for row in answers]) for i in slots]
