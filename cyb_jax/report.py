@@ -27,6 +27,13 @@ if TYPE_CHECKING:
   from cyb_jax.runs import Run
 
 
+# Of statistics.json. One that has less was written by another version.
+_PARTS = {
+  "num_slots", "tokens", "perplexity", "latency", "training_latency", "calibration", "curves", "self_paced", "types",
+  "word_position", "word_class", "frequency", "difficulty", "groups",
+}  # fmt: skip
+
+
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "The run's folder.")
   flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
@@ -160,6 +167,7 @@ def recorded_statistics(folder: pathlib.Path, step: int) -> dict[str, Any] | Non
     found = json.loads((folder / "statistics.json").read_text())
     same = found["step"] == step and found["split"] == flags.FLAGS.split
     # A limit that leaves nothing out is recorded as none.
+    same &= _PARTS <= set(found)
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
   except (OSError, ValueError, KeyError, TypeError):
     return None

@@ -490,6 +490,13 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
   assert len(program.calls) == 1
   program(workdir=folder, limit=3)
   assert program.calls[1:] == [("validation", 3, 8)]
+  # Nor are those that are damaged, or of a version that knew less.
+  path = folder / "report" / "statistics.json"
+  for damaged in ("{", json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "types"})):
+    path.write_text(damaged)
+    program(workdir=folder, limit=3, text_windows=0)
+    assert json.loads(path.read_text())["types"] is not None
+  assert len(program.calls) == 4
 
 
 def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
