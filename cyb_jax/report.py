@@ -34,6 +34,11 @@ _PARTS = {
 }  # fmt: skip
 
 
+# Token by token takes longer than a window at once.
+_SELF_PACED_WINDOWS = 256
+_OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_pauses", "tokens")
+
+
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "The run's folder.")
   flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
@@ -63,6 +68,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def _report(workdir: str) -> dict[str, Any]:
   from cyb_jax import jsonl, runs
   from cyb_jax.evaluation.report import coloured, output, single
+  from cyb_jax.training.metrics import read_metrics
 
   args = flags.FLAGS
   if args.text and not args.text_windows:
@@ -73,9 +79,8 @@ def _report(workdir: str) -> dict[str, Any]:
   run = runs.load(workdir, programs.checkpoint_flag(), mesh)
   store = evaluate.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
-  statistics = recorded_statistics(folder, run.step) or recorded_statistics(_kept(workdir), run.step)
-  statistics = statistics or _statistics(run, mesh, store)
-  html, pictures = single.build(run.config.source, run.meta, statistics, _metrics(workdir), windows)
+  statistics = recorded_statistics(workdir, run.step) or _statistics(run, mesh, store)
+  html, pictures = single.build(run.config.source, run.meta, statistics, read_metrics(workdir), windows)
   output.check_size(html)
   output.write_folder(
     folder, {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
@@ -134,11 +139,12 @@ def _candidate(workdir: str) -> Candidate:
   """A run with its statistics: those in its own report's folder where they are of the same step, split and limit."""
   from cyb_jax import jsonl, runs
   from cyb_jax.evaluation.report.comparison import Candidate
+  from cyb_jax.training.metrics import read_metrics
 
   checkpoints = runs.checkpoints_in(workdir, read_only=True)
   step = checkpoints.find(programs.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
-  statistics = recorded_statistics(_kept(workdir), step)
+  statistics = recorded_statistics(workdir, step)
   if statistics is None:
     mesh = evaluate.reading_mesh()
     run = runs.load(workdir, step, mesh)
@@ -152,63 +158,59 @@ def _candidate(workdir: str) -> Candidate:
       except OSError as error:
         logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror)
         shutil.rmtree(path.parent, ignore_errors=True)
-  validation = [row for row in _metrics(workdir) if row.get("split") == "validation" and row.get("omega") is None]
+  validation = [row for row in read_metrics(workdir) if row.get("split") == "validation" and row.get("omega") is None]
   return Candidate(workdir, runs.read_config(workdir), meta, statistics, validation)
 
 
-def recorded_statistics(folder: pathlib.Path, step: int) -> dict[str, Any] | None:
-  """statistics.json of a report's folder; None where there is none of this step, and of the split and the limit that
+def recorded_statistics(workdir: str, step: int) -> dict[str, Any] | None:
+  """statistics.json of a run's own report; None where there is none of this step, and of the split and the limit that
   the flags ask for.
   """
   import json
 
   limit = flags.FLAGS.limit or None
   try:
-    found = json.loads((folder / "statistics.json").read_text())
-    same = found["step"] == step and found["split"] == flags.FLAGS.split
+    found = json.loads((_kept(workdir) / "statistics.json").read_text())
+    same = _PARTS <= set(found) and found["step"] == step and found["split"] == flags.FLAGS.split
+    same &= found["num_slots"] == 1 or found["self_paced"] is not None
     # A limit that leaves nothing out is recorded as none.
-    same &= _PARTS <= set(found)
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
   if same:
-    logging.info("statistics.json of %s is of the same step and text: it is used again", folder)
+    logging.info("statistics.json of %s is of the same step and text: it is used again", workdir)
   return found if same else None
 
 
 def _statistics(run: Run, mesh: Mesh, store: TokenStore) -> dict[str, Any]:
   import jax
 
-  from cyb_jax.evaluation.statistics import PauseStatistics, statistics_of_split
+  from cyb_jax.evaluation import Evaluator, PauseStatistics, evaluate_split, statistics_of_split
 
   args = flags.FLAGS
+  options = {"split": args.split, "step": run.step, "batch_size": evaluate.rows_at_once(run.config, mesh)}
   with jax.default_matmul_precision(run.config.precision.matmul):
-    return statistics_of_split(
+    found = statistics_of_split(
       PauseStatistics(run.method, mesh, run.tokenizer),
       run.params,
       store,
       run.config,
-      split=args.split,
-      step=run.step,
       limit=args.limit or None,
-      batch_size=evaluate.rows_at_once(run.config, mesh),
+      **options,
     )
-
-
-def _metrics(workdir: str) -> list[dict[str, Any]]:
-  """The rows of metrics.jsonl; [] where it was removed. A last line that is only half there is left out."""
-  import json
-
-  rows = []
-  try:
-    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except ValueError:
-        continue
-  except OSError as error:
-    logging.warning("metrics.jsonl of %s can't be read: %s", workdir, error.strerror)
-  return rows
+    if run.method.num_slots > 1:
+      windows = min(found["windows"], _SELF_PACED_WINDOWS)
+      paced = evaluate_split(
+        Evaluator(run.method, mesh, context="self_paced"),
+        run.params,
+        store,
+        run.config,
+        meta=run.meta,
+        limit=windows,
+        **options,
+      )
+      found["self_paced"] = {"windows": windows} | {name: paced[name] for name in _OF_SELF_PACED}
+  return found
 
 
 def _print(windows: Sequence[Window]) -> None:

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from models import tiny_config
 from statistics_example import HOSTILE, example
 
 from cyb_jax import config as configs
-from cyb_jax import evaluate, report, runs, training
+from cyb_jax import evaluate, evaluation, report, runs, training
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.evaluation.report import coloured, comparison, figures, output, page, side_by_side, single
@@ -87,7 +86,7 @@ def whole():
   """(HTML, PNGs) of a run that has everything."""
   statistics = example(difficulty=True, trained=True)
   statistics["self_paced"] = {
-    "perplexity": 21.0, "constant_perplexity": 20.0, "mean_pauses": 0.4, "constant_mean_pauses": 0.5, "windows": 3,
+    "perplexity": 21.0, "constant_perplexity": 20.0, "mean_pauses": 0.4, "context_pauses": 0.5, "windows": 3,
     "tokens": 99,
   }  # fmt: skip
   return single.build(source(), META, statistics, METRICS, [window(), window(index=7)])
@@ -115,7 +114,7 @@ def test_page_is_whole_and_self_contained(whole):
   for cell in ("640", "55.00", "20.09", "0.3000", "0.2500 to 0.3500", "film plot<b>", "isn", "1:0:0", "8 to 15"):
     assert cell in cells, cell
   assert {"1,920", "3.00e+15", "20.09"} <= set(found.text("dd"))
-  assert "21.00 at 0.4000 pauses, against 20.00 at 0.5000" in text
+  assert "(0.5000 a token): 21.00, against 20.00" in text
   assert all(png.startswith(b"\x89PNG") for png in pictures.values())
 
 
@@ -458,10 +457,10 @@ def program(monkeypatch):
     made = example(method.num_slots, decides=method.decides, step=step)
     return made | {"split": split, "limit": limit, "method": method.name}
 
-  module = types.ModuleType("cyb_jax.evaluation.statistics")
-  module.PauseStatistics = lambda method, mesh, tokenizer: method
-  module.statistics_of_split = statistics_of_split
-  monkeypatch.setitem(sys.modules, module.__name__, module)
+  paced = {"perplexity": 21.0, "constant_perplexity": 20.0, "mean_pauses": 0.4, "context_pauses": 0.5, "tokens": 64}
+  monkeypatch.setattr(evaluation, "PauseStatistics", lambda method, mesh, tokenizer: method)
+  monkeypatch.setattr(evaluation, "statistics_of_split", statistics_of_split)
+  monkeypatch.setattr(evaluation, "evaluate_split", lambda *args, **options: paced)
 
   def main(**given):
     return call(monkeypatch, **given)
@@ -500,7 +499,6 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
 
 
 def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
-  pytest.importorskip("cyb_jax.evaluation.statistics")
   record = call(monkeypatch, workdir=workdirs / "a", limit=8, output=tmp_path / "report", checkpoint=10)
   # All that a method that decides has on a task of known difficulty; the lexicon of word classes may be missing.
   assert {"density_2.png", "difficulty_pauses.png", "speed_accuracy.png", "position.png"} <= set(record["figures"])
@@ -508,6 +506,10 @@ def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
   statistics = json.loads((tmp_path / "report" / "statistics.json").read_text())
   assert (statistics["step"], statistics["limit"]) == (10, 8)
   assert record["perplexity"] == statistics["perplexity"]["mixture"]
+  # The same windows, read at the model's own pace too.
+  paced = statistics["self_paced"]
+  assert paced["windows"] == 8
+  assert paced["constant_perplexity"] == pytest.approx(statistics["perplexity"]["mixture"], rel=1e-5)
 
 
 def test_windows_hold_what_the_method_reads(workdirs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import pathlib
 import shutil
@@ -24,7 +25,8 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
   if path.exists():
     if not path.is_dir():
       raise InputError(f"--output: {folder} is a file; give a folder")
-    others = sorted(p.name for p in path.iterdir() if p.name not in _FILES and p.suffix != ".png")
+    pictures = "*.png" if (path / _FILES[0]).exists() else ""  # beside no page they are somebody's
+    others = sorted(p.name for p in path.iterdir() if p.name not in _FILES and not fnmatch.fnmatch(p.name, pictures))
     if others:
       raise InputError(
         f"--output: {folder} holds {others[0]!r}, which is no report's; give a folder of the report's own"

@@ -157,7 +157,7 @@ def _perplexity(statistics: Statistics) -> Section:
     rows += [(f"slot {i} alone", value) for i, value in enumerate(found["slots"] or [], 1)]
   paced = statistics["self_paced"]
   if paced:
-    rows += [("self-paced", paced["perplexity"]), ("constant, same windows", paced["constant_perplexity"])]
+    rows += [("self-paced context", paced["perplexity"]), ("constant, same windows", paced["constant_perplexity"])]
   drawn = [(name, value) for name, value in rows if value is not None]
   bounds = found["interval"]
   low = [value if i or not bounds else bounds[0] for i, (_, value) in enumerate(drawn)]
@@ -176,9 +176,9 @@ def _perplexity(statistics: Statistics) -> Section:
     body = page.absent("One slot a token: there is one way to read it.") + body
   if paced:
     body += page.paragraph(
-      f"Self-paced, a token gets no slot after the one at which it stops: {number(paced['perplexity'])} at"
-      f" {number(paced['mean_pauses'])} pauses, against {number(paced['constant_perplexity'])} at"
-      f" {number(paced['constant_mean_pauses'])} with all slots given, on the same {paced['windows']:,} windows."
+      f"Read at its own pace, with only the pauses in the context that it asks for ({number(paced['context_pauses'])} a"
+      f" token): {number(paced['perplexity'])}, against {number(paced['constant_perplexity'])} with all of them, as in"
+      f" training; the first {paced['windows']:,} windows."
     )
   return Section(title, body, (picture,))
 
