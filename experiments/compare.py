@@ -5,8 +5,9 @@
 
 Trains every setting at every rate with seed 0, and, while the best one is the lowest or the highest, at half or twice
 that; takes the rate with the lowest validation perplexity, trains it with the other seeds (a seed is an initialisation
-and an order of the data), evaluates these runs on the test split, and prints a table and, on the last line, JSON; both
-are in WORKDIR too. A study that was interrupted goes on: run the same command again.
+and an order of the data), evaluates these runs on the test split, gives each its report (cyb-report, of the validation
+split) and all of them one side by side, and prints a table and, on the last line, JSON. All is in WORKDIR too:
+comparison.json, comparison.md, report/index.html. A study that was interrupted goes on: run the same command again.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def define_flags() -> None:
   flags.DEFINE_list("rates", "1e-3,2e-3", "Learning rates that each setting's search for its best one starts with.")
   flags.DEFINE_integer("seeds", 3, "Seeds.")
   flags.DEFINE_integer("steps", 400, "Steps of every run: the same tokens for all.")
+  flags.DEFINE_bool("report", True, "Whether reports are written, of the validation split.")
   flags.DEFINE_integer("jobs", 1, "Runs at a time; each is bound to its share of the CPU's cores.")
 
 
@@ -78,7 +80,7 @@ class Study:
 
   def train(self, setting: str, rate: float, seed: int) -> dict[str, Any]:
     """The validation record of a run, trained where it isn't yet."""
-    workdir = self.folder / setting / f"rate{rate:g}-seed{seed}"
+    workdir = self._workdir(setting, rate, seed)
     # A file of its own: evaluation.json is that of whichever program ran last.
     path = workdir / "validation.json"
     if path.exists():
@@ -98,13 +100,27 @@ class Study:
 
   def test(self, setting: str, rate: float, seed: int) -> dict[str, Any]:
     """The test record of a run that was trained."""
-    workdir = self.folder / setting / f"rate{rate:g}-seed{seed}"
+    workdir = self._workdir(setting, rate, seed)
     path = workdir / "test.json"
     if path.exists():
       return json.loads(path.read_text())
     record = self._program("evaluate", f"--workdir={workdir}", "--split=test")
     write_whole(path, jsonl.dumps(record, indent=2) + "\n")
     return record
+
+  def report(self, setting: str, rate: float, seed: int) -> None:
+    """A run's own report, where it has none yet."""
+    workdir = self._workdir(setting, rate, seed)
+    if not (workdir / "report" / "index.html").exists():
+      self._program("report", f"--workdir={workdir}")
+
+  def report_all(self, runs: Sequence[tuple[str, float, int]]) -> str:
+    """The path of the page that shows runs side by side, whose own reports are there."""
+    folders = ",".join(str(self._workdir(*run)) for run in runs)
+    return self._program("report", f"--compare={folders}", f"--output={self.folder / 'report'}")["report"]
+
+  def _workdir(self, setting: str, rate: float, seed: int) -> pathlib.Path:
+    return self.folder / setting / f"rate{rate:g}-seed{seed}"
 
   def _program(self, name: str, *options: str) -> dict[str, Any]:
     cores = self._cores.get()
@@ -135,13 +151,22 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     seeds=args.seeds,
     steps=args.steps,
     jobs=args.jobs,
+    report=args.report,
   )
   sys.stdout.write(_table(result["rows"]) + "\n")
   return result
 
 
 def run(
-  folder: pathlib.Path, config: str, chosen: list[str], given: list[str], *, seeds: int, steps: int, jobs: int
+  folder: pathlib.Path,
+  config: str,
+  chosen: list[str],
+  given: list[str],
+  *,
+  seeds: int,
+  steps: int,
+  jobs: int,
+  report: bool = True,
 ) -> dict[str, Any]:
   """What comparison.json holds; `chosen`: settings, `given`: rates, the rest as the flags.
 
@@ -178,6 +203,10 @@ def run(
     for setting in chosen
   ]
   result = {"study": config, "steps": steps, "seeds": seeds, "rows": rows}
+  if report:
+    study.map(study.report, runs)
+    # With one run there is nothing to put side by side.
+    result["report"] = study.report_all(runs) if len(runs) > 1 else None
   write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
   write_whole(folder / "comparison.md", _table(rows))
   return result

@@ -42,7 +42,14 @@ class Programs:
   def __call__(self, study, name, *options):
     given = dict(option.lstrip("-").split("=", 1) for option in options)
     self.calls.append((name, given))
+    if "compare" in given:
+      assert all((pathlib.Path(run) / "report" / "index.html").exists() for run in given["compare"].split(","))
+      return {"report": f"{given['output']}/index.html"}
     workdir = pathlib.Path(given["workdir"])
+    if name == "report":
+      (workdir / "report").mkdir()
+      (workdir / "report" / "index.html").write_text("")
+      return {}
     if name == "evaluate":
       assert given["split"] == "test"
       # The program itself leaves what it found where the validation's record lay.
@@ -70,6 +77,8 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
   assert sorted(tested) == sorted(
     f"{tmp_path}/{setting}/rate0.002-seed{seed}" for setting in ("baseline", "ap") for seed in range(3)
   )
+  assert [name for name, _ in programs.calls].count("report") == len(tested) + 1
+  assert result["report"] == f"{tmp_path}/report/index.html"
   row = result["rows"][1]
   assert row["setting"] == "ap"
   assert row["learning_rate"] == 2e-3
@@ -86,7 +95,7 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
   assert json.loads((tmp_path / "ap" / "rate0.002-seed0" / "validation.json").read_text())["perplexity"] == 50.0
   calls = len(programs.calls)
   assert compare.run(tmp_path, *study, seeds=3, steps=7, jobs=1) == result
-  assert len(programs.calls) == calls
+  assert len(programs.calls) == calls + 1  # the page that shows all of them
   with pytest.raises(InputError, match=r"--steps: 8, but .* holds a study with 7"):
     compare.run(tmp_path, *study, seeds=3, steps=8, jobs=1)
 
@@ -124,5 +133,6 @@ def test_with_real_programs(tmp_path):
   assert rows[0]["train_tokens"] == rows[1]["train_tokens"] == 2 * 8 * 16
   assert rows[1]["train_slots"] == 4 * rows[0]["train_slots"]
   assert len(rows[1]["perplexity_seeds"]) == 2
+  assert (tmp_path / "study" / "report" / "index.html").stat().st_size > 10_000
   bad = subprocess.run([*command, "--rates=x"], capture_output=True, text=True, env=cli.environment(), cwd=cli.ROOT)
   assert (bad.returncode, bad.stderr.strip().splitlines()[-1]) == (2, "error: --rates: 'x' aren't all numbers")
