@@ -1,0 +1,80 @@
+"""The notebooks: executed whole, as they are but for their parameters, and kept without outputs."""
+
+import ast
+import json
+import re
+
+import cli
+import pytest
+
+NOTEBOOKS = sorted((cli.ROOT / "notebooks").glob("*.ipynb"))
+# What a cell's parameters must be, and an expression over a notebook's variables that holds after it.
+PARAMETERS = "fast = True\nrepository = ''\n"
+RESULTS = {
+  "losses_only": "sorted(walkers), perplexity['AP'] < perplexity['TBYS'], [len(c) for _, c in decoders.values()]",
+}
+EXPECTED = {
+  "losses_only": (["AP", "DP", "TBYS", "VA"], True, [40, 40]),
+}
+
+
+def cells(path, kind="code"):
+  return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+  return "".join(cell["source"])
+
+
+def pinned():
+  """{name: version} of constraints.txt, without those that hang on the Python."""
+  lines = (cli.ROOT / "constraints.txt").read_text().splitlines()
+  return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#") and ";" not in line)
+
+
+def test_every_notebook_is_executed():
+  assert {path.stem for path in NOTEBOOKS} == set(RESULTS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_outputs(path):
+  notebook = json.loads(path.read_text())
+  assert notebook["metadata"] == {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+  }
+  for cell in notebook["cells"]:
+    assert set(cell["metadata"]) <= {"tags"}
+    assert re.fullmatch(r"[a-z][a-z-]+", cell["id"]), "a name, so that it stays"
+    if cell["cell_type"] == "code":
+      assert (cell["outputs"], cell["execution_count"]) == ([], None)
+  assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+  # As json and Jupyter write it, so that saving it unchanged is no change.
+  assert path.read_text() == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_install_nothing_over_the_runtimes_own_jax(path):
+  install = next(source(cell) for cell in cells(path) if cell["id"] == "install")
+  assert install.count('"install"') == install.count('"--no-deps"') == 1
+  assert 'assert importlib.metadata.version("jax") == own_jax' in install
+  versions = [ast.literal_eval(node) for node in ast.walk(ast.parse(install)) if isinstance(node, ast.Dict)]
+  for name, version in ((name, version) for table in versions for name, version in table.items()):
+    assert name not in ("jax", "jaxlib", "numpy", "protobuf", "tensorflow")
+    assert pinned()[name] == version
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path, tmp_path):
+  nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; pip install '.[test]'")
+  nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; pip install '.[test]'")
+  notebook = nbformat.read(path, as_version=4)
+  (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+  parameters.source = PARAMETERS
+  result = nbformat.v4.new_code_cell(RESULTS[path.stem])
+  notebook.cells.append(result)
+  client = nbclient.NotebookClient(
+    notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+  )
+  client.execute(env=cli.environment())
+  assert ast.literal_eval(result.outputs[-1]["data"]["text/plain"]) == EXPECTED[path.stem]
