@@ -8,13 +8,20 @@ import cli
 import pytest
 
 NOTEBOOKS = sorted((cli.ROOT / "notebooks").glob("*.ipynb"))
-# What a cell's parameters must be, and an expression over a notebook's variables that holds after it.
-PARAMETERS = "fast = True\nrepository = ''\n"
+# What stands in the place of a notebook's parameters; an expression over its variables, and what it must be in the end.
+PARAMETERS = {
+  "losses_only": "fast, repository = True, ''",
+  "self_paced": "fast, repository, workdir, report = True, '', 'run', False",
+}
 RESULTS = {
   "losses_only": "sorted(walkers), perplexity['AP'] < perplexity['TBYS'], [len(c) for _, c in decoders.values()]",
+  "self_paced": "run.step, len(record['slot_perplexity']) == K + 1 == 4 and len(order) > 0, "
+  "[len(a) == len(b) and set(b) <= {0, 1, 2, 3} for a, b in zip(said.tokens, said.pauses)], "
+  "coloured(ids[0], said.tokens[0], said.pauses[0]).count('<span ') == len(said.tokens[0])",
 }
 EXPECTED = {
   "losses_only": (["AP", "DP", "TBYS", "VA"], True, [40, 40]),
+  "self_paced": (30, True, [True, True, True], True),
 }
 
 
@@ -57,11 +64,12 @@ def test_notebooks_are_kept_without_outputs(path):
 def test_notebooks_install_nothing_over_the_runtimes_own_jax(path):
   install = next(source(cell) for cell in cells(path) if cell["id"] == "install")
   assert install.count('"install"') == install.count('"--no-deps"') == 1
-  assert 'assert importlib.metadata.version("jax") == own_jax' in install
-  versions = [ast.literal_eval(node) for node in ast.walk(ast.parse(install)) if isinstance(node, ast.Dict)]
-  for name, version in ((name, version) for table in versions for name, version in table.items()):
-    assert name not in ("jax", "jaxlib", "numpy", "protobuf", "tensorflow")
-    assert pinned()[name] == version
+  assert re.search(r'^assert (importlib\.metadata\.)?version\("jax"\) == own_jax$', install, re.MULTILINE)
+  for node in ast.walk(ast.parse(install)):
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PINNED":
+      versions = ast.literal_eval(node.value)
+      assert versions.keys().isdisjoint({"jax", "jaxlib", "numpy", "protobuf", "tensorflow"})
+      assert versions == {name: pinned()[name] for name in versions}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -70,7 +78,7 @@ def test_notebooks_run(path, tmp_path):
   nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; pip install '.[test]'")
   notebook = nbformat.read(path, as_version=4)
   (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-  parameters.source = PARAMETERS
+  parameters.source = PARAMETERS[path.stem]
   result = nbformat.v4.new_code_cell(RESULTS[path.stem])
   notebook.cells.append(result)
   client = nbclient.NotebookClient(
