@@ -72,17 +72,28 @@ def test_notebooks_install_nothing_over_the_runtimes_own_jax(path):
       assert versions == {name: pinned()[name] for name in versions}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run(path, tmp_path):
+def execute(name, folder, *replaced):
+  """What the expression over a notebook's variables is after it; `replaced`: in its parameters, by what."""
   nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; pip install '.[test]'")
   nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; pip install '.[test]'")
-  notebook = nbformat.read(path, as_version=4)
+  notebook = nbformat.read(cli.ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
   (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-  parameters.source = PARAMETERS[path.stem]
-  result = nbformat.v4.new_code_cell(RESULTS[path.stem])
+  parameters.source = PARAMETERS[name].replace(*replaced) if replaced else PARAMETERS[name]
+  result = nbformat.v4.new_code_cell(RESULTS[name])
   notebook.cells.append(result)
   client = nbclient.NotebookClient(
-    notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
   )
   client.execute(env=cli.environment())
-  assert ast.literal_eval(result.outputs[-1]["data"]["text/plain"]) == EXPECTED[path.stem]
+  return ast.literal_eval(result.outputs[-1]["data"]["text/plain"])
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_notebooks_run(name, tmp_path):
+  assert execute(name, tmp_path) == EXPECTED[name]
+
+
+@pytest.mark.slow
+def test_the_report_in_the_notebook(tmp_path):
+  assert execute("self_paced", tmp_path, "False", "True") == EXPECTED["self_paced"]
+  assert (tmp_path / "run" / "report" / "index.html").exists()
