@@ -10,7 +10,7 @@ WORKERS ?= 2
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   train and evaluate a tiny self-paced model on film reviews ($(WORKDIR))"
+	@echo "make quickstart   train a tiny self-paced model on film reviews, evaluate it, and report on it ($(WORKDIR))"
 	@echo "make test         all tests but the slow ones;  make test-all: those too"
 	@echo "make lint         ruff"
 	@echo "PYTHON=python3.12 picks the interpreter"
@@ -25,10 +25,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup
-	$(BIN)/python -m cyb_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/python -m cyb_jax.train --config=experiments/quickstart.py:dp_early_strong --workdir=$(WORKDIR)
+	$(BIN)/python -m cyb_jax.report --workdir=$(WORKDIR)
 	@echo
-	@echo "The run lies in $(WORKDIR): config.json, metrics.jsonl, checkpoints/, evaluation.json."
+	@echo "The run lies in $(WORKDIR): config.json, metrics.jsonl, checkpoints/, evaluation.json. Open its report: $(WORKDIR)/report/index.html"
 	@echo "Next:"
+	@echo "  $(BIN)/cyb-generate --workdir=$(WORKDIR) --prompt='The film was'                       # a dot for each pause"
+	@echo "  $(BIN)/cyb-report --workdir=$(WORKDIR) --text                                          # coloured text, here"
 	@echo "  $(BIN)/cyb-evaluate --workdir=$(WORKDIR) --split=test"
 	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:baseline --workdir=runs/baseline   # without pauses"
 	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:tbys3 --workdir=runs/tbys3         # always three pauses"
