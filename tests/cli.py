@@ -1,5 +1,8 @@
-"""Programs as a user starts them: in a process of their own, on one device."""
+"""Programs as a user starts them, in a process of their own, on one device; most of them forked from one that has made
+their imports."""
 
+import atexit
+import functools
 import json
 import os
 import pathlib
@@ -41,11 +44,60 @@ def start(program, *flags, cwd=ROOT):
   return subprocess.Popen(command(program, *flags), stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=cwd)
 
 
+# Most of a process's time is its imports: this one has made them, and forks for each command line.
+_SERVER = """
+import contextlib, importlib, json, os, sys, tempfile, warnings
+import jax, orbax.checkpoint
+from cyb_jax import evaluation, runs, training
+warnings.filterwarnings("ignore")
+for line in sys.stdin:
+  asked = json.loads(line)
+  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    child = os.fork()
+    if not child:
+      os.dup2(out.fileno(), 1)
+      os.dup2(err.fileno(), 2)
+      os.chdir(asked["cwd"])
+      sys.argv = [asked["program"], *asked["flags"]]
+      code = 1
+      try:
+        importlib.import_module("cyb_jax." + asked["program"]).run()
+      except SystemExit as error:
+        code = error.code or 0
+      finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = []
+    for file in (out, err):
+      file.seek(0)
+      texts.append(file.read())
+  print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+@functools.cache
+def _server():
+  pipe = subprocess.PIPE
+  server = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=pipe, stdout=pipe, text=True, env=environment())
+  atexit.register(server.kill)
+  return server
+
+
+def forked(program, *flags, cwd=ROOT):
+  """(exit code, standard output, standard error) of a program, in a process that has its imports already."""
+  server = _server()
+  asked = {"program": program, "flags": [str(flag) for flag in flags], "cwd": str(cwd)}
+  server.stdin.write(json.dumps(asked) + "\n")
+  server.stdin.flush()
+  return json.loads(server.stdout.readline())
+
+
 def run(program, *flags, expect=0, cwd=ROOT):
   """(the JSON object of the last line, standard error) of a program that ends with `expect`."""
-  process = start(program, *flags, cwd=cwd)
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == expect, f"exit code {process.returncode}\n{err[-4000:]}"
+  code, out, err = forked(program, *flags, cwd=cwd)
+  assert code == expect, f"exit code {code}\n{err[-4000:]}"
   lines = out.strip().splitlines()
   return (json.loads(lines[-1]) if lines else None), err
 

@@ -176,7 +176,7 @@ def test_a_store_is_read_and_must_fit(tmp_path):
 
 
 def test_bad_input(tmp_path):
-  assert "'speed' is none of readout, data, train, faults" in cli.complaint("benchmark", "speed")
+  assert "'speed' is none of readout, data, decode, train, faults" in cli.complaint("benchmark", "speed")
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
   config = f"--config={cli.write_config(tmp_path)}"
@@ -185,6 +185,9 @@ def test_bad_input(tmp_path):
   assert cli.complaint("benchmark", "train", config, "--variant=method.recpie=sampled") == (
     "--variant=method.recpie=sampled: --config.method.recpie: unknown field; did you mean recipe?"
   )
+  assert "--workdir: give it, or --config, and not both" in cli.complaint("benchmark", "decode")
+  assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")
+  assert "--read: 'mixture' is none of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
 
 
 def test_decode(tmp_path):

@@ -1,8 +1,6 @@
 """cyb-generate as a user starts it; from ids to text."""
 
 import json
-import subprocess
-import sys
 
 import cli
 import pytest
@@ -15,40 +13,12 @@ from cyb_jax.data.tokenizers import encode_whole, train_sentencepiece
 from cyb_jax.errors import InputError
 from cyb_jax.generation import PAUSE_MARK, Continuation
 
-# One process for many command lines: most of a process's time is its imports.
-MANY = """
-import json, sys
-from absl import flags
-from cyb_jax import generate
-from cyb_jax.errors import InputError
-generate.define_flags()
-said = []
-for words in json.load(sys.stdin):
-  flags.FLAGS.unparse_flags()
-  for name in flags.FLAGS:
-    flags.FLAGS[name].unparse()
-  flags.FLAGS(["generate", *words])
-  try:
-    said.append(generate.main(["generate"]))
-  except InputError as error:
-    said.append(str(error))
-print(json.dumps(said))
-"""
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run") / "cyb"
   training.train(configs.freeze(tiny_config(pauses=2)), folder)
   return folder
-
-
-def many(*lines):
-  process = subprocess.run(
-    [sys.executable, "-c", MANY], input=json.dumps(lines), capture_output=True, text=True, env=cli.environment()
-  )
-  assert process.returncode == 0, process.stderr[-4000:]
-  return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def test_it_speaks_with_marked_pauses(workdir):
@@ -78,22 +48,16 @@ def test_it_speaks_with_marked_pauses(workdir):
 
 
 def test_flags(workdir):
-  run = f"--workdir={workdir}"
-  constant, again, stopped, *complaints = many(
-    [run, "--prompt=a=1", "--mode=constant", "--read=mixture", "--temperature=0", "--nostream"],
-    [run, "--prompt=a=1", "--mode=constant", "--read=mixture", "--temperature=0", "--nostream"],
-    [run, "--prompt=a=1", "--mode=constant", "--read=mixture", "--temperature=0", "--nostream", "--stop= "],
-    [run],
-    [run, "--prompt="],
-    [run, "--prompt=abcdefghijklmnopqrst"],
-    [run, "--prompt=abcdef", "--max_new_tokens=40"],
-    [run, "--prompt=\udcff"],
-    [run, "--prompt=a", "--max_pauses=5"],
-    [run, "--prompt=a", "--omega=1:x"],
-    [run, "--prompt=a", "--stop="],
-    ["--workdir=/nowhere", "--prompt=a"],
-    ["--prompt=a"],
-  )
+  mixture = [
+    f"--workdir={workdir}",
+    "--prompt=a=1",
+    "--mode=constant",
+    "--read=mixture",
+    "--temperature=0",
+    "--nostream",
+  ]
+  constant, _ = cli.run("generate", *mixture)
+  again, _ = cli.run("generate", *mixture)
   assert constant["tokens"] == 16 - 4  # what the context has room for
   assert constant["slots"] == 3 * constant["tokens"]
   for timing in ("tokens_per_second", "slots_per_second"):
@@ -101,28 +65,29 @@ def test_flags(workdir):
     again.pop(timing)
   assert constant == again
   (whole,) = constant["text"]
-  assert stopped["text"] == [whole.partition(" ")[0]]
-  for complaint, words in zip(
-    complaints,
-    [
-      "--prompt: not given",
-      "--prompt: '' is empty",
-      "20 characters",
-      "--max_new_tokens: 40 behind a prompt of 7 tokens",
-      "--prompt: the vocabulary can't encode '\\udcff' (U+DCFF)",
-      "max_pauses: 5 must lie in 0..2",
-      "--omega: '1:x'",
-      "--stop: an empty text",
-      "holds no run",
-      "--workdir: not given",
-    ],
-    strict=True,
-  ):
-    if words == "20 characters":
-      assert "has 21 tokens" in complaint
-      assert "give at most 15" in complaint
-    else:
-      assert words in complaint
+  ends = whole[3:5]
+  stopped, _ = cli.run("generate", *mixture, f"--stop={ends}")
+  assert stopped["text"] == [whole.partition(ends)[0]]
+  assert stopped["tokens"] < constant["tokens"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ([], "--prompt: not given"),
+    (["--prompt="], "--prompt: '' is empty"),
+    (["--prompt=abcdefghijklmnopqrst"], "has 21 tokens, the one that begins a document included, but the run was"),
+    (["--prompt=abcdef", "--max_new_tokens=40"], "--max_new_tokens: 40 behind a prompt of 7 tokens"),
+    (["--prompt=\udcff"], "--prompt: the vocabulary can't encode '\\udcff' (U+DCFF)"),
+    (["--prompt=a", "--max_pauses=5"], "max_pauses: 5 must lie in 0..2"),
+    (["--prompt=a", "--omega=1:x"], "--omega: '1:x'"),
+    (["--prompt=a", "--stop="], "--stop: an empty text"),
+    (["--prompt=a", "--workdir=/nowhere"], "holds no run"),
+    (["--prompt=a", "--workdir="], "--workdir: not given"),
+  ],
+)
+def test_bad_input(flags, words, workdir):
+  assert words in cli.complaint("generate", f"--workdir={workdir}", *flags)
 
 
 def test_text_as_it_comes():
