@@ -124,6 +124,10 @@ class Checkpoints:
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
       return next(filter(None, pool.map(altered, chosen)), None)
 
+  def fingerprint(self, step: int) -> str:
+    """What a checkpoint is, by the checksums of all its files: sha256, hexadecimal."""
+    return hashlib.sha256((self.directory / str(step) / _CHECKSUMS).read_bytes()).hexdigest()
+
   def find(self, which: int | Literal["last", "best"], *, quick: bool = False) -> int:
     """The step of a checkpoint that isn't damaged.
 

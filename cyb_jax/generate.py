@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   from cyb_jax import runs
   from cyb_jax.data import tokenizers
-  from cyb_jax.generation import PAUSE_MARK, Continuation, Sampler, SamplingOptions, default_mode
+  from cyb_jax.generation import Continuation, Sampler, SamplingOptions, default_mode
 
   run = runs.load(workdir, checkpoint)
   prompts = []
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     logging.info("compiling for %d rows", len(prompts))
     # No iteration: the loop is compiled, and nothing is said.
     jax.block_until_ready(sampler.advance(run.params, sampler.start(run.params, prompts, **options), 0))
-    shown = _Shown(args.prompt, rows, PAUSE_MARK) if args.stream else None
+    shown = _Shown(args.prompt, rows) if args.stream else None
     start = time.perf_counter()
     said = sampler.generate(
       run.params,
@@ -145,25 +145,27 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 class _Shown:
   """Shows rows on standard output: the first one as it comes, the others, whole, behind it."""
 
-  def __init__(self, prompts: Sequence[str], rows: Sequence[Continuation], mark: str):
-    styled = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    self._mark = f"\x1b[33m{mark}\x1b[0m" if styled else mark
-    self._rows = rows
-    self._later = [f"\x1b[1m{prompt}\x1b[0m" if styled else prompt for prompt in prompts]
-    sys.stdout.write(self._later[0])
+  def __init__(self, prompts: Sequence[str], rows: Sequence[Continuation]):
+    from cyb_jax.generation import PAUSE_MARK, printable
+
+    styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    self._mark = f"\x1b[33m{PAUSE_MARK}\x1b[0m" if styled else PAUSE_MARK
+    self._rows, self._printable = rows, printable
+    self._later = [f"\x1b[1m{printable(prompt)}\x1b[0m" if styled else printable(prompt) for prompt in prompts]
+    programs.show(self._later[0])
 
   def __call__(self, row: int, tokens: list[int], pauses: list[int]) -> None:
-    text = "".join(self._mark * count + piece for count, piece in self._rows[row].pieces(tokens, pauses))
+    pieces = self._rows[row].pieces(tokens, pauses)
+    text = "".join(self._mark * count + self._printable(piece) for count, piece in pieces)
     if row == 0:
-      sys.stdout.write(text)
-      sys.stdout.flush()
+      programs.show(text)
     else:
       self._later[row] += text
 
   def end(self) -> None:
-    rests = [row.rest() for row in self._rows]
+    rests = [self._printable(row.rest()) for row in self._rows]
     later = (text + rest for text, rest in zip(self._later[1:], rests[1:]))
-    sys.stdout.write("\n\n".join([rests[0], *later]) + "\n")
+    programs.show("\n\n".join([rests[0], *later]) + "\n")
 
 
 def run() -> None:

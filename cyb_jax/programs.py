@@ -81,6 +81,10 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
     except Interrupted as error:
       logging.info("%s", error)
       return EXIT_INTERRUPTED
+    except BrokenPipeError:
+      # Whoever read has gone, `head` for instance; what is left in the buffer would be tried again at exit.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return EXIT_CRASH
     if result is not None:
       sys.stderr.flush()
       sys.stdout.write(jsonl.dumps(result) + "\n")
@@ -124,6 +128,13 @@ def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_col
     return values.config
   except Exception as error:  # whatever the flags make of it, it is the input
     raise InputError(_said_plainly(error, words)) from None
+
+
+def show(text: str) -> None:
+  """Writes text to standard output at once, with what its encoding hasn't got replaced."""
+  encoding = sys.stdout.encoding or "utf-8"
+  sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+  sys.stdout.flush()
 
 
 def required_flag(name: str, wanted: str) -> str:

@@ -79,7 +79,8 @@ def _report(workdir: str) -> dict[str, Any]:
   run = runs.load(workdir, programs.checkpoint_flag(), mesh)
   store = evaluate.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
-  statistics = recorded_statistics(workdir, run.step) or _statistics(run, mesh, store)
+  checkpoint = runs.checkpoints_in(workdir, read_only=True).fingerprint(run.step)
+  statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
   html, pictures = single.build(run.config.source, run.meta, statistics, read_metrics(workdir), windows)
   output.check_size(html)
   output.write_folder(
@@ -144,45 +145,49 @@ def _candidate(workdir: str) -> Candidate:
   checkpoints = runs.checkpoints_in(workdir, read_only=True)
   step = checkpoints.find(programs.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
-  statistics = recorded_statistics(workdir, step)
+  checkpoint = checkpoints.fingerprint(step)
+  statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
     mesh = evaluate.reading_mesh()
     run = runs.load(workdir, step, mesh)
-    statistics = _statistics(run, mesh, evaluate.open_store(run.config, run.meta))
+    statistics = _statistics(run, mesh, evaluate.open_store(run.config, run.meta), checkpoint)
     path = _kept(workdir) / "statistics.json"
     # Beside a page that shows others they would be out of place; then they are computed again next time.
-    if not path.parent.exists():
-      try:
-        path.parent.mkdir()
-        runs.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
-      except OSError as error:
-        logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror)
-        shutil.rmtree(path.parent, ignore_errors=True)
-  validation = [row for row in read_metrics(workdir) if row.get("split") == "validation" and row.get("omega") is None]
+    try:
+      path.parent.mkdir()
+      runs.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
+    except FileExistsError:
+      pass
+    except OSError as error:
+      logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror)
+  # No further than the checkpoint, which need not be the last.
+  rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
+  validation = [row for row in rows if row.get("omega") is None]
   return Candidate(workdir, runs.read_config(workdir), meta, statistics, validation)
 
 
-def recorded_statistics(workdir: str, step: int) -> dict[str, Any] | None:
-  """statistics.json of a run's own report; None where there is none of this step, and of the split and the limit that
-  the flags ask for.
+def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
+  """statistics.json of a run's own report; None where there is none of this checkpoint, by its fingerprint, and of the
+  split and the limit that the flags ask for.
   """
   import json
 
   limit = flags.FLAGS.limit or None
   try:
     found = json.loads((_kept(workdir) / "statistics.json").read_text())
-    same = _PARTS <= set(found) and found["step"] == step and found["split"] == flags.FLAGS.split
+    same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
     same &= found["num_slots"] == 1 or found["self_paced"] is not None
     # A limit that leaves nothing out is recorded as none.
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
   if same:
-    logging.info("statistics.json of %s is of the same step and text: it is used again", workdir)
+    logging.info("statistics.json of %s is of the same checkpoint and text: it is used again", workdir)
   return found if same else None
 
 
-def _statistics(run: Run, mesh: Mesh, store: TokenStore) -> dict[str, Any]:
+def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dict[str, Any]:
+  """What statistics.json holds."""
   import jax
 
   from cyb_jax.evaluation import Evaluator, PauseStatistics, evaluate_split, statistics_of_split
@@ -210,7 +215,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore) -> dict[str, Any]:
         **options,
       )
       found["self_paced"] = {"windows": windows} | {name: paced[name] for name in _OF_SELF_PACED}
-  return found
+  return found | {"checkpoint": checkpoint}
 
 
 def _print(windows: Sequence[Window]) -> None:
@@ -218,10 +223,7 @@ def _print(windows: Sequence[Window]) -> None:
 
   # https://no-color.org: set to anything but nothing.
   colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-  text = coloured.to_terminal(windows, max(shutil.get_terminal_size().columns, 20), colour=colour)
-  encoding = sys.stdout.encoding or "utf-8"
-  sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-  sys.stdout.flush()
+  programs.show(coloured.to_terminal(windows, max(shutil.get_terminal_size().columns, 20), colour=colour))
 
 
 def run() -> None:

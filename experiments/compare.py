@@ -13,6 +13,7 @@ comparison.json, comparison.md, report/index.html. A study that was interrupted 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import json
 import math
 import os
@@ -187,6 +188,8 @@ def run(
     raise InputError(f"--settings: {','.join(chosen)!r} must be settings of experiments/README.md, each once")
   for setting in chosen:
     settings.parse(setting, setting="", size="tiny", regime="1x1")
+  if report and importlib.util.find_spec("matplotlib") is None:
+    raise InputError("--report: needs matplotlib, which isn't installed; pip install 'cyb_jax[report]', or --noreport")
   _claim(folder, {"config": config, "steps": steps})
   study = Study(folder, config, steps, jobs)
   found = dict(zip(chosen, study.map(study.tune, [(setting, rates) for setting in chosen])))
@@ -203,12 +206,13 @@ def run(
     for setting in chosen
   ]
   result = {"study": config, "steps": steps, "seeds": seeds, "rows": rows}
+  write_whole(folder / "comparison.md", _table(rows))
+  write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
   if report:
     study.map(study.report, runs)
     # With one run there is nothing to put side by side.
     result["report"] = study.report_all(runs) if len(runs) > 1 else None
-  write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
-  write_whole(folder / "comparison.md", _table(rows))
+    write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
   return result
 
 

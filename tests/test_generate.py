@@ -1,6 +1,7 @@
 """cyb-generate as a user starts it; from ids to text."""
 
 import json
+import subprocess
 
 import cli
 import pytest
@@ -11,7 +12,7 @@ from cyb_jax import training
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.data.tokenizers import encode_whole, train_sentencepiece
 from cyb_jax.errors import InputError
-from cyb_jax.generation import PAUSE_MARK, Continuation
+from cyb_jax.generation import PAUSE_MARK, Continuation, printable
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_it_speaks_with_marked_pauses(workdir):
   assert text.count(PAUSE_MARK) == in_all > 0
   first, second = result["text"]
   # Lines as splitlines has them: an untrained model says whatever.
-  assert text.replace(PAUSE_MARK, "") == "\n".join(f"a=1{first}\n\nb{second}\n".splitlines())
+  assert text.replace(PAUSE_MARK, "") == "\n".join(printable(f"a=1{first}\n\nb{second}\n").splitlines())
 
 
 def test_flags(workdir):
@@ -103,6 +104,24 @@ def test_text_as_it_comes():
   assert shown == [(0, "n"), (2, ""), (1, "é"), (0, " "), (0, "1"), (0, "."), (0, "2"), (0, ".")]
   assert [*free.pieces(said[1:2], [0])] == [(0, "")]
   assert free.rest() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_what_a_terminal_would_obey_is_shown():
+  assert printable("a\x1b[2Jé\n\t\x07\u202e") == "a<U+001B>[2Jé\n\t<U+0007><U+202E>"
+
+
+def test_odd_ends_of_standard_output(workdir):
+  command = cli.command("generate", f"--workdir={workdir}", "--prompt=a", "--seed=2")
+  done = subprocess.run(
+    command, capture_output=True, text=True, env=cli.environment() | {"PYTHONIOENCODING": "ascii"}, cwd=cli.ROOT
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert json.loads(done.stdout.strip().splitlines()[-1])["tokens"] > 0
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=cli.environment(), cwd=cli.ROOT
+  ) as reader:
+    reader.stdout.close()
+    assert "Traceback" not in reader.stderr.read()
 
 
 def test_what_a_vocabulary_cannot_encode():

@@ -24,6 +24,8 @@ VARIANTS = {
   "visible": {},
   "hidden": {"pause_visibility": "hidden", "pause_input": "token+pause", "pause_offset": True},
   "shifting": {"pause_positions": "shifting", "pause_shared": True, "dont_know": "unit"},
+  # Pauses that nobody sees stand at their positions all the same.
+  "hidden shifting": {"pause_visibility": "hidden", "pause_positions": "shifting"},
 }
 
 
@@ -49,8 +51,11 @@ def generate(method, params, prompts=PROMPTS, *, new=6, seeds=0, end_id=None, **
 def whole(method, params, tokens, lengths):
   """The training forward over one row whose tokens have so many slots: what each token's slots say of every word,
   f32[T, W, V] and so on; slots beyond a token's last one repeat it."""
-  packing = pack(lengths[None], method.num_slots, tokens.shape[0] * method.num_slots)
-  hidden = method.hidden_packed(params, {"tokens": tokens[None]}, packing)[0][packing.places[0]]
+  if method.hides_pauses:  # as in training, where all of them are there, and only their own token sees them
+    hidden = method.hidden(params, {"tokens": tokens[None]})[0]
+  else:
+    packing = pack(lengths[None], method.num_slots, tokens.shape[0] * method.num_slots)
+    hidden = method.hidden_packed(params, {"tokens": tokens[None]}, packing)[0][packing.places[0]]
   return method.word_scores(params, hidden, jnp.broadcast_to(jnp.arange(method.num_slots), hidden.shape[:-1]))
 
 
@@ -305,6 +310,7 @@ def test_rows_end_by_themselves():
     ({"max_pauses": 3}, "max_pauses: 3 must lie in 0..2"),
     ({"omega": (1.0, 1.0)}, "give max_pauses + 1 = 3 weights"),
     ({"temperature": -1.0}, "temperature: -1.0"),
+    ({"temperature": 1e-30}, "temperature: 1e-30"),
     ({"top_p": 0.0}, "top_p: 0.0"),
     ({"top_k": -1}, "top_k: -1"),
     ({"threshold": 1.5}, "threshold: 1.5"),

@@ -7,6 +7,7 @@ import html.parser
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -309,7 +310,6 @@ def test_difference_in_nats():
       "a and b can't be compared: split is 'validation' there and 'test' here",
     ),
     (lambda c: c.statistics.update(limit=5), "limit is None there and 5 here"),
-    (lambda c: c.statistics.update(omega=[1, 1]), "omega is None there"),
     (lambda c: c.source["data"].update(sequence_length=32), "data.sequence_length is 16 there and 32 here"),
     (
       lambda c: c.meta.update(store="e" * 64),
@@ -391,8 +391,8 @@ def test_figures_leave_matplotlib_as_it_was():
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
   folder = output.check_output(tmp_path / "run" / "report")
-  output.write_folder(folder, {"index.html": "é", "a.png": b"1"})
-  output.write_folder(output.check_output(folder), {"index.html": "2"})
+  output.write_folder(folder, {"index.html": f"{output.generator(['a.png', 'b.png'])} é", "a.png": b"1"})
+  output.write_folder(output.check_output(folder), {"index.html": output.generator([])})
   assert [p.name for p in folder.iterdir()] == ["index.html"]
 
   def full(*_):
@@ -402,14 +402,37 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     patch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="the disk is full"):
       output.write_folder(folder, {"index.html": "3", "b.png": b"1"})
-  assert (folder / "index.html").read_text() == "2"
+  assert (folder / "index.html").read_text() == output.generator([])
+  # Nor by an interruption between the two renames.
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "rename", interrupted_at(2))
+    with pytest.raises(KeyboardInterrupt):
+      output.write_folder(folder, {"index.html": "3"})
+  assert (folder / "index.html").read_text() == output.generator([])
   assert [p.name for p in folder.parent.iterdir()] == ["report"]
-  # What is no report's is not replaced.
-  (folder / "thesis.tex").write_text("")
-  with pytest.raises(InputError, match=r"holds 'thesis.tex'"):
+  # What is no report's is not replaced: a picture beside the page, a page that somebody else has written.
+  (folder / "holiday.png").write_text("")
+  with pytest.raises(InputError, match=r"holds 'holiday.png'"):
+    output.check_output(folder)
+  (folder / "holiday.png").unlink()
+  (folder / "index.html").write_text("<h1>Home</h1>")
+  with pytest.raises(InputError, match=r"holds 'index.html'"):
     output.check_output(folder)
   with pytest.raises(InputError, match="is a file"):
     output.check_output(folder / "index.html")
+
+
+def interrupted_at(call):
+  """`Path.rename` that is interrupted once."""
+  rename, calls = pathlib.Path.rename, []
+
+  def renamed(path, target):
+    calls.append(path)
+    if len(calls) == call:
+      raise KeyboardInterrupt
+    return rename(path, target)
+
+  return renamed
 
 
 def test_pages_that_are_too_large_are_refused():
@@ -489,7 +512,11 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
   assert len(program.calls) == 1
   program(workdir=folder, limit=3)
   assert program.calls[1:] == [("validation", 3, 8)]
-  # Nor are those that are damaged, or of a version that knew less.
+  # Nor are those of another checkpoint.
+  program(workdir=folder, limit=3, checkpoint=10, output=folder.parent / "elsewhere")
+  assert len(program.calls) == 3
+  program.calls.pop()
+  # Nor those that are damaged, or of a version that knew less.
   path = folder / "report" / "statistics.json"
   for damaged in ("{", json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "types"})):
     path.write_text(damaged)

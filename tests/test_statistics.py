@@ -216,7 +216,7 @@ def test_batches_devices_and_flushes_change_nothing(monkeypatch):
   sample = told_batches(odds, target, rows=8, length=8)[:2]  # whatever it is, it's the same
   once = jsonl.dumps(told_statistics(told_batches(odds, target, rows=8, length=40), sample))
   assert jsonl.dumps(told_statistics(told_batches(odds, target, rows=16, length=4), sample, devices=8)) == once
-  monkeypatch.setattr(module, "_FLUSH_TOKENS", 32)  # every batch
+  monkeypatch.setattr(module, "_FLUSH_NUMBERS", 32)  # every batch
   assert jsonl.dumps(told_statistics(told_batches(odds, target), sample)) == once
 
 

@@ -21,7 +21,7 @@ from scipy import stats
 from cyb_jax import sharding
 from cyb_jax.evaluation.self_paced import read_self_paced
 from cyb_jax.methods import Batch, Method, Reading
-from cyb_jax.stopping import hard_slot
+from cyb_jax.stopping import hard_slot, log_stopping_distribution
 
 # Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
 _CALIBRATION_TOKENS = 4_000_000
@@ -137,8 +137,11 @@ def _sums_self_paced(
   """The same of a self-paced context; and of the constant one, what they are compared by."""
   reading, kept = read_self_paced(method, params, batch, omega)
   sums, decisions, gains = _sums_of(method, reading, None, batch["weights"])
-  constant = method.read(params, batch, omega)
-  log_likelihood = jax.nn.logsumexp(constant.log_stopping + constant.scores.log_target, -1)
+  constant = method.read(params, batch)
+  log_stopping = constant.log_stopping
+  if omega is not None:  # which a recipe that draws would draw from
+    log_stopping = log_stopping_distribution(constant.scores.log_dont_know, constant.scores.log_answer, omega)
+  log_likelihood = jax.nn.logsumexp(log_stopping + constant.scores.log_target, -1)
   sums["constant_log_likelihood"] = (log_likelihood * batch["weights"]).sum()
   sums["kept"] = (kept * batch["weights"]).sum()
   return sums, decisions, gains

@@ -49,7 +49,7 @@ _SAMPLE_TOKENS = 8192
 _THRESHOLDS = np.arange(-16, 17) / 2
 _THRESHOLD_QUANTILES = 64
 # When the host takes over what the devices have summed.
-_FLUSH_TOKENS = fixed_point.MOST // 2
+_FLUSH_NUMBERS = fixed_point.MOST // 2
 
 Sums = dict[str, Any]
 
@@ -147,8 +147,10 @@ class PauseStatistics:
     self._decisions = jax.jit(
       functools.partial(_decisions, method), in_shardings=(None, self._batch_sharding), out_shardings=None
     )
-    self._first = _Accumulated(functools.partial(_first_pass, method, int(self._borders[-1])), self._everywhere)
-    self._second = _Accumulated(functools.partial(_second_pass, method), self._everywhere)
+    # All steps of a token may fall to one threshold.
+    most = max(method.num_slots - 1, 1)
+    self._first = _Accumulated(functools.partial(_first_pass, method, int(self._borders[-1])), self._everywhere, most)
+    self._second = _Accumulated(functools.partial(_second_pass, method), self._everywhere, most)
 
   def __call__(
     self,
@@ -290,10 +292,11 @@ class _Accumulated:
   Args:
     contributions: (params, ..., batch) -> a tree of int32.
     everywhere: where the sums live.
+    most: how many numbers a token adds to one of the sums.
   """
 
-  def __init__(self, contributions: Callable[..., Sums], everywhere: NamedSharding):
-    self._contributions, self._everywhere = contributions, everywhere
+  def __init__(self, contributions: Callable[..., Sums], everywhere: NamedSharding, most: int):
+    self._contributions, self._everywhere, self._most = contributions, everywhere, most
 
     def add(sums: Sums, *args: Any) -> Sums:
       return jax.tree.map(jnp.add, sums, contributions(*args))
@@ -307,13 +310,14 @@ class _Accumulated:
     total = sums = None
     pending = 0
     for batch in batches:
-      if pending + batch["tokens"].size > _FLUSH_TOKENS and sums is not None:
+      added = batch["tokens"].size * self._most
+      if pending + added > _FLUSH_NUMBERS and sums is not None:
         total, sums, pending = _taken_over(total, sums), None, 0
       if sums is None:
         shapes = jax.eval_shape(self._contributions, *args, batch)
         sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self._everywhere), shapes)
       sums = self._add(sums, *args, batch)
-      pending += batch["tokens"].size
+      pending += added
     return _taken_over(total, sums)
 
 

@@ -22,7 +22,7 @@ POSITIONS = ("whole", "first", "middle", "last", "other")
 PAPER = {
   "low_low": ("isn", "wasn", "didn", "doesn", "don", "according", "able", "However", "etc"),
   "high_low": ("devices", "players", "students", "projects", "patients", "challenges", "families"),
-  "low_high": ("won", "g", "e", "New", "Co"),
+  "low_high": ("won", "g", "e", "New", "co"),
   "high_high": ("images", "pictures", "sites", "wood"),
 }
 """The words that arXiv 2510.13879 lists, by the median and the variance of their pauses."""

@@ -2,7 +2,7 @@
 
 from cyb_jax.generation.options import SamplingOptions, default_mode
 from cyb_jax.generation.sampler import Generation, Sampler, SamplerState
-from cyb_jax.generation.text import PAUSE_MARK, Continuation
+from cyb_jax.generation.text import PAUSE_MARK, Continuation, printable
 
 __all__ = [
   "PAUSE_MARK",
@@ -12,4 +12,5 @@ __all__ = [
   "SamplerState",
   "SamplingOptions",
   "default_mode",
+  "printable",
 ]

@@ -11,6 +11,8 @@ from cyb_jax.stopping import normalize
 
 MODES = ("self_paced", "constant", "none")
 READS = ("sample", "threshold", "mixture")
+# Colder, and f32 can't divide by it.
+_COLDEST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class Plan:
     denies: whether the world may deny a pause.
     keeps_pauses: whether a pause stays in the context of later tokens.
     shifts: whether a pause takes a position of its own.
+    prompt_stride: how far a token of the prompt is, in positions, from the next.
+    stride: the same of tokens that are said; None: as far as it has slots that were run.
   """
 
   parallel: bool
@@ -75,6 +79,8 @@ class Plan:
   denies: bool
   keeps_pauses: bool
   shifts: bool
+  prompt_stride: int
+  stride: int | None
 
 
 def default_mode(method: PausedMethod) -> str:
@@ -107,9 +113,9 @@ def plan(method: PausedMethod, options: SamplingOptions) -> Plan:
     )
   if not 0 <= options.threshold <= 1:
     raise InputError(f"threshold: {options.threshold!r} must lie in [0, 1]")
-  if not 0 <= options.temperature < math.inf:
+  if options.temperature and not _COLDEST <= options.temperature < math.inf:
     raise InputError(
-      f"temperature: {options.temperature!r} must be finite and not negative; 0 takes the likeliest word"
+      f"temperature: {options.temperature!r} must be finite and at least {_COLDEST:g}, or 0, the likeliest word"
     )
   if isinstance(options.top_k, bool) or not isinstance(options.top_k, int) or options.top_k < 0:
     raise InputError(f"top_k: {options.top_k!r} must be a whole number that is not negative; 0 keeps all words")
@@ -133,15 +139,22 @@ def plan(method: PausedMethod, options: SamplingOptions) -> Plan:
     except ValueError as error:
       raise InputError(f"{error}; give max_pauses + 1 = {pauses + 1} weights") from None
   in_prompt = options.prompt_pauses or ("all" if options.mode == "constant" else "none")
+  # Hidden pauses of the prompt would be seen by nobody.
+  prompt_slots = pauses + 1 if in_prompt == "all" and not method.hides_pauses else 1
+  # Where pauses are hidden, and stand at positions of their own, they stand there in training whether seen or not.
+  strides = (method.num_slots, method.num_slots) if method.hides_pauses else (prompt_slots, None)
+  if not method.shifts_positions:
+    strides = (1, 1)
   return Plan(
     parallel=options.mode == "constant",
     num_slots=pauses + 1,
-    # Hidden pauses of the prompt would be seen by nobody.
-    prompt_slots=pauses + 1 if in_prompt == "all" and not method.hides_pauses else 1,
+    prompt_slots=prompt_slots,
     read=options.read,
     greedy=options.temperature == 0,
     truncated=options.top_k > 0 or options.top_p < 1,
     denies=options.omega is not None,
     keeps_pauses=not method.hides_pauses,
     shifts=method.shifts_positions,
+    prompt_stride=strides[0],
+    stride=strides[1],
   )

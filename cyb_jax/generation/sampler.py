@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,8 @@ class Sampler:
 
     Args:
       params: bare arrays.
-      prompts: ids, at least one each; of unequal length as they come. A document's beginning is `end_id`.
+      prompts: ids, at least one each; of unequal length as they come. A row is one document, which begins with
+        `end_id`: an end token further on hides nothing before it, whatever `data.document_mask` was in training.
       max_new_tokens: N, for every row.
       seeds: one for each row; or one number, to which the row's is added.
       end_id: a row that says it is finished; None: none is.
@@ -217,8 +218,8 @@ class Sampler:
     Arguments and errors: see `generate`.
     """
     limits = _check(prompts, max_new_tokens, context, self.method.vocab_size)
-    if isinstance(seeds, int):
-      seeds = [seeds + row for row in range(len(prompts))]
+    if isinstance(seeds, numbers.Integral):
+      seeds = [int(seeds) + row for row in range(len(prompts))]
     if len(seeds) != len(prompts):
       raise InputError(f"seeds: {len(seeds)} of them, but {len(prompts)} prompts; give one for each")
     if not all(0 <= seed < 2**32 for seed in seeds):
@@ -300,12 +301,10 @@ def _start(
   of_token = plan.num_slots if plan.keeps_pauses else 1
   capacity = length * slots + (new - 1) * of_token + plan.num_slots
   cache = empty_cache(method.decoder.config, rows, capacity)
-  # How far one token of the prompt is from the next. Hidden pauses weren't laid, but stand in training.
-  stride = method.num_slots if plan.shifts and plan.parallel else slots if plan.shifts else 1
   if length:
     order = jnp.arange(length * slots)
     token, slot = order // slots, order % slots
-    positions = token * stride + (slot if plan.shifts else 0)
+    positions = token * plan.prompt_stride + (slot if plan.shifts else 0)
     # Behind a shorter prompt lies what is never seen, and is written over.
     _, cache = method.extend(
       params,
@@ -320,7 +319,7 @@ def _start(
     token=last,
     slot=jnp.zeros(rows, jnp.int32),
     place=(lengths - 1) * slots,
-    position=(lengths - 1) * stride,
+    position=(lengths - 1) * plan.prompt_stride,
     seeds=seeds,
     budget=budgets,
     limit=limits,
@@ -381,7 +380,7 @@ def _one_slot(
   log_prob = jnp.take_along_axis(scores.log_words, word[:, None], 1)[:, 0]
   said = _say(state, cache, numbers["end_id"], ~waits & ~state.finished, word, state.slot, log_prob)
   ran = state.slot + 1
-  moved = _move(state, said, ran if plan.keeps_pauses else 1, ran if plan.shifts else 1)
+  moved = _move(plan, state, said, ran)
   return dataclasses.replace(
     moved,
     slot=jnp.where(waits, state.slot + 1, jnp.where(state.finished, state.slot, 0)),
@@ -421,7 +420,7 @@ def _all_slots(
   word = _choose(plan, numbers, _keys(state, _WORD), log_words)
   log_prob = jnp.take_along_axis(log_words, word[:, None], 1)[:, 0]
   said = _say(state, cache, numbers["end_id"], ~state.finished, word, read.astype(jnp.int32), log_prob)
-  return _move(state, said, width if plan.keeps_pauses else 1, method.num_slots if plan.shifts else 1)
+  return _move(plan, state, said, width)
 
 
 def _say(
@@ -451,13 +450,13 @@ def _say(
   )
 
 
-def _move(before: SamplerState, state: SamplerState, places: Any, positions: Any) -> SamplerState:
-  """Rows that have said a word, and say another one, go on to its place."""
+def _move(plan: Plan, before: SamplerState, state: SamplerState, ran: Int[Array, "B"] | int) -> SamplerState:
+  """Rows that have said a word, and say another one, go on to its place; `ran`: slots of the token that they leave."""
   moves = (state.said > before.said) & ~state.finished
   return dataclasses.replace(
     state,
-    place=state.place + jnp.where(moves, places, 0),
-    position=state.position + jnp.where(moves, positions, 0),
+    place=state.place + jnp.where(moves, ran if plan.keeps_pauses else 1, 0),
+    position=state.position + jnp.where(moves, ran if plan.stride is None else plan.stride, 0),
   )
 
 

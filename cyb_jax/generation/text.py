@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 from cyb_jax.data import Tokenizer
@@ -10,6 +11,13 @@ from cyb_jax.data import Tokenizer
 PAUSE_MARK = "\N{MIDDLE DOT}"
 # What decoding gives for bytes that are no character, or not yet.
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+def printable(text: str) -> str:
+  """The text with signs for the control characters that a terminal would obey, but for tabs and line ends."""
+  return "".join(
+    f"<U+{ord(c):04X}>" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c for c in text
+  )
 
 
 class Continuation:

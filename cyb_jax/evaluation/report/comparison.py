@@ -82,7 +82,6 @@ def check_comparable(runs: Sequence[Candidate]) -> None:
       "data.sequence_length": data["sequence_length"],
       "split": run.statistics["split"],
       "limit": run.statistics["limit"],
-      "omega": run.statistics.get("omega"),
     }
 
   def refuse(run: Candidate, name: str, expected: Any, found: Any) -> None:
@@ -208,7 +207,9 @@ def _value(source: Mapping[str, Any], field: str) -> str:
   value: Any = source
   for part in field.split("."):
     value = value[part]
-  return f"{value:g}" if isinstance(value, float) else str(value) or "default"
+  if isinstance(value, float) and float(f"{value:g}") == value:
+    return f"{value:g}"
+  return str(value) or "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,8 @@ def curve(run: Candidate, spend: str, windows: int | None) -> Curve:
   points = {
     row[spend]: math.log(row["perplexity"])
     for row in run.validation
-    if row.get("limit") == windows and row.get("perplexity") and row.get(spend)
+    # An infinite perplexity is null in the file.
+    if row.get("limit") == windows and math.isfinite(row.get("perplexity") or math.inf) and row.get(spend)
   }
   return Curve(tuple(sorted(points)), tuple(points[spent] for spent in sorted(points)))
 

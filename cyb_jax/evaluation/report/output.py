@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from cyb_jax.errors import InputError, writing
 
 MAX_BYTES = 10_000_000
-_FILES = ("index.html", "statistics.json", "comparison.json")
+_PAGE = "index.html"
 
 
 def check_output(folder: str | os.PathLike) -> pathlib.Path:
@@ -25,8 +25,7 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
   if path.exists():
     if not path.is_dir():
       raise InputError(f"--output: {folder} is a file; give a folder")
-    pictures = "*.png" if (path / _FILES[0]).exists() else ""  # beside no page they are somebody's
-    others = sorted(p.name for p in path.iterdir() if p.name not in _FILES and not fnmatch.fnmatch(p.name, pictures))
+    others = sorted({p.name for p in path.iterdir()} - _ours(path))
     if others:
       raise InputError(
         f"--output: {folder} holds {others[0]!r}, which is no report's; give a folder of the report's own"
@@ -39,6 +38,21 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
   except OSError as error:
     raise InputError(f"--output: can't write in {existing} ({error.strerror}); take another folder") from None
   return path
+
+
+def _ours(path: pathlib.Path) -> set[str]:
+  """Names that a report may have in a folder: its page says which pictures are its own."""
+  try:
+    page = (path / _PAGE).read_text(errors="replace")
+  except OSError:
+    return {"statistics.json"}  # which a comparison keeps
+  found = re.search(r'<meta name="generator" content="cyb-report: ([^"]*)">', page)
+  return {_PAGE, "statistics.json", "comparison.json", *found[1].split()} if found else set()
+
+
+def generator(pictures: Iterable[str]) -> str:
+  """The element by which a page says that it is a report, and which files beside it are its pictures."""
+  return f'<meta name="generator" content="cyb-report: {" ".join(pictures)}">'
 
 
 def check_size(page: str) -> None:
@@ -75,7 +89,7 @@ def write_folder(path: pathlib.Path, files: Mapping[str, str | bytes]) -> None:
         path.rename(old)
       try:
         new.rename(path)
-      except OSError:
+      except BaseException:  # an interruption too
         if old.exists():
           old.rename(path)
         raise

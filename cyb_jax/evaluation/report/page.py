@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cyb_jax.evaluation.report.output import generator
+
 # Tables of more rows are folded.
 LONG = 12
 
@@ -142,6 +144,7 @@ def document(title: str, header: str, sections: Sequence[Section], *, script: st
     sections: in order; the page lists them at its head.
     script: plain JavaScript, run at the end.
   """
+  pictures = [f"{picture.name}.png" for section in sections for picture in section.pictures]
   links = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections)
   parts = "".join(
     f'<section id="{s.anchor}" aria-labelledby="{s.anchor}-title">'
@@ -149,7 +152,7 @@ def document(title: str, header: str, sections: Sequence[Section], *, script: st
     for s in sections
   )
   return (
-    f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{generator(pictures)}\n'
     f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
     # An icon of its own, or a browser asks the page's server for one.
     f'<link rel="icon" href="data:,">\n<style>{_STYLE}</style>\n</head>\n<body>\n'

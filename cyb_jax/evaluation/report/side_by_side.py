@@ -39,6 +39,10 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
     f"{runs} runs in {len(groups)} groups of equal configs but for the seeds. Read on {read_on(first)}, the"
     " same ones for all runs."
   )
+  for row in numbers["groups"]:
+    if len(set(row["steps"])) > 1:
+      steps = ", ".join(f"{step:,}" for step in row["steps"])
+      header += page.paragraph(f"The seeds of {row['label']} were read at different steps: {steps}.", "note")
   rows = [
     (g.label, len(g.runs), r["num_slots"], *(float(np.mean(r[s])) for s in SPENDS), " ".join(r["workdirs"]))
     for g, r in zip(groups, numbers["groups"])
