@@ -111,6 +111,8 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   for workdir in workdirs:
     runs.read_config(workdir)
   folder = output.check_output(args.output or "report")
+  # What configs and checkpoints tell comes before the work.
+  comparison.check_comparable([_candidate(workdir, read=False) for workdir in workdirs])
   candidates = [_candidate(workdir) for workdir in workdirs]
   comparison.check_comparable(candidates)
   groups = comparison.group_runs(candidates)
@@ -136,8 +138,11 @@ def _kept(workdir: str) -> pathlib.Path:
   return pathlib.Path(workdir).absolute() / "report"
 
 
-def _candidate(workdir: str) -> Candidate:
-  """A run with its statistics: those in its own report's folder where they are of the same step, split and limit."""
+def _candidate(workdir: str, *, read: bool = True) -> Candidate:
+  """A run with its statistics, unless it isn't to be read.
+
+  Those in its own report's folder are taken where they are of the same checkpoint, split and limit.
+  """
   from cyb_jax import jsonl, runs
   from cyb_jax.evaluation.report.comparison import Candidate
   from cyb_jax.training.metrics import read_metrics
@@ -145,6 +150,8 @@ def _candidate(workdir: str) -> Candidate:
   checkpoints = runs.checkpoints_in(workdir, read_only=True)
   step = checkpoints.find(programs.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
+  if not read:
+    return Candidate(workdir, runs.read_config(workdir), meta, {}, [])
   checkpoint = checkpoints.fingerprint(step)
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:

@@ -41,6 +41,7 @@ def define_flags() -> None:
   flags.DEFINE_string("config", "experiments/quickstart.py", "The experiment that settings are arguments of.")
   flags.DEFINE_list("settings", SETTINGS, "Settings of experiments/README.md.")
   flags.DEFINE_list("rates", "1e-3,2e-3", "Learning rates that each setting's search for its best one starts with.")
+  flags.DEFINE_bool("search", True, "Whether rates beyond the given ones are tried while the best one is at their end.")
   flags.DEFINE_integer("seeds", 3, "Seeds.")
   flags.DEFINE_integer("steps", 400, "Steps of every run: the same tokens for all.")
   flags.DEFINE_bool("report", True, "Whether reports are written, of the validation split.")
@@ -50,8 +51,8 @@ def define_flags() -> None:
 class Study:
   """The runs of a comparison, each in a folder named by what it is."""
 
-  def __init__(self, folder: pathlib.Path, config: str, steps: int, jobs: int):
-    self.folder, self.config, self.steps = folder, config, steps
+  def __init__(self, folder: pathlib.Path, config: str, steps: int, jobs: int, *, search: bool = True):
+    self.folder, self.config, self.steps, self.search = folder, config, steps, search
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     self._cores: queue.Queue[list[int]] = queue.Queue()
     for job in range(jobs):
@@ -64,7 +65,7 @@ class Study:
   def tune(self, setting: str, rates: Sequence[float]) -> dict[float, float]:
     """Validation perplexity by rate, the best one with a worse one on either side where that can be had."""
     found = {rate: self._perplexity(setting, rate) for rate in rates}
-    for _ in range(MAX_EXTENSIONS):
+    for _ in range(MAX_EXTENSIONS if self.search else 0):
       best = _best(found)
       if best == min(found):
         extra = best / 2
@@ -73,6 +74,8 @@ class Study:
       else:
         break
       found[extra] = self._perplexity(setting, extra)
+    if _best(found) in (min(found), max(found)):
+      logging.warning("%s: the best rate, %g, is the last that was tried on its side", setting, _best(found))
     return found
 
   def _perplexity(self, setting: str, rate: float) -> float:
@@ -153,6 +156,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     steps=args.steps,
     jobs=args.jobs,
     report=args.report,
+    search=args.search,
   )
   sys.stdout.write(_table(result["rows"]) + "\n")
   return result
@@ -168,6 +172,7 @@ def run(
   steps: int,
   jobs: int,
   report: bool = True,
+  search: bool = True,
 ) -> dict[str, Any]:
   """What comparison.json holds; `chosen`: settings, `given`: rates, the rest as the flags.
 
@@ -191,7 +196,11 @@ def run(
   if report and importlib.util.find_spec("matplotlib") is None:
     raise InputError("--report: needs matplotlib, which isn't installed; pip install 'cyb_jax[report]', or --noreport")
   _claim(folder, {"config": config, "steps": steps})
-  study = Study(folder, config, steps, jobs)
+  study = Study(folder, config, steps, jobs, search=search)
+  logging.info(
+    "%d settings: the best of %d rates%s each, then %d seeds, then test%s",
+    len(chosen), len(rates), f", and of up to {MAX_EXTENSIONS} beyond," * search, seeds, " and reports" * report,
+  )  # fmt: skip
   found = dict(zip(chosen, study.map(study.tune, [(setting, rates) for setting in chosen])))
   best = {setting: _best(by_rate) for setting, by_rate in found.items()}
   for setting, rate in best.items():

@@ -100,6 +100,16 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
     compare.run(tmp_path, *study, seeds=3, steps=8, jobs=1)
 
 
+def test_rates_may_be_pinned(tmp_path, monkeypatch):
+  programs = Programs()
+  monkeypatch.setattr(compare.Study, "_program", lambda study, *words: programs(study, *words))
+  study = ("quickstart.py", ["baseline"], ["1e-3"])
+  result = compare.run(tmp_path, *study, seeds=1, steps=7, jobs=1, report=False, search=False)
+  assert [name for name, _ in programs.calls] == ["train", "evaluate"]
+  assert result["rows"][0]["learning_rate"] == 1e-3
+  assert "report" not in result
+
+
 @pytest.mark.parametrize(
   ("name", "value", "message"),
   [

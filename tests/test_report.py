@@ -596,6 +596,15 @@ def test_bad_input(workdirs, program, tmp_path):
   shutil.copy(run / "config.json", empty)
   assert "no finished checkpoint" in refused(workdir=empty)
   assert "checkpoint" in refused(compare=f"{run},{empty}", output=tmp_path / "out")
+  # What configs tell is told before any of them is read.
+  other = tmp_path / "other"
+  shutil.copytree(run, other)
+  config = runs.read_config(other)
+  config["data"]["sequence_length"] = 8
+  (other / "config.json").write_text(json.dumps(config))
+  message = refused(compare=f"{run},{other}", output=tmp_path / "out")
+  assert "data.sequence_length is 16 there and 8 here" in message
+  assert not program.calls
   assert not (tmp_path / "out").exists()
   assert not (empty / "report").exists()
 

@@ -267,9 +267,11 @@ def to_terminal(windows: Sequence[Window], columns: int, *, colour: bool) -> str
     pauses = np.concatenate([window.pauses for window in windows]) if windows else np.array([0.0])
     out += _wrapped([(f"All tokens here have {pauses[0]:.4g} pauses: nothing to colour.", None)], columns, False)
   else:
-    legend: list[tuple[str, int | None]] = [("Expected pauses before each token, from: ", None)]
+    legend: list[tuple[str, int | None]] = [
+      ("Expected pauses before a token: " if colour else "Behind a token, the level of the pauses before it: ", None)
+    ]
     for i in range(8):
-      legend += [(scale.border(i), i) if colour else (f"{_DIGITS[i]}{scale.border(i)}", None), (" ", None)]
+      legend += [(scale.border(i), i) if colour else (f"{_DIGITS[i]}={scale.border(i)}", None), (" ", None)]
     out += _wrapped(legend, columns, colour)
   for window in windows:
     out += ["", f"window {window.index}"]

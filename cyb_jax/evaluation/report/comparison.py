@@ -34,7 +34,7 @@ class Candidate:
     workdir: as it was given.
     source: the nested dict of its config.
     meta: of its checkpoint.
-    statistics: see statistics.json.
+    statistics: see statistics.json; {} where the run isn't read yet.
     validation: rows of metrics.jsonl whose split is validation, by step.
   """
 
@@ -67,7 +67,7 @@ class Group:
 
 
 def check_comparable(runs: Sequence[Candidate]) -> None:
-  """Whether the runs were read on the same text in the same way.
+  """Whether the runs were read on the same text in the same way; of runs that aren't read yet, whether they can be.
 
   Raises:
     InputError: it names two runs and the field in which they differ.
@@ -80,8 +80,8 @@ def check_comparable(runs: Sequence[Candidate]) -> None:
       # A tokenizer may go by several names: what is in the store decides.
       "data.store": run.meta["store"],
       "data.sequence_length": data["sequence_length"],
-      "split": run.statistics["split"],
-      "limit": run.statistics["limit"],
+      "split": run.statistics.get("split"),
+      "limit": run.statistics.get("limit"),
     }
 
   def refuse(run: Candidate, name: str, expected: Any, found: Any) -> None:
@@ -101,7 +101,7 @@ def check_comparable(runs: Sequence[Candidate]) -> None:
           refuse(run, "data.tokenizer", a, b)
         refuse(run, "the fingerprint of data.store", expected[name][:12], found[:12])
       refuse(run, name, expected[name], found)
-    if run.statistics["groups"]["tokens"] != first.statistics["groups"]["tokens"]:
+    if run.statistics and run.statistics["groups"]["tokens"] != first.statistics["groups"]["tokens"]:
       raise InputError(
         f"--compare: {first.workdir} and {run.workdir} can't be compared: groups.tokens of their statistics.json"
         " differ; compute them anew over the same split"
@@ -342,7 +342,10 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
       "perplexity": spread(group.values(lambda s: s["perplexity"]["mixture"])),
       "mean_pauses": spread(pauses) if None not in pauses else None,
       "latency": np.mean(shares, 0).tolist() if shares else None,
-      "self_paced_perplexity": spread([s["perplexity"] for s in paces]) if len(paces) == len(group.runs) else None,
+      # Of the same windows, fewer than the others here.
+      "self_paced_cost": spread([s["perplexity"] / s["constant_perplexity"] - 1 for s in paces])
+      if len(paces) == len(group.runs)
+      else None,
       **{spend: [run.meta[spend] for run in group.runs] for spend in SPENDS},
     }
 

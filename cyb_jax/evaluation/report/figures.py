@@ -212,14 +212,20 @@ def density(
 
 
 def points(clouds: Sequence[tuple[str, Sequence[float], Sequence[float], Sequence[str]]], *, x: str, y: str) -> bytes:
-  """Clouds of points, (name, x, y, words); the first words of each are written beside."""
+  """Clouds of points, (name, x, y, words); the word of each cloud's outermost point is written beside it."""
 
   def paint(figure: Figure) -> None:
     axes = figure.add_subplot()
+    every = [np.concatenate([np.asarray(cloud[k], np.float64) for cloud in clouds]) for k in (1, 2)]
+    middle = [float(np.median(values)) if len(values) else 0.0 for values in every]
+    span = [float(np.ptp(values)) or 1.0 if len(values) else 1.0 for values in every]
     for i, (name, xs, ys, words) in enumerate(clouds):
       axes.scatter(xs, ys, 26, color=COLOURS[i % 8], marker=_MARKERS[i % 8], label=name, alpha=0.8, linewidths=0)
-      for place, word in list(zip(zip(xs, ys), words))[:2]:
-        axes.annotate(_plain(word), place, (3, 3), textcoords="offset points", fontsize=8)
+      if len(xs):
+        off = [np.abs(np.asarray(values) - m) / s for values, m, s in zip((xs, ys), middle, span)]
+        outermost = int(np.argmax(off[0] + off[1]))
+        place = xs[outermost], ys[outermost]
+        axes.annotate(_plain(words[outermost]), place, (4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="#dddddd", linewidth=0.6)

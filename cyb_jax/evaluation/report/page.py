@@ -78,6 +78,11 @@ def number(value: Any, digits: int = 4) -> str:
   return f"{value:,.{max(digits - 1 - size, 0)}f}"
 
 
+def percent(share: float) -> str:
+  """A change for people, such as '+1.8%'."""
+  return f"{share:+.1%}"
+
+
 def interval(bounds: Sequence[float] | None) -> str:
   return "-" if bounds is None else f"{number(bounds[0])} to {number(bounds[1])}"
 

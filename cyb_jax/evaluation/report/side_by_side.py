@@ -73,11 +73,12 @@ def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   )
   table = page.table(
     "Perplexity (± standard deviation over seeds)",
-    ("group", "perplexity", "mean pauses", "self-paced", "of each seed"),
+    ("group", "perplexity", "mean pauses", "with a self-paced context", "of each seed"),
     [
       (
         row["label"], _plus_minus(row["perplexity"]), _plus_minus(row["mean_pauses"]),
-        _plus_minus(row["self_paced_perplexity"]), " ".join(number(v) for v in row["perplexity"]["values"]),
+        page.percent(row["self_paced_cost"]["mean"]) if row["self_paced_cost"] else "-",
+        " ".join(number(v) for v in row["perplexity"]["values"]),
       )
       for row in rows
     ],

@@ -156,8 +156,6 @@ def _perplexity(statistics: Statistics) -> Section:
     ]
     rows += [(f"slot {i} alone", value) for i, value in enumerate(found["slots"] or [], 1)]
   paced = statistics["self_paced"]
-  if paced:
-    rows += [("self-paced context", paced["perplexity"]), ("constant, same windows", paced["constant_perplexity"])]
   drawn = [(name, value) for name, value in rows if value is not None]
   bounds = found["interval"]
   low = [value if i or not bounds else bounds[0] for i, (_, value) in enumerate(drawn)]
@@ -178,7 +176,8 @@ def _perplexity(statistics: Statistics) -> Section:
     body += page.paragraph(
       f"Read at its own pace, with only the pauses in the context that it asks for ({number(paced['context_pauses'])} a"
       f" token): {number(paced['perplexity'])}, against {number(paced['constant_perplexity'])} with all of them, as in"
-      f" training; the first {paced['windows']:,} windows."
+      f" training ({page.percent(paced['perplexity'] / paced['constant_perplexity'] - 1)}); both on the first"
+      f" {paced['windows']:,} windows, so not to be compared with the numbers above."
     )
   return Section(title, body, (picture,))
 
