@@ -112,7 +112,9 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
     runs.read_config(workdir)
   folder = output.check_output(args.output or "report")
   # What configs and checkpoints tell comes before the work.
-  comparison.check_comparable([_candidate(workdir, read=False) for workdir in workdirs])
+  unread = [_candidate(workdir, read=False) for workdir in workdirs]
+  comparison.check_comparable(unread)
+  comparison.group_runs(unread)
   candidates = [_candidate(workdir) for workdir in workdirs]
   comparison.check_comparable(candidates)
   groups = comparison.group_runs(candidates)
