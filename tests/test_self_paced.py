@@ -103,3 +103,15 @@ def test_the_evaluator_reports_the_gap(exact):
   assert got["perplexity"] != pytest.approx(constant["perplexity"], rel=1e-4)
   assert got["context_pauses"] == pytest.approx(float(((kept - 1) * weights).sum() / weights.sum()), rel=1e-5)
   assert got["slots"] == 2 * constant["slots"]
+
+
+def test_the_constant_reading_gives_all_slots_also_where_training_drew_them(exact):
+  omega = (1.0, 2.0, 1.0)
+  method, params = model(recipe="sampled", omega=omega, dont_know_prior=0.5)
+  batch = random_batch(5, 4, 6)
+  mesh = sharding.make_mesh(ParallelismConfig(), jax.devices()[:1])
+  got = Evaluator(method, mesh, omega, "self_paced")(params, [batch])
+  scores = method.slot_scores(params, batch)
+  log_s = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
+  nats = -float(jax.nn.logsumexp(log_s + scores.log_target, -1).mean())
+  assert got["constant_perplexity"] == pytest.approx(np.exp(nats), rel=1e-5)
