@@ -5,8 +5,6 @@ python -m cyb_jax.generate --workdir=DIR --prompt='The film' [--prompt=...] [--m
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -148,7 +146,7 @@ class _Shown:
   def __init__(self, prompts: Sequence[str], rows: Sequence[Continuation]):
     from cyb_jax.generation import PAUSE_MARK, printable
 
-    styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    styled = programs.shows_colour()
     self._mark = f"\x1b[33m{PAUSE_MARK}\x1b[0m" if styled else PAUSE_MARK
     self._rows, self._printable = rows, printable
     self._later = [f"\x1b[1m{printable(prompt)}\x1b[0m" if styled else printable(prompt) for prompt in prompts]

@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -22,6 +22,12 @@ from ml_collections import config_flags
 
 from cyb_jax import jsonl
 from cyb_jax.errors import DivergedError, InputError, StorageError
+
+if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of at once
+  from jax.sharding import Mesh
+
+  from cyb_jax.config import Config
+  from cyb_jax.data import TokenStore
 
 EXIT_CRASH = 1
 EXIT_BAD_INPUT = 2
@@ -130,6 +136,11 @@ def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_col
     raise InputError(_said_plainly(error, words)) from None
 
 
+def shows_colour() -> bool:
+  """Whether standard output is a terminal whose user hasn't asked for no colour (https://no-color.org)."""
+  return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def show(text: str) -> None:
   """Writes text to standard output at once, with what its encoding hasn't got replaced."""
   encoding = sys.stdout.encoding or "utf-8"
@@ -162,6 +173,62 @@ def weights_flag(name: str) -> tuple[float, ...] | None:
     return tuple(float(x) for x in value.split(":")) if value else None
   except ValueError:
     raise InputError(f"--{name}: {value!r} aren't numbers with colons between them, such as 1:1:1:1") from None
+
+
+def define_reading_flags() -> None:
+  """The flags of a program that reads a split with a trained run."""
+  flags.DEFINE_string("workdir", None, "The run's folder.")
+  flags.DEFINE_string("split", "validation", "validation, test or train.")
+  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
+  flags.DEFINE_integer("limit", 0, "At most so many windows; 0: the split whole.")
+  flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
+  flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
+
+
+def check_not_negative(*names: str) -> None:
+  """Raises InputError for the first of these flags that is negative."""
+  for name in names:
+    value = flags.FLAGS[name].value
+    if value < 0:
+      raise InputError(f"--{name}: {value} is negative")
+
+
+def reading_mesh() -> Mesh:
+  """All devices share the batch: parameters that trained sharded need not be so to be read."""
+  from cyb_jax import sharding
+  from cyb_jax.config import ParallelismConfig
+
+  return sharding.make_mesh(ParallelismConfig())
+
+
+def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
+  """The token store that a run was trained on, from where it lay or from the flag `--store`.
+
+  Args:
+    config: of the run.
+    meta: of its checkpoint.
+  """
+  import dataclasses
+
+  from cyb_jax import runs, training
+
+  given = flags.FLAGS.store
+  if given:
+    if not os.path.exists(given):
+      raise InputError(f"--store: {given} is not there")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=given))
+  store = runs.open_recorded_store(meta, config.data.store) or training.open_store(config)
+  runs.check_fingerprint(store, meta)
+  return store
+
+
+def rows_at_once(config: Config, mesh: Mesh) -> int:
+  """The batch's size by the flag `--batch_size`, rounded up to what the devices share evenly."""
+  from cyb_jax import sharding
+
+  shards = sharding.data_shards(mesh)
+  # Rows that fill a batch up have weight 0, so that any size will do.
+  return -(-(flags.FLAGS.batch_size or config.data.batch_size) // shards) * shards
 
 
 def _last_line(error: Exception) -> str:

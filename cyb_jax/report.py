@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax import evaluate, programs
+from cyb_jax import programs
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,14 +39,9 @@ _OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_p
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("workdir", None, "The run's folder.")
+  programs.define_reading_flags()
   flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
   flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
-  flags.DEFINE_string("split", "validation", "validation, test or train.")
-  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
-  flags.DEFINE_integer("limit", 0, "At most so many windows; 0: the split whole.")
-  flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
-  flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
   flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown coloured, spread over the split.")
   flags.DEFINE_bool("text", False, "Print the coloured text too.")
 
@@ -55,9 +49,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  for name in ("limit", "batch_size", "text_windows"):
-    if args[name].value < 0:
-      raise InputError(f"--{name}: {args[name].value} is negative")
+  programs.check_not_negative("limit", "batch_size", "text_windows")
   if args.compare and args.workdir:
     raise InputError(f"--compare: {','.join(args.compare)!r} is set, and --workdir = {args.workdir!r} too; give one")
   if args.compare:
@@ -75,9 +67,9 @@ def _report(workdir: str) -> dict[str, Any]:
     raise InputError("--text: set, but --text_windows is 0; show at least one")
   runs.read_config(workdir)  # that there is a run is the first thing to be told
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
-  mesh = evaluate.reading_mesh()
+  mesh = programs.reading_mesh()
   run = runs.load(workdir, programs.checkpoint_flag(), mesh)
-  store = evaluate.open_store(run.config, run.meta)
+  store = programs.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
   checkpoint = runs.checkpoints_in(workdir, read_only=True).fingerprint(run.step)
   statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
@@ -157,9 +149,9 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   checkpoint = checkpoints.fingerprint(step)
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
-    mesh = evaluate.reading_mesh()
+    mesh = programs.reading_mesh()
     run = runs.load(workdir, step, mesh)
-    statistics = _statistics(run, mesh, evaluate.open_store(run.config, run.meta), checkpoint)
+    statistics = _statistics(run, mesh, programs.open_store(run.config, run.meta), checkpoint)
     path = _kept(workdir) / "statistics.json"
     # Beside a page that shows others they would be out of place; then they are computed again next time.
     try:
@@ -202,7 +194,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
   from cyb_jax.evaluation import Evaluator, PauseStatistics, evaluate_split, statistics_of_split
 
   args = flags.FLAGS
-  options = {"split": args.split, "step": run.step, "batch_size": evaluate.rows_at_once(run.config, mesh)}
+  options = {"split": args.split, "step": run.step, "batch_size": programs.rows_at_once(run.config, mesh)}
   with jax.default_matmul_precision(run.config.precision.matmul):
     found = statistics_of_split(
       PauseStatistics(run.method, mesh, run.tokenizer),
@@ -230,9 +222,8 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
 def _print(windows: Sequence[Window]) -> None:
   from cyb_jax.evaluation.report import coloured
 
-  # https://no-color.org: set to anything but nothing.
-  colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-  programs.show(coloured.to_terminal(windows, max(shutil.get_terminal_size().columns, 20), colour=colour))
+  columns = max(shutil.get_terminal_size().columns, 20)
+  programs.show(coloured.to_terminal(windows, columns, colour=programs.shows_colour()))
 
 
 def run() -> None:

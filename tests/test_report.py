@@ -21,7 +21,7 @@ from models import tiny_config
 from statistics_example import HOSTILE, example
 
 from cyb_jax import config as configs
-from cyb_jax import evaluate, evaluation, report, runs, training
+from cyb_jax import evaluation, programs, report, runs, training
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.evaluation.report import coloured, comparison, figures, output, page, side_by_side, single
@@ -540,7 +540,7 @@ def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
 
 
 def test_windows_hold_what_the_method_reads(workdirs):
-  mesh = evaluate.reading_mesh()
+  mesh = programs.reading_mesh()
   run = runs.load(workdirs / "a", "last", mesh)
   store = training.open_store(run.config)
   read = coloured.read_windows(run, mesh, store, split="validation", limit=None, count=1000)

@@ -6,6 +6,8 @@ said.
 
 from __future__ import annotations
 
+from cyb_jax.evaluation import words
+
 NOTE = "The paper's own numbers: Gemma 2B fine-tuned on C4, perplexity read off its figures (+-0.003). Not ours."
 
 REGIMES = ("1x1", "2 epochs", "2x data", "3x data")
@@ -44,11 +46,6 @@ SPEARMAN: tuple[tuple[str, tuple[float, ...]], ...] = (
 )
 
 # Table 3, by the median of the pause count and its variance.
-WORDS = {
-  "low_low": "isn wasn didn doesn don according able However etc",
-  "high_low": "devices players students projects patients challenges families",
-  "low_high": "won g e New co",
-  "high_high": "images pictures sites wood",
-}
+WORDS = {corner: " ".join(found) for corner, found in words.PAPER.items()}
 
 DATA_EFFICIENCY = "In the paper CYB at 1x the data equals the baseline at 3x, and TBYS-3 at about 1.84x."
