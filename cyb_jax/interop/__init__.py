@@ -1,0 +1,1 @@
+"""Weights of others: Hugging Face folders, GGUF files and llama2.c binaries in, Hugging Face folders out."""
