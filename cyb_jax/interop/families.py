@@ -1,0 +1,230 @@
+"""Which tensors the files of a family hold, and how each of them lies in params['decoder'].
+
+One table per family. A matrix of theirs is [outputs, inputs], as in PyTorch; ours is [inputs, outputs] with the heads'
+axes spelled out.
+
+Letters: D model, V vocabulary, N heads, G kv heads, H head size, F mlp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from cyb_jax.decoder import DecoderConfig
+
+LeafPath = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """One tensor of a family, and the leaves that it holds.
+
+  Attributes:
+    name: in the file; '{layer}' stands for the number of its layer.
+    shape: in the file.
+    leaves: paths in params['decoder']; those of a layer from the layer on, ('attention', 'query', 'kernel').
+    split: the tensor -> its leaves, views where they can be.
+    join: the leaves -> the tensor; undoes `split`.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  leaves: tuple[LeafPath, ...]
+  split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+  join: Callable[..., np.ndarray]
+
+  @property
+  def layered(self) -> bool:
+    return "{layer}" in self.name
+
+
+# Where the modules of the Llama style lie, by format; '.weight' or '.bias' follows.
+HUGGINGFACE = {
+  "embedding": "model.embed_tokens",
+  "unembedding": "lm_head",
+  "final_norm": "model.norm",
+  "attention_norm": "model.layers.{layer}.input_layernorm",
+  "query": "model.layers.{layer}.self_attn.q_proj",
+  "key": "model.layers.{layer}.self_attn.k_proj",
+  "value": "model.layers.{layer}.self_attn.v_proj",
+  "out": "model.layers.{layer}.self_attn.o_proj",
+  "mlp_norm": "model.layers.{layer}.post_attention_layernorm",
+  "gate": "model.layers.{layer}.mlp.gate_proj",
+  "up": "model.layers.{layer}.mlp.up_proj",
+  "down": "model.layers.{layer}.mlp.down_proj",
+}
+GGUF = {
+  "embedding": "token_embd",
+  "unembedding": "output",
+  "final_norm": "output_norm",
+  "attention_norm": "blk.{layer}.attn_norm",
+  "query": "blk.{layer}.attn_q",
+  "key": "blk.{layer}.attn_k",
+  "value": "blk.{layer}.attn_v",
+  "out": "blk.{layer}.attn_output",
+  "mlp_norm": "blk.{layer}.ffn_norm",
+  "gate": "blk.{layer}.ffn_gate",
+  "up": "blk.{layer}.ffn_up",
+  "down": "blk.{layer}.ffn_down",
+}
+LLAMA2C = {
+  "embedding": "tok_embeddings",
+  "unembedding": "output",
+  "final_norm": "norm",
+  "attention_norm": "layers.{layer}.attention_norm",
+  "query": "layers.{layer}.attention.wq",
+  "key": "layers.{layer}.attention.wk",
+  "value": "layers.{layer}.attention.wv",
+  "out": "layers.{layer}.attention.wo",
+  "mlp_norm": "layers.{layer}.ffn_norm",
+  "gate": "layers.{layer}.feed_forward.w1",
+  "up": "layers.{layer}.feed_forward.w3",
+  "down": "layers.{layer}.feed_forward.w2",
+}
+
+
+def llama_style(
+  config: DecoderConfig, names: Mapping[str, str], *, pairs: str = "halves", norm_offset: float = 0.0
+) -> list[Tensor]:
+  """The table of Llama, Qwen2 and Gemma 1: an RMSNorm before each part, separate projections, a gated MLP.
+
+  Args:
+    config: which biases there are, and whether the output table is tied.
+    names: HUGGINGFACE, GGUF or LLAMA2C.
+    pairs: how RoPE's pairs lie in the rows of query and key: 'halves', i with i + H/2, as in `attention.rotate`; or
+      'neighbours', 2i with 2i + 1.
+    norm_offset: what the file's norm scales have on top of ours.
+  """
+  model, inner = (config.d_model,), (config.mlp_size,)
+  heads, kv_heads = (config.num_heads, config.head_size), (config.num_kv_heads, config.head_size)
+  reads, writes = config.attention_bias != "none", config.attention_bias == "all"
+
+  def norm(module: str) -> Tensor:
+    offset = np.float32(norm_offset)
+    if not norm_offset:
+      return _whole(f"{names[module]}.weight", (module, "scale"), model)
+    return Tensor(f"{names[module]}.weight", model, ((module, "scale"),), lambda x: (x - offset,), lambda x: x + offset)
+
+  def attention(module: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool) -> list[Tensor]:
+    turned = pairs == "neighbours" and module in ("query", "key")
+    return _projection(names[module], ("attention", module), inputs, outputs, bias, outputs if turned else None)
+
+  def mlp(module: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> list[Tensor]:
+    return _projection(names[module], ("mlp", module), inputs, outputs, config.mlp_bias)
+
+  return [
+    *_tables(config, names["embedding"], names["unembedding"]),
+    norm("attention_norm"),
+    *attention("query", model, heads, reads),
+    *attention("key", model, kv_heads, reads),
+    *attention("value", model, kv_heads, reads),
+    *attention("out", heads, model, writes),
+    norm("mlp_norm"),
+    *mlp("gate", model, inner),
+    *mlp("up", model, inner),
+    *mlp("down", inner, model),
+    norm("final_norm"),
+  ]
+
+
+def gpt_neox(config: DecoderConfig) -> list[Tensor]:
+  """The table of GPT-NeoX and Pythia: LayerNorms, and query, key and value of a head side by side in one matrix."""
+  model, inner, heads = (config.d_model,), (config.mlp_size,), (config.num_heads, config.head_size)
+  layer = "gpt_neox.layers.{layer}"
+  bias = config.attention_bias == "all"
+
+  def norm(name: str, module: str) -> list[Tensor]:
+    return [_whole(f"{name}.weight", (module, "scale"), model), _whole(f"{name}.bias", (module, "bias"), model)]
+
+  return [
+    *_tables(config, "gpt_neox.embed_in", "embed_out"),
+    *norm(f"{layer}.input_layernorm", "attention_norm"),
+    *_fused(f"{layer}.attention.query_key_value", config, bias),
+    *_projection(f"{layer}.attention.dense", ("attention", "out"), heads, model, bias),
+    *norm(f"{layer}.post_attention_layernorm", "mlp_norm"),
+    *_projection(f"{layer}.mlp.dense_h_to_4h", ("mlp", "up"), model, inner, True),
+    *_projection(f"{layer}.mlp.dense_4h_to_h", ("mlp", "down"), inner, model, True),
+    *norm("gpt_neox.final_layer_norm", "final_norm"),
+  ]
+
+
+def _whole(name: str, leaf: LeafPath, shape: tuple[int, ...]) -> Tensor:
+  """A tensor that lies as ours does."""
+  return Tensor(name, shape, (leaf,), lambda x: (x,), lambda x: x)
+
+
+def _tables(config: DecoderConfig, embedding: str, unembedding: str) -> list[Tensor]:
+  shape = (config.vocab_size, config.d_model)
+  tables = [_whole(f"{embedding}.weight", ("embedding",), shape)]
+  if not config.tied_embeddings:
+    tables.append(_whole(f"{unembedding}.weight", ("unembedding",), shape))
+  return tables
+
+
+def _projection(
+  name: str,
+  leaf: LeafPath,
+  inputs: tuple[int, ...],
+  outputs: tuple[int, ...],
+  bias: bool,
+  neighbours: tuple[int, int] | None = None,
+) -> list[Tensor]:
+  """A matrix and its bias; `neighbours`: (heads, H) where rows lie in pairs of neighbours."""
+  shape = (math.prod(outputs), math.prod(inputs))
+
+  def ours(rows: np.ndarray) -> np.ndarray:
+    if neighbours is None:
+      return rows
+    count, size = neighbours
+    return rows.reshape(count, size // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+  def theirs(rows: np.ndarray) -> np.ndarray:
+    if neighbours is None:
+      return rows
+    count, size = neighbours
+    return rows.reshape(count, 2, size // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+  tensors = [
+    Tensor(
+      f"{name}.weight",
+      shape,
+      ((*leaf, "kernel"),),
+      lambda x: (ours(x).T.reshape(inputs + outputs),),
+      lambda x: theirs(x.reshape(shape[::-1]).T),
+    )
+  ]
+  if bias:
+    split, join = (lambda x: (ours(x).reshape(outputs),)), (lambda x: theirs(x.reshape(shape[:1])))
+    tensors.append(Tensor(f"{name}.bias", shape[:1], ((*leaf, "bias"),), split, join))
+  return tensors
+
+
+def _fused(name: str, config: DecoderConfig, bias: bool) -> list[Tensor]:
+  """Query, key and value in one: rows [N, 3, H]."""
+  model, heads, size = config.d_model, config.num_heads, config.head_size
+  modules = ("query", "key", "value")
+
+  def split(matrix: np.ndarray) -> tuple[np.ndarray, ...]:
+    parts = matrix.reshape(heads, 3, size, model)
+    return tuple(np.moveaxis(parts[:, part], -1, 0) for part in range(3))
+
+  def join(*kernels: np.ndarray) -> np.ndarray:
+    return np.stack([np.moveaxis(kernel, 0, -1) for kernel in kernels], 1).reshape(-1, model)
+
+  rows = 3 * heads * size
+  tensors = [Tensor(f"{name}.weight", (rows, model), tuple(("attention", m, "kernel") for m in modules), split, join)]
+  if bias:
+    tensors.append(
+      Tensor(
+        f"{name}.bias",
+        (rows,),
+        tuple(("attention", m, "bias") for m in modules),
+        lambda x: tuple(x.reshape(heads, 3, size)[:, part] for part in range(3)),
+        lambda *x: np.stack(x, 1).reshape(rows),
+      )
+    )
+  return tensors

@@ -1,0 +1,390 @@
+"""Hugging Face folders: config.json and safetensors, one file or shards. Pickles are never opened.
+
+What of config.json changes the function is read, or refused by name where we don't have it; so is what we don't know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cyb_jax.decoder import DecoderConfig
+from cyb_jax.errors import InputError
+from cyb_jax.interop import families
+from cyb_jax.interop.families import Tensor
+from cyb_jax.interop.tensors import Fields, TensorInfo, is_float, package
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+# Of training, of generation, of the program that wrote the file; or read elsewhere.
+HARMLESS = frozenset({
+  "architectures", "model_type", "cyb_jax", "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
+  "initializer_range", "max_position_embeddings", "use_cache", "pretraining_tp", "is_llama_config", "unsloth_version",
+  "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+  "attention_dropout", "hidden_dropout", "classifier_dropout", "attention_probs_dropout_prob", "gradient_checkpointing",
+  "max_window_layers", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
+  "is_decoder", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class",
+  "finetuning_task", "prefix", "tie_encoder_decoder", "cross_attention_hidden_size", "pruned_heads", "use_bfloat16",
+  "torchscript", "tf_legacy_loss", "bad_words_ids", "do_sample", "early_stopping", "max_length", "min_length",
+  "num_beams", "num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p", "typical_p",
+  "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+  "begin_suppress_tokens", "suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id",
+  "forced_eos_token_id", "remove_invalid_values", "return_dict_in_generate", "output_scores",
+})  # fmt: skip
+
+# Buffers that older versions have stored beside the weights.
+HARMLESS_TENSORS = (r".*\.rotary_emb\.inv_freq", r".*\.attention\.(bias|masked_bias)")
+
+_ACTIVATIONS = {
+  "silu": "silu",
+  "swish": "silu",
+  "gelu": "gelu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
+}
+_WRITTEN = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """How the models of an architecture are described and laid out.
+
+  Attributes:
+    architecture: in config.json.
+    model_type: in config.json.
+    read: the fields of config.json -> our config.
+    write: our config -> the fields of config.json that are the family's own.
+    demands: what a config must be to be written so: field -> the values that can be expressed.
+    table: of its tensors.
+  """
+
+  architecture: str
+  model_type: str
+  read: Callable[[Fields], DecoderConfig]
+  write: Callable[[DecoderConfig], dict[str, Any]]
+  demands: Mapping[str, Sequence[Any]]
+  table: Callable[[DecoderConfig], list[Tensor]]
+
+
+def _llama(fields: Fields, **defaults: Any) -> DecoderConfig:
+  bias = fields.take("attention_bias", bool, False)
+  fields.demand("rope_interleaved", (None, False))
+  return _llama_style(
+    fields,
+    activation=_activation(fields, "hidden_act", "silu"),
+    attention_bias="all" if bias else "none",
+    mlp_bias=fields.take("mlp_bias", bool, False),
+    **defaults,
+  )
+
+
+def _mistral(fields: Fields) -> DecoderConfig:
+  # A missing field is 4,096 there.
+  if "sliding_window" not in fields._values:
+    raise InputError(f"{fields.where}: sliding_window is missing, which means 4096 here; this version has none: null")
+  fields.demand("sliding_window", (None,))
+  return _llama_style(fields, activation=_activation(fields, "hidden_act", "silu"), kv_heads=8)
+
+
+def _qwen2(fields: Fields) -> DecoderConfig:
+  fields.demand("use_sliding_window", (None, False))
+  fields.take("sliding_window", int, 0)
+  kinds = fields.take("layer_types", list, [])
+  if any(kind != "full_attention" for kind in kinds):
+    raise InputError(f"{fields.where}: layer_types has {set(kinds)}; this version has 'full_attention' alone")
+  return _llama_style(fields, activation=_activation(fields, "hidden_act", "silu"), kv_heads=32, attention_bias="qkv")
+
+
+def _gemma(fields: Fields) -> DecoderConfig:
+  # 'gelu' has always meant the tanh form here, in the field that came first.
+  fields.demand("hidden_activation", (None, "gelu_pytorch_tanh"))
+  fields.demand("hidden_act", ("gelu", "gelu_pytorch_tanh"), "gelu_pytorch_tanh")
+  fields.demand("use_bidirectional_attention", (None, False))
+  for cap in ("final_logit_softcapping", "attn_logit_softcapping"):  # of Gemma 2, and of no effect here
+    fields.demand(cap, (None,))
+  bias = fields.take("attention_bias", bool, False)
+  return _llama_style(
+    fields,
+    activation="gelu_tanh",
+    norm="rmsnorm_plus_one",
+    scale_embeddings=True,
+    attention_bias="all" if bias else "none",
+    kv_heads=16,
+    tied=True,
+    head_size=256,
+  )
+
+
+def _llama_style(
+  fields: Fields, *, kv_heads: int | None = None, tied: bool = False, head_size: int | None = None, **style: Any
+) -> DecoderConfig:
+  width, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+  base, fraction = _rope(fields)
+  if fraction != 1:
+    raise InputError(f"{fields.where}: partial_rotary_factor = {fraction}; this family turns heads whole")
+  return _config(
+    fields,
+    vocab_size=fields.take("vocab_size", int),
+    num_layers=fields.take("num_hidden_layers", int),
+    d_model=width,
+    num_heads=heads,
+    num_kv_heads=fields.take("num_key_value_heads", int, kv_heads or heads),
+    head_size=fields.take("head_dim", int, head_size or width // max(1, heads)),
+    mlp_size=fields.take("intermediate_size", int),
+    norm_epsilon=fields.take("rms_norm_eps", float, 1e-6),
+    rope_base=base,
+    tied_embeddings=fields.take("tie_word_embeddings", bool, tied),
+    **style,
+  )
+
+
+def _gpt_neox(fields: Fields) -> DecoderConfig:
+  width, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+  if heads < 1 or width % heads:
+    raise InputError(f"{fields.where}: hidden_size = {width} is no multiple of num_attention_heads = {heads}")
+  size = width // heads
+  base, fraction = _rope(fields, "rotary_emb_base", "rotary_pct", 0.25)
+  return _config(
+    fields,
+    vocab_size=fields.take("vocab_size", int),
+    num_layers=fields.take("num_hidden_layers", int),
+    d_model=width,
+    num_heads=heads,
+    num_kv_heads=heads,
+    head_size=size,
+    mlp_size=fields.take("intermediate_size", int),
+    norm="layernorm",
+    norm_epsilon=fields.take("layer_norm_eps", float, 1e-5),
+    activation=_activation(fields, "hidden_act", "gelu"),
+    gated_mlp=False,
+    attention_bias="all" if fields.take("attention_bias", bool, True) else "none",
+    mlp_bias=True,
+    parallel_residual=fields.take("use_parallel_residual", bool, True),
+    rope_base=base,
+    rope_fraction=int(size * fraction) / size,
+    tied_embeddings=fields.take("tie_word_embeddings", bool, False),
+  )
+
+
+def _config(fields: Fields, **values: Any) -> DecoderConfig:
+  try:
+    return DecoderConfig(**values)
+  except InputError as error:
+    raise InputError(f"{fields.where}: {error}") from None
+
+
+def _activation(fields: Fields, name: str, default: str) -> str:
+  given = fields.take(name, str, default)
+  if given not in _ACTIVATIONS:
+    raise InputError(f"{fields.where}: {name} = {given!r} is none of {', '.join(map(repr, _ACTIVATIONS))}")
+  return _ACTIVATIONS[given]
+
+
+def _rope(
+  fields: Fields, base_name: str = "rope_theta", fraction_name: str = "partial_rotary_factor", fraction: float = 1.0
+) -> tuple[float, float]:
+  """(base, fraction) of RoPE, in the old spelling (fields of their own) or the new one (`rope_parameters`)."""
+  base = fields.take(base_name, float, 10_000.0)
+  fraction = fields.take(fraction_name, float, fraction)
+  if base_name != "rope_theta":  # both are found in the files of that family
+    base = fields.take("rope_theta", float, base)
+  for name in ("rope_parameters", "rope_scaling"):  # the latter has the last word, as there
+    for key, value in fields.take(name, dict, {}).items():
+      if key in ("rope_type", "type"):
+        if value != "default":
+          raise InputError(f"{fields.where}: {name}.{key} = {value!r}; this version has 'default' alone")
+      elif key == "rope_theta" and isinstance(value, int | float):
+        base = float(value)
+      elif key == "partial_rotary_factor" and isinstance(value, int | float):
+        fraction = float(value)
+      elif value is not None:
+        raise InputError(f"{fields.where}: {name}.{key} = {value!r} is not known to this version")
+  return base, fraction
+
+
+def _write_llama_style(config: DecoderConfig) -> dict[str, Any]:
+  return {
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_size,
+    "rms_norm_eps": config.norm_epsilon,
+    "hidden_act": _WRITTEN[config.activation],
+    "attention_bias": config.attention_bias == "all",
+    "rope_theta": config.rope_base,
+    "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+  }
+
+
+def _write_llama(config: DecoderConfig) -> dict[str, Any]:
+  return _write_llama_style(config) | {"mlp_bias": config.mlp_bias}
+
+
+def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+  written = _write_llama_style(config) | {"use_sliding_window": False, "sliding_window": None}
+  del written["attention_bias"]  # always on q, k, v
+  return written
+
+
+def _write_gemma(config: DecoderConfig) -> dict[str, Any]:
+  return _write_llama_style(config) | {"hidden_activation": _WRITTEN[config.activation]}
+
+
+def _write_gpt_neox(config: DecoderConfig) -> dict[str, Any]:
+  base, fraction = config.rope_base, config.rope_fraction
+  return {
+    "layer_norm_eps": config.norm_epsilon,
+    "hidden_act": _WRITTEN[config.activation],
+    "attention_bias": config.attention_bias == "all",
+    "use_parallel_residual": config.parallel_residual,
+    "rotary_emb_base": base,
+    "rotary_pct": fraction,
+    "rope_parameters": {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": fraction},
+  }
+
+
+def _named(config: DecoderConfig) -> list[Tensor]:
+  return families.llama_style(config, families.HUGGINGFACE)
+
+
+_RMS_DEMANDS = {
+  "norm": ("rmsnorm",), "gated_mlp": (True,), "parallel_residual": (False,), "rope_fraction": (1.0,),
+  "scale_embeddings": (False,), "soft_cap": (None,),
+}  # fmt: skip
+FAMILIES = (
+  Family(
+    "LlamaForCausalLM", "llama", _llama, _write_llama, _RMS_DEMANDS | {"attention_bias": ("none", "all")}, _named
+  ),
+  Family(
+    "Qwen2ForCausalLM", "qwen2", _qwen2, _write_qwen2,
+    _RMS_DEMANDS | {"attention_bias": ("qkv",), "mlp_bias": (False,)}, _named,
+  ),
+  Family(
+    "GemmaForCausalLM", "gemma", _gemma, _write_gemma,
+    _RMS_DEMANDS | {
+      "norm": ("rmsnorm_plus_one",), "activation": ("gelu_tanh",), "attention_bias": ("none", "all"),
+      "mlp_bias": (False,), "scale_embeddings": (True,),
+    },
+    _named,
+  ),
+  Family(
+    "GPTNeoXForCausalLM", "gpt_neox", _gpt_neox, _write_gpt_neox,
+    {
+      "norm": ("layernorm",), "gated_mlp": (False,), "attention_bias": ("none", "all"), "mlp_bias": (True,),
+      "scale_embeddings": (False,), "soft_cap": (None,),
+    },
+    families.gpt_neox,
+  ),
+  # Read, but never written: Llama says the same.
+  Family("MistralForCausalLM", "mistral", _mistral, _write_llama, {"name": ()}, _named),
+)  # fmt: skip
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """An object in a file.
+
+  Raises:
+    InputError: it can't be read, or is none.
+  """
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: can't be read ({error}); a JSON object is needed") from None
+  if not isinstance(values, dict):
+    raise InputError(f"{path}: {type(values).__name__} in place of a JSON object")
+  return values
+
+
+def read_config(path: pathlib.Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
+  """A config.json: its family, our config, and all its fields.
+
+  Raises:
+    InputError: an architecture or a field that we don't have.
+  """
+  values = read_json(path)
+  known = ", ".join(family.architecture for family in FAMILIES)
+  named = values.get("architectures") or []
+  kind = values.get("model_type")
+  for family in FAMILIES:
+    if list(named) == [family.architecture] or (not named and kind == family.model_type):
+      break
+  else:
+    raise InputError(f"{path}: architectures = {named or kind!r} is none that this version loads: {known}")
+  if kind not in (None, family.model_type):
+    raise InputError(f"{path}: model_type = {kind!r}, but architectures = {named!r}, which is {family.model_type!r}")
+  fields = Fields(path, values)
+  for name in ("is_encoder_decoder", "add_cross_attention", "quantization_config"):
+    fields.demand(name, (None, False))
+  config = family.read(fields)
+  fields.finish(HARMLESS)
+  return family, config, values
+
+
+class SafetensorsFiles:
+  """The tensors of a folder's safetensors, memory-mapped.
+
+  Args:
+    folder: with model.safetensors, or model.safetensors.index.json and its shards.
+
+  Raises:
+    InputError: neither is there, a shard is missing or truncated, or lacks a tensor that the index says it has.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self.infos: dict[str, TensorInfo] = {}
+    self._open: dict[pathlib.Path, Any] = {}
+    if (folder / SINGLE).is_file():
+      self._add(folder / SINGLE)
+    elif (folder / INDEX).is_file():
+      self._add_shards(folder)
+    else:
+      raise InputError(_no_weights(folder))
+
+  def _add(self, path: pathlib.Path, names: Sequence[str] | None = None) -> None:
+    try:
+      file = package("safetensors", str(path)).safe_open(path, framework="numpy")
+    except OSError as error:
+      raise InputError(f"{path}: can't be read ({error})") from None
+    except Exception as error:  # safetensors' own, of a header that doesn't fit the file
+      raise InputError(
+        f"{path}: no whole safetensors file, {path.stat().st_size} bytes ({error}); fetch it anew"
+      ) from None
+    self._open[path] = file
+    there = set(file.keys())
+    for name in sorted(there) if names is None else names:
+      if name not in there:
+        raise InputError(f"{path}: the tensor {name} is missing, which {INDEX} says is here")
+      part = file.get_slice(name)
+      self.infos[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), path, is_float(part.get_dtype()))
+
+  def _add_shards(self, folder: pathlib.Path) -> None:
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+      raise InputError(f"{folder / INDEX}: weight_map is missing; it must say which file each tensor is in")
+    shards: dict[str, list[str]] = {}
+    for name, place in places.items():
+      shards.setdefault(place, []).append(name)
+    for place, names in sorted(shards.items()):
+      if pathlib.PurePath(place).name != place or not place.endswith(".safetensors"):
+        raise InputError(f"{folder / INDEX}: {place!r} is no safetensors file in this folder")
+      if not (folder / place).is_file():
+        raise InputError(f"{folder / place}: the shard is missing; {INDEX} says that it holds {names[0]}; fetch it")
+      self._add(folder / place, names)
+
+  def read(self, name: str) -> np.ndarray:
+    return self._open[self.infos[name].file].get_tensor(name)
+
+
+def _no_weights(folder: pathlib.Path) -> str:
+  pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+  if pickles:
+    return f"{folder / pickles[0]}: a pickle, which this version never opens; convert it to safetensors"
+  if (folder / "adapter_config.json").exists():
+    return f"{folder}: an adapter without its model; merge it and save the whole model as safetensors"
+  return f"{folder}: neither {SINGLE} nor {INDEX} is there; a Hugging Face folder with safetensors is needed"

@@ -1,0 +1,203 @@
+"""A model of others, opened: what it is, and its weights, leaf by leaf, onto the mesh.
+
+Everything that can be said from headers is said by `open_source`, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from cyb_jax.decoder import DecoderConfig
+from cyb_jax.errors import InputError
+from cyb_jax.interop import gguf, huggingface, llama2c
+from cyb_jax.interop.families import LeafPath, Tensor
+from cyb_jax.interop.tensors import TensorFiles, check
+
+if TYPE_CHECKING:
+  from cyb_jax.data import Tokenizer
+
+_TABLES = (("embedding",), ("unembedding",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Weights of others, opened and checked, none of them read.
+
+  Attributes:
+    kind: 'huggingface', 'gguf' or 'llama2c'.
+    path: the folder or file.
+    decoder: its shape and style, param_dtype float32.
+  """
+
+  kind: str
+  path: pathlib.Path
+  decoder: DecoderConfig
+  files: TensorFiles = dataclasses.field(repr=False)
+  table: Sequence[Tensor] = dataclasses.field(repr=False)
+
+  @functools.cached_property
+  def _places(self) -> dict[LeafPath, tuple[Tensor, int]]:
+    """Which tensor holds a leaf, and as which of its parts."""
+    return {leaf: (tensor, part) for tensor in self.table for part, leaf in enumerate(tensor.leaves)}
+
+  def read(self, path: LeafPath, layer: int | None = None) -> np.ndarray:
+    """One leaf of params['decoder'], as ours lie, in the file's precision (quantised ones: f32).
+
+    Args:
+      path: ('embedding',), ('final_norm', 'scale'); within a layer: ('attention', 'query', 'kernel').
+      layer: its number, where the leaf is a layer's.
+    """
+    tensor, part = self._places[path]
+    array = tensor.split(self.files.read(tensor.name.format(layer=layer)))[part]
+    return array[: self.decoder.vocab_size] if path in _TABLES else array
+
+  def tokenizer(self) -> Tokenizer | None:
+    """The tokenizer that came with it; None where there is none."""
+    from cyb_jax.data import tokenizers
+
+    place = self.path
+    if self.kind == "huggingface" and not any((self.path / x).exists() for x in ("tokenizer.json", "tokenizer.model")):
+      return None
+    if self.kind == "llama2c":
+      place = self.path.with_name("tokenizer.bin")
+      if not place.exists():
+        return None
+    return tokenizers.open_tokenizer(str(place), rows=self.decoder.vocab_size)
+
+
+def open_source(path: str | os.PathLike) -> Source:
+  """Opens a Hugging Face folder, a GGUF file or a llama2.c binary; which of them it is, it says itself.
+
+  Raises:
+    InputError: one line that names the file and, where there is one, the tensor or field.
+  """
+  place = pathlib.Path(path)
+  if place.is_dir():
+    return _open_folder(place)
+  if not place.is_file():
+    raise InputError(_absent(str(path)))
+  with place.open("rb") as file:
+    start = file.read(4)
+  if start == b"GGUF":
+    source = gguf.GgufFile(place)
+    config = gguf.read_config(source)
+    return _checked("gguf", place, config, source, gguf.table(source, config), gguf.HARMLESS_TENSORS)
+  if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    raise InputError(f"{path}: a pickle, which this version never opens; convert it to safetensors")
+  if place.suffix == ".safetensors":
+    raise InputError(f"{path}: one file of a model; give its folder, with config.json")
+  source = llama2c.Llama2cFile(place)
+  return _checked("llama2c", place, source.config, source, source.table())
+
+
+def _open_folder(folder: pathlib.Path) -> Source:
+  if not (folder / "config.json").is_file():
+    inside = sorted(folder.glob("*.gguf"))
+    instead = (
+      f"give the file, {inside[0]}" if inside else "give a Hugging Face folder, a .gguf file or a llama2.c binary"
+    )
+    raise InputError(f"{folder}: there is no config.json; {instead}")
+  family, config, _ = huggingface.read_config(folder / "config.json")
+  files = huggingface.SafetensorsFiles(folder)
+  table = family.table(config)
+  harmless = huggingface.HARMLESS_TENSORS
+  if config.tied_embeddings:
+    untied = family.table(dataclasses.replace(config, tied_embeddings=False))
+    (output,) = (tensor for tensor in untied if tensor.leaves == (("unembedding",),))
+    if output.name in files.infos:
+      _check_tied(files, table[0].name, output.name)
+      harmless = (*harmless, re.escape(output.name))
+  return _checked("huggingface", folder, config, files, table, harmless)
+
+
+def _check_tied(files: TensorFiles, embedding: str, output: str) -> None:
+  """Raises InputError if what a config calls one table is two."""
+  if embedding not in files.infos:
+    return  # which has an error of its own
+  if not np.array_equal(files.read(embedding), files.read(output)):
+    raise InputError(
+      f"{files.infos[output].file}: the tensor {output} isn't {embedding}, but config.json ties them; set"
+      " tie_word_embeddings to false there"
+    )
+
+
+def _checked(
+  kind: str,
+  path: pathlib.Path,
+  config: DecoderConfig,
+  files: TensorFiles,
+  table: Sequence[Tensor],
+  harmless: Sequence[str] = (),
+) -> Source:
+  check(files, table, config.num_layers, path, harmless)
+  return Source(kind, path, config, files, table)
+
+
+def _absent(path: str) -> str:
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    return (
+      f"{path}: no such folder or file; this version reads local ones. If it is a name on Hugging Face: hf download"
+      f" {path} --local-dir {path.split('/')[1]}, after its licence is accepted where it is gated, and give that folder"
+    )
+  return f"{path}: no such folder or file; give a Hugging Face folder, a .gguf file or a llama2.c binary"
+
+
+def load_decoder(source: Source, abstract: PyTree) -> PyTree:
+  """The weights, each read, cast and placed before the next one is: the host holds one leaf at a time.
+
+  Args:
+    source: from `open_source`.
+    abstract: params['decoder'] as jax.ShapeDtypeStruct with shardings, layers stacked (`scan_layers`) or not.
+
+  Returns:
+    The same tree, of arrays.
+
+  Raises:
+    InputError: a leaf that the source doesn't hold, or holds in another shape.
+  """
+
+  def load(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    names = tuple(key.key for key in path)
+    first, _, number = names[0].partition("_")
+    if first != "layers":
+      return _place(_read(source, names, None, leaf.shape), leaf)
+    if number:
+      return _place(_read(source, names[1:], int(number), leaf.shape), leaf)
+    stacked = np.empty(leaf.shape, leaf.dtype)
+    for layer in range(source.decoder.num_layers):
+      stacked[layer] = _read(source, names[1:], layer, leaf.shape[1:])
+    return _place(stacked, leaf)
+
+  layers = abstract.get("layers")
+  count = sum(name.startswith("layers_") for name in abstract)
+  if layers is not None:
+    count = jax.tree.leaves(layers)[0].shape[0]
+  if count != source.decoder.num_layers:
+    raise InputError(f"{source.path}: {source.decoder.num_layers} layers, but the decoder has {count}")
+  return jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def _read(source: Source, path: LeafPath, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+  if path not in source._places:
+    raise InputError(f"{source.path}: it holds no {'.'.join(path)}, which the decoder has")
+  array = source.read(path, layer)
+  if array.shape != tuple(shape):
+    raise InputError(f"{source.path}: {'.'.join(path)} is {array.shape}, but the decoder's is {tuple(shape)}")
+  return array
+
+
+def _place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  array = np.ascontiguousarray(array, leaf.dtype)
+  if leaf.sharding is None:
+    return jax.device_put(array)
+  return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
