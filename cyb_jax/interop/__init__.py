@@ -1,5 +1,6 @@
 """Weights of others: Hugging Face folders, GGUF files and llama2.c binaries in, Hugging Face folders out."""
 
-from cyb_jax.interop.sources import Source, load_decoder, open_source
+from cyb_jax.interop.export import write_huggingface
+from cyb_jax.interop.sources import Extras, Source, load_decoder, load_own, open_source
 
-__all__ = ["Source", "load_decoder", "open_source"]
+__all__ = ["Extras", "Source", "load_decoder", "load_own", "open_source", "write_huggingface"]

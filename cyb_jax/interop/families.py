@@ -106,7 +106,7 @@ def llama_style(
   def norm(module: str) -> Tensor:
     offset = np.float32(norm_offset)
     if not norm_offset:
-      return _whole(f"{names[module]}.weight", (module, "scale"), model)
+      return whole(f"{names[module]}.weight", (module, "scale"), model)
     return Tensor(f"{names[module]}.weight", model, ((module, "scale"),), lambda x: (x - offset,), lambda x: x + offset)
 
   def attention(module: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool) -> list[Tensor]:
@@ -138,7 +138,7 @@ def gpt_neox(config: DecoderConfig) -> list[Tensor]:
   bias = config.attention_bias == "all"
 
   def norm(name: str, module: str) -> list[Tensor]:
-    return [_whole(f"{name}.weight", (module, "scale"), model), _whole(f"{name}.bias", (module, "bias"), model)]
+    return [whole(f"{name}.weight", (module, "scale"), model), whole(f"{name}.bias", (module, "bias"), model)]
 
   return [
     *_tables(config, "gpt_neox.embed_in", "embed_out"),
@@ -152,16 +152,16 @@ def gpt_neox(config: DecoderConfig) -> list[Tensor]:
   ]
 
 
-def _whole(name: str, leaf: LeafPath, shape: tuple[int, ...]) -> Tensor:
+def whole(name: str, leaf: LeafPath, shape: tuple[int, ...]) -> Tensor:
   """A tensor that lies as ours does."""
   return Tensor(name, shape, (leaf,), lambda x: (x,), lambda x: x)
 
 
 def _tables(config: DecoderConfig, embedding: str, unembedding: str) -> list[Tensor]:
   shape = (config.vocab_size, config.d_model)
-  tables = [_whole(f"{embedding}.weight", ("embedding",), shape)]
+  tables = [whole(f"{embedding}.weight", ("embedding",), shape)]
   if not config.tied_embeddings:
-    tables.append(_whole(f"{unembedding}.weight", ("unembedding",), shape))
+    tables.append(whole(f"{unembedding}.weight", ("unembedding",), shape))
   return tables
 
 

@@ -21,11 +21,15 @@ from cyb_jax.interop.tensors import Fields, TensorInfo, is_float, package
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Of our exports: the key in config.json, the parameters that have no other place, the tokenizer as it was.
+CYB_JAX = "cyb_jax"
+OWN = "cyb_jax.safetensors"
+TOKENIZER = "cyb_jax_tokenizer"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # Of training, of generation, of the program that wrote the file; or read elsewhere.
 HARMLESS = frozenset({
-  "architectures", "model_type", "cyb_jax", "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
+  "architectures", "model_type", CYB_JAX, "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
   "initializer_range", "max_position_embeddings", "use_cache", "pretraining_tp", "is_llama_config", "unsloth_version",
   "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
   "attention_dropout", "hidden_dropout", "classifier_dropout", "attention_probs_dropout_prob", "gradient_checkpointing",
@@ -53,7 +57,7 @@ _ACTIVATIONS = {
 _WRITTEN = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
   """How the models of an architecture are described and laid out.
 
@@ -64,6 +68,7 @@ class Family:
     write: our config -> the fields of config.json that are the family's own.
     demands: what a config must be to be written so: field -> the values that can be expressed.
     table: of its tensors.
+    written: whether we write such models, too.
   """
 
   architecture: str
@@ -72,6 +77,7 @@ class Family:
   write: Callable[[DecoderConfig], dict[str, Any]]
   demands: Mapping[str, Sequence[Any]]
   table: Callable[[DecoderConfig], list[Tensor]]
+  written: bool = True
 
 
 def _llama(fields: Fields, **defaults: Any) -> DecoderConfig:
@@ -87,8 +93,8 @@ def _llama(fields: Fields, **defaults: Any) -> DecoderConfig:
 
 
 def _mistral(fields: Fields) -> DecoderConfig:
-  # A missing field is 4,096 there.
-  if "sliding_window" not in fields._values:
+  # A missing field is 4096 there, null is none.
+  if "sliding_window" not in fields:
     raise InputError(f"{fields.where}: sliding_window is missing, which means 4096 here; this version has none: null")
   fields.demand("sliding_window", (None,))
   return _llama_style(fields, activation=_activation(fields, "hidden_act", "silu"), kv_heads=8)
@@ -282,7 +288,7 @@ FAMILIES = (
     families.gpt_neox,
   ),
   # Read, but never written: Llama says the same.
-  Family("MistralForCausalLM", "mistral", _mistral, _write_llama, {"name": ()}, _named),
+  Family("MistralForCausalLM", "mistral", _mistral, _write_llama, {}, _named, written=False),
 )  # fmt: skip
 
 
@@ -330,17 +336,20 @@ class SafetensorsFiles:
   """The tensors of a folder's safetensors, memory-mapped.
 
   Args:
-    folder: with model.safetensors, or model.safetensors.index.json and its shards.
+    folder: with the single file, or model.safetensors.index.json and its shards.
+    single: the name of the single file.
 
   Raises:
     InputError: neither is there, a shard is missing or truncated, or lacks a tensor that the index says it has.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, single: str = SINGLE):
     self.infos: dict[str, TensorInfo] = {}
     self._open: dict[pathlib.Path, Any] = {}
-    if (folder / SINGLE).is_file():
-      self._add(folder / SINGLE)
+    if (folder / single).is_file():
+      self._add(folder / single)
+    elif single != SINGLE:
+      raise InputError(f"{folder / single}: missing, but config.json says that it is here; fetch it")
     elif (folder / INDEX).is_file():
       self._add_shards(folder)
     else:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,13 +21,37 @@ from jaxtyping import PyTree
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.interop import gguf, huggingface, llama2c
-from cyb_jax.interop.families import LeafPath, Tensor
+from cyb_jax.interop.families import LeafPath, Tensor, whole
 from cyb_jax.interop.tensors import TensorFiles, check
+from cyb_jax.methods import MethodConfig
 
 if TYPE_CHECKING:
   from cyb_jax.data import Tokenizer
 
 _TABLES = (("embedding",), ("unembedding",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+  """What an export of ours has beside the decoder.
+
+  Attributes:
+    method: as it was trained.
+    vocab_size: how many of the decoder's rows are words; the others only pad.
+    pause_ids: of the entries `<pause_1>`.. that stand behind the decoder's rows.
+    dont_know_id: of the entry `<dont_know>`; None: there is none.
+    prior_shift: what readout adds to the `<don't know>` logit, nats; None where there is none.
+    step: of training; None: not recorded.
+    own: the leaves beside params['decoder'], and their shapes.
+  """
+
+  method: MethodConfig
+  vocab_size: int
+  pause_ids: tuple[int, ...]
+  dont_know_id: int | None
+  prior_shift: float | None
+  step: int | None
+  own: Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +62,7 @@ class Source:
     kind: 'huggingface', 'gguf' or 'llama2c'.
     path: the folder or file.
     decoder: its shape and style, param_dtype float32.
+    extras: of an export of ours; None: it is none.
   """
 
   kind: str
@@ -44,6 +70,8 @@ class Source:
   decoder: DecoderConfig
   files: TensorFiles = dataclasses.field(repr=False)
   table: Sequence[Tensor] = dataclasses.field(repr=False)
+  extras: Extras | None = None
+  own_files: TensorFiles | None = dataclasses.field(default=None, repr=False)
 
   @functools.cached_property
   def _places(self) -> dict[LeafPath, tuple[Tensor, int]]:
@@ -61,11 +89,25 @@ class Source:
     array = tensor.split(self.files.read(tensor.name.format(layer=layer)))[part]
     return array[: self.decoder.vocab_size] if path in _TABLES else array
 
+  def read_own(self, name: str) -> np.ndarray:
+    """One leaf that stands beside params['decoder'], of an export of ours."""
+    if name not in ("pause_input", "dont_know"):
+      return self.own_files.read(name)
+    shape = self.extras.own[name]
+    if name == "pause_input":
+      leaf, first = ("embedding",), self.extras.pause_ids[0]
+    else:
+      leaf, first = ("embedding" if self.decoder.tied_embeddings else "unembedding",), self.extras.dont_know_id
+    tensor, _ = self._places[leaf]
+    return self.files.read(tensor.name)[first : first + math.prod(shape[:-1])].reshape(shape)
+
   def tokenizer(self) -> Tokenizer | None:
     """The tokenizer that came with it; None where there is none."""
     from cyb_jax.data import tokenizers
 
     place = self.path
+    if (place / huggingface.TOKENIZER).is_dir():
+      return tokenizers.load(place / huggingface.TOKENIZER)
     if self.kind == "huggingface" and not any((self.path / x).exists() for x in ("tokenizer.json", "tokenizer.model")):
       return None
     if self.kind == "llama2c":
@@ -107,7 +149,7 @@ def _open_folder(folder: pathlib.Path) -> Source:
       f"give the file, {inside[0]}" if inside else "give a Hugging Face folder, a .gguf file or a llama2.c binary"
     )
     raise InputError(f"{folder}: there is no config.json; {instead}")
-  family, config, _ = huggingface.read_config(folder / "config.json")
+  family, config, fields = huggingface.read_config(folder / "config.json")
   files = huggingface.SafetensorsFiles(folder)
   table = family.table(config)
   harmless = huggingface.HARMLESS_TENSORS
@@ -117,7 +159,46 @@ def _open_folder(folder: pathlib.Path) -> Source:
     if output.name in files.infos:
       _check_tied(files, table[0].name, output.name)
       harmless = (*harmless, re.escape(output.name))
-  return _checked("huggingface", folder, config, files, table, harmless)
+  source = _checked("huggingface", folder, config, files, table, harmless)
+  if fields.get(huggingface.CYB_JAX) is None:
+    return source
+  return _with_extras(source, fields[huggingface.CYB_JAX])
+
+
+def _with_extras(source: Source, written: Any) -> Source:
+  """An export of ours; see `cyb_jax.interop.export` for what it says of itself."""
+  path = source.path / "config.json"
+  try:
+    if written["version"] != 1:
+      raise InputError(f"{path}: cyb_jax.version = {written['version']!r}; this version reads 1")
+    method = {k: tuple(v) if isinstance(v, list) else v for k, v in written["method"].items()}
+    rows = int(written["rows"])
+    extras = Extras(
+      method=MethodConfig(**method),
+      vocab_size=int(written["vocab_size"]),
+      pause_ids=tuple(map(int, written["pause_ids"])),
+      dont_know_id=written["dont_know_id"],
+      prior_shift=written["prior_shift"],
+      step=written["step"],
+      own={name: tuple(shape) for name, shape in written["own"].items()},
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"{path}: cyb_jax: not what this version writes ({error!r}); export the run again") from None
+  appended = [*extras.pause_ids, *(() if extras.dont_know_id is None else (extras.dont_know_id,))]
+  if appended != list(range(rows, source.decoder.vocab_size)) or not 0 < extras.vocab_size <= rows:
+    raise InputError(
+      f"{path}: cyb_jax: {rows} rows, {extras.vocab_size} of them words, and the entries {appended} aren't"
+      f" vocab_size = {source.decoder.vocab_size}; export the run again"
+    )
+  decoder = dataclasses.replace(source.decoder, vocab_size=rows)
+  beside = {name: shape for name, shape in extras.own.items() if name not in ("pause_input", "dont_know")}
+  files = None
+  if beside:
+    files = huggingface.SafetensorsFiles(source.path, huggingface.OWN)
+    check(files, [whole(name, (name,), shape) for name, shape in beside.items()], 0, source.path)
+  return dataclasses.replace(source, decoder=decoder, extras=extras, own_files=files)
 
 
 def _check_tied(files: TensorFiles, embedding: str, output: str) -> None:
@@ -184,6 +265,31 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
     count = jax.tree.leaves(layers)[0].shape[0]
   if count != source.decoder.num_layers:
     raise InputError(f"{source.path}: {source.decoder.num_layers} layers, but the decoder has {count}")
+  return jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def load_own(source: Source, abstract: PyTree) -> PyTree:
+  """The leaves beside params['decoder'], of an export of ours.
+
+  Args:
+    source: with `extras`.
+    abstract: those leaves, as jax.ShapeDtypeStruct with shardings: `pause_input`, `dont_know`, ...
+
+  Returns:
+    The same tree, of arrays.
+
+  Raises:
+    InputError: the source has no such leaf, or has it in another shape.
+  """
+  own = {} if source.extras is None else source.extras.own
+
+  def load(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    name = ".".join(key.key for key in path)
+    if own.get(name) != tuple(leaf.shape):
+      found = f"as {own[name]}" if name in own else "not at all"
+      raise InputError(f"{source.path}: {name} is wanted as {tuple(leaf.shape)}, but it is there {found}")
+    return _place(source.read_own(name), leaf)
+
   return jax.tree_util.tree_map_with_path(load, abstract)
 
 

@@ -128,7 +128,7 @@ class Fields:
     self._read: set[str] = set()
 
   def __contains__(self, name: str) -> bool:
-    return self._values.get(self._prefix + name) is not None
+    return self._prefix + name in self._values
 
   def take(self, name: str, kind: type, default: Any = ...) -> Any:
     """A field's value; where it is missing or null, the default.

@@ -1,0 +1,309 @@
+"""Models out: a Hugging Face folder that transformers loads, and that comes back in unchanged.
+
+Pauses and `<don't know>`, which are no entries of our vocabulary, become entries appended behind its V rows:
+
+    ids      0 .. V-1     V .. V+K-1                V+K
+    input    embedding    pause_input               the output row if tied, else zeros
+    output   unembedding  the input row if tied,    dont_know
+                          else zeros
+
+What transformers has no place for lies beside, in cyb_jax.safetensors, and what it takes to read the model as its
+method does stands under the key `cyb_jax` of config.json: log d is that of the `<dont_know>` logit with `prior_shift`,
+`dont_know_bias` and `dont_know_offset` added, against the first `vocab_size` logits (or of that logit alone, where
+`method.dont_know` is 'unit').
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import logging
+from jaxtyping import PyTree
+
+from cyb_jax.decoder import DecoderConfig
+from cyb_jax.errors import InputError, writing
+from cyb_jax.interop import huggingface
+from cyb_jax.interop.families import Tensor
+from cyb_jax.interop.huggingface import CYB_JAX, OWN, TOKENIZER, Family
+from cyb_jax.interop.tensors import each, package
+from cyb_jax.methods import MethodConfig
+from cyb_jax.stopping import prior_shift
+
+if TYPE_CHECKING:
+  from cyb_jax.data import Tokenizer
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def write_huggingface(
+  output: str | os.PathLike,
+  decoder_config: DecoderConfig,
+  params: PyTree,
+  tokenizer: Tokenizer | None,
+  *,
+  method: MethodConfig | None = None,
+  dtype: str = "float32",
+  max_shard_bytes: int = 2 << 30,
+  max_positions: int = 2048,
+  step: int | None = None,
+) -> None:
+  """Writes config.json, safetensors and the tokenizer's files, all of them or none; the host holds a shard at a time.
+
+  Args:
+    output: a folder that isn't there, or is empty.
+    decoder_config: of params['decoder'].
+    params: a method's parameters, bare arrays; layers stacked or not.
+    tokenizer: the model's own; None: none is written.
+    method: what the parameters beside params['decoder'] belong to; None: there are none.
+    dtype: of the tensors, 'float32' or 'bfloat16'.
+    max_shard_bytes: of a file; a larger tensor has one of its own.
+    max_positions: the longest context that config.json speaks of.
+    step: of training, to be recorded.
+
+  Raises:
+    InputError: a folder that holds something, a config that no family expresses, LoRA that isn't merged.
+    StorageError: the disk fails; nothing is left.
+  """
+  output = pathlib.Path(output).absolute()
+  family = family_of(decoder_config)
+  if dtype not in _DTYPES:
+    raise InputError(f"dtype: {dtype!r} is none of {', '.join(map(repr, _DTYPES))}")
+  if max_shard_bytes < 1:
+    raise InputError(f"max_shard_bytes: {max_shard_bytes} must be positive")
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise InputError(f"output: {output} is there and not empty; give a new folder")
+  table = family.table(decoder_config)
+  _check_leaves(params["decoder"], table, decoder_config)
+  words = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
+  entries = _entries(params, decoder_config.vocab_size, method)
+  package("safetensors", "output")
+  # A sibling, so that it can be renamed.
+  new = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+  with writing(str(output)):
+    try:
+      new.mkdir(parents=True)
+      config = _config_json(family, decoder_config, tokenizer, len(entries), dtype, max_positions)
+      own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
+      if method is not None:
+        config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, words, step)
+      _write_json(new / "config.json", config)
+      beside = {name: leaf for name, leaf in own.items() if name not in ("pause_input", "dont_know")}
+      if beside:
+        _write_tensors(new / OWN, beside)
+      _write_shards(
+        new, _tensors(params["decoder"], table, decoder_config, own, method), _DTYPES[dtype], max_shard_bytes
+      )
+      if tokenizer is not None:
+        _write_tokenizer(new, tokenizer, entries)
+      for path in new.rglob("*"):
+        if path.is_file():
+          # safetensors lets the owner alone read what it writes.
+          shutil.copymode(new / "config.json", path)
+          _sync(path)
+      new.replace(output)
+    except BaseException:
+      shutil.rmtree(new, ignore_errors=True)
+      raise
+
+
+def family_of(config: DecoderConfig) -> Family:
+  """The family whose files can say what a config does.
+
+  Raises:
+    InputError: there is none; the message lists what the closest one can't express.
+  """
+  found = {family: _objections(family, config) for family in huggingface.FAMILIES if family.written}
+  family = min(found, key=lambda family: len(found[family]))
+  if found[family]:
+    raise InputError(
+      f"decoder: no architecture of transformers that we write has all of this; the closest, {family.architecture},"
+      f" needs {'; '.join(found[family])}"
+    )
+  return family
+
+
+def _objections(family: Family, config: DecoderConfig) -> list[str]:
+  objections = []
+  for field, accepted in family.demands.items():
+    value = getattr(config, field)
+    if value not in accepted:
+      objections.append(f"decoder.{field} = {' or '.join(map(repr, accepted))}, not {value!r}")
+  if config.d_model % config.num_heads and family.model_type in ("llama", "gpt_neox"):
+    objections.append(f"decoder.num_heads to divide d_model = {config.d_model}, not {config.num_heads}")
+  if family.model_type == "gpt_neox":
+    if config.num_kv_heads != config.num_heads:
+      objections.append(f"decoder.num_kv_heads = {config.num_heads} (num_heads), not {config.num_kv_heads}")
+    if config.head_size * config.num_heads != config.d_model:
+      objections.append(f"decoder.head_size = d_model / num_heads, not {config.head_size}")
+  return objections
+
+
+def _entries(params: PyTree, rows: int, method: MethodConfig | None) -> list[tuple[int, str]]:
+  """(id, name) of what is appended."""
+  if method is None:
+    if set(params) != {"decoder"}:
+      raise ValueError(f"params: {sorted(set(params) - {'decoder'})} belong to a method, but none is given")
+    return []
+  names = [f"<pause_{k + 1}>" for k in range(method.pauses)] if "pause_input" in params else []
+  names += ["<dont_know>"] if "dont_know" in params else []
+  return [(rows + place, name) for place, name in enumerate(names)]
+
+
+def _check_leaves(params: PyTree, table: list[Tensor], config: DecoderConfig) -> None:
+  """Raises InputError if the parameters are others than the table's."""
+  expected = {leaf for tensor in table for leaf in tensor.leaves}
+  for path, _ in jax.tree_util.tree_leaves_with_path(params):
+    names = tuple(key.key for key in path)
+    inside = names[1:] if names[0].startswith("layers") else names
+    if inside not in expected:
+      hint = "; merge it first (cyb_jax.decoder.merge_lora)" if "lora" in names[-1] else ""
+      raise InputError(f"params: decoder.{'.'.join(names)} has no tensor to go to{hint}")
+  for tensor, layer, _ in each(table, config.num_layers):
+    for leaf in tensor.leaves:
+      _leaf(params, leaf, layer)
+
+
+def _leaf(params: PyTree, path: tuple[str, ...], layer: int | None) -> Any:
+  """A leaf of params['decoder'], of one layer where layers are stacked; not fetched."""
+  stacked = layer is not None and "layers" in params
+  if layer is not None:
+    path = ("layers" if stacked else f"layers_{layer}", *path)
+  value = params
+  for name in path:
+    if name not in value:
+      raise InputError(f"params: decoder.{'.'.join(path)} is missing; its config asks for it")
+    value = value[name]
+  return value[layer] if stacked else value
+
+
+def _tensors(
+  params: PyTree, table: list[Tensor], config: DecoderConfig, own: Mapping[str, np.ndarray], method: MethodConfig | None
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, tensor), one after the other."""
+  appended = {"embedding": [], "unembedding": []}
+  if method is not None and "pause_input" in own:
+    rows = np.broadcast_to(own["pause_input"], (method.pauses, config.d_model))
+    appended["embedding"].append(rows)
+    appended["unembedding"].append(np.zeros_like(rows))
+  if "dont_know" in own:
+    row = own["dont_know"][None]
+    appended["embedding"].append(row if config.tied_embeddings else np.zeros_like(row))
+    appended["unembedding"].append(row)
+  for tensor, layer, name in each(table, config.num_layers):
+    leaves = (np.asarray(jax.device_get(_leaf(params, leaf, layer))) for leaf in tensor.leaves)
+    array = tensor.join(*leaves)
+    rows = appended.get(tensor.leaves[0][0])
+    yield name, np.concatenate([array, *rows]) if rows else array
+
+
+def _write_shards(
+  folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype, max_shard_bytes: int
+) -> None:
+  """model.safetensors; or, where one file won't do, shards and their index."""
+  shards: list[list[str]] = []
+  shard: dict[str, np.ndarray] = {}
+  total = 0
+
+  def close() -> None:
+    shards.append(list(shard))
+    _write_tensors(folder / f"shard-{len(shards)}", shard)
+    shard.clear()
+
+  for name, array in tensors:
+    array = np.ascontiguousarray(array, dtype)
+    total += array.nbytes
+    if shard and array.nbytes + sum(x.nbytes for x in shard.values()) > max_shard_bytes:
+      close()
+    shard[name] = array
+  close()
+  if len(shards) == 1:
+    (folder / "shard-1").rename(folder / huggingface.SINGLE)
+    return
+  places = {}
+  for number, names in enumerate(shards, 1):
+    file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    (folder / f"shard-{number}").rename(folder / file)
+    places |= dict.fromkeys(names, file)
+  _write_json(folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  # Other programs ask what framework wrote the file, and know this one.
+  package("safetensors.numpy", str(path)).save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
+def _config_json(
+  family: Family, config: DecoderConfig, tokenizer: Tokenizer | None, appended: int, dtype: str, max_positions: int
+) -> dict[str, Any]:
+  end = None if tokenizer is None else tokenizer.end_id
+  return {
+    "architectures": [family.architecture],
+    "model_type": family.model_type,
+    "vocab_size": config.vocab_size + appended,
+    "hidden_size": config.d_model,
+    "intermediate_size": config.mlp_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "max_position_embeddings": max_positions,
+    "tie_word_embeddings": config.tied_embeddings,
+    "bos_token_id": end if tokenizer is None else getattr(tokenizer, "start_id", end),
+    "eos_token_id": end,
+    "pad_token_id": None,
+    # The older name and the newer one; RoPE's fields come in two spellings too.
+    "torch_dtype": dtype,
+    "dtype": dtype,
+    **family.write(config),
+  }
+
+
+def _own_json(
+  method: MethodConfig,
+  own: Mapping[str, np.ndarray],
+  entries: list[tuple[int, str]],
+  rows: int,
+  words: int,
+  step: int | None,
+) -> dict[str, Any]:
+  """What config.json says of the method; `sources.Extras` reads it."""
+  dont_know = next((number for number, name in entries if name == "<dont_know>"), None)
+  return {
+    "version": 1,
+    "method": dataclasses.asdict(method),
+    "rows": rows,
+    "vocab_size": words,
+    "pause_ids": [number for number, name in entries if name != "<dont_know>"],
+    "dont_know_id": dont_know,
+    "prior_shift": None if dont_know is None else prior_shift(method.dont_know, method.dont_know_prior, words + 1),
+    "dont_know_bias": float(own.get("dont_know_bias", 0.0)),
+    "dont_know_offset": float(own.get("dont_know_offset", 0.0)),
+    "own": {name: list(array.shape) for name, array in own.items()},
+    "step": step,
+  }
+
+
+def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, entries: list[tuple[int, str]]) -> None:
+  """For transformers, where it can take it; and as it is, so that it comes back."""
+  try:
+    tokenizer.write_huggingface(folder, entries)
+  except InputError as error:
+    logging.warning("no tokenizer is written for transformers: %s", error)
+  (folder / TOKENIZER).mkdir()
+  tokenizer.save(folder / TOKENIZER)
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: pathlib.Path) -> None:
+  with path.open("rb") as file:
+    os.fsync(file.fileno())
