@@ -1,6 +1,7 @@
 """Text to tokens to batches. Preparing a store reads through SeqIO; everything after it needs no TensorFlow."""
 
 from cyb_jax.data.batches import Batch, Permutation, Prefetch, TrainBatches, evaluation_batches, with_documents
+from cyb_jax.data.pretrained_tokenizers import HuggingFaceTokenizer
 from cyb_jax.data.store import TokenStore, prepare
 from cyb_jax.data.tasks import TASKS, Document, Task, default_tokenizer, open_task, register
 from cyb_jax.data.tokenizers import (
@@ -18,6 +19,7 @@ __all__ = [
   "Batch",
   "ByteTokenizer",
   "Document",
+  "HuggingFaceTokenizer",
   "Permutation",
   "Prefetch",
   "SentencePieceTokenizer",

@@ -3,7 +3,7 @@
 A store is a folder:
 
     store.json                 what it is; its fingerprint covers everything else in it, and so every file's hash
-    tokenizer.json, .model     the tokenizer
+    tokenizer.json             the tokenizer; its model beside it, tokenizer.model or huggingface.json
     train-00000.tokens         little-endian uint16 (uint32 beyond 65,536 ids)
     train-00000.documents      little-endian uint64: where each document that begins in this shard starts in its split
     train-00000.difficulty     uint8 beside each token, where the task knows it
@@ -215,7 +215,7 @@ def prepare(
 
   Args:
     task: a name of `tasks.TASKS`, or 'seqio:NAME'.
-    tokenizer: 'bytes', 'sentencepiece:N' (N pieces trained on the task's train split), or a .model file.
+    tokenizer: 'sentencepiece:N' (N pieces trained on the task's train split), or what `open_tokenizer` takes.
     output: the store's folder; None for one in the user's cache, named by what it holds.
     options: the task's options.
     limit: at most so many documents are read of each split.

@@ -116,7 +116,8 @@ def _parted(tokenizer: Tokenizer, token: int) -> tuple[bool, str]:
   if token == tokenizer.end_id:
     return False, ""
   text = tokenizer.piece(token)
-  if not text.startswith("▁"):
+  # A part of a character may stand behind a space.
+  if not text.startswith("▁") or "<0x" in text:
     text = tokenizer.decode([token])
   return text[:1] in ("▁", " "), text[text[:1] in ("▁", " ") :]
 

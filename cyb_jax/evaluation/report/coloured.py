@@ -116,13 +116,13 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
   piece = tokenizer.piece(token)
   if token == tokenizer.end_id:
     return f"{visible(piece)}\n"
-  byte = _BYTE.fullmatch(piece)
-  if byte:
-    code = int(byte[1], 16)
-    if code >= 128:
-      return piece  # a part of a character
-    piece = chr(code)
+  piece = _BYTE.sub(_character, piece)
   return visible(piece.replace("▁", " "))
+
+
+def _character(byte: re.Match) -> str:
+  code = int(byte[1], 16)
+  return chr(code) if code < 128 else byte[0]  # a part of a character
 
 
 def visible(text: str) -> str:
