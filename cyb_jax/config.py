@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,10 +22,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from cyb_jax import methods
-from cyb_jax.decoder import PRESETS, DecoderConfig, preset
+from cyb_jax.decoder import PRESETS, DecoderConfig, LoraConfig, preset
 from cyb_jax.errors import InputError
 from cyb_jax.losses import discount
-from cyb_jax.methods import Method, MethodConfig
+from cyb_jax.methods import WEIGHTS, Method, MethodConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,18 +142,48 @@ class ParallelismConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-  """Number formats. Parameters and optimizer state are f32.
+  """Number formats. What is trained, and the optimizer's state, are f32.
 
   Attributes:
     activations: 'float32', 'bfloat16', or 'auto': bfloat16 on accelerators, float32 on CPUs.
+    params: 'float32', or 'bfloat16', of the decoder's parameters where they aren't trained (`tuning.weights`).
     matmul: precision of f32 matrix products: 'default', 'high' or 'highest'.
   """
 
   activations: str = "auto"
+  params: str = "float32"
   matmul: str = "default"
 
 
-_DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecoderConfig) if f.name not in ("dtype", "param_dtype")}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+  """What of the parameters is trained. What isn't has neither gradient nor optimizer state.
+
+  Attributes:
+    weights: 'all'; 'lora', adapters beside the decoder's matrices, and the new rows; or 'new', the new rows alone: what
+      stands beside the decoder, pauses' and `<don't know>`'s.
+    lora_rank: of the adapters, see `cyb_jax.decoder.LoraConfig`.
+    lora_alpha: what adapters add is multiplied by lora_alpha / lora_rank.
+    lora_targets: some of query, key, value, out, gate, up, down.
+    new_rate: a factor on the learning rate of the new rows.
+  """
+
+  weights: str = "all"
+  lora_rank: int = 8
+  lora_alpha: float = 16.0
+  lora_targets: str = "query,value"
+  new_rate: float = 1.0
+
+  @property
+  def lora(self) -> LoraConfig:
+    """The adapters that `weights` = 'lora' has."""
+    targets = tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
+    return LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=targets)
+
+
+# Those that other groups of the config say.
+_ELSEWHERE = ("dtype", "param_dtype", "lora")
+_DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecoderConfig) if f.name not in _ELSEWHERE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,6 +202,7 @@ class Config:
   train: TrainConfig
   parallelism: ParallelismConfig
   precision: PrecisionConfig
+  tuning: TuningConfig
   init_from: str
   source: Mapping[str, Any]
 
@@ -191,7 +222,9 @@ class Config:
         fields["vocab_size"] = -(-vocab_size // 128) * 128
       elif rows < vocab_size:
         raise InputError(f"decoder.vocab_size: {rows} rows, but the tokenizer has {vocab_size} entries")
-    return preset(self.decoder["preset"], dtype=self.activation_dtype, **fields)
+    lora = self.tuning.lora if self.tuning.weights == "lora" else None
+    formats = dict(dtype=self.activation_dtype, param_dtype=self.precision.params)
+    return preset(self.decoder["preset"], lora=lora, **formats, **fields)
 
   @property
   def activation_dtype(self) -> str:
@@ -207,6 +240,7 @@ class Config:
       vocab_size=vocab_size,
       chunk_size=self.parallelism.chunk_size or None,
       shards=data_shards,
+      weights=self.tuning.weights,
     )
 
   def task_options(self) -> dict[str, str]:
@@ -227,6 +261,7 @@ _PARTS: dict[str, type] = {
   "train": TrainConfig,
   "parallelism": ParallelismConfig,
   "precision": PrecisionConfig,
+  "tuning": TuningConfig,
 }
 # Written '0:0:0:1'; gamma also 'linear:g0' and 'exponential:g0'.
 _LISTS = ("omega", "gamma", "rho")
@@ -407,7 +442,30 @@ def _validate(config: Config) -> None:
   check("precision.activations", config.precision.activations in choices, f"one of {', '.join(choices)}")
   choices = ("default", "high", "highest")
   check("precision.matmul", config.precision.matmul in choices, f"one of {', '.join(choices)}")
-  config.build_method()
+  _validate_tuning(config, check)
+
+
+def _validate_tuning(config: Config, check: Callable[[str, bool, str], None]) -> None:
+  tuning, params = config.tuning, config.precision.params
+  check("tuning.weights", tuning.weights in WEIGHTS, "'all', 'lora' or 'new'")
+  check("tuning.new_rate", tuning.new_rate >= 0, "not negative; 0 leaves the new rows as they start")
+  tuning.lora  # noqa: B018 - it checks its fields, used or not
+  check("precision.params", params in ("float32", "bfloat16"), "one of float32, bfloat16")
+  trains = config.train.steps > 0 or config.train.epochs > 0
+  if params == "bfloat16" and tuning.weights == "all" and trains:
+    wanted = "float32 where tuning.weights = 'all': small updates would be rounded away"
+    check("precision.params", False, wanted)
+  if tuning.weights != "all" and not config.init_from:
+    raise InputError(
+      f"init_from: '' with tuning.weights = {tuning.weights!r}, which leaves the decoder's weights as they start, and"
+      " random ones can't be taught so; name the model to start from, or take tuning.weights = 'all'"
+    )
+  method = config.build_method()
+  if tuning.weights == "new" and not any(method.is_trained((name,)) for name in method.new_parameters()):
+    raise InputError(
+      f"tuning.weights: 'new', but method {method.name!r} with {method.config.pauses} pauses has no new rows; take"
+      " 'lora' or 'all'"
+    )
 
 
 # What may differ between the runs that share a work directory: it changes where and how fast, not what is computed.

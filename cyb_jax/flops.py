@@ -10,10 +10,12 @@ multiplication and an addition are two operations; norms, activations and softma
   readout computes its logits again in the backward pass.
 
 Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size,
-L layers, F mlp.
+L layers, F mlp, r rank of adapters.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 
@@ -35,9 +37,34 @@ _GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 _SLOWER = ("PCIe", "NVL", "MIG")
 
 
-def forward_flops(
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Operations, by what needs them.
+
+  Attributes:
+    matrices: of the layers.
+    attention: its weights, and the weighted values.
+    readout: the logits.
+    adapters: the matrices of LoRA.
+  """
+
+  matrices: float
+  attention: float
+  readout: float
+  adapters: float = 0.0
+
+  @property
+  def total(self) -> float:
+    return self.matrices + self.attention + self.readout + self.adapters
+
+  def __add__(self, other: Cost) -> Cost:
+    mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+    return Cost(*(a + b for a, b in zip(mine, theirs)))
+
+
+def forward_cost(
   config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
-) -> float:
+) -> Cost:
   """Operations of one forward pass, per real token.
 
   Each of the S = T*W slots passes all matrices, 2 operations per parameter, and attends: 4 N H operations per
@@ -53,32 +80,76 @@ def forward_flops(
     hidden: whether the slots after a token's first are seen by that token's alone.
     executed: count what the program does. Attention is taken to be XLA's: cuDNN's skips the masked half.
   """
-  keys = _keys(tokens, slots, hidden, executed)
-  return slots * _layers(config, keys) + slots_read * _readout(config)
+  return Cost(
+    matrices=slots * config.num_layers * 2 * sum(_matrices(config).values()),
+    attention=slots * config.num_layers * _attention(config, _keys(tokens, slots, hidden, executed)),
+    readout=slots_read * _readout(config),
+    adapters=slots * config.num_layers * 2 * sum(_adapters(config).values()),
+  )
+
+
+def train_cost(
+  config: DecoderConfig,
+  *,
+  tokens: int,
+  slots: float,
+  slots_read: float,
+  hidden: bool = False,
+  executed: bool = False,
+  frozen: bool = False,
+) -> Cost:
+  """Operations of one training step, per real token: forward, and for each product two more backward, for the gradients
+  of both of its factors.
+
+  A matrix that isn't trained has one, that of its input: pauses' rows are learned through all layers. As executed, with
+  what is computed again: the logits; with `remat` 'full' the layers, except for the products that end them, whose
+  results no gradient needs; with 'dots' attention.
+
+  Args:
+    frozen: whether the decoder's own parameters aren't trained; its adapters are.
+    config, tokens, slots, slots_read, hidden, executed: as in `forward_cost`.
+  """
+  once = forward_cost(config, tokens=tokens, slots=slots, slots_read=slots_read, hidden=hidden, executed=executed)
+  trained = 2 if frozen else 3
+  matrices, attention, readout, adapters = (
+    trained * once.matrices, 3 * once.attention, trained * once.readout, 3 * once.adapters,
+  )  # fmt: skip
+  if executed:
+    readout += once.readout
+    if config.remat == "full":
+      last = ("down", "out") if config.parallel_residual else ("down",)
+      layers = slots * config.num_layers * 2
+      matrices += once.matrices - layers * sum(_matrices(config)[name] for name in last)
+      attention += once.attention
+      # Of an adapter that ends a layer x A is needed, for the gradient of B.
+      spared = sum(config.lora.rank * config.d_model for name in last if name in _adapters(config))
+      adapters += once.adapters - layers * spared
+    elif config.remat == "dots":
+      attention += once.attention
+  return Cost(matrices=matrices, attention=attention, readout=readout, adapters=adapters)
+
+
+def forward_flops(
+  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
+) -> float:
+  """The sum of `forward_cost`."""
+  sizes = dict(tokens=tokens, slots=slots, slots_read=slots_read)
+  return forward_cost(config, **sizes, hidden=hidden, executed=executed).total
 
 
 def train_flops(
-  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
+  config: DecoderConfig,
+  *,
+  tokens: int,
+  slots: float,
+  slots_read: float,
+  hidden: bool = False,
+  executed: bool = False,
+  frozen: bool = False,
 ) -> float:
-  """Operations of one training step, per real token: forward, and twice that for backward.
-
-  As executed, with what is computed again: the logits; with `remat` 'full' the layers, except for the
-  products that end them, whose results no gradient needs; with 'dots' attention. Arguments as in
-  `forward_flops`.
-  """
-  keys = _keys(tokens, slots, hidden, executed)
-  total = 3 * (slots * _layers(config, keys) + slots_read * _readout(config))
-  if executed:
-    total += slots_read * _readout(config)
-    if config.remat == "full":
-      last = config.mlp_size  # mlp down; in parallel with it, attention out
-      if config.parallel_residual:
-        last += config.num_heads * config.head_size
-      spared = config.num_layers * 2 * config.d_model * last
-      total += slots * (_layers(config, keys) - spared)
-    elif config.remat == "dots":
-      total += slots * config.num_layers * _attention(config, keys)
-  return total
+  """The sum of `train_cost`."""
+  sizes = dict(tokens=tokens, slots=slots, slots_read=slots_read)
+  return train_cost(config, **sizes, hidden=hidden, executed=executed, frozen=frozen).total
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -98,11 +169,26 @@ def _keys(tokens: int, slots: float, hidden: bool, executed: bool) -> float:
   return seen_of_tokens + seen_of_own if executed else (seen_of_tokens + 1 + seen_of_own) / 2
 
 
-def _layers(config: DecoderConfig, keys: float) -> float:
-  """One slot through all layers."""
-  heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and out; key and value
-  matrices = heads * config.head_size + (3 if config.gated_mlp else 2) * config.mlp_size
-  return config.num_layers * (2 * config.d_model * matrices + _attention(config, keys))
+def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+  """(inputs, outputs) of the matrices of a layer."""
+  model, inner = config.d_model, config.mlp_size
+  heads, kv_heads = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+  sizes = {"query": (model, heads), "key": (model, kv_heads), "value": (model, kv_heads), "out": (heads, model)}
+  sizes |= {"gate": (model, inner)} if config.gated_mlp else {}
+  return sizes | {"up": (model, inner), "down": (inner, model)}
+
+
+def _matrices(config: DecoderConfig) -> dict[str, int]:
+  """Parameters of the matrices of a layer."""
+  return {name: inputs * outputs for name, (inputs, outputs) in _sizes(config).items()}
+
+
+def _adapters(config: DecoderConfig) -> dict[str, int]:
+  """Parameters of the adapters of a layer."""
+  if config.lora is None:
+    return {}
+  sizes = _sizes(config)
+  return {name: config.lora.rank * sum(sizes[name]) for name in config.lora.targets}
 
 
 def _attention(config: DecoderConfig, keys: float) -> float:

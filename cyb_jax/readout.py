@@ -48,6 +48,7 @@ def slot_scores(
   shards: int = 1,
   vocab_size: int | None = None,
   dont_know_bias: Float[Array, ""] | float = 0.0,
+  frozen: bool = False,
 ) -> SlotScores:
   """What every slot says of its token's target, and whether it abstains.
 
@@ -69,6 +70,7 @@ def slot_scores(
       gradient is then summed on each part by itself and reduced once, not once a chunk.
     vocab_size: rows of `unembedding` that are real; those after it only pad and get no probability. None: all V.
     dont_know_bias: a scalar added to z_dk after the soft cap, nats (the unit form's bias).
+    frozen: static; `unembedding` isn't trained: words give it no gradient, and none is computed.
 
   Returns:
     `SlotScores` of f32[..., len(slots)].
@@ -97,7 +99,7 @@ def slot_scores(
     hidden = jnp.stack([hidden[..., slot, :] for slot in slots], -2)
   flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
   target_logit, log_normalizer = _word_readout(
-    hidden, unembedding, flat_targets, real, excluded, soft_cap, chunk_size, shards
+    hidden, unembedding, flat_targets, real, excluded, soft_cap, chunk_size, shards, frozen
   )
   if dont_know is None:
     return SlotScores(
@@ -184,6 +186,7 @@ def _word_readout(
   soft_cap: float | None,
   chunk_size: int | None,
   shards: int,
+  frozen: bool,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
   """(z_y, l) of every slot: flattens, pads to whole chunks, and undoes both."""
   shape = hidden.shape[:-1]
@@ -208,7 +211,7 @@ def _word_readout(
   # changes its device.
   hidden = hidden.reshape(shards, chunk_size, chunks, -1)
   targets = targets.reshape(shards, chunk_size, chunks)
-  target_logit, log_normalizer = _chunked(real, excluded, soft_cap, hidden, unembedding, targets)
+  target_logit, log_normalizer = _chunked(real, excluded, soft_cap, frozen, hidden, unembedding, targets)
   return (
     target_logit.reshape(-1)[:count].reshape(shape),
     log_normalizer.reshape(-1)[:count].reshape(shape),
@@ -246,12 +249,13 @@ def _columns(logits: Float[Array, "G C V"]) -> Int[Array, "G C V"]:
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(real, excluded, soft_cap, hidden, unembedding, targets):
-  return _chunked_forward(real, excluded, soft_cap, hidden, unembedding, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _chunked(real, excluded, soft_cap, frozen, hidden, unembedding, targets):
+  return _chunked_forward(real, excluded, soft_cap, frozen, hidden, unembedding, targets)[0]
 
 
-def _chunked_forward(real, excluded, soft_cap, hidden, unembedding, targets):
+def _chunked_forward(real, excluded, soft_cap, frozen, hidden, unembedding, targets):
+  del frozen
   words = unembedding.astype(hidden.dtype)
 
   def read(_, j):
@@ -266,7 +270,7 @@ def _chunked_forward(real, excluded, soft_cap, hidden, unembedding, targets):
   return (target_logit, log_normalizer), (hidden, unembedding, targets, log_normalizer)
 
 
-def _chunked_backward(real, excluded, soft_cap, residuals, cotangents):
+def _chunked_backward(real, excluded, soft_cap, frozen, residuals, cotangents):
   hidden, unembedding, targets, log_normalizer = residuals
   target_cotangent, normalizer_cotangent = cotangents
   # The cast is inside, so that the gradient of an f32 unembedding is summed and returned in f32 under bf16 activations.
@@ -286,12 +290,13 @@ def _chunked_backward(real, excluded, soft_cap, residuals, cotangents):
     d_logits = d_logits.astype(hidden.dtype)
     d_chunk = jnp.einsum("gcv,vd->gcd", d_logits, words, preferred_element_type=_sum_dtype(hidden))
     d_hidden = jax.lax.dynamic_update_index_in_dim(d_hidden, d_chunk.astype(hidden.dtype), j, 2)
-    d_unembedding += jnp.einsum("gcv,gcd->gvd", d_logits, chunk, preferred_element_type=d_unembedding.dtype)
+    if not frozen:
+      d_unembedding += jnp.einsum("gcv,gcd->gvd", d_logits, chunk, preferred_element_type=d_unembedding.dtype)
     return (d_hidden, d_unembedding), None
 
-  sums = jnp.zeros((hidden.shape[0], *unembedding.shape), _sum_dtype(hidden))
+  sums = None if frozen else jnp.zeros((hidden.shape[0], *unembedding.shape), _sum_dtype(hidden))
   (d_hidden, d_unembedding), _ = jax.lax.scan(read, (jnp.zeros_like(hidden), sums), jnp.arange(hidden.shape[2]))
-  return d_hidden, d_unembedding.sum(0).astype(unembedding.dtype), None
+  return d_hidden, None if frozen else d_unembedding.sum(0).astype(unembedding.dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -29,6 +29,7 @@ from cyb_jax import jsonl, sharding
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.config import Config
 from cyb_jax.data import Tokenizer, TokenStore, tokenizers
+from cyb_jax.decoder import merge_lora
 from cyb_jax.errors import InputError, storage_cause
 from cyb_jax.methods import Method
 
@@ -225,8 +226,8 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     raise InputError(f"workdir: {path} is not JSON ({error})") from None
 
 
-# How a decoder is computed, not what it computes.
-_MANNER = ("attention", "dtype", "initializer", "param_dtype", "remat")
+# How a decoder is computed, not what it computes; and adapters, which are merged into what is taken over.
+_MANNER = ("attention", "dtype", "initializer", "lora", "param_dtype", "remat")
 
 
 def check_init_from(config: Config, method: Method | None = None, tokenizer: Tokenizer | None = None) -> None:
@@ -280,21 +281,24 @@ def adopt(workdir: str | os.PathLike, params: PyTree) -> PyTree:
 
   Args:
     workdir: the run, its newest checkpoint.
-    params: fresh, placed; what isn't replaced is returned as it is.
+    params: fresh, placed; what isn't replaced is returned as it is, adapters among it: the run's are merged into its
+      weights.
   """
   run = load(workdir)
+  decoder, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
+  theirs = run.params | {"decoder": decoder}
 
   def pick(path, fresh):
-    found = run.params
+    found = theirs
     for key in path:
       found = found.get(key.key) if isinstance(found, dict) else None
     if found is None or found.shape != fresh.shape:
       logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
       return fresh
-    return jax.device_put(found, fresh.sharding)
+    return jax.device_put(found.astype(fresh.dtype), fresh.sharding)
 
   ours = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-  for path, _ in jax.tree_util.tree_leaves_with_path(run.params):
+  for path, _ in jax.tree_util.tree_leaves_with_path(theirs):
     if jax.tree_util.keystr(path) not in ours:
       logging.info("init_from: %s is left behind", jax.tree_util.keystr(path))
   return jax.tree_util.tree_map_with_path(pick, params)

@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ("head_size", None),
   ("layers", None),
   ("norm", None),
+  ("rank", None),
 )
 
 

@@ -222,7 +222,8 @@ class _Contender:
     local = config.parallelism.strategy == "pmap"
     self.method = config.build_method(vocab_size, data_shards=1 if local else shards)
     # The schedule's length changes no cost.
-    optimizer = make_optimizer(config.optimizer, config.train.steps or 1000, self.method.decoder.config.d_model)
+    width, new_rate = self.method.decoder.config.d_model, config.tuning.new_rate
+    optimizer = make_optimizer(config.optimizer, config.train.steps or 1000, width, new_rate=new_rate)
     self._strategy = build_strategy(config, self.method, optimizer, self._mesh)
     self._mark = jax.jit(lambda step: step + 1)
     self._resources = contextlib.ExitStack()

@@ -3,6 +3,7 @@
 from cyb_jax.decoder.attention import HiddenSlots
 from cyb_jax.decoder.cache import Cache, empty_cache
 from cyb_jax.decoder.decoder import Decoder, DecoderConfig, embedding_init, init_params, unembedding_init
+from cyb_jax.decoder.lora import LoraConfig, merge_lora
 from cyb_jax.decoder.presets import PRESETS, num_params, preset
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
   "Decoder",
   "DecoderConfig",
   "HiddenSlots",
+  "LoraConfig",
   "embedding_init",
   "empty_cache",
   "init_params",
+  "merge_lora",
   "num_params",
   "preset",
   "unembedding_init",

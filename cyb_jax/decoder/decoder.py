@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.decoder import attention
 from cyb_jax.decoder.cache import Cache, seen_places, write
+from cyb_jax.decoder.lora import LoraConfig, adapt
 from cyb_jax.errors import InputError
 
 _ACTIVATIONS = {
@@ -79,10 +80,11 @@ class DecoderConfig:
 
   initializer: str = "normal"  # or 'scaled'; see init_params
   dtype: str = "float32"  # of activations and matrix products; norms, softmax and rotations are in float32
-  param_dtype: str = "float32"  # 'bfloat16' is for inference: small updates would be rounded away
+  param_dtype: str = "float32"  # 'bfloat16' is for what isn't trained: small updates would be rounded away
   attention: str = "auto"  # or 'xla', 'cudnn'; see attention.attend
   remat: str = "none"  # or 'full' (keeps the layers' inputs), 'dots' (and all products but attention's)
   scan_layers: bool = False  # one compiled layer, parameters stacked on a leading axis 'layers'
+  lora: LoraConfig | None = None  # adapters beside some of the matrices; see lora.py
 
   def __post_init__(self):
     for name in _SIZES:
@@ -108,6 +110,11 @@ class DecoderConfig:
       raise _bad("rope_fraction", self.rope_fraction, wanted)
     if self.attention == "cudnn" and self.dtype == "float32":
       raise _bad("attention", self.attention, "auto or xla, or decoder.dtype = bfloat16 (cuDNN wants that)")
+    if self.lora is not None and "gate" in self.lora.targets and not self.gated_mlp:
+      raise InputError(
+        f"tuning.lora_targets: {','.join(self.lora.targets)!r} names 'gate', but this decoder has none"
+        " (decoder.gated_mlp is False); leave it out"
+      )
 
   @property
   def rotated_size(self) -> int:
@@ -129,7 +136,8 @@ class Decoder(nn.Module):
   Parameters come from `init_params`: `embedding` [V, D]; `unembedding` [V, D] unless tied; `layers_0`,
   `layers_1`, ... or, with scan_layers, `layers` with a leading axis L; `final_norm`. A layer has
   `attention_norm`, `attention` (`query` [D, N, H], `key` and `value` [D, G, H], `out` [N, H, D]), `mlp_norm`
-  and `mlp` (`gate` and `up` [D, F], `down` [F, D]); a matrix is a `kernel`, with a `bias` where configured.
+  and `mlp` (`gate` and `up` [D, F], `down` [F, D]); a matrix is a `kernel`, with a `bias` where configured, and
+  where it has an adapter of rank r `lora_a` f32[inputs..., r] and `lora_b` f32[r, outputs...].
   """
 
   config: DecoderConfig
@@ -287,7 +295,8 @@ def init_params(decoder: Decoder, rng: Array) -> PyTree:
     tied table has the output's deviation (and inputs start at 1 where scale_embeddings is set). Fan-in
     scaling and unit inputs are PaLM's: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5.
 
-  Norm scales start at one (zero for 'rmsnorm_plus_one'), biases at zero.
+  Norm scales start at one (zero for 'rmsnorm_plus_one'), biases at zero. Adapters' `lora_a` are normal of standard
+  deviation 1/sqrt(fan in), their `lora_b` zero.
 
   Args:
     decoder: the module.
@@ -295,7 +304,7 @@ def init_params(decoder: Decoder, rng: Array) -> PyTree:
 
   Returns:
     The tree `params`, leaves boxed as nn.LogicallyPartitioned, the logical axes being 'vocab', 'embed',
-    'heads', 'kv_heads', 'head_size', 'mlp', 'layers', 'norm'. `nn.unbox` gives bare arrays.
+    'heads', 'kv_heads', 'head_size', 'mlp', 'layers', 'norm', 'rank'. `nn.unbox` gives bare arrays.
   """
   # Parameters do not depend on how attention is computed, and shapes must be had where cuDNN is not.
   config = dataclasses.replace(decoder.config, attention="xla")
@@ -416,6 +425,15 @@ class _Projection(nn.Module):
     if self.use_bias:
       bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :])
       y += self.param("bias", bias_init, self.outputs, param_dtype).astype(dtype)
+    lora = self.config.lora
+    if lora is not None and self.name in lora.targets:
+      count = len(self.inputs)
+      a_init = nn.initializers.normal(1 / math.sqrt(math.prod(self.inputs)))
+      a_init = nn.with_logical_partitioning(a_init, (*self.axes[:count], "rank"))
+      b_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("rank", *self.axes[count:]))
+      a = self.param("lora_a", a_init, (*self.inputs, lora.rank), jnp.float32)
+      b = self.param("lora_b", b_init, (lora.rank, *self.outputs), jnp.float32)
+      y += adapt(x, a, b, lora.scale, count)
     return y
 
 

@@ -10,12 +10,12 @@ from cyb_jax.methods.baseline import Baseline
 from cyb_jax.methods.constant_stop import ConstantStop
 from cyb_jax.methods.cyb import Cyb
 from cyb_jax.methods.mean_slots import MeanSlots
-from cyb_jax.methods.method import Batch, Method, MethodConfig, Params, Reading, TokenLosses
+from cyb_jax.methods.method import WEIGHTS, Batch, Method, MethodConfig, Params, Reading, TokenLosses
 from cyb_jax.methods.tbys import Tbys
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Baseline, Tbys, Cyb, ConstantStop, MeanSlots)}
 
-__all__ = ["METHODS", "Batch", "Method", "MethodConfig", "Params", "Reading", "TokenLosses", "build"]
+__all__ = ["METHODS", "WEIGHTS", "Batch", "Method", "MethodConfig", "Params", "Reading", "TokenLosses", "build"]
 
 
 def build(config: MethodConfig, decoder_config: DecoderConfig, **options) -> Method:

@@ -61,6 +61,7 @@ class Cyb(PausedMethod):
     "dont_know", "dont_know_prior", "calibration_batches", "stopping_warmup",
   }  # fmt: skip
   decides = True
+  constants = frozenset({"dont_know_offset"})
   recipes = ("constant", "sampled", "on_policy")
 
   def validate(self) -> None:
@@ -313,23 +314,24 @@ class Cyb(PausedMethod):
     first_pass = tokens * self.num_slots if self.config.recipe == "on_policy" else 0
     return first_pass + self._row_slots(tokens)
 
-  def train_flops(self, tokens: int, *, executed: bool = False) -> float:
+  def train_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
     if not self._ragged:
-      return super().train_flops(tokens, executed=executed)
+      return super().train_cost(tokens, executed=executed)
     slots = self._row_slots(tokens) / tokens
     # Packed rows have no structure but their mask: hidden pauses save nothing of what is executed.
-    total = flops.train_flops(
+    total = flops.train_cost(
       self.decoder.config,
       tokens=tokens,
       slots=slots,
       slots_read=slots,
       hidden=self.hides_pauses and not executed,
       executed=executed,
+      frozen=self.weights != "all",
     )
     if self.config.recipe == "on_policy":
       # The first pass reads d alone, which in unit form needs no logits.
       read = self.num_slots - 1 if self.config.dont_know == "token" else 0
-      total += flops.forward_flops(
+      total += flops.forward_cost(
         self.decoder.config,
         tokens=tokens,
         slots=self.num_slots,

@@ -14,7 +14,9 @@ import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.decoder import Decoder, DecoderConfig
+from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
+from cyb_jax.flops import Cost
 from cyb_jax.stopping import SlotScores
 
 Batch = dict[str, Array]
@@ -23,6 +25,9 @@ document.
 """
 
 Params = PyTree
+
+# What of the parameters is trained: all; adapters and what stands beside the decoder; the latter alone.
+WEIGHTS = ("all", "lora", "new")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,11 +135,13 @@ class Method(abc.ABC):
     name: in the registry.
     options: the fields of `MethodConfig` that this method has.
     decides: whether the model itself decides when it stops (then d means something).
+    constants: names of parameters that `calibrate` sets and no step changes.
   """
 
   name: ClassVar[str]
   options: ClassVar[frozenset[str]]
   decides: ClassVar[bool] = False
+  constants: ClassVar[frozenset[str]] = frozenset()
 
   def __init__(
     self,
@@ -144,6 +151,7 @@ class Method(abc.ABC):
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     shards: int = 1,
+    weights: str = "all",
   ):
     """
     Args:
@@ -152,6 +160,7 @@ class Method(abc.ABC):
       vocab_size: how many of those rows are real; None: all.
       chunk_size: of the readout; see `readout.slot_scores`.
       shards: devices that a batch is split over under jit; see there.
+      weights: of `WEIGHTS`, what of the parameters is trained; see `is_trained`.
 
     Raises:
       InputError: an option that this method doesn't have, or a value that it can't work with.
@@ -161,6 +170,7 @@ class Method(abc.ABC):
     self.vocab_size = decoder_config.vocab_size if vocab_size is None else vocab_size
     self.chunk_size = chunk_size
     self.shards = shards
+    self.weights = weights
     for field in dataclasses.fields(MethodConfig):
       value = getattr(config, field.name)
       if field.name not in self.options | _COMMON and value != field.default:
@@ -184,6 +194,23 @@ class Method(abc.ABC):
   @abc.abstractmethod
   def init(self, rng: Array) -> Params:
     """Fresh parameters, leaves boxed with their logical axes (`flax.linen.LogicallyPartitioned`)."""
+
+  def is_trained(self, path: tuple[str, ...]) -> bool:
+    """Whether steps may change a parameter; what they don't has neither gradient nor optimizer state.
+
+    Args:
+      path: the names that lead to it in the tree of parameters.
+    """
+    if self.weights == "all":
+      # Constants too, at a gradient of zero: such runs hold moments for them.
+      return True
+    if path[0] == "decoder":
+      return self.weights == "lora" and path[-1] in LEAVES
+    return path[0] not in self.constants
+
+  def new_parameters(self) -> frozenset[str]:
+    """Names of the parameters that stand beside the decoder, which a pretrained model hasn't got."""
+    return frozenset(jax.eval_shape(self.init, jax.random.key(0))) - {"decoder"}
 
   @abc.abstractmethod
   def losses(self, params: Params, batch: Batch, rng: Array, step: Int[Array, ""] | int | None = None) -> TokenLosses:
@@ -235,9 +262,17 @@ class Method(abc.ABC):
     return tokens * self.num_slots
 
   @abc.abstractmethod
-  def forward_flops(self, tokens: int, *, executed: bool = False) -> float:
+  def forward_cost(self, tokens: int, *, executed: bool = False) -> Cost:
     """Of one evaluation forward, per real token of a window of `tokens`; see `cyb_jax.flops`."""
 
   @abc.abstractmethod
-  def train_flops(self, tokens: int, *, executed: bool = False) -> float:
+  def train_cost(self, tokens: int, *, executed: bool = False) -> Cost:
     """Of one training step, per real token of a window of `tokens`."""
+
+  def forward_flops(self, tokens: int, *, executed: bool = False) -> float:
+    """The sum of `forward_cost`."""
+    return self.forward_cost(tokens, executed=executed).total
+
+  def train_flops(self, tokens: int, *, executed: bool = False) -> float:
+    """The sum of `train_cost`."""
+    return self.train_cost(tokens, executed=executed).total

@@ -205,6 +205,7 @@ class PausedMethod(Method):
       shards=self.shards,
       vocab_size=self.vocab_size,
       dont_know_bias=dont_know_bias,
+      frozen=self.weights != "all",
     )
 
   def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
@@ -241,8 +242,8 @@ class PausedMethod(Method):
     """How many of the W slots the training loss reads."""
     return self.num_slots
 
-  def forward_flops(self, tokens: int, *, executed: bool = False) -> float:
-    return flops.forward_flops(
+  def forward_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
+    return flops.forward_cost(
       self.decoder.config,
       tokens=tokens,
       slots=self.num_slots,
@@ -251,14 +252,15 @@ class PausedMethod(Method):
       executed=executed,
     )
 
-  def train_flops(self, tokens: int, *, executed: bool = False) -> float:
-    return flops.train_flops(
+  def train_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
+    return flops.train_cost(
       self.decoder.config,
       tokens=tokens,
       slots=self.num_slots,
       slots_read=self.slots_trained,
       hidden=self.hides_pauses,
       executed=executed,
+      frozen=self.weights != "all",
     )
 
 

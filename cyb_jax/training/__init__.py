@@ -2,7 +2,7 @@
 
 from cyb_jax.training.loop import open_store, train
 from cyb_jax.training.optimizer import make_optimizer, schedule
-from cyb_jax.training.step import Totals, TrainState, init_state, train_step, unbox
+from cyb_jax.training.step import Totals, TrainState, init_state, train_step, trained_part, unbox, with_trained
 from cyb_jax.training.strategies import JitStrategy, PmapStrategy, build_strategy
 
 __all__ = [
@@ -17,5 +17,7 @@ __all__ = [
   "schedule",
   "train",
   "train_step",
+  "trained_part",
   "unbox",
+  "with_trained",
 ]

@@ -198,7 +198,7 @@ class _Loop:
     self.batches, self.steps, self.devices = batches, steps, mesh.size
     width = method.decoder.config.d_model
     self.schedule = schedule(config.optimizer, steps, width)
-    optimizer = make_optimizer(config.optimizer, steps, width)
+    optimizer = make_optimizer(config.optimizer, steps, width, new_rate=config.tuning.new_rate)
     self.strategy: Strategy = build_strategy(config, method, optimizer, mesh)
     # Evaluation runs under jit whatever the strategy.
     shards = sharding.data_shards(mesh)

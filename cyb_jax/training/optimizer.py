@@ -7,6 +7,7 @@ import optax
 from jaxtyping import PyTree
 
 from cyb_jax.config import OptimizerConfig
+from cyb_jax.decoder.lora import LEAVES
 
 
 def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
@@ -39,14 +40,25 @@ def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
 
 
 def decayed(params: PyTree) -> PyTree:
-  """Which parameters have weight decay: the matrices (`kernel`), not norms, biases, embeddings and output rows."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.DictKey("kernel") in path, params)
+  """Which parameters have weight decay: the matrices, adapters' among them; not norms, biases, embeddings and output
+  rows.
+  """
+  names = [jax.tree_util.DictKey(name) for name in ("kernel", *LEAVES)]
+  return jax.tree_util.tree_map_with_path(lambda path, _: any(name in path for name in names), params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, width: int) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, steps: int, width: int, *, new_rate: float = 1.0
+) -> optax.GradientTransformation:
   """Clipping, Adam, decoupled weight decay, schedule.
 
-  The norm that is clipped is that of the gradient of the mean loss per token, over the whole batch and all devices.
+  The norm that is clipped is that of the gradient of the mean loss per token, over the whole batch and all devices, and
+  over all that is trained.
+
+  Args:
+    config: `optimizer`.
+    steps, width: see `schedule`.
+    new_rate: a factor on the rate of what stands beside the decoder.
   """
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   parts.append(
@@ -59,4 +71,12 @@ def make_optimizer(config: OptimizerConfig, steps: int, width: int) -> optax.Gra
       mask=decayed,
     )
   )
+  if new_rate != 1:
+    parts.append(optax.stateless(lambda updates, _: _scaled_beside_decoder(updates, new_rate)))
   return optax.chain(*parts)
+
+
+def _scaled_beside_decoder(updates: PyTree, factor: float) -> PyTree:
+  return {
+    name: part if name == "decoder" else jax.tree.map(lambda x: x * factor, part) for name, part in updates.items()
+  }

@@ -10,6 +10,7 @@ Dimensions: B batch, T tokens, W slots.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -76,8 +77,8 @@ class TrainState:
   Attributes:
     step: i32[], how many steps were taken.
     skipped_in_a_row: i32[], how many of the last ones weren't applied.
-    params: the method's parameters, f32.
-    opt_state: optax's.
+    params: the method's parameters.
+    opt_state: optax's, of those that are trained (`Method.is_trained`).
     totals: see `Totals`.
   """
 
@@ -98,9 +99,37 @@ def init_state(method: Method, optimizer: optax.GradientTransformation, seed: in
     step=jnp.zeros((), jnp.int32),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
+    opt_state=optimizer.init(trained_part(params, method.is_trained)),
     totals=Totals.zeros(method.num_slots),
   )
+
+
+def trained_part(params: PyTree, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> PyTree:
+  """The tree of the parameters that are trained: the same nested dicts, without the others' names.
+
+  Args:
+    params: nested dicts, their leaves whatever they are.
+    is_trained: see `Method.is_trained`.
+    path: of `params` itself.
+  """
+  part = {}
+  for name, value in params.items():
+    here = (*path, name)
+    if isinstance(value, dict):
+      value = trained_part(value, is_trained, here)
+      if value:
+        part[name] = value
+    elif is_trained(here):
+      part[name] = value
+  return part
+
+
+def with_trained(params: PyTree, part: PyTree) -> PyTree:
+  """All parameters, and in place of those that are trained what `part` has for them."""
+  merged = dict(params)
+  for name, value in part.items():
+    merged[name] = with_trained(params[name], value) if isinstance(value, dict) else value
+  return merged
 
 
 def unbox(state: TrainState) -> TrainState:
@@ -121,7 +150,7 @@ def train_step(
   max_skipped: int = 1,
   axis_name: str | None = None,
 ) -> TrainState:
-  """One step.
+  """One step. Only what is trained has a gradient; the other parameters pass through.
 
   A step whose loss or gradient isn't finite changes neither parameters nor moments; it is counted, and the next batch
   is taken, at the rate that the schedule has for it. After `max_skipped` of them in a row nothing is applied any more,
@@ -141,8 +170,10 @@ def train_step(
     The new state; its totals hold what this step adds to the metrics.
   """
   rng = jax.random.fold_in(jax.random.key(seed), state.step + 1)
+  trained = trained_part(state.params, method.is_trained)
 
-  def sums(params: PyTree, part: Batch) -> tuple[Array, dict[str, Any]]:
+  def sums(trained: PyTree, part: Batch) -> tuple[Array, dict[str, Any]]:
+    params = with_trained(state.params, trained)
     losses = method.losses(params, part, rng, state.step)
     given = weights = part["weights"]
     if losses.kept is not None:
@@ -161,15 +192,15 @@ def train_step(
 
   gradient_of = jax.grad(sums, has_aux=True)
   if accumulate == 1:
-    gradient, aux = gradient_of(state.params, batch)
+    gradient, aux = gradient_of(trained, batch)
   else:
     # Row i goes to part i % accumulate: the batch axis stays the major one, so that sharded rows stay where they are.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
-    shapes = jax.eval_shape(gradient_of, state.params, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(gradient_of, trained, jax.tree.map(lambda x: x[0], parts))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(carry, part):
-      return jax.tree.map(jnp.add, carry, gradient_of(state.params, part)), None
+      return jax.tree.map(jnp.add, carry, gradient_of(trained, part)), None
 
     (gradient, aux), _ = jax.lax.scan(add, start, parts)
   if axis_name is not None:
@@ -178,13 +209,13 @@ def train_step(
   count = jnp.maximum(aux["tokens"], 1.0)
   gradient = jax.tree.map(lambda g: g / count, gradient)
   norm = optax.global_norm(gradient)
-  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+  updated = optax.apply_updates(trained, updates)
   applied = jnp.isfinite(aux["loss"]) & jnp.isfinite(norm) & (state.skipped_in_a_row < max_skipped)
   return TrainState(
     step=state.step + 1,
     skipped_in_a_row=jnp.where(applied, 0, state.skipped_in_a_row + 1),
-    params=_choose(applied, params, state.params),
+    params=with_trained(state.params, _choose(applied, updated, trained)),
     opt_state=_choose_moments(applied, opt_state, state.opt_state),
     totals=_add_step(state.totals, applied, state.step + 1, aux | {"steps": 1.0, "gradient_norm": norm}),
   )
