@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import flax.linen as nn
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 
 from cyb_jax import flops
-from cyb_jax.decoder import Decoder, DecoderConfig, HiddenSlots, init_params, num_params, preset
+from cyb_jax.decoder import Decoder, DecoderConfig, HiddenSlots, LoraConfig, init_params, num_params, preset
+from cyb_jax.decoder.lora import LEAVES, TARGETS
+from cyb_jax.methods import MethodConfig, build
+from cyb_jax.training import trained_part, with_trained
 
 
 def _config(**fields):
@@ -30,6 +34,59 @@ def test_by_hand():
   assert flops.forward_flops(config, **one, hidden=True, executed=True) == 2 * (156 + 32 * (2 + 1)) + 28
   # As executed the logits are computed twice.
   assert flops.train_flops(config, **one, executed=True) == 3 * 2 * (156 + 32 * 4) + 4 * 28
+
+
+def test_what_is_frozen_by_hand():
+  # The layer above, with adapters of rank 3 on query (2 x 8) and down (5 x 2).
+  lora = LoraConfig(rank=3, targets=("query", "down"))
+  sizes = dict(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
+  config = DecoderConfig(**sizes, lora=lora)
+  arguments = dict(tokens=2, slots=2, slots_read=1)
+  adapters = 2 * 3 * (2 + 8 + 5 + 2)
+  forward = flops.forward_cost(config, **arguments)
+  assert forward == flops.Cost(matrices=2 * 156, attention=2 * 32 * 2.5, readout=28, adapters=2 * adapters)
+  assert forward.total == flops.forward_flops(config, **arguments)
+  trained = flops.train_cost(config, **arguments, frozen=True)
+  # Of a matrix that stays one product less; attention has no parameters.
+  expected = flops.Cost(matrices=2 * 2 * 156, attention=3 * 160, readout=2 * 28, adapters=3 * 2 * adapters)
+  assert trained == expected
+  executed = flops.train_cost(dataclasses.replace(config, remat="full"), **arguments, frozen=True, executed=True)
+  # All again but mlp down (10 parameters) and the second half of its adapter (3 x 2).
+  assert executed.matrices == 2 * (3 * 156 - 2 * 10)
+  assert executed.attention == 4 * 2 * 32 * 4
+  assert executed.adapters == 2 * (4 * adapters - 2 * 6)
+  assert executed.readout == 3 * 28
+
+
+@pytest.mark.parametrize(
+  ("fields", "targets"),
+  [
+    (dict(num_kv_heads=2), TARGETS),
+    (dict(), ()),
+    (dict(remat="full", gated_mlp=False, parallel_residual=True), ("key", "out", "up", "down")),
+    (dict(remat="dots"), TARGETS),
+  ],
+)
+def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
+  """The whole loss of a method with pauses."""
+  lora = LoraConfig(rank=32, targets=targets) if targets else None
+  config = _config(num_layers=1, lora=lora, **fields)
+  method = build(
+    MethodConfig(pauses=2, pause_visibility="hidden"), config, chunk_size=2**20, weights="lora" if targets else "new"
+  )
+  params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
+  rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+  def loss(part, params, batch):
+    return method.losses(with_trained(params, part), batch, jax.random.key(0)).loss.sum()
+
+  part = trained_part(params, method.is_trained)
+  assert any(path[-1].key in LEAVES for path, _ in jax.tree_util.tree_leaves_with_path(part)) == bool(targets)
+  lowered = jax.jit(jax.grad(loss)).lower(part, params, {"tokens": rows, "targets": rows})
+  counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
+  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  again = method.forward_cost(16).readout
+  assert method.train_flops(16, executed=True) - again == pytest.approx(counted, rel=0.03)
 
 
 def test_is_about_two_per_parameter():
