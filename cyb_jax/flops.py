@@ -152,6 +152,18 @@ def train_flops(
   return train_cost(config, **sizes, hidden=hidden, executed=executed, frozen=frozen).total
 
 
+def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: float) -> float:
+  """Operations of the model for slots that lie anywhere.
+
+  Args:
+    config: the decoder.
+    slots: how many pass the layers.
+    keys: how many keys they see, all of them together.
+    slots_read: how many are read out.
+  """
+  return slots * _layers(config, 0) + config.num_layers * _attention(config, keys) + slots_read * _readout(config)
+
+
 def peak_flops(device: jax.Device) -> float | None:
   """Dense bfloat16 operations per second that the device can do at best, or None where that is not known."""
   kind = device.device_kind

@@ -14,7 +14,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax import flops
 from cyb_jax.decoder import Cache, HiddenSlots, embedding_init, init_params
@@ -145,6 +145,34 @@ class PausedMethod(Method):
       positions: i32[B, Q], for the rotary embeddings.
       cache, start, first: see `Decoder.extend`.
     """
+    inputs, offset = self._slot_inputs(params, tokens, slots)
+    return self.decoder.apply(
+      {"params": params["decoder"]},
+      inputs, positions, cache, start, first=first, query_key_offset=offset, method="extend",
+    )  # fmt: skip
+
+  def hidden_slots(
+    self,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    slots: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    mask: Bool[Array, "B 1 S S"],
+  ) -> Float[Array, "B S D"]:
+    """One decoder pass over slots that lie anywhere, under a mask of the caller's.
+
+    Args:
+      params: bare arrays.
+      tokens, slots, positions: as in `extend`.
+      mask: see `Decoder.__call__`.
+    """
+    inputs, offset = self._slot_inputs(params, tokens, slots)
+    return self.decoder.apply({"params": params["decoder"]}, inputs, positions, mask=mask, query_key_offset=offset)
+
+  def _slot_inputs(
+    self, params: Params, tokens: Int[Array, "B Q"], slots: Int[Array, "B Q"]
+  ) -> tuple[Float[Array, "B Q D"], Float[Array, "B Q D"] | None]:
+    """Slots, embedded one by one; and what offsets their queries and keys, where that is learned."""
     variables = {"params": params["decoder"]}
     inputs = self.decoder.apply(variables, tokens, method="embed")
     offset = None
@@ -158,9 +186,7 @@ class PausedMethod(Method):
       inputs = jnp.where(is_pause, pauses, inputs)
       if self.config.pause_offset:
         offset = jnp.where(is_pause, params["pause_offset"][pause], 0.0)
-    return self.decoder.apply(
-      variables, inputs, positions, cache, start, first=first, query_key_offset=offset, method="extend"
-    )
+    return inputs, offset
 
   def _inputs(
     self, params: Params, tokens: Int[Array, "B T"]
