@@ -46,6 +46,12 @@ Request = tuple[Sequence[int], Sequence[int]]
 _READ_BYTES = 256 * 2**20
 _READ_COPIES = 3
 _SHORTEST_ROW = 32
+# Rows that several requests share are of one of these lengths, or of none: whichever costs least.
+_ROW_SLOTS = (1, 256, 512, 1024)
+# Weights and softmax of attention take about so many times as long as their operations would in a matrix product, and a
+# program takes as long to compile as so many slots take to run (SmolLM2-135M's shape on a CPU).
+_ATTENTION_COST = 3
+_PROGRAM_SLOTS = 2048
 # Attention holds S^2 weights a row and head; of one forward at most so many.
 _SQUARES = 2**26
 # A word that ties with the likeliest one is greedy too, so that no rounding decides.
@@ -94,7 +100,7 @@ class Scorer:
     mesh: rows are spread over it; None: the default device.
     slots: decoder slots of one forward, about; None: 2,048 on a CPU, 32,768 elsewhere. It changes no result beyond
       rounding.
-    row_slots: S, of rows that several requests share; None: three requests of middling length, 256 to 1,024.
+    row_slots: S, of rows that several requests share; None: what costs least.
 
   Raises:
     InputError: a number that won't do.
@@ -187,7 +193,7 @@ class Scorer:
   def _sums(self, count: int, parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> list[Score]:
     """A score for each of `count` requests, from their parts (request, context, continuation)."""
     scores = [Score()] * count
-    rows = _pack(self._trees(parts), self._row_slots)
+    rows = self._rows(self._trees(parts))
     pending: list[tuple[list[tuple[int, Score]], list[tuple[Array, ...]]]] = []
     done, last = 0, time.monotonic()
     for length, batch in _batches(rows, self._slots, self._shards):
@@ -223,6 +229,18 @@ class Scorer:
         size += more
       trees.append(_Tree(self.method, before, taken))
     return trees
+
+  def _rows(self, trees: list[_Tree]) -> dict[int, list[list[_Tree]]]:
+    """The trees in rows, by the rows' length."""
+
+    def cost(rows: dict[int, list[list[_Tree]]]) -> float:
+      config = self.method.decoder.config
+      plain = flops.slot_flops(config, slots=1, keys=0, slots_read=0)
+      attention = (flops.slot_flops(config, slots=1, keys=1, slots_read=0) - plain) / plain * _ATTENTION_COST
+      return sum(_PROGRAM_SLOTS + len(mine) * length * (1 + attention * length) for length, mine in rows.items())
+
+    lengths = _ROW_SLOTS if self._row_slots is None else (self._row_slots,)
+    return min((_pack(trees, length) for length in lengths), key=cost)
 
   def _run(
     self, length: int, rows: list[list[_Tree]]
@@ -344,25 +362,19 @@ def _windows(
 
 
 def _ladder(size: int, smallest: int) -> int:
-  """The next of 1, 1.5, 2, 3, 4, 6, 8, ... times `smallest`: few lengths mean few programs."""
-  length = smallest
-  while length < size:
-    power = length & (length - 1) == 0
-    length = length // 3 * 4 if not power else length * 3 // 2 if length > 1 else 2
-  return length
+  """The next of 4, 5, 6, 7, 8, 10, 12, 14, 16, ... times `smallest` / 4: few lengths mean few programs."""
+  octave = max(smallest, 2 ** (max(1, size) - 1).bit_length() // 2)
+  step = max(1, octave // 4)
+  return max(smallest, -(-size // step) * step)
 
 
 def _up_to(size: int, multiple: int) -> int:
   return -(-size // multiple) * multiple
 
 
-def _pack(trees: list[_Tree], row_slots: int | None) -> dict[int, list[list[_Tree]]]:
+def _pack(trees: list[_Tree], row_slots: int) -> dict[int, list[list[_Tree]]]:
   """Rows by their length, full as can be: the longest tree first, each into the fullest row that has room."""
-  if not trees:
-    return {}
   left = sum(tree.size for tree in trees)
-  if row_slots is None:
-    row_slots = min(1024, max(256, 3 * int(np.median([tree.size for tree in trees]))))
   rows: dict[int, list[list[_Tree]]] = {}
   room: list[tuple[int, int]] = []  # (slots, row), ascending
   opened: list[list[_Tree]] = []
