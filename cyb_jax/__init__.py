@@ -18,8 +18,11 @@ __all__ = ["__version__", "load"]
 
 
 def load(workdir: str, checkpoint: int | str = "last") -> Run:
-  """A trained run: its config, method, parameters and tokenizer; see `cyb_jax.runs.load`."""
-  # Imported here, so that those who take the losses alone don't pay for the rest.
-  from cyb_jax import runs
+  """A trained run, or weights that one could start from: config, method, parameters and tokenizer.
 
-  return runs.load(workdir, checkpoint)
+  See `cyb_jax.runs.load` and `cyb_jax.pretrained.load`.
+  """
+  # Imported here, so that those who take the losses alone don't pay for the rest.
+  from cyb_jax import pretrained
+
+  return pretrained.load(workdir, checkpoint=checkpoint)

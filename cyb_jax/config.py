@@ -22,7 +22,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from cyb_jax import methods
-from cyb_jax.decoder import PRESETS, DecoderConfig, LoraConfig, preset
+from cyb_jax.decoder import PRESETS, SIZES, DecoderConfig, LoraConfig, preset
 from cyb_jax.errors import InputError
 from cyb_jax.losses import discount
 from cyb_jax.methods import WEIGHTS, Method, MethodConfig
@@ -34,7 +34,8 @@ class DataConfig:
 
   Attributes:
     task: a task of `cyb_jax.data.tasks`, or `seqio:NAME`.
-    tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', or a path to a SentencePiece model.
+    tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of a tokenizer (`data.open_tokenizer`), or
+      '': that of `init_from`.
     store: folder of the prepared token store; '': the user's cache folder, prepared when missing.
     options: of the task, as 'key=value,key=value'.
     sequence_length: T, real tokens in a window.
@@ -183,16 +184,16 @@ class TuningConfig:
 
 # Those that other groups of the config say.
 _ELSEWHERE = ("dtype", "param_dtype", "lora")
-_DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecoderConfig) if f.name not in _ELSEWHERE}
+DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecoderConfig) if f.name not in _ELSEWHERE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """A whole run, frozen and valid.
 
-  `init_from` is the folder of a run whose parameters training starts from, '' for fresh ones; `decoder` holds the
-  preset's name and the fields that override it; `source` is the nested dict that this was frozen from, what config.json
-  holds.
+  `init_from` is what training starts from, a run's folder or weights of others (`cyb_jax.pretrained`), '' for fresh
+  parameters; `decoder` holds the preset's name, '' for none, and the fields that override it; `source` is the nested
+  dict that this was frozen from, what config.json holds.
   """
 
   method: MethodConfig
@@ -223,8 +224,26 @@ class Config:
       elif rows < vocab_size:
         raise InputError(f"decoder.vocab_size: {rows} rows, but the tokenizer has {vocab_size} entries")
     lora = self.tuning.lora if self.tuning.weights == "lora" else None
-    formats = dict(dtype=self.activation_dtype, param_dtype=self.precision.params)
-    return preset(self.decoder["preset"], lora=lora, **formats, **fields)
+    fields |= dict(lora=lora, dtype=self.activation_dtype, param_dtype=self.precision.params)
+    if self.decoder["preset"]:
+      return preset(self.decoder["preset"], **fields)
+    for size in SIZES:
+      if size not in fields:
+        raise InputError(
+          f"decoder.{size}: not set; set it, or name a decoder.preset, or leave the decoder to that of init_from"
+        )
+    return DecoderConfig(**fields)
+
+  @property
+  def tokenizer(self) -> str:
+    """What `data.tokenizer` names: '' is the tokenizer of `init_from`.
+
+    Raises:
+      InputError: neither is given.
+    """
+    if not (self.data.tokenizer or self.init_from):
+      raise InputError("data.tokenizer: '' is the tokenizer of init_from, which isn't given; give either")
+    return self.data.tokenizer or self.init_from
 
   @property
   def activation_dtype(self) -> str:
@@ -264,7 +283,7 @@ _PARTS: dict[str, type] = {
   "tuning": TuningConfig,
 }
 # Written '0:0:0:1'; gamma also 'linear:g0' and 'exponential:g0'.
-_LISTS = ("omega", "gamma", "rho")
+LISTS = ("omega", "gamma", "rho")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -273,13 +292,13 @@ def default() -> ml_collections.ConfigDict:
   for name, part in _PARTS.items():
     values = {field.name: field.default for field in dataclasses.fields(part)}
     if name == "method":
-      values |= dict.fromkeys(_LISTS, "") | {"pauses": 3}
+      values |= dict.fromkeys(LISTS, "") | {"pauses": 3}
       # A reference, so that None (no shift) can be given too.
       values["dont_know_prior"] = config_dict.FieldReference(0.9, field_type=float)
     config[name] = ml_collections.ConfigDict(values)
   config.init_from = ""
   config.decoder = ml_collections.ConfigDict({"preset": "tiny"})
-  for field in _DECODER_FIELDS.values():
+  for field in DECODER_FIELDS.values():
     config.decoder[field.name] = config_dict.placeholder(_plain_type(field.type))
   return config
 
@@ -315,13 +334,15 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
       values = _parse_method(values)
     parts[name] = part(**{k: _typed(f"{name}.{k}", v, part, k) for k, v in values.items()})
   decoder = source.get("decoder", {})
-  _check_names("decoder.", decoder, ["preset", *_DECODER_FIELDS])
+  _check_names("decoder.", decoder, ["preset", *DECODER_FIELDS])
   decoder = {"preset": "tiny"} | decoder
-  if decoder["preset"] not in PRESETS:
-    raise InputError(f"decoder.preset: {decoder['preset']!r} is none of {', '.join(PRESETS)}")
+  if decoder["preset"] not in ("", *PRESETS):
+    raise InputError(
+      f"decoder.preset: {decoder['preset']!r} is none of {', '.join(PRESETS)}, and not '', the decoder of init_from"
+    )
   init_from = source.get("init_from", "")
   if not isinstance(init_from, str):
-    raise InputError(f"init_from: {init_from!r} must be the folder of a run, or ''")
+    raise InputError(f"init_from: {init_from!r} must be a folder or a file to start from, or ''")
   frozen = Config(
     init_from=init_from, decoder=types.MappingProxyType(decoder), source=types.MappingProxyType(source), **parts
   )
@@ -357,7 +378,7 @@ def _typed(path: str, value: Any, part: type, name: str) -> Any:
 def _parse_method(values: dict[str, Any]) -> dict[str, Any]:
   pauses = values.get("pauses", 0)
   num_slots = pauses + 1 if isinstance(pauses, int) and pauses >= 0 else 1
-  for name in _LISTS:
+  for name in LISTS:
     if name in values:
       values[name] = _parse_list(name, values[name], num_slots)
   return values

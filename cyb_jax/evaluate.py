@@ -1,7 +1,8 @@
-"""Evaluates a run's checkpoint on a split of its token store.
+"""Evaluates a run's checkpoint on a split of its token store; or what a run would start from, on that of a config.
 
 python -m cyb_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
     [--context=self_paced]
+python -m cyb_jax.evaluate --init_from=WEIGHTS --config=experiments/smollm2_reviews.py:pretrained [--limit=100]
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from cyb_jax import programs
 from cyb_jax.errors import InputError
 
 
 def define_flags() -> None:
+  programs.define_model_flags()
   programs.define_reading_flags()
+  config_flags.DEFINE_config_file(
+    "config", None, "With --init_from: whose method, data and window; experiments/NAME.py:ARGUMENTS"
+  )
   flags.DEFINE_string("omega", "", "What the world grants, W weights such as 1:1:1:1; '': all slots, always.")
   flags.DEFINE_string(
     "context", "constant", "constant: every token is followed by all its pauses; self_paced: by those alone that the"
@@ -27,17 +33,26 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  workdir = programs.required_flag("workdir", "name the run's folder")
   programs.check_not_negative("limit", "batch_size")
+  if args.config is not None and not args.init_from:
+    raise InputError("--config: goes with --init_from; a run has its own")
+  if args.init_from and args.config is None:
+    raise InputError(
+      "--config: not given; it says what is read with --init_from, as experiments/smollm2_reviews.py does"
+    )
   import jax
 
-  from cyb_jax import runs
+  from cyb_jax import pretrained, runs
   from cyb_jax.evaluation import Evaluator, evaluate_split
   from cyb_jax.stopping import normalize
 
-  checkpoint, omega = programs.checkpoint_flag(), programs.weights_flag("omega")
+  omega = programs.weights_flag("omega")
   mesh = programs.reading_mesh()
-  run = runs.load(workdir, checkpoint, mesh)
+  config = None
+  if args.init_from:
+    source = programs.config_flag().to_dict()
+    config = pretrained.settle(source | {"init_from": args.init_from})
+  run = programs.load_model(mesh, config)
   if omega is not None:
     if not run.method.decides:
       raise InputError(f"--omega: {args.omega!r} is set, but method {run.method.name!r} doesn't decide when it stops")
@@ -63,10 +78,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       limit=args.limit or None,
       batch_size=programs.rows_at_once(config, mesh),
     )
-  try:
-    runs.write_evaluation(workdir, record)
-  except OSError as error:
-    logging.warning("evaluation.json can't be written to %s: %s", workdir, error.strerror)
+  if args.workdir:
+    try:
+      runs.write_evaluation(args.workdir, record)
+    except OSError as error:
+      logging.warning("evaluation.json can't be written to %s: %s", args.workdir, error.strerror)
   return record
 
 

@@ -1,6 +1,7 @@
 """Continues prompts with a trained run, at its own pace; what it says is shown as it comes, a dot for each pause.
 
 python -m cyb_jax.generate --workdir=DIR --prompt='The film' [--prompt=...] [--mode=self_paced|constant|none]
+python -m cyb_jax.generate --init_from=WEIGHTS --prompt='The film'
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ _DEFAULT_NEW = 64
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("workdir", None, "The run's folder.")
-  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
+  programs.define_model_flags()
   flags.DEFINE_multi_string("prompt", [], "A text to go on from, as a document begins; once for each row.")
   flags.DEFINE_integer(
     "max_new_tokens", None, f"Tokens to say at most; not given: what the context has room for, at most {_DEFAULT_NEW}."
@@ -54,25 +54,22 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  workdir = programs.required_flag("workdir", "name the run's folder")
-  checkpoint = programs.checkpoint_flag()
   if not args.prompt:
     raise InputError("--prompt: not given; give a text to go on from")
   if any(not stop for stop in args.stop):
     raise InputError("--stop: an empty text would end every row at once; leave it out")
   import jax
 
-  from cyb_jax import runs
   from cyb_jax.data import tokenizers
   from cyb_jax.generation import Continuation, Sampler, SamplingOptions, default_mode
 
-  run = runs.load(workdir, checkpoint)
+  run = programs.load_model()
   prompts = []
   for text in args.prompt:
     if not text:
       raise InputError("--prompt: '' is empty; give a text to go on from")
-    # A document begins behind an end token.
-    prompts.append([run.tokenizer.end_id, *tokenizers.encode_whole(run.tokenizer, text, "--prompt")])
+    # A document begins behind an end token, or whatever else the model has seen there.
+    prompts.append([run.tokenizer.start_id, *tokenizers.encode_whole(run.tokenizer, text, "--prompt")])
   context = run.config.data.sequence_length
   room = context - min(len(prompt) for prompt in prompts)
   for text, prompt in zip(args.prompt, prompts):

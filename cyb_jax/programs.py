@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of
 
   from cyb_jax.config import Config
   from cyb_jax.data import TokenStore
+  from cyb_jax.runs import Run
 
 EXIT_CRASH = 1
 EXIT_BAD_INPUT = 2
@@ -166,6 +167,43 @@ def checkpoint_flag() -> int | str:
   return int(value)
 
 
+def define_run_flags() -> None:
+  """The flags that name a run."""
+  flags.DEFINE_string("workdir", None, "The run's folder.")
+  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
+
+
+def define_model_flags() -> None:
+  """The flags of a program that reads with a trained run, or with what one would start from; see `load_model`."""
+  define_run_flags()
+  flags.DEFINE_string(
+    "init_from", "", "In place of --workdir, what a run would start from: converted weights, a Hugging Face folder, a"
+    " GGUF file. Nothing is written there."
+  )  # fmt: skip
+
+
+def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
+  """The model of `--workdir` or `--init_from`.
+
+  Args:
+    mesh: where the parameters go; None: the default device.
+    config: of a run that would start from `--init_from`; None: the method is that of the weights themselves.
+
+  Raises:
+    InputError: neither flag, both, or nothing that can be read.
+  """
+  args = flags.FLAGS
+  if bool(args.workdir) == bool(args.init_from):
+    found = "both are given" if args.workdir else "not given"
+    raise InputError(f"--workdir: {found}; name the run's folder, or --init_from, weights that a run could start from")
+  checkpoint = checkpoint_flag()
+  from cyb_jax import pretrained, runs
+
+  if args.workdir:
+    return runs.load(args.workdir, checkpoint, mesh)
+  return pretrained.load(args.init_from, config, checkpoint=checkpoint, mesh=mesh)
+
+
 def weights_flag(name: str) -> tuple[float, ...] | None:
   """The numbers of a flag such as `--omega=1:1:1:1`; None where it is ''."""
   value = flags.FLAGS[name].value
@@ -176,10 +214,8 @@ def weights_flag(name: str) -> tuple[float, ...] | None:
 
 
 def define_reading_flags() -> None:
-  """The flags of a program that reads a split with a trained run."""
-  flags.DEFINE_string("workdir", None, "The run's folder.")
+  """The flags of a program that reads a split."""
   flags.DEFINE_string("split", "validation", "validation, test or train.")
-  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
   flags.DEFINE_integer("limit", 0, "At most so many windows; 0: the split whole.")
   flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
   flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
@@ -213,6 +249,11 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
   from cyb_jax import runs, training
 
   given = flags.FLAGS.store
+  if "source" in meta and not (given or config.init_from):
+    raise InputError(
+      "--workdir: it holds converted weights, which have no data of their own; name it as --init_from, with a --config"
+      " that says what is read"
+    )
   if given:
     if not os.path.exists(given):
       raise InputError(f"--store: {given} is not there")

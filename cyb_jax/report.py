@@ -39,6 +39,7 @@ _OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_p
 
 
 def define_flags() -> None:
+  programs.define_run_flags()
   programs.define_reading_flags()
   flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
   flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")

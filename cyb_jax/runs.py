@@ -29,7 +29,6 @@ from cyb_jax import jsonl, sharding
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.config import Config
 from cyb_jax.data import Tokenizer, TokenStore, tokenizers
-from cyb_jax.decoder import merge_lora
 from cyb_jax.errors import InputError, storage_cause
 from cyb_jax.methods import Method
 
@@ -173,7 +172,8 @@ def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenSt
   Raises:
     InputError: the given folder holds another store.
   """
-  if meta is None or not pathlib.Path(given or meta["store_path"]).exists():
+  # Converted weights weren't trained on any that is known.
+  if meta is None or "store" not in meta or not pathlib.Path(given or meta["store_path"]).exists():
     return None
   store = TokenStore.open(given or meta["store_path"])
   if store.fingerprint == meta["store"]:
@@ -185,7 +185,7 @@ def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenSt
 
 def check_fingerprint(store: TokenStore, meta: dict[str, Any] | None) -> None:
   """Raises InputError if a run was trained on another store."""
-  if meta is not None and meta["store"] != store.fingerprint:
+  if meta is not None and meta.get("store", store.fingerprint) != store.fingerprint:
     raise InputError(
       f"data.store: {store.path} has fingerprint {store.fingerprint[:12]}, but the run was trained on"
       f" {meta['store'][:12]}; give it the store that it started with"
@@ -211,6 +211,15 @@ def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None
   write_whole(pathlib.Path(workdir) / "evaluation.json", jsonl.dumps(record, indent=2) + "\n")
 
 
+def is_run(path: str | os.PathLike) -> bool:
+  """Whether a folder is that of a run, and no Hugging Face folder, which has a config.json too."""
+  try:
+    found = json.loads((pathlib.Path(path) / "config.json").read_text())
+  except (OSError, ValueError):
+    return (pathlib.Path(path) / "checkpoints").is_dir()
+  return isinstance(found, dict) and {"method", "decoder", "train"} <= found.keys()
+
+
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """The nested dict in config.json.
 
@@ -221,87 +230,12 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   if not path.exists():
     raise InputError(f"workdir: {workdir} holds no run (there is no config.json)")
   try:
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
   except json.JSONDecodeError as error:
     raise InputError(f"workdir: {path} is not JSON ({error})") from None
-
-
-# How a decoder is computed, not what it computes; and adapters, which are merged into what is taken over.
-_MANNER = ("attention", "dtype", "initializer", "lora", "param_dtype", "remat")
-
-
-def check_init_from(config: Config, method: Method | None = None, tokenizer: Tokenizer | None = None) -> None:
-  """Whether `init_from` names a run whose decoder and tokenizer are those of this config; reads no parameters.
-
-  Args:
-    config: `init_from` may be ''.
-    method: of the new run; None, before its vocabulary is known: only whether there is such a run is checked.
-    tokenizer: of the new run.
-
-  Raises:
-    InputError: no run, or another decoder or tokenizer.
-  """
-  if not config.init_from:
-    return
-  folder = pathlib.Path(config.init_from)
-  if not (folder / "config.json").exists() or newest_meta(folder) is None:
-    raise InputError(f"init_from: {config.init_from} holds no run with a checkpoint")
-  if method is None or tokenizer is None:
-    return
-  source, theirs = configs.freeze(read_config(folder)), tokenizers.load(folder / "tokenizer")
-  if theirs.describe() != tokenizer.describe():
-    raise InputError(
-      f"init_from: {config.init_from} was trained with another tokenizer; give data.tokenizer its"
-      f" {folder / 'tokenizer'} (a .model file), or data.store the store that it was trained on"
-    )
-  decoder = source.decoder_config(theirs.vocab_size)
-  for field in dataclasses.fields(decoder):
-    ours, found = getattr(method.decoder.config, field.name), getattr(decoder, field.name)
-    if field.name not in _MANNER and ours != found:
-      raise InputError(
-        f"init_from: {config.init_from} has decoder.{field.name} = {found!r}, but this config has {ours!r}"
-      )
-  trained = source.build_method(theirs.vocab_size)
-  if not (trained.decides and method.decides):
-    return
-  if trained.config.dont_know != method.config.dont_know:
-    raise InputError(
-      f"method.dont_know: {method.config.dont_know!r}, but init_from = {config.init_from} was trained with"
-      f" {trained.config.dont_know!r}, and its row means something else there; take that"
-    )
-  if trained.calibration_batches and not method.calibration_batches:
-    raise InputError(
-      f"method.calibration_batches: 0, but init_from = {config.init_from} was calibrated; set it to"
-      f" {trained.calibration_batches}, which keeps that run's offset"
-    )
-
-
-def adopt(workdir: str | os.PathLike, params: PyTree) -> PyTree:
-  """Fresh parameters, and in their place those that a run has under the same name and in the same shape.
-
-  Args:
-    workdir: the run, its newest checkpoint.
-    params: fresh, placed; what isn't replaced is returned as it is, adapters among it: the run's are merged into its
-      weights.
-  """
-  run = load(workdir)
-  decoder, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
-  theirs = run.params | {"decoder": decoder}
-
-  def pick(path, fresh):
-    found = theirs
-    for key in path:
-      found = found.get(key.key) if isinstance(found, dict) else None
-    if found is None or found.shape != fresh.shape:
-      logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
-      return fresh
-    return jax.device_put(found.astype(fresh.dtype), fresh.sharding)
-
-  ours = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-  for path, _ in jax.tree_util.tree_leaves_with_path(theirs):
-    if jax.tree_util.keystr(path) not in ours:
-      logging.info("init_from: %s is left behind", jax.tree_util.keystr(path))
-  return jax.tree_util.tree_map_with_path(pick, params)
+  if isinstance(found, dict) and "architectures" in found:
+    raise InputError(f"workdir: {workdir} holds no run, but a Hugging Face folder's model; name it as --init_from")
+  return found
 
 
 @dataclasses.dataclass(frozen=True)

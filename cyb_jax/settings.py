@@ -68,6 +68,44 @@ def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tupl
   )
 
 
+def parse_tuning(argument: str | None) -> tuple[str, str]:
+  """(setting, tuned weights) from 'SETTING,WEIGHTS', what is left out: 'ap' and 'all'.
+
+  Raises:
+    InputError: a name that isn't one of theirs, or a third argument.
+  """
+  given = [part.strip() for part in (argument or "").split(",")]
+  if len(given) > 2:
+    raise InputError(f"config argument: {argument!r} has {len(given)} parts; SETTING,WEIGHTS are two")
+  given += [""] * (2 - len(given))
+  return (
+    _one_of("setting", given[0] or "ap", SETTINGS),
+    _one_of("tuning.weights", given[1] or "all", ("all", "lora", "new")),
+  )
+
+
+def fine_tune(config: ml_collections.ConfigDict, setting: str, tuned: str, *, calibrated: bool = True) -> None:
+  """Sets the method, and that it starts from `init_from`, whose decoder and tokenizer are taken.
+
+  Args:
+    config: to be changed.
+    setting: a key of SETTINGS.
+    tuned: `tuning.weights`. LoRA and new rows take a higher rate than all weights do.
+    calibrated: whether d starts at its prior and is held there for the first steps.
+  """
+  config.method.update(SETTINGS[setting])
+  if calibrated and config.method.name == "cyb":
+    config.method.calibration_batches = 4
+    config.method.stopping_warmup = 50
+  config.decoder.preset = ""
+  config.data.tokenizer = ""
+  config.tuning.weights = tuned
+  config.optimizer.learning_rate = 1e-4 if tuned == "all" else 1e-3
+  config.optimizer.warmup_fraction = 0.02
+  if setting == "pretrained":
+    config.train.epochs = 0.0
+
+
 def _one_of(kind: str, name: str, accepted: Iterable[str]) -> str:
   accepted = list(accepted)
   if name not in accepted:

@@ -28,9 +28,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   profile = flags.FLAGS.profile
   if profile < 0:
     raise InputError(f"--profile: {profile} is negative")
-  from cyb_jax import config, training
+  from cyb_jax import pretrained, training
 
-  return training.train(config.freeze(source), workdir, profile=profile)
+  return training.train(pretrained.settle(source, workdir), workdir, profile=profile)
 
 
 def run() -> None:

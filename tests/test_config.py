@@ -94,7 +94,7 @@ def test_bad_fields(changes, message):
     ({"train": {"steps": "many"}}, r"train\.steps: 'many' must be int"),
     ({"train": {"steps": True}}, r"train\.steps: True must be int"),
     ({"train": 3}, r"config\.train: 3 must be a group of fields"),
-    ({"init_from": 3}, r"init_from: 3 must be the folder of a run"),
+    ({"init_from": 3}, r"init_from: 3 must be a folder or a file"),
   ],
 )
 def test_unknown_fields_and_types(source, message):

@@ -20,6 +20,8 @@ from cyb_jax.errors import InputError
 
 MODEL_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "huggingface.json"
+# The folder of ours beside what transformers reads, in an export.
+EXPORTED = "cyb_jax_tokenizer"
 _DESCRIPTION_FILE = "tokenizer.json"
 # The trainer deals its sentences to this many partial sums, so the number changes the last bits of the model. It is
 # a constant rather than the machine's core count: equal text gives an equal model on every machine.
@@ -403,8 +405,8 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
 
 
 def _open_folder(path: Path, rows: int | None) -> Tokenizer:
-  """The tokenizer of a run, of a folder that `save` wrote, or of a Hugging Face folder."""
-  for folder in (path / "tokenizer", path):
+  """The tokenizer of a run, of an export of one, of a folder that `save` wrote, or of a Hugging Face folder."""
+  for folder in (path / "tokenizer", path / EXPORTED, path):
     if _is_description(folder / _DESCRIPTION_FILE):
       tokenizer = load(folder)
       if rows in (None, tokenizer.vocab_size):

@@ -2,12 +2,13 @@
 
 from cyb_jax.decoder.attention import HiddenSlots
 from cyb_jax.decoder.cache import Cache, empty_cache
-from cyb_jax.decoder.decoder import Decoder, DecoderConfig, embedding_init, init_params, unembedding_init
+from cyb_jax.decoder.decoder import SIZES, Decoder, DecoderConfig, embedding_init, init_params, unembedding_init
 from cyb_jax.decoder.lora import LoraConfig, merge_lora
 from cyb_jax.decoder.presets import PRESETS, num_params, preset
 
 __all__ = [
   "PRESETS",
+  "SIZES",
   "Cache",
   "Decoder",
   "DecoderConfig",

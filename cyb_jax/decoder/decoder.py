@@ -43,7 +43,7 @@ _CHOICES = {
   "attention": attention.IMPLEMENTATIONS,
   "initializer": ("normal", "scaled"),
 }
-_SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size")
+SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size")
 _SWITCHES = (
   "gated_mlp", "mlp_bias", "parallel_residual", "tied_embeddings", "scale_embeddings", "scan_layers",
 )  # fmt: skip
@@ -87,7 +87,7 @@ class DecoderConfig:
   lora: LoraConfig | None = None  # adapters beside some of the matrices; see lora.py
 
   def __post_init__(self):
-    for name in _SIZES:
+    for name in SIZES:
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise _bad(name, value, "an integer of at least 1")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cyb_jax.data import tokenizers
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.interop import families
@@ -24,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 # Of our exports: the key in config.json, the parameters that have no other place, the tokenizer as it was.
 CYB_JAX = "cyb_jax"
 OWN = "cyb_jax.safetensors"
-TOKENIZER = "cyb_jax_tokenizer"
+TOKENIZER = tokenizers.EXPORTED
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # Of training, of generation, of the program that wrote the file; or read elsewhere.

@@ -36,6 +36,7 @@ class Llama2cFile:
 
   Attributes:
     config: what the header describes.
+    context: tokens of the texts that it was trained on.
     end: bytes that are the model's; the file may go on.
 
   Raises:
@@ -66,6 +67,7 @@ class Llama2cFile:
       raise InputError(
         f"{path}: a header of {sizes} is none of llama2.c's; give such a binary, a .gguf file or a folder"
       )
+    self.context = length
     self.config = DecoderConfig(
       vocab_size=abs(vocabulary),
       num_layers=layers,

@@ -63,6 +63,7 @@ class Source:
     path: the folder or file.
     decoder: its shape and style, param_dtype float32.
     extras: of an export of ours; None: it is none.
+    context: the longest text that it says it reads, tokens; None: it doesn't say.
   """
 
   kind: str
@@ -71,6 +72,7 @@ class Source:
   files: TensorFiles = dataclasses.field(repr=False)
   table: Sequence[Tensor] = dataclasses.field(repr=False)
   extras: Extras | None = None
+  context: int | None = None
   own_files: TensorFiles | None = dataclasses.field(default=None, repr=False)
 
   @functools.cached_property
@@ -133,13 +135,16 @@ def open_source(path: str | os.PathLike) -> Source:
   if start == b"GGUF":
     source = gguf.GgufFile(place)
     config = gguf.read_config(source)
-    return _checked("gguf", place, config, source, gguf.table(source, config), gguf.HARMLESS_TENSORS)
+    found = _checked("gguf", place, config, source, gguf.table(source, config), gguf.HARMLESS_TENSORS)
+    name = f"{source.architecture}.context_length"
+    return dataclasses.replace(found, context=source.metadata(name).get(name))
   if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
     raise InputError(f"{path}: a pickle, which this version never opens; convert it to safetensors")
   if place.suffix == ".safetensors":
     raise InputError(f"{path}: one file of a model; give its folder, with config.json")
   source = llama2c.Llama2cFile(place)
-  return _checked("llama2c", place, source.config, source, source.table())
+  found = _checked("llama2c", place, source.config, source, source.table())
+  return dataclasses.replace(found, context=source.context)
 
 
 def _open_folder(folder: pathlib.Path) -> Source:
@@ -160,6 +165,7 @@ def _open_folder(folder: pathlib.Path) -> Source:
       _check_tied(files, table[0].name, output.name)
       harmless = (*harmless, re.escape(output.name))
   source = _checked("huggingface", folder, config, files, table, harmless)
+  source = dataclasses.replace(source, context=fields.get("max_position_embeddings"))
   if fields.get(huggingface.CYB_JAX) is None:
     return source
   return _with_extras(source, fields[huggingface.CYB_JAX])
@@ -303,7 +309,8 @@ def _read(source: Source, path: LeafPath, layer: int | None, shape: tuple[int, .
 
 
 def _place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  array = np.ascontiguousarray(array, leaf.dtype)
+  # ascontiguousarray would make a scalar a row.
+  array = np.asarray(array, leaf.dtype, order="C")
   if leaf.sharding is None:
     return jax.device_put(array)
   return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])

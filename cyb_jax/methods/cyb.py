@@ -290,6 +290,38 @@ class Cyb(PausedMethod):
     if float(params["dont_know_offset"]):
       logging.info("not calibrated: the offset of %+.3f nats is kept", float(params["dont_know_offset"]))
       return params
+    odds = self._median_odds(params, batches)
+    if odds is None:
+      logging.warning("not calibrated: the first %d batches have no token of weight", self.config.calibration_batches)
+      return params
+    median, tokens = odds
+    offset = self._offset(median)
+    logging.info(
+      "calibrated: the median of d over %d tokens was %.3g; an offset of %+.3f nats makes it %g",
+      tokens, _sigmoid(median), offset, self.config.dont_know_prior,
+    )  # fmt: skip
+    return params | {"dont_know_offset": jnp.full_like(params["dont_know_offset"], offset)}
+
+  def tell_start(self, params: Params, batches: Iterable[Batch]) -> None:
+    odds = None if self.num_slots == 1 else self._median_odds(params, batches)
+    if odds is None:
+      return
+    median, tokens = odds
+    text = f"the median of d over {tokens} tokens is {_sigmoid(median):.3g} at the start"
+    if self.config.dont_know_prior is not None:
+      text += (
+        f"; method.calibration_batches would add {self._offset(median):+.3f} nats, which makes it"
+        f" {self.config.dont_know_prior:g}"
+      )
+    logging.info("%s", text)
+
+  def _offset(self, median: float) -> float:
+    """From where the median of d is its prior; `median`: log odds."""
+    prior = self.config.dont_know_prior
+    return math.log(prior) - math.log1p(-prior) - median
+
+  def _median_odds(self, params: Params, batches: Iterable[Batch]) -> tuple[float, int] | None:
+    """The median over tokens of weight, and over their slots but the last, of log d - log a; and how many tokens."""
 
     @jax.jit
     def odds(params: Params, batch: Batch) -> Float[Array, "B T W-1"]:
@@ -297,16 +329,7 @@ class Cyb(PausedMethod):
       return (scores.log_dont_know - scores.log_answer)[..., :-1]
 
     found = np.concatenate([np.asarray(odds(params, batch))[np.asarray(batch["weights"]) > 0] for batch in batches])
-    if not len(found):
-      logging.warning("not calibrated: the first %d batches have no token of weight", self.config.calibration_batches)
-      return params
-    median, prior = float(np.median(found)), self.config.dont_know_prior
-    offset = math.log(prior) - math.log1p(-prior) - median
-    logging.info(
-      "calibrated: the median of d over %d tokens was %.3g; an offset of %+.3f nats makes it %g",
-      len(found), 1 / (1 + math.exp(-median)), offset, prior,
-    )  # fmt: skip
-    return params | {"dont_know_offset": jnp.full_like(params["dont_know_offset"], offset)}
+    return (float(np.median(found)), len(found)) if len(found) else None
 
   def train_slots(self, tokens: int) -> int:
     if not self._ragged:
@@ -348,6 +371,10 @@ def _bias(params: Params) -> Array | float:
   if "dont_know_offset" in params:
     bias = bias + jax.lax.stop_gradient(params["dont_know_offset"])
   return bias
+
+
+def _sigmoid(x: float) -> float:
+  return 0.5 * (1 + math.tanh(x / 2))
 
 
 def _boxed_scalar() -> nn.LogicallyPartitioned:

@@ -257,6 +257,10 @@ class Method(abc.ABC):
     del batches
     return params
 
+  def tell_start(self, params: Params, batches: Iterable[Batch]) -> None:
+    """Logs how a model that has never paused decides, before the first step; for methods that decide."""
+    del params, batches
+
   def train_slots(self, tokens: int) -> int:
     """Decoder slots that training runs for a window of `tokens`."""
     return tokens * self.num_slots

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from cyb_jax import __version__, runs, sharding
+from cyb_jax import __version__, pretrained, runs, sharding
 from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
 from cyb_jax.data.tasks import PLACES, settle_options
@@ -51,7 +51,7 @@ def open_store(config: Config) -> TokenStore:
     store = TokenStore.open(data.store)
     _check_store(store, config)
   else:
-    store = prepare(data.task, data.tokenizer, data.store or None, options=config.task_options())
+    store = prepare(data.task, config.tokenizer, data.store or None, options=config.task_options())
   store.require("train", data.sequence_length)
   if "validation" not in store.splits:
     raise InputError(
@@ -73,7 +73,7 @@ def _check_store(store: TokenStore, config: Config) -> None:
         f"data.options: {name}={settled[name]}, but the token store in {store.path} was prepared with"
         f" {name}={found['options'][name]}"
       )
-  spec = data.tokenizer
+  spec = config.tokenizer
   wanted = spec if trained_pieces(spec) else open_tokenizer(spec).describe()["sha256"]
   if wanted != found["tokenizer_from"]:
     raise InputError(
@@ -110,8 +110,8 @@ def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile:
   sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
   meta = runs.newest_meta(workdir)
   if meta is None:
-    runs.check_init_from(config)
-    pieces = trained_pieces(config.data.tokenizer)
+    pretrained.check_start(config)
+    pieces = trained_pieces(config.tokenizer)
     config.decoder_config(pieces)
   store = runs.open_recorded_store(meta, config.data.store) or open_store(config)
   runs.check_fingerprint(store, meta)
@@ -129,7 +129,7 @@ def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile:
   # Rounded first: 3 passes over a third must not become one step more than one pass over the whole.
   steps = config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
   if meta is None:
-    runs.check_init_from(config, method, store.tokenizer)
+    pretrained.check_start(config, method, store.tokenizer)
   folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
   with jax.default_matmul_precision(config.precision.matmul):
     return _Loop(config, folder, mesh, store, method, batches, steps, profile).run()
@@ -222,14 +222,13 @@ class _Loop:
       return record
 
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
-    """The state to go on from. Order: the newest checkpoint of this folder; else fresh parameters, and in their place
-    those of `init_from` that it has (step, optimizer state and data order start anew), then calibrated."""
+    """The state to go on from; the order in which parameters are looked for is told in `cyb_jax.pretrained`."""
     steps = checkpoints.steps()
     if not steps:
       state = self.strategy.init()
       if self.config.init_from:
         logical = self.strategy.logical(state)
-        params = runs.adopt(self.config.init_from, logical.params)
+        params = pretrained.start(self.config.init_from, logical.params, self.store.vocab_size)
         state = self.strategy.place(dataclasses.replace(logical, params=params))
       state = self._calibrated(state)
       size = sum(x.size for x in jax.tree.leaves(self.strategy.logical(state).params))
@@ -253,6 +252,8 @@ class _Loop:
     """A fresh state, its parameters adjusted to the first batches where the method wants that."""
     method = self.evaluator.method
     if not method.calibration_batches:
+      if self.config.init_from and method.decides:
+        method.tell_start(self.strategy.params(state), [self.evaluator.put(self._read(0))])
       return state
     logical = self.strategy.logical(state)
     batches = (self.evaluator.put(self._read(step)) for step in range(method.calibration_batches))

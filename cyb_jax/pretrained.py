@@ -1,0 +1,419 @@
+"""What a run may start from (`init_from`): another run, a converted checkpoint (which is a run's folder), a Hugging
+Face folder, a GGUF file, a llama2.c binary.
+
+What a run's parameters are, in this order:
+
+1. those of the newest checkpoint in its own folder; then nothing below happens;
+2. else fresh ones, from `train.seed`;
+3. in their place those that `init_from` has under the same name and in the same shape;
+4. pauses and <don't know> that it hasn't got start from entries of its vocabulary that are meant for nobody (Gemma's
+   `<unused0>`, `<unused1>`, ...: the pauses in order, then <don't know>; the paper's set-up, arXiv 2510.13879), or,
+   where it has too few of those, from the mean of its embeddings;
+5. then the method calibrates itself, where that is asked for (`method.calibration_batches`).
+
+Step, optimizer state and data order start anew.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jaxtyping import Array, PyTree
+
+from cyb_jax import config as configs
+from cyb_jax import interop, runs, sharding
+from cyb_jax.config import Config
+from cyb_jax.data import Tokenizer, open_tokenizer
+from cyb_jax.data import load as load_tokenizer
+from cyb_jax.decoder import DecoderConfig, merge_lora
+from cyb_jax.errors import InputError
+from cyb_jax.methods import Method, MethodConfig
+from cyb_jax.runs import Run
+
+# How a decoder is computed, not what it computes; and adapters, which are merged into what is taken over.
+_MANNER = ("attention", "dtype", "initializer", "lora", "param_dtype", "remat")
+# Where a source of weights doesn't say how long a text it was trained on, or says more than is practical.
+_LONGEST_CONTEXT = 2048
+_NOTHING_SPENT = {"train_tokens": 0, "train_slots": 0, "train_flops": 0.0}
+
+
+class Pretrained(abc.ABC):
+  """An opened `init_from`; no weights have been read.
+
+  Attributes:
+    path: as it was given.
+    kind: 'run', or that of `interop.Source`.
+    decoder: what its parameters fit.
+    method: of the rows beside the decoder; None where it has none.
+  """
+
+  path: str
+  kind: str
+  decoder: DecoderConfig
+  method: MethodConfig | None
+
+  @property
+  @abc.abstractmethod
+  def tokenizer(self) -> Tokenizer | None:
+    """None where it holds none."""
+
+  @abc.abstractmethod
+  def params(self, wanted: PyTree) -> PyTree:
+    """Those of a method's parameters that it has.
+
+    Args:
+      wanted: all of them, as jax.ShapeDtypeStruct with shardings.
+
+    Returns:
+      A nested dict of the same form, without what it hasn't got.
+    """
+
+  def check(self, method: Method, tokenizer: Tokenizer) -> None:
+    """Whether a run with this method and tokenizer can start from it.
+
+    Raises:
+      InputError: another decoder or tokenizer.
+    """
+    if self.tokenizer is None:
+      logging.warning("init_from: %s holds no tokenizer; that data.tokenizer is its own can't be checked", self.path)
+    elif self.tokenizer.describe() != tokenizer.describe():
+      raise InputError(
+        f"init_from: {self.path} was trained with another tokenizer; leave data.tokenizer at '' to take its own, or"
+        " give data.store a store that was prepared with it"
+      )
+    for field in dataclasses.fields(DecoderConfig):
+      ours, found = getattr(method.decoder.config, field.name), getattr(self.decoder, field.name)
+      if field.name not in self._free_fields and ours != found:
+        raise InputError(f"init_from: {self.path} has decoder.{field.name} = {found!r}, but this config has {ours!r}")
+    trained = self.method
+    if trained is None or not (method.decides and trained.name == method.name):
+      return
+    if trained.dont_know != method.config.dont_know:
+      raise InputError(
+        f"method.dont_know: {method.config.dont_know!r}, but init_from = {self.path} was trained with"
+        f" {trained.dont_know!r}, and its row means something else there; take that"
+      )
+    if trained.calibration_batches and not method.config.calibration_batches:
+      raise InputError(
+        f"method.calibration_batches: 0, but init_from = {self.path} was calibrated; set it to"
+        f" {trained.calibration_batches}, which keeps that run's offset"
+      )
+
+  # Fields of the decoder in which a run that starts from it may differ.
+  _free_fields: tuple[str, ...] = _MANNER
+
+
+class _FromRun(Pretrained):
+  kind = "run"
+
+  def __init__(self, path: str, checkpoint: int | str = "last"):
+    self.path, self.checkpoint = path, checkpoint
+    if runs.newest_meta(path) is None:
+      raise InputError(f"init_from: {path} holds no run with a checkpoint")
+    config = configs.freeze(runs.read_config(path))
+    self.method = config.method
+    self.decoder = config.decoder_config(self.tokenizer.vocab_size)
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    return load_tokenizer(os.path.join(self.path, "tokenizer"))
+
+  def params(self, wanted: PyTree) -> PyTree:
+    run = runs.load(self.path, self.checkpoint)
+    decoder, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
+    found = run.params | {"decoder": decoder}
+    _tell_left_behind(found, wanted)
+    return _placed(found, wanted)
+
+
+class _FromSource(Pretrained):
+  """Files of others, and what we have written in their form."""
+
+  # Both forms are read.
+  _free_fields = (*_MANNER, "scan_layers")
+
+  def __init__(self, path: str, tokenizer: str = ""):
+    self._source = interop.open_source(path)
+    self.path, self.kind = path, self._source.kind
+    self.decoder = self._source.decoder
+    extras = self._source.extras
+    self.method = None if extras is None else extras.method
+    self._tokenizer = tokenizer
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer | None:
+    if self._tokenizer:
+      return open_tokenizer(self._tokenizer, self.decoder.vocab_size)
+    return self._source.tokenizer()
+
+  @property
+  def context(self) -> int:
+    """Tokens of a text that it can be expected to read."""
+    return min(self._source.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
+
+  def params(self, wanted: PyTree) -> PyTree:
+    found = {"decoder": interop.load_decoder(self._source, _without_adapters(wanted["decoder"]))}
+    if self.method is not None:
+      shapes = self._source.extras.own
+      own = {name: x for name, x in wanted.items() if name != "decoder" and shapes.get(name) == x.shape}
+      found |= interop.load_own(self._source, own)
+    return found
+
+
+def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str = "") -> Pretrained:
+  """Opens what `init_from` names, whatever it is.
+
+  Args:
+    path: a run's folder, a Hugging Face folder, a GGUF file or a llama2.c binary.
+    checkpoint: of a run.
+    tokenizer: of a source that holds none, or in place of the one that it holds; see `open_tokenizer`.
+
+  Raises:
+    InputError: nothing there, or nothing that can be read.
+  """
+  if runs.is_run(path):
+    return _FromRun(path, checkpoint)
+  return _FromSource(path, tokenizer)
+
+
+def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Config:
+  """Freezes a nested config; a decoder that it leaves open (`decoder.preset=''`) is that of `init_from`.
+
+  Args:
+    source: see `config.freeze`.
+    workdir: of the run; what was settled when it began is taken from there, so that `init_from` need not be there
+      when it is continued.
+
+  Raises:
+    InputError: see `config.freeze`; or `init_from` can't be read.
+  """
+  source = configs.to_dict(source)
+  decoder = source.get("decoder", {})
+  if not (isinstance(decoder, Mapping) and decoder.get("preset") == "" and isinstance(source.get("init_from"), str)):
+    return configs.freeze(source)
+  found: Mapping[str, Any] = {}
+  if workdir is not None and (pathlib.Path(workdir) / "config.json").exists():
+    recorded = runs.read_config(workdir)
+    if recorded.get("init_from") == source["init_from"]:
+      found = recorded["decoder"]
+  if not found and source["init_from"]:
+    found = dataclasses.asdict(open_pretrained(source["init_from"]).decoder)
+    found = {name: value for name, value in found.items() if name in configs.DECODER_FIELDS and name not in _MANNER}
+  filled = {name: value for name, value in found.items() if decoder.get(name) is None}
+  return configs.freeze(source | {"decoder": decoder | filled})
+
+
+def check_start(config: Config, method: Method | None = None, tokenizer: Tokenizer | None = None) -> None:
+  """Whether `init_from` can be started from; reads no weights.
+
+  Args:
+    config: `init_from` may be ''.
+    method: of the new run; None, before its vocabulary is known: only whether it can be opened is checked.
+    tokenizer: of the new run.
+
+  Raises:
+    InputError: see `open_pretrained` and `Pretrained.check`.
+  """
+  if not config.init_from:
+    return
+  found = open_pretrained(config.init_from)
+  if method is not None and tokenizer is not None:
+    found.check(method, tokenizer)
+
+
+def start(path: str, params: PyTree, vocab_size: int) -> PyTree:
+  """Fresh parameters, and in their place what they start from; see the head of this file.
+
+  Args:
+    path: `init_from`.
+    params: fresh, bare and placed; not to be used again.
+    vocab_size: entries of the tokenizer.
+  """
+  found = open_pretrained(path)
+  wanted = jax.tree.map(_like, params)
+  if isinstance(found, _FromSource):
+    # It has them all, and two copies may be too much.
+    for leaf_path, _ in jax.tree_util.tree_leaves_with_path(_without_adapters(wanted["decoder"])):
+      _at(params["decoder"], leaf_path).delete()
+  return _started(found, wanted, lambda _: params, vocab_size)
+
+
+def _started(
+  pretrained: Pretrained, wanted: PyTree, fresh: Callable[[list[tuple[Any, ...]]], PyTree], vocab_size: int
+) -> PyTree:
+  """Parameters as they are to start.
+
+  Args:
+    pretrained: from `open_pretrained`.
+    wanted: their shapes, dtypes and shardings.
+    fresh: from paths of leaves that must be drawn to a tree that has them.
+    vocab_size: entries of the tokenizer.
+  """
+  found = pretrained.params(wanted)
+  tables = {name: found["decoder"].get(name) for name in ("embedding", "unembedding")}
+  if tables["unembedding"] is None:
+    tables["unembedding"] = tables["embedding"]
+  rows = _new_rows(pretrained, {k: v for k, v in wanted.items() if k not in found}, tables, vocab_size)
+  missing = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted) if _at(found, path) is None]
+  drawn = [path for path in missing if path[0].key not in rows]
+  for path in drawn:
+    logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
+  rest = fresh(drawn) if drawn else {}
+
+  def pick(path, leaf):
+    if path in missing and path not in drawn:
+      return jax.device_put(rows[path[0].key].astype(leaf.dtype), leaf.sharding)
+    return _at(rest if path in drawn else found, path)
+
+  return jax.tree_util.tree_map_with_path(pick, wanted)
+
+
+def _new_rows(
+  pretrained: Pretrained, missing: Mapping[str, Any], tables: Mapping[str, Array | None], vocab_size: int
+) -> dict[str, Array]:
+  """Where pauses and <don't know> start that `init_from` hasn't got."""
+  if tables["embedding"] is None:
+    return {}
+  wanted = {}
+  if "pause_input" in missing:
+    wanted["pause_input"] = tables["embedding"]
+  # In unit form the row starts at zero: d is its prior, whatever is read.
+  if "dont_know" in missing and "dont_know_bias" not in missing:
+    wanted["dont_know"] = tables["unembedding"]
+  count = {name: missing[name].shape[0] if len(missing[name].shape) == 2 else 1 for name in wanted}
+  unused = [] if pretrained.tokenizer is None else pretrained.tokenizer.unused_ids()
+  if len(unused) >= sum(count.values()) > 0:
+    rows, first = {}, 0
+    for name, table in wanted.items():
+      ids = unused[first : first + count[name]]
+      first += count[name]
+      picked = table[jnp.asarray(ids)]
+      rows[name] = picked.reshape(missing[name].shape)
+    logging.info("init_from: pauses and <don't know> start from unused entries %s", unused[:first])
+    return rows
+  means = {name: table[:vocab_size].astype(jnp.float32).mean(0) for name, table in wanted.items()}
+  if means:
+    logging.info("init_from: %s start from the mean of the embeddings", " and ".join(means))
+  return {name: jnp.broadcast_to(mean, missing[name].shape) for name, mean in means.items()}
+
+
+def load(
+  path: str | Pretrained,
+  config: Config | None = None,
+  *,
+  checkpoint: int | str = "last",
+  dtype: str = "float32",
+  mesh: jax.sharding.Mesh | None = None,
+) -> Run:
+  """What training would start from, ready to use.
+
+  Args:
+    path: see `open_pretrained`; or what that has opened.
+    config: of the run that would start from it; None: its own. That of weights of others is the method 'baseline',
+      which has neither pauses nor <don't know>: its logits are theirs.
+    checkpoint: of a run that `path` names.
+    dtype: of the decoder's parameters, where `config` is None.
+    mesh: where the parameters go; None: the default device.
+
+  Raises:
+    InputError: see `open_pretrained` and `Pretrained.check`; or no tokenizer is known.
+  """
+  found = path if isinstance(path, Pretrained) else open_pretrained(path, checkpoint=checkpoint)
+  if isinstance(found, _FromRun) and config is None:
+    return runs.load(found.path, found.checkpoint, mesh)
+  own = found.tokenizer
+  if own is None:
+    raise InputError(f"init_from: {found.path} holds no tokenizer; give --tokenizer the one that it was trained with")
+  if config is None:
+    config = _own_config(found, dtype)
+  method = config.build_method(own.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
+  found.check(method, own)
+  boxed = functools.partial(method.init, jax.random.fold_in(jax.random.key(config.train.seed), 0))
+  shapes = jax.eval_shape(boxed)
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda _: here, nn.unbox(shapes))
+  else:
+    where = sharding.shardings(shapes, mesh)
+  wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(shapes), where)
+
+  def fresh(paths):
+    # What isn't asked for isn't drawn.
+    def draw():
+      drawn = nn.unbox(boxed())
+      return {jax.tree_util.keystr(path): _at(drawn, path) for path in paths}
+
+    values = jax.jit(draw)()
+    tree: dict[str, Any] = {}
+    for path in paths:
+      branch = tree
+      for key in path[:-1]:
+        branch = branch.setdefault(key.key, {})
+      branch[path[-1].key] = jax.device_put(values[jax.tree_util.keystr(path)], _at(where, path))
+    return tree
+
+  params = _started(found, wanted, fresh, own.vocab_size)
+  return Run(config, method, params, own, 0, _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}})
+
+
+def _own_config(found: Pretrained, dtype: str) -> Config:
+  config = configs.default()
+  config.precision.params = dtype
+  config.train.epochs = 0.0  # it's read, not trained
+  method = found.method or MethodConfig(name="baseline", pauses=0)
+  values = dataclasses.asdict(method)
+  config.method.update({k: "" if v is None and k in configs.LISTS else v for k, v in values.items()})
+  config.data.tokenizer = ""
+  config.data.sequence_length = found.context if isinstance(found, _FromSource) else config.data.sequence_length
+  config.decoder.preset = ""
+  fields = dataclasses.asdict(found.decoder)
+  config.decoder.update({k: v for k, v in fields.items() if k in configs.DECODER_FIELDS and k not in _MANNER})
+  return configs.freeze(config)
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _without_adapters(decoder: Mapping[str, Any]) -> dict[str, Any]:
+  """The decoder's leaves but for LoRA's, which are nobody's but ours."""
+  return {
+    name: _without_adapters(leaf) if isinstance(leaf, Mapping) else leaf
+    for name, leaf in decoder.items()
+    if not name.startswith("lora_")
+  }
+
+
+def _placed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+  """What of `found` has the name and the shape of a wanted array, in that one's dtype and place."""
+  placed = {}
+  for name, leaf in wanted.items():
+    there = found.get(name)
+    if isinstance(leaf, Mapping):
+      placed[name] = _placed(there or {}, leaf)
+    elif there is not None and there.shape == leaf.shape:
+      placed[name] = jax.device_put(there.astype(leaf.dtype), leaf.sharding)
+  return placed
+
+
+def _at(tree: PyTree, path: tuple[Any, ...]) -> Any:
+  """The leaf at a path of dict keys; None where there is none."""
+  for key in path:
+    tree = tree.get(key.key) if isinstance(tree, Mapping) else None
+  return tree
+
+
+def _tell_left_behind(found: PyTree, wanted: PyTree) -> None:
+  for path, _ in jax.tree_util.tree_leaves_with_path(found):
+    if _at(wanted, path) is None:
+      logging.info("init_from: %s is left behind", jax.tree_util.keystr(path))
