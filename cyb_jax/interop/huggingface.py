@@ -30,6 +30,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # Of training, of generation, of the program that wrote the file; or read elsewhere.
 HARMLESS = frozenset({
+  "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
   "architectures", "model_type", CYB_JAX, "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
   "initializer_range", "max_position_embeddings", "use_cache", "pretraining_tp", "is_llama_config", "unsloth_version",
   "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
@@ -102,7 +103,8 @@ def _mistral(fields: Fields) -> DecoderConfig:
 
 
 def _qwen2(fields: Fields) -> DecoderConfig:
-  fields.demand("use_sliding_window", (None, False))
+  for name in ("use_sliding_window", "use_mrope"):
+    fields.demand(name, (None, False))
   fields.take("sliding_window", int, 0)
   kinds = fields.take("layer_types", list, [])
   if any(kind != "full_attention" for kind in kinds):

@@ -63,7 +63,9 @@ class Llama2cFile:
       sizes, start = struct.unpack_from("<7i", header, 8), 256
       tied = bool(header[36])
     width, inner, layers, heads, kv_heads, vocabulary, length = sizes
-    if min(width, inner, layers, heads, kv_heads, abs(vocabulary), length) < 1 or width % heads or heads % kv_heads:
+    if (
+      min(width, inner, layers, heads, kv_heads, abs(vocabulary), length) < 1 or width % (2 * heads) or heads % kv_heads
+    ):
       raise InputError(
         f"{path}: a header of {sizes} is none of llama2.c's; give such a binary, a .gguf file or a folder"
       )

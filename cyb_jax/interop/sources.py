@@ -138,7 +138,9 @@ def open_source(path: str | os.PathLike) -> Source:
     found = _checked("gguf", place, config, source, gguf.table(source, config), gguf.HARMLESS_TENSORS)
     name = f"{source.architecture}.context_length"
     return dataclasses.replace(found, context=source.metadata(name).get(name))
-  if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+  pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+  # A .bin may be one of llama2.c's.
+  if pickled or (place.suffix in huggingface.PICKLES and place.suffix != ".bin"):
     raise InputError(f"{path}: a pickle, which this version never opens; convert it to safetensors")
   if place.suffix == ".safetensors":
     raise InputError(f"{path}: one file of a model; give its folder, with config.json")

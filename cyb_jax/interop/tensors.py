@@ -160,7 +160,7 @@ class Fields:
   def finish(self, harmless: Iterable[str] = ()) -> None:
     """Raises InputError if there is a field that nothing has read: it might change the model."""
     for name, value in self._values.items():
-      known = name in self._read or name.removeprefix(self._prefix) in harmless or name.startswith("_")
+      known = name in self._read or name.removeprefix(self._prefix) in harmless
       if not known and value is not None:
         raise InputError(
           f"{self.where}: {name} = {_short(value)} is unknown, and may change what the model computes; take it out"

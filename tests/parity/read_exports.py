@@ -1,0 +1,63 @@
+"""Loads our exports with transformers and compares what it says with what our own code has said of them.
+
+Runs where torch and transformers are, not jax: `make test-parity`.
+
+  python tests/parity/read_exports.py EXPORTS
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+
+def _close(what: str, found: torch.Tensor, expected: np.ndarray) -> float:
+  difference = float(np.abs(found.numpy() - expected).max())
+  assert difference <= 1e-4, f"{what}: off by {difference}"
+  return difference
+
+
+def main(exports: pathlib.Path) -> None:
+  folders = sorted(path for path in exports.iterdir() if path.is_dir())
+  assert folders, exports
+  for folder in folders:
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    model.eval()
+    own = json.loads((folder / "config.json").read_text())["cyb_jax"]
+    with np.load(folder / "ours.npz") as arrays:
+      ours = dict(arrays)
+    rows = ours["logits"].shape[-1]
+    pauses, dont_know = own["pause_ids"], own["dont_know_id"]
+    appended = len(pauses) + (dont_know is not None)
+    assert own["rows"] == rows
+    assert len(model.get_input_embeddings().weight) == len(model.get_output_embeddings().weight) == rows + appended
+
+    tokens, targets = (torch.tensor(ours[name]).long() for name in ("tokens", "targets"))
+    batch, length = tokens.shape
+    # Each token, and behind it its pauses, which stand at its position.
+    width = 1 + len(pauses)
+    slots = torch.cat([tokens[..., None], torch.tensor(pauses).long().expand(batch, length, -1)], -1)
+    positions = torch.arange(length).repeat_interleave(width).expand(batch, -1)
+    with torch.no_grad():
+      plain = model(tokens).logits[..., :rows]
+      paused = model(
+        slots.reshape(batch, -1), position_ids=positions, attention_mask=torch.ones(batch, length * width)
+      ).logits.reshape(batch, length, width, -1)
+    report = {"model": folder.name, "appended": appended, "logits": _close("logits", plain, ours["logits"])}
+    normalizer = torch.logsumexp(paused[..., : own["vocab_size"]], -1)
+    target = torch.take_along_dim(paused, targets[..., None, None], -1)[..., 0] - normalizer
+    report["log_target"] = _close("log_target", target, ours["log_target"])
+    if dont_know is not None:
+      logit = paused[..., dont_know] + own["prior_shift"] + own["dont_know_bias"] + own["dont_know_offset"]
+      against = torch.zeros(()) if own["method"]["dont_know"] == "unit" else normalizer
+      d = torch.nn.functional.logsigmoid(logit - against)
+      report |= {"log_dont_know": _close("log_dont_know", d, ours["log_dont_know"]), "mean_d": float(d.exp().mean())}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]))

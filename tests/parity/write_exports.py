@@ -1,0 +1,80 @@
+"""Exports of ours, and what our own code says of them, for transformers to be held against by `read_exports.py`.
+
+One folder a model: the export, and ours.npz: `tokens` and `targets` i32[B, T], `logits` f32[B, T, V] of the model
+without its pauses, and, where it abstains, `log_dont_know` and `log_target` f32[B, T, W] of `cyb_jax.readout`.
+
+  python tests/parity/write_exports.py GOLDENS OUTPUT
+"""
+
+import functools
+import pathlib
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cyb_jax import interop, methods
+from cyb_jax.decoder import Decoder, DecoderConfig, init_params
+from cyb_jax.methods import MethodConfig
+
+_SIZES = dict(vocab_size=80, num_layers=2, d_model=32, num_heads=4, head_size=8, mlp_size=48)
+_GPT = dict(norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True)
+_CYB = MethodConfig(name="cyb", pauses=2)
+# Decoders of our own, or golden models that pauses are added to; and their methods.
+_MODELS = {
+  "baseline": (DecoderConfig(**_SIZES, num_kv_heads=2), MethodConfig(name="baseline")),
+  "cyb": (DecoderConfig(**_SIZES, num_kv_heads=2), MethodConfig(name="cyb", pauses=3)),
+  "cyb_gpt2_style": (DecoderConfig(**_SIZES, num_kv_heads=4, **_GPT), _CYB),
+  "cyb_calibrated": (
+    DecoderConfig(**_SIZES, num_kv_heads=4, **_GPT, tied_embeddings=False, parallel_residual=True),
+    MethodConfig(name="cyb", pauses=2, calibration_batches=2),
+  ),
+  "cyb_unit": (DecoderConfig(**_SIZES, num_kv_heads=1), MethodConfig(name="cyb", pauses=2, dont_know="unit")),
+  "tbys_qwen2_style": (
+    DecoderConfig(**_SIZES, num_kv_heads=2, attention_bias="qkv"), MethodConfig(name="tbys", pauses=1)
+  ),
+  "gemma": ("gemma", _CYB),
+  "llama_untied_biased": ("llama_untied_biased", _CYB),
+  "pythia": ("pythia", _CYB),
+}  # fmt: skip
+
+
+def _random(init, seed: int):
+  shapes = jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), shapes)
+
+
+def main(goldens: pathlib.Path, output: pathlib.Path) -> None:
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  for number, (name, (decoder, options)) in enumerate(_MODELS.items()):
+    source = None
+    if isinstance(decoder, str):
+      source = interop.open_source(goldens / decoder)
+      decoder = source.decoder
+    method = methods.build(options, decoder)
+    params = _random(method.init, number)
+    if source is not None:
+      boxed = jax.eval_shape(functools.partial(init_params, Decoder(decoder)), jax.random.key(0))
+      abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nn.unbox(boxed))
+      params["decoder"] = interop.load_decoder(source, abstract)
+    interop.write_huggingface(output / name, decoder, params, None, method=options)
+    rng = np.random.default_rng(number)
+    stream = rng.integers(0, decoder.vocab_size, (2, 8)).astype(np.int32)
+    tokens, targets = stream[:, :-1], stream[:, 1:]
+    variables = {"params": params["decoder"]}
+    inputs = method.decoder.apply(variables, tokens, method="embed")
+    hidden = method.decoder.apply(variables, inputs, jnp.arange(tokens.shape[1])[None])
+    said = {"logits": hidden @ method.decoder.apply(variables, method="unembedding").T}
+    batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(targets)}
+    scores = method.read(params, batch | {"weights": jnp.ones(tokens.shape)}).scores
+    if "dont_know" in params:
+      said["log_dont_know"] = scores.log_dont_know
+    np.savez(output / name / "ours.npz", tokens=tokens, targets=targets, log_target=scores.log_target, **said)
+
+
+if __name__ == "__main__":
+  with jax.default_matmul_precision("highest"):
+    main(*map(pathlib.Path, sys.argv[1:]))
