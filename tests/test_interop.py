@@ -21,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 
 from cyb_jax import config as configs
 from cyb_jax import interop, methods, sharding
-from cyb_jax.data.tokenizers import ByteTokenizer
-from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params
+from cyb_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
+from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params, num_params
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.interop import export
+from cyb_jax.interop import export, huggingface
 from cyb_jax.methods import MethodConfig
 from cyb_jax.stopping import prior_shift
 
@@ -214,6 +214,23 @@ def test_pauses_out_and_in_again(name, tmp_path):
   assert added == [[rows + place, name] for place, name in enumerate(names)]
   if not own:
     assert not (out / "cyb_jax.safetensors").exists()
+
+
+def test_a_tokenizer_comes_back(tmp_path):
+  """One that transformers has in its form, behind which our entries stand; one that it hasn't as it is."""
+  _, config, params = load(GOLDENS / "llama")
+  texts = ["A film that wasn't bad, wasn't good"]
+  rows = 384 - config.vocab_size
+  config = dataclasses.replace(config, vocab_size=384)
+  params = {**params, "embedding": jnp.pad(params["embedding"], ((0, rows), (0, 0)))}
+  for tokenizer in (ByteTokenizer(), train_sentencepiece(texts, 276)):
+    own = {"pause_input": jnp.ones((2, config.d_model)), "dont_know": jnp.ones(config.d_model)}
+    out = tmp_path / tokenizer.describe()["kind"]
+    interop.write_huggingface(out, config, {"decoder": params} | own, tokenizer, method=MethodConfig(pauses=2))
+    source = interop.open_source(out)
+    assert source.tokenizer().describe() == tokenizer.describe()
+    assert source.extras.vocab_size == tokenizer.vocab_size
+    assert source.tokenizer().encode(texts[0]) == tokenizer.encode(texts[0])
 
 
 def test_own_rows_of_another_shape_are_refused(tmp_path):
@@ -409,6 +426,57 @@ def test_llama2c(form, tied, tmp_path):
   (tmp_path / "m.bin").write_bytes(written[: kept - 1])
   with pytest.raises(InputError, match=r"m\.bin: truncated, \d+ bytes; the tensor .* ends at"):
     interop.open_source(tmp_path / "m.bin")
+
+
+# Published configs.
+
+_PUBLISHED = {
+  "smollm2_135m": {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+    "vocab_size": 49152,
+  },
+  "pythia_160m": {
+    "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 12, "num_hidden_layers": 12,
+    "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+  },
+  "gemma1_2b": {
+    "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+    "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192, "model_type": "gemma",
+    "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.0.dev0", "use_cache": True, "vocab_size": 256000,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", _PUBLISHED)
+def test_published_configs_are_our_presets(preset, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(_PUBLISHED[preset]))
+  _, config, _ = huggingface.read_config(tmp_path / "config.json")
+  assert dataclasses.replace(config, initializer=PRESETS[preset].initializer) == PRESETS[preset]
+
+
+def test_qwen2_of_half_a_billion(tmp_path):
+  fields = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+    "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+  }  # fmt: skip
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  _, config, _ = huggingface.read_config(tmp_path / "config.json")
+  assert num_params(config) == 494_032_768  # as its makers count
 
 
 # What is refused.

@@ -291,13 +291,13 @@ def _own_json(
 
 
 def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, entries: list[tuple[int, str]]) -> None:
-  """For transformers, where it can take it; and as it is, so that it comes back."""
+  """In transformers' form; a tokenizer that has none as it is, so that the export comes back whole."""
   try:
     tokenizer.write_huggingface(folder, entries)
   except InputError as error:
     logging.warning("no tokenizer is written for transformers: %s", error)
-  (folder / TOKENIZER).mkdir()
-  tokenizer.save(folder / TOKENIZER)
+    (folder / TOKENIZER).mkdir()
+    tokenizer.save(folder / TOKENIZER)
 
 
 def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:

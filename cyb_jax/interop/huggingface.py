@@ -22,7 +22,8 @@ from cyb_jax.interop.tensors import Fields, TensorInfo, is_float, package
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Of our exports: the key in config.json, the parameters that have no other place, the tokenizer as it was.
+# Of our exports: the key in config.json, the parameters that have no other place, a tokenizer that transformers
+# doesn't have.
 CYB_JAX = "cyb_jax"
 OWN = "cyb_jax.safetensors"
 TOKENIZER = tokenizers.EXPORTED
@@ -34,7 +35,8 @@ HARMLESS = frozenset({
   "architectures", "model_type", CYB_JAX, "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
   "initializer_range", "max_position_embeddings", "use_cache", "pretraining_tp", "is_llama_config", "unsloth_version",
   "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
-  "attention_dropout", "hidden_dropout", "classifier_dropout", "attention_probs_dropout_prob", "gradient_checkpointing",
+  "attention_dropout", "hidden_dropout", "classifier_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob",
+  "gradient_checkpointing",
   "max_window_layers", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
   "is_decoder", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class",
   "finetuning_task", "prefix", "tie_encoder_decoder", "cross_attention_hidden_size", "pruned_heads", "use_bfloat16",

@@ -116,7 +116,8 @@ class Source:
       place = self.path.with_name("tokenizer.bin")
       if not place.exists():
         return None
-    return tokenizers.open_tokenizer(str(place), rows=self.decoder.vocab_size)
+    rows = self.decoder.vocab_size if self.extras is None else self.extras.vocab_size
+    return tokenizers.open_tokenizer(place, rows=rows)
 
 
 def open_source(path: str | os.PathLike) -> Source:

@@ -56,7 +56,22 @@ def main(exports: pathlib.Path) -> None:
       against = torch.zeros(()) if own["method"]["dont_know"] == "unit" else normalizer
       d = torch.nn.functional.logsigmoid(logit - against)
       report |= {"log_dont_know": _close("log_dont_know", d, ours["log_dont_know"]), "mean_d": float(d.exp().mean())}
+    if (folder / "text.json").exists():
+      report |= _check_tokenizer(folder, own, rows + appended)
     print(json.dumps(report))
+
+
+def _check_tokenizer(folder: pathlib.Path, own: dict, rows: int) -> dict:
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  assert len(tokenizer) == rows, (len(tokenizer), rows)
+  names = [f"<pause_{k + 1}>" for k in range(len(own["pause_ids"]))] + ["<dont_know>"]
+  assert tokenizer.convert_tokens_to_ids(names) == [*own["pause_ids"], own["dont_know_id"]]
+  said = json.loads((folder / "text.json").read_text())
+  # What the text spells stays text for us; there it is the entry.
+  before = said["text"].partition("<pause_1>")[0]
+  found = tokenizer(before, add_special_tokens=False)["input_ids"]
+  assert found == said["ids"][: len(found)], found
+  return {"entries": len(tokenizer)}
 
 
 if __name__ == "__main__":

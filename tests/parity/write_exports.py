@@ -7,6 +7,7 @@ without its pauses, and, where it abstains, `log_dont_know` and `log_target` f32
 """
 
 import functools
+import json
 import pathlib
 import sys
 
@@ -16,16 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from cyb_jax import interop, methods
+from cyb_jax.data import tokenizers
 from cyb_jax.decoder import Decoder, DecoderConfig, init_params
 from cyb_jax.methods import MethodConfig
 
 _SIZES = dict(vocab_size=80, num_layers=2, d_model=32, num_heads=4, head_size=8, mlp_size=48)
 _GPT = dict(norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True)
+_TEXT = "A film that wasn't bad, wasn't good; it was a film. <pause_1> 12 times!"
 _CYB = MethodConfig(name="cyb", pauses=2)
 # Decoders of our own, or golden models that pauses are added to; and their methods.
 _MODELS = {
   "baseline": (DecoderConfig(**_SIZES, num_kv_heads=2), MethodConfig(name="baseline")),
-  "cyb": (DecoderConfig(**_SIZES, num_kv_heads=2), MethodConfig(name="cyb", pauses=3)),
+  "cyb": (DecoderConfig(**_SIZES | {"vocab_size": 384}, num_kv_heads=2), MethodConfig(name="cyb", pauses=3)),
   "cyb_gpt2_style": (DecoderConfig(**_SIZES, num_kv_heads=4, **_GPT), _CYB),
   "cyb_calibrated": (
     DecoderConfig(**_SIZES, num_kv_heads=4, **_GPT, tied_embeddings=False, parallel_residual=True),
@@ -54,15 +57,21 @@ def main(goldens: pathlib.Path, output: pathlib.Path) -> None:
     if isinstance(decoder, str):
       source = interop.open_source(goldens / decoder)
       decoder = source.decoder
-    method = methods.build(options, decoder)
+    # Of fewer entries than its model has rows; of the other models the vocabulary is too small for one.
+    tokenizer = tokenizers.train_sentencepiece([_TEXT], 290) if name == "cyb" else None
+    words = decoder.vocab_size if tokenizer is None else tokenizer.vocab_size
+    method = methods.build(options, decoder, vocab_size=words)
     params = _random(method.init, number)
     if source is not None:
       boxed = jax.eval_shape(functools.partial(init_params, Decoder(decoder)), jax.random.key(0))
       abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nn.unbox(boxed))
       params["decoder"] = interop.load_decoder(source, abstract)
-    interop.write_huggingface(output / name, decoder, params, None, method=options)
+    interop.write_huggingface(output / name, decoder, params, tokenizer, method=options)
+    if tokenizer is not None:
+      said = {"text": _TEXT, "ids": tokenizer.encode(_TEXT)}
+      (output / name / "text.json").write_text(json.dumps(said))
     rng = np.random.default_rng(number)
-    stream = rng.integers(0, decoder.vocab_size, (2, 8)).astype(np.int32)
+    stream = rng.integers(0, words, (2, 8)).astype(np.int32)
     tokens, targets = stream[:, :-1], stream[:, 1:]
     variables = {"params": params["decoder"]}
     inputs = method.decoder.apply(variables, tokens, method="embed")
