@@ -350,7 +350,6 @@ class SafetensorsFiles:
 
   def __init__(self, folder: pathlib.Path, single: str = SINGLE):
     self.infos: dict[str, TensorInfo] = {}
-    self._open: dict[pathlib.Path, Any] = {}
     if (folder / single).is_file():
       self._add(folder / single)
     elif single != SINGLE:
@@ -369,7 +368,6 @@ class SafetensorsFiles:
       raise InputError(
         f"{path}: no whole safetensors file, {path.stat().st_size} bytes ({error}); fetch it anew"
       ) from None
-    self._open[path] = file
     there = set(file.keys())
     for name in sorted(there) if names is None else names:
       if name not in there:
@@ -392,7 +390,10 @@ class SafetensorsFiles:
       self._add(folder / place, names)
 
   def read(self, name: str) -> np.ndarray:
-    return self._open[self.infos[name].file].get_tensor(name)
+    # Opened for each: what was read of a map counts as memory for as long as the map is there.
+    path = self.infos[name].file
+    with package("safetensors", str(path)).safe_open(path, framework="numpy") as file:
+      return file.get_tensor(name)
 
 
 def _no_weights(folder: pathlib.Path) -> str:
