@@ -87,7 +87,7 @@ def test_duplicates_are_counted(prepared):
 
 def test_held_out_copies_stay_and_train_copies_go(tmp_path, monkeypatch):
   class Source:
-    identity, options, has_difficulty, splits = {}, {}, False, ("train", "validation")
+    identity, options, beside, splits = {}, {}, (), ("train", "validation")
 
     def documents(self, split):
       return map(store_module.tasks.Document, {"train": ["a", "b"], "validation": ["b"]}[split])

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from test_data_tokenizers import TRICKY, corpus
 
 from cyb_jax.data import HuggingFaceTokenizer, SentencePieceTokenizer, load, open_tokenizer, train_sentencepiece
 from cyb_jax.data.gguf_metadata import read_metadata
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.words import Words
 from cyb_jax.generation import Continuation
-from tests.test_data_tokenizers import TRICKY, corpus
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")

@@ -315,7 +315,7 @@ def _sentencepiece_of_folder(folder: Path, beside: _Beside, rows: int | None) ->
   file = folder / MODEL_FILE
   if not file.exists():
     raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model in it; give a folder with one of them")
-  plain = SentencePieceTokenizer(file.read_bytes(), end_id=0, name=os.fspath(file))
+  plain = SentencePieceTokenizer(file.read_bytes(), name=os.fspath(file))
   ids = {plain.piece(i): i for i in range(plain.vocab_size)}
   end = beside.token("eos", ids)
   start = beside.token("bos", ids) if beside.token("bos", ids) is not None else plain.bos_id

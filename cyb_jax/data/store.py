@@ -7,9 +7,12 @@ A store is a folder:
     train-00000.tokens         little-endian uint16 (uint32 beyond 65,536 ids)
     train-00000.documents      little-endian uint64: where each document that begins in this shard starts in its split
     train-00000.difficulty     uint8 beside each token, where the task knows it
+    train-00000.weights        uint8, 0 or 1, beside each token, where not every one is to be learnt
 
 The stream of a split is `end doc1 end doc2 end ... docN end`. Cut into windows that overlap by one token, every token
-of every document, and every closing end, is a target exactly once.
+of every document, and every closing end, is a target exactly once. Where a pretrained model was trained to see a
+token of its own before each text (the tokenizer's start_id), that stands after each end, with weight 0: it is read, and
+never learnt.
 
 Letters: N rows, T tokens of a window.
 """
@@ -47,6 +50,8 @@ _BATCH_BYTES = 4 << 20  # text tokenized at once
 _SAMPLE_BYTES = 4 << 20
 _SAMPLED_BYTES = 256 << 20
 _SECONDS_BETWEEN_LINES = 5.0
+# What may stand beside the tokens, a byte for each.
+_BESIDE = ("difficulty", "weights")
 
 
 class TokenStore:
@@ -109,9 +114,17 @@ class TokenStore:
     """Tokens in a split's stream, the first and all closing end tokens included."""
     return self._split(split)["tokens"]
 
+  def has_weights(self, split: str) -> bool:
+    """Whether some of a split's tokens are read only."""
+    return "weights" in self._split(split)["shards"][0]
+
+  def num_targets(self, split: str) -> int:
+    """Tokens that are targets of weight 1."""
+    return self._split(split).get("weighted_tokens", self.num_tokens(split) - 1)
+
   def num_bytes(self, split: str) -> int:
-    """Bytes of UTF-8 in a split's documents, for bits per byte."""
-    return self._split(split)["bytes"]
+    """Bytes of UTF-8 that the targets of weight 1 stand for, for bits per byte."""
+    return self._split(split).get("weighted_bytes", self._split(split)["bytes"])
 
   def num_windows(self, split: str, sequence_length: int) -> int:
     """Windows of `sequence_length` targets that cover a split; the last one may be partial."""
@@ -142,11 +155,13 @@ class TokenStore:
 
     Returns:
       tokens: int32[N, T + 1], padded with end_id beyond the stream's end; inputs are [:, :-1], targets [:, 1:].
-      weights: float32[N, T], 1 for a target within the stream, 0 beyond.
+      weights: float32[N, T], 1 for a target within the stream that is to be learnt, 0 for others and beyond.
     """
     starts = _starts(indices, sequence_length)
     tokens = self._gather(split, "tokens", starts, sequence_length + 1, self.end_id, np.int32)
     targets = np.arange(1, sequence_length + 1)
+    if self.has_weights(split):
+      return tokens, self._gather(split, "weights", starts + 1, sequence_length, 0, np.float32)
     weights = (starts[:, None] + targets < self.num_tokens(split)).astype(np.float32)
     return tokens, weights
 
@@ -343,8 +358,8 @@ def _write_splits(folder, source, tokenizer, limit, shard_tokens, log) -> dict[s
   # Held-out documents are kept and their copies in train dropped, so the train split comes last.
   for split in reversed(source.splits):
     log.start()
-    writer = _SplitWriter(folder, split, tokenizer, shard_tokens, source.has_difficulty)
-    texts, difficulties, size = [], [], 0
+    writer = _SplitWriter(folder, split, tokenizer, shard_tokens, source.beside)
+    batch, size = [], 0
     for document in itertools.islice(source.documents(split), limit):
       if not document.text:
         continue
@@ -353,14 +368,13 @@ def _write_splits(folder, source, tokenizer, limit, shard_tokens, log) -> dict[s
         writer.duplicates += 1
         continue
       seen.add(digest)
-      texts.append(document.text)
-      difficulties.append(document.difficulty)
+      batch.append(document)
       size += len(document.text)
       if size >= _BATCH_BYTES:
-        writer.write(texts, difficulties)
-        texts, difficulties, size = [], [], 0
+        writer.write(batch)
+        batch, size = [], 0
         log.report(split, writer.documents, writer.tokens)
-    writer.write(texts, difficulties)
+    writer.write(batch)
     described = writer.close()
     log.report(split, writer.documents, writer.tokens, last=True)
     if writer.documents:
@@ -374,56 +388,91 @@ def _write_splits(folder, source, tokenizer, limit, shard_tokens, log) -> dict[s
 class _SplitWriter:
   """Writes one split's stream into shards, hashing as it goes."""
 
-  def __init__(self, folder: Path, split: str, tokenizer, shard_tokens: int, has_difficulty: bool):
+  def __init__(self, folder: Path, split: str, tokenizer, shard_tokens: int, beside: tuple[str, ...]):
     self.documents = self.tokens = self.bytes = self.duplicates = 0
     self._folder, self._split, self._tokenizer = folder, split, tokenizer
-    self._shard_tokens, self._has_difficulty = shard_tokens, has_difficulty
+    self._shard_tokens = shard_tokens
+    # What stands before each document.
+    self._start = [tokenizer.start_id] * (tokenizer.adds_start and tokenizer.start_id != tokenizer.end_id)
+    self._beside = tuple(kind for kind in _BESIDE if kind in beside or (kind == "weights" and self._start))
+    self._weighted_tokens = self._weighted_bytes = 0
     self._dtype = _token_dtype(tokenizer.vocab_size)
     self._shards: list[dict[str, Any]] = []
     self._open: dict[str, tuple[BinaryIO, Any]] = {}
     end = np.array([tokenizer.end_id], self._dtype)
-    self._append(end, np.zeros(1, np.uint8), np.zeros(0, np.uint64))
+    self._append(end, dict.fromkeys(self._beside, np.zeros(1, np.uint8)), np.zeros(0, np.uint64))
 
-  def write(self, texts: list[str], difficulties: list[np.ndarray | None]) -> None:
-    if not texts:
+  def write(self, documents: list[tasks.Document]) -> None:
+    if not documents:
       return
-    encoded = self._tokenizer.encode_batch(texts)
-    lengths = np.array([len(ids) + 1 for ids in encoded])
+    encoded = self._tokenizer.encode_batch([document.text for document in documents])
+    lengths = np.array([len(self._start) + len(ids) + 1 for ids in encoded])
     total = int(lengths.sum())
     end = (self._tokenizer.end_id,)
-    flat = itertools.chain.from_iterable(itertools.chain(ids, end) for ids in encoded)
+    flat = itertools.chain.from_iterable(itertools.chain(self._start, ids, end) for ids in encoded)
     tokens = np.fromiter(flat, self._dtype, total)
-    difficulty = np.zeros(total, np.uint8)
-    if self._has_difficulty:
-      parts = [self._of_tokens(*row) for row in zip(texts, encoded, difficulties, strict=True)]
-      difficulty = np.concatenate(parts)
-    starts = self.tokens + np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    self.documents += len(texts)
-    self.bytes += sum(len(text.encode()) for text in texts)
-    self._append(tokens, difficulty, starts.astype(np.uint64))
+    beside = {}
+    if "difficulty" in self._beside:
+      parts = [self._difficulties(*row) for row in zip(documents, encoded, strict=True)]
+      beside["difficulty"] = np.concatenate(parts)
+    if "weights" in self._beside:
+      beside["weights"] = np.concatenate(self._weights(documents, encoded))
+      self._weighted_tokens += int(beside["weights"].sum())
+      self._weighted_bytes += sum(
+        len(d.text.encode()) if d.weights is None else int(d.weights.sum()) for d in documents
+      )
+    starts = self.tokens + np.concatenate([[0], np.cumsum(lengths)[:-1]]) + len(self._start)
+    self.documents += len(documents)
+    self.bytes += sum(len(document.text.encode()) for document in documents)
+    self._append(tokens, beside, starts.astype(np.uint64))
 
   def close(self) -> dict[str, Any]:
     self._close_shard()
+    weighted = {"weighted_tokens": self._weighted_tokens, "weighted_bytes": self._weighted_bytes}
     return {
       "tokens": self.tokens,
       "documents": self.documents,
       "bytes": self.bytes,
+      **(weighted if "weights" in self._beside else {}),
       "duplicates_dropped": self.duplicates,
       "shards": self._shards,
     }
 
-  def _of_tokens(self, text: str, ids: list[int], difficulty: np.ndarray) -> np.ndarray:
-    """uint8[tokens + 1]: a token is as hard as its hardest byte; the end token is 0."""
+  def _difficulties(self, document: tasks.Document, ids: list[int]) -> np.ndarray:
+    """uint8[start + tokens + 1]: a token is as hard as its hardest byte; the start and the end are 0."""
     sizes = np.array([len(self._tokenizer.decode([token]).encode()) for token in ids])
-    if sizes.sum() != len(difficulty):
+    if sizes.sum() != len(document.difficulty):
       raise InputError(
         "data.tokenizer: it does not give the text back exactly, so its tokens' difficulties are unknown; "
         "take 'bytes' or 'sentencepiece:N'"
       )
     starts = np.cumsum(sizes) - sizes
-    return np.append(np.maximum.reduceat(difficulty, starts), np.uint8(0)).astype(np.uint8)
+    hardest = np.maximum.reduceat(document.difficulty, starts)
+    return np.concatenate([np.zeros(len(self._start)), hardest, [0]]).astype(np.uint8)
 
-  def _append(self, tokens: np.ndarray, difficulty: np.ndarray, starts: np.ndarray) -> None:
+  def _weights(self, documents: list[tasks.Document], encoded: list[list[int]]) -> list[np.ndarray]:
+    """uint8[start + tokens + 1] of each document; the start is 0, the end as the last byte.
+
+    Where the weights of the bytes change, the tokens of the text up to there are counted, as lm-evaluation-harness
+    parts a prompt and its continuation: a token over the border is of what follows.
+    """
+    borders = [
+      [] if document.weights is None else (np.flatnonzero(np.diff(document.weights)) + 1).tolist()
+      for document in documents
+    ]
+    texts = (document.text.encode() for document in documents)
+    before = [text[:border].decode(errors="replace") for text, of in zip(texts, borders) for border in of]
+    counts = iter(map(len, self._tokenizer.encode_batch(before)) if before else ())
+    result = []
+    for document, ids, of in zip(documents, encoded, borders, strict=True):
+      values = [1] if document.weights is None else document.weights[[0, *of]].tolist()
+      places = [0, *(min(next(counts), len(ids)) for _ in of), len(ids) + 1]
+      # What a tokenizer makes of a part may be longer than what it makes of more.
+      weights = np.repeat(np.array(values, np.uint8), np.diff(np.maximum.accumulate(places)))
+      result.append(np.concatenate([np.zeros(len(self._start), np.uint8), weights]))
+    return result
+
+  def _append(self, tokens: np.ndarray, beside: dict[str, np.ndarray], starts: np.ndarray) -> None:
     while len(tokens):
       if not self._open:
         self._open_shard()
@@ -432,13 +481,14 @@ class _SplitWriter:
       inside = int(np.searchsorted(starts, np.uint64(self.tokens + room)))
       self._put("tokens", tokens[:room])
       self._put("documents", starts[:inside].astype("<u8"))
-      if self._has_difficulty:
-        self._put("difficulty", difficulty[:room])
+      for kind, values in beside.items():
+        self._put(kind, values[:room])
       written = len(tokens[:room])
       shard["tokens"] += written
       shard["documents"]["count"] += inside
       self.tokens += written
-      tokens, difficulty, starts = tokens[room:], difficulty[room:], starts[inside:]
+      tokens, starts = tokens[room:], starts[inside:]
+      beside = {kind: values[room:] for kind, values in beside.items()}
       if shard["tokens"] == self._shard_tokens:
         self._close_shard()
 
@@ -446,10 +496,10 @@ class _SplitWriter:
     stem = f"{self._split}-{len(self._shards):05d}"
     shard: dict[str, Any] = {"file": f"{stem}.tokens", "tokens": 0, "sha256": ""}
     shard["documents"] = {"file": f"{stem}.documents", "count": 0, "sha256": ""}
-    if self._has_difficulty:
-      shard["difficulty"] = {"file": f"{stem}.difficulty", "sha256": ""}
+    for kind in self._beside:
+      shard[kind] = {"file": f"{stem}.{kind}", "sha256": ""}
     self._shards.append(shard)
-    for kind in ("tokens", *(kind for kind in ("documents", "difficulty") if kind in shard)):
+    for kind in ("tokens", "documents", *self._beside):
       self._open[kind] = open(self._folder / f"{stem}.{kind}", "wb"), hashlib.sha256()  # noqa: SIM115
 
   def _put(self, kind: str, array: np.ndarray) -> None:
@@ -530,8 +580,9 @@ def _files(description: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
     for shard in split["shards"]:
       yield shard["file"], itemsize * shard["tokens"], shard["sha256"]
       yield shard["documents"]["file"], 8 * shard["documents"]["count"], shard["documents"]["sha256"]
-      if "difficulty" in shard:
-        yield shard["difficulty"]["file"], shard["tokens"], shard["difficulty"]["sha256"]
+      for kind in _BESIDE:
+        if kind in shard:
+          yield shard[kind]["file"], shard["tokens"], shard[kind]["sha256"]
 
 
 def _umask() -> int:

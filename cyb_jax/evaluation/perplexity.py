@@ -19,6 +19,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from scipy import stats
 
 from cyb_jax import sharding
+from cyb_jax.errors import InputError
 from cyb_jax.evaluation.self_paced import read_self_paced
 from cyb_jax.methods import Batch, Method, Reading
 from cyb_jax.stopping import hard_slot, log_stopping_distribution
@@ -85,6 +86,8 @@ class Evaluator:
         gains.append(gained[real])
         kept += int(real.sum())
     tokens = totals["tokens"]
+    if not tokens:
+      raise InputError("limit: no target has weight in the windows that were read; give more, or another split")
 
     def perplexity(name: str) -> Any:
       return np.exp(-totals[name] / tokens).tolist() if name in totals else None
