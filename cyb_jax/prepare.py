@@ -19,14 +19,14 @@ from cyb_jax.data import TASKS, TokenStore, default_tokenizer, prepare
 from cyb_jax.errors import InputError
 from cyb_jax.programs import launch
 
-_COUNTS = ("tokens", "documents", "bytes", "duplicates_dropped")
+_COUNTS = ("tokens", "weighted_tokens", "documents", "bytes", "duplicates_dropped")
 
 
 def define_flags() -> None:
   flags.DEFINE_string("task", None, f"what to prepare: {', '.join(TASKS)}, or seqio:NAME")
   flags.DEFINE_string(
-    'tokenizer', None, "'bytes', 'sentencepiece:N' or a .model file; by default sentencepiece:8192, "
-    'for the synthetic tasks bytes'
+    'tokenizer', None, "'bytes', 'sentencepiece:N', a .model or .gguf file, or a Hugging Face folder; by default "
+    'sentencepiece:8192, for the synthetic tasks bytes'
   )  # fmt: skip
   flags.DEFINE_string("output", None, "the store's folder; by default one in the user's cache folder")
   flags.DEFINE_integer("limit", None, "at most so many documents of each split")
@@ -57,7 +57,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     "tokenizer": description["tokenizer"],
     "vocab_size": store.vocab_size,
     "fingerprint": store.fingerprint,
-    "splits": {name: {key: split[key] for key in _COUNTS} for name, split in description["splits"].items()},
+    "splits": {
+      name: {key: split[key] for key in _COUNTS if key in split} for name, split in description["splits"].items()
+    },
     "timing": {"seconds": round(time.perf_counter() - start, 3)},
   }
 

@@ -251,12 +251,13 @@ def test_no_text_spells_a_special_piece_of_a_unigram_model(tmp_path):
   original = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, False))
   original.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
   original.decoder = tokenizers.decoders.Metaspace(prepend_scheme="never", split=False)
-  assert original.encode("</s>").ids == [1]
+  original.add_tokens([tokenizers.AddedToken("<unused7>", normalized=False)])
+  assert original.encode("</s><unused7>").ids == [1, 12]
   tokenizer = open_tokenizer(write_folder(tmp_path / "x", original, eos_token="</s>"))
-  assert tokenizer.unused_ids() == [11]
-  for text in ("</s>", "<unk></s> s", "<unused0>", "</s> </s>"):
+  assert tokenizer.unused_ids() == [11, 12]
+  for text in ("</s>", "<unk></s> s", "<unused0>", "s<unused7>s", "</s> </s>"):
     ids = tokenizer.encode(text)
-    assert not {1, 11}.intersection(ids)
+    assert not {1, 11, 12}.intersection(ids)
   assert tokenizer.decode(tokenizer.encode("<s> </s>")) == "<s> </s>"
   assert tokenizer.unencodable("sunk q") == "q"
   assert tokenizer.piece(1) == "</s>"

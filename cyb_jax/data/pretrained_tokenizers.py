@@ -129,8 +129,16 @@ class HuggingFaceTokenizer:
     return sorted(i for i, name in self._names.items() if is_unused(name))
 
   def describe(self) -> dict[str, Any]:
-    settings = {name: getattr(self, name) for name in ("vocab_size", "end_id", "start_id", "adds_start")}
-    return {"kind": "huggingface"} | settings | {"sha256": _digest(self.content, settings)}
+    return {"kind": "huggingface"} | self._settings | {"sha256": self._digest}
+
+  @functools.cached_property
+  def _settings(self) -> dict[str, Any]:
+    return {name: getattr(self, name) for name in ("vocab_size", "end_id", "start_id", "adds_start")}
+
+  @functools.cached_property
+  def _digest(self) -> str:
+    canonical = json.dumps([self.content, self._settings], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
   def save(self, directory: str | os.PathLike) -> None:
     with open(os.path.join(directory, HUGGINGFACE_FILE), "w", encoding="utf-8") as file:
@@ -138,8 +146,7 @@ class HuggingFaceTokenizer:
     save_description(directory, self.describe())
 
   def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
-    names = self._names
-    write_folder(self.content, names, self, directory, added)
+    write_folder(self.content, self._names, self, directory, added)
 
 
 def _names(content: Mapping[str, Any], where: str) -> dict[int, str]:
@@ -253,11 +260,6 @@ def _shown(character: str) -> str:
   return f"<0x{code & 0xFF:02X}>" if code < 32 or code == 127 or 0xDC80 <= code <= 0xDCFF else character
 
 
-def _digest(content: Any, settings: Mapping[str, Any]) -> str:
-  canonical = json.dumps([content, settings], sort_keys=True, separators=(",", ":"))
-  return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 # Hugging Face folders.
 
 
@@ -272,7 +274,6 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
   """
   folder = path if path.is_dir() else path.parent
   file = folder / "tokenizer.json" if path.is_dir() else path
-  # Standalone, a file speaks for itself alone if it isn't called as in a folder.
   beside = _Beside(folder)
   if rows is None:
     rows = beside.number("config.json", "vocab_size")
@@ -378,6 +379,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _first_added(content: Mapping[str, Any], where: str) -> int | None:
   """The id that the library puts before a text by itself."""
+  if _types(content.get("post_processor")) <= {"", "ByteLevel"}:
+    return None
   built = _built(dict(content) | {"added_tokens": content.get("added_tokens") or [], "truncation": None}, where)
   plain, whole = (built.encode("a", add_special_tokens=added).ids for added in (False, True))
   return whole[0] if len(whole) > len(plain) and whole[:1] != plain[:1] else None
@@ -461,6 +464,9 @@ def _entry(number: int, name: str, *, special: bool) -> dict[str, Any]:
 
 def sentencepiece_content(model: bytes, end_id: int, start_id: int, adds_start: bool) -> tuple[dict, dict[int, str]]:
   """A SentencePiece model as a tokenizer.json of the package tokenizers, and its entries by id.
+
+  It encodes as the model does, but for two things: a U+2581 of the text is a space to it; and where a model puts a
+  space before every text, it puts one behind each user-defined piece too.
 
   Raises:
     InputError: a model of words or characters, or one that puts its spaces behind words.
