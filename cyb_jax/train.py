@@ -1,6 +1,7 @@
 """Trains a run, or continues it, and evaluates it.
 
 python -m cyb_jax.train --config=experiments/quickstart.py --workdir=DIR [--config.train.steps=100]
+python -m cyb_jax.train --config=experiments/quickstart.py --dry_run     what it would take; nothing is written
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
   flags.DEFINE_string("workdir", None, "The run's folder; an interrupted run in it is continued.")
   flags.DEFINE_integer("profile", 0, "Trace so many steps, after ten, into WORKDIR/profile (TensorBoard, Perfetto).")
+  flags.DEFINE_boolean(
+    "dry_run", False, "Print what a run takes, parameters, memory and FLOPs, and write nothing; needs no workdir."
+  )
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   source = programs.config_flag()
+  if flags.FLAGS.dry_run:
+    from cyb_jax import config, training
+
+    return training.dry_run(config.freeze(source))
   workdir = programs.required_flag("workdir", "name the run's folder")
   profile = flags.FLAGS.profile
   if profile < 0:

@@ -64,6 +64,8 @@ def test_train(tmp_path):
   assert baseline["parameters"] == 128 * 16 + 2560 + 3 * 16
   assert base["parameters"] == baseline["parameters"] + 3 * 16
   assert [row["slots_per_token"] for row in result["rows"]] == [3, 1, 3]
+  # With two moments each, and the counts of Adam and the schedule.
+  assert [row["state_bytes"] for row in result["rows"]] == [12 * row["parameters"] + 8 for row in result["rows"]]
   assert [row["strategy"] for row in result["rows"]] == ["jit", "jit", "pmap"]
   assert base["program_memory_bytes"] > baseline["program_memory_bytes"] > 3 * 4 * baseline["parameters"]
   for row in result["rows"]:

@@ -265,7 +265,10 @@ class _Contender:
     import jax
 
     from cyb_jax.flops import peak_flops
+    from cyb_jax.training.sizes import bytes_per_device, program_memory
 
+    state = self._strategy.logical(self._state)
+    memory = program_memory(self._program)
     config, method, device = self.config, self.method, self._mesh.devices.flat[0]
     peak = peak or peak_flops(device)
     length = config.data.sequence_length
@@ -280,14 +283,15 @@ class _Contender:
       "device": device.device_kind,
       "dtype": config.activation_dtype,
       "vocabulary": method.vocab_size,
-      "parameters": sum(x.size for x in jax.tree.leaves(self._strategy.logical(self._state).params)),
+      "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
       "sequence_length": length,
       "batch_size": config.data.batch_size,
       "slots_per_token": slots_per_token,
       "model_flops_per_token": flops,
       "executed_flops_per_token": method.train_flops(length, executed=True),
       "peak_tflops": peak / 1e12 if peak else None,
-      "program_memory_bytes": _program_memory(self._program),
+      "state_bytes": bytes_per_device((state.params, state.opt_state)),
+      "program_memory_bytes": memory.peak if memory else None,
       "peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use") if alone else None,
       "timing": {
         "tokens_per_second": rate,
@@ -340,12 +344,3 @@ def _own_vocabulary(config: Config) -> int:
   spec = config.data.tokenizer
   named = ByteTokenizer.vocab_size if spec == "bytes" else trained_pieces(spec)
   return config.decoder.get("vocab_size") or named or config.decoder_config().vocab_size
-
-
-def _program_memory(program: Any) -> int | None:
-  """Bytes that a compiled program needs on each device: what it is given, gives and works with."""
-  memory = program.memory_analysis()
-  if memory is None:
-    return None
-  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return kept + memory.temp_size_in_bytes

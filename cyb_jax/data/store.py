@@ -222,7 +222,8 @@ def prepare(
   limit: int | None = None,
   progress: bool = True,
   shard_tokens: int = _SHARD_TOKENS,
-) -> TokenStore:
+  write: bool = True,
+) -> TokenStore | None:
   """Prepares a task's tokens, or opens them where they are prepared already.
 
   The store is written beside its place and moved there when it is whole; a second call for the same place waits for
@@ -236,6 +237,7 @@ def prepare(
     limit: at most so many documents are read of each split.
     progress: whether progress is logged every few seconds.
     shard_tokens: tokens in a file at most.
+    write: False: what is prepared already is opened, and nothing is written; None where it isn't.
 
   Raises:
     InputError: for an unknown task or option, an unusable tokenizer, a source that is missing or empty, an output that
@@ -258,6 +260,8 @@ def prepare(
     "shard_tokens": shard_tokens,
   }
   path = Path(output).expanduser().absolute() if output else _default_path(recipe, tokenizer)
+  if not write:
+    return _reuse(path, recipe) if (path / _DESCRIPTION).is_file() else None
   with _locked(path):
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
       return _reuse(path, recipe)

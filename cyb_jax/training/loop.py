@@ -33,6 +33,7 @@ from cyb_jax.methods import Method
 from cyb_jax.programs import Interrupted
 from cyb_jax.training.metrics import MetricsLog, format_seconds, read_metrics, summarize
 from cyb_jax.training.optimizer import make_optimizer, schedule
+from cyb_jax.training.sizes import bytes_per_device, count_parameters
 from cyb_jax.training.step import Totals, TrainState
 from cyb_jax.training.strategies import Strategy, build_strategy, with_new_totals
 
@@ -60,6 +61,40 @@ def open_store(config: Config) -> TokenStore:
       " data.options=unit=line)"
     )
   return store
+
+
+def find_store(config: Config) -> TokenStore | None:
+  """The token store of a config where it is prepared already, else None; nothing is written.
+
+  Raises:
+    InputError: data.store is another one than the config asks for.
+  """
+  data = config.data
+  if data.store:
+    return open_store(config) if pathlib.Path(data.store).exists() else None
+  try:
+    return prepare(data.task, data.tokenizer, options=config.task_options(), write=False)
+  except InputError:  # neither the store nor what it would be made from
+    return None
+
+
+def open_batches(config: Config, store: TokenStore) -> TrainBatches:
+  """This host's batches of a run."""
+  return TrainBatches(
+    store,
+    sequence_length=config.data.sequence_length,
+    batch_size=config.data.batch_size,
+    seed=config.data.seed,
+    fraction=config.data.fraction,
+    host=jax.process_index(),
+    hosts=jax.process_count(),
+  )
+
+
+def num_steps(config: Config, batches: TrainBatches) -> int:
+  """Steps of a run: those of the config, or as many as make its epochs."""
+  # Rounded first: 3 passes over a third must not become one step more than one pass over the whole.
+  return config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
 
 
 def _check_store(store: TokenStore, config: Config) -> None:
@@ -117,17 +152,8 @@ def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile:
   runs.check_fingerprint(store, meta)
   local = config.parallelism.strategy == "pmap"
   method = config.build_method(store.vocab_size, data_shards=1 if local else shards)
-  batches = TrainBatches(
-    store,
-    sequence_length=config.data.sequence_length,
-    batch_size=config.data.batch_size,
-    seed=config.data.seed,
-    fraction=config.data.fraction,
-    host=jax.process_index(),
-    hosts=jax.process_count(),
-  )
-  # Rounded first: 3 passes over a third must not become one step more than one pass over the whole.
-  steps = config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
+  batches = open_batches(config, store)
+  steps = num_steps(config, batches)
   if meta is None:
     pretrained.check_start(config, method, store.tokenizer)
   folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
@@ -223,6 +249,7 @@ class _Loop:
 
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
     """The state to go on from; the order in which parameters are looked for is told in `cyb_jax.pretrained`."""
+    self._log_size()
     steps = checkpoints.steps()
     if not steps:
       state = self.strategy.init()
@@ -231,22 +258,31 @@ class _Loop:
         params = pretrained.start(self.config.init_from, logical.params, self.store.vocab_size)
         state = self.strategy.place(dataclasses.replace(logical, params=params))
       state = self._calibrated(state)
-      size = sum(x.size for x in jax.tree.leaves(self.strategy.logical(state).params))
-      logging.info(
-        "%s: %s parameters, %d steps of %d x %d tokens, %d slots each, on %d %s",
-        self.method.name,
-        f"{size:,}",
-        self.steps,
-        self.config.data.batch_size,
-        self.config.data.sequence_length,
-        self.method.num_slots,
-        self.devices,
-        jax.devices()[0].device_kind,
-      )
       return state, 0, 0
     meta = checkpoints.meta(steps[-1])
     restored = checkpoints.restore(steps[-1], self.strategy.abstract())
     return self.strategy.place(restored.state), restored.step, meta["train_tokens"]
+
+  def _log_size(self) -> None:
+    data, method, abstract = self.config.data, self.method, self.strategy.abstract()
+    counts = count_parameters(method)
+    trained = f" ({counts['trained']:,} trained)" if counts["trained"] < counts["total"] else ""
+    logging.info(
+      "%s: %s parameters%s, %s MiB of parameters and optimizer state a device; %d steps of %d x %d tokens, %d slots"
+      " each, %s MFLOPs a token (%s as executed), on %d %s",
+      method.name,
+      f"{counts['total']:,}",
+      trained,
+      f"{(bytes_per_device(abstract.params) + bytes_per_device(abstract.opt_state)) / 2**20:,.1f}",
+      self.steps,
+      data.batch_size,
+      data.sequence_length,
+      method.num_slots,
+      f"{method.train_flops(data.sequence_length) / 1e6:,.1f}",
+      f"{method.train_flops(data.sequence_length, executed=True) / 1e6:,.1f}",
+      self.devices,
+      jax.devices()[0].device_kind,
+    )
 
   def _calibrated(self, state: TrainState) -> TrainState:
     """A fresh state, its parameters adjusted to the first batches where the method wants that."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -46,6 +47,9 @@ class Strategy(Protocol):
 
   def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
     """Compiles the step ahead of its first call; `step` runs this program from then on, on shapes like these alone."""
+
+  def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
+    """Compiles the step for a batch of these shapes, from shapes alone: neither a state nor a batch need be there."""
 
   def new_totals(self) -> Totals:
     """Zeros, placed."""
@@ -97,6 +101,10 @@ class JitStrategy:
   def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
     self._step = self._step.lower(state, batch).compile()
     return self._step
+
+  def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
+    placed = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding) for k, x in batch.items()}
+    return self._step.lower(self.abstract(), placed).compile()
 
   def new_totals(self) -> Totals:
     return self._totals()
@@ -156,6 +164,12 @@ class PmapStrategy:
   def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
     self._step = self._step.lower(state, batch).compile()
     return self._step
+
+  def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
+    count = len(self._devices)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), self.abstract())
+    split = {k: jax.ShapeDtypeStruct((count, x.shape[0] // count, *x.shape[1:]), x.dtype) for k, x in batch.items()}
+    return self._step.lower(state, split).compile()
 
   def new_totals(self) -> Totals:
     return self._replicate(Totals.zeros(self._num_slots))

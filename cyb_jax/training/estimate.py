@@ -1,0 +1,206 @@
+"""What a run will take before it takes it: parameters, memory and FLOPs, by component.
+
+The step that training would run is compiled for the devices at hand from shapes alone; nothing of the state is
+allocated, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+
+from cyb_jax import runs, sharding
+from cyb_jax.config import Config
+from cyb_jax.data import TokenStore, open_tokenizer
+from cyb_jax.data.tokenizers import trained_pieces
+from cyb_jax.errors import InputError
+from cyb_jax.flops import Cost
+from cyb_jax.methods import Method
+from cyb_jax.training.loop import find_store, num_steps, open_batches
+from cyb_jax.training.optimizer import make_optimizer
+from cyb_jax.training.sizes import bytes_per_device, count_parameters, program_memory
+from cyb_jax.training.step import TrainState, trained_part
+from cyb_jax.training.strategies import build_strategy
+
+
+def dry_run(config: Config) -> dict[str, Any]:
+  """What a run of this config takes on these devices.
+
+  Returns:
+    - `vocabulary`: its `size`, where that is known `from`, and the `rows` of the tables.
+    - `steps`: of the run, and where they are known `steps_from`; None where only the data could tell.
+    - `parameters`: see `count_parameters`.
+    - `memory`: of the training step, see `memory_of`.
+    - `flops`: `per_token`, per real token: `forward` (of an evaluation) and `train` (a step), each counted as the
+      `model`'s and as `executed` (see `cyb_jax.flops`), by component; `per_step` and `run`, of the training steps.
+    - `advice`: what would help where the device's memory doesn't suffice, else None.
+    - `timing`: `compile_seconds`.
+
+  Raises:
+    InputError: sizes that don't fit each other, the devices or the data.
+  """
+  data = config.data
+  mesh = sharding.make_mesh(config.parallelism)
+  shards = sharding.data_shards(mesh)
+  sharding.check_batch(data.batch_size, shards * config.optimizer.accumulate)
+  try:
+    runs.check_init_from(config)
+  except InputError as error:
+    logging.warning("%s; shapes are those of the config", error)
+  store = find_store(config)
+  vocab_size, vocabulary_from = _vocabulary(config, store)
+  steps, steps_from = _steps(config, store)
+  local = config.parallelism.strategy == "pmap"
+  method = config.build_method(vocab_size, data_shards=1 if local else shards)
+  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
+  # The schedule's length changes no shape.
+  optimizer = make_optimizer(config.optimizer, steps or 1, width, new_rate=new_rate)
+  strategy = build_strategy(config, method, optimizer, mesh)
+  state, batch = strategy.abstract(), _abstract_batch(config)
+  start, program = time.perf_counter(), None
+  with jax.default_matmul_precision(config.precision.matmul):
+    try:
+      program = strategy.compile_abstract(batch)
+    except jax.errors.JaxRuntimeError as error:  # some compilers refuse what the device has no room for
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      logging.warning("the step doesn't compile: %s", str(error).strip().splitlines()[0])
+  seconds = time.perf_counter() - start
+  memory = memory_of(state, method, batch, shards, program, mesh.devices.flat[0])
+  tokens = data.batch_size * data.sequence_length
+  slots = data.batch_size * method.train_slots(data.sequence_length)
+  costs = {
+    kind: {
+      "model": _by_component(cost(data.sequence_length)),
+      "executed": _by_component(cost(data.sequence_length, executed=True)),
+    }
+    for kind, cost in (("forward", method.forward_cost), ("train", method.train_cost))
+  }
+  per_step = {kind: tokens * cost["total"] for kind, cost in costs["train"].items()}
+  return {
+    "method": method.name,
+    "weights": config.tuning.weights,
+    "devices": mesh.size,
+    "device": mesh.devices.flat[0].device_kind,
+    "strategy": config.parallelism.strategy,
+    "vocabulary": {"size": method.vocab_size, "rows": method.decoder.config.vocab_size, "from": vocabulary_from},
+    "steps": steps,
+    "steps_from": steps_from,
+    "per_step": {"tokens": tokens, "slots": slots},
+    "run": None if steps is None else {"tokens": steps * tokens, "slots": steps * slots},
+    "parameters": count_parameters(method),
+    "memory": memory,
+    "flops": {
+      "per_token": costs,
+      "per_step": per_step,
+      "run": None if steps is None else {kind: steps * cost for kind, cost in per_step.items()},
+    },
+    "advice": _advice(config, memory, mesh.size, refused=program is None),
+    "timing": {"compile_seconds": seconds},
+  }
+
+
+def memory_of(
+  state: TrainState,
+  method: Method,
+  batch: Mapping[str, jax.ShapeDtypeStruct],
+  shards: int,
+  program: jax.stages.Compiled | None,
+  device: jax.Device,
+) -> dict[str, int | None]:
+  """Bytes on each device while a step runs.
+
+  Args:
+    state: shapes, dtypes and shardings, logical.
+    method: the run's.
+    batch: shapes and dtypes, of the whole batch.
+    shards: into how many parts the batch is split.
+    program: the compiled step; None: it doesn't compile.
+    device: whose limit is told.
+
+  Returns:
+    - `parameters`, `moments` (all of the optimizer's state), `batch`, `temporaries` (what XLA says that the program
+      works with), `other` (metrics, counters, results that have no place of their own): together they are `peak`.
+    - `gradients`: of what is trained; a part of `temporaries`.
+    - `limit`: what the device has for programs, where it tells.
+    None where the backend doesn't tell.
+  """
+  parts = {
+    "parameters": bytes_per_device(state.params),
+    "moments": bytes_per_device(state.opt_state),
+    "batch": sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values()) // shards,
+  }
+  used = program_memory(program) if program is not None else None
+  temporaries = other = peak = None
+  if used is not None:
+    temporaries, peak = used.temporaries, used.peak
+    other = peak - temporaries - sum(parts.values())
+  gradients = bytes_per_device(trained_part(state.params, method.is_trained))
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  return parts | {
+    "temporaries": temporaries, "other": other, "peak": peak, "gradients": gradients, "limit": limit,
+  }  # fmt: skip
+
+
+def _by_component(cost: Cost) -> dict[str, float]:
+  return {name: float(value) for name, value in (*vars(cost).items(), ("total", cost.total))}
+
+
+def _abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+  names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
+  if config.data.document_mask:
+    names["documents"] = "int32"
+  shape = config.data.batch_size, config.data.sequence_length
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
+
+
+def _steps(config: Config, store: TokenStore | None) -> tuple[int | None, str | None]:
+  if config.train.steps or not config.train.epochs:
+    return config.train.steps, "train.steps"
+  if store is None:
+    return None, None
+  return num_steps(config, open_batches(config, store)), f"train.epochs of the token store in {store.path}"
+
+
+def _vocabulary(config: Config, store: TokenStore | None) -> tuple[int | None, str]:
+  """How many entries the vocabulary will have, as far as that is known without preparing it; and who says so."""
+  spec = config.data.tokenizer
+  if store is not None:
+    return store.vocab_size, f"the token store in {store.path}"
+  pieces = trained_pieces(spec)
+  if pieces is None:
+    try:
+      pieces = open_tokenizer(spec).vocab_size
+    except InputError:
+      if config.decoder.get("vocab_size"):
+        return None, f"decoder.vocab_size, since data.tokenizer = {spec!r} can't be read"
+      return None, f"the decoder's own rows, since data.tokenizer = {spec!r} can't be read"
+  return pieces, f"data.tokenizer = {spec!r}"
+
+
+def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, refused: bool) -> str | None:
+  peak, limit = memory["peak"], memory["limit"]
+  if not refused and (peak is None or limit is None or peak <= limit):
+    return None
+  held = memory["parameters"] + memory["moments"] + memory["gradients"]
+  parallelism = config.parallelism
+  activations = [
+    ("decoder.remat = 'full'", config.decoder.get("remat") != "full"),
+    (f"optimizer.accumulate above {config.optimizer.accumulate}", config.optimizer.accumulate < config.data.batch_size),
+    ("a smaller data.batch_size or data.sequence_length", True),
+  ]
+  state = [
+    ("tuning.weights = 'lora'", config.tuning.weights == "all"),
+    ("precision.params = 'bfloat16'", config.tuning.weights != "all" and config.precision.params == "float32"),
+    (f"parallelism.fsdp = {devices}", devices > 1 and parallelism.strategy == "jit" and parallelism.fsdp < devices),
+  ]
+  state_first = peak is None or held > peak / 2
+  knobs = [knob for knob, helps in (state + activations if state_first else activations + state) if helps]
+  found = f"needs {peak:,} bytes" if peak is not None else "doesn't compile"
+  room = f"has {limit:,}" if limit is not None else "has too little memory for it"
+  return f"the step {found} and each device {room}; what helps, most first: {', '.join(knobs)}"
