@@ -147,6 +147,7 @@ class Sampler:
     stop: Callable[[int, list[int]], int | None] | None = None,
     callback: Callable[[int, list[int], list[int]], None] | None = None,
     chunk: int = 16,
+    prompt_multiple: int = _PROMPT_MULTIPLE,
   ) -> Generation:
     """Continues prompts.
 
@@ -162,11 +163,19 @@ class Sampler:
         tokens are to be kept, which finishes the row, or None to go on.
       callback: called with a row's number, its new tokens and their pauses, every `chunk` iterations.
       chunk: iterations between two calls; without `stop` and `callback` the loop runs through.
+      prompt_multiple: tokens that the longest prompt is padded to a multiple of.
 
     Raises:
       InputError: no prompt, an empty one, one with an id that isn't a word, or one that leaves no room.
     """
-    state = self.start(params, prompts, max_new_tokens=max_new_tokens, seeds=seeds, context=context)
+    state = self.start(
+      params,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      seeds=seeds,
+      context=context,
+      prompt_multiple=prompt_multiple,
+    )
     end = -1 if end_id is None else end_id
     every = chunk if stop or callback else max_new_tokens * self.plan.num_slots
     kept: list[int | None] = [None] * len(prompts)
@@ -212,6 +221,7 @@ class Sampler:
     max_new_tokens: int,
     seeds: Sequence[int] | int = 0,
     context: int | None = None,
+    prompt_multiple: int = _PROMPT_MULTIPLE,
   ) -> SamplerState:
     """The state behind the prompts: all their tokens but the last ones have run, in one forward.
 
@@ -226,7 +236,7 @@ class Sampler:
       raise InputError(f"seed: {min(seeds)} .. {max(seeds)} must lie in [0, 2^32)")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # The last token isn't run here: the loop begins with it.
-    padded = -(-(int(lengths.max()) - 1) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
+    padded = -(-(int(lengths.max()) - 1) // prompt_multiple) * prompt_multiple
     before = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
       before[row, : len(prompt) - 1] = prompt[:-1]
