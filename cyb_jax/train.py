@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   source = programs.config_flag()
   if flags.FLAGS.dry_run:
-    from cyb_jax import config, training
+    from cyb_jax import pretrained, training
 
-    return training.dry_run(config.freeze(source))
+    return training.dry_run(pretrained.settle(source, flags.FLAGS.workdir))
   workdir = programs.required_flag("workdir", "name the run's folder")
   profile = flags.FLAGS.profile
   if profile < 0:

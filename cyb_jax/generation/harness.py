@@ -17,7 +17,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from cyb_jax import flops, runs, sharding
+from cyb_jax import flops, pretrained, runs, sharding
 from cyb_jax.config import ParallelismConfig
 from cyb_jax.errors import InputError
 from cyb_jax.generation.options import Plan, SamplingOptions, default_mode
@@ -80,7 +80,8 @@ class CybLM(LM):
   Args:
     workdir: the run's folder.
     checkpoint: 'last', 'best' or a step.
-    run: a loaded run, in place of a folder.
+    init_from: weights that a run could start from, in place of a run's folder; see `cyb_jax.pretrained`.
+    run: a loaded run, in place of either.
     batch_size: rows of text that are said together; 'auto' is 16. Scoring fills rows of slots, whatever this is.
     max_length: tokens that the model can take; None: what it was trained on.
     mode: how text is said, see `SamplingOptions`; '': what suits the method.
@@ -104,6 +105,7 @@ class CybLM(LM):
     workdir: str | None = None,
     checkpoint: str | int = "last",
     *,
+    init_from: str | None = None,
     run: runs.Run | None = None,
     batch_size: str | int | None = None,
     max_length: int | None = None,
@@ -118,20 +120,26 @@ class CybLM(LM):
   ):
     super().__init__()
     del max_batch_size, device
-    if (workdir is None) == (run is None):
-      raise InputError("workdir: give model_args workdir=DIR, the run's folder, or a loaded run, and one of them")
+    if [workdir, init_from, run].count(None) != 2:
+      raise InputError(
+        "workdir: give model_args workdir=DIR, the run's folder, or init_from=WEIGHTS, or a loaded run, and one of them"
+      )
     if run is None:
       if jax.device_count() > 1:
         mesh = sharding.make_mesh(ParallelismConfig())
-      run = runs.load(workdir, checkpoint, mesh)
+      run = (
+        runs.load(workdir, checkpoint, mesh)
+        if init_from is None
+        else pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh)
+      )
     text = str(batch_size or "auto").partition(":")[0]
     if text != "auto" and not (text.isdecimal() and int(text)):
       raise InputError(f"batch_size: {batch_size!r} must be a number of at least 1, or 'auto'")
     self.run, self.batch_size = run, _BATCH_SIZE if text == "auto" else int(text)
     self.max_length = run.config.data.sequence_length if max_length is None else max_length
     tokenizer = run.tokenizer
-    self.start_id = getattr(tokenizer, "start_id", tokenizer.end_id)
-    self._adds_start = getattr(tokenizer, "adds_start", True) if add_bos_token is None else bool(add_bos_token)
+    self.start_id = tokenizer.start_id
+    self._adds_start = tokenizer.adds_start if add_bos_token is None else bool(add_bos_token)
     self._mode, self._read, self._overlap, self._seed = mode or default_mode(run.method), read, overlap, seed
     Sampler(run.method, self._sampling({}))  # whose errors are to come now
     self._scorer = Scorer(run.method, run.params, context=self.max_length, start_id=self.start_id, mesh=mesh)

@@ -169,13 +169,13 @@ def _steps(config: Config, store: TokenStore | None) -> tuple[int | None, str | 
 
 def _vocabulary(config: Config, store: TokenStore | None) -> tuple[int | None, str]:
   """How many entries the vocabulary will have, as far as that is known without preparing it; and who says so."""
-  spec = config.data.tokenizer
   if store is not None:
     return store.vocab_size, f"the token store in {store.path}"
+  spec = config.tokenizer
   pieces = trained_pieces(spec)
   if pieces is None:
     try:
-      pieces = open_tokenizer(spec).vocab_size
+      pieces = open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
     except InputError:
       if config.decoder.get("vocab_size"):
         return None, f"decoder.vocab_size, since data.tokenizer = {spec!r} can't be read"

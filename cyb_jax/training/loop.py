@@ -73,7 +73,7 @@ def find_store(config: Config) -> TokenStore | None:
   if data.store:
     return open_store(config) if pathlib.Path(data.store).exists() else None
   try:
-    return prepare(data.task, data.tokenizer, options=config.task_options(), write=False)
+    return prepare(data.task, config.tokenizer, options=config.task_options(), write=False)
   except InputError:  # neither the store nor what it would be made from
     return None
 
