@@ -40,7 +40,6 @@ class _Definition:
     split: what these are in the harness.
     convert: makes the harness's documents of those in the file; None: they are the harness's.
     config: fields of the harness's config that are others.
-    offline: the same, where documents are read from files.
   """
 
   harness: str
@@ -48,7 +47,6 @@ class _Definition:
   split: str
   convert: Callable[[Iterator[Document]], Iterator[Document]] | None = None
   config: dict[str, Any] = dataclasses.field(default_factory=dict)
-  offline: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _lambada(documents: Iterator[Document]) -> Iterator[Document]:
@@ -210,8 +208,6 @@ _TASKS = {
     "gsm8k/gsm8k.yaml",
     "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz",
     "test",
-    # The files have no training split: the examples of a prompt are other test problems.
-    offline={"fewshot_split": "test"},
   ),
   "natural_questions": _Definition(
     "nq_open/nq_open.yaml", "hf_datasets/nq_open/none/validation/data-00000-of-00001.arrow", "validation"
@@ -269,7 +265,10 @@ def open_task(name: str, data: str = "") -> Task:
     if definition.convert is not None:
       documents = definition.convert(documents)
     split = datasets.Dataset.from_list(list(documents))
-    config |= {"training_split": None, "custom_dataset": lambda **_: {definition.split: split}} | definition.offline
+    config |= {"training_split": None, "custom_dataset": lambda **_: {definition.split: split}}
+    # Examples in a prompt are then other documents of the same split. The harness leaves a document out of its own
+    # examples where they are of the test split by name, or of a validation split unnamed.
+    config["fewshot_split"] = "test" if definition.split == "test" else None
   datasets.disable_progress_bars()
   log = logging.getLogger("lm_eval.api.task")
   level = log.level
