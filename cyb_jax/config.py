@@ -100,7 +100,8 @@ class TrainConfig:
     seed: of the initialisation, and of what methods draw.
     log_every: steps between lines of metrics.
     eval_every: steps between validations; 0: only at the end.
-    eval_limit: windows of a validation in mid-run; 0: the split whole, as at the end.
+    eval_limit: windows of a validation in mid-run; 0: the split whole.
+    last_eval_limit: windows of the evaluation at the end; 0: the split whole, which is what is to be compared.
     checkpoint_every: steps; 0: only at the end.
     keep: how many of the newest checkpoints are kept, beside the best one.
     tensorboard: whether event files are written.
@@ -115,6 +116,7 @@ class TrainConfig:
   log_every: int = 20
   eval_every: int = 0
   eval_limit: int = 0
+  last_eval_limit: int = 0
   checkpoint_every: int = 200
   keep: int = 2
   tensorboard: bool = True
@@ -448,7 +450,7 @@ def _validate(config: Config) -> None:
   check("train.keep", train.keep >= 1, "at least 1")
   check("train.collapse_warning", 0 < train.collapse_warning <= 1, "in (0, 1]")
   check("train.seed", train.seed >= 0, "not negative")
-  for name in ("eval_every", "eval_limit", "checkpoint_every"):
+  for name in ("eval_every", "eval_limit", "last_eval_limit", "checkpoint_every"):
     check(f"train.{name}", getattr(train, name) >= 0, "not negative")
   parallelism = config.parallelism
   check("parallelism.strategy", parallelism.strategy in ("jit", "pmap"), "'jit' or 'pmap'")

@@ -2,11 +2,12 @@
 2510.13879).
 
     python -m cyb_jax.train --config=experiments/gemma2b_c4.py:SETTING --workdir=DIR \
-        --config.data.tokenizer=GEMMA.model --config.data.store=DIR --config.init_from=RUN \
+        --config.init_from=GEMMA --config.data.store=DIR \
         --config.parallelism.fsdp=16 --config.optimizer.learning_rate=RATE
 
-RATE: one of RATES below, swept per setting and chosen on validation; it is divided by d_model = 2048. The paper fine-
-tunes published weights: without `init_from` this trains from scratch. Published: the cosine schedule with linear
+GEMMA: the Hugging Face folder of google/gemma-2b, fetched after its licence was accepted; pauses and <don't know> start
+from its `<unused*>` entries, as the paper has it. RATE: one of RATES below, swept per setting and chosen on validation;
+it is divided by d_model = 2048. Published: the cosine schedule with linear
 warm-up, the rates, min = max/100, the batch, the steps, the windows. Ours, because nothing is published: AdamW
 0.9/0.95 with weight decay 0.1 but none on norms and embeddings, 1% warm-up, clipping at 1, bf16 activations over f32
 parameters. A second argument is left out: the size is gemma1_2b. The third is the data regime. Pauses are the
@@ -28,7 +29,7 @@ def get_config(argument: str = ""):
   settings.apply(config, setting, size, regime)
   epochs, parts = settings.REGIMES[regime]
   config.data.task = "c4_en"
-  config.data.tokenizer = "gemma.model"
+  config.data.tokenizer = ""
   config.data.sequence_length = 2048
   config.data.batch_size = 256
   config.data.fraction = min(1.0, parts * STEPS * config.data.batch_size / WINDOWS)

@@ -161,6 +161,23 @@ def test_parse_fills_in():
   assert settings.parse(None, setting="ap", size="tiny", regime="1x1") == ("ap", "tiny", "1x1")
 
 
+def test_configs_that_fine_tune():
+  """Their decoder is that of init_from: here it is given."""
+  from experiments import smollm2_c4, smollm2_reviews
+
+  for module, argument in ((smollm2_reviews, "ap,lora"), (smollm2_c4, "dp_early"), (smollm2_c4, "pretrained")):
+    config = module.get_config(argument)
+    config.decoder.preset, config.init_from = "smollm2_135m", "somewhere"
+    config = configs.freeze(config)
+    assert config.tokenizer == "somewhere"
+    assert config.tuning.weights == ("lora" if argument == "ap,lora" else "all")
+    assert config.build_method().num_slots == (1 if argument == "pretrained" else 4)
+  with pytest.raises(InputError, match=r"tuning\.weights 'half' is unknown"):
+    smollm2_reviews.get_config("ap,half")
+  with pytest.raises(InputError, match="SETTING,WEIGHTS are two"):
+    smollm2_reviews.get_config("ap,all,x")
+
+
 @pytest.mark.parametrize("name", ["quickstart", "reviews", "finetune_reviews", "c4", "gemma2b_c4"])
 @pytest.mark.parametrize("setting", ["baseline", "ap", "va_early", "pretrained"])
 def test_experiments_freeze(name, setting):

