@@ -36,6 +36,7 @@ from cyb_jax.config import Config
 from cyb_jax.data import Tokenizer, open_tokenizer
 from cyb_jax.data import load as load_tokenizer
 from cyb_jax.decoder import DecoderConfig, merge_lora
+from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
 from cyb_jax.methods import Method, MethodConfig
 from cyb_jax.runs import Run
@@ -267,7 +268,8 @@ def _started(
   missing = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted) if _at(found, path) is None]
   drawn = [path for path in missing if path[0].key not in rows]
   for path in drawn:
-    logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
+    if path[-1].key not in LEAVES:  # adapters always do
+      logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
   rest = fresh(drawn) if drawn else {}
 
   def pick(path, leaf):
@@ -390,7 +392,7 @@ def _without_adapters(decoder: Mapping[str, Any]) -> dict[str, Any]:
   return {
     name: _without_adapters(leaf) if isinstance(leaf, Mapping) else leaf
     for name, leaf in decoder.items()
-    if not name.startswith("lora_")
+    if name not in LEAVES
   }
 
 

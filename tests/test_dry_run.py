@@ -6,7 +6,7 @@ import os
 import cli
 import jax
 import pytest
-from models import tiny_config
+from models import tiny_config, with_part
 
 from cyb_jax import config as configs
 from cyb_jax import data, sharding, training
@@ -164,13 +164,17 @@ def test_steps_of_epochs_are_known_where_the_data_is():
 
 
 def test_advice_names_what_helps():
-  config = configs.freeze(tuned())
+  config = tuned()
+  config.precision.activations = "bfloat16"
+  config = configs.freeze(config)
   memory = {"parameters": 60, "moments": 10, "gradients": 5, "temporaries": 20, "peak": 100, "limit": 99}
   said = estimate._advice(config, memory, 4, refused=False)
   assert said.startswith("the step needs 100 bytes and each device has 99; ")
   # Most of it is parameters, of which most are frozen already.
   assert said.index("precision.params = 'bfloat16'") < said.index("parallelism.fsdp = 4") < said.index("decoder.remat")
   assert "tuning.weights" not in said
+  with_float32 = with_part(config, "precision", activations="float32")
+  assert "precision.params" not in estimate._advice(with_float32, memory, 4, refused=False)
   whole = configs.freeze(tiny_config())
   said = estimate._advice(whole, memory | {"parameters": 10, "temporaries": 75}, 1, refused=False)
   assert (

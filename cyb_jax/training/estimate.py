@@ -192,9 +192,11 @@ def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, r
     (f"optimizer.accumulate above {config.optimizer.accumulate}", config.optimizer.accumulate < config.data.batch_size),
     ("a smaller data.batch_size or data.sequence_length", True),
   ]
+  # Of activations in f32 a program makes copies of bfloat16 weights in f32.
+  shrinks = config.precision.params == "float32" and config.activation_dtype == "bfloat16"
   state = [
     ("tuning.weights = 'lora'", config.tuning.weights == "all"),
-    ("precision.params = 'bfloat16'", config.tuning.weights != "all" and config.precision.params == "float32"),
+    ("precision.params = 'bfloat16'", config.tuning.weights != "all" and shrinks),
     (f"parallelism.fsdp = {devices}", devices > 1 and parallelism.strategy == "jit" and parallelism.fsdp < devices),
   ]
   state_first = peak is None or held > peak / 2
