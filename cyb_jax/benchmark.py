@@ -4,6 +4,7 @@ cyb-benchmark readout [--slots=131072 --width=768 --vocabulary=50304]   memory a
 cyb-benchmark data [--store=DIR]                                        tokens/s that batches are read at
 cyb-benchmark train --config=experiments/NAME.py [--variant=FIELDS]     tokens/s, MFU, memory of the training step
 cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
+cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests/s of downstream scoring, batched or not
 cyb-benchmark faults [--kills=100]                                      one run killed so often, against one left alone
 
 `cyb-benchmark NAME --help` shows the flags of one.
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cyb_jax import programs
-from cyb_jax.benchmarks import data, decode, faults, readout, train
+from cyb_jax.benchmarks import data, decode, faults, readout, scoring, train
 from cyb_jax.errors import InputError
 
 # Each with the flags that it alone has.
@@ -24,6 +25,7 @@ BENCHMARKS = {
   "readout": (readout.define_flags, readout.readout),
   "data": (data.define_flags, data.data),
   "decode": (decode.define_flags, decode.decode),
+  "scoring": (scoring.define_flags, scoring.scoring),
   "train": (train.define_flags, train.train),
   "faults": (faults.define_flags, faults.faults),
 }

@@ -3,6 +3,7 @@ company alike."""
 
 import functools
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from models import TINY, VOCABULARY, build
 
 from cyb_jax import flops, sharding
+from cyb_jax.benchmarks import scoring as benchmark
 from cyb_jax.config import ParallelismConfig
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
@@ -242,3 +244,19 @@ def test_bad_requests():
   with pytest.raises(InputError, match="context: 0 must be at least 1"):
     scorer("baseline", context=0)
   assert scorer("baseline").score([]) == []
+
+
+def test_the_benchmark_measures_three_ways_of_one_thing(tmp_path):
+  method, params = build(name="cyb", pauses=1)
+  asked = benchmark._requests("hellaswag", 6, VOCABULARY)
+  assert [context == asked[0][0] for context, _ in asked] == [True] * 4 + [False] * 2
+  batched, one_by_one, padded = (way() for way in benchmark._ways(method, params, asked).values())
+  np.testing.assert_allclose(batched, one_by_one, atol=1e-4)
+  np.testing.assert_allclose(batched, padded, atol=1e-4)
+  config = cli.write_config(tmp_path)
+  result, _ = cli.run("benchmark", "scoring", f"--config={config}", "--vocabulary=29", "--requests=4", "--repeats=2",
+    "--like=lambada")  # fmt: skip
+  assert [row["way"] for row in result["timing"]["rows"]] == ["batched", "one_by_one", "padded"]
+  for ratio in result["timing"]["ratios"]:
+    assert ratio["wall"]["lowest"] <= ratio["wall"]["median"] <= ratio["wall"]["highest"]
+  assert "--like: 'x' is none of" in cli.complaint("benchmark", "scoring", f"--config={config}", "--like=x")

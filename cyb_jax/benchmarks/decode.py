@@ -19,10 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
 
-from cyb_jax import programs
-from cyb_jax.benchmarks import timing
+from cyb_jax.benchmarks import models, timing
 from cyb_jax.errors import InputError
 
 _READ_BYTES = 1 << 28
@@ -30,13 +28,11 @@ _READ_COLUMNS = 1024
 
 
 def define_flags() -> None:
-  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py: fresh parameters; or give --workdir")
-  flags.DEFINE_string("workdir", None, "A trained run, which pauses where it has learned to.")
+  models.define_flags()
   flags.DEFINE_list("batch_sizes", "1,8,32", "Rows that are decoded together.")
   flags.DEFINE_integer("prompt_tokens", 32, "Tokens of each prompt, drawn evenly.")
   flags.DEFINE_integer("new_tokens", 32, "Tokens that each row says.")
   flags.DEFINE_string("read", "sample", "When to answer: sample or threshold.")
-  flags.DEFINE_integer("vocabulary", 0, "With --config: entries of the vocabulary; 0: as the config or preset says.")
   timing.define_flags()
 
 
@@ -59,13 +55,12 @@ def decode() -> dict[str, Any]:
     raise InputError(f"--batch_sizes: {','.join(args.batch_sizes)!r} must be whole numbers of at least 1")
   if args.read not in ("sample", "threshold"):
     raise InputError(f"--read: {args.read!r} is none of 'sample', 'threshold'")
-  if bool(args.workdir) == (args.config is not None):
-    raise InputError("--workdir: give it, or --config, and not both")
+  models.check_flags()
 
   import jax
   import numpy as np
 
-  method, params, matmul = _loaded(args.workdir) if args.workdir else _fresh(args.vocabulary)
+  method, params, matmul = models.chosen()
   bandwidth = _read_bandwidth(repeats)
   rows, ratios = [], []
   with jax.default_matmul_precision(matmul):
@@ -95,7 +90,7 @@ def decode() -> dict[str, Any]:
       ratios.append(ratio)
   return {
     "benchmark": "decode",
-    "source": args.workdir or config_flags.get_config_filename(args["config"]),
+    "source": models.source(),
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
     "parameter_bytes": _bytes(params),
@@ -195,25 +190,6 @@ def _read_bandwidth(repeats: int) -> float:
   product = jax.jit(lambda matrix: matrix @ jnp.ones(_READ_COLUMNS))
   seconds = timing.side_by_side({"read": lambda: jax.block_until_ready(product(matrix))}, repeats)
   return _READ_BYTES / seconds["read"]
-
-
-def _loaded(workdir: str) -> tuple[Any, Any, str]:
-  from cyb_jax import runs
-
-  run = runs.load(workdir)
-  return run.method, run.params, run.config.precision.matmul
-
-
-def _fresh(vocabulary: int) -> tuple[Any, Any, str]:
-  import flax.linen as nn
-  import jax
-
-  from cyb_jax import config as configs
-
-  config = configs.freeze(programs.config_flag())
-  method = config.build_method(vocabulary or None)
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(config.train.seed))))()
-  return method, params, config.precision.matmul
 
 
 def _bytes(params: Any) -> int:

@@ -1,0 +1,53 @@
+"""The model that is measured: a trained run's, or a config's with fresh parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from cyb_jax import programs
+from cyb_jax.errors import InputError
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py: fresh parameters; or give --workdir")
+  flags.DEFINE_string("workdir", None, "A trained run, which pauses where it has learned to.")
+  flags.DEFINE_integer("vocabulary", 0, "With --config: entries of the vocabulary; 0: as the config or preset says.")
+
+
+def check_flags() -> None:
+  """Raises InputError unless one of --workdir and --config is given."""
+  if bool(flags.FLAGS.workdir) == (flags.FLAGS.config is not None):
+    raise InputError("--workdir: give it, or --config, and not both")
+
+
+def source() -> str:
+  """The run's folder or the config's file."""
+  return flags.FLAGS.workdir or config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+def chosen() -> tuple[Any, Any, str]:
+  """(method, parameters, precision of matrix products)."""
+  args = flags.FLAGS
+  return _loaded(args.workdir) if args.workdir else _fresh(args.vocabulary)
+
+
+def _loaded(workdir: str) -> tuple[Any, Any, str]:
+  from cyb_jax import runs
+
+  run = runs.load(workdir)
+  return run.method, run.params, run.config.precision.matmul
+
+
+def _fresh(vocabulary: int) -> tuple[Any, Any, str]:
+  import flax.linen as nn
+  import jax
+
+  from cyb_jax import config as configs
+
+  config = configs.freeze(programs.config_flag())
+  method = config.build_method(vocabulary or None)
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(config.train.seed))))()
+  return method, params, config.precision.matmul
