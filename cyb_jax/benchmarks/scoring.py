@@ -33,6 +33,7 @@ _LIKE = {
 def define_flags() -> None:
   models.define_flags()
   flags.DEFINE_integer("requests", 64, "Of each set.")
+  flags.DEFINE_integer("row_slots", 0, "Of batched, see `Scorer`; 1: as long as their requests; 0: what costs least.")
   flags.DEFINE_list("like", list(_LIKE), "Sets: " + ", ".join(_LIKE))
   timing.define_flags()
 
@@ -47,6 +48,8 @@ def scoring() -> dict[str, Any]:
   repeats = timing.repeats()
   if args.requests < 1:
     raise InputError(f"--requests: {args.requests} must be at least 1")
+  if args.row_slots < 0:
+    raise InputError(f"--row_slots: {args.row_slots} is negative")
   for name in args.like:
     if name not in _LIKE:
       raise InputError(f"--like: {name!r} is none of {', '.join(_LIKE)}")
@@ -58,7 +61,7 @@ def scoring() -> dict[str, Any]:
   rows, ratios = [], []
   with jax.default_matmul_precision(matmul):
     for name in args.like:
-      ways = _ways(method, params, _requests(name, args.requests, method.vocab_size))
+      ways = _ways(method, params, _requests(name, args.requests, method.vocab_size), args.row_slots)
       for way in ways.values():
         way()
       logging.info("%s: compiled", name)
@@ -110,14 +113,16 @@ def _requests(name: str, count: int, vocabulary: int) -> list[tuple[list[int], l
   return requests[:count]
 
 
-def _ways(method: Any, params: Any, requests: list[tuple[list[int], list[int]]]) -> dict[str, Callable[[], Any]]:
+def _ways(
+  method: Any, params: Any, requests: list[tuple[list[int], list[int]]], row_slots: int = 0
+) -> dict[str, Callable[[], Any]]:
   import jax
   import numpy as np
 
   from cyb_jax.generation.scoring import Scorer
 
   longest = max(len(context) + len(continuation) - 1 for context, continuation in requests)
-  scorer = Scorer(method, params, context=longest, start_id=0)
+  scorer = Scorer(method, params, context=longest, start_id=0, row_slots=row_slots or None)
   read = jax.jit(method.read)
 
   def padded(context: list[int], continuation: list[int]) -> float:
