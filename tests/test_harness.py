@@ -18,6 +18,7 @@ import wheels
 from models import tiny_config
 
 from cyb_jax import config as configs
+from cyb_jax import flops
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import task_data, tasks
@@ -37,15 +38,20 @@ def instance(kind, *args, task="some_task", doc=None, idx=0):
   return Instance(kind, doc or {}, args, idx, metadata=(task, 0, 1))
 
 
-@pytest.fixture(scope="module")
-def run():
-  source = tiny_config(pauses=2, dont_know_prior=0.5)
+def untrained(**options):
+  source = tiny_config(**options)
   source.data.sequence_length = 48
   config = configs.freeze(source)
   method = config.build_method(ByteTokenizer.vocab_size)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
-  params["dont_know"] = jax.random.normal(jax.random.key(5), params["dont_know"].shape)
   return Run(config, method, params, ByteTokenizer(), 7, {})
+
+
+@pytest.fixture(scope="module")
+def run():
+  run = untrained(pauses=2, dont_know_prior=0.5)
+  run.params["dont_know"] = jax.random.normal(jax.random.key(5), run.params["dont_know"].shape)
+  return run
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +121,35 @@ def test_text_is_the_samplers(run, adapter):
   # One slot a token of the prompt but the last, which is among those that were run to say the first word.
   assert spent.slots == sum(len(prompt) + sum(said.slots) for prompt, said in zip(prompts, alone))
   assert spent.flops > 0
+
+
+@pytest.mark.parametrize(
+  ("options", "mode", "read", "width"),
+  [
+    ({"name": "baseline", "pauses": 0, "pause_input": "pause"}, "none", "threshold", 1),
+    ({"name": "mean_slots", "pauses": 1}, "constant", "mixture", 2),
+    ({"name": "tbys", "pauses": 1, "pause_visibility": "hidden"}, "constant", "mixture", 2),
+  ],
+)
+def test_text_of_methods_that_go_by_a_rule(options, mode, read, width):
+  """In their own mode, the likeliest word of the mixture; and what a prompt of 3 tokens and 4 that are said cost."""
+  from cyb_jax.generation.harness import CybLM
+
+  run = untrained(**options)
+  lm = CybLM(run=run)
+  got = lm.generate_until([instance("generate_until", "ab", {"max_gen_toks": 4})])
+  said = said_alone(run, "ab", 4, mode=mode, read=read, temperature=0)
+  assert got == [ByteTokenizer().decode(said.tokens[0])]
+  count = len(said.tokens[0])
+  hidden = "pause_visibility" in options
+  before = 2 if hidden else 2 * width
+  assert lm.spent["some_task"].slots == before + width * count
+  if hidden:
+    keys = 1 + 2 + sum(tokens + slot for tokens in range(3, 3 + count) for slot in range(width))
+  else:
+    keys = sum(range(1, before + width * count + 1))
+  cost = flops.slot_flops(run.method.decoder.config, slots=before + width * count, keys=keys, slots_read=width * count)
+  assert lm.spent["some_task"].flops == pytest.approx(cost)
 
 
 def test_text_ends_at_a_stop_text_and_where_it_is_drawn_it_hangs_on_the_seed(run, adapter):
