@@ -52,6 +52,8 @@ _ROW_SLOTS = (1, 256, 512, 1024)
 # program takes as long to compile as so many slots take to run (SmolLM2-135M's shape on a CPU).
 _ATTENTION_COST = 3
 _PROGRAM_SLOTS = 2048
+# A context with more branches than fit into so many slots is run again for the others.
+_TREE_SLOTS = 1024
 # Attention holds S^2 weights a row and head; of one forward at most so many.
 _SQUARES = 2**26
 # A word that ties with the likeliest one is greedy too, so that no rounding decides.
@@ -217,7 +219,7 @@ class Scorer:
     for before, branches in by_context.items():
       # In a tree of its own a branch costs its context again, in a longer row attention.
       base, width = _context_slots(self.method, len(before)), self.method.num_slots
-      limit = max(512, base + width * (max(len(tokens) for _, tokens in branches) - 1))
+      limit = max(_TREE_SLOTS, base + width * (max(len(tokens) for _, tokens in branches) - 1))
       taken: list[tuple[int, tuple[int, ...]]] = []
       size = base
       for branch in branches:
