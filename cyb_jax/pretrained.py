@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -232,66 +232,61 @@ def check_start(config: Config, method: Method | None = None, tokenizer: Tokeniz
     found.check(method, tokenizer)
 
 
-def start(path: str, params: PyTree, vocab_size: int) -> PyTree:
-  """Fresh parameters, and in their place what they start from; see the head of this file.
+def parameters(path: str | Pretrained, method: Method, wanted: PyTree, seed: int) -> PyTree:
+  """What a run's parameters are before its first step; see the head of this file.
 
   Args:
-    path: `init_from`.
-    params: fresh, bare and placed; not to be used again.
-    vocab_size: entries of the tokenizer.
+    path: `init_from`; or what `open_pretrained` has opened.
+    method: of the run, over its vocabulary.
+    wanted: shapes, dtypes and shardings.
+    seed: `train.seed`.
+
+  Returns:
+    Bare arrays, placed. What the start has is never drawn first, so that no two copies are held.
   """
-  found = open_pretrained(path)
-  wanted = jax.tree.map(_like, params)
-  if isinstance(found, _FromSource):
-    # It has them all, and two copies may be too much.
-    for leaf_path, _ in jax.tree_util.tree_leaves_with_path(_without_adapters(wanted["decoder"])):
-      _at(params["decoder"], leaf_path).delete()
-  return _started(found, wanted, lambda _: params, vocab_size)
-
-
-def _started(
-  pretrained: Pretrained, wanted: PyTree, fresh: Callable[[list[tuple[Any, ...]]], PyTree], vocab_size: int
-) -> PyTree:
-  """Parameters as they are to start.
-
-  Args:
-    pretrained: from `open_pretrained`.
-    wanted: their shapes, dtypes and shardings.
-    fresh: from paths of leaves that must be drawn to a tree that has them.
-    vocab_size: entries of the tokenizer.
-  """
+  pretrained = open_pretrained(path) if isinstance(path, str) else path
   found = pretrained.params(wanted)
-  tables = {name: found["decoder"].get(name) for name in ("embedding", "unembedding")}
-  if tables["unembedding"] is None:
-    tables["unembedding"] = tables["embedding"]
-  rows = _new_rows(pretrained, {k: v for k, v in wanted.items() if k not in found}, tables, vocab_size)
+  rows = _new_rows(pretrained, method.vocab_size, {k: v for k, v in wanted.items() if k not in found}, found["decoder"])
   missing = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted) if _at(found, path) is None]
   drawn = [path for path in missing if path[0].key not in rows]
   for path in drawn:
     if path[-1].key not in LEAVES:  # adapters always do
       logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
-  rest = fresh(drawn) if drawn else {}
+  fresh = _drawn(method, seed, drawn)
 
   def pick(path, leaf):
-    if path in missing and path not in drawn:
-      return jax.device_put(rows[path[0].key].astype(leaf.dtype), leaf.sharding)
-    return _at(rest if path in drawn else found, path)
+    there = _at(found, path)
+    if there is not None:
+      return there
+    value = fresh[path] if path in fresh else rows[path[0].key]
+    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
   return jax.tree_util.tree_map_with_path(pick, wanted)
 
 
+def _drawn(method: Method, seed: int, paths: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], Array]:
+  """Some of the fresh parameters, as `training.init_state` has them; the others aren't drawn."""
+
+  def draw():
+    params = nn.unbox(method.init(jax.random.fold_in(jax.random.key(seed), 0)))
+    return [_at(params, path) for path in paths]
+
+  return dict(zip(paths, jax.jit(draw)())) if paths else {}
+
+
 def _new_rows(
-  pretrained: Pretrained, missing: Mapping[str, Any], tables: Mapping[str, Array | None], vocab_size: int
+  pretrained: Pretrained, vocab_size: int, missing: Mapping[str, Any], decoder: Mapping[str, Any]
 ) -> dict[str, Array]:
   """Where pauses and <don't know> start that `init_from` hasn't got."""
-  if tables["embedding"] is None:
+  if "embedding" not in decoder:
     return {}
+  embedding, unembedding = decoder["embedding"], decoder.get("unembedding", decoder["embedding"])
   wanted = {}
   if "pause_input" in missing:
-    wanted["pause_input"] = tables["embedding"]
+    wanted["pause_input"] = embedding
   # In unit form the row starts at zero: d is its prior, whatever is read.
   if "dont_know" in missing and "dont_know_bias" not in missing:
-    wanted["dont_know"] = tables["unembedding"]
+    wanted["dont_know"] = unembedding
   count = {name: missing[name].shape[0] if len(missing[name].shape) == 2 else 1 for name in wanted}
   unused = [] if pretrained.tokenizer is None else pretrained.tokenizer.unused_ids()
   if len(unused) >= sum(count.values()) > 0:
@@ -340,31 +335,14 @@ def load(
     config = _own_config(found, dtype)
   method = config.build_method(own.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
   found.check(method, own)
-  boxed = functools.partial(method.init, jax.random.fold_in(jax.random.key(config.train.seed), 0))
-  shapes = jax.eval_shape(boxed)
+  boxed = jax.eval_shape(method.init, jax.random.key(0))
   if mesh is None:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = jax.tree.map(lambda _: here, nn.unbox(shapes))
+    where = jax.tree.map(lambda _: here, nn.unbox(boxed))
   else:
-    where = sharding.shardings(shapes, mesh)
-  wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(shapes), where)
-
-  def fresh(paths):
-    # What isn't asked for isn't drawn.
-    def draw():
-      drawn = nn.unbox(boxed())
-      return {jax.tree_util.keystr(path): _at(drawn, path) for path in paths}
-
-    values = jax.jit(draw)()
-    tree: dict[str, Any] = {}
-    for path in paths:
-      branch = tree
-      for key in path[:-1]:
-        branch = branch.setdefault(key.key, {})
-      branch[path[-1].key] = jax.device_put(values[jax.tree_util.keystr(path)], _at(where, path))
-    return tree
-
-  params = _started(found, wanted, fresh, own.vocab_size)
+    where = sharding.shardings(boxed, mesh)
+  wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where)
+  params = parameters(found, method, wanted, config.train.seed)
   return Run(config, method, params, own, 0, _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}})
 
 
@@ -381,10 +359,6 @@ def _own_config(found: Pretrained, dtype: str) -> Config:
   fields = dataclasses.asdict(found.decoder)
   config.decoder.update({k: v for k, v in fields.items() if k in configs.DECODER_FIELDS and k not in _MANNER})
   return configs.freeze(config)
-
-
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _without_adapters(decoder: Mapping[str, Any]) -> dict[str, Any]:

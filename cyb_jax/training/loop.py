@@ -253,11 +253,12 @@ class _Loop:
     self._log_size()
     steps = checkpoints.steps()
     if not steps:
-      state = self.strategy.init()
+      params = None
       if self.config.init_from:
-        logical = self.strategy.logical(state)
-        params = pretrained.start(self.config.init_from, logical.params, self.store.vocab_size)
-        state = self.strategy.place(dataclasses.replace(logical, params=params))
+        params = pretrained.parameters(
+          self.config.init_from, self.method, self.strategy.abstract().params, self.config.train.seed
+        )
+      state = self.strategy.init(params)
       state = self._calibrated(state)
       return state, 0, 0
     meta = checkpoints.meta(steps[-1])
@@ -347,7 +348,7 @@ class _Loop:
         limit = train.last_eval_limit if last else train.eval_limit
         record = self._evaluate(state, step, meta, limit=limit or None)
         loss = record["loss"]
-        if last and train.eval_every and train.eval_limit != train.last_eval_limit:
+        if last and 0 < train.eval_every < step and train.eval_limit != train.last_eval_limit:
           # The best checkpoint is the best on the same windows.
           loss = self._evaluate(state, step, meta, limit=train.eval_limit or None)["loss"]
         log.write(record)

@@ -89,12 +89,19 @@ class TrainState:
   totals: Totals
 
 
-def init_state(method: Method, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+  method: Method, optimizer: optax.GradientTransformation, seed: int, params: PyTree | None = None
+) -> TrainState:
   """A fresh state, parameters boxed with their logical axes (and with them the optimizer's moments).
 
   The seed's stream 0 makes the parameters; step k draws from stream k + 1.
+
+  Args:
+    method, optimizer, seed: see `train_step`.
+    params: to be taken in place of fresh ones; bare, and then the state is.
   """
-  params = method.init(jax.random.fold_in(jax.random.key(seed), 0))
+  if params is None:
+    params = method.init(jax.random.fold_in(jax.random.key(seed), 0))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     skipped_in_a_row=jnp.zeros((), jnp.int32),

@@ -24,8 +24,12 @@ from cyb_jax.training.step import Totals, TrainState, init_state, train_step, un
 class Strategy(Protocol):
   """How a run holds its state and takes its steps."""
 
-  def init(self) -> TrainState:
-    """A fresh state, placed; the same numbers under every strategy and mesh."""
+  def init(self, params: PyTree | None = None) -> TrainState:
+    """A fresh state, placed; the same numbers under every strategy and mesh.
+
+    Args:
+      params: to be taken in place of fresh ones, placed as `abstract` says; donated.
+    """
 
   def abstract(self) -> TrainState:
     """Shapes, dtypes and shardings of the logical state, to restore a checkpoint into."""
@@ -77,8 +81,11 @@ class JitStrategy:
     )
     self._totals = jax.jit(functools.partial(Totals.zeros, method.num_slots), out_shardings=self._shardings.totals)
 
-  def init(self) -> TrainState:
-    return jax.jit(lambda: unbox(self._init()), out_shardings=self._shardings)()
+  def init(self, params: PyTree | None = None) -> TrainState:
+    if params is None:
+      return jax.jit(lambda: unbox(self._init()), out_shardings=self._shardings)()
+    start = jax.jit(lambda params: self._init(params=params), out_shardings=self._shardings, donate_argnums=0)
+    return start(params)
 
   def abstract(self) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self._shardings)
@@ -133,8 +140,10 @@ class PmapStrategy:
       donate_argnums=0,
     )
 
-  def init(self) -> TrainState:
-    return self.place(jax.jit(lambda: unbox(self._init()))())
+  def init(self, params: PyTree | None = None) -> TrainState:
+    if params is None:
+      return self.place(jax.jit(lambda: unbox(self._init()))())
+    return self.place(jax.jit(lambda params: self._init(params=params), donate_argnums=0)(params))
 
   def abstract(self) -> TrainState:
     here = SingleDeviceSharding(self._devices[0])
