@@ -161,7 +161,8 @@ def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: 
     keys: how many keys they see, all of them together.
     slots_read: how many are read out.
   """
-  return slots * _layers(config, 0) + config.num_layers * _attention(config, keys) + slots_read * _readout(config)
+  matrices = 2 * (sum(_matrices(config).values()) + sum(_adapters(config).values()))
+  return config.num_layers * (slots * matrices + _attention(config, keys)) + slots_read * _readout(config)
 
 
 def peak_flops(device: jax.Device) -> float | None:

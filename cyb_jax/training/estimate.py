@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from cyb_jax import runs, sharding
+from cyb_jax import pretrained, sharding
 from cyb_jax.config import Config
 from cyb_jax.data import TokenStore, open_tokenizer
 from cyb_jax.data.tokenizers import trained_pieces
@@ -49,7 +49,7 @@ def dry_run(config: Config) -> dict[str, Any]:
   shards = sharding.data_shards(mesh)
   sharding.check_batch(data.batch_size, shards * config.optimizer.accumulate)
   try:
-    runs.check_init_from(config)
+    pretrained.check_start(config)
   except InputError as error:
     logging.warning("%s; shapes are those of the config", error)
   store = find_store(config)
