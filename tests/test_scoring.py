@@ -246,6 +246,7 @@ def test_bad_requests():
   assert scorer("baseline").score([]) == []
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_three_ways_of_one_thing(tmp_path):
   method, params = build(name="cyb", pauses=1)
   asked = benchmark._requests("hellaswag", 6, VOCABULARY)
