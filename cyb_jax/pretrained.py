@@ -330,19 +330,14 @@ def load(
     return runs.load(found.path, found.checkpoint, mesh)
   own = found.tokenizer
   if own is None:
-    raise InputError(f"init_from: {found.path} holds no tokenizer; give --tokenizer the one that it was trained with")
+    raise InputError(
+      f"init_from: {found.path} holds no tokenizer; cyb-convert --tokenizer takes the one that it was trained with"
+    )
   if config is None:
     config = _own_config(found, dtype)
   method = config.build_method(own.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
   found.check(method, own)
-  boxed = jax.eval_shape(method.init, jax.random.key(0))
-  if mesh is None:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = jax.tree.map(lambda _: here, nn.unbox(boxed))
-  else:
-    where = sharding.shardings(boxed, mesh)
-  wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where)
-  params = parameters(found, method, wanted, config.train.seed)
+  params = parameters(found, method, runs.abstract_params(method, mesh), config.train.seed)
   return Run(config, method, params, own, 0, _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}})
 
 

@@ -277,13 +277,7 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
   tokenizer = tokenizers.load(folder / "tokenizer")
   method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
   checkpoints = checkpoints_in(folder, read_only=True)
-  boxed = jax.eval_shape(method.init, jax.random.key(0))
-  if mesh is None:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.tree.map(lambda _: here, nn.unbox(boxed))
-  else:
-    placed = sharding.shardings(boxed, mesh)
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)
+  abstract = abstract_params(method, mesh)
   while True:
     step = checkpoints.find(checkpoint)
     try:
@@ -292,3 +286,15 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
       # A training that goes on in this folder may have deleted it meanwhile; then it has a newer one.
       if step in checkpoints.steps():
         raise
+
+
+def abstract_params(method: Method, mesh: jax.sharding.Mesh | None) -> PyTree:
+  """Shapes, dtypes and shardings of a method's parameters; `mesh` None: on the default device."""
+  boxed = jax.eval_shape(method.init, jax.random.key(0))
+  shapes = nn.unbox(boxed)
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda _: here, shapes)
+  else:
+    placed = sharding.shardings(boxed, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
