@@ -8,7 +8,10 @@ python -m cyb_jax.convert --to=hf --workdir=RUN --output=DIR [--checkpoint=best]
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,10 +56,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     raise InputError(f"--to: {target!r} is not 'hf'")
   if args.dtype not in _DTYPES:
     raise InputError(f"--dtype: {args.dtype!r} is none of {', '.join(_DTYPES)}")
-  unused = ("workdir",) if source else ("input", "tokenizer")
+  unused = ("workdir", "checkpoint") if source else ("input", "tokenizer")
   for name in unused:
-    if args[name].value:
+    if args[name].present:
       raise InputError(f"--{name}: {args[name].value!r} has no use with --{'from' if source else 'to'}; leave it out")
+  # What is half written is taken away by what an exception leaves.
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   output = pathlib.Path(programs.required_flag("output", "name the folder to make")).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(f"--output: {output} is there already; take another folder")
@@ -75,26 +80,33 @@ def _bring_in(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
   if found.kind != kind:
     raise InputError(f"--from: {args['from'].value!r}, but {path} is of kind {found.kind!r}")
   run = pretrained.load(found, dtype=args.dtype)
-  written = _written(run, run.params, run.method.decoder.config, output, args.dtype)
+  written = _written(run, run.params, run.method.decoder.config, output, args.dtype, found.context)
   logging.info("%s: %s parameters from %s", output, f"{written['parameters']:,}", path)
   decoder = {k: v for k, v in run.config.source["decoder"].items() if v is not None and k != "preset"}
   return written | {"decoder": decoder, "seconds": time.perf_counter() - start}
 
 
 def _take_out(workdir: str, output: pathlib.Path) -> dict[str, Any]:
-  from cyb_jax import runs
+  from cyb_jax import pretrained, runs
   from cyb_jax.decoder import merge_lora
 
   args = flags.FLAGS
   start = time.perf_counter()
   run = runs.load(workdir, programs.checkpoint_flag())
   decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
-  written = _written(run, run.params | {"decoder": decoder}, config, output, args.dtype)
+  context = None
+  if run.config.init_from:
+    # Windows may have been short; what it started from knows better, where it is still there.
+    with contextlib.suppress(InputError):
+      context = pretrained.open_pretrained(run.config.init_from).context
+  written = _written(run, run.params | {"decoder": decoder}, config, output, args.dtype, context)
   logging.info("%s: %s, step %d of %s", output, run.method.name, run.step, workdir)
   return written | {"seconds": time.perf_counter() - start}
 
 
-def _written(run: Run, params: PyTree, decoder: DecoderConfig, output: pathlib.Path, dtype: str) -> dict[str, Any]:
+def _written(
+  run: Run, params: PyTree, decoder: DecoderConfig, output: pathlib.Path, dtype: str, context: int | None
+) -> dict[str, Any]:
   """Writes the folder; what it says of itself."""
   import jax
 
@@ -108,7 +120,7 @@ def _written(run: Run, params: PyTree, decoder: DecoderConfig, output: pathlib.P
     method=run.config.method if len(params) > 1 else None,
     step=run.step,
     dtype=dtype,
-    max_positions=run.config.data.sequence_length,
+    max_positions=context or run.config.data.sequence_length,
     max_shard_bytes=_SHARD_BYTES,
   )
   return {

@@ -10,6 +10,7 @@ python -m cyb_jax.evaluate --init_from=WEIGHTS --tasks=lambada [--task_data=WHEE
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import sys
@@ -136,17 +137,29 @@ def _on_tasks() -> dict[str, Any]:
 
   mesh = programs.reading_mesh() if jax.device_count() > 1 else None
   lm = CybLM(run=programs.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
-  record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "limit": args.limit or None}
-  record["tasks"] = {}
+  record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "tasks": {}}
+  path = pathlib.Path(args.workdir) / "tasks.json" if args.workdir else None
   for name, task in opened.items():
     logging.info("evaluating %s: %d documents", name, min(args.limit or len(task.eval_docs), len(task.eval_docs)))
-    record["tasks"][name] = _scores(lm, name, task)
-  if args.workdir:
+    record["tasks"][name] = {"limit": args.limit or None} | _scores(lm, name, task)
+    if path is None:
+      continue
+    # After each, beside those of the same checkpoint that are there: some take hours.
     try:
-      runs.write_whole(pathlib.Path(args.workdir) / "tasks.json", jsonl.dumps(record, indent=2) + "\n")
+      known = _recorded(path, record)
+      runs.write_whole(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
     except OSError as error:
       logging.warning("tasks.json can't be written to %s: %s", args.workdir, error.strerror)
   return record
+
+
+def _recorded(path: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
+  """The tasks that were evaluated before with the same parameters."""
+  try:
+    found = json.loads(path.read_text())
+    return found["tasks"] if (found["method"], found["step"]) == (record["method"], record["step"]) else {}
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return {}
 
 
 def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:

@@ -56,12 +56,14 @@ class Pretrained(abc.ABC):
     kind: 'run', or that of `interop.Source`.
     decoder: what its parameters fit.
     method: of the rows beside the decoder; None where it has none.
+    context: tokens of the longest text that it says it reads; None: it doesn't say.
   """
 
   path: str
   kind: str
   decoder: DecoderConfig
   method: MethodConfig | None
+  context: int | None = None
 
   @property
   @abc.abstractmethod
@@ -146,7 +148,7 @@ class _FromSource(Pretrained):
   def __init__(self, path: str, tokenizer: str = ""):
     self._source = interop.open_source(path)
     self.path, self.kind = path, self._source.kind
-    self.decoder = self._source.decoder
+    self.decoder, self.context = self._source.decoder, self._source.context
     extras = self._source.extras
     self.method = None if extras is None else extras.method
     self._tokenizer = tokenizer
@@ -158,9 +160,10 @@ class _FromSource(Pretrained):
     return self._source.tokenizer()
 
   @property
-  def context(self) -> int:
-    """Tokens of a text that it can be expected to read."""
-    return min(self._source.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
+  def step(self) -> int:
+    """Of the training of an export of ours."""
+    extras = self._source.extras
+    return 0 if extras is None or extras.step is None else extras.step
 
   def params(self, wanted: PyTree) -> PyTree:
     found = {"decoder": interop.load_decoder(self._source, _without_adapters(wanted["decoder"]))}
@@ -183,7 +186,11 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
     InputError: nothing there, or nothing that can be read.
   """
   if runs.is_run(path):
+    if tokenizer:
+      raise InputError(f"--tokenizer: {tokenizer!r} is given, but {path} is a run, which has its own")
     return _FromRun(path, checkpoint)
+  if checkpoint != "last":
+    raise InputError(f"--checkpoint: {checkpoint!r} is given, but {path} is no run, and has no checkpoints")
   return _FromSource(path, tokenizer)
 
 
@@ -200,7 +207,10 @@ def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) 
   """
   source = configs.to_dict(source)
   decoder = source.get("decoder", {})
-  if not (isinstance(decoder, Mapping) and decoder.get("preset") == "" and isinstance(source.get("init_from"), str)):
+  open_decoder = isinstance(decoder, Mapping) and decoder.get("preset") == ""
+  if open_decoder and not source.get("init_from") and decoder.get("d_model") is None:
+    raise InputError("init_from: not given, and decoder.preset = '' is the decoder of that; give it, or a preset")
+  if not (open_decoder and isinstance(source.get("init_from"), str)):
     return configs.freeze(source)
   found: Mapping[str, Any] = {}
   if workdir is not None and (pathlib.Path(workdir) / "config.json").exists():
@@ -329,19 +339,21 @@ def load(
   if isinstance(found, _FromRun) and config is None:
     return runs.load(found.path, found.checkpoint, mesh)
   own = found.tokenizer
+  if own is None and config is not None and config.data.tokenizer:
+    own = open_tokenizer(config.data.tokenizer, found.decoder.vocab_size)
   if own is None:
-    raise InputError(
-      f"init_from: {found.path} holds no tokenizer; cyb-convert --tokenizer takes the one that it was trained with"
-    )
+    raise InputError(f"--tokenizer: not given, and {found.path} holds none; give the one that it was trained with")
+  step = 0
   if config is None:
-    config = _own_config(found, dtype)
+    config, step = _own_config(found, dtype), found.step
   method = config.build_method(own.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
   found.check(method, own)
   params = parameters(found, method, runs.abstract_params(method, mesh), config.train.seed)
-  return Run(config, method, params, own, 0, _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}})
+  meta = _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}}
+  return Run(config, method, params, own, step, meta)
 
 
-def _own_config(found: Pretrained, dtype: str) -> Config:
+def _own_config(found: _FromSource, dtype: str) -> Config:
   config = configs.default()
   config.precision.params = dtype
   config.train.epochs = 0.0  # it's read, not trained
@@ -349,7 +361,7 @@ def _own_config(found: Pretrained, dtype: str) -> Config:
   values = dataclasses.asdict(method)
   config.method.update({k: "" if v is None and k in configs.LISTS else v for k, v in values.items()})
   config.data.tokenizer = ""
-  config.data.sequence_length = found.context if isinstance(found, _FromSource) else config.data.sequence_length
+  config.data.sequence_length = min(found.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
   config.decoder.preset = ""
   fields = dataclasses.asdict(found.decoder)
   config.decoder.update({k: v for k, v in fields.items() if k in configs.DECODER_FIELDS and k not in _MANNER})

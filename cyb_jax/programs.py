@@ -180,6 +180,7 @@ def define_model_flags() -> None:
     "init_from", "", "In place of --workdir, what a run would start from: converted weights, a Hugging Face folder, a"
     " GGUF file. Nothing is written there."
   )  # fmt: skip
+  flags.DEFINE_string("tokenizer", "", "Of --init_from, where it holds none, or in place of its own.")
 
 
 def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
@@ -200,8 +201,11 @@ def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
   from cyb_jax import pretrained, runs
 
   if args.workdir:
+    if args.tokenizer:
+      raise InputError(f"--tokenizer: {args.tokenizer!r} goes with --init_from; a run has its own")
     return runs.load(args.workdir, checkpoint, mesh)
-  return pretrained.load(args.init_from, config, checkpoint=checkpoint, mesh=mesh)
+  found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
+  return pretrained.load(found, config, mesh=mesh)
 
 
 def weights_flag(name: str) -> tuple[float, ...] | None:

@@ -104,22 +104,26 @@ def test_rolling_likelihoods(run, adapter):
 
 
 def said_alone(run, prompt, new, **options):
-  sampler = Sampler(run.method, SamplingOptions(**{"mode": "self_paced", "read": "threshold"} | options))
+  sampler = Sampler(run.method, SamplingOptions(**{"mode": "constant", "read": "mixture"} | options))
   return sampler.generate(run.params, [[END, *prompt.encode()]], max_new_tokens=new, end_id=END, context=48)
 
 
-def test_text_is_the_samplers(run, adapter):
-  lm = adapter(batch_size=2)
+@pytest.mark.parametrize("mode", ["", "self_paced"])
+def test_text_is_the_samplers(run, adapter, mode):
+  """By itself with all the pauses that training has, those of the prompt too."""
+  lm = adapter(batch_size=2, mode=mode)
   prompts = ["ab", "a much longer prompt", "xyz"]
-  requests = [instance("generate_until", p, {"until": [], "max_gen_toks": 8, "temperature": 0.0}) for p in prompts]
-  got = lm.generate_until(requests)
-  alone = [said_alone(run, prompt, 8, temperature=0) for prompt in prompts]
+  options = {"until": [], "max_new_tokens": 8, "temperature": 0.0}  # the harness has several names for it
+  got = lm.generate_until([instance("generate_until", prompt, options) for prompt in prompts])
+  way = {"mode": "self_paced", "read": "threshold"} if mode else {}
+  alone = [said_alone(run, prompt, 8, temperature=0, **way) for prompt in prompts]
   assert got == [ByteTokenizer().decode(said.tokens[0]) for said in alone]
   spent = lm.spent["some_task"]
   assert spent.tokens == sum(len(said.tokens[0]) for said in alone)
   assert spent.pauses == sum(sum(said.pauses[0]) for said in alone)
-  # One slot a token of the prompt but the last, which is among those that were run to say the first word.
-  assert spent.slots == sum(len(prompt) + sum(said.slots) for prompt, said in zip(prompts, alone))
+  # The prompt's last token is among those that were run to say the first word.
+  slots = 1 if mode else run.method.num_slots
+  assert spent.slots == sum(slots * len(prompt) + sum(said.slots) for prompt, said in zip(prompts, alone))
   assert spent.flops > 0
 
 
@@ -170,7 +174,7 @@ def test_text_ends_at_a_stop_text_and_where_it_is_drawn_it_hangs_on_the_seed(run
 def test_a_prompt_is_cut_to_leave_room(run, adapter):
   long = "0123456789" * 10
   got = adapter().generate_until([instance("generate_until", long, {"max_gen_toks": 8})])
-  sampler = Sampler(run.method, SamplingOptions(mode="self_paced", read="threshold", temperature=0))
+  sampler = Sampler(run.method, SamplingOptions(mode="constant", read="mixture", temperature=0))
   said = sampler.generate(run.params, [list(long.encode()[-40:])], max_new_tokens=8, end_id=END)
   assert got == [ByteTokenizer().decode(said.tokens[0])]
   # More than the context: half of it.
@@ -420,10 +424,10 @@ def workdir(tmp_path_factory):
 
 def test_the_program(workdir, data):
   record, _ = cli.run("evaluate", f"--workdir={workdir}", "--tasks=piqa,squad", f"--task_data={data}", "--limit=1")
-  assert (record["method"], record["step"], record["limit"]) == ("cyb", 2, 1)
+  assert (record["method"], record["step"]) == ("cyb", 2)
   piqa, squad = record["tasks"]["piqa"], record["tasks"]["squad"]
   assert piqa["metrics"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
-  assert (piqa["documents"], piqa["requests"], squad["requests"]) == (1, 2, 1)
+  assert (piqa["limit"], piqa["documents"], piqa["requests"], squad["requests"]) == (1, 1, 2, 1)
   assert squad["metrics"]["em"] == 0.0
   for task in (piqa, squad):
     assert 0 <= task["mean_pauses"] <= 2
@@ -431,6 +435,9 @@ def test_the_program(workdir, data):
     assert task["flops_per_request"] > 0
     assert task["timing"]["requests_per_second"] > 0
   assert json.loads((workdir / "tasks.json").read_text()) == record
+  # Another task of the same checkpoint joins them.
+  more, _ = cli.run("evaluate", f"--workdir={workdir}", "--tasks=lambada", f"--task_data={data}", "--limit=1")
+  assert json.loads((workdir / "tasks.json").read_text())["tasks"] == record["tasks"] | more["tasks"]
 
 
 @pytest.mark.parametrize(

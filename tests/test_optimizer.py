@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from models import build
+from models import TINY, build
 
 from cyb_jax.config import OptimizerConfig
+from cyb_jax.decoder import LoraConfig
+from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.training.optimizer import decayed, make_optimizer, schedule
 
 BASE = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, final_fraction=0.01, decay_fraction=0.2)
@@ -56,6 +58,9 @@ def test_matrices_decay_and_nothing_else_does():
   assert not flags["['pause_input']"]
   assert not flags["['dont_know']"]
   assert not flags["['decoder']['embedding']"]
+  lora = LoraConfig(rank=1, alpha=1.0, targets=("query",))
+  _, params = build(dataclasses.replace(TINY, lora=lora), name="baseline")
+  assert decayed(params)["decoder"]["layers_0"]["attention"]["query"] == dict.fromkeys(("kernel", *LEAVES), True)
 
 
 def test_one_step_of_adamw_by_hand():

@@ -106,6 +106,7 @@ def test_adapters_are_merged_on_export(tuned, folders):
   assert_trees_equal(back.params, run.params | {"decoder": merged})
   assert back.method.config == run.method.config
   assert back.method.decoder.config == config
+  assert (back.step, run.step) == (2, 2)
   assert float(back.params["dont_know_offset"]) != 0
   written = json.loads((folders / "export" / "config.json").read_text())
   assert written["vocab_size"] == config.vocab_size + 3
@@ -157,10 +158,14 @@ def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
      "--workdir: both are given"),
     ("generate", ["--prompt=a"], "--workdir: not given; name the run's folder, or --init_from"),
     ("generate", ["--prompt=a", "--init_from={folders}/none"], "none: no such folder or file"),
+    ("generate", ["--prompt=a", "--init_from={folders}/hf", "--checkpoint=best"], "is no run, and has no checkpoints"),
+    ("generate", ["--prompt=a", "--workdir={folders}/plain", "--tokenizer=bytes"], "--tokenizer: 'bytes' goes with"),
+    ("train", ["--config={root}/experiments/smollm2_reviews.py", "--workdir={tmp}/x"], "init_from: not given, and"),
     ("convert", ["--output={tmp}/x"], "--from, --to: give one of them"),
     ("convert", ["--from=torch", "--output={tmp}/x"], "--from: 'torch' is none of hf, gguf, llama2c"),
     ("convert", ["--from=gguf", "--input={folders}/hf", "--output={tmp}/x"], "is of kind 'huggingface'"),
     ("convert", ["--from=hf", "--input={folders}/hf", "--output={folders}/hf"], "is there already; take another"),
+    ("convert", ["--from=hf", "--input={folders}/hf", "--output={tmp}/x", "--checkpoint=3"], "--checkpoint: '3'"),
     ("convert", ["--to=hf", "--workdir={folders}/hf", "--output={tmp}/x"], "hf holds no run"),
     ("convert", ["--to=hf", "--workdir={folders}/plain", "--output={tmp}/x", "--dtype=int8"], "--dtype: 'int8'"),
     ("convert", ["--to=hf", "--workdir={folders}/plain", "--input=y", "--output={tmp}/x"], "--input: 'y' has no use"),
@@ -174,6 +179,9 @@ def test_bad_flags(program, flags, words, folders, tmp_path):
 
 def test_bad_starts(folders):
   config = started("", pauses=1)
+  with pytest.raises(InputError, match=r"init_from: not given, and decoder.preset = '' is the decoder of that"):
+    pretrained.settle(config)
+  config.decoder.d_model = 16
   with pytest.raises(InputError, match=r"decoder.vocab_size: not set; .* leave the decoder to that of init_from"):
     pretrained.settle(config)
   config = tiny_config(pauses=1)
@@ -195,6 +203,15 @@ def test_what_is_drawn_is_what_training_draws(folders):
   frozen = pretrained.settle(config)
   training.train(frozen, folders / "drawn")
   assert_trees_equal(pretrained.load(str(folders / "hf"), frozen).params, cyb_jax.load(folders / "drawn").params)
+
+
+def test_a_converted_folder_keeps_its_context(folders, tmp_path):
+  shutil.copytree(folders / "hf", tmp_path / "long")
+  path = tmp_path / "long" / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 8192}))
+  cli.run("convert", "--from=hf", f"--input={tmp_path}/long", f"--output={tmp_path}/again")
+  assert json.loads((tmp_path / "again" / "config.json").read_text())["max_position_embeddings"] == 8192
+  assert cyb_jax.load(tmp_path / "again").config.data.sequence_length == 2048
 
 
 def test_bfloat16(folders, tmp_path):

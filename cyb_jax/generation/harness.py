@@ -34,6 +34,9 @@ except ImportError as error:
 
 _BATCH_SIZE = 16
 _NEW_TOKENS = 256  # the harness's own default
+# Names of one option, by the harness's priority; and the others that are read.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_READ = {"until", "do_sample", "temperature", "top_k", "top_p"}
 # Prompts are padded to a multiple of this: a program of a deep model takes longer to compile than so many slots to run.
 _PROMPT_MULTIPLE = 128
 # A text is decoded behind the end of its prompt, which says how its first word begins.
@@ -84,7 +87,8 @@ class CybLM(LM):
     run: a loaded run, in place of either.
     batch_size: rows of text that are said together; 'auto' is 16. Scoring fills rows of slots, whatever this is.
     max_length: tokens that the model can take; None: what it was trained on.
-    mode: how text is said, see `SamplingOptions`; '': what suits the method.
+    mode: how text is said, see `SamplingOptions`; '': with pauses where training has them: 'constant' under the recipe
+      of that name, else what suits the method.
     read: when to answer; '': where the likeliest words are asked for, 'threshold' in mode self_paced and 'mixture' in
       mode constant, else 'sample'.
     add_bos_token: whether the start token stands in front of a text; None: as the tokenizer's model expects it.
@@ -140,7 +144,9 @@ class CybLM(LM):
     tokenizer = run.tokenizer
     self.start_id = tokenizer.start_id
     self._adds_start = tokenizer.adds_start if add_bos_token is None else bool(add_bos_token)
-    self._mode, self._read, self._overlap, self._seed = mode or default_mode(run.method), read, overlap, seed
+    constant = run.method.num_slots > 1 and run.method.config.recipe == "constant"
+    self._mode = mode or ("constant" if constant else default_mode(run.method))
+    self._read, self._overlap, self._seed = read, overlap, seed
     Sampler(run.method, self._sampling({}))  # whose errors are to come now
     self._scorer = Scorer(run.method, run.params, context=self.max_length, start_id=self.start_id, mesh=mesh)
     self._samplers: dict[SamplingOptions, Sampler] = {}
@@ -195,8 +201,9 @@ class CybLM(LM):
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
     """What is said behind every context, up to the first of its stop texts.
 
-    Of a request's options `until`, `max_gen_toks`, `do_sample`, `temperature`, `top_k` and `top_p` are read. Without
-    `do_sample` the likeliest words are taken. A prompt is cut on the left where it and the new tokens don't fit.
+    Of a request's options `until`, `max_gen_toks` (and the harness's other names of it), `do_sample`, `temperature`,
+    `top_k` and `top_p` are read. Without `do_sample` the likeliest words are taken. A prompt is cut on the left where
+    it and the new tokens don't fit.
     """
     del disable_tqdm
     prompts = self._encode([request.args[0] for request in requests])
@@ -205,7 +212,10 @@ class CybLM(LM):
       options = request.args[1]
       until = options.get("until") or []
       stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-      new = int(options.get("max_gen_toks", _NEW_TOKENS))
+      new = next((int(options[name]) for name in _LENGTHS if options.get(name) is not None), _NEW_TOKENS)
+      unread = sorted(options.keys() - _READ - {*_LENGTHS})
+      if unread:
+        logging.log_first_n(logging.WARNING, "options of requests that change nothing here: %s", 1, ", ".join(unread))
       alike.setdefault((self._sampling(options), new, stops), []).append(number)
     texts, scores = [""] * len(requests), [Score()] * len(requests)
     for (options, new, stops), numbers in alike.items():

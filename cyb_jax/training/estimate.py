@@ -172,13 +172,14 @@ def _vocabulary(config: Config, store: TokenStore | None) -> tuple[int | None, s
   if store is not None:
     return store.vocab_size, f"the token store in {store.path}"
   spec = config.data.tokenizer or config.init_from
+  field = "data.tokenizer" if config.data.tokenizer else "init_from"
   try:
     pieces = trained_pieces(config.tokenizer) or open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
   except InputError:
     if config.decoder.get("vocab_size"):
-      return None, f"decoder.vocab_size, since data.tokenizer = {spec!r} can't be read"
-    return None, f"the decoder's own rows, since data.tokenizer = {spec!r} can't be read"
-  return pieces, f"data.tokenizer = {spec!r}"
+      return None, f"decoder.vocab_size, since {field} = {spec!r} can't be read"
+    return None, f"the decoder's own rows, since {field} = {spec!r} can't be read"
+  return pieces, f"{field} = {spec!r}"
 
 
 def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, refused: bool) -> str | None:
