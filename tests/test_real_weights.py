@@ -89,7 +89,7 @@ def test_lambada(converted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "low", "high"), [("smollm2_reviews", 20, 60), ("smollm2_c4", 15, 50)])
+@pytest.mark.parametrize(("config", "low", "high"), [("smollm2_reviews", 25, 100), ("smollm2_c4", 15, 60)])
 def test_perplexity(config, low, high, converted, monkeypatch):
   flags = ["--limit=8", "--config.data.sequence_length=256", "--config.data.batch_size=4"]
   if config == "smollm2_c4":
