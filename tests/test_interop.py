@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import struct
+import subprocess
 import zipfile
 
 import flax.linen as nn
@@ -284,6 +285,37 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(StorageError, match="disk is full"):
     interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
   assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_full_disk_in_the_words_of_safetensors(tmp_path, monkeypatch):
+  """Nothing is left, the folders that were made for the output included."""
+  import safetensors.numpy
+
+  _, config, params = load(GOLDENS / "llama")
+
+  def fail(*_, **__):
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(StorageError, match="new/deeper/out can't be written: the disk is full"):
+      interop.write_huggingface(tmp_path / "new" / "deeper" / "out", config, {"decoder": params}, None)
+  assert not list(tmp_path.iterdir())
+  interop.write_huggingface(tmp_path / "new" / "deeper" / "out", config, {"decoder": params}, None)
+  assert interop.open_source(tmp_path / "new" / "deeper" / "out").decoder == config
+
+
+def test_leftovers_of_writes_that_were_killed_go(tmp_path):
+  _, config, params = load(GOLDENS / "llama")
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  gone = [f"out.{ended.pid}.tmp", f"out.{os.getpid()}.tmp"]
+  kept = [f"out.{os.getppid()}.tmp", f"other.{ended.pid}.tmp", "out.x.tmp"]
+  for name in gone + kept:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").touch()
+  interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
+  assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
 
 
 # GGUF and llama2.c, written here from a golden model.

@@ -15,10 +15,12 @@ method does stands under the key `cyb_jax` of config.json: log d is that of the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -79,8 +81,9 @@ def write_huggingface(
     raise InputError(f"dtype: {dtype!r} is none of {', '.join(map(repr, _DTYPES))}")
   if max_shard_bytes < 1:
     raise InputError(f"max_shard_bytes: {max_shard_bytes} must be positive")
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise InputError(f"output: {output} is there and not empty; give a new folder")
+  with writing(str(output)):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+      raise InputError(f"output: {output} is there and not empty; give a new folder")
   table = family.table(decoder_config)
   _check_leaves(params["decoder"], table, decoder_config)
   words = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -89,7 +92,9 @@ def write_huggingface(
   # A sibling, so that it can be renamed.
   new = output.with_name(f"{output.name}.{os.getpid()}.tmp")
   with writing(str(output)):
+    made = [folder for folder in new.parents if not folder.exists()]
     try:
+      _clear_leftovers(output)
       new.mkdir(parents=True)
       config = _config_json(family, decoder_config, tokenizer, len(entries), dtype, max_positions)
       own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
@@ -112,7 +117,33 @@ def write_huggingface(
       new.replace(output)
     except BaseException:
       shutil.rmtree(new, ignore_errors=True)
+      with contextlib.suppress(OSError):  # something of others may have come into one
+        for folder in made:
+          folder.rmdir()
       raise
+
+
+def _clear_leftovers(output: pathlib.Path) -> None:
+  """Removes what writes to the same output have left whose processes were killed."""
+  if not output.parent.exists():
+    return
+  for path in output.parent.iterdir():
+    found = re.fullmatch(rf"{re.escape(output.name)}\.(\d+)\.tmp", path.name)
+    if found and path.is_dir() and not _is_alive(int(found[1])):
+      logging.warning("%s: left by a write that was killed; removed", path)
+      shutil.rmtree(path)
+
+
+def _is_alive(process: int) -> bool:
+  if process == os.getpid():  # an older one of the same number: in containers they all are 1
+    return False
+  try:
+    os.kill(process, 0)
+  except (ProcessLookupError, OverflowError):
+    return False
+  except PermissionError:  # it is another user's
+    pass
+  return True
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -237,8 +268,15 @@ def _write_shards(
 
 
 def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-  # Other programs ask what framework wrote the file, and know this one.
-  package("safetensors.numpy", str(path)).save_file(dict(tensors), path, metadata={"format": "pt"})
+  safetensors = package("safetensors", str(path))
+  try:
+    # Other programs ask what framework wrote the file, and know this one.
+    package("safetensors.numpy", str(path)).save_file(dict(tensors), path, metadata={"format": "pt"})
+  except safetensors.SafetensorError as error:  # which no OSError is, whatever the disk says
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+      raise
+    raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _config_json(
