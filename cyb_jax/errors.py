@@ -63,3 +63,14 @@ def writing(what: str) -> Iterator[None]:
     raise
   except OSError as error:
     raise StorageError(f"{what} can't be written: {storage_cause(error) or error}") from error
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+  """Errors of the system inside, such as a missing permission, become an InputError about the file that they name, or
+  about `what`.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise InputError(f"{error.filename or what}: can't be read ({error.strerror or error})") from error

@@ -29,7 +29,7 @@ from cyb_jax import jsonl, sharding
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.config import Config
 from cyb_jax.data import Tokenizer, TokenStore, tokenizers
-from cyb_jax.errors import InputError, storage_cause
+from cyb_jax.errors import InputError, reading, storage_cause
 from cyb_jax.methods import Method
 
 
@@ -212,11 +212,16 @@ def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None
 
 
 def is_run(path: str | os.PathLike) -> bool:
-  """Whether a folder is that of a run, and no Hugging Face folder, which has a config.json too."""
+  """Whether a folder is that of a run, and no Hugging Face folder, which has a config.json too.
+
+  Raises:
+    InputError: nothing in it may be read.
+  """
   try:
     found = json.loads((pathlib.Path(path) / "config.json").read_text())
   except (OSError, ValueError):
-    return (pathlib.Path(path) / "checkpoints").is_dir()
+    with reading(str(path)):
+      return (pathlib.Path(path) / "checkpoints").is_dir()
   return isinstance(found, dict) and {"method", "decoder", "train"} <= found.keys()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cyb_jax import config as configs
-from cyb_jax import interop, methods, sharding
+from cyb_jax import interop, methods, runs, sharding
 from cyb_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params, num_params
 from cyb_jax.errors import InputError, StorageError
@@ -648,6 +649,42 @@ def test_what_is_no_model(tmp_path):
   refused(tmp_path / "short", "no llama2.c binary, 5 bytes")
   (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\0" * 10)
   refused(tmp_path / "m.gguf", r"m\.gguf: no whole GGUF file, 14 bytes")
+
+
+def test_what_may_not_be_read(tmp_path, monkeypatch):
+  """The tests may run as a user who may read everything: the refusal is made here."""
+  hf = shutil.copytree(GOLDENS / "llama", tmp_path / "hf")
+  (tmp_path / "m.bin").write_bytes(b"\0" * 28)
+  forbidden, plain = None, io.open
+
+  def refuse(path, *args, **kwargs):
+    if path == forbidden:
+      raise PermissionError(13, "Permission denied", str(path))
+    return plain(path, *args, **kwargs)
+
+  monkeypatch.setattr(io, "open", refuse)  # of pathlib
+  for model, file in ((tmp_path / "m.bin", "m.bin"), (hf, "hf/model.safetensors"), (hf, "hf/config.json")):
+    forbidden = tmp_path / file
+    with pytest.raises(InputError, match=rf"{file}: can't be read .*Permission denied"):
+      interop.open_source(model)
+  forbidden = None
+  assert interop.open_source(hf).kind == "huggingface"
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+  plain = os.stat
+
+  def refuse(path, *args, **kwargs):
+    if pathlib.Path(os.fsdecode(path)).parent == tmp_path / "m":
+      raise PermissionError(13, "Permission denied", path)
+    return plain(path, *args, **kwargs)
+
+  (tmp_path / "m").mkdir()
+  monkeypatch.setattr(os, "stat", refuse)
+  for opened in (runs.is_run, interop.open_source):
+    with pytest.raises(InputError, match=r"can't be read \(Permission denied\)") as error:
+      opened(tmp_path / "m")
+    assert str(tmp_path / "m") in str(error.value)
 
 
 def test_gguf_that_means_another_model(tmp_path):

@@ -379,6 +379,25 @@ def test_bad_input(tmp_path, byte_level, llama):
     open_tokenizer("bytes").write_huggingface(tmp_path)
 
 
+def test_what_may_not_be_read(tmp_path, byte_level, llama, monkeypatch):
+  """The tests may run as a user who may read everything: the refusal is made here."""
+  hf = write_folder(tmp_path / "hf", byte_level)
+  (tmp_path / "sp").mkdir()
+  (tmp_path / "sp" / "tokenizer.model").write_bytes(llama)
+  plain = io.open
+
+  def refuse(path, *args, **kwargs):
+    if str(path).endswith(("tokenizer.json", "tokenizer.model")):
+      raise PermissionError(13, "Permission denied", path)
+    return plain(path, *args, **kwargs)
+
+  monkeypatch.setattr(io, "open", refuse)  # of pathlib
+  monkeypatch.setattr("builtins.open", refuse)
+  for path in (hf, hf / "tokenizer.json", tmp_path / "sp", tmp_path / "sp" / "tokenizer.model"):
+    with pytest.raises(InputError, match=rf"{path}.*: (it )?can't be read \(Permission denied\)"):
+      open_tokenizer(path)
+
+
 def test_bad_gguf(tmp_path, byte_level):
   path = write_byte_level_gguf(tmp_path / "whole.gguf", byte_level, pre="smollm")
   whole = path.read_bytes()

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, reading
 
 MODEL_FILE = "tokenizer.model"
 HUGGINGFACE_FILE = "huggingface.json"
@@ -378,6 +378,11 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
       that don't fit.
   """
   spec = os.fspath(spec)
+  with reading(f"data.tokenizer={spec!r}"):
+    return _open(spec, rows)
+
+
+def _open(spec: str, rows: int | None) -> Tokenizer:
   if spec == "bytes":
     checked_rows("data.tokenizer='bytes'", ByteTokenizer.vocab_size, rows)
     return ByteTokenizer()
@@ -387,7 +392,7 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
   try:
     with open(path, "rb") as file:
       head = file.read(8)
-  except OSError as error:
+  except FileNotFoundError as error:
     raise InputError(
       f"data.tokenizer={spec!r}: no such file; give 'bytes', the path of a SentencePiece .model file, a Hugging Face "
       "folder, a .gguf file, or 'sentencepiece:8192' where a task is prepared"

@@ -15,7 +15,7 @@ import numpy as np
 
 from cyb_jax.data import tokenizers
 from cyb_jax.decoder import DecoderConfig
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import families
 from cyb_jax.interop.families import Tensor
 from cyb_jax.interop.tensors import Fields, TensorInfo, is_float, package
@@ -360,6 +360,8 @@ class SafetensorsFiles:
       raise InputError(_no_weights(folder))
 
   def _add(self, path: pathlib.Path, names: Sequence[str] | None = None) -> None:
+    with reading(str(path)):
+      path.open("rb").close()  # safetensors says of every file that it may not open that it isn't there
     try:
       file = package("safetensors", str(path)).safe_open(path, framework="numpy")
     except OSError as error:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from cyb_jax.decoder import DecoderConfig
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import gguf, huggingface, llama2c
 from cyb_jax.interop.families import LeafPath, Tensor, whole
 from cyb_jax.interop.tensors import TensorFiles, check
@@ -126,6 +126,11 @@ def open_source(path: str | os.PathLike) -> Source:
   Raises:
     InputError: one line that names the file and, where there is one, the tensor or field.
   """
+  with reading(str(path)):
+    return _open(path)
+
+
+def _open(path: str | os.PathLike) -> Source:
   place = pathlib.Path(path)
   if place.is_dir():
     return _open_folder(place)
