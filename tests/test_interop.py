@@ -516,7 +516,15 @@ def test_qwen2_of_half_a_billion(tmp_path):
   ("model", "field", "value", "message"),
   [
     ("llama", "architectures", ["Gemma2ForCausalLM"], r"json: architectures = \['Gemma2.*LlamaForCausalLM, Qwen2"),
+    ("llama", "architectures", 5, "architectures = 5 must be of type list"),
+    ("llama", "architectures", True, "architectures = True must be of type list"),
     ("llama", "model_type", "gemma2", "model_type = 'gemma2'"),
+    ("llama", "max_position_embeddings", "64", "max_position_embeddings = '64' must be of type int"),
+    ("llama", "max_position_embeddings", 64.0, "max_position_embeddings = 64.0 must be of type int"),
+    ("llama", "max_position_embeddings", -5, "max_position_embeddings = -5 must be at least 1"),
+    ("llama", "rope_parameters", {"rope_theta": True}, "rope_parameters.rope_theta = True must be of type float"),
+    ("llama", "rope_parameters", {"rope_theta": 1e4, "factor": 2}, "rope_parameters.factor = 2 is unknown"),
+    ("llama", "rope_theta", True, "rope_theta = True must be of type float"),
     ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "rope_parameters.rope_type = 'llama3'"),
     ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling.type = 'linear'"),
     ("llama", "attention_multiplier", 0.1, "attention_multiplier = 0.1 is unknown"),
@@ -699,6 +707,9 @@ def test_gguf_that_means_another_model(tmp_path):
   write_gguf(tmp_path / "c.gguf", arrays, config, "llama", logit_scale="2")
   with pytest.raises(InputError, match=r"llama.logit_scale = '2' is unknown"):
     interop.open_source(tmp_path / "c.gguf")
+  write_gguf(tmp_path / "e.gguf", arrays, config, "llama", context_length="64")
+  with pytest.raises(InputError, match=r"e\.gguf: llama.context_length = '64' must be of type int"):
+    interop.open_source(tmp_path / "e.gguf")
   write_gguf(tmp_path / "d.gguf", arrays, config, "llama")
   whole = (tmp_path / "d.gguf").read_bytes()
   (tmp_path / "d.gguf").write_bytes(whole[:-3000])

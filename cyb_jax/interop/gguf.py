@@ -18,8 +18,7 @@ ARCHITECTURES = ("llama", "qwen2", "gemma")
 # Of RoPE over a part of the head; the llama.cpp of old wrote it, and computes it anew.
 HARMLESS_TENSORS = (r"blk\.\d+\.attn_rot_embd\.weight",)
 _HARMLESS = frozenset({
-  "context_length", "vocab_size", "tensor_data_layout", "rope.scaling.original_context_length",
-  "rope.scaling.finetuned",
+  "vocab_size", "tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned",
 })  # fmt: skip
 
 
@@ -141,6 +140,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
     )
   except InputError as error:
     raise InputError(f"{file.path}: {error}") from None
+  fields.count("context_length")
   fields.finish(_HARMLESS)
   return config
 

@@ -208,16 +208,12 @@ def _rope(
   if base_name != "rope_theta":  # both are found in the files of that family
     base = fields.take("rope_theta", float, base)
   for name in ("rope_parameters", "rope_scaling"):  # the latter has the last word, as there
-    for key, value in fields.take(name, dict, {}).items():
-      if key in ("rope_type", "type"):
-        if value != "default":
-          raise InputError(f"{fields.where}: {name}.{key} = {value!r}; this version has 'default' alone")
-      elif key == "rope_theta" and isinstance(value, int | float):
-        base = float(value)
-      elif key == "partial_rotary_factor" and isinstance(value, int | float):
-        fraction = float(value)
-      elif value is not None:
-        raise InputError(f"{fields.where}: {name}.{key} = {value!r} is not known to this version")
+    given = {f"{name}.{key}": value for key, value in fields.take(name, dict, {}).items()}
+    inner = Fields(fields.where, given, f"{name}.")
+    for kind in ("rope_type", "type"):
+      inner.demand(kind, ("default",), "default")
+    base, fraction = inner.take("rope_theta", float, base), inner.take("partial_rotary_factor", float, fraction)
+    inner.finish()
   return base, fraction
 
 
@@ -313,26 +309,27 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_config(path: pathlib.Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
-  """A config.json: its family, our config, and all its fields.
+  """A config.json: its family, our config, and all its fields, of which `max_position_embeddings` is checked too.
 
   Raises:
     InputError: an architecture or a field that we don't have.
   """
   values = read_json(path)
   known = ", ".join(family.architecture for family in FAMILIES)
-  named = values.get("architectures") or []
-  kind = values.get("model_type")
+  fields = Fields(path, values)
+  named = fields.take("architectures", list, [])
+  kind = fields.take("model_type", str, None)
   for family in FAMILIES:
-    if list(named) == [family.architecture] or (not named and kind == family.model_type):
+    if named == [family.architecture] or (not named and kind == family.model_type):
       break
   else:
     raise InputError(f"{path}: architectures = {named or kind!r} is none that this version loads: {known}")
   if kind not in (None, family.model_type):
     raise InputError(f"{path}: model_type = {kind!r}, but architectures = {named!r}, which is {family.model_type!r}")
-  fields = Fields(path, values)
   for name in ("is_encoder_decoder", "add_cross_attention", "quantization_config"):
     fields.demand(name, (None, False))
   config = family.read(fields)
+  fields.count("max_position_embeddings")
   fields.finish(HARMLESS)
   return family, config, values
 

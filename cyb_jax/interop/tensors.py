@@ -149,6 +149,17 @@ class Fields:
       raise InputError(f"{self.where}: {name} = {value!r} must be of type {kind.__name__}")
     return value
 
+  def count(self, name: str) -> int | None:
+    """A field that counts something; None where it is missing or null.
+
+    Raises:
+      InputError: no int, or none above zero.
+    """
+    value = self.take(name, int, None)
+    if value is not None and value < 1:
+      raise InputError(f"{self.where}: {self._prefix}{name} = {value} must be at least 1")
+    return value
+
   def demand(self, name: str, accepted: Sequence[Any], default: Any = None) -> None:
     """Raises InputError unless a field, or its default where it is missing, is one of those that change nothing."""
     self._read.add(self._prefix + name)
