@@ -244,6 +244,47 @@ def test_own_rows_of_another_shape_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    (dict(own={}), r"own = \{\}, but its method has .*'pause_input': \[3, 24\]"),
+    (dict(own={"pause_input": [1, 24]}), r"own = .*\[1, 24\]"),
+    (dict(own={"pause_input": 3}), "own = "),
+    (dict(own=None), "own is missing"),
+    (dict(pauses=2), r"pause_ids has 3 entries, but cyb_jax\.method\.pauses = 2"),
+    (dict(pauses="3"), r"method\.pauses = '3' must be of type int"),
+    (dict(loss=7), r"method\.loss = 7 must be of type str"),
+    (dict(loss="xy"), r"cyb_jax\.method\.loss: 'xy' is none of"),
+    (dict(omega=[1.0, "2", 1.0, 1.0]), r"method\.omega = .* must be a list of numbers"),
+    (dict(patience=3), r"method\.patience = 3 is unknown"),
+    (dict(name="tbys", dont_know_prior=0.9), "cyb_jax.own = "),
+    (dict(pause_ids=67), "pause_ids = 67 must be of type list"),
+    (dict(dont_know_id=70.0), "dont_know_id = 70.0 must be of type int"),
+    (dict(pause_ids=[67, 68], pauses=2), r"the entries \[67, 68, 70\] aren't vocab_size = 71"),
+    (dict(pause_ids=[67.0, 68, 69]), r"the entries \[67\.0, 68, 69, 70\] aren't"),
+    (dict(name="constant_stop", own={"pause_input": [3, 24], "stopping_logits": [4]}), "dont_know_id = 70, but its"),
+    (dict(version=2), r"cyb_jax\.version = 2; this version reads 1"),
+    (dict(rows="67"), "rows = '67' must be of type int"),
+    (None, "cyb_jax = 3 must be an object"),
+  ],
+)  # fmt: skip
+def test_an_export_that_does_not_agree_with_itself(changed, message, tmp_path):
+  decoder, options = DecoderConfig(**_RMS), MethodConfig(pauses=3)
+  params = random_params(methods.build(options, decoder).init)
+  interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
+  fields = json.loads((tmp_path / "out" / "config.json").read_text())
+  for name, value in (changed or {}).items():
+    there = fields["cyb_jax"]
+    (there if name in there else there["method"])[name] = value
+  if changed is None:
+    fields["cyb_jax"] = 3
+  (tmp_path / "out" / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(InputError, match=message) as error:
+    interop.open_source(tmp_path / "out")
+  assert "out/config.json: cyb_jax" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
   ("fields", "message"),
   [
     (dict(soft_cap=30.0), "closest, LlamaForCausalLM, needs decoder.soft_cap = None, not 30.0"),

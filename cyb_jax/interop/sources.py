@@ -11,18 +11,22 @@ import math
 import os
 import pathlib
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from cyb_jax import methods
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import gguf, huggingface, llama2c
 from cyb_jax.interop.families import LeafPath, Tensor, whole
-from cyb_jax.interop.tensors import TensorFiles, check
+from cyb_jax.interop.tensors import Fields, TensorFiles, check
 from cyb_jax.methods import MethodConfig
 
 if TYPE_CHECKING:
@@ -182,37 +186,90 @@ def _open_folder(folder: pathlib.Path) -> Source:
 def _with_extras(source: Source, written: Any) -> Source:
   """An export of ours; see `cyb_jax.interop.export` for what it says of itself."""
   path = source.path / "config.json"
-  try:
-    if written["version"] != 1:
-      raise InputError(f"{path}: cyb_jax.version = {written['version']!r}; this version reads 1")
-    method = {k: tuple(v) if isinstance(v, list) else v for k, v in written["method"].items()}
-    rows = int(written["rows"])
-    extras = Extras(
-      method=MethodConfig(**method),
-      vocab_size=int(written["vocab_size"]),
-      pause_ids=tuple(map(int, written["pause_ids"])),
-      dont_know_id=written["dont_know_id"],
-      prior_shift=written["prior_shift"],
-      step=written["step"],
-      own={name: tuple(shape) for name, shape in written["own"].items()},
-    )
-  except (KeyError, TypeError, ValueError) as error:
-    if isinstance(error, InputError):
-      raise
-    raise InputError(f"{path}: cyb_jax: not what this version writes ({error!r}); export the run again") from None
-  appended = [*extras.pause_ids, *(() if extras.dont_know_id is None else (extras.dont_know_id,))]
-  if appended != list(range(rows, source.decoder.vocab_size)) or not 0 < extras.vocab_size <= rows:
+  fields = _block(path, huggingface.CYB_JAX, written)
+  if fields.take("version", int) != 1:
+    raise InputError(f"{path}: cyb_jax.version = {written['version']!r}; this version reads 1")
+  config = _method_config(path, fields.take("method", dict))
+  rows, words = fields.take("rows", int), fields.take("vocab_size", int)
+  pause_ids, dont_know_id = fields.take("pause_ids", list), fields.take("dont_know_id", int, None)
+  appended = [*pause_ids, *(() if dont_know_id is None else (dont_know_id,))]
+  expected = list(range(rows, source.decoder.vocab_size))
+  if appended != expected or not all(isinstance(x, int) for x in appended) or not 0 < words <= rows:
     raise InputError(
-      f"{path}: cyb_jax: {rows} rows, {extras.vocab_size} of them words, and the entries {appended} aren't"
+      f"{path}: cyb_jax: {rows} rows, {words} of them words, and the entries {appended} aren't"
       f" vocab_size = {source.decoder.vocab_size}; export the run again"
     )
+  if len(pause_ids) != config.pauses:
+    raise InputError(
+      f"{path}: cyb_jax.pause_ids has {len(pause_ids)} entries, but cyb_jax.method.pauses = {config.pauses}; export"
+      " the run again"
+    )
   decoder = dataclasses.replace(source.decoder, vocab_size=rows)
-  beside = {name: shape for name, shape in extras.own.items() if name not in ("pause_input", "dont_know")}
+  own = _own_shapes(path, config, decoder)
+  # What goes unnamed would be lost: it would start anew.
+  shapes = {name: list(shape) for name, shape in own.items()}
+  if fields.take("own", dict) != shapes:
+    raise InputError(f"{path}: cyb_jax.own = {written['own']!r}, but its method has {shapes!r}; export the run again")
+  if (dont_know_id is not None) != ("dont_know" in own):
+    raise InputError(
+      f"{path}: cyb_jax.dont_know_id = {dont_know_id!r}, but its method has {sorted(own)}; export the run again"
+    )
+  extras = Extras(
+    method=config,
+    vocab_size=words,
+    pause_ids=tuple(pause_ids),
+    dont_know_id=dont_know_id,
+    prior_shift=fields.take("prior_shift", float, None),
+    step=fields.take("step", int, None),
+    own=own,
+  )
+  beside = {name: shape for name, shape in own.items() if name not in ("pause_input", "dont_know")}
   files = None
   if beside:
     files = huggingface.SafetensorsFiles(source.path, huggingface.OWN)
     check(files, [whole(name, (name,), shape) for name, shape in beside.items()], 0, source.path)
   return dataclasses.replace(source, decoder=decoder, extras=extras, own_files=files)
+
+
+def _block(path: pathlib.Path, name: str, values: Any) -> Fields:
+  """The fields of an object inside config.json."""
+  if not isinstance(values, dict):
+    raise InputError(f"{path}: {name} = {values!r} must be an object; export the run again")
+  return Fields(path, {f"{name}.{key}": value for key, value in values.items()}, f"{name}.")
+
+
+def _method_config(path: pathlib.Path, written: Mapping[str, Any]) -> MethodConfig:
+  """What an export says of its method, each value of its field's type; what it doesn't say is left at its default."""
+  fields = _block(path, f"{huggingface.CYB_JAX}.method", written)
+  values = {}
+  for name, hint in typing.get_type_hints(MethodConfig).items():
+    if name not in fields:
+      continue
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    nothing = None if type(None) in kinds else ...
+    values[name] = fields.take(name, list if kind is tuple else kind, nothing)
+    if isinstance(values[name], list):
+      if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in values[name]):
+        raise InputError(f"{path}: cyb_jax.method.{name} = {values[name]!r} must be a list of numbers")
+      values[name] = tuple(values[name])
+  fields.finish()
+  return MethodConfig(**values)
+
+
+def _own_shapes(path: pathlib.Path, config: MethodConfig, decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
+  """What a method has beside the decoder.
+
+  Raises:
+    InputError: the method can't be built so.
+  """
+  try:
+    # Of how many layers the decoder is doesn't matter to them; tracing all takes most of a second.
+    method = methods.build(config, dataclasses.replace(decoder, num_layers=1))
+  except InputError as error:
+    raise InputError(f"{path}: cyb_jax.{error}") from None
+  shapes = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
+  return {name: leaf.shape for name, leaf in shapes.items() if name != "decoder"}
 
 
 def _check_tied(files: TensorFiles, embedding: str, output: str) -> None:
