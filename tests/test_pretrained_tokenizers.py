@@ -175,6 +175,15 @@ def test_what_pre_names(tmp_path, byte_level):
     open_tokenizer(write_byte_level_gguf(tmp_path / "x.gguf", byte_level, pre="new"))
 
 
+def test_without_pre_it_is_said_what_is_assumed(tmp_path, byte_level, caplog):
+  caplog.set_level("WARNING")
+  named = open_tokenizer(write_byte_level_gguf(tmp_path / "named.gguf", byte_level, pre="gpt-2"))
+  assert "named.gguf" not in caplog.text
+  silent = open_tokenizer(write_byte_level_gguf(tmp_path / "silent.gguf", byte_level))
+  assert "silent.gguf: tokenizer.ggml.pre is missing, so text is taken to be cut as GPT-2 cuts it" in caplog.text
+  assert silent.describe() == named.describe()
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_in_a_gguf(tmp_path, llama, prefix):
   from sentencepiece import sentencepiece_model_pb2
@@ -353,6 +362,10 @@ def test_bad_input(tmp_path, byte_level, llama):
     "list": ("[1]", "not an object"),
     "other": ('{"model": {}}', "model.vocab"),
     "type": (json.dumps(content | {"decoder": {"type": "New"}}), "can't read it"),
+    "merge": (json.dumps(content | {"model": content["model"] | {"merges": [3]}}), "merges holds 3, where two pieces"),
+    "single": (json.dumps(content | {"model": content["model"] | {"merges": [["a"]]}}), r"merges holds \['a'\]"),
+    "merges": (json.dumps(content | {"model": content["model"] | {"merges": None}}), "merges is None, where a list"),
+    "number": (json.dumps(content | {"model": {"type": "Unigram", "vocab": [[5, 0.1]]}, "added_tokens": []}), "is 5"),
     "ids": (json.dumps(content | {"added_tokens": [content["added_tokens"][0] | {"id": 7}]}), "give a whole"),
   }
   for name, (text, message) in cases.items():
@@ -367,6 +380,9 @@ def test_bad_input(tmp_path, byte_level, llama):
     open_tokenizer(write_folder(tmp_path / "endless", plain))
   with pytest.raises(InputError, match=r"tokenizer_config\.json: eos_token '</s>' is not"):
     open_tokenizer(write_folder(tmp_path / "lost", plain, eos_token="</s>"))
+  for number, token in enumerate((["a"], {"content": ["a"]}, 1)):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: eos_token .* is not in the vocabulary"):
+      open_tokenizer(write_folder(tmp_path / f"odd{number}", plain, eos_token=token))
   (tmp_path / "empty").mkdir()
   with pytest.raises(InputError, match=r"empty: no tokenizer\.json"):
     open_tokenizer(tmp_path / "empty")

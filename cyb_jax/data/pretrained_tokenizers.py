@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from cyb_jax.data import gguf_metadata
 from cyb_jax.data.tokenizers import (
   HUGGINGFACE_FILE,
@@ -86,7 +88,7 @@ class HuggingFaceTokenizer:
         raise InputError(f"{name}: the {role} token {token} is not among its {entries} entries; give the right id")
     self._special = {i for i, entry in self._added.items() if entry.get("special")}
     self._special |= {self.end_id, self.start_id, *self.unused_ids()}
-    working = _without_special(content, self._names, self._special)
+    working = _without_special(content, self._names, self._special, name)
     self._tokenizer = _built(working, name)
     unknown = content["model"].get("unk_token")
     self._unknown = content["model"].get("unk_id") if unknown is None else _ids(self._names).get(unknown)
@@ -160,6 +162,9 @@ def _names(content: Mapping[str, Any], where: str) -> dict[int, str]:
     raise InputError(
       f"{where}: it holds no tokenizer of the package tokenizers (model.vocab); give a tokenizer.json"
     ) from error
+  odd = next((name for name in names.values() if not isinstance(name, str)), None)
+  if odd is not None:
+    raise InputError(f"{where}: an entry is {odd!r}, where a text is needed; fetch it again")
   return dict(sorted(names.items()))
 
 
@@ -176,7 +181,9 @@ def _types(component: Any) -> set[str]:
   return {component.get("type", "")}.union(*map(_types, component.values()))
 
 
-def _without_special(content: Mapping[str, Any], names: Mapping[int, str], special: set[int]) -> dict[str, Any]:
+def _without_special(
+  content: Mapping[str, Any], names: Mapping[int, str], special: set[int], where: str
+) -> dict[str, Any]:
   """A tokenizer that no text leads to the special ids of, nor to pad or cut what it encodes.
 
   The library can be told not to look for special entries in a text, but its model may still spell them: a unigram
@@ -190,9 +197,9 @@ def _without_special(content: Mapping[str, Any], names: Mapping[int, str], speci
   else:
     model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
   if "merges" in model:
-    pairs = ((merge, merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"])
+    pairs = ((merge, _pair(merge, where)) for merge in _list(model["merges"], "model.merges", where))
     model["merges"] = [merge for merge, (left, right) in pairs if not {left, right, left + right}.intersection(renamed)]
-  if model.get("unk_token"):
+  if isinstance(model.get("unk_token"), str):
     model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
   added = [
     entry | {"content": renamed[entry["content"]], "special": True} if entry["id"] in special else entry
@@ -201,6 +208,20 @@ def _without_special(content: Mapping[str, Any], names: Mapping[int, str], speci
   return dict(content) | {
     "model": model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None,
   }  # fmt: skip
+
+
+def _list(value: Any, field: str, where: str) -> list:
+  if not isinstance(value, list):
+    raise InputError(f"{where}: {field} is {value!r}, where a list is needed; fetch it again")
+  return value
+
+
+def _pair(merge: Any, where: str) -> Sequence[str]:
+  """The two pieces of a merge, in the older form (one text) or the newer one."""
+  pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+  if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(piece, str) for piece in pair)):
+    raise InputError(f"{where}: model.merges holds {merge!r}, where two pieces are needed; fetch it again")
+  return pair
 
 
 def _built(content: Mapping[str, Any], where: str):
@@ -354,7 +375,7 @@ class _Beside:
       named, number = content.get(f"{role}_token"), content.get(f"{role}_token_id")
       named = named.get("content") if isinstance(named, dict) else named
       if named is not None:
-        if named not in ids:
+        if not isinstance(named, str) or named not in ids:
           raise InputError(f"{path}: {role}_token {named!r} is not in the vocabulary; give the tokenizer of this model")
         return ids[named]
       number = number[0] if isinstance(number, list) and number else number
@@ -569,8 +590,15 @@ def open_gguf(path: Path, rows: int | None) -> Tokenizer:
     raise InputError(f"{path}: no end token: tokenizer.ggml.eos_token_id is {end}; give a GGUF file that names one")
   where = os.fspath(path)
   if found["model"] == "gpt2":
-    pre = found.get("pre", "default")
-    if pre not in _PRE:
+    pre = found.get("pre")
+    if pre is None:
+      pre = "default"
+      logging.warning(
+        "%s: tokenizer.ggml.pre is missing, so text is taken to be cut as GPT-2 cuts it; if this model cuts it"
+        " otherwise, give its tokenizer.json",
+        path,
+      )
+    if not isinstance(pre, str) or pre not in _PRE:
       raise InputError(f"{path}: tokenizer.ggml.pre {pre!r} is unknown; known are {', '.join(_PRE)}")
     content = _byte_level_content(found, _PRE[pre], where)
     adds = bool(found.get("add_bos_token", _PRE[pre] == "llama3")) and found.get("bos_token_id") is not None
