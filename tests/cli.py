@@ -25,7 +25,9 @@ def get_config(argument=""):
 
 def environment():
   env = {k: v for k, v in os.environ.items() if k != "NPROC"}
-  flags = "--xla_backend_optimization_level=0"  # without conftest's eight devices
+  flags = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"  # without conftest's eight devices
+  )
   return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 

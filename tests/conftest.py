@@ -7,7 +7,7 @@ import pathlib
 # backend starts.
 os.environ.setdefault("NPROC", "32")
 # Compiling is most of what the tests do: a quick compiler halves their time, and a cache keeps what it has done.
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"

@@ -24,6 +24,7 @@ def test_readout():
   assert result["timing"]["chunked_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_data():
   result, _ = cli.run("benchmark", "data", "--sequence_length=16", "--batch_size=4", "--repeats=1")
   assert result["timing"]["tokens_per_second"] > 0

@@ -49,7 +49,11 @@ def on_a_device(tree):
 
 
 @pytest.mark.parametrize(
-  "parallelism", [{"fsdp": 2, "tensor": 2}, {"strategy": "pmap"}], ids=["data x fsdp x tensor", "pmap"]
+  "parallelism",
+  [
+    pytest.param({"fsdp": 2, "tensor": 2}, id="data x fsdp x tensor"),
+    pytest.param({"strategy": "pmap"}, id="pmap", marks=pytest.mark.slow),
+  ],
 )
 def test_what_it_says_is_what_is_used(parallelism):
   config = tuned()
@@ -101,7 +105,7 @@ def test_by_hand_and_nothing_is_written(elsewhere):
   assert os.listdir(elsewhere / "here") == []
 
 
-@pytest.mark.parametrize("weights", ["all", "lora"])
+@pytest.mark.parametrize("weights", [pytest.param("all", marks=pytest.mark.slow), "lora"])
 def test_executed_operations_are_xlas(weights):
   """Within 5%: the whole step, whose norms, softmax and optimizer aren't counted by hand."""
   config = tiny_config(pauses=2)

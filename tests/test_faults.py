@@ -27,6 +27,7 @@ from cyb_jax.training import loop
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+@pytest.mark.slow
 def test_kills():
   """The short form of `cyb-benchmark faults`."""
   result, _ = cli.run("benchmark", "faults", "--kills=3")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cyb_jax.readout import slot_scores, word_scores
@@ -92,6 +92,7 @@ def test_agrees_with_the_dense_readout(options, chunk_size, exact):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=6)
 @given(
   seed=st.integers(0, 1000),
   leading=st.sampled_from([(), (1,), (5,), (2, 3), (0,)]),

@@ -148,8 +148,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Each of them once; the other half with the slow tests.
+SLOW = pytest.mark.slow
+CASES = [
+  pytest.param(layout, documents, marks=[] if documents == (number % 2 > 0) else SLOW)
+  for number, layout in enumerate(LAYOUTS)
+  for documents in (False, True)
+]
+
+
+@pytest.mark.parametrize(("layout", "with_documents"), CASES)
 def test_sampled_against_slots_laid_out_one_by_one(layout, with_documents, exact):
   method, params = build(**SAMPLED, **LAYOUTS[layout], gamma=(1.0, 0.9, 0.8))
   if "pause_offset" in params:
@@ -179,7 +187,9 @@ def test_sampled_against_slots_laid_out_one_by_one(layout, with_documents, exact
       np.testing.assert_array_equal(out.stopping[b, n, len(t) :], 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"pause_visibility": "hidden", "pause_offset": True}, {"dont_know": "unit"}])
+@pytest.mark.parametrize(
+  "options", [{}, {"pause_visibility": "hidden", "pause_offset": True}, pytest.param({"dont_know": "unit"}, marks=SLOW)]
+)
 def test_sampled_with_all_granted_is_constant_bit_for_bit(options):
   """Parameters and moments after steps of training; and packed all the same it is so up to rounding."""
   steps = {}
@@ -241,7 +251,7 @@ def test_what_does_not_fit_has_no_weight_and_is_counted():
   assert_trees_equal(step(state, other).params, after.params)
 
 
-@pytest.mark.parametrize("options", [SAMPLED, ON_POLICY])
+@pytest.mark.parametrize("options", [pytest.param(SAMPLED, marks=SLOW), ON_POLICY])
 def test_draws_are_the_same_on_all_devices_and_in_all_parts(options):
   config = configs.freeze(tiny_config(**{k: ":".join(map(str, v)) if k == "omega" else v for k, v in options.items()}))
 
@@ -422,7 +432,7 @@ def test_calibration_sets_the_median_of_d(exact):
   assert np.abs(gradient["dont_know"]).max() > 0
 
 
-@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+@pytest.mark.parametrize("strategy", ["jit", pytest.param("pmap", marks=SLOW)])
 def test_a_run_is_calibrated_once_and_remembers_it(tmp_path, strategy, caplog):
   caplog.set_level("INFO")
   config = tiny_config(pauses=2, calibration_batches=2)

@@ -492,6 +492,7 @@ def program(monkeypatch):
   return main
 
 
+@pytest.mark.slow
 def test_through_main(workdirs, program, capsys, monkeypatch):
   folder = workdirs / "a"
   record = program(workdir=folder, text="true", text_windows=2, limit=4)

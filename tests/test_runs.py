@@ -136,7 +136,9 @@ def wait_for_rows(workdir, count, process):
   raise AssertionError("no metrics appeared")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)]
+)
 def test_stop_and_resume_is_bit_exact(tmp_path, undisturbed, number, code):
   flags = f"--config={cli.write_config(tmp_path)}", f"--workdir={tmp_path}/run"
   process = cli.start("train", *flags)

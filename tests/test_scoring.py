@@ -99,7 +99,12 @@ def one_by_one(name, context, continuation):
   return total, greedy, pauses
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The others go by the same way, and take as long to compile.
+QUICK = ("baseline", "tbys", "visible", "hidden", "mean_slots")
+SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_against_the_reading_of_one_request(name, exact):
   got = scorer(name).score(requests())
   for (context, continuation), score in zip(requests(), got):
@@ -113,7 +118,9 @@ def test_against_the_reading_of_one_request(name, exact):
     assert score.tokens == len(continuation)
 
 
-@pytest.mark.parametrize("name", ["baseline", "visible", "shifting"])
+@pytest.mark.parametrize(
+  "name", ["visible", *(pytest.param(name, marks=pytest.mark.slow) for name in ("baseline", "shifting"))]
+)
 def test_company_changes_nothing(name, exact):
   together = scorer(name).score(requests())
   tight = scorer(name, slots=40, row_slots=40).score(requests()[::-1])[::-1]

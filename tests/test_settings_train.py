@@ -43,6 +43,7 @@ def test_c4_prepares_and_trains_from_the_sample(tmp_path, monkeypatch):
   assert record["train_tokens"] == 2 * 8 * 16
 
 
+@pytest.mark.slow
 def test_regimes_pass_over_their_thirds(tmp_path):
   """1x1 reads a third once, 2x1 the same third twice, 1x3 everything once: the steps say so."""
   from experiments import reviews

@@ -269,6 +269,7 @@ def base_run(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_run_from_a_run(base_run, tmp_path, monkeypatch):
   """Taken over, trained, stopped and continued bit for bit; and what it made is a start for the next one, merged."""
   config = tiny_config(pauses=1, calibration_batches=1)
