@@ -99,6 +99,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       top_p=args.top_p,
     ),
   )
+  chosen = sampler.options
+  always = run.method.num_slots > 1 and run.config.method.recipe == "constant" and not run.method.hides_pauses
+  if always and chosen.mode == "self_paced" and chosen.prompt_pauses != "all":
+    logging.info("it was trained with pauses behind every token; --prompt_pauses=all puts them behind the prompt's too")
   rows = [Continuation(run.tokenizer, prompt, args.stop) for prompt in prompts]
   options = {"max_new_tokens": new, "seeds": args.seed, "context": context}
   with jax.default_matmul_precision(run.config.precision.matmul):

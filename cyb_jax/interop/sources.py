@@ -151,7 +151,9 @@ def _open(path: str | os.PathLike) -> Source:
   pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
   # A .bin may be one of llama2.c's.
   if pickled or (place.suffix in huggingface.PICKLES and place.suffix != ".bin"):
-    raise InputError(f"{path}: a pickle, which this version never opens; convert it to safetensors")
+    raise InputError(
+      f"{path}: a pickle or an archive, which this version never opens; convert it to safetensors, or unpack it"
+    )
   if place.suffix == ".safetensors":
     raise InputError(f"{path}: one file of a model; give its folder, with config.json")
   source = llama2c.Llama2cFile(place)

@@ -315,6 +315,8 @@ class _Loop:
     clock = _Clock(ahead, start)
     for step in range(start + 1, self.steps + 1):
       batch = next(ahead)
+      if step == start + 1:
+        logging.info("compiling the step")
       seen += int(np.count_nonzero(batch["weights"]))
       if self.profile and step == start + _PROFILE_AFTER + 1:
         trace.start()
