@@ -30,6 +30,7 @@ def test_data():
   assert result["timing"]["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_train(tmp_path):
   """Where nothing is installed that only data and TensorBoard need."""
   config = cli.write_config(tmp_path)
@@ -156,6 +157,7 @@ def test_the_vocabulary_of_a_config(tokenizer, vocab_size, expected):
   assert steps._own_vocabulary(configs.freeze(config)) == expected
 
 
+@pytest.mark.slow
 def test_a_store_is_read_and_must_fit(tmp_path):
   store = data.prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 40})
   config = tiny_config()
@@ -193,6 +195,7 @@ def test_bad_input(tmp_path):
   assert "--read: 'mixture' is none of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
 
 
+@pytest.mark.slow
 def test_decode(tmp_path):
   """Every mode, counted by hand."""
   result, _ = cli.run(

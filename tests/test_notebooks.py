@@ -89,10 +89,10 @@ def execute(name, folder, *replaced):
 
 
 # The one that trains takes a while.
-NOTEBOOKS = [name if name == "losses_only" else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED]
+RUN = [name if name == "losses_only" else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED]
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", RUN)
 def test_notebooks_run(name, tmp_path):
   assert execute(name, tmp_path) == EXPECTED[name]
 

@@ -251,7 +251,8 @@ def test_what_does_not_fit_has_no_weight_and_is_counted():
   assert_trees_equal(step(state, other).params, after.params)
 
 
-@pytest.mark.parametrize("options", [pytest.param(SAMPLED, marks=SLOW), ON_POLICY])
+@pytest.mark.parametrize("options", [SAMPLED, ON_POLICY])
+@pytest.mark.slow
 def test_draws_are_the_same_on_all_devices_and_in_all_parts(options):
   config = configs.freeze(tiny_config(**{k: ":".join(map(str, v)) if k == "omega" else v for k, v in options.items()}))
 
@@ -281,6 +282,7 @@ def test_draws_are_the_same_on_all_devices_and_in_all_parts(options):
 # On-policy.
 
 
+@pytest.mark.slow
 def test_on_policy_draws_from_the_models_own_distribution(exact):
   method, params = build(**ON_POLICY, policy_floor=0.25)
   batch = random_batch(4, 5, 6)
@@ -319,6 +321,7 @@ def test_the_floor_keeps_every_slot_trained():
 # Evaluation.
 
 
+@pytest.mark.slow
 def test_evaluation_draws_by_text_and_loses_no_token(exact):
   method, params = build(**SAMPLED)
   whole = random_batch(6, 8, 7)
@@ -366,6 +369,7 @@ def test_evaluation_under_a_given_omega_draws_from_that(exact):
   assert one["flops"] == 2 * 4 * 6 * method.forward_flops(6)
 
 
+@pytest.mark.slow
 def test_on_policy_evaluates_in_its_own_contexts_too(exact):
   method, params = build(**ON_POLICY)
   batch = random_batch(8, 4, 6)

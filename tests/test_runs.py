@@ -199,6 +199,7 @@ def test_every_method_trains_and_evaluates(tmp_path, method, undefined):
     assert record["perplexity"] == pytest.approx(record["loss_perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_document_mask_and_accumulation_train(tmp_path):
   config = tiny_config(pauses=1)
   config.data.update(document_mask=True, batch_size=16)

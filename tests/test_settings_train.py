@@ -30,6 +30,7 @@ def test_all_settings_on_the_reviews(setting, tmp_path):
   assert len(record["latency"]) == settings.SETTINGS[setting]["pauses"] + 1
 
 
+@pytest.mark.slow
 def test_c4_prepares_and_trains_from_the_sample(tmp_path, monkeypatch):
   from experiments import c4
 

@@ -602,6 +602,7 @@ def check_curves(curves, t, d):
     assert row["mean_steps"] == sum((i + 1) * x for i, x in enumerate(row["omega"]))
 
 
+@pytest.mark.slow
 def test_devices_change_nothing():
   alone, *_ = measured("cyb")
   spread, *_ = measured("cyb", batch_size=24, devices=8)  # the last batch is filled up

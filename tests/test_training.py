@@ -70,6 +70,7 @@ def test_compiled_ahead_it_is_the_same_step(name):
   assert_trees_equal(run(config, devices=devices, ahead=True), run(config, devices=devices))
 
 
+@pytest.mark.slow
 def test_scanned_and_rematerialised_layers_over_a_mesh():
   config = tiny_config(pauses=2)
   config.decoder.update(num_layers=2, scan_layers=True, remat="full")
@@ -98,6 +99,7 @@ def test_accumulation_is_the_large_batch(accumulate):
 
 
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
+@pytest.mark.slow
 def test_gradient_over_eight_devices_with_accumulation(strategy):
   whole = gradient_step(CONFIG)
   config = with_part(CONFIG, "parallelism", strategy=strategy)

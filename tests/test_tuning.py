@@ -194,6 +194,7 @@ def test_every_strategy_equals_one_device(options, devices, one_device):
   assert_trees_close(state.totals, one_device[1].totals, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scanned_rematerialised_and_accumulated():
   plain = tuned(decoder__num_layers=2, decoder__scan_layers=True)
   _, whole = run(plain)
