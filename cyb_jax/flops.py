@@ -129,29 +129,6 @@ def train_cost(
   return Cost(matrices=matrices, attention=attention, readout=readout, adapters=adapters)
 
 
-def forward_flops(
-  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
-) -> float:
-  """The sum of `forward_cost`."""
-  sizes = dict(tokens=tokens, slots=slots, slots_read=slots_read)
-  return forward_cost(config, **sizes, hidden=hidden, executed=executed).total
-
-
-def train_flops(
-  config: DecoderConfig,
-  *,
-  tokens: int,
-  slots: float,
-  slots_read: float,
-  hidden: bool = False,
-  executed: bool = False,
-  frozen: bool = False,
-) -> float:
-  """The sum of `train_cost`."""
-  sizes = dict(tokens=tokens, slots=slots, slots_read=slots_read)
-  return train_cost(config, **sizes, hidden=hidden, executed=executed, frozen=frozen).total
-
-
 def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: float) -> float:
   """Operations of the model for slots that lie anywhere.
 

@@ -25,15 +25,15 @@ def test_by_hand():
   config = DecoderConfig(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
   # T = 2, W = 2: S = 4, keys 2.5 on average. Readout 2 D V = 28.
   one = dict(tokens=2, slots=2, slots_read=1)
-  assert flops.forward_flops(config, **one) == 2 * (156 + 32 * 2.5) + 28
-  assert flops.forward_flops(config, tokens=2, slots=2, slots_read=2) == 2 * (156 + 32 * 2.5) + 2 * 28
-  assert flops.forward_flops(config, **one, executed=True) == 2 * (156 + 32 * 4) + 28
-  assert flops.train_flops(config, **one) == 3 * (2 * (156 + 32 * 2.5) + 28)
+  assert flops.forward_cost(config, **one).total == 2 * (156 + 32 * 2.5) + 28
+  assert flops.forward_cost(config, tokens=2, slots=2, slots_read=2).total == 2 * (156 + 32 * 2.5) + 2 * 28
+  assert flops.forward_cost(config, **one, executed=True).total == 2 * (156 + 32 * 4) + 28
+  assert flops.train_cost(config, **one).total == 3 * (2 * (156 + 32 * 2.5) + 28)
   # Hidden, a slot sees 1.5 tokens on average and half a pause; as executed, both tokens and the pause.
-  assert flops.forward_flops(config, **one, hidden=True) == 2 * (156 + 32 * (1.5 + 0.5)) + 28
-  assert flops.forward_flops(config, **one, hidden=True, executed=True) == 2 * (156 + 32 * (2 + 1)) + 28
+  assert flops.forward_cost(config, **one, hidden=True).total == 2 * (156 + 32 * (1.5 + 0.5)) + 28
+  assert flops.forward_cost(config, **one, hidden=True, executed=True).total == 2 * (156 + 32 * (2 + 1)) + 28
   # As executed the logits are computed twice.
-  assert flops.train_flops(config, **one, executed=True) == 3 * 2 * (156 + 32 * 4) + 4 * 28
+  assert flops.train_cost(config, **one, executed=True).total == 3 * 2 * (156 + 32 * 4) + 4 * 28
 
 
 def test_what_is_frozen_by_hand():
@@ -45,7 +45,7 @@ def test_what_is_frozen_by_hand():
   adapters = 2 * 3 * (2 + 8 + 5 + 2)
   forward = flops.forward_cost(config, **arguments)
   assert forward == flops.Cost(matrices=2 * 156, attention=2 * 32 * 2.5, readout=28, adapters=2 * adapters)
-  assert forward.total == flops.forward_flops(config, **arguments)
+  assert forward.total == flops.forward_cost(config, **arguments).total
   trained = flops.train_cost(config, **arguments, frozen=True)
   # Of a matrix that stays one product less; attention has no parameters.
   expected = flops.Cost(matrices=2 * 2 * 156, attention=3 * 160, readout=2 * 28, adapters=3 * 2 * adapters)
@@ -92,7 +92,7 @@ def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
 def test_is_about_two_per_parameter():
   config = preset("smollm2_135m")
   # A tied table is touched once, as the readout.
-  per_token = flops.forward_flops(config, tokens=1, slots=1, slots_read=1)
+  per_token = flops.forward_cost(config, tokens=1, slots=1, slots_read=1).total
   assert per_token == pytest.approx(2 * num_params(config), rel=1e-3)
 
 
@@ -127,9 +127,9 @@ def test_executed_agrees_with_xla(fields, hides):
     return jax.jit(function).lower(params, ids).compile().cost_analysis()["flops"] / (batch * tokens)
 
   arguments = dict(tokens=tokens, slots=slots, hidden=hides, executed=True)
-  forward = flops.forward_flops(config, slots_read=1, **arguments)
+  forward = flops.forward_cost(config, slots_read=1, **arguments).total
   assert forward == pytest.approx(counted(logits), rel=0.03)
-  train = flops.train_flops(config, slots_read=0, **arguments)
+  train = flops.train_cost(config, slots_read=0, **arguments).total
   assert train == pytest.approx(counted(jax.grad(lambda params, ids: hidden(params, ids).sum())), rel=0.03)
 
 

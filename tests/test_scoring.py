@@ -183,14 +183,12 @@ def test_what_is_spent(name, of_context):
   if name == "visible":
     keys = sum(range(1, 19))
     # The same window as the training forward counts it, all of it read.
-    whole = flops.forward_flops(config, tokens=6, slots=3, slots_read=3) * 6
+    whole = flops.forward_cost(config, tokens=6, slots=3, slots_read=3).total * 6
     assert cost(slots=18, keys=keys, slots_read=18) == pytest.approx(whole)
   else:
     keys = 1 + 2 + 3 + sum(tokens + slot for tokens in (4, 5, 6) for slot in range(3))
   assert alone.flops == pytest.approx(cost(slots=alone.slots, keys=keys, slots_read=9))
   assert first.flops + second.flops == pytest.approx(alone.flops + cost(slots=0, keys=0, slots_read=3))
-  assert scoring.mean_pauses([first, second]) == pytest.approx((first.pauses + second.pauses) / 4)
-  assert scoring.mean_pauses([]) is None
 
 
 def test_many_branches_are_dealt_to_several_rows(exact):

@@ -25,7 +25,7 @@ import bisect
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -456,9 +456,3 @@ def _read(
     log_words = jax.nn.logsumexp(log_stopping[..., None] + words.log_words, 1)
   log_target = jnp.take_along_axis(log_words, targets[:, None], 1)[:, 0]
   return log_target, log_target >= log_words.max(-1) - _TIE, expected_pauses(log_stopping)
-
-
-def mean_pauses(scores: Iterable[Score]) -> float | None:
-  """Expected pauses a scored token; None where none was scored."""
-  total = sum(scores, Score())
-  return total.pauses / total.tokens if total.tokens else None
