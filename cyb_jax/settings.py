@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
 
 from cyb_jax.decoder import PRESETS
 from cyb_jax.errors import InputError
+from cyb_jax.methods import WEIGHTS
 
 _PRIORS = {"uniform": "1:1:1:1", "bimodal": "4:1:1:4", "early": "11:3:3:3"}
 
@@ -57,14 +58,11 @@ def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tupl
   Raises:
     InputError: a name that isn't one of theirs, or a fourth argument.
   """
-  given = [part.strip() for part in (argument or "").split(",")]
-  if len(given) > 3:
-    raise InputError(f"config argument: {argument!r} has {len(given)} parts; SETTING,SIZE,REGIME are three")
-  given += [""] * (3 - len(given))
+  given = _parts(argument, (setting, size, regime), "SETTING,SIZE,REGIME are three")
   return (
-    _one_of("setting", given[0] or setting, SETTINGS),
-    _one_of("size", given[1] or size, PRESETS),
-    _one_of("data regime", given[2] or regime, REGIMES),
+    _one_of("setting", given[0], SETTINGS),
+    _one_of("size", given[1], PRESETS),
+    _one_of("data regime", given[2], REGIMES),
   )
 
 
@@ -74,14 +72,16 @@ def parse_tuning(argument: str | None) -> tuple[str, str]:
   Raises:
     InputError: a name that isn't one of theirs, or a third argument.
   """
+  setting, tuned = _parts(argument, ("ap", "all"), "SETTING,WEIGHTS are two")
+  return _one_of("setting", setting, SETTINGS), _one_of("tuning.weights", tuned, WEIGHTS)
+
+
+def _parts(argument: str | None, defaults: Sequence[str], wanted: str) -> list[str]:
   given = [part.strip() for part in (argument or "").split(",")]
-  if len(given) > 2:
-    raise InputError(f"config argument: {argument!r} has {len(given)} parts; SETTING,WEIGHTS are two")
-  given += [""] * (2 - len(given))
-  return (
-    _one_of("setting", given[0] or "ap", SETTINGS),
-    _one_of("tuning.weights", given[1] or "all", ("all", "lora", "new")),
-  )
+  if len(given) > len(defaults):
+    raise InputError(f"config argument: {argument!r} has {len(given)} parts; {wanted}")
+  given += [""] * (len(defaults) - len(given))
+  return [part or default for part, default in zip(given, defaults)]
 
 
 def fine_tune(config: ml_collections.ConfigDict, setting: str, tuned: str, *, calibrated: bool = True) -> None:
