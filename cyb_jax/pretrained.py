@@ -224,29 +224,11 @@ def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) 
   return configs.freeze(source | {"decoder": decoder | filled})
 
 
-def check_start(config: Config, method: Method | None = None, tokenizer: Tokenizer | None = None) -> None:
-  """Whether `init_from` can be started from; reads no weights.
-
-  Args:
-    config: `init_from` may be ''.
-    method: of the new run; None, before its vocabulary is known: only whether it can be opened is checked.
-    tokenizer: of the new run.
-
-  Raises:
-    InputError: see `open_pretrained` and `Pretrained.check`.
-  """
-  if not config.init_from:
-    return
-  found = open_pretrained(config.init_from)
-  if method is not None and tokenizer is not None:
-    found.check(method, tokenizer)
-
-
-def parameters(path: str | Pretrained, method: Method, wanted: PyTree, seed: int) -> PyTree:
+def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, seed: int) -> PyTree:
   """What a run's parameters are before its first step; see the head of this file.
 
   Args:
-    path: `init_from`; or what `open_pretrained` has opened.
+    pretrained: what it starts from.
     method: of the run, over its vocabulary.
     wanted: shapes, dtypes and shardings.
     seed: `train.seed`.
@@ -254,7 +236,6 @@ def parameters(path: str | Pretrained, method: Method, wanted: PyTree, seed: int
   Returns:
     Bare arrays, placed. What the start has is never drawn first, so that no two copies are held.
   """
-  pretrained = open_pretrained(path) if isinstance(path, str) else path
   found = pretrained.params(wanted)
   rows = _new_rows(pretrained, method.vocab_size, {k: v for k, v in wanted.items() if k not in found}, found["decoder"])
   missing = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted) if _at(found, path) is None]

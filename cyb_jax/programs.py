@@ -253,11 +253,6 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
   from cyb_jax import runs, training
 
   given = flags.FLAGS.store
-  if "source" in meta and not (given or config.init_from):
-    raise InputError(
-      "--workdir: it holds converted weights, which have no data of their own; name it as --init_from, with a --config"
-      " that says what is read"
-    )
   if given:
     if not os.path.exists(given):
       raise InputError(f"--store: {given} is not there")

@@ -172,7 +172,7 @@ def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenSt
   Raises:
     InputError: the given folder holds another store.
   """
-  # Converted weights weren't trained on any that is known.
+  # What a run would start from wasn't trained on any that is known.
   if meta is None or "store" not in meta or not pathlib.Path(given or meta["store_path"]).exists():
     return None
   store = TokenStore.open(given or meta["store_path"])

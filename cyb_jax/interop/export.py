@@ -293,7 +293,7 @@ def _config_json(
     "num_attention_heads": config.num_heads,
     "max_position_embeddings": max_positions,
     "tie_word_embeddings": config.tied_embeddings,
-    "bos_token_id": end if tokenizer is None else getattr(tokenizer, "start_id", end),
+    "bos_token_id": None if tokenizer is None else tokenizer.start_id,
     "eos_token_id": end,
     "pad_token_id": None,
     # The older name and the newer one; RoPE's fields come in two spellings too.

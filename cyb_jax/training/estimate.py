@@ -49,7 +49,8 @@ def dry_run(config: Config) -> dict[str, Any]:
   shards = sharding.data_shards(mesh)
   sharding.check_batch(data.batch_size, shards * config.optimizer.accumulate)
   try:
-    pretrained.check_start(config)
+    if config.init_from:
+      pretrained.open_pretrained(config.init_from)
   except InputError as error:
     logging.warning("%s; shapes are those of the config", error)
   store = find_store(config)

@@ -144,8 +144,10 @@ def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile:
   shards = sharding.data_shards(mesh)
   sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
   meta = runs.newest_meta(workdir)
+  found = None
   if meta is None:
-    pretrained.check_start(config)
+    if config.init_from:
+      found = pretrained.open_pretrained(config.init_from)
     pieces = trained_pieces(config.tokenizer)
     config.decoder_config(pieces)
   store = runs.open_recorded_store(meta, config.data.store) or open_store(config)
@@ -154,11 +156,11 @@ def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile:
   method = config.build_method(store.vocab_size, data_shards=1 if local else shards)
   batches = open_batches(config, store)
   steps = num_steps(config, batches)
-  if meta is None:
-    pretrained.check_start(config, method, store.tokenizer)
+  if found is not None:
+    found.check(method, store.tokenizer)
   folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
   with jax.default_matmul_precision(config.precision.matmul):
-    return _Loop(config, folder, mesh, store, method, batches, steps, profile).run()
+    return _Loop(config, folder, mesh, store, method, batches, steps, profile, found).run()
 
 
 @dataclasses.dataclass
@@ -219,6 +221,7 @@ class _Loop:
     batches: TrainBatches,
     steps: int,
     profile: int,
+    found: pretrained.Pretrained | None,
   ):
     self.config, self.folder, self.store, self.method = config, folder, store, method
     self.batches, self.steps, self.devices = batches, steps, mesh.size
@@ -232,6 +235,7 @@ class _Loop:
     self.peak = peak_flops(mesh.devices.flat[0])
     self.warned = False
     self.profile = profile
+    self.found = found  # what a run that has no checkpoint yet starts from
 
   def run(self) -> dict[str, Any]:
     checkpoints = runs.checkpoints_in(self.folder, keep=self.config.train.keep)
@@ -254,10 +258,9 @@ class _Loop:
     steps = checkpoints.steps()
     if not steps:
       params = None
-      if self.config.init_from:
-        params = pretrained.parameters(
-          self.config.init_from, self.method, self.strategy.abstract().params, self.config.train.seed
-        )
+      if self.found is not None:
+        wanted = self.strategy.abstract().params
+        params = pretrained.parameters(self.found, self.method, wanted, self.config.train.seed)
       state = self.strategy.init(params)
       state = self._calibrated(state)
       return state, 0, 0
@@ -290,7 +293,7 @@ class _Loop:
     """A fresh state, its parameters adjusted to the first batches where the method wants that."""
     method = self.evaluator.method
     if not method.calibration_batches:
-      if self.config.init_from and method.decides:
+      if self.found is not None and method.decides:
         method.tell_start(self.strategy.params(state), [self.evaluator.put(self._read(0))])
       return state
     logical = self.strategy.logical(state)
