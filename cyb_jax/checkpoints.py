@@ -30,6 +30,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from cyb_jax.errors import InputError, StorageError, storage_cause
+from cyb_jax.hosts import ALONE, Cluster
 
 _CHECKSUMS = "checksums.json"
 _HASHING_THREADS = 8
@@ -54,20 +55,26 @@ class Checkpoints:
     directory: on a local disk; made when the first checkpoint is saved.
     keep: how many of the newest are kept, beside the one with the lowest validation loss.
     read_only: for evaluation, also while a training writes here: nothing is written or tidied.
+    cluster: the hosts that write together, all of them to this folder; host 0 alone tidies and commits.
 
   Raises:
     InputError: there are checkpoints, and all of them are damaged; nothing was touched.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int = 1, read_only: bool = False):
+  def __init__(
+    self, directory: str | os.PathLike, *, keep: int = 1, read_only: bool = False, cluster: Cluster = ALONE
+  ):
     self.directory = pathlib.Path(directory)
     self._unfinished = self.directory / "unfinished"
     self._keep, self._read_only = keep, read_only
     self._saving: tuple[int, Future[None]] | None = None
     if read_only:
       return
-    self._set_damaged_aside()
-    shutil.rmtree(self._unfinished, ignore_errors=True)
+    self._hosts, self._hosts_behind = cluster.channel("checkpoints"), cluster.channel("checkpoints/commit")
+    if self._hosts.index == 0:
+      self._set_damaged_aside()
+      shutil.rmtree(self._unfinished, ignore_errors=True)
+    self._hosts.barrier()
     self._losses = {step: self._loss(step) for step in self.steps()}
     # Where folders that are made in the background can't be made, orbax waits for them for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -205,7 +212,7 @@ class Checkpoints:
       Whatever else the save before this one failed with.
     """
     self.wait()
-    if step in self.steps():
+    if self._hosts.broadcast(step in self.steps()):
       return
     # A loss that isn't finite must not compete: nan would win.
     loss = loss if loss is not None and math.isfinite(loss) else None
@@ -213,7 +220,9 @@ class Checkpoints:
     if loss is not None:
       items["validation"] = ocp.args.JsonSave({"loss": loss})
     try:
-      self._unfinished.mkdir(parents=True, exist_ok=True)
+      if self._hosts.index == 0:
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+      self._hosts.barrier()
       self._saver.save(self._unfinished / str(step), args=ocp.args.Composite(**items))
     except Exception as error:
       failed = self._storage_error(step, error)
@@ -241,8 +250,14 @@ class Checkpoints:
       self.wait()
 
   def _finish(self, step: int, loss: float | None) -> None:
-    """In the background: when orbax is done, the checksums, the step's name, and the end of those not kept."""
+    """In the background: when all hosts' parts are written, host 0 commits them."""
     self._saver.wait_until_finished()
+    if self._hosts_behind.index == 0:
+      self._commit(step, loss)
+    self._hosts_behind.barrier()
+
+  def _commit(self, step: int, loss: float | None) -> None:
+    """The checksums, the step's name, and the end of those not kept."""
     folder = self._unfinished / str(step)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
@@ -271,7 +286,8 @@ class Checkpoints:
     if cause is None:
       return None
     # It may be what fills the disk.
-    shutil.rmtree(self._unfinished, ignore_errors=True)
+    if self._hosts.index == 0:
+      shutil.rmtree(self._unfinished, ignore_errors=True)
     steps = self.steps()
     before = (
       f"that of step {steps[-1]} is there, and the same command goes on from it" if steps else "there is none before"
@@ -387,8 +403,9 @@ class Checkpoints:
     finally:
       self._background.shutdown()
       self._saver.close()
-      with contextlib.suppress(OSError):
-        self._unfinished.rmdir()
+      if self._hosts.index == 0:
+        with contextlib.suppress(OSError):
+          self._unfinished.rmdir()
 
 
 def _lowest(losses: dict[int, float | None]) -> int | None:

@@ -1,4 +1,6 @@
-"""The errors that a program ends with in one line: bad input, a disk that fails a run, a run that has diverged."""
+"""The errors that a program ends with in one line: bad input, a disk or a host that fails a run, a run that has
+diverged.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,14 @@ class DivergedError(FloatingPointError):
 
   None of them was applied. The message is one line that names the step, and where the last good state lies. Programs
   print it without a traceback and exit with code 1.
+  """
+
+
+class HostLostError(RuntimeError):
+  """Another host has gone, or can't be reached.
+
+  The message is one line. Programs print it without a traceback and exit with code 1; the same command on all hosts
+  continues.
   """
 
 

@@ -8,11 +8,13 @@ line and no traceback; 75 interrupted, saved, to be continued.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging as python_logging
 import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import jsonl
-from cyb_jax.errors import DivergedError, InputError, StorageError
+from cyb_jax.errors import DivergedError, HostLostError, InputError, StorageError
 
 if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of at once
   from jax.sharding import Mesh
 
   from cyb_jax.config import Config
   from cyb_jax.data import TokenStore
+  from cyb_jax.hosts import Cluster
   from cyb_jax.runs import Run
 
 EXIT_CRASH = 1
@@ -77,21 +80,13 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
         left = " ".join(argv[1 + words :])
         raise InputError(f"arguments: {left!r} are left over; every option is a flag, --name=value")
       result = main(argv)
-    except InputError as error:
-      return _complain(str(error))
-    except (DivergedError, StorageError) as error:
-      _complain(str(error))
-      return EXIT_CRASH
     except Failed as error:
-      _complain(str(error))
-      result, code = error.result, EXIT_CRASH
-    except Interrupted as error:
-      logging.info("%s", error)
-      return EXIT_INTERRUPTED
-    except BrokenPipeError:
-      # Whoever read has gone, `head` for instance; what is left in the buffer would be tried again at exit.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      return EXIT_CRASH
+      result, code = error.result, told(error)
+    except Exception as error:
+      code = told(error)
+      if code is None:
+        raise
+      return code
     if result is not None:
       sys.stderr.flush()
       sys.stdout.write(jsonl.dumps(result) + "\n")
@@ -103,6 +98,68 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       # `--help` shows those of the program that is run, which a console script has none of.
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=_parse)
+
+
+def told(error: BaseException) -> int | None:
+  """Says in one line what a program ends with, and gives its exit code; None: a crash, which has a traceback."""
+  if isinstance(error, InputError):
+    return _complain(str(error))
+  if isinstance(error, DivergedError | HostLostError | StorageError | Failed):
+    _complain(str(error))
+    return EXIT_CRASH
+  if isinstance(error, Interrupted):
+    logging.info("%s", error)
+    return EXIT_INTERRUPTED
+  if isinstance(error, BrokenPipeError):
+    # Whoever read has gone, `head` for instance; what is left in the buffer would be tried again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_CRASH
+  return None
+
+
+def define_host_flags() -> None:
+  """The flags of a program that several hosts run as one; see `on_hosts`."""
+  flags.DEFINE_string(
+    "coordinator", "", "Where hosts meet: HOST:PORT of process 0; auto: what jax finds by itself (TPU pods, Slurm, Open"
+    " MPI, Kubernetes); none: this process is alone. Not given: auto on TPU VMs, else none."
+  )  # fmt: skip
+  flags.DEFINE_integer("num_processes", -1, "With --coordinator=HOST:PORT: how many processes there are.")
+  flags.DEFINE_integer("process_id", -1, "With --coordinator=HOST:PORT: which of them this is, from 0.")
+  flags.DEFINE_integer("join_timeout", 300, "Seconds that hosts wait for each other at the start.")
+  flags.DEFINE_integer("heartbeat", 60, "Seconds after which a host that says nothing counts as lost.")
+
+
+def on_hosts(main: Callable[[Cluster], dict[str, Any] | None]) -> dict[str, Any] | None:
+  """Runs a program's work on all hosts that the flags name, and sees that they end together.
+
+  Args:
+    main: takes the cluster; nothing of jax was used before.
+
+  Returns:
+    What `main` has returned, on host 0; None on the others.
+  """
+  from cyb_jax import hosts
+
+  args = flags.FLAGS
+  names = [field.name for field in dataclasses.fields(hosts.Meeting)]
+  cluster = hosts.join(hosts.Meeting(**{name: args[name].value for name in names}))
+  if cluster.index:
+    logging.set_verbosity(logging.WARNING)  # of what they all do, host 0 tells
+  try:
+    with hosts.losses_told(cluster):
+      result = main(cluster)
+  except Interrupted:
+    cluster.leave()
+    raise
+  except BaseException as error:
+    if cluster.count > 1:
+      code = told(error)
+      if code is None:
+        traceback.print_exc()
+      cluster.abandon(str(error) or repr(error), EXIT_CRASH if code is None else code)
+    raise
+  cluster.leave()
+  return result if cluster.index == 0 else None
 
 
 def config_flag() -> Any:
@@ -248,8 +305,6 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
     config: of the run.
     meta: of its checkpoint.
   """
-  import dataclasses
-
   from cyb_jax import runs, training
 
   given = flags.FLAGS.store

@@ -73,9 +73,45 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+  """int64[R]: which rows of a batch this host's devices hold, ascending; hosts may share rows (tensor parallelism)."""
+  places = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places]))
+
+
+def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+  """bool[R]: which of `host_rows` no host of a lower number holds too; every row is one host's own."""
+  first: dict[int, int] = {}
+  for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
+    for row in range(*rows.indices(batch_size)):
+      first[row] = min(first.get(row, device.process_index), device.process_index)
+  here = jax.process_index()
+  return np.array([first[row] == here for row in host_rows(sharding, batch_size).tolist()], bool)
+
+
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """This host's rows of a batch, on the devices."""
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  """A batch on the devices.
+
+  Args:
+    batch: this host's rows of it, `host_rows`.
+    sharding: see `batch_sharding`.
+  """
+  shards = data_shards(sharding.mesh)
+  here = len(next(iter(batch.values())))
+  batch_size = here * shards // len(host_rows(sharding, shards))
+  rows = host_rows(sharding, batch_size)
+
+  def put(values: np.ndarray) -> jax.Array:
+    shape = (batch_size, *values.shape[1:])
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(batch_size)
+      here = np.searchsorted(rows, [start, stop])
+      return values[here[0] : here[1]]
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+  return {name: put(values) for name, values in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

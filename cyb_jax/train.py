@@ -7,13 +7,16 @@ python -m cyb_jax.train --config=experiments/quickstart.py --dry_run     what it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from cyb_jax import programs
 from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from cyb_jax.hosts import Cluster
 
 
 def define_flags() -> None:
@@ -23,6 +26,7 @@ def define_flags() -> None:
   flags.DEFINE_boolean(
     "dry_run", False, "Print what a run takes, parameters, memory and FLOPs, and write nothing; needs no workdir."
   )
+  programs.define_host_flags()
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -36,9 +40,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   profile = flags.FLAGS.profile
   if profile < 0:
     raise InputError(f"--profile: {profile} is negative")
-  from cyb_jax import pretrained, training
 
-  return training.train(pretrained.settle(source, workdir), workdir, profile=profile)
+  def train(cluster: Cluster) -> dict[str, Any]:
+    from cyb_jax import pretrained, training
+
+    return training.train(pretrained.settle(source, workdir), workdir, profile=profile, cluster=cluster)
+
+  return programs.on_hosts(train)
 
 
 def run() -> None:

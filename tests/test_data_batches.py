@@ -100,7 +100,7 @@ def test_the_same_on_any_number_of_hosts(store):
   whole = TrainBatches(store, sequence_length=T, batch_size=8, seed=0)
   for hosts in (1, 2, 4):
     parts = [
-      TrainBatches(store, sequence_length=T, batch_size=8, seed=0, host=host, hosts=hosts) for host in range(hosts)
+      TrainBatches(store, sequence_length=T, batch_size=8, seed=0, rows=rows) for rows in np.split(np.arange(8), hosts)
     ]
     for step in (0, 1, 70, 10**6):
       read = [part(step) for part in parts]
@@ -121,8 +121,8 @@ def test_resumes_at_any_step(store):
 @pytest.mark.parametrize("limit", [None, 5, 10**6])
 def test_evaluation_reads_every_target_once(store, hosts, limit):
   parts = [
-    list(evaluation_batches(store, "test", sequence_length=T, batch_size=4, limit=limit, host=host, hosts=hosts))
-    for host in range(hosts)
+    list(evaluation_batches(store, "test", sequence_length=T, batch_size=4, limit=limit, rows=rows))
+    for rows in np.split(np.arange(4), hosts)
   ]
   assert len({len(part) for part in parts}) == 1
   rows = {name: [] for name in ("tokens", "targets", "weights")}
@@ -147,9 +147,7 @@ def test_bad_sizes(store):
     return TrainBatches(store, **{"sequence_length": T, "batch_size": 4, "seed": 0, **changed})
 
   for changed, message in (
-    ({"batch_size": 6, "hosts": 4}, "batch_size=6"),
     ({"batch_size": 0}, "batch_size=0"),
-    ({"host": 2, "hosts": 2}, "host=2"),
     ({"fraction": 0.0}, r"fraction=0\.0"),
     ({"fraction": 1.5}, r"fraction=1\.5"),
     ({"sequence_length": 10**6}, "sequence_length=1000000"),

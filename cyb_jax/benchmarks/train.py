@@ -307,11 +307,9 @@ class _Contender:
 
 def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable[[int], dict[str, np.ndarray]], int]:
   """What reads a step's batch, and its vocabulary's size."""
-  import jax
-
   from cyb_jax.data import TokenStore, TrainBatches, with_documents
 
-  data, hosts = config.data, jax.process_count()
+  data = config.data
   if store and not pathlib.Path(store).exists():
     raise InputError(f"--store: {store} is not there")
   store = store or data.store
@@ -326,12 +324,10 @@ def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable
       batch_size=data.batch_size,
       seed=data.seed,
       fraction=data.fraction,
-      host=jax.process_index(),
-      hosts=hosts,
     )
   else:
     vocab_size, end_id = vocabulary or _own_vocabulary(config), RandomTokens.end_id
-    batches = RandomTokens(vocab_size, data.sequence_length, data.batch_size // hosts)
+    batches = RandomTokens(vocab_size, data.sequence_length, data.batch_size)
   if not data.document_mask:
     return batches, vocab_size
   return lambda step: with_documents(batches(step), end_id), vocab_size

@@ -78,7 +78,7 @@ class TrainBatches:
     batch_size: B, over all hosts.
     seed: of the order.
     fraction: share of the windows that is used, in (0, 1]; at least one window.
-    host, hosts: this process reads the rows [host * B / hosts, (host + 1) * B / hosts).
+    rows: int[R], those of each batch that this process reads; None: all of them.
 
   Attributes:
     num_windows: windows in the train split.
@@ -97,12 +97,11 @@ class TrainBatches:
     batch_size: int,
     seed: int,
     fraction: float = 1.0,
-    host: int = 0,
-    hosts: int = 1,
+    rows: np.ndarray | None = None,
   ):
     if not 0 < fraction <= 1:
       raise InputError(f"data.fraction={fraction}: give a share of the data in (0, 1]")
-    self._rows = _rows_of_host(batch_size, host, hosts)
+    self._rows = _checked_rows(batch_size, rows)
     self.num_windows = store.num_windows("train", sequence_length)
     store.require("train", sequence_length)
     self.windows_per_epoch = max(1, math.floor(fraction * self.num_windows))
@@ -118,11 +117,11 @@ class TrainBatches:
     self._block = functools.lru_cache(maxsize=2)(self._windows_of_block)
 
   def __call__(self, step: int) -> Batch:
-    """This host's rows of a step's batch."""
+    """The rows of a step's batch."""
     return _batch(self._store, "train", self.windows(step), self._sequence_length)
 
   def windows(self, step: int) -> np.ndarray:
-    """int64[B / hosts]: numbers of the windows in this host's rows of a step's batch."""
+    """int64[R]: numbers of the windows in the rows of a step's batch."""
     if step < 0:
       raise ValueError(f"step must be at least 0, not {step}")
     block, place = divmod(step, _BLOCK_STEPS)
@@ -146,8 +145,7 @@ def evaluation_batches(
   sequence_length: int,
   batch_size: int,
   limit: int | None = None,
-  host: int = 0,
-  hosts: int = 1,
+  rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """The windows of a split in order, each once; the last batch is filled up with rows of weight 0.
 
@@ -156,12 +154,12 @@ def evaluation_batches(
     sequence_length: T.
     batch_size: B, over all hosts.
     limit: at most so many windows, from the first on.
-    host, hosts: this process reads the rows [host * B / hosts, (host + 1) * B / hosts) of each batch.
+    rows: int[R], those of each batch that this process reads; None: all of them.
 
   Raises:
     InputError: for an unknown split, or sizes that do not fit each other.
   """
-  rows = _rows_of_host(batch_size, host, hosts)
+  rows = _checked_rows(batch_size, rows)
   windows = store.num_windows(split, sequence_length)
   if limit is not None and limit < 1:
     raise InputError(f"limit={limit}: give at least 1 window")
@@ -181,12 +179,13 @@ def with_documents(batch: Batch, end_id: int) -> Batch:
   return batch | {"documents": np.cumsum(batch["tokens"] == end_id, axis=-1, dtype=np.int32)}
 
 
-def _rows_of_host(batch_size: int, host: int, hosts: int) -> np.ndarray:
-  if batch_size < 1 or hosts < 1 or batch_size % hosts:
-    raise InputError(f"data.batch_size={batch_size}: give a positive multiple of the number of hosts, {hosts}")
-  if not 0 <= host < hosts:
-    raise InputError(f"host={host}: give a number from 0 to {hosts - 1}")
-  return np.arange(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+def _checked_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+  if batch_size < 1:
+    raise InputError(f"data.batch_size={batch_size}: give at least 1")
+  rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+  if not ((rows >= 0) & (rows < batch_size)).all():
+    raise ValueError(f"rows must be numbers from 0 to {batch_size - 1}, not {rows}")
+  return rows
 
 
 def _batch(store: TokenStore, split: str, indices: np.ndarray, sequence_length: int) -> Batch:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, PyTree
 from scipy import stats
 
-from cyb_jax import sharding
+from cyb_jax import hosts, sharding
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.self_paced import read_self_paced
 from cyb_jax.methods import Batch, Method, Reading
@@ -49,6 +49,10 @@ class Evaluator:
       functools.partial(sums, method, omega), in_shardings=(None, self._batch_sharding), out_shardings=None
     )
 
+  def rows(self, batch_size: int) -> np.ndarray:
+    """int64[R]: which rows of a batch this host reads."""
+    return sharding.host_rows(self._batch_sharding, batch_size)
+
   def put(self, batch: dict[str, Any]) -> Batch:
     """This host's rows of a batch, on the devices."""
     return sharding.put_batch(batch, self._batch_sharding)
@@ -60,7 +64,7 @@ class Evaluator:
 
     Args:
       params: of the method, bare arrays.
-      batches: [B, T] each, see `methods.Batch`; padding has weight 0.
+      batches: this host's `rows` of batches [B, T], see `methods.Batch`; padding has weight 0.
       num_bytes: UTF-8 bytes of the text that the tokens stand for; None: unknown.
 
     Returns:
@@ -75,10 +79,11 @@ class Evaluator:
     gains: list[np.ndarray] = []
     windows = length = kept = 0
     for batch in batches:
-      sums, decided, gained = jax.device_get(self._sums(params, self.put(batch)))
+      placed = self.put(batch)
+      sums, decided, gained = hosts.fetch(self._sums(params, placed))
       for name, value in sums.items():
         totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-      real = batch["weights"] > 0
+      real = hosts.fetch(placed["weights"]) > 0  # of all hosts
       windows += int(real.any(-1).sum())
       length = batch["tokens"].shape[1]
       if decided is not None and kept < _CALIBRATION_TOKENS:

@@ -48,18 +48,20 @@ def evaluate_split(
     InputError: the store has no such split, or nothing in it.
   """
   windows, limit = used_windows(store, config, split, limit)
+  batch_size = batch_size or config.data.batch_size
   batches = evaluation_batches(
     store,
     split,
     sequence_length=config.data.sequence_length,
-    batch_size=batch_size or config.data.batch_size,
+    batch_size=batch_size,
     limit=limit,
+    rows=evaluator.rows(batch_size),
   )
   if config.data.document_mask:
     batches = (with_documents(batch, store.end_id) for batch in batches)
   logging.info("evaluating %s: %d windows of %d tokens", split, windows, config.data.sequence_length)
   num_bytes = store.num_bytes(split) if limit is None else None
-  numbers = evaluator(params, told(batches, windows), num_bytes=num_bytes)
+  numbers = evaluator(params, told(batches, windows, batch_size), num_bytes=num_bytes)
   record = {"method": config.method.name, "step": step, "split": split, "limit": limit}
   record |= {"omega": evaluator.omega, "context": evaluator.context} | numbers
   return record | {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
@@ -83,12 +85,12 @@ def used_windows(store: TokenStore, config: Config, split: str, limit: int | Non
   return limit, limit
 
 
-def told(batches: Iterable[dict[str, Any]], windows: int) -> Iterator[dict[str, Any]]:
+def told(batches: Iterable[dict[str, Any]], windows: int, batch_size: int) -> Iterator[dict[str, Any]]:
   """The batches, with a line of progress now and then."""
   done, last = 0, time.monotonic()
   for batch in batches:
     yield batch
-    done += len(batch["tokens"])
+    done += batch_size
     if time.monotonic() - last > 10:
       last = time.monotonic()
       logging.info("evaluated %d of %d windows", min(done, windows), windows)

@@ -101,7 +101,7 @@ def statistics_of_split(
   def batches() -> Iterator[dict[str, Any]]:
     before = np.full(statistics.context, store.end_id, np.int32)
     found = evaluation_batches(store, split, sequence_length=length, batch_size=batch_size, limit=limit)
-    for first, batch in zip(range(0, windows, batch_size), told(found, windows)):
+    for first, batch in zip(range(0, windows, batch_size), told(found, windows, batch_size)):
       stream = np.concatenate([before, batch["tokens"].ravel()])
       places = np.arange(batch_size)[:, None] * length + np.arange(statistics.context)
       yield numbered(first + np.arange(batch_size), batch | {"before": stream[places]})

@@ -32,7 +32,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from cyb_jax import flops, losses
+from cyb_jax import flops, hosts, losses
 from cyb_jax.decoder import unembedding_init
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
@@ -328,7 +328,7 @@ class Cyb(PausedMethod):
       scores = self._decisions(params, batch)
       return (scores.log_dont_know - scores.log_answer)[..., :-1]
 
-    found = np.concatenate([np.asarray(odds(params, batch))[np.asarray(batch["weights"]) > 0] for batch in batches])
+    found = np.concatenate([hosts.fetch(odds(params, batch))[hosts.fetch(batch["weights"]) > 0] for batch in batches])
     return (float(np.median(found)), len(found)) if len(found) else None
 
   def train_slots(self, tokens: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -22,6 +23,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cyb_jax import __version__, pretrained, runs, sharding
+from cyb_jax import config as configs
 from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
 from cyb_jax.data.tasks import PLACES, settle_options
@@ -29,9 +31,10 @@ from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import DivergedError, InputError, writing
 from cyb_jax.evaluation import Evaluator, evaluate_split
 from cyb_jax.flops import peak_flops
+from cyb_jax.hosts import ALONE, Cluster, code_version
 from cyb_jax.methods import Method
 from cyb_jax.programs import Interrupted
-from cyb_jax.training.metrics import MetricsLog, format_seconds, read_metrics, summarize
+from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, read_metrics, summarize
 from cyb_jax.training.optimizer import make_optimizer, schedule
 from cyb_jax.training.sizes import bytes_per_device, count_parameters
 from cyb_jax.training.step import Totals, TrainState
@@ -78,16 +81,15 @@ def find_store(config: Config) -> TokenStore | None:
     return None
 
 
-def open_batches(config: Config, store: TokenStore) -> TrainBatches:
-  """This host's batches of a run."""
+def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = None) -> TrainBatches:
+  """The batches of a run; of each `rows`, None: all of them."""
   return TrainBatches(
     store,
     sequence_length=config.data.sequence_length,
     batch_size=config.data.batch_size,
     seed=config.data.seed,
     fraction=config.data.fraction,
-    host=jax.process_index(),
-    hosts=jax.process_count(),
+    rows=rows,
   )
 
 
@@ -117,13 +119,14 @@ def _check_store(store: TokenStore, config: Config) -> None:
     )
 
 
-def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> dict[str, Any]:
+def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0, cluster: Cluster = ALONE) -> dict[str, Any]:
   """Trains, or continues to train, and evaluates.
 
   Args:
     config: validated.
     workdir: the run's folder; made here, after everything that can be checked was.
     profile: how many steps to trace into WORKDIR/profile, after the first ten.
+    cluster: the hosts that train together; all call this.
 
   Returns:
     The last evaluation, as evaluation.json holds it.
@@ -134,11 +137,14 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0) -> di
     StorageError: the disk failed, by being full for instance; what was saved before is whole.
     DivergedError: `train.max_skipped` steps in a row weren't finite; what was saved before is good.
   """
-  with runs.Lock(workdir) as lock:
-    return _train(config, workdir, lock, profile)
+  with runs.Lock(workdir) if cluster.index == 0 else contextlib.nullcontext() as lock:
+    return _train(config, workdir, lock, profile, cluster)
 
 
-def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile: int) -> dict[str, Any]:
+def _train(
+  config: Config, workdir: str | os.PathLike, lock: runs.Lock | None, profile: int, cluster: Cluster
+) -> dict[str, Any]:
+  cluster.agree(_facts(config, workdir))
   runs.check_workdir(workdir, config)
   mesh = sharding.make_mesh(config.parallelism)
   shards = sharding.data_shards(mesh)
@@ -152,15 +158,34 @@ def _train(config: Config, workdir: str | os.PathLike, lock: runs.Lock, profile:
     config.decoder_config(pieces)
   store = runs.open_recorded_store(meta, config.data.store) or open_store(config)
   runs.check_fingerprint(store, meta)
+  # Hosts may have prepared their own, and take their time.
+  trained = None if meta is None else meta["train_tokens"]
+  cluster.agree({"token store": store.fingerprint, "tokens trained on": trained}, seconds=None)
   local = config.parallelism.strategy == "pmap"
   method = config.build_method(store.vocab_size, data_shards=1 if local else shards)
-  batches = open_batches(config, store)
-  steps = num_steps(config, batches)
+  steps = num_steps(config, open_batches(config, store))
   if found is not None:
     found.check(method, store.tokenizer)
-  folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
+  folder = pathlib.Path(workdir).absolute()
+  if lock is not None:
+    folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
+  cluster.same_folder(folder)
   with jax.default_matmul_precision(config.precision.matmul):
-    return _Loop(config, folder, mesh, store, method, batches, steps, profile, found).run()
+    return _Loop(config, folder, mesh, store, method, steps, profile, found, cluster).run()
+
+
+def _facts(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+  """What all hosts of a run must have alike."""
+  source = json.loads(configs.to_json(config))
+  # Where the tokens lie may differ; what they are is compared when they are there.
+  source["data"] = {name: value for name, value in source["data"].items() if name != "store"}
+  return {
+    "config": source,
+    "workdir": str(workdir),
+    "cyb_jax": f"{__version__}, source {code_version()}",
+    "jax": jax.__version__,
+    "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+  }
 
 
 @dataclasses.dataclass
@@ -218,17 +243,19 @@ class _Loop:
     mesh: Mesh,
     store: TokenStore,
     method: Method,
-    batches: TrainBatches,
     steps: int,
     profile: int,
     found: pretrained.Pretrained | None,
+    cluster: Cluster,
   ):
     self.config, self.folder, self.store, self.method = config, folder, store, method
-    self.batches, self.steps, self.devices = batches, steps, mesh.size
+    self.steps, self.devices, self.cluster = steps, mesh.size, cluster
     width = method.decoder.config.d_model
     self.schedule = schedule(config.optimizer, steps, width)
     optimizer = make_optimizer(config.optimizer, steps, width, new_rate=config.tuning.new_rate)
     self.strategy: Strategy = build_strategy(config, method, optimizer, mesh)
+    self.batches = open_batches(config, store, self.strategy.rows(config.data.batch_size))
+    self.own = self.strategy.own(config.data.batch_size)
     # Evaluation runs under jit whatever the strategy.
     shards = sharding.data_shards(mesh)
     self.evaluator = Evaluator(config.build_method(store.vocab_size, data_shards=shards), mesh)
@@ -238,18 +265,21 @@ class _Loop:
     self.found = found  # what a run that has no checkpoint yet starts from
 
   def run(self) -> dict[str, Any]:
-    checkpoints = runs.checkpoints_in(self.folder, keep=self.config.train.keep)
+    checkpoints = runs.checkpoints_in(self.folder, keep=self.config.train.keep, cluster=self.cluster)
     with contextlib.closing(checkpoints), _signals() as stopped:
       state, start, seen = self._start(checkpoints)
-      log = MetricsLog(self.folder, start, tensorboard=self.config.train.tensorboard)
+      log = NoLog()
+      if self.cluster.index == 0:
+        log = MetricsLog(self.folder, start, tensorboard=self.config.train.tensorboard)
       with contextlib.closing(log), Prefetch(self._read, start, self.steps) as ahead, _Trace(self.folder) as trace:
         state, seen = self._steps(state, start, seen, ahead, log, checkpoints, stopped, trace)
-      record = self._last_evaluation()
+      record = self.cluster.broadcast(self._last_evaluation())
       if record is None:  # somebody has removed the metrics of a finished run
         meta, limit = self._meta(self.steps, seen), self.config.train.last_eval_limit
         record = self._evaluate(state, self.steps, meta, limit=limit or None)
-      with writing(f"{self.folder / 'evaluation.json'}"):
-        runs.write_evaluation(self.folder, record)
+      if self.cluster.index == 0:
+        with writing(f"{self.folder / 'evaluation.json'}"):
+          runs.write_evaluation(self.folder, record)
       return record
 
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
@@ -266,7 +296,9 @@ class _Loop:
       return state, 0, 0
     meta = checkpoints.meta(steps[-1])
     restored = checkpoints.restore(steps[-1], self.strategy.abstract())
-    return self.strategy.place(restored.state), restored.step, meta["train_tokens"]
+    # Each host counts what it reads; host 0 what was read before.
+    seen = meta["train_tokens"] if self.cluster.index == 0 else 0
+    return self.strategy.place(restored.state), restored.step, seen
 
   def _log_size(self) -> None:
     data, method, abstract = self.config.data, self.method, self.strategy.abstract()
@@ -308,7 +340,7 @@ class _Loop:
     start: int,
     seen: int,
     ahead: Prefetch,
-    log: MetricsLog,
+    log: MetricsLog | NoLog,
     checkpoints,
     stopped: list[int],
     trace: _Trace,
@@ -320,7 +352,7 @@ class _Loop:
       batch = next(ahead)
       if step == start + 1:
         logging.info("compiling the step")
-      seen += int(np.count_nonzero(batch["weights"]))
+      seen += int(np.count_nonzero(batch["weights"][self.own]))
       if self.profile and step == start + _PROFILE_AFTER + 1:
         trace.start()
       state = self.strategy.step(state, self.strategy.put(batch))
@@ -337,7 +369,8 @@ class _Loop:
         pending = None
       last = step == self.steps
       validates = train.eval_every > 0 and step % train.eval_every == 0 and not last
-      saves = last or bool(stopped) or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
+      stopping = self.cluster.stops(bool(stopped))
+      saves = last or stopping or (train.checkpoint_every > 0 and step % train.checkpoint_every == 0)
       if last or step % train.log_every == 0:
         checkpoints.check()
         # A copy: the next step donates what it is given.
@@ -358,8 +391,8 @@ class _Loop:
           loss = self._evaluate(state, step, meta, limit=train.eval_limit or None)["loss"]
         log.write(record)
         logging.info("step %d: validation perplexity %.3f", step, record["perplexity"])
-      # Looked at once, and after the validation, during which a signal may have come.
-      stopping = bool(stopped)
+        # During which a signal may have come.
+        stopping = stopping or self.cluster.stops(bool(stopped))
       if saves or stopping:
         in_a_row = self._check_skipped(step, state.skipped_in_a_row)
         if in_a_row and not (stopping or last):
@@ -385,9 +418,10 @@ class _Loop:
     return with_documents(batch, self.store.end_id) if self.config.data.document_mask else batch
 
   def _meta(self, step: int, seen: int) -> dict[str, Any]:
+    """Of a checkpoint; `seen`: the tokens that this host has read. All hosts must call it."""
     run = step * self.config.data.batch_size * self.config.data.sequence_length
     return {
-      "train_tokens": seen,
+      "train_tokens": sum(self.cluster.gather(seen)),
       "train_slots": step * self.config.data.batch_size * self.method.train_slots(self.config.data.sequence_length),
       "train_flops": float(run * self.method.train_flops(self.config.data.sequence_length)),
       "store": self.store.fingerprint,
@@ -408,7 +442,7 @@ class _Loop:
         return row
     return None
 
-  def _log(self, log: MetricsLog, pending: _Pending, clock: _Clock) -> None:
+  def _log(self, log: MetricsLog | NoLog, pending: _Pending, clock: _Clock) -> None:
     config = self.config
     row = summarize(jax.device_get(self.strategy.logical(pending.totals)))
     steps, seconds, data_wait = clock.lap(pending.step)

@@ -108,6 +108,19 @@ class MetricsLog:
         self._events.close()
 
 
+class NoLog:
+  """Takes what a `MetricsLog` takes, on the hosts whose lines another one writes."""
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Nothing."""
+
+  def flush(self) -> None:
+    """Nothing."""
+
+  def close(self) -> None:
+    """Nothing."""
+
+
 class _EventFile:
   """TensorBoard's own record format, written without TensorFlow."""
 

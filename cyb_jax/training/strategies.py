@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from cyb_jax import sharding
@@ -42,6 +43,12 @@ class Strategy(Protocol):
 
   def params(self, state: TrainState) -> PyTree:
     """The parameters, on the mesh, to be read and not donated."""
+
+  def rows(self, batch_size: int) -> np.ndarray:
+    """int64[R]: which rows of a batch this host reads."""
+
+  def own(self, batch_size: int) -> np.ndarray:
+    """bool[R]: which of them are this host's own to count."""
 
   def put(self, batch: dict[str, Any]) -> Batch:
     """This host's rows of a batch, on the devices."""
@@ -99,6 +106,12 @@ class JitStrategy:
   def params(self, state: TrainState) -> PyTree:
     return state.params
 
+  def rows(self, batch_size: int) -> np.ndarray:
+    return sharding.host_rows(self._batch_sharding, batch_size)
+
+  def own(self, batch_size: int) -> np.ndarray:
+    return sharding.own_rows(self._batch_sharding, batch_size)
+
   def put(self, batch: dict[str, Any]) -> Batch:
     return sharding.put_batch(batch, self._batch_sharding)
 
@@ -122,7 +135,10 @@ class PmapStrategy:
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
     self._devices = list(mesh.devices.flat)
+    # Of this host: what pmap is given, and gives, has an axis of these.
+    self._local = [device for device in self._devices if device.process_index == jax.process_index()]
     self._everywhere = sharding.replicated(mesh)
+    self._batch_sharding = sharding.batch_sharding(mesh)
     self._init = functools.partial(init_state, method, optimizer, config.train.seed)
     self._num_slots = method.num_slots
     self._step = jax.pmap(
@@ -146,26 +162,35 @@ class PmapStrategy:
     return self.place(jax.jit(lambda params: self._init(params=params), donate_argnums=0)(params))
 
   def abstract(self) -> TrainState:
-    here = SingleDeviceSharding(self._devices[0])
     shapes = unbox(jax.eval_shape(self._init))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere), shapes)
 
   def place(self, state: TrainState) -> TrainState:
-    return self._replicate(state)
+    return self._replicate(jax.tree.map(lambda x: x.addressable_data(0), state))
 
   def _replicate(self, tree: PyTree) -> PyTree:
     spread = jax.pmap(lambda _, tree: tree, in_axes=(0, None), devices=self._devices)
-    return spread(jnp.arange(len(self._devices)), tree)
+    return spread(jnp.arange(len(self._local)), tree)
 
   def logical(self, state: TrainState) -> TrainState:
-    # One device's copy; they are equal, bit for bit, since all apply the same reduced gradient.
-    return jax.tree.map(lambda x: x.addressable_shards[0].data.reshape(x.shape[1:]), state)
+    # Every device's own copy; they are equal, bit for bit, since all apply the same reduced gradient.
+    def joined(x: jax.Array) -> jax.Array:
+      copies = [shard.data.reshape(x.shape[1:]) for shard in x.addressable_shards]
+      return jax.make_array_from_single_device_arrays(x.shape[1:], self._everywhere, copies)
+
+    return jax.tree.map(joined, state)
 
   def params(self, state: TrainState) -> PyTree:
-    return jax.device_put(self.logical(state).params, self._everywhere)
+    return self.logical(state).params
+
+  def rows(self, batch_size: int) -> np.ndarray:
+    return sharding.host_rows(self._batch_sharding, batch_size)
+
+  def own(self, batch_size: int) -> np.ndarray:
+    return sharding.own_rows(self._batch_sharding, batch_size)
 
   def put(self, batch: dict[str, Any]) -> Batch:
-    return {k: v.reshape(len(self._devices), -1, *v.shape[1:]) for k, v in batch.items()}
+    return {k: v.reshape(len(self._local), -1, *v.shape[1:]) for k, v in batch.items()}
 
   def step(self, state: TrainState, batch: Batch) -> TrainState:
     return self._step(state, batch)
