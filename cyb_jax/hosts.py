@@ -149,7 +149,7 @@ class Channel:
     self.gather(None)
 
   def agree(
-    self, facts: Mapping[str, Any], *, seconds: float | None = AGREE_SECONDS, what: str = "what it runs"
+    self, facts: Mapping[str, Any], *, seconds: float | None = AGREE_SECONDS, what: str = "what they run"
   ) -> None:
     """Whether all hosts have the same facts.
 
@@ -167,6 +167,36 @@ class Channel:
         more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
         said = "; ".join(f"{path} is {a!r} on host 0, but {b!r} on host {host}" for path, a, b in different[:3])
         raise InputError(f"hosts: {said}{more}; start all hosts with the same")
+
+  def same_folder(self, folder: Any, *, seconds: float = 20.0) -> None:
+    """Whether all hosts see host 0's folder under this path.
+
+    Args:
+      folder: a path; host 0 may write there.
+      seconds: that a shared file system may take to show a new file.
+
+    Raises:
+      InputError: some don't.
+    """
+    if self.count == 1:
+      return
+    token = self.broadcast(os.urandom(16).hex())
+    mark = folder / f".hosts.{token}"
+    if self.index == 0:
+      mark.write_text(token)
+    self.barrier()
+    until = time.monotonic() + seconds
+    while not (seen := _exists(mark)) and time.monotonic() < until:
+      time.sleep(0.2)
+    blind = [host for host, sees in enumerate(self.gather(seen)) if not sees]
+    if self.index == 0:
+      mark.unlink()
+    if blind:
+      numbers = ", ".join(map(str, blind))
+      raise InputError(
+        f"workdir: {folder} on host {numbers} isn't the folder of host 0; give one that all hosts share, such as"
+        " gs://BUCKET/FOLDER"
+      )
 
   def _next(self) -> str:
     turn = next(self._turns)
@@ -214,36 +244,6 @@ class Cluster(Channel):
       self._client.key_value_set(f"{_STOP}/{self.index}", "1")
     # Host 0 decides, or hosts that look at different times would stop at different steps.
     return self.broadcast(self._asked)
-
-  def same_folder(self, folder: Any, *, seconds: float = 20.0) -> None:
-    """Whether all hosts see host 0's folder under this path.
-
-    Args:
-      folder: a path; host 0 may write there.
-      seconds: that a shared file system may take to show a new file.
-
-    Raises:
-      InputError: some don't.
-    """
-    if self.count == 1:
-      return
-    token = self.broadcast(os.urandom(16).hex())
-    mark = folder / f".hosts.{token}"
-    if self.index == 0:
-      mark.write_text(token)
-    self.barrier()
-    until = time.monotonic() + seconds
-    while not (seen := _exists(mark)) and time.monotonic() < until:
-      time.sleep(0.2)
-    blind = [host for host, sees in enumerate(self.gather(seen)) if not sees]
-    if self.index == 0:
-      mark.unlink()
-    if blind:
-      numbers = ", ".join(map(str, blind))
-      raise InputError(
-        f"workdir: {folder} on host {numbers} isn't the folder of host 0; give one that all hosts share, such as"
-        " gs://BUCKET/FOLDER"
-      )
 
   def leave(self) -> None:
     """The end of a run that went well, or was interrupted, on all hosts alike."""

@@ -79,14 +79,13 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places]))
 
 
-def own_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-  """bool[R]: which of `host_rows` no host of a lower number holds too; every row is one host's own."""
+def own_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
+  """bool[R]: which of the `host_rows` of this host no host of a lower number holds; every row is one host's own."""
   first: dict[int, int] = {}
   for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
     for row in range(*rows.indices(batch_size)):
       first[row] = min(first.get(row, device.process_index), device.process_index)
-  here = jax.process_index()
-  return np.array([first[row] == here for row in host_rows(sharding, batch_size).tolist()], bool)
+  return np.array([first[row] == host for row in host_rows(sharding, batch_size).tolist()], bool)
 
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

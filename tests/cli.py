@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -48,34 +50,42 @@ def start(program, *flags, cwd=ROOT):
 
 # Most of a process's time is its imports: this one has made them, and forks for each command line.
 _SERVER = """
-import contextlib, importlib, json, os, sys, tempfile, warnings
+import importlib, json, os, sys, time, warnings
 import jax, orbax.checkpoint
 from cyb_jax import evaluation, runs, training
 warnings.filterwarnings("ignore")
+
+def start(asked):
+  child = os.fork()
+  if child:
+    return child
+  for number, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+  os.chdir(asked["cwd"])
+  os.environ.update(asked["env"])
+  sys.argv = [asked["program"], *asked["flags"]]
+  code = 1
+  try:
+    importlib.import_module("cyb_jax." + asked["program"]).run()
+  except SystemExit as error:
+    code = error.code or 0
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+def wait(asked):
+  until = time.monotonic() + asked["seconds"]
+  while time.monotonic() < until:
+    pid, status = os.waitpid(asked["pid"], os.WNOHANG)
+    if pid:
+      return os.waitstatus_to_exitcode(status)
+    time.sleep(0.01)
+  return None
+
 for line in sys.stdin:
   asked = json.loads(line)
-  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-    child = os.fork()
-    if not child:
-      os.dup2(out.fileno(), 1)
-      os.dup2(err.fileno(), 2)
-      os.chdir(asked["cwd"])
-      sys.argv = [asked["program"], *asked["flags"]]
-      code = 1
-      try:
-        importlib.import_module("cyb_jax." + asked["program"]).run()
-      except SystemExit as error:
-        code = error.code or 0
-      finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = []
-    for file in (out, err):
-      file.seek(0)
-      texts.append(file.read())
-  print(json.dumps([code, *texts]), flush=True)
+  print(json.dumps(wait(asked) if "pid" in asked else start(asked)), flush=True)
 """
 
 
@@ -87,13 +97,42 @@ def _server():
   return server
 
 
-def forked(program, *flags, cwd=ROOT):
-  """(exit code, standard output, standard error) of a program, in a process that has its imports already."""
+def _ask(**asked):
   server = _server()
-  asked = {"program": program, "flags": [str(flag) for flag in flags], "cwd": str(cwd)}
   server.stdin.write(json.dumps(asked) + "\n")
   server.stdin.flush()
   return json.loads(server.stdout.readline())
+
+
+class Forked:
+  """A program in a process that has its imports already."""
+
+  def __init__(self, program, *flags, cwd=ROOT, env=None):
+    self._folder = tempfile.TemporaryDirectory()
+    self._files = [os.path.join(self._folder.name, name) for name in ("out", "err")]
+    out, err = self._files
+    flags = [str(flag) for flag in flags]
+    self.pid = _ask(program=program, flags=flags, cwd=str(cwd), env=env or {}, out=out, err=err)
+
+  def kill(self, number=signal.SIGKILL):
+    os.kill(self.pid, number)
+
+  def wait(self, seconds=600):
+    """(exit code, standard output, standard error)."""
+    code = _ask(pid=self.pid, seconds=seconds)
+    if code is None:
+      self.kill()
+      _ask(pid=self.pid, seconds=60)
+      raise AssertionError(f"still running after {seconds} s:\n{self.texts()[1][-4000:]}")
+    return code, *self.texts()
+
+  def texts(self):
+    return [pathlib.Path(path).read_text(errors="replace") for path in self._files]
+
+
+def forked(program, *flags, cwd=ROOT):
+  """(exit code, standard output, standard error) of a program, in a process that has its imports already."""
+  return Forked(program, *flags, cwd=cwd).wait()
 
 
 def run(program, *flags, expect=0, cwd=ROOT):

@@ -285,7 +285,7 @@ class _Loop:
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
     """The state to go on from; the order in which parameters are looked for is told in `cyb_jax.pretrained`."""
     self._log_size()
-    steps = checkpoints.steps()
+    steps = self.cluster.broadcast(checkpoints.steps())
     if not steps:
       params = None
       if self.found is not None:
@@ -403,9 +403,10 @@ class _Loop:
           checkpoints.save(step, self.strategy.logical(state), meta, loss=loss)
       if stopping and not last:
         checkpoints.wait()
-        raise Interrupted(f"signal {stopped[0]}: saved at step {step} of {self.steps}; the same command continues")
+        cause = f"signal {stopped[0]}" if stopped else "another host was asked to stop"
+        raise Interrupted(f"{cause}: saved at step {step} of {self.steps}; the same command continues")
       clock = _Clock(ahead, step)
-    if not self.steps and not checkpoints.steps():
+    if not self.steps and not self.cluster.broadcast(checkpoints.steps()):
       meta = self._meta(0, 0)
       record = self._evaluate(state, 0, meta, limit=train.last_eval_limit or None)
       log.write(record)

@@ -110,7 +110,7 @@ class JitStrategy:
     return sharding.host_rows(self._batch_sharding, batch_size)
 
   def own(self, batch_size: int) -> np.ndarray:
-    return sharding.own_rows(self._batch_sharding, batch_size)
+    return sharding.own_rows(self._batch_sharding, batch_size, jax.process_index())
 
   def put(self, batch: dict[str, Any]) -> Batch:
     return sharding.put_batch(batch, self._batch_sharding)
@@ -187,7 +187,7 @@ class PmapStrategy:
     return sharding.host_rows(self._batch_sharding, batch_size)
 
   def own(self, batch_size: int) -> np.ndarray:
-    return sharding.own_rows(self._batch_sharding, batch_size)
+    return sharding.own_rows(self._batch_sharding, batch_size, jax.process_index())
 
   def put(self, batch: dict[str, Any]) -> Batch:
     return {k: v.reshape(len(self._local), -1, *v.shape[1:]) for k, v in batch.items()}
