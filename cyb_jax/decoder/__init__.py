@@ -1,6 +1,6 @@
 """A decoder-only transformer in Flax Linen."""
 
-from cyb_jax.decoder.attention import HiddenSlots
+from cyb_jax.decoder.attention import Documents, HiddenSlots
 from cyb_jax.decoder.cache import Cache, empty_cache
 from cyb_jax.decoder.decoder import SIZES, Decoder, DecoderConfig, embedding_init, init_params, unembedding_init
 from cyb_jax.decoder.lora import LoraConfig, merge_lora
@@ -12,6 +12,7 @@ __all__ = [
   "Cache",
   "Decoder",
   "DecoderConfig",
+  "Documents",
   "HiddenSlots",
   "LoraConfig",
   "embedding_init",

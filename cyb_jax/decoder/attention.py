@@ -11,11 +11,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.errors import InputError
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+# The kernels work in blocks of 128 or more: below that most of a block is filled up.
+_SHORTEST_SPLASH = 128
 
 
 def rotation(
@@ -70,6 +73,18 @@ def rotate(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Documents:
+  """Causal in the order of the slots, inside of documents.
+
+  Attributes:
+    numbers: i32[B, S]; slots of different numbers don't see each other.
+  """
+
+  numbers: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class HiddenSlots:
   """A mask told by its structure, where that costs less than the square: slots that other tokens don't see.
 
@@ -97,44 +112,87 @@ def attend(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B C G H"],
   value: Float[Array, "B C G H"],
-  mask: Bool[Array, "#B 1 S C"] | HiddenSlots | None = None,
+  mask: Bool[Array, "#B 1 S C"] | Documents | HiddenSlots | None = None,
   implementation: str = "auto",
+  *,
+  interpret: bool = False,
 ) -> Float[Array, "B S N H"]:
   """softmax(q k^T / sqrt(H)) v with grouped heads: head n reads kv head n // (N / G).
 
   Args:
     query: [B, S, N, H].
     key, value: [B, C, G, H], N a multiple of G; C = S but where keys come from a cache.
-    mask: None is causal in the order of the slots. Otherwise boolean [B or 1, 1, S, C], True where the query
-      (third axis) may see the key (fourth); it must hold causality itself, and let every query see a key. Or
-      `HiddenSlots`, with [B, N, S, T + K] weights in place of [B, N, S, S].
+    mask: None is causal in the order of the slots, `Documents` the same inside of documents. Otherwise boolean
+      [B or 1, 1, S, C], True where the query (third axis) may see the key (fourth); it must hold causality itself, and
+      let every query see a key. Or `HiddenSlots`; XLA then holds [B, N, S, T + K] weights in place of [B, N, S, S].
     implementation: 'xla' holds all [B, N, S, C] weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
-      floats; 'auto' is cudnn where it is supported and skips work (causal, no mask), else xla. The choice is
-      made while tracing, from `jax.default_backend()`.
+      floats; 'splash' is flash attention on TPUs, for all masks but boolean ones. 'auto' is the kernel of the platform
+      where it is supported and skips work (cuDNN: no mask), else xla. The choice is made while tracing; the platform is
+      that of the mesh under which this is traced (`jax.set_mesh`, pmap), else `jax.default_backend()`.
+    interpret: run 'splash' as plain JAX operations, on any device; for tests.
 
   Returns:
     [B, S, N, H] in the dtype of `query`. The softmax is computed in float32.
 
   Raises:
-    InputError: 'cudnn' was asked for where it cannot run.
+    InputError: 'cudnn' or 'splash' was asked for where it cannot run.
   """
+  implementation = _choose(query, key, mask, implementation, interpret)
+  if implementation == "splash":
+    # Part of what is experimental in JAX, and of no use where there is no TPU.
+    from cyb_jax.decoder import splash
+
+    width, documents = 1, None
+    if isinstance(mask, HiddenSlots):
+      width, documents = mask.num_slots, mask.documents
+    elif isinstance(mask, Documents):
+      documents = mask.numbers
+    return splash.attend(query, key, value, width, documents, interpret=interpret)
   if isinstance(mask, HiddenSlots):
-    if implementation not in ("auto", "xla"):
-      raise InputError(f"decoder.attention: {implementation!r} has no hidden slots; use 'auto' or 'xla'")
     return _attend_hidden(query, key, value, mask)
-  if implementation == "auto":
-    # cuDNN turns a mask into a dense bias and skips nothing: then XLA is as good, and takes every shape.
-    fits = mask is None and _cudnn_objection(query.dtype, query.shape[-1]) is None
-    implementation = "cudnn" if fits else "xla"
-  elif implementation == "cudnn":
-    objection = _cudnn_objection(query.dtype, query.shape[-1])
-    if objection is not None:
-      raise InputError(f"decoder.attention: 'cudnn' {objection}; use 'auto' or 'xla'")
-  elif implementation != "xla":
-    raise InputError(f"decoder.attention: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+  if isinstance(mask, Documents):
+    order = jnp.arange(query.shape[1])
+    mask = (order[:, None] >= order) & (mask.numbers[:, :, None] == mask.numbers[:, None, :])
+    mask = mask[:, None]
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=mask is None, implementation=implementation
   )
+
+
+def _choose(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B C G H"],
+  mask: Bool[Array, "#B 1 S C"] | Documents | HiddenSlots | None,
+  implementation: str,
+  interpret: bool,
+) -> str:
+  """The one place that chooses: 'xla', 'cudnn' or 'splash'. Arguments and errors are those of `attend`."""
+  if implementation not in IMPLEMENTATIONS:
+    raise InputError(f"decoder.attention: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+  if implementation == "xla":
+    return "xla"
+  if implementation == "cudnn":
+    objection = _cudnn_objection(query.dtype, query.shape[-1])
+    if isinstance(mask, HiddenSlots):
+      objection = "has no hidden slots"
+  elif implementation == "splash":
+    objection = _splash_objection(query, key, mask, interpret)
+  elif _splash_objection(query, key, mask, interpret) is None and query.shape[1] >= _SHORTEST_SPLASH:
+    implementation, objection = "splash", None
+  else:
+    # cuDNN turns a mask into a dense bias and skips nothing: then XLA is as good, and takes every shape.
+    fits = mask is None and _cudnn_objection(query.dtype, query.shape[-1]) is None
+    return "cudnn" if fits else "xla"
+  if objection is not None:
+    raise InputError(f"decoder.attention: {implementation!r} {objection}; use 'auto' or 'xla'")
+  if implementation == "splash":
+    from cyb_jax.decoder import splash
+
+    uneven = splash.uneven(query)
+    if uneven is not None:
+      logging.log_first_n(logging.WARNING, "attention is XLA's, and holds all its weights: %s", 1, uneven)
+      return "xla"
+  return implementation
 
 
 def _attend_hidden(
@@ -172,13 +230,37 @@ def _attend_hidden(
   return out.reshape(batch, length, heads, size).astype(query.dtype)
 
 
+def _platform() -> str:
+  """What the program being traced is to run on: it may be compiled for another machine than this."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def _splash_objection(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B C G H"],
+  mask: Bool[Array, "#B 1 S C"] | Documents | HiddenSlots | None,
+  interpret: bool,
+) -> str | None:
+  """Why splash attention cannot run here, or None."""
+  if not interpret and _platform() != "tpu":
+    return f"needs a TPU, this program is for {_platform()!r}"
+  if not (mask is None or isinstance(mask, Documents | HiddenSlots)):
+    return "takes no boolean mask (of hidden pauses in packed rows, of trees of answers)"
+  if query.shape[1] != key.shape[1]:
+    return f"needs as many keys as queries, not {key.shape[1]} and {query.shape[1]}"
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"needs bfloat16 or float32 activations, not {jnp.dtype(query.dtype).name}"
+  return None
+
+
 def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:
   """Why cuDNN's flash attention cannot run here, or None.
 
   The limits are those of https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html
   """
-  if jax.default_backend() != "gpu":
-    return f"needs an NVIDIA GPU, this process runs on {jax.default_backend()!r}"
+  if _platform() != "gpu":
+    return f"needs an NVIDIA GPU, this program is for {_platform()!r}"
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"needs bfloat16 activations, not {jnp.dtype(dtype).name}"
   try:

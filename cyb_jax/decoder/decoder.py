@@ -81,7 +81,7 @@ class DecoderConfig:
   initializer: str = "normal"  # or 'scaled'; see init_params
   dtype: str = "float32"  # of activations and matrix products; norms, softmax and rotations are in float32
   param_dtype: str = "float32"  # 'bfloat16' is for what isn't trained: small updates would be rounded away
-  attention: str = "auto"  # or 'xla', 'cudnn'; see attention.attend
+  attention: str = "auto"  # or 'xla', 'cudnn', 'splash'; see attention.attend
   remat: str = "none"  # or 'full' (keeps the layers' inputs), 'dots' (and all products but attention's)
   scan_layers: bool = False  # one compiled layer, parameters stacked on a leading axis 'layers'
   lora: LoraConfig | None = None  # adapters beside some of the matrices; see lora.py
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
     inputs: Float[Array, "B S D"],
     positions: Int[Array, "#B S"],
     *,
-    mask: Bool[Array, "#B 1 S S"] | attention.HiddenSlots | None = None,
+    mask: Bool[Array, "#B 1 S S"] | attention.Documents | attention.HiddenSlots | None = None,
     query_key_offset: Float[Array, "S D"] | Float[Array, "B S D"] | None = None,
   ) -> Float[Array, "B S D"]:
     """All layers and the final norm.
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
       inputs: [B, S, D], embedded (and scaled) already; cast to the dtype of activations.
       positions: i32[B or 1, S], what RoPE turns by; pauses repeat their token's position.
       mask: None is causal in the order of S; otherwise boolean [B or 1, 1, S, S], True where the query (third
-        axis) may see the key (fourth), causality included; or `HiddenSlots`, a mask told by its structure.
+        axis) may see the key (fourth), causality included; or `Documents` or `HiddenSlots`, told by their structure.
       query_key_offset: [S, D] or [B, S, D], added to the normed input of the query and key projections, not
         of the value's, in every layer: q = W_q (z + v), k = W_k (z + v).
 
@@ -218,7 +218,7 @@ class Decoder(nn.Module):
       [B, S, D] in the dtype of activations.
 
     Raises:
-      InputError: the config asks for cuDNN attention where it cannot run.
+      InputError: the config asks for cuDNN's or splash attention where it cannot run.
     """
     hidden, _ = self._run(inputs, positions, mask, query_key_offset, None, None)
     return hidden

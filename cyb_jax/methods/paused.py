@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax import flops
-from cyb_jax.decoder import Cache, HiddenSlots, embedding_init, init_params
+from cyb_jax.decoder import Cache, Documents, HiddenSlots, embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
@@ -91,8 +91,11 @@ class PausedMethod(Method):
     if self.shifts_positions:
       positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
     documents = batch.get("documents")
+    # Told by its structure where it can be: no kernel takes the square.
     if self.hides_pauses and self.decoder.config.attention != "cudnn":
       mask = HiddenSlots(self.num_slots, documents)
+    elif documents is not None and not self.hides_pauses:
+      mask = Documents(jnp.repeat(documents, self.num_slots, 1))
     else:
       mask = attention_mask(length, self.num_slots, visibility=self.config.pause_visibility, documents=documents)
     outputs = self.decoder.apply(
@@ -106,23 +109,27 @@ class PausedMethod(Method):
 
   def hidden_packed(self, params: Params, batch: Batch, packing: Packing) -> Float[Array, "B S D"]:
     """One decoder pass over the slots that tokens were given."""
-    tokens = batch["tokens"]
+    tokens, documents = batch["tokens"], batch.get("documents")
     inputs, offset = self._inputs(params, tokens)
     source = packing.token * self.num_slots + packing.slot
     positions = packing.token
     if self.shifts_positions:
       positions = jnp.arange(source.shape[-1], dtype=jnp.int32)[None]
+    if documents is not None and not self.hides_pauses:
+      mask = Documents(jnp.take_along_axis(documents, packing.token, 1))
+    else:
+      mask = attention_mask(
+        tokens.shape[1],
+        self.num_slots,
+        visibility=self.config.pause_visibility,
+        documents=documents,
+        packing=packing,
+      )
     return self.decoder.apply(
       {"params": params["decoder"]},
       jnp.take_along_axis(inputs, source[..., None], 1),
       positions,
-      mask=attention_mask(
-        tokens.shape[1],
-        self.num_slots,
-        visibility=self.config.pause_visibility,
-        documents=batch.get("documents"),
-        packing=packing,
-      ),
+      mask=mask,
       query_key_offset=None if offset is None else offset[packing.slot],
     )
 

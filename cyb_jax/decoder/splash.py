@@ -1,0 +1,213 @@
+"""Splash attention on TPUs: flash attention that skips the blocks of which a mask known beforehand leaves nothing.
+
+The kernels are JAX's own (jax.experimental.pallas.ops.tpu.splash_attention); here are the masks, the blocks, the
+padding and, under a mesh, the split over its devices, which XLA cannot make of a Pallas call.
+
+Letters: B batch, T tokens, W slots, S = T*W flattened, N heads, G kv heads, H head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+# Where the rules of `cyb_jax.sharding` put the batch and the heads.
+_BATCH_AXES, _HEADS_AXIS = ("data", "fsdp"), "tensor"
+_LANES = 128
+# Keys are read again for every block of queries, and n queries make n operations per byte: from 600 on no chip waits
+# (v6e; 240 on v5e). A block of 1,024 still fits into vector memory at head size 256, in float32 too. Hidden slots leave
+# so few blocks that what the mask hides in them weighs more: half the side wastes half as much.
+_LARGEST, _LARGEST_HIDDEN = 1024, 512
+
+
+def attend(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B S G H"],
+  value: Float[Array, "B S G H"],
+  num_slots: int = 1,
+  documents: Int[Array, "B T"] | None = None,
+  *,
+  interpret: bool = False,
+) -> Float[Array, "B S N H"]:
+  """softmax(q k^T / sqrt(H)) v, causal in the order of the slots.
+
+  Under a mesh (`jax.set_mesh`) the batch is split over data and fsdp and the heads over tensor, as far as these axes
+  are there and XLA's to split: inside of pmap or shard_map they are split already. Where kv heads don't divide over
+  tensor, each device takes those that its heads read.
+
+  Args:
+    query: [B, S, N, H]; scaled in float32, and rounded to its dtype again.
+    key, value: [B, S, G, H].
+    num_slots: W; 1: every slot sees those before it. Otherwise the first slots alone are seen by other tokens, see
+      `attention.HiddenSlots`.
+    documents: i32[B, T]; tokens of different numbers don't see each other. Blocks are not skipped for it.
+    interpret: run the kernels as plain JAX operations, on any device; for tests.
+
+  Returns:
+    [B, S, N, H] in the dtype of `query`.
+  """
+  run = functools.partial(_attend_here, num_slots=num_slots, interpret=interpret)
+  batch_axes, heads_axis = _axes()
+  if not batch_axes and heads_axis is None:
+    return run(query, key, value, documents)
+  if heads_axis is not None:
+    # Head n reads kv head n // (N / G). Repeated as often as it takes, that one lies in the same device's part.
+    groups, parts = key.shape[2], jax.sharding.get_abstract_mesh().shape[heads_axis]
+    key, value = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (key, value))
+  heads, rows = PartitionSpec(batch_axes, None, heads_axis), PartitionSpec(batch_axes)
+  split = jax.shard_map(
+    run,
+    in_specs=(heads, heads, heads, None if documents is None else rows),
+    out_specs=heads,
+    axis_names={*batch_axes, heads_axis} - {None},
+    check_vma=False,  # Pallas calls don't say over which axes their results vary.
+  )
+  return split(query, key, value, documents)
+
+
+def uneven(query: Float[Array, "B S N H"]) -> str | None:
+  """Why the shape can't be split over the mesh in whose context this is traced, or None."""
+  batch_axes, heads_axis = _axes()
+  shape = jax.sharding.get_abstract_mesh().shape
+  shards = math.prod(shape[axis] for axis in batch_axes)
+  if query.shape[0] % shards:
+    return f"a batch of {query.shape[0]} rows doesn't divide over {shards} devices"
+  if heads_axis is not None and query.shape[2] % shape[heads_axis]:
+    return f"{query.shape[2]} heads don't divide over {shape[heads_axis]} devices"
+  return None
+
+
+def executed_keys(length: int, num_slots: int = 1) -> float:
+  """Keys with which the kernels multiply a slot's query, averaged over the S slots of a row; as `attend`.
+
+  Whole blocks are computed, of which the mask then hides a part, and so are the rows and keys that fill up the last
+  ones. The forward kernel makes 2 products with so many keys (weights and values), the two backward kernels make 7.
+
+  Args:
+    length: S.
+    num_slots: W of hidden slots; 1 where a slot sees all before it.
+  """
+  block = _block(length, num_slots)
+  rows = -(-length // block)
+  if num_slots == 1:
+    return rows * (rows + 1) / 2 * block**2 / length
+  count = 0
+  for row in range(rows):
+    first, last = row * block, (row + 1) * block - 1
+    # Of all slots a row's own block; and one before it where a token has slots in both.
+    own = (first // num_slots * num_slots + 1) // block if first % num_slots else row
+    count += last // num_slots // block + 1 + row - own + 1
+  return count * block**2 / length
+
+
+def _axes() -> tuple[tuple[str, ...], str | None]:
+  """The mesh axes that are here for the batch and for the heads to be split over."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+  return tuple(axis for axis in _BATCH_AXES if axis in free), _HEADS_AXIS if _HEADS_AXIS in free else None
+
+
+def _block(length: int, num_slots: int) -> int:
+  """The side of a block: as few as there can be, all alike, in whole lanes."""
+  whole, largest = (length, _LARGEST) if num_slots == 1 else (-(-length // num_slots), _LARGEST_HIDDEN)
+  return _round_up(-(-whole // -(-whole // largest)), _LANES)
+
+
+def _round_up(size: int, step: int) -> int:
+  return -(-size // step) * step
+
+
+def _attend_here(query, key, value, documents, *, num_slots, interpret):
+  """`attend` on one device, or on its part."""
+  length, heads, size = query.shape[1:]
+  block = _block(length, num_slots)
+  rows = _round_up(length, block)
+  query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
+  seen_from = None if documents is None else jnp.repeat(documents, num_slots, 1)
+  seen = seen_from
+  if num_slots == 1:
+    mask = masks.CausalMask((rows, rows))
+  else:
+    # Keys are the tokens' first slots, then all slots. In the order of the slots every block below the diagonal would
+    # hold some first slots; so the others are left with the blocks on the diagonal.
+    firsts = _round_up(length // num_slots, block)
+    key, value = (jnp.concatenate((_pad(x[:, ::num_slots], firsts), x), 1) for x in (key, value))
+    if documents is not None:
+      seen = jnp.concatenate((_pad(documents, firsts), seen_from), 1)
+    mask = _HiddenMask(rows, firsts, num_slots)
+  # What fills up the last blocks comes behind all slots, and its outputs are cut off: none sees it.
+  query, key, value = _pad(query, rows), _pad(key, mask.shape[1]), _pad(value, mask.shape[1])
+  segments = None if documents is None else kernels.SegmentIds(_pad(seen_from, rows), _pad(seen, mask.shape[1]))
+  # Half a block of keys at a time: the weights, in float32, would else fill the vector memory.
+  part = block // 2 if block % (2 * _LANES) == 0 else block
+  sizes = kernels.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=part,
+    block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=part,
+    block_q_dq=block, block_kv_dq=block,
+  )  # fmt: skip
+  kernel = kernels.make_splash_mha(
+    masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+  )
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  out = jax.vmap(kernel)(query, key, value, segments)
+  return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+def _pad(x: Array, length: int) -> Array:
+  """[B, L, ...] with zeros behind, up to the length."""
+  return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _HiddenMask(masks.Mask):
+  """Hidden slots: rows are slots; columns are the tokens' first slots, filled up to whole blocks, then all slots.
+
+  T = 2, W = 3, firsts filled up to 4:
+
+                f0 f1 . .   t0 . .  t1 . .
+      t0 first   1  . . .    . . .   . . .
+         second  1  . . .    . 1 .   . . .
+         third   1  . . .    . 1 1   . . .
+      t1 first   1  1 . .    . . .   . . .
+         second  1  1 . .    . . .   . 1 .
+         third   1  1 . .    . . .   . 1 1
+
+  The mask is computed in the kernels, for every weight: token and slot come packed into one number per row, because
+  dividing by W there would cost more than the softmax.
+  """
+
+  rows: int
+  firsts: int
+  num_slots: int
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self.rows, self.firsts + self.rows
+
+  @property
+  def q_sequence(self) -> np.ndarray:
+    token, slot = np.divmod(np.arange(self.rows, dtype=np.int32), np.int32(self.num_slots))
+    return token << self.num_slots.bit_length() | slot
+
+  @property
+  def mask_function(self) -> _HiddenMask:
+    return self
+
+  def __call__(self, rows, columns):
+    bits = self.num_slots.bit_length()
+    token, slot = rows >> bits, rows & ((1 << bits) - 1)
+    behind = columns - self.firsts - token * self.num_slots
+    return (columns <= token) | ((behind > 0) & (behind <= slot))
+
+  def __getitem__(self, index) -> np.ndarray:
+    rows, columns = index
+    return self(self.q_sequence[rows][:, None], np.arange(self.shape[1], dtype=np.int32)[columns][None])
