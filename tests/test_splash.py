@@ -251,8 +251,8 @@ def test_no_square_is_kept_for_the_backward_pass(monkeypatch, remat):
   assert bool(squares(by_xla)) == (remat == "none")
 
 
-def chosen(implementation="auto", mask=None, *, length=256, keys=None, dtype="float32"):
-  shapes = [jax.ShapeDtypeStruct((1, n, 1, 8), dtype) for n in (length, keys or length)]
+def chosen(implementation="auto", mask=None, *, length=256, keys=None, size=256, dtype="float32"):
+  shapes = [jax.ShapeDtypeStruct((1, n, 1, size), dtype) for n in (length, keys or length)]
   return attention._choose(*shapes, mask, implementation, interpret=False)
 
 
@@ -261,7 +261,8 @@ def test_auto_on_a_tpu(monkeypatch):
   documents = attention.Documents(np.zeros((1, 256), np.int32))
   assert chosen() == chosen(mask=attention.HiddenSlots(2)) == chosen(mask=documents) == "splash"
   # What no kernel takes, and what is shorter than a block.
-  assert chosen(mask=np.ones((1, 1, 256, 256), bool)) == chosen(length=100) == chosen(dtype="float16") == "xla"
+  assert chosen(mask=np.ones((1, 1, 256, 256), bool)) == chosen(dtype="float16") == chosen(size=384) == "xla"
+  assert chosen(length=100) == "xla"
   assert chosen("splash", length=100) == "splash"
 
 
@@ -281,6 +282,7 @@ def test_the_mesh_tells_the_platform(monkeypatch):
     ("cpu", {}, "needs a TPU, this program is for 'cpu'"),
     ("tpu", {"mask": np.ones((1, 1, 256, 256), bool)}, "takes no boolean mask"),
     ("tpu", {"keys": 300}, "needs as many keys as queries, not 300 and 256"),
+    ("tpu", {"size": 384}, "needs a head size of at most 256, not 384"),
     ("tpu", {"dtype": "float16"}, "needs bfloat16 or float32 activations, not float16"),
   ],
 )

@@ -19,6 +19,8 @@ from cyb_jax.errors import InputError
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 # The kernels work in blocks of 128 or more: below that most of a block is filled up.
 _SHORTEST_SPLASH = 128
+# Of longer heads a block doesn't fit into vector memory.
+_LARGEST_SPLASH_HEAD = 256
 
 
 def rotation(
@@ -251,6 +253,8 @@ def _splash_objection(
     return f"needs as many keys as queries, not {key.shape[1]} and {query.shape[1]}"
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     return f"needs bfloat16 or float32 activations, not {jnp.dtype(query.dtype).name}"
+  if query.shape[-1] > _LARGEST_SPLASH_HEAD:
+    return f"needs a head size of at most {_LARGEST_SPLASH_HEAD}, not {query.shape[-1]}"
   return None
 
 
