@@ -106,40 +106,6 @@ def test_nothing_is_fetched_or_made_at_import(tmp_path):
   assert done.returncode == 0, done.stderr
 
 
-def launch(*arguments):
-  return subprocess.run(
-    [str(ROOT / "launch" / "tpu_vm.sh"), *arguments], text=True, capture_output=True, check=False, cwd=ROOT
-  )
-
-
-def test_launch_prints_what_it_would_do():
-  done = launch("--name=cyb", "--zone=z", "--dry-run", "--", "--config=experiments/c4.py:ap", "--workdir=/w dir")
-  assert done.returncode == 0, done.stderr
-  commands = [line for line in done.stderr.splitlines() if line.startswith("+ ")]
-  verbs = ["tpu-vm create", "archive", "tpu-vm scp", "tar", "python3.11", "pip", "tmux"]
-  assert len(commands) == len(verbs)
-  for command, verb in zip(commands, verbs):
-    assert verb in command
-  assert "--accelerator-type=v4-8 --version=tpu-ubuntu2204-base" in commands[0]
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    ((), "--name: not given"),
-    (("--name=x",), "--zone: not given"),
-    (("--name=x", "--zone=z"), "no flags for cyb-train"),
-    (("--name=x", "--zone=z", "--", "--config=c"), "cyb-train needs --config=... and --workdir=..."),
-    (("--nmae=x",), "--nmae=x is no flag of this script"),
-    (("--name=x", "--zone=z", "--type=v9-8", "--", "--config=c", "--workdir=w"), "--image: not given"),
-  ],
-)
-def test_launch_refuses(arguments, message):
-  done = launch(*arguments)
-  assert done.returncode == 2
-  assert message in done.stderr
-
-
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_checkout(tmp_path):
   """Built, installed into a folder of its own beside this venv's dependencies, and run from elsewhere."""
