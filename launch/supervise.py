@@ -12,7 +12,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -112,6 +111,13 @@ class Job:
   @property
   def flags_file(self) -> pathlib.Path:
     return self.cache / "cyb-flags.txt"
+
+  def clear(self) -> None:
+    """Removes what was made to be uploaded."""
+    with contextlib.suppress(OSError):
+      for path in (self.archive, self.flags_file):
+        path.unlink(missing_ok=True)
+      self.cache.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -574,9 +580,9 @@ class Supervisor:
         if not self.machine.startup:
           self.upload()
         while True:
+          self._trains, self._begun = True, time.monotonic()
           if not self.machine.startup:
             self.start()
-          self._trains, self._begun = True, time.monotonic()
           codes = self.follow(emit)
           self._trains = False
           said = ", ".join(f"{label} {code}" for label, code in codes.items())
@@ -679,7 +685,7 @@ class Supervisor:
   def _leave(self, state: str) -> list[str]:
     """Deletes the machine, unless it is to stay; what is left that shouldn't be."""
     name, delete = self.machine.name, commands.shell(commands.delete(self.machine))
-    shutil.rmtree(self.job.cache, ignore_errors=True)
+    self.job.clear()
     if not self._asked:
       return []
     if self.keep or state == "stopped":

@@ -171,7 +171,7 @@ def check(command: str, rest: Sequence[str]) -> None:
   if command in ("train", "create"):
     if not args.type:
       raise InputError(
-        f"--type: not given; such as {', '.join(f'{kind}-8' for kind in commands.IMAGES if kind > 'v4')}"
+        f"--type: not given; such as {', '.join(f'{kind}-8' for kind in commands.IMAGES if kind >= 'v4')}"
       )
     if not re.fullmatch(r"v\d+[a-z]*-[1-9]\d*", args.type):
       raise InputError(f"--type: {args.type!r} is no accelerator type, such as v4-8 or v5litepod-16")
@@ -301,7 +301,6 @@ def runbook(command: str, machine: Machine, job: Job) -> list[Step]:
   create = []
   if machine.startup and command in ("train", "create"):
     create = [
-      *pack,
       Step("Lay it where the machine finds it.", commands.to_bucket(job.archive, job.source)),
       Step(
         "The flags of cyb-train, one a line, for the machine's metadata.",
@@ -324,7 +323,7 @@ def runbook(command: str, machine: Machine, job: Job) -> list[Step]:
       for node in machine.nodes
     ),
   ]
-  upload = [*pack, *(step for node in machine.nodes for step in supervise.setup_steps(machine, job, node))]
+  upload = [*(step for node in machine.nodes for step in supervise.setup_steps(machine, job, node))]
   start = [supervise.run_step(machine, job, node) for node in machine.nodes]
   worker = int(args.worker or 0)
   also = f", and so for the other workers, {several} in all" if several > 1 else ""
@@ -342,9 +341,9 @@ def runbook(command: str, machine: Machine, job: Job) -> list[Step]:
   ]
   seconds = str(max(1, round(args.stop_seconds)))
   steps = {
-    "create": create,
+    "create": [*(pack if machine.startup else []), *create],
     "queue": queue,
-    "upload": upload,
+    "upload": [*pack, *upload],
     "run": start,
     "logs": follow
     if args.follow
@@ -370,7 +369,7 @@ def runbook(command: str, machine: Machine, job: Job) -> list[Step]:
       for node in machine.nodes
     ],
     "delete": delete,
-    "train": [*create, *queue, *([] if machine.startup else [*upload, *start]), *follow, *delete],
+    "train": [*pack, *create, *queue, *([] if machine.startup else [*upload, *start]), *follow, *delete],
   }
   return steps[command]
 
@@ -440,7 +439,7 @@ def _upload(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
   try:
     supervisor.upload()
   finally:
-    shutil.rmtree(supervisor.job.cache, ignore_errors=True)
+    supervisor.job.clear()
   return {
     "name": supervisor.machine.name,
     "state": "uploaded",
