@@ -72,7 +72,10 @@ trap 'echo saved; exit 75' TERM
 printf '%s\\n' "$@" >"$CLOUD/flags-$WORKER"
 case $does in
   wait | stubborn | force*)
-    [[ $does != force* ]] || echo "${does#force }" >"$CLOUD/force"
+    if [[ $does == force* && $WORKER == 0 ]]; then
+      until [[ "$(cat "$CLOUD/starts-$NODE-1" 2>/dev/null)" == "$n" ]]; do sleep 0.05; done
+      echo "${does#force }" >"$CLOUD/force"
+    fi
     while :; do sleep 5 & wait $!; done ;;
   slow) sleep 0.8; for i in 4 5 6; do echo "step $i"; done; echo '{"perplexity": 2.5}' ;;
   *) echo '{"perplexity": 2.5}'; exit "$does" ;;
@@ -361,8 +364,10 @@ class FakeCloud:
         return 255
 
       def end():
-        with contextlib.suppress(ProcessLookupError):
-          os.killpg(process.pid, signal.SIGKILL)
+        # Not once it has ended: what it has left running is to go on.
+        if process.poll() is None:
+          with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
       threading.Thread(target=lambda: (call.gone.wait(), end()), daemon=True).start()
       if do == "drop":
