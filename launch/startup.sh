@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The startup script of a TPU VM: installs a checkout from a bucket and trains, as a service that outlives crashes and reboots. It is run
-# as root at every boot and does again only what is missing. The machine's own metadata says what to do; see `launch/tpu.py --runner=startup`:
+# The startup script of a TPU VM: installs a checkout from a bucket and trains, as a service that outlives crashes and
+# reboots. It is run as root at every boot and does again only what is missing. The machine's own metadata says what to
+# do (launch/tpu.py --runner=startup writes it):
 #
 #   cyb-source   gs://BUCKET/PATH.tar.gz, what `git archive` wrote
 #   cyb-flags    the flags of cyb-train, one on each line
 #   cyb-extras   what to install beside the package itself; tpu,reviews where it isn't given
 #
-# Exit codes: 0 and 2 (done; bad input) end it for good, reboots included. 75 (interrupted, saved) and 1 (a crash) are started again, three
-# times in an hour at most. What the machine may read and write is its service account's; there are no secrets here.
+# Exit codes: 0 and 2 (done; bad input) end it for good, reboots included. 75 (interrupted, saved) and 1 (a crash) are
+# started again, three times in an hour at most. What the machine may read and write is its service account's; there are
+# no secrets here.
 set -euo pipefail
 
 home="${CYB_HOME:-/opt/cyb}"

@@ -46,7 +46,9 @@ _REFUSED = re.compile(
   r"INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|unrecognized arguments|does not have permission|invalid choice"
   r"|Invalid value|do not currently have an active account|was not found or access|is not supported|SERVICE_DISABLED"
 )
-_NO_ROOM = re.compile(r"quota|RESOURCE_EXHAUSTED|capacity|stockout|429", re.IGNORECASE)
+_NO_ROOM = re.compile(
+  r"RESOURCE_EXHAUSTED|quota (?:limit|'|.*exceeded|.*exhausted)|capacity|stockout|\b429\b", re.IGNORECASE
+)
 # The connection rather than what was run over it.
 _CONNECTION = re.compile(
   r"return code \[255\]|Connection (?:closed|refused|reset|timed out)|no answer in|unusable", re.I
@@ -232,7 +234,7 @@ class Cloud:
       state, found = self.node(node)
       if state in NODE_LOST:
         raise LostError(f"node {node} is {state}")
-      count = len(found.get("networkEndpoints", ())) or commands.hosts(self.machine.type)
+      count = len(found.get("networkEndpoints", ())) or (commands.hosts(self.machine.type) if self.machine.type else 1)
       slice_label = f"s{i}" if self.machine.slices > 1 else ""
       workers += [Worker(node, w, f"{slice_label}w{w}") for w in range(count)]
     return workers

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What is done on a worker, by launch/tpu.py over ssh, by launch/startup.sh, or by hand. It lies in the checkout that it installs.
+# What is done on a worker, by launch/tpu.py over ssh, by launch/startup.sh, or by hand. It lies in the checkout that it
+# installs.
 #
 #   worker.sh install EXTRAS         a venv beside the checkout, with the pinned versions; again: nothing new
 #   worker.sh run FLAGS              cyb-train with these flags, in a tmux session that outlives the connection
@@ -139,7 +140,7 @@ case "$verb" in
     ;;
   halt) halt "${1:-300}" ;;
   *)
-    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" >&2
     echo "error: ${verb:-no verb}: none of install, run, follow, log, state, stop, halt, program" >&2
     exit 2
     ;;

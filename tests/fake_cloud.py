@@ -199,6 +199,9 @@ class FakeCloud:
   def _queued_resources_create(self, call):
     (name,) = call.positional()
     outcome = self._next("create")
+    for word in call.flag("metadata-from-file").split(","):
+      if word.startswith("cyb-flags="):
+        self.flags_of_the_machine = pathlib.Path(word.partition("=")[2]).read_text().splitlines()
     refusals = {
       "quota": "RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded.",
       "capacity": 'There is no more capacity in the zone "z"; you can try in another zone',
@@ -314,6 +317,9 @@ class FakeCloud:
     if do == "hang" or do.startswith("force "):
       call.hang()
       return 255
+    if do.startswith("ends "):
+      call.say("o", f"cyb-launch: exit {do.split()[1]}")
+      return 0
     if do.startswith("exit "):
       call.say("e", "the command failed")
       return int(do.split()[1])

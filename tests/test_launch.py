@@ -13,7 +13,10 @@ import textwrap
 import time
 
 import pytest
-from fake_cloud import FakeCloud
+import yaml
+from fake_cloud import FakeCloud, script
+
+from cyb_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -693,3 +696,195 @@ def test_a_laptop_needs_no_jax(cloud):
   )
   assert done.returncode == 0, done.stderr
   assert "queued-resources describe cyb" in done.stdout
+
+
+# The scripts.
+
+
+SYSTEMCTL = """
+echo "$@" >>"$CLOUD/systemctl"
+unit="$CLOUD/units/cyb-train.service"
+case "$*" in
+  *show*) if [[ -e $CLOUD/running ]]; then echo active; else echo inactive; fi ;;
+  *start*--no-block*) touch "$CLOUD/running"; bash "$(sed -n 's/^ExecStart=.* //p' "$unit")"; rm "$CLOUD/running" ;;
+esac
+exit 0
+"""
+
+CURL = """
+case "${@: -1}" in
+  */cyb-source) echo "$SOURCE" ;;
+  */cyb-flags) printf '%s\\n' '--config=a b' --workdir=gs://bucket/w ;;
+  *) exit 22 ;;
+esac
+"""
+
+
+def boots(cloud, archive):
+  """A boot of a machine with launch/startup.sh, as root would run it."""
+  (cloud.folder / "units").mkdir(exist_ok=True)
+  for name, text in (("systemctl", SYSTEMCTL), ("curl", CURL), ("gcloud", 'cp "$3" "$4"')):
+    script(cloud.folder / "worker-bin" / name, text)
+  env = {
+    "PATH": f"{cloud.folder / 'worker-bin'}:/usr/bin:/bin",
+    "HOME": str(cloud.folder / "home" / "root"),
+    "CLOUD": str(cloud.folder),
+    "NODE": "cyb",
+    "WORKER": "0",
+    "CYB_HOME": str(cloud.folder / "opt"),
+    "CYB_UNITS": str(cloud.folder / "units"),
+    "SOURCE": str(archive),
+  }
+  return subprocess.run(
+    ["bash", str(LAUNCH / "startup.sh")], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+  )
+
+
+def test_the_startup_script_does_only_what_is_missing(cloud, tmp_path):
+  run = cloud.folder / "opt" / "cyb_run"
+  starts, installs = cloud.folder / "starts-cyb-0", cloud.folder / "pip"
+  archive = tmp_path / "source.tar.gz"
+  cloud.plays(train=["75", "1", "0", "2"])
+
+  # A source that isn't there: whoever follows the log is told.
+  done = boots(cloud, archive)
+  assert done.returncode == 1
+  assert (run / "exit").read_text() == "1\n"
+  assert not starts.exists()
+
+  subprocess.run(["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"], cwd=cloud.checkout, check=True)
+  done = boots(cloud, archive)
+  assert done.returncode == 0, (run / "log").read_text()
+  assert "-c constraints.txt .[tpu,reviews]" in installs.read_text()
+  assert (cloud.folder / "flags-0").read_text().splitlines() == ["--config=a b", "--workdir=gs://bucket/w"]
+  assert (run / "exit").read_text() == "75\n"
+  assert "step 3" in (run / "log").read_text()
+  unit = (cloud.folder / "units" / "cyb-train.service").read_text()
+  assert "Restart=on-failure" in unit
+  assert "RestartPreventExitStatus=2" in unit
+  # Interrupted, then crashed: it goes on at the next boot, with nothing installed again.
+  for n in (2, 3):
+    boots(cloud, archive)
+    assert int(starts.read_text()) == n
+  assert len(installs.read_text().splitlines()) == 1
+  # Done: nothing more at any boot.
+  assert (run / "exit").read_text() == "0\n"
+  boots(cloud, archive)
+  assert int(starts.read_text()) == 3
+  # Another source is another training; bad input ends it for good too.
+  other = archive.rename(tmp_path / "other.tar.gz")
+  boots(cloud, other)
+  assert int(starts.read_text()) == 4
+  assert len(installs.read_text().splitlines()) == 2
+  boots(cloud, other)
+  assert int(starts.read_text()) == 4
+
+
+def test_with_the_startup_script_the_machine_does_it_all(cloud):
+  cloud.plays(ssh=[{"match": "follow", "do": "ends 0"}])
+  result, _ = cloud.run("train", "--runner=startup")
+  assert cloud.told() == ["storage", "create", "delete"]
+  (create,) = [words for words in cloud.asked if "create" in words]
+  (flags,) = re.findall(r"cyb-flags=(\S+)", " ".join(create))
+  assert pathlib.Path(flags).name == "cyb-flags.txt"
+  assert list((cloud.folder / "bucket").glob("bucket/cyb_jax-source/*.tar.gz"))
+  assert (result["state"], result["exit_codes"]) == ("finished", {"w0": "0", "w1": "0"})
+  assert cloud.flags_of_the_machine == list(TRAINING)
+
+
+@pytest.mark.parametrize(
+  ("code", "job", "requeued"),
+  [(0, "", False), (1, "", False), (2, "", False), (75, "JobState=RUNNING", True), (75, "JobState=CANCELLED", False)],
+)
+def test_slurm_queues_again_what_was_interrupted(tmp_path, code, job, requeued):
+  for name, text in (
+    ("srun", f'echo "$@" >"{tmp_path}/srun"; exit {code}'),
+    ("scontrol", f'echo "{job}"; echo "$@" >>"{tmp_path}/scontrol"'),
+  ):
+    script(tmp_path / name, text)
+  (tmp_path / ".venv" / "bin").mkdir(parents=True)
+  script(tmp_path / ".venv" / "bin" / "cyb-train", "true")
+  env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+  line = ["bash", str(LAUNCH / "slurm_gpu.sh")]
+  done = subprocess.run([*line, *TRAINING], env=env | {"CYB_REQUEUE_SECONDS": "0"}, capture_output=True, check=False)
+  assert done.returncode == code
+  assert ("requeue 7" in (tmp_path / "scontrol").read_text()) == requeued
+  assert (tmp_path / "srun").read_text().endswith(f"/.venv/bin/cyb-train --coordinator=auto {' '.join(TRAINING)}\n")
+  assert subprocess.run(line, env=env, capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(path):
+  subprocess.run(["bash", "-n", str(path)], check=True)
+  if shutil.which("shellcheck") is None:
+    pytest.skip("shellcheck isn't installed; only the syntax was checked")
+  done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout
+
+
+def described(name):
+  """A YAML file of launch/."""
+  return yaml.safe_load((LAUNCH / name).read_text())
+
+
+def test_the_examples_name_what_there_is():
+  """Every flag is one of cyb-train, every config and field is there."""
+  jobset = described("gke_jobset.yaml")
+  (job,) = jobset["spec"]["replicatedJobs"]
+  spec = job["template"]["spec"]
+  (container,) = spec["template"]["spec"]["containers"]
+  assert spec["completions"] == spec["parallelism"] == 4
+  assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
+  assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+  assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+  assert jobset["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
+
+  sky = described("skypilot.yaml")
+  run = sky["run"]
+  for name, value in sky["envs"].items():
+    assert f"${name}" in run
+    run = run.replace(f"${name}", value)
+  assert "worker.sh install" in sky["setup"]
+
+  readme = re.findall(r"```sh\n(.*?)```", (LAUNCH / "README.md").read_text(), re.DOTALL)
+  slurm = (LAUNCH / "slurm_gpu.sh").read_text()
+  texts = [" ".join(container["args"]), run, slurm, (LAUNCH / "gke_jobset.yaml").read_text(), *readme]
+  known = subprocess.run(
+    [sys.executable, "-m", "cyb_jax.train", "--helpfull"],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  ).stdout
+  fields = json.loads(configs.to_json(configs.freeze(configs.default())))
+  for text in texts:
+    for config in re.findall(r"--config=(\S+?\.py)", text):
+      assert (ROOT / config.strip("\"'")).exists()
+    for field in re.findall(r"--config\.([\w.]+)=", text):
+      found = fields
+      for part in field.split("."):
+        found = found[part]
+  ours = set(re.findall(r"--(\w+)=", " ".join([*container["args"], *re.findall(r"cyb-train(.*)", run)])))
+  assert ours == {"coordinator", "config", "workdir"}
+  for flag in ours:
+    assert re.search(rf"--(\[no\])?{flag}\b", known), f"cyb-train has no --{flag}"
+
+
+def test_the_image_brings_what_is_installed():
+  """What launch/Dockerfile copies is there, and enough to build the package."""
+  text = (LAUNCH / "Dockerfile").read_text()
+  copied = [word for line in re.findall(r"^COPY (.*)", text, re.MULTILINE) for word in line.split()[:-1]]
+  assert all((ROOT / path).exists() for path in copied)
+  assert {"pyproject.toml", "constraints.txt", "cyb_jax", "experiments", "README.md", "LICENSE"} <= set(copied)
+  assert 'ENTRYPOINT ["cyb-train"]' in text
+
+
+def test_readme_names_what_there_is():
+  readme = (LAUNCH / "README.md").read_text()
+  for path in re.findall(r"`(?:launch/)?([\w.]+\.(?:py|sh|yaml))`", readme):
+    assert (LAUNCH / path).exists() or (ROOT / path).exists(), path
+  for flag in re.findall(r"`--(\w+)[`=]", readme):
+    source = (LAUNCH / "tpu.py").read_text()
+    assert f'"{flag}"' in source or flag in {"help", "config", "workdir", "coordinator"}, flag
+  assert "<!-- compile table -->" in readme
