@@ -63,8 +63,8 @@ n=$(($(cat "$starts" 2>/dev/null || echo 0) + 1))
 echo "$n" >"$starts"
 mapfile -t behaviours <"$CLOUD/train"
 echo "start $n"
-((n <= ${#behaviours[@]})) || n=${#behaviours[@]}
-IFS=, read -ra here <<<"${behaviours[n - 1]}"
+line=$((n <= ${#behaviours[@]} ? n : ${#behaviours[@]}))
+IFS=, read -ra here <<<"${behaviours[line - 1]}"
 does="${here[WORKER]:-${here[0]}}"
 for i in 1 2 3; do echo "step $i"; done
 trap 'echo saved; exit 75' TERM
@@ -103,7 +103,12 @@ class Call:
     read = lambda: b"".join(iter(lambda: file.read(1), b"\0")).decode()  # noqa: E731
     self.words = [read() for _ in range(int(read()))]
     # Whoever asks closes the connection when it is killed.
-    threading.Thread(target=lambda: (file.read(1), self.gone.set()), daemon=True).start()
+    threading.Thread(target=self._wait, args=(file,), daemon=True).start()
+
+  def _wait(self, file):
+    with contextlib.suppress(OSError):
+      file.read(1)
+    self.gone.set()
 
   def say(self, kind, text):
     with self._lock, contextlib.suppress(OSError):
