@@ -9,6 +9,13 @@ interruption leaves could be taken for one:
     DIRECTORY/damaged/          checkpoints that a run has found damaged when it was continued
 
 Every file is flushed to the disk before the checkpoint appears.
+
+A bucket (gs://) can't rename a folder. There a checkpoint is saved under its own name and is one from the moment that
+checksums.json appears, which comes last and goes first; whatever else has a step's name is what a killed run has left
+of a save or a deletion. The checksums are those that the bucket has made of what it received, so that nothing is read
+to find damage. And nothing can be locked there:
+
+    DIRECTORY/owner.json        who writes here: the run that has started last; one from before ends at its next save
 """
 
 from __future__ import annotations
@@ -19,8 +26,11 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -29,10 +39,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jaxtyping import PyTree
 
-from cyb_jax.errors import InputError, StorageError, storage_cause
+from cyb_jax import storage
+from cyb_jax.errors import InputError, StorageError, bucket_cause, storage_cause, writing
 from cyb_jax.hosts import ALONE, Cluster
 
 _CHECKSUMS = "checksums.json"
+_OWNER = "owner.json"
 _HASHING_THREADS = 8
 
 
@@ -52,28 +64,33 @@ class Checkpoints:
   first: damaged checkpoints are moved to `damaged/` with a warning, so that the run goes on from the newest whole one.
 
   Args:
-    directory: on a local disk; made when the first checkpoint is saved.
+    directory: on a disk, made when the first checkpoint is saved; or gs://bucket/folder.
     keep: how many of the newest are kept, beside the one with the lowest validation loss.
     read_only: for evaluation, also while a training writes here: nothing is written or tidied.
     cluster: the hosts that write together, all of them to this folder; host 0 alone tidies and commits.
 
   Raises:
     InputError: there are checkpoints, and all of them are damaged; nothing was touched.
+    StorageError: the bucket fails, or another run has taken it over.
   """
 
   def __init__(self, directory: str | os.PathLike, *, keep: int = 1, read_only: bool = False, cluster: Cluster = ALONE):
-    self.directory = pathlib.Path(directory)
+    self.directory = storage.place(directory)
+    self._in_bucket = storage.in_bucket(self.directory)
     self._unfinished = self.directory / "unfinished"
     self._keep, self._read_only = keep, read_only
     self._saving: tuple[int, Future[None]] | None = None
     if read_only:
       return
     self._hosts, self._hosts_behind = cluster.channel("checkpoints"), cluster.channel("checkpoints/commit")
-    if self._hosts.index == 0:
-      self._set_damaged_aside()
-      shutil.rmtree(self._unfinished, ignore_errors=True)
-    self._hosts.barrier()
-    self._losses = {step: self._loss(step) for step in self.steps()}
+    with writing(str(self.directory)) if self._in_bucket else contextlib.nullcontext():
+      if self._hosts.index == 0:
+        if self._in_bucket:
+          self._claim()
+        self._set_damaged_aside()
+        self._tidy()
+      self._hosts.barrier()
+      self._losses = {step: self._loss(step) for step in self.steps()}
     # Where folders that are made in the background can't be made, orbax waits for them for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
@@ -84,9 +101,13 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps of the finished checkpoints, damaged ones among them, ascending."""
-    if not self.directory.is_dir():
-      return []
-    return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+    steps = sorted(int(name) for name in storage.names(self.directory) if name.isdecimal())
+    if self._in_bucket:
+      steps = [step for step in steps if self._is_committed(step)]
+    return steps
+
+  def _is_committed(self, step: int) -> bool:
+    return (self.directory / str(step) / _CHECKSUMS).exists()
 
   def damage(self, step: int, *, quick: bool = False) -> str | None:
     """What is wrong with a checkpoint, by the checksums that were written with it.
@@ -102,32 +123,41 @@ class Checkpoints:
     folder = self.directory / str(step)
     try:
       listed = {
-        str(name): (int(size), str(sha256))
-        for name, (size, sha256) in json.loads((folder / _CHECKSUMS).read_text()).items()
+        str(name): (int(size), *_kind(str(digest)))
+        for name, (size, digest) in json.loads((folder / _CHECKSUMS).read_text()).items()
       }
     except FileNotFoundError:
       return f"{_CHECKSUMS} is missing"
     except OSError as error:
+      self._reraise(error)
       return f"{_CHECKSUMS} can't be read ({error.strerror})"
     except (ValueError, TypeError, AttributeError):
       return f"{_CHECKSUMS} was altered"
-    for name, (size, _) in listed.items():
+    files = storage.Files(folder)
+    for name, (size, _, _) in listed.items():
       try:
-        found = (folder / name).stat().st_size
+        found = files.size(name)
       except OSError as error:
         return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
       if found != size:
         return f"{name} is {found} bytes, not {size}"
 
     def altered(name: str) -> str | None:
+      _, kind, digest = listed[name]
       try:
-        return None if _sha256(folder / name) == listed[name][1] else f"{name} was altered"
+        return None if files.digest(name, kind) == digest else f"{name} was altered"
       except OSError as error:
+        self._reraise(error)
         return f"{name} can't be read ({error.strerror})"
 
     chosen = [name for name in listed if not (quick and name.startswith("state/"))]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
       return next(filter(None, pool.map(altered, chosen)), None)
+
+  def _reraise(self, error: OSError) -> None:
+    """Nothing is known of what lies in a bucket that refuses: it isn't damaged."""
+    if self._in_bucket and not isinstance(error, FileNotFoundError):
+      raise error
 
   def fingerprint(self, step: int) -> str:
     """What a checkpoint is, by the checksums of all its files: sha256, hexadecimal."""
@@ -218,10 +248,10 @@ class Checkpoints:
     if loss is not None:
       items["validation"] = ocp.args.JsonSave({"loss": loss})
     try:
-      if self._hosts.index == 0:
+      if self._hosts.index == 0 and not self._in_bucket:
         self._unfinished.mkdir(parents=True, exist_ok=True)
       self._hosts.barrier()
-      self._saver.save(self._unfinished / str(step), args=ocp.args.Composite(**items))
+      self._saver.save(self._saved_in(step), args=ocp.args.Composite(**items))
     except Exception as error:
       failed = self._storage_error(step, error)
       if failed is None:
@@ -247,6 +277,10 @@ class Checkpoints:
     if self._saving is not None and self._saving[1].done():
       self.wait()
 
+  def _saved_in(self, step: int) -> storage.Place:
+    """Where a save is written."""
+    return (self.directory if self._in_bucket else self._unfinished) / str(step)
+
   def _finish(self, step: int, loss: float | None) -> None:
     """In the background: when all hosts' parts are written, host 0 commits them."""
     self._saver.wait_until_finished()
@@ -256,11 +290,23 @@ class Checkpoints:
 
   def _commit(self, step: int, loss: float | None) -> None:
     """The checksums, the step's name, and the end of those not kept."""
-    folder = self._unfinished / str(step)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if self._in_bucket:
+      self._commit_in_bucket(step)
+    else:
+      self._commit_on_disk(step)
+    self._losses[step] = loss
+    steps = self.steps()
+    kept = {*steps[-self._keep :], _lowest({s: self._losses[s] for s in steps})}
+    for old in set(steps) - kept:
+      self._delete(old)
+
+  def _commit_on_disk(self, step: int) -> None:
+    folder = self._saved_in(step)
+    files = storage.Files(folder)
+    names = list(files)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-      hashes = pool.map(lambda path: _sha256(path, flush=True), files)
-      listed = {str(path.relative_to(folder)): (path.stat().st_size, sha256) for path, sha256 in zip(files, hashes)}
+      hashes = pool.map(lambda name: files.digest(name, "sha256", flush=True), names)
+      listed = {name: (files.size(name), sha256) for name, sha256 in zip(names, hashes)}
     with (folder / _CHECKSUMS).open("w") as file:
       json.dump(listed, file, indent=1)
       file.flush()
@@ -269,24 +315,62 @@ class Checkpoints:
       _flush(path)
     folder.rename(self.directory / str(step))
     _flush(self.directory)
-    self._losses[step] = loss
-    steps = self.steps()
-    kept = {*steps[-self._keep :], _lowest({s: self._losses[s] for s in steps})}
-    for old in set(steps) - kept:
-      # Renamed first: a deletion that is killed half-way must leave nothing under the step's name.
-      doomed = self._unfinished / f"{old}.deleted"
-      (self.directory / str(old)).rename(doomed)
-      shutil.rmtree(doomed)
+
+  def _commit_in_bucket(self, step: int) -> None:
+    folder = self._saved_in(step)
+    files = storage.Files(folder)
+    listed = {name: (files.size(name), f"md5:{files.digest(name, 'md5')}") for name in files}
+    # Only now: whoever takes over deletes what isn't finished, and then the list is of what was there before.
+    self._check_owner()
+    storage.write_whole(folder / _CHECKSUMS, json.dumps(listed, indent=1))
+
+  def _delete(self, step: int) -> None:
+    """Takes a checkpoint away, so that a deletion that is killed half-way leaves nothing that seems to be one."""
+    folder = self.directory / str(step)
+    if self._in_bucket:
+      storage.remove([folder / _CHECKSUMS])
+      storage.remove_tree(folder)
+      return
+    doomed = self._unfinished / f"{step}.deleted"
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+  def _tidy(self) -> None:
+    """Deletes what killed runs have left of saves and deletions."""
+    if not self._in_bucket:
+      shutil.rmtree(self._unfinished, ignore_errors=True)
+      return
+    finished = self.steps()
+    for name in storage.names(self.directory):
+      if name.isdecimal() and int(name) not in finished:
+        storage.remove_tree(self.directory / name)
+
+  def _claim(self) -> None:
+    """Says in the bucket that this is the run that writes here."""
+    self._owner = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex[:8]}"
+    told = {"owner": self._owner, "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    storage.write_whole(self.directory / _OWNER, json.dumps(told) + "\n")
+
+  def _check_owner(self) -> None:
+    try:
+      owner = json.loads((self.directory / _OWNER).read_text())["owner"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+      owner = "nobody"
+    if owner != self._owner:
+      raise StorageError(
+        f"{self.directory}: another run has taken over here ({owner}), and goes on from the newest checkpoint; this one"
+        " ends"
+      )
 
   def _storage_error(self, step: int, error: Exception) -> StorageError | None:
     """What to raise for a save that the disk has failed; None: it is something else that has."""
     cause = storage_cause(error)
     if cause is None:
       return None
-    # It may be what fills the disk.
-    if self._hosts.index == 0:
+    # It may be what fills the disk. A bucket that has just failed isn't asked again.
+    if self._hosts.index == 0 and not self._in_bucket:
       shutil.rmtree(self._unfinished, ignore_errors=True)
-    steps = self.steps()
+    steps = sorted(self._losses) if self._in_bucket else self.steps()
     before = (
       f"that of step {steps[-1]} is there, and the same command goes on from it" if steps else "there is none before"
     )
@@ -341,25 +425,37 @@ class Checkpoints:
 
   def _loss(self, step: int) -> float | None:
     """The validation loss of a checkpoint, where it has one."""
-    if not (self.directory / str(step) / "validation").is_dir():
+    if not storage.names(self.directory / str(step) / "validation"):
       return None
     return self._json(step, "validation")["loss"]
 
   def _json(self, step: int, item: str) -> dict[str, Any]:
     # Not by orbax, whose hosts wait for each other wherever they read: host 0 looks at checkpoints by itself.
-    return json.loads((self.directory / str(step) / item / "metadata").read_text())
+    with self._reading(step):
+      return json.loads(storage.read_bytes(self.directory / str(step) / item / "metadata"))
 
   def _metadata(self, step: int) -> PyTree:
     # All items are named, or orbax warns of those that it doesn't know.
     items = {name: ocp.JsonCheckpointHandler() for name in ("meta", "validation")}
-    with ocp.Checkpointer(
-      ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), **items)
-    ) as checkpointer:
+    handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), **items)
+    with ocp.Checkpointer(handler) as checkpointer, self._reading(step):
       return checkpointer.metadata(self.directory / str(step)).item_metadata["state"].tree
 
   def _read(self, step: int, **items: Any) -> Any:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, self._reading(step):
       return checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(**items))
+
+  @contextlib.contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except FileNotFoundError:  # deleted meanwhile
+      raise
+    except Exception as error:
+      cause = bucket_cause(error)
+      if cause is None:
+        raise
+      raise StorageError(f"checkpoint {step} in {self.directory} can't be read: {cause}") from error
 
   def _set_damaged_aside(self) -> None:
     """Moves away what is damaged, so that its step can be saved again and it can't become the best."""
@@ -384,8 +480,7 @@ class Checkpoints:
       place, count = self.directory / "damaged" / str(step), 1
       while place.exists():
         place, count = place.with_name(f"{step}.{count}"), count + 1
-      place.parent.mkdir(exist_ok=True)
-      (self.directory / str(step)).rename(place)
+      storage.move_tree(self.directory / str(step), place, last=_CHECKSUMS)
       instead = f"; {newest} is used instead" if step > newest else ""
       logging.warning("checkpoint %d is damaged: %s; it was moved to %s%s", step, found, place, instead)
 
@@ -405,7 +500,7 @@ class Checkpoints:
     finally:
       self._background.shutdown()
       self._saver.close()
-      if self._hosts.index == 0:
+      if self._hosts.index == 0 and not self._in_bucket:
         with contextlib.suppress(OSError):
           self._unfinished.rmdir()
 
@@ -416,14 +511,12 @@ def _lowest(losses: dict[int, float | None]) -> int | None:
   return min(known, key=lambda step: (known[step], -step), default=None)
 
 
-def _sha256(path: pathlib.Path, *, flush: bool = False) -> str:
-  with path.open("rb") as file:
-    if flush:
-      os.fsync(file.fileno())
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _kind(digest: str) -> tuple[storage.Digest, str]:
+  """Of an entry of checksums.json: 'md5:...' where a bucket has made it, else a sha256."""
+  return ("md5", digest.removeprefix("md5:")) if digest.startswith("md5:") else ("sha256", digest)
 
 
-def _flush(folder: pathlib.Path) -> None:
+def _flush(folder: storage.Place) -> None:
   """A folder's own entries reach the disk by themselves only sometime."""
   number = os.open(folder, os.O_RDONLY)
   try:

@@ -1,4 +1,4 @@
-"""The errors that a program ends with in one line: bad input, a disk or a host that fails a run, a run that has
+"""The errors that a program ends with in one line: bad input, a disk, a bucket or a host that fails a run, a run that has
 diverged.
 """
 
@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 
 class StorageError(OSError):
-  """A disk fails a run that is well otherwise: it is full, read-only, gone.
+  """A disk or a bucket fails a run that is well otherwise: it is full, read-only, gone, can't be reached.
 
   The message is one line that names the file, what is wrong with the disk, and what of the run is whole. Programs print
   it without a traceback and exit with code 1; once the disk is well, the same command continues.
@@ -52,8 +52,22 @@ REFUSALS = {
 }
 
 
+# What a bucket answers with, after what may pass has been tried again and again.
+_ANSWERS = {
+  401: "it wants to know who asks (HTTP 401); sign in: gcloud auth application-default login",
+  403: "it refuses this account (HTTP 403)",
+  404: "what is asked for isn't there (HTTP 404)",
+}
+
+# Of TensorStore, where there was no answer.
+_NO_ANSWER = re.compile(r"(?:UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED|UNKNOWN|ABORTED|INTERNAL): ")
+
+
 def storage_cause(error: BaseException) -> str | None:
-  """What an error says of the disk, 'the disk is full' and the like; None: it is about something else."""
+  """What an error says of the disk or the bucket, 'the disk is full' and the like; None: it is about something else."""
+  cause = bucket_cause(error)
+  if cause is not None:
+    return cause
   number = error.errno if isinstance(error, OSError) else None
   if number is None:
     # TensorStore's errors are ValueErrors that carry the system's code in their text.
@@ -64,15 +78,52 @@ def storage_cause(error: BaseException) -> str | None:
   return REFUSALS.get(number) or os.strerror(number)
 
 
+def bucket_cause(error: BaseException) -> str | None:
+  """What an error of gcsfs or TensorStore says of a bucket; None: it is about something else."""
+  if isinstance(error, InputError | StorageError):
+    return None
+  status = _http_status(error)
+  if status is not None:
+    return _ANSWERS.get(status) or f"it doesn't do what it is asked (HTTP {status})"
+  package, text = type(error).__module__.partition(".")[0], str(error)
+  if package == "google":
+    return f"nobody could be signed in ({text.splitlines()[0] if text else type(error).__name__})"
+  if package in ("aiohttp", "requests"):
+    number = getattr(error, "errno", None)
+    why = os.strerror(number) if number and number > 0 else text or type(error).__name__
+    return f"it can't be reached ({why})"
+  if "gs://" in text and isinstance(error, ValueError) and _NO_ANSWER.match(text):
+    return f"it can't be reached ({text.splitlines()[0].partition(' [')[0]})"
+  return None
+
+
+def _http_status(error: BaseException) -> int | None:
+  if type(error).__module__.startswith("gcsfs"):
+    code = getattr(error, "code", None)
+    return int(code) if str(code).isdecimal() else None
+  if isinstance(error, OSError) and error.errno is None:
+    text = str(error)
+    if text.startswith("Forbidden: "):
+      return 403
+    # gcsfs names what it has asked for.
+    if isinstance(error, FileNotFoundError) and re.search(r"\bb/[^/]+/o\b", text):
+      return 404
+  found = re.search(r"http_response_code='(\d+)'", str(error))
+  return int(found[1]) if found else None
+
+
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Errors of the disk inside become a StorageError about `what`."""
+  """Errors of the disk or the bucket inside become a StorageError about `what`."""
   try:
     yield
   except StorageError:
     raise
-  except OSError as error:
-    raise StorageError(f"{what} can't be written: {storage_cause(error) or error}") from error
+  except Exception as error:
+    cause = storage_cause(error)
+    if cause is None and not isinstance(error, OSError):
+      raise
+    raise StorageError(f"{what} can't be written: {cause or error}") from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax import jsonl, programs
+from cyb_jax import jsonl, programs, storage
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -144,13 +143,12 @@ def _on_tasks() -> dict[str, Any]:
 
   import jax
 
-  from cyb_jax import runs
   from cyb_jax.generation.harness import CybLM
 
   mesh = programs.reading_mesh() if jax.device_count() > 1 else None
   lm = CybLM(run=programs.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
   record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "tasks": {}}
-  path = pathlib.Path(args.workdir) / "tasks.json" if args.workdir else None
+  path = storage.place(args.workdir) / "tasks.json" if args.workdir else None
   for name, task in opened.items():
     logging.info("evaluating %s: %d documents", name, min(args.limit or len(task.eval_docs), len(task.eval_docs)))
     record["tasks"][name] = {"limit": args.limit or None} | _scores(lm, name, task)
@@ -159,13 +157,13 @@ def _on_tasks() -> dict[str, Any]:
     # After each, beside those of the same checkpoint that are there: some take hours.
     try:
       known = _recorded(path, record)
-      runs.write_whole(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
+      storage.write_whole(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
     except OSError as error:
       logging.warning("tasks.json can't be written to %s: %s", args.workdir, error.strerror)
   return record
 
 
-def _recorded(path: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
+def _recorded(path: storage.Place, record: dict[str, Any]) -> dict[str, Any]:
   """The tasks that were evaluated before with the same parameters."""
   try:
     found = json.loads(path.read_text())

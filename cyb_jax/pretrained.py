@@ -20,7 +20,6 @@ import abc
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,10 +30,9 @@ from absl import logging
 from jaxtyping import Array, PyTree
 
 from cyb_jax import config as configs
-from cyb_jax import interop, runs, sharding
+from cyb_jax import interop, runs, sharding, storage
 from cyb_jax.config import Config
 from cyb_jax.data import Tokenizer, open_tokenizer
-from cyb_jax.data import load as load_tokenizer
 from cyb_jax.decoder import DecoderConfig, merge_lora
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
@@ -129,7 +127,7 @@ class _FromRun(Pretrained):
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
-    return load_tokenizer(os.path.join(self.path, "tokenizer"))
+    return runs.load_tokenizer(self.path)
 
   def params(self, wanted: PyTree) -> PyTree:
     run = runs.load(self.path, self.checkpoint)
@@ -213,7 +211,9 @@ def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) 
   if not (open_decoder and isinstance(source.get("init_from"), str)):
     return configs.freeze(source)
   found: Mapping[str, Any] = {}
-  if workdir is not None and (pathlib.Path(workdir) / "config.json").exists():
+  with storage.starting(workdir or ""):
+    held = workdir is not None and (storage.place(workdir) / "config.json").exists()
+  if held:
     recorded = runs.read_config(workdir)
     if recorded.get("init_from") == source["init_from"]:
       found = recorded["decoder"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax import programs
+from cyb_jax import programs, storage
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
     # Beside a page that shows others they would be out of place; then they are computed again next time.
     try:
       path.parent.mkdir()
-      runs.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
+      storage.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
     except FileExistsError:
       pass
     except OSError as error:

@@ -6,6 +6,8 @@ metrics.jsonl    one object a line
 checkpoints/     one folder a step
 evaluation.json  the last evaluation
 .lock            held by the training that runs here
+
+It lies on a disk, or in a bucket (gs://bucket/folder), where nothing can be locked: see `cyb_jax.checkpoints`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from cyb_jax import config as configs
-from cyb_jax import jsonl, sharding
+from cyb_jax import jsonl, sharding, storage
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.config import Config
 from cyb_jax.data import Tokenizer, TokenStore, tokenizers
@@ -35,25 +37,29 @@ from cyb_jax.methods import Method
 
 def checkpoints_in(workdir: str | os.PathLike, **options: Any) -> Checkpoints:
   """The checkpoints of a run."""
-  return Checkpoints(pathlib.Path(workdir).absolute() / "checkpoints", **options)
+  return Checkpoints(storage.place(workdir) / "checkpoints", **options)
 
 
 def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
-  """Whether this config may run in this folder; writes nothing.
+  """Whether this config may run in this folder; nothing of it stays.
 
   Raises:
     InputError: it holds a run of another config, or can't be written to.
   """
-  if "://" in str(workdir):
-    raise InputError(f"workdir: {workdir} is no folder on a local disk, which is what this version writes to")
-  path = pathlib.Path(workdir).absolute()
-  if (path / "config.json").exists():
+  path = storage.place(workdir)
+  if storage.in_bucket(path):
+    storage.check_bucket(path)
+  with storage.starting(path):
+    held = (path / "config.json").exists()
+  if held:
     changed = configs.differences(read_config(path), config.source)
     if changed:
       raise InputError(
         f"workdir: {workdir} holds a run of another config ({'; '.join(changed[:4])}{'; ...' if changed[4:] else ''});"
         " take another folder, or the run's own config"
       )
+  if storage.in_bucket(path):
+    return
   existing = path
   while not existing.exists():
     existing = existing.parent
@@ -70,6 +76,8 @@ class Lock:
   """The one right to train in a folder, for as long as the `with` block; the system takes it back from a process that
   dies, however it does.
 
+  In a bucket nothing is held: there the run that starts last goes on, and one from before ends at its next checkpoint.
+
   A folder that no run has been in yet is locked when its first file is to be written, by `hold`: a start that is
   refused leaves nothing behind.
 
@@ -83,8 +91,11 @@ class Lock:
   def __init__(self, workdir: str | os.PathLike):
     self._workdir = workdir
     self._file: int | None = None
+    self._in_bucket = storage.in_bucket(workdir)
 
   def __enter__(self) -> Lock:
+    if self._in_bucket:
+      return self
     # Where it can't be opened, `check_workdir` has the words for it.
     with contextlib.suppress(OSError):
       self._lock(os.open(pathlib.Path(self._workdir) / ".lock", os.O_RDWR))
@@ -97,7 +108,7 @@ class Lock:
 
   def hold(self) -> bool:
     """Locks the folder, which must be there; whether it was not held before."""
-    if self._file is not None:
+    if self._file is not None or self._in_bucket:
       return False
     self._lock(os.open(pathlib.Path(self._workdir) / ".lock", os.O_RDWR | os.O_CREAT, 0o666))
     return True
@@ -117,7 +128,7 @@ class Lock:
 
 def start_workdir(
   workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer, lock: Lock, meta: dict[str, Any] | None
-) -> pathlib.Path:
+) -> storage.Place:
   """Makes the folder and writes what doesn't change; see `check_workdir` for what is checked before.
 
   Args:
@@ -129,22 +140,26 @@ def start_workdir(
   Raises:
     InputError: the folder can't be written to, or another run trains there, or has since it was looked at.
   """
-  path = pathlib.Path(workdir).absolute()
+  path = storage.place(workdir)
   try:
-    path.mkdir(parents=True, exist_ok=True)
+    if not storage.in_bucket(path):
+      path.mkdir(parents=True, exist_ok=True)
     if lock.hold():
       check_workdir(workdir, config)
       if newest_meta(path) != meta:
         raise InputError(f"workdir: another run has trained in {workdir} just now; start again to continue it")
     for name in ("config.json", "metrics.jsonl"):  # which a run alone writes
-      for leftover in path.glob(f"{name}.*.tmp"):
+      for leftover in () if storage.in_bucket(path) else path.glob(f"{name}.*.tmp"):
         leftover.unlink(missing_ok=True)
-    write_whole(path / "config.json", configs.to_json(config))
+    storage.write_whole(path / "config.json", configs.to_json(config))
     if meta is None:  # what a checkpoint was trained with is not written again
-      (path / "tokenizer").mkdir(exist_ok=True)
-      tokenizer.save(path / "tokenizer")
-  except OSError as error:
-    raise InputError(f"workdir: {workdir} can't be written to: {storage_cause(error) or error}") from None
+      with storage.new_folder(path / "tokenizer") as folder:
+        tokenizer.save(folder)
+  except Exception as error:
+    cause = storage_cause(error)
+    if cause is None and not isinstance(error, OSError):
+      raise
+    raise InputError(f"workdir: {workdir} can't be written to: {cause or error}") from None
   return path
 
 
@@ -154,9 +169,10 @@ def newest_meta(workdir: str | os.PathLike) -> dict[str, Any] | None:
   Raises:
     InputError: all are damaged.
   """
-  checkpoints = checkpoints_in(workdir, read_only=True)
-  # The state, which may be large, isn't read for this.
-  return checkpoints.meta(checkpoints.find("last", quick=True)) if checkpoints.steps() else None
+  with storage.starting(workdir):
+    checkpoints = checkpoints_in(workdir, read_only=True)
+    # The state, which may be large, isn't read for this.
+    return checkpoints.meta(checkpoints.find("last", quick=True)) if checkpoints.steps() else None
 
 
 def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenStore | None:
@@ -192,23 +208,12 @@ def check_fingerprint(store: TokenStore, meta: dict[str, Any] | None) -> None:
     )
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Replaces a file, whole or not at all, whatever dies and whoever else does the same."""
-  new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    with new.open("w") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    new.replace(path)
-  except BaseException:
-    new.unlink(missing_ok=True)
-    raise
+write_whole = storage.write_whole
 
 
 def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None:
   """evaluation.json."""
-  write_whole(pathlib.Path(workdir) / "evaluation.json", jsonl.dumps(record, indent=2) + "\n")
+  storage.write_whole(storage.place(workdir) / "evaluation.json", jsonl.dumps(record, indent=2) + "\n")
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -217,11 +222,19 @@ def is_run(path: str | os.PathLike) -> bool:
   Raises:
     InputError: nothing in it may be read.
   """
+  folder = storage.place(path)
   try:
-    found = json.loads((pathlib.Path(path) / "config.json").read_text())
-  except (OSError, ValueError):
-    with reading(str(path)):
-      return (pathlib.Path(path) / "checkpoints").is_dir()
+    with storage.starting(path):
+      text = (folder / "config.json").read_text()
+  except InputError:
+    raise
+  except (OSError, UnicodeDecodeError):
+    text = ""
+  try:
+    found = json.loads(text)
+  except json.JSONDecodeError:
+    with reading(str(path)), storage.starting(path):
+      return bool(storage.names(folder / "checkpoints"))
   return isinstance(found, dict) and {"method", "decoder", "train"} <= found.keys()
 
 
@@ -231,11 +244,13 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     InputError: there is none.
   """
-  path = pathlib.Path(workdir) / "config.json"
-  if not path.exists():
+  path = storage.place(workdir) / "config.json"
+  with storage.starting(workdir):
+    text = path.read_text() if path.exists() else None
+  if text is None:
     raise InputError(f"workdir: {workdir} holds no run (there is no config.json)")
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(text)
   except json.JSONDecodeError as error:
     raise InputError(f"workdir: {path} is not JSON ({error})") from None
   if isinstance(found, dict) and "architectures" in found:
@@ -276,10 +291,11 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
     InputError: no run, no such checkpoint, or a damaged one. A damaged newest one is passed over with a warning.
   """
   config = configs.freeze(read_config(workdir))
-  folder = pathlib.Path(workdir).absolute()
-  if not (folder / "checkpoints").is_dir():
-    raise InputError(f"checkpoints: {workdir} holds no finished checkpoint")
-  tokenizer = tokenizers.load(folder / "tokenizer")
+  folder = storage.place(workdir)
+  with storage.starting(workdir):
+    if not storage.names(folder / "checkpoints"):
+      raise InputError(f"checkpoints: {workdir} holds no finished checkpoint")
+    tokenizer = load_tokenizer(workdir)
   method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
   checkpoints = checkpoints_in(folder, read_only=True)
   abstract = abstract_params(method, mesh)
@@ -291,6 +307,16 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
       # A training that goes on in this folder may have deleted it meanwhile; then it has a newer one.
       if step in checkpoints.steps():
         raise
+
+
+def load_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
+  """A run's own.
+
+  Raises:
+    InputError: there is none that can be read.
+  """
+  with storage.starting(workdir), storage.local_folder(storage.place(workdir) / "tokenizer") as folder:
+    return tokenizers.load(folder)
 
 
 def abstract_params(method: Method, mesh: jax.sharding.Mesh | None) -> PyTree:

@@ -17,7 +17,7 @@ from models import tiny_config
 
 import cyb_jax
 from cyb_jax import config as configs
-from cyb_jax import data, runs, training
+from cyb_jax import data, runs, storage, training
 from cyb_jax.benchmarks.faults import PHASES, first_difference
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.errors import InputError, StorageError
@@ -362,7 +362,6 @@ def test_programs_say_it_in_one_line(tmp_path, config):
 
 def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
   """By the next save, by wait, or by close: once, as they are."""
-  from cyb_jax import checkpoints as module
 
   def broken(*_, **__):
     raise ZeroDivisionError("broken")
@@ -373,7 +372,7 @@ def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
   ):
     checkpoints = Checkpoints(tmp_path / str(number))
     with monkeypatch.context() as patch:
-      patch.setattr(module, "_sha256", broken)
+      patch.setattr(storage.Files, "digest", broken)
       checkpoints.save(1, state, {})
       with pytest.raises(ZeroDivisionError):
         next_call(checkpoints)

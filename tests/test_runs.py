@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import time
 
 import cli
@@ -15,7 +16,7 @@ from models import assert_trees_equal, tiny_config
 
 import cyb_jax
 from cyb_jax import config as configs
-from cyb_jax import data, runs, training
+from cyb_jax import data, runs, storage, training
 from cyb_jax.errors import DivergedError, InputError
 
 KEYS = {
@@ -379,10 +380,16 @@ def test_batch_larger_than_an_epoch(tmp_path, store):
           data__batch_size=8000)  # fmt: skip
 
 
-def test_a_bucket_is_no_workdir(tmp_path, monkeypatch):
+def test_a_workdir_that_is_no_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(InputError, match=r"workdir: gs://bucket/run is no folder on a local disk"):
-    training.train(configs.freeze(tiny_config()), "gs://bucket/run")
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  monkeypatch.setattr(storage, "_bucket", storage._bucket.__wrapped__)
+  for name, message in (
+    ("s3://bucket/run", "s3://bucket/run: neither a folder on a disk nor gs://bucket/folder"),
+    ("gs://bucket/run", r"gs://: the package gcsfs is not installed; pip install 'cyb_jax\[gcs\]'"),
+  ):
+    with pytest.raises(InputError, match=message):
+      training.train(configs.freeze(tiny_config()), name)
   assert not list(tmp_path.iterdir())
 
 

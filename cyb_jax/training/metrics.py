@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from cyb_jax import jsonl, runs
-from cyb_jax.errors import writing
+from cyb_jax import jsonl, storage
+from cyb_jax.errors import StorageError, writing
 from cyb_jax.training.step import Totals
+
+# Between two uploads to a bucket, at least.
+_UPLOAD_SECONDS = 30.0
 
 
 def summarize(totals: Totals) -> dict[str, Any]:
@@ -46,9 +50,9 @@ def summarize(totals: Totals) -> dict[str, Any]:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The rows of a run's metrics.jsonl, but for a line that can't be read: the last one, where a kill has torn it."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
+  path = storage.place(workdir) / "metrics.jsonl"
   rows = []
-  lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+  lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
   for number, line in enumerate(lines, start=1):
     try:
       rows.append(json.loads(line))
@@ -61,6 +65,9 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 class MetricsLog:
   """metrics.jsonl, one object a line; and TensorBoard events beside it.
 
+  Nothing can be added to an object in a bucket: there both are kept on a disk and uploaded whole, before each
+  checkpoint, at the end, and otherwise every half minute at most.
+
   Args:
     workdir: the run's folder.
     resume_step: the step that the run continues from; lines after it are dropped, since they will come again.
@@ -68,19 +75,27 @@ class MetricsLog:
   """
 
   def __init__(self, workdir: str | os.PathLike, resume_step: int, *, tensorboard: bool = True):
-    self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    events = pathlib.Path(workdir) / "tensorboard"
+    self._workdir = storage.place(workdir)
+    self._path = self._workdir / "metrics.jsonl"
+    folder = self._workdir
+    self._scratch: tempfile.TemporaryDirectory | None = None
+    if storage.in_bucket(folder):
+      self._scratch = tempfile.TemporaryDirectory(prefix="cyb_jax.")
+      folder = pathlib.Path(self._scratch.name)
+      self._uploaded, self._refused = time.monotonic(), False
     with writing(str(self._path)):
       self._drop_after(resume_step)
+      if self._scratch is not None and self._path.exists():
+        (folder / "metrics.jsonl").write_bytes(self._path.read_bytes())
       # Unbuffered: a line goes out in one piece, and one that the disk refuses isn't tried again when it is closed.
-      self._file = self._path.open("ab", buffering=0)
-    with writing(str(events)):
-      self._events = _EventFile(events, resume_step) if tensorboard else None
+      self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
+    with writing(str(self._workdir / "tensorboard")):
+      self._events = _EventFile(folder / "tensorboard", resume_step) if tensorboard else None
 
   def _drop_after(self, step: int) -> None:
     if self._path.exists():
       kept = [json.dumps(row) + "\n" for row in read_metrics(self._path.parent) if row["step"] <= step]
-      runs.write_whole(self._path, "".join(kept))
+      storage.write_whole(self._path, "".join(kept))
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Adds a line. What depends on the clock belongs under `timing`.
@@ -95,17 +110,37 @@ class MetricsLog:
     if self._events is not None:
       with writing(f"TensorBoard's events (step {row['step']})"):
         self._events.write(row)
+    if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+      self._upload()
 
   def flush(self) -> None:
-    """To the disk itself, before a checkpoint that the lines are older than."""
+    """To the disk itself, or to the bucket, before a checkpoint that the lines are older than."""
     with writing(str(self._path)):
       os.fsync(self._file.fileno())
+    if self._scratch is not None:
+      self._upload()
+
+  def _upload(self) -> None:
+    self._refused = True
+    with writing(f"{self._path} or the events beside it"):
+      storage.upload_folder(self._scratch.name, self._workdir)
+    self._uploaded, self._refused = time.monotonic(), False
 
   def close(self) -> None:
     self._file.close()
     if self._events is not None:
       with writing("TensorBoard's events"):
         self._events.close()
+    if self._scratch is None:
+      return
+    with self._scratch:
+      # A bucket that has just refused isn't asked again; and what ends the run is to be told rather than this. All that
+      # a checkpoint stands for is there.
+      try:
+        if not self._refused:
+          self._upload()
+      except StorageError as error:
+        logging.warning("the last lines are lost: %s", error)
 
 
 class NoLog:
