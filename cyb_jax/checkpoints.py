@@ -40,11 +40,13 @@ from absl import logging
 from jaxtyping import PyTree
 
 from cyb_jax import storage
-from cyb_jax.errors import InputError, StorageError, bucket_cause, storage_cause, writing
+from cyb_jax.errors import InputError, StorageError, bucket_cause, storage_cause
 from cyb_jax.hosts import ALONE, Cluster
 
 _CHECKSUMS = "checksums.json"
 _OWNER = "owner.json"
+# By itself TensorStore would try for a quarter of an hour, where gcsfs gives up after half a minute.
+_PATIENCE = {"max_retries": 6, "initial_delay": "1s", "max_delay": "32s"}
 _HASHING_THREADS = 8
 
 
@@ -83,14 +85,15 @@ class Checkpoints:
     if read_only:
       return
     self._hosts, self._hosts_behind = cluster.channel("checkpoints"), cluster.channel("checkpoints/commit")
-    with writing(str(self.directory)) if self._in_bucket else contextlib.nullcontext():
-      if self._hosts.index == 0:
-        if self._in_bucket:
-          self._claim()
-        self._set_damaged_aside()
-        self._tidy()
-      self._hosts.barrier()
-      self._losses = {step: self._loss(step) for step in self.steps()}
+    if self._in_bucket:
+      _set_patience()
+    if self._hosts.index == 0:
+      if self._in_bucket:
+        self._claim()
+      self._set_damaged_aside()
+      self._tidy()
+    self._hosts.barrier()
+    self._losses = {step: self._loss(step) for step in self.steps()}
     # Where folders that are made in the background can't be made, orbax waits for them for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
@@ -107,7 +110,7 @@ class Checkpoints:
     return steps
 
   def _is_committed(self, step: int) -> bool:
-    return (self.directory / str(step) / _CHECKSUMS).exists()
+    return storage.exists(self.directory / str(step) / _CHECKSUMS)
 
   def damage(self, step: int, *, quick: bool = False) -> str | None:
     """What is wrong with a checkpoint, by the checksums that were written with it.
@@ -124,12 +127,13 @@ class Checkpoints:
     try:
       listed = {
         str(name): (int(size), *_kind(str(digest)))
-        for name, (size, digest) in json.loads((folder / _CHECKSUMS).read_text()).items()
+        for name, (size, digest) in json.loads(storage.read_bytes(folder / _CHECKSUMS)).items()
       }
     except FileNotFoundError:
       return f"{_CHECKSUMS} is missing"
+    except StorageError:  # of a bucket that refuses nothing is known
+      raise
     except OSError as error:
-      self._reraise(error)
       return f"{_CHECKSUMS} can't be read ({error.strerror})"
     except (ValueError, TypeError, AttributeError):
       return f"{_CHECKSUMS} was altered"
@@ -146,22 +150,18 @@ class Checkpoints:
       _, kind, digest = listed[name]
       try:
         return None if files.digest(name, kind) == digest else f"{name} was altered"
+      except StorageError:
+        raise
       except OSError as error:
-        self._reraise(error)
         return f"{name} can't be read ({error.strerror})"
 
     chosen = [name for name in listed if not (quick and name.startswith("state/"))]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
       return next(filter(None, pool.map(altered, chosen)), None)
 
-  def _reraise(self, error: OSError) -> None:
-    """Nothing is known of what lies in a bucket that refuses: it isn't damaged."""
-    if self._in_bucket and not isinstance(error, FileNotFoundError):
-      raise error
-
   def fingerprint(self, step: int) -> str:
     """What a checkpoint is, by the checksums of all its files: sha256, hexadecimal."""
-    return hashlib.sha256((self.directory / str(step) / _CHECKSUMS).read_bytes()).hexdigest()
+    return hashlib.sha256(storage.read_bytes(self.directory / str(step) / _CHECKSUMS)).hexdigest()
 
   def find(self, which: int | Literal["last", "best"], *, quick: bool = False) -> int:
     """The step of a checkpoint that isn't damaged.
@@ -353,7 +353,7 @@ class Checkpoints:
 
   def _check_owner(self) -> None:
     try:
-      owner = json.loads((self.directory / _OWNER).read_text())["owner"]
+      owner = json.loads(storage.read_bytes(self.directory / _OWNER))["owner"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
       owner = "nobody"
     if owner != self._owner:
@@ -455,7 +455,7 @@ class Checkpoints:
       cause = bucket_cause(error)
       if cause is None:
         raise
-      raise StorageError(f"checkpoint {step} in {self.directory} can't be read: {cause}") from error
+      raise StorageError(f"checkpoint {step} in {self.directory} can't be read: {cause}", cause=cause) from error
 
   def _set_damaged_aside(self) -> None:
     """Moves away what is damaged, so that its step can be saved again and it can't become the best."""
@@ -478,7 +478,7 @@ class Checkpoints:
       del losses[best]
     for step, found in sorted(damage.items(), reverse=True):
       place, count = self.directory / "damaged" / str(step), 1
-      while place.exists():
+      while storage.exists(place):
         place, count = place.with_name(f"{step}.{count}"), count + 1
       storage.move_tree(self.directory / str(step), place, last=_CHECKSUMS)
       instead = f"; {newest} is used instead" if step > newest else ""
@@ -509,6 +509,15 @@ def _lowest(losses: dict[int, float | None]) -> int | None:
   """The step of the lowest loss, the newest of equals."""
   known = {step: loss for step, loss in losses.items() if loss is not None}
   return min(known, key=lambda step: (known[step], -step), default=None)
+
+
+def _set_patience() -> None:
+  # Orbax makes TensorStore's contexts from these, and passes nothing on.
+  with contextlib.suppress(ImportError, AttributeError):
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    for defaults in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+      defaults["gcs_request_retries"] = _PATIENCE
 
 
 def _kind(digest: str) -> tuple[storage.Digest, str]:

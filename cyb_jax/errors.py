@@ -24,7 +24,15 @@ class StorageError(OSError):
 
   The message is one line that names the file, what is wrong with the disk, and what of the run is whole. Programs print
   it without a traceback and exit with code 1; once the disk is well, the same command continues.
+
+  Args:
+    message: the line.
+    cause: of a bucket, what `bucket_cause` has said of the error behind it.
   """
+
+  def __init__(self, message: str, *, cause: str | None = None):
+    super().__init__(message)
+    self.cause = cause
 
 
 class DivergedError(FloatingPointError):
@@ -54,9 +62,9 @@ REFUSALS = {
 
 # What a bucket answers with, after what may pass has been tried again and again.
 _ANSWERS = {
-  401: "it wants to know who asks (HTTP 401); sign in: gcloud auth application-default login",
-  403: "it refuses this account (HTTP 403)",
-  404: "what is asked for isn't there (HTTP 404)",
+  401: "the bucket wants to know who asks (HTTP 401); sign in, gcloud auth application-default login",
+  403: "the bucket refuses this account (HTTP 403)",
+  404: "what is asked for isn't in the bucket (HTTP 404)",
 }
 
 # Of TensorStore, where there was no answer.
@@ -80,20 +88,22 @@ def storage_cause(error: BaseException) -> str | None:
 
 def bucket_cause(error: BaseException) -> str | None:
   """What an error of gcsfs or TensorStore says of a bucket; None: it is about something else."""
-  if isinstance(error, InputError | StorageError):
+  if isinstance(error, StorageError):
+    return error.cause
+  if isinstance(error, InputError):
     return None
   status = _http_status(error)
   if status is not None:
-    return _ANSWERS.get(status) or f"it doesn't do what it is asked (HTTP {status})"
+    return _ANSWERS.get(status) or f"the bucket doesn't do what it is asked (HTTP {status})"
   package, text = type(error).__module__.partition(".")[0], str(error)
   if package == "google":
-    return f"nobody could be signed in ({text.splitlines()[0] if text else type(error).__name__})"
+    return f"nobody could be signed in to the bucket ({text.splitlines()[0] if text else type(error).__name__})"
   if package in ("aiohttp", "requests"):
     number = getattr(error, "errno", None)
     why = os.strerror(number) if number and number > 0 else text or type(error).__name__
-    return f"it can't be reached ({why})"
+    return f"the bucket can't be reached ({why})"
   if "gs://" in text and isinstance(error, ValueError) and _NO_ANSWER.match(text):
-    return f"it can't be reached ({text.splitlines()[0].partition(' [')[0]})"
+    return f"the bucket can't be reached ({text.splitlines()[0].partition(' [')[0]})"
   return None
 
 

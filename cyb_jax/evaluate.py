@@ -107,7 +107,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
     try:
       runs.write_evaluation(args.workdir, record)
     except OSError as error:
-      logging.warning("evaluation.json can't be written to %s: %s", args.workdir, error.strerror)
+      logging.warning("evaluation.json can't be written to %s: %s", args.workdir, error.strerror or error)
   return record
 
 
@@ -159,14 +159,14 @@ def _on_tasks() -> dict[str, Any]:
       known = _recorded(path, record)
       storage.write_whole(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
     except OSError as error:
-      logging.warning("tasks.json can't be written to %s: %s", args.workdir, error.strerror)
+      logging.warning("tasks.json can't be written to %s: %s", args.workdir, error.strerror or error)
   return record
 
 
 def _recorded(path: storage.Place, record: dict[str, Any]) -> dict[str, Any]:
   """The tasks that were evaluated before with the same parameters."""
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(storage.read_bytes(path))
     return found["tasks"] if (found["method"], found["step"]) == (record["method"], record["step"]) else {}
   except (FileNotFoundError, ValueError, KeyError, TypeError):
     return {}

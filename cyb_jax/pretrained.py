@@ -212,7 +212,7 @@ def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) 
     return configs.freeze(source)
   found: Mapping[str, Any] = {}
   with storage.starting(workdir or ""):
-    held = workdir is not None and (storage.place(workdir) / "config.json").exists()
+    held = workdir is not None and storage.exists(storage.place(workdir) / "config.json")
   if held:
     recorded = runs.read_config(workdir)
     if recorded.get("init_from") == source["init_from"]:

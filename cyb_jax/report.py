@@ -7,7 +7,6 @@ python -m cyb_jax.report --compare=DIR,DIR,... [--output=DIR]
 from __future__ import annotations
 
 import os
-import pathlib
 import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -129,8 +128,8 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   }
 
 
-def _kept(workdir: str) -> pathlib.Path:
-  return pathlib.Path(workdir).absolute() / "report"
+def _kept(workdir: str) -> storage.Place:
+  return storage.place(workdir) / "report"
 
 
 def _candidate(workdir: str, *, read: bool = True) -> Candidate:
@@ -156,12 +155,12 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
     path = _kept(workdir) / "statistics.json"
     # Beside a page that shows others they would be out of place; then they are computed again next time.
     try:
-      path.parent.mkdir()
+      storage.make_new(path.parent)
       storage.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
     except FileExistsError:
       pass
     except OSError as error:
-      logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror)
+      logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror or error)
   # No further than the checkpoint, which need not be the last.
   rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
   validation = [row for row in rows if row.get("omega") is None]
@@ -176,7 +175,7 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
 
   limit = flags.FLAGS.limit or None
   try:
-    found = json.loads((_kept(workdir) / "statistics.json").read_text())
+    found = json.loads(storage.read_bytes(_kept(workdir) / "statistics.json"))
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
     same &= found["num_slots"] == 1 or found["self_paced"] is not None
     # A limit that leaves nothing out is recorded as none.

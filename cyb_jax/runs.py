@@ -50,7 +50,7 @@ def check_workdir(workdir: str | os.PathLike, config: Config) -> None:
   if storage.in_bucket(path):
     storage.check_bucket(path)
   with storage.starting(path):
-    held = (path / "config.json").exists()
+    held = storage.exists(path / "config.json")
   if held:
     changed = configs.differences(read_config(path), config.source)
     if changed:
@@ -155,11 +155,8 @@ def start_workdir(
     if meta is None:  # what a checkpoint was trained with is not written again
       with storage.new_folder(path / "tokenizer") as folder:
         tokenizer.save(folder)
-  except Exception as error:
-    cause = storage_cause(error)
-    if cause is None and not isinstance(error, OSError):
-      raise
-    raise InputError(f"workdir: {workdir} can't be written to: {cause or error}") from None
+  except OSError as error:
+    raise InputError(f"workdir: {workdir} can't be written to: {storage_cause(error) or error}") from None
   return path
 
 
@@ -225,7 +222,7 @@ def is_run(path: str | os.PathLike) -> bool:
   folder = storage.place(path)
   try:
     with storage.starting(path):
-      text = (folder / "config.json").read_text()
+      text = storage.read_bytes(folder / "config.json").decode()
   except InputError:
     raise
   except (OSError, UnicodeDecodeError):
@@ -246,7 +243,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """
   path = storage.place(workdir) / "config.json"
   with storage.starting(workdir):
-    text = path.read_text() if path.exists() else None
+    text = storage.read_bytes(path).decode() if storage.exists(path) else None
   if text is None:
     raise InputError(f"workdir: {workdir} holds no run (there is no config.json)")
   try:

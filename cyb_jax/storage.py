@@ -3,7 +3,7 @@
 A bucket of Google Cloud Storage has neither folders nor renames nor locks. What it has: an object appears whole or not
 at all, what was written is seen by all at once, and it says the size and the MD5 of what it has received. It is reached
 through gcsfs (`pip install 'cyb_jax[gcs]'`), never through TensorFlow; requests that fail for a moment are tried again
-for about half a minute.
+for about half a minute. What fails after that is a StorageError that says what the bucket did.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeAlias
 
 from etils import epath
 
-from cyb_jax.errors import InputError, bucket_cause
+from cyb_jax.errors import InputError, StorageError, bucket_cause
 
 # Read when epath and gcsfs are used first. Else epath would import TensorFlow wherever it is installed, and gcsfs would
 # ask for each bucket's layout first, over another protocol and with another permission.
@@ -77,6 +77,12 @@ def _bucket() -> Any:
 @contextlib.contextmanager
 def starting(path: str | os.PathLike) -> Iterator[None]:
   """Before a run is under way, errors of a bucket inside become an InputError about `path`; not what isn't there."""
+  with _told(path, lambda message, _: InputError(message)):
+    yield
+
+
+@contextlib.contextmanager
+def _told(path: str | os.PathLike, kind: Callable[[str, str], Exception]) -> Iterator[None]:
   try:
     yield
   except FileNotFoundError:
@@ -85,7 +91,14 @@ def starting(path: str | os.PathLike) -> Iterator[None]:
     cause = bucket_cause(error) if in_bucket(path) else None
     if cause is None:
       raise
-    raise InputError(f"{path}: the bucket can't be used: {cause}") from error
+    raise kind(f"{path}: {cause}", cause) from error
+
+
+@contextlib.contextmanager
+def _asking(path: str | os.PathLike) -> Iterator[Any]:
+  """The file system, for something about a path in a bucket."""
+  with _told(path, lambda message, cause: StorageError(message, cause=cause)):
+    yield _bucket()
 
 
 def check_bucket(path: str | os.PathLike) -> None:
@@ -114,18 +127,36 @@ def names(folder: Place) -> list[str]:
   if not in_bucket(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
   try:
-    found = _bucket().ls(os.fspath(folder), detail=False)
+    with _asking(folder) as bucket:
+      found = bucket.ls(os.fspath(folder), detail=False)
   except FileNotFoundError:
     return []
   own = os.fspath(folder).removeprefix(_SCHEME).rstrip("/")
   return sorted({name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != own})
 
 
+def exists(path: Place) -> bool:
+  """Whether a file is there."""
+  if not in_bucket(path):
+    return path.exists()
+  with _asking(path) as bucket:
+    return bucket.exists(os.fspath(path))
+
+
+def read_bytes(path: Place) -> bytes:
+  """All of a file; FileNotFoundError where there is none."""
+  if not in_bucket(path):
+    return path.read_bytes()
+  with _asking(path) as bucket:
+    return bucket.cat_file(os.fspath(path))
+
+
 def write_whole(path: Place, content: str | bytes) -> None:
   """Replaces a file, whole or not at all, whatever dies and whoever else does the same."""
   content = content.encode() if isinstance(content, str) else content
   if in_bucket(path):
-    _bucket().pipe_file(os.fspath(path), content)
+    with _asking(path) as bucket:
+      bucket.pipe_file(os.fspath(path), content)
     return
   new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
@@ -139,10 +170,20 @@ def write_whole(path: Place, content: str | bytes) -> None:
     raise
 
 
+def make_new(folder: Place) -> None:
+  """Makes a folder; FileExistsError where there is one. In a bucket it appears with its first file."""
+  if not in_bucket(folder):
+    folder.mkdir()
+  elif names(folder):
+    raise FileExistsError(folder)
+
+
 def upload_folder(source: str | os.PathLike, target: Place) -> None:
   """Writes the files of a folder on a disk into one in a bucket."""
   for path in sorted(path for path in pathlib.Path(source).rglob("*") if path.is_file()):
-    _bucket().put_file(os.fspath(path), f"{target}/{path.relative_to(source).as_posix()}")
+    name = target / path.relative_to(source).as_posix()
+    with _asking(name) as bucket:
+      bucket.put_file(os.fspath(path), os.fspath(name))
 
 
 @contextlib.contextmanager
@@ -155,7 +196,7 @@ def local_folder(folder: Place) -> Iterator[pathlib.Path]:
     for name in _objects(folder):
       copy = pathlib.Path(scratch) / name
       copy.parent.mkdir(parents=True, exist_ok=True)
-      copy.write_bytes(_bucket().cat_file(f"{folder}/{name}"))
+      copy.write_bytes(read_bytes(folder / name))
     yield pathlib.Path(scratch)
 
 
@@ -185,8 +226,8 @@ def remove(objects: list[Place]) -> None:
   """Deletes objects of a bucket; those that have gone are none's loss."""
 
   def one(path: Place) -> None:
-    with contextlib.suppress(FileNotFoundError):
-      _bucket().rm_file(os.fspath(path))
+    with contextlib.suppress(FileNotFoundError), _asking(path) as bucket:
+      bucket.rm_file(os.fspath(path))
 
   with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
     list(pool.map(one, objects))
@@ -202,8 +243,9 @@ def move_tree(source: Place, target: Place, last: str) -> None:
     return
 
   def one(name: str) -> None:
-    _bucket().cp_file(f"{source}/{name}", f"{target}/{name}")
-    _bucket().rm_file(f"{source}/{name}")
+    with _asking(source) as bucket:
+      bucket.cp_file(f"{source}/{name}", f"{target}/{name}")
+      bucket.rm_file(f"{source}/{name}")
 
   found = list(_objects(source))
   with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -250,14 +292,15 @@ class Files:
     said = self._objects[name].get("md5Hash")
     if kind == "md5" and said:
       return base64.b64decode(said).hex()
-    with _bucket().open(f"{self._folder}/{name}", "rb") as file:
+    with _asking(self._folder / name) as bucket, bucket.open(f"{self._folder}/{name}", "rb") as file:
       return hashlib.file_digest(file, kind).hexdigest()
 
 
 def _objects(folder: Place) -> dict[str, dict[str, Any]]:
   """What the bucket says of each object in a folder, by its path in it."""
   prefix = os.fspath(folder).removeprefix(_SCHEME).rstrip("/") + "/"
-  found = _bucket().find(os.fspath(folder), detail=True)
+  with _asking(folder) as bucket:
+    found = bucket.find(os.fspath(folder), detail=True)
   # A console makes an empty object for a folder.
   return {
     name.removeprefix(prefix): said

@@ -30,7 +30,8 @@ def environment():
   flags = (
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"  # without conftest's eight devices
   )
-  return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+  path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+  return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}
 
 
 def write_config(folder):
@@ -50,7 +51,7 @@ def start(program, *flags, cwd=ROOT):
 
 # Most of a process's time is its imports: this one has made them, and forks for each command line.
 _SERVER = """
-import importlib, json, os, sys, time, warnings
+import importlib, json, os, sys, time, traceback, warnings
 import jax, orbax.checkpoint
 from cyb_jax import evaluation, runs, training
 warnings.filterwarnings("ignore")
@@ -69,6 +70,8 @@ def start(asked):
     importlib.import_module("cyb_jax." + asked["program"]).run()
   except SystemExit as error:
     code = error.code or 0
+  except BaseException:
+    traceback.print_exc()
   finally:
     sys.stdout.flush()
     sys.stderr.flush()
@@ -130,22 +133,22 @@ class Forked:
     return [pathlib.Path(path).read_text(errors="replace") for path in self._files]
 
 
-def forked(program, *flags, cwd=ROOT):
+def forked(program, *flags, cwd=ROOT, env=None):
   """(exit code, standard output, standard error) of a program, in a process that has its imports already."""
-  return Forked(program, *flags, cwd=cwd).wait()
+  return Forked(program, *flags, cwd=cwd, env=env).wait()
 
 
-def run(program, *flags, expect=0, cwd=ROOT):
+def run(program, *flags, expect=0, cwd=ROOT, env=None):
   """(the JSON object of the last line, standard error) of a program that ends with `expect`."""
-  code, out, err = forked(program, *flags, cwd=cwd)
+  code, out, err = forked(program, *flags, cwd=cwd, env=env)
   assert code == expect, f"exit code {code}\n{err[-4000:]}"
   lines = out.strip().splitlines()
   return (json.loads(lines[-1]) if lines else None), err
 
 
-def complaint(program, *flags, cwd=ROOT):
-  """The one line that a program ends with on bad input."""
-  result, err = run(program, *flags, expect=2, cwd=cwd)
+def complaint(program, *flags, expect=2, cwd=ROOT, env=None):
+  """The one line that a program ends with on bad input, or whatever else ends it with `expect`."""
+  result, err = run(program, *flags, expect=expect, cwd=cwd, env=env)
   assert result is None
   assert "Traceback" not in err
   (line,) = [line for line in err.splitlines() if line.startswith("error: ")]

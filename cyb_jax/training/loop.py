@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from cyb_jax import __version__, pretrained, runs, sharding
+from cyb_jax import __version__, pretrained, runs, sharding, storage
 from cyb_jax import config as configs
 from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
@@ -145,6 +145,8 @@ def _train(
   config: Config, workdir: str | os.PathLike, lock: runs.Lock | None, profile: int, cluster: Cluster
 ) -> dict[str, Any]:
   cluster.agree(_facts(config, workdir))
+  if profile and storage.in_bucket(workdir):
+    raise InputError(f"--profile: {profile}, but no trace can be written to {workdir}; take a folder on a disk")
   runs.check_workdir(workdir, config)
   mesh = sharding.make_mesh(config.parallelism)
   shards = sharding.data_shards(mesh)

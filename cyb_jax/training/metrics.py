@@ -52,7 +52,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The rows of a run's metrics.jsonl, but for a line that can't be read: the last one, where a kill has torn it."""
   path = storage.place(workdir) / "metrics.jsonl"
   rows = []
-  lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+  lines = storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else []
   for number, line in enumerate(lines, start=1):
     try:
       rows.append(json.loads(line))
@@ -85,15 +85,15 @@ class MetricsLog:
       self._uploaded, self._refused = time.monotonic(), False
     with writing(str(self._path)):
       self._drop_after(resume_step)
-      if self._scratch is not None and self._path.exists():
-        (folder / "metrics.jsonl").write_bytes(self._path.read_bytes())
+      if self._scratch is not None and storage.exists(self._path):
+        (folder / "metrics.jsonl").write_bytes(storage.read_bytes(self._path))
       # Unbuffered: a line goes out in one piece, and one that the disk refuses isn't tried again when it is closed.
       self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
     with writing(str(self._workdir / "tensorboard")):
       self._events = _EventFile(folder / "tensorboard", resume_step) if tensorboard else None
 
   def _drop_after(self, step: int) -> None:
-    if self._path.exists():
+    if storage.exists(self._path):
       kept = [json.dumps(row) + "\n" for row in read_metrics(self._path.parent) if row["step"] <= step]
       storage.write_whole(self._path, "".join(kept))
 

@@ -9,27 +9,30 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 
+from cyb_jax import storage
 from cyb_jax.errors import InputError, writing
 
 MAX_BYTES = 10_000_000
 _PAGE = "index.html"
 
 
-def check_output(folder: str | os.PathLike) -> pathlib.Path:
+def check_output(folder: str | os.PathLike) -> storage.Place:
   """Whether a report may be written there: a folder that isn't there yet, is empty, or holds a report alone.
 
   Raises:
     InputError: it holds something else, which would be lost, or can't be written to.
   """
-  path = pathlib.Path(folder).absolute()
-  if path.exists():
-    if not path.is_dir():
-      raise InputError(f"--output: {folder} is a file; give a folder")
-    others = sorted({p.name for p in path.iterdir()} - _ours(path))
-    if others:
-      raise InputError(
-        f"--output: {folder} holds {others[0]!r}, which is no report's; give a folder of the report's own"
-      )
+  path = storage.place(folder)
+  if storage.in_bucket(path):
+    storage.check_bucket(path)
+  elif path.exists() and not path.is_dir():
+    raise InputError(f"--output: {folder} is a file; give a folder")
+  with storage.starting(path):
+    others = sorted(set(found) - _ours(path)) if (found := storage.names(path)) else []
+  if others:
+    raise InputError(f"--output: {folder} holds {others[0]!r}, which is no report's; give a folder of the report's own")
+  if storage.in_bucket(path):
+    return path
   existing = path.parent
   while not existing.exists():
     existing = existing.parent
@@ -40,10 +43,10 @@ def check_output(folder: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def _ours(path: pathlib.Path) -> set[str]:
+def _ours(path: storage.Place) -> set[str]:
   """Names that a report may have in a folder: its page says which pictures are its own."""
   try:
-    page = (path / _PAGE).read_text(errors="replace")
+    page = storage.read_bytes(path / _PAGE).decode(errors="replace")
   except OSError:
     return {"statistics.json"}  # which a comparison keeps
   found = re.search(r'<meta name="generator" content="cyb-report: ([^"]*)">', page)
@@ -64,7 +67,7 @@ def check_size(page: str) -> None:
     )
 
 
-def write_folder(path: pathlib.Path, files: Mapping[str, str | bytes]) -> None:
+def write_folder(path: storage.Place, files: Mapping[str, str | bytes]) -> None:
   """Replaces a report's folder by one with these files.
 
   Args:
@@ -72,8 +75,14 @@ def write_folder(path: pathlib.Path, files: Mapping[str, str | bytes]) -> None:
     files: contents by name; text is written as UTF-8.
 
   Raises:
-    StorageError: the disk refuses; the folder is then as it was before.
+    StorageError: the disk refuses; the folder is then as it was before. In a bucket it may hold files of both: the page
+      comes last.
   """
+  if storage.in_bucket(path):
+    for name in sorted(files, key=lambda name: name == _PAGE):
+      storage.write_whole(path / name, files[name])
+    storage.remove([path / name for name in storage.names(path) if name not in files])
+    return
   with writing(f"the report in {path}"):
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
