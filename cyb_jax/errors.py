@@ -1,4 +1,4 @@
-"""The errors that a program ends with in one line: bad input, a disk, a bucket or a host that fails a run, a run that has
+"""The errors that a program ends with in one line: bad input; a disk, a bucket or a host that fails a run; a run that has
 diverged.
 """
 

@@ -168,10 +168,12 @@ def _train(
   steps = num_steps(config, open_batches(config, store))
   if found is not None:
     found.check(method, store.tokenizer)
-  folder = pathlib.Path(workdir).absolute()
+  folder = storage.place(workdir)
   if lock is not None:
     folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
-  cluster.same_folder(folder)
+  cluster.barrier()
+  if not storage.in_bucket(folder):
+    cluster.same_folder(folder)
   with jax.default_matmul_precision(config.precision.matmul):
     return _Loop(config, folder, mesh, store, method, steps, profile, found, cluster).run()
 
