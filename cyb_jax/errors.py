@@ -1,5 +1,5 @@
-"""The errors that a program ends with in one line: bad input; a disk, a bucket or a host that fails a run; a run that has
-diverged.
+"""The errors that a program ends with in one line: bad input; a disk, a bucket or a host that fails a run; a run that
+has diverged.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def ended(processes, expect):
   codes = [code for code, _, _ in results]
   assert codes == [expect] * len(processes), "\n".join(err[-3000:] for _, _, err in results)
   # Gloo, which connects CPUs, has words of its own; of ours host 0 alone speaks.
-  spoken = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for _, out, _ in results]
+  spoken = [[line for line in out.splitlines() if line.startswith("{")] for _, out, _ in results]
   assert not any(spoken[1:])
   return json.loads(spoken[0][-1]) if spoken[0] else None, [err for _, _, err in results]
 
