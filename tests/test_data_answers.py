@@ -28,7 +28,7 @@ from cyb_jax import methods, sharding
 from cyb_jax.config import ParallelismConfig
 from cyb_jax.data import SentencePieceTokenizer, TokenStore, TrainBatches, evaluation_batches, open_task, prepare
 from cyb_jax.data.answers import ANSWER_TASKS, open_source
-from cyb_jax.data.store import _SplitWriter
+from cyb_jax.data.pieces import Encoder
 from cyb_jax.data.tasks import Document, split_of, text_digest
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
@@ -178,12 +178,10 @@ def test_a_token_over_the_border_is_of_the_answer(tmp_path):
   source = open_source("hellaswag", options["path"])
   pairs = [(prompt, answer[1:]) for prompt, answer in source.documents("train")]
   assert form.form(docs[0]) == ("ab", " c abc")
-  writer = _SplitWriter(tmp_path, "train", tokenizer, 1000, ("weights",))
   marks = [np.array([0] * len(prompt) + [1] * len(answer), np.uint8) for prompt, answer in pairs]
-  writer.write([Document(a + b, weights=mark) for (a, b), mark in zip(pairs, marks)])
-  writer.close()
-  weights = np.fromfile(tmp_path / "train-00000.weights", np.uint8)
-  expected = [0]
+  documents = [Document(a + b, weights=mark) for (a, b), mark in zip(pairs, marks)]
+  weights = Encoder(tokenizer, ("weights",)).encode(documents).beside["weights"]
+  expected = []
   for prompt, answer in pairs:
     before, ids = continuation(tokenizer.encode, prompt, answer)
     expected += [0] * min(before, len(ids)) + [1] * (max(len(ids) - before, 0) + 1)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from cyb_jax.data import TokenStore, open_task, prepare
+from cyb_jax.data import TokenStore, open_task, prepare, tasks
 from cyb_jax.data import store as store_module
 from cyb_jax.data.tasks import split_of, text_digest
 from cyb_jax.errors import InputError
@@ -86,13 +86,9 @@ def test_duplicates_are_counted(prepared):
 
 
 def test_held_out_copies_stay_and_train_copies_go(tmp_path, monkeypatch):
-  class Source:
-    identity, options, beside, splits = {}, {}, (), ("train", "validation")
-
-    def documents(self, split):
-      return map(store_module.tasks.Document, {"train": ["a", "b"], "validation": ["b"]}[split])
-
-  monkeypatch.setattr(store_module.tasks, "open_task", lambda *_: Source())
+  texts = {"train": ["a", "b"], "validation": ["b"]}
+  source = tasks.Source(tuple(texts), lambda group, part: texts[group])
+  monkeypatch.setattr(tasks, "open_task", lambda *_: tasks.Task("own", {}, {}, (), lambda: source))
   splits = prepare("own", "bytes", tmp_path / "s").description["splits"]
   assert {name: (s['documents'], s['duplicates_dropped']) for name, s in splits.items()} == {
     'train': (1, 1), 'validation': (1, 0)
@@ -127,8 +123,8 @@ def test_sentencepiece_stores_are_equal_every_time(tmp_path, options):
 
 
 def test_wide_vocabularies_take_four_bytes():
-  assert store_module._token_dtype(1 << 16) == np.dtype("<u2")
-  assert store_module._token_dtype((1 << 16) + 1) == np.dtype("<u4")
+  assert store_module.token_dtype(1 << 16) == np.dtype("<u2")
+  assert store_module.token_dtype((1 << 16) + 1) == np.dtype("<u4")
 
 
 def test_limit(tmp_path, options):
@@ -229,13 +225,12 @@ def test_a_killed_prepare_leaves_nothing_to_read(tmp_path):
   # The child stops where its train split is half written, and is killed there.
   code = """
 import sys, time
-from cyb_jax.data import prepare, store
-def stop(self, split, documents, tokens, last=False):
-  if split == 'train':
-    open(sys.argv[1] + '.reached', 'w').close()
-    time.sleep(60)
-store._BATCH_BYTES = 1000
-store._Progress.report = stop
+from cyb_jax.data import pieces, prepare, preparation
+def stop(self, worker, documents, tokens):
+  open(sys.argv[1] + '.reached', 'w').close()
+  time.sleep(60)
+pieces._BATCH_BYTES = 1000
+preparation._Progress.report = stop
 prepare('synthetic_sums', 'bytes', sys.argv[1], options={'documents': 60})
 """
   path = tmp_path / "s"

@@ -1,8 +1,9 @@
-"""Text to tokens to batches. Preparing a store reads through SeqIO; everything after it needs no TensorFlow."""
+"""Text to tokens to batches. Only reading TFDS and SeqIO tasks of the user's own needs TensorFlow."""
 
 from cyb_jax.data.batches import Batch, Permutation, Prefetch, TrainBatches, evaluation_batches, with_documents
+from cyb_jax.data.preparation import Prepared, prepare, prepare_shard
 from cyb_jax.data.pretrained_tokenizers import HuggingFaceTokenizer
-from cyb_jax.data.store import TokenStore, prepare
+from cyb_jax.data.store import TokenStore, is_store
 from cyb_jax.data.tasks import TASKS, Document, Task, default_tokenizer, open_task, register
 from cyb_jax.data.tokenizers import (
   ByteTokenizer,
@@ -22,6 +23,7 @@ __all__ = [
   "HuggingFaceTokenizer",
   "Permutation",
   "Prefetch",
+  "Prepared",
   "SentencePieceTokenizer",
   "Task",
   "TokenStore",
@@ -29,10 +31,12 @@ __all__ = [
   "TrainBatches",
   "default_tokenizer",
   "evaluation_batches",
+  "is_store",
   "load",
   "open_task",
   "open_tokenizer",
   "prepare",
+  "prepare_shard",
   "register",
   "seqio_vocabulary",
   "train_sentencepiece",

@@ -174,7 +174,7 @@ class Task:
     Raises:
       InputError: if the source cannot be read, has no text feature, or holds text that is no UTF-8.
     """
-    group = split if split in self.source.groups else "train"
+    (group,) = (group for group in self.source.groups if split in self.splits_of(group))
     return (document for found, document in self.read(Piece(group)) if found == split)
 
   def pieces(self, limit: int | None = None) -> list[Piece]:
@@ -190,6 +190,10 @@ class Task:
   def read(self, piece: Piece) -> Iterator[tuple[str, Document]]:
     """(split, document) of a piece, in order; raises as `documents`."""
     return self.source.documents(piece)
+
+  def splits_of(self, group: str) -> tuple[str, ...]:
+    """The splits that the documents of one of the source's own go to."""
+    return tuple(split for split in self.splits if (split if split in self.source.groups else "train") == group)
 
 
 def text_digest(text: str) -> bytes:

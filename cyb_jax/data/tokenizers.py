@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -200,7 +200,7 @@ class SentencePieceTokenizer:
     return first + [i for part in rest for i in (*self._escape, *part)]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    encoded = self._processor.encode(list(texts), num_threads=os.cpu_count() or 1)
+    encoded = self._processor.encode(list(texts), num_threads=num_threads())
     if self._escape is not None:
       for row, text in enumerate(texts):
         if "▁" in text:
@@ -251,6 +251,14 @@ class SentencePieceTokenizer:
       file.write(self.model)
 
 
+def num_threads() -> int:
+  """Threads that tokenize: as many as there are cores for this process, or what RAYON_NUM_THREADS says, which the
+  package tokenizers follows as well.
+  """
+  told = os.environ.get("RAYON_NUM_THREADS", "")
+  return int(told) if told.isdecimal() and int(told) else len(os.sched_getaffinity(0))
+
+
 def _with_control(model: bytes, ids: Iterable[int]):
   """A SentencePiece processor that takes these pieces for control pieces: no text leads to one."""
   import sentencepiece
@@ -287,6 +295,12 @@ def save_description(directory: str | os.PathLike, description: dict[str, Any]) 
   with open(os.path.join(directory, _DESCRIPTION_FILE), "w", encoding="utf-8") as file:
     json.dump(description, file, indent=2)
     file.write("\n")
+
+
+def files(description: Mapping[str, Any]) -> tuple[str, ...]:
+  """Names of what `save` writes of the tokenizer that is described so."""
+  models = {"sentencepiece": (MODEL_FILE,), "huggingface": (HUGGINGFACE_FILE,)}
+  return (*models.get(description["kind"], ()), _DESCRIPTION_FILE)
 
 
 def load(directory: str | os.PathLike) -> Tokenizer:

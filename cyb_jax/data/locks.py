@@ -1,0 +1,94 @@
+"""Who may do something alone: a lock of the system on a local disk, a lease in a bucket.
+
+The system takes a lock back from a process that dies, however it does. An object of a bucket stays: its holder signs it
+again and again, and whoever finds one that is signed no more takes it over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from absl import logging
+from etils import epath
+
+from cyb_jax.data import storage
+
+_SECONDS_BETWEEN_SIGNS = 10.0
+_SECONDS_UNTIL_DEAD = 45.0
+
+
+class Busy(Exception):
+  """Another process holds it; the message says which one, where that is known."""
+
+
+@contextlib.contextmanager
+def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[None]:
+  """Holds a lock for as long as the block.
+
+  Args:
+    path: a file for it; its folder must be there.
+    wait: what is logged before it waits for another process; '': it doesn't wait. Never waited for in a bucket.
+    shared: held by any number of processes that say so. Without effect in a bucket.
+
+  Raises:
+    Busy: another process has it.
+  """
+  if storage.is_bucket(path):
+    with _leased(path):
+      yield
+    return
+  mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+  with open(path, "a") as file:
+    try:
+      fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if not wait:
+        raise Busy("another process of this machine") from None
+      logging.info("%s", wait)
+      fcntl.flock(file, mode)
+    except OSError as error:  # some network file systems have no locks
+      logging.warning("%s can't be locked (%s): see that no other process does the same", path, error.strerror)
+    yield
+
+
+@contextlib.contextmanager
+def _leased(path: epath.Path) -> Iterator[None]:
+  mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+  found = storage.read_json(path)
+  if found is not None:
+    logging.info("%s is held by process %s on %s; watching whether it lives", path, found.get("pid"), found.get("host"))
+    deadline = time.monotonic() + _SECONDS_UNTIL_DEAD
+    while time.monotonic() < deadline:
+      time.sleep(_SECONDS_UNTIL_DEAD / 30)
+      now = storage.read_json(path)
+      if now is None:
+        break
+      if now != found:
+        raise Busy(f"process {now.get('pid')} on {now.get('host')}")
+  stop = threading.Event()
+  storage.write_json(path, mine | {"signs": 0})
+
+  def sign():
+    signs = 0
+    while not stop.wait(_SECONDS_BETWEEN_SIGNS):
+      signs += 1
+      # A bucket that fails here fails the work as well, or has recovered by then.
+      with contextlib.suppress(Exception):
+        storage.write_json(path, mine | {"signs": signs})
+
+  thread = threading.Thread(target=sign, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    stop.set()
+    thread.join()
+    with contextlib.suppress(Exception):
+      storage.remove(path)

@@ -1,0 +1,269 @@
+"""One piece of a task's source, tokenized into files of its own.
+
+piece-000012.json               what there is of it, and the digests; written last: a piece without it isn't there
+piece-000012.index              a ROW for each document that isn't empty, in order
+piece-000012.train.tokens       the tokens of its documents of a split, in order, each with its start and end tokens
+piece-000012.train.difficulty   and what stands beside them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from cyb_jax.data import storage, tasks
+from cyb_jax.data.store import BESIDE, token_dtype
+from cyb_jax.data.tokenizers import Tokenizer
+from cyb_jax.errors import InputError
+
+_BATCH_BYTES = 4 << 20  # text tokenized at once
+
+# A document: the digest of its text, where its tokens begin among those of its piece and split, its number in the piece
+# (those that are empty are counted too), how many tokens it has, and so on.
+ROW = np.dtype(
+  [
+    ("digest", "<u8", (2,)),
+    ("offset", "<u8"),
+    ("number", "<u4"),
+    ("tokens", "<u4"),
+    ("bytes", "<u4"),
+    ("weighted_tokens", "<u4"),
+    ("weighted_bytes", "<u4"),
+    ("split", "u1"),
+  ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Documents as tokens; N documents, S tokens in all.
+
+  Attributes:
+    tokens: uint16 or uint32[S], those of each document with the start token where there is one, and the end token.
+    lengths: int64[N], tokens of each.
+    beside: by kind, uint8[S].
+    weighted_tokens, weighted_bytes: int64[N], those that are to be learnt; all where nothing else is said.
+  """
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  beside: dict[str, np.ndarray]
+  weighted_tokens: np.ndarray
+  weighted_bytes: np.ndarray
+
+
+class Encoder:
+  """Turns documents into tokens and what stands beside them.
+
+  Args:
+    tokenizer: any.
+    beside: what the task's documents come with.
+
+  Attributes:
+    tokenizer: as given.
+    start: what stands before each document.
+    beside: what will stand beside the tokens: weights too where there is a start.
+    dtype: of the tokens.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, beside: Sequence[str]):
+    self.tokenizer = tokenizer
+    self.start = [tokenizer.start_id] * (tokenizer.adds_start and tokenizer.start_id != tokenizer.end_id)
+    self.beside = tuple(kind for kind in BESIDE if kind in beside or (kind == "weights" and self.start))
+    self.dtype = token_dtype(tokenizer.vocab_size)
+
+  def encode(self, documents: Sequence[tasks.Document]) -> Encoded:
+    """Tokens of some documents, at least one."""
+    encoded = self.tokenizer.encode_batch([document.text for document in documents])
+    lengths = np.array([len(self.start) + len(ids) + 1 for ids in encoded])
+    end = (self.tokenizer.end_id,)
+    flat = itertools.chain.from_iterable(itertools.chain(self.start, ids, end) for ids in encoded)
+    tokens = np.fromiter(flat, self.dtype, int(lengths.sum()))
+    weighted_tokens = np.zeros(len(documents), np.int64)
+    weighted_bytes = np.zeros(len(documents), np.int64)
+    beside = {}
+    if "difficulty" in self.beside:
+      parts = [self._difficulties(*row) for row in zip(documents, encoded, strict=True)]
+      beside["difficulty"] = np.concatenate(parts)
+    if "weights" in self.beside:
+      parts = self._weights(documents, encoded)
+      beside["weights"] = np.concatenate(parts)
+      weighted_tokens[:] = [int(part.sum()) for part in parts]
+      weighted_bytes[:] = [
+        len(d.text.encode()) if d.weights is None else int(d.weights.sum(dtype=np.int64)) for d in documents
+      ]
+    return Encoded(tokens, lengths, beside, weighted_tokens, weighted_bytes)
+
+  def _difficulties(self, document: tasks.Document, ids: list[int]) -> np.ndarray:
+    """uint8[start + tokens + 1]: a token is as hard as its hardest byte; the start and the end are 0."""
+    sizes = np.array([len(self.tokenizer.decode([token]).encode()) for token in ids])
+    if sizes.sum() != len(document.difficulty):
+      raise InputError(
+        "data.tokenizer: it does not give the text back exactly, so its tokens' difficulties are unknown; "
+        "take 'bytes' or 'sentencepiece:N'"
+      )
+    starts = np.cumsum(sizes) - sizes
+    hardest = np.maximum.reduceat(document.difficulty, starts)
+    return np.concatenate([np.zeros(len(self.start)), hardest, [0]]).astype(np.uint8)
+
+  def _weights(self, documents: Sequence[tasks.Document], encoded: list[list[int]]) -> list[np.ndarray]:
+    """uint8[start + tokens + 1] of each document; the start is 0, the end as the last byte.
+
+    Where the weights of the bytes change, the tokens of the text up to there are counted, as lm-evaluation-harness
+    parts a prompt and its continuation: a token over the border is of what follows.
+    """
+    borders = [
+      [] if document.weights is None else (np.flatnonzero(np.diff(document.weights)) + 1).tolist()
+      for document in documents
+    ]
+    texts = (document.text.encode() for document in documents)
+    before = [text[:border].decode(errors="replace") for text, of in zip(texts, borders) for border in of]
+    counts = iter(map(len, self.tokenizer.encode_batch(before)) if before else ())
+    result = []
+    for document, ids, of in zip(documents, encoded, borders, strict=True):
+      values = [1] if document.weights is None else document.weights[[0, *of]].tolist()
+      places = [0, *(min(next(counts), len(ids)) for _ in of), len(ids) + 1]
+      # What a tokenizer makes of a part may be longer than what it makes of more.
+      weights = np.repeat(np.array(values, np.uint8), np.diff(np.maximum.accumulate(places)))
+      result.append(np.concatenate([np.zeros(len(self.start), np.uint8), weights]))
+    return result
+
+
+def record_path(folder: epath.Path, number: int) -> epath.Path:
+  """The file that says that a piece is whole."""
+  return folder / f"piece-{number:06d}.json"
+
+
+def file_path(folder: epath.Path, number: int, name: str) -> epath.Path:
+  """A file of a piece: 'index', 'train.tokens' and the like."""
+  return folder / f"piece-{number:06d}.{name}"
+
+
+def read_record(folder: epath.Path, number: int, made_of: str) -> dict[str, Any] | None:
+  """What a whole piece says of itself; None where there is none, or of something else, or a file has another size.
+
+  Args:
+    folder: of the pieces.
+    number: the piece's.
+    made_of: what `write` was given.
+  """
+  record = storage.read_json(record_path(folder, number))
+  if not isinstance(record, dict) or record.get("made_of") != made_of:
+    return None
+  for name, described in record["files"].items():
+    if storage.size_of(file_path(folder, number, name)) != described["bytes"]:
+      return None
+  return record
+
+
+def write(
+  folder: epath.Path,
+  number: int,
+  task: tasks.Task,
+  piece: tasks.Piece,
+  encoder: Encoder,
+  made_of: str,
+  *,
+  limit: int | None = None,
+  report: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> dict[str, Any]:
+  """Tokenizes a piece.
+
+  Args:
+    folder: where its files go.
+    number, piece: which one.
+    task, encoder: of the store.
+    made_of: stands for all that decides its content, for `read_record`.
+    limit: documents of each split, empty ones included.
+    report: called with the documents and the tokens done so far.
+
+  Returns:
+    what `read_record` will: `documents`, `tokens`, `files`; `cpu_seconds`, since the first document was read.
+  """
+  with contextlib.ExitStack() as stack:
+    splits = task.splits
+    writer = _Writer(folder, number, splits, encoder, stack)
+    batch: list[tuple[int, int, tasks.Document]] = []
+    size, read, began = 0, dict.fromkeys(splits, 0), None
+    fed = task.splits_of(piece.group)
+    for place, (split, document) in enumerate(task.read(piece)):
+      # Opening the source takes seconds, once; what it costs by the document is to be known.
+      began = began or (time.process_time(), time.perf_counter())
+      if limit is not None and read[split] == limit:
+        if all(read[name] == limit for name in fed):
+          break
+        continue
+      read[split] += 1
+      if not document.text:
+        continue
+      batch.append((place, splits.index(split), document))
+      size += len(document.text)
+      if size >= _BATCH_BYTES:
+        writer.write(batch)
+        batch, size = [], 0
+        report(writer.documents, writer.tokens)
+    writer.write(batch)
+    files = writer.close()
+  report(writer.documents, writer.tokens)
+  cpu, wall = began or (time.process_time(), time.perf_counter())
+  record = {
+    "made_of": made_of,
+    "documents": writer.documents,
+    "tokens": writer.tokens,
+    "cpu_seconds": round(time.process_time() - cpu, 4),
+    "seconds": round(time.perf_counter() - wall, 4),
+    "files": files,
+  }
+  storage.write_json(record_path(folder, number), record)
+  return record
+
+
+class _Writer:
+  """The files of a piece while they are written; each is opened with its first content."""
+
+  def __init__(self, folder, number, splits, encoder: Encoder, stack: contextlib.ExitStack):
+    self.documents = self.tokens = 0
+    self._folder, self._number, self._splits = folder, number, splits
+    self._encoder, self._stack = encoder, stack
+    self._sinks: dict[str, storage.Sink] = {}
+    self._offsets = [0] * len(splits)
+    self._sink("index")
+
+  def write(self, batch: list[tuple[int, int, tasks.Document]]) -> None:
+    if not batch:
+      return
+    documents = [document for _, _, document in batch]
+    encoded = self._encoder.encode(documents)
+    rows = np.zeros(len(batch), ROW)
+    texts = [document.text for document in documents]
+    rows["digest"] = np.frombuffer(b"".join(map(tasks.text_digest, texts)), "<u8").reshape(-1, 2)
+    rows["tokens"], rows["bytes"] = encoded.lengths, [len(text.encode()) for text in texts]
+    rows["weighted_tokens"], rows["weighted_bytes"] = encoded.weighted_tokens, encoded.weighted_bytes
+    rows["number"], rows["split"] = [number for number, _, _ in batch], [split for _, split, _ in batch]
+    of_token = np.repeat(rows["split"], encoded.lengths)
+    for split in np.unique(rows["split"]).tolist():
+      of = rows["split"] == split
+      ends = self._offsets[split] + np.cumsum(encoded.lengths[of])
+      rows["offset"][of] = ends - encoded.lengths[of]
+      self._offsets[split] = int(ends[-1])
+      for kind, values in (("tokens", encoded.tokens), *encoded.beside.items()):
+        self._sink(f"{self._splits[split]}.{kind}").write(values[of_token == split])
+    self._sink("index").write(rows)
+    self.documents += len(batch)
+    self.tokens += len(encoded.tokens)
+
+  def close(self) -> dict[str, Any]:
+    return {name: sink.close() for name, sink in self._sinks.items()}
+
+  def _sink(self, name: str) -> storage.Sink:
+    if name not in self._sinks:
+      path = file_path(self._folder, self._number, name)
+      self._sinks[name] = storage.Sink(self._stack.enter_context(storage.new_file(path)))
+    return self._sinks[name]

@@ -1,0 +1,214 @@
+"""What workers do, here or in processes of their own: `python -m cyb_jax.data.workers`, a JSON object a line.
+
+A process reads what all its jobs have in common, then its jobs, each when the one before is done; it answers with
+progress, a result or an error. It ends when its input does, and so with the process that started it, however that dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cyb_jax.data import merging, pieces, storage, tasks, tokenizers
+from cyb_jax.errors import InputError, StorageError
+
+_SECONDS_BETWEEN_REPORTS = 1.0
+# Everything that counts its own threads.
+_THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+# What crosses from a worker as itself; all else has printed its traceback there.
+_ERRORS = {"InputError": InputError, "StorageError": StorageError, "Damaged": storage.Damaged}
+
+Report = Callable[[int, int], None]
+
+
+class Work:
+  """What one process does of a preparation.
+
+  Args:
+    shared: JSON: `task`, `options`, `limit`; `tokenizer`, a local folder; `folder` of the pieces, `output` of the
+      shards.
+    task: that has been opened already.
+  """
+
+  def __init__(self, shared: dict[str, Any], task: tasks.Task | None = None):
+    self._shared = shared
+    self._task = task or tasks.open_task(shared["task"], shared["options"])
+    self._folder, self._output = storage.place(shared["folder"]), storage.place(shared["output"])
+
+  @functools.cached_property
+  def _encoder(self) -> pieces.Encoder:
+    return pieces.Encoder(tokenizers.load(self._shared["tokenizer"]), self._task.beside)
+
+  def do(self, job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Writes a piece or a shard.
+
+    Args:
+      job: JSON: `made_of`; `number` and `piece`, or `split`, `number` and `runs`.
+      report: called with the documents and tokens of a piece that are done.
+
+    Returns:
+      JSON: what `pieces.write` says of the piece but its files, or what `merging.write_shard` says.
+    """
+    folder, made_of = self._folder, job["made_of"]
+    if "piece" in job:
+      piece = tasks.Piece(**job["piece"])
+      record = pieces.write(
+        folder, job["number"], self._task, piece, self._encoder, made_of, limit=self._shared["limit"], report=report
+      )
+      return {name: value for name, value in record.items() if name != "files"}
+    split, kinds = job["split"], ("tokens", *self._encoder.beside)
+    whole = merging.Pieces(folder, (), (), (), {})
+    encoder = self._encoder
+    return merging.write_shard(
+      whole, self._output, split, job["number"], Path(job["runs"]), kinds,
+      dtype=encoder.dtype, end_id=encoder.tokenizer.end_id, made_of=made_of,
+    )  # fmt: skip
+
+
+def run(
+  work: Work, shared: dict[str, Any], jobs: Sequence[dict[str, Any]], workers: int, report: Callable[..., None]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+  """(job, result) as they are done.
+
+  Args:
+    work: for one worker, which is this process.
+    shared: for processes of their own.
+    jobs: JSON.
+    workers: how many; no more than jobs are started.
+    report: called with the worker, documents and tokens of its job.
+
+  Raises:
+    InputError, StorageError, Damaged: as a job has it.
+    ChildProcessError: a worker died.
+  """
+  workers = min(workers, len(jobs))
+  if workers <= 1:
+    for job in jobs:
+      yield job, work.do(job, functools.partial(report, 0))
+    return
+  events: queue.Queue = queue.Queue()
+  waiting = iter(jobs)
+  lock = threading.Lock()
+  with contextlib.ExitStack() as stack:
+    processes = [_start(workers) for _ in range(workers)]
+    for process in processes:
+      stack.callback(_end, process)
+    for number, process in enumerate(processes):
+      threading.Thread(target=_serve, args=(number, process, shared, waiting, lock, events), daemon=True).start()
+    left = len(jobs)
+    while left:
+      kind, number, job, value = events.get()
+      if kind == "progress":
+        report(number, *value)
+      elif kind == "done":
+        left -= 1
+        yield job, value
+      elif kind in _ERRORS:
+        raise _ERRORS[kind](value)
+      else:
+        raise ChildProcessError(value)
+
+
+def _start(workers: int) -> subprocess.Popen:
+  threads = str(max(1, tokenizers.num_threads() // workers))
+  env = os.environ | dict.fromkeys(_THREADS, threads)
+  # Modules that a user's task is in are found as they are here.
+  env |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
+  command = [sys.executable, "-m", "cyb_jax.data.workers"]
+  return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
+
+
+def _end(process: subprocess.Popen) -> None:
+  process.kill()
+  process.wait()
+  for pipe in (process.stdin, process.stdout):
+    with contextlib.suppress(OSError):
+      pipe.close()
+
+
+def _serve(number, process, shared, waiting, lock, events) -> None:
+  """Gives a process its jobs and passes on what it says."""
+  job = None
+  with contextlib.suppress(OSError, ValueError):
+    _say(process.stdin, shared)
+    while True:
+      with lock:
+        job = next(waiting, None)
+      if job is None:
+        return
+      _say(process.stdin, job)
+      for line in process.stdout:
+        kind, value = json.loads(line)
+        events.put((kind, number, job, value))
+        if kind == "done":
+          break
+        if kind != "progress":
+          return
+      else:
+        break
+  code = process.wait()
+  name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+  hint = ": out of memory? give fewer --workers" if code == -signal.SIGKILL else ""
+  text = f"a worker died of {name}{hint}; the pieces that are whole are kept, and the same command continues"
+  events.put(("died", number, job, text))
+
+
+def _say(file, value: Any) -> None:
+  file.write(json.dumps(value) + "\n")
+  file.flush()
+
+
+def main() -> None:
+  # What others print is not for the one who started this.
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; who started this ends it
+  lines: queue.Queue[str] = queue.Queue()
+
+  def read():
+    for line in sys.stdin:
+      lines.put(line)
+    os._exit(0)
+
+  threading.Thread(target=read, daemon=True).start()
+  shared, work = json.loads(lines.get()), None
+  while True:
+    job = json.loads(lines.get())
+    try:
+      work = work or Work(shared)
+      answer = "done", work.do(job, _reporter(answers))
+    except (InputError, StorageError, storage.Damaged) as error:
+      answer = type(error).__name__, str(error)
+    except Exception:
+      traceback.print_exc()
+      sys.stderr.flush()
+      os._exit(1)
+    _say(answers, answer)
+
+
+def _reporter(answers) -> Report:
+  last = time.monotonic()
+
+  def report(documents, tokens):
+    nonlocal last
+    if time.monotonic() - last >= _SECONDS_BETWEEN_REPORTS:
+      last = time.monotonic()
+      _say(answers, ("progress", (documents, tokens)))
+
+  return report
+
+
+if __name__ == "__main__":
+  main()
