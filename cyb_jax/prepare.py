@@ -97,18 +97,18 @@ def main(argv: list[str]) -> dict[str, Any]:
 def _speed(prepared: Prepared) -> dict[str, Any]:
   """What was measured, and what it would come to for C4 on hosts like this one.
 
-  Pieces are done on all cores of all hosts at their cost in CPU time, the store is finished by one host with the
-  workers that it was given: where that was not done here, it is left out.
+  Pieces are done on all cores of all hosts at their cost in CPU time. One host finishes the store, with as many workers
+  as here; what that takes for a few tokens already counts as if it grew with them.
   """
   if not prepared.cpu_seconds or not prepared.tokens:
     return {}
   cores = num_threads()
   of_core = prepared.tokens / prepared.cpu_seconds
-  splits = prepared.description["splits"].values() if prepared.description else ()
-  finish = prepared.finish_seconds / max(sum(split["tokens"] for split in splits), 1)
-  hours = {
-    f"hosts_{hosts}": round(_C4_TOKENS * (1 / (of_core * cores * hosts) + finish) / 3600, 2) for hosts in _C4_HOSTS
-  }
+  hours = {f"pieces_{n}_hosts": round(_C4_TOKENS / (of_core * cores * n) / 3600, 2) for n in _C4_HOSTS}
+  if prepared.finish_seconds:
+    splits = prepared.description["splits"].values()
+    of_host = sum(split["tokens"] for split in splits) / prepared.finish_seconds
+    hours["finish"] = round(_C4_TOKENS / of_host / 3600, 2)
   return {
     "piece_seconds": round(prepared.piece_seconds, 3),
     "finish_seconds": round(prepared.finish_seconds, 3),

@@ -265,5 +265,5 @@ class _Writer:
   def _sink(self, name: str) -> storage.Sink:
     if name not in self._sinks:
       path = file_path(self._folder, self._number, name)
-      self._sinks[name] = storage.Sink(self._stack.enter_context(storage.new_file(path)))
+      self._sinks[name] = storage.Sink(self._stack.enter_context(storage.new_file(path)), chunked=True)
     return self._sinks[name]

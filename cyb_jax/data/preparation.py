@@ -533,5 +533,7 @@ class _Progress:
     share = self._done_size / self._size if self._size else self._done / max(self._count, 1)
     if share and not last:
       left = seconds * (1 - share) / share
-      line += f", about {left / 3600:.1f} h left" if left >= 3600 else f", about {left / 60:.1f} min left"
+      units = (("h", 3600), ("min", 60), ("s", 1))
+      unit, length = next(unit for unit in units if left >= unit[1] or unit[1] == 1)
+      line += f", about {left / length:.{int(unit == 'h')}f} {unit} left"
     self.say(line)

@@ -180,23 +180,25 @@ def remove(path: epath.Path) -> None:
 class Sink:
   """A file that is written in parts, and its digests.
 
-  Attributes:
-    size: bytes written.
-    chunks: hexadecimal sha256 of each `CHUNK_BYTES` of it; after `close`, the last and shorter one too.
+  Args:
+    file: of `new_file`.
+    chunked: each `CHUNK_BYTES` of it have a digest, for `Chunked`; else all of it has one.
   """
 
-  def __init__(self, file: _Told):
-    self.size = 0
-    self.chunks: list[str] = []
-    self._file = file
+  def __init__(self, file: _Told, *, chunked: bool = False):
+    self._file, self._chunked = file, chunked
+    self._size = 0
+    self._chunks: list[str] = []
     self._chunk_bytes = self._room = CHUNK_BYTES
     self._whole, self._chunk = hashlib.sha256(), hashlib.sha256()
 
   def write(self, array: np.ndarray | bytes) -> None:
     content = memoryview(array if isinstance(array, bytes) else np.ascontiguousarray(array)).cast("B")
     self._file.write(content)
-    self._whole.update(content)
-    self.size += len(content)
+    self._size += len(content)
+    if not self._chunked:
+      self._whole.update(content)
+      return
     while len(content) >= self._room:
       self._chunk.update(content[: self._room])
       content = content[self._room :]
@@ -205,14 +207,15 @@ class Sink:
     self._room -= len(content)
 
   def close(self) -> dict[str, Any]:
-    """What `Chunked` needs to know of the file."""
+    """`bytes`, and hexadecimal `sha256`: of all, or of each of the chunks of `chunk_bytes`, the last one shorter."""
+    if not self._chunked:
+      return {"bytes": self._size, "sha256": self._whole.hexdigest()}
     if self._room < self._chunk_bytes:
       self._next_chunk()
-    found = {"bytes": self.size, "sha256": self._whole.hexdigest()}
-    return found | {"chunk_bytes": self._chunk_bytes, "chunks": self.chunks}
+    return {"bytes": self._size, "chunk_bytes": self._chunk_bytes, "sha256": self._chunks}
 
   def _next_chunk(self) -> None:
-    self.chunks.append(self._chunk.hexdigest())
+    self._chunks.append(self._chunk.hexdigest())
     self._chunk, self._room = hashlib.sha256(), self._chunk_bytes
 
 
@@ -235,7 +238,7 @@ class Chunked:
     self.path = path
     self.size: int = described["bytes"]
     self._chunk_bytes: int = described["chunk_bytes"]
-    self._digests: list[str] = described["chunks"]
+    self._digests: list[str] = described["sha256"]
     self._number, self._content = -1, b""
 
   def read(self, begin: int, end: int) -> Iterator[memoryview]:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from cyb_jax import __version__, pretrained, runs, sharding, storage
 from cyb_jax import config as configs
 from cyb_jax.config import Config
-from cyb_jax.data import Prefetch, TokenStore, TrainBatches, open_tokenizer, prepare, with_documents
+from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_documents
 from cyb_jax.data.tasks import PLACES, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import DivergedError, InputError, writing
@@ -51,7 +51,7 @@ def open_store(config: Config) -> TokenStore:
     InputError: it is another one than the config asks for, or too small for one window.
   """
   data = config.data
-  if data.store and pathlib.Path(data.store).exists():
+  if data.store and (pathlib.Path(data.store).exists() or is_store(data.store)):
     store = TokenStore.open(data.store)
     _check_store(store, config)
   else:
@@ -74,7 +74,7 @@ def find_store(config: Config) -> TokenStore | None:
   """
   data = config.data
   if data.store:
-    return open_store(config) if pathlib.Path(data.store).exists() else None
+    return open_store(config) if pathlib.Path(data.store).exists() or is_store(data.store) else None
   try:
     return prepare(data.task, config.tokenizer, options=config.task_options(), write=False)
   except InputError:  # neither the store nor what it would be made from
