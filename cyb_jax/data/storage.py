@@ -68,7 +68,7 @@ class _Told:
 
   def write(self, content: bytes | memoryview) -> None:
     with _told(self._path, "written"):
-      self._file.write(content)
+      self._file.write(bytes(content) if is_bucket(self._path) else content)  # TensorFlow's take nothing else
 
 
 @contextlib.contextmanager

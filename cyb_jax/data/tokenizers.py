@@ -256,7 +256,9 @@ def num_threads() -> int:
   package tokenizers follows as well.
   """
   told = os.environ.get("RAYON_NUM_THREADS", "")
-  return int(told) if told.isdecimal() and int(told) else len(os.sched_getaffinity(0))
+  if told.isdecimal() and int(told):
+    return int(told)
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _with_control(model: bytes, ids: Iterable[int]):

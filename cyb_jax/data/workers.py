@@ -1,4 +1,4 @@
-"""What workers do, here or in processes of their own: `python -m cyb_jax.data.workers`, a JSON object a line.
+"""What workers do, here or in processes of their own, which are spoken to in JSON, an object a line.
 
 A process reads what all its jobs have in common, then its jobs, each when the one before is done; it answers with
 progress, a result or an error. It ends when its input does, and so with the process that started it, however that dies.
@@ -126,7 +126,7 @@ def _start(workers: int) -> subprocess.Popen:
   env = os.environ | dict.fromkeys(_THREADS, threads)
   # Modules that a user's task is in are found as they are here.
   env |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
-  command = [sys.executable, "-m", "cyb_jax.data.workers"]
+  command = [sys.executable, "-c", "from cyb_jax.data import workers; workers.main()"]
   return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
 
 
@@ -208,7 +208,3 @@ def _reporter(answers) -> Report:
       _say(answers, ("progress", (documents, tokens)))
 
   return report
-
-
-if __name__ == "__main__":
-  main()
