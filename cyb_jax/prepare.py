@@ -28,6 +28,7 @@ from cyb_jax.programs import Failed, launch
 # English C4, by a vocabulary of 32,000: what `timing` is projected to.
 _C4_TOKENS = 156e9
 _C4_HOSTS = (1, 32)
+_TELLING_TOKENS = 10_000_000
 _COUNTS = ("tokens", "weighted_tokens", "documents", "bytes", "duplicates_dropped")
 
 
@@ -98,17 +99,17 @@ def _speed(prepared: Prepared) -> dict[str, Any]:
   """What was measured, and what it would come to for C4 on hosts like this one.
 
   Pieces are done on all cores of all hosts at their cost in CPU time. One host finishes the store, with as many workers
-  as here; what that takes for a few tokens already counts as if it grew with them.
+  as here; that isn't told where there are so few tokens that it is mostly what does not grow with them.
   """
   if not prepared.cpu_seconds or not prepared.tokens:
     return {}
   cores = num_threads()
   of_core = prepared.tokens / prepared.cpu_seconds
   hours = {f"pieces_{n}_hosts": round(_C4_TOKENS / (of_core * cores * n) / 3600, 2) for n in _C4_HOSTS}
-  if prepared.finish_seconds:
-    splits = prepared.description["splits"].values()
-    of_host = sum(split["tokens"] for split in splits) / prepared.finish_seconds
-    hours["finish"] = round(_C4_TOKENS / of_host / 3600, 2)
+  splits = prepared.description["splits"].values() if prepared.description else ()
+  tokens = sum(split["tokens"] for split in splits)
+  if prepared.finish_seconds and tokens >= _TELLING_TOKENS:
+    hours["finish"] = round(_C4_TOKENS / (tokens / prepared.finish_seconds) / 3600, 2)
   return {
     "piece_seconds": round(prepared.piece_seconds, 3),
     "finish_seconds": round(prepared.finish_seconds, 3),

@@ -41,6 +41,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 # SentencePiece is trained on at most this much text, the documents of smallest hash among the first so many.
 _SAMPLE_BYTES = 4 << 20
 _SAMPLED_BYTES = 256 << 20
+# Copying fewer takes less time than to start a process.
+_TOKENS_WORTH_A_PROCESS = 1 << 26
 # A piece that is damaged is done again; where that goes on, the disk is at fault.
 _ATTEMPTS = 3
 
@@ -434,7 +436,8 @@ class _Preparation:
       written = {}
       tokens = sum(laid.counts["tokens"] for laid in splits.values())
       self._log.start(len(jobs), tokens, "shards")
-      for job, digests in workers.run(self._work, self._shared, jobs, self._processes, self._log.report):
+      processes = min(self._processes, 1 + tokens // _TOKENS_WORTH_A_PROCESS)
+      for job, digests in workers.run(self._work, self._shared, jobs, processes, self._log.report):
         written[job["split"], job["number"]] = digests
         size = splits[job["split"]].shards[job["number"]]["tokens"]
         self._log.piece({"documents": 0, "tokens": size}, size)
