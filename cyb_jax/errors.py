@@ -87,7 +87,13 @@ def storage_cause(error: BaseException) -> str | None:
 
 
 def bucket_cause(error: BaseException) -> str | None:
-  """What an error of gcsfs or TensorStore says of a bucket; None: it is about something else."""
+  """What an error of gcsfs or TensorStore, or one that came of it, says of a bucket; None: it says nothing of one."""
+  inner = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__,)
+  said = _bucket_cause(error)
+  return said or next(filter(None, (bucket_cause(e) for e in inner if e is not None)), None)
+
+
+def _bucket_cause(error: BaseException) -> str | None:
   if isinstance(error, StorageError):
     return error.cause
   if isinstance(error, InputError):
@@ -98,12 +104,14 @@ def bucket_cause(error: BaseException) -> str | None:
   package, text = type(error).__module__.partition(".")[0], str(error)
   if package == "google":
     return f"nobody could be signed in to the bucket ({text.splitlines()[0] if text else type(error).__name__})"
-  if package in ("aiohttp", "requests"):
+  # What asyncio says has no number.
+  if package in ("aiohttp", "fsspec", "requests") or isinstance(error, ConnectionError | TimeoutError):
     number = getattr(error, "errno", None)
     why = os.strerror(number) if number and number > 0 else text or type(error).__name__
     return f"the bucket can't be reached ({why})"
   if "gs://" in text and isinstance(error, ValueError) and _NO_ANSWER.match(text):
-    return f"the bucket can't be reached ({text.splitlines()[0].partition(' [')[0]})"
+    curl = re.search(r"CURL error ([^:\[]+)", text)
+    return f"the bucket can't be reached ({curl[1] if curl else text.splitlines()[0].partition(' [')[0]})"
   return None
 
 
