@@ -30,7 +30,7 @@ from cyb_jax import config as configs
 from cyb_jax import jsonl, sharding, storage
 from cyb_jax.checkpoints import Checkpoints
 from cyb_jax.config import Config
-from cyb_jax.data import Tokenizer, TokenStore, tokenizers
+from cyb_jax.data import Tokenizer, TokenStore, is_store, tokenizers
 from cyb_jax.errors import InputError, reading, storage_cause
 from cyb_jax.methods import Method
 
@@ -186,7 +186,7 @@ def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenSt
     InputError: the given folder holds another store.
   """
   # What a run would start from wasn't trained on any that is known.
-  if meta is None or "store" not in meta or not pathlib.Path(given or meta["store_path"]).exists():
+  if meta is None or "store" not in meta or not is_store(given or meta["store_path"]):
     return None
   store = TokenStore.open(given or meta["store_path"])
   if store.fingerprint == meta["store"]:

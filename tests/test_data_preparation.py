@@ -23,13 +23,13 @@ from cyb_jax import prepare as program
 from cyb_jax.data import (
   Prepared,
   TokenStore,
+  chunks,
   is_store,
   locks,
   merging,
   open_task,
   prepare,
   prepare_shard,
-  storage,
   tasks,
 )
 from cyb_jax.data import preparation as preparing
@@ -49,7 +49,7 @@ def small(monkeypatch):
   monkeypatch.setattr(preparing, "_TOKENS_WORTH_A_PROCESS", 1000)
   monkeypatch.setattr(merging, "_SORTED_ROWS", 60)
   monkeypatch.setattr(merging, "_READ_ROWS", 16)
-  monkeypatch.setattr(storage, "CHUNK_BYTES", 256)
+  monkeypatch.setattr(chunks, "CHUNK_BYTES", 256)
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def test_shards_of_different_things(tmp_path, options):
 def test_one_process_a_shard(tmp_path, options):
   folder = tmp_path / ".s.pieces.partial"
   folder.mkdir()
-  with locks.held(storage.place(folder / "shard-1-of-2.lock")):
+  with locks.held(chunks.place(folder / "shard-1-of-2.lock")):
     with pytest.raises(InputError, match=r"--shard=1/2: another process"):
       prepare_shard("text_files", "bytes", tmp_path / "s", options=options, shard=(1, 2))
     assert prepare_shard("text_files", "bytes", tmp_path / "s", options=options, shard=(2, 2)).description is None
@@ -404,7 +404,7 @@ def test_the_program_in_two_shards(tmp_path):
 def test_projected_hours(monkeypatch):
   monkeypatch.setattr(program, "num_threads", lambda: 4)
   prepared = Prepared(
-    storage.place("x"), {"splits": {"train": {"tokens": 30_000_000}, "test": {"tokens": 9_000_000}}},
+    chunks.place("x"), {"splits": {"train": {"tokens": 30_000_000}, "test": {"tokens": 9_000_000}}},
     tokens=20_000_000, cpu_seconds=10.0, piece_seconds=5.0, finish_seconds=3.9, workers=2,
   )  # fmt: skip
   speed = program._speed(prepared)
@@ -431,11 +431,11 @@ def test_a_worker_that_dies(tmp_path, monkeypatch, options):
 
 _MEASURED = """
 import re, sys
-from cyb_jax.data import merging, pieces, prepare, storage, tasks
+from cyb_jax.data import merging, pieces, prepare, chunks, tasks
 tasks._PIECE_DOCUMENTS = 1 << 30  # one piece a split
 merging._SORTED_ROWS = merging._READ_ROWS = 1000
 pieces._BATCH_BYTES = 100_000
-storage.CHUNK_BYTES = 1 << 16
+chunks.CHUNK_BYTES = 1 << 16
 def read(group, part):
   return (f'{number % (count - 7)} {"text " * 20}' for number in range(count))
 def peak():  # of this process alone; what getrusage says, a child inherits
@@ -596,27 +596,27 @@ def test_a_bucket_with_something_else(bucket, options):
 def test_leases_in_a_bucket(monkeypatch, bucket, options):
   monkeypatch.setattr(locks, "_SECONDS_UNTIL_DEAD", 0.6)
   monkeypatch.setattr(locks, "_SECONDS_BETWEEN_SIGNS", 0.1)
-  lock = storage.place("gs://b/.s.pieces.partial/shard-1-of-2.lock")
+  lock = chunks.place("gs://b/.s.pieces.partial/shard-1-of-2.lock")
   with locks.held(lock), pytest.raises(InputError, match=rf"--shard=1/2: process {os.getpid()} on "):
     prepare_shard("text_files", "bytes", "gs://b/s", options=options, shard=(1, 2))
-  assert storage.size_of(lock) is None
+  assert chunks.size_of(lock) is None
   # One of a process that is dead is taken over.
-  storage.write_json(lock, {"host": "h", "pid": 1, "token": "t", "signs": 3})
+  chunks.write_json(lock, {"host": "h", "pid": 1, "token": "t", "signs": 3})
   assert prepare_shard("text_files", "bytes", "gs://b/s", options=options, shard=(1, 2)).description is None
 
 
 def test_errors_of_a_local_disk(tmp_path, monkeypatch, options, whole):
   """The disk is full while a piece is written: one line, and what is whole stays."""
-  write, calls = storage._Told.write, []
+  write, calls = chunks._Told.write, []
 
   def full(self, content):
     calls.append(self._path)
     if len(calls) == 12:
-      with storage._told(self._path, "written"):
+      with chunks._told(self._path, "written"):
         raise OSError(28, "No space left on device")
     write(self, content)
 
-  monkeypatch.setattr(storage._Told, "write", full)
+  monkeypatch.setattr(chunks._Told, "write", full)
   with pytest.raises(StorageError, match=r"can't be written: the disk is full; what is whole is kept") as caught:
     prepare("text_files", "bytes", tmp_path / "s", options=options, shard_tokens=SHARD)
   assert "\n" not in str(caught.value)

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from cyb_jax.data import storage
+from cyb_jax.data import chunks
+from cyb_jax.storage import in_bucket
 
 _SECONDS_BETWEEN_SIGNS = 10.0
 _SECONDS_UNTIL_DEAD = 45.0
@@ -40,7 +41,7 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
   Raises:
     Busy: another process has it.
   """
-  if storage.is_bucket(path):
+  if in_bucket(path):
     with _leased(path):
       yield
     return
@@ -61,19 +62,19 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
 @contextlib.contextmanager
 def _leased(path: epath.Path) -> Iterator[None]:
   mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
-  found = storage.read_json(path)
+  found = chunks.read_json(path)
   if found is not None:
     logging.info("%s is held by process %s on %s; watching whether it lives", path, found.get("pid"), found.get("host"))
     deadline = time.monotonic() + _SECONDS_UNTIL_DEAD
     while time.monotonic() < deadline:
       time.sleep(_SECONDS_UNTIL_DEAD / 30)
-      now = storage.read_json(path)
+      now = chunks.read_json(path)
       if now is None:
         break
       if now != found:
         raise Busy(f"process {now.get('pid')} on {now.get('host')}")
   stop = threading.Event()
-  storage.write_json(path, mine | {"signs": 0})
+  chunks.write_json(path, mine | {"signs": 0})
 
   def sign():
     signs = 0
@@ -81,7 +82,7 @@ def _leased(path: epath.Path) -> Iterator[None]:
       signs += 1
       # A bucket that fails here fails the work as well, or has recovered by then.
       with contextlib.suppress(Exception):
-        storage.write_json(path, mine | {"signs": signs})
+        chunks.write_json(path, mine | {"signs": signs})
 
   thread = threading.Thread(target=sign, daemon=True)
   thread.start()
@@ -91,4 +92,4 @@ def _leased(path: epath.Path) -> Iterator[None]:
     stop.set()
     thread.join()
     with contextlib.suppress(Exception):
-      storage.remove(path)
+      chunks.remove(path)

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from cyb_jax.data import chunks, tasks
 from cyb_jax.data import pieces as piece_files
-from cyb_jax.data import storage, tasks
 from cyb_jax.data.pieces import ROW
 
 # Rows of indices in memory at once: of digests, and of each of the pieces that are read at a time.
@@ -57,14 +57,14 @@ class Pieces:
   splits: tuple[str, ...]
   splits_of: dict[str, tuple[str, ...]]
 
-  def open(self, number: int, name: str) -> storage.Chunked:
+  def open(self, number: int, name: str) -> chunks.Chunked:
     """A file of a piece: 'index', 'train.tokens' and the like."""
-    record = storage.read_json(piece_files.record_path(self.folder, number))
+    record = chunks.read_json(piece_files.record_path(self.folder, number))
     path = piece_files.file_path(self.folder, number, name)
     try:
-      return storage.Chunked(path, record["files"][name])
+      return chunks.Chunked(path, record["files"][name])
     except (TypeError, KeyError):
-      raise storage.Damaged(f"{path} is missing") from None
+      raise chunks.Damaged(f"{path} is missing") from None
 
   def rows(self, number: int) -> Iterator[np.ndarray]:
     """ROW[at most _READ_ROWS]: the index of a piece, in parts."""
@@ -276,7 +276,7 @@ class _Stream:
     self._close_shard()
     stem = f"{self._split}-{len(self._shards):05d}"
     self._runs = self._open.enter_context((self._scratch / f"{stem}.runs").open("wb"))
-    self._places = storage.Sink(self._open.enter_context(storage.new_file(self._output / f"{stem}.documents")))
+    self._places = chunks.Sink(self._open.enter_context(chunks.new_file(self._output / f"{stem}.documents")))
     shard: dict[str, Any] = {"documents": {"file": f"{stem}.documents"}}
     self._shards.append(shard)
 
@@ -318,7 +318,7 @@ def write_shard(
     Damaged: a piece isn't what was written.
   """
   done = pieces.folder / f"shard-{split}-{number:05d}.json"
-  record = storage.read_json(done)
+  record = chunks.read_json(done)
   paths = {kind: output / f"{split}-{number:05d}.{kind}" for kind in kinds}
   files = record["files"] if isinstance(record, dict) and record.get("made_of") == made_of else {}
   if files and all(_is_whole(paths[kind], files[kind]) for kind in kinds):
@@ -326,15 +326,15 @@ def write_shard(
   files = {}
   for kind in kinds:
     files[kind] = _copy(pieces, paths[kind], split, number, runs, kind, dtype if kind == "tokens" else None, end_id)
-  storage.write_json(done, {"made_of": made_of, "files": files})
+  chunks.write_json(done, {"made_of": made_of, "files": files})
   return {kind: files[kind]["sha256"] for kind in kinds}
 
 
 def _copy(pieces, path, split, number, runs, kind, dtype, end_id) -> dict[str, Any]:
   width = dtype.itemsize if dtype else 1
-  sources: collections.OrderedDict[int, storage.Chunked] = collections.OrderedDict()
-  with storage.new_file(path) as file:
-    sink = storage.Sink(file)
+  sources: collections.OrderedDict[int, chunks.Chunked] = collections.OrderedDict()
+  with chunks.new_file(path) as file:
+    sink = chunks.Sink(file)
     if number == 0:
       sink.write(np.array([end_id], dtype) if dtype else np.zeros(1, np.uint8))
     with open(runs, "rb") as listed:
@@ -351,9 +351,9 @@ def _copy(pieces, path, split, number, runs, kind, dtype, end_id) -> dict[str, A
 
 
 def _is_whole(path: epath.Path, described: dict[str, Any]) -> bool:
-  if storage.size_of(path) != described["bytes"]:
+  if chunks.size_of(path) != described["bytes"]:
     return False
   digest = hashlib.sha256()
-  for content in storage.parts(path):
+  for content in chunks.parts(path):
     digest.update(content)
   return digest.hexdigest() == described["sha256"]

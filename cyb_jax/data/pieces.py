@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cyb_jax.data import storage, tasks
+from cyb_jax.data import chunks, tasks
 from cyb_jax.data.store import BESIDE, token_dtype
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
@@ -154,11 +154,11 @@ def read_record(folder: epath.Path, number: int, made_of: str) -> dict[str, Any]
     number: the piece's.
     made_of: what `write` was given.
   """
-  record = storage.read_json(record_path(folder, number))
+  record = chunks.read_json(record_path(folder, number))
   if not isinstance(record, dict) or record.get("made_of") != made_of:
     return None
   for name, described in record["files"].items():
-    if storage.size_of(file_path(folder, number, name)) != described["bytes"]:
+    if chunks.size_of(file_path(folder, number, name)) != described["bytes"]:
       return None
   return record
 
@@ -221,7 +221,7 @@ def write(
     "seconds": round(time.perf_counter() - wall, 4),
     "files": files,
   }
-  storage.write_json(record_path(folder, number), record)
+  chunks.write_json(record_path(folder, number), record)
   return record
 
 
@@ -232,7 +232,7 @@ class _Writer:
     self.documents = self.tokens = 0
     self._folder, self._number, self._splits = folder, number, splits
     self._encoder, self._stack = encoder, stack
-    self._sinks: dict[str, storage.Sink] = {}
+    self._sinks: dict[str, chunks.Sink] = {}
     self._offsets = [0] * len(splits)
     self._sink("index")
 
@@ -262,8 +262,8 @@ class _Writer:
   def close(self) -> dict[str, Any]:
     return {name: sink.close() for name, sink in self._sinks.items()}
 
-  def _sink(self, name: str) -> storage.Sink:
+  def _sink(self, name: str) -> chunks.Sink:
     if name not in self._sinks:
       path = file_path(self._folder, self._number, name)
-      self._sinks[name] = storage.Sink(self._stack.enter_context(storage.new_file(path)), chunked=True)
+      self._sinks[name] = chunks.Sink(self._stack.enter_context(chunks.new_file(path)), chunked=True)
     return self._sinks[name]

@@ -30,12 +30,13 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from cyb_jax.data import locks, merging, storage, tasks, tokenizers, workers
+from cyb_jax.data import chunks, locks, merging, tasks, tokenizers, workers
 from cyb_jax.data import pieces as piece_files
 from cyb_jax.data import store as stores
 from cyb_jax.data.store import DESCRIPTION, FORMAT, SHARD_TOKENS, TokenStore
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.storage import in_bucket
 
 _SECONDS_BETWEEN_LINES = 5.0
 # SentencePiece is trained on at most this much text, the documents of smallest hash among the first so many.
@@ -179,7 +180,7 @@ class _Plan:
       "limit": limit,
       "shard_tokens": shard_tokens,
     }
-    path = storage.place(output) if output else storage.place(_default_path(recipe, tokenizer))
+    path = chunks.place(output) if output else chunks.place(_default_path(recipe, tokenizer))
     return cls(task, tokenizer, given, recipe, limit, path)
 
   @property
@@ -210,14 +211,14 @@ def _prepare(plan: _Plan, shard: tuple[int, int], processes: int, progress: bool
     raise InputError(f"--workers={processes}: give at least 1")
   path, folder = plan.path, plan.folder
   with contextlib.ExitStack() as stack:
-    if not storage.is_bucket(path):
+    if not in_bucket(path):
       _make_folder(path)
       lock = path.parent / f".{path.name}.lock"
       waiting = f"{path} is being prepared by another process; waiting for it"
       stack.enter_context(locks.held(lock, wait=waiting, shared=shards > 1))
     if (reused := _found(plan)) is not None:
       return Prepared(path, reused)
-    storage.make_folder(folder)
+    chunks.make_folder(folder)
     try:
       stack.enter_context(locks.held(folder / f"shard-{number}-of-{shards}.lock"))
     except locks.Busy as error:
@@ -230,8 +231,8 @@ def _prepare(plan: _Plan, shard: tuple[int, int], processes: int, progress: bool
     except BaseException:
       # What isn't a single piece yet isn't worth a folder that somebody has to find.
       with contextlib.suppress(StorageError):
-        if shards == 1 and not any(re.fullmatch(r"piece-\d+\.json", name) for name in storage.names(folder)):
-          storage.remove(folder)
+        if shards == 1 and not any(re.fullmatch(r"piece-\d+\.json", name) for name in chunks.names(folder)):
+          chunks.remove(folder)
       raise
 
 
@@ -252,13 +253,13 @@ def _found(plan: _Plan) -> dict[str, Any] | None:
   if stores.is_store(path):
     found = stores.read_description(path)
     plan.refused(found, "a store", "give another folder, or remove it")
-    if not storage.is_bucket(path):
+    if not in_bucket(path):
       TokenStore.open(path)
     logging.info("%s is prepared already", path)
     return found
   # In a bucket, those who finish write to its place.
-  started = storage.is_bucket(path) and storage.size_of(plan.folder / "plan.json") is not None
-  if not started and (storage.names(path) if storage.is_bucket(path) or path.is_dir() else path.exists()):
+  started = in_bucket(path) and chunks.size_of(plan.folder / "plan.json") is not None
+  if not started and (chunks.names(path) if in_bucket(path) or path.is_dir() else path.exists()):
     raise InputError(f"output={os.fspath(path)!r}: it exists and is no token store; give another folder")
   return None
 
@@ -281,7 +282,7 @@ class _Preparation:
     of_all = [plan.recipe, self._tokenizer.describe()]
     self._made_of = [_digest([*of_all, dataclasses.asdict(piece)]) for piece in self._pieces]
     self._store_of = _digest(of_all)
-    self._output = plan.path if storage.is_bucket(plan.path) else self._folder / "store"
+    self._output = plan.path if in_bucket(plan.path) else self._folder / "store"
     self._shared = {
       "task": plan.recipe["task"],
       "options": plan.task.options,
@@ -315,7 +316,7 @@ class _Preparation:
     try:
       with locks.held(self._folder / "finish.lock", wait="another process finishes the store; waiting for it"):
         description = _found(self._plan) or self._finish([found[p]["documents"] for p in range(len(self._pieces))])
-        storage.remove(self._folder)
+        chunks.remove(self._folder)
     except locks.Busy as error:
       self._log.say(f"{error} finishes the store")
       return dataclasses.replace(done, pieces_done=len(found))
@@ -326,9 +327,9 @@ class _Preparation:
     """Writes what is prepared here, or compares it with what was."""
     file = self._folder / "plan.json"
     plan = self._plan.recipe | {"pieces": len(self._pieces)}
-    if storage.read_json(file) is None:
-      storage.write_json(file, plan)
-    found = storage.read_json(file) or {}
+    if chunks.read_json(file) is None:
+      chunks.write_json(file, plan)
+    found = chunks.read_json(file) or {}
     remedy = f"give the same, another output, or remove {os.fspath(self._folder)}"
     self._plan.refused(found, "pieces of a store", remedy)
     if found.get("pieces") != len(self._pieces):
@@ -347,8 +348,8 @@ class _Preparation:
     folder = self._folder / "tokenizer"
     copy = self._made("found")
     with contextlib.suppress(InputError):
-      for name in storage.names(folder):
-        (copy / name).write_bytes(storage.read(folder / name))
+      for name in chunks.names(folder):
+        (copy / name).write_bytes(chunks.read(folder / name))
       return tokenizers.load(copy)
     task, limit = self._plan.task, self._plan.limit
     pieces = tokenizers.trained_pieces(self._plan.tokenizer)
@@ -359,9 +360,9 @@ class _Preparation:
     trained = tokenizers.train_sentencepiece(sample, pieces)
     own = self._made("trained")
     trained.save(own)
-    storage.make_folder(folder)
+    chunks.make_folder(folder)
     for name in tokenizers.files(trained.describe()):
-      storage.write(folder / name, (own / name).read_bytes())
+      chunks.write(folder / name, (own / name).read_bytes())
     return trained
 
   def _made(self, name: str) -> Path:
@@ -396,12 +397,12 @@ class _Preparation:
     for _ in range(_ATTEMPTS):
       try:
         return self._merge(documents)
-      except storage.Damaged as error:
+      except chunks.Damaged as error:
         found = re.search(r"piece-(\d+)\.", str(error))
         if not found:
           raise
         logging.warning("%s; its piece is prepared again", error)
-        storage.remove(piece_files.record_path(self._folder, int(found[1])))
+        chunks.remove(piece_files.record_path(self._folder, int(found[1])))
         self._do_pieces([int(found[1])])
     raise StorageError(f"{os.fspath(self._folder)}: pieces are damaged again and again; is the disk well?")
 
@@ -413,15 +414,15 @@ class _Preparation:
       self._folder, self._pieces, documents, task.splits, {group: task.splits_of(group) for group in groups}
     )
     encoder = piece_files.Encoder(self._tokenizer, task.beside)
-    storage.make_folder(self._output)
-    with storage.scratch_folder(self._folder) as scratch:
+    chunks.make_folder(self._output)
+    with chunks.scratch_folder(self._folder) as scratch:
       copies = merging.find_duplicates(pieces, scratch)
       splits = merging.lay_out(
         pieces, copies, self._output, scratch,
         start=len(encoder.start), weighted="weights" in encoder.beside, shard_tokens=plan.recipe["shard_tokens"],
       )  # fmt: skip
       if "train" not in splits:
-        storage.remove(self._folder)
+        chunks.remove(self._folder)
         raise InputError(f"data.task={task.name!r}: no text in train; options {task.options}")
       jobs = [
         {
@@ -448,12 +449,12 @@ class _Preparation:
     description = plan.recipe | {"tokenizer": self._tokenizer.describe(), "splits": described}
     description["fingerprint"] = stores.fingerprint(description)
     for name in tokenizers.files(self._tokenizer.describe()):
-      storage.write(self._output / name, (self._local / "tokenizer" / name).read_bytes())
-    storage.write_json(self._output / DESCRIPTION, description)
+      chunks.write(self._output / name, (self._local / "tokenizer" / name).read_bytes())
+    chunks.write_json(self._output / DESCRIPTION, description)
     if self._output != plan.path:
-      for name in storage.names(self._output):
+      for name in chunks.names(self._output):
         if name.startswith("."):  # of a process that was killed
-          storage.remove(self._output / name)
+          chunks.remove(self._output / name)
       os.rename(self._output, plan.path)
     self._log.say(f"prepared {os.fspath(plan.path)}")
     return description

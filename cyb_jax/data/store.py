@@ -33,8 +33,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from cyb_jax.data import locks, storage, tokenizers
+from cyb_jax.data import chunks, locks, tokenizers
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.storage import in_bucket
 
 FORMAT = 1
 DESCRIPTION = "store.json"
@@ -80,8 +81,8 @@ class TokenStore:
       InputError: if there is no store, or it is of another format, truncated or altered; it names the file.
       StorageError: the bucket fails, or the disk for the copy.
     """
-    if storage.is_bucket(path):
-      path = _local_copy(storage.place(path), read_description(path))
+    if in_bucket(path):
+      path = _local_copy(chunks.place(path), read_description(path))
     path = Path(path)
     description = read_description(path)
     files = list(_files(description))
@@ -219,18 +220,18 @@ def is_store(path: str | os.PathLike) -> bool:
   Raises:
     StorageError: the bucket fails.
   """
-  return storage.size_of(storage.place(path) / DESCRIPTION) is not None
+  return chunks.size_of(chunks.place(path) / DESCRIPTION) is not None
 
 
 def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
   """The copy of a bucket's store in the user's cache folder; what isn't there yet is copied."""
   copy = default_cache() / "copies" / description["fingerprint"]
   copy.mkdir(parents=True, exist_ok=True)
-  with locks.held(storage.place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
+  with locks.held(chunks.place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
     if (copy / DESCRIPTION).is_file():
       return copy
     files = list(_files(description))
-    missing = [(name, size, sha) for name, size, sha in files if storage.size_of(copy / name) != size]
+    missing = [(name, size, sha) for name, size, sha in files if chunks.size_of(copy / name) != size]
     total, done = sum(size for _, size, _ in missing), 0
     free = shutil.disk_usage(copy).free
     if total > free:
@@ -240,11 +241,11 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
       )
     last = time.monotonic()
     for name in tokenizers.files(description["tokenizer"]):
-      storage.write(epath.Path(copy / name), storage.read(path / name))
+      chunks.write(epath.Path(copy / name), chunks.read(path / name))
     for name, size, sha256 in missing:
       digest = hashlib.sha256()
-      with storage.new_file(epath.Path(copy / name)) as file:
-        for content in storage.parts(path / name):
+      with chunks.new_file(epath.Path(copy / name)) as file:
+        for content in chunks.parts(path / name):
           file.write(content)
           digest.update(content)
           done += len(content)
@@ -256,7 +257,7 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
             f"data.store: {os.fspath(path / name)} isn't the {size} bytes that the store was prepared with; prepare it"
             " again"
           )
-    storage.write(epath.Path(copy / DESCRIPTION), storage.read(path / DESCRIPTION))
+    chunks.write(epath.Path(copy / DESCRIPTION), chunks.read(path / DESCRIPTION))
   return copy
 
 
@@ -288,9 +289,9 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
   Raises:
     InputError: there is none, or it is of another format, or altered.
   """
-  file = storage.place(path) / DESCRIPTION
+  file = chunks.place(path) / DESCRIPTION
   try:
-    description = json.loads(storage.read(file) if storage.is_bucket(path) else file.read_bytes())
+    description = json.loads(chunks.read(file) if in_bucket(path) else file.read_bytes())
   except OSError as error:
     raise InputError(
       f"data.store: {os.fspath(file)} cannot be read ({error.strerror or 'it is not there'}); prepare one with"

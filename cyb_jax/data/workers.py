@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cyb_jax.data import merging, pieces, storage, tasks, tokenizers
+from cyb_jax.data import chunks, merging, pieces, tasks, tokenizers
 from cyb_jax.errors import InputError, StorageError
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 # Everything that counts its own threads.
 _THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 # What crosses from a worker as itself; all else has printed its traceback there.
-_ERRORS = {"InputError": InputError, "StorageError": StorageError, "Damaged": storage.Damaged}
+_ERRORS = {"InputError": InputError, "StorageError": StorageError, "Damaged": chunks.Damaged}
 
 Report = Callable[[int, int], None]
 
@@ -45,7 +45,7 @@ class Work:
   def __init__(self, shared: dict[str, Any], task: tasks.Task | None = None):
     self._shared = shared
     self._task = task or tasks.open_task(shared["task"], shared["options"])
-    self._folder, self._output = storage.place(shared["folder"]), storage.place(shared["output"])
+    self._folder, self._output = chunks.place(shared["folder"]), chunks.place(shared["output"])
 
   @functools.cached_property
   def _encoder(self) -> pieces.Encoder:
@@ -189,7 +189,7 @@ def main() -> None:
     try:
       work = work or Work(shared)
       answer = "done", work.do(job, _reporter(answers))
-    except (InputError, StorageError, storage.Damaged) as error:
+    except (InputError, StorageError, chunks.Damaged) as error:
       answer = type(error).__name__, str(error)
     except Exception:
       traceback.print_exc()

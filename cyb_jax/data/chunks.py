@@ -1,7 +1,7 @@
 """Files of a store and of its pieces, on a local disk or in a bucket, through epath.
 
-Epath reads and writes buckets with the package gcsfs, or with TensorFlow where that is installed. An object of a bucket
-appears whole when it is closed; a file of a local disk is written beside its place and moved there.
+Beside what `cyb_jax.storage` has for a run: large files, written and read in parts. An object of a bucket appears whole
+when it is closed; a file of a local disk is written beside its place and moved there.
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from cyb_jax.errors import InputError, StorageError, storage_cause
+from cyb_jax.errors import InputError, StorageError, bucket_cause, storage_cause
+from cyb_jax.storage import in_bucket
 
 # A digest for each so many bytes of a file: parts of it are read and checked by themselves.
 CHUNK_BYTES = 4 << 20
 
 
-def is_bucket(path: str | os.PathLike) -> bool:
-  """Whether it is a URL such as gs://bucket/folder."""
-  return "://" in os.fspath(path)
-
-
 def place(path: str | os.PathLike) -> epath.Path:
   """A folder or a file; a local one is made absolute."""
-  return epath.Path(path) if is_bucket(path) else epath.Path(Path(path).expanduser().absolute())
+  return epath.Path(path) if in_bucket(path) else epath.Path(Path(path).expanduser().absolute())
 
 
 @contextlib.contextmanager
@@ -47,13 +43,12 @@ def _told(path: str | os.PathLike, what: str) -> Iterator[None]:
     raise
   except ImportError as error:
     raise InputError(
-      f"{os.fspath(path)}: buckets are read and written by the package gcsfs or TensorFlow, and there is neither"
-      f" ({error}); pip install gcsfs"
+      f"{os.fspath(path)}: the package gcsfs is not installed ({error}); pip install 'cyb_jax[gcs]'"
     ) from error
   except Exception as error:
-    if not isinstance(error, OSError) and not is_bucket(path):
+    if not isinstance(error, OSError) and not in_bucket(path):
       raise
-    reason = storage_cause(error) if isinstance(error, OSError) and error.errno else None
+    reason = storage_cause(error) if isinstance(error, OSError) and error.errno else bucket_cause(error)
     reason = reason or " ".join(str(error).split())[:200] or type(error).__name__
     raise StorageError(
       f"{os.fspath(path)} can't be {what}: {reason}; what is whole is kept, and the same command continues"
@@ -68,7 +63,7 @@ class _Told:
 
   def write(self, content: bytes | memoryview) -> None:
     with _told(self._path, "written"):
-      self._file.write(bytes(content) if is_bucket(self._path) else content)  # TensorFlow's take nothing else
+      self._file.write(bytes(content) if in_bucket(self._path) else content)  # TensorFlow's take nothing else
 
 
 @contextlib.contextmanager
@@ -79,7 +74,7 @@ def new_file(path: epath.Path) -> Iterator[_Told]:
     StorageError: the disk or the bucket fails.
   """
   with contextlib.ExitStack() as stack:
-    if is_bucket(path):
+    if in_bucket(path):
       with _told(path, "written"):
         file = stack.enter_context(path.open("wb"))
       yield _Told(file, path)
@@ -151,7 +146,7 @@ def size_of(path: epath.Path) -> int | None:
   """Bytes of a file; None where there is none."""
   try:
     with _told(path, "read"):
-      return int(path.stat().length if is_bucket(path) else os.stat(path).st_size)
+      return int(path.stat().length if in_bucket(path) else os.stat(path).st_size)
   except FileNotFoundError:
     return None
 
@@ -160,7 +155,7 @@ def names(path: epath.Path) -> list[str]:
   """What is in a folder; nothing where there is none."""
   try:
     with _told(path, "read"):
-      return sorted(found.name for found in path.iterdir()) if is_bucket(path) else sorted(os.listdir(path))
+      return sorted(found.name for found in path.iterdir()) if in_bucket(path) else sorted(os.listdir(path))
   except FileNotFoundError:
     return []
 
@@ -266,5 +261,5 @@ class Chunked:
 @contextlib.contextmanager
 def scratch_folder(beside: epath.Path) -> Iterator[Path]:
   """A folder on a local disk that goes again: in `beside` where that is local, else where temporary files are."""
-  with tempfile.TemporaryDirectory(prefix="scratch.", dir=None if is_bucket(beside) else beside) as folder:
+  with tempfile.TemporaryDirectory(prefix="scratch.", dir=None if in_bucket(beside) else beside) as folder:
     yield Path(folder)
