@@ -2,7 +2,7 @@
 compute.
 
 The losses stand alone: `cyb_jax.stopping`, `cyb_jax.losses`, `cyb_jax.pauses` and `cyb_jax.readout` need jax and
-nothing else of this package.
+nothing else of this package but `cyb_jax.placement`, on which the readout stands.
 """
 
 from __future__ import annotations

@@ -7,7 +7,11 @@ written by hand: with p = softmax(z) and cotangents g of (z_y, l),
 
     dz = g_l p + g_y onehot(y),    dh = dz U,    dU = sum over chunks of dz^T h.
 
-This file needs jax and `stopping` alone.
+Traced under a mesh of devices (`placement`), each works on its own slots and its own rows of the unembedding. Logits
+never leave their device, and the loop over chunks sends nothing: behind it, of every slot, the largest logit, the sum
+of exponentials and z_y are reduced over the vocabulary's parts, and so is dh; dU, over the batch's.
+
+This file needs jax, `stopping` and `placement` alone.
 
 Dimensions: ... leading shape (batch, tokens), W slots, D model, V vocabulary rows, N slots flattened, G shards, C slots
 of a shard in a chunk, J chunks.
@@ -19,12 +23,14 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from cyb_jax.placement import constrain, current_mesh, mesh_axes, parts, spec
 from cyb_jax.stopping import Form, SlotScores, prior_shift
 
 if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
@@ -67,7 +73,8 @@ def slot_scores(
     slots: static; which of the W slots to compute, e.g. (-1,) for the last one. The others cost nothing. None: all.
     chunk_size: slots worked on at once, per shard; None: as many as make 256 MiB of f32 logits.
     shards: into how many parts the first axis is split over devices, under jit with a sharded batch. The unembedding's
-      gradient is then summed on each part by itself and reduced once, not once a chunk.
+      gradient is then summed on each part by itself and reduced once, not once a chunk. Under a mesh (`jax.set_mesh`)
+      there are as many as that has, whatever is said here.
     vocab_size: rows of `unembedding` that are real; those after it only pad and get no probability. None: all V.
     dont_know_bias: a scalar added to z_dk after the soft cap, nats (the unit form's bias).
     frozen: static; `unembedding` isn't trained: words give it no gradient, and none is computed.
@@ -107,7 +114,7 @@ def slot_scores(
       log_dont_know=jnp.full_like(target_logit, -jnp.inf),
       log_answer=jnp.zeros_like(target_logit),
     )
-  row = unembedding[dont_know] if excluded is not None else dont_know
+  row = _row(unembedding, dont_know) if excluded is not None else dont_know
   dont_know_logit = _dont_know_logit(hidden, row, form, soft_cap)
   shift = prior_shift(form, prior, real + (excluded is None)) + dont_know_bias
   return SlotScores.from_readout(target_logit, dont_know_logit, log_normalizer, form=form, shift=shift)
@@ -146,10 +153,14 @@ def word_scores(
   own, or None for a model that can't abstain.
   """
   real = unembedding.shape[0] if vocab_size is None else vocab_size
-  words = unembedding[:real].astype(hidden.dtype)
+  words = constrain(unembedding.astype(hidden.dtype), "vocab", None)
   logits = _cap(jnp.einsum("...d,vd->...v", hidden, words, preferred_element_type=_sum_dtype(hidden)), soft_cap)
+  if real < len(unembedding):
+    # Masked rather than cut off: a part of the rows would have to be copied, and those of a mesh to be moved.
+    logits = jnp.where(_columns(logits) < real, logits, -jnp.inf)
+  logits = constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
   log_normalizer = jax.nn.logsumexp(logits, -1)
-  log_words = logits - log_normalizer[..., None]
+  log_words = (logits - log_normalizer[..., None])[..., :real]
   if dont_know is None:
     zeros = jnp.zeros_like(log_normalizer)
     return WordScores(log_words, zeros - jnp.inf, zeros)
@@ -197,25 +208,41 @@ def _word_readout(
     raise ValueError(f"chunk_size: {chunk_size} must be positive")
   if shards < 1:
     raise ValueError(f"shards: {shards} must be positive")
+  mesh = current_mesh()
+  if mesh is not None:
+    shards = parts("batch", mesh)
   of_a_shard = max(1, -(-count // shards))
   chunk_size = min(chunk_size, of_a_shard)
   chunks = -(-of_a_shard // chunk_size)
-  padding = shards * chunk_size * chunks - count
-  hidden = hidden.reshape(count, hidden.shape[-1])
-  targets = targets.reshape(count)
-  if padding:
-    # Rows are padded, tiles are not shrunk: a last chunk of another size would be a second, slower program.
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-    targets = jnp.pad(targets, (0, padding))
-  # [G, C, J]: the batch axis stays the major one, so that every device works on its own rows of every chunk and no row
-  # changes its device.
-  hidden = hidden.reshape(shards, chunk_size, chunks, -1)
-  targets = targets.reshape(shards, chunk_size, chunks)
-  target_logit, log_normalizer = _chunked(real, excluded, soft_cap, frozen, hidden, unembedding, targets)
-  return (
-    target_logit.reshape(-1)[:count].reshape(shape),
-    log_normalizer.reshape(-1)[:count].reshape(shape),
-  )
+
+  def split(x: Array) -> Array:
+    # Rows are padded, tiles are not shrunk: a last chunk of another size would be a second, slower program. Each shard
+    # has padding of its own, so that no row changes its device.
+    rest = x.shape[1:]
+    x = _padded(x, shards * of_a_shard).reshape(shards, of_a_shard, *rest)
+    x = jnp.moveaxis(_padded(jnp.moveaxis(x, 1, 0), chunk_size * chunks), 0, 1)
+    return x.reshape(shards, chunk_size, chunks, *rest)
+
+  def join(x: Array) -> Array:
+    return x.reshape(shards, -1)[:, :of_a_shard].reshape(-1)[:count].reshape(shape)
+
+  hidden, targets = split(hidden.reshape(count, -1)), split(targets.reshape(count))
+  how = _How(real if real < len(unembedding) else None, excluded, soft_cap, frozen, mesh)
+  target_logit, log_normalizer = _chunked(how, hidden, unembedding, targets)
+  return join(target_logit), join(log_normalizer)
+
+
+def _padded(x: Array, length: int) -> Array:
+  """With zeros behind its rows, so that there are so many."""
+  return x if len(x) == length else jnp.pad(x, ((0, length - len(x)),) + ((0, 0),) * (x.ndim - 1))
+
+
+def _row(unembedding: Float[Array, "V D"], index: int) -> Float[Array, "D"]:
+  if current_mesh() is None:
+    return unembedding[index]
+  # Of a table in parts, taking a row out would gather all of it; a sum reduces one row.
+  number = jax.lax.broadcasted_iota(jnp.int32, unembedding.shape, 0)
+  return jnp.where(number == index, unembedding, 0).sum(0)
 
 
 def _sum_dtype(hidden: Array) -> jnp.dtype:
@@ -223,80 +250,150 @@ def _sum_dtype(hidden: Array) -> jnp.dtype:
   return jnp.promote_types(hidden.dtype, jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+  """What of a readout is static.
+
+  Attributes:
+    real: rows from here on are no words; None: all are.
+    excluded: a row that is no word.
+    soft_cap, frozen: see `slot_scores`.
+    mesh: over which the readout is spread; None: over none.
+  """
+
+  real: int | None
+  excluded: int | None
+  soft_cap: float | None
+  frozen: bool
+  mesh: AbstractMesh | None
+
+
 def _logits(
-  chunk: Float[Array, "G C D"],
-  unembedding: Float[Array, "V D"],
-  real: int,
-  excluded: int | None,
-  soft_cap: float | None,
-) -> tuple[Float[Array, "G C V"], Float[Array, "G C V"] | None]:
-  """Capped logits with -inf in columns that are no words, and the cap's derivative."""
-  logits = jnp.einsum("gcd,vd->gcv", chunk, unembedding, preferred_element_type=_sum_dtype(chunk))
+  how: _How, chunk: Float[Array, "G C D"], words: Float[Array, "V D"], first: Int[Array, ""] | int
+) -> tuple[Float[Array, "G C V"], Float[Array, "G C V"] | None, Int[Array, "G C V"]]:
+  """Capped logits with -inf in columns that are no words, the cap's derivative, and the columns' numbers.
+
+  Args:
+    how: see there.
+    chunk: some slots.
+    words: rows of the unembedding.
+    first: the number of the first of them.
+  """
+  logits = jnp.einsum("gcd,vd->gcv", chunk, words, preferred_element_type=_sum_dtype(chunk))
   slope = None
-  if soft_cap is not None:
-    tanh = jnp.tanh(logits / soft_cap)
-    logits, slope = soft_cap * tanh, 1.0 - tanh**2
-  if real < unembedding.shape[0] or excluded is not None:
-    column = _columns(logits)
-    word = column < real
-    if excluded is not None:
-      word &= column != excluded
-    logits = jnp.where(word, logits, -jnp.inf)
-  return logits, slope
+  if how.soft_cap is not None:
+    tanh = jnp.tanh(logits / how.soft_cap)
+    logits, slope = how.soft_cap * tanh, 1.0 - tanh**2
+  column = first + _columns(logits)
+  if how.real is not None:
+    logits = jnp.where(column < how.real, logits, -jnp.inf)
+  if how.excluded is not None:
+    logits = jnp.where(column != how.excluded, logits, -jnp.inf)
+  return logits, slope, column
 
 
-def _columns(logits: Float[Array, "G C V"]) -> Int[Array, "G C V"]:
-  return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+def _columns(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:
+  return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _chunked(real, excluded, soft_cap, frozen, hidden, unembedding, targets):
-  return _chunked_forward(real, excluded, soft_cap, frozen, hidden, unembedding, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(how, hidden, unembedding, targets):
+  return _chunked_forward(how, hidden, unembedding, targets)[0]
 
 
-def _chunked_forward(real, excluded, soft_cap, frozen, hidden, unembedding, targets):
-  del frozen
+def _chunked_forward(how, hidden, unembedding, targets):
   words = unembedding.astype(hidden.dtype)
+  outputs = _spread(how, _read, (hidden, targets), words, gives_table=False)
+  return outputs, (hidden, unembedding, targets, outputs[1])
+
+
+def _chunked_backward(how, residuals, cotangents):
+  hidden, unembedding, targets, log_normalizer = residuals
+  # The cast is here, so that the gradient of an f32 unembedding is summed and returned in f32 under bf16 activations.
+  words = unembedding.astype(hidden.dtype)
+  of_slots = (hidden, targets, log_normalizer, *cotangents)
+  d_hidden, d_unembedding = _spread(how, _read_backward, of_slots, words, gives_table=True)
+  return d_hidden, None if d_unembedding is None else d_unembedding.astype(unembedding.dtype), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _spread(how: _How, function: Callable, of_slots: Sequence[Array], words: Array, *, gives_table: bool) -> Any:
+  """`function` of what each device has: all of it where there is no mesh.
+
+  The unembedding's width, which lies over fsdp, is gathered for it, and what it gives of it is scattered again: once,
+  not once a chunk.
+  """
+  if how.mesh is None:
+    return function(how, PartitionSpec(None, None), *of_slots, words)
+  slots, table = spec(of_slots[0].shape, ("batch",), how.mesh), spec(words.shape, ("vocab", "embed"), how.mesh)
+  spread = jax.shard_map(
+    functools.partial(function, how, table),
+    in_specs=(*(slots,) * len(of_slots), PartitionSpec(table[0], None)),
+    out_specs=(slots, table if gives_table else slots),
+    check_vma=False,
+  )
+  return spread(*of_slots, words)
+
+
+def _first_row(table: PartitionSpec, words: Array) -> Int[Array, ""] | int:
+  return 0 if table[0] is None else jax.lax.axis_index(table[0]) * len(words)
+
+
+def _read(how, table, hidden, targets, words):
+  """(z_y, l) of slots; `table`: the axes that the unembedding lies over."""
+  first = _first_row(table, words)
 
   def read(_, j):
     chunk, target = (jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False) for x in (hidden, targets))
-    logits, _slope = _logits(chunk, words, real, excluded, soft_cap)
-    # A masked sum rather than a gather: it fuses, and it stays local where the vocabulary is sharded.
-    target_logit = jnp.where(_columns(logits) == target[..., None], logits, 0.0).sum(-1)
+    logits, _slope, column = _logits(how, chunk, words, first)
+    # A masked sum rather than a gather: it fuses, and of a vocabulary in parts each gives its own.
+    target_logit = jnp.where(column == target[..., None], logits, 0.0).sum(-1)
     return None, (target_logit, jax.nn.logsumexp(logits, axis=-1))
 
   _, outputs = jax.lax.scan(read, None, jnp.arange(hidden.shape[2]))
   target_logit, log_normalizer = (jnp.moveaxis(x, 0, 2) for x in outputs)  # [J, G, C] -> [G, C, J]
-  return (target_logit, log_normalizer), (hidden, unembedding, targets, log_normalizer)
+  if table[0] is not None:
+    # A part may have no word at all, but not all of them.
+    largest = jax.lax.pmax(log_normalizer, table[0])
+    total, target_logit = jax.lax.psum((jnp.exp(log_normalizer - largest), target_logit), table[0])
+    log_normalizer = largest + jnp.log(total)
+  return target_logit, log_normalizer
 
 
-def _chunked_backward(real, excluded, soft_cap, frozen, residuals, cotangents):
-  hidden, unembedding, targets, log_normalizer = residuals
-  target_cotangent, normalizer_cotangent = cotangents
-  # The cast is inside, so that the gradient of an f32 unembedding is summed and returned in f32 under bf16 activations.
-  words = unembedding.astype(hidden.dtype)
+def _read_backward(how, table, hidden, targets, log_normalizer, target_cotangent, normalizer_cotangent, words):
+  """(dh, dU); dU f32[V, D], None where it is frozen."""
+  first = _first_row(table, words)
 
   def read(carry, j):
-    d_hidden, d_unembedding = carry
+    d_hidden, d_words = carry
     chunk, target, normalizer, d_target, d_normalizer = (
       jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False)
       for x in (hidden, targets, log_normalizer, target_cotangent, normalizer_cotangent)
     )
-    logits, slope = _logits(chunk, words, real, excluded, soft_cap)
+    logits, slope, column = _logits(how, chunk, words, first)
     d_logits = jnp.exp(logits - normalizer[..., None]) * d_normalizer[..., None]
-    d_logits = d_logits + jnp.where(_columns(logits) == target[..., None], d_target[..., None], 0.0)
+    d_logits = d_logits + jnp.where(column == target[..., None], d_target[..., None], 0.0)
     if slope is not None:
       d_logits = d_logits * slope
     d_logits = d_logits.astype(hidden.dtype)
     d_chunk = jnp.einsum("gcv,vd->gcd", d_logits, words, preferred_element_type=_sum_dtype(hidden))
     d_hidden = jax.lax.dynamic_update_index_in_dim(d_hidden, d_chunk.astype(hidden.dtype), j, 2)
-    if not frozen:
-      d_unembedding += jnp.einsum("gcv,gcd->gvd", d_logits, chunk, preferred_element_type=d_unembedding.dtype)
-    return (d_hidden, d_unembedding), None
+    if not how.frozen:
+      d_words += jnp.einsum("gcv,gcd->gvd", d_logits, chunk, preferred_element_type=d_words.dtype)
+    return (d_hidden, d_words), None
 
-  sums = None if frozen else jnp.zeros((hidden.shape[0], *unembedding.shape), _sum_dtype(hidden))
-  (d_hidden, d_unembedding), _ = jax.lax.scan(read, (jnp.zeros_like(hidden), sums), jnp.arange(hidden.shape[2]))
-  return d_hidden, None if frozen else d_unembedding.sum(0).astype(unembedding.dtype), None
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+  sums = None if how.frozen else jnp.zeros((hidden.shape[0], *words.shape), _sum_dtype(hidden))
+  (d_hidden, d_words), _ = jax.lax.scan(read, (jnp.zeros_like(hidden), sums), jnp.arange(hidden.shape[2]))
+  if table[0] is not None:
+    d_hidden = jax.lax.psum(d_hidden, table[0])
+  if d_words is not None:
+    d_words = d_words.sum(0)
+    axes = () if how.mesh is None else mesh_axes("batch", how.mesh)
+    if table[1] is not None:
+      d_words = jax.lax.psum_scatter(d_words, table[1], scatter_dimension=1, tiled=True)
+    rest = tuple(axis for axis in axes if axis != table[1])
+    if rest:
+      d_words = jax.lax.psum(d_words, rest)
+  return d_hidden, d_words

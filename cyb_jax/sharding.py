@@ -1,8 +1,4 @@
-"""Where arrays live: logical axes to mesh axes, in one table.
-
-Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads, mlp and
-vocabulary.
-"""
+"""Meshes of devices, and where parameters, optimizer state and batches lie on them; the rules are in `placement`."""
 
 from __future__ import annotations
 
@@ -12,27 +8,14 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from cyb_jax.config import ParallelismConfig
+from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
-
-AXES = ("data", "fsdp", "tensor")
-
-# Parameters: the model's width over fsdp, what runs in parallel over tensor. Layers and norms are everywhere.
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-  ("batch", ("data", "fsdp")),
-  ("vocab", "tensor"),
-  ("embed", "fsdp"),
-  ("heads", "tensor"),
-  ("kv_heads", "tensor"),
-  ("mlp", "tensor"),
-  ("head_size", None),
-  ("layers", None),
-  ("norm", None),
-  ("rank", None),
-)
+from cyb_jax.placement import AXES, RULES, mesh_axes, parts, spec
 
 
 def make_mesh(config: ParallelismConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -57,7 +40,7 @@ def make_mesh(config: ParallelismConfig, devices: Sequence[jax.Device] | None = 
 
 def data_shards(mesh: Mesh) -> int:
   """Into how many parts the batch is split."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return parts("batch", mesh)
 
 
 def check_batch(batch_size: int, shards: int) -> None:
@@ -68,9 +51,30 @@ def check_batch(batch_size: int, shards: int) -> None:
     raise InputError(f"data.batch_size: {batch_size} windows don't divide over {shards} devices; try {near}")
 
 
+def tell_whole(config: DecoderConfig, mesh: Mesh) -> None:
+  """Warns of what a mesh is to split and can't."""
+  names = {
+    "num_heads": "heads",
+    "num_kv_heads": "kv_heads",
+    "mlp_size": "mlp",
+    "vocab_size": "vocab",
+    "d_model": "embed",
+  }
+  for axis in AXES[1:]:
+    over = {field: name for field, name in names.items() if axis in mesh_axes(name, mesh)}
+    whole = [field for field, name in over.items() if getattr(config, field) % parts(name, mesh)]
+    if whole:
+      sizes = ", ".join(f"decoder.{field} = {getattr(config, field)}" for field in whole)
+      rest = "; they all do the same work" if axis == "tensor" and len(whole) == len(over) else ""
+      logging.warning(
+        "parallelism.%s = %d doesn't divide %s: on each of these devices that is whole%s",
+        axis, mesh.shape[axis], sizes, rest,
+      )  # fmt: skip
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
@@ -129,12 +133,8 @@ def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
   Returns:
     The unboxed tree, of NamedShardings.
   """
-  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
-
-  def place(leaf, spec: PartitionSpec) -> NamedSharding:
-    axes = []
-    for size, axis in zip(np.shape(leaf), tuple(spec) + (None,) * np.ndim(leaf)):
-      axes.append(axis if axis is None or size % mesh.shape[axis] == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*axes))
-
-  return jax.tree.map(place, nn.unbox(boxed), specs)
+  return jax.tree.map(
+    lambda leaf, names: NamedSharding(mesh, spec(np.shape(leaf), names, mesh)),
+    nn.unbox(boxed),
+    nn.get_partition_spec(boxed),
+  )

@@ -184,16 +184,6 @@ def test_the_gradient_is_that_of_the_whole_model_where_it_is_trained(exact):
   assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize(
-  ("options", "devices"),
-  [({"strategy": "pmap"}, 4), ({"fsdp": 2, "tensor": 2}, 8)],
-)
-def test_every_strategy_equals_one_device(options, devices, one_device):
-  _, state = run(with_part(tuned(), "parallelism", **options), devices=devices)
-  assert_trees_close(state.params, one_device[1].params, rtol=1e-4, atol=2e-5)
-  assert_trees_close(state.totals, one_device[1].totals, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.slow
 def test_scanned_rematerialised_and_accumulated():
   plain = tuned(decoder__num_layers=2, decoder__scan_layers=True)

@@ -23,6 +23,7 @@ from cyb_jax.decoder import attention
 from cyb_jax.decoder.cache import Cache, seen_places, write
 from cyb_jax.decoder.lora import LoraConfig, adapt
 from cyb_jax.errors import InputError
+from cyb_jax.placement import constrain
 
 _ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -185,7 +186,11 @@ class Decoder(nn.Module):
     Returns:
       [..., D] in the dtype of activations.
     """
-    return self.scale_inputs(jnp.take(self.embedding, tokens, axis=0))
+    # Over fsdp the ids are sent to where the rows' widths lie, and what is found there comes back. Left to itself XLA
+    # gathers the table in f32, and reduces a gradient as large.
+    rows = jnp.take(self.embedding, constrain(tokens, "batch_of_data"), axis=0)
+    rows = constrain(self.scale_inputs(rows), "batch_of_data", *(None,) * (tokens.ndim - 1), "embed")
+    return constrain(rows, "batch")
 
   def scale_inputs(self, rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Rows of any input table (pauses have one of their own) as the layers take them: scaled and cast."""
@@ -256,7 +261,7 @@ class Decoder(nn.Module):
   def _run(self, inputs, positions, mask, query_key_offset, cache, start):
     config = self.config
     dtype = jnp.dtype(config.dtype)
-    hidden = inputs.astype(dtype)
+    hidden = constrain(inputs.astype(dtype), "batch", None, None)
     if query_key_offset is not None:
       query_key_offset = query_key_offset.astype(dtype)
     # Once for all layers.
@@ -325,9 +330,9 @@ class _Layer(nn.Module):
   def __call__(self, hidden, turn, mask, query_key_offset, cached, start):
     attended, cached = self.attention(self.attention_norm(hidden), turn, mask, query_key_offset, cached, start)
     if self.config.parallel_residual:
-      return hidden + attended + self.mlp(self.mlp_norm(hidden)), cached
-    hidden = hidden + attended
-    return hidden + self.mlp(self.mlp_norm(hidden)), cached
+      return hidden + constrain(attended + self.mlp(self.mlp_norm(hidden)), "batch", None, None), cached
+    hidden = hidden + constrain(attended, "batch", None, None)
+    return hidden + constrain(self.mlp(self.mlp_norm(hidden)), "batch", None, None), cached
 
 
 class _Attention(nn.Module):
@@ -358,9 +363,9 @@ class _Attention(nn.Module):
 
   def __call__(self, normed, turn, mask, query_key_offset, cached, start):
     shifted = normed if query_key_offset is None else normed + query_key_offset
-    query = attention.rotate(self.query(shifted), *turn)
-    key = attention.rotate(self.key(shifted), *turn)
-    value = self.value(normed)
+    query = constrain(attention.rotate(self.query(shifted), *turn), "batch", None, "heads", None)
+    key = constrain(attention.rotate(self.key(shifted), *turn), "batch", None, "kv_heads", None)
+    value = constrain(self.value(normed), "batch", None, "kv_heads", None)
     if cached is None:
       return self.out(attention.attend(query, key, value, mask, self.config.attention)), None
     if start is None:
@@ -402,8 +407,10 @@ class _Mlp(nn.Module):
   def __call__(self, normed):
     activation = _ACTIVATIONS[self.config.activation]
     if self.config.gated_mlp:
-      return self.down(activation(self.gate(normed)) * self.up(normed))
-    return self.down(activation(self.up(normed)))
+      inner = activation(self.gate(normed)) * self.up(normed)
+    else:
+      inner = activation(self.up(normed))
+    return self.down(constrain(inner, "batch", None, "mlp"))
 
 
 class _Projection(nn.Module):

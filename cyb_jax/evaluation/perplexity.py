@@ -43,7 +43,7 @@ class Evaluator:
     self.method = method
     self.omega = omega
     self.context = context
-    self._batch_sharding = sharding.batch_sharding(mesh)
+    self._mesh, self._batch_sharding = mesh, sharding.batch_sharding(mesh)
     sums = _sums if context == "constant" else _sums_self_paced
     self._sums = jax.jit(
       functools.partial(sums, method, omega), in_shardings=(None, self._batch_sharding), out_shardings=None
@@ -80,7 +80,9 @@ class Evaluator:
     windows = length = kept = 0
     for batch in batches:
       placed = self.put(batch)
-      sums, decided, gained = hosts.fetch(self._sums(params, placed))
+      with jax.set_mesh(self._mesh):
+        outputs = self._sums(params, placed)
+      sums, decided, gained = hosts.fetch(outputs)
       for name, value in sums.items():
         totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
       real = hosts.fetch(placed["weights"]) > 0  # of all hosts

@@ -70,6 +70,8 @@ class JitStrategy:
   """jit over a mesh with axes data, fsdp, tensor; XLA places the collectives."""
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
+    sharding.tell_whole(method.decoder.config, mesh)
+    self._mesh = mesh
     self._init = functools.partial(init_state, method, optimizer, config.train.seed)
     boxed = jax.eval_shape(self._init)
     self._shardings = sharding.shardings(boxed, mesh)
@@ -116,15 +118,18 @@ class JitStrategy:
     return sharding.put_batch(batch, self._batch_sharding)
 
   def step(self, state: TrainState, batch: Batch) -> TrainState:
-    return self._step(state, batch)
+    with jax.set_mesh(self._mesh):
+      return self._step(state, batch)
 
   def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-    self._step = self._step.lower(state, batch).compile()
+    with jax.set_mesh(self._mesh):
+      self._step = self._step.lower(state, batch).compile()
     return self._step
 
   def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
     placed = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding) for k, x in batch.items()}
-    return self._step.lower(self.abstract(), placed).compile()
+    with jax.set_mesh(self._mesh):
+      return self._step.lower(self.abstract(), placed).compile()
 
   def new_totals(self) -> Totals:
     return self._totals()
