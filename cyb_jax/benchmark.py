@@ -6,6 +6,7 @@ cyb-benchmark train --config=experiments/NAME.py [--variant=FIELDS]     tokens/s
 cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
 cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests/s of downstream scoring, batched or not
 cyb-benchmark faults [--kills=100]                                      one run killed so often, against one left alone
+cyb-benchmark sharding [--devices=8]                                    a step on every mesh, against one device
 
 `cyb-benchmark NAME --help` shows the flags of one.
 """
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cyb_jax import programs
-from cyb_jax.benchmarks import data, decode, faults, readout, scoring, train
+from cyb_jax.benchmarks import data, decode, faults, readout, scoring, sharding, train
 from cyb_jax.errors import InputError
 
 # Each with the flags that it alone has.
@@ -28,6 +29,7 @@ BENCHMARKS = {
   "scoring": (scoring.define_flags, scoring.scoring),
   "train": (train.define_flags, train.train),
   "faults": (faults.define_flags, faults.faults),
+  "sharding": (sharding.define_flags, sharding.sharding),
 }
 
 

@@ -181,7 +181,9 @@ def test_a_store_is_read_and_must_fit(tmp_path):
 
 
 def test_bad_input(tmp_path):
-  assert "'speed' is none of readout, data, decode, scoring, train, faults" in cli.complaint("benchmark", "speed")
+  assert "'speed' is none of readout, data, decode, scoring, train, faults, sharding" in cli.complaint(
+    "benchmark", "speed"
+  )
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
   config = f"--config={cli.write_config(tmp_path)}"

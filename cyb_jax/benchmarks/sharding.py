@@ -1,0 +1,185 @@
+"""One training step on every mesh of the devices at hand, and by pmap, against one device."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from cyb_jax import programs
+from cyb_jax.errors import InputError
+from cyb_jax.programs import Failed
+
+if TYPE_CHECKING:
+  import jax
+  from jaxtyping import PyTree
+
+  from cyb_jax.config import Config
+  from cyb_jax.training.step import TrainState
+
+TOLERANCE = 1e-5
+
+# With kv heads that don't divide over all meshes, and several chunks of the readout.
+_TINY = {
+  "method": {"pauses": 2, "pause_input": "token+pause"},
+  "decoder": {"num_layers": 1, "d_model": 32, "num_heads": 8, "num_kv_heads": 2, "head_size": 8, "mlp_size": 64},
+  "data": {"sequence_length": 16, "batch_size": 16},
+  "parallelism": {"chunk_size": 64},
+}
+
+
+def define_flags() -> None:
+  flags.DEFINE_integer("devices", 0, "So many CPU devices are made of this machine; 0: those that are there.")
+  flags.DEFINE_integer("vocabulary", 0, "Entries of the vocabulary; 0: 1,000.")
+  config_flags.DEFINE_config_file("config", None, "What takes the step, if not a tiny model.")
+
+
+def sharding() -> dict[str, Any]:
+  """The same step, of random tokens, in f32 with exact matrix products.
+
+  Returns:
+    `devices`, `tolerance`, `within` (of all rows), `rows`, `timing`. A row has `strategy`, the mesh (`data`, `fsdp`,
+    `tensor`), `loss_deviation` and `gradient_deviation`, the largest deviations from one device, relative, a
+    gradient's to the largest number of its array; `parameter_bytes` and `moment_bytes` on each device; `within`.
+
+  Raises:
+    Failed: a deviation above the tolerance.
+    InputError: bad flags; a batch that the devices don't share evenly.
+  """
+  count, vocabulary = flags.FLAGS.devices, flags.FLAGS.vocabulary or 1000
+  if count < 0:
+    raise InputError(f"--devices: {count} is negative")
+  if vocabulary < 2:
+    raise InputError(f"--vocabulary: {vocabulary} must be at least 2")
+  if count:
+    _make_devices(count)
+  import jax
+
+  from cyb_jax.sharding import check_batch
+
+  start = time.perf_counter()
+  config = _config()
+  devices = len(jax.devices())
+  if count and devices != count:
+    raise InputError(f"--devices: {count}, but jax has started with {devices}")
+  check_batch(config.data.batch_size, devices * config.optimizer.accumulate)
+  whole = _step(config, vocabulary, {}, jax.devices()[:1])
+  rows = [whole.row({}, whole)]
+  for mesh in _meshes(devices):
+    rows.append(_step(config, vocabulary, mesh, jax.devices()).row(mesh, whole))
+    logging.info("%s", rows[-1])
+  result = {
+    "benchmark": "sharding",
+    "devices": devices,
+    "device": jax.devices()[0].device_kind,
+    "tolerance": TOLERANCE,
+    "within": all(row["within"] for row in rows),
+    "rows": rows,
+    "timing": {"seconds": time.perf_counter() - start},
+  }
+  if not result["within"]:
+    largest = max(max(row["loss_deviation"], row["gradient_deviation"]) for row in rows)
+    raise Failed(f"sharding: a deviation of {largest:.1e} from one device, above {TOLERANCE:g}", result)
+  return result
+
+
+def _make_devices(count: int) -> None:
+  """CPU devices, as many as wanted; before jax's backend starts."""
+  # With fewer threads than twice the devices jax before 0.11 hangs.
+  os.environ["NPROC"] = str(max(32, 4 * count))
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", count)
+
+
+def _config() -> Config:
+  from cyb_jax import config as configs
+
+  if flags.FLAGS.config is None:
+    config = configs.default()
+    for part, fields in _TINY.items():
+      config[part].update(fields)
+  else:
+    config = programs.config_flag()
+  config.precision.update(activations="float32", params="float32", matmul="highest")
+  # Clipping would be of a norm that deviates too; without it the first moments are the gradient.
+  config.optimizer.clip_norm = 0.0
+  return configs.freeze(config)
+
+
+def _meshes(devices: int) -> Iterator[dict[str, Any]]:
+  """What `parallelism` is to have: every shape of a mesh, then pmap."""
+  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+  for tensor in divisors:
+    for fsdp in divisors:
+      if devices % (tensor * fsdp) == 0:
+        yield {"strategy": "jit", "data": devices // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor}
+  yield {"strategy": "pmap", "data": devices, "fsdp": 1, "tensor": 1}
+
+
+class _Step:
+  """What a step leaves, on the host."""
+
+  def __init__(self, state: TrainState, abstract: TrainState):
+    import jax
+    import optax
+
+    from cyb_jax.training.sizes import bytes_per_device
+
+    self.loss = float(state.totals.loss / state.totals.tokens)
+    self.gradient = jax.device_get(optax.tree.get(state.opt_state, "mu"))
+    moments = [optax.tree.get(abstract.opt_state, name) for name in ("mu", "nu")]
+    self.parameter_bytes, self.moment_bytes = bytes_per_device(abstract.params), bytes_per_device(moments)
+
+  def row(self, mesh: dict[str, Any], whole: _Step) -> dict[str, Any]:
+    loss = abs(self.loss / whole.loss - 1)
+    gradient = _deviation(self.gradient, whole.gradient)
+    return {
+      **({"strategy": "jit", "data": 1, "fsdp": 1, "tensor": 1} | mesh),
+      "loss_deviation": loss,
+      "gradient_deviation": gradient,
+      "parameter_bytes": self.parameter_bytes,
+      "moment_bytes": self.moment_bytes,
+      # Not a number is not within.
+      "within": max(loss, gradient) <= TOLERANCE and loss == loss and gradient == gradient,
+    }
+
+
+def _deviation(tree: PyTree, whole: PyTree) -> float:
+  """The largest over all arrays of the largest deviation, relative to the largest number of the array."""
+  import jax
+  import numpy as np
+
+  def of(a: np.ndarray, b: np.ndarray) -> float:
+    largest = np.abs(b).max()
+    return float(np.abs(a - b).max() / largest) if largest else float(np.abs(a).max())
+
+  return max(jax.tree.leaves(jax.tree.map(of, tree, whole)))
+
+
+def _step(config: Config, vocabulary: int, mesh: dict[str, Any], devices: list[jax.Device]) -> _Step:
+  import dataclasses
+
+  import jax
+
+  from cyb_jax import sharding as meshes
+  from cyb_jax.benchmarks.train import RandomTokens
+  from cyb_jax.config import ParallelismConfig
+  from cyb_jax.training.optimizer import make_optimizer
+  from cyb_jax.training.strategies import build_strategy
+
+  config = dataclasses.replace(config, parallelism=ParallelismConfig(**mesh, chunk_size=config.parallelism.chunk_size))
+  laid = meshes.make_mesh(config.parallelism, devices)
+  local = config.parallelism.strategy == "pmap"
+  method = config.build_method(vocabulary, data_shards=1 if local else meshes.data_shards(laid))
+  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
+  strategy = build_strategy(config, method, make_optimizer(config.optimizer, 10, width, new_rate=new_rate), laid)
+  batch = RandomTokens(vocabulary, config.data.sequence_length, config.data.batch_size)(0)
+  with jax.default_matmul_precision("highest"):
+    state = strategy.step(strategy.init(), strategy.put(batch))
+  return _Step(strategy.logical(state), strategy.abstract())
