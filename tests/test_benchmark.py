@@ -186,6 +186,9 @@ def test_bad_input(tmp_path):
   )
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
+  assert "--devices: -1 is negative" in cli.complaint("benchmark", "sharding", "--devices=-1")
+  message = cli.complaint("benchmark", "sharding", "--devices=3")
+  assert message == "data.batch_size: 16 windows don't divide over 3 devices; try 15 or 18"
   config = f"--config={cli.write_config(tmp_path)}"
   assert "--config: not given" in cli.complaint("benchmark", "train")
   assert "--steps: 1 must be at least 2" in cli.complaint("benchmark", "train", config, "--steps=1")
@@ -195,6 +198,26 @@ def test_bad_input(tmp_path):
   assert "--workdir: give it, or --config, and not both" in cli.complaint("benchmark", "decode")
   assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")
   assert "--read: 'mixture' is none of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
+
+
+@pytest.mark.slow
+def test_sharding():
+  """Of two devices: four meshes and pmap; parameters that are split take half."""
+  result, _ = cli.run("benchmark", "sharding", "--devices=2", "--vocabulary=100")
+  shapes = [(row["strategy"], row["data"], row["fsdp"], row["tensor"]) for row in result["rows"]]
+  assert shapes == [("jit", 1, 1, 1), ("jit", 2, 1, 1), ("jit", 1, 2, 1), ("jit", 1, 1, 2), ("pmap", 2, 1, 1)]
+  assert result["within"]
+  assert result["devices"] == 2
+  whole, data, fsdp, tensor, pmap = result["rows"]
+  # Norms stay whole over fsdp; pauses and <don't know> over tensor too.
+  norms, own = 3 * 32 * 4, 3 * 32 * 4
+  assert whole["parameter_bytes"] == data["parameter_bytes"] == pmap["parameter_bytes"]
+  assert fsdp["parameter_bytes"] == (whole["parameter_bytes"] + norms) / 2
+  assert tensor["parameter_bytes"] == (whole["parameter_bytes"] + norms + own) / 2
+  for row in result["rows"]:
+    assert row["moment_bytes"] == 2 * row["parameter_bytes"]
+    assert row["within"]
+    assert max(row["loss_deviation"], row["gradient_deviation"]) <= 1e-5
 
 
 @pytest.mark.slow
