@@ -21,18 +21,44 @@ import jax
 
 from cyb_jax.decoder import DecoderConfig
 
-# Dense bfloat16, per device as JAX counts devices, from the manufacturers' data sheets:
-# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, https://www.nvidia.com/en-us/data-center/
-_TPU_PEAKS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a device can do at best, as JAX counts devices; None: not known here.
+
+  Attributes:
+    peak_flops: dense bfloat16 operations per second.
+    hbm_bytes: of its memory, what programs may use: less than the data sheet's, by what the runtime keeps.
+    hbm_bandwidth: bytes per second from and to it.
+    link_bandwidth: bytes per second that it can send over all of its links to other chips together, which is half of
+      what data sheets call bidirectional.
+  """
+
+  peak_flops: float
+  hbm_bytes: int | None = None
+  hbm_bandwidth: float | None = None
+  link_bandwidth: float | None = None
+
+
+# hbm_bytes: what libtpu 0.0.42 says when a program needs more. The other columns:
+# - https://docs.cloud.google.com/tpu/docs/v4; its six links of 50e9: Jouppi et al. 2023, https://arxiv.org/abs/2304.01433
+# - https://docs.cloud.google.com/tpu/docs/v5e, https://docs.cloud.google.com/tpu/docs/v5p (4800 Gbit/s),
+#   https://docs.cloud.google.com/tpu/docs/v6e
+_V4 = Chip(275e12, round(30.75 * 2**30), 1200e9, 300e9)
+_V5E = Chip(197e12, round(15.75 * 2**30), 819e9, 200e9)
+_V5P = Chip(459e12, round(95.74 * 2**30), 2765e9, 600e9)
+_V6E = Chip(918e12, round(31.25 * 2**30), 1638e9, 400e9)
+_TPUS = {
+  "TPU v4": _V4,
+  "TPU v5 lite": _V5E,
+  "TPU v5e": _V5E,
+  "TPU v5": _V5P,
+  "TPU v5p": _V5P,
+  "TPU v6 lite": _V6E,
+  "TPU v6e": _V6E,
 }
-_GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# https://www.nvidia.com/en-us/data-center/
+_GPUS = {"H100": Chip(989e12), "H200": Chip(989e12), "A100": Chip(312e12)}
 # The same names on slower boards, and on a part of a board.
 _SLOWER = ("PCIe", "NVL", "MIG")
 
@@ -142,15 +168,21 @@ def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: 
   return config.num_layers * (slots * matrices + _attention(config, keys)) + slots_read * _readout(config)
 
 
-def peak_flops(device: jax.Device) -> float | None:
-  """Dense bfloat16 operations per second that the device can do at best, or None where that is not known."""
+def chip(device: jax.Device) -> Chip | None:
+  """What the device can do at best, or None where that is not known."""
   kind = device.device_kind
   if any(word in kind for word in _SLOWER):
     return None
-  for name, peak in _GPU_PEAKS.items():
+  for name, found in _GPUS.items():
     if name in kind:
-      return peak
-  return _TPU_PEAKS.get(kind)
+      return found
+  return _TPUS.get(kind)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Dense bfloat16 operations per second that the device can do at best, or None where that is not known."""
+  found = chip(device)
+  return None if found is None else found.peak_flops
 
 
 def _keys(tokens: int, slots: float, hidden: bool, executed: bool) -> float:
