@@ -6,13 +6,15 @@ allocated, and nothing is written.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from cyb_jax import pretrained, sharding
 from cyb_jax.config import Config
@@ -25,7 +27,53 @@ from cyb_jax.training.loop import find_store, num_steps, open_batches
 from cyb_jax.training.optimizer import make_optimizer
 from cyb_jax.training.sizes import bytes_per_device, count_parameters, program_memory
 from cyb_jax.training.step import TrainState, trained_part
-from cyb_jax.training.strategies import build_strategy
+from cyb_jax.training.strategies import Strategy, build_strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+  """A run on some devices, of shapes alone.
+
+  Attributes:
+    config: of the run.
+    mesh: the devices.
+    method: of a training step; `evaluated`: of an evaluation, which runs under jit whatever the strategy.
+    strategy: that of the config.
+    batch: shapes and dtypes of a whole training batch.
+  """
+
+  config: Config
+  mesh: Mesh
+  method: Method
+  evaluated: Method
+  strategy: Strategy
+  batch: Mapping[str, jax.ShapeDtypeStruct]
+
+
+def outline(
+  config: Config, vocab_size: int | None, *, steps: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Outline:
+  """Lays a run out over devices, all that there are by default; nothing is allocated or compiled.
+
+  Args:
+    config: validated.
+    vocab_size: None: as many as the decoder has rows.
+    steps: of the schedule; changes no shape.
+    devices: they may be ones that are described only, see `cyb_jax.compilation`.
+
+  Raises:
+    InputError: sizes that don't fit each other or the devices.
+  """
+  mesh = sharding.make_mesh(config.parallelism, devices)
+  shards = sharding.data_shards(mesh)
+  sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
+  local = config.parallelism.strategy == "pmap"
+  evaluated = config.build_method(vocab_size, data_shards=shards)
+  method = config.build_method(vocab_size, data_shards=1) if local else evaluated
+  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
+  optimizer = make_optimizer(config.optimizer, steps, width, new_rate=new_rate)
+  strategy = build_strategy(config, method, optimizer, mesh)
+  return Outline(config, mesh, method, evaluated, strategy, abstract_batch(config, config.data.batch_size))
 
 
 def dry_run(config: Config) -> dict[str, Any]:
@@ -45,8 +93,8 @@ def dry_run(config: Config) -> dict[str, Any]:
     InputError: sizes that don't fit each other, the devices or the data.
   """
   data = config.data
-  mesh = sharding.make_mesh(config.parallelism)
-  shards = sharding.data_shards(mesh)
+  # Before the data is looked for.
+  shards = sharding.data_shards(sharding.make_mesh(config.parallelism))
   sharding.check_batch(data.batch_size, shards * config.optimizer.accumulate)
   try:
     if config.init_from:
@@ -54,15 +102,11 @@ def dry_run(config: Config) -> dict[str, Any]:
   except InputError as error:
     logging.warning("%s; shapes are those of the config", error)
   store = find_store(config)
-  vocab_size, vocabulary_from = _vocabulary(config, store)
+  vocab_size, vocabulary_from = vocabulary(config, store)
   steps, steps_from = _steps(config, store)
-  local = config.parallelism.strategy == "pmap"
-  method = config.build_method(vocab_size, data_shards=1 if local else shards)
-  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
-  # The schedule's length changes no shape.
-  optimizer = make_optimizer(config.optimizer, steps or 1, width, new_rate=new_rate)
-  strategy = build_strategy(config, method, optimizer, mesh)
-  state, batch = strategy.abstract(), _abstract_batch(config)
+  run = outline(config, vocab_size, steps=steps or 1)
+  mesh, method, strategy, batch = run.mesh, run.method, run.strategy, run.batch
+  state = strategy.abstract()
   start, program = time.perf_counter(), None
   with jax.default_matmul_precision(config.precision.matmul):
     try:
@@ -75,13 +119,7 @@ def dry_run(config: Config) -> dict[str, Any]:
   memory = memory_of(state, method, batch, shards, program, mesh.devices.flat[0])
   tokens = data.batch_size * data.sequence_length
   slots = data.batch_size * method.train_slots(data.sequence_length)
-  costs = {
-    kind: {
-      "model": _by_component(cost(data.sequence_length)),
-      "executed": _by_component(cost(data.sequence_length, executed=True)),
-    }
-    for kind, cost in (("forward", method.forward_cost), ("train", method.train_cost))
-  }
+  costs = costs_per_token(method, data.sequence_length)
   per_step = {kind: tokens * cost["total"] for kind, cost in costs["train"].items()}
   return {
     "method": method.name,
@@ -148,15 +186,24 @@ def memory_of(
   }  # fmt: skip
 
 
+def costs_per_token(method: Method, length: int) -> dict[str, dict[str, dict[str, float]]]:
+  """`forward` and `train`, each as the `model` needs and as `executed`, by component and in `total`."""
+  return {
+    kind: {"model": _by_component(cost(length)), "executed": _by_component(cost(length, executed=True))}
+    for kind, cost in (("forward", method.forward_cost), ("train", method.train_cost))
+  }
+
+
 def _by_component(cost: Cost) -> dict[str, float]:
   return {name: float(value) for name, value in (*vars(cost).items(), ("total", cost.total))}
 
 
-def _abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch of so many windows."""
   names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
   if config.data.document_mask:
     names["documents"] = "int32"
-  shape = config.data.batch_size, config.data.sequence_length
+  shape = rows, config.data.sequence_length
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
 
 
@@ -168,7 +215,7 @@ def _steps(config: Config, store: TokenStore | None) -> tuple[int | None, str | 
   return num_steps(config, open_batches(config, store)), f"train.epochs of the token store in {store.path}"
 
 
-def _vocabulary(config: Config, store: TokenStore | None) -> tuple[int | None, str]:
+def vocabulary(config: Config, store: TokenStore | None = None) -> tuple[int | None, str]:
   """How many entries the vocabulary will have, as far as that is known without preparing it; and who says so."""
   if store is not None:
     return store.vocab_size, f"the token store in {store.path}"
@@ -188,21 +235,63 @@ def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, r
   if not refused and (peak is None or limit is None or peak <= limit):
     return None
   held = memory["parameters"] + memory["moments"] + memory["gradients"]
-  parallelism = config.parallelism
+  found = [knob.told for knob in knobs(config, held, peak, devices)]
+  needs = f"needs {peak:,} bytes" if peak is not None else "doesn't compile"
+  room = f"has {limit:,}" if limit is not None else "has too little memory for it"
+  return f"the step {needs} and each device {room}; what helps, most first: {', '.join(found)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+  """A change of a config that takes memory down.
+
+  Attributes:
+    told: in words.
+    fields: values by field, 'a.b': what to try; none where that would be another experiment.
+  """
+
+  told: str
+  fields: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+
+
+def knobs(config: Config, held: int, peak: int | None, devices: int) -> list[Knob]:
+  """What would help a step that a device has no room for, most first.
+
+  Args:
+    config: of the step.
+    held: bytes of parameters, optimizer state and gradients on a device.
+    peak: bytes that the step needs there; None: not known.
+    devices: how many there are.
+  """
+  data, optimizer, parallelism = config.data, config.optimizer, config.parallelism
+  jit = parallelism.strategy == "jit"
+  shards = devices // parallelism.tensor
+  # The next number of parts that leaves every shard whole windows.
+  windows = data.batch_size // shards
+  parts = next((n for n in range(optimizer.accumulate + 1, windows + 1) if windows % n == 0), None)
   activations = [
-    ("decoder.remat = 'full'", config.decoder.get("remat") != "full"),
-    (f"optimizer.accumulate above {config.optimizer.accumulate}", config.optimizer.accumulate < config.data.batch_size),
-    ("a smaller data.batch_size or data.sequence_length", True),
+    (Knob("decoder.remat = 'full'", {"decoder.remat": "full"}), config.decoder.get("remat") != "full"),
+    (
+      Knob(f"optimizer.accumulate above {optimizer.accumulate}", {"optimizer.accumulate": parts} if parts else {}),
+      optimizer.accumulate < data.batch_size,
+    ),
+    (Knob("a smaller data.batch_size or data.sequence_length"), True),
   ]
   # Of activations in f32 a program makes copies of bfloat16 weights in f32.
   shrinks = config.precision.params == "float32" and config.activation_dtype == "bfloat16"
   state = [
-    ("tuning.weights = 'lora'", config.tuning.weights == "all"),
-    ("precision.params = 'bfloat16'", config.tuning.weights != "all" and shrinks),
-    (f"parallelism.fsdp = {devices}", devices > 1 and parallelism.strategy == "jit" and parallelism.fsdp < devices),
+    (Knob("tuning.weights = 'lora'"), config.tuning.weights == "all"),
+    (
+      Knob("precision.params = 'bfloat16'", {"precision.params": "bfloat16"}),
+      config.tuning.weights != "all" and shrinks,
+    ),
+    (
+      Knob(
+        f"parallelism.fsdp = {devices}",
+        {"parallelism.data": 1, "parallelism.fsdp": devices, "parallelism.tensor": 1},
+      ),
+      devices > 1 and jit and parallelism.fsdp < devices,
+    ),
   ]
   state_first = peak is None or held > peak / 2
-  knobs = [knob for knob, helps in (state + activations if state_first else activations + state) if helps]
-  found = f"needs {peak:,} bytes" if peak is not None else "doesn't compile"
-  room = f"has {limit:,}" if limit is not None else "has too little memory for it"
-  return f"the step {found} and each device {room}; what helps, most first: {', '.join(knobs)}"
+  return [knob for knob, helps in (state + activations if state_first else activations + state) if helps]
