@@ -248,6 +248,11 @@ class Config:
     return self.data.tokenizer or self.init_from
 
   @property
+  def evaluation_rows(self) -> int:
+    """Windows that evaluation reads at a time: those that training works on at once."""
+    return self.data.batch_size // self.optimizer.accumulate
+
+  @property
   def activation_dtype(self) -> str:
     if self.precision.activations != "auto":
       return self.precision.activations

@@ -323,7 +323,7 @@ def rows_at_once(config: Config, mesh: Mesh) -> int:
 
   shards = sharding.data_shards(mesh)
   # Rows that fill a batch up have weight 0, so that any size will do.
-  return -(-(flags.FLAGS.batch_size or config.data.batch_size) // shards) * shards
+  return -(-(flags.FLAGS.batch_size or config.evaluation_rows) // shards) * shards
 
 
 def _last_line(error: Exception) -> str:

@@ -33,7 +33,7 @@ def evaluate_split(
     evaluator: of the config's method.
     params: bare arrays.
     store: read in order, each window once.
-    config: gives the window's length and, by default, the batch size.
+    config: gives the window's length and, by default, the batch size, that of what is trained on at once.
     split: 'validation', 'test' or 'train'.
     step: that the parameters stem from.
     meta: of the checkpoint: what training has spent.
@@ -48,7 +48,7 @@ def evaluate_split(
     InputError: the store has no such split, or nothing in it.
   """
   windows, limit = used_windows(store, config, split, limit)
-  batch_size = batch_size or config.data.batch_size
+  batch_size = batch_size or config.evaluation_rows
   batches = evaluation_batches(
     store,
     split,

@@ -84,7 +84,7 @@ def statistics_of_split(
     InputError: the store has no such split, or nothing in it.
   """
   windows, limit = used_windows(store, config, split, limit)
-  length, batch_size = config.data.sequence_length, batch_size or config.data.batch_size
+  length, batch_size = config.data.sequence_length, batch_size or config.evaluation_rows
   starts = store.document_starts(split).astype(np.int64)
   # The last target of the windows; each target of a document, its closing end included, is of that document.
   last = min(windows * length, store.num_tokens(split) - 1)
