@@ -57,6 +57,10 @@ class Evaluator:
     """This host's rows of a batch, on the devices."""
     return sharding.put_batch(batch, self._batch_sharding)
 
+  def compile_abstract(self, params: PyTree, batch: Batch) -> jax.stages.Compiled:
+    """Compiles what is run for each batch, from shapes alone; those of `params` with shardings."""
+    return self._sums.lower(params, batch).compile()
+
   def __call__(
     self, params: PyTree, batches: Iterable[dict[str, Any]], *, num_bytes: int | None = None
   ) -> dict[str, Any]:

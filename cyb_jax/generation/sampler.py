@@ -21,10 +21,12 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.decoder import Cache, empty_cache
@@ -264,6 +266,36 @@ class Sampler:
     stopped = np.zeros(len(state.token), bool) if stopped is None else stopped
     numbers = self._numbers | {"iterations": np.int32(iterations), "end_id": np.int32(end_id)}
     return _advance(self.method, self.plan, params, state, numbers, stopped)
+
+  def compile_abstract(
+    self, params: PyTree, rows: int, max_new_tokens: int, row_sharding: Callable[[int], Sharding]
+  ) -> jax.stages.Compiled:
+    """Compiles the loop of `advance`, from shapes alone, for prompts of one token each.
+
+    Args:
+      params: as jax.ShapeDtypeStruct with shardings.
+      rows: B.
+      max_new_tokens: N; the cache has room for them with all their pauses.
+      row_sharding: where an array lies whose axis of rows is the one of this number; -1: it has none.
+    """
+
+    def start(keys: Array, params: PyTree) -> SamplerState:
+      one, none = jnp.ones(rows, jnp.int32), jnp.zeros((rows, 0), jnp.int32)
+      return _start(self.method, self.plan, max_new_tokens, params, none, one, one, keys, one, one)
+
+    def placed(x: Any, axis: int) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(axis))
+
+    keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
+    state = jax.eval_shape(start, keys, params)
+    cache = jax.tree.map(lambda x: placed(x, x.ndim - 4), state.cache)
+    others = dataclasses.replace(state, cache=None)
+    state = dataclasses.replace(jax.tree.map(lambda x: placed(x, 0 if x.ndim else -1), others), cache=cache)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    numbers = self._numbers | {"iterations": scalar, "end_id": scalar}
+    numbers = jax.tree.map(lambda x: placed(x, -1), numbers)
+    stopped = placed(jax.ShapeDtypeStruct((rows,), bool), 0)
+    return _advance.lower(self.method, self.plan, params, state, numbers, stopped).compile()
 
 
 def _check(prompts: Sequence[Sequence[int]], new: int, context: int | None, vocabulary: int) -> list[int]:

@@ -1,0 +1,3 @@
+"""Compiling for TPUs on a machine without any: what a run's programs take there."""
+
+STEPS = ("train", "evaluate", "decode")

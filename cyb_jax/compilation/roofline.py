@@ -1,0 +1,48 @@
+"""How long a step must take at least: the longest of what it computes, moves to and from memory, and sends."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cyb_jax.compilation.hlo import Traffic
+from cyb_jax.flops import Chip
+
+MODEL = (
+  "step_seconds is a roofline, a lower bound that nothing was measured for: the longest of executed FLOPs over the"
+  " chip's peak in bfloat16, HBM bytes over its bandwidth, and bytes sent to other chips over the bandwidth of all of"
+  " its links, as data sheets give them, each perfectly overlapped with the others. FLOPs are analytic, of matrix"
+  " products. HBM bytes are operands and results of the optimised HLO's instructions, those kept on the chip left out,"
+  " a kernel's operands once. Bytes sent are those of rings. Loop bodies count as often as they run."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """Seconds of a step, on each device.
+
+  Attributes:
+    compute, hbm, interconnect: of each alone.
+  """
+
+  compute: float
+  hbm: float
+  interconnect: float
+
+  @property
+  def seconds(self) -> float:
+    return max(self.compute, self.hbm, self.interconnect)
+
+  @property
+  def bound(self) -> str:
+    """What it waits for."""
+    values = dataclasses.asdict(self)
+    return max(values, key=values.get)
+
+
+def roofline(chip: Chip, flops: float, traffic: Traffic) -> Roofline:
+  """Of a program that needs so many operations on a device."""
+  return Roofline(
+    compute=flops / chip.peak_flops,
+    hbm=traffic.hbm_bytes / chip.hbm_bandwidth,
+    interconnect=traffic.sent / chip.link_bandwidth,
+  )
