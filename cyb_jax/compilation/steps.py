@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from cyb_jax import config as configs
 from cyb_jax import flops, pretrained, sharding, training
+from cyb_jax.compilation import STEPS
 from cyb_jax.compilation.hlo import traffic
 from cyb_jax.compilation.memory import CLASSES, memory_by_class, refused_bytes
 from cyb_jax.compilation.roofline import MODEL, roofline
