@@ -2,7 +2,8 @@
 
 cyb-compile --config=experiments/NAME.py --topology=v5e:4x4 [--steps=train,evaluate,decode] [--config.a.b=...]
 
-Exit code 1: something needs more memory than a chip has; the JSON says by how much, and what would help.
+Exit code 1: something needs more memory than a chip has. The JSON says by how much, and what would help (--verify: if
+it really does).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "decode_batch", 0, "Rows that are decoded together; 0: 8, or as many as devices that have rows of their own."
   )
+  flags.DEFINE_bool("verify", False, "Compile each change that is advised where memory is short, too.")
   flags.DEFINE_string("hlo", "", "A folder: the optimised HLO of each step is written there.")
 
 
@@ -47,7 +49,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       raise InputError(f"--hlo: {args.hlo} can't be written to: {error.strerror}") from None
   from cyb_jax.compilation import steps
 
-  result = steps.compile_steps(source, topology, args.steps, decode_batch=args.decode_batch, hlo=args.hlo)
+  result = steps.compile_steps(
+    source, topology, args.steps, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
+  )
   if not result["fits"]:
     raise programs.Failed(_refusal(result), result)
   return result

@@ -29,6 +29,11 @@ def get_config(argument: str = ""):
   config.train.eval_every = 1000
   config.train.eval_limit = 512
   config.train.checkpoint_every = 1000
+  large = size in ("llama_1b", "gemma1_2b", "gemma1_7b")
+  if large:
+    # One layer is compiled, and of each only its input is kept; a chip works on a few windows at once.
+    config.decoder.scan_layers = True
+    config.optimizer.accumulate = 4
   if not small:
-    config.decoder.remat = "dots"
+    config.decoder.remat = "full" if large else "dots"
   return config

@@ -3,7 +3,11 @@
 
     python -m cyb_jax.train --config=experiments/gemma2b_c4.py:SETTING --workdir=DIR \
         --config.init_from=GEMMA --config.data.store=DIR \
-        --config.parallelism.fsdp=16 --config.optimizer.learning_rate=RATE
+        --config.parallelism.fsdp=CHIPS --config.optimizer.learning_rate=RATE
+
+CHIPS: of the slice, over all of which parameters and AdamW's moments (28 GiB) are shared out. The batch is worked on in
+16 parts (`optimizer.accumulate`): then 8 chips of v5p, or 16 of v5e or v6e, hold every setting; launch/README.md has
+what each takes. On 64 chips: --config.optimizer.accumulate=4.
 
 GEMMA: the Hugging Face folder of google/gemma-2b, fetched after its licence was accepted; pauses and <don't know> start
 from its `<unused*>` entries, as the paper has it. RATE: one of RATES below, swept per setting and chosen on validation;
@@ -39,6 +43,8 @@ def get_config(argument: str = ""):
   config.optimizer.rate_over_width = True
   config.optimizer.final_fraction = 0.01
   config.optimizer.warmup_fraction = 0.01
+  # Eight chips work on two windows each at once, sixteen on one; 64 take 4.
+  config.optimizer.accumulate = 16
   config.decoder.remat = "full"
   config.decoder.scan_layers = True
   config.precision.activations = "bfloat16"

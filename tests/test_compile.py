@@ -1,5 +1,10 @@
 """Compiling for TPUs: what is read from the compiler's text and messages, by hand; and, where it is there, itself."""
 
+import importlib.util
+import json
+import os
+import subprocess
+
 import cli
 import pytest
 from models import tiny_config
@@ -67,6 +72,16 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert found.open_loops == 0
   # HBM: of the first all-reduce read and written, the second lies on the chip; the counter in and out of its copy.
   assert found.hbm_bytes == 5 * (2 * 32 + 4 + 2 * 4) + 2 * 4
+
+
+def test_attributes_may_take_several_lines():
+  kernel = """  %kernel = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="attend"}
+  %reduced ="""
+  found = traffic(LOOP.replace("  %reduced =", kernel))
+  assert found.by_kind() == traffic(LOOP).by_kind()
+  assert found.hbm_bytes == traffic(LOOP).hbm_bytes + 5 * 2 * 32
 
 
 @pytest.mark.parametrize(
@@ -273,3 +288,80 @@ def test_bad_input(tmp_path):
     "compile", config, "--topology=v5e:2x2", "--steps=train,fly"
   )
   assert "--decode_batch: -1" in cli.complaint("compile", config, "--topology=v5e:2x2", "--decode_batch=-1")
+
+
+def test_without_libtpu_the_extra_is_named(tmp_path, monkeypatch):
+  monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "none.so"))
+  with pytest.raises(InputError, match=r"^TPU_LIBRARY_PATH: .*none\.so is not there"):
+    topologies.check_libtpu()
+  monkeypatch.delenv("TPU_LIBRARY_PATH")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"pip install 'cyb_jax\[tpu-compile\]'"):
+    topologies.open_topology("v5e:2x2")
+
+
+def _has_libtpu():
+  try:
+    topologies.check_libtpu()
+  except InputError:
+    return False
+  return True
+
+
+needs_libtpu = pytest.mark.skipif(not _has_libtpu(), reason="no libtpu: pip install libtpu, or set TPU_LIBRARY_PATH")
+
+
+def compiled(folder, *options, expect=0):
+  """What the program prints, and standard error."""
+  command = cli.command("compile", f"--config={cli.write_config(folder)}", "--topology=v5e:2x2", *options)
+  # The compiler's own threads are no part of what is tested, nor is what the tests set for CPUs.
+  env = {name: value for name, value in cli.environment().items() if name != "XLA_FLAGS"}
+  done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cli.ROOT)
+  assert done.returncode == expect, done.stderr[-4000:]
+  return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
+
+
+@needs_libtpu
+def test_data_parallel_sums_the_gradient_once(tmp_path):
+  """In f32: 8,800 parameters; beside them tokens, loss, log-likelihood, three shares, slots, dropped tokens."""
+  options = ("--config.precision.activations=float32", "--config.decoder.attention=xla")
+  sums, table = 4 * 8800 + 4 * 8, 4 * 384 * 16
+  result, err = compiled(tmp_path, *options, "--steps=train", "--config.parallelism.strategy=pmap")
+  assert result["parameters"] == 8800
+  assert result["train"]["collectives"]["all-reduce"]["bytes"] == sums
+  assert result["train"]["sent_bytes"] == sums * 2 * 3 / 4
+  assert len(err.splitlines()) == 1  # what libtpu has to say is kept down
+  result, _ = compiled(tmp_path, *options)
+  # A tied table has a gradient as input and one as output, which XLA may sum one by one.
+  assert result["train"]["collectives"]["all-reduce"]["bytes"] in (sums, sums + table)
+  assert (result["chip"], result["devices"], result["fits"]) == ("TPU v5 lite", 4, True)
+  assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+  for step in ("train", "evaluate", "decode"):
+    memory = result[step]["memory"]
+    kept = memory["arguments"] + memory["output"] - memory["aliased"]
+    assert memory["peak"] == kept + memory["temporaries"] + memory["generated_code"] <= result["peak_bytes"]
+    assert result[step]["step_seconds"] == max(result[step]["seconds"].values()) > 0
+  # Two numbers for each parameter, and the parameters; the batch of 8 windows is split.
+  arguments = 3 * 4 * 8800
+  assert arguments < result["train"]["memory"]["arguments"] < 3 * arguments  # arrays are filled up to tiles
+  assert result["train"]["flops"] * 4 == result["flops_per_token"]["train"]["executed"] * 8 * 16
+  assert result["train"]["open_loops"] == result["evaluate"]["open_loops"] == 0
+  assert result["decode"]["capacity"] == 16 * 3
+  assert os.listdir(tmp_path) == ["tiny.py"]
+
+
+@needs_libtpu
+def test_what_does_not_fit_says_by_how_much_and_what_helps(tmp_path):
+  result, err = compiled(tmp_path, "--steps=decode", "--decode_batch=12000000", "--verify", expect=1)
+  assert result["fits"] is False
+  # A cache of bf16 keys and values: 48 places of 2 heads of 8.
+  needed = 12_000_000 * 48 * 2 * 2 * 8 * 2
+  assert result["decode"]["memory"]["peak"] >= needed
+  assert result["decode"]["over_bytes"] >= needed - result["hbm_bytes"] > 0
+  assert "error: v5e:2x2 has 15.75 GiB a chip: decode is over by" in err
+  smaller, fsdp = result["advice"]
+  assert smaller == {"change": "a smaller --decode_batch", "flags": None}
+  assert fsdp["change"] == "parallelism.fsdp = 4"
+  # Tried, a quarter of the rows on each chip: much less, and still too much.
+  assert fsdp["fits"] is False
+  assert result["hbm_bytes"] < fsdp["peak_bytes"] < result["decode"]["memory"]["peak"] / 3

@@ -179,16 +179,18 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
   for line in text.splitlines():
     if name is None:
       found = _COMPUTATION.match(line)
-      if found and " = " not in line.split("(")[0]:
+      if found:
         name, lines = found[2], []
         entry = name if found[1] else entry
-    elif line.startswith("}"):
-      computations[name] = Computation(lines)
+    elif line.rstrip() == "}":
+      matches = [_INSTRUCTION.match(line) for line in lines]
+      computations[name] = Computation([_instruction(x[2], x[3], root=x[1] is not None) for x in matches])
       name = None
-    else:
-      found = _INSTRUCTION.match(line)
-      if found:
-        lines.append(_instruction(found[2], found[3], root=found[1] is not None))
+    elif _INSTRUCTION.match(line):
+      lines.append(line)
+    elif lines:
+      # Attributes may go on for some lines, those of kernels do.
+      lines[-1] += " " + line
   return computations, entry
 
 

@@ -6,6 +6,7 @@ No data, tokenizer or weights are needed: shapes are the config's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -26,18 +27,18 @@ from cyb_jax.compilation.memory import CLASSES, memory_by_class, refused_bytes
 from cyb_jax.compilation.roofline import MODEL, roofline
 from cyb_jax.compilation.topologies import open_topology
 from cyb_jax.config import Config
+from cyb_jax.decoder import splash
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.flops import Chip
 from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
-from cyb_jax.training.estimate import Outline
+from cyb_jax.training.estimate import Knob, Outline
 
 # Rows that are decoded together where it isn't said, or as many as there are devices with rows of their own.
 _DECODED_ROWS = 8
-# Matrix products of a flash attention kernel, for the two of XLA's forward pass: its backward pass, in two kernels,
-# makes the weights again in each.
-_KERNEL_BACKWARD = 7 / 2
+# Of the kernels of splash attention, matrix products for each of the forward pass; XLA makes two.
+_KERNEL_BACKWARD, _XLA_BACKWARD = 7 / 2, 2
 
 
 def for_tpu(source: Mapping[str, Any]) -> Config:
@@ -54,7 +55,13 @@ def for_tpu(source: Mapping[str, Any]) -> Config:
 
 
 def compile_steps(
-  source: Mapping[str, Any], topology: str, steps: Sequence[str] = STEPS, *, decode_batch: int = 0, hlo: str = ""
+  source: Mapping[str, Any],
+  topology: str,
+  steps: Sequence[str] = STEPS,
+  *,
+  decode_batch: int = 0,
+  hlo: str = "",
+  verify: bool = False,
 ) -> dict[str, Any]:
   """Compiles for a topology, and says what that will take there.
 
@@ -64,6 +71,7 @@ def compile_steps(
     steps: some of STEPS.
     decode_batch: rows that are decoded together; 0: eight, or as many as the batch is split into, if that is more.
     hlo: a folder that the optimised HLO of each step is written into, NAME.txt; '': none.
+    verify: whether advice is compiled too, change by change.
 
   Returns:
     What the program prints; see README.md.
@@ -123,6 +131,8 @@ def compile_steps(
     "model": MODEL,
     "timing": {"compile_seconds": seconds},
   }
+  if verify and not fits:
+    result["advice"] = _verified(source, result, topology, decode_batch)
   return result
 
 
@@ -155,9 +165,10 @@ def _train(run: Outline) -> _Program:
   def cost(kernel: bool) -> float:
     executed = run.method.train_cost(data.sequence_length, executed=True)
     if kernel:
-      forward = run.method.forward_cost(data.sequence_length).attention
-      again = run.method.decoder.config.remat != "none"
-      executed = dataclasses.replace(executed, attention=forward * (1 + again + _KERNEL_BACKWARD))
+      forwards = 1 + (run.method.decoder.config.remat != "none")
+      products = (forwards + _KERNEL_BACKWARD) / (forwards + _XLA_BACKWARD)
+      attention = executed.attention * products * _kernel_keys(run.method, data.sequence_length)
+      executed = dataclasses.replace(executed, attention=attention)
     return data.batch_size * data.sequence_length * executed.total
 
   return _Program(compiled, run.mesh.size, cost, data.batch_size * data.sequence_length, {"rows": data.batch_size})
@@ -176,7 +187,7 @@ def _evaluate(run: Outline) -> _Program:
   def cost(kernel: bool) -> float:
     executed = method.forward_cost(length, executed=True)
     if kernel:
-      executed = dataclasses.replace(executed, attention=method.forward_cost(length).attention)
+      executed = dataclasses.replace(executed, attention=executed.attention * _kernel_keys(method, length))
     return rows * length * method.passes * executed.total
 
   return _Program(compiled, run.mesh.size, cost, rows * length, {"rows": rows})
@@ -224,9 +235,17 @@ def _decode(run: Outline, rows: int) -> _Program:
   return _Program(compiled, mesh.size if sharded else 1, cost, rows, about)
 
 
+def _kernel_keys(method: Method, tokens: int) -> float:
+  """The keys that the kernels multiply a query with, as a share of those that XLA does."""
+  if method.hides_pauses:
+    return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
+  slots = method.train_slots(tokens)
+  return splash.executed_keys(slots) / slots
+
+
 def _under(run: Outline):
   """The mesh that jit is traced under; pmap makes its own."""
-  return jax.set_mesh(run.mesh) if run.config.parallelism.strategy == "jit" else jax.set_mesh(None)
+  return jax.set_mesh(run.mesh) if run.config.parallelism.strategy == "jit" else contextlib.nullcontext()
 
 
 def _params(run: Outline) -> PyTree:
@@ -295,14 +314,36 @@ def _told(step: str, record: Mapping[str, Any], chip: Chip, seconds: float) -> s
 
 
 def _advice(run: Outline, records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """What would help, most first; `flags` where it is a change of flags alone."""
-  over = [record for record in records.values() if not record["fits"]]
-  peak = max((record["memory"]["peak"] or 0 for record in over), default=0) or None
+  """What would help, most first; `flags`: where flags alone do it."""
+  over = {step: record for step, record in records.items() if not record["fits"]}
+  peak = max((record["memory"]["peak"] or 0 for record in over.values()), default=0) or None
   state = run.strategy.abstract()
   held = training.bytes_per_device((state.params, state.opt_state))
   held += training.bytes_per_device(training.trained_part(state.params, run.method.is_trained))
   knobs = training.knobs(run.config, held, peak, run.mesh.size)
+  if set(over) == {"decode"}:  # no part of the batch is worked on, nothing is kept for a gradient
+    knobs = [Knob("a smaller --decode_batch"), *(knob for knob in knobs if "parallelism.fsdp" in knob.fields)]
   return [
     {"change": knob.told, "flags": [f"--config.{name}={value}" for name, value in knob.fields.items()] or None}
     for knob in knobs
   ]
+
+
+def _verified(
+  source: Mapping[str, Any], result: Mapping[str, Any], topology: str, decode_batch: int
+) -> list[dict[str, Any]]:
+  """The advice, each change that flags do compiled by itself: whether the steps that don't fit then do."""
+  over = [step for step in STEPS if step in result and not result[step]["fits"]]
+  tried = []
+  for change in result["advice"]:
+    found = {}
+    if change["flags"]:
+      changed = copy.deepcopy(configs.to_dict(source))
+      for flag in change["flags"]:
+        name, _, value = flag.removeprefix("--config.").partition("=")
+        part, field = name.split(".")
+        changed[part][field] = int(value) if value.isdecimal() else value
+      again = compile_steps(changed, topology, over, decode_batch=decode_batch)
+      found = {"fits": again["fits"], "peak_bytes": again["peak_bytes"]}
+    tried.append(change | found)
+  return tried

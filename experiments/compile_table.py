@@ -1,0 +1,183 @@
+"""What runs take on TPU slices, compiled without any: the table in launch/README.md.
+
+    python experiments/compile_table.py --output=runs/compile_table.jsonl
+
+Compiles every row below with cyb-compile, each in a process of its own, and prints a table in Markdown and, on the last
+line, JSON. Rows that --output holds already are not compiled again: an interrupted table goes on, minutes a row; delete
+the file after changes of the code. --only=gemma compiles the rows whose name or topology holds that word, and prints
+those that are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from cyb_jax import jsonl, programs
+from cyb_jax.errors import InputError
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A compilation.
+
+  Attributes:
+    name: of the run.
+    config: its file, with arguments.
+    topology: the slice.
+    overrides: 'a.b=value' each.
+  """
+
+  name: str
+  config: str
+  topology: str
+  overrides: tuple[str, ...] = ()
+
+  @property
+  def key(self) -> dict[str, Any]:
+    return {"config": self.config, "topology": self.topology, "overrides": list(self.overrides)}
+
+
+# A slice's chips, and how many windows of the paper's run it works on at once: the mesh is all fsdp.
+_GEMMA_SLICES = {"v5p:2x2x2": (8, 2), "v6e:4x4": (16, 1), "v5e:4x4": (16, 1), "v5e:8x8": (64, 1)}
+_GEMMA_SETTINGS = {
+  "baseline": "baseline",
+  "TBYS-1": "tbys1",
+  "TBYS-2": "tbys2",
+  "TBYS-3": "tbys3",
+  "CYB-AP": "ap",
+  "CYB-VA": "va_uniform",
+  "CYB-DP": "dp_uniform",
+}
+_SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x2": 8, "v6e:4x4": 16}
+
+
+def _rows() -> list[Row]:
+  rows = []
+  for topology, chips in _SLICES.items():
+    # Sixteen windows are no work for 64 chips.
+    batch = (f"data.batch_size={chips}",) if chips > 16 else ()
+    rows.append(Row("quickstart", "experiments/quickstart.py:ap", topology, batch))
+  for topology in _SLICES:
+    rows.append(Row("124M, CYB-AP", "experiments/c4.py:ap,gpt2_124m", topology))
+  rows.append(Row("124M, CYB-AP, pmap", "experiments/c4.py:ap,gpt2_124m", "v5e:4x4", ("parallelism.strategy=pmap",)))
+  for topology, chips in _SLICES.items():
+    rows.append(Row("1B, CYB-AP", "experiments/c4.py:ap,llama_1b", topology, (f"parallelism.fsdp={chips}",)))
+  for topology, (chips, windows) in _GEMMA_SLICES.items():
+    for name, setting in _GEMMA_SETTINGS.items():
+      parts = 256 // (chips * windows)
+      overrides = (f"parallelism.fsdp={chips}", f"optimizer.accumulate={parts}")
+      rows.append(Row(f"Gemma 2B, {name}", f"experiments/gemma2b_c4.py:{setting}", topology, overrides))
+  return rows
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("output", None, "A file of JSON lines, one for each row; those in it aren't compiled again.")
+  flags.DEFINE_string("only", "", "Only rows whose name or topology holds this word; '': all.")
+  flags.DEFINE_bool("compile", True, "Whether rows that are missing are compiled; else only those there are shown.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  del argv
+  args = flags.FLAGS
+  path = pathlib.Path(programs.required_flag("output", "name the file of JSON lines that rows are kept in"))
+  if not path.parent.is_dir():
+    raise InputError(f"--output: {path.parent} is not there; make the folder first")
+  rows = [row for row in _rows() if args.only.lower() in f"{row.name} {row.topology}".lower()]
+  if not rows:
+    raise InputError(f"--only: no row's name or topology holds {args.only!r}")
+  found = _read(path)
+  for row in rows if args.compile else ():
+    if _key(row) not in found:
+      found[_key(row)] = _compiled(row)
+      with path.open("a") as file:
+        file.write(jsonl.dumps(row.key | {"name": row.name, "result": found[_key(row)]}) + "\n")
+  there = [(row, found[_key(row)]) for row in rows if _key(row) in found]
+  programs.show(table(there) + "\n")
+  fit = sorted({row.name for row, result in there if result["train"]["fits"]})
+  return {"rows": len(there), "missing": len(rows) - len(there), "training_fits": fit}
+
+
+def _key(row: Row) -> str:
+  return json.dumps(row.key)
+
+
+def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+  found = {}
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      record = json.loads(line)
+    except ValueError:  # cut off when the table was interrupted
+      continue
+    found[json.dumps({name: record[name] for name in ("config", "topology", "overrides")})] = record["result"]
+  return found
+
+
+def _compiled(row: Row) -> dict[str, Any]:
+  options = [f"--config={row.config}", f"--topology={row.topology}", *(f"--config.{x}" for x in row.overrides)]
+  logging.info("cyb-compile %s", " ".join(options))
+  done = subprocess.run([sys.executable, "-m", "cyb_jax.compile", *options], capture_output=True, text=True)
+  lines = done.stdout.strip().splitlines()
+  if done.returncode not in (0, programs.EXIT_CRASH) or not lines:
+    said = done.stderr.strip().splitlines()[-1:]
+    raise programs.Failed(f"cyb-compile {' '.join(options)} ended with {done.returncode}: {''.join(said)}", row.key)
+  return json.loads(lines[-1])
+
+
+def table(rows: Sequence[tuple[Row, dict[str, Any]]]) -> str:
+  """Markdown; a line for each row."""
+  head = (
+    "run", "slice", "mesh", "accumulate", "GiB a chip has", "train", "evaluate", "decode", "GFLOPs a token",
+    "FLOPs a byte", "GB sent a chip", "seconds a step", "bound by",
+  )  # fmt: skip
+  lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+  for row, result in rows:
+    train = result["train"]
+    mesh = " x ".join(str(size) for size in result["mesh"].values())
+    cells = [
+      row.name,
+      row.topology,
+      "pmap" if result["strategy"] == "pmap" else mesh,
+      result["accumulate"],
+      f"{result['hbm_bytes'] / _GIB:.2f}",
+      *(_needed(result.get(step)) for step in ("train", "evaluate", "decode")),
+      f"{result['flops_per_token']['train']['model'] / 1e9:.3g}",
+    ]
+    if train["fits"]:
+      cells += [
+        f"{train['arithmetic_intensity']:.0f}",
+        f"{train['sent_bytes'] / 1e9:.3g}",
+        f"{train['step_seconds']:.3g}",
+        train["bound"],
+      ]
+    else:
+      cells += ["", "", "", ""]
+    lines.append(f"| {' | '.join(map(str, cells))} |")
+  return "\n".join(lines)
+
+
+def _needed(record: dict[str, Any] | None) -> str:
+  if record is None:
+    return ""
+  peak = record["memory"]["peak"]
+  size = "too much" if peak is None else f"{peak / _GIB:.2f}"
+  return size if record["fits"] else f"**{size}**"
+
+
+def run() -> None:
+  """What is run as a script."""
+  define_flags()
+  programs.launch(main)
+
+
+if __name__ == "__main__":
+  run()
