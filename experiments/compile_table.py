@@ -61,7 +61,8 @@ _GEMMA_SETTINGS = {
 _SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x2": 8, "v6e:4x4": 16}
 
 
-def _rows() -> list[Row]:
+def all_rows() -> list[Row]:
+  """The table's."""
   rows = []
   for topology, chips in _SLICES.items():
     # Sixteen windows are no work for 64 chips.
@@ -92,19 +93,34 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   path = pathlib.Path(programs.required_flag("output", "name the file of JSON lines that rows are kept in"))
   if not path.parent.is_dir():
     raise InputError(f"--output: {path.parent} is not there; make the folder first")
-  rows = [row for row in _rows() if args.only.lower() in f"{row.name} {row.topology}".lower()]
+  rows = [row for row in all_rows() if args.only.lower() in f"{row.name} {row.topology}".lower()]
   if not rows:
     raise InputError(f"--only: no row's name or topology holds {args.only!r}")
-  found = _read(path)
-  for row in rows if args.compile else ():
-    if _key(row) not in found:
-      found[_key(row)] = _compiled(row)
-      with path.open("a") as file:
-        file.write(jsonl.dumps(row.key | {"name": row.name, "result": found[_key(row)]}) + "\n")
-  there = [(row, found[_key(row)]) for row in rows if _key(row) in found]
+  there = fill(path, rows, compiles=args.compile)
   programs.show(table(there) + "\n")
   fit = sorted({row.name for row, result in there if result["train"]["fits"]})
   return {"rows": len(there), "missing": len(rows) - len(there), "training_fits": fit}
+
+
+def fill(path: pathlib.Path, rows: Sequence[Row], *, compiles: bool = True) -> list[tuple[Row, dict[str, Any]]]:
+  """Rows with what they take, from the file; those that it hasn't got are compiled and added to it.
+
+  Args:
+    path: of JSON lines; need not be there.
+    rows: in the order of the result.
+    compiles: whether; else rows that are missing are left out.
+
+  Raises:
+    Failed: a compilation has failed, other than for memory.
+  """
+  found = _read(path)
+  for row in rows if compiles else ():
+    if _key(row) not in found:
+      found[_key(row)] = _compiled(row)
+      # The line begins anew: an interruption may have left a part of one.
+      with path.open("a") as file:
+        file.write("\n" + jsonl.dumps(row.key | {"name": row.name, "result": found[_key(row)]}) + "\n")
+  return [(row, found[_key(row)]) for row in rows if _key(row) in found]
 
 
 def _key(row: Row) -> str:

@@ -1,7 +1,9 @@
 """Compiling for TPUs: what is read from the compiler's text and messages, by hand; and, where it is there, itself."""
 
+import importlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 
@@ -10,7 +12,7 @@ import pytest
 from models import tiny_config
 
 from cyb_jax import config as configs
-from cyb_jax import flops
+from cyb_jax import flops, programs, sharding
 from cyb_jax.compilation import topologies
 from cyb_jax.compilation.hlo import Collective, Traffic, traffic
 from cyb_jax.compilation.memory import refused_bytes
@@ -365,3 +367,58 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps(tmp_path):
   # Tried, a quarter of the rows on each chip: much less, and still too much.
   assert fsdp["fits"] is False
   assert result["hbm_bytes"] < fsdp["peak_bytes"] < result["decode"]["memory"]["peak"] / 3
+
+
+def _result(train, evaluate, fits=True):
+  record = {"memory": {"peak": train}, "fits": fits, "arithmetic_intensity": 300.4, "sent_bytes": 2.5e9}
+  return {
+    "strategy": "jit",
+    "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
+    "accumulate": 4,
+    "hbm_bytes": 16 * 2**30,
+    "flops_per_token": {"train": {"model": 67.4e9}},
+    "train": record | {"step_seconds": 1.25, "bound": "hbm"},
+    "evaluate": {"memory": {"peak": evaluate}, "fits": True},
+  }
+
+
+def test_the_table_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+  from experiments import compile_table
+
+  rows = [compile_table.Row("one", "a.py", "v5e:4x4"), compile_table.Row("two", "b.py:x", "v6e:4x4", ("a.b=1",))]
+  results = {"one": _result(2**30, 2**29), "two": _result(20 * 2**30, 2**30, fits=False)}
+  compiled = []
+
+  def compile_row(row):
+    compiled.append(row.name)
+    return results[row.name]
+
+  monkeypatch.setattr(compile_table, "_compiled", compile_row)
+  path = tmp_path / "table.jsonl"
+  found = compile_table.fill(path, rows[:1])
+  assert compiled == ["one"]
+  # The second line was cut off.
+  path.write_text(path.read_text() + '{"config": "b.py:x", "topol')
+  found = compile_table.fill(path, rows)
+  assert compiled == ["one", "two"]
+  assert compile_table.fill(path, rows) == found == [(rows[0], results["one"]), (rows[1], results["two"])]
+  assert compiled == ["one", "two"]
+  one, two = compile_table.table(found).splitlines()[2:]
+  assert one == "| one | v5e:4x4 | 1 x 16 x 1 | 4 | 16.00 | 1.00 | 0.50 |  | 67.4 | 300 | 2.5 | 1.25 | hbm |"
+  assert two == "| two | v6e:4x4 | 1 x 16 x 1 | 4 | 16.00 | **20.00** | 1.00 |  | 67.4 |  |  |  |  |"
+
+
+def test_rows_of_the_table_divide_over_their_chips():
+  from experiments import compile_table
+
+  rows = compile_table.all_rows()
+  wanted = ("quickstart", "124M, CYB-AP", "1B, CYB-AP", *(f"Gemma 2B, TBYS-{k}" for k in (1, 2, 3)))
+  assert {*wanted, "Gemma 2B, baseline", "Gemma 2B, CYB-AP"} <= {row.name for row in rows}
+  for row in rows:
+    path, _, argument = row.config.partition(":")
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    config = configs.freeze(programs.override(module.get_config(argument), row.overrides))
+    _, chips = topologies.check_topology(row.topology)
+    sharding.check_batch(config.data.batch_size, math.prod(chips) * config.optimizer.accumulate)
+    if row.name.startswith("Gemma"):
+      assert (config.data.batch_size, config.data.sequence_length) == (256, 2048)
