@@ -79,10 +79,12 @@ def compile_steps(
   Raises:
     InputError: bad input; nothing was compiled.
   """
+  # What is timed is compilation, not a look-up in a cache. JAX asks once, at its first compilation, whatever that is.
+  jax.config.update("jax_enable_compilation_cache", False)
   config = for_tpu(source)
   devices = open_topology(topology)
   chip = flops.chip(devices[0])
-  # Of an optional dependency, the tokenizer's size may not be known: then shapes are the decoder's own.
+  # Where the tokenizer isn't there its size may not be known: then shapes are the decoder's own.
   vocab_size, vocabulary_from = training.vocabulary(config)
   run = training.outline(config, vocab_size, devices=devices)
   method, data = run.method, config.data
@@ -91,13 +93,12 @@ def compile_steps(
     "evaluate": functools.partial(_evaluate, run),
     "decode": functools.partial(_decode, run, decode_batch),
   }
-  # What is timed is compilation, not a look-up in a cache.
-  jax.config.update("jax_enable_compilation_cache", False)
+  programs = {step: compiling[step]() for step in steps}
   records, seconds = {}, {}
-  for step in steps:
+  for step, program in programs.items():
     start = time.perf_counter()
     with jax.default_matmul_precision(config.precision.matmul):
-      records[step] = _record(compiling[step](), chip, f"{hlo}/{step}.txt" if hlo else None)
+      records[step] = _record(program, chip, f"{hlo}/{step}.txt" if hlo else None)
     seconds[step] = time.perf_counter() - start
     logging.info("%s", _told(step, records[step], chip, seconds[step]))
   tokens = data.batch_size * data.sequence_length
@@ -277,7 +278,8 @@ def _record(program: _Program, chip: Chip, path: str | None) -> dict[str, Any]:
     room = limit or chip.hbm_bytes
     memory = dict.fromkeys(CLASSES) | {"peak": needed}
     over = None if needed is None else needed - room
-    return {"fits": False, "memory": memory, "hbm_bytes": room, "over_bytes": over, **program.about}
+    said = str(error).strip().splitlines()[0]
+    return {"fits": False, "memory": memory, "hbm_bytes": room, "over_bytes": over, "refused": said, **program.about}
   text = compiled.as_text()
   if path is not None:
     with open(path, "w") as file:
