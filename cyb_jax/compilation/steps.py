@@ -33,6 +33,7 @@ from cyb_jax.evaluation import Evaluator
 from cyb_jax.flops import Chip
 from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
+from cyb_jax.methods import Method
 from cyb_jax.training.estimate import Knob, Outline
 
 # Rows that are decoded together where it isn't said, or as many as there are devices with rows of their own.
