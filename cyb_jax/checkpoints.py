@@ -82,6 +82,7 @@ class Checkpoints:
     self._unfinished = self.directory / "unfinished"
     self._keep, self._read_only = keep, read_only
     self._saving: tuple[int, Future[None]] | None = None
+    self._failed = False  # which whoever saved or waited was told of; orbax may raise it once more
     if read_only:
       return
     self._hosts, self._hosts_behind = cluster.channel("checkpoints"), cluster.channel("checkpoints/commit")
@@ -248,11 +249,15 @@ class Checkpoints:
     if loss is not None:
       items["validation"] = ocp.args.JsonSave({"loss": loss})
     try:
-      if self._hosts.index == 0 and not self._in_bucket:
-        self._unfinished.mkdir(parents=True, exist_ok=True)
+      if self._hosts.index == 0:
+        if self._in_bucket:  # a run from before may not have noticed yet that it has been taken over
+          storage.remove_tree(self._saved_in(step))
+        else:
+          self._unfinished.mkdir(parents=True, exist_ok=True)
       self._hosts.barrier()
       self._saver.save(self._saved_in(step), args=ocp.args.Composite(**items))
     except Exception as error:
+      self._failed = True
       failed = self._storage_error(step, error)
       if failed is None:
         raise
@@ -267,6 +272,7 @@ class Checkpoints:
     try:
       done.result()
     except Exception as error:
+      self._failed = True
       failed = self._storage_error(step, error)
       if failed is None:
         raise
@@ -499,8 +505,11 @@ class Checkpoints:
       self.wait()
     finally:
       self._background.shutdown()
-      self._saver.close()
+      with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+        self._saver.close()
       if self._hosts.index == 0 and not self._in_bucket:
+        if self._failed:  # orbax may have gone on for a while with what it had begun
+          shutil.rmtree(self._unfinished, ignore_errors=True)
         with contextlib.suppress(OSError):
           self._unfinished.rmdir()
 

@@ -45,7 +45,9 @@ class Bucket:
   def environment(self):
     url = f"http://127.0.0.1:{self.port}"
     nobody = {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "FSSPEC_GCS_TOKEN": "anon"}
-    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url} | nobody
+    # Whoever imports gcsfs first: there's no gRPC here.
+    plain = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url} | nobody | plain
 
   def open(self):
     """Accepts connections; after `refuse`, again."""

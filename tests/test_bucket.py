@@ -299,9 +299,12 @@ def test_what_killed_runs_leave(saved, bucket):
   assert again.steps() == [2]
   assert not bucket.names("c/4/") + bucket.names("c/5/") + bucket.names("c/7/")
   assert bucket.contents("c/damaged/5/") == {f"c/damaged/5/{name}": content for name, content in damaged.items()}
+  bucket.put("c/5/state/manifest.ocdbt", b"of a run that has been taken over")
   again.save(5, STATE, {})
   again.wait()
   assert again.steps() == [2, 5]
+  assert again.damage(5) is None
+  np.testing.assert_array_equal(again.read(5).state["params"], STATE["params"])
   again.close()
 
 
