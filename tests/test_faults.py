@@ -258,7 +258,8 @@ def test_a_save_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
     disturbed_at(patch, 6, lambda: limits.enter_context(largest_files(4096)))
     with pytest.raises(StorageError, match=r"checkpoint 10 .*: files may not grow so large here; that of step 5 is"):
       training.train(config, folder)
-  assert {p.name for p in (folder / "checkpoints").iterdir()} == {"5"}
+  # Orbax may have gone on for a while with what it had begun; that goes at the next start.
+  assert {p.name for p in (folder / "checkpoints").iterdir()} - {"unfinished"} == {"5"}
   assert cyb_jax.load(folder).step == 5
   training.train(config, folder)
   assert first_difference(whole, folder) is None
@@ -335,9 +336,15 @@ def test_a_folder_that_becomes_read_only(tmp_path, config, whole, monkeypatch):
 
 
 def test_a_token_store_that_the_disk_refuses(tmp_path):
-  with largest_files(500), pytest.raises(StorageError, match=r"data.store: .*store can't be written: files may not"):
-    data.prepare("synthetic_lookups", "bytes", tmp_path / "store", options={"documents": 64})
-  assert [p.name for p in tmp_path.iterdir()] == [".store.lock"]
+  def prepare():
+    return data.prepare("synthetic_lookups", "bytes", tmp_path / "store", options={"documents": 64})
+
+  wanted = r"piece-.* can't be written: files may not grow so large here; what is whole is kept, and the same command"
+  with largest_files(500), pytest.raises(StorageError, match=wanted):
+    prepare()
+  assert not (tmp_path / "store").exists()
+  assert prepare().num_tokens("train") > 500
+  assert sorted(p.name for p in tmp_path.iterdir()) == [".store.lock", "store"]
 
 
 def test_programs_say_it_in_one_line(tmp_path, config):
