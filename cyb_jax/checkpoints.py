@@ -241,7 +241,7 @@ class Checkpoints:
       Whatever else the save before this one failed with.
     """
     self.wait()
-    if self._hosts.broadcast(step in self.steps()):
+    if self._hosts.broadcast(self._hosts.index == 0 and self._is_saved(step)):
       return
     # A loss that isn't finite must not compete: nan would win.
     loss = loss if loss is not None and math.isfinite(loss) else None
@@ -283,6 +283,10 @@ class Checkpoints:
     if self._saving is not None and self._saving[1].done():
       self.wait()
 
+  def _is_saved(self, step: int) -> bool:
+    # In a bucket a run from before, which has been taken over, may have left a list of checksums and nothing else.
+    return step in self.steps() and not (self._in_bucket and self.damage(step, quick=True))
+
   def _saved_in(self, step: int) -> storage.Place:
     """Where a save is written."""
     return (self.directory if self._in_bucket else self._unfinished) / str(step)
@@ -293,6 +297,7 @@ class Checkpoints:
     if self._hosts_behind.index == 0:
       self._commit(step, loss)
     self._hosts_behind.barrier()
+    self._losses[step] = loss
 
   def _commit(self, step: int, loss: float | None) -> None:
     """The checksums, the step's name, and the end of those not kept."""

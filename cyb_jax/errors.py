@@ -93,6 +93,17 @@ def bucket_cause(error: BaseException) -> str | None:
   return said or next(filter(None, (bucket_cause(e) for e in inner if e is not None)), None)
 
 
+def bucket_passes(error: BaseException) -> bool:
+  """Whether what a bucket says may be over by the next time it is asked."""
+  inner = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__,)
+  if isinstance(error, StorageError) or _bucket_cause(error) is None:
+    return any(bucket_passes(e) for e in inner if e is not None)
+  status = _http_status(error)
+  if status is not None:
+    return status == 429 or status >= 500
+  return type(error).__module__.partition(".")[0] != "google"  # signing in
+
+
 def _bucket_cause(error: BaseException) -> str | None:
   if isinstance(error, StorageError):
     return error.cause

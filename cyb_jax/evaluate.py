@@ -73,9 +73,11 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
 
   from cyb_jax import runs
   from cyb_jax.evaluation import Evaluator, evaluate_split
+  from cyb_jax.hosts import own_facts
   from cyb_jax.stopping import normalize
 
   args = flags.FLAGS
+  cluster.agree(own_facts())
   mesh = programs.reading_mesh()
   run = programs.load_model(mesh, _config())
   if omega is not None:

@@ -11,6 +11,7 @@ itself. The work directory is whole in either case, and the same command on all 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import glob
@@ -31,6 +32,7 @@ import jax
 from absl import logging
 from jaxtyping import PyTree
 
+from cyb_jax import __version__
 from cyb_jax.errors import HostLostError, InputError
 
 # How long hosts wait for what each of them says at once, when it starts.
@@ -114,7 +116,7 @@ class Channel:
       what: they are to say, for the message.
 
     Raises:
-      InputError: a host hasn't said it in time.
+      HostLostError: a host hasn't said it in time.
     """
     if self.count == 1:
       return [value]
@@ -128,7 +130,7 @@ class Channel:
       values.append(None if text is None else json.loads(text))
     if missing:
       numbers = ", ".join(map(str, missing))
-      raise InputError(
+      raise HostLostError(
         f"hosts: {numbers} of {self.count} haven't said {what} within {seconds:.0f} seconds; see their logs"
       )
     return values
@@ -158,7 +160,8 @@ class Channel:
       seconds, what: as in `gather`.
 
     Raises:
-      InputError: they differ, or a host hasn't said its own in time. On all hosts alike.
+      InputError: they differ. On all hosts alike.
+      HostLostError: a host hasn't said its own in time.
     """
     told = self.gather(dict(facts), seconds=seconds, what=what)
     for host, theirs in enumerate(told):
@@ -224,12 +227,14 @@ class Cluster(Channel):
     self._watcher = watcher
     self._leaving = threading.Event()
     self._asked = False
+    self._channels: collections.Counter[str] = collections.Counter()
     if client is not None:
       threading.Thread(target=self._watch, name="cyb-hosts", daemon=True).start()
 
   def channel(self, name: str) -> Channel:
     """One for another thread; hosts call it by the same name."""
-    return Channel(self._client, self.index, self.count, name)
+    self._channels[name] += 1
+    return Channel(self._client, self.index, self.count, f"{name}/{self._channels[name]}")
 
   def stops(self, asked: bool) -> bool:
     """Whether all hosts stop here, at this same call: where any of them was asked to before.
@@ -285,7 +290,7 @@ class Cluster(Channel):
         ended = dict(self._client.key_value_dir_get(_ENDED))
         stop = self.index == 0 and self._client.key_value_dir_get(_STOP)
       except jax.errors.JaxRuntimeError:
-        return  # host 0 has gone: jax ends this process
+        continue  # where host 0 has gone for good, jax ends this process
       if stop and not self._asked:
         logging.warning("host %s was asked to stop: finishing the step, then saving", stop[0][0].rpartition("/")[2])
         self._asked = True
@@ -391,6 +396,15 @@ def fetch(tree: PyTree) -> PyTree:
     return multihost_utils.process_allgather(x, tiled=True)
 
   return jax.tree.map(whole, tree)
+
+
+def own_facts() -> dict[str, str]:
+  """What hosts that work as one must have alike, whatever they do."""
+  return {
+    "cyb_jax": f"{__version__}, source {code_version()}",
+    "jax": jax.__version__,
+    "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+  }
 
 
 def code_version() -> str:

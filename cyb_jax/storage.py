@@ -17,13 +17,13 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeAlias
 
 from etils import epath
 
-from cyb_jax.errors import InputError, StorageError, bucket_cause
+from cyb_jax.errors import InputError, StorageError, bucket_cause, bucket_passes
 
 # Read when epath and gcsfs are used first. Else epath would import TensorFlow wherever it is installed, and gcsfs would
 # ask for each bucket's layout first, over another protocol and with another permission.
@@ -76,13 +76,10 @@ def _bucket() -> Any:
 
 @contextlib.contextmanager
 def starting(path: str | os.PathLike) -> Iterator[None]:
-  """Before a run is under way, errors of a bucket inside become an InputError about `path`; not what isn't there."""
-  with _told(path, lambda message, _: InputError(message)):
-    yield
+  """Before a run is under way, what a bucket refuses inside becomes an InputError about `path`; not what isn't there.
 
-
-@contextlib.contextmanager
-def _told(path: str | os.PathLike, kind: Callable[[str, str], Exception]) -> Iterator[None]:
+  What may be over by the next start becomes a StorageError.
+  """
   try:
     yield
   except FileNotFoundError:
@@ -91,14 +88,24 @@ def _told(path: str | os.PathLike, kind: Callable[[str, str], Exception]) -> Ite
     cause = bucket_cause(error) if in_bucket(path) else None
     if cause is None:
       raise
-    raise kind(f"{path}: {cause}", cause) from error
+    message = f"{path}: {cause}"
+    if bucket_passes(error):
+      raise StorageError(message, cause=cause) from error
+    raise InputError(message) from error
 
 
 @contextlib.contextmanager
 def _asking(path: str | os.PathLike) -> Iterator[Any]:
   """The file system, for something about a path in a bucket."""
-  with _told(path, lambda message, cause: StorageError(message, cause=cause)):
+  try:
     yield _bucket()
+  except FileNotFoundError:
+    raise
+  except Exception as error:
+    cause = bucket_cause(error)
+    if cause is None:
+      raise
+    raise StorageError(f"{path}: {cause}", cause=cause) from error
 
 
 def check_bucket(path: str | os.PathLike) -> None:

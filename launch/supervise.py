@@ -367,6 +367,7 @@ class Supervisor:
     self._asked = False
     self._trains = False
     self._begun = 0.0
+    self._crashes = 0  # in a row
     self._looked = 0.0
 
   # Parts, each a command of its own.
@@ -661,10 +662,13 @@ class Supervisor:
 
   def _count_crash(self, said: str) -> None:
     self.counts["crashes"] += 1
+    if self._begun and time.monotonic() - self._begun > self.limits.healthy_seconds:
+      self._crashes = 0
+    self._crashes += 1
     # A service has begun again by itself before it ends.
-    if self.machine.startup or self.counts["crashes"] > self.limits.max_crashes:
-      raise FailedError(f"training crashed {self.counts['crashes']} times (--max_crashes; exit codes: {said})")
-    logging.info("crash %d; %d are begun again", self.counts["crashes"], self.limits.max_crashes)
+    if self.machine.startup or self._crashes > self.limits.max_crashes:
+      raise FailedError(f"training crashed {self._crashes} times in a row (--max_crashes; exit codes: {said})")
+    logging.info("crash %d in a row; %d are begun again", self._crashes, self.limits.max_crashes)
     self.interrupts.pause(self.limits.backoff_seconds)
 
   def _delete_for_another(self) -> None:
@@ -722,7 +726,9 @@ def judge(codes: Sequence[str]) -> str:
     return "stopped"
   if all(code == "0" for code in codes):
     return "finished"
-  if "2" in codes:
+  # A host that only lost the others, or was stopped with them, says nothing of the input; one alone that says so may
+  # have met what the others would not.
+  if all(code in ("2", "134", "75", "none") for code in codes) and "2" in codes:
     return "bad_input"
   # 75: interrupted, and saved; none: its session has gone without a word, as when a machine boots again.
   if all(code in ("0", "75", "none") for code in codes):

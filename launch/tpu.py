@@ -200,6 +200,11 @@ def _check_training(command: str, rest: Sequence[str]) -> None:
     if not re.fullmatch(r"gs://[a-z0-9][\w.-]+/\S+", workdir):
       raise InputError(f"--workdir: {workdir!r} isn't gs://BUCKET/FOLDER")
     return
+  if not workdir.startswith("/"):
+    raise InputError(
+      f"--workdir: {workdir!r} would lie in the checkout, which the next upload replaces; give gs://BUCKET/FOLDER, or a"
+      " path from / on"
+    )
   if args.runner == "startup" and not args.source:
     raise InputError(f"--source: not given, and --workdir={workdir} names no bucket to take; gs://BUCKET/PATH.tar.gz")
   if command == "run" or args.allow_local_workdir:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from cyb_jax import sharding
-from cyb_jax.errors import InputError
+from cyb_jax.errors import HostLostError, InputError
 from cyb_jax.hosts import ALONE, Channel, Meeting, code_version
 
 STEPS = 12
@@ -94,7 +94,7 @@ def test_a_host_that_says_nothing_is_named():
   first, second, third = on_threads(3, body)
   assert second is None
   for error in (first, third):
-    assert isinstance(error, InputError)
+    assert isinstance(error, HostLostError)  # it may have come by the next start
     assert str(error) == "hosts: 1 of 3 haven't said what they run within 0 seconds; see their logs"
 
 

@@ -40,6 +40,14 @@ def checkout(tmp_path_factory):
   return folder
 
 
+@pytest.fixture(autouse=True)
+def _heeds_ctrl_c():
+  """A suite that runs in the background was told not to, and its children are as it is."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 class Cloud(FakeCloud):
   """launch/tpu.py before a cloud in a folder."""
 

@@ -38,6 +38,7 @@ def converted(smollm2, tmp_path_factory):
   return output
 
 
+@pytest.mark.slow
 def test_the_capital_of_france(smollm2):
   """The short check: weights, rotary embeddings and tokenizer are all as they should be."""
   config = smollm2_reviews.get_config("pretrained")

@@ -188,7 +188,12 @@ def test_sampled_against_slots_laid_out_one_by_one(layout, with_documents, exact
 
 
 @pytest.mark.parametrize(
-  "options", [{}, {"pause_visibility": "hidden", "pause_offset": True}, pytest.param({"dont_know": "unit"}, marks=SLOW)]
+  "options",
+  [
+    pytest.param({}, marks=SLOW),
+    {"pause_visibility": "hidden", "pause_offset": True},
+    pytest.param({"dont_know": "unit"}, marks=SLOW),
+  ],
 )
 def test_sampled_with_all_granted_is_constant_bit_for_bit(options):
   """Parameters and moments after steps of training; and packed all the same it is so up to rounding."""
@@ -489,6 +494,7 @@ def test_what_a_run_has_learned_of_d_is_kept_or_refused(tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+@SLOW
 def test_d_is_held_while_it_warms_up(exact):
   options = {"name": "cyb", "pauses": 2, "dont_know_prior": 0.8}
   method, params = build(**options, stopping_warmup=5)

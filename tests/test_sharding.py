@@ -132,7 +132,7 @@ def check(variant, mesh):
   assert_same(state, whole)
 
 
-@pytest.mark.parametrize("mesh", ["2-2-2", "1-2-4", "pmap", *slow("8-1-1", "1-8-1", "4-2-1", "4-1-2", "1-1-8")])
+@pytest.mark.parametrize("mesh", ["2-2-2", "pmap", *slow("1-2-4", "8-1-1", "1-8-1", "4-2-1", "4-1-2", "1-1-8")])
 def test_every_mesh_takes_the_step_of_one_device(mesh):
   check("ap", mesh)
 
@@ -140,7 +140,7 @@ def test_every_mesh_takes_the_step_of_one_device(mesh):
 _QUICK = list(VARIANTS)[1:4]
 
 
-@pytest.mark.parametrize("variant", [*_QUICK, *slow(*list(VARIANTS)[4:])])
+@pytest.mark.parametrize("variant", [*_QUICK[:2], *slow(*list(VARIANTS)[2:])])
 def test_every_variant_takes_the_step_of_one_device(variant):
   check(variant, "2-2-2")
 

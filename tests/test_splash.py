@@ -231,6 +231,7 @@ def test_decoder_over_a_mesh(monkeypatch, fields):
     assert_trees_close(jax.jit(jax.value_and_grad(loss))(*args), expected)
 
 
+@pytest.mark.slow
 def test_decoder_in_pmap(monkeypatch):
   loss, args = loss_of_decoder(monkeypatch, by_xla, num_layers=1)
   expected = jax.jit(jax.value_and_grad(loss))(*args)

@@ -456,7 +456,9 @@ def check_pauses(row, pauses, resolution=1 / 256):
     assert row["mean"] is None
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=pytest.mark.slow) if name == "on_policy" else name for name in METHODS]
+)
 def test_against_a_slow_reference(name):
   got, method, params, store = measured(name)
   rows = slow_tokens(method, params, store)

@@ -60,7 +60,7 @@ def gradient_step(config, *, devices=1):
   return jax.device_get(strategy.logical(state))
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 8])
+@pytest.mark.parametrize("accumulate", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_accumulation_is_the_large_batch(accumulate):
   whole = gradient_step(CONFIG)
   parts = gradient_step(with_part(CONFIG, "optimizer", accumulate=accumulate))
@@ -111,6 +111,7 @@ def test_a_batch_without_weight_changes_nothing():
   assert_trees_equal(after.params, before.params)
 
 
+@pytest.mark.slow
 def test_bf16_activations_stay_close():
   config = with_part(CONFIG, "precision", activations="bfloat16")
   ours, theirs = summarize(run(config).totals), summarize(run().totals)

@@ -217,6 +217,8 @@ def _prepare(plan: _Plan, shard: tuple[int, int], processes: int, progress: bool
       waiting = f"{path} is being prepared by another process; waiting for it"
       stack.enter_context(locks.held(lock, wait=waiting, shared=shards > 1))
     if (reused := _found(plan)) is not None:
+      if shards == 1:  # a run that was killed right behind its last step has left its pieces
+        chunks.remove(folder)
       return Prepared(path, reused)
     chunks.make_folder(folder)
     try:

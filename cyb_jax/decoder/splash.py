@@ -20,8 +20,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-# Where the rules of `cyb_jax.sharding` put the batch and the heads.
-_BATCH_AXES, _HEADS_AXIS = ("data", "fsdp"), "tensor"
+from cyb_jax.placement import RULES
+
+_BATCH_AXES, (_HEADS_AXIS,) = RULES["batch"], RULES["heads"]
 _LANES = 128
 # Keys are read again for every block of queries, and n queries make n operations per byte: from 600 on no chip waits
 # (v6e; 240 on v5e). A block of 1,024 still fits into vector memory at head size 256, in float32 too. Hidden slots leave

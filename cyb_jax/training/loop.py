@@ -31,7 +31,7 @@ from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import DivergedError, InputError, writing
 from cyb_jax.evaluation import Evaluator, evaluate_split
 from cyb_jax.flops import peak_flops
-from cyb_jax.hosts import ALONE, Cluster, code_version
+from cyb_jax.hosts import ALONE, Cluster, own_facts
 from cyb_jax.methods import Method
 from cyb_jax.programs import Interrupted
 from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, read_metrics, summarize
@@ -147,7 +147,9 @@ def _train(
   cluster.agree(_facts(config, workdir))
   if profile and storage.in_bucket(workdir):
     raise InputError(f"--profile: {profile}, but no trace can be written to {workdir}; take a folder on a disk")
-  runs.check_workdir(workdir, config)
+  if cluster.index == 0:  # of the others it would be the same, and some file systems bear one writer at a time
+    runs.check_workdir(workdir, config)
+  cluster.barrier()
   mesh = sharding.make_mesh(config.parallelism)
   shards = sharding.data_shards(mesh)
   sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
@@ -158,7 +160,12 @@ def _train(
       found = pretrained.open_pretrained(config.init_from)
     pieces = trained_pieces(config.tokenizer)
     config.decoder_config(pieces)
+  # A store that all share is prepared by one.
+  if config.data.store and cluster.index:
+    cluster.barrier()
   store = runs.open_recorded_store(meta, config.data.store) or open_store(config)
+  if config.data.store and not cluster.index:
+    cluster.barrier()
   runs.check_fingerprint(store, meta)
   # Hosts may have prepared their own, and take their time.
   trained = None if meta is None else meta["train_tokens"]
@@ -186,9 +193,7 @@ def _facts(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   return {
     "config": source,
     "workdir": str(workdir),
-    "cyb_jax": f"{__version__}, source {code_version()}",
-    "jax": jax.__version__,
-    "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+    **own_facts(),
   }
 
 
@@ -277,8 +282,8 @@ class _Loop:
         log = MetricsLog(self.folder, start, tensorboard=self.config.train.tensorboard)
       with contextlib.closing(log), Prefetch(self._read, start, self.steps) as ahead, _Trace(self.folder) as trace:
         state, seen = self._steps(state, start, seen, ahead, log, checkpoints, stopped, trace)
-      record = self.cluster.broadcast(self._last_evaluation())
-      if record is None:  # somebody has removed the metrics of a finished run
+      record = self.cluster.broadcast(self.cluster.index == 0 and self._last_evaluation())
+      if not record:  # somebody has removed the metrics of a finished run
         meta, limit = self._meta(self.steps, seen), self.config.train.last_eval_limit
         record = self._evaluate(state, self.steps, meta, limit=limit or None)
       if self.cluster.index == 0:
@@ -289,7 +294,7 @@ class _Loop:
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
     """The state to go on from; the order in which parameters are looked for is told in `cyb_jax.pretrained`."""
     self._log_size()
-    steps = self.cluster.broadcast(checkpoints.steps())
+    steps = self.cluster.broadcast(self.cluster.index == 0 and checkpoints.steps())
     if not steps:
       params = None
       if self.found is not None:
@@ -410,7 +415,7 @@ class _Loop:
         cause = f"signal {stopped[0]}" if stopped else "another host was asked to stop"
         raise Interrupted(f"{cause}: saved at step {step} of {self.steps}; the same command continues")
       clock = _Clock(ahead, step)
-    if not self.steps and not self.cluster.broadcast(checkpoints.steps()):
+    if not self.steps and not self.cluster.broadcast(self.cluster.index == 0 and checkpoints.steps()):
       meta = self._meta(0, 0)
       record = self._evaluate(state, 0, meta, limit=train.last_eval_limit or None)
       log.write(record)

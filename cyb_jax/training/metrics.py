@@ -111,7 +111,11 @@ class MetricsLog:
       with writing(f"TensorBoard's events (step {row['step']})"):
         self._events.write(row)
     if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
-      self._upload()
+      try:
+        self._upload()
+      except StorageError as error:  # nothing hangs on it before the next checkpoint
+        logging.warning("%s; it is tried again", error)
+        self._uploaded = time.monotonic()
 
   def flush(self) -> None:
     """To the disk itself, or to the bucket, before a checkpoint that the lines are older than."""
