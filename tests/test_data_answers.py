@@ -236,6 +236,7 @@ def test_the_fingerprint_covers_the_weights(tmp_path, prepared):
     TokenStore.open(tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_as_a_seqio_task(tmp_path):
   task = open_task("piqa", write_jsonl(tmp_path / "x.jsonl", cupcakes(3)))
   assert task.beside == ("weights",)

@@ -93,6 +93,7 @@ def test_a_unit_starts_at_its_prior(folders):
   assert not np.any(run.params["dont_know"])
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_on_export(tuned, folders):
   run = cyb_jax.load(tuned)
   assert run.config.source["decoder"]["d_model"] == 16  # what was left open is recorded

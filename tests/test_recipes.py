@@ -312,6 +312,7 @@ def test_on_policy_draws_from_the_models_own_distribution(exact):
   assert_trees_close(gradient, want_gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_floor_keeps_every_slot_trained():
   method, params = build(**ON_POLICY, policy_floor=0.3, dont_know="unit")
   # A model that never asks for a pause.
@@ -453,6 +454,7 @@ def test_a_run_is_calibrated_once_and_remembers_it(tmp_path, strategy, caplog):
   assert first == last != 0
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_starts_at_its_prior(tmp_path):
   plain = tiny_config(name="baseline", pauses=0, pause_input="pause")
   plain.train.update(eval_every=0)
@@ -472,6 +474,7 @@ def test_a_fine_tuned_run_starts_at_its_prior(tmp_path):
   assert np.median(d) == pytest.approx(0.6, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_run_has_learned_of_d_is_kept_or_refused(tmp_path):
   """An offset belongs to the row that was trained with it; and a row means something else in the other form."""
   source = tiny_config(pauses=2, calibration_batches=1, dont_know_prior=0.6)
@@ -536,6 +539,7 @@ def test_one_pause_for_all():
   np.testing.assert_allclose(method.hidden(params, batch), own.hidden(repeated, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_that_shift(exact):
   """A constant pause with a position of its own is a word of a longer text."""
   method, params = build(name="tbys", pauses=1, pause_positions="shifting")

@@ -161,6 +161,7 @@ def test_stop_and_resume_is_bit_exact(tmp_path, undisturbed, number, code):
   assert_trees_equal(ours.state, theirs.state)
 
 
+@pytest.mark.slow
 def test_jit_and_pmap_continue_each_other(tmp_path):
   """The strategy is no part of what a run is: a checkpoint of one is taken up by the other."""
   config = tiny_config(pauses=1)
