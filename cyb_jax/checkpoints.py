@@ -30,7 +30,6 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -40,7 +39,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from cyb_jax import storage
-from cyb_jax.errors import InputError, StorageError, bucket_cause, storage_cause
+from cyb_jax.errors import InputError, StorageError, storage_cause
 from cyb_jax.hosts import ALONE, Cluster
 
 _CHECKSUMS = "checksums.json"
@@ -297,7 +296,7 @@ class Checkpoints:
     if self._hosts_behind.index == 0:
       self._commit(step, loss)
     self._hosts_behind.barrier()
-    self._losses[step] = loss
+    self._losses[step] = loss  # what the others know of it
 
   def _commit(self, step: int, loss: float | None) -> None:
     """The checksums, the step's name, and the end of those not kept."""
@@ -456,17 +455,8 @@ class Checkpoints:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, self._reading(step):
       return checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
-  @contextlib.contextmanager
-  def _reading(self, step: int) -> Iterator[None]:
-    try:
-      yield
-    except FileNotFoundError:  # deleted meanwhile
-      raise
-    except Exception as error:
-      cause = bucket_cause(error)
-      if cause is None:
-        raise
-      raise StorageError(f"checkpoint {step} in {self.directory} can't be read: {cause}", cause=cause) from error
+  def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
+    return storage.told(f"checkpoint {step} in {self.directory} can't be read")
 
   def _set_damaged_aside(self) -> None:
     """Moves away what is damaged, so that its step can be saved again and it can't become the best."""

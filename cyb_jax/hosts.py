@@ -36,7 +36,7 @@ from cyb_jax import __version__
 from cyb_jax.errors import HostLostError, InputError
 
 # How long hosts wait for what each of them says at once, when it starts.
-AGREE_SECONDS = 60
+_AGREE_SECONDS = 60
 _POLL_SECONDS = 0.5
 # Texts of so many turns ago were read by everybody: hosts step together.
 _TURNS_KEPT = 10_000
@@ -151,7 +151,7 @@ class Channel:
     self.gather(None)
 
   def agree(
-    self, facts: Mapping[str, Any], *, seconds: float | None = AGREE_SECONDS, what: str = "what they run"
+    self, facts: Mapping[str, Any], *, seconds: float | None = _AGREE_SECONDS, what: str = "what they run"
   ) -> None:
     """Whether all hosts have the same facts.
 

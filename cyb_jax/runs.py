@@ -205,9 +205,6 @@ def check_fingerprint(store: TokenStore, meta: dict[str, Any] | None) -> None:
     )
 
 
-write_whole = storage.write_whole
-
-
 def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None:
   """evaluation.json."""
   storage.write_whole(storage.place(workdir) / "evaluation.json", jsonl.dumps(record, indent=2) + "\n")

@@ -88,24 +88,30 @@ def starting(path: str | os.PathLike) -> Iterator[None]:
     cause = bucket_cause(error) if in_bucket(path) else None
     if cause is None:
       raise
-    message = f"{path}: {cause}"
     if bucket_passes(error):
-      raise StorageError(message, cause=cause) from error
-    raise InputError(message) from error
+      raise StorageError(f"{path}: {cause}", cause=cause) from error
+    raise InputError(f"{path}: {cause}") from error
 
 
 @contextlib.contextmanager
-def _asking(path: str | os.PathLike) -> Iterator[Any]:
-  """The file system, for something about a path in a bucket."""
+def told(what: str) -> Iterator[None]:
+  """Errors of a bucket inside become a StorageError about `what`; that something isn't there goes through."""
   try:
-    yield _bucket()
+    yield
   except FileNotFoundError:
     raise
   except Exception as error:
     cause = bucket_cause(error)
     if cause is None:
       raise
-    raise StorageError(f"{path}: {cause}", cause=cause) from error
+    raise StorageError(f"{what}: {cause}", cause=cause) from error
+
+
+@contextlib.contextmanager
+def _asking(path: str | os.PathLike) -> Iterator[Any]:
+  """The file system, for something about a path in a bucket."""
+  with told(os.fspath(path)):
+    yield _bucket()
 
 
 def check_bucket(path: str | os.PathLike) -> None:

@@ -521,3 +521,11 @@ def test_programs_complain_in_one_line(tmp_path, workdir):
   assert "split: 'tset' is not in" in cli.complaint("evaluate", f"--workdir={workdir}", "--split=tset")
   assert "--store: nowhere is not there" in cli.complaint("evaluate", f"--workdir={workdir}", "--store=nowhere")
   assert "--limit: -1 is negative" in cli.complaint("evaluate", f"--workdir={workdir}", "--limit=-1")
+
+
+def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_written(tmp_path):
+  config = tiny_config()
+  config.decoder.attention = "splash"
+  with pytest.raises(InputError, match=r"decoder.attention: 'splash' needs a TPU, this program is for 'cpu'"):
+    training.train(configs.freeze(config), tmp_path / "run")
+  assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import InputError
 from cyb_jax.flops import Cost
 from cyb_jax.methods import Method
-from cyb_jax.training.loop import find_store, num_steps, open_batches
+from cyb_jax.training.loop import abstract_batch, find_store, num_steps, open_batches
 from cyb_jax.training.optimizer import make_optimizer
 from cyb_jax.training.sizes import bytes_per_device, count_parameters, program_memory
 from cyb_jax.training.step import TrainState, trained_part
@@ -196,15 +196,6 @@ def costs_per_token(method: Method, length: int) -> dict[str, dict[str, dict[str
 
 def _by_component(cost: Cost) -> dict[str, float]:
   return {name: float(value) for name, value in (*vars(cost).items(), ("total", cost.total))}
-
-
-def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a batch of so many windows."""
-  names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
-  if config.data.document_mask:
-    names["documents"] = "int32"
-  shape = rows, config.data.sequence_length
-  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
 
 
 def _steps(config: Config, store: TokenStore | None) -> tuple[int | None, str | None]:

@@ -93,6 +93,15 @@ def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = No
   )
 
 
+def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch of so many windows."""
+  names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
+  if config.data.document_mask:
+    names["documents"] = "int32"
+  shape = rows, config.data.sequence_length
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
+
+
 def num_steps(config: Config, batches: TrainBatches) -> int:
   """Steps of a run: those of the config, or as many as make its epochs."""
   # Rounded first: 3 passes over a third must not become one step more than one pass over the whole.
@@ -175,6 +184,7 @@ def _train(
   steps = num_steps(config, open_batches(config, store))
   if found is not None:
     found.check(method, store.tokenizer)
+  _check_attention(config, method, mesh)
   folder = storage.place(workdir)
   if lock is not None:
     folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
@@ -185,11 +195,26 @@ def _train(
     return _Loop(config, folder, mesh, store, method, steps, profile, found, cluster).run()
 
 
+def _check_attention(config: Config, method: Method, mesh: Mesh) -> None:
+  """Raises InputError where a kernel that is asked for by name can't run here: told while tracing, and so before
+  anything is written.
+  """
+  if method.decoder.config.attention in ("auto", "xla"):
+    return
+
+  def loss(params, batch):
+    return method.losses(params, batch, jax.random.key(0), 0).loss
+
+  with jax.set_mesh(mesh):
+    jax.eval_shape(loss, runs.abstract_params(method, mesh), abstract_batch(config, config.data.batch_size))
+
+
 def _facts(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   """What all hosts of a run must have alike."""
   source = json.loads(configs.to_json(config))
-  # Where the tokens lie may differ; what they are is compared when they are there.
-  source["data"] = {name: value for name, value in source["data"].items() if name != "store"}
+  # Where the tokens lie may differ; what they are is compared when they are there. But all hosts wait for a store that
+  # is given.
+  source["data"] |= {"store": "a folder" if config.data.store else ""}
   return {
     "config": source,
     "workdir": str(workdir),
