@@ -29,7 +29,7 @@ from absl import flags, logging
 
 from cyb_jax import jsonl, programs, settings
 from cyb_jax.errors import InputError
-from cyb_jax.runs import write_whole
+from cyb_jax.storage import write_whole
 
 # Beyond the rates that are given, in factors of two.
 MAX_EXTENSIONS = 4
