@@ -291,6 +291,8 @@ _PARTS: dict[str, type] = {
 }
 # Written '0:0:0:1'; gamma also 'linear:g0' and 'exponential:g0'.
 LISTS = ("omega", "gamma", "rho")
+# Written '2:3'.
+_WHOLE_NUMBERS = {"jacobi": "2:3", "fork_layers": "3:7:11"}
 
 
 def default() -> ml_collections.ConfigDict:
@@ -299,7 +301,7 @@ def default() -> ml_collections.ConfigDict:
   for name, part in _PARTS.items():
     values = {field.name: field.default for field in dataclasses.fields(part)}
     if name == "method":
-      values |= dict.fromkeys(LISTS, "") | {"pauses": 3}
+      values |= dict.fromkeys(LISTS, "") | {"pauses": 3, "jacobi": "2:3", "fork_layers": ""}
       # A reference, so that None (no shift) can be given too.
       values["dont_know_prior"] = config_dict.FieldReference(0.9, field_type=float)
     config[name] = ml_collections.ConfigDict(values)
@@ -388,7 +390,19 @@ def _parse_method(values: dict[str, Any]) -> dict[str, Any]:
   for name in LISTS:
     if name in values:
       values[name] = _parse_list(name, values[name], num_slots)
+  for name, example in _WHOLE_NUMBERS.items():
+    if name in values:
+      values[name] = _parse_whole_numbers(name, values[name], example)
   return values
+
+
+def _parse_whole_numbers(name: str, value: Any, example: str) -> tuple[int, ...] | None:
+  if value is None or value == "":
+    return None
+  try:
+    return tuple(int(x) for x in (value.split(":") if isinstance(value, str) else value))
+  except (TypeError, ValueError):
+    raise InputError(f"method.{name}: {value!r} must be whole numbers such as {example!r}") from None
 
 
 def _parse_list(name: str, value: Any, num_slots: int) -> tuple[float, ...] | None:

@@ -72,20 +72,26 @@ class Cost:
     attention: its weights, and the weighted values.
     readout: the logits.
     adapters: the matrices of LoRA.
+    routing: what decides where slots go, of methods that have such.
   """
 
-  matrices: float
-  attention: float
-  readout: float
+  matrices: float = 0.0
+  attention: float = 0.0
+  readout: float = 0.0
   adapters: float = 0.0
+  routing: float = 0.0
 
   @property
   def total(self) -> float:
-    return self.matrices + self.attention + self.readout + self.adapters
+    return sum(dataclasses.astuple(self))
 
   def __add__(self, other: Cost) -> Cost:
     mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
     return Cost(*(a + b for a, b in zip(mine, theirs)))
+
+  def times(self, factor: float) -> Cost:
+    """The same, so many times."""
+    return Cost(*(factor * value for value in dataclasses.astuple(self)))
 
 
 def forward_cost(
@@ -106,12 +112,41 @@ def forward_cost(
     hidden: whether the slots after a token's first are seen by that token's alone.
     executed: count what the program does. Attention is taken to be XLA's: cuDNN's skips the masked half.
   """
+  return pass_cost(config, slots=slots, keys=_keys(tokens, slots, hidden, executed), slots_read=slots_read)
+
+
+def pass_cost(
+  config: DecoderConfig,
+  *,
+  slots: float,
+  keys: float,
+  slots_read: float = 0.0,
+  layers: int | None = None,
+  routing: float = 0.0,
+) -> Cost:
+  """Operations of slots that pass some layers once, per real token; methods that pass them several times add up.
+
+  Args:
+    config: the decoder.
+    slots: per real token.
+    keys: of each of them, on average; see `causal_keys`.
+    slots_read: how many are read out, per real token.
+    layers: that are passed; None: all.
+    routing: of a slot, in parameters that aren't the decoder's.
+  """
+  layers = config.num_layers if layers is None else layers
   return Cost(
-    matrices=slots * config.num_layers * 2 * sum(_matrices(config).values()),
-    attention=slots * config.num_layers * _attention(config, _keys(tokens, slots, hidden, executed)),
+    matrices=slots * layers * 2 * sum(_matrices(config).values()),
+    attention=slots * layers * _attention(config, keys),
     readout=slots_read * _readout(config),
-    adapters=slots * config.num_layers * 2 * sum(_adapters(config).values()),
+    adapters=slots * layers * 2 * sum(_adapters(config).values()),
+    routing=slots * 2 * routing,
   )
+
+
+def causal_keys(length: float, executed: bool = False) -> float:
+  """Keys of a slot in a row of so many slots, averaged: it sees itself and those before it; XLA computes the square."""
+  return length if executed else (length + 1) / 2
 
 
 def train_cost(
@@ -135,7 +170,30 @@ def train_cost(
     frozen: whether the decoder's own parameters aren't trained; its adapters are.
     config, tokens, slots, slots_read, hidden, executed: as in `forward_cost`.
   """
-  once = forward_cost(config, tokens=tokens, slots=slots, slots_read=slots_read, hidden=hidden, executed=executed)
+  return train_pass_cost(
+    config,
+    slots=slots,
+    keys=_keys(tokens, slots, hidden, executed),
+    slots_read=slots_read,
+    executed=executed,
+    frozen=frozen,
+  )
+
+
+def train_pass_cost(
+  config: DecoderConfig,
+  *,
+  slots: float,
+  keys: float,
+  slots_read: float = 0.0,
+  layers: int | None = None,
+  routing: float = 0.0,
+  executed: bool = False,
+  frozen: bool = False,
+) -> Cost:
+  """The same as `train_cost` of slots that pass some layers once; arguments as in `pass_cost`."""
+  layers = config.num_layers if layers is None else layers
+  once = pass_cost(config, slots=slots, keys=keys, slots_read=slots_read, layers=layers, routing=routing)
   trained = 2 if frozen else 3
   matrices, attention, readout, adapters = (
     trained * once.matrices, 3 * once.attention, trained * once.readout, 3 * once.adapters,
@@ -144,15 +202,14 @@ def train_cost(
     readout += once.readout
     if config.remat == "full":
       last = ("down", "out") if config.parallel_residual else ("down",)
-      layers = slots * config.num_layers * 2
-      matrices += once.matrices - layers * sum(_matrices(config)[name] for name in last)
+      matrices += once.matrices - slots * layers * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
       # Of an adapter that ends a layer x A is needed, for the gradient of B.
       spared = sum(config.lora.rank * config.d_model for name in last if name in _adapters(config))
-      adapters += once.adapters - layers * spared
+      adapters += once.adapters - slots * layers * 2 * spared
     elif config.remat == "dots":
       attention += once.attention
-  return Cost(matrices=matrices, attention=attention, readout=readout, adapters=adapters)
+  return Cost(matrices, attention, readout, adapters, 3 * once.routing)
 
 
 def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: float) -> float:
@@ -188,7 +245,7 @@ def peak_flops(device: jax.Device) -> float | None:
 def _keys(tokens: int, slots: float, hidden: bool, executed: bool) -> float:
   """Keys of a slot, averaged over the window."""
   seen_of_tokens, seen_of_own = (tokens, slots - 1) if hidden else (tokens * slots, 0)
-  return seen_of_tokens + seen_of_own if executed else (seen_of_tokens + 1 + seen_of_own) / 2
+  return causal_keys(seen_of_tokens + seen_of_own, executed)
 
 
 def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ import ml_collections
 
 from cyb_jax.decoder import PRESETS
 from cyb_jax.errors import InputError
-from cyb_jax.methods import WEIGHTS
+from cyb_jax.methods import METHODS, WEIGHTS
 
 _PRIORS = {"uniform": "1:1:1:1", "bimodal": "4:1:1:4", "early": "11:3:3:3"}
 
@@ -46,6 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
   # Controls: a mixture over slots that doesn't look at the token; every slot trained by itself.
   "constant_stop": {"name": "constant_stop", "pauses": 3},
   "mean_slots": {"name": "mean_slots", "pauses": 3},
+  # A plain model whose layers are passed four times.
+  "looped": {"name": "looped", "pauses": 3},
 }
 
 # Epochs x data: passes over how many thirds of the training windows (the paper's 1x, 2x and 3x data).
@@ -115,9 +117,22 @@ def _one_of(kind: str, name: str, accepted: Iterable[str]) -> str:
   return name
 
 
-def apply(config: ml_collections.ConfigDict, setting: str, size: str, regime: str) -> None:
-  """Sets the method, the decoder's preset, and how much data is passed over how often."""
+def apply(
+  config: ml_collections.ConfigDict, setting: str, size: str, regime: str, *, from_scratch: bool = False
+) -> None:
+  """Sets the method, the decoder's preset, and how much data is passed over how often.
+
+  Args:
+    config: to be changed.
+    setting: a key of SETTINGS.
+    size: a decoder preset.
+    regime: a key of REGIMES.
+    from_scratch: whether pauses carry their token's embedding, where the method has that option: from scratch, pauses
+      without it collapse to the first slot.
+  """
   config.method.update(SETTINGS[setting])
+  if from_scratch and "pause_input" in METHODS[config.method.name].options:
+    config.method.pause_input = "token+pause"
   config.decoder.preset = size
   epochs, thirds = REGIMES[regime]
   config.train.epochs = float(epochs) if setting != "pretrained" else 0.0

@@ -15,9 +15,7 @@ from cyb_jax import settings
 def get_config(argument: str = ""):
   setting, size, regime = settings.parse(argument, setting="ap", size="gpt2_124m", regime="1x1")
   config = configs.default()
-  settings.apply(config, setting, size, regime)
-  if config.method.name != "baseline":
-    config.method.pause_input = "token+pause"
+  settings.apply(config, setting, size, regime, from_scratch=True)
   config.data.task = "c4_en"
   small = size in ("tiny", "small")
   config.data.tokenizer = "sentencepiece:4096" if small else "sentencepiece:32000"

@@ -17,9 +17,7 @@ from cyb_jax import settings
 def get_config(argument: str = ""):
   setting, size, _ = settings.parse(argument, setting="ap", size="tiny", regime="1x3")
   config = configs.default()
-  settings.apply(config, setting, size, "1x3")
-  if config.method.name != "baseline":
-    config.method.pause_input = "token+pause"
+  settings.apply(config, setting, size, "1x3", from_scratch=True)
   config.data.tokenizer = "sentencepiece:2048"
   config.data.sequence_length = 64
   config.data.batch_size = 16

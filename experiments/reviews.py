@@ -17,8 +17,6 @@ from cyb_jax import settings
 def get_config(argument: str = ""):
   setting, size, regime = settings.parse(argument, setting="ap", size="tiny", regime="1x1")
   config = configs.default()
-  settings.apply(config, setting, size, regime)
-  if config.method.name != "baseline":
-    config.method.pause_input = "token+pause"
+  settings.apply(config, setting, size, regime, from_scratch=True)
   settings.on_reviews(config, size)
   return config

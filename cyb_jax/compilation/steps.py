@@ -226,7 +226,7 @@ def _decode(run: Outline, rows: int) -> _Program:
   def cost(kernel: bool) -> float:
     del kernel  # a few queries against a cache are XLA's
     slots = rows * at_once
-    return flops.slot_flops(method.decoder.config, slots=slots, keys=slots * capacity, slots_read=slots)
+    return flops.slot_flops(method.cache_config, slots=slots, keys=slots * capacity, slots_read=slots)
 
   about = {
     "rows": rows,

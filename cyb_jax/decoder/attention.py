@@ -110,6 +110,20 @@ class HiddenSlots:
   documents: Int[Array, "B T"] | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyWeights:
+  """How much keys count, beside what the query makes of them; the same for all queries and heads.
+
+  Attributes:
+    log: f32[B, C], added to q k^T / sqrt(H), before the softmax.
+    value: f32[B, C], what values are multiplied by behind the softmax; None: 1.
+  """
+
+  log: Float[Array, "B C"]
+  value: Float[Array, "B C"] | None = None
+
+
 def attend(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B C G H"],
@@ -117,6 +131,7 @@ def attend(
   mask: Bool[Array, "#B 1 S C"] | Documents | HiddenSlots | None = None,
   implementation: str = "auto",
   *,
+  weights: KeyWeights | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B S N H"]:
   """softmax(q k^T / sqrt(H)) v with grouped heads: head n reads kv head n // (N / G).
@@ -131,6 +146,7 @@ def attend(
       floats; 'splash' is flash attention on TPUs, for all masks but boolean ones. 'auto' is the kernel of the platform
       where it is supported and skips work (cuDNN: no mask), else xla. The choice is made while tracing; the platform is
       that of the mesh under which this is traced (`jax.set_mesh`, pmap), else `jax.default_backend()`.
+    weights: of the keys, XLA's alone, and not with `HiddenSlots`; None: all count alike.
     interpret: run 'splash' as plain JAX operations, on any device; for tests.
 
   Returns:
@@ -139,6 +155,8 @@ def attend(
   Raises:
     InputError: 'cudnn' or 'splash' was asked for where it cannot run.
   """
+  if weights is not None:
+    return _attend_weighted(query, key, value, mask, implementation, weights)
   implementation = _choose(query, key, mask, implementation, interpret)
   if implementation == "splash":
     # Part of what is experimental in JAX, and of no use where there is no TPU.
@@ -152,12 +170,45 @@ def attend(
     return splash.attend(query, key, value, width, documents, interpret=interpret)
   if isinstance(mask, HiddenSlots):
     return _attend_hidden(query, key, value, mask)
-  if isinstance(mask, Documents):
-    order = jnp.arange(query.shape[1])
-    mask = (order[:, None] >= order) & (mask.numbers[:, :, None] == mask.numbers[:, None, :])
-    mask = mask[:, None]
+  mask = _dense(mask, query.shape[1])
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=mask is None, implementation=implementation
+  )
+
+
+def _dense(mask: Bool[Array, "#B 1 S C"] | Documents | None, length: int) -> Bool[Array, "#B 1 S C"] | None:
+  """A mask that XLA's attention takes."""
+  if not isinstance(mask, Documents):
+    return mask
+  order = jnp.arange(length)
+  seen = (order[:, None] >= order) & (mask.numbers[:, :, None] == mask.numbers[:, None, :])
+  return seen[:, None]
+
+
+def _attend_weighted(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B C G H"],
+  value: Float[Array, "B C G H"],
+  mask: Bool[Array, "#B 1 S C"] | Documents | None,
+  implementation: str,
+  weights: KeyWeights,
+) -> Float[Array, "B S N H"]:
+  if implementation not in ("auto", "xla"):
+    raise InputError(f"decoder.attention: {implementation!r} takes no weights of keys; use 'auto' or 'xla'")
+  if isinstance(mask, HiddenSlots):
+    raise ValueError("mask: HiddenSlots takes no weights of keys; give a boolean one")
+  if weights.value is not None:
+    value = value * weights.value[:, :, None, None].astype(value.dtype)
+  # What depends on the key alone may stand beside the product: softmax adds it in float32.
+  mask = _dense(mask, query.shape[1])
+  return jax.nn.dot_product_attention(
+    query,
+    key,
+    value,
+    bias=weights.log[:, None, None, :],
+    mask=mask,
+    is_causal=mask is None,
+    implementation="xla",
   )
 
 

@@ -34,6 +34,8 @@ _REMAT_POLICIES = {
   "full": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# Beside sqrt(D), so that scaled inputs start at a deviation of 1.
+_SCALES = {"small": math.sqrt(2.5)}
 _CHOICES = {
   "norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
   "activation": tuple(_ACTIVATIONS),
@@ -42,7 +44,7 @@ _CHOICES = {
   "dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
   "attention": attention.IMPLEMENTATIONS,
-  "initializer": ("normal", "scaled"),
+  "initializer": ("normal", "scaled", "small"),
 }
 SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size")
 _SWITCHES = (
@@ -76,10 +78,10 @@ class DecoderConfig:
   rope_base: float = 10_000.0
   rope_fraction: float = 1.0  # the part of each head that is rotated, from its start
   tied_embeddings: bool = True
-  scale_embeddings: bool = False  # inputs times sqrt(D), as in Gemma
+  scale_embeddings: bool = False  # inputs times sqrt(D), as in Gemma; with initializer 'small' sqrt(2.5 D)
   soft_cap: float | None = None  # logits become cap * tanh(logits / cap): applied by the readout, not here
 
-  initializer: str = "normal"  # or 'scaled'; see init_params
+  initializer: str = "normal"  # or 'scaled', 'small'; see init_params
   dtype: str = "float32"  # of activations and matrix products; norms, softmax and rotations are in float32
   param_dtype: str = "float32"  # 'bfloat16' is for what isn't trained: small updates would be rounded away
   attention: str = "auto"  # or 'xla', 'cudnn', 'splash'; see attention.attend
@@ -168,7 +170,7 @@ class Decoder(nn.Module):
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
@@ -198,7 +200,7 @@ class Decoder(nn.Module):
     rows = rows.astype(dtype)
     if self.config.scale_embeddings:
       # Gemma rounds the factor to the dtype of activations, and was trained so.
-      rows *= jnp.asarray(math.sqrt(self.config.d_model), dtype)
+      rows *= jnp.asarray(math.sqrt(self.config.d_model) * _SCALES.get(self.config.initializer, 1.0), dtype)
     return rows
 
   def __call__(
@@ -225,8 +227,8 @@ class Decoder(nn.Module):
     Raises:
       InputError: the config asks for cuDNN's or splash attention where it cannot run.
     """
-    hidden, _ = self._run(inputs, positions, mask, query_key_offset, None, None)
-    return hidden
+    hidden, _ = self.run_layers(inputs, positions, mask=mask, query_key_offset=query_key_offset)
+    return self.finish(hidden)
 
   def extend(
     self,
@@ -252,31 +254,92 @@ class Decoder(nn.Module):
     Returns:
       [B, Q, D], and the cache with the new slots in it.
     """
-    count, capacity = inputs.shape[1], cache.capacity
+    hidden, cache = self.extend_layers(inputs, positions, cache, start, first=first, query_key_offset=query_key_offset)
+    return self.finish(hidden), cache
+
+  def extend_layers(
+    self,
+    hidden: Float[Array, "B Q D"],
+    positions: Int[Array, "B Q"],
+    cache: Cache,
+    start: Int[Array, "B"] | None,
+    *,
+    first: Int[Array, "B"] | None = None,
+    query_key_offset: Float[Array, "Q D"] | Float[Array, "B Q D"] | None = None,
+    key_weights: attention.KeyWeights | None = None,
+  ) -> tuple[Float[Array, "B Q D"], Cache]:
+    """`extend` without the final norm; `key_weights`: of all C places, or where `start` is None of the Q new slots."""
+    count, capacity = hidden.shape[1], cache.capacity
     if count > capacity:
       raise ValueError(f"cache: {capacity} places, but {count} slots are to be written")
     mask = None if start is None else seen_places(start, count, capacity, first)
-    return self._run(inputs, positions, mask, query_key_offset, cache, start)
+    return self.run_layers(
+      hidden,
+      positions,
+      mask=mask,
+      query_key_offset=query_key_offset,
+      cache=cache,
+      start=start,
+      key_weights=key_weights,
+    )
 
-  def _run(self, inputs, positions, mask, query_key_offset, cache, start):
+  def run_layers(
+    self,
+    hidden: Float[Array, "B S D"],
+    positions: Int[Array, "#B S"] | Float[Array, "#B S"],
+    *,
+    layers: tuple[int, int] | None = None,
+    mask: Bool[Array, "#B 1 S C"] | attention.Documents | attention.HiddenSlots | None = None,
+    query_key_offset: Float[Array, "S D"] | Float[Array, "B S D"] | None = None,
+    cache: Cache | None = None,
+    start: Int[Array, "B"] | None = None,
+    key_weights: attention.KeyWeights | None = None,
+    update_scale: Float[Array, "B S"] | None = None,
+  ) -> tuple[Float[Array, "B S D"], Cache | None]:
+    """Some of the layers, without the final norm; for methods that look in between, or run them again.
+
+    Args:
+      hidden: [B, S, D], of the residual stream; cast to the dtype of activations.
+      positions: [B or 1, S], what RoPE turns by; may lie between whole numbers.
+      layers: from which layer, and before which one it ends; None: all. With `scan_layers` all is what there is.
+      mask, query_key_offset: as in `__call__`.
+      cache, start: as in `extend`; the cache holds just these layers.
+      key_weights: how much keys count in attention, in all these layers.
+      update_scale: [B, S], what both updates of the residual stream are multiplied by; None: 1.
+
+    Returns:
+      [B, S, D], and the cache with the new slots in it, where one was given.
+
+    Raises:
+      InputError: some of the layers were asked for where they are scanned over.
+    """
     config = self.config
     dtype = jnp.dtype(config.dtype)
-    hidden = constrain(inputs.astype(dtype), "batch", None, None)
+    hidden = constrain(hidden.astype(dtype), "batch", None, None)
     if query_key_offset is not None:
       query_key_offset = query_key_offset.astype(dtype)
+    if update_scale is not None:
+      update_scale = update_scale.astype(dtype)[..., None]
+    first, last = layers or (0, config.num_layers)
     # Once for all layers.
     turn = attention.rotation(positions, config.rotated_size, config.rope_base)
     layered = None if cache is None else (cache.keys, cache.values)
     if config.scan_layers:
-      hidden, layered = self.layers(hidden, turn, mask, query_key_offset, layered, start)
+      if (first, last) != (0, config.num_layers):
+        raise InputError("decoder.scan_layers: True, but this method runs layers one by one; set it to False")
+      hidden, layered = self.layers(hidden, turn, mask, query_key_offset, layered, start, (key_weights, update_scale))
     else:
       cached = []
-      for number, layer in enumerate(self.layers):
+      for number, layer in enumerate(self.layers[first:last]):
         before = None if cache is None else (cache.keys[number], cache.values[number])
-        hidden, after = layer(hidden, turn, mask, query_key_offset, before, start)
+        hidden, after = layer(hidden, turn, mask, query_key_offset, before, start, (key_weights, update_scale))
         cached.append(after)
       layered = None if cache is None else tuple(zip(*cached))
-    return self.final_norm(hidden), None if cache is None else Cache(*layered)
+    return hidden, None if cache is None else Cache(*layered)
+
+  def finish(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """The final norm, behind the last layer."""
+    return self.final_norm(hidden)
 
   def unembedding(self) -> Float[Array, "V D"]:
     """The output table, in the dtype of parameters: the embedding table itself where they are tied."""
@@ -299,6 +362,9 @@ def init_params(decoder: Decoder, rng: Array) -> PyTree:
     so that logits start at about 1; an untied embedding so that inputs start at 1, scale_embeddings or not. A
     tied table has the output's deviation (and inputs start at 1 where scale_embeddings is set). Fan-in
     scaling and unit inputs are PaLM's: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5.
+  - 'small': every matrix and both tables truncated normal of standard deviation sqrt(2/(5 D)), divided by sqrt(2 L)
+    for the projections that write to the residual stream. Nguyen and Salazar 2019, https://arxiv.org/abs/1910.05895;
+    what PonderLM-2 starts from, https://arxiv.org/abs/2509.23184
 
   Norm scales start at one (zero for 'rmsnorm_plus_one'), biases at zero. Adapters' `lora_a` are normal of standard
   deviation 1/sqrt(fan in), their `lora_b` zero.
@@ -327,12 +393,19 @@ class _Layer(nn.Module):
     self.mlp_norm = _Norm(self.config)
     self.mlp = _Mlp(self.config)
 
-  def __call__(self, hidden, turn, mask, query_key_offset, cached, start):
-    attended, cached = self.attention(self.attention_norm(hidden), turn, mask, query_key_offset, cached, start)
+  def __call__(self, hidden, turn, mask, query_key_offset, cached, start, weighting):
+    key_weights, scale = weighting
+
+    def updated(hidden, by):
+      return hidden + constrain(by if scale is None else by * scale, "batch", None, None)
+
+    attended, cached = self.attention(
+      self.attention_norm(hidden), turn, mask, query_key_offset, cached, start, key_weights
+    )
     if self.config.parallel_residual:
-      return hidden + constrain(attended + self.mlp(self.mlp_norm(hidden)), "batch", None, None), cached
-    hidden = hidden + constrain(attended, "batch", None, None)
-    return hidden + constrain(self.mlp(self.mlp_norm(hidden)), "batch", None, None), cached
+      return updated(hidden, attended + self.mlp(self.mlp_norm(hidden))), cached
+    hidden = updated(hidden, attended)
+    return updated(hidden, self.mlp(self.mlp_norm(hidden))), cached
 
 
 class _Attention(nn.Module):
@@ -361,20 +434,22 @@ class _Attention(nn.Module):
       use_bias=config.attention_bias == "all",
     )
 
-  def __call__(self, normed, turn, mask, query_key_offset, cached, start):
+  def __call__(self, normed, turn, mask, query_key_offset, cached, start, key_weights):
     shifted = normed if query_key_offset is None else normed + query_key_offset
     query = constrain(attention.rotate(self.query(shifted), *turn), "batch", None, "heads", None)
     key = constrain(attention.rotate(self.key(shifted), *turn), "batch", None, "kv_heads", None)
     value = constrain(self.value(normed), "batch", None, "kv_heads", None)
     if cached is None:
-      return self.out(attention.attend(query, key, value, mask, self.config.attention)), None
+      attended = attention.attend(query, key, value, mask, self.config.attention, weights=key_weights)
+      return self.out(attended), None
     if start is None:
       place = jnp.zeros(len(key), jnp.int32)
       cached = write(cached[0], key, place), write(cached[1], value, place)
-      return self.out(attention.attend(query, key, value, None, self.config.attention)), cached
+      attended = attention.attend(query, key, value, None, self.config.attention, weights=key_weights)
+      return self.out(attended), cached
     cached = write(cached[0], key, start), write(cached[1], value, start)
     # A few queries against all places, most of them masked: no kernel but XLA's takes that.
-    return self.out(attention.attend(query, *cached, mask, "xla")), cached
+    return self.out(attention.attend(query, *cached, mask, "xla", weights=key_weights)), cached
 
 
 class _Mlp(nn.Module):
@@ -476,6 +551,9 @@ def _matrix_init(config: DecoderConfig, num_inputs: int, *, writes_residual: boo
   if config.initializer == "normal":
     std = 0.02 / math.sqrt(2 * config.num_layers) if writes_residual else 0.02
     return nn.initializers.normal(std)
+  if config.initializer == "small":
+    std = math.sqrt(0.4 / config.d_model)
+    return _truncated_normal(std / math.sqrt(2 * config.num_layers) if writes_residual else std)
 
   def init(rng, shape, dtype):
     return _truncated_normal(1 / math.sqrt(math.prod(shape[:num_inputs])))(rng, shape, dtype)
@@ -485,7 +563,7 @@ def _matrix_init(config: DecoderConfig, num_inputs: int, *, writes_residual: boo
 
 def embedding_init(config: DecoderConfig) -> Callable:
   """The initialiser of input rows; the rules are in init_params."""
-  if config.tied_embeddings or config.initializer == "normal":
+  if config.tied_embeddings or config.initializer != "scaled":
     return unembedding_init(config)
   return _truncated_normal(1 / math.sqrt(config.d_model) if config.scale_embeddings else 1.0)
 
@@ -494,7 +572,7 @@ def unembedding_init(config: DecoderConfig) -> Callable:
   """The initialiser of output rows; the rules are in init_params."""
   if config.initializer == "normal":
     return nn.initializers.normal(0.02)
-  return _truncated_normal(1 / math.sqrt(config.d_model))
+  return _truncated_normal(math.sqrt((0.4 if config.initializer == "small" else 1) / config.d_model))
 
 
 def _truncated_normal(std: float) -> Callable:

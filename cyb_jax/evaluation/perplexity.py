@@ -73,6 +73,8 @@ class Evaluator:
 
     Returns:
       The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. Beside them
+      `inference_flops`, of a token decoded with a cache, and `inference_slots`, that it was seen to take where that is
+      decided token by token;
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
       perplexity, and beside it are `constant_perplexity`, of the same text read in a constant context, and
@@ -112,13 +114,17 @@ class Evaluator:
     if "training_stopping" in totals:
       training = {"perplexity": perplexity("training_log_likelihood")} | stopping("training_stopping")
     passes = self.method.passes if self.context == "constant" else 2
-    slots = windows * length * self.method.num_slots * passes
+    slots = windows * self.method.forward_slots(length) * passes
+    measured = None  # slots a token that inference was seen to run
+    if "inference_slots" in totals:
+      measured = float(totals["inference_slots"] / tokens)
     beside = {}
     if self.context == "self_paced":
       beside = {
         "constant_perplexity": perplexity("constant_log_likelihood"),
         "context_pauses": float(totals["kept"] / tokens) - 1,
       }
+      measured = float(totals["kept"] / tokens)
     return {
       "loss": loss,
       "loss_perplexity": float(np.exp(loss)),
@@ -131,7 +137,9 @@ class Evaluator:
       "calibration": spearman(np.concatenate(decisions), np.concatenate(gains)) if decisions else None,
       "training_omega": training,
       "tokens": int(tokens),
-      "slots": slots,
+      "slots": round(slots),
+      "inference_slots": measured,
+      "inference_flops": float(self.method.inference_cost(length, slots=measured).total),
       "flops": float(self.method.forward_flops(length) * windows * length * passes),
       **beside,
     }
@@ -177,6 +185,8 @@ def _sums_of(
     "oracle": total(scores.log_target.max(-1)),
     "stopping": total(jnp.exp(reading.log_stopping)),
   }
+  if reading.slots is not None:
+    sums["inference_slots"] = total(reading.slots)
   if reading.lengths is None:  # else a slot is that of some tokens alone
     sums["slots"] = total(scores.log_target)
   if not method.decides:

@@ -81,7 +81,7 @@ def read_self_paced(
     return (cache, place, first, position + stride), (scores, log_stopping, used)
 
   zeros = jnp.zeros(rows, jnp.int32)
-  cache = empty_cache(method.decoder.config, rows, length * width)
+  cache = empty_cache(method.cache_config, rows, length * width)
   columns = (tokens.T, targets.T, begins.T, jnp.arange(length))
   _, read_out = jax.lax.scan(read, (cache, zeros, zeros, zeros), columns)
   scores, log_stopping, used = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), read_out)

@@ -342,7 +342,7 @@ def _start(
   # Where pauses are seen by their own token alone they are taken back, all but those of the last token.
   of_token = plan.num_slots if plan.keeps_pauses else 1
   capacity = length * slots + (new - 1) * of_token + plan.num_slots
-  cache = empty_cache(method.decoder.config, rows, capacity)
+  cache = empty_cache(method.cache_config, rows, capacity)
   if length:
     order = jnp.arange(length * slots)
     token, slot = order // slots, order % slots

@@ -9,11 +9,22 @@ from cyb_jax.errors import InputError
 from cyb_jax.methods.baseline import Baseline
 from cyb_jax.methods.constant_stop import ConstantStop
 from cyb_jax.methods.cyb import Cyb
+from cyb_jax.methods.looped import Looped
 from cyb_jax.methods.mean_slots import MeanSlots
 from cyb_jax.methods.method import WEIGHTS, Batch, Method, MethodConfig, Params, Reading, TokenLosses
 from cyb_jax.methods.tbys import Tbys
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Baseline, Tbys, Cyb, ConstantStop, MeanSlots)}
+METHODS: dict[str, type[Method]] = {
+  method.name: method
+  for method in (
+    Baseline,
+    Tbys,
+    Cyb,
+    ConstantStop,
+    MeanSlots,
+    Looped,
+  )
+}
 
 __all__ = ["METHODS", "WEIGHTS", "Batch", "Method", "MethodConfig", "Params", "Reading", "TokenLosses", "build"]
 

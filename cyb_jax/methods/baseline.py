@@ -1,4 +1,4 @@
-"""No pauses: a plain language model, trained with cross-entropy."""
+"""No pauses: a plain language model, trained with cross-entropy; and what others are that read a token once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PausedMethod
 
 
-class Baseline(PausedMethod):
-  """K = 0 (method.md 4)."""
+class Plain(PausedMethod):
+  """One slot a token, cross-entropy at it; subclasses say what is behind `hidden`."""
 
-  name = "baseline"
   options = frozenset()
 
-  def validate(self) -> None:
-    super().validate()
-    if self.config.pauses:
-      raise InputError(f"method.pauses: {self.config.pauses}, but method 'baseline' has none; set it to 0")
+  @property
+  def num_slots(self) -> int:
+    return 1
+
+  @property
+  def num_pauses(self) -> int:
+    return 0
 
   def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     reading = self.read(params, batch)
@@ -36,3 +38,14 @@ class Baseline(PausedMethod):
     scores = self.scores(params, self.hidden(params, batch), batch["targets"])
     loss = last_slot_cross_entropy(scores)
     return Reading(loss=loss, scores=scores, log_stopping=jnp.zeros_like(scores.log_target))
+
+
+class Baseline(Plain):
+  """K = 0 (method.md 4)."""
+
+  name = "baseline"
+
+  def validate(self) -> None:
+    super().validate()
+    if self.config.pauses:
+      raise InputError(f"method.pauses: {self.config.pauses}, but method 'baseline' has none; set it to 0")

@@ -37,7 +37,9 @@ class MethodConfig:
   Attributes:
     name: a name of the registry, `cyb_jax.methods.METHODS`.
     loss: 'ap', 'va' or 'dp'.
-    pauses: K, pauses after every token.
+    pauses: K, extra steps of every token: pauses behind it; latent thoughts (ponderlm2, ponderlm3); passes through the
+      layers beside the first one (looped); copies beside it (copy_k). Of pause_training: M, pauses between prefix and
+      target.
     omega: how many slots the world grants in training, W numbers; None: always all of them.
     gamma: the discount over slots, W numbers in [0, 1]; None: all ones.
     rho: the prior over slots of VA and DP, W numbers.
@@ -60,6 +62,17 @@ class MethodConfig:
     pause_shared: one embedding for all pauses (the form of earlier work).
     pause_positions: 'token': a pause stands at its token's position; 'shifting': it takes a position of its own (the
       form of earlier work).
+    pause_places: of pause_training, where pauses are in training: 'random', all over the text; 'prefix', M between
+      each prefix and its target, which is what has weight; 'none', none (and at inference as with 'prefix').
+    pause_fraction: of 'random', pauses as a share of the window's length.
+    jacobi: of ponderlm2 and ponderlm3, how many passes refine all latent thoughts at once: the fewest and the most of a
+      step, drawn alike; evaluation takes the most.
+    router_penalty: of ponderlm3, nats per latent thought that a token is given, on average.
+    prune_below: of ponderlm3, latent thoughts whose weight is below this aren't run at inference.
+    fork_layers: of thoughtbubbles, the layers (from 1) before which streams fork; None: after each quarter of them.
+    stream_budget: of thoughtbubbles, streams per token that a row may have.
+    combine: of thoughtbubbles, how a token's streams are read: 'probabilities', their mixture (the paper); 'states',
+      the head of their sum (the authors' code).
   """
 
   name: str = "cyb"
@@ -81,6 +94,14 @@ class MethodConfig:
   pause_offset: bool = False
   pause_shared: bool = False
   pause_positions: str = "token"
+  pause_places: str = "random"
+  pause_fraction: float = 0.1
+  jacobi: tuple[int, ...] = (2, 3)
+  router_penalty: float = 0.0
+  prune_below: float = 1e-4
+  fork_layers: tuple[int, ...] | None = None
+  stream_budget: float = 2.0
+  combine: str = "probabilities"
 
 
 # `pauses` has no default that suits all methods, and `name` picks one.
@@ -118,12 +139,15 @@ class Reading:
     log_stopping: f32[B, T, W], under the evaluation's omega.
     lengths: i32[B, T], how many slots each token was given; the scores of a token's later slots repeat its last one.
       None: all W.
+    slots: f32[B, T], how many slots inference runs for each token, where that is decided token by token; None: see
+      `Method.inference_cost`.
   """
 
   loss: Float[Array, "B T"]
   scores: SlotScores
   log_stopping: Float[Array, "B T W"]
   lengths: Int[Array, "B T"] | None = None
+  slots: Float[Array, "B T"] | None = None
 
 
 class Method(abc.ABC):
@@ -136,12 +160,16 @@ class Method(abc.ABC):
     options: the fields of `MethodConfig` that this method has.
     decides: whether the model itself decides when it stops (then d means something).
     constants: names of parameters that `calibrate` sets and no step changes.
+    decodes: whether it runs slot by slot on a cache: text is generated, scored and read self-paced so.
+    causal: whether `read` predicts every token from those before it alone; where not, `read_prefixes` does.
   """
 
   name: ClassVar[str]
   options: ClassVar[frozenset[str]]
   decides: ClassVar[bool] = False
   constants: ClassVar[frozenset[str]] = frozenset()
+  decodes: ClassVar[bool] = False
+  causal: ClassVar[bool] = True
 
   def __init__(
     self,
@@ -189,7 +217,7 @@ class Method(abc.ABC):
   @property
   @abc.abstractmethod
   def num_slots(self) -> int:
-    """W, decoder slots per real token."""
+    """W, slots of a token that can be read."""
 
   @abc.abstractmethod
   def init(self, rng: Array) -> Params:
@@ -242,6 +270,12 @@ class Method(abc.ABC):
     del params, batch, reading
     return None
 
+  def read_prefixes(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    """Log-probabilities of the targets, each from the tokens before it alone, at the cost of a pass for every token; of
+    methods that aren't `causal`.
+    """
+    raise NotImplementedError
+
   @property
   def passes(self) -> int:
     """How often `read` and `read_as_trained` together pass a batch through the decoder."""
@@ -261,13 +295,31 @@ class Method(abc.ABC):
     """Logs how a model that has never paused decides, before the first step; for methods that decide."""
     del params, batches
 
-  def train_slots(self, tokens: int) -> int:
-    """Decoder slots that training runs for a window of `tokens`."""
+  def train_slots(self, tokens: int) -> float:
+    """Decoder slots that training runs for a window of `tokens`, a slot counted each time it passes all layers; where
+    that is drawn, the mean.
+    """
+    return tokens * self.num_slots
+
+  def forward_slots(self, tokens: int) -> float:
+    """The same of one evaluation forward."""
     return tokens * self.num_slots
 
   @abc.abstractmethod
   def forward_cost(self, tokens: int, *, executed: bool = False) -> Cost:
     """Of one evaluation forward, per real token of a window of `tokens`; see `cyb_jax.flops`."""
+
+  def inference_cost(self, tokens: int, *, slots: float | None = None) -> Cost:
+    """Of decoding a text of `tokens` with a cache, per real token: every slot passes the layers once, over the keys
+    before it. Where a method needs no other passes to be evaluated, that is `forward_cost`.
+
+    Args:
+      tokens: T.
+      slots: per token, where a method was measured to run fewer than it has; None: all.
+    """
+    if slots is not None:
+      raise ValueError(f"slots: {slots}, but method {self.name!r} runs all of them")
+    return self.forward_cost(tokens)
 
   @abc.abstractmethod
   def train_cost(self, tokens: int, *, executed: bool = False) -> Cost:

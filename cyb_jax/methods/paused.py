@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax import flops
-from cyb_jax.decoder import Cache, Documents, HiddenSlots, embedding_init, init_params
+from cyb_jax.decoder import Cache, DecoderConfig, Documents, HiddenSlots, embedding_init, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
@@ -43,6 +43,7 @@ class PausedMethod(Method):
   """
 
   recipes: ClassVar[tuple[str, ...]] = ("constant",)
+  decodes = True
 
   def validate(self) -> None:
     for field, choices in {"recipe": self.recipes, **_CHOICES}.items():
@@ -54,12 +55,22 @@ class PausedMethod(Method):
   def num_slots(self) -> int:
     return self.config.pauses + 1
 
+  @property
+  def num_pauses(self) -> int:
+    """Rows of pauses that a token's slots may have; an embedding of its own for each, unless one is shared."""
+    return self.config.pauses
+
+  @property
+  def cache_config(self) -> DecoderConfig:
+    """The decoder whose layers `extend` caches."""
+    return self.decoder.config
+
   def init(self, rng: Array) -> Params:
     decoder_key, pause_key, own_key = jax.random.split(rng, 3)
     params = {"decoder": init_params(self.decoder, decoder_key)}
-    if self.config.pauses:
+    if self.num_pauses:
       # Pauses start as words do.
-      shape = (self.config.pauses, self.decoder.config.d_model)
+      shape = (self.num_pauses, self.decoder.config.d_model)
       rows = (1, shape[1]) if self.config.pause_shared else shape
       params["pause_input"] = boxed_row(embedding_init(self.decoder.config)(pause_key, rows, jnp.float32))
       if self.config.pause_offset:
@@ -283,6 +294,14 @@ class PausedMethod(Method):
       slots_read=self.num_slots,
       hidden=self.hides_pauses,
       executed=executed,
+    )
+
+  def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
+    if slots is None:
+      return self.forward_cost(tokens)
+    # One at a time, each is read, to know whether the next is wanted.
+    return flops.forward_cost(
+      self.decoder.config, tokens=tokens, slots=slots, slots_read=slots, hidden=self.hides_pauses
     )
 
   def train_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:

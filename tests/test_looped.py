@@ -1,0 +1,111 @@
+"""The looped control; and what the decoder gives to methods that look between its layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import TINY, build, random_batch
+
+from cyb_jax.decoder import KeyWeights
+from cyb_jax.decoder.attention import attend
+from cyb_jax.errors import InputError
+
+
+def by_hand(method, params, batch):
+  """The layers, run again and again on their own output, then the norm once."""
+  decoder, variables = method.decoder, {"params": params["decoder"]}
+  length = batch["tokens"].shape[1]
+  hidden = decoder.apply(variables, batch["tokens"], method="embed")
+  for _ in range(method.config.pauses + 1):
+    for layer in range(decoder.config.num_layers):
+      hidden, _ = decoder.apply(
+        variables, hidden, jnp.arange(length)[None], layers=(layer, layer + 1), method="run_layers"
+      )
+  return decoder.apply(variables, hidden, method="finish")
+
+
+def test_layers_run_again(exact):
+  method, params = build(name="looped", pauses=2)
+  baseline, _ = build(name="baseline")
+  batch = random_batch()
+  np.testing.assert_allclose(
+    method.hidden(params, batch)[:, :, 0], by_hand(method, params, batch), rtol=1e-5, atol=1e-6
+  )
+  assert not np.allclose(method.hidden(params, batch), baseline.hidden(params, batch), atol=1e-3)
+  reading = method.read(params, batch)
+  assert reading.scores.log_target.shape == (4, 6, 1)
+  np.testing.assert_array_equal(method.losses(params, batch, jax.random.key(0)).loss, reading.loss)
+
+
+def test_scanned_layers_give_the_same_and_run_whole_only():
+  scanned, params = build(dataclasses.replace(TINY, scan_layers=True), name="looped", pauses=1)
+  plain, _ = build(name="looped", pauses=1)
+  layers = {
+    f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["decoder"]["layers"]) for i in range(TINY.num_layers)
+  }
+  unrolled = {"decoder": {k: v for k, v in params["decoder"].items() if k != "layers"} | layers}
+  batch = random_batch(1)
+  np.testing.assert_allclose(scanned.hidden(params, batch), plain.hidden(unrolled, batch), rtol=1e-5, atol=1e-6)
+  with pytest.raises(InputError, match=r"decoder.scan_layers: True"):
+    scanned.decoder.apply(
+      {"params": params["decoder"]},
+      jnp.zeros((1, 2, TINY.d_model)), jnp.arange(2)[None], layers=(0, 1), method="run_layers",
+    )  # fmt: skip
+
+
+def test_no_passes_beside_the_first_is_refused():
+  with pytest.raises(InputError, match=r"method.pauses: 0, but method 'looped' needs at least 1"):
+    build(name="looped", pauses=0)
+  with pytest.raises(InputError, match=r"method.omega: .* is set, but method 'looped' has no such option"):
+    build(name="looped", pauses=1, omega=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_weights_of_keys_against_numpy(masked):
+  """softmax(q k / sqrt(H) + log w) over the keys that are seen, of values times v; heads in groups."""
+  rng = np.random.default_rng(0)
+  query, key, value = (rng.normal(size=(2, 5, heads, 3)) for heads in (4, 2, 2))
+  log, scale = rng.normal(size=(2, 5)), rng.uniform(size=(2, 5))
+  seen = np.tril(np.ones((5, 5), bool))
+  if masked:
+    seen &= rng.uniform(size=(5, 5)) > 0.4
+    np.fill_diagonal(seen, True)
+  expected = np.zeros((2, 5, 4, 3))
+  for b, s, n in np.ndindex(2, 5, 4):
+    logits = key[b, :, n // 2] @ query[b, s, n] / np.sqrt(3) + log[b]
+    share = np.where(seen[s], np.exp(logits - logits.max()), 0)
+    expected[b, s, n] = (share / share.sum()) @ (value[b, :, n // 2] * scale[b, :, None])
+  found = attend(
+    *(jnp.array(x, jnp.float32) for x in (query, key, value)),
+    jnp.array(seen)[None, None] if masked else None,
+    weights=KeyWeights(jnp.array(log, jnp.float32), jnp.array(scale, jnp.float32)),
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  with pytest.raises(InputError, match=r"decoder.attention: 'splash' takes no weights of keys"):
+    attend(found, found, found, implementation="splash", weights=KeyWeights(jnp.zeros((2, 5))))
+
+
+def test_updates_are_scaled():
+  """A slot whose updates are multiplied by 0 stays as it was, and the others see it as it was."""
+  method, params = build(name="baseline")
+  rng = np.random.default_rng(1)
+  inputs = jnp.array(rng.normal(size=(1, 4, TINY.d_model)), jnp.float32)
+
+  def run(scale):
+    arguments = dict(positions=jnp.arange(4)[None], update_scale=scale, method="run_layers")
+    return method.decoder.apply({"params": params["decoder"]}, inputs, **arguments)[0]
+
+  scaled = run(jnp.array([[1.0, 0.0, 1.0, 1.0]]))
+  np.testing.assert_array_equal(scaled[0, 1], inputs[0, 1])
+  np.testing.assert_array_equal(scaled[0, 0], run(None)[0, 0])
+  assert np.abs(scaled[0, 2] - run(None)[0, 2]).max() > 1e-3
+
+
+def test_cost_by_hand():
+  method, _ = build(name="looped", pauses=2)
+  plain, _ = build(name="baseline")
+  looped, once = method.forward_cost(8), plain.forward_cost(8)
+  assert (looped.matrices, looped.attention, looped.readout) == (3 * once.matrices, 3 * once.attention, once.readout)
+  assert method.train_slots(8) == method.forward_slots(8) == 24
