@@ -19,7 +19,7 @@ import jax
 import pytest
 from hypothesis import settings
 
-settings.register_profile("cyb_jax", deadline=None, max_examples=15, derandomize=True)
+settings.register_profile("cyb_jax", deadline=None, max_examples=10, derandomize=True)
 settings.load_profile("cyb_jax")
 
 

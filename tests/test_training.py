@@ -43,6 +43,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_compiled_ahead_it_is_the_same_step(name):
   options, devices = MESHES[name]

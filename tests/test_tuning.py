@@ -52,7 +52,14 @@ def hidden(config, params, seed=3):
   return jax.jit(lambda p: Decoder(config).apply({"params": p}, inputs, positions))(params)
 
 
-@pytest.mark.parametrize("config", [ADAPTED, BIASED, dataclasses.replace(ADAPTED, scan_layers=True)])
+@pytest.mark.parametrize(
+  "config",
+  [
+    ADAPTED,
+    pytest.param(BIASED, marks=pytest.mark.slow),
+    pytest.param(dataclasses.replace(ADAPTED, scan_layers=True), marks=pytest.mark.slow),
+  ],
+)
 def test_starts_as_the_base_model_and_merges_into_a_plain_one(config, exact):
   base = dataclasses.replace(config, lora=None)
   params = fresh(config)
@@ -166,6 +173,7 @@ def test_a_step_moves_what_is_trained_alone_and_holds_moments_of_that_alone(one_
   assert sum(x.size for x in moments) == 2 * size < sum(x.size for x in jax.tree.leaves(start.params)) / 2
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_whole_model_where_it_is_trained(exact):
   """Frozen readout, frozen matrices: what is left must be the same numbers."""
   frozen = tuned(method={"pauses": 2, "loss": "ap"}).build_method(VOCABULARY)
