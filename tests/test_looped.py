@@ -2,15 +2,19 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import TINY, build, random_batch
 
-from cyb_jax.decoder import KeyWeights
+from cyb_jax import methods
+from cyb_jax.decoder import DecoderConfig, KeyWeights
 from cyb_jax.decoder.attention import attend
 from cyb_jax.errors import InputError
+from cyb_jax.generation import Sampler, SamplingOptions
+from cyb_jax.methods import MethodConfig
 
 
 def by_hand(method, params, batch):
@@ -109,3 +113,38 @@ def test_cost_by_hand():
   looped, once = method.forward_cost(8), plain.forward_cost(8)
   assert (looped.matrices, looped.attention, looped.readout) == (3 * once.matrices, 3 * once.attention, once.readout)
   assert method.train_slots(8) == method.forward_slots(8) == 24
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_generation_runs_the_prefix_once(scan, exact):
+  """With keys and values of every pass; against the whole prefix run again for every word."""
+  method, params = build(dataclasses.replace(TINY, scan_layers=scan), name="looped", pauses=1)
+  prompt, new = [5, 1, 7], 4
+  said = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(
+    params, [prompt, [2]], max_new_tokens=new
+  )
+  for start, words in zip((prompt, [2]), said.tokens):
+    tokens = list(start)
+    for _ in range(new):
+      hidden = method.hidden(params, {"tokens": jnp.array([tokens + [0] * (8 - len(tokens))])})[0, len(tokens) - 1, 0]
+      logits = method.decoder.apply({"params": params["decoder"]}, method="unembedding")[: method.vocab_size] @ hidden
+      tokens.append(int(logits.argmax()))
+    assert words == tokens[len(start) :]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_executed_agrees_with_xla(remat):
+  sizes = dict(num_layers=1, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768, remat=remat)
+  config = DecoderConfig(vocab_size=512, **sizes)
+  method = methods.build(MethodConfig(name="looped", pauses=2), config, chunk_size=2**20)
+  params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
+  rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+  def loss(params, batch):
+    return method.losses(params, batch, jax.random.key(0)).loss.sum()
+
+  lowered = jax.jit(jax.grad(loss)).lower(params, {"tokens": rows, "targets": rows})
+  counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
+  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  again = method.forward_cost(16).readout
+  assert method.train_flops(16, executed=True) - again == pytest.approx(counted, rel=0.03)
