@@ -48,6 +48,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "mean_slots": {"name": "mean_slots", "pauses": 3},
   # A plain model whose layers are passed four times.
   "looped": {"name": "looped", "pauses": 3},
+  # Streams that fork, two and four a token; four equal ones that don't.
+  "thoughtbubbles": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 2.0},
+  "thoughtbubbles4": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 4.0},
+  "copy_k": {"name": "copy_k", "pauses": 3},
 }
 
 # Epochs x data: passes over how many thirds of the training windows (the paper's 1x, 2x and 3x data).

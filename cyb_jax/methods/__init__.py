@@ -8,11 +8,13 @@ from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.methods.baseline import Baseline
 from cyb_jax.methods.constant_stop import ConstantStop
+from cyb_jax.methods.copy_k import CopyK
 from cyb_jax.methods.cyb import Cyb
 from cyb_jax.methods.looped import Looped
 from cyb_jax.methods.mean_slots import MeanSlots
 from cyb_jax.methods.method import WEIGHTS, Batch, Method, MethodConfig, Params, Reading, TokenLosses
 from cyb_jax.methods.tbys import Tbys
+from cyb_jax.methods.thoughtbubbles import Thoughtbubbles
 
 METHODS: dict[str, type[Method]] = {
   method.name: method
@@ -23,6 +25,8 @@ METHODS: dict[str, type[Method]] = {
     ConstantStop,
     MeanSlots,
     Looped,
+    Thoughtbubbles,
+    CopyK,
   )
 }
 

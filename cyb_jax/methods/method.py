@@ -69,7 +69,8 @@ class MethodConfig:
       step, drawn alike; evaluation takes the most.
     router_penalty: of ponderlm3, nats per latent thought that a token is given, on average.
     prune_below: of ponderlm3, latent thoughts whose weight is below this aren't run at inference.
-    fork_layers: of thoughtbubbles, the layers (from 1) before which streams fork; None: after each quarter of them.
+    fork_layers: of thoughtbubbles, the layers (from 1) before which streams fork; None: 3, 7 and 11 of 12, and the same
+      places of others.
     stream_budget: of thoughtbubbles, streams per token that a row may have.
     combine: of thoughtbubbles, how a token's streams are read: 'probabilities', their mixture (the paper); 'states',
       the head of their sum (the authors' code).

@@ -24,7 +24,7 @@ class Tbys(PausedMethod):
   def validate(self) -> None:
     super().validate()
     if not self.config.pauses:
-      raise InputError("method.pauses: 0, but method 'tbys' needs at least 1; without pauses it is 'baseline'")
+      raise InputError(f"method.pauses: 0, but method {self.name!r} needs at least 1; without pauses it is 'baseline'")
 
   @property
   def slots_trained(self) -> int:
