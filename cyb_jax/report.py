@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Of statistics.json. One that has less was written by another version.
 _PARTS = {
   "num_slots", "tokens", "perplexity", "latency", "training_latency", "calibration", "curves", "self_paced", "types",
-  "word_position", "word_class", "frequency", "difficulty", "groups",
+  "autoregressive", "word_position", "word_class", "frequency", "difficulty", "groups",
 }  # fmt: skip
 
 
@@ -191,7 +191,14 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
   """What statistics.json holds."""
   import jax
 
-  from cyb_jax.evaluation import Evaluator, PauseStatistics, evaluate_split, statistics_of_split
+  from cyb_jax.evaluation import (
+    AUTOREGRESSIVE_WINDOWS,
+    Evaluator,
+    PauseStatistics,
+    evaluate_split,
+    read_autoregressively,
+    statistics_of_split,
+  )
 
   args = flags.FLAGS
   options = {"split": args.split, "step": run.step, "batch_size": programs.rows_at_once(run.config, mesh)}
@@ -216,6 +223,15 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
         **options,
       )
       found["self_paced"] = {"windows": windows} | {name: paced[name] for name in _OF_SELF_PACED}
+    found["autoregressive"] = read_autoregressively(
+      Evaluator(run.method, mesh),
+      run.params,
+      store,
+      run.config,
+      split=args.split,
+      windows=min(found["windows"], AUTOREGRESSIVE_WINDOWS),
+      batch_size=options["batch_size"],
+    )
   return found | {"checkpoint": checkpoint}
 
 

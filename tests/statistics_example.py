@@ -23,7 +23,7 @@ def example(num_slots=3, *, decides=True, seed=0, groups=32, step=40, difficulty
     "groups": {"count": groups, "documents": 2 * groups, "nats": sums, "tokens": tokens},
     **dict.fromkeys((
       "latency", "training_latency", "calibration", "curves", "self_paced", "types", "word_position", "word_class",
-      "frequency", "difficulty",
+      "frequency", "difficulty", "autoregressive",
     )),
   }  # fmt: skip
   if num_slots == 1:

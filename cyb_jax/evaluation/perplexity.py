@@ -37,17 +37,21 @@ class Evaluator:
     omega: W weights, what the world grants in this evaluation; None: all W slots, always.
     context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': by those alone that
       the model asks for, see `evaluation.self_paced`.
+
+  Attributes:
+    shards: into how many parts a batch is split.
   """
 
   def __init__(self, method: Method, mesh: Mesh, omega: ArrayLike | None = None, context: str = "constant"):
     self.method = method
     self.omega = omega
     self.context = context
+    self.shards = sharding.data_shards(mesh)
     self._mesh, self._batch_sharding = mesh, sharding.batch_sharding(mesh)
     sums = _sums if context == "constant" else _sums_self_paced
-    self._sums = jax.jit(
-      functools.partial(sums, method, omega), in_shardings=(None, self._batch_sharding), out_shardings=None
-    )
+    compiled = functools.partial(jax.jit, in_shardings=(None, self._batch_sharding), out_shardings=None)
+    self._sums = compiled(functools.partial(sums, method, omega))
+    self._sums_of_prefixes = compiled(functools.partial(_sums_of_prefixes, method))
 
   def rows(self, batch_size: int) -> np.ndarray:
     """int64[R]: which rows of a batch this host reads."""
@@ -145,12 +149,53 @@ class Evaluator:
     }
 
 
+  def autoregressive(self, params: PyTree, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What a method that isn't causal says of text as a language model would have to: every target from the tokens
+    before it alone. It costs a pass for every token.
+
+    Args:
+      params, batches: as in `__call__`.
+
+    Returns:
+      `perplexity`; `blockwise_perplexity`, of the same targets read at once, as `__call__` does; `tokens`, how many
+      these are; `windows`.
+    """
+    totals: dict[str, float] = {}
+    windows = 0
+    for batch in batches:
+      placed = self.put(batch)
+      with jax.set_mesh(self._mesh):
+        sums = self._sums_of_prefixes(params, placed)
+      for name, value in hosts.fetch(sums).items():
+        totals[name] = totals.get(name, 0.0) + float(value)
+      windows += int((hosts.fetch(placed["weights"]) > 0).any(-1).sum())
+    tokens = totals["tokens"]
+    if not tokens:
+      raise InputError("limit: no target has weight in the windows that were read; give more, or another split")
+    return {
+      "perplexity": float(np.exp(-totals["log_likelihood"] / tokens)),
+      "blockwise_perplexity": float(np.exp(-totals["blockwise"] / tokens)),
+      "tokens": int(tokens),
+      "windows": windows,
+    }
+
+
 def _sums(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """Weighted sums over a batch; and, where the method decides, d_i and t_{i+1} - t_i per token."""
   reading = method.read(params, batch, omega)
   return _sums_of(method, reading, method.read_as_trained(params, batch, reading), batch["weights"])
+
+
+def _sums_of_prefixes(method: Method, params: PyTree, batch: Batch) -> dict[str, Array]:
+  reading, weights = method.read(params, batch), batch["weights"]
+  blockwise = jax.nn.logsumexp(reading.log_stopping + reading.scores.log_target, -1)
+  return {
+    "tokens": weights.sum(),
+    "log_likelihood": (method.read_prefixes(params, batch) * weights).sum(),
+    "blockwise": (blockwise * weights).sum(),
+  }
 
 
 def _sums_self_paced(

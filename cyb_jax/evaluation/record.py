@@ -14,6 +14,9 @@ from cyb_jax.data import TokenStore, evaluation_batches, with_documents
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
 
+# Of a method that isn't causal so many windows are read token by token as well, at a pass each.
+AUTOREGRESSIVE_WINDOWS = 16
+
 
 def evaluate_split(
   evaluator: Evaluator,
@@ -26,6 +29,7 @@ def evaluate_split(
   meta: dict[str, Any],
   limit: int | None = None,
   batch_size: int | None = None,
+  autoregressive_windows: int = 0,
 ) -> dict[str, Any]:
   """Evaluates parameters on a split of a token store.
 
@@ -39,16 +43,63 @@ def evaluate_split(
     meta: of the checkpoint: what training has spent.
     limit: at most so many windows; None: the split whole.
     batch_size: windows at a time; changes no number beyond rounding.
+    autoregressive_windows: of a method that isn't causal, how many of the windows at most are read autoregressively as
+      well; 0: none.
 
   Returns:
     `method`, `step`, `split`, `limit`, `omega` (of this evaluation; None: all slots, always), `context`, what
-    `Evaluator` gives, and `train_tokens`, `train_slots`, `train_flops`.
+    `Evaluator` gives, `train_tokens`, `train_slots`, `train_flops`, and `autoregressive`, see `read_autoregressively`.
 
   Raises:
     InputError: the store has no such split, or nothing in it.
   """
   windows, limit = used_windows(store, config, split, limit)
   batch_size = batch_size or config.evaluation_rows
+  batches = _batches(evaluator, store, config, split, limit, batch_size)
+  logging.info("evaluating %s: %d windows of %d tokens", split, windows, config.data.sequence_length)
+  num_bytes = store.num_bytes(split) if limit is None else None
+  numbers = evaluator(params, told(batches, windows, batch_size), num_bytes=num_bytes)
+  record = {"method": config.method.name, "step": step, "split": split, "limit": limit}
+  record |= {"omega": evaluator.omega, "context": evaluator.context} | numbers
+  record |= {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
+  found = read_autoregressively(
+    evaluator,
+    params,
+    store,
+    config,
+    split=split,
+    windows=min(windows, autoregressive_windows),
+    batch_size=batch_size,
+  )
+  return record | {"autoregressive": found}
+
+
+def read_autoregressively(
+  evaluator: Evaluator,
+  params: PyTree,
+  store: TokenStore,
+  config: Config,
+  *,
+  split: str,
+  windows: int,
+  batch_size: int | None = None,
+) -> dict[str, Any] | None:
+  """What `Evaluator.autoregressive` gives of the first so many windows of a split; None where they are none, and for
+  methods that are causal, which have no other way to be read. Arguments as in `evaluate_split`.
+  """
+  if evaluator.method.causal or not windows:
+    return None
+  # Rows that only pad would be passed as often as the others.
+  batch_size = min(batch_size or config.evaluation_rows, -(-windows // evaluator.shards) * evaluator.shards)
+  length = config.data.sequence_length
+  logging.info("evaluating %s token by token: %d windows of %d passes", split, windows, length)
+  batches = _batches(evaluator, store, config, split, windows, batch_size)
+  return evaluator.autoregressive(params, told(batches, windows, batch_size))
+
+
+def _batches(
+  evaluator: Evaluator, store: TokenStore, config: Config, split: str, limit: int | None, batch_size: int
+) -> Iterable[dict[str, Any]]:
   batches = evaluation_batches(
     store,
     split,
@@ -58,13 +109,8 @@ def evaluate_split(
     rows=evaluator.rows(batch_size),
   )
   if config.data.document_mask:
-    batches = (with_documents(batch, store.end_id) for batch in batches)
-  logging.info("evaluating %s: %d windows of %d tokens", split, windows, config.data.sequence_length)
-  num_bytes = store.num_bytes(split) if limit is None else None
-  numbers = evaluator(params, told(batches, windows, batch_size), num_bytes=num_bytes)
-  record = {"method": config.method.name, "step": step, "split": split, "limit": limit}
-  record |= {"omega": evaluator.omega, "context": evaluator.context} | numbers
-  return record | {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
+    return (with_documents(batch, store.end_id) for batch in batches)
+  return batches
 
 
 def used_windows(store: TokenStore, config: Config, split: str, limit: int | None) -> tuple[int, int | None]:

@@ -186,7 +186,7 @@ class PauseStatistics:
         log t (the range of a decile is known to the width of a bin of `ranks`).
       `curves`: perplexity against mean pauses, read at the first slot with d <= `threshold`, or under a `budget` of
         steps imposed through omega: all of i steps, or of i and i + 1 in equal shares.
-      `self_paced`: None.
+      `self_paced`, * `autoregressive`: None; others fill them in.
       `types`: of input tokens, see `token_types.summarize`; `paper`: the words that the paper lists, after a space,
         at their last piece.
       `word_position`, `word_class` (by the lexicon of the package textblob; None without it; of words that are one
@@ -209,7 +209,7 @@ class PauseStatistics:
       logging.warning("the loss of %d tokens isn't finite: each counts as %g nats", sums["not_finite"], _NATS)
     result = {"tokens": tokens, "documents": documents, "num_slots": method.num_slots}
     result |= {"perplexity": _perplexity(sums, groups), "latency": None, "training_latency": None}
-    result |= dict.fromkeys(("calibration", "curves", "self_paced"))
+    result |= dict.fromkeys(("calibration", "curves", "self_paced", "autoregressive"))
     result |= dict.fromkeys(("types", "word_position", "word_class", "frequency", "difficulty"))
     if method.num_slots > 1:
       result["latency"] = _latency(sums["reading"], tokens)

@@ -29,7 +29,7 @@ from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_toke
 from cyb_jax.data.tasks import PLACES, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import DivergedError, InputError, writing
-from cyb_jax.evaluation import Evaluator, evaluate_split
+from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.flops import peak_flops
 from cyb_jax.hosts import ALONE, Cluster, own_facts
 from cyb_jax.methods import Method
@@ -310,7 +310,7 @@ class _Loop:
       record = self.cluster.broadcast(self.cluster.index == 0 and self._last_evaluation())
       if not record:  # somebody has removed the metrics of a finished run
         meta, limit = self._meta(self.steps, seen), self.config.train.last_eval_limit
-        record = self._evaluate(state, self.steps, meta, limit=limit or None)
+        record = self._evaluate(state, self.steps, meta, limit=limit or None, last=True)
       if self.cluster.index == 0:
         with writing(f"{self.folder / 'evaluation.json'}"):
           runs.write_evaluation(self.folder, record)
@@ -418,7 +418,7 @@ class _Loop:
       meta, loss = self._meta(step, seen), None
       if validates or last:
         limit = train.last_eval_limit if last else train.eval_limit
-        record = self._evaluate(state, step, meta, limit=limit or None)
+        record = self._evaluate(state, step, meta, limit=limit or None, last=last)
         loss = record["loss"]
         if last and 0 < train.eval_every < step and train.eval_limit != train.last_eval_limit:
           # The best checkpoint is the best on the same windows.
@@ -442,7 +442,7 @@ class _Loop:
       clock = _Clock(ahead, step)
     if not self.steps and not self.cluster.broadcast(self.cluster.index == 0 and checkpoints.steps()):
       meta = self._meta(0, 0)
-      record = self._evaluate(state, 0, meta, limit=train.last_eval_limit or None)
+      record = self._evaluate(state, 0, meta, limit=train.last_eval_limit or None, last=True)
       log.write(record)
       checkpoints.save(0, self.strategy.logical(state), meta, loss=record["loss"])
     checkpoints.wait()
@@ -464,10 +464,19 @@ class _Loop:
       "version": __version__,
     }
 
-  def _evaluate(self, state: TrainState, step: int, meta: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
-    params = self.strategy.params(state)
+  def _evaluate(
+    self, state: TrainState, step: int, meta: dict[str, Any], limit: int | None = None, *, last: bool = False
+  ) -> dict[str, Any]:
     return evaluate_split(
-      self.evaluator, params, self.store, self.config, split="validation", step=step, meta=meta, limit=limit
+      self.evaluator,
+      self.strategy.params(state),
+      self.store,
+      self.config,
+      split="validation",
+      step=step,
+      meta=meta,
+      limit=limit,
+      autoregressive_windows=AUTOREGRESSIVE_WINDOWS if last else 0,
     )
 
   def _last_evaluation(self) -> dict[str, Any] | None:

@@ -82,6 +82,10 @@ def _header(source: Mapping[str, Any], meta: Mapping[str, Any], statistics: Stat
     ("95% interval over documents", page.interval(perplexity["interval"])),
     ("Mean pauses", latency.get("mean_pauses")),
   ]
+  alone = statistics["autoregressive"]
+  if alone:
+    compared = f"{number(alone['perplexity'])}, against {number(alone['blockwise_perplexity'])} of the same text at once"
+    pairs.insert(-1, ("Perplexity, each token from those before it", f"{compared} ({number(alone['tokens'])} tokens)"))
   changed = configs.differences(configs.default().to_dict(), source)
   rows = []
   for line in changed:
