@@ -101,8 +101,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   config = run.config
   store = programs.open_store(config, run.meta)
   read = {
-    name: args[name].value
-    for name in ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows")
+    name: args[name].value for name in ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows")
   }
   cluster.agree(read | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
   with jax.default_matmul_precision(config.precision.matmul):

@@ -190,8 +190,13 @@ def train_pass_cost(
   routing: float = 0.0,
   executed: bool = False,
   frozen: bool = False,
+  scaled: bool = False,
 ) -> Cost:
-  """The same as `train_cost` of slots that pass some layers once; arguments as in `pass_cost`."""
+  """The same as `train_cost` of slots that pass some layers once; arguments as in `pass_cost`.
+
+  `scaled`: whether updates of the residual stream are multiplied by what has a gradient (`Decoder.run_layers`); then
+  the results of the products that end layers are needed too.
+  """
   layers = config.num_layers if layers is None else layers
   once = pass_cost(config, slots=slots, keys=keys, slots_read=slots_read, layers=layers, routing=routing)
   trained = 2 if frozen else 3
@@ -201,7 +206,7 @@ def train_pass_cost(
   if executed:
     readout += once.readout
     if config.remat == "full":
-      last = ("down", "out") if config.parallel_residual else ("down",)
+      last = () if scaled else ("down", "out") if config.parallel_residual else ("down",)
       matrices += once.matrices - slots * layers * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
       # Of an adapter that ends a layer x A is needed, for the gradient of B.

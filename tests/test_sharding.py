@@ -73,6 +73,7 @@ VARIANTS = {
   "parallel residual, biases": build(decoder={"parallel_residual": True, "attention_bias": "all", "mlp_bias": True}),
   "baseline": build({"name": "baseline", "pauses": 0, "pause_input": "pause"}),
   "tbys": build({"name": "tbys"}),
+  "thoughtbubbles": build({"name": "thoughtbubbles", "pauses": 0, "pause_input": "pause"}, decoder={"num_layers": 2}),
 }
 
 

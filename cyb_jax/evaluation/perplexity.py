@@ -148,7 +148,6 @@ class Evaluator:
       **beside,
     }
 
-
   def autoregressive(self, params: PyTree, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """What a method that isn't causal says of text as a language model would have to: every target from the tokens
     before it alone. It costs a pass for every token.

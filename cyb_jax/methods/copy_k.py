@@ -11,8 +11,6 @@ Dimensions: B batch, T tokens, W slots, S slots of a row, Q slots that run toget
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 

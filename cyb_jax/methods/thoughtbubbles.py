@@ -118,13 +118,9 @@ class Thoughtbubbles(Plain):
         f"method.stream_budget: {config.stream_budget!r} must be finite and more than 1; a token needs a stream"
       )
     if config.stream_budget == 1:
-      raise InputError(
-        "method.stream_budget: 1 stream a token lets nothing fork; give more, or take method 'baseline'"
-      )
+      raise InputError("method.stream_budget: 1 stream a token lets nothing fork; give more, or take method 'baseline'")
     if self.decoder.config.scan_layers:
-      raise InputError(
-        "decoder.scan_layers: True, but method 'thoughtbubbles' stops between layers; set it to False"
-      )
+      raise InputError("decoder.scan_layers: True, but method 'thoughtbubbles' stops between layers; set it to False")
 
   @property
   def fork_layers(self) -> tuple[int, ...]:
@@ -216,9 +212,7 @@ class Thoughtbubbles(Plain):
       streams = dataclasses.replace(streams, hidden=hidden)
     return streams
 
-  def _fork(
-    self, router: Params, streams: Streams, budget: Int[Array, "B"], count: int, length: int
-  ) -> Streams:
+  def _fork(self, router: Params, streams: Streams, budget: Int[Array, "B"], count: int, length: int) -> Streams:
     """Every stream's fork and itself, and of these at most `budget` in each row, in arrays for `count`."""
     normed = _layer_norm(streams.hidden, router["fork_norm"], self.decoder.config.norm_epsilon)
     # Sums of products in f32 rather than a matrix product: what is kept must not hang on how a device rounds.
@@ -285,24 +279,28 @@ class Thoughtbubbles(Plain):
     return self.forward_slots(tokens)
 
   def forward_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
-    return self._cost(tokens, executed, flops.pass_cost)
+    return self._cost(tokens, executed, lambda number, **options: flops.pass_cost(self.decoder.config, **options))
 
   def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
     """Of reading a text at once, since there is no cache; see the head of this file."""
     return super().inference_cost(tokens, slots=slots) if slots is not None else self.forward_cost(tokens)
 
   def train_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
-    cost = functools.partial(flops.train_pass_cost, executed=executed, frozen=self.weights != "all")
+    def cost(number: int, **options) -> flops.Cost:
+      frozen = self.weights != "all"
+      return flops.train_pass_cost(self.decoder.config, executed=executed, frozen=frozen, scaled=number > 0, **options)
+
     return self._cost(tokens, executed, cost)
 
   def _cost(self, tokens: int, executed: bool, cost: Callable[..., flops.Cost]) -> flops.Cost:
+    """The sum of `cost` of the segments, by their numbers."""
     config, segments = self.decoder.config, self.segments(tokens)
     total = flops.Cost()
     for number, (first, last, streams) in enumerate(segments):
       behind = number == len(segments) - 1
       read = tokens if self.config.combine == "states" else streams
       total += cost(
-        config,
+        number,
         slots=streams / tokens,
         keys=flops.causal_keys(streams, executed),
         slots_read=read / tokens if behind else 0,

@@ -84,7 +84,9 @@ def _header(source: Mapping[str, Any], meta: Mapping[str, Any], statistics: Stat
   ]
   alone = statistics["autoregressive"]
   if alone:
-    compared = f"{number(alone['perplexity'])}, against {number(alone['blockwise_perplexity'])} of the same text at once"
+    compared = (
+      f"{number(alone['perplexity'])}, against {number(alone['blockwise_perplexity'])} of the same text at once"
+    )
     pairs.insert(-1, ("Perplexity, each token from those before it", f"{compared} ({number(alone['tokens'])} tokens)"))
   changed = configs.differences(configs.default().to_dict(), source)
   rows = []
