@@ -21,7 +21,7 @@ import jax
 import ml_collections
 from ml_collections import config_dict
 
-from cyb_jax import methods
+from cyb_jax import methods, settings
 from cyb_jax.decoder import PRESETS, SIZES, DecoderConfig, LoraConfig, preset
 from cyb_jax.errors import InputError
 from cyb_jax.losses import discount
@@ -333,6 +333,10 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
   """
   source = to_dict(config)
   _check_names("", source, [*_PARTS, "decoder", "init_from"])
+  if match := _match(source):
+    from cyb_jax import matching  # which freezes what is matched
+
+    source = matching.resolve(source, match)
   parts = {}
   for name, part in _PARTS.items():
     values = source.get(name, {})
@@ -357,6 +361,13 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
   )
   _validate(frozen)
   return frozen
+
+
+def _match(source: Mapping[str, Any]) -> settings.Match | None:
+  """What a name of a method such as 'deeper@ap' asks for."""
+  method = source.get("method")
+  name = method.get("name") if isinstance(method, Mapping) else None
+  return settings.parse_match(name) if isinstance(name, str) else None
 
 
 def _check_names(prefix: str, values: Any, accepted: Any) -> None:

@@ -1,10 +1,12 @@
 """The named settings of the experiments: the rows of the paper's tables (arXiv 2510.13879), as config fields.
 
-`experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out.
+`experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out. Wherever a
+setting may stand, a plain model that costs as much as one may: `deeper@ap`, `wider@ap/training`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,8 +56,69 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "copy_k": {"name": "copy_k", "pauses": 3},
 }
 
+# What stands for a method where each is shown once; of those that aren't named here the first of SETTINGS.
+_REPRESENTATIVES = ("baseline", "tbys3", "ap")
+# Plain models that cost what a setting does, DIRECTION@SETTING/MEASURE: the number of layers or their width is what
+# grows, FLOPs per real token of decoding or of a training step are what is matched.
+PLAIN = "baseline"
+DIRECTIONS = ("deeper", "wider")
+MEASURES = ("inference", "training")
+
 # Epochs x data: passes over how many thirds of the training windows (the paper's 1x, 2x and 3x data).
 REGIMES: dict[str, tuple[float, int]] = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "1x3": (1, 3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """What a plain model is to cost, as in 'wider@ap/training'.
+
+  Attributes:
+    direction: of DIRECTIONS.
+    setting: a key of SETTINGS.
+    measure: of MEASURES; where it isn't given, inference.
+  """
+
+  direction: str
+  setting: str
+  measure: str
+
+
+def parse_match(name: str) -> Match | None:
+  """The parts of a setting such as 'deeper@ap'; None for any other name.
+
+  Raises:
+    InputError: a part that isn't one of theirs, or a setting that is a plain model itself.
+  """
+  direction, at, rest = name.partition("@")
+  if not at:
+    return None
+  setting, slash, measure = rest.partition("/")
+  direction = _one_of("setting", direction, DIRECTIONS)
+  if "@" in rest or SETTINGS.get(setting, {}).get("name") == SETTINGS[PLAIN]["name"]:
+    raise InputError(
+      f"config argument: setting {name!r} matches {rest!r}, which is a plain model itself; name one that costs more,"
+      f" such as {direction}@ap"
+    )
+  setting = _one_of("setting", setting, SETTINGS)
+  return Match(direction, setting, _one_of("measure", measure, MEASURES) if slash else MEASURES[0])
+
+
+def check(name: str) -> str:
+  """The name of a setting, of SETTINGS or of a plain model that is matched to one.
+
+  Raises:
+    InputError: it is neither.
+  """
+  return name if parse_match(name) else _one_of("setting", name, SETTINGS)
+
+
+def representatives() -> list[str]:
+  """One setting for each method, in the order of the registry."""
+  found = []
+  for method in METHODS:
+    named = [name for name in (*_REPRESENTATIVES, *SETTINGS) if SETTINGS[name]["name"] == method]
+    found += named[:1]
+  return found
 
 
 def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tuple[str, str, str]:
@@ -66,7 +129,7 @@ def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tupl
   """
   given = _parts(argument, (setting, size, regime), "SETTING,SIZE,REGIME are three")
   return (
-    _one_of("setting", given[0], SETTINGS),
+    check(given[0]),
     _one_of("size", given[1], PRESETS),
     _one_of("data regime", given[2], REGIMES),
   )
@@ -128,15 +191,19 @@ def apply(
 
   Args:
     config: to be changed.
-    setting: a key of SETTINGS.
+    setting: a key of SETTINGS; or one such as 'deeper@ap', which stands in `method.name` until the config is complete
+      and frozen, see `matching`.
     size: a decoder preset.
     regime: a key of REGIMES.
     from_scratch: whether pauses carry their token's embedding, where the method has that option: from scratch, pauses
       without it collapse to the first slot.
   """
-  config.method.update(SETTINGS[setting])
-  if from_scratch and "pause_input" in METHODS[config.method.name].options:
-    config.method.pause_input = "token+pause"
+  if parse_match(setting):
+    config.method.update(name=setting, pauses=0)
+  else:
+    config.method.update(SETTINGS[setting])
+    if from_scratch and "pause_input" in METHODS[config.method.name].options:
+      config.method.pause_input = "token+pause"
   config.decoder.preset = size
   epochs, thirds = REGIMES[regime]
   config.train.epochs = float(epochs) if setting != "pretrained" else 0.0
@@ -145,7 +212,7 @@ def apply(
 
 def on_reviews(config: ml_collections.ConfigDict, size: str) -> None:
   """The film reviews, windows and a rate that suit a decoder of this size, and how often a run looks up."""
-  small = size in ("tiny", "small")
+  small = size in ("nano", "tiny", "small")
   config.data.task = "imdb_reviews"
   config.data.tokenizer = "sentencepiece:8192"
   config.data.sequence_length = 128 if small else 512

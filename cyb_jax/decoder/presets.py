@@ -25,6 +25,10 @@ _GEMMA_STYLE = dict(
 
 PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
   # For tests, probes and CPUs; Llama's style. The vocabulary is the tokenizer's: pass vocab_size.
+  # 0.12M in the layers + 64 V; 0.19M at 1024.
+  "nano": DecoderConfig(
+    vocab_size=1024, num_layers=3, d_model=64, num_heads=2, num_kv_heads=2, head_size=32, mlp_size=128
+  ),
   # 0.43M in the layers + 128 V; 1.5M at 8192.
   "tiny": DecoderConfig(
     vocab_size=8192, num_layers=2, d_model=128, num_heads=2, num_kv_heads=2, head_size=64, mlp_size=384
