@@ -164,7 +164,8 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   # No further than the checkpoint, which need not be the last.
   rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
   validation = [row for row in rows if row.get("omega") is None]
-  return Candidate(workdir, runs.read_config(workdir), meta, statistics, validation)
+  vocab_size = runs.load_tokenizer(workdir).vocab_size
+  return Candidate(workdir, runs.read_config(workdir), meta, statistics, validation, vocab_size)
 
 
 def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:

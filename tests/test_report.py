@@ -342,7 +342,7 @@ def compared():
 def test_comparison_page(compared):
   _, numbers, text, pictures = compared
   found = Page(text)
-  assert len(found.all("img")) == len(pictures) == 8
+  assert len(found.all("img")) == len(pictures) == 10
   assert "regimes.png" in pictures
   assert len(found.text("caption")) == len(found.all("table"))
   assert "<i>va" in found.text("td")

@@ -15,6 +15,8 @@ import numpy as np
 
 from cyb_jax import config as configs
 from cyb_jax.errors import InputError
+from cyb_jax.evaluation.report import trade_off
+from cyb_jax.evaluation.report.trade_off import Costs, Outcome
 
 # A seed is an initialisation and an order of the data.
 _SEEDS = (("train", "seed"), ("data", "seed"))
@@ -36,6 +38,7 @@ class Candidate:
     meta: of its checkpoint.
     statistics: see statistics.json; {} where the run isn't read yet.
     validation: rows of metrics.jsonl whose split is validation, by step.
+    vocab_size: of its tokenizer; None: as many entries as its decoder has rows.
   """
 
   workdir: str
@@ -43,6 +46,7 @@ class Candidate:
   meta: Mapping[str, Any]
   statistics: Mapping[str, Any]
   validation: Sequence[Mapping[str, Any]]
+  vocab_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +326,34 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
   return {"mean": float(np.mean(values)), "deviation": deviation, "values": list(values)}
 
 
+def outcomes(groups: Sequence[Group]) -> list[Outcome]:
+  """What each group spent and reached."""
+  return [_outcome(group) for group in groups]
+
+
+def _outcome(group: Group) -> Outcome:
+  first = group.runs[0]
+  config = configs.freeze(first.source)
+  method, length = config.build_method(first.vocab_size), config.data.sequence_length
+  records, paces = [], []
+  for run in group.runs:
+    found = run.statistics
+    # What decoding took is measured by evaluations; the last one at the same step has it.
+    measured = next((row for row in reversed(run.validation) if row.get("step") == found["step"]), {})
+    seen = {name: measured[name] for name in ("inference_flops", "inference_slots") if name in measured}
+    pauses = 0.0 if found["num_slots"] == 1 else (found["latency"] or {}).get("mean_pauses")
+    records.append(
+      {"method": config.method.name, "perplexity": found["perplexity"]["mixture"], "mean_pauses": pauses}
+      | {"autoregressive": found.get("autoregressive")}
+      | {spend: run.meta[spend] for spend in SPENDS}
+      | seen
+    )
+    if paced := found["self_paced"]:
+      cost = method.inference_cost(length, slots=paced["context_pauses"] + 1)
+      paces.append(paced | {"inference_flops": float(cost.total)})
+  return Outcome.of(group.label, records, Costs.of(config, first.vocab_size), paces)
+
+
 def compare(groups: Sequence[Group]) -> dict[str, Any]:
   """What comparison.json holds."""
   everyone = [run for group in groups for run in group.runs]
@@ -349,13 +381,18 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
       **{spend: [run.meta[spend] for run in group.runs] for spend in SPENDS},
     }
 
+  # Each group has a perplexity, with its seeds, and what training has spent of its own.
+  beside = [
+    {k: v for k, v in described.items() if k not in ("perplexity_seeds", "perplexity_deviation", "train_tokens")}
+    for described in trade_off.describe(outcomes(groups))
+  ]
   pairs = [(a, b) for a in groups for b in groups if a is not b]
   return {
     "split": first["split"],
     "limit": first["limit"],
     "tokens": first["tokens"],
     "curve_windows": windows,
-    "groups": [row(group) for group in groups],
+    "groups": [described | row(group) for group, described in zip(groups, beside)],
     "efficiency": {
       spend: [{"a": a.label, "b": b.label} | efficiency(a, b, spend, windows) for a, b in pairs] for spend in SPENDS
     },

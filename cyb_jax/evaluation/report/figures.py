@@ -18,6 +18,7 @@ from cyb_jax.errors import InputError
 
 try:
   import matplotlib
+  import matplotlib.patheffects
   import matplotlib.ticker
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.colors import LogNorm
@@ -94,6 +95,63 @@ def lines(
       _legend(figure, axes, len(series))
 
   return _draw(paint, 3.4 + (0.28 * math.ceil(len(series) / 2) if legend else 0))
+
+
+def trade_off(
+  places: Sequence[tuple[str, int, float, float, float, float, bool, bool]], names: Sequence[str], *, x: str, y: str
+) -> bytes:
+  """Numbered points on logarithmic axes, with bars over seeds, and a broken line through those of the front.
+
+  Args:
+    places: (what is written beside it, the number of its name, x, y, low, high, whether it is hollow, whether it is on
+      the front).
+    names: of the points; those that are hollow share that of another.
+    x, y: what stands on the axes, with its unit.
+  """
+
+  def paint(figure: Figure) -> None:
+    axes = figure.add_subplot()
+    front = sorted((px, py) for _, _, px, py, _, _, _, on in places if on)
+    if len(front) > 1:
+      axes.step(*zip(*front), where="post", color="#777777", linewidth=1.2, linestyle="--", zorder=1)
+    solid = {name: (px, py) for _, name, px, py, _, _, hollow, _ in places if not hollow}
+    for _, name, px, py, low, high, hollow, _ in places:
+      colour = COLOURS[name % 8]
+      if hollow:
+        axes.plot(*zip(solid[name], (px, py)), color=colour, linewidth=1, linestyle=":", zorder=1)
+      axes.errorbar(
+        [px], [py], yerr=[[max(py - low, 0)], [max(high - py, 0)]], fmt=_MARKERS[(name + name // 8) % 8], color=colour,
+        markerfacecolor="#ffffff" if hollow else colour, markersize=6, capsize=3, elinewidth=1, zorder=2,
+        label=None if hollow else names[name],
+      )  # fmt: skip
+    axes.margins(0.12)
+    _scales(axes, True, True)
+    _write_beside(axes, [(words, px, py) for words, _, px, py, *_ in places])
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    _legend(figure, axes, len(names))
+
+  columns = 2 if max(map(len, names)) <= 22 else 1
+  return _draw(paint, 4.2 + 0.23 * math.ceil(len(names) / columns))
+
+
+def _write_beside(axes: Any, words: Sequence[tuple[str, float, float]]) -> None:
+  """Words beside points of logarithmic axes, each on the side where the fewest others are."""
+  sides = {(5, 3): (1, 1), (-5, 3): (-1, 1), (5, -9): (1, -1), (-5, -9): (-1, -1), (0, 7): (0, 1), (0, -13): (0, -1)}
+  spots = np.array([axes.transData.transform((x, y)) for _, x, y in words]) / _DPI * 72
+  taken = list(spots)
+  for (text, x, y), spot in zip(words, spots):
+    centres = {offset: spot + np.multiply(side, (8, 9)) for offset, side in sides.items()}
+
+    def crowd(offset: tuple[int, int], centres: dict = centres) -> float:
+      return float(sum(np.exp(-((np.linalg.norm(centres[offset] - other) / 8) ** 2)) for other in taken))
+
+    offset = min(sides, key=crowd)
+    taken.append(centres[offset])
+    across = {1: "left", -1: "right", 0: "center"}[sides[offset][0]]
+    halo = [matplotlib.patheffects.withStroke(linewidth=2.5, foreground="#ffffff")]
+    axes.annotate(text, (x, y), offset, textcoords="offset points", ha=across, fontsize=8.5, path_effects=halo)
 
 
 def bars(

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cyb_jax.evaluation.report import figures, page, paper
+from cyb_jax.evaluation.report import comparison, figures, page, paper, trade_off
 from cyb_jax.evaluation.report.comparison import SPENDS, Group, curve
 from cyb_jax.evaluation.report.page import Picture, Section, number
 from cyb_jax.evaluation.report.single import paper_variants, read_on
+from cyb_jax.evaluation.report.trade_off import Outcome
 
 
 def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dict[str, bytes]]:
@@ -25,6 +26,7 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
   """
   sections = [
     _perplexity(groups, numbers),
+    trade_offs(comparison.outcomes(groups)),
     *(_regimes(groups, numbers) if any(group.regime for group in groups) else []),
     _differences(numbers),
     _curves(groups, numbers),
@@ -84,6 +86,35 @@ def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
     ],
   )  # fmt: skip
   return Section("Perplexity", page.beside(picture, table), (picture,))
+
+
+def trade_offs(outcomes: Sequence[Outcome]) -> Section:
+  """Perplexity against FLOPs, of training and of inference."""
+  names = [f"{row} {outcome.label}" for row, outcome in enumerate(outcomes, start=1)]
+  pictures = []
+  for axis, name in trade_off.AXES.items():
+    points = trade_off.points(outcomes, axis)
+    places = [
+      (f"{p.row + 1}{'s' * p.self_paced}", p.row, p.x, p.y, p.low, p.high, p.self_paced, p.on_front) for p in points
+    ]
+    front = [names[p.row] + ", self-paced" * p.self_paced for p in points if p.on_front]
+    hollow = " Hollow (s): the same runs where only the pauses that the model asks for stay in the context."
+    picture = Picture(
+      f"pareto_{axis.removesuffix('_flops')}",
+      figures.trade_off(places, names, x=name, y="perplexity"),
+      f"Perplexity against {name}; on the Pareto front: {', '.join(front)}",
+      f"Perplexity against {name} (both logarithmic), the mean over seeds, and the lowest to the highest seed: further"
+      " down and further left is better. The broken line is the Pareto front, the runs here that none beats in both."
+      + hollow
+      * any(p.self_paced for p in points),
+    )
+    pictures.append(picture)
+  note = trade_off.NOTE + (f" {trade_off.BLOCKWISE}" if any(outcome.blockwise for outcome in outcomes) else "")
+  table = page.table(
+    "Perplexity and what it takes", trade_off.HEADER, trade_off.table(outcomes), words=trade_off.WORDS, folded=False
+  )
+  body = page.paragraph(note, "note") + table + "".join(page.beside(picture) for picture in pictures)
+  return Section("Perplexity and FLOPs", body, tuple(pictures))
 
 
 def _regimes(groups: Sequence[Group], numbers: Mapping[str, Any]) -> list[Section]:
