@@ -37,6 +37,10 @@ PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
   "small": DecoderConfig(
     vocab_size=8192, num_layers=8, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=1024
   ),
+  # 27.3M in the layers + 512 V; 31.5M at 8192. For studies of methods on one accelerator.
+  "medium": DecoderConfig(
+    vocab_size=8192, num_layers=8, d_model=512, num_heads=8, num_kv_heads=8, head_size=64, mlp_size=1536
+  ),
   # GPT-2's width and depth. RoPE stands in for its 1024 learned positions, so pauses can share one and there
   # are 123,653,376 parameters in place of 124,439,808. It cannot take GPT-2's own weights.
   "gpt2_124m": DecoderConfig(
