@@ -205,6 +205,16 @@ def test_colour_and_second_cue():
   assert [span["tabindex"] for span in spans] == ["0", "-1", "-1", "-1"]
 
 
+def test_one_slot_has_its_perplexity_by_difficulty():
+  statistics = example(1)
+  bare, _ = single.build(source(), META, statistics, METRICS, [])
+  assert "The difficulty of this task&#x27;s tokens isn&#x27;t known" in bare
+  statistics["difficulty"] = [{"difficulty": m, "count": 10, "perplexity": 2.5 + m} for m in range(3)]
+  text, _ = single.build(source(), META, statistics, METRICS, [])
+  assert "Perplexity by difficulty (0: tokens that are no answers)" in Page(text).text("caption")
+  assert {"2.500", "3.500", "4.500"} <= set(Page(text).text("td"))
+
+
 def test_spent_at_by_hand():
   curve = Curve((100.0, 400.0, 1600.0), (5.0, 4.0, 3.5))
   # Half of the way down from 5 to 4 is half of the way from log 100 to log 400.

@@ -486,7 +486,9 @@ def test_against_a_slow_reference(name):
     np.testing.assert_allclose(groups["nats"][number], sum(inside), **CLOSE)
   if width == 1:
     given = {"method", "step", "split", "limit", "windows", "tokens", "documents", "num_slots", "perplexity", "groups"}
+    given |= {"difficulty"}
     assert {key for key, value in got.items() if value is not None} - {"limit"} == given - {"limit"}
+    check_perplexity_by_difficulty(got, rows)
     return
   check_latency(got["latency"], s)
   if rows[0]["trained"] is None:
@@ -540,18 +542,24 @@ def check_tokens(got, rows, store):
   assert sum(row["count"] for row in got["frequency"]) == len(rows)
 
 
-def check_difficulty(got, rows):
+def check_perplexity_by_difficulty(got, rows):
   assert {row["difficulty"] for row in got["difficulty"]} == {row["difficulty"] for row in rows} > {0}
   for level in got["difficulty"]:
     inside = [row for row in rows if row["difficulty"] == level["difficulty"]]
-    s, correct = (np.array([row[key] for row in inside], np.float64) for key in ("s", "correct"))
     assert level["count"] == len(inside)
+    nats = np.mean([-np.log(sum(row["s"] * row["t"])) for row in inside])
+    np.testing.assert_allclose(level["perplexity"], np.exp(nats), **CLOSE)
+
+
+def check_difficulty(got, rows):
+  check_perplexity_by_difficulty(got, rows)
+  for level in got["difficulty"]:
+    inside = [row for row in rows if row["difficulty"] == level["difficulty"]]
+    s, correct = (np.array([row[key] for row in inside], np.float64) for key in ("s", "correct"))
     np.testing.assert_allclose(level["mean_pauses"], np.mean([row["pauses"] for row in inside]), **CLOSE)
     np.testing.assert_allclose(level["stopping"], s.mean(0), **CLOSE)
     np.testing.assert_allclose(level["slot_accuracy"], correct.mean(0), **CLOSE)
     np.testing.assert_allclose(level["accuracy"], (s * correct).sum(-1).mean(), **CLOSE)
-    nats = np.mean([-np.log(sum(row["s"] * row["t"])) for row in inside])
-    np.testing.assert_allclose(level["perplexity"], np.exp(nats), **CLOSE)
 
 
 def check_calibration(steps, t, d):

@@ -191,7 +191,8 @@ class PauseStatistics:
         at their last piece.
       `word_position`, `word_class` (by the lexicon of the package textblob; None without it; of words that are one
         piece), `frequency` (by how often the type occurs here): pauses of the input tokens.
-      `difficulty`: by that of the target, pauses and how often the most probable word is the target.
+      * `difficulty`: by that of the target, perplexity; and with W > 1 pauses, and how often the most probable word is
+        the target.
       * `groups`: nats and tokens of documents by number modulo G <= 1,024, for paired bootstraps.
 
       Intervals are the middle 95% of 1,000 resamples of these groups, which are the documents themselves up to 1,024
@@ -216,8 +217,8 @@ class PauseStatistics:
       if "training" in sums:
         result["training_latency"] = _latency(sums["training"], tokens)
       result |= self._by_token(sums)
-      if "difficulty" in sums:
-        result["difficulty"] = _difficulty(sums["difficulty"], method.num_slots)
+    if "difficulty" in sums:
+      result["difficulty"] = _difficulty(sums["difficulty"], method.num_slots)
     if pairs:
       counts = sums["ranks"]
       centred = ranks.centred(counts).astype(np.float32)
@@ -369,6 +370,12 @@ def _first_pass(
   if method.decides:
     chosen = hard_slot(reading.scores.log_dont_know)[..., None]
     sums["hard"] = total(-jnp.take_along_axis(log_target, chosen, -1)[..., 0], real, _NATS)
+  level = jnp.where(real, batch["difficulty"], _DIFFICULTIES) if "difficulty" in batch else None
+  if level is not None:
+    sums["difficulty"] = {
+      "count": _added(level, _DIFFICULTIES, jnp.ones_like(level)),
+      "nats": _added(level, _DIFFICULTIES, fixed(nats, _NATS)),
+    }
   if method.num_slots == 1:
     return sums
   bound, pauses = _pauses_bound(method.num_slots), expected_pauses(reading.log_stopping)
@@ -386,16 +393,13 @@ def _first_pass(
   sums["alone"] = _added(alone, num_rows, jnp.ones_like(alone))
   parts = fixed_point.moments(pauses, bound)
   sums["moments"] = _added(rows, num_rows, jnp.broadcast_to(parts[..., None, :], (*rows.shape, parts.shape[-1])))
-  if "difficulty" in batch:
+  if level is not None:
     correct = _correct(method, params, batch).astype(jnp.int32)
-    level = jnp.where(real, batch["difficulty"], _DIFFICULTIES)
-    sums["difficulty"] = {
-      "count": _added(level, _DIFFICULTIES, jnp.ones_like(level)),
+    sums["difficulty"] |= {
       "pauses": _added(level, _DIFFICULTIES, fixed(pauses, bound)),
       "stopping": _added(level, _DIFFICULTIES, fixed(stopping, _SHARE)),
       "accuracy": _added(level, _DIFFICULTIES, fixed((stopping * correct).sum(-1), _SHARE)),
       "slot_accuracy": _added(level, _DIFFICULTIES, correct),
-      "nats": _added(level, _DIFFICULTIES, fixed(nats, _NATS)),
     }
   if method.decides:
     sums |= _decision_sums(reading, real, edges, thresholds)
@@ -577,17 +581,15 @@ def _difficulty(sums: Sums, num_slots: int) -> list[dict[str, Any]]:
     def mean(name: str, bound: float, level: int = level, count: int = count) -> Any:
       return (value(sums[name][level], bound) / count).tolist()
 
-    rows.append(
-      {
-        "difficulty": level,
-        "count": count,
+    row = {"difficulty": level, "count": count, "perplexity": math.exp(mean("nats", _NATS))}
+    if num_slots > 1:
+      row |= {
         "mean_pauses": mean("pauses", _pauses_bound(num_slots)),
         "stopping": mean("stopping", _SHARE),
         "accuracy": mean("accuracy", _SHARE),
         "slot_accuracy": (sums["slot_accuracy"][level] / count).tolist(),
-        "perplexity": math.exp(mean("nats", _NATS)),
       }
-    )
+    rows.append(row)
   return rows
 
 

@@ -469,10 +469,12 @@ def _range(row: Mapping[str, Any]) -> str:
 
 def _difficulty(statistics: Statistics) -> Section:
   title, rows = "Known difficulty", statistics["difficulty"]
-  if statistics["num_slots"] == 1:
-    return Section(title, page.absent(_ONE_SLOT))
   if not rows:
     return Section(title, page.absent("The difficulty of this task's tokens isn't known: there is nothing to show."))
+  if statistics["num_slots"] == 1:
+    found = [(row["difficulty"], row["count"], row["perplexity"]) for row in rows]
+    caption = "Perplexity by difficulty (0: tokens that are no answers)"
+    return Section(title, page.table(caption, ("difficulty", "tokens", "perplexity"), found))
   answers = [row for row in rows if row["difficulty"]]
   levels = [row["difficulty"] for row in answers]
   slots = range(statistics["num_slots"])
