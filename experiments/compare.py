@@ -413,8 +413,9 @@ def run(
   rates = _check(chosen, given, seeds=seeds, steps=steps, jobs=jobs, equal=equal, self_paced=self_paced)
   for setting in (*chosen, reference):
     settings.check(setting)
-  if importlib.util.find_spec("matplotlib") is None:
-    raise InputError("--workdir: plots need matplotlib, which isn't installed; pip install 'cyb_jax[report]'")
+  # That it can't be drawn is to be told now.
+  from cyb_jax.evaluation.report import side_by_side  # noqa: F401
+
   study = Study(folder, config, steps, jobs, search=search, size=size, fields=fields)
   models = {setting: _model(study, setting) for setting in dict.fromkeys((*chosen, reference, settings.PLAIN))}
   shared = partners(chosen, models) if "inference_flops" in equal else {}
@@ -568,7 +569,11 @@ def _write(
       | {"matched": _matched(entry.setting, models, shared)}
       | {"validation_by_rate": {f"{rate:g}": by_rate[rate] for rate in sorted(by_rate)}}
     )
-  table = trade_off.markdown(trade_off.HEADER, trade_off.table(outcomes))
+  beside = {
+    "equal": [", ".join(budget.replace("_flops", " FLOPs") for budget in row["equal"]) for row in rows],
+    "rate": [f"{row['learning_rate']:g}" for row in rows],
+  }
+  table = trade_off.markdown(*trade_off.table(outcomes, beside))
   notes = [note for note in (result["note"], trade_off.NOTE) if note]
   if any(outcome.blockwise for outcome in outcomes):
     notes.append(trade_off.BLOCKWISE)
@@ -628,8 +633,8 @@ def _slots_table(study: Study, entries: Mapping[Entry, Any], rows: Sequence[dict
     if len(row["latency"] or []) > 1:
       slots = " ".join(f"{p:.1f}" for p in row["slot_perplexity"] or [])
       latency = " ".join(f"{s:.3f}".lstrip("0") for s in row["latency"])
-      lines.append((study.label(entry), f"{row['learning_rate']:g}", slots, latency))
-  header = ("setting", "rate", "perplexity by slot", "mean of s")
+      lines.append((study.label(entry), slots, latency))
+  header = ("runs", "perplexity by slot", "mean of s")
   return trade_off.markdown(header, lines) if lines else ""
 
 

@@ -73,8 +73,9 @@ def test_what_looks_ahead_is_compared_as_it_would_be_decoded():
   assert (other["autoregressive"], other["blockwise_perplexity"]) == (False, None)
   # It is beaten, where the blockwise number alone would have won.
   assert (row["pareto"]["train_flops"], other["pareto"]["train_flops"]) == (False, True)
-  cells = trade_off.table([ahead, plain])
-  assert cells[0][2] == "22.00 (20.00)"
+  header, cells = trade_off.table([ahead, plain], {"rate": ["0.1", "0.2"]})
+  assert header[:4] == ("#", "runs", "rate", "perplexity")
+  assert [row[:4] for row in cells] == [("1", "bubbles", "0.1", "22.00 (20.00)"), ("2", "plain", "0.2", "21.00")]
   section = side_by_side.trade_offs([ahead, plain])
   assert "look ahead" in section.body
   assert "look ahead" not in side_by_side.trade_offs([plain]).body
@@ -91,7 +92,9 @@ def test_a_self_paced_context_is_a_point_of_its_own():
   assert described == {
     "perplexities": (10.5,), "perplexity": 10.5, "pauses": 0.5, "inference_flops": 4e5, "pareto": True,
   }  # fmt: skip
-  assert [row[0] for row in trade_off.table(outcomes)] == ["1", "1s", "2"]
+  header, rows = trade_off.table(outcomes, {"rate": ["0.1", "0.2"]})
+  assert [row[0] for row in rows] == ["1", "1s", "2"]
+  assert {len(row) for row in rows} == {len(header)}
   # A run that wasn't read so has none, and neither has a group of which one wasn't.
   pair = [record(10.0), record(11.0)]
   more = {"constant_perplexity": 8.0, "context_pauses": 0.5}

@@ -56,10 +56,7 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
 
 
 def _plus_minus(found: Mapping[str, Any] | None) -> str:
-  if found is None:
-    return "-"
-  spread = "" if found["deviation"] is None else f" ± {number(found['deviation'], 2)}"
-  return number(found["mean"]) + spread
+  return "-" if found is None else trade_off.plus_minus(found["values"])
 
 
 def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
@@ -110,9 +107,7 @@ def trade_offs(outcomes: Sequence[Outcome]) -> Section:
     )
     pictures.append(picture)
   note = trade_off.NOTE + (f" {trade_off.BLOCKWISE}" if any(outcome.blockwise for outcome in outcomes) else "")
-  table = page.table(
-    "Perplexity and what it takes", trade_off.HEADER, trade_off.table(outcomes), words=trade_off.WORDS, folded=False
-  )
+  table = page.table("Perplexity and what it takes", *trade_off.table(outcomes), words=trade_off.WORDS, folded=False)
   body = page.paragraph(note, "note") + table + "".join(page.beside(picture) for picture in pictures)
   return Section("Perplexity and FLOPs", body, tuple(pictures))
 

@@ -244,7 +244,7 @@ def describe(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
   return rows
 
 
-HEADER = (
+_HEADER = (
   "#", "runs", "perplexity", "lowest to highest", "mean pauses", "slots a token", "parameters", "real tokens",
   "training FLOPs", "as executed", "inference FLOPs a token", "on the front",
 )  # fmt: skip
@@ -263,9 +263,16 @@ BLOCKWISE = (
 )
 
 
-def table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-  """Rows of text under HEADER."""
-  rows = []
+def table(
+  outcomes: Sequence[Outcome], beside: Mapping[str, Sequence[str]] | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+  """A header, and rows of text.
+
+  Args:
+    outcomes: in the order of the rows; that of a self-paced context follows.
+    beside: further columns, a value for each outcome by header.
+  """
+  beside, rows = beside or {}, []
   fronts = {axis: points(outcomes, axis) for axis in AXES}
   for row, outcome in enumerate(outcomes):
     letters = [
@@ -280,7 +287,8 @@ def table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     spent = number(round(outcome.train_tokens)), flops(outcome.train_flops), flops(outcome.train_executed_flops)
     rows.append(
       (
-        str(row + 1), outcome.label, plus_minus(outcome.perplexities) + blockwise, span(outcome.perplexities),
+        str(row + 1), outcome.label, *(column[row] for column in beside.values()),
+        plus_minus(outcome.perplexities) + blockwise, span(outcome.perplexities),
         number(outcome.pauses, 3), slots, number(outcome.parameters), *spent, flops(outcome.inference_flops),
         " ".join(letters),
       )
@@ -290,12 +298,13 @@ def table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
       (point,) = [p for p in fronts["inference_flops"] if p.row == row and p.self_paced]
       rows.append(
         (
-          f"{row + 1}s", f"{outcome.label}, self-paced", plus_minus(paced.perplexities), span(paced.perplexities),
+          f"{row + 1}s", f"{outcome.label}, self-paced", *("" for _ in beside),
+          plus_minus(paced.perplexities), span(paced.perplexities),
           number(paced.pauses, 3), number(paced.pauses + 1, 3), number(outcome.parameters), *spent,
           flops(paced.inference_flops), "I" if point.on_front else "",
         )
       )  # fmt: skip
-  return rows
+  return (*_HEADER[:WORDS], *beside, *_HEADER[WORDS:]), rows
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
