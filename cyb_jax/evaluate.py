@@ -93,6 +93,11 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       normalize(omega, run.method.num_slots, name="omega")
     except ValueError as error:
       raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
+  if args.context == "self_paced" and not run.method.self_paces:
+    raise InputError(
+      f"--context: 'self_paced', but method {run.method.name!r} has no pauses that it could go without; leave it at"
+      " 'constant'"
+    )
   if args.context == "self_paced" and run.method.num_slots == 1:
     raise InputError(f"--context: 'self_paced', but method {run.method.name!r} has no pauses; leave it at 'constant'")
   windows = args.autoregressive_windows

@@ -174,11 +174,14 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
   """
   import json
 
+  from cyb_jax.methods import METHODS
+
   limit = flags.FLAGS.limit or None
   try:
     found = json.loads(storage.read_bytes(_kept(workdir) / "statistics.json"))
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
-    same &= found["num_slots"] == 1 or found["self_paced"] is not None
+    paced = found["num_slots"] > 1 and METHODS[found["method"]].self_paces
+    same &= not paced or found["self_paced"] is not None
     # A limit that leaves nothing out is recorded as none.
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
   except (OSError, ValueError, KeyError, TypeError):
@@ -212,7 +215,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
       limit=args.limit or None,
       **options,
     )
-    if run.method.num_slots > 1:
+    if run.method.num_slots > 1 and run.method.self_paces:
       windows = min(found["windows"], _SELF_PACED_WINDOWS)
       paced = evaluate_split(
         Evaluator(run.method, mesh, context="self_paced"),

@@ -50,11 +50,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "mean_slots": {"name": "mean_slots", "pauses": 3},
   # A plain model whose layers are passed four times.
   "looped": {"name": "looped", "pauses": 3},
+  # Latent thoughts: as published, one and always; up to three, as many as a router says.
+  "ponderlm2": {"name": "ponderlm2", "pauses": 1, "jacobi": "2:3"},
+  "ponderlm3": {"name": "ponderlm3", "pauses": 3, "jacobi": "2:3"},
   # Streams that fork, two and four a token; four equal ones that don't.
   "thoughtbubbles": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 2.0},
   "thoughtbubbles4": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 4.0},
   "copy_k": {"name": "copy_k", "pauses": 3},
 }
+
+_PONDER = {"initializer": "small", "scale_embeddings": True, "tied_embeddings": False}
+# What a setting changes of the decoder's preset, where it is trained from scratch.
+DECODERS: dict[str, dict[str, Any]] = {"ponderlm2": _PONDER, "ponderlm3": _PONDER}
 
 # What stands for a method where each is shown once; of those that aren't named here the first of SETTINGS.
 _REPRESENTATIVES = ("baseline", "tbys3", "ap")
@@ -187,7 +194,8 @@ def _one_of(kind: str, name: str, accepted: Iterable[str]) -> str:
 def apply(
   config: ml_collections.ConfigDict, setting: str, size: str, regime: str, *, from_scratch: bool = False
 ) -> None:
-  """Sets the method, the decoder's preset, and how much data is passed over how often.
+  """Sets the method, the decoder's preset with what the setting changes of it, and how much data is passed over how
+  often.
 
   Args:
     config: to be changed.
@@ -205,6 +213,8 @@ def apply(
     if from_scratch and "pause_input" in METHODS[config.method.name].options:
       config.method.pause_input = "token+pause"
   config.decoder.preset = size
+  if from_scratch:
+    config.decoder.update(DECODERS.get(setting, {}))
   epochs, thirds = REGIMES[regime]
   config.train.epochs = float(epochs) if setting != "pretrained" else 0.0
   config.data.fraction = thirds / 3

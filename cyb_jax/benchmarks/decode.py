@@ -60,14 +60,20 @@ def decode() -> dict[str, Any]:
   import jax
   import numpy as np
 
+  from cyb_jax.generation import default_mode
+  from cyb_jax.generation.options import check_decodes
+
   method, params, matmul = models.chosen()
+  check_decodes(method)
+  # Methods without pauses, or whose thoughts all run one after the other, speak in one way.
+  one = method.num_slots == 1 or method.feeds_back
   bandwidth = _read_bandwidth(repeats)
   rows, ratios = [], []
   with jax.default_matmul_precision(matmul):
     for size in batch_sizes:
       drawn = np.random.default_rng(0).integers(0, method.vocab_size, (size, args.prompt_tokens))
       prompts = [row.tolist() for row in drawn]
-      modes = ("self_paced", "constant", "none") if method.num_slots > 1 else ("none",)
+      modes = (default_mode(method),) if one else ("self_paced", "constant", "none")
       speakers = {mode: _Speaker(method, params, prompts, mode, args.read, args.new_tokens) for mode in modes}
       logging.info("batch size %d: compiled", size)
       again = _whole_forward(method, params, size, args.prompt_tokens + args.new_tokens)
@@ -81,9 +87,9 @@ def decode() -> dict[str, Any]:
       ]
       rows += mine
       by_mode = {row["mode"]: row for row in mine}
-      last = by_mode.get("constant", by_mode["none"])
+      last = by_mode.get("constant") or by_mode["none"]
       ratio = {"batch_size": size, "rerun_over_cached_token": statistics.median(rerun) / last["seconds_per_token"]}
-      if method.num_slots > 1:
+      if not one:
         paced, constant = by_mode["self_paced"], by_mode["constant"]
         ratio["all_slots_step_over_one_slot_step"] = constant["seconds_per_step"] / paced["seconds_per_step"]
         ratio["self_paced_over_constant_tokens_per_second"] = paced["tokens_per_second"] / constant["tokens_per_second"]

@@ -34,6 +34,7 @@ from cyb_jax.flops import Chip
 from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
 from cyb_jax.methods import Method
+from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.training.estimate import Knob, Outline
 
 # Rows that are decoded together where it isn't said, or as many as there are devices with rows of their own.
@@ -201,6 +202,8 @@ def _decode(run: Outline, rows: int) -> _Program:
   Where parameters are sharded over the mesh they stay so, and rows lie over the batch's axes; else one device decodes.
   """
   config, method, mesh = run.config, run.evaluated, run.mesh
+  if not method.decodes:
+    raise InputError(f"--steps: 'decode', but method {method.name!r} doesn't run slot by slot; leave it out")
   sampler = Sampler(method)
   sharded = config.parallelism.strategy == "jit" and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
   shards = sharding.data_shards(mesh) if sharded else 1
@@ -210,7 +213,7 @@ def _decode(run: Outline, rows: int) -> _Program:
   length = config.data.sequence_length
   decoding = plan(method, sampler.options)
   capacity = (length - 1) * (decoding.num_slots if decoding.keeps_pauses else 1) + decoding.num_slots
-  at_once = decoding.num_slots if decoding.parallel else 1
+  at_once = decoding.num_slots if decoding.parallel or decoding.in_turn else 1
 
   def compiled() -> jax.stages.Compiled:
     if sharded:
@@ -226,7 +229,8 @@ def _decode(run: Outline, rows: int) -> _Program:
   def cost(kernel: bool) -> float:
     del kernel  # a few queries against a cache are XLA's
     slots = rows * at_once
-    return flops.slot_flops(method.cache_config, slots=slots, keys=slots * capacity, slots_read=slots)
+    read = rows if decoding.in_turn else slots
+    return flops.slot_flops(method.cache_config, slots=slots, keys=slots * capacity, slots_read=read)
 
   about = {
     "rows": rows,
@@ -239,7 +243,7 @@ def _decode(run: Outline, rows: int) -> _Program:
 
 def _kernel_keys(method: Method, tokens: int) -> float:
   """The keys that the kernels multiply a query with, as a share of those that XLA does."""
-  if method.hides_pauses:
+  if isinstance(method, PausedMethod) and method.hides_pauses:
     return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
   slots = method.train_slots(tokens)
   return splash.executed_keys(slots) / slots

@@ -78,7 +78,7 @@ class Evaluator:
     Returns:
       The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. Beside them
       `inference_flops`, of a token decoded with a cache, and `inference_slots`, that it was seen to take where that is
-      decided token by token;
+      decided token by token; and what the method adds (`Method.evaluated`);
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
       perplexity, and beside it are `constant_perplexity`, of the same text read in a constant context, and
@@ -122,7 +122,8 @@ class Evaluator:
     measured = None  # slots a token that inference was seen to run
     if "inference_slots" in totals:
       measured = float(totals["inference_slots"] / tokens)
-    beside = {}
+    means = {name: float(sums / tokens) for name, sums in totals.items() if name.startswith("beside/")}
+    beside = self.method.evaluated({name.removeprefix("beside/"): mean for name, mean in means.items()})
     if self.context == "self_paced":
       beside = {
         "constant_perplexity": perplexity("constant_log_likelihood"),
@@ -225,10 +226,11 @@ def _sums_of(
   sums = {
     "tokens": weights.sum(),
     "loss": total((training or reading).loss),
-    "log_likelihood": total(jax.nn.logsumexp(reading.log_stopping + scores.log_target, -1)),
+    "log_likelihood": total(reading.log_likelihood),
     "oracle": total(scores.log_target.max(-1)),
     "stopping": total(jnp.exp(reading.log_stopping)),
   }
+  sums |= {f"beside/{name}": total(values) for name, values in reading.beside.items()}
   if reading.slots is not None:
     sums["inference_slots"] = total(reading.slots)
   if reading.lengths is None:  # else a slot is that of some tokens alone
@@ -238,8 +240,7 @@ def _sums_of(
   chosen = hard_slot(scores.log_dont_know)[..., None]
   sums["hard"] = total(jnp.take_along_axis(scores.log_target, chosen, -1)[..., 0])
   if training is not None:
-    log_likelihood = jax.nn.logsumexp(training.log_stopping + training.scores.log_target, -1)
-    sums["training_log_likelihood"] = total(log_likelihood)
+    sums["training_log_likelihood"] = total(training.log_likelihood)
     sums["training_stopping"] = total(jnp.exp(training.log_stopping))
   if method.num_slots == 1 or reading.lengths is not None:
     return sums, None, None

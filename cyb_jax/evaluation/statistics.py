@@ -176,8 +176,9 @@ class PauseStatistics:
       of d for a method that doesn't decide.
 
       * `tokens`, `documents`, `num_slots`.
-      * `perplexity`: `mixture` exp(mean of -log sum_i s_i t_i) and its `interval`, `mean_of_logs` exp(mean of
-        -sum_i s_i log t_i), `oracle` the best slot of each token, `hard` the first with d <= 1/2, `slots` each alone.
+      * `perplexity`: `mixture` exp(mean of -log sum_i s_i t_i), or that of the state that slots are fused into, and its
+        `interval`, `mean_of_logs` exp(mean of -sum_i s_i log t_i), `oracle` the best slot of each token, `hard` the
+        first with d <= 1/2, `slots` each alone.
       `latency`, `training_latency`: `mean` of s, `mean_pauses`, `histogram` (`edges`, `counts`) of the tokens'
         pauses; the latter under the omega and the recipe of training, where they are others.
       `calibration`: for each step i < W, d_i against what step i + 1 brings: `spearman` of d_i with t_{i+1} - t_i and
@@ -353,7 +354,7 @@ def _first_pass(
   reading = method.read(params, batch)
   real, log_target = batch["weights"] > 0, reading.scores.log_target
   stopping = jnp.exp(reading.log_stopping)
-  nats = -jax.nn.logsumexp(reading.log_stopping + log_target, -1)
+  nats = -reading.log_likelihood
   finite = jnp.isfinite(nats)
   nats = jnp.where(finite, nats, _NATS)
   # A slot that is never read counts for nothing, even one that gives the target no probability at all.
@@ -394,11 +395,11 @@ def _first_pass(
   parts = fixed_point.moments(pauses, bound)
   sums["moments"] = _added(rows, num_rows, jnp.broadcast_to(parts[..., None, :], (*rows.shape, parts.shape[-1])))
   if level is not None:
-    correct = _correct(method, params, batch).astype(jnp.int32)
+    correct, accuracy = _correct(method, params, batch, stopping)
     sums["difficulty"] |= {
       "pauses": _added(level, _DIFFICULTIES, fixed(pauses, bound)),
       "stopping": _added(level, _DIFFICULTIES, fixed(stopping, _SHARE)),
-      "accuracy": _added(level, _DIFFICULTIES, fixed((stopping * correct).sum(-1), _SHARE)),
+      "accuracy": _added(level, _DIFFICULTIES, fixed(accuracy, _SHARE)),
       "slot_accuracy": _added(level, _DIFFICULTIES, correct),
     }
   if method.decides:
@@ -497,17 +498,22 @@ def _second_pass(
   }
 
 
-def _correct(method: Method, params: PyTree, batch: Batch) -> Bool[Array, "B T W"]:
-  """Whether each slot's most probable word is the target."""
+def _correct(
+  method: Method, params: PyTree, batch: Batch, stopping: Float[Array, "B T W"]
+) -> tuple[Int[Array, "B T W"], Float[Array, "B T"]]:
+  """Whether each slot's most probable word is the target, 1 or 0; and how likely what is read says it."""
   hidden = method.hidden(params, batch)
   slots = jnp.broadcast_to(jnp.arange(hidden.shape[-2]), hidden.shape[1:-1])
 
-  def row(args: tuple[Array, Array]) -> Array:
+  def row(args: tuple[Array, Array]) -> tuple[Array, Array | None]:
     hidden, targets = args
-    return method.word_scores(params, hidden, slots).log_words.argmax(-1) == targets[:, None]
+    by_slot = method.word_scores(params, hidden, slots).log_words.argmax(-1) == targets[:, None]
+    fused = method.read_words(params, hidden)[0].argmax(-1) == targets if method.fuses else None
+    return by_slot.astype(jnp.int32), fused
 
   # Row by row: the dense words of a batch may not fit.
-  return jax.lax.map(row, (hidden, batch["targets"]))
+  correct, fused = jax.lax.map(row, (hidden, batch["targets"]))
+  return correct, (stopping * correct).sum(-1) if fused is None else fused.astype(jnp.float32)
 
 
 def _bins(edges: Float[Array, "K bins-1"], x: Float[Array, "B T K"]) -> Int[Array, "B T K"]:

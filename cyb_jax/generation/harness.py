@@ -273,7 +273,8 @@ class CybLM(LM):
     else:
       keys = before * (before + 1) / 2
       keys += sum(count * (prompt + number) + count * (count - 1) / 2 for number, count in enumerate(counts))
-    cost = flops.slot_flops(self.run.method.cache_config, slots=slots, keys=keys, slots_read=sum(counts))
+    read = len(counts) if plan.in_turn else sum(counts)
+    cost = flops.slot_flops(self.run.method.cache_config, slots=slots, keys=keys, slots_read=read)
     return Score(tokens=len(pauses), pauses=float(sum(pauses)), slots=float(slots), flops=cost)
 
   def _sampling(self, options: dict[str, Any]) -> SamplingOptions:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from cyb_jax.errors import InputError
+from cyb_jax.methods import METHODS, Method
 from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.stopping import normalize
 
@@ -22,7 +23,8 @@ class SamplingOptions:
   Attributes:
     mode: 'self_paced': one slot at a time, and a pause is run where the model asks for it; the context holds those
       alone. 'constant': a token and all its pauses in one forward, as in training; the answer is read from one of
-      them, and all stay in the context. 'none': no pauses.
+      them, and all stay in the context. 'none': no pauses. Latent thoughts, each fed with the one before it, are run in
+      mode 'constant' alone, one after the other, and read by the method's rule whatever `read` says.
     read: when to answer. 'sample': pause with probability d; 'threshold': pause where d > `threshold`; 'mixture': the
       word is drawn from sum_i s_i p_i, of all slots (mode 'constant').
     threshold: see there; 1/2 is the greedy reader.
@@ -58,6 +60,7 @@ class Plan:
 
   Attributes:
     parallel: whether a token's slots run together, in one forward.
+    in_turn: whether all of a token's slots run in one iteration, one after the other; see `PausedMethod.run_token`.
     num_slots: W, slots that a token may have.
     prompt_slots: slots of each token of the prompt.
     read: see `SamplingOptions`.
@@ -71,6 +74,7 @@ class Plan:
   """
 
   parallel: bool
+  in_turn: bool
   num_slots: int
   prompt_slots: int
   read: str
@@ -83,11 +87,41 @@ class Plan:
   stride: int | None
 
 
-def default_mode(method: PausedMethod) -> str:
+def default_mode(method: Method) -> str:
   """'self_paced' where the model decides when to answer; 'constant' where a rule does; 'none' without pauses."""
+  if method.feeds_back:
+    return "constant"
   if method.num_slots == 1:
     return "none"
   return "self_paced" if method.decides else "constant"
+
+
+def check_decodes(method: Method) -> None:
+  """
+  Raises:
+    InputError: the method doesn't run slot by slot.
+  """
+  if not method.decodes:
+    having = ", ".join(name for name, found in METHODS.items() if found.decodes)
+    raise InputError(
+      f"method.name: {method.name!r} doesn't run slot by slot: its text can't be generated or scored; {having} do"
+    )
+
+
+def _check_fed_back(method: PausedMethod, options: SamplingOptions) -> None:
+  """
+  Raises:
+    InputError: an option of pauses, which such methods haven't got.
+  """
+  always = f"but method {method.name!r} always runs a token's latent thoughts one after the other"
+  if options.mode != "constant":
+    raise InputError(f"mode: {options.mode!r}, {always}; take 'constant'")
+  if options.max_pauses not in (None, method.num_slots - 1):
+    raise InputError(f"max_pauses: {options.max_pauses}, {always}, {method.num_slots - 1} of them; leave it out")
+  if options.prompt_pauses == "none":
+    raise InputError(f"prompt_pauses: 'none', {always}, the prompt's too; take 'all'")
+  if options.omega is not None:
+    raise InputError(f"omega: {options.omega} is set, {always}; leave it out")
 
 
 def plan(method: PausedMethod, options: SamplingOptions) -> Plan:
@@ -96,6 +130,7 @@ def plan(method: PausedMethod, options: SamplingOptions) -> Plan:
   Raises:
     InputError: an option out of its range, or two that don't go together.
   """
+  check_decodes(method)
   trained = method.num_slots - 1
   for name, choices in (("mode", MODES), ("read", READS)):
     if getattr(options, name) not in choices:
@@ -103,6 +138,8 @@ def plan(method: PausedMethod, options: SamplingOptions) -> Plan:
   pauses = trained if options.max_pauses is None else options.max_pauses
   if isinstance(pauses, bool) or not isinstance(pauses, int) or not 0 <= pauses <= trained:
     raise InputError(f"max_pauses: {pauses!r} must lie in 0..{trained}, the pauses that the model was trained with")
+  if method.feeds_back:
+    _check_fed_back(method, options)
   if options.mode == "none":
     if options.max_pauses:
       raise InputError(f"max_pauses: {pauses} is set, but mode 'none' has no pauses; take 'self_paced' or 'constant'")
@@ -146,7 +183,8 @@ def plan(method: PausedMethod, options: SamplingOptions) -> Plan:
   if not method.shifts_positions:
     strides = (1, 1)
   return Plan(
-    parallel=options.mode == "constant",
+    parallel=options.mode == "constant" and not method.feeds_back,
+    in_turn=method.feeds_back,
     num_slots=pauses + 1,
     prompt_slots=prompt_slots,
     read=options.read,

@@ -1,6 +1,7 @@
 """The sampler: a batch of rows, each at its own pace, in one loop over a cache.
 
-In every iteration each live row runs one slot (mode self_paced; in mode constant all slots of one token). A row that
+In every iteration each live row runs one slot (mode self_paced; in mode constant all slots of one token, together, or
+one after the other where each is fed with the one before it). A row that
 pauses runs its next pause while its neighbour speaks, so a batch takes as many iterations as its longest row has slots:
 
     iteration      1       2        3        4        5
@@ -29,7 +30,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cyb_jax.decoder import Cache, empty_cache
+from cyb_jax.decoder import Cache
 from cyb_jax.errors import InputError
 from cyb_jax.generation.options import Plan, SamplingOptions, default_mode, plan
 from cyb_jax.methods.paused import PausedMethod
@@ -110,7 +111,7 @@ class Sampler:
   (threshold, temperature, top_k, top_p, omega) are arguments of the program and cost no compilation.
 
   Args:
-    method: one with a decoder that is run slot by slot, as all methods of `cyb_jax.methods` are.
+    method: one that `decodes`.
     options: see there. None: the defaults, in the method's own mode.
 
   Raises:
@@ -288,7 +289,7 @@ class Sampler:
 
     keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
     state = jax.eval_shape(start, keys, params)
-    cache = jax.tree.map(lambda x: placed(x, x.ndim - 4), state.cache)
+    cache = jax.tree.map(lambda x: placed(x, max(x.ndim - 4, 0)), state.cache)
     others = dataclasses.replace(state, cache=None)
     state = dataclasses.replace(jax.tree.map(lambda x: placed(x, 0 if x.ndim else -1), others), cache=cache)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
@@ -342,8 +343,11 @@ def _start(
   # Where pauses are seen by their own token alone they are taken back, all but those of the last token.
   of_token = plan.num_slots if plan.keeps_pauses else 1
   capacity = length * slots + (new - 1) * of_token + plan.num_slots
-  cache = empty_cache(method.cache_config, rows, capacity)
-  if length:
+  cache = method.empty_cache(rows, capacity)
+  place = (lengths - 1) * slots
+  if length and plan.in_turn:
+    cache, place = _run_in_turn(method, params, before, lengths, cache)
+  elif length:
     order = jnp.arange(length * slots)
     token, slot = order // slots, order % slots
     positions = token * plan.prompt_stride + (slot if plan.shifts else 0)
@@ -360,7 +364,7 @@ def _start(
     cache=cache,
     token=last,
     slot=jnp.zeros(rows, jnp.int32),
-    place=(lengths - 1) * slots,
+    place=place,
     position=(lengths - 1) * plan.prompt_stride,
     seeds=seeds,
     budget=budgets,
@@ -374,6 +378,22 @@ def _start(
   )
 
 
+def _run_in_turn(
+  method: PausedMethod, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], cache: PyTree
+) -> tuple[PyTree, Int[Array, "B"]]:
+  """A cache with all tokens of prompts but the last ones; and where these go. Exact, and as slow as saying them."""
+
+  def run(carry: tuple[PyTree, Array], column: tuple[Array, Array]) -> tuple[tuple[PyTree, Array], None]:
+    (cache, place), (token, number) = carry, column
+    _, cache, ran = method.run_token(params, token, jnp.full_like(place, number), cache, place)
+    # Behind a shorter prompt lies what is never seen, and is written over.
+    return (cache, place + jnp.where(number < lengths - 1, ran, 0)), None
+
+  columns = tokens.T, jnp.arange(tokens.shape[1], dtype=jnp.int32)
+  carry, _ = jax.lax.scan(run, (cache, jnp.zeros_like(lengths)), columns)
+  return carry
+
+
 @functools.partial(jax.jit, static_argnames=("method", "plan"), donate_argnames="state")
 def _advance(
   method: PausedMethod,
@@ -385,7 +405,7 @@ def _advance(
 ) -> SamplerState:
   state = dataclasses.replace(state, finished=state.finished | stopped)
   until = state.iterations + numbers["iterations"]
-  step = _all_slots if plan.parallel else _one_slot
+  step = _in_turn if plan.in_turn else _all_slots if plan.parallel else _one_slot
 
   def goes_on(state: SamplerState) -> Bool[Array, ""]:
     return (state.iterations < until) & ~state.finished.all()
@@ -463,6 +483,18 @@ def _all_slots(
   log_prob = jnp.take_along_axis(log_words, word[:, None], 1)[:, 0]
   said = _say(state, cache, numbers["end_id"], ~state.finished, word, read.astype(jnp.int32), log_prob)
   return _move(plan, state, said, width)
+
+
+def _in_turn(
+  method: PausedMethod, plan: Plan, params: PyTree, numbers: dict[str, Array], state: SamplerState
+) -> SamplerState:
+  """Every live row runs the slots of its token one after the other, and says a word."""
+  hidden, cache, ran = method.run_token(params, state.token, state.position, state.cache, state.place)
+  log_words = method.word_scores(params, hidden, jnp.full_like(ran, plan.num_slots - 1)).log_words
+  word = _choose(plan, numbers, _keys(state, _WORD), log_words)
+  log_prob = jnp.take_along_axis(log_words, word[:, None], 1)[:, 0]
+  said = _say(state, cache, numbers["end_id"], ~state.finished, word, ran - 1, log_prob)
+  return _move(plan, state, said, ran)
 
 
 def _say(

@@ -36,8 +36,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax import flops, sharding
 from cyb_jax.errors import InputError
+from cyb_jax.generation.options import check_decodes
 from cyb_jax.methods.paused import PausedMethod
-from cyb_jax.stopping import expected_pauses, log_stopping_distribution
+from cyb_jax.stopping import expected_pauses
 
 Request = tuple[Sequence[int], Sequence[int]]
 """(ids of the context, ids of the continuation)."""
@@ -95,7 +96,7 @@ class Scorer:
   """Scores continuations with a method's parameters.
 
   Args:
-    method: one with a decoder that is run slot by slot, as all methods of `cyb_jax.methods` are.
+    method: one that `decodes`.
     params: bare arrays.
     context: tokens that the model can take, at least 1; a longer context is cut on the left.
     start_id: the token that stands in front where there is no context.
@@ -105,7 +106,7 @@ class Scorer:
     row_slots: S, of rows that several requests share; None: what costs least.
 
   Raises:
-    InputError: a number that won't do.
+    InputError: a number that won't do, or a method that doesn't decode.
 
   Example:
     >>> run = cyb_jax.load("runs/ap")
@@ -125,6 +126,7 @@ class Scorer:
     slots: int | None = None,
     row_slots: int | None = None,
   ):
+    check_decodes(method)
     for name, value in (("context", context), ("slots", slots), ("row_slots", row_slots)):
       if value is not None and value < 1:
         raise InputError(f"{name}: {value} must be at least 1")
@@ -447,12 +449,6 @@ def _read(
 ) -> tuple[Float[Array, "C"], Bool[Array, "C"], Float[Array, "C"]]:
   """Of each token that is read: its target's log-probability, whether that is the likeliest word's, mean pauses."""
   places, targets = reads["places"], reads["targets"]
-  slots = jnp.broadcast_to(jnp.arange(method.num_slots, dtype=jnp.int32), places.shape)
-  words = method.word_scores(params, hidden.reshape(-1, hidden.shape[-1])[places], slots)
-  log_stopping = log_stopping_distribution(words.log_dont_know, words.log_answer)
-  if method.num_slots == 1:
-    log_words = words.log_words[:, 0]
-  else:
-    log_words = jax.nn.logsumexp(log_stopping[..., None] + words.log_words, 1)
+  log_words, log_stopping = method.read_words(params, hidden.reshape(-1, hidden.shape[-1])[places])
   log_target = jnp.take_along_axis(log_words, targets[:, None], 1)[:, 0]
   return log_target, log_target >= log_words.max(-1) - _TIE, expected_pauses(log_stopping)

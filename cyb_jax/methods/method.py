@@ -142,6 +142,9 @@ class Reading:
       None: all W.
     slots: f32[B, T], how many slots inference runs for each token, where that is decided token by token; None: see
       `Method.inference_cost`.
+    fused: f32[B, T], log-probability of the target where one state is read that is made of all slots'; None: the slots
+      are a mixture.
+    beside: f32[B, T] each, numbers whose means `Method.evaluated` is told.
   """
 
   loss: Float[Array, "B T"]
@@ -149,6 +152,15 @@ class Reading:
   log_stopping: Float[Array, "B T W"]
   lengths: Int[Array, "B T"] | None = None
   slots: Float[Array, "B T"] | None = None
+  fused: Float[Array, "B T"] | None = None
+  beside: dict[str, Float[Array, "B T"]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def log_likelihood(self) -> Float[Array, "B T"]:
+    """f32[B, T], log-probability of the target as the model is read: log sum_i s_i t_i, or `fused`."""
+    if self.fused is not None:
+      return self.fused
+    return jax.nn.logsumexp(self.log_stopping + self.scores.log_target, -1)
 
 
 class Method(abc.ABC):
@@ -161,7 +173,11 @@ class Method(abc.ABC):
     options: the fields of `MethodConfig` that this method has.
     decides: whether the model itself decides when it stops (then d means something).
     constants: names of parameters that `calibrate` sets and no step changes.
-    decodes: whether it runs slot by slot on a cache: text is generated, scored and read self-paced so.
+    decodes: whether it runs slot by slot on a cache: text is generated and scored so.
+    feeds_back: whether a slot is fed what came out of the one before it: a token's slots are then decoded one after the
+      other, see `PausedMethod.run_token`.
+    self_paces: whether it can read a text whose context holds fewer slots than it has.
+    fuses: whether one state is read that is made of all slots', see `Reading.fused`.
     causal: whether `read` predicts every token from those before it alone; where not, `read_prefixes` does.
   """
 
@@ -170,6 +186,9 @@ class Method(abc.ABC):
   decides: ClassVar[bool] = False
   constants: ClassVar[frozenset[str]] = frozenset()
   decodes: ClassVar[bool] = False
+  feeds_back: ClassVar[bool] = False
+  self_paces: ClassVar[bool] = False
+  fuses: ClassVar[bool] = False
   causal: ClassVar[bool] = True
 
   def __init__(
@@ -276,6 +295,11 @@ class Method(abc.ABC):
     methods that aren't `causal`.
     """
     raise NotImplementedError
+
+  def evaluated(self, means: dict[str, float]) -> dict[str, Any]:
+    """What an evaluation records beside the rest, from the means over tokens of `Reading.beside`."""
+    del means
+    return {}
 
   @property
   def passes(self) -> int:

@@ -14,15 +14,15 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax import flops
-from cyb_jax.decoder import Cache, DecoderConfig, Documents, HiddenSlots, embedding_init, init_params
+from cyb_jax.decoder import Cache, DecoderConfig, Documents, HiddenSlots, embedding_init, empty_cache, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.method import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
 from cyb_jax.readout import WordScores, slot_scores, word_scores
-from cyb_jax.stopping import SlotScores
+from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
 PAUSE_OPTIONS = frozenset(
   {"recipe", "pause_input", "pause_visibility", "pause_offset", "pause_shared", "pause_positions"}
@@ -44,6 +44,7 @@ class PausedMethod(Method):
 
   recipes: ClassVar[tuple[str, ...]] = ("constant",)
   decodes = True
+  self_paces = True
 
   def validate(self) -> None:
     for field, choices in {"recipe": self.recipes, **_CHOICES}.items():
@@ -169,6 +170,32 @@ class PausedMethod(Method):
       inputs, positions, cache, start, first=first, query_key_offset=offset, method="extend",
     )  # fmt: skip
 
+  def empty_cache(self, rows: int, capacity: int) -> PyTree:
+    """What `extend` and `run_token` fill, without a slot; `capacity`: slots of a row."""
+    return empty_cache(self.cache_config, rows, capacity)
+
+  def run_token(
+    self,
+    params: Params,
+    token: Int[Array, "B"],
+    position: Int[Array, "B"],
+    cache: PyTree,
+    place: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B D"], PyTree, Int[Array, "B"]]:
+    """Runs a token's slots one after the other, of methods that feed back.
+
+    Args:
+      params: bare arrays.
+      token: i32[B], of each row.
+      position: i32[B], for the rotary embeddings.
+      cache: of `empty_cache`.
+      place: i32[B], where the token's first slot goes; the slots before it are seen.
+
+    Returns:
+      [B, D], the state that is read; the cache; and i32[B], how many slots of the token it now holds.
+    """
+    raise NotImplementedError
+
   def hidden_slots(
     self,
     params: Params,
@@ -262,6 +289,17 @@ class PausedMethod(Method):
     """
     del slot
     return self._word_scores(params, hidden)
+
+  def read_words(
+    self, params: Params, hidden: Float[Array, "... W D"]
+  ) -> tuple[Float[Array, "... V"], Float[Array, "... W"]]:
+    """What tokens say of every word, all their slots granted: log sum_i s_i p_i; and log s."""
+    slots = jnp.broadcast_to(jnp.arange(self.num_slots, dtype=jnp.int32), hidden.shape[:-1])
+    words = self.word_scores(params, hidden, slots)
+    log_stopping = log_stopping_distribution(words.log_dont_know, words.log_answer)
+    if self.num_slots == 1:
+      return words.log_words[..., 0, :], log_stopping
+    return jax.nn.logsumexp(log_stopping[..., None] + words.log_words, -2), log_stopping
 
   def _word_scores(
     self,

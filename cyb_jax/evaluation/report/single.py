@@ -11,6 +11,7 @@ from cyb_jax.evaluation.report import coloured, figures, page, paper
 from cyb_jax.evaluation.report.coloured import Window
 from cyb_jax.evaluation.report.comparison import method_name
 from cyb_jax.evaluation.report.page import Picture, Section, number
+from cyb_jax.methods import METHODS
 
 Statistics = Mapping[str, Any]
 
@@ -153,7 +154,8 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section:
 def _perplexity(statistics: Statistics) -> Section:
   title, found = "Perplexity", statistics["perplexity"]
   one = statistics["num_slots"] == 1
-  rows = [("as it is read (mixture over s)", found["mixture"])]
+  made = "all slots fused into one state" if METHODS[statistics["method"]].fuses else "mixture over s"
+  rows = [(f"as it is read ({made})", found["mixture"])]
   if not one:
     rows += [("mean of logs, exp(-sum s log t)", found.get("mean_of_logs"))]
     rows += [
