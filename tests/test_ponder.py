@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import TINY, VOCABULARY, build, random_batch, tiny_config
+from statistics_example import example
 from test_report import Page, call
 
 from cyb_jax import config as configs
@@ -21,6 +22,7 @@ from cyb_jax.data import with_documents
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
+from cyb_jax.evaluation.report import single
 from cyb_jax.generation import Sampler, SamplingOptions, default_mode
 from cyb_jax.generation.scoring import Scorer
 from cyb_jax.methods import METHODS, MethodConfig
@@ -297,6 +299,8 @@ def test_scores_are_those_of_the_reading(name, exact):
     reading = read(params, {"tokens": jnp.array([ids[:-1]]), "targets": jnp.array([ids[1:]])})
     scored = slice(len(context) - 1, len(context) + len(continuation) - 1)
     assert score.log_likelihood == pytest.approx(float(reading.log_likelihood[0, scored].sum()), abs=1e-4)
+  # The last one: 3 tokens of 3 slots, each of which passes as often as in `hidden`.
+  assert scores[2].slots == pytest.approx(method.forward_slots(3))
 
 
 @pytest.mark.parametrize(
@@ -543,13 +547,24 @@ def test_settings_bring_their_conditioning():
 # Through the programs.
 
 
-@pytest.fixture(scope="module", params=[pytest.param("ponderlm2", marks=pytest.mark.slow), "ponderlm3"])
+def test_pages_say_what_is_read():
+  for name, said in (("tbys", "mixture over s"), ("ponderlm3", "all slots fused into one state")):
+    section = single._perplexity(example(decides=False) | {"method": name})
+    assert f"as it is read ({said})" in section.body
+
+
+def test_there_are_no_pauses_to_go_without():
+  mesh = sharding.make_mesh(ParallelismConfig(data=1), jax.devices()[:1])
+  with pytest.raises(InputError, match=r"context: 'self_paced', but method 'ponderlm2' has no pauses"):
+    Evaluator(model("ponderlm2")[0], mesh, context="self_paced")
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def workdir(request, tmp_path_factory):
   """Of a trained run; its name is the method's."""
   folder = tmp_path_factory.mktemp("runs") / request.param
   config = tiny_config(name=request.param, pauses=1, pause_input="pause", jacobi="0:1")
-  config.optimizer.accumulate = 2
-  config.data.batch_size = 16
+  config.data.batch_size, config.optimizer.accumulate = 16, 2
   config.train.update(steps=4, eval_every=0, checkpoint_every=0)
   record = training.train(configs.freeze(config), folder)
   assert record["train_slots"] == 4 * 16 * 16 * (1 + 2 * 1.5)
@@ -558,6 +573,7 @@ def workdir(request, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_programs(workdir, monkeypatch, tmp_path):
   folder = tmp_path / "report"
   record = call(monkeypatch, workdir=workdir, limit=4, text_windows=1, output=folder)
@@ -570,6 +586,7 @@ def test_programs(workdir, monkeypatch, tmp_path):
   assert len(statistics["latency"]["mean"]) == 2
 
 
+@pytest.mark.slow
 def test_through_the_programs(workdir):
   said = cli.start("generate", f"--workdir={workdir}", "--prompt=a=1", "--max_new_tokens=3", "--nostream")
   refused = cli.start("evaluate", f"--workdir={workdir}", "--context=self_paced")

@@ -43,6 +43,8 @@ class Evaluator:
   """
 
   def __init__(self, method: Method, mesh: Mesh, omega: ArrayLike | None = None, context: str = "constant"):
+    if context == "self_paced" and not method.self_paces:
+      raise InputError(f"context: 'self_paced', but method {method.name!r} has no pauses that it could go without")
     self.method = method
     self.omega = omega
     self.context = context

@@ -70,7 +70,8 @@ class Score:
     greedy: whether each of its tokens is the likeliest word where it stands, or ties with that to within 1e-5 nats.
     tokens: scored.
     pauses: sum over these of the expected number of pauses, sum_i (i - 1) s_i.
-    slots: decoder slots that were run; those of a context that several requests share are divided among them.
+    slots: decoder slots that were run, each as often as it was; those of a context that several requests share are
+      divided among them.
     flops: operations of the model, divided in the same way.
   """
 
@@ -329,15 +330,15 @@ class _Tree:
     keys = position + 1 + slot if method.hides_pauses else position * width + slot + 1
     config = method.decoder.config
     shared = branch == 0
-    share = 1 / len(branches)
+    share, times = 1 / len(branches), method.times_run
     self.spent = []
     for number, (request, continuation) in enumerate(branches, 1):
       own = branch == number
-      slots = share * shared.sum() + own.sum()
+      slots = times * (share * shared.sum() + own.sum())
       cost = flops.slot_flops(
         config,
         slots=float(slots),
-        keys=float(share * keys[shared].sum() + keys[own].sum()),
+        keys=float(times * (share * keys[shared].sum() + keys[own].sum())),
         slots_read=width * len(continuation),
       )
       self.spent.append((request, Score(tokens=len(continuation), slots=float(slots), flops=float(cost))))

@@ -41,6 +41,10 @@ class Looped(Plain):
     return self.config.pauses + 1
 
   @property
+  def times_run(self) -> float:
+    return float(self.passes_through_layers)
+
+  @property
   def cache_config(self) -> DecoderConfig:
     config = self.decoder.config
     return dataclasses.replace(config, num_layers=self.passes_through_layers * config.num_layers)

@@ -170,6 +170,11 @@ class PausedMethod(Method):
       inputs, positions, cache, start, first=first, query_key_offset=offset, method="extend",
     )  # fmt: skip
 
+  @property
+  def times_run(self) -> float:
+    """How often `hidden_slots` passes a slot through all layers."""
+    return 1.0
+
   def empty_cache(self, rows: int, capacity: int) -> PyTree:
     """What `extend` and `run_token` fill, without a slot; `capacity`: slots of a row."""
     return empty_cache(self.cache_config, rows, capacity)

@@ -219,6 +219,10 @@ class PonderLM2(PausedMethod):
   def forward_slots(self, tokens: int) -> float:
     return tokens * sum(count * times for count, times in self._passes(self.config.jacobi[1]))
 
+  @property
+  def times_run(self) -> float:
+    return self.forward_slots(1) / self.num_slots
+
   def _routing_cost(self, jacobi: float) -> flops.Cost:
     """Of what weighs keys, in all passes of a forward."""
     del jacobi
