@@ -534,7 +534,7 @@ def test_kernels_without_weights_of_keys_are_refused():
 
 def test_settings_bring_their_conditioning():
   config = configs.default()
-  settings.apply(config, "ponderlm2", "tiny", "1x1")
+  settings.apply(config, "ponderlm2", "tiny", "1x1", from_scratch=True)
   frozen = configs.freeze(config)
   assert frozen.method.jacobi == (2, 3)
   decoder = frozen.build_method().decoder.config
