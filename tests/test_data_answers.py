@@ -269,6 +269,7 @@ def test_a_start_token_is_read_and_never_learnt(tmp_path):
   assert weights[0].tolist() == [0, *[1] * len(dog), 1, 0, *[1] * len(cat), 1]
   assert store.document_starts("train").tolist() == [2, 4 + len(dog)]
   assert store.num_bytes("train") == len("the doga cat")
+  assert not store.has_prefixes("train")
 
 
 def write_wheel(path, name, docs):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cyb_jax.data import open_task, prepare, register
-from cyb_jax.data.tasks import _packaged_reviews, split_of, text_digest, write_lookups, write_sums
+from cyb_jax.data.tasks import _packaged_reviews, split_of, text_digest, write_lookups, write_question, write_sums
 from cyb_jax.errors import InputError
 
 C4 = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tfds"
@@ -72,6 +72,41 @@ def test_sums_are_right(lowest, highest):
       assert (int(answer), difficulty) == sum_answer(context, name)
       assert text[position] == answer
       assert lowest <= difficulty <= highest
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(1, 8), (3, 3)])
+def test_questions_are_right(lowest, highest):
+  seen = set()
+  for seed in range(200):
+    text, ((position, difficulty),) = write_question(np.random.default_rng(seed), lowest, highest)
+    context, question = text.split(" ?")
+    letters, answer = question.split("=")
+    assert len(context.split()) == 8
+    assert int(answer) == lookup_answer(context, letters)
+    assert (position, difficulty) == (len(text) - 1, len(letters))
+    assert len(set(letters)) == len(letters)
+    seen.add(difficulty)
+  assert seen == set(range(lowest, highest + 1))
+
+
+def test_of_a_question_the_answer_alone_is_learnt(tmp_path):
+  task = open_task("synthetic_questions", {"documents": "20"})
+  assert task.beside == ("difficulty", "weights")
+  for document in task.documents("train"):
+    np.testing.assert_array_equal(np.flatnonzero(document.weights), [len(document.text) - 1])
+  store = prepare("synthetic_questions", "bytes", tmp_path / "questions", options={"documents": 20})
+  # The answer, and the end behind it.
+  assert store.num_targets("train") == 2 * 20
+  assert store.has_prefixes("train")
+  # Windows begin with a token that isn't a target; an answer that is a window's first target has its prefix elsewhere.
+  length = 50
+  starts = np.asarray(store.document_starts("train"), int)
+  ends = np.append(starts[1:] - 2, store.num_tokens("train") - 2)  # where answers stand in the stream
+  expected = np.bincount((ends - 1) // length, (ends - 1) % length > 0, store.num_windows("train", length))
+  np.testing.assert_array_equal(store.prefixes("train", length), expected)
+  plain = prepare("synthetic_lookups", "bytes", tmp_path / "lookups", options={"documents": 20})
+  assert not plain.has_prefixes("train")
+  assert not plain.prefixes("train", length).any()
 
 
 def test_synthetic_splits_share_no_document():

