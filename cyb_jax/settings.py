@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "mean_slots": {"name": "mean_slots", "pauses": 3},
   # A plain model whose layers are passed four times.
   "looped": {"name": "looped", "pauses": 3},
+  # The pauses of earlier work: at random places, a tenth of the text; ten behind a prompt.
+  "pause_training": {"name": "pause_training", "pauses": 10},
   # Latent thoughts: as published, one and always; up to three, as many as a router says.
   "ponderlm2": {"name": "ponderlm2", "pauses": 1, "jacobi": "2:3"},
   "ponderlm3": {"name": "ponderlm3", "pauses": 3, "jacobi": "2:3"},

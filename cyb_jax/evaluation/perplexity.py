@@ -237,13 +237,13 @@ def _sums_of(
     sums["inference_slots"] = total(reading.slots)
   if reading.lengths is None:  # else a slot is that of some tokens alone
     sums["slots"] = total(scores.log_target)
+  if training is not None:
+    sums["training_log_likelihood"] = total(training.log_likelihood)
+    sums["training_stopping"] = total(jnp.exp(training.log_stopping))
   if not method.decides:
     return sums, None, None
   chosen = hard_slot(scores.log_dont_know)[..., None]
   sums["hard"] = total(jnp.take_along_axis(scores.log_target, chosen, -1)[..., 0])
-  if training is not None:
-    sums["training_log_likelihood"] = total(training.log_likelihood)
-    sums["training_stopping"] = total(jnp.exp(training.log_stopping))
   if method.num_slots == 1 or reading.lengths is not None:
     return sums, None, None
   target = jnp.exp(scores.log_target)

@@ -93,6 +93,7 @@ class CybLM(LM):
       mode constant, else 'sample'.
     add_bos_token: whether the start token stands in front of a text; None: as the tokenizer's model expects it.
     overlap: see `Scorer.score_rolling`.
+    pauses: between a context and what is scored or said, of methods that have such; None: as in training.
     seed: of text that is drawn.
     mesh: where a loaded run's parameters lie, if on several devices.
     max_batch_size, device: taken since the harness gives them; they change nothing.
@@ -117,6 +118,7 @@ class CybLM(LM):
     read: str = "",
     add_bos_token: bool | None = None,
     overlap: int = 1,
+    pauses: int | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
     max_batch_size: int | None = None,
@@ -136,6 +138,8 @@ class CybLM(LM):
         if init_from is None
         else pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh)
       )
+    if pauses is not None:
+      run = dataclasses.replace(run, method=run.method.with_prompt_pauses(pauses))
     text = str(batch_size or "auto").partition(":")[0]
     if text != "auto" and not (text.isdecimal() and int(text)):
       raise InputError(f"batch_size: {batch_size!r} must be a number of at least 1, or 'auto'")
@@ -273,7 +277,9 @@ class CybLM(LM):
     else:
       keys = before * (before + 1) / 2
       keys += sum(count * (prompt + number) + count * (count - 1) / 2 for number, count in enumerate(counts))
-    read = len(counts) if plan.in_turn else sum(counts)
+    # Pauses behind a prompt, and thoughts, are run without looking.
+    looks = not (plan.in_turn or self.run.method.prompt_pauses)
+    read = sum(counts) if looks else len(counts)
     cost = flops.slot_flops(self.run.method.cache_config, slots=slots, keys=keys, slots_read=read)
     return Score(tokens=len(pauses), pauses=float(sum(pauses)), slots=float(slots), flops=cost)
 

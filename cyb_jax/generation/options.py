@@ -23,8 +23,9 @@ class SamplingOptions:
   Attributes:
     mode: 'self_paced': one slot at a time, and a pause is run where the model asks for it; the context holds those
       alone. 'constant': a token and all its pauses in one forward, as in training; the answer is read from one of
-      them, and all stay in the context. 'none': no pauses. Latent thoughts, each fed with the one before it, are run in
-      mode 'constant' alone, one after the other, and read by the method's rule whatever `read` says.
+      them, and all stay in the context. 'none': no pauses but those that the method has behind a prompt. Latent
+      thoughts, each fed with the one before it, are run in mode 'constant' alone, one after the other, and read by the
+      method's rule whatever `read` says.
     read: when to answer. 'sample': pause with probability d; 'threshold': pause where d > `threshold`; 'mixture': the
       word is drawn from sum_i s_i p_i, of all slots (mode 'constant').
     threshold: see there; 1/2 is the greedy reader.
@@ -144,6 +145,11 @@ def plan(method: PausedMethod, options: SamplingOptions) -> Plan:
     if options.max_pauses:
       raise InputError(f"max_pauses: {pauses} is set, but mode 'none' has no pauses; take 'self_paced' or 'constant'")
     pauses = 0
+  if options.mode == "constant" and method.prompt_pauses:
+    raise InputError(
+      f"mode: 'constant' gives all tokens the same pauses, but method {method.name!r} has them behind the prompt alone;"
+      " take 'none'"
+    )
   if options.mode != "constant" and options.read == "mixture":
     raise InputError(
       f"read: 'mixture' reads all slots of a token, but mode {options.mode!r} doesn't run them; take mode 'constant'"

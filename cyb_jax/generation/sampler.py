@@ -87,7 +87,8 @@ class Generation:
   Attributes:
     tokens: ids, `end_id` included where a row ended with it.
     pauses: of each token, the slot that it was read from, counted from 0: in mode self_paced the pauses that were run
-      for it. With read 'mixture' all slots are read, and this is K.
+      for it; of the first one, those behind the prompt, where the method has such. With read 'mixture' all slots are
+      read, and this is K.
     log_probs: of each token, nats: log p of the token at the slot that it was read from, given an answer, at
       temperature 1 and of all words; with read 'mixture' of the mixture.
     slots: decoder slots that were run to say each row: tokens + pauses; in mode constant W a token. The prompt's are
@@ -226,7 +227,8 @@ class Sampler:
     context: int | None = None,
     prompt_multiple: int = _PROMPT_MULTIPLE,
   ) -> SamplerState:
-    """The state behind the prompts: all their tokens but the last ones have run, in one forward.
+    """The state behind the prompts: all their tokens but the last ones have run, in one forward; and where the method
+    has pauses behind a prompt (`Method.prompt_pauses`) in another one the last token and its pauses but the last.
 
     Arguments and errors: see `generate`.
     """
@@ -342,9 +344,10 @@ def _start(
   slots = plan.prompt_slots
   # Where pauses are seen by their own token alone they are taken back, all but those of the last token.
   of_token = plan.num_slots if plan.keeps_pauses else 1
-  capacity = length * slots + (new - 1) * of_token + plan.num_slots
+  paused = method.prompt_pauses
+  capacity = length * slots + paused + (new - 1) * of_token + plan.num_slots
   cache = method.empty_cache(rows, capacity)
-  place = (lengths - 1) * slots
+  place, position = (lengths - 1) * slots, (lengths - 1) * plan.prompt_stride
   if length and plan.in_turn:
     cache, place = _run_in_turn(method, params, before, lengths, cache)
   elif length:
@@ -360,12 +363,16 @@ def _start(
       cache,
       None,
     )
+  if paused:
+    slot = jnp.broadcast_to(jnp.arange(paused, dtype=jnp.int32), (rows, paused))
+    positions = position[:, None] + (slot if plan.shifts else 0)
+    _, cache = method.extend(params, jnp.repeat(last[:, None], paused, 1), slot, positions, cache, place)
   return SamplerState(
     cache=cache,
     token=last,
-    slot=jnp.zeros(rows, jnp.int32),
+    slot=jnp.full(rows, paused, jnp.int32),
     place=place,
-    position=(lengths - 1) * plan.prompt_stride,
+    position=position,
     seeds=seeds,
     budget=budgets,
     limit=limits,

@@ -3,7 +3,8 @@
 A continuation's log-likelihood is the sum over its tokens of log sum_i s_i t_i: every token, of the context too, is
 followed by all its pauses, as in training with the recipe *constant*, and the time at which the answer is read is
 summed over (method.md 3 and 7). The world grants all W slots, whatever recipe or omega a run was trained with: draws
-belong to training. Methods that read by a rule are read by their rule.
+belong to training. Methods that read by a rule are read by their rule. A method with pauses behind a prompt
+(`Method.prompt_pauses`) has them behind each request's context, and none in a text that is scored whole.
 
 Requests are laid out without padding between them. Those with the same context share it, as branches of a tree, and
 trees lie one behind the other in rows of a few fixed lengths. Two requests "a b | c d" and "a b | e f", and a third
@@ -43,6 +44,9 @@ from cyb_jax.stopping import expected_pauses
 Request = tuple[Sequence[int], Sequence[int]]
 """(ids of the context, ids of the continuation)."""
 
+_Part = tuple[int, tuple[int, ...], tuple[int, ...], int]
+"""(number of its request, ids of the context, ids of the continuation, pauses between them)."""
+
 # Of f32 word scores; a chunk's logits, their log-probabilities and the mixture's live at the same time.
 _READ_BYTES = 256 * 2**20
 _READ_COPIES = 3
@@ -69,7 +73,7 @@ class Score:
     log_likelihood: of the continuation, nats.
     greedy: whether each of its tokens is the likeliest word where it stands, or ties with that to within 1e-5 nats.
     tokens: scored.
-    pauses: sum over these of the expected number of pauses, sum_i (i - 1) s_i.
+    pauses: sum over these of the expected number of pauses, sum_i (i - 1) s_i, and those behind the context.
     slots: decoder slots that were run, each as often as it was; those of a context that several requests share are
       divided among them.
     flops: operations of the model, divided in the same way.
@@ -151,16 +155,18 @@ class Scorer:
     Raises:
       InputError: an id that is no word.
     """
-    parts, cut = [], 0
+    parts, cut, paused = [], 0, self.method.prompt_pauses
     for number, (before, continuation) in enumerate(requests):
       before, continuation = tuple(before) or (self.start_id,), tuple(continuation)
       self._check(number, before + continuation)
       if len(continuation) > self.context:
-        parts += [(number, *window) for window in _windows(before, continuation, self.context, 1)]
+        for window in _windows(before, continuation, self.context, 1):
+          # Of the others the context is of the continuation itself.
+          parts.append((number, *window, 0 if parts and parts[-1][0] == number else paused))
       elif continuation:
         kept = self.context + 1 - len(continuation)
         cut += len(before) > kept
-        parts.append((number, before[-kept:], continuation))
+        parts.append((number, before[-kept:], continuation, paused))
     if cut:
       logging.warning("%d of %d contexts were cut on the left: the model takes %d tokens",
         cut, len(requests), self.context)  # fmt: skip
@@ -185,7 +191,7 @@ class Scorer:
     parts = []
     for number, text in enumerate(texts):
       self._check(number, tuple(text))
-      parts += [(number, *window) for window in _windows((self.start_id,), tuple(text), self.context, overlap)]
+      parts += [(number, *window, 0) for window in _windows((self.start_id,), tuple(text), self.context, overlap)]
     return self._sums(len(texts), parts)
 
   def _check(self, number: int, ids: tuple[int, ...]) -> None:
@@ -195,8 +201,8 @@ class Scorer:
         f"request: number {number + 1} has the id {wrong}, but words are 0..{self.method.vocab_size - 1}"
       )
 
-  def _sums(self, count: int, parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> list[Score]:
-    """A score for each of `count` requests, from their parts (request, context, continuation)."""
+  def _sums(self, count: int, parts: list[_Part]) -> list[Score]:
+    """A score for each of `count` requests, from their parts."""
     scores = [Score()] * count
     rows = self._rows(self._trees(parts))
     pending: list[tuple[list[tuple[int, Score]], list[tuple[Array, ...]]]] = []
@@ -213,26 +219,26 @@ class Scorer:
       _collect(scores, *batch)
     return scores
 
-  def _trees(self, parts: list[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> list[_Tree]:
+  def _trees(self, parts: list[_Part]) -> list[_Tree]:
     """One tree for each context, or more where it has more branches than a row takes."""
-    by_context: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
-    for number, before, continuation in parts:
-      by_context.setdefault(before, []).append((number, continuation))
+    by_context: dict[tuple[tuple[int, ...], int], list[tuple[int, tuple[int, ...]]]] = {}
+    for number, before, continuation, paused in parts:
+      by_context.setdefault((before, paused), []).append((number, continuation))
     trees = []
-    for before, branches in by_context.items():
+    for (before, paused), branches in by_context.items():
       # In a tree of its own a branch costs its context again, in a longer row attention.
-      base, width = _context_slots(self.method, len(before)), self.method.num_slots
+      base, width = _context_slots(self.method, len(before), paused), self.method.num_slots
       limit = max(_TREE_SLOTS, base + width * (max(len(tokens) for _, tokens in branches) - 1))
       taken: list[tuple[int, tuple[int, ...]]] = []
       size = base
       for branch in branches:
         more = width * (len(branch[1]) - 1)
         if taken and size + more > limit:
-          trees.append(_Tree(self.method, before, taken))
+          trees.append(_Tree(self.method, before, taken, paused))
           taken, size = [], base
         taken.append(branch)
         size += more
-      trees.append(_Tree(self.method, before, taken))
+      trees.append(_Tree(self.method, before, taken, paused))
     return trees
 
   def _rows(self, trees: list[_Tree]) -> dict[int, list[list[_Tree]]]:
@@ -286,7 +292,8 @@ class Scorer:
 
 
 class _Tree:
-  """A context and the continuations behind it, laid out; all numbers are of this tree alone.
+  """A context, so many pauses behind it where they are `paused`, and the continuations behind these, laid out; all
+  numbers are of this tree alone.
 
   Attributes:
     size: slots.
@@ -296,7 +303,9 @@ class _Tree:
     spent: for each continuation its request, and what it has spent; `tokens` of the R come from it, in order.
   """
 
-  def __init__(self, method: PausedMethod, before: tuple[int, ...], branches: list[tuple[int, tuple[int, ...]]]):
+  def __init__(
+    self, method: PausedMethod, before: tuple[int, ...], branches: list[tuple[int, tuple[int, ...]]], paused: int
+  ):
     width = method.num_slots
     tokens, position, branch = list(before), list(range(len(before))), [0] * len(before)
     reader: list[int] = []  # of each target the token that it is read from
@@ -306,12 +315,14 @@ class _Tree:
       reader += range(len(tokens), len(tokens) + len(continuation) - 1)
       targets += continuation
       tokens += continuation[:-1]
-      position += range(len(before), len(before) + len(continuation) - 1)
+      position += range(len(before) + paused, len(before) + paused + len(continuation) - 1)
       branch += [number] * (len(continuation) - 1)
     # Hidden pauses of a token that isn't read are seen by nobody: they needn't be run.
     counts = np.full(len(tokens), width)
     if method.hides_pauses:
       counts[: len(before) - 1] = 1
+    # Of one slot otherwise, and at positions of their own.
+    counts[len(before) - 1] += paused
     first = np.cumsum(counts) - counts
     owner = np.repeat(np.arange(len(tokens)), counts)
     slot = np.arange(len(owner)) - first[owner]
@@ -325,7 +336,7 @@ class _Tree:
       "owner": owner,
       "branch": branch,
     }
-    self.places = first[np.asarray(reader)][:, None] + np.arange(width)
+    self.places = (first + counts - width)[np.asarray(reader)][:, None] + np.arange(width)
     self.targets = np.asarray(targets)
     keys = position + 1 + slot if method.hides_pauses else position * width + slot + 1
     config = method.decoder.config
@@ -341,12 +352,13 @@ class _Tree:
         keys=float(times * (share * keys[shared].sum() + keys[own].sum())),
         slots_read=width * len(continuation),
       )
-      self.spent.append((request, Score(tokens=len(continuation), slots=float(slots), flops=float(cost))))
+      score = Score(tokens=len(continuation), pauses=paused, slots=float(slots), flops=float(cost))
+      self.spent.append((request, score))
 
 
-def _context_slots(method: PausedMethod, tokens: int) -> int:
-  """Slots of a context, the last token of which is read."""
-  return tokens - 1 + method.num_slots if method.hides_pauses else tokens * method.num_slots
+def _context_slots(method: PausedMethod, tokens: int, paused: int) -> int:
+  """Slots of a context, the last token of which is read, with the pauses behind it."""
+  return paused + (tokens - 1 + method.num_slots if method.hides_pauses else tokens * method.num_slots)
 
 
 def _windows(
@@ -418,7 +430,7 @@ def _collect(scores: list[Score], spent: list[tuple[int, Score]], outputs: list[
       cost,
       log_likelihood=float(log_likelihood[start:stop].sum(dtype=np.float64)),
       greedy=bool(greedy[start:stop].all()),
-      pauses=float(pauses[start:stop].sum(dtype=np.float64)),
+      pauses=cost.pauses + float(pauses[start:stop].sum(dtype=np.float64)),
     )
     start = stop
   return len(spent)

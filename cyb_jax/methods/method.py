@@ -64,7 +64,7 @@ class MethodConfig:
       form of earlier work).
     pause_places: of pause_training, where pauses are in training: 'random', all over the text; 'prefix', M between
       each prefix and its target, which is what has weight; 'none', none (and at inference as with 'prefix').
-    pause_fraction: of 'random', pauses as a share of the window's length.
+    pause_fraction: of 'random', pauses as a share of the window's length, before it is cut back to that.
     jacobi: of ponderlm2 and ponderlm3, how many passes refine all latent thoughts at once: the fewest and the most of a
       step, drawn alike; evaluation takes the most.
     router_penalty: of ponderlm3, nats per latent thought that a token is given, on average.
@@ -300,6 +300,32 @@ class Method(abc.ABC):
     """What an evaluation records beside the rest, from the means over tokens of `Reading.beside`."""
     del means
     return {}
+
+  @property
+  def prompt_pauses(self) -> int:
+    """Pauses that inference runs behind a prompt, once, before anything is said; of methods that have such."""
+    return 0
+
+  def with_prompt_pauses(self, pauses: int) -> Method:
+    """The same method, for the same parameters, with another number of `prompt_pauses`.
+
+    Raises:
+      InputError: it has none, or can't have so many.
+    """
+    raise InputError(
+      f"--pauses: {pauses} is set, but method {self.name!r} has no pauses between a prompt and what is said; leave it"
+      " out"
+    )
+
+  @property
+  def learns_targets(self) -> bool:
+    """Whether it needs tasks whose documents are a prefix and a target, which alone has weight."""
+    return False
+
+  def prefixes_at_most(self, tokens: int) -> int | None:
+    """How many prefixes of a window it can do justice to, where it `learns_targets`; None: all."""
+    del tokens
+    return None
 
   @property
   def passes(self) -> int:

@@ -226,9 +226,9 @@ class PausedMethod(Method):
     variables = {"params": params["decoder"]}
     inputs = self.decoder.apply(variables, tokens, method="embed")
     offset = None
-    if self.num_slots > 1:
+    if self.num_pauses:
       pause = jnp.maximum(slots - 1, 0)
-      row = jnp.zeros_like(pause) if self.config.pause_shared else pause
+      row = jnp.minimum(pause, len(params["pause_input"]) - 1)  # one for all, where it is shared
       pauses = self.decoder.apply(variables, params["pause_input"][row], method="scale_inputs")
       if self.config.pause_input == "token+pause":
         pauses = pauses + inputs

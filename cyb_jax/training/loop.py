@@ -26,7 +26,7 @@ from cyb_jax import __version__, pretrained, runs, sharding, storage
 from cyb_jax import config as configs
 from cyb_jax.config import Config
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_documents
-from cyb_jax.data.tasks import PLACES, settle_options
+from cyb_jax.data.tasks import PLACES, has_targets, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import DivergedError, InputError, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
@@ -169,6 +169,8 @@ def _train(
       found = pretrained.open_pretrained(config.init_from)
     pieces = trained_pieces(config.tokenizer)
     config.decoder_config(pieces)
+    if not config.data.store:  # told before it is prepared
+      _check_targets(config, config.build_method(), has_targets(config.data.task))
   # A store that all share is prepared by one.
   if config.data.store and cluster.index:
     cluster.barrier()
@@ -184,6 +186,8 @@ def _train(
   steps = num_steps(config, open_batches(config, store))
   if found is not None:
     found.check(method, store.tokenizer)
+  _check_targets(config, method, store.has_prefixes("train"))
+  _tell_prefixes(config, method, store)
   _check_attention(config, method, mesh)
   folder = storage.place(workdir)
   if lock is not None:
@@ -193,6 +197,32 @@ def _train(
     cluster.same_folder(folder)
   with jax.default_matmul_precision(config.precision.matmul):
     return _Loop(config, folder, mesh, store, method, steps, profile, found, cluster).run()
+
+
+def _check_targets(config: Config, method: Method, there: bool) -> None:
+  """Raises InputError where a method learns targets behind prefixes, and the task has none."""
+  if method.learns_targets and not there:
+    raise InputError(
+      f"data.task: {config.data.task!r} has no targets behind prefixes: all of its tokens have weight 1; take a task of"
+      f" questions and answers, such as 'commonsense_qa' or 'synthetic_questions', or another method.pause_places than"
+      f" {method.config.pause_places!r}"
+    )
+
+
+def _tell_prefixes(config: Config, method: Method, store: TokenStore) -> None:
+  """Warns where windows have more prefixes than the method has room for."""
+  length = config.data.sequence_length
+  most = method.prefixes_at_most(length)
+  if not method.learns_targets or most is None:
+    return
+  for split in store.splits:
+    counts = store.prefixes(split, length)
+    beyond = int(np.maximum(counts - most, 0).sum())
+    if beyond:
+      logging.warning(
+        "%s: %d of its %d prefixes get no pauses: a window of %d tokens has room for those of %d",
+        split, beyond, int(counts.sum()), length, most,
+      )  # fmt: skip
 
 
 def _check_attention(config: Config, method: Method, mesh: Mesh) -> None:
