@@ -73,6 +73,10 @@ PLAIN = "baseline"
 DIRECTIONS = ("deeper", "wider")
 MEASURES = ("inference", "training")
 
+# The 2 x 2 of pause-training: what a model is pretrained with, and what it is fine-tuned with, on which task.
+PAUSE_RUNS = ("pretrain_standard", "pretrain_pause", "finetune_standard", "finetune_pause")
+PAUSE_TASKS = ("synthetic_questions", "commonsense_qa", "hellaswag", "piqa")
+
 # Epochs x data: passes over how many thirds of the training windows (the paper's 1x, 2x and 3x data).
 REGIMES: dict[str, tuple[float, int]] = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "1x3": (1, 3)}
 
@@ -152,6 +156,17 @@ def parse_tuning(argument: str | None) -> tuple[str, str]:
   """
   setting, tuned = _parts(argument, ("ap", "all"), "SETTING,WEIGHTS are two")
   return _one_of("setting", setting, SETTINGS), _one_of("tuning.weights", tuned, WEIGHTS)
+
+
+def parse_pause_training(argument: str | None) -> tuple[str, str]:
+  """(run, task) of experiments/pause_training.py from 'RUN,TASK', what is left out: 'pretrain_pause' and
+  'synthetic_questions', the task of fine-tuning.
+
+  Raises:
+    InputError: a name that isn't one of theirs, or a third argument.
+  """
+  run, task = _parts(argument, ("pretrain_pause", "synthetic_questions"), "RUN,TASK are two")
+  return _one_of("run", run, PAUSE_RUNS), _one_of("data.task", task, PAUSE_TASKS)
 
 
 def _parts(argument: str | None, defaults: Sequence[str], wanted: str) -> list[str]:

@@ -130,7 +130,7 @@ def test_every_setting_freezes(setting):
   settings.apply(config, setting, "tiny", "1x1")
   frozen = configs.freeze(config)
   assert frozen.data.fraction == pytest.approx(1 / 3)
-  assert frozen.build_method().num_slots == (1 if setting == "looped" else frozen.method.pauses + 1)
+  assert frozen.build_method().num_slots == (1 if setting in ("looped", "pause_training") else frozen.method.pauses + 1)
 
 
 def test_settings_are_the_rows_of_the_paper():

@@ -17,7 +17,7 @@ from models import TINY, VOCABULARY, assert_trees_close, build, random_batch, ti
 from scipy import stats
 
 from cyb_jax import config as configs
-from cyb_jax import data, methods, pretrained, sharding, training
+from cyb_jax import data, methods, pretrained, settings, sharding, training
 from cyb_jax.config import ParallelismConfig
 from cyb_jax.decoder import Decoder, DecoderConfig
 from cyb_jax.errors import InputError
@@ -420,6 +420,26 @@ def test_a_task_without_targets_is_refused_before_anything_is_written(tmp_path, 
   with pytest.raises(InputError, match=r"data.task: 'synthetic_lookups' has no targets behind prefixes"):
     training.train(configs.freeze(config), tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_two_by_two_freezes():
+  from experiments import pause_training
+
+  assert "experiments/pause_training.py" in pause_training.__doc__
+  # As settled where a run starts: its decoder and tokenizer are those of the run that it starts from.
+  start = {"init_from": "somewhere", "decoder": {"preset": "tiny"}}
+  made = {run: configs.freeze(pause_training.get_config(run).to_dict() | start) for run in settings.PAUSE_RUNS}
+  assert {run: (config.method.pause_places, config.method.pauses) for run, config in made.items()} == {
+    "pretrain_standard": ("none", 0),
+    "pretrain_pause": ("random", 10),
+    "finetune_standard": ("none", 0),
+    "finetune_pause": ("prefix", 10),
+  }
+  assert pause_training.get_config("finetune_pause,commonsense_qa").data.task == "commonsense_qa"
+  with pytest.raises(InputError, match=r"config argument: run 'finetune_pauses' is unknown; did you mean"):
+    pause_training.get_config("finetune_pauses")
+  with pytest.raises(InputError, match=r"config argument: data.task 'c4_en' is unknown"):
+    pause_training.get_config("finetune_pause,c4_en")
 
 
 CONFIG = """
