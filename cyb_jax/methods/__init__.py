@@ -13,9 +13,9 @@ from cyb_jax.methods.cyb import Cyb
 from cyb_jax.methods.looped import Looped
 from cyb_jax.methods.mean_slots import MeanSlots
 from cyb_jax.methods.method import WEIGHTS, Batch, Method, MethodConfig, Params, Reading, TokenLosses
+from cyb_jax.methods.pause_training import PauseTraining
 from cyb_jax.methods.ponderlm2 import PonderLM2
 from cyb_jax.methods.ponderlm3 import PonderLM3
-from cyb_jax.methods.pause_training import PauseTraining
 from cyb_jax.methods.tbys import Tbys
 from cyb_jax.methods.thoughtbubbles import Thoughtbubbles
 
