@@ -42,7 +42,6 @@ L layers, F forking layers.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -239,9 +238,10 @@ class Thoughtbubbles(Plain):
     streams = self.streams(params, batch, real_lengths(batch))
     targets = jnp.take_along_axis(batch["targets"], _own(streams.token, length), 1)
     scores = self.scores(params, self._finish(params, streams.hidden)[:, :, None], targets)
-    log_sum = functools.partial(_by_token, jnp.logaddexp, token=streams.token, length=length)
-    said = log_sum(streams.log_score + scores.log_target[..., 0])
-    log_target = (said - log_sum(streams.log_score))[..., None]
+    # One scan for both sums.
+    terms = jnp.stack([streams.log_score + scores.log_target[..., 0], streams.log_score], -1)
+    sums = _by_token(jnp.logaddexp, terms, streams.token, length)
+    log_target = sums[..., :1] - sums[..., 1:]
     scores = SlotScores(log_target, jnp.full_like(log_target, -jnp.inf), jnp.zeros_like(log_target))
     return Reading(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=jnp.zeros_like(log_target))
 
@@ -385,7 +385,7 @@ def _by_token(
 
   Args:
     add: jnp.add or jnp.logaddexp.
-    values: [B, S] or [B, S, D].
+    values: [B, S, ...].
     token: i32[B, S], see `Streams`.
     length: T.
   """
