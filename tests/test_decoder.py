@@ -363,8 +363,10 @@ def test_scaled_tied_inputs_start_at_one():
 @pytest.mark.parametrize(
   ("name", "count"),
   [
+    ("nano", 188_864),
     ("tiny", 1_475_200),
     ("small", 10_490_112),
+    ("medium", 31_465_984),
     ("gpt2_124m", 124_439_808 - 1024 * 768),
     ("smollm2_135m", 134_515_008),
     ("pythia_160m", 162_322_944),
@@ -381,7 +383,7 @@ def test_preset_sizes(name, count):
 
 
 def test_every_preset_is_tested():
-  assert len(PRESETS) == 9
+  assert len(PRESETS) == 11
 
 
 def test_preset_overrides():
@@ -390,7 +392,7 @@ def test_preset_overrides():
   assert PRESETS["tiny"].vocab_size == 8192
   # Shapes of a cuDNN decoder can be had where cuDNN is not.
   assert num_params(preset("tiny", dtype="bfloat16", attention="cudnn")) == num_params(preset("tiny"))
-  with pytest.raises(InputError, match=r"decoder\.preset: 'tny' is unknown; expected one of tiny, small"):
+  with pytest.raises(InputError, match=r"decoder\.preset: 'tny' is unknown; expected one of nano, tiny, small"):
     preset("tny")
   with pytest.raises(InputError, match=r"decoder\.layers: no such field, got 3; expected one of vocab_size"):
     preset("tiny", layers=3)
