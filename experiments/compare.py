@@ -579,7 +579,7 @@ def _write(
     notes.append(trade_off.BLOCKWISE)
   slots = _slots_table(study, pairs, rows)
   text = "\n".join([f"Read on the {result['split']} split.", "", table, *(f"{note}\n" for note in notes), slots])
-  section = side_by_side.trade_offs(outcomes)
+  section = side_by_side.trade_offs(outcomes, beside)
   header = page.paragraph(result["note"] or "") * bool(result["note"])
   header += page.paragraph(
     f"{study.config}, {result['seeds']} seeds, read on the {result['split']} split. Equal: {', '.join(result['equal'])}"

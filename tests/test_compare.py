@@ -230,6 +230,7 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
   assert "| 3s | ap, 12 steps, self-paced " in table
   page = (tmp_path / "index.html").read_text()
   assert "deeper@ap" in page
+  assert '<td class="word">training FLOPs</td>' in page
   assert all((tmp_path / f"pareto_{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("train", "inference"))
 
 

@@ -85,8 +85,8 @@ def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   return Section("Perplexity", page.beside(picture, table), (picture,))
 
 
-def trade_offs(outcomes: Sequence[Outcome]) -> Section:
-  """Perplexity against FLOPs, of training and of inference."""
+def trade_offs(outcomes: Sequence[Outcome], beside: Mapping[str, Sequence[str]] | None = None) -> Section:
+  """Perplexity against FLOPs, of training and of inference; `beside`: further columns of the table, by header."""
   names = [f"{row} {outcome.label}" for row, outcome in enumerate(outcomes, start=1)]
   pictures = []
   for axis, name in trade_off.AXES.items():
@@ -107,7 +107,8 @@ def trade_offs(outcomes: Sequence[Outcome]) -> Section:
     )
     pictures.append(picture)
   note = trade_off.NOTE + (f" {trade_off.BLOCKWISE}" if any(outcome.blockwise for outcome in outcomes) else "")
-  table = page.table("Perplexity and what it takes", *trade_off.table(outcomes), words=trade_off.WORDS, folded=False)
+  words = trade_off.WORDS + len(beside or ())
+  table = page.table("Perplexity and what it takes", *trade_off.table(outcomes, beside), words=words, folded=False)
   body = page.paragraph(note, "note") + table + "".join(page.beside(picture) for picture in pictures)
   return Section("Perplexity and FLOPs", body, tuple(pictures))
 
