@@ -14,7 +14,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cyb_jax import flops
 from cyb_jax.decoder import Cache, Documents
 from cyb_jax.methods.method import Batch, Params
 from cyb_jax.methods.tbys import Tbys
@@ -70,9 +69,3 @@ class CopyK(Tbys):
   def _places(self, positions: Int[Array, "..."], slots: Int[Array, "..."]) -> Float[Array, "..."]:
     """Where slots stand whose token stands at `positions`."""
     return positions - 1 + (slots + 1) / self.num_slots
-
-  def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
-    """With one readout a token, unless it was measured: read one by one, each is read."""
-    if slots is not None:
-      return super().inference_cost(tokens, slots=slots)
-    return flops.forward_cost(self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=1)

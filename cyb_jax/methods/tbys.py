@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cyb_jax import flops
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
@@ -29,6 +30,14 @@ class Tbys(PausedMethod):
   @property
   def slots_trained(self) -> int:
     return 1
+
+  def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
+    """With one readout a token, unless it was measured: read one by one, each is read."""
+    if slots is not None:
+      return super().inference_cost(tokens, slots=slots)
+    return flops.forward_cost(
+      self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=1, hidden=self.hides_pauses
+    )
 
   def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     loss = last_slot_cross_entropy(self.scores(params, self.hidden(params, batch), batch["targets"], slots=(-1,)))
