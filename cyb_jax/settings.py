@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "pause_training": {"name": "pause_training", "pauses": 10},
   # Latent thoughts: as published, one and always; up to three, as many as a router says.
   "ponderlm2": {"name": "ponderlm2", "pauses": 1, "jacobi": "2:3"},
-  "ponderlm3": {"name": "ponderlm3", "pauses": 3, "jacobi": "2:3"},
+  "ponderlm3": {"name": "ponderlm3", "pauses": 3, "jacobi": "2:3", "router_penalty": 0.01},
   # Streams that fork, two and four a token; four equal ones that don't.
   "thoughtbubbles": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 2.0},
   "thoughtbubbles4": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 4.0},
