@@ -127,7 +127,7 @@ def test_prefixes_by_hand():
 # Training and evaluation.
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_random_against_a_stream_in_python(masked, exact):
   method, params = model(pause_fraction=0.4)
   batch = random_batch(length=10)
@@ -229,7 +229,10 @@ def test_the_pause_is_learnt(places):
   np.testing.assert_allclose((gradient["pause_input"] * direction).sum(), slope, rtol=2e-2)
 
 
-@pytest.mark.parametrize(("strategy", "accumulate"), [("jit", 1), ("jit", 2), ("pmap", 1)])
+@pytest.mark.parametrize(
+  ("strategy", "accumulate"),
+  [("jit", 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("jit", 1), ("pmap", 1)))],
+)
 def test_a_step_on_any_devices_is_the_same(strategy, accumulate):
   config = tiny_config(name="pause_training", pause_input="pause", pause_fraction=0.3)
   config.parallelism.strategy = strategy
@@ -460,6 +463,7 @@ def get_config(argument=""):
   return config
 
 
+@pytest.mark.slow
 def test_pretrained_then_fine_tuned(tmp_path):
   """The programs, on a run with random pauses and one that starts from it and learns answers behind pauses."""
   path, first, second = tmp_path / "tiny.py", tmp_path / "first", tmp_path / "second"

@@ -307,6 +307,7 @@ def test_gradients_by_differences_of_the_reference(exact):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(steep))
 
 
+@pytest.mark.slow
 def test_evaluated_over_eight_devices(exact):
   """Both perplexities of an evaluation; the steps of a mesh are in test_sharding."""
   one = {"decoder": dataclasses.replace(THREE, num_layers=1), "name": "thoughtbubbles", "stream_budget": 1.5}
@@ -403,7 +404,9 @@ def test_costs_by_hand():
   ("options", "fields"),
   [
     ({"name": "thoughtbubbles", "fork_layers": (1,), "stream_budget": 3.0}, {"num_layers": 1}),
-    ({"name": "thoughtbubbles", "fork_layers": (2,), "combine": "states"}, {"remat": "full"}),
+    pytest.param(
+      {"name": "thoughtbubbles", "fork_layers": (2,), "combine": "states"}, {"remat": "full"}, marks=pytest.mark.slow
+    ),
     ({"name": "copy_k", "pauses": 2}, {"num_layers": 1}),
   ],
 )
