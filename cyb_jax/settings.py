@@ -28,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
   # The model that training starts from, evaluated: no pauses, no steps.
   "pretrained": {"name": "baseline", "pauses": 0},
   "baseline": {"name": "baseline", "pauses": 0},
+  # With the decoder that PonderLM-2 starts from.
+  "baseline_small": {"name": "baseline", "pauses": 0},
   **{f"tbys{k}": {"name": "tbys", "pauses": k} for k in (1, 2, 3)},
   "ap": _cyb(),
   "ap1": _cyb(1),
@@ -61,9 +63,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "copy_k": {"name": "copy_k", "pauses": 3},
 }
 
-_PONDER = {"initializer": "small", "scale_embeddings": True, "tied_embeddings": False}
+# What PonderLM-2 starts from, as published.
+PONDER_DECODER = {"initializer": "small", "scale_embeddings": True, "tied_embeddings": False}
 # What a setting changes of the decoder's preset, where it is trained from scratch.
-DECODERS: dict[str, dict[str, Any]] = {"ponderlm2": _PONDER, "ponderlm3": _PONDER}
+DECODERS: dict[str, dict[str, Any]] = dict.fromkeys(("ponderlm2", "ponderlm3", "baseline_small"), PONDER_DECODER)
 
 # What stands for a method where each is shown once; of those that aren't named here the first of SETTINGS.
 _REPRESENTATIVES = ("baseline", "tbys3", "ap")

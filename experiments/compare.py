@@ -51,7 +51,12 @@ _ALIKE = 0.02
 # Flags of --smoke, each of which may be given another value.
 SMOKE: dict[str, Any] = {
   "size": "nano",
-  "fields": ["data.tokenizer=sentencepiece:1024", "train.last_eval_limit=256", "train.tensorboard=False"],
+  "fields": [
+    "data.tokenizer=sentencepiece:1024",
+    "train.last_eval_limit=256",
+    "train.tensorboard=False",
+    *(f"decoder.{name}={value}" for name, value in settings.PONDER_DECODER.items()),
+  ],
   "equal": list(BUDGETS),
   "rates": ["4e-3"],
   "search": False,
@@ -100,6 +105,7 @@ class Model:
     paced: whether it decides itself how long it takes over a token.
     identity: of the config as it is trained; settings that have it in common are the same runs.
     costs: of its rows; `evaluation.report.trade_off.Costs`.
+    start: how its decoder starts, and whether its head is tied, which at few tokens may matter more than the method.
   """
 
   method: str
@@ -108,6 +114,7 @@ class Model:
   paced: bool = False
   identity: str = ""
   costs: Any = None
+  start: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,6 +430,10 @@ def run(
     name: _model(study, name) for first in shared for name in (f"{how}@{first}" for how in settings.DIRECTIONS)
   }
   entries = plan(chosen, equal, steps, reference, models)
+  uneven = _uneven(models, reference)
+  if uneven:
+    logging.warning("%s", uneven)
+  note = " ".join(filter(None, (note, uneven))) or None
   _claim(folder, {"config": config, "steps": steps, "size": size, "fields": list(fields)})
   logging.info(
     "%d rows: the best of %d rates%s each, then %d seeds%s%s: %s",
@@ -511,6 +522,19 @@ def _model(study: Study, setting: str) -> Model:
     paced=method.decides and method.decodes and method.num_slots > 1,
     identity=configs.to_json(config),
     costs=costs,
+    start=tuple(getattr(method.decoder.config, name) for name in settings.PONDER_DECODER),
+  )
+
+
+def _uneven(models: Mapping[str, Model], reference: str) -> str | None:
+  """A sentence on settings whose decoder starts otherwise than the reference's; None where there is none."""
+  others = [name for name, model in models.items() if model.start != models[reference].start]
+  if not others:
+    return None
+  fields = ",".join(f"decoder.{name}={value}" for name, value in settings.PONDER_DECODER.items())
+  return (
+    f"{', '.join(others)}: the decoder starts otherwise than that of {reference}, which alone changes perplexity; with"
+    f" --fields={fields} all start as PonderLM-2's does."
   )
 
 

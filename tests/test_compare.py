@@ -107,6 +107,14 @@ def planned(equal, steps=9, chosen=("baseline", "slow", "alike", "cheap"), model
   return [(entry.setting, entry.steps, entry.equal) for entry in entries]
 
 
+def test_decoders_that_start_otherwise_are_told_of():
+  models = {"baseline": model(start=("normal", True)), "a": model(start=("normal", True))}
+  assert compare._uneven(models, "baseline") is None
+  told = compare._uneven(models | {"b": model(start=("small", True))}, "baseline")
+  assert told.startswith("b: the decoder starts otherwise than that of baseline")
+  assert "--fields=decoder.initializer=small," in told
+
+
 def test_plan_of_equal_tokens():
   assert planned(["tokens"]) == [(name, 9, ("tokens",)) for name in ("baseline", "slow", "alike", "cheap")]
 
