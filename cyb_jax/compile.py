@@ -23,7 +23,9 @@ from cyb_jax.errors import InputError
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
   flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v6e:8x8, v4:2x2x2, v5p:2x2x2, ...")
-  flags.DEFINE_list("steps", list(STEPS), "What is compiled: some of train, evaluate, decode.")
+  flags.DEFINE_list(
+    "steps", list(STEPS), "What is compiled: some of train, evaluate, decode; by default what the method has."
+  )
   flags.DEFINE_integer(
     "decode_batch", 0, "Rows that are decoded together; 0: 8, or as many as devices that have rows of their own."
   )
@@ -48,9 +50,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     except OSError as error:
       raise InputError(f"--hlo: {args.hlo} can't be written to: {error.strerror}") from None
   from cyb_jax.compilation import steps
+  from cyb_jax.methods import METHODS
 
+  chosen = list(args.steps)
+  method = METHODS.get(source.method.name)
+  if not args["steps"].present and method is not None and not method.decodes:
+    chosen.remove("decode")
   result = steps.compile_steps(
-    source, topology, args.steps, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
+    source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
   )
   if not result["fits"]:
     raise programs.Failed(_refusal(result), result)

@@ -12,9 +12,10 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -301,7 +302,7 @@ def default() -> ml_collections.ConfigDict:
   for name, part in _PARTS.items():
     values = {field.name: field.default for field in dataclasses.fields(part)}
     if name == "method":
-      values |= dict.fromkeys(LISTS, "") | {"pauses": 3, "jacobi": "2:3", "fork_layers": ""}
+      values |= written_method(MethodConfig(pauses=3))
       # A reference, so that None (no shift) can be given too.
       values["dont_know_prior"] = config_dict.FieldReference(0.9, field_type=float)
     config[name] = ml_collections.ConfigDict(values)
@@ -310,6 +311,14 @@ def default() -> ml_collections.ConfigDict:
   for field in DECODER_FIELDS.values():
     config.decoder[field.name] = config_dict.placeholder(_plain_type(field.type))
   return config
+
+
+def written_method(method: MethodConfig) -> dict[str, Any]:
+  """A method's options as a ConfigDict has them: lists as 'a:b', '' where there is none."""
+  values = dataclasses.asdict(method)
+  for name in (*LISTS, *_WHOLE_NUMBERS):
+    values[name] = "" if values[name] is None else ":".join(f"{value:g}" for value in values[name])
+  return values
 
 
 def _plain_type(annotation: Any) -> type:
@@ -409,11 +418,18 @@ def _parse_method(values: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_whole_numbers(name: str, value: Any, example: str) -> tuple[int, ...] | None:
   if value is None or value == "":
-    return None
+    return getattr(MethodConfig, name)
   try:
-    return tuple(int(x) for x in (value.split(":") if isinstance(value, str) else value))
+    numbers = tuple(int(x) if isinstance(x, str) else operator.index(x) for x in _items(value))
   except (TypeError, ValueError):
-    raise InputError(f"method.{name}: {value!r} must be whole numbers such as {example!r}") from None
+    raise InputError(
+      f"method.{name}: {value!r} must be whole numbers such as {example!r}, or '' for the default"
+    ) from None
+  return numbers
+
+
+def _items(value: Any) -> Iterable[Any]:
+  return value.split(":") if isinstance(value, str) else value
 
 
 def _parse_list(name: str, value: Any, num_slots: int) -> tuple[float, ...] | None:
@@ -514,6 +530,7 @@ def _validate_tuning(config: Config, check: Callable[[str, bool, str], None]) ->
       " random ones can't be taught so; name the model to start from, or take tuning.weights = 'all'"
     )
   method = config.build_method()
+  method.check_length(config.data.sequence_length)
   if tuning.weights == "new" and not any(method.is_trained((name,)) for name in method.new_parameters()):
     raise InputError(
       f"tuning.weights: 'new', but method {method.name!r} with {method.config.pauses} pauses has no new rows; take"

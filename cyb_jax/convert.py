@@ -93,6 +93,11 @@ def _take_out(workdir: str, output: pathlib.Path) -> dict[str, Any]:
   args = flags.FLAGS
   start = time.perf_counter()
   run = runs.load(workdir, programs.checkpoint_flag())
+  if not run.method.exports:
+    raise InputError(
+      f"--workdir: {workdir} is of method {run.method.name!r}, which is no plain decoder: what reads such a folder"
+      " would run another model; export a run of baseline, tbys, cyb, constant_stop or mean_slots"
+    )
   decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
   context = None
   if run.config.init_from:

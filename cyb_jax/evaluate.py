@@ -103,6 +103,11 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   windows = args.autoregressive_windows
   if windows is not None and run.method.causal:
     raise InputError(f"--autoregressive_windows: {windows}, but method {run.method.name!r} is causal; leave it out")
+  if args.pauses is not None and not run.method.learns_targets:
+    raise InputError(
+      f"--pauses: {args.pauses} is set, but this run reads a split without pauses behind a prompt (method.pause_places"
+      f" = {run.config.method.pause_places!r}); leave it out, or give --tasks"
+    )
   config = run.config
   store = programs.open_store(config, run.meta)
   flags_read = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")

@@ -339,8 +339,7 @@ def _own_config(found: _FromSource, dtype: str) -> Config:
   config.precision.params = dtype
   config.train.epochs = 0.0  # it's read, not trained
   method = found.method or MethodConfig(name="baseline", pauses=0)
-  values = dataclasses.asdict(method)
-  config.method.update({k: "" if v is None and k in configs.LISTS else v for k, v in values.items()})
+  config.method.update(configs.written_method(method))
   config.data.tokenizer = ""
   config.data.sequence_length = min(found.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
   config.decoder.preset = ""

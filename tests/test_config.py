@@ -222,3 +222,36 @@ def test_the_papers_run():
   assert twice.train.steps == 50_000
   # Two passes: as many windows as half of the steps read.
   assert twice.data.fraction * gemma2b_c4.WINDOWS == pytest.approx(25_000 * 256)
+
+
+def test_lists_of_whole_numbers():
+  config = configs.default()
+  assert (config.method.jacobi, config.method.fork_layers) == ("2:3", "")
+  config.method.update(name="ponderlm2", pauses=1, jacobi="")
+  assert configs.freeze(config).method.jacobi == (2, 3)
+  config.method.jacobi = "1:4"
+  frozen = configs.freeze(config)
+  assert frozen.method.jacobi == (1, 4)
+  # Written again it is the same.
+  config.method.update(configs.written_method(frozen.method))
+  assert configs.freeze(config).method == frozen.method
+  config.method.jacobi = "2.5:3"
+  with pytest.raises(InputError, match=r"method\.jacobi: '2\.5:3' must be whole numbers such as '2:3'"):
+    configs.freeze(config)
+
+
+@pytest.mark.parametrize(
+  ("method", "message"),
+  [
+    (
+      {"name": "pause_training", "pauses": 0, "pause_fraction": 0.003},
+      r"method\.pause_fraction: 0\.003 of a window of 128",
+    ),
+    ({"name": "thoughtbubbles", "pauses": 0, "stream_budget": 1.001}, r"method\.stream_budget: 1\.001 streams a token"),
+  ],
+)
+def test_windows_too_short_for_the_method(method, message):
+  config = configs.default()
+  config.method.update(method)
+  with pytest.raises(InputError, match=message):
+    configs.freeze(config)

@@ -55,6 +55,11 @@ def test_rows_are_read_by_themselves(name):
   other["tokens"][1] = (other["tokens"][1] + 5) % VOCABULARY
   read = jax.jit(lambda params, batch: method.read(params, batch).loss)
   np.testing.assert_allclose(read(params, batch)[0], read(params, other)[0], rtol=1e-5, atol=1e-5)
+  padded = {key: value.copy() for key, value in batch.items()}
+  padded["weights"][0, 4:] = 0.0
+  tail = {key: value.copy() for key, value in padded.items()}
+  tail["tokens"][0, 4:] = (tail["tokens"][0, 4:] + 5) % VOCABULARY
+  np.testing.assert_allclose(read(params, padded)[0, :4], read(params, tail)[0, :4], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].causal])
@@ -95,3 +100,20 @@ def test_half_batches_make_the_whole(name, tmp_path):
   assert records[0]["loss"] == pytest.approx(records[1]["loss"], rel=1e-4)
   assert records[0]["perplexity"] == pytest.approx(records[1]["perplexity"], rel=1e-4)
   assert records[0]["inference_flops"] == records[1]["inference_flops"] > 0
+
+
+def test_what_is_no_plain_decoder_is_not_exported(monkeypatch, tmp_path):
+  """Whoever reads the folder would run another model."""
+  assert {name for name in METHODS if METHODS[name].exports} == {
+    "baseline",
+    "tbys",
+    "cyb",
+    "constant_stop",
+    "mean_slots",
+  }
+  run = types.SimpleNamespace(method=tiny("looped"))
+  monkeypatch.setattr("cyb_jax.runs.load", lambda *_: run)
+  monkeypatch.setattr("cyb_jax.programs.checkpoint_flag", lambda: None)
+  with pytest.raises(InputError, match=r"--workdir: somewhere is of method 'looped', which is no plain decoder"):
+    convert._give_out("somewhere", tmp_path / "out", types.SimpleNamespace(dtype="float32"))
+  assert not (tmp_path / "out").exists()

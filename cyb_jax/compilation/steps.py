@@ -245,6 +245,8 @@ def _kernel_keys(method: Method, tokens: int) -> float:
   """The keys that the kernels multiply a query with, as a share of those that XLA does."""
   if isinstance(method, PausedMethod) and method.hides_pauses:
     return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
+  if not method.one_pass:
+    return 1.0  # of several passes, or rows, no one share: counted as XLA's
   slots = method.train_slots(tokens)
   return splash.executed_keys(slots) / slots
 

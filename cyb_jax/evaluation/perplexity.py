@@ -123,7 +123,7 @@ class Evaluator:
     slots = windows * self.method.forward_slots(length) * passes
     measured = None  # slots a token that inference was seen to run
     if "inference_slots" in totals:
-      measured = float(totals["inference_slots"] / tokens)
+      measured = float(totals["inference_slots"] / totals["inference_tokens"])
     means = {name: float(sums / tokens) for name, sums in totals.items() if name.startswith("beside/")}
     beside = self.method.evaluated({name.removeprefix("beside/"): mean for name, mean in means.items()})
     if self.context == "self_paced":
@@ -234,7 +234,9 @@ def _sums_of(
   }
   sums |= {f"beside/{name}": total(values) for name, values in reading.beside.items()}
   if reading.slots is not None:
-    sums["inference_slots"] = total(reading.slots)
+    # Of all tokens of a window, learnt or read alone: they are run too. Of windows that only fill a batch none.
+    real = jnp.broadcast_to((weights > 0).any(-1, keepdims=True), weights.shape).astype(jnp.float32)
+    sums |= {"inference_slots": (reading.slots * real).sum(), "inference_tokens": real.sum()}
   if reading.lengths is None:  # else a slot is that of some tokens alone
     sums["slots"] = total(scores.log_target)
   if training is not None:

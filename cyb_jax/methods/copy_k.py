@@ -24,6 +24,7 @@ class CopyK(Tbys):
   """-log t_W behind the last of W equal inputs."""
 
   name = "copy_k"
+  exports = False
   options = frozenset()
 
   @property

@@ -27,6 +27,8 @@ class Looped(Plain):
   """Cross-entropy behind K + 1 passes through the layers."""
 
   name = "looped"
+  exports = False
+  one_pass = False
 
   def validate(self) -> None:
     super().validate()

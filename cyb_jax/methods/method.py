@@ -173,6 +173,8 @@ class Method(abc.ABC):
     options: the fields of `MethodConfig` that this method has.
     decides: whether the model itself decides when it stops (then d means something).
     constants: names of parameters that `calibrate` sets and no step changes.
+    exports: whether a Hugging Face folder holds all of it: a plain decoder, with pauses and `<don't know>` as entries.
+    one_pass: whether a step passes one row of `train_slots` slots through all layers, once.
     decodes: whether it runs slot by slot on a cache: text is generated and scored so.
     feeds_back: whether a slot is fed what came out of the one before it: a token's slots are then decoded one after the
       other, see `PausedMethod.run_token`.
@@ -185,6 +187,8 @@ class Method(abc.ABC):
   options: ClassVar[frozenset[str]]
   decides: ClassVar[bool] = False
   constants: ClassVar[frozenset[str]] = frozenset()
+  exports: ClassVar[bool] = False
+  one_pass: ClassVar[bool] = False
   decodes: ClassVar[bool] = False
   feeds_back: ClassVar[bool] = False
   self_paces: ClassVar[bool] = False
@@ -233,6 +237,10 @@ class Method(abc.ABC):
   @abc.abstractmethod
   def validate(self) -> None:
     """Raises InputError if the options don't go together."""
+
+  def check_length(self, tokens: int) -> None:
+    """Raises InputError if windows of so many tokens don't go with the options."""
+    del tokens
 
   @property
   @abc.abstractmethod
@@ -371,6 +379,14 @@ class Method(abc.ABC):
     if slots is not None:
       raise ValueError(f"slots: {slots}, but method {self.name!r} runs all of them")
     return self.forward_cost(tokens)
+
+  def autoregressive_cost(self, tokens: int) -> Cost:
+    """Of saying a text of `tokens` one by one, per real token: `inference_cost`, but for methods that have no cache."""
+    return self.inference_cost(tokens)
+
+  def tokens_learnt(self, tokens: int) -> float:
+    """How many tokens of a window of `tokens` training has a loss at; where that is drawn, the mean."""
+    return float(tokens)
 
   @abc.abstractmethod
   def train_cost(self, tokens: int, *, executed: bool = False) -> Cost:

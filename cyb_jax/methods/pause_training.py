@@ -48,6 +48,7 @@ class PauseTraining(Plain):
   """Cross-entropy of every token, read at the last pause behind the one before it."""
 
   name = "pause_training"
+  exports = False
   options = frozenset({"pause_places", "pause_fraction"})
 
   def validate(self) -> None:
@@ -61,6 +62,13 @@ class PauseTraining(Plain):
       raise InputError(
         f"method.pause_fraction: {fraction:g} is set, but method.pause_places = {places!r} doesn't use it; leave it at"
         f" {MethodConfig.pause_fraction:g}"
+      )
+
+  def check_length(self, tokens: int) -> None:
+    if self.config.pause_places == "random" and not self._drawn(tokens):
+      raise InputError(
+        f"method.pause_fraction: {self.config.pause_fraction:g} of a window of {tokens} tokens is no pause; give at"
+        f" least {1 / tokens:.2g}"
       )
 
   @property
@@ -168,6 +176,14 @@ class PauseTraining(Plain):
   def train_slots(self, tokens: int) -> float:
     return self._row_slots(tokens)
 
+  def tokens_learnt(self, tokens: int) -> float:
+    if self.config.pause_places != "random":
+      return super().tokens_learnt(tokens)
+    # Behind the first token pauses and tokens are mixed. Of the tokens that lie before the cut the last one is cut off
+    # too where a pause lies behind it.
+    drawn, others = self._drawn(tokens), tokens - 1
+    return 1 + (others * others - drawn) / (others + drawn) if drawn else float(tokens)
+
   def forward_slots(self, tokens: int) -> float:
     return self._row_slots(tokens)
 
@@ -181,8 +197,8 @@ class PauseTraining(Plain):
 
   def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
     """Of `slots` a token, where a split was measured to have so many with its pauses; None: of text without pauses."""
-    slots, keys = 1 if slots is None else slots, flops.causal_keys(self._row_slots(tokens))
-    return flops.pass_cost(self.decoder.config, slots=slots, keys=keys, slots_read=1)
+    slots = 1 if slots is None else slots
+    return flops.pass_cost(self.decoder.config, slots=slots, keys=flops.causal_keys(slots * tokens), slots_read=1)
 
   def _spent(self, tokens: int, executed: bool) -> dict[str, float]:
     row = self._row_slots(tokens)

@@ -43,6 +43,8 @@ class PausedMethod(Method):
   """
 
   recipes: ClassVar[tuple[str, ...]] = ("constant",)
+  exports = True
+  one_pass = True
   decodes = True
   self_paces = True
 

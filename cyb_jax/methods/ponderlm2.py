@@ -43,6 +43,8 @@ class PonderLM2(PausedMethod):
 
   name = "ponderlm2"
   options = frozenset({"jacobi"})
+  exports = False
+  one_pass = False
   self_paces = False
   feeds_back = True
 

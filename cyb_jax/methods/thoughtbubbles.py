@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +96,8 @@ class Thoughtbubbles(Plain):
 
   name = "thoughtbubbles"
   options = frozenset({"fork_layers", "stream_budget", "combine"})
+  exports = False
+  one_pass = False
   decodes = False
   causal = False
 
@@ -121,6 +123,9 @@ class Thoughtbubbles(Plain):
     if self.decoder.config.scan_layers:
       raise InputError("decoder.scan_layers: True, but method 'thoughtbubbles' stops between layers; set it to False")
 
+  def check_length(self, tokens: int) -> None:
+    self.budgets(tokens)
+
   @property
   def fork_layers(self) -> tuple[int, ...]:
     """In front of which layers streams fork, from 1."""
@@ -133,8 +138,7 @@ class Thoughtbubbles(Plain):
     Raises:
       InputError: a whole row has no room for a single fork.
     """
-    # The guard keeps a product such as 2.3 x 10 from losing a stream to rounding.
-    counts = np.floor(self.config.stream_budget * np.arange(length + 1) + 1e-9).astype(np.int32)
+    counts = self._counts(length)
     if counts[-1] <= length:
       raise InputError(
         f"method.stream_budget: {self.config.stream_budget:g} streams a token are {counts[-1]} of a window of"
@@ -142,9 +146,16 @@ class Thoughtbubbles(Plain):
       )
     return counts
 
+  def _counts(self, length: int) -> np.ndarray:
+    # The guard keeps a product such as 2.3 x 10 from losing a stream to rounding.
+    return np.floor(self.config.stream_budget * np.arange(length + 1) + 1e-9).astype(np.int32)
+
   def segments(self, length: int) -> list[Segment]:
     """What is run for a window of `length` tokens; streams fork between one and the next."""
-    most, streams, first = int(self.budgets(length)[-1]), length, 0
+    return self._segments(length, int(self.budgets(length)[-1]))
+
+  def _segments(self, length: int, most: int) -> list[Segment]:
+    streams, first = length, 0
     result = []
     for layer in self.fork_layers:
       result.append(Segment(first, layer - 1, streams))
@@ -279,22 +290,40 @@ class Thoughtbubbles(Plain):
     return self.forward_slots(tokens)
 
   def forward_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
-    return self._cost(tokens, executed, lambda number, **options: flops.pass_cost(self.decoder.config, **options))
+    return self._pass(tokens, self.segments(tokens), executed)
 
   def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
     """Of reading a text at once, since there is no cache; see the head of this file."""
     return super().inference_cost(tokens, slots=slots) if slots is not None else self.forward_cost(tokens)
+
+  def autoregressive_cost(self, tokens: int) -> flops.Cost:
+    """A pass over each prefix, as one evaluation forward of a text so long; a prefix that is too short for a fork has
+    one stream a token.
+    """
+    total = flops.Cost()
+    for length in range(1, tokens + 1):
+      segments = self._segments(length, int(self._counts(length)[-1]))
+      total += self._pass(length, segments).times(length / tokens)
+    return total
 
   def train_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
     def cost(number: int, **options) -> flops.Cost:
       frozen = self.weights != "all"
       return flops.train_pass_cost(self.decoder.config, executed=executed, frozen=frozen, scaled=number > 0, **options)
 
-    return self._cost(tokens, executed, cost)
+    return self._cost(tokens, self.segments(tokens), executed, cost)
 
-  def _cost(self, tokens: int, executed: bool, cost: Callable[..., flops.Cost]) -> flops.Cost:
+  def _pass(self, tokens: int, segments: Sequence[Segment], executed: bool = False) -> flops.Cost:
+    def cost(number: int, **options) -> flops.Cost:
+      return flops.pass_cost(self.decoder.config, **options)
+
+    return self._cost(tokens, segments, executed, cost)
+
+  def _cost(
+    self, tokens: int, segments: Sequence[Segment], executed: bool, cost: Callable[..., flops.Cost]
+  ) -> flops.Cost:
     """The sum of `cost` of the segments, by their numbers."""
-    config, segments = self.decoder.config, self.segments(tokens)
+    config = self.decoder.config
     total = flops.Cost()
     for number, (first, last, streams) in enumerate(segments):
       behind = number == len(segments) - 1
