@@ -1,7 +1,7 @@
 """The named settings of the experiments: the rows of the paper's tables (arXiv 2510.13879), as config fields.
 
-`experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out. Where a model is
-trained from nothing a plain one that costs as much as a setting may stand for it: `deeper@ap`, `wider@ap/training`;
+`experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out. Where a model
+is trained from nothing a plain one that costs as much as a setting may stand for it: `deeper@ap`, `wider@ap/training`;
 fine-tuning takes the settings alone.
 """
 

@@ -1,6 +1,7 @@
 """What holds for every method of the registry, found by its name alone."""
 
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import pytest
 from models import TINY, VOCABULARY, random_batch, tiny_config
 
 from cyb_jax import config as configs
-from cyb_jax import flops, methods, settings, training
+from cyb_jax import convert, flops, methods, settings, training
 from cyb_jax.errors import InputError
 from cyb_jax.methods import METHODS, MethodConfig
 
@@ -115,5 +116,5 @@ def test_what_is_no_plain_decoder_is_not_exported(monkeypatch, tmp_path):
   monkeypatch.setattr("cyb_jax.runs.load", lambda *_: run)
   monkeypatch.setattr("cyb_jax.programs.checkpoint_flag", lambda: None)
   with pytest.raises(InputError, match=r"--workdir: somewhere is of method 'looped', which is no plain decoder"):
-    convert._give_out("somewhere", tmp_path / "out", types.SimpleNamespace(dtype="float32"))
+    convert._take_out("somewhere", tmp_path / "out")
   assert not (tmp_path / "out").exists()
