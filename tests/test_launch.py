@@ -43,9 +43,11 @@ def checkout(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _heeds_ctrl_c():
   """A suite that runs in the background was told not to, and its children are as it is."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+  before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   yield
-  signal.signal(signal.SIGINT, before)
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 class Cloud(FakeCloud):

@@ -188,11 +188,11 @@ def test_what_does_not_divide_is_xla_s(monkeypatch, batch, heads, said):
 _ATTEND = attention.attend
 
 
-def by_xla(query, key, value, mask, implementation):
+def by_xla(query, key, value, mask, implementation, *, weights=None):
   return _ATTEND(query, key, value, mask, "xla")
 
 
-def interpreted(*args):
+def interpreted(*args, weights=None):
   return _ATTEND(*args, interpret=True)
 
 
