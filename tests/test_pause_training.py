@@ -384,7 +384,16 @@ def test_cost_by_hand():
   assert cost.matrices == pytest.approx(once.matrices * 94 / 64)
   assert cost.attention == pytest.approx(once.attention * 94 / 64 * 95 / 65)
   assert cost.readout == once.readout
+  assert plain.tokens_learnt(64) == prefix.tokens_learnt(64) == 64
   assert prefix.inference_cost(64, slots=6.0).matrices == pytest.approx(6 * once.matrices)
+
+
+def test_tokens_learnt_are_the_mean_of_those_that_are_kept():
+  method = model("random")[0]
+  tokens = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(4096, 32)))
+  kept = pack(lengths_at_random(jax.random.key(0), tokens, 3), 4, 32).kept.sum(-1)
+  assert method.tokens_learnt(32) == pytest.approx(1 + (31 * 31 - 3) / 34)
+  assert method.tokens_learnt(32) == pytest.approx(float(kept.mean()), rel=2e-3)
 
 
 # From end to end.

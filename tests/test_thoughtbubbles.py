@@ -386,6 +386,13 @@ def test_costs_by_hand():
   assert cost.readout == 3 * 2 * 16 * 32
   assert cost.routing == 2 * 2 * 16 * (1 + 2)
   assert method.inference_cost(10) == cost
+  # One by one: prefixes of 1 and of 2, each read anew.
+  alone = method.autoregressive_cost(2)
+  assert alone.matrices == pytest.approx(cost.matrices * (1 + 2) / 2)
+  assert alone.attention == pytest.approx(4 * 16 * ((1 + 4 * 1.5 + 3 * 2) + 2 * (1.5 + 4 * 2.5 + 3 * 3.5)) / 2)
+  # Below five tokens there is no room for a fork: 4 layers of so many streams; then 6 and 7 behind the first layer.
+  scant = plain(fork_layers=(2, 4), **four | {"stream_budget": 1.2}).autoregressive_cost(6)
+  assert scant.matrices == pytest.approx(cost.matrices / 8 * (4 * (1 + 2 + 3 + 4) + (5 + 18) + (6 + 21)) / 6)
   states = plain(fork_layers=(2, 4), combine="states", **four)
   assert states.forward_cost(10).readout == 2 * 16 * 32
   # What a longer text has room for, to a stream.
@@ -397,6 +404,7 @@ def test_costs_by_hand():
   ]
   copies = plain(name="copy_k", pauses=2)
   assert copies.inference_cost(10).readout == 2 * 16 * 32
+  assert copies.autoregressive_cost(10) == copies.inference_cost(10)
   assert copies.inference_cost(10).matrices == 3 * plain(name="baseline").forward_cost(10).matrices
 
 
