@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   from cyb_jax.data import TokenStore
   from cyb_jax.evaluation.report.coloured import Window
   from cyb_jax.evaluation.report.comparison import Candidate
+  from cyb_jax.methods import Method
   from cyb_jax.runs import Run
 
 
@@ -180,7 +181,7 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
   try:
     found = json.loads(storage.read_bytes(_kept(workdir) / "statistics.json"))
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
-    paced = found["num_slots"] > 1 and METHODS[found["method"]].self_paces
+    paced = found["num_slots"] > 1 and _reads_at_own_pace(METHODS[found["method"]])
     same &= not paced or found["self_paced"] is not None
     # A limit that leaves nothing out is recorded as none.
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
@@ -189,6 +190,11 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
   if same:
     logging.info("statistics.json of %s is of the same checkpoint and text: it is used again", workdir)
   return found if same else None
+
+
+def _reads_at_own_pace(method: type[Method]) -> bool:
+  """A method that decides nothing has no pace of its own."""
+  return method.decides and method.self_paces
 
 
 def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dict[str, Any]:
@@ -215,7 +221,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
       limit=args.limit or None,
       **options,
     )
-    if run.method.num_slots > 1 and run.method.self_paces:
+    if run.method.num_slots > 1 and _reads_at_own_pace(type(run.method)):
       windows = min(found["windows"], _SELF_PACED_WINDOWS)
       paced = evaluate_split(
         Evaluator(run.method, mesh, context="self_paced"),

@@ -1,5 +1,6 @@
 """Perplexity against FLOPs: the front by hand, what is compared of methods that look ahead, rows and plots."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,9 @@ from cyb_jax.evaluation.report import comparison, side_by_side, trade_off
 from cyb_jax.evaluation.report.comparison import Candidate
 from cyb_jax.evaluation.report.trade_off import Costs, Outcome, SelfPaced
 
-COSTS = Costs(train=3e6, train_executed=4e6, inference=1e6, slots=4.0, parameters=1234)
+COSTS = Costs(
+  train=3e6, train_executed=4e6, inference=1e6, autoregressive=1e6, learnt=1.0, slots=4.0, parameters=1234
+)  # fmt: skip
 
 
 def record(perplexity, **more):
@@ -64,18 +67,26 @@ def test_executed_flops_are_those_of_the_same_steps():
 def test_what_looks_ahead_is_compared_as_it_would_be_decoded():
   """Of the windows read so, every token from those before it is 10% worse: so it is of the whole."""
   found = {"perplexity": 11.0, "blockwise_perplexity": 10.0, "windows": 16}
-  ahead = Outcome.of("bubbles", [record(20.0, autoregressive=found)], COSTS)
+  costs = dataclasses.replace(COSTS, autoregressive=3e7, learnt=0.9)
+  ahead = Outcome.of("bubbles", [record(20.0, autoregressive=found)], costs)
   assert ahead.perplexities == pytest.approx((22.0,))
   assert ahead.blockwise == (20.0,)
   plain = Outcome.of("plain", [record(21.0, autoregressive=None)], COSTS)
   (row, other) = trade_off.describe([ahead, plain])
   assert (row["autoregressive"], row["blockwise_perplexity"]) == (True, 20.0)
   assert (other["autoregressive"], other["blockwise_perplexity"]) == (False, None)
+  # So is what it costs: without a cache each token takes a pass.
+  assert (row["inference_flops"], row["blockwise_inference_flops"]) == (3e7, 1e6)
+  assert (other["inference_flops"], other["blockwise_inference_flops"]) == (1e6, None)
+  assert (row["train_tokens"], row["train_tokens_learnt"], other["train_tokens_learnt"]) == (100, 90, 100)
+  assert trade_off.compared_perplexity({"perplexity": None}) == math.inf
+  assert trade_off.compared_perplexity({"perplexity": 2.0, "autoregressive": {"perplexity": None}}) == math.inf
   # It is beaten, where the blockwise number alone would have won.
   assert (row["pareto"]["train_flops"], other["pareto"]["train_flops"]) == (False, True)
   header, cells = trade_off.table([ahead, plain], {"rate": ["0.1", "0.2"]})
   assert header[:4] == ("#", "runs", "rate", "perplexity")
   assert [row[:4] for row in cells] == [("1", "bubbles", "0.1", "22.00 (20.00)"), ("2", "plain", "0.2", "21.00")]
+  assert [(row[-5], row[-2]) for row in cells] == [("90", "30M (1M)"), ("100", "1M")]
   section = side_by_side.trade_offs([ahead, plain])
   assert "look ahead" in section.body
   assert "look ahead" not in side_by_side.trade_offs([plain]).body
@@ -150,3 +161,30 @@ def test_runs_side_by_side_show_the_same():
   text, pictures = side_by_side.build(groups, numbers)
   assert {"pareto_train.png", "pareto_inference.png"} <= set(pictures)
   assert "CYB-AP, self-paced" in text
+
+
+def test_a_method_that_decides_nothing_has_no_pace_of_its_own():
+  run = candidate("a", name="tbys", pauses=2)
+  run.statistics["self_paced"] = {"perplexity": 22.0, "constant_perplexity": 20.0, "context_pauses": 1.0}
+  groups = comparison.group_runs([run])
+  assert comparison.outcomes(groups)[0].self_paced is None
+  assert comparison.compare(groups)["groups"][0]["self_paced_cost"] is None
+
+
+def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():
+  runs = [candidate("a", pauses=2), candidate("b", name="baseline", pause_input="pause", pauses=0)]
+  ahead = candidate("c", name="thoughtbubbles", pause_input="pause", pauses=0)
+  ahead.statistics["autoregressive"] = {"perplexity": 12.0, "blockwise_perplexity": 10.0}
+  groups = comparison.group_runs([ahead, *runs])
+  numbers = comparison.compare(groups)
+  row = numbers["groups"][0]
+  assert row["perplexity"]["values"] == [pytest.approx(1.2 * math.exp(3))]
+  assert row["blockwise_perplexity"] == pytest.approx(math.exp(3))
+  method = configs.freeze(ahead.source).build_method(257)
+  assert row["inference_flops"] == method.autoregressive_cost(16).total
+  assert row["blockwise_inference_flops"] == method.inference_cost(16).total
+  assert numbers["looks_ahead"] == ["thoughtbubbles"]
+  assert [(d["a"], d["b"]) for d in numbers["differences"]] == [("CYB-AP", "baseline")]
+  assert {e["a"] for e in numbers["efficiency"]["train_tokens"]} == {"CYB-AP", "baseline"}
+  text, _ = side_by_side.build(groups, numbers)
+  assert text.count("in which they look ahead: thoughtbubbles.") == 3

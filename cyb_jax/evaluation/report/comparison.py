@@ -17,6 +17,7 @@ from cyb_jax import config as configs
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.report import trade_off
 from cyb_jax.evaluation.report.trade_off import Costs, Outcome
+from cyb_jax.methods import METHODS
 
 # A seed is an initialisation and an order of the data.
 _SEEDS = (("train", "seed"), ("data", "seed"))
@@ -64,6 +65,11 @@ class Group:
   model: str
   regime: str
   runs: tuple[Candidate, ...]
+
+  @property
+  def causal(self) -> bool:
+    """Whether what a run's statistics and validations say is what a language model would: it doesn't look ahead."""
+    return METHODS[self.runs[0].source["method"]["name"]].causal
 
   def values(self, read: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
     """What `read` takes from the statistics of each run."""
@@ -348,21 +354,26 @@ def _outcome(group: Group) -> Outcome:
       | {spend: run.meta[spend] for spend in SPENDS}
       | seen
     )
-    if paced := found["self_paced"]:
+    # An older report has it of methods that decide nothing too.
+    if (paced := found["self_paced"]) and method.decides:
       cost = method.inference_cost(length, slots=paced["context_pauses"] + 1)
       paces.append(paced | {"inference_flops": float(cost.total)})
   return Outcome.of(group.label, records, Costs.of(config, first.vocab_size), paces)
 
 
 def compare(groups: Sequence[Group]) -> dict[str, Any]:
-  """What comparison.json holds."""
-  everyone = [run for group in groups for run in group.runs]
-  windows = common_windows(everyone)
-  first = everyone[0].statistics
+  """What comparison.json holds.
 
-  def row(group: Group) -> dict[str, Any]:
+  Groups that aren't causal are in `looks_ahead`, by label, and have neither differences nor efficiency: these come from
+  what is read of a whole window at once.
+  """
+  causal = [group for group in groups if group.causal]
+  windows = common_windows([run for group in causal or groups for run in group.runs])
+  first = groups[0].runs[0].statistics
+
+  def row(group: Group, outcome: Outcome) -> dict[str, Any]:
     pauses = group.values(lambda s: (s["latency"] or {}).get("mean_pauses"))
-    paces = [s for s in group.values(lambda s: s["self_paced"]) if s]
+    paces = [s for s in group.values(lambda s: s["self_paced"]) if s] if outcome.self_paced else []
     shares = [s["mean"] for s in group.values(lambda s: s["latency"]) if s]
     return {
       "label": group.label,
@@ -371,7 +382,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
       "workdirs": [run.workdir for run in group.runs],
       "steps": [run.statistics["step"] for run in group.runs],
       "num_slots": group.runs[0].statistics["num_slots"],
-      "perplexity": spread(group.values(lambda s: s["perplexity"]["mixture"])),
+      "perplexity": spread(outcome.perplexities),
       "mean_pauses": spread(pauses) if None not in pauses else None,
       "latency": np.mean(shares, 0).tolist() if shares else None,
       # Of the same windows, fewer than the others here.
@@ -382,21 +393,23 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
   # Each group has a perplexity, with its seeds, and what training has spent of its own.
+  found = outcomes(groups)
   beside = [
     {k: v for k, v in described.items() if k not in ("perplexity_seeds", "perplexity_deviation", "train_tokens")}
-    for described in trade_off.describe(outcomes(groups))
+    for described in trade_off.describe(found)
   ]
-  pairs = [(a, b) for a in groups for b in groups if a is not b]
+  pairs = [(a, b) for a in causal for b in causal if a is not b]
   return {
     "split": first["split"],
     "limit": first["limit"],
     "tokens": first["tokens"],
     "curve_windows": windows,
-    "groups": [described | row(group) for group, described in zip(groups, beside)],
+    "groups": [described | row(*of_group) for described, *of_group in zip(beside, groups, found)],
+    "looks_ahead": [group.label for group in groups if not group.causal],
     "efficiency": {
       spend: [{"a": a.label, "b": b.label} | efficiency(a, b, spend, windows) for a, b in pairs] for spend in SPENDS
     },
     "differences": [
-      {"a": a.label, "b": b.label} | difference_in_nats(a, b) for a, b in itertools.combinations(groups, 2)
+      {"a": a.label, "b": b.label} | difference_in_nats(a, b) for a, b in itertools.combinations(causal, 2)
     ],
   }

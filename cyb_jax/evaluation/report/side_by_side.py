@@ -32,7 +32,7 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
     _curves(groups, numbers),
     _efficiency(groups, numbers),
     _latency(groups, numbers),
-    _speed_accuracy(groups),
+    _speed_accuracy(groups, numbers),
     _paper(),
   ]
   first = groups[0].runs[0].statistics
@@ -57,6 +57,15 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
 
 def _plus_minus(found: Mapping[str, Any] | None) -> str:
   return "-" if found is None else trade_off.plus_minus(found["values"])
+
+
+def _left_out(numbers: Mapping[str, Any]) -> str:
+  """A sentence on groups that aren't shown here; '' where there is none."""
+  labels = numbers["looks_ahead"]
+  return page.paragraph(
+    f"Left out, since what is read here is a whole window at once, in which they look ahead: {', '.join(labels)}.",
+    "note",
+  ) * bool(labels)
 
 
 def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
@@ -140,7 +149,7 @@ def _regimes(groups: Sequence[Group], numbers: Mapping[str, Any]) -> list[Sectio
 def _differences(numbers: Mapping[str, Any]) -> Section:
   title, found = "Differences", numbers["differences"]
   if not found:
-    return Section(title, page.absent("There is one group of runs: no difference to show."))
+    return Section(title, page.absent("There is one group of runs: no difference to show.") + _left_out(numbers))
   picture = Picture(
     "differences",
     figures.bars(
@@ -157,7 +166,7 @@ def _differences(numbers: Mapping[str, Any]) -> Section:
     [(d["a"], d["b"], d["mean"], page.interval(d["interval"]), page.interval([d["low"], d["high"]])) for d in found],
     words=2,
   )
-  return Section(title, page.beside(picture, table), (picture,))
+  return Section(title, page.beside(picture, table) + _left_out(numbers), (picture,))
 
 
 def _on(windows: int | None) -> str:
@@ -166,7 +175,8 @@ def _on(windows: int | None) -> str:
 
 def _curves(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   title, windows = "Validation against what was spent", numbers["curve_windows"]
-  body, pictures = "", []
+  groups = [group for group in groups if group.causal]
+  body, pictures = _left_out(numbers), []
   for spend, name in SPENDS.items():
     series, rows = [], []
     for group in groups:
@@ -213,13 +223,14 @@ def _ratio(found: Mapping[str, Any] | None) -> str:
 
 
 def _efficiency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
-  title = "Data efficiency"
+  title, groups = "Data efficiency", [group for group in groups if group.causal]
   if len(groups) < 2:
-    return Section(title, page.absent("There is one group of runs: nothing to reach."))
+    return Section(title, page.absent("There is one group of runs: nothing to reach.") + _left_out(numbers))
   windows = numbers["curve_windows"]
   unknown = [g.label for g in groups if not all(curve(run, "train_tokens", windows).spent for run in g.runs)]
   if len(unknown) == len(groups):
-    return Section(title, page.absent(f"No run has a validation on {_on(windows)} in its metrics.jsonl."))
+    absent = page.absent(f"No run has a validation on {_on(windows)} in its metrics.jsonl.")
+    return Section(title, absent + _left_out(numbers))
   body = page.paragraph(
     "How many times fewer the row needs than the column has spent to reach the column's last validation loss, on"
     f" {_on(windows)}: 2 means half as many. Interpolated linearly in the loss over the logarithm of"
@@ -235,7 +246,7 @@ def _efficiency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
       ("needs", *(f"to reach {g.label}" for g in groups)),
       [(a.label, *("1" if a is b else _ratio(cells[a.label, b.label]) for b in groups)) for a in groups],
     )
-  return Section(title, body + page.paragraph(paper.DATA_EFFICIENCY, "note"))
+  return Section(title, body + _left_out(numbers) + page.paragraph(paper.DATA_EFFICIENCY, "note"))
 
 
 def _latency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
@@ -259,7 +270,7 @@ def _latency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   return Section(title, page.beside(picture, table), (picture,))
 
 
-def _speed_accuracy(groups: Sequence[Group]) -> Section:
+def _speed_accuracy(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   title = "Speed and accuracy"
   series, rows = [], []
   for group in groups:
@@ -272,10 +283,10 @@ def _speed_accuracy(groups: Sequence[Group]) -> Section:
         rows += [(group.label, kind, *pair) for pair in pairs]
   if not series:
     return Section(title, page.absent("No method here decides when it stops: there is nothing to show."))
-  for group in groups:
+  for group, row in zip(groups, numbers["groups"]):
     if not group.runs[0].statistics["curves"] or not group.runs[0].statistics["curves"]["budget"]:
       latency = group.runs[0].statistics["latency"] or {"mean_pauses": 0.0}
-      point = latency["mean_pauses"], group.runs[0].statistics["perplexity"]["mixture"]
+      point = latency["mean_pauses"], row["perplexity"]["values"][0]
       series.append((group.label, [point[0]], [point[1]]))
       rows.append((group.label, "as it is read", *point))
   picture = Picture(

@@ -7,6 +7,7 @@ they are executed, and of decoding with a cache.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +28,9 @@ class Costs:
 
   Attributes:
     train: of a training step, as the model needs them; `train_executed`: as the program does.
-    inference: of decoding with a cache.
+    inference: of decoding with a cache; of a method that isn't causal, of a window that is read at once.
+    autoregressive: of saying a text one by one; `inference`, but for a method that has no cache.
+    learnt: of a token, how often training has a loss at it.
     slots: that training runs a token.
     parameters: in all.
   """
@@ -35,6 +38,8 @@ class Costs:
   train: float
   train_executed: float
   inference: float
+  autoregressive: float
+  learnt: float
   slots: float
   parameters: int
 
@@ -46,9 +51,28 @@ class Costs:
       train=float(method.train_flops(length)),
       train_executed=float(method.train_flops(length, executed=True)),
       inference=float(method.inference_cost(length).total),
+      autoregressive=float(method.autoregressive_cost(length).total),
+      learnt=method.tokens_learnt(length) / length,
       slots=method.train_slots(length) / length,
       parameters=count_parameters(method)["total"],
     )
+
+
+def compared_perplexity(record: Mapping[str, Any]) -> float:
+  """What is compared of an evaluation: its perplexity; of one that looks ahead that of each token from those before.
+
+  Args:
+    record: see `evaluation.evaluate_split`. Where the method isn't causal its `autoregressive` has `perplexity`, and
+      `blockwise_perplexity` of the same windows; these may be fewer than those of the evaluation, whose perplexity is
+      then taken times what the two differ by.
+
+  Returns:
+    Infinite where it is null in the record.
+  """
+  perplexity, found = record["perplexity"], record.get("autoregressive")
+  if perplexity is None or (found and None in found.values()):
+    return math.inf
+  return perplexity * found["perplexity"] / found.get("blockwise_perplexity", perplexity) if found else perplexity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +101,12 @@ class Outcome:
     perplexities: of each seed, what is compared: of a method whose evaluation isn't causal the autoregressive one.
     blockwise: of each seed, what evaluation says of such a method, which looks ahead; None: of a causal one.
     pauses: mean of a token; None: undefined.
-    train_tokens: real tokens.
+    train_tokens: real tokens; `train_tokens_learnt`: those of them at which training had a loss.
     slots: that training ran a real token; `inference_slots`: that decoding was seen to run, None: `slots` of the
       method.
     train_flops, train_executed_flops: of the whole training, the model's and as executed.
-    inference_flops: a token, the model's.
+    inference_flops: a token, the model's: of what `perplexities` are of.
+    blockwise_inference_flops: of what `blockwise` is of; None: of a causal method.
     parameters: in all.
     self_paced: None where it wasn't read so.
   """
@@ -92,11 +117,13 @@ class Outcome:
   blockwise: tuple[float, ...] | None
   pauses: float | None
   train_tokens: float
+  train_tokens_learnt: float
   slots: float
   inference_slots: float | None
   train_flops: float
   train_executed_flops: float
   inference_flops: float
+  blockwise_inference_flops: float | None
   parameters: int
   self_paced: SelfPaced | None = None
 
@@ -112,18 +139,14 @@ class Outcome:
 
     Args:
       label: of the row.
-      records: one a seed, see `evaluation.evaluate_split`. Where the method isn't causal their `autoregressive` has
-        `perplexity`, and `blockwise_perplexity` of the same windows; these may be fewer than those of the evaluation,
-        whose perplexity is then taken times what the two differ by.
+      records: one a seed, see `compared_perplexity`.
       costs: of the method.
       paced: the same in a self-paced context, with their `constant_perplexity`.
     """
-    prefixes = [record.get("autoregressive") for record in records]
+    one_by_one = all(record.get("autoregressive") for record in records)
     compared = blockwise = tuple(record["perplexity"] for record in records)
-    if all(prefixes):
-      compared = tuple(
-        p * found["perplexity"] / found.get("blockwise_perplexity", p) for p, found in zip(blockwise, prefixes)
-      )
+    if one_by_one:
+      compared = tuple(compared_perplexity(record) for record in records)
     self_paced = None
     if paced and len(paced) == len(records):
       self_paced = SelfPaced(
@@ -131,24 +154,27 @@ class Outcome:
         _mean(paced, "context_pauses"),
         _mean(paced, "inference_flops"),
       )
-    train = _mean(records, "train_flops")
-    inference = [record.get("inference_flops") for record in records]
+    train, tokens = _mean(records, "train_flops"), _mean(records, "train_tokens")
+    measured = [record.get("inference_flops") for record in records]
+    # An older evaluation doesn't tell.
+    inference = costs.inference if None in measured else float(np.mean(measured))
     seen = [record.get("inference_slots") for record in records]
     pauses = [record.get("mean_pauses") for record in records]
     return cls(
       label=label,
       method=records[0]["method"],
       perplexities=compared,
-      blockwise=blockwise if all(prefixes) else None,
+      blockwise=blockwise if one_by_one else None,
       pauses=None if None in pauses else float(np.mean(pauses)),
-      train_tokens=_mean(records, "train_tokens"),
+      train_tokens=tokens,
+      train_tokens_learnt=tokens * costs.learnt,
       slots=costs.slots,
       inference_slots=None if None in seen else float(np.mean(seen)),
       train_flops=train,
       # The same steps, counted the other way.
       train_executed_flops=train * costs.train_executed / costs.train,
-      # An older evaluation doesn't tell.
-      inference_flops=costs.inference if None in inference else float(np.mean(inference)),
+      inference_flops=costs.autoregressive if one_by_one else inference,
+      blockwise_inference_flops=inference if one_by_one else None,
       parameters=costs.parameters,
       self_paced=self_paced,
     )
@@ -231,11 +257,13 @@ def describe(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         "blockwise_perplexity": None if outcome.blockwise is None else statistics.fmean(outcome.blockwise),
         "mean_pauses": outcome.pauses,
         "train_tokens": outcome.train_tokens,
+        "train_tokens_learnt": outcome.train_tokens_learnt,
         "slots_per_token": outcome.slots,
         "inference_slots": outcome.inference_slots,
         "train_flops": outcome.train_flops,
         "train_executed_flops": outcome.train_executed_flops,
         "inference_flops": outcome.inference_flops,
+        "blockwise_inference_flops": outcome.blockwise_inference_flops,
         "parameters": outcome.parameters,
         "self_paced": paced,
         "pareto": {axis: next(p.on_front for p in found if not p.self_paced) for axis, found in on.items()},
@@ -254,12 +282,14 @@ NOTE = (
   "Perplexity: mean and standard deviation over seeds, and their range. FLOPs are counted by hand per real token"
   " (causal attention, a slot counted each time it passes the layers); as executed: with what the program computes"
   " again or masks away. On the front: nothing here is as low in both perplexity and training (T) or inference (I)"
-  " FLOPs; inference is set against perplexity whatever training took. Self-paced: the same runs, decoded with the"
+  " FLOPs; inference is set against perplexity whatever training took. Real tokens: those at which training had a loss."
+  " Self-paced: the same runs, decoded with the"
   " pauses alone that the model asks for."
 )
 BLOCKWISE = (
-  "In brackets: the perplexity of methods that look ahead where they read a whole window at once. What is compared is"
-  " that of every token from those before it alone."
+  "In brackets: perplexity and inference FLOPs of methods that look ahead where they read a whole window at once. What"
+  " is compared is every token said from those before it alone; there is no cache, so that each takes a pass over its"
+  " prefix. Plain models that are as deep or as wide as costs the same at inference are matched to the whole window."
 )
 
 
@@ -284,12 +314,14 @@ def table(
     slots = number(outcome.slots, 3)
     if outcome.inference_slots is not None:
       slots += f", decoding {number(outcome.inference_slots, 3)}"
-    spent = number(round(outcome.train_tokens)), flops(outcome.train_flops), flops(outcome.train_executed_flops)
+    at_once = outcome.blockwise_inference_flops
+    inference = flops(outcome.inference_flops) + (f" ({flops(at_once)})" if at_once is not None else "")
+    spent = number(round(outcome.train_tokens_learnt)), flops(outcome.train_flops), flops(outcome.train_executed_flops)
     rows.append(
       (
         str(row + 1), outcome.label, *(column[row] for column in beside.values()),
         plus_minus(outcome.perplexities) + blockwise, span(outcome.perplexities),
-        number(outcome.pauses, 3), slots, number(outcome.parameters), *spent, flops(outcome.inference_flops),
+        number(outcome.pauses, 3), slots, number(outcome.parameters), *spent, inference,
         " ".join(letters),
       )
     )  # fmt: skip
