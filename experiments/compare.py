@@ -13,7 +13,9 @@ pace too, gives each run its report (cyb-report, of the validation split) and al
 --equal: `tokens`, the same steps for all; `training_flops`, as many steps as cost what --steps of --reference do, the
 schedule with them; `inference_flops`, beside every setting that costs more than a plain model at inference, plain
 models as deep or as wide as costs the same (deeper@SETTING, wider@SETTING; one pair for settings that agree within 2%),
-at equal tokens. Runs that two budgets have in common are run once.
+at equal tokens. Matching is to all slots that the setting has, and where it has no cache to a whole window read at
+once; how far off that is from what its inference was seen to take is `matched.mismatch_measured`. Runs that two
+budgets have in common are run once.
 
 What comes out is printed, a table and on the last line JSON, and lies in WORKDIR: comparison.json, comparison.md,
 index.html with plots of perplexity against FLOPs of training and of inference (pareto_*.png), report/index.html. A
@@ -71,6 +73,11 @@ _SMOKE_NOTE = (
   " rate for all, the perplexities say nothing about the methods."
 )
 
+_MATCHED_NOTE = (
+  "Matched to: what a deeper or wider plain model costs as much as, and by how much it costs more or less. Matching is"
+  " to all slots that a setting has; measured: against what its inference was seen to take."
+)
+
 
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "The study's folder; each run has its own in it.")
@@ -101,7 +108,7 @@ class Model:
   Attributes:
     method: its name.
     step_flops: of a training step.
-    inference_flops: of a token.
+    inference_flops: of a token, all slots run; where there is no cache, in a window that is read at once.
     paced: whether it decides itself how long it takes over a token.
     identity: of the config as it is trained; settings that have it in common are the same runs.
     costs: of its rows; `evaluation.report.trade_off.Costs`.
@@ -124,7 +131,7 @@ class Entry:
   Attributes:
     setting: that it is trained with.
     steps: of training.
-    equal: the budgets that ask for it.
+    equal: the budgets that ask for it: of inference FLOPs, where it belongs to a pair that is matched.
     also: further settings that are the same under this config.
   """
 
@@ -162,10 +169,14 @@ def plan(
   Raises:
     InputError: a budget that doesn't suffice for a step.
   """
+  matched = partners(chosen, models) if "inference_flops" in equal else {}
+  belong = {setting for settings_alike in matched.values() for setting in settings_alike}
   asked: list[tuple[str, int, str]] = []
   for budget in equal:
     if budget != "training_flops":
-      asked += [(setting, steps, budget) for setting in chosen]
+      # A setting that nothing is matched to is run all the same, at equal tokens.
+      within = belong if budget == "inference_flops" else chosen
+      asked += [(setting, steps, budget if setting in within else "tokens") for setting in chosen]
     else:
       total = steps * models[reference].step_flops
       # The quotient of equal numbers may come out just below a whole one.
@@ -179,7 +190,7 @@ def plan(
           )
       asked += [(setting, count, budget) for setting, count in counts.items()]
     if budget == "inference_flops":
-      asked += [(f"{how}@{first}", steps, budget) for first in partners(chosen, models) for how in settings.DIRECTIONS]
+      asked += [(f"{how}@{first}", steps, budget) for first in matched for how in settings.DIRECTIONS]
   rows: dict[tuple[str, int], Entry] = {}
   for setting, count, budget in asked:
     place = models[setting].identity or setting, count
@@ -256,8 +267,9 @@ class Study:
     return found
 
   def _perplexity(self, entry: Entry, rate: float) -> float:
-    perplexity = self.train(entry, rate, 0)["perplexity"]
-    return math.inf if perplexity is None else perplexity
+    from cyb_jax.evaluation.report import trade_off
+
+    return trade_off.compared_perplexity(self.train(entry, rate, 0))
 
   def train(self, entry: Entry, rate: float, seed: int) -> dict[str, Any]:
     """The validation record of a run, trained where it isn't yet; its perplexity is None where it diverges."""
@@ -294,17 +306,21 @@ class Study:
     return _kept(workdir / f"self_paced-{split}-{windows}.json", lambda: self._program("evaluate", *options))
 
   def finish(self, entry: Entry, rate: float, seed: int, test: bool, paced: int) -> tuple[dict[str, Any], Any]:
-    """(the record that is compared, that of a self-paced context or None) of a run, trained where it isn't yet.
+    """(the record that is compared, that of a self-paced context or None) of a run, trained where it isn't yet; of one
+    that diverges (None, None).
 
     Raises:
-      Failed: a program has failed, or the run diverges.
+      Failed: a program has failed.
     """
+    from cyb_jax.evaluation.report import trade_off
+
     record = self.train(entry, rate, seed)
-    if record["perplexity"] is None:
-      raise programs.Failed(f"{self.label(entry)} diverges at rate {rate:g} with seed {seed}; give lower --rates", {})
     split = "test" if test else "validation"
-    if test:
+    if test and record["perplexity"] is not None:
       record = self.evaluate(entry, rate, seed, split, None)
+    if trade_off.compared_perplexity(record) == math.inf:
+      logging.warning("%s diverges at rate %g with seed %d: the row is of the others", self.label(entry), rate, seed)
+      return None, None
     return record, self.evaluate(entry, rate, seed, split, paced) if paced else None
 
   def report(self, entry: Entry, rate: float, seed: int) -> None:
@@ -415,7 +431,8 @@ def run(
 
   Raises:
     InputError: a bad flag, or a folder that holds another study; nothing was run.
-    Failed: a program has failed; its result is that of the others, whose rows were written.
+    Failed: a program has failed, or a row diverges with all seeds; its result is that of the others, whose rows were
+      written.
   """
   rates = _check(chosen, given, seeds=seeds, steps=steps, jobs=jobs, equal=equal, self_paced=self_paced)
   for setting in (*chosen, reference):
@@ -446,11 +463,14 @@ def run(
   paced = {entry: self_paced if models[entry.setting].paced else 0 for entry in entries}
   read = dict(zip(runs, study.map(study.finish, [(*run, test, paced[run[0]]) for run in runs])))
   done = [entry for entry in best if all(read[entry, best[entry], seed] for seed in range(seeds))]
-  runs = [run for run in runs if run[0] in done]
+  runs = [run for run in runs if run[0] in done and read[run][0] is not None]
+  for entry in [entry for entry in done if entry not in {run[0] for run in runs}]:
+    study.failures.append(f"{study.label(entry)} diverges at rate {best[entry]:g} with all seeds; give lower --rates")
+    done.remove(entry)
   result = {"study": config, "size": size or None, "fields": list(fields), "equal": list(equal), "reference": reference}
   result |= {"steps": steps, "seeds": seeds, "split": "test" if test else "validation", "note": note}
   if done:
-    pairs = {entry: [read[entry, best[entry], seed] for seed in range(seeds)] for entry in done}
+    pairs = {entry: [read[run] for run in runs if run[0] == entry] for entry in done}
     result["rows"] = _write(study, result, pairs, models, shared, best, found)
     if report:
       study.map(study.report, runs)
@@ -583,27 +603,43 @@ def _write(
     for entry, of_seeds in pairs.items()
   ]
   rows = []
+  costs = {
+    (setting, entry.steps): outcome.inference_flops
+    if outcome.blockwise_inference_flops is None
+    else outcome.blockwise_inference_flops
+    for entry, outcome in zip(pairs, outcomes)
+    for setting in (entry.setting, *entry.also)
+  }
   for (entry, of_seeds), described in zip(pairs.items(), trade_off.describe(outcomes)):
     by_rate = found[entry]
     rows.append(
       {"setting": entry.setting, "also": list(entry.also), "equal": list(entry.equal), "steps": entry.steps}
-      | {"seeds": len(of_seeds), "learning_rate": best[entry]}
+      | {"seeds": len(of_seeds), "diverged": result["seeds"] - len(of_seeds), "learning_rate": best[entry]}
       | described
       | _means([record for record, _ in of_seeds])
-      | {"matched": _matched(entry.setting, models, shared)}
+      | {"matched": _matched(entry, models, shared, costs)}
       | {"validation_by_rate": {f"{rate:g}": by_rate[rate] for rate in sorted(by_rate)}}
     )
   beside = {
     "equal": [", ".join(budget.replace("_flops", " FLOPs") for budget in row["equal"]) for row in rows],
     "rate": [f"{row['learning_rate']:g}" for row in rows],
+    "also": [", ".join(row["also"]) for row in rows],
+    "matched to": [_told_match(row["matched"]) for row in rows],
+    "diverged": [f"{row['diverged']} of {result['seeds']} seeds" if row["diverged"] else "" for row in rows],
   }
+  # What no row has needs no column.
+  beside = {name: column for name, column in beside.items() if any(column)}
   table = trade_off.markdown(*trade_off.table(outcomes, beside))
   notes = [note for note in (result["note"], trade_off.NOTE) if note]
   if any(outcome.blockwise for outcome in outcomes):
     notes.append(trade_off.BLOCKWISE)
+  if any(row["matched"] for row in rows):
+    notes.append(_MATCHED_NOTE)
   slots = _slots_table(study, pairs, rows)
   text = "\n".join([f"Read on the {result['split']} split.", "", table, *(f"{note}\n" for note in notes), slots])
   section = side_by_side.trade_offs(outcomes, beside)
+  if any(row["matched"] for row in rows):
+    section = dataclasses.replace(section, body=section.body + page.paragraph(_MATCHED_NOTE, "note"))
   header = page.paragraph(result["note"] or "") * bool(result["note"])
   header += page.paragraph(
     f"{study.config}, {result['seeds']} seeds, read on the {result['split']} split. Equal: {', '.join(result['equal'])}"
@@ -618,17 +654,48 @@ def _write(
   return rows
 
 
-def _matched(setting: str, models: Mapping[str, Model], shared: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
-  """What a grown plain model is matched to, and how far off it is."""
-  match = settings.parse_match(setting)
+def _matched(
+  entry: Entry,
+  models: Mapping[str, Model],
+  shared: Mapping[str, Sequence[str]],
+  costs: Mapping[tuple[str, int], float],
+) -> dict[str, Any] | None:
+  """What a grown plain model is matched to, and how far off it is.
+
+  Args:
+    entry: a row.
+    models, shared: see `_write`.
+    costs: inference FLOPs a token of the rows as they were measured, by setting and steps; where there is no cache, of
+      a window that is read at once.
+
+  Returns:
+    None where it is no such model. `mismatch`: of what is counted with all slots, which is what is matched;
+    `mismatch_measured`: of what inference of that setting was seen to take in its row. None: not known.
+  """
+  match = settings.parse_match(entry.setting)
   if match is None:
     return None
-  off = None
+  off = measured = None
   if match.setting in models:
     name = "inference_flops" if match.measure == "inference" else "step_flops"
-    off = getattr(models[setting], name) / getattr(models[match.setting], name) - 1
+    off = getattr(models[entry.setting], name) / getattr(models[match.setting], name) - 1
+  seen = costs.get((match.setting, entry.steps))
+  if match.measure == "inference" and seen is not None:
+    measured = costs[entry.setting, entry.steps] / seen - 1
   others = shared.get(match.setting, [match.setting]) if match.measure == "inference" else [match.setting]
-  return {"settings": list(others), "measure": match.measure, "mismatch": off}
+  return {"settings": list(others), "measure": match.measure, "mismatch": off, "mismatch_measured": measured}
+
+
+def _told_match(found: Mapping[str, Any] | None) -> str:
+  """Such as 'ap, va_uniform (+0.4%, measured +12.0%)'."""
+  if found is None:
+    return ""
+  off, measured = found["mismatch"], found["mismatch_measured"]
+  told = [f"{off:+.1%}"] if off is not None else []
+  # Where all slots are run it is the same once more.
+  if measured is not None and (off is None or abs(measured - off) > 1e-6):
+    told.append(f"measured {measured:+.1%}")
+  return ", ".join(found["settings"]) + (f" ({', '.join(told)})" if told else "")
 
 
 def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

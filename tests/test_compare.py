@@ -40,12 +40,13 @@ def record(perplexity, **more):
 class Programs:
   """In place of processes: validation is best at a rate of 2e-3, and a run's folder holds what it would.
 
-  `fails`: of a command's words, one that makes it fail; `dies`: after so many commands the study is killed.
+  `fails`: of a command's words, one that makes it fail; `dies`: after so many commands the study is killed; `diverges`:
+  seeds.
   """
 
-  def __init__(self, fails=None, dies=None):
+  def __init__(self, fails=None, dies=None, diverges=()):
     self.calls = []
-    self.fails, self.dies = fails, dies
+    self.fails, self.dies, self.diverges = fails, dies, diverges
 
   def __call__(self, study, name, *options):
     given = dict(option.lstrip("-").split("=", 1) for option in options)
@@ -72,7 +73,7 @@ class Programs:
       return record(100.0 + float(workdir.name.rpartition("seed")[2]))
     workdir.mkdir(parents=True)
     rate = float(given["config.optimizer.learning_rate"])
-    if rate > 3e-3:
+    if rate > 3e-3 or int(given["config.train.seed"]) in self.diverges:
       return {"perplexity": None}  # what a run that diverges comes down to
     assert given["config.train.seed"] == given["config.data.seed"]
     result = record(50 + abs(rate - 2e-3) * 1e4)
@@ -137,13 +138,17 @@ def test_plan_of_equal_inference_flops():
   found = planned(["inference_flops"])
   assert [name for name, *_ in found] == ["baseline", "slow", "alike", "cheap", "deeper@slow", "wider@slow"]
   assert {steps for _, steps, _ in found} == {9}
+  # Of these nothing is matched to the first and to the last: they are run at equal tokens all the same.
+  assert [equal for *_, equal in found] == [
+    ("tokens",), ("inference_flops",), ("inference_flops",), ("tokens",), ("inference_flops",), ("inference_flops",),
+  ]  # fmt: skip
   assert compare.partners(["alike", "slow", "cheap", "baseline"], MODELS) == {"alike": ["alike", "slow"]}
 
 
 def test_what_budgets_have_in_common_is_run_once():
   found = planned(["tokens", "training_flops", "inference_flops"], chosen=("baseline", "slow"))
   assert found == [
-    ("baseline", 9, ("tokens", "training_flops", "inference_flops")),
+    ("baseline", 9, ("tokens", "training_flops")),
     ("slow", 9, ("tokens", "inference_flops")),
     ("slow", 2, ("training_flops",)),
     ("deeper@slow", 9, ("inference_flops",)),
@@ -190,10 +195,11 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
 
 
 ROW = {
-  "setting", "also", "equal", "steps", "seeds", "learning_rate", "method", "autoregressive", "perplexity",
+  "setting", "also", "equal", "steps", "seeds", "diverged", "learning_rate", "method", "autoregressive", "perplexity",
   "perplexity_seeds", "perplexity_deviation", "blockwise_perplexity", "mean_pauses", "train_tokens", "train_slots",
-  "slots_per_token", "inference_slots", "train_flops", "train_executed_flops", "inference_flops", "parameters",
-  "self_paced", "pareto", "latency", "slot_perplexity", "matched", "validation_by_rate",
+  "train_tokens_learnt", "blockwise_inference_flops", "slots_per_token", "inference_slots", "train_flops",
+  "train_executed_flops", "inference_flops", "parameters", "self_paced", "pareto", "latency", "slot_perplexity",
+  "matched", "validation_by_rate",
 }  # fmt: skip
 PINNED = {"seeds": 2, "jobs": 1, "report": False, "search": False}
 ALL = ["tokens", "training_flops", "inference_flops"]
@@ -230,12 +236,21 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
   assert found["perplexities"] == pytest.approx((55.0, 55.0))
   assert (found["pauses"], found["inference_flops"]) == (1.5, 1e6)
   assert result["rows"][0]["self_paced"] is None
-  assert abs(result["rows"][3]["matched"].pop("mismatch")) < 0.01
-  assert result["rows"][3]["matched"] == {"settings": ["ap"], "measure": "inference"}
+  matched = result["rows"][3]["matched"]
+  assert abs(matched["mismatch"]) < 0.01
+  # The programs here measure the same of all rows.
+  assert matched == {
+    "settings": ["ap"],
+    "measure": "inference",
+    "mismatch": matched["mismatch"],
+    "mismatch_measured": 0,
+  }
   assert result["rows"][0]["parameters"] == 188_864
   table = (tmp_path / "comparison.md").read_text()
   assert "Only a test." in table
   assert "| 3s | ap, 12 steps, self-paced " in table
+  assert f"| ap ({matched['mismatch']:+.1%}, measured +0.0%) " in table
+  assert "diverged" not in table
   page = (tmp_path / "index.html").read_text()
   assert "deeper@ap" in page
   assert '<td class="word">training FLOPs</td>' in page
@@ -282,6 +297,42 @@ def test_a_setting_that_diverges_is_told_in_the_end(tmp_path, monkeypatch):
   installed(monkeypatch)
   with pytest.raises(Failed, match=r"--rates: baseline diverges at 1, 0\.5, 0\.25, 0\.125, 0\.0625; give lower ones"):
     compare.run(tmp_path, QUICKSTART, ["baseline"], ["1.0"], seeds=1, jobs=1, steps=1)
+
+
+def test_a_seed_that_diverges_leaves_the_others(tmp_path, monkeypatch):
+  installed(monkeypatch, diverges=[1])
+  study = (tmp_path, QUICKSTART, ["baseline"], ["2e-3"])
+  result = compare.run(*study, **PINNED | {"seeds": 3, "report": True}, steps=7)
+  (row,) = result["rows"]
+  assert (row["seeds"], row["diverged"], row["perplexity_seeds"]) == (2, 1, [100.0, 102.0])
+  assert result["report"] == f"{tmp_path}/report/index.html"
+  assert "1 of 3 seeds" in (tmp_path / "comparison.md").read_text()
+  # Where it is the test that none of them can read, there is no row.
+  monkeypatch.setattr(compare.Study, "evaluate", lambda *_: record(None))
+  with pytest.raises(Failed, match=r"baseline diverges at rate 0\.002 with all seeds") as failed:
+    compare.run(*study, **PINNED | {"seeds": 3}, steps=7)
+  assert "rows" not in failed.value.result
+
+
+def test_rates_are_chosen_by_what_is_compared(tmp_path, monkeypatch):
+  study = compare.Study(tmp_path, QUICKSTART, 7, 1)
+  found = {"perplexity": 9.0, "blockwise_perplexity": 3.0}
+  by_rate = {1e-3: record(20.0, autoregressive=None), 2e-3: record(10.0, autoregressive=found)}
+  monkeypatch.setattr(study, "train", lambda entry, rate, seed: by_rate[rate])
+  study.search = False
+  tuned = study.tune(compare.Entry("x", 7, ()), list(by_rate))
+  assert tuned == {1e-3: 20.0, 2e-3: 30.0}
+
+
+def test_what_was_seen_to_run_less_is_told_of():
+  models = MODELS | {"ap": model(4.0, 4.0), "deeper@ap": model(4.0, 4.02, "baseline")}
+  entry = compare.Entry("deeper@ap", 9, ("inference_flops",))
+  costs = {("ap", 9): 3.0, ("deeper@ap", 9): 4.02}
+  found = compare._matched(entry, models, {"ap": ["ap", "va_uniform"]}, costs)
+  assert (found["mismatch"], found["mismatch_measured"]) == (pytest.approx(0.005), pytest.approx(0.34))
+  assert compare._told_match(found) == "ap, va_uniform (+0.5%, measured +34.0%)"
+  # Its row may have failed.
+  assert compare._matched(entry, models, {}, {("deeper@ap", 9): 4.02})["mismatch_measured"] is None
 
 
 def test_rates_may_be_pinned(tmp_path, monkeypatch):

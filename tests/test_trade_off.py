@@ -8,9 +8,11 @@ from models import tiny_config
 from statistics_example import example
 
 from cyb_jax import config as configs
+from cyb_jax import report
 from cyb_jax.evaluation.report import comparison, side_by_side, trade_off
 from cyb_jax.evaluation.report.comparison import Candidate
 from cyb_jax.evaluation.report.trade_off import Costs, Outcome, SelfPaced
+from cyb_jax.methods import METHODS
 
 COSTS = Costs(
   train=3e6, train_executed=4e6, inference=1e6, autoregressive=1e6, learnt=1.0, slots=4.0, parameters=1234
@@ -169,6 +171,8 @@ def test_a_method_that_decides_nothing_has_no_pace_of_its_own():
   groups = comparison.group_runs([run])
   assert comparison.outcomes(groups)[0].self_paced is None
   assert comparison.compare(groups)["groups"][0]["self_paced_cost"] is None
+  # Nor is it read so for its report.
+  assert [name for name, method in METHODS.items() if report._reads_at_own_pace(method)] == ["cyb"]
 
 
 def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():
