@@ -390,6 +390,7 @@ def test_costs_by_hand():
   alone = method.autoregressive_cost(2)
   assert alone.matrices == pytest.approx(cost.matrices * (1 + 2) / 2)
   assert alone.attention == pytest.approx(4 * 16 * ((1 + 4 * 1.5 + 3 * 2) + 2 * (1.5 + 4 * 2.5 + 3 * 3.5)) / 2)
+  assert alone.readout == pytest.approx(cost.readout)  # of the last token of each
   # Below five tokens there is no room for a fork: 4 layers of so many streams; then 6 and 7 behind the first layer.
   scant = plain(fork_layers=(2, 4), **four | {"stream_budget": 1.2}).autoregressive_cost(6)
   assert scant.matrices == pytest.approx(cost.matrices / 8 * (4 * (1 + 2 + 3 + 4) + (5 + 18) + (6 + 21)) / 6)

@@ -297,14 +297,15 @@ class Thoughtbubbles(Plain):
     return super().inference_cost(tokens, slots=slots) if slots is not None else self.forward_cost(tokens)
 
   def autoregressive_cost(self, tokens: int) -> flops.Cost:
-    """A pass over each prefix, as one evaluation forward of a text so long; a prefix that is too short for a fork has
-    one stream a token.
+    """A pass over each prefix, of which the last token alone is read, at the mean of its streams; a prefix that is too
+    short for a fork has one stream a token.
     """
     total = flops.Cost()
     for length in range(1, tokens + 1):
       segments = self._segments(length, int(self._counts(length)[-1]))
-      total += self._pass(length, segments).times(length / tokens)
-    return total
+      cost = self._pass(length, segments)
+      total += dataclasses.replace(cost.times(length), readout=cost.readout)
+    return total.times(1 / tokens)
 
   def train_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
     def cost(number: int, **options) -> flops.Cost:
