@@ -32,14 +32,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from cyb_jax import flops
 from cyb_jax.decoder import Documents, KeyWeights
 from cyb_jax.errors import InputError
-from cyb_jax.losses import last_slot_cross_entropy
-from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
-from cyb_jax.methods.paused import PausedMethod
-from cyb_jax.readout import WordScores
+from cyb_jax.methods.method import Batch, Params, TokenLosses
+from cyb_jax.methods.tbys import Tbys
 
 
-class PonderLM2(PausedMethod):
-  """Cross-entropy at slot K."""
+class PonderLM2(Tbys):
+  """Cross-entropy at slot K, which alone is read; what the others would say shows what each thought is worth."""
 
   name = "ponderlm2"
   options = frozenset({"jacobi"})
@@ -50,10 +48,6 @@ class PonderLM2(PausedMethod):
 
   def validate(self) -> None:
     super().validate()
-    if not self.config.pauses:
-      raise InputError(
-        f"method.pauses: 0, but method {self.name!r} needs at least 1 latent thought; without is 'baseline'"
-      )
     jacobi = self.config.jacobi
     if jacobi is None or len(jacobi) != 2 or not 0 <= jacobi[0] <= jacobi[1]:
       raise InputError(
@@ -178,21 +172,7 @@ class PonderLM2(PausedMethod):
 
   def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     hidden = self._hidden(params, batch, self.draw_passes(rng), pruned=False)
-    loss = last_slot_cross_entropy(self.scores(params, hidden, batch["targets"], slots=(-1,)))
-    last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
-    return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.broadcast_to(last, (*loss.shape, len(last))))
-
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
-    """The last slot is the reading; what the others would say shows what each thought is worth."""
-    scores = self.scores(params, self.hidden(params, batch), batch["targets"])
-    log_stopping = jnp.full_like(scores.log_target, -jnp.inf).at[..., -1].set(0.0)
-    return Reading(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)
-
-  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
-    """d = 1 before the last slot."""
-    scores = super().word_scores(params, hidden, slot)
-    waits = slot < self.config.pauses
-    return WordScores(scores.log_words, jnp.where(waits, 0.0, -jnp.inf), jnp.where(waits, -jnp.inf, 0.0))
+    return self.losses_of(params, hidden, batch)
 
   def extend(self, *args: Any, **options: Any) -> Any:
     """Not to be had: what a latent slot is fed isn't known before the one before it has run; see `run_token`."""

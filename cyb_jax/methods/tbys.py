@@ -40,7 +40,11 @@ class Tbys(PausedMethod):
     )
 
   def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
-    loss = last_slot_cross_entropy(self.scores(params, self.hidden(params, batch), batch["targets"], slots=(-1,)))
+    return self.losses_of(params, self.hidden(params, batch), batch)
+
+  def losses_of(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch) -> TokenLosses:
+    """The training objective, from what came out of all slots."""
+    loss = last_slot_cross_entropy(self.scores(params, hidden, batch["targets"], slots=(-1,)))
     last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
     return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.broadcast_to(last, (*loss.shape, len(last))))
 
