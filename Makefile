@@ -37,8 +37,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup
-	$(BIN)/python -m cyb_jax.train --config=experiments/quickstart.py:dp_early_strong --workdir=$(WORKDIR)
-	$(BIN)/python -m cyb_jax.report --workdir=$(WORKDIR)
+	$(BIN)/python -m cyb_jax.cli.train --config=experiments/quickstart.py:dp_early_strong --workdir=$(WORKDIR)
+	$(BIN)/python -m cyb_jax.cli.report --workdir=$(WORKDIR)
 	@echo
 	@echo "The run lies in $(WORKDIR): config.json, metrics.jsonl, checkpoints/, evaluation.json. Open its report: $(WORKDIR)/report/index.html"
 	@echo "Next:"
@@ -67,7 +67,7 @@ test: setup $(WHEELS)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-pretrained: wheels
-	$(BIN)/python -m pytest -n 1 -m "slow or not slow" -rs tests/test_real_weights.py
+	$(BIN)/python -m pytest -n 1 -m "slow or not slow" -rs tests/interop/test_real_weights.py
 
 # Beside the venv, not in it: jax would look for TPUs wherever libtpu is installed.
 $(WHEELS)/libtpu/.installed: | setup
@@ -75,7 +75,7 @@ $(WHEELS)/libtpu/.installed: | setup
 	@touch $@
 
 test-tpu: $(WHEELS)/libtpu/.installed
-	TPU_LIBRARY_PATH=$(abspath $(WHEELS))/libtpu/libtpu/libtpu.so $(BIN)/python -m pytest -m "slow or not slow" -rs tests/test_compile.py tests/test_splash.py
+	TPU_LIBRARY_PATH=$(abspath $(WHEELS))/libtpu/libtpu/libtpu.so $(BIN)/python -m pytest -m "slow or not slow" -rs tests/compilation/test_compile.py tests/decoder/test_splash.py
 
 test-all: setup $(WHEELS)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
@@ -88,7 +88,7 @@ test-parity: setup
 	  $(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PARITY_PACKAGES); }
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(PARITY_VENV)/bin/python tests/parity/write_goldens.py "$$folder/goldens"; \
-	CYB_JAX_GOLDENS="$$folder/goldens" $(BIN)/python -m pytest tests/test_interop.py; \
+	CYB_JAX_GOLDENS="$$folder/goldens" $(BIN)/python -m pytest tests/interop/test_interop.py; \
 	$(BIN)/python tests/parity/write_exports.py "$$folder/goldens" "$$folder/exports"; \
 	$(PARITY_VENV)/bin/python tests/parity/read_exports.py "$$folder/exports"
 

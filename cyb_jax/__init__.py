@@ -2,7 +2,7 @@
 compute.
 
 The losses stand alone: `cyb_jax.stopping`, `cyb_jax.losses`, `cyb_jax.pauses` and `cyb_jax.readout` need jax and
-nothing else of this package but `cyb_jax.placement`, on which the readout stands.
+nothing else of this package but `cyb_jax.partitioning.rules`, on which the readout stands.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["__version__", "load"]
 def load(workdir: str, checkpoint: int | str = "last") -> Run:
   """A trained run, or weights that one could start from: config, method, parameters and tokenizer.
 
-  See `cyb_jax.runs.load` and `cyb_jax.pretrained.load`.
+  See `cyb_jax.runs.load` and `cyb_jax.interop.pretrained.load`.
   """
   # Imported here, so that those who take the losses alone don't pay for the rest.
-  from cyb_jax import pretrained
+  from cyb_jax.interop import pretrained
 
   return pretrained.load(workdir, checkpoint=checkpoint)

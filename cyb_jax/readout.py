@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from cyb_jax.placement import constrain, current_mesh, mesh_axes, parts, spec
+from cyb_jax.partitioning.rules import constrain, current_mesh, mesh_axes, parts, spec
 from cyb_jax.stopping import Form, SlotScores, prior_shift
 
 if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else

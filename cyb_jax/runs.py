@@ -7,7 +7,8 @@ checkpoints/     one folder a step
 evaluation.json  the last evaluation
 .lock            held by the training that runs here
 
-It lies on a disk, or in a bucket (gs://bucket/folder), where nothing can be locked: see `cyb_jax.checkpoints`.
+It lies on a disk, or in a bucket (gs://bucket/folder), where nothing can be locked: see
+`cyb_jax.checkpointing.manager`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import jax
 from absl import logging
 from jaxtyping import PyTree
 
-from cyb_jax import config as configs
-from cyb_jax import jsonl, sharding, storage
-from cyb_jax.checkpoints import Checkpoints
-from cyb_jax.config import Config
+from cyb_jax import configs, jsonl, storage
+from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, TokenStore, is_store, tokenizers
 from cyb_jax.errors import InputError, reading, storage_cause
 from cyb_jax.methods import Method
+from cyb_jax.partitioning.mesh import data_shards, shardings
 
 
 def checkpoints_in(workdir: str | os.PathLike, **options: Any) -> Checkpoints:
@@ -290,7 +291,7 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
     if not storage.names(folder / "checkpoints"):
       raise InputError(f"checkpoints: {workdir} holds no finished checkpoint")
     tokenizer = load_tokenizer(workdir)
-  method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else sharding.data_shards(mesh))
+  method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else data_shards(mesh))
   checkpoints = checkpoints_in(folder, read_only=True)
   abstract = abstract_params(method, mesh)
   while True:
@@ -321,5 +322,5 @@ def abstract_params(method: Method, mesh: jax.sharding.Mesh | None) -> PyTree:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda _: here, shapes)
   else:
-    placed = sharding.shardings(boxed, mesh)
+    placed = shardings(boxed, mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)

@@ -1,15 +1,15 @@
 """Every setting of the paper on C4, from scratch, on whatever part of `c4/en` TFDS has on disk.
 
-    TFDS_DATA_DIR=DIR python -m cyb_jax.train --config=experiments/c4.py:SETTING,SIZE,REGIME --workdir=DIR
-    TFDS_DATA_DIR=DIR python -m cyb_jax.train --config=experiments/c4.py:ap,gpt2_124m,1x1 --workdir=runs/c4-ap
+    TFDS_DATA_DIR=DIR python -m cyb_jax.cli.train --config=experiments/c4.py:SETTING,SIZE,REGIME --workdir=DIR
+    TFDS_DATA_DIR=DIR python -m cyb_jax.cli.train --config=experiments/c4.py:ap,gpt2_124m,1x1 --workdir=runs/c4-ap
 
 SETTING, SIZE, REGIME as in reviews.py. For the whole of C4, give a step budget in place of epochs
-(--config.train.steps=...) and prepare the tokens first (python -m cyb_jax.prepare --task=c4_en --output=DIR, then
+(--config.train.steps=...) and prepare the tokens first (python -m cyb_jax.cli.prepare --task=c4_en --output=DIR, then
 --config.data.store=DIR).
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):

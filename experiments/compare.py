@@ -41,9 +41,11 @@ from typing import Any
 
 from absl import flags, logging
 
-from cyb_jax import jsonl, programs, settings
+from cyb_jax import jsonl
+from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 from cyb_jax.storage import write_whole
+from cyb_jax.studies import settings
 
 # Beyond the rates that are given, in factors of two.
 MAX_EXTENSIONS = 4
@@ -267,7 +269,7 @@ class Study:
     return found
 
   def _perplexity(self, entry: Entry, rate: float) -> float:
-    from cyb_jax.evaluation.report import trade_off
+    from cyb_jax.report import trade_off
 
     return trade_off.compared_perplexity(self.train(entry, rate, 0))
 
@@ -312,7 +314,7 @@ class Study:
     Raises:
       Failed: a program has failed.
     """
-    from cyb_jax.evaluation.report import trade_off
+    from cyb_jax.report import trade_off
 
     record = self.train(entry, rate, seed)
     split = "test" if test else "validation"
@@ -348,7 +350,7 @@ class Study:
     cores = self._cores.get()
     try:
       logging.info("%s %s", name, " ".join(options))
-      program = ["-m", f"cyb_jax.{name}", *options]
+      program = ["-m", f"cyb_jax.cli.{name}", *options]
       command = [sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *program]
       done = subprocess.run(command, capture_output=True, text=True, env=self._environment)
     finally:
@@ -438,7 +440,7 @@ def run(
   for setting in (*chosen, reference):
     settings.check(setting)
   # That it can't be drawn is to be told now.
-  from cyb_jax.evaluation.report import side_by_side  # noqa: F401
+  from cyb_jax.report import side_by_side  # noqa: F401
 
   study = Study(folder, config, steps, jobs, search=search, size=size, fields=fields)
   models = {setting: _model(study, setting) for setting in dict.fromkeys((*chosen, reference, settings.PLAIN))}
@@ -519,9 +521,9 @@ def _model(study: Study, setting: str) -> Model:
   Raises:
     InputError: there is no such config, or it refuses the setting.
   """
-  from cyb_jax import config as configs
-  from cyb_jax import matching
-  from cyb_jax.evaluation.report.trade_off import Costs
+  from cyb_jax import configs
+  from cyb_jax.report.trade_off import Costs
+  from cyb_jax.studies import matching
 
   path = pathlib.Path(study.config)
   if not path.exists():  # the programs find it there too
@@ -591,7 +593,7 @@ def _write(
   found: Mapping[Entry, Mapping[float, float]],
 ) -> list[dict[str, Any]]:
   """The rows of comparison.json, written with the table and the plots; `pairs`: by row and seed, see `Study.finish`."""
-  from cyb_jax.evaluation.report import page, side_by_side, trade_off
+  from cyb_jax.report import page, side_by_side, trade_off
 
   outcomes = [
     trade_off.Outcome.of(
@@ -717,7 +719,7 @@ def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _slots_table(study: Study, entries: Mapping[Entry, Any], rows: Sequence[dict[str, Any]]) -> str:
   """Of methods whose slots can be read: each alone, and how often it is."""
-  from cyb_jax.evaluation.report import trade_off
+  from cyb_jax.report import trade_off
 
   lines = []
   for entry, row in zip(entries, rows):

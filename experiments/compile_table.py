@@ -20,7 +20,8 @@ from typing import Any
 
 from absl import flags, logging
 
-from cyb_jax import jsonl, programs
+from cyb_jax import jsonl
+from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 
 _GIB = 2**30
@@ -141,7 +142,7 @@ def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 def _compiled(row: Row) -> dict[str, Any]:
   options = [f"--config={row.config}", f"--topology={row.topology}", *(f"--config.{x}" for x in row.overrides)]
   logging.info("cyb-compile %s", " ".join(options))
-  done = subprocess.run([sys.executable, "-m", "cyb_jax.compile", *options], capture_output=True, text=True)
+  done = subprocess.run([sys.executable, "-m", "cyb_jax.cli.compile", *options], capture_output=True, text=True)
   lines = done.stdout.strip().splitlines()
   if done.returncode not in (0, programs.EXIT_CRASH) or not lines:
     said = done.stderr.strip().splitlines()[-1:]

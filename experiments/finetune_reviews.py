@@ -12,8 +12,8 @@ that the new pauses learn to answer before the model learns that they don't. Com
 --config.method.calibration_batches=0 --config.method.stopping_warmup=0.
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):

@@ -1,7 +1,7 @@
 """The paper's run, as far as published: Gemma 1 2B on C4, 2,048 real tokens, 25k steps of 256 windows (arXiv
 2510.13879).
 
-    python -m cyb_jax.train --config=experiments/gemma2b_c4.py:SETTING --workdir=DIR \
+    python -m cyb_jax.cli.train --config=experiments/gemma2b_c4.py:SETTING --workdir=DIR \
         --config.init_from=GEMMA --config.data.store=DIR \
         --config.parallelism.fsdp=CHIPS --config.optimizer.learning_rate=RATE
 
@@ -18,8 +18,8 @@ parameters. A second argument is left out: the size is gemma1_2b. The third is t
 paper's: an embedding of their own alone, always visible.
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 RATES = (1e-2, 5e-3, 1e-3, 5e-4, 5e-5, 1e-5, 1e-6)
 STEPS = 25_000

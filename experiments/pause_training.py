@@ -22,8 +22,8 @@ Another number of pauses at inference:
 Here standard models are of method pause_training too, with pauses nowhere (pause_places = 'none', pauses = 0).
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 _PAUSES = 10
 

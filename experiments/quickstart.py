@@ -3,15 +3,15 @@
 CYB-AP with up to 3 pauses, pauses that carry their token's embedding (recommended from scratch), on a part of the
 reviews.
 
-    python -m cyb_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart
-    python -m cyb_jax.train --config=experiments/quickstart.py:baseline --workdir=runs/quickstart-baseline
+    python -m cyb_jax.cli.train --config=experiments/quickstart.py --workdir=runs/quickstart
+    python -m cyb_jax.cli.train --config=experiments/quickstart.py:baseline --workdir=runs/quickstart-baseline
 
 Any setting of experiments/README.md can stand in the place of `baseline`. `make quickstart` runs `dp_early_strong`: in
 so few steps from scratch AP, the paper's best, collapses to the last slot, and shows little of where a model pauses.
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):

@@ -1,7 +1,7 @@
 """Every setting of the paper on film reviews, from scratch: IMDB and Rotten Tomatoes, 6.0M words.
 
-    python -m cyb_jax.train --config=experiments/reviews.py:SETTING,SIZE,REGIME --workdir=DIR
-    python -m cyb_jax.train --config=experiments/reviews.py:ap,tiny,1x1 --workdir=runs/reviews-ap
+    python -m cyb_jax.cli.train --config=experiments/reviews.py:SETTING,SIZE,REGIME --workdir=DIR
+    python -m cyb_jax.cli.train --config=experiments/reviews.py:ap,tiny,1x1 --workdir=runs/reviews-ap
 
 SETTING: baseline, tbys1..3, ap, ap1, ap2, ap_discount, ap_uniform, ap_bimodal, va_*, dp_*, dp_*_strong, pretrained.
 SIZE: a decoder preset. REGIME: 1x1 (one pass over a third of the data), 2x1 (two passes), 1x2, 1x3.
@@ -10,8 +10,8 @@ Pauses carry their token's embedding: from scratch, pauses without it collapse t
 validation split: --config.optimizer.learning_rate=...
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):

@@ -6,8 +6,8 @@ WEIGHTS and SETTING as in smollm2_reviews.py. As in the paper: windows of 2,048 
 hundredth of the rate, and no calibrated start; but 4,000 steps of 32 windows in place of 25,000 of 256.
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):

@@ -11,8 +11,8 @@ A confident model starts with d far below the prior that it was given, so that t
 got, see finetune_reviews.py: method.calibration_batches and method.stopping_warmup.
 """
 
-from cyb_jax import config as configs
-from cyb_jax import settings
+from cyb_jax import configs
+from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):

@@ -18,8 +18,8 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax.benchmarks import lives
+from cyb_jax.cli.programs import Failed
 from cyb_jax.errors import InputError
-from cyb_jax.programs import Failed
 
 # What a life is doing when it dies, and how often it is to be killed there.
 PHASES = {"start_up": 0.2, "step": 0.25, "save": 0.35, "evaluation": 0.2}
@@ -172,7 +172,7 @@ def _leaves(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 def _write_config(folder: pathlib.Path, steps: int) -> pathlib.Path:
   """A config file for the program: what `--config` gives, or the tiny one, on this benchmark's schedule."""
-  from cyb_jax import config as configs
+  from cyb_jax import configs
 
   source = flags.FLAGS.config
   if source is None:

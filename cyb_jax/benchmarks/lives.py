@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from cyb_jax.cli.programs import EXIT_BAD_INPUT
 from cyb_jax.errors import InputError
-from cyb_jax.programs import EXIT_BAD_INPUT
 
 # A life that is to be killed at a step has at most so many before.
 _MOST_STEPS_BEFORE_A_KILL = 80
@@ -70,7 +70,7 @@ def serve() -> None:
   """The server: starts, watches and kills training programs as its standard input says, a JSON object a line."""
   import jax  # noqa: F401
 
-  from cyb_jax import train, training  # noqa: F401
+  from cyb_jax.cli import train
 
   pids: list[int] = []
   for line in sys.stdin:

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from cyb_jax import programs
+from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 
 
@@ -45,7 +45,7 @@ def _fresh(vocabulary: int) -> tuple[Any, Any, str]:
   import flax.linen as nn
   import jax
 
-  from cyb_jax import config as configs
+  from cyb_jax import configs
 
   config = configs.freeze(programs.config_flag())
   method = config.build_method(vocabulary or None)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax import programs
+from cyb_jax.cli import programs
+from cyb_jax.cli.programs import Failed
 from cyb_jax.errors import InputError
-from cyb_jax.programs import Failed
 
 if TYPE_CHECKING:
   import jax
   from jaxtyping import PyTree
 
-  from cyb_jax.config import Config
+  from cyb_jax.configs import Config
   from cyb_jax.training.step import TrainState
 
 TOLERANCE = 1e-5
@@ -59,7 +59,7 @@ def sharding() -> dict[str, Any]:
     _make_devices(count)
   import jax
 
-  from cyb_jax.sharding import check_batch
+  from cyb_jax.partitioning.mesh import check_batch
 
   start = time.perf_counter()
   config = _config()
@@ -98,7 +98,7 @@ def _make_devices(count: int) -> None:
 
 
 def _config() -> Config:
-  from cyb_jax import config as configs
+  from cyb_jax import configs
 
   if flags.FLAGS.config is None:
     config = configs.default()
@@ -129,7 +129,7 @@ class _Step:
     import jax
     import optax
 
-    from cyb_jax.training.sizes import bytes_per_device
+    from cyb_jax.costs.memory import bytes_per_device
 
     self.loss = float(state.totals.loss / state.totals.tokens)
     self.gradient = jax.device_get(optax.tree.get(state.opt_state, "mu"))
@@ -167,16 +167,16 @@ def _step(config: Config, vocabulary: int, mesh: dict[str, Any], devices: list[j
 
   import jax
 
-  from cyb_jax import sharding as meshes
   from cyb_jax.benchmarks.train import RandomTokens
-  from cyb_jax.config import ParallelismConfig
+  from cyb_jax.configs import ParallelismConfig
+  from cyb_jax.partitioning.mesh import data_shards, make_mesh
   from cyb_jax.training.optimizer import make_optimizer
   from cyb_jax.training.strategies import build_strategy
 
   config = dataclasses.replace(config, parallelism=ParallelismConfig(**mesh, chunk_size=config.parallelism.chunk_size))
-  laid = meshes.make_mesh(config.parallelism, devices)
+  laid = make_mesh(config.parallelism, devices)
   local = config.parallelism.strategy == "pmap"
-  method = config.build_method(vocabulary, data_shards=1 if local else meshes.data_shards(laid))
+  method = config.build_method(vocabulary, data_shards=1 if local else data_shards(laid))
   width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
   strategy = build_strategy(config, method, make_optimizer(config.optimizer, 10, width, new_rate=new_rate), laid)
   batch = RandomTokens(vocabulary, config.data.sequence_length, config.data.batch_size)(0)

@@ -32,12 +32,12 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax import programs
 from cyb_jax.benchmarks import timing
+from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:  # imported where it is used, so that --help is quick
-  from cyb_jax.config import Config
+  from cyb_jax.configs import Config
 
 _AHEAD = 2
 _PROFILED_STEPS = 3
@@ -79,7 +79,7 @@ def train() -> dict[str, Any]:
 
   import jax
 
-  from cyb_jax import config as configs
+  from cyb_jax import configs
 
   # What is timed is compilation, not a look-up in a cache that an earlier run has filled. JAX asks once, at its first
   # compilation, whatever that is.
@@ -210,14 +210,14 @@ class _Contender:
   def __init__(self, config: Config, store: str, vocabulary: int):
     import jax
 
-    from cyb_jax import sharding
+    from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
     from cyb_jax.training.optimizer import make_optimizer
     from cyb_jax.training.strategies import build_strategy
 
     self.config = config
-    self._mesh = sharding.make_mesh(config.parallelism)
-    shards = sharding.data_shards(self._mesh)
-    sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
+    self._mesh = make_mesh(config.parallelism)
+    shards = data_shards(self._mesh)
+    check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
     self._read, vocab_size = _open_batches(config, store, vocabulary)
     local = config.parallelism.strategy == "pmap"
     self.method = config.build_method(vocab_size, data_shards=1 if local else shards)
@@ -264,8 +264,8 @@ class _Contender:
     """The row; `peak`: operations per second of a device, None: what is known; `alone`: no other row ran before."""
     import jax
 
-    from cyb_jax.flops import peak_flops
-    from cyb_jax.training.sizes import bytes_per_device, program_memory
+    from cyb_jax.costs.flops import peak_flops
+    from cyb_jax.costs.memory import bytes_per_device, program_memory
 
     state = self._strategy.logical(self._state)
     memory = program_memory(self._program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cyb_jax.compilation.hlo import Traffic
-from cyb_jax.flops import Chip
+from cyb_jax.costs.flops import Chip
 
 MODEL = (
   "step_seconds is a roofline, a lower bound that nothing was measured for: the longest of executed FLOPs over the"

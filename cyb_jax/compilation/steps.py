@@ -19,22 +19,24 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
-from cyb_jax import config as configs
-from cyb_jax import flops, pretrained, sharding, training
+from cyb_jax import configs, training
 from cyb_jax.compilation import STEPS
 from cyb_jax.compilation.hlo import traffic
 from cyb_jax.compilation.memory import CLASSES, memory_by_class, refused_bytes
 from cyb_jax.compilation.roofline import MODEL, roofline
 from cyb_jax.compilation.topologies import open_topology
-from cyb_jax.config import Config
+from cyb_jax.configs import Config
+from cyb_jax.costs import flops
+from cyb_jax.costs.flops import Chip
 from cyb_jax.decoder import splash
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
-from cyb_jax.flops import Chip
 from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
 from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.partitioning.mesh import data_shards, make_mesh, replicated
 from cyb_jax.training.estimate import Knob, Outline
 
 # Rows that are decoded together where it isn't said, or as many as there are devices with rows of their own.
@@ -206,7 +208,7 @@ def _decode(run: Outline, rows: int) -> _Program:
     raise InputError(f"--steps: 'decode', but method {method.name!r} doesn't run slot by slot; leave it out")
   sampler = Sampler(method)
   sharded = config.parallelism.strategy == "jit" and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
-  shards = sharding.data_shards(mesh) if sharded else 1
+  shards = data_shards(mesh) if sharded else 1
   rows = rows or max(_DECODED_ROWS, shards)
   if rows % shards:
     raise InputError(f"--decode_batch: {rows} rows don't divide over {shards} devices; give a multiple of that")
@@ -221,7 +223,7 @@ def _decode(run: Outline, rows: int) -> _Program:
         return sampler.compile_abstract(_params(run), rows, length, functools.partial(_rows_over, mesh))
     here = SingleDeviceSharding(mesh.devices.flat[0])
     # A mesh of one device tells what is compiled for.
-    one = sharding.make_mesh(configs.ParallelismConfig(), [mesh.devices.flat[0]])
+    one = make_mesh(configs.ParallelismConfig(), [mesh.devices.flat[0]])
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), _params(run))
     with jax.set_mesh(one):
       return sampler.compile_abstract(params, rows, length, lambda axis: here)
@@ -258,7 +260,7 @@ def _under(run: Outline):
 
 def _params(run: Outline) -> PyTree:
   """The parameters to be read: where training has them, or everywhere."""
-  everywhere = sharding.replicated(run.mesh)
+  everywhere = replicated(run.mesh)
   local = run.config.parallelism.strategy == "pmap"
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere if local else x.sharding),

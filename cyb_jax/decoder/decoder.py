@@ -23,7 +23,7 @@ from cyb_jax.decoder import attention
 from cyb_jax.decoder.cache import Cache, seen_places, write
 from cyb_jax.decoder.lora import LoraConfig, adapt
 from cyb_jax.errors import InputError
-from cyb_jax.placement import constrain
+from cyb_jax.partitioning.rules import constrain
 
 _ACTIVATIONS = {
   "silu": jax.nn.silu,

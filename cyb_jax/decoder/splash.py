@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from cyb_jax.placement import RULES
+from cyb_jax.partitioning.rules import RULES
 
 _BATCH_AXES, (_HEADS_AXIS,) = RULES["batch"], RULES["heads"]
 _LANES = 128

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, PyTree
 from scipy import stats
 
-from cyb_jax import hosts, sharding
+from cyb_jax.distributed import hosts
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.self_paced import read_self_paced
 from cyb_jax.methods import Batch, Method, Reading
+from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, put_batch
 from cyb_jax.stopping import hard_slot, log_stopping_distribution
 
 # Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
@@ -48,8 +49,8 @@ class Evaluator:
     self.method = method
     self.omega = omega
     self.context = context
-    self.shards = sharding.data_shards(mesh)
-    self._mesh, self._batch_sharding = mesh, sharding.batch_sharding(mesh)
+    self.shards = data_shards(mesh)
+    self._mesh, self._batch_sharding = mesh, batch_sharding(mesh)
     sums = _sums if context == "constant" else _sums_self_paced
     compiled = functools.partial(jax.jit, in_shardings=(None, self._batch_sharding), out_shardings=None)
     self._sums = compiled(functools.partial(sums, method, omega))
@@ -57,11 +58,11 @@ class Evaluator:
 
   def rows(self, batch_size: int) -> np.ndarray:
     """int64[R]: which rows of a batch this host reads."""
-    return sharding.host_rows(self._batch_sharding, batch_size)
+    return host_rows(self._batch_sharding, batch_size)
 
   def put(self, batch: dict[str, Any]) -> Batch:
     """This host's rows of a batch, on the devices."""
-    return sharding.put_batch(batch, self._batch_sharding)
+    return put_batch(batch, self._batch_sharding)
 
   def compile_abstract(self, params: PyTree, batch: Batch) -> jax.stages.Compiled:
     """Compiles what is run for each batch, from shapes alone; those of `params` with shardings."""

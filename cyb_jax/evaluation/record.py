@@ -9,7 +9,7 @@ from typing import Any
 from absl import logging
 from jaxtyping import PyTree
 
-from cyb_jax.config import Config
+from cyb_jax.configs import Config
 from cyb_jax.data import TokenStore, evaluation_batches, with_documents
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator

@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from cyb_jax.decoder import empty_cache
 from cyb_jax.methods import Batch, Reading
-from cyb_jax.methods.method import Params
+from cyb_jax.methods.interface import Params
 from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.pauses import row_keys
 from cyb_jax.stopping import SlotScores, log_stopping_distribution

@@ -22,8 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from scipy import special
 
-from cyb_jax import sharding
-from cyb_jax.config import Config
+from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, TokenStore, evaluation_batches, with_documents
 from cyb_jax.evaluation import bootstrap, fixed_point, ranks
 from cyb_jax.evaluation.bootstrap import GROUPS
@@ -32,6 +31,7 @@ from cyb_jax.evaluation.record import told, used_windows
 from cyb_jax.evaluation.token_types import TokenTypes, bins_per_pause, summarize
 from cyb_jax.evaluation.words import POSITIONS, Words
 from cyb_jax.methods import Batch, Method, Reading
+from cyb_jax.partitioning.mesh import batch_sharding, put_batch, replicated
 from cyb_jax.stopping import expected_pauses, hard_slot, log_stopping_distribution
 
 # Bounds of what is summed. A token of more than 1,024 nats counts as one of 1,024, and so does one of nan.
@@ -143,7 +143,7 @@ class PauseStatistics:
     # A table with a row for each type, and behind these for each of the paper's words, each position, each class.
     sizes = [tokenizer.vocab_size, len(self._words.words), len(POSITIONS), len(self._words.classes or ())]
     self._borders = np.cumsum([0, *sizes])
-    self._batch_sharding, self._everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    self._batch_sharding, self._everywhere = batch_sharding(mesh), replicated(mesh)
     self._decisions = jax.jit(
       functools.partial(_decisions, method), in_shardings=(None, self._batch_sharding), out_shardings=None
     )
@@ -247,7 +247,7 @@ class PauseStatistics:
     return edges, thresholds
 
   def _put(self, batch: dict[str, Any]) -> Batch:
-    return sharding.put_batch(batch, self._batch_sharding)
+    return put_batch(batch, self._batch_sharding)
 
   def _marked(self, batches: Iterable[dict[str, Any]]) -> Iterator[Batch]:
     """The batches with `rows` i32[B, T, 4], the rows of the table that count each token, in place of `before`."""

@@ -17,13 +17,16 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from cyb_jax import flops, pretrained, runs, sharding
-from cyb_jax.config import ParallelismConfig
+from cyb_jax import runs
+from cyb_jax.configs import ParallelismConfig
+from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
 from cyb_jax.generation.options import Plan, SamplingOptions, default_mode
 from cyb_jax.generation.sampler import Sampler
 from cyb_jax.generation.scoring import Score, Scorer
 from cyb_jax.generation.text import Continuation
+from cyb_jax.interop import pretrained
+from cyb_jax.partitioning.mesh import make_mesh
 
 try:
   from lm_eval.api.instance import Instance
@@ -83,7 +86,7 @@ class CybLM(LM):
   Args:
     workdir: the run's folder.
     checkpoint: 'last', 'best' or a step.
-    init_from: weights that a run could start from, in place of a run's folder; see `cyb_jax.pretrained`.
+    init_from: weights that a run could start from, in place of a run's folder; see `cyb_jax.interop.pretrained`.
     run: a loaded run, in place of either.
     batch_size: rows of text that are said together; 'auto' is 16. Scoring fills rows of slots, whatever this is.
     max_length: tokens that the model can take; None: what it was trained on.
@@ -132,7 +135,7 @@ class CybLM(LM):
       )
     if run is None:
       if jax.device_count() > 1:
-        mesh = sharding.make_mesh(ParallelismConfig())
+        mesh = make_mesh(ParallelismConfig())
       run = (
         runs.load(workdir, checkpoint, mesh)
         if init_from is None

@@ -35,10 +35,11 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cyb_jax import flops, sharding
+from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
 from cyb_jax.generation.options import check_decodes
 from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.partitioning.mesh import batch_sharding, data_shards
 from cyb_jax.stopping import expected_pauses
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -138,8 +139,8 @@ class Scorer:
     self.method, self.params, self.context, self.start_id = method, params, context, start_id
     self._slots = slots or (2048 if jax.default_backend() == "cpu" else 32768)
     self._row_slots = row_slots
-    self._sharding = None if mesh is None else sharding.batch_sharding(mesh)
-    self._shards = 1 if mesh is None else sharding.data_shards(mesh)
+    self._sharding = None if mesh is None else batch_sharding(mesh)
+    self._shards = 1 if mesh is None else data_shards(mesh)
     self._hidden = jax.jit(functools.partial(_hidden, method))
     self._read = jax.jit(functools.partial(_read, method))
     largest = _READ_BYTES // (_READ_COPIES * 4 * method.num_slots * method.vocab_size)

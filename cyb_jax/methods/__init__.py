@@ -10,9 +10,9 @@ from cyb_jax.methods.baseline import Baseline
 from cyb_jax.methods.constant_stop import ConstantStop
 from cyb_jax.methods.copy_k import CopyK
 from cyb_jax.methods.cyb import Cyb
+from cyb_jax.methods.interface import WEIGHTS, Batch, Method, MethodConfig, Params, Reading, TokenLosses
 from cyb_jax.methods.looped import Looped
 from cyb_jax.methods.mean_slots import MeanSlots
-from cyb_jax.methods.method import WEIGHTS, Batch, Method, MethodConfig, Params, Reading, TokenLosses
 from cyb_jax.methods.pause_training import PauseTraining
 from cyb_jax.methods.ponderlm2 import PonderLM2
 from cyb_jax.methods.ponderlm3 import PonderLM3

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
-from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PausedMethod
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cyb_jax.methods.method import Params
+from cyb_jax.methods.interface import Params
 from cyb_jax.methods.mixture import Mixture
 from cyb_jax.methods.paused import PAUSE_OPTIONS
 from cyb_jax.stopping import SlotScores, log_stopping_distribution

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.decoder import Cache, Documents
-from cyb_jax.methods.method import Batch, Params
+from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.methods.tbys import Tbys
 from cyb_jax.pauses import slot_positions
 

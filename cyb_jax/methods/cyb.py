@@ -32,10 +32,12 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from cyb_jax import flops, hosts, losses
+from cyb_jax import losses
+from cyb_jax.costs import flops
 from cyb_jax.decoder import unembedding_init
+from cyb_jax.distributed import hosts
 from cyb_jax.errors import InputError
-from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod, boxed_row
 from cyb_jax.pauses import Packing, draw_lengths, pack, packed_row_slots
 from cyb_jax.readout import WordScores

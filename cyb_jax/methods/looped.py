@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cyb_jax import flops
+from cyb_jax.costs import flops
 from cyb_jax.decoder import Cache, DecoderConfig, Documents
 from cyb_jax.errors import InputError
 from cyb_jax.methods.baseline import Plain
-from cyb_jax.methods.method import Batch, Params
+from cyb_jax.methods.interface import Batch, Params
 
 
 class Looped(Plain):

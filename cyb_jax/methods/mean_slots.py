@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cyb_jax.methods.method import Params
+from cyb_jax.methods.interface import Params
 from cyb_jax.methods.mixture import Mixture
 from cyb_jax.stopping import SlotScores
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.errors import InputError
-from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
 from cyb_jax.readout import WordScores
 from cyb_jax.stopping import SlotScores

@@ -30,12 +30,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cyb_jax import flops
+from cyb_jax.costs import flops
 from cyb_jax.decoder import Documents
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.baseline import Plain
-from cyb_jax.methods.method import Batch, Method, MethodConfig, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, Method, MethodConfig, Params, Reading, TokenLosses
 from cyb_jax.pauses import Packing, lengths_at_random, lengths_behind_prefixes, pack
 
 PLACES = ("random", "prefix", "none")

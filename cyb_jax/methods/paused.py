@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cyb_jax import flops
+from cyb_jax.costs import flops
 from cyb_jax.decoder import Cache, DecoderConfig, Documents, HiddenSlots, embedding_init, empty_cache, init_params
 from cyb_jax.errors import InputError
-from cyb_jax.methods.method import Batch, Method, Params
+from cyb_jax.methods.interface import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
 from cyb_jax.readout import WordScores, slot_scores, word_scores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution

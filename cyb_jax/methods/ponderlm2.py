@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cyb_jax import flops
+from cyb_jax.costs import flops
 from cyb_jax.decoder import Documents, KeyWeights
 from cyb_jax.errors import InputError
-from cyb_jax.methods.method import Batch, Params, TokenLosses
+from cyb_jax.methods.interface import Batch, Params, TokenLosses
 from cyb_jax.methods.tbys import Tbys
 
 

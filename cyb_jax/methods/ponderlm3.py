@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cyb_jax import flops
+from cyb_jax.costs import flops
 from cyb_jax.decoder import Cache, KeyWeights
 from cyb_jax.errors import InputError
-from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.ponderlm2 import PonderLM2
 
 # The start's Pr(depth = K).

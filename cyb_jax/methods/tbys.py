@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cyb_jax import flops
+from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
-from cyb_jax.methods.method import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
 from cyb_jax.readout import WordScores
 

@@ -51,14 +51,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from cyb_jax import flops
+from cyb_jax.costs import flops
 from cyb_jax.decoder import Documents, KeyWeights
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.baseline import Plain
-from cyb_jax.methods.method import Batch, Params, Reading
+from cyb_jax.methods.interface import Batch, Params, Reading
 from cyb_jax.methods.paused import boxed_row
-from cyb_jax.placement import constrain
+from cyb_jax.partitioning.rules import constrain
 from cyb_jax.stopping import SlotScores
 
 COMBINATIONS = ("probabilities", "states")

@@ -16,16 +16,17 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from cyb_jax import pretrained, sharding
-from cyb_jax.config import Config
+from cyb_jax.configs import Config
+from cyb_jax.costs.flops import Cost
+from cyb_jax.costs.memory import bytes_per_device, count_parameters, program_memory
 from cyb_jax.data import TokenStore, open_tokenizer
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import InputError
-from cyb_jax.flops import Cost
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
+from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
 from cyb_jax.training.loop import abstract_batch, find_store, num_steps, open_batches
 from cyb_jax.training.optimizer import make_optimizer
-from cyb_jax.training.sizes import bytes_per_device, count_parameters, program_memory
 from cyb_jax.training.step import TrainState, trained_part
 from cyb_jax.training.strategies import Strategy, build_strategy
 
@@ -64,9 +65,9 @@ def outline(
   Raises:
     InputError: sizes that don't fit each other or the devices.
   """
-  mesh = sharding.make_mesh(config.parallelism, devices)
-  shards = sharding.data_shards(mesh)
-  sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
+  mesh = make_mesh(config.parallelism, devices)
+  shards = data_shards(mesh)
+  check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
   local = config.parallelism.strategy == "pmap"
   evaluated = config.build_method(vocab_size, data_shards=shards)
   method = config.build_method(vocab_size, data_shards=1) if local else evaluated
@@ -85,7 +86,8 @@ def dry_run(config: Config) -> dict[str, Any]:
     - `parameters`: see `count_parameters`.
     - `memory`: of the training step, see `memory_of`.
     - `flops`: `per_token`, per real token: `forward` (of an evaluation) and `train` (a step), each counted as the
-      `model`'s and as `executed` (see `cyb_jax.flops`), by component; `per_step` and `run`, of the training steps.
+      `model`'s and as `executed` (see `cyb_jax.costs.flops`), by component; `per_step` and `run`, of the training
+      steps.
     - `advice`: what would help where the device's memory doesn't suffice, else None.
     - `timing`: `compile_seconds`.
 
@@ -94,8 +96,8 @@ def dry_run(config: Config) -> dict[str, Any]:
   """
   data = config.data
   # Before the data is looked for.
-  shards = sharding.data_shards(sharding.make_mesh(config.parallelism))
-  sharding.check_batch(data.batch_size, shards * config.optimizer.accumulate)
+  shards = data_shards(make_mesh(config.parallelism))
+  check_batch(data.batch_size, shards * config.optimizer.accumulate)
   try:
     if config.init_from:
       pretrained.open_pretrained(config.init_from)

@@ -22,21 +22,22 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from cyb_jax import __version__, pretrained, runs, sharding, storage
-from cyb_jax import config as configs
-from cyb_jax.config import Config
+from cyb_jax import __version__, configs, runs, storage
+from cyb_jax.cli.programs import Interrupted
+from cyb_jax.configs import Config
+from cyb_jax.costs.flops import peak_flops
+from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_documents
 from cyb_jax.data.tasks import PLACES, has_targets, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
+from cyb_jax.distributed.hosts import ALONE, Cluster, own_facts
 from cyb_jax.errors import DivergedError, InputError, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
-from cyb_jax.flops import peak_flops
-from cyb_jax.hosts import ALONE, Cluster, own_facts
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
-from cyb_jax.programs import Interrupted
+from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
 from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, read_metrics, summarize
 from cyb_jax.training.optimizer import make_optimizer, schedule
-from cyb_jax.training.sizes import bytes_per_device, count_parameters
 from cyb_jax.training.step import Totals, TrainState
 from cyb_jax.training.strategies import Strategy, build_strategy, with_new_totals
 
@@ -159,9 +160,9 @@ def _train(
   if cluster.index == 0:  # of the others it would be the same, and some file systems bear one writer at a time
     runs.check_workdir(workdir, config)
   cluster.barrier()
-  mesh = sharding.make_mesh(config.parallelism)
-  shards = sharding.data_shards(mesh)
-  sharding.check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
+  mesh = make_mesh(config.parallelism)
+  shards = data_shards(mesh)
+  check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
   meta = runs.newest_meta(workdir)
   found = None
   if meta is None:
@@ -321,7 +322,7 @@ class _Loop:
     self.batches = open_batches(config, store, self.strategy.rows(config.data.batch_size))
     self.own = self.strategy.own(config.data.batch_size)
     # Evaluation runs under jit whatever the strategy.
-    shards = sharding.data_shards(mesh)
+    shards = data_shards(mesh)
     self.evaluator = Evaluator(config.build_method(store.vocab_size, data_shards=shards), mesh)
     self.peak = peak_flops(mesh.devices.flat[0])
     self.warned = False
@@ -347,7 +348,7 @@ class _Loop:
       return record
 
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:
-    """The state to go on from; the order in which parameters are looked for is told in `cyb_jax.pretrained`."""
+    """The state to go on from; the order in which parameters are looked for is told in `cyb_jax.interop.pretrained`."""
     self._log_size()
     steps = self.cluster.broadcast(self.cluster.index == 0 and checkpoints.steps())
     if not steps:

@@ -6,7 +6,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from cyb_jax.config import OptimizerConfig
+from cyb_jax.configs import OptimizerConfig
 from cyb_jax.decoder.lora import LEAVES
 
 

@@ -16,9 +16,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from cyb_jax import sharding
-from cyb_jax.config import Config
+from cyb_jax.configs import Config
 from cyb_jax.methods import Batch, Method
+from cyb_jax.partitioning.mesh import batch_sharding, host_rows, own_rows, put_batch, replicated, shardings, tell_whole
 from cyb_jax.training.step import Totals, TrainState, init_state, train_step, unbox
 
 
@@ -70,13 +70,13 @@ class JitStrategy:
   """jit over a mesh with axes data, fsdp, tensor; XLA places the collectives."""
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
-    sharding.tell_whole(method.decoder.config, mesh)
+    tell_whole(method.decoder.config, mesh)
     self._mesh = mesh
     self._init = functools.partial(init_state, method, optimizer, config.train.seed)
     boxed = jax.eval_shape(self._init)
-    self._shardings = sharding.shardings(boxed, mesh)
+    self._shardings = shardings(boxed, mesh)
     self._shapes = unbox(boxed)
-    self._batch_sharding = sharding.batch_sharding(mesh)
+    self._batch_sharding = batch_sharding(mesh)
     step = functools.partial(
       train_step,
       method=method,
@@ -109,13 +109,13 @@ class JitStrategy:
     return state.params
 
   def rows(self, batch_size: int) -> np.ndarray:
-    return sharding.host_rows(self._batch_sharding, batch_size)
+    return host_rows(self._batch_sharding, batch_size)
 
   def own(self, batch_size: int) -> np.ndarray:
-    return sharding.own_rows(self._batch_sharding, batch_size, jax.process_index())
+    return own_rows(self._batch_sharding, batch_size, jax.process_index())
 
   def put(self, batch: dict[str, Any]) -> Batch:
-    return sharding.put_batch(batch, self._batch_sharding)
+    return put_batch(batch, self._batch_sharding)
 
   def step(self, state: TrainState, batch: Batch) -> TrainState:
     with jax.set_mesh(self._mesh):
@@ -142,8 +142,8 @@ class PmapStrategy:
     self._devices = list(mesh.devices.flat)
     # Of this host: what pmap is given, and gives, has an axis of these.
     self._local = [device for device in self._devices if device.process_index == jax.process_index()]
-    self._everywhere = sharding.replicated(mesh)
-    self._batch_sharding = sharding.batch_sharding(mesh)
+    self._everywhere = replicated(mesh)
+    self._batch_sharding = batch_sharding(mesh)
     self._init = functools.partial(init_state, method, optimizer, config.train.seed)
     self._num_slots = method.num_slots
     self._step = jax.pmap(
@@ -189,10 +189,10 @@ class PmapStrategy:
     return self.logical(state).params
 
   def rows(self, batch_size: int) -> np.ndarray:
-    return sharding.host_rows(self._batch_sharding, batch_size)
+    return host_rows(self._batch_sharding, batch_size)
 
   def own(self, batch_size: int) -> np.ndarray:
-    return sharding.own_rows(self._batch_sharding, batch_size, jax.process_index())
+    return own_rows(self._batch_sharding, batch_size, jax.process_index())
 
   def put(self, batch: dict[str, Any]) -> Batch:
     return {k: v.reshape(len(self._local), -1, *v.shape[1:]) for k, v in batch.items()}

@@ -1,0 +1,1 @@
+"""The `cyb-*` programs, one thin module each."""

@@ -1,0 +1,53 @@
+"""Measures, and prints JSON.
+
+cyb-benchmark readout [--slots=131072 --width=768 --vocabulary=50304]   memory against a dense readout, and time
+cyb-benchmark data [--store=DIR]                                        tokens/s that batches are read at
+cyb-benchmark train --config=experiments/NAME.py [--variant=FIELDS]     tokens/s, MFU, memory of the training step
+cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
+cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests/s of downstream scoring, batched or not
+cyb-benchmark faults [--kills=100]                                      one run killed so often, against one left alone
+cyb-benchmark sharding [--devices=8]                                    a step on every mesh, against one device
+
+`cyb-benchmark NAME --help` shows the flags of one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cyb_jax.benchmarks import data, decode, faults, readout, scoring, sharding, train
+from cyb_jax.cli import programs
+from cyb_jax.errors import InputError
+
+# Each with the flags that it alone has.
+BENCHMARKS = {
+  "readout": (readout.define_flags, readout.readout),
+  "data": (data.define_flags, data.data),
+  "decode": (decode.define_flags, decode.decode),
+  "scoring": (scoring.define_flags, scoring.scoring),
+  "train": (train.define_flags, train.train),
+  "faults": (faults.define_flags, faults.faults),
+  "sharding": (sharding.define_flags, sharding.sharding),
+}
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  if len(argv) != 2 or argv[1] not in BENCHMARKS:
+    raise InputError(f"benchmark: {' '.join(argv[1:])!r} is none of {', '.join(BENCHMARKS)}")
+  _, measure = BENCHMARKS[argv[1]]
+  return measure()
+
+
+def run() -> None:
+  """Console script."""
+  # Before the flags are parsed, since the name says which there are.
+  for name in [word for word in sys.argv[1:] if word in BENCHMARKS][:1]:
+    define_flags, _ = BENCHMARKS[name]
+    define_flags()
+  programs.launch(main, words=1)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,88 @@
+"""Compiles a config's training step, evaluation and decoding for a TPU slice, without a TPU, and says what they take.
+
+cyb-compile --config=experiments/NAME.py --topology=v5e:4x4 [--steps=train,evaluate,decode] [--config.a.b=...]
+
+Exit code 1: something needs more memory than a chip has. The JSON says by how much, and what would help (--verify: if
+it really does).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from cyb_jax.cli import programs
+from cyb_jax.compilation import STEPS, topologies
+from cyb_jax.errors import InputError
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
+  flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v6e:8x8, v4:2x2x2, v5p:2x2x2, ...")
+  flags.DEFINE_list(
+    "steps", list(STEPS), "What is compiled: some of train, evaluate, decode; by default what the method has."
+  )
+  flags.DEFINE_integer(
+    "decode_batch", 0, "Rows that are decoded together; 0: 8, or as many as devices that have rows of their own."
+  )
+  flags.DEFINE_bool("verify", False, "Compile each change that is advised where memory is short, too.")
+  flags.DEFINE_string("hlo", "", "A folder: the optimised HLO of each step is written there.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  del argv
+  args = flags.FLAGS
+  topology = programs.required_flag("topology", "name the slice, such as v5e:4x4")
+  unknown = [step for step in args.steps if step not in STEPS]
+  if unknown or not args.steps:
+    raise InputError(f"--steps: {','.join(args.steps)!r} must be some of {','.join(STEPS)}")
+  programs.check_not_negative("decode_batch")
+  source = programs.config_flag()
+  topologies.check_topology(topology)
+  topologies.check_libtpu()
+  if args.hlo:
+    try:
+      os.makedirs(args.hlo, exist_ok=True)
+    except OSError as error:
+      raise InputError(f"--hlo: {args.hlo} can't be written to: {error.strerror}") from None
+  from cyb_jax.compilation import steps
+  from cyb_jax.methods import METHODS
+
+  chosen = list(args.steps)
+  method = METHODS.get(source.method.name)
+  if not args["steps"].present and method is not None and not method.decodes:
+    chosen.remove("decode")
+  result = steps.compile_steps(
+    source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
+  )
+  if not result["fits"]:
+    raise programs.Failed(_refusal(result), result)
+  return result
+
+
+def _refusal(result: dict[str, Any]) -> str:
+  parts = []
+  for step in STEPS:
+    if step in result and not result[step]["fits"]:
+      over = result[step]["over_bytes"]
+      parts.append(f"{step} is over by {over / 2**30:.2f} GiB" if over is not None else f"{step} doesn't fit")
+  return (
+    f"{result['topology']} has {result['hbm_bytes'] / 2**30:.2f} GiB a chip: {', '.join(parts)}; what helps, most"
+    f" first: {', '.join(change['change'] for change in result['advice'])}"
+  )
+
+
+def run() -> None:
+  """Console script."""
+  # Before the flags are parsed: config files import jax.
+  topologies.set_environment()
+  define_flags()
+  programs.launch(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,149 @@
+"""Brings the weights of others in, and takes a run's out: both are written as a Hugging Face folder.
+
+What is written is what `init_from` takes, and what transformers loads.
+
+python -m cyb_jax.cli.convert --from=hf|gguf|llama2c --input=PATH --output=DIR [--dtype=bfloat16] [--tokenizer=PATH]
+python -m cyb_jax.cli.convert --to=hf --workdir=RUN --output=DIR [--checkpoint=best] [--dtype=bfloat16]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from cyb_jax.cli import programs
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from jaxtyping import PyTree
+
+  from cyb_jax.decoder import DecoderConfig
+  from cyb_jax.runs import Run
+
+_KINDS = {"hf": "huggingface", "gguf": "gguf", "llama2c": "llama2c"}
+# safetensors makes a copy of what it writes.
+_SHARD_BYTES = 128 << 20
+_DTYPES = ("float32", "bfloat16")
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("from", "", "hf (a Hugging Face folder), gguf or llama2c: what --input is.")
+  flags.DEFINE_string("to", "", "hf: a Hugging Face folder is made of --workdir.")
+  flags.DEFINE_string("input", "", "The folder or file to bring in.")
+  flags.DEFINE_string("workdir", "", "The run to take out.")
+  flags.DEFINE_string("checkpoint", "last", "Of the run: last, best, or a step.")
+  flags.DEFINE_string("output", "", "The folder to make; it must not be there, or be empty.")
+  flags.DEFINE_string("dtype", "float32", "Number format of what is written: float32 or bfloat16.")
+  flags.DEFINE_string("tokenizer", "", "A tokenizer, where --input holds none, or in place of its own.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  del argv
+  args = flags.FLAGS
+  source, target = args["from"].value, args.to
+  if bool(source) == bool(target):
+    raise InputError("--from, --to: give one of them, --from=hf|gguf|llama2c or --to=hf")
+  if source and source not in _KINDS:
+    raise InputError(f"--from: {source!r} is none of {', '.join(_KINDS)}")
+  if target and target != "hf":
+    raise InputError(f"--to: {target!r} is not 'hf'")
+  if args.dtype not in _DTYPES:
+    raise InputError(f"--dtype: {args.dtype!r} is none of {', '.join(_DTYPES)}")
+  unused = ("workdir", "checkpoint") if source else ("input", "tokenizer")
+  for name in unused:
+    if args[name].present:
+      raise InputError(f"--{name}: {args[name].value!r} has no use with --{'from' if source else 'to'}; leave it out")
+  # What is half written is taken away by what an exception leaves.
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+  output = pathlib.Path(programs.required_flag("output", "name the folder to make")).absolute()
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise InputError(f"--output: {output} is there already; take another folder")
+  if source:
+    given = programs.required_flag("input", "name the folder or file to bring in")
+    return _bring_in(_KINDS[source], given, output)
+  return _take_out(programs.required_flag("workdir", "name the run's folder"), output)
+
+
+def _bring_in(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
+  from cyb_jax.interop import pretrained
+
+  args = flags.FLAGS
+  start = time.perf_counter()
+  found = pretrained.open_pretrained(path, tokenizer=args.tokenizer)
+  if found.kind != kind:
+    raise InputError(f"--from: {args['from'].value!r}, but {path} is of kind {found.kind!r}")
+  run = pretrained.load(found, dtype=args.dtype)
+  written = _written(run, run.params, run.method.decoder.config, output, args.dtype, found.context)
+  logging.info("%s: %s parameters from %s", output, f"{written['parameters']:,}", path)
+  decoder = {k: v for k, v in run.config.source["decoder"].items() if v is not None and k != "preset"}
+  return written | {"decoder": decoder, "seconds": time.perf_counter() - start}
+
+
+def _take_out(workdir: str, output: pathlib.Path) -> dict[str, Any]:
+  from cyb_jax import runs
+  from cyb_jax.decoder import merge_lora
+  from cyb_jax.interop import pretrained
+
+  args = flags.FLAGS
+  start = time.perf_counter()
+  run = runs.load(workdir, programs.checkpoint_flag())
+  if not run.method.exports:
+    raise InputError(
+      f"--workdir: {workdir} is of method {run.method.name!r}, which is no plain decoder: what reads such a folder"
+      " would run another model; export a run of baseline, tbys, cyb, constant_stop or mean_slots"
+    )
+  decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
+  context = None
+  if run.config.init_from:
+    # Windows may have been short; what it started from knows better, where it is still there.
+    with contextlib.suppress(InputError):
+      context = pretrained.open_pretrained(run.config.init_from).context
+  written = _written(run, run.params | {"decoder": decoder}, config, output, args.dtype, context)
+  logging.info("%s: %s, step %d of %s", output, run.method.name, run.step, workdir)
+  return written | {"seconds": time.perf_counter() - start}
+
+
+def _written(
+  run: Run, params: PyTree, decoder: DecoderConfig, output: pathlib.Path, dtype: str, context: int | None
+) -> dict[str, Any]:
+  """Writes the folder; what it says of itself."""
+  import jax
+
+  from cyb_jax import interop
+
+  interop.write_huggingface(
+    output,
+    decoder,
+    params,
+    run.tokenizer,
+    method=run.config.method if len(params) > 1 else None,
+    step=run.step,
+    dtype=dtype,
+    max_positions=context or run.config.data.sequence_length,
+    max_shard_bytes=_SHARD_BYTES,
+  )
+  return {
+    "output": str(output),
+    "method": run.method.name,
+    "step": run.step,
+    "parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "dtype": dtype,
+    "vocab_size": run.tokenizer.vocab_size,
+  }
+
+
+def run() -> None:
+  """Console script."""
+  define_flags()
+  programs.launch(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,143 @@
+"""Prepares a task's tokens once: `python -m cyb_jax.cli.prepare --task=imdb_reviews`.
+
+    cyb-prepare --task=imdb_reviews                                      # into the user's cache folder
+    cyb-prepare --task=text_files --option pattern='books/*.txt' --tokenizer=sentencepiece:16384 --output=books
+    cyb-prepare --task=c4_en --workers=16 --output=gs://bucket/c4 --shard=3/32   # the third of 32 hosts
+    cyb-prepare --verify=books                                           # checks every byte of a store
+
+The last line of standard output is one JSON object: what the store holds and where it is; for a shard that isn't the
+last one, how many pieces are whole. `timing` has the tokens per second of a core, and the hours that C4 would take.
+
+Whatever dies, the same command continues; the store is the same for any number of workers and shards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import Any
+
+from absl import flags
+
+from cyb_jax.cli.programs import Failed, launch
+from cyb_jax.data import TASKS, Prepared, TokenStore, default_tokenizer, prepare_shard
+from cyb_jax.data.tokenizers import num_threads
+from cyb_jax.errors import InputError
+
+# English C4, by a vocabulary of 32,000: what `timing` is projected to.
+_C4_TOKENS = 156e9
+_C4_HOSTS = (1, 32)
+_TELLING_TOKENS = 10_000_000
+_COUNTS = ("tokens", "weighted_tokens", "documents", "bytes", "duplicates_dropped")
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("task", None, f"what to prepare: {', '.join(TASKS)}, or seqio:NAME")
+  flags.DEFINE_string(
+    'tokenizer', None, "'bytes', 'sentencepiece:N', a .model or .gguf file, or a Hugging Face folder; by default "
+    'sentencepiece:8192, for the synthetic tasks bytes'
+  )  # fmt: skip
+  flags.DEFINE_string("output", None, "the store's folder; by default one in the user's cache folder")
+  flags.DEFINE_integer("limit", None, "at most so many documents of each split")
+  flags.DEFINE_integer("workers", 1, "processes that tokenize; one uses threads")
+  flags.DEFINE_string(
+    "shard", "1/1", "i/n: this is the i-th of n hosts, which all write to the same --output; the last one to be done "
+    "finishes the store"
+  )  # fmt: skip
+  flags.DEFINE_multi_string("option", [], "an option of the task, as key=value; may be repeated")
+  flags.DEFINE_string("verify", None, "check the store in this folder instead, byte for byte")
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+  start = time.perf_counter()
+  args = flags.FLAGS
+  del argv
+  if (args.task is None) == (args.verify is None):
+    raise InputError("--task: give --task=NAME to prepare it, or --verify=PATH to check a store")
+  if args.verify is not None:
+    store = TokenStore.open(args.verify, verify=True)
+    prepared = Prepared(store.path, store.description)
+  else:
+    try:
+      prepared = prepare_shard(
+        args.task,
+        args.tokenizer or default_tokenizer(args.task),
+        args.output,
+        options=dict(_parse_option(text) for text in args.option),
+        limit=args.limit,
+        workers=args.workers,
+        shard=_parse_shard(args.shard),
+      )
+    except ChildProcessError as error:
+      raise Failed(str(error), {"task": args.task, "finished": False}) from error
+  timing = {"seconds": round(time.perf_counter() - start, 3)} | _speed(prepared)
+  description = prepared.description
+  if description is None:
+    pieces = {"whole": prepared.pieces_done, "all": prepared.pieces}
+    return {
+      "output": os.fspath(prepared.path),
+      "task": args.task,
+      "finished": False,
+      "pieces": pieces,
+      "timing": timing,
+    }
+  return {
+    "output": os.fspath(prepared.path),
+    "task": description["task"],
+    "tokenizer": description["tokenizer"],
+    "vocab_size": description["tokenizer"]["vocab_size"],
+    "fingerprint": description["fingerprint"],
+    "splits": {
+      name: {key: split[key] for key in _COUNTS if key in split} for name, split in description["splits"].items()
+    },
+    "timing": timing,
+  }
+
+
+def _speed(prepared: Prepared) -> dict[str, Any]:
+  """What was measured, and what it would come to for C4 on hosts like this one.
+
+  Pieces are done on all cores of all hosts at their cost in CPU time. One host finishes the store, with as many workers
+  as here; that isn't told where there are so few tokens that it is mostly what does not grow with them.
+  """
+  if not prepared.cpu_seconds or not prepared.tokens:
+    return {}
+  cores = num_threads()
+  of_core = prepared.tokens / prepared.cpu_seconds
+  hours = {f"pieces_{n}_hosts": round(_C4_TOKENS / (of_core * cores * n) / 3600, 2) for n in _C4_HOSTS}
+  splits = prepared.description["splits"].values() if prepared.description else ()
+  tokens = sum(split["tokens"] for split in splits)
+  if prepared.finish_seconds and tokens >= _TELLING_TOKENS:
+    hours["finish"] = round(_C4_TOKENS / (tokens / prepared.finish_seconds) / 3600, 2)
+  return {
+    "piece_seconds": round(prepared.piece_seconds, 3),
+    "finish_seconds": round(prepared.finish_seconds, 3),
+    "tokens_per_second_per_core": round(of_core),
+    "cores": cores,
+    "workers": prepared.workers,
+    "c4_hours": hours,
+  }
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+  match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+  if not match:
+    raise InputError(f"--shard={text}: give i/n with 1 <= i <= n, such as 1/4")
+  return int(match[1]), int(match[2])
+
+
+def _parse_option(text: str) -> tuple[str, str]:
+  name, equals, value = text.partition("=")
+  if not equals or not name:
+    raise InputError(f"--option={text}: give key=value")
+  return name, value
+
+
+def run() -> None:
+  define_flags()
+  launch(main)
+
+
+if __name__ == "__main__":
+  run()

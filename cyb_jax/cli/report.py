@@ -1,0 +1,263 @@
+"""Reports on a run, or on several side by side: one HTML file, its pictures, and the numbers in them.
+
+python -m cyb_jax.cli.report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
+python -m cyb_jax.cli.report --compare=DIR,DIR,... [--output=DIR]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from cyb_jax import storage
+from cyb_jax.cli import programs
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
+
+  from cyb_jax.data import TokenStore
+  from cyb_jax.methods import Method
+  from cyb_jax.report.coloured import Window
+  from cyb_jax.report.comparison import Candidate
+  from cyb_jax.runs import Run
+
+
+# Of statistics.json. One that has less was written by another version.
+_PARTS = {
+  "num_slots", "tokens", "perplexity", "latency", "training_latency", "calibration", "curves", "self_paced", "types",
+  "autoregressive", "word_position", "word_class", "frequency", "difficulty", "groups",
+}  # fmt: skip
+
+
+# Token by token takes longer than a window at once.
+_SELF_PACED_WINDOWS = 256
+_OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_pauses", "tokens")
+
+
+def define_flags() -> None:
+  programs.define_run_flags()
+  programs.define_reading_flags()
+  flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
+  flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
+  flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown coloured, spread over the split.")
+  flags.DEFINE_bool("text", False, "Print the coloured text too.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  del argv
+  args = flags.FLAGS
+  programs.check_not_negative("limit", "batch_size", "text_windows")
+  if args.compare and args.workdir:
+    raise InputError(f"--compare: {','.join(args.compare)!r} is set, and --workdir = {args.workdir!r} too; give one")
+  if args.compare:
+    return _compare(list(args.compare))
+  return _report(programs.required_flag("workdir", "name the run's folder, or several with --compare"))
+
+
+def _report(workdir: str) -> dict[str, Any]:
+  from cyb_jax import jsonl, runs
+  from cyb_jax.report import coloured, output, single
+  from cyb_jax.training.metrics import read_metrics
+
+  args = flags.FLAGS
+  if args.text and not args.text_windows:
+    raise InputError("--text: set, but --text_windows is 0; show at least one")
+  runs.read_config(workdir)  # that there is a run is the first thing to be told
+  folder = output.check_output(args.output or os.path.join(workdir, "report"))
+  mesh = programs.reading_mesh()
+  run = runs.load(workdir, programs.checkpoint_flag(), mesh)
+  store = programs.open_store(run.config, run.meta)
+  windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
+  checkpoint = runs.checkpoints_in(workdir, read_only=True).fingerprint(run.step)
+  statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
+  html, pictures = single.build(run.config.source, run.meta, statistics, read_metrics(workdir), windows)
+  output.check_size(html)
+  output.write_folder(
+    folder, {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
+  )
+  if args.text:
+    _print(windows)
+  return {
+    "report": str(folder / "index.html"),
+    "figures": sorted(pictures),
+    "bytes": len(html.encode()),
+    "perplexity": statistics["perplexity"]["mixture"],
+    "mean_pauses": (statistics["latency"] or {"mean_pauses": 0.0})["mean_pauses"],
+    "step": statistics["step"],
+    "split": statistics["split"],
+  }
+
+
+def _compare(workdirs: list[str]) -> dict[str, Any]:
+  from cyb_jax import jsonl, runs
+  from cyb_jax.report import comparison, output, side_by_side
+
+  args = flags.FLAGS
+  if len(workdirs) < 2:
+    raise InputError(f"--compare: {workdirs[0]!r} is one folder; give at least two, with commas between them")
+  if args.text:
+    raise InputError("--text: set, but --compare shows no text; report on one run with --workdir")
+  for workdir in workdirs:
+    runs.read_config(workdir)
+  folder = output.check_output(args.output or "report")
+  # What configs and checkpoints tell comes before the work.
+  unread = [_candidate(workdir, read=False) for workdir in workdirs]
+  comparison.check_comparable(unread)
+  comparison.group_runs(unread)
+  candidates = [_candidate(workdir) for workdir in workdirs]
+  comparison.check_comparable(candidates)
+  groups = comparison.group_runs(candidates)
+  numbers = comparison.compare(groups)
+  html, pictures = side_by_side.build(groups, numbers)
+  output.check_size(html)
+  output.write_folder(
+    folder, {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
+  )
+  return {
+    "report": str(folder / "index.html"),
+    "figures": sorted(pictures),
+    "bytes": len(html.encode()),
+    "groups": [
+      {"label": row["label"], "perplexity": row["perplexity"]["mean"], "seeds": len(row["workdirs"])}
+      for row in numbers["groups"]
+    ],
+    "split": numbers["split"],
+  }
+
+
+def _kept(workdir: str) -> storage.Place:
+  return storage.place(workdir) / "report"
+
+
+def _candidate(workdir: str, *, read: bool = True) -> Candidate:
+  """A run with its statistics, unless it isn't to be read.
+
+  Those in its own report's folder are taken where they are of the same checkpoint, split and limit.
+  """
+  from cyb_jax import jsonl, runs
+  from cyb_jax.report.comparison import Candidate
+  from cyb_jax.training.metrics import read_metrics
+
+  checkpoints = runs.checkpoints_in(workdir, read_only=True)
+  step = checkpoints.find(programs.checkpoint_flag(), quick=True)
+  meta = checkpoints.meta(step)
+  if not read:
+    return Candidate(workdir, runs.read_config(workdir), meta, {}, [])
+  checkpoint = checkpoints.fingerprint(step)
+  statistics = recorded_statistics(workdir, checkpoint)
+  if statistics is None:
+    mesh = programs.reading_mesh()
+    run = runs.load(workdir, step, mesh)
+    statistics = _statistics(run, mesh, programs.open_store(run.config, run.meta), checkpoint)
+    path = _kept(workdir) / "statistics.json"
+    # Beside a page that shows others they would be out of place; then they are computed again next time.
+    try:
+      storage.make_new(path.parent)
+      storage.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
+    except FileExistsError:
+      pass
+    except OSError as error:
+      logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror or error)
+  # No further than the checkpoint, which need not be the last.
+  rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
+  validation = [row for row in rows if row.get("omega") is None]
+  vocab_size = runs.load_tokenizer(workdir).vocab_size
+  return Candidate(workdir, runs.read_config(workdir), meta, statistics, validation, vocab_size)
+
+
+def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
+  """statistics.json of a run's own report; None where there is none of this checkpoint, by its fingerprint, and of the
+  split and the limit that the flags ask for.
+  """
+  import json
+
+  from cyb_jax.methods import METHODS
+
+  limit = flags.FLAGS.limit or None
+  try:
+    found = json.loads(storage.read_bytes(_kept(workdir) / "statistics.json"))
+    same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
+    paced = found["num_slots"] > 1 and _reads_at_own_pace(METHODS[found["method"]])
+    same &= not paced or found["self_paced"] is not None
+    # A limit that leaves nothing out is recorded as none.
+    same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+  if same:
+    logging.info("statistics.json of %s is of the same checkpoint and text: it is used again", workdir)
+  return found if same else None
+
+
+def _reads_at_own_pace(method: type[Method]) -> bool:
+  """A method that decides nothing has no pace of its own."""
+  return method.decides and method.self_paces
+
+
+def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dict[str, Any]:
+  """What statistics.json holds."""
+  import jax
+
+  from cyb_jax.evaluation import (
+    AUTOREGRESSIVE_WINDOWS,
+    Evaluator,
+    PauseStatistics,
+    evaluate_split,
+    read_autoregressively,
+    statistics_of_split,
+  )
+
+  args = flags.FLAGS
+  options = {"split": args.split, "step": run.step, "batch_size": programs.rows_at_once(run.config, mesh)}
+  with jax.default_matmul_precision(run.config.precision.matmul):
+    found = statistics_of_split(
+      PauseStatistics(run.method, mesh, run.tokenizer),
+      run.params,
+      store,
+      run.config,
+      limit=args.limit or None,
+      **options,
+    )
+    if run.method.num_slots > 1 and _reads_at_own_pace(type(run.method)):
+      windows = min(found["windows"], _SELF_PACED_WINDOWS)
+      paced = evaluate_split(
+        Evaluator(run.method, mesh, context="self_paced"),
+        run.params,
+        store,
+        run.config,
+        meta=run.meta,
+        limit=windows,
+        **options,
+      )
+      found["self_paced"] = {"windows": windows} | {name: paced[name] for name in _OF_SELF_PACED}
+    found["autoregressive"] = read_autoregressively(
+      Evaluator(run.method, mesh),
+      run.params,
+      store,
+      run.config,
+      split=args.split,
+      windows=min(found["windows"], AUTOREGRESSIVE_WINDOWS),
+      batch_size=options["batch_size"],
+    )
+  return found | {"checkpoint": checkpoint}
+
+
+def _print(windows: Sequence[Window]) -> None:
+  from cyb_jax.report import coloured
+
+  columns = max(shutil.get_terminal_size().columns, 20)
+  programs.show(coloured.to_terminal(windows, columns, colour=programs.shows_colour()))
+
+
+def run() -> None:
+  """Console script."""
+  define_flags()
+  programs.launch(main)
+
+
+if __name__ == "__main__":
+  run()

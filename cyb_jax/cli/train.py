@@ -1,0 +1,61 @@
+"""Trains a run, or continues it, and evaluates it.
+
+python -m cyb_jax.cli.train --config=experiments/quickstart.py --workdir=DIR [--config.train.steps=100]
+python -m cyb_jax.cli.train --config=experiments/quickstart.py --dry_run     what it would take; nothing is written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from cyb_jax.cli import programs
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from cyb_jax.distributed.hosts import Cluster
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
+  flags.DEFINE_string("workdir", None, "The run's folder; an interrupted run in it is continued.")
+  flags.DEFINE_integer("profile", 0, "Trace so many steps, after ten, into WORKDIR/profile (TensorBoard, Perfetto).")
+  flags.DEFINE_boolean(
+    "dry_run", False, "Print what a run takes, parameters, memory and FLOPs, and write nothing; needs no workdir."
+  )
+  programs.define_host_flags()
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  del argv
+  source = programs.config_flag()
+  if flags.FLAGS.dry_run:
+    from cyb_jax import training
+    from cyb_jax.interop import pretrained
+
+    return training.dry_run(pretrained.settle(source, flags.FLAGS.workdir))
+  workdir = programs.required_flag("workdir", "name the run's folder")
+  profile = flags.FLAGS.profile
+  if profile < 0:
+    raise InputError(f"--profile: {profile} is negative")
+
+  def train(cluster: Cluster) -> dict[str, Any]:
+    from cyb_jax import training
+    from cyb_jax.interop import pretrained
+
+    return training.train(pretrained.settle(source, workdir), workdir, profile=profile, cluster=cluster)
+
+  return programs.on_hosts(train)
+
+
+def run() -> None:
+  """Console script."""
+  define_flags()
+  programs.launch(main)
+
+
+if __name__ == "__main__":
+  run()

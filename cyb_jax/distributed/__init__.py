@@ -1,0 +1,1 @@
+"""Several hosts that train one model: what they must agree on, and how one that dies is noticed."""

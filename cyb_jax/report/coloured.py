@@ -1,0 +1,383 @@
+"""Text coloured by the expected number of pauses before each token, in HTML and for a terminal.
+
+The colour of a token is that of the pauses that were used to predict it, after the token before it.
+
+Dimensions: N tokens of a window, W slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cyb_jax.data import Tokenizer, TokenStore, with_documents
+from cyb_jax.errors import InputError
+from cyb_jax.partitioning.mesh import batch_sharding, data_shards, put_batch
+from cyb_jax.report import page
+from cyb_jax.runs import Run
+
+# Eight steps of cividis, few pauses light and many dark, with the nearest of a terminal's 256 colours.
+_SCALE = ("#FEE838", "#E1CC55", "#C3B369", "#A59C74", "#8A8678", "#707173", "#4A5570", "#12356E")
+_TERMINAL = (227, 185, 143, 144, 102, 243, 60, 18)
+_DIGITS = "⁰¹²³⁴⁵⁶⁷"
+_LONGEST_TABLE = 512
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """A window of the split, read.
+
+  Attributes:
+    index: of the window in the split.
+    first: the piece that comes before all that are predicted.
+    pieces: the predicted tokens', N.
+    dont_know: f32[N, W], d; None where the method doesn't decide.
+    target: f32[N, W], t.
+    stopping: f32[N, W], s.
+  """
+
+  index: int
+  first: str
+  pieces: tuple[str, ...]
+  dont_know: np.ndarray | None
+  target: np.ndarray
+  stopping: np.ndarray
+
+  @property
+  def pauses(self) -> np.ndarray:
+    """f64[N], the expected number of pauses before each token."""
+    return self.stopping.astype(np.float64) @ np.arange(self.stopping.shape[-1])
+
+
+def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: int | None, count: int) -> list[Window]:
+  """So many windows, evenly spread over the split.
+
+  Args:
+    run: its parameters on the mesh.
+    mesh: the batch is spread over it.
+    store: the run's.
+    split: of the store.
+    limit: of the split's windows only so many are chosen from; None: all.
+    count: fewer where there are fewer.
+
+  Raises:
+    InputError: the store has no such split, or nothing in it.
+  """
+  if split not in store.splits:
+    raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
+  data = run.config.data
+  windows = store.num_windows(split, data.sequence_length)
+  if not windows:
+    raise InputError(f"split: {split!r} of {store.path} is empty")
+  used = min(windows, limit or windows)
+  indices = np.unique(np.arange(count) * used // max(count, 1)) if count else np.array([], int)
+  if not len(indices):
+    return []
+  shards = data_shards(mesh)
+  # The window after the last one is all padding.
+  rows = np.concatenate([indices, np.full(-len(indices) % shards, windows)])
+  tokens, weights = store.windows(split, rows, data.sequence_length)
+  batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+  if data.document_mask:
+    batch = with_documents(batch, store.end_id)
+  read = jax.jit(run.method.read)
+  with jax.default_matmul_precision(run.config.precision.matmul):
+    reading = read(run.params, put_batch(batch, batch_sharding(mesh)))
+  scores = [reading.scores.log_dont_know, reading.scores.log_target, reading.log_stopping]
+  d, t, s = (np.exp(np.asarray(jax.device_get(x), np.float32)) for x in scores)
+  result = []
+  for i, index in enumerate(indices.tolist()):
+    real = weights[i] > 0
+    pieces = tuple(shown(run.tokenizer, token) for token in tokens[i, 1:][real].tolist())
+    result.append(
+      Window(
+        index=index,
+        first=shown(run.tokenizer, int(tokens[i, 0])),
+        pieces=pieces,
+        dont_know=d[i][real] if run.method.decides else None,
+        target=t[i][real],
+        stopping=s[i][real],
+      )
+    )
+  return result
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+  """A token as it stands in the text, with what can't be seen made visible; a line ends after ↵."""
+  piece = tokenizer.piece(token)
+  if token == tokenizer.end_id:
+    return f"{visible(piece)}\n"
+  piece = _BYTE.sub(_character, piece)
+  return visible(piece.replace("▁", " "))
+
+
+def _character(byte: re.Match) -> str:
+  code = int(byte[1], 16)
+  return chr(code) if code < 128 else byte[0]  # a part of a character
+
+
+def visible(text: str) -> str:
+  """The text with a sign for each character that shows nothing, or changes how others are shown; newlines as ↵ and a
+  newline.
+  """
+  out = []
+  for c in text:
+    if c == "\n":
+      out.append("↵\n")
+    elif c == "\t":
+      out.append("⇥")
+    elif ord(c) < 32:
+      out.append(chr(0x2400 + ord(c)))
+    elif c != " " and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"):
+      out.append(f"<U+{ord(c):04X}>")
+    else:
+      out.append(c)
+  return "".join(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """How pauses become colours, over the windows that are shown.
+
+  Attributes:
+    low, high: the fewest and the most pauses.
+    quartiles: of the pauses, three numbers.
+  """
+
+  low: float
+  high: float
+  quartiles: tuple[float, float, float]
+
+  @classmethod
+  def of(cls, windows: Sequence[Window]) -> Scale | None:
+    """None where all tokens have the same number of pauses, and nothing is to be told by colour."""
+    pauses = np.concatenate([window.pauses for window in windows]) if windows else np.array([])
+    # Below this, differences are rounding.
+    if not len(pauses) or np.ptp(pauses) < 1e-4:
+      return None
+    return cls(float(pauses.min()), float(pauses.max()), tuple(np.quantile(pauses, [0.25, 0.5, 0.75]).tolist()))
+
+  def step(self, pauses: float) -> int:
+    """0 to 7."""
+    return min(int((pauses - self.low) / (self.high - self.low) * 8), 7)
+
+  def quartile(self, pauses: float) -> int:
+    """0 to 3."""
+    return sum(pauses > bound for bound in self.quartiles)
+
+  def border(self, step: int) -> str:
+    """The fewest pauses of a step, with as many digits as tell it from the next."""
+    width = (self.high - self.low) / 8
+    return f"{self.low + width * step:.{max(1 - math.floor(math.log10(width)), 0)}f}"
+
+
+def to_html(windows: Sequence[Window]) -> str:
+  """The windows with a legend; the numbers of a token are shown when it is pointed at, focused or tapped (`SCRIPT`)."""
+  scale = Scale.of(windows)
+  pauses = np.concatenate([window.pauses for window in windows])
+  parts = []
+  if scale is None:
+    parts.append(page.paragraph(f"All tokens here have {page.number(float(pauses[0]))} pauses: nothing to colour."))
+  else:
+    parts.append(_legend(scale))
+  parts.append(
+    page.paragraph(
+      "Point at a token, tap it, or go through the text with the arrow keys: below stand d (don't know), t (the"
+      " target's probability) and s (when the answer is read) at each of its slots."
+      " The first token, grey, is not predicted.",
+      "note",
+    )
+  )
+  for number, window in enumerate(windows):
+    spans = []
+    for i, (piece, value) in enumerate(zip(window.pieces, window.pauses)):
+      kind = "t" if scale is None else f"t c{scale.step(value)} q{scale.quartile(value)}"
+      spans.append(f'<span class="{kind}" tabindex="{-1 if i else 0}">{page.escape(piece)}</span>')
+    d, t, s = (
+      [] if x is None else [[round(float(v), 4) for v in row] for row in x]
+      for x in (window.dont_know, window.target, window.stopping)
+    )
+    numbers = json.dumps({"d": d, "t": t, "s": s}, separators=(",", ":"))
+    parts.append(
+      f"<h3>Window {window.index:,}</h3>"
+      f'<div class="text" role="group" aria-label="Coloured text, window {window.index}" data-window="{number}">'
+      f'<span class="first">{page.escape(window.first)}</span>{"".join(spans)}</div>'
+      f'<script type="application/json" id="window-{number}">{numbers}</script>' + _table(window)
+    )
+  parts.append('<div id="numbers" role="status" aria-live="polite" hidden></div>')
+  return f"<style>{_colours()}</style>" + "".join(parts)
+
+
+def _legend(scale: Scale) -> str:
+  steps = "".join(f'<span class="t c{i}">{scale.border(i)}</span> ' for i in range(8))
+  words = ("no line: the fewest quarter", "dotted", "solid", "double: the most quarter")
+  lines = " ".join(f'<span class="t q{i}">{word}</span>' for i, word in enumerate(words))
+  return (
+    f'<div class="text legend">Expected pauses before the token, from {scale.border(0)} to {scale.border(8)}:'
+    f" {steps}<br>The same by quarters of these tokens: {lines}</div>"
+  )
+
+
+def _colours() -> str:
+  rules = []
+  for i, colour in enumerate(_SCALE):
+    ink = "#ffffff" if i >= 5 else "#000000"
+    rules.append(f".c{i}{{background:{colour};color:{ink}}}")
+  return "".join(rules) + ".c5,.c6,.c7{border-color:#1b1b1b}"
+
+
+def _table(window: Window) -> str:
+  slots = range(1, window.stopping.shape[-1] + 1)
+  header = ["token", "pauses", *([f"d{i}" for i in slots] if window.dont_know is not None else [])]
+  header += [*(f"t{i}" for i in slots), *(f"s{i}" for i in slots)]
+  columns = [x for x in (window.dont_know, window.target, window.stopping) if x is not None]
+  rows = [
+    [piece.rstrip("\n"), float(value), *(float(v) for x in columns for v in x[i])]
+    for i, (piece, value) in enumerate(zip(window.pieces, window.pauses))
+  ]
+  more = f", the first {_LONGEST_TABLE} tokens" if len(rows) > _LONGEST_TABLE else ""
+  return page.table(f"Window {window.index:,} in numbers{more}", header, rows[:_LONGEST_TABLE])
+
+
+def width(text: str) -> int:
+  """Columns that a text takes in a terminal."""
+  return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def to_terminal(windows: Sequence[Window], columns: int, *, colour: bool) -> str:
+  """The windows with a legend, lines no wider than `columns`.
+
+  Args:
+    windows: to print.
+    columns: of the terminal.
+    colour: ANSI colours out of 256; else a raised digit after each token says its step of the scale.
+  """
+  scale = Scale.of(windows)
+  out = []
+  if scale is None:
+    pauses = np.concatenate([window.pauses for window in windows]) if windows else np.array([0.0])
+    out += _wrapped([(f"All tokens here have {pauses[0]:.4g} pauses: nothing to colour.", None)], columns, False)
+  else:
+    legend: list[tuple[str, int | None]] = [
+      ("Expected pauses before a token: " if colour else "Behind a token, the level of the pauses before it: ", None)
+    ]
+    for i in range(8):
+      legend += [(scale.border(i), i) if colour else (f"{_DIGITS[i]}={scale.border(i)}", None), (" ", None)]
+    out += _wrapped(legend, columns, colour)
+  for window in windows:
+    out += ["", f"window {window.index}"]
+    words: list[tuple[str, int | None]] = [(window.first, None)]
+    for piece, value in zip(window.pieces, window.pauses):
+      words.append((piece, None if scale is None else scale.step(value)))
+    out += _wrapped(words, columns, colour)
+  return "\n".join(out) + "\n"
+
+
+def _wrapped(words: Sequence[tuple[str, int | None]], columns: int, colour: bool) -> list[str]:
+  """Lines of tokens; a token that doesn't fit on its line begins the next one, and one wider than a line is cut."""
+  lines, line, used = [], "", 0
+
+  def end() -> None:
+    nonlocal line, used
+    lines.append(line)
+    line, used = "", 0
+
+  def put(text: str, step: int | None) -> None:
+    nonlocal line, used
+    used += width(text)
+    if colour and step is not None and text:
+      ink = 231 if step >= 5 else 16
+      text = f"\x1b[38;5;{ink};48;5;{_TERMINAL[step]}m{text}\x1b[0m"
+    line += text
+
+  for word, step in words:
+    mark = _DIGITS[step] if step is not None and not colour else ""
+    broken = word.endswith("\n")
+    text = word.rstrip("\n").replace("\n", "") + mark
+    if used and used + width(text) > columns:
+      end()
+      if text.startswith(" ") and len(text) > len(mark) + 1:
+        text = text[1:]
+    for character in text:
+      # Character by character, so that a wide one isn't cut in two.
+      if used and used + width(character) > columns:
+        end()
+      put(character, step) if width(text) > columns else None
+    if width(text) <= columns:
+      put(text, step)
+    if broken:
+      end()
+  if line:
+    end()
+  return lines
+
+
+# Hover, focus and tap; one stop of the tab key a window, arrow keys inside.
+SCRIPT = """
+(function () {
+  var box = document.getElementById("numbers");
+  if (!box) return;
+  var at = null;
+  function cell(row, kind, text) {
+    var c = document.createElement(kind);
+    c.textContent = text;
+    row.appendChild(c);
+  }
+  function show(token) {
+    if (at) at.classList.remove("on");
+    at = token;
+    token.classList.add("on");
+    var text = token.parentNode;
+    var data = JSON.parse(document.getElementById("window-" + text.dataset.window).textContent);
+    var i = Array.prototype.indexOf.call(text.children, token) - 1;
+    var table = document.createElement("table");
+    var caption = table.createCaption();
+    caption.textContent = "\\u201c" + token.textContent.replace(/\\n/g, "") + "\\u201d";
+    var head = table.insertRow();
+    cell(head, "th", "slot");
+    for (var k = 0; k < data.s[i].length; k++) cell(head, "th", k + 1);
+    ["d", "t", "s"].forEach(function (name) {
+      if (!data[name].length) return;
+      var row = table.insertRow();
+      cell(row, "th", name);
+      data[name][i].forEach(function (value) { cell(row, "td", value.toFixed(4)); });
+    });
+    box.replaceChildren(table);
+    box.hidden = false;
+  }
+  function hide() {
+    if (at) at.classList.remove("on");
+    at = null;
+    box.hidden = true;
+  }
+  document.querySelectorAll(".text[data-window]").forEach(function (text) {
+    function token(event) { return event.target.closest(".t"); }
+    text.addEventListener("mouseover", function (event) { if (token(event)) show(token(event)); });
+    text.addEventListener("click", function (event) { if (token(event)) show(token(event)); });
+    text.addEventListener("focusin", function (event) { if (token(event)) show(token(event)); });
+    text.addEventListener("mouseleave", function () { if (!text.contains(document.activeElement)) hide(); });
+    text.addEventListener("focusout", hide);
+    text.addEventListener("keydown", function (event) {
+      if (event.key === "Escape") return hide();
+      var step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      var here = token(event);
+      if (!step || !here) return;
+      var next = step > 0 ? here.nextElementSibling : here.previousElementSibling;
+      if (!next || !next.classList.contains("t")) return;
+      here.tabIndex = -1;
+      next.tabIndex = 0;
+      next.focus();
+      event.preventDefault();
+    });
+  });
+})();
+"""

@@ -1,0 +1,308 @@
+"""The report of several runs: its page, and the pictures in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cyb_jax.report import comparison, figures, page, paper, trade_off
+from cyb_jax.report.comparison import SPENDS, Group, curve
+from cyb_jax.report.page import Picture, Section, number
+from cyb_jax.report.single import paper_variants, read_on
+from cyb_jax.report.trade_off import Outcome
+
+
+def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dict[str, bytes]]:
+  """The page and the pictures of a comparison.
+
+  Args:
+    groups: of runs, in the order in which they are shown.
+    numbers: see `comparison.compare`.
+
+  Returns:
+    HTML, and PNGs by file name.
+  """
+  sections = [
+    _perplexity(groups, numbers),
+    trade_offs(comparison.outcomes(groups)),
+    *(_regimes(groups, numbers) if any(group.regime for group in groups) else []),
+    _differences(numbers),
+    _curves(groups, numbers),
+    _efficiency(groups, numbers),
+    _latency(groups, numbers),
+    _speed_accuracy(groups, numbers),
+    _paper(),
+  ]
+  first = groups[0].runs[0].statistics
+  runs = sum(len(group.runs) for group in groups)
+  header = page.paragraph(
+    f"{runs} runs in {len(groups)} groups of equal configs but for the seeds. Read on {read_on(first)}, the"
+    " same ones for all runs."
+  )
+  for row in numbers["groups"]:
+    if len(set(row["steps"])) > 1:
+      steps = ", ".join(f"{step:,}" for step in row["steps"])
+      header += page.paragraph(f"The seeds of {row['label']} were read at different steps: {steps}.", "note")
+  rows = [
+    (g.label, len(g.runs), r["num_slots"], *(float(np.mean(r[s])) for s in SPENDS), " ".join(r["workdirs"]))
+    for g, r in zip(groups, numbers["groups"])
+  ]
+  names = [f"training {name}" for name in SPENDS.values()]
+  header += page.table("What is compared", ("group", "seeds", "slots", *names, "folders"), rows)
+  html = page.document(f"{len(groups)} groups of runs side by side", header, sections)
+  return html, {f"{p.name}.png": p.png for section in sections for p in section.pictures}
+
+
+def _plus_minus(found: Mapping[str, Any] | None) -> str:
+  return "-" if found is None else trade_off.plus_minus(found["values"])
+
+
+def _left_out(numbers: Mapping[str, Any]) -> str:
+  """A sentence on groups that aren't shown here; '' where there is none."""
+  labels = numbers["looks_ahead"]
+  return page.paragraph(
+    f"Left out, since what is read here is a whole window at once, in which they look ahead: {', '.join(labels)}.",
+    "note",
+  ) * bool(labels)
+
+
+def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
+  rows = numbers["groups"]
+  found = [row["perplexity"] for row in rows]
+  low, high = ([edge(f["values"]) for f in found] for edge in (min, max))
+  picture = Picture(
+    "perplexity",
+    figures.bars([g.label for g in groups], [f["mean"] for f in found], x="perplexity", low=low, high=high),
+    "Perplexity: " + ", ".join(f"{g.label} {number(f['mean'])}" for g, f in zip(groups, found)),
+    "Perplexity, the mean over seeds, and the lowest to the highest seed: further left is better. The axis doesn't"
+    " start at 0.",
+  )
+  table = page.table(
+    "Perplexity (± standard deviation over seeds)",
+    ("group", "perplexity", "mean pauses", "with a self-paced context", "of each seed"),
+    [
+      (
+        row["label"], _plus_minus(row["perplexity"]), _plus_minus(row["mean_pauses"]),
+        page.percent(row["self_paced_cost"]["mean"]) if row["self_paced_cost"] else "-",
+        " ".join(number(v) for v in row["perplexity"]["values"]),
+      )
+      for row in rows
+    ],
+  )  # fmt: skip
+  return Section("Perplexity", page.beside(picture, table), (picture,))
+
+
+def trade_offs(outcomes: Sequence[Outcome], beside: Mapping[str, Sequence[str]] | None = None) -> Section:
+  """Perplexity against FLOPs, of training and of inference; `beside`: further columns of the table, by header."""
+  names = [f"{row} {outcome.label}" for row, outcome in enumerate(outcomes, start=1)]
+  pictures = []
+  for axis, name in trade_off.AXES.items():
+    points = trade_off.points(outcomes, axis)
+    places = [
+      (f"{p.row + 1}{'s' * p.self_paced}", p.row, p.x, p.y, p.low, p.high, p.self_paced, p.on_front) for p in points
+    ]
+    front = [names[p.row] + ", self-paced" * p.self_paced for p in points if p.on_front]
+    hollow = " Hollow (s): the same runs where only the pauses that the model asks for stay in the context."
+    picture = Picture(
+      f"pareto_{axis.removesuffix('_flops')}",
+      figures.trade_off(places, names, x=name, y="perplexity"),
+      f"Perplexity against {name}; on the Pareto front: {', '.join(front)}",
+      f"Perplexity against {name} (both logarithmic), the mean over seeds, and the lowest to the highest seed: further"
+      " down and further left is better. The broken line is the Pareto front, the runs here that none beats in both."
+      + hollow
+      * any(p.self_paced for p in points),
+    )
+    pictures.append(picture)
+  note = trade_off.NOTE + (f" {trade_off.BLOCKWISE}" if any(outcome.blockwise for outcome in outcomes) else "")
+  words = trade_off.WORDS + len(beside or ())
+  table = page.table("Perplexity and what it takes", *trade_off.table(outcomes, beside), words=words, folded=False)
+  body = page.paragraph(note, "note") + table + "".join(page.beside(picture) for picture in pictures)
+  return Section("Perplexity and FLOPs", body, tuple(pictures))
+
+
+def _regimes(groups: Sequence[Group], numbers: Mapping[str, Any]) -> list[Section]:
+  regimes = list(dict.fromkeys(group.regime for group in groups))
+  models = list(dict.fromkeys(group.model for group in groups))
+  cells = {(g.model, g.regime): row["perplexity"] for g, row in zip(groups, numbers["groups"])}
+
+  def values(model: str, field: str) -> list[float | None]:
+    return [cells[model, regime][field] if (model, regime) in cells else None for regime in regimes]
+
+  series = [(model, values(model, "mean"), [d or 0.0 for d in values(model, "deviation")]) for model in models]
+  picture = Picture(
+    "regimes",
+    figures.grouped_bars(regimes, series, x="data regime", y="perplexity"),
+    "Perplexity by model and data regime",
+    "Perplexity by model and by how much data it was trained on, with the standard deviation over seeds: lower is"
+    " better.",
+  )
+  table = page.table(
+    "Perplexity by data regime",
+    ("model", *regimes),
+    [(model, *(_plus_minus(cells.get((model, regime))) for regime in regimes)) for model in models],
+  )
+  return [Section("Data regimes", page.beside(picture, table), (picture,))]
+
+
+def _differences(numbers: Mapping[str, Any]) -> Section:
+  title, found = "Differences", numbers["differences"]
+  if not found:
+    return Section(title, page.absent("There is one group of runs: no difference to show.") + _left_out(numbers))
+  picture = Picture(
+    "differences",
+    figures.bars(
+      [f"{d['a']} less {d['b']}" for d in found[:16]], [d["mean"] for d in found[:16]], x="nats per token",
+      low=[d["interval"][0] for d in found[:16]], high=[d["interval"][1] for d in found[:16]], zero=True,
+    ),
+    "Difference in nats per token: " + ", ".join(f"{d['a']} less {d['b']} {number(d['mean'])}" for d in found[:16]),
+    "Nats per token of the first less those of the second, with a 95% interval over documents (paired bootstrap): left"
+    " of 0 the first one is better. An interval that holds 0 tells nothing.",
+  )  # fmt: skip
+  table = page.table(
+    "Difference in nats per token",
+    ("first", "second", "difference", "95% over documents", "over seeds"),
+    [(d["a"], d["b"], d["mean"], page.interval(d["interval"]), page.interval([d["low"], d["high"]])) for d in found],
+    words=2,
+  )
+  return Section(title, page.beside(picture, table) + _left_out(numbers), (picture,))
+
+
+def _on(windows: int | None) -> str:
+  return "the validation split whole" if windows is None else f"the first {windows:,} windows of the validation split"
+
+
+def _curves(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
+  title, windows = "Validation against what was spent", numbers["curve_windows"]
+  groups = [group for group in groups if group.causal]
+  body, pictures = _left_out(numbers), []
+  for spend, name in SPENDS.items():
+    series, rows = [], []
+    for group in groups:
+      curves = [c for c in (curve(run, spend, windows) for run in group.runs) if c.spent]
+      if not curves:
+        continue
+      # Runs of a group look up at the same steps, but for one that isn't done.
+      common = [x for x in curves[0].spent if all(x in c.spent for c in curves)]
+      losses = np.exp([[c.losses[c.spent.index(x)] for x in common] for c in curves])
+      series.append((group.label, common, losses.mean(0), losses.min(0), losses.max(0)))
+      rows += [(group.label, x, *v) for x, *v in zip(common, losses.mean(0), losses.min(0), losses.max(0))]
+    if not series:
+      body += page.absent(f"No run has a validation on {_on(windows)} in its metrics.jsonl.")
+      break
+    picture = Picture(
+      f"curve_{name.lower()}",
+      figures.lines(series, x=f"training {name}", y="validation perplexity", log_x=True, log_y=True),
+      f"Validation perplexity against training {name}: "
+      + ", ".join(f"{label} ends at {number(float(mean[-1]))}" for label, _, mean, *_ in series if len(mean)),
+      f"Perplexity on {_on(windows)} against training {name} (both logarithmic), the mean over seeds and its range:"
+      " further down and further left is better.",
+    )
+    table = page.table(
+      f"Validation against {name}",
+      ("group", f"training {name}", "perplexity", "lowest", "highest"),
+      [(label, number(float(x)), *map(float, v)) for label, x, *v in rows],
+    )
+    body += page.beside(picture, table)
+    pictures.append(picture)
+  return Section(title, body, tuple(pictures))
+
+
+def _ratio(found: Mapping[str, Any] | None) -> str:
+  if found is None:
+    return ""
+  if found["high"] is None:
+    return "not reached"
+  bound = "≥ " if found["at_least"] else ""
+  if len(found["ratios"]) == 1:
+    return bound + number(found["median"], 3)
+  middle = "not reached" if found["median"] is None else bound + number(found["median"], 3)
+  low = "not reached" if found["low"] is None else number(found["low"], 3)
+  return f"{middle} ({low} to {number(found['high'], 3)})"
+
+
+def _efficiency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
+  title, groups = "Data efficiency", [group for group in groups if group.causal]
+  if len(groups) < 2:
+    return Section(title, page.absent("There is one group of runs: nothing to reach.") + _left_out(numbers))
+  windows = numbers["curve_windows"]
+  unknown = [g.label for g in groups if not all(curve(run, "train_tokens", windows).spent for run in g.runs)]
+  if len(unknown) == len(groups):
+    absent = page.absent(f"No run has a validation on {_on(windows)} in its metrics.jsonl.")
+    return Section(title, absent + _left_out(numbers))
+  body = page.paragraph(
+    "How many times fewer the row needs than the column has spent to reach the column's last validation loss, on"
+    f" {_on(windows)}: 2 means half as many. Interpolated linearly in the loss over the logarithm of"
+    " what is spent, along the row's own curve, whose rate was still on its schedule; the median over pairs of seeds,"
+    " and its range. ≥: the row's first validation was there already."
+  )
+  if unknown:
+    body += page.absent(f"Without a validation on these windows, and so never reached: {', '.join(unknown)}.")
+  for spend, name in SPENDS.items():
+    cells = {(e["a"], e["b"]): e for e in numbers["efficiency"][spend]}
+    body += page.table(
+      f"Ratio of {name}",
+      ("needs", *(f"to reach {g.label}" for g in groups)),
+      [(a.label, *("1" if a is b else _ratio(cells[a.label, b.label]) for b in groups)) for a in groups],
+    )
+  return Section(title, body + _left_out(numbers) + page.paragraph(paper.DATA_EFFICIENCY, "note"))
+
+
+def _latency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
+  title = "Latency"
+  rows = [row for row in numbers["groups"] if row["latency"] and row["num_slots"] > 1]
+  if not rows:
+    return Section(title, page.absent("No method here has pauses: there is nothing to show."))
+  slots = max(row["num_slots"] for row in rows)
+  series = [(row["label"], row["latency"] + [None] * (slots - row["num_slots"])) for row in rows]
+  picture = Picture(
+    "latency",
+    figures.grouped_bars([str(i) for i in range(slots)], series, x="pauses before the answer", y="mean share of s"),
+    "Mean of s: " + "; ".join(f"{row['label']} {figures.shares(row['latency'])}" for row in rows),
+    "How often the answer is read after so many pauses, the mean of s over tokens and seeds.",
+  )
+  table = page.table(
+    "Mean of s",
+    ("group", *(f"{i} pauses" for i in range(slots)), "mean pauses"),
+    [(name, *values, _plus_minus(row["mean_pauses"])) for (name, values), row in zip(series, rows)],
+  )
+  return Section(title, page.beside(picture, table), (picture,))
+
+
+def _speed_accuracy(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
+  title = "Speed and accuracy"
+  series, rows = [], []
+  for group in groups:
+    curves = group.runs[0].statistics["curves"]
+    for kind in ("threshold", "budget") if curves else ():
+      x, y = figures.finite(curves[kind] or [], "mean_pauses", "perplexity")
+      pairs = sorted(zip(x, y))
+      if pairs:
+        series.append((f"{group.label}, {kind}", *map(list, zip(*pairs))))
+        rows += [(group.label, kind, *pair) for pair in pairs]
+  if not series:
+    return Section(title, page.absent("No method here decides when it stops: there is nothing to show."))
+  for group, row in zip(groups, numbers["groups"]):
+    if not group.runs[0].statistics["curves"] or not group.runs[0].statistics["curves"]["budget"]:
+      latency = group.runs[0].statistics["latency"] or {"mean_pauses": 0.0}
+      point = latency["mean_pauses"], row["perplexity"]["values"][0]
+      series.append((group.label, [point[0]], [point[1]]))
+      rows.append((group.label, "as it is read", *point))
+  picture = Picture(
+    "speed_accuracy",
+    figures.lines(series, x="mean pauses", y="perplexity"),
+    "Perplexity against mean pauses, for thresholds on d and for budgets",
+    "What pauses buy: perplexity when the answer is read earlier, by a threshold on d or a budget of steps through"
+    " omega; the first seed of each group. Methods that don't decide are points. Further down and further left is"
+    " better.",
+  )
+  table = page.table("Perplexity against mean pauses", ("group", "by", "mean pauses", "perplexity"), rows, words=2)
+  return Section(title, page.beside(picture, table), (picture,))
+
+
+def _paper() -> Section:
+  rows = [(name, *values) for name, values in paper.PERPLEXITY]
+  body = page.paragraph(paper.NOTE, "note")
+  body += page.table("The paper: perplexity by model and data regime", ("model", *paper.REGIMES), rows)
+  return Section("The paper's numbers", body + paper_variants())

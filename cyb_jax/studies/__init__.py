@@ -1,0 +1,1 @@
+"""Named settings of the experiments, and plain models that cost as much as another method."""

@@ -1,0 +1,147 @@
+"""Plain models that cost what another method costs: a control that spends its FLOPs on layers, not on pauses.
+
+`deeper@ap` has more layers, `wider@ap` more heads with all widths in proportion; what is left over is made up in the
+mlp. FLOPs per real token are counted by hand (`cyb_jax.costs.flops`), so that the sizes follow from the config alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from absl import logging
+
+from cyb_jax import configs, methods
+from cyb_jax.configs import Config
+from cyb_jax.decoder import DecoderConfig
+from cyb_jax.errors import InputError
+from cyb_jax.methods import Method
+from cyb_jax.studies import settings
+from cyb_jax.studies.settings import Match
+
+# Widths of the mlp are multiples of the largest of these that leaves no more than so much of the cost unmatched.
+_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
+_TOLERANCE = 0.005
+# A model further off than this is no control.
+_FURTHEST = 0.05
+
+
+def resolve(source: Mapping[str, Any], match: Match) -> dict[str, Any]:
+  """A nested config with the plain model in place of a method's name such as 'deeper@ap'.
+
+  Args:
+    source: otherwise complete, see `config.freeze`.
+    match: what `method.name` says.
+
+  Raises:
+    InputError: see `config.freeze`; or no plain model costs about as much.
+  """
+  source = dict(source)
+  method = {name: value for name, value in source["method"].items() if name not in ("name", "pauses")}
+  frozen = configs.freeze(source | {"method": method | settings.SETTINGS[match.setting]})
+  plain = configs.freeze(source | {"method": method | settings.SETTINGS[settings.PLAIN]})
+  rows = vocabulary(frozen)
+  length = frozen.data.sequence_length
+  wanted = _cost(frozen.build_method(rows), match.measure, length)
+
+  def cost(decoder: DecoderConfig) -> float:
+    built = methods.build(plain.method, decoder, vocab_size=rows, weights=plain.tuning.weights)
+    return _cost(built, match.measure, length)
+
+  decoder = plain.decoder_config(rows)
+  grown = grow(decoder, match.direction, cost, wanted)
+  off = cost(grown) / wanted - 1
+  name = source["method"]["name"]
+  if abs(off) > _FURTHEST:
+    raise InputError(
+      f"method.name: {name!r} is to take {wanted:,.0f} FLOPs a token, and the nearest plain model takes"
+      f" {cost(grown):,.0f}; match a method that takes more"
+    )
+  logging.info(
+    "%s: %d layers, width %d, mlp %d: %s MFLOPs a token of %s, %+.2f%% of %s's", name, grown.num_layers, grown.d_model,
+    grown.mlp_size, f"{cost(grown) / 1e6:,.3f}", match.measure, 100 * off, match.setting,
+  )  # fmt: skip
+  changed = {
+    field: getattr(grown, field)
+    for field in ("num_layers", "d_model", "num_heads", "num_kv_heads", "mlp_size")
+    if getattr(grown, field) != getattr(decoder, field)
+  }
+  return dict(plain.source) | {"decoder": {**source.get("decoder", {}), **changed}}
+
+
+def vocabulary(config: Config) -> int | None:
+  """Entries of the vocabulary that a config will have, without preparing it; None: that of `init_from`, taken to fill
+  the decoder's own rows.
+  """
+  from cyb_jax.data import open_tokenizer
+  from cyb_jax.data.tokenizers import trained_pieces
+
+  spec = config.data.tokenizer
+  if not spec:
+    return None
+  return trained_pieces(spec) or open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
+
+
+def grow(
+  decoder: DecoderConfig, direction: str, cost: Callable[[DecoderConfig], float], wanted: float
+) -> DecoderConfig:
+  """The decoder with as many layers or heads that it costs about as much as is wanted.
+
+  Args:
+    decoder: of which all else is kept, head_size too.
+    direction: 'deeper': num_layers; 'wider': num_heads, with the other widths in proportion.
+    cost: of a decoder; more layers, heads or mlp cost more.
+    wanted: in the same unit.
+
+  Returns:
+    The nearest in layers or heads, with another mlp_size to make up for what is left.
+  """
+  family = _deeper(decoder) if direction == "deeper" else _wider(decoder)
+  below = above = next(family)
+  while cost(above) < wanted:
+    below, above = above, next(family)
+  nearest = sorted((below, above), key=lambda found: abs(cost(found) - wanted))
+  fitted = [_fit(found, cost, wanted) for found in nearest]
+  close = [found for found in fitted if abs(cost(found) / wanted - 1) <= 2 * _TOLERANCE]
+  return close[0] if close else min(fitted, key=lambda found: abs(cost(found) / wanted - 1))
+
+
+def _deeper(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
+  layers = 0
+  while True:
+    layers += 1
+    yield dataclasses.replace(decoder, num_layers=layers)
+
+
+def _wider(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
+  # Queries of a group share their keys: whole groups, but where one pair of key and value serves all heads.
+  shared = decoder.num_kv_heads == 1
+  stride = 1 if shared else decoder.num_heads // decoder.num_kv_heads
+  heads = 0
+  while True:
+    heads += stride
+    yield dataclasses.replace(
+      decoder,
+      num_heads=heads,
+      num_kv_heads=1 if shared else heads // stride,
+      d_model=max(1, round(decoder.d_model * heads / decoder.num_heads)),
+      mlp_size=max(1, round(decoder.mlp_size * heads / decoder.num_heads)),
+    )
+
+
+def _fit(decoder: DecoderConfig, cost: Callable[[DecoderConfig], float], wanted: float) -> DecoderConfig:
+  """With the mlp_size at which it costs as much as is wanted: the roundest that comes near enough."""
+  size = decoder.mlp_size
+  found = cost(decoder)
+  exact = size + (wanted - found) / (cost(dataclasses.replace(decoder, mlp_size=size + 1)) - found)
+  for multiple in _MULTIPLES:
+    fitted = dataclasses.replace(decoder, mlp_size=max(1, round(exact / multiple) * multiple))
+    if abs(cost(fitted) / wanted - 1) <= _TOLERANCE:
+      break
+  return fitted
+
+
+def _cost(method: Method, measure: str, length: int) -> float:
+  cost = method.inference_cost(length) if measure == "inference" else method.train_cost(length)
+  return cost.total

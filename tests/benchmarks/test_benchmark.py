@@ -1,0 +1,237 @@
+"""The benchmarks run, say what they are asked for, and refuse what they don't know."""
+
+import json
+import subprocess
+import sys
+
+import cli
+import pytest
+from models import tiny_config
+
+from cyb_jax import configs, data
+from cyb_jax.benchmarks import timing
+from cyb_jax.benchmarks import train as steps
+from cyb_jax.errors import InputError
+
+
+def test_readout():
+  result, _ = cli.run(
+    "benchmark", "readout", "--slots=4096", "--width=16", "--vocabulary=1001", "--timed_slots=64", "--repeats=1"
+  )
+  assert result["temporary_bytes"] > 0
+  assert result["dense_temporary_gib"] > 4096 * 1001 * 4 / 2**30
+  assert result["timing"]["chunked_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_data():
+  result, _ = cli.run("benchmark", "data", "--sequence_length=16", "--batch_size=4", "--repeats=1")
+  assert result["timing"]["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+  """Where nothing is installed that only data and TensorBoard need."""
+  config = cli.write_config(tmp_path)
+  variant = "method.name=baseline,method.pauses=0,method.pause_input=pause"
+  arguments = [
+    "train", f"--config={config}", f"--variant={variant}", "--variant=parallelism.strategy=pmap", "--steps=2",
+    "--blocks=1", "--vocabulary=100", "--peak_tflops=0.5", f"--profile={tmp_path}/trace", "--config.data.batch_size=4",
+  ]  # fmt: skip
+  code = (
+    "import sys\n"
+    "for name in ('tensorflow', 'seqio', 'tensorflow_datasets', 'sentencepiece', 'tensorboard'):\n"
+    "  sys.modules[name] = None\n"
+    f"sys.argv[1:] = {arguments!r}\n"
+    "from cyb_jax.cli import benchmark\n"
+    "benchmark.run()\n"
+  )
+  env = cli.environment() | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=env, cwd=cli.ROOT, text=True, capture_output=True, check=False
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  result = json.loads(done.stdout)
+  assert not any(tmp_path.glob("cache/*"))  # what was timed was compilation
+  assert (result["config"], result["overrides"]) == (str(config), {"data.batch_size": 4})
+  assert [row["variant"] for row in result["rows"]] == ["", variant, "parallelism.strategy=pmap"]
+  base, baseline, _ = result["rows"]
+  # D = 16, one layer, 2 heads of 8, F = 32 gated: 4 D N H + 3 D F = 2560 parameters; rows for 100 entries: 128.
+  # T = 16, W = 3: S = 48, 24.5 keys on average, 4 N H = 64 operations each; readout 2 D V = 4096.
+  assert base["model_flops_per_token"] == 3 * 3 * (2 * 2560 + 64 * 24.5 + 4096)
+  assert base["executed_flops_per_token"] == 3 * 3 * (2 * 2560 + 64 * 48 + 4096) + 3 * 4096
+  assert baseline["model_flops_per_token"] == 3 * (2 * 2560 + 64 * 8.5 + 4096)
+  # Two layer norms and the final one; <don't know> and two pauses.
+  assert baseline["parameters"] == 128 * 16 + 2560 + 3 * 16
+  assert base["parameters"] == baseline["parameters"] + 3 * 16
+  assert [row["slots_per_token"] for row in result["rows"]] == [3, 1, 3]
+  # With two moments each, and the counts of Adam and the schedule.
+  assert [row["state_bytes"] for row in result["rows"]] == [12 * row["parameters"] + 8 for row in result["rows"]]
+  assert [row["strategy"] for row in result["rows"]] == ["jit", "jit", "pmap"]
+  assert base["program_memory_bytes"] > baseline["program_memory_bytes"] > 3 * 4 * baseline["parameters"]
+  for row in result["rows"]:
+    assert (row["vocabulary"], row["sequence_length"], row["batch_size"], row["devices"]) == (100, 16, 4, 1)
+    times = row["timing"]
+    lower, upper = times["step_seconds_quartiles"]
+    assert 0 < lower <= times["step_seconds"] <= upper
+    assert times["tokens_per_second"] == pytest.approx(64 / times["step_seconds"])
+    assert times["slots_per_second"] == pytest.approx(row["slots_per_token"] * times["tokens_per_second"])
+    assert times["mfu"] == pytest.approx(row["model_flops_per_token"] * times["tokens_per_second"] / 0.5e12)
+    assert 0 <= times["data_wait"] <= 1
+    assert times["compile_seconds"] > 0
+  first, second, _ = result["timing"]["ratios"]
+  assert first == {"variant": "", "tokens_per_second": 1, "lowest": 1, "highest": 1}
+  # One block: the ratio is that of the rows.
+  expected = baseline["timing"]["tokens_per_second"] / base["timing"]["tokens_per_second"]
+  assert second["tokens_per_second"] == pytest.approx(expected)
+  assert all(any((tmp_path / "trace" / row).rglob("*.xplane.pb")) for row in "012")
+
+
+class _Number:
+  """What a step hands out; it notes when it is waited for."""
+
+  def __init__(self, name, events):
+    self.name, self.events = name, events
+
+  def block_until_ready(self):
+    self.events.append(f"wait {self.name}")
+
+
+def test_steps_are_waited_for_two_steps_later(monkeypatch):
+  events, clock = [], iter([10.0, 11.0, 13.0, 17.0])
+  monkeypatch.setattr(steps.time, "perf_counter", lambda: next(clock))
+
+  def step():
+    number = _Number(sum(event.startswith("step") for event in events), events)
+    events.append(f"step {number.name}")
+    return number
+
+  # Of three timed steps, the first is the one behind the step that starts the clock.
+  waited = iter([5.0, 5.5, 5.5, 6.0])
+  block = steps.run_block(step, 3, lambda: next(waited))
+  assert events == [
+    "step 0", "step 1", "step 2", "wait 0", "step 3", "wait 1", "step 4", "wait 2", "step 5", "wait 3", "wait 5",
+  ]  # fmt: skip
+  assert block == steps.Block(seconds=(1.0, 2.0, 4.0), waited=1.0)
+  assert block.median == 2.0
+
+
+def test_in_turn_and_ratios():
+  calls = []
+  results = timing.in_turn([lambda: calls.append("a") or 1, lambda: calls.append("b") or 2], 2)
+  assert (calls, results) == (["a", "b", "a", "b"], [[1, 1], [2, 2]])
+  assert timing.ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]) == (3.0, 2.0, 4.0)
+  assert timing.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_fields_of_a_variant():
+  assert steps.split_fields("method.pauses=1,data.options=documents=9,seed=1,method.omega=1:1") == [
+    "method.pauses=1", "data.options=documents=9,seed=1", "method.omega=1:1",
+  ]  # fmt: skip
+  for variant in ("", "method.pauses", "method.pauses=1,method.loss", "=1"):
+    with pytest.raises(InputError, match="not of the form field=value"):
+      steps.split_fields(variant)
+
+
+def test_random_tokens_are_a_function_of_the_step():
+  batches = steps.RandomTokens(5, 40, 3)
+  batch = batches(1)
+  assert {name: (x.shape, str(x.dtype)) for name, x in batch.items()} == {
+    "tokens": ((3, 40), "int32"), "targets": ((3, 40), "int32"), "weights": ((3, 40), "float32"),
+  }  # fmt: skip
+  assert (batch["tokens"][:, 1:] == batch["targets"][:, :-1]).all()
+  assert set(batch["tokens"].flat) == set(range(5))
+  assert (batches(1)["tokens"] == batch["tokens"]).all()
+  assert (batches(2)["tokens"] != batch["tokens"]).any()
+
+
+@pytest.mark.parametrize(
+  ("tokenizer", "vocab_size", "expected"),
+  [("bytes", None, 257), ("sentencepiece:300", None, 300), ("a.model", None, 8192), ("bytes", 400, 400)],
+)
+def test_the_vocabulary_of_a_config(tokenizer, vocab_size, expected):
+  config = tiny_config()
+  config.data.tokenizer = tokenizer
+  config.decoder.vocab_size = vocab_size
+  assert steps._own_vocabulary(configs.freeze(config)) == expected
+
+
+@pytest.mark.slow
+def test_a_store_is_read_and_must_fit(tmp_path):
+  store = data.prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 40})
+  config = tiny_config()
+  config.data.update(document_mask=True, sequence_length=128)
+  frozen = configs.freeze(config)
+  read, vocab_size = steps._open_batches(frozen, str(store.path), 0)
+  assert vocab_size == 257
+  batch = read(0)
+  assert batch["documents"].max() > 0
+  with pytest.raises(InputError, match="--vocabulary: 300 is set, but the token store has its own, 257"):
+    steps._open_batches(frozen, str(store.path), 300)
+  config.data.batch_size = 4096
+  with pytest.raises(InputError, match=r"data\.batch_size=4096: an epoch has only"):
+    steps._open_batches(configs.freeze(config), str(store.path), 0)
+  config.data.batch_size, config.decoder.vocab_size = 8, 64
+  with pytest.raises(InputError, match=r"decoder\.vocab_size: 64 rows, but the tokenizer has 257"):
+    steps._Contender(configs.freeze(config), str(store.path), 0)
+  config.data.batch_size = 12
+  with pytest.raises(InputError, match=r"data\.batch_size: 12 windows don't divide over 8 devices"):
+    steps._Contender(configs.freeze(config), "", 0)
+
+
+def test_bad_input(tmp_path):
+  assert "'speed' is none of readout, data, decode, scoring, train, faults, sharding" in cli.complaint(
+    "benchmark", "speed"
+  )
+  assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
+  assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
+  assert "--devices: -1 is negative" in cli.complaint("benchmark", "sharding", "--devices=-1")
+  message = cli.complaint("benchmark", "sharding", "--devices=3")
+  assert message == "data.batch_size: 16 windows don't divide over 3 devices; try 15 or 18"
+  config = f"--config={cli.write_config(tmp_path)}"
+  assert "--config: not given" in cli.complaint("benchmark", "train")
+  assert "--steps: 1 must be at least 2" in cli.complaint("benchmark", "train", config, "--steps=1")
+  assert cli.complaint("benchmark", "train", config, "--variant=method.recpie=sampled") == (
+    "--variant=method.recpie=sampled: --config.method.recpie: unknown field; did you mean recipe?"
+  )
+  assert "--workdir: give it, or --config, and not both" in cli.complaint("benchmark", "decode")
+  assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")
+  assert "--read: 'mixture' is none of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
+
+
+@pytest.mark.slow
+def test_sharding():
+  """Of two devices: four meshes and pmap; parameters that are split take half."""
+  result, _ = cli.run("benchmark", "sharding", "--devices=2", "--vocabulary=100")
+  shapes = [(row["strategy"], row["data"], row["fsdp"], row["tensor"]) for row in result["rows"]]
+  assert shapes == [("jit", 1, 1, 1), ("jit", 2, 1, 1), ("jit", 1, 2, 1), ("jit", 1, 1, 2), ("pmap", 2, 1, 1)]
+  assert result["within"]
+  assert result["devices"] == 2
+  whole, data, fsdp, tensor, pmap = result["rows"]
+  # Norms stay whole over fsdp; pauses and <don't know> over tensor too.
+  norms, own = 3 * 32 * 4, 3 * 32 * 4
+  assert whole["parameter_bytes"] == data["parameter_bytes"] == pmap["parameter_bytes"]
+  assert fsdp["parameter_bytes"] == (whole["parameter_bytes"] + norms) / 2
+  assert tensor["parameter_bytes"] == (whole["parameter_bytes"] + norms + own) / 2
+  for row in result["rows"]:
+    assert row["moment_bytes"] == 2 * row["parameter_bytes"]
+    assert row["within"]
+    assert max(row["loss_deviation"], row["gradient_deviation"]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_decode(tmp_path):
+  """Every mode, counted by hand."""
+  result, _ = cli.run(
+    "benchmark", "decode", f"--config={cli.write_config(tmp_path)}", "--vocabulary=29", "--batch_sizes=1",
+    "--prompt_tokens=5", "--new_tokens=4", "--repeats=2",
+  )  # fmt: skip
+  rows = result["timing"]["rows"]
+  modes = ["self_paced", "constant", "none"]
+  assert [(row["batch_size"], row["mode"]) for row in rows] == [(1, mode) for mode in modes]
+  for row in rows:
+    a_token = {"self_paced": 1 + row["mean_pauses"], "constant": 3, "none": 1}[row["mode"]]
+    assert row["slots_per_second"] == pytest.approx(a_token * row["tokens_per_second"])
+    assert row["bytes_per_step"] == result["parameter_bytes"] + row["cache_bytes"]
+    assert row["steps"] == pytest.approx(4 * a_token if row["mode"] == "self_paced" else 4)
+  assert [ratio["batch_size"] for ratio in result["timing"]["ratios"]] == [1]

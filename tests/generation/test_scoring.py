@@ -1,0 +1,269 @@
+"""Scores of continuations: by hand, against the training forward read one request at a time in float64, and in any
+company alike."""
+
+import functools
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import TINY, VOCABULARY, build
+
+from cyb_jax.benchmarks import scoring as benchmark
+from cyb_jax.configs import ParallelismConfig
+from cyb_jax.costs import flops
+from cyb_jax.decoder import DecoderConfig
+from cyb_jax.errors import InputError
+from cyb_jax.generation import scoring
+from cyb_jax.generation.scoring import Score, Scorer
+from cyb_jax.partitioning.mesh import make_mesh
+
+START = 0
+CONTEXT = 12
+
+MODELS = {
+  "baseline": {"name": "baseline"},
+  "tbys": {"name": "tbys", "pauses": 2},
+  "visible": {"name": "cyb", "pauses": 2, "dont_know_prior": 0.5, "pause_input": "token+pause"},
+  "hidden": {"name": "cyb", "pauses": 2, "dont_know_prior": 0.5, "pause_visibility": "hidden", "pause_offset": True},
+  "shifting": {
+    "name": "cyb", "pauses": 2, "dont_know": "unit", "dont_know_prior": 0.5, "pause_shared": True,
+    "pause_positions": "shifting", "pause_visibility": "hidden",
+  },
+  "sampled": {"name": "cyb", "pauses": 2, "recipe": "sampled", "omega": (1.0, 1.0, 1.0), "pause_positions": "shifting"},
+  "on_policy": {"name": "cyb", "pauses": 1, "recipe": "on_policy"},
+  "one_slot": {"name": "cyb", "pauses": 0},
+  "constant_stop": {"name": "constant_stop", "pauses": 2},
+  "mean_slots": {"name": "mean_slots", "pauses": 2, "pause_visibility": "hidden"},
+}  # fmt: skip
+
+
+@functools.cache
+def model(name):
+  method, params = build(**MODELS[name])
+  if "dont_know" in params:  # d spread over (0, 1)
+    params["dont_know"] = jax.random.normal(jax.random.key(5), params["dont_know"].shape)
+  if "pause_offset" in params:
+    params["pause_offset"] = jax.random.normal(jax.random.key(6), params["pause_offset"].shape)
+  if "stopping_logits" in params:
+    params["stopping_logits"] = jnp.array([0.1, -0.05, 0.02])
+  return method, params
+
+
+def scorer(name, **options):
+  method, params = model(name)
+  return Scorer(method, params, **{"context": CONTEXT, "start_id": START} | options)
+
+
+@functools.cache
+def requests():
+  """Ragged ones: shared contexts, an empty context, one token, an empty continuation, a context that is too long."""
+  rng = np.random.default_rng(0)
+
+  def ids(count):
+    return rng.integers(1, VOCABULARY, count).tolist()
+
+  shared, other = ids(5), ids(3)
+  return (
+    *((shared, ids(count)) for count in (3, 1, 4)),
+    ([], ids(2)),
+    (other, ids(1)),
+    (other, ids(6)),
+    (ids(1), ids(1)),
+    (ids(4), []),
+    (ids(30), ids(3)),
+  )
+
+
+def one_by_one(name, context, continuation):
+  """(log-likelihood, greedy, pauses) of a request from the method's own reading, word by word in float64."""
+  method, params = model(name)
+  context = (list(context) or [START])[-(CONTEXT + 1 - len(continuation)) :]
+  ids = context + list(continuation)
+  # The rest is seen by nobody before it.
+  batch = {"tokens": jnp.zeros((1, CONTEXT), jnp.int32).at[0, : len(ids) - 1].set(jnp.array(ids[:-1]))}
+  hidden = method.hidden(params, batch)[0]
+  total, greedy, pauses = 0.0, True, 0.0
+  for place in range(len(context) - 1, len(ids) - 1):
+    words = method.word_scores(params, hidden[place], jnp.arange(method.num_slots))
+    p, d = np.exp(np.asarray(words.log_words, np.float64)), np.exp(np.asarray(words.log_dont_know, np.float64))
+    waited, marginal = 1.0, np.zeros(VOCABULARY)
+    for i in range(method.num_slots):
+      last = i == method.num_slots - 1
+      s = waited if last else waited * (1 - d[i])
+      marginal += s * p[i]
+      pauses += i * s
+      waited *= d[i]
+    total += np.log(marginal[ids[place + 1]])
+    greedy &= ids[place + 1] == int(marginal.argmax())
+  return total, greedy, pauses
+
+
+# The others go by the same way, and take as long to compile.
+QUICK = ("baseline", "tbys", "visible", "hidden", "mean_slots")
+SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_against_the_reading_of_one_request(name, exact):
+  got = scorer(name).score(requests())
+  for (context, continuation), score in zip(requests(), got):
+    if not continuation:
+      assert score == Score()
+      continue
+    total, greedy, pauses = one_by_one(name, context, continuation)
+    assert score.log_likelihood == pytest.approx(total, abs=1e-5)
+    assert score.greedy == greedy
+    assert score.pauses == pytest.approx(pauses, abs=1e-5)
+    assert score.tokens == len(continuation)
+
+
+@pytest.mark.parametrize(
+  "name", ["visible", *(pytest.param(name, marks=pytest.mark.slow) for name in ("baseline", "shifting"))]
+)
+def test_company_changes_nothing(name, exact):
+  together = scorer(name).score(requests())
+  tight = scorer(name, slots=40, row_slots=40).score(requests()[::-1])[::-1]
+  mesh = make_mesh(ParallelismConfig(), jax.devices()[:2])
+  spread = scorer(name, mesh=mesh, slots=100).score(requests())
+  whole = scorer(name)
+  for number, request in enumerate(requests()):
+    (alone,) = whole.score([request])
+    for score in (together[number], tight[number], spread[number]):
+      assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
+      assert (score.greedy, score.tokens) == (alone.greedy, alone.tokens)
+
+
+def test_the_likeliest_continuation_is_greedy_in_any_company(exact):
+  method, params = model("visible")
+  said = []
+  for _ in range(4):  # word by word, from the reading of the whole row
+    hidden = method.hidden(params, {"tokens": jnp.array([[7, 3, *said]])})[0, -1]
+    words = method.word_scores(params, hidden, jnp.arange(3))
+    d = np.exp(np.asarray(words.log_dont_know))
+    s = np.array([1 - d[0], d[0] * (1 - d[1]), d[0] * d[1]])
+    said.append(int((s[:, None] * np.exp(words.log_words)).sum(0).argmax()))
+  other = [(said[0] + 1) % VOCABULARY, *said[1:]]
+  company = [([7, 3], said), ([7, 3], other), ([7, 3], said[:2]), *requests()]
+  assert [score.greedy for score in scorer("visible").score(company)[:3]] == [True, False, True]
+  assert [scorer("visible").score([request])[0].greedy for request in company[:3]] == [True, False, True]
+
+
+def test_a_model_that_knows_nothing(exact):
+  method, params = model("tbys")
+  blank = jax.tree.map(jnp.zeros_like, params)
+  (score,) = Scorer(method, blank, context=CONTEXT, start_id=START).score([([1, 2], [3, 4, 5])])
+  assert score.log_likelihood == pytest.approx(-3 * np.log(VOCABULARY), rel=1e-6)
+  assert score.greedy  # all words tie
+  assert score.pauses == 3 * 2  # by rule, always two
+
+
+def test_the_stopping_time_is_summed_over():
+  """W = 2 and d = 1/4, by hand: of a constant stop's shares nothing else is left."""
+  method, params = build(name="constant_stop", pauses=1)
+  params = jax.tree.map(jnp.zeros_like, params)
+  params["stopping_logits"] = jnp.log(jnp.array([3.0, 1.0])) / TINY.d_model
+  (score,) = Scorer(method, params, context=4, start_id=START).score([([1], [2, 3])])
+  assert score.log_likelihood == pytest.approx(-2 * np.log(VOCABULARY), rel=1e-5)
+  assert score.pauses == pytest.approx(2 * 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "of_context"), [("visible", 3), ("hidden", 1)])
+def test_what_is_spent(name, of_context):
+  method, _ = model(name)
+  context, a, b = [1, 2, 3, 4], [5, 6, 7], [8]
+  alone = scorer(name).score([(context, a)])[0]
+  first, second = scorer(name).score([(context, a), (context, b)])
+  shared = 3 * of_context + 3  # the last token is read
+  assert alone.slots == shared + 2 * 3
+  assert first.slots == shared / 2 + 2 * 3
+  assert second.slots == shared / 2
+  config = method.decoder.config
+  cost = functools.partial(flops.slot_flops, config)
+  if name == "visible":
+    keys = sum(range(1, 19))
+    # The same window as the training forward counts it, all of it read.
+    whole = flops.forward_cost(config, tokens=6, slots=3, slots_read=3).total * 6
+    assert cost(slots=18, keys=keys, slots_read=18) == pytest.approx(whole)
+  else:
+    keys = 1 + 2 + 3 + sum(tokens + slot for tokens in (4, 5, 6) for slot in range(3))
+  assert alone.flops == pytest.approx(cost(slots=alone.slots, keys=keys, slots_read=9))
+  assert first.flops + second.flops == pytest.approx(alone.flops + cost(slots=0, keys=0, slots_read=3))
+
+
+def test_many_branches_are_dealt_to_several_rows(exact):
+  branches = np.random.default_rng(1).integers(1, VOCABULARY, (120, 5)).tolist()
+  whole = scorer("visible").score([([1, 2, 3], tokens) for tokens in branches])
+  assert len({score.slots for score in whole}) > 1 or sum(s.slots for s in whole) > 120 * 12 + 9
+  for number in (0, 60, 119):
+    total, _, _ = one_by_one("visible", [1, 2, 3], branches[number])
+    assert whole[number].log_likelihood == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 1, 12, 13, 24, 31])
+@pytest.mark.parametrize("overlap", [1, 5])
+def test_rolling_windows(length, overlap, exact):
+  """Every token once, behind as much context as the definition gives it."""
+  text = np.random.default_rng(2).integers(1, VOCABULARY, length).tolist()
+  (score,) = scorer("baseline").score_rolling([text], overlap)
+  whole, expected, scored = [START, *text], 0.0, 1
+  while scored < len(whole):
+    fresh = CONTEXT if scored == 1 else CONTEXT + 1 - overlap
+    end = min(len(whole), scored + fresh)
+    window = whole[max(0, end - CONTEXT - 1) : end]
+    new = end - scored
+    expected += one_by_one("baseline", window[:-new], window[-new:])[0]
+    scored = end
+  assert score.tokens == length
+  assert score.log_likelihood == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_continuation_longer_than_the_context_is_read_in_windows(exact):
+  text = np.random.default_rng(3).integers(1, VOCABULARY, 20).tolist()
+  (score,) = scorer("baseline").score([([], text)])
+  (rolling,) = scorer("baseline").score_rolling([text])
+  assert score == rolling
+  assert score.tokens == 20
+
+
+def test_the_readout_stays_within_its_budget():
+  """V = 100,000 and W = 3: the words of all tokens at once would be ten times the budget."""
+  config = DecoderConfig(
+    vocab_size=100_000, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_size=8, mlp_size=8
+  )
+  method, params = build(config, name="tbys", pauses=2)
+  method.vocab_size = config.vocab_size
+  big = Scorer(method, params, context=4096, start_id=0)
+  reads = {"places": jnp.zeros((big._chunk, 3), jnp.int32), "targets": jnp.zeros(big._chunk, jnp.int32)}
+  hidden = jnp.zeros((1, 8192, 8))
+  used = big._read.lower(params, hidden, reads).compile().memory_analysis().temp_size_in_bytes
+  assert big._chunk >= 64
+  assert used < 1.1 * scoring._READ_BYTES
+
+
+def test_bad_requests():
+  with pytest.raises(InputError, match=r"request: number 2 has the id 29, but words are 0\.\.28"):
+    scorer("baseline").score([([1], [2]), ([1], [29])])
+  with pytest.raises(InputError, match=r"overlap: 13 must lie in 1\.\.12"):
+    scorer("baseline").score_rolling([[1]], 13)
+  with pytest.raises(InputError, match="context: 0 must be at least 1"):
+    scorer("baseline", context=0)
+  assert scorer("baseline").score([]) == []
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_three_ways_of_one_thing(tmp_path):
+  method, params = build(name="cyb", pauses=1)
+  asked = benchmark._requests("hellaswag", 6, VOCABULARY)
+  assert [context == asked[0][0] for context, _ in asked] == [True] * 4 + [False] * 2
+  batched, one_by_one, padded = (way() for way in benchmark._ways(method, params, asked).values())
+  np.testing.assert_allclose(batched, one_by_one, atol=1e-4)
+  np.testing.assert_allclose(batched, padded, atol=1e-4)
+  config = cli.write_config(tmp_path)
+  result, _ = cli.run("benchmark", "scoring", f"--config={config}", "--vocabulary=29", "--requests=4", "--repeats=2",
+    "--like=lambada")  # fmt: skip
+  assert [row["way"] for row in result["timing"]["rows"]] == ["batched", "one_by_one", "padded"]
+  for ratio in result["timing"]["ratios"]:
+    assert ratio["wall"]["lowest"] <= ratio["wall"]["median"] <= ratio["wall"]["highest"]
+  assert "--like: 'x' is none of" in cli.complaint("benchmark", "scoring", f"--config={config}", "--like=x")

@@ -1,0 +1,768 @@
+"""Weights of others. The goldens are transformers' own logits, written by `make test-parity`."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import zipfile
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cyb_jax import configs, interop, methods, runs
+from cyb_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
+from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params, num_params
+from cyb_jax.errors import InputError, StorageError
+from cyb_jax.interop import export, huggingface
+from cyb_jax.methods import MethodConfig
+from cyb_jax.partitioning.mesh import make_mesh, shardings
+from cyb_jax.stopping import prior_shift
+
+GOLDENS = pathlib.Path(os.environ.get("CYB_JAX_GOLDENS", pathlib.Path(__file__).parents[1] / "parity" / "goldens"))
+MODELS = ("gemma", "llama", "llama_untied_biased", "neox_serial", "pythia", "qwen2")
+
+
+def abstract(decoder_config, mesh=None):
+  """Shapes and shardings of params['decoder']."""
+  boxed = jax.eval_shape(functools.partial(init_params, Decoder(decoder_config)), jax.random.key(0))
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda _: here, nn.unbox(boxed))
+  else:
+    placed = shardings(boxed, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), placed)
+
+
+def load(path, **fields):
+  """(source, config, params['decoder']) of a model, with some fields of its config replaced."""
+  source = interop.open_source(path)
+  config = dataclasses.replace(source.decoder, **fields)
+  return source, config, interop.load_decoder(source, abstract(config))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, tokens):
+  decoder, variables = Decoder(config), {"params": params}
+  inputs = decoder.apply(variables, tokens, method="embed")
+  hidden = decoder.apply(variables, inputs, jnp.arange(tokens.shape[1])[None])
+  return hidden @ decoder.apply(variables, method="unembedding").T
+
+
+def golden(name):
+  """(tokens, logits)"""
+  with np.load(GOLDENS / name / "goldens.npz") as arrays:
+    return arrays["tokens"], arrays["logits"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name, exact):
+  tokens, expected = golden(name)
+  assert expected.std() > 1.5  # nats: a mistake would show
+  _, config, params = load(GOLDENS / name)
+  np.testing.assert_allclose(logits(config, params, tokens), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama_untied_biased", "pythia"])
+def test_stacked_layers_on_a_mesh_are_the_same_weights(name):
+  source, config, params = load(GOLDENS / name)
+  mesh = make_mesh(configs.ParallelismConfig(fsdp=2, tensor=2))
+  stacked = dataclasses.replace(config, scan_layers=True)
+  placed = interop.load_decoder(source, abstract(stacked, mesh))
+  together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"layers_{i}"] for i in range(2)))
+  jax.tree.map(np.testing.assert_array_equal, placed["layers"], together)
+  np.testing.assert_array_equal(placed["embedding"], params["embedding"])
+  kernel = placed["layers"]["mlp"]["up"]["kernel"]
+  assert kernel.sharding.shard_shape(kernel.shape)[1:] == (config.d_model // 2, config.mlp_size // 2)
+
+
+def tensors(folder):
+  return {name: array for path in sorted(folder.glob("model*.safetensors")) for name, array in load_file(path).items()}
+
+
+def random_params(init, seed=0):
+  """Of the shapes that `init` makes; none is zero or one."""
+  shapes = jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+
+
+def assert_same(a, b):
+  """The same leaves, bit for bit."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Out.
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_out_and_in_again(name, tmp_path):
+  """The file that we write holds what the one that was read did, bit for bit; so does the config."""
+  _, config, params = load(GOLDENS / name)
+  interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
+  source, again, back = load(tmp_path / "out")
+  assert again == config
+  assert source.extras is None
+  assert_same(back, params)
+  theirs, ours = tensors(GOLDENS / name), tensors(tmp_path / "out")
+  assert theirs.keys() == ours.keys()
+  for tensor, array in theirs.items():
+    np.testing.assert_array_equal(ours[tensor], array)
+  written, found = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", GOLDENS / name))
+  for field in ("architectures", "model_type", "vocab_size", "rope_parameters", "tie_word_embeddings"):
+    assert written[field] == found[field], field
+
+
+def test_out_in_shards_of_16_bits(tmp_path):
+  """An index and shards no larger than asked for; what bfloat16 keeps of a weight comes back in either dtype."""
+  _, config, params = load(GOLDENS / "gemma", scan_layers=True)
+  interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None, dtype="bfloat16", max_shard_bytes=9000)
+  shards = sorted((tmp_path / "out").glob("*.safetensors"))
+  assert len(shards) > 3
+  assert max(path.stat().st_size for path in shards) < 9000 + 2000  # the header's
+  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(tmp_path / "out").values())
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  _, _, wide = load(tmp_path / "out", scan_layers=True)
+  assert_same(wide, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+  _, _, narrow = load(tmp_path / "out", scan_layers=True, param_dtype="bfloat16")
+  assert_same(narrow, rounded)
+
+
+class Words(ByteTokenizer):
+  """A tokenizer of 61 ids whose model has 67 rows; what is written for transformers is recorded."""
+
+  vocab_size = 61
+  end_id = 60
+  start_id = 59
+
+  def write_huggingface(self, directory, added):
+    (pathlib.Path(directory) / "tokenizer.json").write_text(json.dumps(list(added)))
+
+
+_RMS = dict(num_layers=2, d_model=24, num_heads=4, num_kv_heads=2, head_size=6, mlp_size=40, vocab_size=67)
+_GPT = dict(
+  _RMS, num_kv_heads=4, norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True
+)
+_EXPORTS = {
+  "own_rows": (
+    _RMS,
+    dict(name="cyb", pauses=3, omega=(0.0, 0.0, 1.0, 1.0), gamma=(1.0, 0.9, 0.8, 0.7), pause_offset=True,
+         calibration_batches=2),
+  ),
+  "unit_of_one_pause_for_all": (
+    _GPT, dict(name="cyb", pauses=2, dont_know="unit", pause_shared=True, loss="dp", rho=(1.0, 1.0, 2.0), alpha=0.01)
+  ),
+  "untied": (dict(_GPT, tied_embeddings=False, scan_layers=True), dict(name="cyb", pauses=2, dont_know_prior=None)),
+  "no_dont_know": (_RMS, dict(name="tbys", pauses=2)),
+  "shares": (_RMS, dict(name="constant_stop", pauses=2)),
+  "no_pauses": (_RMS, dict(name="baseline")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _EXPORTS)
+def test_pauses_out_and_in_again(name, tmp_path):
+  decoder, options = _EXPORTS[name]
+  decoder, options = DecoderConfig(**decoder), MethodConfig(**options)
+  method = methods.build(options, decoder, vocab_size=Words.vocab_size)
+  params = random_params(method.init)
+  out = tmp_path / "out"
+  interop.write_huggingface(out, decoder, params, Words(), method=options, step=7)
+
+  source, config, back = load(out, scan_layers=decoder.scan_layers)
+  assert config == decoder  # the appended entries aren't the decoder's
+  assert source.extras.method == options
+  assert (source.extras.step, source.extras.vocab_size) == (7, 61)
+  assert_same(back, params["decoder"])
+  own = {k: v for k, v in params.items() if k != "decoder"}
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for k, v in own.items()}
+  assert_same(interop.load_own(source, shapes), own)
+  assert set(source.extras.own) == set(own)
+
+  # Where the rows lie in what transformers sees.
+  rows, there = decoder.vocab_size, tensors(out)
+  pauses, abstains = options.pauses, "dont_know" in own
+  stem = "gpt_neox.embed_in" if decoder.norm == "layernorm" else "model.embed_tokens"
+  table = there[f"{stem}.weight"]
+  fields = json.loads((out / "config.json").read_text())
+  assert len(table) == fields["vocab_size"] == rows + pauses + abstains
+  assert (fields["eos_token_id"], fields["bos_token_id"]) == (60, 59)
+  for k in range(pauses):
+    np.testing.assert_array_equal(table[rows + k], own["pause_input"][0 if options.pause_shared else k])
+  if abstains:
+    outputs = table if decoder.tied_embeddings else there["embed_out.weight"]
+    np.testing.assert_array_equal(outputs[rows + pauses], own["dont_know"])
+    assert source.extras.dont_know_id == rows + pauses
+    expected = prior_shift(options.dont_know, options.dont_know_prior, 61 + 1)
+    assert fields["cyb_jax"]["prior_shift"] == source.extras.prior_shift == expected
+  if not decoder.tied_embeddings:
+    assert not there["embed_out.weight"][rows : rows + pauses].any()
+    assert not table[rows + pauses :].any()
+  names = [*(f"<pause_{k + 1}>" for k in range(pauses)), *(["<dont_know>"] if abstains else [])]
+  added = json.loads((out / "tokenizer.json").read_text())
+  assert added == [[rows + place, name] for place, name in enumerate(names)]
+  if not own:
+    assert not (out / "cyb_jax.safetensors").exists()
+
+
+def test_a_tokenizer_comes_back(tmp_path):
+  """One that transformers has in its form, behind which our entries stand; one that it hasn't as it is."""
+  _, config, params = load(GOLDENS / "llama")
+  texts = ["A film that wasn't bad, wasn't good"]
+  rows = 384 - config.vocab_size
+  config = dataclasses.replace(config, vocab_size=384)
+  params = {**params, "embedding": jnp.pad(params["embedding"], ((0, rows), (0, 0)))}
+  for tokenizer in (ByteTokenizer(), train_sentencepiece(texts, 276)):
+    own = {"pause_input": jnp.ones((2, config.d_model)), "dont_know": jnp.ones(config.d_model)}
+    out = tmp_path / tokenizer.describe()["kind"]
+    interop.write_huggingface(out, config, {"decoder": params} | own, tokenizer, method=MethodConfig(pauses=2))
+    source = interop.open_source(out)
+    assert source.tokenizer().describe() == tokenizer.describe()
+    assert source.extras.vocab_size == tokenizer.vocab_size
+    assert source.tokenizer().encode(texts[0]) == tokenizer.encode(texts[0])
+
+
+def test_own_rows_of_another_shape_are_refused(tmp_path):
+  decoder, options = DecoderConfig(**_RMS), MethodConfig(pauses=2)
+  params = random_params(methods.build(options, decoder).init)
+  interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
+  source = interop.open_source(tmp_path / "out")
+  with pytest.raises(InputError, match=r"pause_input is wanted as \(3, 24\), but it is there as \(2, 24\)"):
+    interop.load_own(source, {"pause_input": jax.ShapeDtypeStruct((3, 24), jnp.float32)})
+  with pytest.raises(InputError, match=r"pause_offset is wanted as .* not at all"):
+    interop.load_own(source, {"pause_offset": jax.ShapeDtypeStruct((2, 24), jnp.float32)})
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    (dict(own={}), r"own = \{\}, but its method has .*'pause_input': \[3, 24\]"),
+    (dict(own={"pause_input": [1, 24]}), r"own = .*\[1, 24\]"),
+    (dict(own={"pause_input": 3}), "own = "),
+    (dict(own=None), "own is missing"),
+    (dict(pauses=2), r"pause_ids has 3 entries, but cyb_jax\.method\.pauses = 2"),
+    (dict(pauses="3"), r"method\.pauses = '3' must be of type int"),
+    (dict(loss=7), r"method\.loss = 7 must be of type str"),
+    (dict(loss="xy"), r"cyb_jax\.method\.loss: 'xy' is none of"),
+    (dict(omega=[1.0, "2", 1.0, 1.0]), r"method\.omega = .* must be a list of numbers"),
+    (dict(patience=3), r"method\.patience = 3 is unknown"),
+    (dict(name="tbys", dont_know_prior=0.9), "cyb_jax.own = "),
+    (dict(pause_ids=67), "pause_ids = 67 must be of type list"),
+    (dict(dont_know_id=70.0), "dont_know_id = 70.0 must be of type int"),
+    (dict(pause_ids=[67, 68], pauses=2), r"the entries \[67, 68, 70\] aren't vocab_size = 71"),
+    (dict(pause_ids=[67.0, 68, 69]), r"the entries \[67\.0, 68, 69, 70\] aren't"),
+    (dict(name="constant_stop", own={"pause_input": [3, 24], "stopping_logits": [4]}), "dont_know_id = 70, but its"),
+    (dict(version=2), r"cyb_jax\.version = 2; this version reads 1"),
+    (dict(rows="67"), "rows = '67' must be of type int"),
+    (None, "cyb_jax = 3 must be an object"),
+  ],
+)  # fmt: skip
+def test_an_export_that_does_not_agree_with_itself(changed, message, tmp_path):
+  decoder, options = DecoderConfig(**_RMS), MethodConfig(pauses=3)
+  params = random_params(methods.build(options, decoder).init)
+  interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
+  fields = json.loads((tmp_path / "out" / "config.json").read_text())
+  for name, value in (changed or {}).items():
+    there = fields["cyb_jax"]
+    (there if name in there else there["method"])[name] = value
+  if changed is None:
+    fields["cyb_jax"] = 3
+  (tmp_path / "out" / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(InputError, match=message) as error:
+    interop.open_source(tmp_path / "out")
+  assert "out/config.json: cyb_jax" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (dict(soft_cap=30.0), "closest, LlamaForCausalLM, needs decoder.soft_cap = None, not 30.0"),
+    (dict(rope_fraction=1 / 3), "LlamaForCausalLM, needs decoder.rope_fraction = 1.0"),
+    (dict(norm="layernorm", attention_bias="all", mlp_bias=True, gated_mlp=False), "decoder.num_kv_heads = 4"),
+    (dict(d_model=26), "decoder.num_heads to divide d_model = 26, not 4"),
+  ],
+)
+def test_what_no_family_expresses_is_refused(fields, message, tmp_path):
+  with pytest.raises(InputError, match=message):
+    interop.write_huggingface(tmp_path / "out", DecoderConfig(**(_RMS | fields)), {"decoder": {}}, None)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("preset", "architecture"),
+  [
+    ("gpt2_124m", "GPTNeoX"), ("pythia_160m", "GPTNeoX"), ("smollm2_135m", "Llama"), ("tiny", "Llama"),
+    ("gemma1_2b", "Gemma"),
+  ],
+)  # fmt: skip
+def test_presets_have_a_family(preset, architecture):
+  assert export.family_of(PRESETS[preset]).architecture == f"{architecture}ForCausalLM"
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+  _, config, params = load(GOLDENS / "llama")
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "file").touch()
+  with pytest.raises(InputError, match="not empty"):
+    interop.write_huggingface(tmp_path / "full", config, {"decoder": params}, None)
+  lora = {**params["layers_0"], "attention": {"query": {"lora_a": np.zeros(1)}}}
+  with pytest.raises(InputError, match=r"layers_0\.attention\.query\.lora_a has no tensor to go to; merge it"):
+    interop.write_huggingface(tmp_path / "out", config, {"decoder": {**params, "layers_0": lora}}, None)
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(export, "_sync", fail)
+  with pytest.raises(StorageError, match="disk is full"):
+    interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
+  assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_full_disk_in_the_words_of_safetensors(tmp_path, monkeypatch):
+  """Nothing is left, the folders that were made for the output included."""
+  import safetensors.numpy
+
+  _, config, params = load(GOLDENS / "llama")
+
+  def fail(*_, **__):
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(StorageError, match="new/deeper/out can't be written: the disk is full"):
+      interop.write_huggingface(tmp_path / "new" / "deeper" / "out", config, {"decoder": params}, None)
+  assert not list(tmp_path.iterdir())
+  interop.write_huggingface(tmp_path / "new" / "deeper" / "out", config, {"decoder": params}, None)
+  assert interop.open_source(tmp_path / "new" / "deeper" / "out").decoder == config
+
+
+def test_leftovers_of_writes_that_were_killed_go(tmp_path):
+  _, config, params = load(GOLDENS / "llama")
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  gone = [f"out.{ended.pid}.tmp", f"out.{os.getpid()}.tmp"]
+  kept = [f"out.{os.getppid()}.tmp", f"other.{ended.pid}.tmp", "out.x.tmp"]
+  for name in gone + kept:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").touch()
+  interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
+  assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
+
+
+# GGUF and llama2.c, written here from a golden model.
+
+
+def neighbours(matrix, heads):
+  """Rows of a projection whose pairs are (i, i + H/2), so that they are (2i, 2i + 1)."""
+  size = len(matrix) // heads
+  order = [
+    head * size + half * (size // 2) + pair for head in range(heads) for pair in range(size // 2) for half in (0, 1)
+  ]
+  return matrix[np.array(order)]
+
+
+_GGUF_NAMES = {
+  "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
+  "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+  "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+  "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def gguf_name(name):
+  stem, suffix = name.rsplit(".", 1)
+  if stem.startswith("model.layers."):
+    _, _, layer, module = stem.split(".", 3)
+    return f"blk.{layer}.{_GGUF_NAMES[module]}.{suffix}"
+  return f"{_GGUF_NAMES[stem]}.{suffix}"
+
+
+def write_gguf(path, arrays, config, architecture, quantisation=None, **metadata):
+  """Tensors under Hugging Face's names, as llama.cpp's converter lays them out."""
+  gguf = pytest.importorskip("gguf")
+  writer = gguf.GGUFWriter(path, architecture)
+  writer.add_block_count(config.num_layers)
+  writer.add_context_length(64)
+  writer.add_embedding_length(config.d_model)
+  writer.add_feed_forward_length(config.mlp_size)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_key_length(config.head_size)
+  writer.add_value_length(config.head_size)
+  writer.add_rope_freq_base(config.rope_base)
+  writer.add_layer_norm_rms_eps(config.norm_epsilon)
+  for name, value in metadata.items():
+    writer.add_string(f"{architecture}.{name.replace('__', '.')}", value)
+  for name, array in arrays.items():
+    if architecture == "llama" and "q_proj" in name:
+      array = neighbours(array, config.num_heads)
+    if architecture == "llama" and "k_proj" in name:
+      array = neighbours(array, config.num_kv_heads)
+    if architecture == "gemma" and "norm" in name:
+      array = array + 1
+    if quantisation is None or array.ndim == 1:
+      writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
+    else:
+      kind = gguf.GGMLQuantizationType[quantisation]
+      writer.add_tensor(gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_untied_biased", "qwen2", "gemma"])
+def test_gguf_of_f32(name, tmp_path, exact):
+  source, config, params = load(GOLDENS / name)
+  architecture = name.split("_")[0]
+  write_gguf(tmp_path / "m.gguf", tensors(GOLDENS / name), config, architecture)
+  source, found, back = load(tmp_path / "m.gguf")
+  assert (source.kind, found) == ("gguf", config)
+  tokens, expected = golden(name)
+  np.testing.assert_allclose(logits(found, back, tokens), expected, rtol=0, atol=1e-4)
+  if architecture != "gemma":  # whose scales are rounded after adding 1
+    assert_same(back, params)
+
+
+@pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_1", "BF16"])
+def test_gguf_dequantised(quantisation, tmp_path):
+  """What the package makes of each matrix, in our order; permuting rows and quantising commute."""
+  gguf = pytest.importorskip("gguf")
+  config = DecoderConfig(**(_RMS | dict(d_model=64, head_size=16, mlp_size=96)))
+  params = random_params(functools.partial(init_params, Decoder(config)))
+  interop.write_huggingface(tmp_path / "hf", config, {"decoder": params}, None)
+  arrays = tensors(tmp_path / "hf")
+  write_gguf(tmp_path / "m.gguf", arrays, config, "llama", quantisation)
+  kind = gguf.GGMLQuantizationType[quantisation]
+  for name, array in arrays.items():
+    if array.ndim == 2:
+      arrays[name] = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+  shutil.copytree(tmp_path / "hf", tmp_path / "rounded")
+  save_file(arrays, tmp_path / "rounded" / "model.safetensors")
+  assert_same(load(tmp_path / "m.gguf")[2], load(tmp_path / "rounded")[2])
+
+
+def llama2c_bytes(form, arrays, config, length=12):
+  """A binary of llama2.c, by its own description of itself."""
+  tied, layers = config.tied_embeddings, range(config.num_layers)
+
+  def every(module, turned=0):
+    rows = (arrays[f"model.layers.{layer}.{module}.weight"] for layer in layers)
+    return [neighbours(x, turned) if turned else x for x in rows]
+
+  attention = [
+    *every("self_attn.q_proj", config.num_heads), *every("self_attn.k_proj", config.num_kv_heads),
+    *every("self_attn.v_proj"), *every("self_attn.o_proj"),
+  ]  # fmt: skip
+  mlp = [*every("mlp.gate_proj"), *every("mlp.down_proj"), *every("mlp.up_proj")]
+  first, second, last = every("input_layernorm"), every("post_attention_layernorm"), [arrays["model.norm.weight"]]
+  table, output = [arrays["model.embed_tokens.weight"]], [] if tied else [arrays["lm_head.weight"]]
+  sizes = [config.d_model, config.mlp_size, config.num_layers, config.num_heads, config.num_kv_heads]
+  if form == "legacy":
+    turns = [np.full((length, config.head_size), np.nan, np.float32)]
+    header = struct.pack("<7i", *sizes, config.vocab_size if tied else -config.vocab_size, length)
+    parts = table + first + attention + second + mlp + last + turns + output
+  else:
+    header = struct.pack("<Ii7iB", 0x616B3432, 1, *sizes, config.vocab_size, length, tied).ljust(256, b"\0")
+    parts = first + second + last + table + attention + mlp + output
+  return header + b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["legacy", "version1"])
+def test_llama2c(form, tied, tmp_path):
+  config = DecoderConfig(**(_RMS | dict(tied_embeddings=tied)))
+  params = random_params(functools.partial(init_params, Decoder(config)))
+  interop.write_huggingface(tmp_path / "hf", config, {"decoder": params}, None)
+  written = llama2c_bytes(form, tensors(tmp_path / "hf"), config)
+  (tmp_path / "m.bin").write_bytes(written)
+  source, found, back = load(tmp_path / "m.bin")
+  assert (source.kind, found) == ("llama2c", config)
+  assert_same(back, params)
+  # A tokenizer may follow; a truncated one is no model.
+  (tmp_path / "m.bin").write_bytes(written + b"more")
+  assert_same(load(tmp_path / "m.bin")[2], params)
+  kept = len(written) - (12 * 6 * 4 if form == "legacy" and tied else 0)  # but for the cosines and sines
+  (tmp_path / "m.bin").write_bytes(written[: kept - 1])
+  with pytest.raises(InputError, match=r"m\.bin: truncated, \d+ bytes; the tensor .* ends at"):
+    interop.open_source(tmp_path / "m.bin")
+
+
+# Published configs.
+
+_PUBLISHED = {
+  "smollm2_135m": {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+    "vocab_size": 49152,
+  },
+  "pythia_160m": {
+    "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 12, "num_hidden_layers": 12,
+    "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+  },
+  "gemma1_2b": {
+    "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+    "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192, "model_type": "gemma",
+    "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1, "pad_token_id": 0,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.0.dev0", "use_cache": True, "vocab_size": 256000,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", _PUBLISHED)
+def test_published_configs_are_our_presets(preset, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(_PUBLISHED[preset]))
+  _, config, _ = huggingface.read_config(tmp_path / "config.json")
+  assert dataclasses.replace(config, initializer=PRESETS[preset].initializer) == PRESETS[preset]
+
+
+def test_qwen2_of_half_a_billion(tmp_path):
+  fields = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+    "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+  }  # fmt: skip
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  _, config, _ = huggingface.read_config(tmp_path / "config.json")
+  assert num_params(config) == 494_032_768  # as its makers count
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+  ("model", "field", "value", "message"),
+  [
+    ("llama", "architectures", ["Gemma2ForCausalLM"], r"json: architectures = \['Gemma2.*LlamaForCausalLM, Qwen2"),
+    ("llama", "architectures", 5, "architectures = 5 must be of type list"),
+    ("llama", "architectures", True, "architectures = True must be of type list"),
+    ("llama", "model_type", "gemma2", "model_type = 'gemma2'"),
+    ("llama", "max_position_embeddings", "64", "max_position_embeddings = '64' must be of type int"),
+    ("llama", "max_position_embeddings", 64.0, "max_position_embeddings = 64.0 must be of type int"),
+    ("llama", "max_position_embeddings", -5, "max_position_embeddings = -5 must be at least 1"),
+    ("llama", "rope_parameters", {"rope_theta": True}, "rope_parameters.rope_theta = True must be of type float"),
+    ("llama", "rope_parameters", {"rope_theta": 1e4, "factor": 2}, "rope_parameters.factor = 2 is unknown"),
+    ("llama", "rope_theta", True, "rope_theta = True must be of type float"),
+    ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "rope_parameters.rope_type = 'llama3'"),
+    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling.type = 'linear'"),
+    ("llama", "attention_multiplier", 0.1, "attention_multiplier = 0.1 is unknown"),
+    ("llama", "quantization_config", {"bits": 4}, "quantization_config"),
+    ("llama", "hidden_act", "relu2", "hidden_act = 'relu2' is none of"),
+    ("llama", "hidden_size", 37, r"\[67, 36\], but its config asks for \[67, 37\]"),
+    ("llama", "num_hidden_layers", 3, r"the tensor model\.layers\.2.* is missing"),
+    ("llama", "num_hidden_layers", 1, r"unknown tensor model\.layers\.1\..* and \d more"),
+    ("llama", "vocab_size", None, "vocab_size is missing"),
+    ("llama", "vocab_size", "67", "vocab_size = '67' must be of type int"),
+    ("llama", "num_key_value_heads", 4, "decoder.num_kv_heads: 4"),
+    ("qwen2", "use_sliding_window", True, "use_sliding_window = True"),
+    ("gemma", "final_logit_softcapping", 30.0, "final_logit_softcapping = 30.0"),
+    ("gemma", "hidden_activation", "gelu", "hidden_activation = 'gelu'"),
+    ("pythia", "hidden_act", "relu", "hidden_act = 'relu'"),
+  ],
+)  # fmt: skip
+def test_configs_that_mean_another_model(model, field, value, message, tmp_path):
+  folder = shutil.copytree(GOLDENS / model, tmp_path / "m")
+  fields = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(fields | {field: value}))
+  with pytest.raises(InputError, match=message) as error:
+    interop.open_source(folder)
+  assert "\n" not in str(error.value)
+  assert str(folder) in str(error.value)
+
+
+def test_older_spellings_mean_the_same(tmp_path):
+  for name, new, old in (
+    ("llama", "rope_parameters", {"rope_theta": 1000, "rope_scaling": None, "torch_dtype": "float32"}),
+    ("pythia", "rope_parameters", {"rotary_emb_base": 1000, "rotary_pct": 0.25}),
+    ("gemma", "hidden_act", {"hidden_act": "gelu", "hidden_activation": None}),
+  ):
+    folder = shutil.copytree(GOLDENS / name, tmp_path / name)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields[new]
+    (folder / "config.json").write_text(json.dumps(fields | old))
+    assert interop.open_source(folder).decoder == interop.open_source(GOLDENS / name).decoder
+
+
+def test_mistral_without_a_window_is_llama(tmp_path):
+  folder = shutil.copytree(GOLDENS / "llama", tmp_path / "m")
+  fields = json.loads((folder / "config.json").read_text())
+  del fields["attention_bias"], fields["mlp_bias"], fields["pretraining_tp"]
+  fields |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+  for window in ({}, {"sliding_window": 4096}):
+    (folder / "config.json").write_text(json.dumps(fields | window))
+    with pytest.raises(InputError, match="sliding_window"):
+      interop.open_source(folder)
+  (folder / "config.json").write_text(json.dumps(fields | {"sliding_window": None}))
+  assert_same(load(folder)[2], load(GOLDENS / "llama")[2])
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+  folder = shutil.copytree(GOLDENS / "pythia", tmp_path / "m")
+  arrays = load_file(folder / "model.safetensors")
+
+  def refused(message, **changed):
+    save_file({k: v for k, v in (arrays | changed).items() if v is not None}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+      interop.open_source(folder)
+
+  # Buffers of older files are passed over.
+  buffers = {
+    "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), bool),
+    "gpt_neox.layers.1.attention.masked_bias": np.array(-1e9, np.float32),
+    "gpt_neox.layers.1.attention.rotary_emb.inv_freq": np.ones(2, np.float32),
+  }
+  save_file(arrays | buffers, folder / "model.safetensors")
+  interop.open_source(folder)
+  refused(r"model\.safetensors: unknown tensor gpt_neox\.layers\.0\.extra", **{"gpt_neox.layers.0.extra": np.ones(2)})
+  refused(r"the tensor embed_out\.weight \[67, 48\] is missing", **{"embed_out.weight": None})
+  refused(r"embed_out\.weight is \[66, 48\]", **{"embed_out.weight": arrays["embed_out.weight"][1:]})
+  wide = arrays["embed_out.weight"].astype(np.float64)
+  refused(r"embed_out\.weight is of dtype F64", **{"embed_out.weight": wide})
+
+
+def test_a_tied_output_table_must_be_the_embedding(tmp_path):
+  folder = shutil.copytree(GOLDENS / "llama", tmp_path / "m")
+  arrays = load_file(folder / "model.safetensors")
+  table = arrays["model.embed_tokens.weight"]
+  save_file(arrays | {"lm_head.weight": table.copy()}, folder / "model.safetensors")
+  assert_same(load(folder)[2], load(GOLDENS / "llama")[2])
+  save_file(arrays | {"lm_head.weight": table + 1}, folder / "model.safetensors")
+  with pytest.raises(InputError, match=r"lm_head.weight isn't model.embed_tokens.weight"):
+    interop.open_source(folder)
+
+
+def test_shards_that_are_not_whole(tmp_path):
+  folder = shutil.copytree(GOLDENS / "llama_untied_biased", tmp_path / "m")
+  shard = folder / "model-00003-of-00007.safetensors"
+  whole = shard.read_bytes()
+  shard.write_bytes(whole[:-4])
+  with pytest.raises(InputError, match=rf"{shard}: no whole safetensors file, {len(whole) - 4} bytes"):
+    interop.open_source(folder)
+  shard.unlink()
+  with pytest.raises(InputError, match=rf"{shard}: the shard is missing; .* says that it holds model\.layers"):
+    interop.open_source(folder)
+  save_file({"x": np.ones(1, np.float32)}, shard)
+  with pytest.raises(InputError, match=rf"{shard}: the tensor model\.layers.* is missing"):
+    interop.open_source(folder)
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
+  with pytest.raises(InputError, match="no safetensors file in this folder"):
+    interop.open_source(folder)
+
+
+def test_what_is_no_model(tmp_path):
+  def refused(path, message):
+    with pytest.raises(InputError, match=message) as error:
+      interop.open_source(path)
+    assert "\n" not in str(error.value)
+
+  refused("google/gemma-2b", "hf download google/gemma-2b --local-dir gemma-2b, after its licence is accepted")
+  refused(tmp_path / "absent.gguf", "no such folder or file; give")
+  refused(tmp_path, "there is no config.json")
+  shutil.copy(GOLDENS / "llama" / "config.json", tmp_path)
+  refused(tmp_path, r"neither model\.safetensors nor")
+  with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as file:
+    file.writestr("archive/data.pkl", b"")
+  for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+    refused(path, r"pytorch_model\.bin: a pickle( or an archive)?, .* never opens; convert it to safetensors")
+  (tmp_path / "old.pt").write_bytes(b"\x80\x02rest")
+  refused(tmp_path / "old.pt", "a pickle")
+  (tmp_path / "odd.pth").write_bytes(b"whatever it holds")
+  refused(tmp_path / "odd.pth", "a pickle")
+  (tmp_path / "text").write_bytes(b"Not a model, but a text that is long enough to have a header")
+  refused(tmp_path / "text", "none of llama2.c's")
+  (tmp_path / "short").write_bytes(b"short")
+  refused(tmp_path / "short", "no llama2.c binary, 5 bytes")
+  (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\0" * 10)
+  refused(tmp_path / "m.gguf", r"m\.gguf: no whole GGUF file, 14 bytes")
+
+
+def test_what_may_not_be_read(tmp_path, monkeypatch):
+  """The tests may run as a user who may read everything: the refusal is made here."""
+  hf = shutil.copytree(GOLDENS / "llama", tmp_path / "hf")
+  (tmp_path / "m.bin").write_bytes(b"\0" * 28)
+  forbidden, plain = None, io.open
+
+  def refuse(path, *args, **kwargs):
+    if path == forbidden:
+      raise PermissionError(13, "Permission denied", str(path))
+    return plain(path, *args, **kwargs)
+
+  monkeypatch.setattr(io, "open", refuse)  # of pathlib
+  for model, file in ((tmp_path / "m.bin", "m.bin"), (hf, "hf/model.safetensors"), (hf, "hf/config.json")):
+    forbidden = tmp_path / file
+    with pytest.raises(InputError, match=rf"{file}: can't be read .*Permission denied"):
+      interop.open_source(model)
+  forbidden = None
+  assert interop.open_source(hf).kind == "huggingface"
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+  plain = os.stat
+
+  def refuse(path, *args, **kwargs):
+    if pathlib.Path(os.fsdecode(path)).parent == tmp_path / "m":
+      raise PermissionError(13, "Permission denied", path)
+    return plain(path, *args, **kwargs)
+
+  (tmp_path / "m").mkdir()
+  monkeypatch.setattr(os, "stat", refuse)
+  for opened in (runs.is_run, interop.open_source):
+    with pytest.raises(InputError, match=r"can't be read \(Permission denied\)") as error:
+      opened(tmp_path / "m")
+    assert str(tmp_path / "m") in str(error.value)
+
+
+def test_gguf_that_means_another_model(tmp_path):
+  _, config, _ = load(GOLDENS / "llama")
+  arrays = tensors(GOLDENS / "llama")
+  write_gguf(tmp_path / "a.gguf", arrays, config, "phi3")
+  with pytest.raises(InputError, match=r"general.architecture = 'phi3' is none that this version loads: llama, qwen2"):
+    interop.open_source(tmp_path / "a.gguf")
+  write_gguf(tmp_path / "b.gguf", arrays, config, "llama", rope__scaling__type="yarn")
+  with pytest.raises(InputError, match=r"llama.rope.scaling.type = 'yarn'"):
+    interop.open_source(tmp_path / "b.gguf")
+  write_gguf(tmp_path / "c.gguf", arrays, config, "llama", logit_scale="2")
+  with pytest.raises(InputError, match=r"llama.logit_scale = '2' is unknown"):
+    interop.open_source(tmp_path / "c.gguf")
+  write_gguf(tmp_path / "e.gguf", arrays, config, "llama", context_length="64")
+  with pytest.raises(InputError, match=r"e\.gguf: llama.context_length = '64' must be of type int"):
+    interop.open_source(tmp_path / "e.gguf")
+  write_gguf(tmp_path / "d.gguf", arrays, config, "llama")
+  whole = (tmp_path / "d.gguf").read_bytes()
+  (tmp_path / "d.gguf").write_bytes(whole[:-3000])
+  with pytest.raises(InputError, match=r"d\.gguf: no whole GGUF file"):
+    interop.open_source(tmp_path / "d.gguf")
+
+
+def test_a_decoder_of_another_shape(tmp_path):
+  source = interop.open_source(GOLDENS / "llama")
+  with pytest.raises(InputError, match="2 layers, but the decoder has 3"):
+    interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, num_layers=3)))
+  with pytest.raises(InputError, match=r"embedding is \(67, 36\), but the decoder's is \(128, 36\)"):
+    interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, vocab_size=128)))
+  with pytest.raises(InputError, match="it holds no unembedding"):
+    interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, tied_embeddings=False)))

@@ -1,0 +1,223 @@
+"""What a run starts from: weights out and in again, where new rows start, the programs that take either."""
+
+import json
+import shutil
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import assert_trees_equal, tiny_config
+
+import cyb_jax
+from cyb_jax import configs, training
+from cyb_jax.decoder import merge_lora
+from cyb_jax.errors import InputError
+from cyb_jax.interop import pretrained
+
+
+def started(folder, **method):
+  """A config that starts from a folder, whose decoder and tokenizer it takes."""
+  config = tiny_config(**method)
+  config.decoder = configs.default().decoder
+  config.decoder.preset = ""
+  config.data.tokenizer = ""
+  config.init_from = str(folder)
+  config.train.update(steps=2, eval_every=0, checkpoint_every=0, log_every=1)
+  return config
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """A plain run, and the same as a Hugging Face folder."""
+  folder = tmp_path_factory.mktemp("pretrained")
+  config = tiny_config(name="baseline", pauses=0, pause_input="pause")
+  config.train.update(steps=2, eval_every=0)
+  training.train(configs.freeze(config), folder / "plain")
+  record, _ = cli.run("convert", "--to=hf", f"--workdir={folder}/plain", f"--output={folder}/hf")
+  assert record["method"] == "baseline"
+  return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(folders):
+  """Fine-tuned from the Hugging Face folder with adapters."""
+  config = started(folders / "hf", pauses=2, calibration_batches=1)
+  config.tuning.update(weights="lora", lora_rank=2, lora_targets="query,down")
+  config.optimizer.learning_rate = 0.01
+  training.train(pretrained.settle(config), folders / "tuned")
+  return folders / "tuned"
+
+
+def test_weights_come_back_bit_for_bit(folders):
+  ours, theirs = cyb_jax.load(folders / "plain"), cyb_jax.load(folders / "hf")
+  assert_trees_equal(ours.params, theirs.params)
+  assert theirs.method.name == "baseline"
+  assert theirs.tokenizer.describe() == ours.tokenizer.describe()
+  batch = {
+    "tokens": np.arange(12).reshape(2, 6),
+    "targets": np.ones((2, 6), int),
+    "weights": np.ones((2, 6), np.float32),
+  }
+  a, b = (run.method.read(run.params, batch).scores for run in (ours, theirs))
+  assert_trees_equal(a, b)
+
+
+def test_new_rows_start_from_the_mean(folders):
+  run = pretrained.load(str(folders / "hf"), pretrained.settle(started(folders / "hf", pauses=2)))
+  plain = cyb_jax.load(folders / "plain").params["decoder"]
+  assert_trees_equal(run.params["decoder"], plain)
+  mean = np.asarray(plain["embedding"], np.float64)[:257].mean(0)
+  np.testing.assert_allclose(run.params["pause_input"], [mean, mean], rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(run.params["dont_know"], mean, rtol=1e-5, atol=1e-7)
+
+
+def test_new_rows_start_from_unused_entries(folders, monkeypatch):
+  """The paper's set-up: pauses in order, then <don't know>; where there are too few, the mean."""
+  from cyb_jax.data import ByteTokenizer
+
+  table = np.asarray(cyb_jax.load(folders / "plain").params["decoder"]["embedding"])
+  config = pretrained.settle(started(folders / "hf", pauses=2))
+  monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9, 30, 31], raising=False)
+  run = pretrained.load(str(folders / "hf"), config)
+  np.testing.assert_array_equal(run.params["pause_input"], table[[7, 9]])
+  np.testing.assert_array_equal(run.params["dont_know"], table[30])
+  monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9])
+  run = pretrained.load(str(folders / "hf"), config)
+  assert not np.array_equal(run.params["pause_input"], table[[7, 9]])
+
+
+def test_a_unit_starts_at_its_prior(folders):
+  run = pretrained.load(str(folders / "hf"), pretrained.settle(started(folders / "hf", pauses=1, dont_know="unit")))
+  assert not np.any(run.params["dont_know"])
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_on_export(tuned, folders):
+  run = cyb_jax.load(tuned)
+  assert run.config.source["decoder"]["d_model"] == 16  # what was left open is recorded
+  plain = cyb_jax.load(folders / "plain").params["decoder"]
+  base = {k: v for k, v in run.params["decoder"]["layers_0"]["attention"]["query"].items() if k == "kernel"}
+  assert_trees_equal(base, {"kernel": plain["layers_0"]["attention"]["query"]["kernel"]})
+  record, _ = cli.run("convert", "--to=hf", f"--workdir={tuned}", f"--output={folders}/export")
+  assert record["method"] == "cyb"
+  back = cyb_jax.load(folders / "export")
+  merged, config = merge_lora(run.params["decoder"], run.method.decoder.config)
+  assert_trees_equal(back.params, run.params | {"decoder": merged})
+  assert back.method.config == run.method.config
+  assert back.method.decoder.config == config
+  assert (back.step, run.step) == (2, 2)
+  assert float(back.params["dont_know_offset"]) != 0
+  written = json.loads((folders / "export" / "config.json").read_text())
+  assert written["vocab_size"] == config.vocab_size + 3
+  # log(0.9 / 0.1 * |V|) with |V| = 257 words and <don't know>.
+  assert written["cyb_jax"]["prior_shift"] == pytest.approx(np.log(9 * 257), rel=1e-6)
+
+
+def test_a_run_with_adapters_can_be_started_from(tuned, folders):
+  run = cyb_jax.load(tuned)
+  merged, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
+  on = pretrained.load(str(tuned), pretrained.settle(started(tuned, pauses=2, calibration_batches=1)))
+  assert_trees_equal(on.params, run.params | {"decoder": merged})
+
+
+def test_it_goes_on_without_what_it_started_from(folders, tmp_path, caplog):
+  shutil.copytree(folders / "hf", tmp_path / "hf")
+  config = started(tmp_path / "hf", pauses=1)
+  caplog.set_level("INFO")
+  first = training.train(pretrained.settle(config, tmp_path / "run"), tmp_path / "run")
+  assert "the median of d over" in caplog.text
+  assert "method.calibration_batches would add" in caplog.text
+  shutil.rmtree(tmp_path / "hf")
+  assert training.train(pretrained.settle(config, tmp_path / "run"), tmp_path / "run") == first
+  with pytest.raises(InputError, match="hf: no such folder or file"):
+    pretrained.settle(config, tmp_path / "other")
+
+
+def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
+  path = tmp_path / "plain.py"
+  path.write_text(
+    f"import sys\nsys.path[:0] = {[str(cli.ROOT / 'tests' / folder) for folder in ('support', 'interop')]!r}\n"
+    "import test_pretrained\n\n"
+    "def get_config(argument=''):\n"
+    "  return test_pretrained.started('', name='baseline', pauses=0, pause_input='pause')\n"
+  )
+  mine, _ = cli.run("evaluate", f"--workdir={folders}/plain")
+  record, _ = cli.run("evaluate", f"--init_from={folders}/hf", f"--config={path}")
+  assert record["perplexity"] == mine["perplexity"]
+  assert record["train_tokens"] == 0
+  flags = ("--prompt=a", "--max_new_tokens=4", "--temperature=0", "--stream=False")
+  said, _ = cli.run("generate", f"--init_from={folders}/hf", *flags)
+  assert said["text"] == cli.run("generate", f"--workdir={folders}/plain", *flags)[0]["text"]
+
+
+@pytest.mark.parametrize(
+  ("program", "flags", "words"),
+  [
+    ("evaluate", ["--init_from={folders}/hf"], "--config: not given"),
+    ("evaluate", ["--workdir={folders}/plain", "--init_from={folders}/hf", "--config={root}/experiments/reviews.py"],
+     "--workdir: both are given"),
+    ("generate", ["--prompt=a"], "--workdir: not given; name the run's folder, or --init_from"),
+    ("generate", ["--prompt=a", "--init_from={folders}/none"], "none: no such folder or file"),
+    ("generate", ["--prompt=a", "--init_from={folders}/hf", "--checkpoint=best"], "is no run, and has no checkpoints"),
+    ("generate", ["--prompt=a", "--workdir={folders}/plain", "--tokenizer=bytes"], "--tokenizer: 'bytes' goes with"),
+    ("train", ["--config={root}/experiments/smollm2_reviews.py", "--workdir={tmp}/x"], "init_from: not given, and"),
+    ("convert", ["--output={tmp}/x"], "--from, --to: give one of them"),
+    ("convert", ["--from=torch", "--output={tmp}/x"], "--from: 'torch' is none of hf, gguf, llama2c"),
+    ("convert", ["--from=gguf", "--input={folders}/hf", "--output={tmp}/x"], "is of kind 'huggingface'"),
+    ("convert", ["--from=hf", "--input={folders}/hf", "--output={folders}/hf"], "is there already; take another"),
+    ("convert", ["--from=hf", "--input={folders}/hf", "--output={tmp}/x", "--checkpoint=3"], "--checkpoint: '3'"),
+    ("convert", ["--to=hf", "--workdir={folders}/hf", "--output={tmp}/x"], "hf holds no run"),
+    ("convert", ["--to=hf", "--workdir={folders}/plain", "--output={tmp}/x", "--dtype=int8"], "--dtype: 'int8'"),
+    ("convert", ["--to=hf", "--workdir={folders}/plain", "--input=y", "--output={tmp}/x"], "--input: 'y' has no use"),
+  ],
+)  # fmt: skip
+def test_bad_flags(program, flags, words, folders, tmp_path):
+  given = [flag.format(folders=folders, tmp=tmp_path, root=cli.ROOT) for flag in flags]
+  assert words in cli.complaint(program, *given)
+  assert not any(tmp_path.iterdir())
+
+
+def test_bad_starts(folders):
+  config = started("", pauses=1)
+  with pytest.raises(InputError, match=r"init_from: not given, and decoder.preset = '' is the decoder of that"):
+    pretrained.settle(config)
+  config.decoder.d_model = 16
+  with pytest.raises(InputError, match=r"decoder.vocab_size: not set; .* leave the decoder to that of init_from"):
+    pretrained.settle(config)
+  config = tiny_config(pauses=1)
+  config.data.tokenizer = ""
+  with pytest.raises(InputError, match=r"data.tokenizer: '' is the tokenizer of init_from, which isn't given"):
+    training.train(configs.freeze(config), folders / "no")
+  config = started(folders / "hf", pauses=1)
+  config.decoder.norm_epsilon = 1e-3
+  with pytest.raises(InputError, match=r"has decoder.norm_epsilon = 1e-05, but this config has 0.001"):
+    training.train(pretrained.settle(config), folders / "no")
+  assert not (folders / "no").exists()
+
+
+def test_what_is_drawn_is_what_training_draws(folders):
+  """Rows that nothing is known of are the same, loaded and trained."""
+  config = started(folders / "hf", pauses=1)
+  config.tuning.update(weights="lora", lora_rank=2)
+  config.train.update(steps=0, epochs=0.0)
+  frozen = pretrained.settle(config)
+  training.train(frozen, folders / "drawn")
+  assert_trees_equal(pretrained.load(str(folders / "hf"), frozen).params, cyb_jax.load(folders / "drawn").params)
+
+
+def test_a_converted_folder_keeps_its_context(folders, tmp_path):
+  shutil.copytree(folders / "hf", tmp_path / "long")
+  path = tmp_path / "long" / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 8192}))
+  cli.run("convert", "--from=hf", f"--input={tmp_path}/long", f"--output={tmp_path}/again")
+  assert json.loads((tmp_path / "again" / "config.json").read_text())["max_position_embeddings"] == 8192
+  assert cyb_jax.load(tmp_path / "again").config.data.sequence_length == 2048
+
+
+def test_bfloat16(folders, tmp_path):
+  cli.run("convert", "--from=hf", f"--input={folders}/hf", f"--output={tmp_path}/half", "--dtype=bfloat16")
+  half, whole = cyb_jax.load(tmp_path / "half"), cyb_jax.load(folders / "hf")
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), whole.params)
+  assert_trees_equal(half.params, rounded)

@@ -1,0 +1,140 @@
+"""What is installed, what is imported, what the launch script would do."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tomllib
+
+import cli
+import pytest
+from models import tiny_config
+
+from cyb_jax import configs, data
+
+ROOT = cli.ROOT
+
+
+def python(code, **options):
+  return subprocess.run(
+    [sys.executable, "-c", code],
+    env=cli.environment(),
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+    **options,
+  )
+
+
+def test_all_rooms_are_packaged():
+  listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+  found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "cyb_jax").rglob("__init__.py")}
+  assert set(listed) == found | {"cyb_jax.experiments"}
+
+
+def test_version_and_marker_of_types():
+  import cyb_jax
+
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert cyb_jax.__version__ == project["version"]
+  assert (ROOT / "cyb_jax" / "py.typed").exists()
+
+
+def test_the_core_needs_jax_alone():
+  """With everything else that the package depends on made unimportable."""
+  code = (
+    "import sys\n"
+    "for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'etils', 'jaxtyping', 'seqio', 'tensorflow'):\n"
+    "  sys.modules[name] = None\n"
+    "import cyb_jax.stopping, cyb_jax.losses, cyb_jax.pauses, cyb_jax.readout, cyb_jax\n"
+    "print(cyb_jax.__version__)"
+  )
+  done = python(code)
+  assert done.returncode == 0, done.stderr
+
+
+def test_rooms_import_downwards_only():
+  """The core imports none of the rooms above it, and only `data` knows TensorFlow and SeqIO."""
+  above = ("methods", "training", "evaluation", "interop", "data", "runs", "configs", "cli")
+  for name in ("stopping.py", "losses.py", "pauses.py", "readout.py", "decoder/decoder.py", "decoder/attention.py"):
+    text = (ROOT / "cyb_jax" / name).read_text()
+    for room in above:
+      assert f"cyb_jax.{room}" not in text, (name, room)
+      assert f"from cyb_jax import {room}" not in text, (name, room)
+  for path in (ROOT / "cyb_jax").rglob("*.py"):
+    if path.parent.name != "data":
+      for module in ("seqio", "tensorflow", "tensorflow_datasets"):
+        assert f"import {module}\n" not in path.read_text(), path
+
+
+def test_training_from_a_store_needs_no_tensorflow(tmp_path):
+  store = data.prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 64})
+  config = tiny_config(pauses=1)
+  config.data.update(task="synthetic_sums", options="", store=str(store.path))
+  config.train.update(steps=2, eval_every=0, tensorboard=True)
+  (tmp_path / "config.json").write_text(configs.to_json(configs.freeze(config)))
+  code = (
+    "import json, sys\n"
+    "for name in ('tensorflow', 'seqio', 'tensorflow_datasets', 'tensorflow_text'):\n"
+    "  sys.modules[name] = None\n"
+    "import cyb_jax\n"
+    "from cyb_jax import configs, training\n"
+    f"source = json.load(open({str(tmp_path / 'config.json')!r}))\n"
+    f"print(training.train(configs.freeze(source), {str(tmp_path / 'run')!r})['tokens'])\n"
+    f"cyb_jax.load({str(tmp_path / 'run')!r})\n"
+  )
+  done = python(code)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert int(done.stdout) == store.num_tokens("validation") - 1
+
+
+def test_nothing_is_fetched_or_made_at_import(tmp_path):
+  """No program room touches the network, the disk or a device when it is imported."""
+  code = (
+    "import socket, sys\n"
+    "def no(*a, **k): raise OSError('network at import')\n"
+    "socket.socket.connect = no\n"
+    "import cyb_jax.cli.train, cyb_jax.cli.evaluate, cyb_jax.cli.prepare, cyb_jax.cli.benchmark\n"
+    "import cyb_jax.training, cyb_jax.data\n"
+    "from absl import flags; assert 'workdir' not in flags.FLAGS\n"
+    "import jax\n"
+    "assert 'tensorflow' not in sys.modules and 'seqio' not in sys.modules\n"
+    "assert not jax._src.xla_bridge._backends, 'a backend was started'\n"
+  )
+  done = python(code)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_works_outside_the_checkout(tmp_path):
+  """Built, installed into a folder of its own beside this venv's dependencies, and run from elsewhere."""
+  subprocess.run(
+    [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
+  )
+  (wheel,) = tmp_path.glob("*.whl")
+  target = tmp_path / "site"
+  subprocess.run(
+    [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel], check=True
+  )
+  assert not (target / "experiments").exists()
+  env = cli.environment() | {"PYTHONPATH": str(target), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+  command = [
+    sys.executable, "-m", "cyb_jax.cli.train", "--config=experiments/quickstart.py", f"--workdir={tmp_path}/run",
+    "--config.data.task=synthetic_sums", "--config.data.tokenizer=bytes", "--config.data.options=documents=50",
+    "--config.train.steps=2",
+  ]  # fmt: skip
+  done = subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True, check=False)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert str(target) in subprocess.run(
+    [sys.executable, "-c", "import cyb_jax; print(cyb_jax.__file__)"],
+    env=env, cwd=tmp_path, text=True, capture_output=True, check=True,
+  ).stdout  # fmt: skip
+
+
+def test_no_figure_of_this_machine_in_the_files():
+  """No absolute home or build folder slips into a document."""
+  for path in [*ROOT.glob("*.md"), *(ROOT / "experiments").glob("*"), *(ROOT / "launch").glob("*")]:
+    if path.is_file():
+      text = path.read_text()
+      assert str(pathlib.Path(os.sep, "root", "")) + os.sep not in text, path

@@ -1,0 +1,638 @@
+"""The report: its page, its pictures and its folder; coloured text by hand; ratios, groups and labels by hand; once
+through the program, and once in a browser.
+"""
+
+import copy
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from models import tiny_config
+from report_page import Page, call
+from statistics_example import HOSTILE, example
+
+from cyb_jax import configs, evaluation, runs, training
+from cyb_jax.cli import programs
+from cyb_jax.data import ByteTokenizer
+from cyb_jax.errors import InputError, StorageError
+from cyb_jax.report import coloured, comparison, figures, output, page, side_by_side, single
+from cyb_jax.report.coloured import Window
+from cyb_jax.report.comparison import Candidate, Curve
+
+META = {"train_tokens": 640, "train_slots": 1920, "train_flops": 3e15, "store": "f" * 64}
+
+
+def source(**method):
+  return configs.freeze(tiny_config(pauses=2, **method)).source | {}
+
+
+def window(num_slots=3, pieces=(" The", " film", HOSTILE, "↵\n", "</s>\n", " x"), index=0):
+  rng = np.random.default_rng(index)
+  stopping = rng.dirichlet(np.ones(num_slots), len(pieces)).astype(np.float32)
+  scores = rng.uniform(size=(2, len(pieces), num_slots)).astype(np.float32)
+  return Window(index, "<b>", tuple(pieces), scores[0], scores[1], stopping)
+
+
+METRICS = [
+  {"split": "train", "step": step, "tokens": 320, "perplexity": 90.0 - step, "mean_pauses": 1.0, "gradient_norm": 0.5}
+  for step in (20, 40)
+] + [
+  {
+    "split": "validation", "step": 40, "limit": None, "omega": None, "perplexity": 55.0, "mean_pauses": 0.5,
+    "train_tokens": 640, "train_slots": 1920, "train_flops": 3e15,
+  }
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole():
+  """(HTML, PNGs) of a run that has everything."""
+  statistics = example(difficulty=True, trained=True)
+  statistics["self_paced"] = {
+    "perplexity": 21.0, "constant_perplexity": 20.0, "mean_pauses": 0.4, "context_pauses": 0.5, "windows": 3,
+    "tokens": 99,
+  }  # fmt: skip
+  return single.build(source(), META, statistics, METRICS, [window(), window(index=7)])
+
+
+def test_page_is_whole_and_self_contained(whole):
+  text, pictures = whole
+  found = Page(text)
+  assert found.all("html") == [{"lang": "en"}]
+  images = found.all("img")
+  assert len(images) == len(pictures) == 15
+  for image in images:
+    assert image["src"].startswith("data:image/png;base64,")
+    assert len(image["alt"]) > 20
+  # Nothing is fetched: no address but those that start with # or data:.
+  addresses = [v for _, attributes in found.tags for k, v in attributes.items() if k in ("src", "href")]
+  assert all(address.startswith(("#", "data:")) for address in addresses)
+  assert "url(" not in text
+  assert "@import" not in text
+  anchors = {attributes["id"] for attributes in found.all("section")}
+  assert {address["href"][1:] for address in found.all("a")} == anchors
+  assert len(found.text("caption")) == len(found.all("table"))
+  # One number of every part, where its table should be.
+  cells = found.text("td") + found.text("th")
+  for cell in ("640", "55.00", "20.09", "0.3000", "0.2500 to 0.3500", "film plot<b>", "isn", "1:0:0", "8 to 15"):
+    assert cell in cells, cell
+  assert {"1,920", "3.00e+15", "20.09"} <= set(found.text("dd"))
+  assert "(0.5000 a token): 21.00, against 20.00" in text
+  assert all(png.startswith(b"\x89PNG") for png in pictures.values())
+
+
+def test_hostile_text_is_shown_and_not_run(whole):
+  found = Page(whole[0])
+  shown = [text for _, text in found.texts]
+  assert any(HOSTILE in text for text in found.text("span"))
+  assert any(HOSTILE in text for text in found.text("th"))
+  assert not any("alert" in text for text in found.text("script"))
+  assert "<b>" in shown
+  # The page's own: numbers of two windows, and one that runs.
+  assert [script.get("type") for script in found.all("script")] == ["application/json", "application/json", None]
+
+
+def test_equal_numbers_give_equal_files():
+  first, again, other = (figures.bars(["a", "b"], [1.0, value], x="x") for value in (2.0, 2.0, 2.1))
+  assert first == again != other
+
+
+@pytest.mark.parametrize(("slots", "decides", "said"), [(1, False, 9), (3, False, 6)])
+def test_methods_without_slots_or_decisions_say_what_is_missing(slots, decides, said):
+  name = "baseline" if slots == 1 else "tbys"
+  config = tiny_config(name=name, pauses=slots - 1, pause_input="pause")
+  statistics = example(slots, decides=decides)
+  text, pictures = single.build(configs.freeze(config).source, META, statistics, [], [])
+  found = Page(text)
+  assert len(found.all("section")) == 9
+  absent = [attributes for tag, attributes in found.tags if tag == "p" and attributes.get("class") == "absent"]
+  assert len(absent) == said
+  assert "perplexity.png" in pictures
+  assert ("latency.png" in pictures) == (slots > 1)
+  assert not any(name.startswith("density") for name in pictures)
+
+
+def test_numbers_for_people():
+  values = (None, math.nan, 0, 0.0, 1234567, 188.30165, 0.00382, 1.5e-7, 7.4e12, True, "x", 12345.678, -0.5)
+  assert [page.number(value) for value in values] == [
+    "-", "-", "0", "0", "1,234,567", "188.3", "0.003820", "1.5e-07", "7.40e+12", "True", "x", "12,346", "-0.5000",
+  ]  # fmt: skip
+
+
+def test_what_can_not_be_seen_is_made_visible():
+  tokenizer = ByteTokenizer()
+  shown = [coloured.shown(tokenizer, token) for token in (97, 32, 10, 9, 27, 0xE2, 256)]
+  assert shown == ["a", " ", "↵\n", "⇥", "␛", "<0xE2>", "<end>\n"]
+  # A right-to-left override, and a space that is none.
+  assert coloured.visible("a\u202eb\u00a0") == "a<U+202E>b<U+00A0>"
+
+
+def fixed(pauses, pieces):
+  """A window whose tokens have so many pauses, of two slots."""
+  pauses = np.array(pauses, np.float32)
+  s = np.stack([1 - pauses, pauses], -1)
+  return Window(3, "^", tuple(pieces), None, s, s)
+
+
+def test_terminal_by_hand():
+  window = fixed([0.0, 1.0, 0.5, 0.99, 0.0], [" one", " two", "映画", "↵\n", "abcdefghijklm"])
+  text = coloured.to_terminal([window], 10, colour=False)
+  lines = text.split("\n")
+  assert all(coloured.width(line) <= 10 for line in lines)
+  start = lines.index("window 3")
+  # The first word is not predicted; what doesn't fit begins the next line without its space; wide characters count two.
+  assert lines[start + 1 :] == ["^ one⁰", "two⁷映画⁴", "↵⁷", "abcdefghij", "klm⁰", ""]
+  painted = coloured.to_terminal([window], 10, colour=True)
+  assert "\x1b[38;5;231;48;5;18m two\x1b[0m" in painted
+  plain = re.sub(r"\x1b\[[0-9;]*m", "", painted)
+  assert all(coloured.width(line) <= 10 for line in plain.split("\n"))
+  assert "⁷" not in plain
+
+
+def test_equal_pauses_are_not_coloured():
+  window = fixed([1.0, 1.0], ["a", "b"])
+  assert coloured.Scale.of([window]) is None
+  assert "1 pauses: nothing to colour" in coloured.to_terminal([window], 80, colour=True)
+  assert "\x1b" not in coloured.to_terminal([window], 80, colour=True)
+  assert "1.000 pauses: nothing to colour" in coloured.to_html([window])
+
+
+def test_colour_and_second_cue():
+  window = fixed([0.0, 0.2, 0.6, 1.0], "abcd")
+  spans = [
+    attributes for attributes in Page(f"<p>{coloured.to_html([window])}</p>").all("span") if "tabindex" in attributes
+  ]
+  assert [span["class"] for span in spans] == ["t c0 q0", "t c1 q1", "t c4 q2", "t c7 q3"]
+  # One stop of the tab key.
+  assert [span["tabindex"] for span in spans] == ["0", "-1", "-1", "-1"]
+
+
+def test_one_slot_has_its_perplexity_by_difficulty():
+  statistics = example(1)
+  bare, _ = single.build(source(), META, statistics, METRICS, [])
+  assert "The difficulty of this task&#x27;s tokens isn&#x27;t known" in bare
+  statistics["difficulty"] = [{"difficulty": m, "count": 10, "perplexity": 2.5 + m} for m in range(3)]
+  text, _ = single.build(source(), META, statistics, METRICS, [])
+  assert "Perplexity by difficulty (0: tokens that are no answers)" in Page(text).text("caption")
+  assert {"2.500", "3.500", "4.500"} <= set(Page(text).text("td"))
+
+
+def test_spent_at_by_hand():
+  curve = Curve((100.0, 400.0, 1600.0), (5.0, 4.0, 3.5))
+  # Half of the way down from 5 to 4 is half of the way from log 100 to log 400.
+  assert comparison.spent_at(curve, 4.5) == (pytest.approx(200.0), False)
+  assert comparison.spent_at(curve, 4.0) == (pytest.approx(400.0), False)
+  assert comparison.spent_at(curve, 3.75) == (pytest.approx(800.0), False)
+  assert comparison.spent_at(curve, 5.0) == (100.0, False)
+  assert comparison.spent_at(curve, 6.0) == (100.0, True)
+  assert comparison.spent_at(curve, 3.4) is None
+  assert comparison.spent_at(Curve((), ()), 3.4) is None
+
+
+def candidate(name, losses=(5.0, 4.0), seed=0, *, changes=(), nats=3.0, limit=None, **method):
+  config = tiny_config(pauses=2, **method)
+  config.train.seed = config.data.seed = seed
+  for field, value in changes:
+    part, _, key = field.partition(".")
+    config[part][key] = value
+  rows = [
+    {
+      "limit": limit, "perplexity": math.exp(loss), "train_tokens": 100 * 4**i, "train_slots": 300 * 4**i,
+      "train_flops": 1e9 * 4**i,
+    }
+    for i, loss in enumerate(losses)
+  ]  # fmt: skip
+  # Documents are the same for all, and as hard; what a run adds is its own.
+  return Candidate(name, configs.freeze(config).source | {}, META, example(nats=nats), rows)
+
+
+def test_efficiency_over_pairs_of_seeds():
+  runs = [candidate("a", (5.0, 4.0)), candidate("b", (5.0, 4.5), loss="dp", rho="1:1:1", alpha=0.1)]
+  runs += [candidate("c", (5.0, 4.6), seed=1)]
+  a, b = comparison.group_runs(runs)
+  assert [run.workdir for run in a.runs] == ["a", "c"]
+  found = comparison.efficiency(a, b, "train_tokens", None)
+  # The first seed needs 200 of 400 tokens for 4.5, the second one never gets there.
+  assert found["ratios"] == [pytest.approx(2.0), None]
+  assert (found["median"], found["low"], found["high"]) == (None, None, pytest.approx(2.0))
+  assert not found["at_least"]
+  back = comparison.efficiency(b, a, "train_flops", None)
+  assert back["ratios"] == [None, pytest.approx(4**0.2)]
+  early = candidate("d", (4.4, 4.3), pause_input="pause")
+  found = comparison.efficiency(*comparison.group_runs([early, runs[1]]), "train_tokens", None)
+  assert (found["median"], found["at_least"]) == (pytest.approx(4.0), True)
+
+
+def test_curves_are_read_on_the_same_windows():
+  """A validation in mid-run reads fewer windows than the last one: these losses don't belong to one curve."""
+  run = candidate("a", (5.0, 4.0, 3.0), limit=8)
+  run.validation[-1]["limit"] = None
+  assert comparison.common_windows([run]) == 8
+  assert comparison.curve(run, "train_tokens", 8).losses == pytest.approx((5.0, 4.0))
+  assert comparison.common_windows([run, candidate("b", (5.0, 4.0))]) is None
+
+
+def test_groups_and_labels():
+  runs = [
+    candidate("a"),
+    candidate("b", loss="va", rho="4:1:1"),
+    candidate("c", seed=3),
+    candidate("d", loss="va", rho="1:1:1", changes=[("optimizer.learning_rate", 0.5)]),
+    candidate("e", loss="va", rho="1:1:1", changes=[("data.fraction", 0.5)]),
+  ]
+  groups = comparison.group_runs(runs)
+  assert [len(group.runs) for group in groups] == [2, 1, 1, 1]
+  assert [group.label for group in groups] == [
+    # The rate alone tells d from e, but not from b; with rho all three are apart.
+    "CYB-AP", "CYB-VA, rho 4:1:1, fraction 1", "CYB-VA, rho 1:1:1, fraction 1", "CYB-VA, rho 1:1:1, fraction 0.5",
+  ]  # fmt: skip
+  assert [group.regime for group in groups] == ["12 steps"] * 3 + ["12 steps of 0.5 of the data"]
+  two = [source(), source(omega="1:1:1"), source(omega="1:1:1", dont_know="unit")]
+  assert comparison.labels(two) == [
+    "CYB-AP, dont_know token, omega default",
+    "CYB-AP, dont_know token, omega 1:1:1",
+    "CYB-AP, dont_know unit, omega 1:1:1",
+  ]
+  assert comparison.labels([source(), source()]) == ["CYB-AP", "CYB-AP"]
+  with pytest.raises(InputError, match="a and b are the same run twice"):
+    comparison.group_runs([candidate("a"), candidate("b")])
+
+
+def test_difference_in_nats():
+  a, b = comparison.group_runs([candidate("a", nats=3.0), candidate("b", nats=3.0, loss="va", rho="1:1:1")])
+  same = comparison.difference_in_nats(a, b)
+  assert same == {"mean": 0.0, "interval": [0.0, 0.0], "low": 0.0, "high": 0.0}
+  # Equal documents: what differs by a constant differs by it in every draw, however hard the documents are.
+  c = comparison.group_runs([candidate("c", nats=2.9, loss="va", rho="1:1:1")])[0]
+  apart = comparison.difference_in_nats(a, c)
+  assert apart["mean"] == pytest.approx(0.1)
+  assert apart["interval"] == pytest.approx([0.1, 0.1])
+  # By hand: two groups of 1 token, gaps 0 and 1; a draw of two has mean 0, 1/2 or 1.
+  for group, nats in ((a, [1.0, 2.0]), (b, [1.0, 1.0])):
+    group.runs[0].statistics["groups"] |= {"nats": nats, "tokens": [1, 1]}
+  found = comparison.difference_in_nats(a, b)
+  assert (found["mean"], found["interval"]) == (0.5, [0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      lambda c: c.statistics.update(split="test"),
+      "a and b can't be compared: split is 'validation' there and 'test' here",
+    ),
+    (lambda c: c.statistics.update(limit=5), "limit is None there and 5 here"),
+    (lambda c: c.source["data"].update(sequence_length=32), "data.sequence_length is 16 there and 32 here"),
+    (
+      lambda c: c.meta.update(store="e" * 64),
+      "the fingerprint of data.store is 'ffffffffffff' there and 'eeeeeeeeeeee'",
+    ),
+    (
+      lambda c: (c.meta.update(store="e"), c.source["data"].update(tokenizer="sentencepiece:100")),
+      "data.tokenizer is 'bytes' there and 'sentencepiece:100' here",
+    ),
+    (lambda c: c.statistics["groups"]["tokens"].pop(), "groups.tokens"),
+  ],
+)
+def test_what_can_not_be_compared(change, message):
+  a, b = candidate("a"), copy.deepcopy(candidate("b", seed=1))
+  comparison.check_comparable([a, b])
+  change(b)
+  with pytest.raises(InputError, match=re.escape(message)):
+    comparison.check_comparable([a, b])
+
+
+@pytest.fixture(scope="module")
+def compared():
+  runs = [candidate(f"ap{i}", seed=i, nats=3 + i / 100) for i in range(2)]
+  runs += [candidate("<i>va", (5.1, 3.9), loss="va", rho="1:1:1", changes=[("data.fraction", 0.5)])]
+  groups = comparison.group_runs(runs)
+  numbers = comparison.compare(groups)
+  return groups, numbers, *side_by_side.build(groups, numbers)
+
+
+def test_comparison_page(compared):
+  _, numbers, text, pictures = compared
+  found = Page(text)
+  assert len(found.all("img")) == len(pictures) == 10
+  assert "regimes.png" in pictures
+  assert len(found.text("caption")) == len(found.all("table"))
+  assert "<i>va" in found.text("td")
+  assert found.all("i") == []
+  assert numbers["groups"][0]["perplexity"]["mean"] == pytest.approx((math.exp(3) + math.exp(3.01)) / 2)
+  assert numbers["groups"][0]["perplexity"]["deviation"] == pytest.approx((math.exp(3.01) - math.exp(3)) / math.sqrt(2))
+  # What the page says is what comparison.json says.
+  (ratio,) = [e for e in numbers["efficiency"]["train_tokens"] if e["a"] == "CYB-VA"]
+  assert f"{page.number(ratio['median'], 3)} ({page.number(ratio['low'], 3)}" in text
+  assert "not reached" in text
+  # The paper's numbers are marked as such.
+  assert any("Gemma 2B" in caption for caption in found.text("caption"))
+
+
+def test_one_group_is_no_comparison_but_a_page():
+  groups = comparison.group_runs([candidate("a"), candidate("b", seed=1)])
+  text, _ = side_by_side.build(groups, comparison.compare(groups))
+  assert "no difference to show" in text
+
+
+def test_runs_without_metrics_are_compared_all_the_same():
+  groups = comparison.group_runs([candidate("a", ()), candidate("b", (), loss="va", rho="1:1:1")])
+  text, pictures = side_by_side.build(groups, comparison.compare(groups))
+  assert text.count("No run has a validation on the validation split whole") == 2
+  assert "perplexity.png" in pictures
+  groups = comparison.group_runs([candidate("a"), candidate("b", (), loss="va", rho="1:1:1")])
+  text, pictures = side_by_side.build(groups, comparison.compare(groups))
+  assert "never reached: CYB-VA" in text
+  assert "curve_tokens.png" in pictures
+
+
+def test_matplotlib_may_be_missing(monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  monkeypatch.delitem(sys.modules, "cyb_jax.report.figures")
+  with pytest.raises(InputError, match=re.escape("pip install 'cyb_jax[report]'")):
+    import cyb_jax.report.figures  # noqa: F401
+
+
+def test_figures_leave_matplotlib_as_it_was():
+  import matplotlib
+
+  before = dict(matplotlib.rcParams)
+  figures.bars(["$x_1$ <b>", "\n映"], [1.0, 2.0], x="x")
+  assert dict(matplotlib.rcParams) == before
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+  folder = output.check_output(tmp_path / "run" / "report")
+  output.write_folder(folder, {"index.html": f"{output.generator(['a.png', 'b.png'])} é", "a.png": b"1"})
+  output.write_folder(output.check_output(folder), {"index.html": output.generator([])})
+  assert [p.name for p in folder.iterdir()] == ["index.html"]
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+      output.write_folder(folder, {"index.html": "3", "b.png": b"1"})
+  assert (folder / "index.html").read_text() == output.generator([])
+  # Nor by an interruption between the two renames.
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "rename", interrupted_at(2))
+    with pytest.raises(KeyboardInterrupt):
+      output.write_folder(folder, {"index.html": "3"})
+  assert (folder / "index.html").read_text() == output.generator([])
+  assert [p.name for p in folder.parent.iterdir()] == ["report"]
+  # What is no report's is not replaced: a picture beside the page, a page that somebody else has written.
+  (folder / "holiday.png").write_text("")
+  with pytest.raises(InputError, match=r"holds 'holiday.png'"):
+    output.check_output(folder)
+  (folder / "holiday.png").unlink()
+  (folder / "index.html").write_text("<h1>Home</h1>")
+  with pytest.raises(InputError, match=r"holds 'index.html'"):
+    output.check_output(folder)
+  with pytest.raises(InputError, match="is a file"):
+    output.check_output(folder / "index.html")
+
+
+def interrupted_at(call):
+  """`Path.rename` that is interrupted once."""
+  rename, calls = pathlib.Path.rename, []
+
+  def renamed(path, target):
+    calls.append(path)
+    if len(calls) == call:
+      raise KeyboardInterrupt
+    return rename(path, target)
+
+  return renamed
+
+
+def test_pages_that_are_too_large_are_refused():
+  output.check_size("x" * output.MAX_BYTES)
+  with pytest.raises(InputError, match=r"--text_windows: the page would have 10\.0 MB"):
+    output.check_size("x" * output.MAX_BYTES + "y")
+
+
+# The program itself, on real runs and made up statistics.
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs")
+  for name, method in (("a", {"pauses": 2}), ("c", {"name": "baseline", "pauses": 0, "pause_input": "pause"})):
+    training.train(configs.freeze(tiny_config(**method)), folder / name)
+  # Another seed, as far as a report can tell.
+  shutil.copytree(folder / "a", folder / "b")
+  config = runs.read_config(folder / "b")
+  config["train"]["seed"] = config["data"]["seed"] = 1
+  (folder / "b" / "config.json").write_text(json.dumps(config))
+  return folder
+
+
+@pytest.fixture
+def program(monkeypatch):
+  """`report.main` with statistics that are made up, and counted."""
+  calls = []
+
+  def statistics_of_split(method, params, store, config, *, split, step, limit, batch_size):
+    calls.append((split, limit, batch_size))
+    made = example(method.num_slots, decides=method.decides, step=step)
+    return made | {"split": split, "limit": limit, "method": method.name}
+
+  paced = {"perplexity": 21.0, "constant_perplexity": 20.0, "mean_pauses": 0.4, "context_pauses": 0.5, "tokens": 64}
+  monkeypatch.setattr(evaluation, "PauseStatistics", lambda method, mesh, tokenizer: method)
+  monkeypatch.setattr(evaluation, "statistics_of_split", statistics_of_split)
+  monkeypatch.setattr(evaluation, "evaluate_split", lambda *args, **options: paced)
+
+  def main(**given):
+    return call(monkeypatch, **given)
+
+  main.calls = calls
+  return main
+
+
+@pytest.mark.slow
+def test_through_main(workdirs, program, capsys, monkeypatch):
+  folder = workdirs / "a"
+  record = program(workdir=folder, text="true", text_windows=2, limit=4)
+  assert program.calls == [("validation", 4, 8)]
+  written = {path.name for path in (folder / "report").iterdir()}
+  assert written == {"index.html", "statistics.json", *record["figures"]}
+  text = (folder / "report" / "index.html").read_text()
+  Page(text)
+  assert record["bytes"] == len(text.encode())
+  assert (record["step"], record["split"]) == (12, "validation")
+  # What is printed is what is read, and no colour where there is no terminal.
+  printed = capsys.readouterr().out
+  assert "\x1b" not in printed
+  assert "window 0" in printed
+  assert "window 2" in printed
+  # Once more: the statistics are there; for other windows they are not.
+  program(workdir=folder, limit=4)
+  assert len(program.calls) == 1
+  program(workdir=folder, limit=3)
+  assert program.calls[1:] == [("validation", 3, 8)]
+  # Nor are those of another checkpoint.
+  program(workdir=folder, limit=3, checkpoint=10, output=folder.parent / "elsewhere")
+  assert len(program.calls) == 3
+  program.calls.pop()
+  # Nor those that are damaged, or of a version that knew less.
+  path = folder / "report" / "statistics.json"
+  for damaged in ("{", json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "types"})):
+    path.write_text(damaged)
+    program(workdir=folder, limit=3, text_windows=0)
+    assert json.loads(path.read_text())["types"] is not None
+  assert len(program.calls) == 4
+
+
+def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
+  record = call(monkeypatch, workdir=workdirs / "a", limit=8, output=tmp_path / "report", checkpoint=10)
+  # All that a method that decides has on a task of known difficulty; the lexicon of word classes may be missing.
+  assert {"density_2.png", "difficulty_pauses.png", "speed_accuracy.png", "position.png"} <= set(record["figures"])
+  Page((tmp_path / "report" / "index.html").read_text())
+  statistics = json.loads((tmp_path / "report" / "statistics.json").read_text())
+  assert (statistics["step"], statistics["limit"]) == (10, 8)
+  assert record["perplexity"] == statistics["perplexity"]["mixture"]
+  # The same windows, read at the model's own pace too.
+  paced = statistics["self_paced"]
+  assert paced["windows"] == 8
+  assert paced["constant_perplexity"] == pytest.approx(statistics["perplexity"]["mixture"], rel=1e-5)
+
+
+def test_windows_hold_what_the_method_reads(workdirs):
+  mesh = programs.reading_mesh()
+  run = runs.load(workdirs / "a", "last", mesh)
+  store = training.open_store(run.config)
+  read = coloured.read_windows(run, mesh, store, split="validation", limit=None, count=1000)
+  only = read[0]
+  tokens, weights = store.windows("validation", np.array([0]), 16)
+  batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+  reading = jax.jit(run.method.read)(run.params, batch)
+  np.testing.assert_allclose(only.stopping, np.exp(reading.log_stopping)[0], rtol=1e-5)
+  np.testing.assert_allclose(only.target, np.exp(reading.scores.log_target)[0], rtol=1e-5)
+  np.testing.assert_allclose(only.dont_know, np.exp(reading.scores.log_dont_know)[0], rtol=1e-5)
+  np.testing.assert_allclose(only.pauses, np.exp(reading.log_stopping)[0] @ [0.0, 1.0, 2.0], rtol=1e-5)
+  assert "".join(only.pieces).replace("↵\n", "\n") == "".join(
+    "<end>\n" if token == 256 else chr(token) for token in tokens[0, 1:]
+  )
+  # The last one may be partial.
+  windows = store.num_windows("validation", 16)
+  assert [window.index for window in read] == list(range(windows))
+  assert sum(len(window.pieces) for window in read) == store.num_tokens("validation") - 1
+
+
+def test_compare_through_main(workdirs, program, tmp_path):
+  names = [str(workdirs / name) for name in ("a", "b", "c")]
+  record = program(compare=",".join(names), output=tmp_path / "report")
+  assert [(group["label"], group["seeds"]) for group in record["groups"]] == [("CYB-AP", 2), ("baseline", 1)]
+  numbers = json.loads((tmp_path / "report" / "comparison.json").read_text())
+  assert numbers["groups"][0]["train_tokens"] == [12 * 8 * 16] * 2
+  assert numbers["groups"][0]["train_slots"] == [3 * 12 * 8 * 16] * 2
+  # Kept in the runs, and used again.
+  asked = len(program.calls)
+  program(compare=",".join(names), output=tmp_path / "report")
+  assert len(program.calls) <= asked + 1  # that of a's report may be of other windows, and is left alone
+
+
+def test_bad_input(workdirs, program, tmp_path):
+  def refused(**given):
+    with pytest.raises(InputError) as error:
+      program(**given)
+    return str(error.value)
+
+  run = workdirs / "a"
+  assert "--workdir: not given" in refused()
+  assert "give one" in refused(workdir=run, compare=f"{run},{run}")
+  assert "is one folder; give at least two" in refused(compare=run)
+  assert "holds no run" in refused(workdir=tmp_path)
+  assert "holds no run" in refused(compare=f"{run},{tmp_path}")
+  assert "split: 'tset' is not in" in refused(workdir=run, split="tset")
+  assert "--limit: -1 is negative" in refused(workdir=run, limit=-1)
+  assert "--checkpoint: 'newest'" in refused(workdir=run, checkpoint="newest")
+  assert "--text: set, but --text_windows is 0" in refused(workdir=run, text="true", text_windows=0)
+  assert "same run twice" in refused(compare=f"{run},{run}", output=tmp_path / "out")
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  shutil.copy(run / "config.json", empty)
+  assert "no finished checkpoint" in refused(workdir=empty)
+  assert "checkpoint" in refused(compare=f"{run},{empty}", output=tmp_path / "out")
+  # What configs tell is told before any of them is read.
+  other = tmp_path / "other"
+  shutil.copytree(run, other)
+  config = runs.read_config(other)
+  config["data"]["sequence_length"] = 8
+  (other / "config.json").write_text(json.dumps(config))
+  message = refused(compare=f"{run},{other}", output=tmp_path / "out")
+  assert "data.sequence_length is 16 there and 8 here" in message
+  assert not program.calls
+  assert not (tmp_path / "out").exists()
+  assert not (empty / "report").exists()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MEASURE = """
+<script>
+window.failed = [];
+window.addEventListener("error", function (e) { window.failed.push(e.message); });
+</script>
+"""
+RESULT = """
+<script>
+window.addEventListener("load", function () {
+  var images = Array.prototype.slice.call(document.images);
+  var frame = document.documentElement;
+  document.querySelectorAll("details").forEach(function (d) { d.open = true; });
+  var token = document.querySelectorAll(".text[data-window] .t")[2];
+  if (token) token.focus();
+  document.title = JSON.stringify({
+    failed: window.failed,
+    hidden: images.filter(function (i) { return !(i.naturalWidth > 0 && i.clientWidth > 100); }).length,
+    images: images.length, inner: window.innerWidth, scroll: frame.scrollWidth,
+    numbers: token ? document.getElementById("numbers").innerText : null
+  });
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is found")
+@pytest.mark.parametrize("kind", ["single", "comparison"])
+def test_in_a_browser(kind, whole, compared, tmp_path):
+  text, pictures = whole if kind == "single" else compared[2:]
+  path = tmp_path / "page.html"
+  path.write_text(text.replace("<style>", MEASURE + "<style>", 1).replace("</body>", RESULT + "</body>"))
+  # A window has a least width; a frame may be as narrow as a telephone.
+  for width in (360, 1600):
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+      f'<iframe id="f" src="page.html" style="width:{width}px;height:800px;border:0"></iframe><script>'
+      'window.addEventListener("load", function () { setTimeout(function () {'
+      'document.title = document.getElementById("f").contentDocument.title; }, 300); });</script>'
+    )
+    done = subprocess.run(
+      [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile",
+        "--enable-logging=stderr",
+        "--allow-file-access-from-files", "--window-size=1700,900", "--virtual-time-budget=5000", "--dump-dom",
+        outer.as_uri(),
+      ],
+      capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    found = json.loads(Page(done.stdout).text("title")[0])
+    assert found["failed"] == []
+    assert "CONSOLE" not in done.stderr
+    assert found["inner"] == width
+    assert found["scroll"] <= width
+    assert (found["images"], found["hidden"]) == (len(pictures), 0)
+    if kind == "single":
+      assert all(line[0] in "“s dts" for line in found["numbers"].splitlines() if line)
+      assert HOSTILE in found["numbers"]

@@ -1,0 +1,194 @@
+"""Perplexity against FLOPs: the front by hand, what is compared of methods that look ahead, rows and plots."""
+
+import dataclasses
+import math
+
+import pytest
+from models import tiny_config
+from statistics_example import example
+
+from cyb_jax import configs
+from cyb_jax.cli import report
+from cyb_jax.methods import METHODS
+from cyb_jax.report import comparison, side_by_side, trade_off
+from cyb_jax.report.comparison import Candidate
+from cyb_jax.report.trade_off import Costs, Outcome, SelfPaced
+
+COSTS = Costs(
+  train=3e6, train_executed=4e6, inference=1e6, autoregressive=1e6, learnt=1.0, slots=4.0, parameters=1234
+)  # fmt: skip
+
+
+def record(perplexity, **more):
+  return {
+    "method": "x", "perplexity": perplexity, "mean_pauses": 1.5, "train_tokens": 100, "train_flops": 3e8,
+    "inference_flops": 1e6, "inference_slots": None,
+  } | more  # fmt: skip
+
+
+def outcome(label, perplexities, train, inference, paced=None):
+  records = [record(p, train_flops=train, inference_flops=inference) for p in perplexities]
+  found = Outcome.of(label, records, COSTS)
+  return found if paced is None else Outcome(**vars(found) | {"self_paced": paced})
+
+
+def test_front_by_hand():
+  #         A: cheapest     B: beaten by A    C: on it       D: as C, but costs more   E: C's twin    F: never ends
+  places = [(1.0, 20.0), (2.0, 20.0), (2.0, 15.0), (3.0, 15.0), (2.0, 15.0), (0.5, math.inf)]
+  assert trade_off.pareto_front(places) == [True, False, True, False, True, False]
+
+
+def test_mean_over_seeds_decides_and_their_range_is_drawn():
+  outcomes = [outcome("a", [10.0, 30.0], 1e9, 4e6), outcome("b", [19.0], 2e9, 1e6), outcome("c", [21.0], 3e9, 1e6)]
+  a, b, c = trade_off.points(outcomes, "train_flops")
+  assert (a.x, a.y, a.low, a.high) == (1e9, 20.0, 10.0, 30.0)
+  assert [p.on_front for p in (a, b, c)] == [True, True, False]
+  assert [p.on_front for p in trade_off.points(outcomes, "inference_flops")] == [False, True, False]
+  rows = trade_off.describe(outcomes)
+  assert [row["pareto"] for row in rows] == [
+    {"train_flops": True, "inference_flops": False},
+    {"train_flops": True, "inference_flops": True},
+    {"train_flops": False, "inference_flops": False},
+  ]
+  assert rows[0]["perplexity_seeds"] == [10.0, 30.0]
+  assert rows[0]["perplexity_deviation"] == pytest.approx(math.sqrt(200))
+  assert rows[1]["perplexity_deviation"] is None
+
+
+def test_executed_flops_are_those_of_the_same_steps():
+  found = Outcome.of("a", [record(9.0), record(11.0)], COSTS)
+  assert (found.perplexity, found.train_flops, found.train_executed_flops) == (10.0, 3e8, 4e8)
+  assert (found.slots, found.parameters, found.blockwise) == (4.0, 1234, None)
+  # Where an evaluation has measured what decoding takes, that counts; else what is counted by hand.
+  seen = [record(9.0, inference_flops=5e5, inference_slots=slots) for slots in (2.0, 3.0)]
+  assert (Outcome.of("a", seen, COSTS).inference_flops, Outcome.of("a", seen, COSTS).inference_slots) == (5e5, 2.5)
+  old = {name: value for name, value in record(9.0).items() if not name.startswith("inference")}
+  assert (Outcome.of("a", [old], COSTS).inference_flops, Outcome.of("a", [old], COSTS).inference_slots) == (1e6, None)
+
+
+def test_what_looks_ahead_is_compared_as_it_would_be_decoded():
+  """Of the windows read so, every token from those before it is 10% worse: so it is of the whole."""
+  found = {"perplexity": 11.0, "blockwise_perplexity": 10.0, "windows": 16}
+  costs = dataclasses.replace(COSTS, autoregressive=3e7, learnt=0.9)
+  ahead = Outcome.of("bubbles", [record(20.0, autoregressive=found)], costs)
+  assert ahead.perplexities == pytest.approx((22.0,))
+  assert ahead.blockwise == (20.0,)
+  plain = Outcome.of("plain", [record(21.0, autoregressive=None)], COSTS)
+  (row, other) = trade_off.describe([ahead, plain])
+  assert (row["autoregressive"], row["blockwise_perplexity"]) == (True, 20.0)
+  assert (other["autoregressive"], other["blockwise_perplexity"]) == (False, None)
+  # So is what it costs: without a cache each token takes a pass.
+  assert (row["inference_flops"], row["blockwise_inference_flops"]) == (3e7, 1e6)
+  assert (other["inference_flops"], other["blockwise_inference_flops"]) == (1e6, None)
+  assert (row["train_tokens"], row["train_tokens_learnt"], other["train_tokens_learnt"]) == (100, 90, 100)
+  assert trade_off.compared_perplexity({"perplexity": None}) == math.inf
+  assert trade_off.compared_perplexity({"perplexity": 2.0, "autoregressive": {"perplexity": None}}) == math.inf
+  # It is beaten, where the blockwise number alone would have won.
+  assert (row["pareto"]["train_flops"], other["pareto"]["train_flops"]) == (False, True)
+  header, cells = trade_off.table([ahead, plain], {"rate": ["0.1", "0.2"]})
+  assert header[:4] == ("#", "runs", "rate", "perplexity")
+  assert [row[:4] for row in cells] == [("1", "bubbles", "0.1", "22.00 (20.00)"), ("2", "plain", "0.2", "21.00")]
+  assert [(row[-5], row[-2]) for row in cells] == [("90", "30M (1M)"), ("100", "1M")]
+  section = side_by_side.trade_offs([ahead, plain])
+  assert "look ahead" in section.body
+  assert "look ahead" not in side_by_side.trade_offs([plain]).body
+
+
+def test_a_self_paced_context_is_a_point_of_its_own():
+  paced = SelfPaced((10.5,), pauses=0.5, inference_flops=4e5)
+  outcomes = [outcome("ap", [10.0], 4e9, 1e6, paced), outcome("plain", [12.0], 1e9, 4e5)]
+  assert len(trade_off.points(outcomes, "train_flops")) == 2
+  ap, own, plain = trade_off.points(outcomes, "inference_flops")
+  assert (own.row, own.x, own.y, own.self_paced) == (0, 4e5, 10.5, True)
+  assert [p.on_front for p in (ap, own, plain)] == [True, True, False]
+  described = trade_off.describe(outcomes)[0]["self_paced"]
+  assert described == {
+    "perplexities": (10.5,), "perplexity": 10.5, "pauses": 0.5, "inference_flops": 4e5, "pareto": True,
+  }  # fmt: skip
+  header, rows = trade_off.table(outcomes, {"rate": ["0.1", "0.2"]})
+  assert [row[0] for row in rows] == ["1", "1s", "2"]
+  assert {len(row) for row in rows} == {len(header)}
+  # A run that wasn't read so has none, and neither has a group of which one wasn't.
+  pair = [record(10.0), record(11.0)]
+  more = {"constant_perplexity": 8.0, "context_pauses": 0.5}
+  assert Outcome.of("ap", pair, COSTS, [record(8.8, **more)]).self_paced is None
+  both = Outcome.of("ap", pair, COSTS, [record(8.8, **more), record(8.0, **more)])
+  assert both.self_paced.perplexities == pytest.approx((11.0, 11.0))
+
+
+def test_tables_can_be_read_as_text():
+  text = trade_off.markdown(("a", "word"), [("1", "x|y"), ("22", "z")])
+  assert text == "| a  | word |\n|----|------|\n| 1  | x\\|y |\n| 22 | z    |\n"
+  assert trade_off.flops(1.9021e6) == "1.902M"
+  assert trade_off.flops(401_792) == "401,792"
+  assert trade_off.flops(7.4e12) == "7.4T"
+
+
+def candidate(workdir, seed=0, **method):
+  config = tiny_config(**method)
+  config.train.seed = config.data.seed = seed
+  meta = {"train_tokens": 640, "train_slots": 1920, "train_flops": 3e9, "store": "f" * 64}
+  slots = method.get("pauses", 0) + 1
+  statistics = example(slots, step=12, nats=3 + seed / 100)
+  return Candidate(workdir, configs.freeze(config).source | {}, meta, statistics, [{"step": 12}], 257)
+
+
+def test_runs_side_by_side_show_the_same():
+  runs = [candidate("a0", pauses=2), candidate("a1", 1, pauses=2)]
+  runs += [candidate("b", name="baseline", pause_input="pause", pauses=0)]
+  for run in runs[:2]:
+    run.statistics["self_paced"] = {
+      "windows": 5, "perplexity": 22.0, "constant_perplexity": 20.0, "mean_pauses": 1.0, "context_pauses": 1.0,
+      "tokens": 9,
+    }  # fmt: skip
+  groups = comparison.group_runs(runs)
+  pauses, plain = comparison.outcomes(groups)
+  method = configs.freeze(runs[0].source).build_method(257)
+  assert pauses.perplexities == (pytest.approx(math.exp(3)), pytest.approx(math.exp(3.01)))
+  assert pauses.inference_flops == method.inference_cost(16).total
+  # Two of three slots.
+  assert pauses.self_paced.inference_flops == method.inference_cost(16, slots=2.0).total < pauses.inference_flops
+  assert pauses.self_paced.perplexities[0] == pytest.approx(1.1 * math.exp(3))
+  assert (pauses.slots, plain.slots, plain.pauses) == (3.0, 1.0, 0.0)
+  numbers = comparison.compare(groups)
+  row = numbers["groups"][0]
+  assert row["perplexity"]["values"] == list(pauses.perplexities)
+  assert row["pareto"] == {"train_flops": False, "inference_flops": False}
+  assert numbers["groups"][1]["pareto"] == {"train_flops": True, "inference_flops": True}
+  assert row["train_flops"] == [3e9, 3e9]
+  assert row["self_paced"]["pauses"] == 1.0
+  # What an evaluation at the same step has measured goes before what is counted.
+  runs[2].validation.append({"step": 12, "inference_flops": 7e5, "inference_slots": 1.5})
+  assert comparison.outcomes(groups)[1].inference_flops == 7e5
+  text, pictures = side_by_side.build(groups, numbers)
+  assert {"pareto_train.png", "pareto_inference.png"} <= set(pictures)
+  assert "CYB-AP, self-paced" in text
+
+
+def test_a_method_that_decides_nothing_has_no_pace_of_its_own():
+  run = candidate("a", name="tbys", pauses=2)
+  run.statistics["self_paced"] = {"perplexity": 22.0, "constant_perplexity": 20.0, "context_pauses": 1.0}
+  groups = comparison.group_runs([run])
+  assert comparison.outcomes(groups)[0].self_paced is None
+  assert comparison.compare(groups)["groups"][0]["self_paced_cost"] is None
+  # Nor is it read so for its report.
+  assert [name for name, method in METHODS.items() if report._reads_at_own_pace(method)] == ["cyb"]
+
+
+def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():
+  runs = [candidate("a", pauses=2), candidate("b", name="baseline", pause_input="pause", pauses=0)]
+  ahead = candidate("c", name="thoughtbubbles", pause_input="pause", pauses=0)
+  ahead.statistics["autoregressive"] = {"perplexity": 12.0, "blockwise_perplexity": 10.0}
+  groups = comparison.group_runs([ahead, *runs])
+  numbers = comparison.compare(groups)
+  row = numbers["groups"][0]
+  assert row["perplexity"]["values"] == [pytest.approx(1.2 * math.exp(3))]
+  assert row["blockwise_perplexity"] == pytest.approx(math.exp(3))
+  method = configs.freeze(ahead.source).build_method(257)
+  assert row["inference_flops"] == method.autoregressive_cost(16).total
+  assert row["blockwise_inference_flops"] == method.inference_cost(16).total
+  assert numbers["looks_ahead"] == ["thoughtbubbles"]
+  assert [(d["a"], d["b"]) for d in numbers["differences"]] == [("CYB-AP", "baseline")]
+  assert {e["a"] for e in numbers["efficiency"]["train_tokens"]} == {"CYB-AP", "baseline"}
+  text, _ = side_by_side.build(groups, numbers)
+  assert text.count("in which they look ahead: thoughtbubbles.") == 3

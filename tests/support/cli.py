@@ -1,0 +1,155 @@
+"""Programs as a user starts them, in a process of their own, on one device; most of them forked from one that has made
+their imports."""
+
+import atexit
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import models
+
+def get_config(argument=""):
+  config = models.tiny_config(pauses=2)
+  config.train.update(steps=40, log_every=2, eval_every=10, eval_limit=4, checkpoint_every=6)
+  return config
+"""
+
+
+def environment():
+  env = {k: v for k, v in os.environ.items() if k != "NPROC"}
+  flags = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"  # without conftest's eight devices
+  )
+  path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+  return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}
+
+
+def write_config(folder):
+  path = pathlib.Path(folder) / "tiny.py"
+  path.write_text(CONFIG.format(tests=str(ROOT / "tests" / "support")))
+  return path
+
+
+def command(program, *flags):
+  return [sys.executable, "-m", f"cyb_jax.cli.{program}", *map(str, flags)]
+
+
+def start(program, *flags, cwd=ROOT):
+  pipe = subprocess.PIPE
+  return subprocess.Popen(command(program, *flags), stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=cwd)
+
+
+# Most of a process's time is its imports: this one has made them, and forks for each command line.
+_SERVER = """
+import importlib, json, os, sys, time, traceback, warnings
+import jax, orbax.checkpoint
+from cyb_jax import evaluation, runs, training
+warnings.filterwarnings("ignore")
+
+def start(asked):
+  child = os.fork()
+  if child:
+    return child
+  for number, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+  os.chdir(asked["cwd"])
+  os.environ.update(asked["env"])
+  sys.argv = [asked["program"], *asked["flags"]]
+  code = 1
+  try:
+    importlib.import_module("cyb_jax.cli." + asked["program"]).run()
+  except SystemExit as error:
+    code = error.code or 0
+  except BaseException:
+    traceback.print_exc()
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+def wait(asked):
+  until = time.monotonic() + asked["seconds"]
+  while time.monotonic() < until:
+    pid, status = os.waitpid(asked["pid"], os.WNOHANG)
+    if pid:
+      return os.waitstatus_to_exitcode(status)
+    time.sleep(0.01)
+  return None
+
+for line in sys.stdin:
+  asked = json.loads(line)
+  print(json.dumps(wait(asked) if "pid" in asked else start(asked)), flush=True)
+"""
+
+
+@functools.cache
+def _server():
+  pipe = subprocess.PIPE
+  server = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=pipe, stdout=pipe, text=True, env=environment())
+  atexit.register(server.kill)
+  return server
+
+
+def _ask(**asked):
+  server = _server()
+  server.stdin.write(json.dumps(asked) + "\n")
+  server.stdin.flush()
+  return json.loads(server.stdout.readline())
+
+
+class Forked:
+  """A program in a process that has its imports already."""
+
+  def __init__(self, program, *flags, cwd=ROOT, env=None):
+    self._folder = tempfile.TemporaryDirectory()
+    self._files = [os.path.join(self._folder.name, name) for name in ("out", "err")]
+    out, err = self._files
+    flags = [str(flag) for flag in flags]
+    self.pid = _ask(program=program, flags=flags, cwd=str(cwd), env=env or {}, out=out, err=err)
+
+  def kill(self, number=signal.SIGKILL):
+    os.kill(self.pid, number)
+
+  def wait(self, seconds=600):
+    """(exit code, standard output, standard error)."""
+    code = _ask(pid=self.pid, seconds=seconds)
+    if code is None:
+      self.kill()
+      _ask(pid=self.pid, seconds=60)
+      raise AssertionError(f"still running after {seconds} s:\n{self.texts()[1][-4000:]}")
+    return code, *self.texts()
+
+  def texts(self):
+    return [pathlib.Path(path).read_text(errors="replace") for path in self._files]
+
+
+def forked(program, *flags, cwd=ROOT, env=None):
+  """(exit code, standard output, standard error) of a program, in a process that has its imports already."""
+  return Forked(program, *flags, cwd=cwd, env=env).wait()
+
+
+def run(program, *flags, expect=0, cwd=ROOT, env=None):
+  """(the JSON object of the last line, standard error) of a program that ends with `expect`."""
+  code, out, err = forked(program, *flags, cwd=cwd, env=env)
+  assert code == expect, f"exit code {code}\n{err[-4000:]}"
+  lines = out.strip().splitlines()
+  return (json.loads(lines[-1]) if lines else None), err
+
+
+def complaint(program, *flags, expect=2, cwd=ROOT, env=None):
+  """The one line that a program ends with on bad input, or whatever else ends it with `expect`."""
+  result, err = run(program, *flags, expect=expect, cwd=cwd, env=env)
+  assert result is None
+  assert "Traceback" not in err
+  (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+  return line.removeprefix("error: ")

@@ -1,0 +1,63 @@
+"""Small models, batches and stores for tests."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cyb_jax import configs, methods
+from cyb_jax.decoder import DecoderConfig
+from cyb_jax.methods import MethodConfig
+
+VOCABULARY = 29
+
+TINY = DecoderConfig(
+  vocab_size=32, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, head_size=8, mlp_size=24, initializer="scaled"
+)
+
+
+def build(decoder=TINY, **options):
+  """(method, params) of a tiny model; compiled where it can be, since op by op takes seconds."""
+  method = methods.build(MethodConfig(**options), decoder, vocab_size=VOCABULARY)
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  for name in ("hidden", "losses"):
+    setattr(method, name, jax.jit(getattr(method, name)))
+  return method, params
+
+
+def random_batch(seed=0, batch_size=4, length=6, *, uneven=False):
+  """A batch of random tokens; uneven: rows of unequal weight, one of them empty."""
+  rng = np.random.default_rng(seed)
+  stream = rng.integers(0, VOCABULARY, (batch_size, length + 1)).astype(np.int32)
+  weights = np.ones((batch_size, length), np.float32)
+  if uneven:
+    weights = (np.arange(length) < rng.integers(0, length + 1, (batch_size, 1))).astype(np.float32)
+    weights[0], weights[1] = 1.0, 0.0
+  return {"tokens": stream[:, :-1], "targets": stream[:, 1:], "weights": weights}
+
+
+def tiny_config(**method):
+  """A config that trains in seconds on generated data."""
+  config = configs.default()
+  config.method.update({"pause_input": "token+pause"} | method)
+  config.data.update(
+    task="synthetic_lookups", tokenizer="bytes", options="documents=64", sequence_length=16, batch_size=8
+  )
+  config.decoder.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_size=8, mlp_size=32)
+  config.train.update(steps=12, log_every=3, eval_every=6, eval_limit=8, checkpoint_every=5, tensorboard=False)
+  return config
+
+
+def with_part(config, part, **fields):
+  """A frozen config with fields of one part replaced."""
+  return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
+
+
+def assert_trees_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(jnp.asarray(x), jnp.asarray(y), rtol=rtol, atol=atol), a, b)

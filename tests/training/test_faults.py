@@ -1,0 +1,386 @@
+"""A run that is killed, or whose disk fails or damages it, comes out the same; what can't be mended is said."""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import threading
+import time
+
+import cli
+import jax.numpy as jnp
+import pytest
+from models import tiny_config
+
+import cyb_jax
+from cyb_jax import configs, data, runs, storage, training
+from cyb_jax.benchmarks.faults import PHASES, first_difference
+from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.errors import InputError, StorageError
+from cyb_jax.training import loop
+
+# Of orbax's threads, when a save has failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.mark.slow
+def test_kills():
+  """The short form of `cyb-benchmark faults`."""
+  result, _ = cli.run("benchmark", "faults", "--kills=3")
+  assert result["identical"]
+  assert result["difference"] is None
+  assert result["phases"].keys() == PHASES.keys()
+  assert sum(result["phases"].values()) == result["kills"] == 3
+  assert "--kills: 0 must be at least 1" in cli.complaint("benchmark", "faults", "--kills=0")
+
+
+@pytest.fixture
+def two_folders(tmp_path):
+  """Two folders that look like the same finished run."""
+  for name in ("a", "b"):
+    (tmp_path / name / "tokenizer").mkdir(parents=True)
+    for file in ("config.json", "evaluation.json", "tokenizer/tokenizer.json"):
+      (tmp_path / name / file).write_text("{}")
+    rows = [{"split": "train", "step": step, "loss": 0.5, "timing": {"seconds": name}} for step in (1, 2)]
+    (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save(tmp_path / name, jnp.arange(3.0))
+  return tmp_path / "a", tmp_path / "b"
+
+
+def save(folder, array):
+  with contextlib.closing(runs.checkpoints_in(folder, keep=2)) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"params": {"x": array + step}}, {"train_tokens": step})
+
+
+def test_every_difference_is_found(two_folders):
+  a, b = two_folders
+  assert first_difference(a, b) is None
+  for file in ("config.json", "evaluation.json", "tokenizer/tokenizer.json"):
+    (b / file).write_text("{ }")
+    assert first_difference(a, b) == file
+    (b / file).write_text("{}")
+  shutil.rmtree(b / "checkpoints")
+  save(b, jnp.array([0.0, 1.0, 2.0000002]))
+  assert first_difference(a, b) == "checkpoint 1: params/x"
+  shutil.rmtree(b / "checkpoints" / "1")
+  assert first_difference(a, b) == "checkpoints: [2], not [1, 2]"
+  text = (b / "metrics.jsonl").read_text()
+  (b / "metrics.jsonl").write_text(text.splitlines(keepends=True)[0])
+  assert first_difference(a, b) == "metrics.jsonl: 1 lines, not 2"
+  (b / "metrics.jsonl").write_text(text.replace("0.5", "0.25"))
+  assert first_difference(a, b) == "metrics.jsonl, line 1, loss"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  source = tiny_config(pauses=1)
+  folder = tmp_path_factory.mktemp("store") / "store"
+  source.data.store = str(data.prepare("synthetic_lookups", "bytes", folder, options={"documents": 64}).path)
+  return configs.freeze(source)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, config):
+  """An undisturbed run: 12 steps, checkpoints at 5, 10 and 12, of which the newest two are kept."""
+  folder = tmp_path_factory.mktemp("whole") / "run"
+  training.train(config, folder)
+  return folder
+
+
+@pytest.fixture
+def copy(tmp_path, whole):
+  return pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def contents(folder):
+  return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def largest_file(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+  whole = bytearray(path.read_bytes())
+  whole[len(whole) // 2] ^= 1
+  path.write_bytes(whole)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+  from cyb_jax.checkpointing import manager as checkpoints
+
+  seen = []
+  monkeypatch.setattr(checkpoints.logging, "warning", lambda text, *args: seen.append(text % args))
+  return seen
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(copy, config, whole, warnings):
+  flip(largest_file(copy / "checkpoints" / "12" / "state"))
+  assert cyb_jax.load(copy).step == 10
+  assert any("checkpoint 12" in w and "was altered; 10 is used instead" in w for w in warnings)
+  with pytest.raises(InputError, match=r"checkpoint: 12 in .* is damaged: state/.* was altered"):
+    cyb_jax.load(copy, 12)
+  with pytest.raises(InputError, match=r"checkpoint: 12 in .* is damaged"):  # the only one with a validation
+    cyb_jax.load(copy, "best")
+  before = contents(copy / "checkpoints" / "12")
+  (copy / "evaluation.json").unlink()
+  training.train(config, copy)
+  assert first_difference(whole, copy) is None
+  # Moved, not deleted.
+  assert sorted(contents(copy / "checkpoints" / "damaged" / "12").values()) == sorted(before.values())
+  assert any("it was moved to" in w and "damaged/12; 10 is used instead" in w for w in warnings)
+
+
+def test_no_silent_start_from_scratch(copy, config):
+  for step in ("10", "12"):
+    largest_file(copy / "checkpoints" / step / "state").unlink()
+  before = contents(copy / "checkpoints")
+  for _ in range(2):
+    with pytest.raises(InputError, match=r"checkpoints: all in .* are damaged \(12: state/.* is missing; 10: state/"):
+      training.train(config, copy)
+  with pytest.raises(InputError, match=r"checkpoints: all in .* are damaged"):
+    cyb_jax.load(copy)
+  assert contents(copy / "checkpoints") == before
+
+
+def test_a_start_that_was_killed(tmp_path, config, whole):
+  """Half of a tokenizer, of a file, of a line, of a save and of a deletion is no hindrance."""
+  folder = tmp_path / "run"
+  (folder / "tokenizer").mkdir(parents=True)
+  (folder / "tokenizer" / "tokenizer.json").write_text("{")
+  shutil.copy(whole / "config.json", folder)
+  (folder / "config.json.123.tmp").write_text("{")
+  (folder / "metrics.jsonl").write_text('{"split": "train", "st')
+  for leftover in ("5.orbax-checkpoint-tmp", "5.deleted/state"):
+    (folder / "checkpoints" / "unfinished" / leftover).mkdir(parents=True)
+  training.train(config, folder)
+  assert first_difference(whole, folder) is None
+  assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+  assert {p.name for p in (folder / "checkpoints").iterdir()} == {"10", "12"}
+
+
+def test_a_second_run_in_a_folder_is_refused(copy, config, tmp_path):
+  with runs.Lock(copy):
+    before = contents(copy)
+    with pytest.raises(InputError, match=r"workdir: another run is training in .*run; wait for it to end"):
+      training.train(config, copy)
+    assert cyb_jax.load(copy).step == 12  # readers don't care
+    # And in a process of its own, whatever its config is.
+    flags = f"--config={cli.write_config(tmp_path)}", f"--workdir={copy}"
+    assert "another run is training in" in cli.complaint("train", *flags)
+    assert contents(copy) == before
+  training.train(config, copy)
+
+
+def test_two_runs_that_start_together(tmp_path, config, monkeypatch):
+  """Both have seen an empty place; the second to write is refused, whether the first still runs or has ended."""
+  folder = tmp_path / "run"
+  prepared = loop.open_store
+
+  def other_holds(config):
+    folder.mkdir()
+    lock.__enter__()
+    lock.hold()
+    return prepared(config)
+
+  with contextlib.closing(contextlib.ExitStack()) as stack:
+    lock = runs.Lock(folder)
+    stack.push(lock)
+    monkeypatch.setattr(loop, "open_store", other_holds)
+    with pytest.raises(InputError, match="another run is training in"):
+      training.train(config, folder)
+    assert [p.name for p in folder.iterdir()] == [".lock"]
+
+  def other_ends(config):
+    monkeypatch.setattr(loop, "open_store", prepared)
+    thread = threading.Thread(target=training.train, args=(config, folder))
+    thread.start()
+    thread.join()
+    return prepared(config)
+
+  shutil.rmtree(folder)
+  monkeypatch.setattr(loop, "open_store", other_ends)
+  with pytest.raises(InputError, match=r"another run has trained in .* just now; start again to continue it"):
+    training.train(config, folder)
+  assert cyb_jax.load(folder).step == 12
+
+
+def test_an_altered_shard_stops_a_run_before_it_goes_on(copy, config, tmp_path):
+  store = pathlib.Path(config.data.store)
+  shutil.copytree(store, tmp_path / "kept")
+  shutil.rmtree(copy / "checkpoints" / "12")
+  before = contents(copy)
+  flip(next(store.glob("train-*.tokens")))
+  try:
+    with pytest.raises(InputError, match=r"data.store: .*train-00000.tokens was altered"):
+      training.train(config, copy)
+  finally:
+    shutil.rmtree(store)
+    shutil.copytree(tmp_path / "kept", store)
+  assert contents(copy) == before
+
+
+@contextlib.contextmanager
+def largest_files(size):
+  """Files may not grow beyond so many bytes, as on a disk that is full; here for root and users alike."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def disturbed_at(monkeypatch, step, disturb):
+  """Calls `disturb` when the validation of a step begins, and what was saved before is whole."""
+  whole = loop._Loop._evaluate
+
+  def evaluate(self, state, at, *arguments, **options):
+    if at == step:
+      while list(self.folder.glob("checkpoints/unfinished/*")):
+        time.sleep(0.01)
+      disturb()
+    return whole(self, state, at, *arguments, **options)
+
+  monkeypatch.setattr(loop._Loop, "_evaluate", evaluate)
+
+
+def test_a_save_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
+  folder = tmp_path / "run"
+  with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
+    # Enough for lines of metrics and for the small files of a checkpoint, not for the arrays.
+    disturbed_at(patch, 6, lambda: limits.enter_context(largest_files(4096)))
+    with pytest.raises(StorageError, match=r"checkpoint 10 .*: files may not grow so large here; that of step 5 is"):
+      training.train(config, folder)
+  # Orbax may have gone on for a while with what it had begun; that goes at the next start.
+  assert {p.name for p in (folder / "checkpoints").iterdir()} - {"unfinished"} == {"5"}
+  assert cyb_jax.load(folder).step == 5
+  training.train(config, folder)
+  assert first_difference(whole, folder) is None
+
+
+def test_a_line_of_metrics_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
+  folder = tmp_path / "run"
+  with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
+    metrics = folder / "metrics.jsonl"
+    disturbed_at(patch, 6, lambda: limits.enter_context(largest_files(metrics.stat().st_size + 9)))
+    with pytest.raises(StorageError, match=r"metrics.jsonl \(step 6\) can't be written: files may not grow so large"):
+      training.train(config, folder)
+  assert not metrics.read_text().endswith("\n")
+  training.train(config, folder)
+  assert first_difference(whole, folder) is None
+
+
+@contextlib.contextmanager
+def mounted(*options):
+  try:
+    mount = subprocess.run(["mount", *options], capture_output=True)
+  except FileNotFoundError:
+    pytest.skip("needs mount")
+  if mount.returncode:
+    pytest.skip(f"may not mount here: {mount.stderr.decode().strip()}")
+  try:
+    yield
+  finally:
+    subprocess.run(["umount", "-l", options[-1]], check=True)
+
+
+def test_a_full_disk(tmp_path, config, whole, monkeypatch):
+  folder = tmp_path / "run"
+  folder.mkdir()
+  with mounted("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)):
+
+    def fill():
+      with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+          file.write(bytes(4096))
+      os.truncate(folder / "filler", (folder / "filler").stat().st_size - 40960)
+
+    with monkeypatch.context() as patch:
+      disturbed_at(patch, 6, fill)
+      with pytest.raises(
+        StorageError, match=r"checkpoint 10 can't be saved in .*: the disk is full; that of step 5 is"
+      ):
+        training.train(config, folder)
+    (folder / "filler").unlink()
+    training.train(config, folder)
+    assert first_difference(whole, folder) is None
+
+
+def test_a_folder_that_becomes_read_only(tmp_path, config, whole, monkeypatch):
+  folder = tmp_path / "run"
+  checkpoints = folder / "checkpoints"
+  with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+
+    def forbid():
+      loop_checkpoints = str(checkpoints)
+      if os.geteuid():
+        checkpoints.chmod(0o555)
+        (checkpoints / "unfinished").chmod(0o555)
+        stack.callback(checkpoints.chmod, 0o755)
+        stack.callback((checkpoints / "unfinished").chmod, 0o755)
+      else:  # whom permissions don't stop
+        stack.enter_context(mounted("--bind", "-r", loop_checkpoints, loop_checkpoints))
+
+    disturbed_at(patch, 6, forbid)
+    with pytest.raises(StorageError, match=r"checkpoint 10 can't be saved in .*(read-only|denied); that of step 5 is"):
+      training.train(config, folder)
+  training.train(config, folder)
+  assert first_difference(whole, folder) is None
+
+
+def test_a_token_store_that_the_disk_refuses(tmp_path):
+  def prepare():
+    return data.prepare("synthetic_lookups", "bytes", tmp_path / "store", options={"documents": 64})
+
+  wanted = r"piece-.* can't be written: files may not grow so large here; what is whole is kept, and the same command"
+  with largest_files(500), pytest.raises(StorageError, match=wanted):
+    prepare()
+  assert not (tmp_path / "store").exists()
+  assert prepare().num_tokens("train") > 500
+  assert sorted(p.name for p in tmp_path.iterdir()) == [".store.lock", "store"]
+
+
+def test_programs_say_it_in_one_line(tmp_path, config):
+  """Exit code 1, and no traceback."""
+  store = f"--config.data.store={config.data.store}"
+  flags = f"--config={cli.write_config(tmp_path)}", f"--workdir={tmp_path}/run", store
+  command = 'ulimit -f 8; exec "$@"'  # blocks of 512 or 1024 bytes
+  process = subprocess.run(
+    ["bash", "-c", command, "bash", *cli.command("train", *flags)],
+    env=cli.environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    cwd=cli.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert process.returncode == 1
+  assert "Traceback" not in process.stderr
+  (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+  assert "checkpoint 6 can't be saved in" in line
+  assert line.endswith("files may not grow so large here; there is none before")
+
+
+def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
+  """By the next save, by wait, or by close: once, as they are."""
+
+  def broken(*_, **__):
+    raise ZeroDivisionError("broken")
+
+  state = {"params": jnp.arange(3.0)}
+  for number, next_call in enumerate(
+    (lambda c: c.save(2, state, {}), lambda c: c.wait(), lambda c: c.close()), start=1
+  ):
+    checkpoints = Checkpoints(tmp_path / str(number))
+    with monkeypatch.context() as patch:
+      patch.setattr(storage.Files, "digest", broken)
+      checkpoints.save(1, state, {})
+      with pytest.raises(ZeroDivisionError):
+        next_call(checkpoints)
+    assert checkpoints.steps() == []
+    checkpoints.close()
