@@ -116,7 +116,7 @@ def attention_mask(
   num_slots: int,
   *,
   visibility: Visibility = "visible",
-  documents: Int[Array, "B T"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
   packing: Packing | None = None,
 ) -> Bool[Array, "b 1 S S"] | None:
   """Which slot (query, third axis) may see which (key, fourth axis), over the flattened slots.
@@ -126,7 +126,7 @@ def attention_mask(
     num_slots: W.
     visibility: 'visible': plain causal, the paper's form; 'hidden': a pause is seen by the later slots of its own
       token alone.
-    documents: i32[B, T], see `document_ids`; None: attention crosses documents.
+    segment_ids: i32[B, T], see `document_ids`; None: attention crosses documents.
     packing: where the slots lie, see `pack`; None: all W slots of every token, in order.
 
   Returns:
@@ -138,7 +138,7 @@ def attention_mask(
   if visibility not in ("visible", "hidden"):
     raise ValueError(f"visibility: {visibility!r} is none of 'visible', 'hidden'")
   hidden = visibility == "hidden" and num_slots > 1
-  if documents is None and not hidden:
+  if segment_ids is None and not hidden:
     return None
   if packing is None:
     order = jnp.arange(length * num_slots)[None]
@@ -149,9 +149,9 @@ def attention_mask(
   mask = order[:, :, None] >= order[:, None, :]
   if hidden:
     mask &= (slot[:, None, :] == 0) | (token[:, :, None] == token[:, None, :])
-  if documents is not None:
-    documents = jnp.take_along_axis(documents, jnp.broadcast_to(token, (len(documents), token.shape[-1])), -1)
-    mask &= documents[:, :, None] == documents[:, None, :]
+  if segment_ids is not None:
+    segment_ids = jnp.take_along_axis(segment_ids, jnp.broadcast_to(token, (len(segment_ids), token.shape[-1])), -1)
+    mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
   return mask[:, None]
 
 

@@ -122,21 +122,21 @@ def slot_scores(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class WordScores:
+class TokenScores:
   """What a slot says of every word, for decoding.
 
   Attributes:
-    log_words: f32[..., V], the log-probability of every word, given that the slot answers; sums to one over V.
+    log_probs: f32[..., V], the log-probability of every word, given that the slot answers; sums to one over V.
     log_dont_know: f32[...], log d.
     log_answer: f32[...], log(1 - d).
   """
 
-  log_words: Float[Array, "... V"]
+  log_probs: Float[Array, "... V"]
   log_dont_know: Float[Array, "..."]
   log_answer: Float[Array, "..."]
 
 
-def word_scores(
+def token_scores(
   hidden: Float[Array, "... D"],
   unembedding: Float[Array, "V D"],
   dont_know: Float[Array, "D"] | None,
@@ -146,10 +146,10 @@ def word_scores(
   soft_cap: float | None = None,
   vocab_size: int | None = None,
   dont_know_bias: Float[Array, ""] | float = 0.0,
-) -> WordScores:
+) -> TokenScores:
   """`slot_scores` for all words at once, dense and without a gradient of its own; arguments as there.
 
-  `log_words` has `vocab_size` columns: rows of the unembedding that only pad are no words. `dont_know` is a row of its
+  `log_probs` has `vocab_size` columns: rows of the unembedding that only pad are no words. `dont_know` is a row of its
   own, or None for a model that can't abstain.
   """
   real = unembedding.shape[0] if vocab_size is None else vocab_size
@@ -160,10 +160,10 @@ def word_scores(
     logits = jnp.where(_columns(logits) < real, logits, -jnp.inf)
   logits = constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
   log_normalizer = jax.nn.logsumexp(logits, -1)
-  log_words = (logits - log_normalizer[..., None])[..., :real]
+  log_probs = (logits - log_normalizer[..., None])[..., :real]
   if dont_know is None:
     zeros = jnp.zeros_like(log_normalizer)
-    return WordScores(log_words, zeros - jnp.inf, zeros)
+    return TokenScores(log_probs, zeros - jnp.inf, zeros)
   scores = SlotScores.from_readout(
     log_normalizer,
     _dont_know_logit(hidden, dont_know, form, soft_cap),
@@ -171,7 +171,7 @@ def word_scores(
     form=form,
     shift=prior_shift(form, prior, real + 1) + dont_know_bias,
   )
-  return WordScores(log_words, scores.log_dont_know, scores.log_answer)
+  return TokenScores(log_probs, scores.log_dont_know, scores.log_answer)
 
 
 def _dont_know_logit(

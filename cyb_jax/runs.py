@@ -152,7 +152,7 @@ def start_workdir(
     for name in ("config.json", "metrics.jsonl"):  # which a run alone writes
       for leftover in () if storage.in_bucket(path) else path.glob(f"{name}.*.tmp"):
         leftover.unlink(missing_ok=True)
-    storage.write_whole(path / "config.json", configs.to_json(config))
+    storage.atomic_write(path / "config.json", configs.to_json(config))
     if meta is None:  # what a checkpoint was trained with is not written again
       with storage.new_folder(path / "tokenizer") as folder:
         tokenizer.save(folder)
@@ -208,7 +208,7 @@ def check_fingerprint(store: TokenStore, meta: dict[str, Any] | None) -> None:
 
 def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None:
   """evaluation.json."""
-  storage.write_whole(storage.place(workdir) / "evaluation.json", jsonl.dumps(record, indent=2) + "\n")
+  storage.atomic_write(storage.place(workdir) / "evaluation.json", jsonl.dumps(record, indent=2) + "\n")
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -255,7 +255,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained run, ready to use: `run.method.read(run.params, batch)`.
+  """A trained run, ready to use: `run.method.evaluate(run.params, batch)`.
 
   Attributes:
     config: frozen.

@@ -164,7 +164,7 @@ def read_bytes(path: Place) -> bytes:
     return bucket.cat_file(os.fspath(path))
 
 
-def write_whole(path: Place, content: str | bytes) -> None:
+def atomic_write(path: Place, content: str | bytes) -> None:
   """Replaces a file, whole or not at all, whatever dies and whoever else does the same."""
   content = content.encode() if isinstance(content, str) else content
   if in_bucket(path):

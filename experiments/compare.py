@@ -44,7 +44,7 @@ from absl import flags, logging
 from cyb_jax import jsonl
 from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
-from cyb_jax.storage import write_whole
+from cyb_jax.storage import atomic_write
 from cyb_jax.studies import settings
 
 # Beyond the rates that are given, in factors of two.
@@ -381,7 +381,7 @@ def _kept(path: pathlib.Path, make: Callable[[], dict[str, Any]]) -> dict[str, A
   if path.exists():
     return json.loads(path.read_text())
   record = make()
-  write_whole(path, jsonl.dumps(record, indent=2) + "\n")
+  atomic_write(path, jsonl.dumps(record, indent=2) + "\n")
   return record
 
 
@@ -479,7 +479,7 @@ def run(
       # With one run there is nothing to put side by side.
       page = study.map(lambda: study.report_all(runs), [()])[0] if len(runs) > 1 and not study.failures else None
       result["report"] = page
-      write_whole(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
+      atomic_write(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
   if study.failures:
     raise programs.Failed(
       f"{len(study.failures)} of the study's programs failed, the first: {study.failures[0]}. The rows of the others"
@@ -580,7 +580,7 @@ def _claim(folder: pathlib.Path, study: dict[str, Any]) -> None:
           f"--{name}: {study[name]!r}, but {folder} holds a study with {value!r}; take another --workdir"
         )
   folder.mkdir(parents=True, exist_ok=True)
-  write_whole(path, jsonl.dumps(study) + "\n")
+  atomic_write(path, jsonl.dumps(study) + "\n")
 
 
 def _write(
@@ -647,11 +647,11 @@ def _write(
     f"{study.config}, {result['seeds']} seeds, read on the {result['split']} split. Equal: {', '.join(result['equal'])}"
     f" (the budget: {study.steps:,} steps of {result['reference']})."
   )
-  write_whole(study.folder / "index.html", page.document("Methods side by side", header, [section]))
+  atomic_write(study.folder / "index.html", page.document("Methods side by side", header, [section]))
   for picture in section.pictures:
-    write_whole(study.folder / f"{picture.name}.png", picture.png)
-  write_whole(study.folder / "comparison.md", text)
-  write_whole(study.folder / "comparison.json", jsonl.dumps(result | {"rows": rows}, indent=2) + "\n")
+    atomic_write(study.folder / f"{picture.name}.png", picture.png)
+  atomic_write(study.folder / "comparison.md", text)
+  atomic_write(study.folder / "comparison.json", jsonl.dumps(result | {"rows": rows}, indent=2) + "\n")
   sys.stdout.write(text + "\n")
   return rows
 

@@ -174,7 +174,7 @@ def _whole_forward(method: Any, params: Any, rows: int, tokens: int) -> Callable
   @jax.jit
   def forward(params, tokens):
     hidden = method.hidden(params, {"tokens": tokens})[:, -1]
-    return method.word_scores(params, hidden, jnp.arange(method.num_slots))
+    return method.token_scores(params, hidden, jnp.arange(method.num_slots))
 
   batch = jnp.zeros((rows, tokens), jnp.int32)
   jax.block_until_ready(forward(params, batch))

@@ -6,7 +6,7 @@ A B C ...), so that a drifting machine is fair to all:
 
 - batched: `Scorer.score` of the whole set;
 - one_by_one: the same of one request after the other, each compiled for its length;
-- padded: the method's reading of one request after the other, as evaluation reads windows: padded to the set's longest
+- padded: the method's output of one request after the other, as evaluation reads windows: padded to the set's longest
   request, and all of it read out.
 
 Of each the wall-clock seconds are taken, and the processor's, which other programs on the machine disturb less.
@@ -123,16 +123,16 @@ def _ways(
 
   longest = max(len(context) + len(continuation) - 1 for context, continuation in requests)
   scorer = Scorer(method, params, context=longest, start_id=0, row_slots=row_slots or None)
-  read = jax.jit(method.read)
+  read = jax.jit(method.evaluate)
 
   def padded(context: list[int], continuation: list[int]) -> float:
     tokens, targets = np.zeros((2, 1, longest), np.int32)
     ids = context + continuation
     tokens[0, : len(ids) - 1], targets[0, : len(ids) - 1] = ids[:-1], ids[1:]
-    reading = read(params, {"tokens": tokens, "targets": targets})
+    output = read(params, {"tokens": tokens, "targets": targets})
     scored = slice(len(context) - 1, len(ids) - 1)
     # log sum_i s_i t_i
-    log_joint = np.asarray(reading.log_stopping + reading.scores.log_target)[0, scored]
+    log_joint = np.asarray(output.log_stopping + output.scores.log_target)[0, scored]
     return float(np.logaddexp.reduce(log_joint, axis=-1).sum())
 
   return {

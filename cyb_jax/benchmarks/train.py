@@ -307,7 +307,7 @@ class _Contender:
 
 def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable[[int], dict[str, np.ndarray]], int]:
   """What reads a step's batch, and its vocabulary's size."""
-  from cyb_jax.data import TokenStore, TrainBatches, with_documents
+  from cyb_jax.data import TokenStore, TrainBatches, with_segment_ids
 
   data = config.data
   if store and not pathlib.Path(store).exists():
@@ -330,7 +330,7 @@ def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable
     batches = RandomTokens(vocab_size, data.sequence_length, data.batch_size)
   if not data.document_mask:
     return batches, vocab_size
-  return lambda step: with_documents(batches(step), end_id), vocab_size
+  return lambda step: with_segment_ids(batches(step), end_id), vocab_size
 
 
 def _own_vocabulary(config: Config) -> int:

@@ -332,7 +332,7 @@ class Checkpoints:
     listed = {name: (files.size(name), f"md5:{files.digest(name, 'md5')}") for name in files}
     # Only now: whoever takes over deletes what isn't finished, and then the list is of what was there before.
     self._check_owner()
-    storage.write_whole(folder / _CHECKSUMS, json.dumps(listed, indent=1))
+    storage.atomic_write(folder / _CHECKSUMS, json.dumps(listed, indent=1))
 
   def _delete(self, step: int) -> None:
     """Takes a checkpoint away, so that a deletion that is killed half-way leaves nothing that seems to be one."""
@@ -359,7 +359,7 @@ class Checkpoints:
     """Says in the bucket that this is the run that writes here."""
     self._owner = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex[:8]}"
     told = {"owner": self._owner, "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    storage.write_whole(self.directory / _OWNER, json.dumps(told) + "\n")
+    storage.atomic_write(self.directory / _OWNER, json.dumps(told) + "\n")
 
   def _check_owner(self) -> None:
     try:

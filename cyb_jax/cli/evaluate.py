@@ -185,7 +185,7 @@ def _on_tasks() -> dict[str, Any]:
     # After each, beside those of the same checkpoint that are there: some take hours.
     try:
       known = _recorded(path, record)
-      storage.write_whole(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
+      storage.atomic_write(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
     except OSError as error:
       logging.warning("tasks.json can't be written to %s: %s", args.workdir, error.strerror or error)
   return record

@@ -158,7 +158,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
     # Beside a page that shows others they would be out of place; then they are computed again next time.
     try:
       storage.make_new(path.parent)
-      storage.write_whole(path, jsonl.dumps(statistics, indent=2) + "\n")
+      storage.atomic_write(path, jsonl.dumps(statistics, indent=2) + "\n")
     except FileExistsError:
       pass
     except OSError as error:

@@ -1,6 +1,6 @@
 """Text to tokens to batches. Only reading TFDS and SeqIO tasks of the user's own needs TensorFlow."""
 
-from cyb_jax.data.batches import Batch, Permutation, Prefetch, TrainBatches, evaluation_batches, with_documents
+from cyb_jax.data.batches import Batch, Permutation, Prefetch, TrainBatches, evaluation_batches, with_segment_ids
 from cyb_jax.data.preparation import Prepared, prepare, prepare_shard
 from cyb_jax.data.pretrained_tokenizers import HuggingFaceTokenizer
 from cyb_jax.data.store import TokenStore, is_store
@@ -40,5 +40,5 @@ __all__ = [
   "register",
   "seqio_vocabulary",
   "train_sentencepiece",
-  "with_documents",
+  "with_segment_ids",
 ]

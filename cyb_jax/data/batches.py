@@ -174,7 +174,7 @@ def evaluation_batches(
   return batches()
 
 
-def with_documents(batch: Batch, end_id: int) -> Batch:
+def with_segment_ids(batch: Batch, end_id: int) -> Batch:
   """The batch with `documents`, int32[B, T]: the documents of each row, numbered from 0; see `pauses.document_ids`."""
   return batch | {"documents": np.cumsum(batch["tokens"] == end_id, axis=-1, dtype=np.int32)}
 

@@ -1,6 +1,6 @@
 """A decoder-only transformer in Flax Linen."""
 
-from cyb_jax.decoder.attention import Documents, HiddenSlots, KeyWeights
+from cyb_jax.decoder.attention import HiddenSlots, KeyWeights, SegmentMask
 from cyb_jax.decoder.cache import Cache, empty_cache
 from cyb_jax.decoder.decoder import SIZES, Decoder, DecoderConfig, embedding_init, init_params, unembedding_init
 from cyb_jax.decoder.lora import LoraConfig, merge_lora
@@ -12,10 +12,10 @@ __all__ = [
   "Cache",
   "Decoder",
   "DecoderConfig",
-  "Documents",
   "HiddenSlots",
   "KeyWeights",
   "LoraConfig",
+  "SegmentMask",
   "embedding_init",
   "empty_cache",
   "init_params",

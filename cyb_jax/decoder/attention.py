@@ -75,14 +75,14 @@ def rotate(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Documents:
-  """Causal in the order of the slots, inside of documents.
+class SegmentMask:
+  """Causal in the order of the slots, inside of a segment.
 
   Attributes:
-    numbers: i32[B, S]; slots of different numbers don't see each other.
+    segment_ids: i32[B, S]; slots with different ids don't see each other.
   """
 
-  numbers: Int[Array, "B S"]
+  segment_ids: Int[Array, "B S"]
 
 
 @jax.tree_util.register_dataclass
@@ -103,11 +103,11 @@ class HiddenSlots:
 
   Attributes:
     num_slots: W.
-    documents: i32[B, T]; tokens of different numbers don't see each other. None: all do.
+    segment_ids: i32[B, T]; tokens with different ids don't see each other. None: all do.
   """
 
   num_slots: int = dataclasses.field(metadata={"static": True})
-  documents: Int[Array, "B T"] | None = None
+  segment_ids: Int[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -128,7 +128,7 @@ def attend(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B C G H"],
   value: Float[Array, "B C G H"],
-  mask: Bool[Array, "#B 1 S C"] | Documents | HiddenSlots | None = None,
+  mask: Bool[Array, "#B 1 S C"] | SegmentMask | HiddenSlots | None = None,
   implementation: str = "auto",
   *,
   weights: KeyWeights | None = None,
@@ -139,7 +139,7 @@ def attend(
   Args:
     query: [B, S, N, H].
     key, value: [B, C, G, H], N a multiple of G; C = S but where keys come from a cache.
-    mask: None is causal in the order of the slots, `Documents` the same inside of documents. Otherwise boolean
+    mask: None is causal in the order of the slots, `SegmentMask` the same inside of a segment. Otherwise boolean
       [B or 1, 1, S, C], True where the query (third axis) may see the key (fourth); it must hold causality itself, and
       let every query see a key. Or `HiddenSlots`; XLA then holds [B, N, S, T + K] weights in place of [B, N, S, S].
     implementation: 'xla' holds all [B, N, S, C] weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
@@ -162,12 +162,12 @@ def attend(
     # Part of what is experimental in JAX, and of no use where there is no TPU.
     from cyb_jax.decoder import splash
 
-    width, documents = 1, None
+    width, segment_ids = 1, None
     if isinstance(mask, HiddenSlots):
-      width, documents = mask.num_slots, mask.documents
-    elif isinstance(mask, Documents):
-      documents = mask.numbers
-    return splash.attend(query, key, value, width, documents, interpret=interpret)
+      width, segment_ids = mask.num_slots, mask.segment_ids
+    elif isinstance(mask, SegmentMask):
+      segment_ids = mask.segment_ids
+    return splash.attend(query, key, value, width, segment_ids, interpret=interpret)
   if isinstance(mask, HiddenSlots):
     return _attend_hidden(query, key, value, mask)
   mask = _dense(mask, query.shape[1])
@@ -176,12 +176,12 @@ def attend(
   )
 
 
-def _dense(mask: Bool[Array, "#B 1 S C"] | Documents | None, length: int) -> Bool[Array, "#B 1 S C"] | None:
+def _dense(mask: Bool[Array, "#B 1 S C"] | SegmentMask | None, length: int) -> Bool[Array, "#B 1 S C"] | None:
   """A mask that XLA's attention takes."""
-  if not isinstance(mask, Documents):
+  if not isinstance(mask, SegmentMask):
     return mask
   order = jnp.arange(length)
-  seen = (order[:, None] >= order) & (mask.numbers[:, :, None] == mask.numbers[:, None, :])
+  seen = (order[:, None] >= order) & (mask.segment_ids[:, :, None] == mask.segment_ids[:, None, :])
   return seen[:, None]
 
 
@@ -189,7 +189,7 @@ def _attend_weighted(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B C G H"],
   value: Float[Array, "B C G H"],
-  mask: Bool[Array, "#B 1 S C"] | Documents | None,
+  mask: Bool[Array, "#B 1 S C"] | SegmentMask | None,
   implementation: str,
   weights: KeyWeights,
 ) -> Float[Array, "B S N H"]:
@@ -215,7 +215,7 @@ def _attend_weighted(
 def _choose(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B C G H"],
-  mask: Bool[Array, "#B 1 S C"] | Documents | HiddenSlots | None,
+  mask: Bool[Array, "#B 1 S C"] | SegmentMask | HiddenSlots | None,
   implementation: str,
   interpret: bool,
 ) -> str:
@@ -267,8 +267,8 @@ def _attend_hidden(
   near = product("btwgrh,btkgh->btgwrk", query, key[:, :, 1:]) * size**-0.5
   order = jnp.arange(tokens)
   seen = (order[:, None] >= order)[None]
-  if slots.documents is not None:
-    seen &= slots.documents[:, :, None] == slots.documents[:, None, :]
+  if slots.segment_ids is not None:
+    seen &= slots.segment_ids[:, :, None] == slots.segment_ids[:, None, :]
   far = jnp.where(seen[:, None, :, None, None], far, -jnp.inf)
   earlier = jnp.arange(width)[:, None] > jnp.arange(width - 1)
   near = jnp.where(earlier[:, None], near, -jnp.inf)
@@ -292,13 +292,13 @@ def _platform() -> str:
 def _splash_objection(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B C G H"],
-  mask: Bool[Array, "#B 1 S C"] | Documents | HiddenSlots | None,
+  mask: Bool[Array, "#B 1 S C"] | SegmentMask | HiddenSlots | None,
   interpret: bool,
 ) -> str | None:
   """Why splash attention cannot run here, or None."""
   if not interpret and _platform() != "tpu":
     return f"needs a TPU, this program is for {_platform()!r}"
-  if not (mask is None or isinstance(mask, Documents | HiddenSlots)):
+  if not (mask is None or isinstance(mask, SegmentMask | HiddenSlots)):
     return "takes no boolean mask (of hidden pauses in packed rows, of trees of answers)"
   if query.shape[1] != key.shape[1]:
     return f"needs as many keys as queries, not {key.shape[1]} and {query.shape[1]}"

@@ -208,7 +208,7 @@ class Decoder(nn.Module):
     inputs: Float[Array, "B S D"],
     positions: Int[Array, "#B S"],
     *,
-    mask: Bool[Array, "#B 1 S S"] | attention.Documents | attention.HiddenSlots | None = None,
+    mask: Bool[Array, "#B 1 S S"] | attention.SegmentMask | attention.HiddenSlots | None = None,
     query_key_offset: Float[Array, "S D"] | Float[Array, "B S D"] | None = None,
   ) -> Float[Array, "B S D"]:
     """All layers and the final norm.
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
       inputs: [B, S, D], embedded (and scaled) already; cast to the dtype of activations.
       positions: i32[B or 1, S], what RoPE turns by; pauses repeat their token's position.
       mask: None is causal in the order of S; otherwise boolean [B or 1, 1, S, S], True where the query (third
-        axis) may see the key (fourth), causality included; or `Documents` or `HiddenSlots`, told by their structure.
+        axis) may see the key (fourth), causality included; or `SegmentMask` or `HiddenSlots`, told by their structure.
       query_key_offset: [S, D] or [B, S, D], added to the normed input of the query and key projections, not
         of the value's, in every layer: q = W_q (z + v), k = W_k (z + v).
 
@@ -289,7 +289,7 @@ class Decoder(nn.Module):
     positions: Int[Array, "#B S"] | Float[Array, "#B S"],
     *,
     layers: tuple[int, int] | None = None,
-    mask: Bool[Array, "#B 1 S C"] | attention.Documents | attention.HiddenSlots | None = None,
+    mask: Bool[Array, "#B 1 S C"] | attention.SegmentMask | attention.HiddenSlots | None = None,
     query_key_offset: Float[Array, "S D"] | Float[Array, "B S D"] | None = None,
     cache: Cache | None = None,
     start: Int[Array, "B"] | None = None,

@@ -35,7 +35,7 @@ def attend(
   key: Float[Array, "B S G H"],
   value: Float[Array, "B S G H"],
   num_slots: int = 1,
-  documents: Int[Array, "B T"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
   *,
   interpret: bool = False,
 ) -> Float[Array, "B S N H"]:
@@ -50,7 +50,7 @@ def attend(
     key, value: [B, S, G, H].
     num_slots: W; 1: every slot sees those before it. Otherwise the first slots alone are seen by other tokens, see
       `attention.HiddenSlots`.
-    documents: i32[B, T]; tokens of different numbers don't see each other. Blocks are not skipped for it.
+    segment_ids: i32[B, T]; tokens with different ids don't see each other. Blocks are not skipped for it.
     interpret: run the kernels as plain JAX operations, on any device; for tests.
 
   Returns:
@@ -59,7 +59,7 @@ def attend(
   run = functools.partial(_attend_here, num_slots=num_slots, interpret=interpret)
   batch_axes, heads_axis = _axes()
   if not batch_axes and heads_axis is None:
-    return run(query, key, value, documents)
+    return run(query, key, value, segment_ids)
   if heads_axis is not None:
     # Head n reads kv head n // (N / G). Repeated as often as it takes, that one lies in the same device's part.
     groups, parts = key.shape[2], jax.sharding.get_abstract_mesh().shape[heads_axis]
@@ -67,12 +67,12 @@ def attend(
   heads, rows = PartitionSpec(batch_axes, None, heads_axis), PartitionSpec(batch_axes)
   split = jax.shard_map(
     run,
-    in_specs=(heads, heads, heads, None if documents is None else rows),
+    in_specs=(heads, heads, heads, None if segment_ids is None else rows),
     out_specs=heads,
     axis_names={*batch_axes, heads_axis} - {None},
     check_vma=False,  # Pallas calls don't say over which axes their results vary.
   )
-  return split(query, key, value, documents)
+  return split(query, key, value, segment_ids)
 
 
 def uneven(query: Float[Array, "B S N H"]) -> str | None:
@@ -127,13 +127,13 @@ def _round_up(size: int, step: int) -> int:
   return -(-size // step) * step
 
 
-def _attend_here(query, key, value, documents, *, num_slots, interpret):
+def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
   """`attend` on one device, or on its part."""
   length, heads, size = query.shape[1:]
   block = _block(length, num_slots)
   rows = _round_up(length, block)
   query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
-  seen_from = None if documents is None else jnp.repeat(documents, num_slots, 1)
+  seen_from = None if segment_ids is None else jnp.repeat(segment_ids, num_slots, 1)
   seen = seen_from
   if num_slots == 1:
     mask = masks.CausalMask((rows, rows))
@@ -142,12 +142,12 @@ def _attend_here(query, key, value, documents, *, num_slots, interpret):
     # hold some first slots; so the others are left with the blocks on the diagonal.
     firsts = _round_up(length // num_slots, block)
     key, value = (jnp.concatenate((_pad(x[:, ::num_slots], firsts), x), 1) for x in (key, value))
-    if documents is not None:
-      seen = jnp.concatenate((_pad(documents, firsts), seen_from), 1)
+    if segment_ids is not None:
+      seen = jnp.concatenate((_pad(segment_ids, firsts), seen_from), 1)
     mask = _HiddenMask(rows, firsts, num_slots)
   # What fills up the last blocks comes behind all slots, and its outputs are cut off: none sees it.
   query, key, value = _pad(query, rows), _pad(key, mask.shape[1]), _pad(value, mask.shape[1])
-  segments = None if documents is None else kernels.SegmentIds(_pad(seen_from, rows), _pad(seen, mask.shape[1]))
+  segments = None if segment_ids is None else kernels.SegmentIds(_pad(seen_from, rows), _pad(seen, mask.shape[1]))
   # Half a block of keys at a time: the weights, in float32, would else fill the vector memory.
   part = block // 2 if block % (2 * _LANES) == 0 else block
   sizes = kernels.BlockSizes(

@@ -20,8 +20,8 @@ from scipy import stats
 
 from cyb_jax.distributed import hosts
 from cyb_jax.errors import InputError
-from cyb_jax.evaluation.self_paced import read_self_paced
-from cyb_jax.methods import Batch, Method, Reading
+from cyb_jax.evaluation.self_paced import evaluate_self_paced
+from cyb_jax.methods import Batch, EvalOutput, Method
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, put_batch
 from cyb_jax.stopping import hard_slot, log_stopping_distribution
 
@@ -81,7 +81,7 @@ class Evaluator:
     Returns:
       The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. Beside them
       `inference_flops`, of a token decoded with a cache, and `inference_slots`, that it was seen to take where that is
-      decided token by token; and what the method adds (`Method.evaluated`);
+      decided token by token; and what the method adds (`Method.summarize_metrics`);
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
       perplexity, and beside it are `constant_perplexity`, of the same text read in a constant context, and
@@ -126,7 +126,7 @@ class Evaluator:
     if "inference_slots" in totals:
       measured = float(totals["inference_slots"] / totals["inference_tokens"])
     means = {name: float(sums / tokens) for name, sums in totals.items() if name.startswith("beside/")}
-    beside = self.method.evaluated({name.removeprefix("beside/"): mean for name, mean in means.items()})
+    beside = self.method.summarize_metrics({name.removeprefix("beside/"): mean for name, mean in means.items()})
     if self.context == "self_paced":
       beside = {
         "constant_perplexity": perplexity("constant_log_likelihood"),
@@ -187,16 +187,16 @@ def _sums(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """Weighted sums over a batch; and, where the method decides, d_i and t_{i+1} - t_i per token."""
-  reading = method.read(params, batch, omega)
-  return _sums_of(method, reading, method.read_as_trained(params, batch, reading), batch["weights"])
+  output = method.evaluate(params, batch, omega)
+  return _sums_of(method, output, method.evaluate_as_trained(params, batch, output), batch["weights"])
 
 
 def _sums_of_prefixes(method: Method, params: PyTree, batch: Batch) -> dict[str, Array]:
-  reading, weights = method.read(params, batch), batch["weights"]
-  blockwise = jax.nn.logsumexp(reading.log_stopping + reading.scores.log_target, -1)
+  output, weights = method.evaluate(params, batch), batch["weights"]
+  blockwise = jax.nn.logsumexp(output.log_stopping + output.scores.log_target, -1)
   return {
     "tokens": weights.sum(),
-    "log_likelihood": (method.read_prefixes(params, batch) * weights).sum(),
+    "log_likelihood": (method.autoregressive_log_likelihood(params, batch) * weights).sum(),
     "blockwise": (blockwise * weights).sum(),
   }
 
@@ -205,9 +205,9 @@ def _sums_self_paced(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """The same of a self-paced context; and of the constant one, what they are compared by."""
-  reading, kept = read_self_paced(method, params, batch, omega)
-  sums, decisions, gains = _sums_of(method, reading, None, batch["weights"])
-  constant = method.read(params, batch)
+  output, kept = evaluate_self_paced(method, params, batch, omega)
+  sums, decisions, gains = _sums_of(method, output, None, batch["weights"])
+  constant = method.evaluate(params, batch)
   log_stopping = constant.log_stopping
   if omega is not None:  # which a recipe that draws would draw from
     log_stopping = log_stopping_distribution(constant.scores.log_dont_know, constant.scores.log_answer, omega)
@@ -218,9 +218,9 @@ def _sums_self_paced(
 
 
 def _sums_of(
-  method: Method, reading: Reading, training: Reading | None, weights: Array
+  method: Method, output: EvalOutput, training: EvalOutput | None, weights: Array
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
-  scores = reading.scores
+  scores = output.scores
 
   def total(values: Array) -> Array:
     # Not an einsum: accelerators would round a matrix product.
@@ -228,17 +228,17 @@ def _sums_of(
 
   sums = {
     "tokens": weights.sum(),
-    "loss": total((training or reading).loss),
-    "log_likelihood": total(reading.log_likelihood),
+    "loss": total((training or output).loss),
+    "log_likelihood": total(output.log_likelihood),
     "oracle": total(scores.log_target.max(-1)),
-    "stopping": total(jnp.exp(reading.log_stopping)),
+    "stopping": total(jnp.exp(output.log_stopping)),
   }
-  sums |= {f"beside/{name}": total(values) for name, values in reading.beside.items()}
-  if reading.slots is not None:
+  sums |= {f"beside/{name}": total(values) for name, values in output.extra_metrics.items()}
+  if output.slots is not None:
     # Of all tokens of a window, learnt or read alone: they are run too. Of windows that only fill a batch none.
     real = jnp.broadcast_to((weights > 0).any(-1, keepdims=True), weights.shape).astype(jnp.float32)
-    sums |= {"inference_slots": (reading.slots * real).sum(), "inference_tokens": real.sum()}
-  if reading.lengths is None:  # else a slot is that of some tokens alone
+    sums |= {"inference_slots": (output.slots * real).sum(), "inference_tokens": real.sum()}
+  if output.lengths is None:  # else a slot is that of some tokens alone
     sums["slots"] = total(scores.log_target)
   if training is not None:
     sums["training_log_likelihood"] = total(training.log_likelihood)
@@ -247,7 +247,7 @@ def _sums_of(
     return sums, None, None
   chosen = hard_slot(scores.log_dont_know)[..., None]
   sums["hard"] = total(jnp.take_along_axis(scores.log_target, chosen, -1)[..., 0])
-  if method.num_slots == 1 or reading.lengths is not None:
+  if method.num_slots == 1 or output.lengths is not None:
     return sums, None, None
   target = jnp.exp(scores.log_target)
   return sums, jnp.exp(scores.log_dont_know[..., :-1]), target[..., 1:] - target[..., :-1]

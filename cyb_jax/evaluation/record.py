@@ -10,7 +10,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from cyb_jax.configs import Config
-from cyb_jax.data import TokenStore, evaluation_batches, with_documents
+from cyb_jax.data import TokenStore, evaluation_batches, with_segment_ids
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
 
@@ -109,7 +109,7 @@ def _batches(
     rows=evaluator.rows(batch_size),
   )
   if config.data.document_mask:
-    return (with_documents(batch, store.end_id) for batch in batches)
+    return (with_segment_ids(batch, store.end_id) for batch in batches)
   return batches
 
 

@@ -4,7 +4,7 @@ A model trained with all pauses after every token (recipe *constant*) has never 
 missing, but that is what it meets when it speaks at its own pace. Here the text is given, token by token. All W slots
 of a token are read, and its target is scored as -log sum_i s_i t_i; then S ~ s is drawn, without looking at the target,
 and only the S - 1 pauses that the model would have run stay in the context. Where pauses are hidden from later tokens
-none stays, and the reading is the constant one.
+none stays, and the output is the constant one.
 
 Dimensions: B batch, T tokens, W slots, C places in the cache, V vocabulary.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from cyb_jax.decoder import empty_cache
-from cyb_jax.methods import Batch, Reading
+from cyb_jax.methods import Batch, EvalOutput
 from cyb_jax.methods.interface import Params
 from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.pauses import row_keys
@@ -28,9 +28,9 @@ from cyb_jax.stopping import SlotScores, log_stopping_distribution
 _SEED = 0
 
 
-def read_self_paced(
+def evaluate_self_paced(
   method: PausedMethod, params: Params, batch: Batch, omega: Any = None
-) -> tuple[Reading, Int[Array, "B T"]]:
+) -> tuple[EvalOutput, Int[Array, "B T"]]:
   """Reads every slot of a text whose context holds the pauses alone that the model asks for.
 
   Args:
@@ -40,17 +40,17 @@ def read_self_paced(
     omega: what the world grants; see `stopping.log_stopping_distribution`.
 
   Returns:
-    The reading, its loss -log sum_i s_i t_i; and i32[B, T], how many slots of each token the context kept, as drawn.
+    The output, its loss -log sum_i s_i t_i; and i32[B, T], how many slots of each token the context kept, as drawn.
   """
   tokens, targets = batch["tokens"], batch["targets"]
   rows, length = tokens.shape
   width = method.num_slots
   slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (rows, width))
   keys = row_keys(jax.random.key(_SEED), tokens)
-  documents = batch.get("documents")
+  segment_ids = batch.get("segment_ids")
   begins = jnp.zeros(tokens.shape, bool)
-  if documents is not None:
-    begins = jnp.concatenate([begins[:, :1], documents[:, 1:] != documents[:, :-1]], 1)
+  if segment_ids is not None:
+    begins = jnp.concatenate([begins[:, :1], segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
 
   def read(carry, column):
     cache, place, first, position = carry
@@ -65,9 +65,9 @@ def read_self_paced(
       place,
       first,
     )
-    words = method.word_scores(params, hidden, slots)
+    words = method.token_scores(params, hidden, slots)
     scores = SlotScores(
-      log_target=jnp.take_along_axis(words.log_words, target[:, None, None], -1)[..., 0],
+      log_target=jnp.take_along_axis(words.log_probs, target[:, None, None], -1)[..., 0],
       log_dont_know=words.log_dont_know,
       log_answer=words.log_answer,
     )
@@ -86,4 +86,4 @@ def read_self_paced(
   _, read_out = jax.lax.scan(read, (cache, zeros, zeros, zeros), columns)
   scores, log_stopping, used = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), read_out)
   loss = -jax.nn.logsumexp(log_stopping + scores.log_target, -1)
-  return Reading(loss=loss, scores=scores, log_stopping=log_stopping), used
+  return EvalOutput(loss=loss, scores=scores, log_stopping=log_stopping), used

@@ -23,14 +23,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from scipy import special
 
 from cyb_jax.configs import Config
-from cyb_jax.data import Tokenizer, TokenStore, evaluation_batches, with_documents
+from cyb_jax.data import Tokenizer, TokenStore, evaluation_batches, with_segment_ids
 from cyb_jax.evaluation import bootstrap, fixed_point, ranks
 from cyb_jax.evaluation.bootstrap import GROUPS
 from cyb_jax.evaluation.fixed_point import fixed, total, value
 from cyb_jax.evaluation.record import told, used_windows
 from cyb_jax.evaluation.token_types import TokenTypes, bins_per_pause, summarize
 from cyb_jax.evaluation.words import POSITIONS, Words
-from cyb_jax.methods import Batch, Method, Reading
+from cyb_jax.methods import Batch, EvalOutput, Method
 from cyb_jax.partitioning.mesh import batch_sharding, put_batch, replicated
 from cyb_jax.stopping import expected_pauses, hard_slot, log_stopping_distribution
 
@@ -96,7 +96,7 @@ def statistics_of_split(
     difficulty = store.difficulty(split, indices, length)
     if difficulty is not None:
       batch["difficulty"] = difficulty.astype(np.int32)
-    return with_documents(batch, store.end_id) if config.data.document_mask else batch
+    return with_segment_ids(batch, store.end_id) if config.data.document_mask else batch
 
   def batches() -> Iterator[dict[str, Any]]:
     before = np.full(statistics.context, store.end_id, np.int32)
@@ -115,7 +115,7 @@ def statistics_of_split(
       indices[: count - first] = spread[first : first + batch_size]
       tokens, weights = store.windows(split, indices, length)
       batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
-      yield with_documents(batch, store.end_id) if config.data.document_mask else batch
+      yield with_segment_ids(batch, store.end_id) if config.data.document_mask else batch
 
   logging.info("pause statistics of %s: %d windows of %d tokens", split, windows, length)
   record = {"method": config.method.name, "step": step, "split": split, "limit": limit, "windows": windows}
@@ -332,10 +332,10 @@ def _taken_over(total: Sums | None, sums: Sums) -> Sums:
 
 
 def _decisions(method: Method, params: PyTree, batch: Batch) -> Float[Array, "2 B T K"]:
-  return jnp.stack(_pairs(method.read(params, batch)))
+  return jnp.stack(_pairs(method.evaluate(params, batch)))
 
 
-def _pairs(reading: Reading) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+def _pairs(reading: EvalOutput) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
   """The odds of d_i, nats, which still differ where d is almost 1; and t_{i+1} - t_i."""
   scores = reading.scores
   target = jnp.exp(scores.log_target)
@@ -351,7 +351,7 @@ def _first_pass(
   batch: Batch,
 ) -> Sums:
   """All that needs no ranks."""
-  reading = method.read(params, batch)
+  reading = method.evaluate(params, batch)
   real, log_target = batch["weights"] > 0, reading.scores.log_target
   stopping = jnp.exp(reading.log_stopping)
   nats = -reading.log_likelihood
@@ -381,7 +381,7 @@ def _first_pass(
     return sums
   bound, pauses = _pauses_bound(method.num_slots), expected_pauses(reading.log_stopping)
   sums["reading"] = _stopping_sums(reading, real)
-  training = method.read_as_trained(params, batch, reading)
+  training = method.evaluate_as_trained(params, batch, reading)
   if training is not None:
     sums["training"] = _stopping_sums(training, real)
   rows = jnp.where(real[..., None], batch["rows"], num_rows)
@@ -407,7 +407,7 @@ def _first_pass(
   return sums
 
 
-def _stopping_sums(reading: Reading, real: Bool[Array, "B T"]) -> Sums:
+def _stopping_sums(reading: EvalOutput, real: Bool[Array, "B T"]) -> Sums:
   bins = (reading.log_stopping.shape[-1] - 1) * _HISTOGRAM_BINS
   found = jnp.clip((expected_pauses(reading.log_stopping) * _HISTOGRAM_BINS).astype(jnp.int32), 0, bins - 1)
   return {
@@ -417,7 +417,7 @@ def _stopping_sums(reading: Reading, real: Bool[Array, "B T"]) -> Sums:
 
 
 def _decision_sums(
-  reading: Reading,
+  reading: EvalOutput,
   real: Bool[Array, "B T"],
   edges: Float[Array, "2 K bins-1"],
   thresholds: Float[Array, "N"],
@@ -476,7 +476,7 @@ def _second_pass(
   batch: Batch,
 ) -> Sums:
   """Sums of ranks and of their products by group of documents, and of gains by decile of d."""
-  reading = method.read(params, batch)
+  reading = method.evaluate(params, batch)
   real, log_target = batch["weights"] > 0, reading.scores.log_target
   odds, gain = _pairs(reading)
   steps = odds.shape[-1]
@@ -507,8 +507,8 @@ def _correct(
 
   def row(args: tuple[Array, Array]) -> tuple[Array, Array | None]:
     hidden, targets = args
-    by_slot = method.word_scores(params, hidden, slots).log_words.argmax(-1) == targets[:, None]
-    fused = method.read_words(params, hidden)[0].argmax(-1) == targets if method.fuses else None
+    by_slot = method.token_scores(params, hidden, slots).log_probs.argmax(-1) == targets[:, None]
+    fused = method.mixture_log_probs(params, hidden)[0].argmax(-1) == targets if method.fuses else None
     return by_slot.astype(jnp.int32), fused
 
   # Row by row: the dense words of a batch may not fit.

@@ -433,7 +433,7 @@ def _one_slot(
     state.cache,
     state.place + state.slot,
   )
-  scores = method.word_scores(params, hidden[:, 0], state.slot)
+  scores = method.token_scores(params, hidden[:, 0], state.slot)
   if plan.read == "threshold":
     asks = scores.log_dont_know > jnp.log(numbers["threshold"])
   else:
@@ -445,8 +445,8 @@ def _one_slot(
     hazard = jnp.where(tail > 0, numbers["omega"] / jnp.where(tail > 0, tail, 1.0), 1.0)
     denied |= _uniform(state, _WORLD) < hazard[state.slot]
   waits = asks & ~denied & ~state.finished
-  word = _choose(plan, numbers, _keys(state, _WORD), scores.log_words)
-  log_prob = jnp.take_along_axis(scores.log_words, word[:, None], 1)[:, 0]
+  word = _choose(plan, numbers, _keys(state, _WORD), scores.log_probs)
+  log_prob = jnp.take_along_axis(scores.log_probs, word[:, None], 1)[:, 0]
   said = _say(state, cache, numbers["end_id"], ~waits & ~state.finished, word, state.slot, log_prob)
   ran = state.slot + 1
   moved = _move(plan, state, said, ran)
@@ -471,12 +471,12 @@ def _all_slots(
     state.cache,
     state.place,
   )
-  scores = method.word_scores(params, hidden, slot)
+  scores = method.token_scores(params, hidden, slot)
   omega = numbers["omega"] if plan.denies else None
   log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
   if plan.read == "mixture":
     read = jnp.full(rows, width - 1, jnp.int32)
-    log_words = jax.nn.logsumexp(log_stopping[..., None] + scores.log_words, 1)
+    log_probs = jax.nn.logsumexp(log_stopping[..., None] + scores.log_probs, 1)
   else:
     if plan.read == "sample":
       read = jax.vmap(jax.random.categorical)(_keys(state, _STOP), log_stopping)
@@ -485,9 +485,9 @@ def _all_slots(
       if plan.denies:
         log_omega = jnp.broadcast_to(jnp.log(numbers["omega"]), log_stopping.shape)
         read = jnp.minimum(read, jax.vmap(jax.random.categorical)(_keys(state, _WORLD), log_omega))
-    log_words = jnp.take_along_axis(scores.log_words, read[:, None, None], 1)[:, 0]
-  word = _choose(plan, numbers, _keys(state, _WORD), log_words)
-  log_prob = jnp.take_along_axis(log_words, word[:, None], 1)[:, 0]
+    log_probs = jnp.take_along_axis(scores.log_probs, read[:, None, None], 1)[:, 0]
+  word = _choose(plan, numbers, _keys(state, _WORD), log_probs)
+  log_prob = jnp.take_along_axis(log_probs, word[:, None], 1)[:, 0]
   said = _say(state, cache, numbers["end_id"], ~state.finished, word, read.astype(jnp.int32), log_prob)
   return _move(plan, state, said, width)
 
@@ -497,9 +497,9 @@ def _in_turn(
 ) -> SamplerState:
   """Every live row runs the slots of its token one after the other, and says a word."""
   hidden, cache, ran = method.run_token(params, state.token, state.position, state.cache, state.place)
-  log_words = method.word_scores(params, hidden, jnp.full_like(ran, plan.num_slots - 1)).log_words
-  word = _choose(plan, numbers, _keys(state, _WORD), log_words)
-  log_prob = jnp.take_along_axis(log_words, word[:, None], 1)[:, 0]
+  log_probs = method.token_scores(params, hidden, jnp.full_like(ran, plan.num_slots - 1)).log_probs
+  word = _choose(plan, numbers, _keys(state, _WORD), log_probs)
+  log_prob = jnp.take_along_axis(log_probs, word[:, None], 1)[:, 0]
   said = _say(state, cache, numbers["end_id"], ~state.finished, word, ran - 1, log_prob)
   return _move(plan, state, said, ran)
 
@@ -554,11 +554,11 @@ def _uniform(state: SamplerState, purpose: int) -> Float[Array, "B"]:
   return jax.vmap(jax.random.uniform)(_keys(state, purpose))
 
 
-def _choose(plan: Plan, numbers: dict[str, Array], keys: Array, log_words: Float[Array, "B V"]) -> Int[Array, "B"]:
+def _choose(plan: Plan, numbers: dict[str, Array], keys: Array, log_probs: Float[Array, "B V"]) -> Int[Array, "B"]:
   """A word for every row; i32[B]."""
   if plan.greedy:
-    return jnp.argmax(log_words, -1).astype(jnp.int32)
-  logits = log_words / numbers["temperature"]
+    return jnp.argmax(log_probs, -1).astype(jnp.int32)
+  logits = log_probs / numbers["temperature"]
   if plan.truncated:
     logits = _truncated(logits, numbers["top_k"], numbers["top_p"])
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

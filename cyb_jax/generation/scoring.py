@@ -463,6 +463,6 @@ def _read(
 ) -> tuple[Float[Array, "C"], Bool[Array, "C"], Float[Array, "C"]]:
   """Of each token that is read: its target's log-probability, whether that is the likeliest word's, mean pauses."""
   places, targets = reads["places"], reads["targets"]
-  log_words, log_stopping = method.read_words(params, hidden.reshape(-1, hidden.shape[-1])[places])
-  log_target = jnp.take_along_axis(log_words, targets[:, None], 1)[:, 0]
-  return log_target, log_target >= log_words.max(-1) - _TIE, expected_pauses(log_stopping)
+  log_probs, log_stopping = method.mixture_log_probs(params, hidden.reshape(-1, hidden.shape[-1])[places])
+  log_target = jnp.take_along_axis(log_probs, targets[:, None], 1)[:, 0]
+  return log_target, log_target >= log_probs.max(-1) - _TIE, expected_pauses(log_stopping)

@@ -10,7 +10,7 @@ from cyb_jax.methods.baseline import Baseline
 from cyb_jax.methods.constant_stop import ConstantStop
 from cyb_jax.methods.copy_k import CopyK
 from cyb_jax.methods.cyb import Cyb
-from cyb_jax.methods.interface import WEIGHTS, Batch, Method, MethodConfig, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import WEIGHTS, Batch, EvalOutput, Method, MethodConfig, Params, TokenLosses
 from cyb_jax.methods.looped import Looped
 from cyb_jax.methods.mean_slots import MeanSlots
 from cyb_jax.methods.pause_training import PauseTraining
@@ -36,7 +36,7 @@ METHODS: dict[str, type[Method]] = {
   )
 }
 
-__all__ = ["METHODS", "WEIGHTS", "Batch", "Method", "MethodConfig", "Params", "Reading", "TokenLosses", "build"]
+__all__ = ["METHODS", "WEIGHTS", "Batch", "EvalOutput", "Method", "MethodConfig", "Params", "TokenLosses", "build"]
 
 
 def build(config: MethodConfig, decoder_config: DecoderConfig, **options) -> Method:

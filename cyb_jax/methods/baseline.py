@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
-from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.paused import PausedMethod
 
 
@@ -26,18 +26,18 @@ class Plain(PausedMethod):
   def num_pauses(self) -> int:
     return 0
 
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
-    reading = self.read(params, batch)
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+    reading = self.evaluate(params, batch)
     return TokenLosses(
       loss=reading.loss,
       log_likelihood=-reading.loss,
       stopping=jnp.ones_like(reading.log_stopping),
     )
 
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     scores = self.scores(params, self.hidden(params, batch), batch["targets"])
     loss = last_slot_cross_entropy(scores)
-    return Reading(loss=loss, scores=scores, log_stopping=jnp.zeros_like(scores.log_target))
+    return EvalOutput(loss=loss, scores=scores, log_stopping=jnp.zeros_like(scores.log_target))
 
 
 class Baseline(Plain):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cyb_jax.decoder import Cache, Documents
+from cyb_jax.decoder import Cache, SegmentMask
 from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.methods.tbys import Tbys
 from cyb_jax.pauses import slot_positions
@@ -32,12 +32,12 @@ class CopyK(Tbys):
     return 0  # none has an embedding of its own
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
-    tokens, documents = batch["tokens"], batch.get("documents")
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     (batch_size, length), width = tokens.shape, self.num_slots
     variables = {"params": params["decoder"]}
     inputs = jnp.repeat(self.decoder.apply(variables, tokens, method="embed"), width, 1)
     positions = self._places(slot_positions(1, length, width), jnp.arange(width)).reshape(1, -1)
-    mask = None if documents is None else Documents(jnp.repeat(documents, width, 1))
+    mask = None if segment_ids is None else SegmentMask(jnp.repeat(segment_ids, width, 1))
     outputs = self.decoder.apply(variables, inputs, positions, mask=mask)
     return outputs.reshape(batch_size, length, width, -1)
 

@@ -37,10 +37,10 @@ from cyb_jax.costs import flops
 from cyb_jax.decoder import unembedding_init
 from cyb_jax.distributed import hosts
 from cyb_jax.errors import InputError
-from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod, boxed_row
 from cyb_jax.pauses import Packing, draw_lengths, pack, packed_row_slots
-from cyb_jax.readout import WordScores
+from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
 # Which of the options each loss reads, beside those that all of them do.
@@ -157,9 +157,9 @@ class Cyb(PausedMethod):
   def _scores(self, params: Params, hidden: Array, targets: Array) -> SlotScores:
     return self.scores(params, hidden, targets, dont_know=params["dont_know"], dont_know_bias=_bias(params))
 
-  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+  def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     del slot
-    return self._word_scores(params, hidden, params["dont_know"], _bias(params))
+    return self._token_scores(params, hidden, params["dont_know"], _bias(params))
 
   @property
   def objective(self) -> Callable[[SlotScores], Array]:
@@ -179,7 +179,7 @@ class Cyb(PausedMethod):
       self.config.recipe == "sampled" and omega is not None and any(omega[:-1])
     )
 
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     if not self._ragged:
       reading = self._reading(self._held(self.slot_scores(params, batch), step))
       return TokenLosses(
@@ -204,7 +204,7 @@ class Cyb(PausedMethod):
       kept=packing.kept,
     )
 
-  def _reading(self, scores: SlotScores, lengths: Int[Array, "B T"] | None = None) -> Reading:
+  def _reading(self, scores: SlotScores, lengths: Int[Array, "B T"] | None = None) -> EvalOutput:
     """As training sees the scores; `lengths`: how many slots each token has, None: all."""
     omega = self.config.omega
     if lengths is None:
@@ -213,7 +213,7 @@ class Cyb(PausedMethod):
       omega = jax.nn.one_hot(lengths - 1, self.num_slots, dtype=scores.log_target.dtype)
       loss = losses.cyb(scores, omega, self.config.gamma)
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
-    return Reading(loss=loss, scores=scores, log_stopping=log_stopping)
+    return EvalOutput(loss=loss, scores=scores, log_stopping=log_stopping)
 
   def _held(self, scores: SlotScores, step: Any) -> SlotScores:
     """The scores, with d held at its prior while the stopping distribution warms up."""
@@ -248,30 +248,30 @@ class Cyb(PausedMethod):
     omega = np.asarray(self.config.omega)
     return packed_row_slots(omega / omega.sum(), length)
 
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     if self.config.recipe == "sampled" and omega is not None:
       shares = normalize(omega, self.num_slots, name="omega")
       return self._read_drawn(params, batch, shares)
     scores = self.slot_scores(params, batch)
-    return Reading(
+    return EvalOutput(
       loss=self.objective(scores),
       scores=scores,
       log_stopping=log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega),
     )
 
-  def _read_drawn(self, params: Params, batch: Batch, shares: Array) -> Reading:
+  def _read_drawn(self, params: Params, batch: Batch, shares: Array) -> EvalOutput:
     lengths = draw_lengths(jax.random.key(_EVALUATION_SEED), batch["tokens"], shares)
     packing = pack(lengths, self.num_slots, batch["tokens"].shape[1] * self.num_slots)
     reading = self._reading(self.slot_scores_packed(params, batch, packing), lengths)
     return dataclasses.replace(reading, lengths=lengths)
 
-  def read_as_trained(self, params: Params, batch: Batch, reading: Reading) -> Reading | None:
+  def evaluate_as_trained(self, params: Params, batch: Batch, reading: EvalOutput) -> EvalOutput | None:
     if self.config.recipe == "on_policy":
       return self._read_drawn(params, batch, self._policy(reading.scores))
     if self.config.omega is None:
       return None
     if self._ragged:
-      return self.read(params, batch, self.config.omega)
+      return self.evaluate(params, batch, self.config.omega)
     return self._reading(reading.scores)
 
   @property

@@ -20,7 +20,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.stopping import SlotScores
 
 Batch = dict[str, Array]
-"""`tokens` i32[B, T], `targets` i32[B, T], `weights` f32[B, T]; with `documents` i32[B, T] attention stays inside a
+"""`tokens` i32[B, T], `targets` i32[B, T], `weights` f32[B, T]; with `segment_ids` i32[B, T] attention stays inside a
 document.
 """
 
@@ -131,7 +131,7 @@ class TokenLosses:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class EvalOutput:
   """What evaluation needs of every token: all slots, read.
 
   Attributes:
@@ -144,7 +144,7 @@ class Reading:
       `Method.inference_cost`.
     fused: f32[B, T], log-probability of the target where one state is read that is made of all slots'; None: the slots
       are a mixture.
-    beside: f32[B, T] each, numbers whose means `Method.evaluated` is told.
+    extra_metrics: f32[B, T] each, numbers whose means `Method.summarize_metrics` is told.
   """
 
   loss: Float[Array, "B T"]
@@ -153,7 +153,7 @@ class Reading:
   lengths: Int[Array, "B T"] | None = None
   slots: Float[Array, "B T"] | None = None
   fused: Float[Array, "B T"] | None = None
-  beside: dict[str, Float[Array, "B T"]] = dataclasses.field(default_factory=dict)
+  extra_metrics: dict[str, Float[Array, "B T"]] = dataclasses.field(default_factory=dict)
 
   @property
   def log_likelihood(self) -> Float[Array, "B T"]:
@@ -179,8 +179,9 @@ class Method(abc.ABC):
     feeds_back: whether a slot is fed what came out of the one before it: a token's slots are then decoded one after the
       other, see `PausedMethod.run_token`.
     self_paces: whether it can read a text whose context holds fewer slots than it has.
-    fuses: whether one state is read that is made of all slots', see `Reading.fused`.
-    causal: whether `read` predicts every token from those before it alone; where not, `read_prefixes` does.
+    fuses: whether one state is read that is made of all slots', see `EvalOutput.fused`.
+    causal: whether `evaluate` predicts every token from the tokens before it alone. If not,
+      `autoregressive_log_likelihood` does.
   """
 
   name: ClassVar[str]
@@ -269,7 +270,7 @@ class Method(abc.ABC):
     return frozenset(jax.eval_shape(self.init, jax.random.key(0))) - {"decoder"}
 
   @abc.abstractmethod
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Int[Array, ""] | int | None = None) -> TokenLosses:
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Int[Array, ""] | int | None = None) -> TokenLosses:
     """The training objective, per token.
 
     Args:
@@ -281,10 +282,10 @@ class Method(abc.ABC):
     """
 
   @abc.abstractmethod
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     """Reads every slot, for evaluation; `omega`: see `stopping.log_stopping_distribution`."""
 
-  def read_as_trained(self, params: Params, batch: Batch, reading: Reading) -> Reading | None:
+  def evaluate_as_trained(self, params: Params, batch: Batch, reading: EvalOutput) -> EvalOutput | None:
     """The same batch as training sees it, where that is another world than the evaluation's default.
 
     Args:
@@ -298,14 +299,14 @@ class Method(abc.ABC):
     del params, batch, reading
     return None
 
-  def read_prefixes(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+  def autoregressive_log_likelihood(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """Log-probabilities of the targets, each from the tokens before it alone, at the cost of a pass for every token; of
     methods that aren't `causal`.
     """
     raise NotImplementedError
 
-  def evaluated(self, means: dict[str, float]) -> dict[str, Any]:
-    """What an evaluation records beside the rest, from the means over tokens of `Reading.beside`."""
+  def summarize_metrics(self, means: dict[str, float]) -> dict[str, Any]:
+    """What an evaluation records beside the rest, from the means over tokens of `EvalOutput.extra_metrics`."""
     del means
     return {}
 
@@ -337,7 +338,7 @@ class Method(abc.ABC):
 
   @property
   def passes(self) -> int:
-    """How often `read` and `read_as_trained` together pass a batch through the decoder."""
+    """How often `read` and `evaluate_as_trained` together pass a batch through the decoder."""
     return 1
 
   @property

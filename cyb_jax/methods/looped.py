@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import Cache, DecoderConfig, Documents
+from cyb_jax.decoder import Cache, DecoderConfig, SegmentMask
 from cyb_jax.errors import InputError
 from cyb_jax.methods.baseline import Plain
 from cyb_jax.methods.interface import Batch, Params
@@ -52,9 +52,9 @@ class Looped(Plain):
     return dataclasses.replace(config, num_layers=self.passes_through_layers * config.num_layers)
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T 1 D"]:
-    tokens, documents = batch["tokens"], batch.get("documents")
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    mask = None if documents is None else Documents(documents)
+    mask = None if segment_ids is None else SegmentMask(segment_ids)
     inputs = self.decoder.apply({"params": params["decoder"]}, tokens, method="embed")
     return self._run(params, inputs, positions, mask)[:, :, None]
 

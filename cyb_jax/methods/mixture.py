@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.errors import InputError
-from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
-from cyb_jax.readout import WordScores
+from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores
 
 
@@ -33,25 +33,25 @@ class Mixture(PausedMethod):
     """The training objective, nats."""
     raise NotImplementedError
 
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
-    reading = self.read(params, batch)
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+    reading = self.evaluate(params, batch)
     return TokenLosses(
       loss=reading.loss,
       log_likelihood=jax.nn.logsumexp(reading.log_stopping + reading.scores.log_target, -1),
       stopping=jnp.exp(reading.log_stopping),
     )
 
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     scores = self.scores(params, self.hidden(params, batch), batch["targets"])
     log_stopping = jnp.broadcast_to(self.log_shares(params), scores.log_target.shape)
     log_likelihood = jax.nn.logsumexp(log_stopping + scores.log_target, -1)
-    return Reading(loss=self.objective(scores, log_likelihood), scores=scores, log_stopping=log_stopping)
+    return EvalOutput(loss=self.objective(scores, log_likelihood), scores=scores, log_stopping=log_stopping)
 
-  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+  def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     """Read slot by slot, d_i is the part of the shares not yet read that lies behind slot i."""
-    scores = super().word_scores(params, hidden, slot)
+    scores = super().token_scores(params, hidden, slot)
     log_shares = self.log_shares(params)
     # Exclusive sums from the right, so that nothing is left behind the last slot.
     log_from = jnp.flip(jax.lax.cumlogsumexp(jnp.flip(log_shares)))
     log_behind = jnp.append(log_from[1:], -jnp.inf)
-    return WordScores(scores.log_words, (log_behind - log_from)[slot], (log_shares - log_from)[slot])
+    return TokenScores(scores.log_probs, (log_behind - log_from)[slot], (log_shares - log_from)[slot])

@@ -31,11 +31,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import Documents
+from cyb_jax.decoder import SegmentMask
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.baseline import Plain
-from cyb_jax.methods.interface import Batch, Method, MethodConfig, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Method, MethodConfig, Params, TokenLosses
 from cyb_jax.pauses import Packing, lengths_at_random, lengths_behind_prefixes, pack
 
 PLACES = ("random", "prefix", "none")
@@ -105,9 +105,9 @@ class PauseTraining(Plain):
   def prefixes_at_most(self, tokens: int) -> int:
     return 1 + tokens // _TOKENS_PER_PREFIX
 
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     if self.config.pause_places == "none":
-      return super().losses(params, batch, rng, step)
+      return super().loss(params, batch, rng, step)
     length = batch["tokens"].shape[1]
     if self.config.pause_places == "random":
       lengths, given = lengths_at_random(rng, batch["tokens"], self._drawn(length)), True
@@ -122,14 +122,14 @@ class PauseTraining(Plain):
       kept=packing.kept & given,
     )
 
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     if self.config.pause_places != "prefix":
-      return super().read(params, batch, omega)
+      return super().evaluate(params, batch, omega)
     lengths, _ = self._behind_prefixes(batch)
     reading, _ = self._read(params, batch, lengths, self._row_slots(batch["tokens"].shape[1]))
     return dataclasses.replace(reading, slots=lengths.astype(jnp.float32))
 
-  def read_as_trained(self, params: Params, batch: Batch, reading: Reading) -> Reading | None:
+  def evaluate_as_trained(self, params: Params, batch: Batch, reading: EvalOutput) -> EvalOutput | None:
     if self.config.pause_places != "random":
       return None
     tokens = batch["tokens"]
@@ -145,20 +145,22 @@ class PauseTraining(Plain):
     weights = batch["weights"]
     return lengths_behind_prefixes(weights, self.config.pauses, self.prefixes_at_most(weights.shape[1]))
 
-  def _read(self, params: Params, batch: Batch, lengths: Int[Array, "B T"], row_slots: int) -> tuple[Reading, Packing]:
+  def _read(
+    self, params: Params, batch: Batch, lengths: Int[Array, "B T"], row_slots: int
+  ) -> tuple[EvalOutput, Packing]:
     """Every token at the last of its slots, `lengths` of them, which are packed into rows of S = `row_slots`."""
     length = batch["tokens"].shape[1]
     packing = pack(lengths, 1 + max(self.config.pauses, self._drawn(length)), row_slots)
-    documents = batch.get("documents")
+    segment_ids = batch.get("segment_ids")
     hidden = self.hidden_slots(
       params,
       jnp.take_along_axis(batch["tokens"], packing.token, 1),
       packing.slot,
       jnp.arange(row_slots, dtype=jnp.int32)[None],
-      None if documents is None else Documents(jnp.take_along_axis(documents, packing.token, 1)),
+      None if segment_ids is None else SegmentMask(jnp.take_along_axis(segment_ids, packing.token, 1)),
     )
     scores = self.scores(params, _last_slots(hidden, packing), batch["targets"])
-    reading = Reading(
+    reading = EvalOutput(
       loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=jnp.zeros_like(scores.log_target)
     )
     return reading, packing

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import Cache, DecoderConfig, Documents, HiddenSlots, embedding_init, empty_cache, init_params
+from cyb_jax.decoder import Cache, DecoderConfig, HiddenSlots, SegmentMask, embedding_init, empty_cache, init_params
 from cyb_jax.errors import InputError
 from cyb_jax.methods.interface import Batch, Method, Params
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
-from cyb_jax.readout import WordScores, slot_scores, word_scores
+from cyb_jax.readout import TokenScores, slot_scores, token_scores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
 PAUSE_OPTIONS = frozenset(
@@ -104,14 +104,14 @@ class PausedMethod(Method):
     positions = slot_positions(1, length, self.num_slots).reshape(1, -1)
     if self.shifts_positions:
       positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
-    documents = batch.get("documents")
+    segment_ids = batch.get("segment_ids")
     # Told by its structure where it can be: no kernel takes the square.
     if self.hides_pauses and self.decoder.config.attention != "cudnn":
-      mask = HiddenSlots(self.num_slots, documents)
-    elif documents is not None and not self.hides_pauses:
-      mask = Documents(jnp.repeat(documents, self.num_slots, 1))
+      mask = HiddenSlots(self.num_slots, segment_ids)
+    elif segment_ids is not None and not self.hides_pauses:
+      mask = SegmentMask(jnp.repeat(segment_ids, self.num_slots, 1))
     else:
-      mask = attention_mask(length, self.num_slots, visibility=self.config.pause_visibility, documents=documents)
+      mask = attention_mask(length, self.num_slots, visibility=self.config.pause_visibility, segment_ids=segment_ids)
     outputs = self.decoder.apply(
       {"params": params["decoder"]},
       inputs,
@@ -123,20 +123,20 @@ class PausedMethod(Method):
 
   def hidden_packed(self, params: Params, batch: Batch, packing: Packing) -> Float[Array, "B S D"]:
     """One decoder pass over the slots that tokens were given."""
-    tokens, documents = batch["tokens"], batch.get("documents")
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     inputs, offset = self._inputs(params, tokens)
     source = packing.token * self.num_slots + packing.slot
     positions = packing.token
     if self.shifts_positions:
       positions = jnp.arange(source.shape[-1], dtype=jnp.int32)[None]
-    if documents is not None and not self.hides_pauses:
-      mask = Documents(jnp.take_along_axis(documents, packing.token, 1))
+    if segment_ids is not None and not self.hides_pauses:
+      mask = SegmentMask(jnp.take_along_axis(segment_ids, packing.token, 1))
     else:
       mask = attention_mask(
         tokens.shape[1],
         self.num_slots,
         visibility=self.config.pause_visibility,
-        documents=documents,
+        segment_ids=segment_ids,
         packing=packing,
       )
     return self.decoder.apply(
@@ -286,7 +286,7 @@ class PausedMethod(Method):
       frozen=self.weights != "all",
     )
 
-  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+  def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     """What slots say of every word, and whether they abstain; for decoding.
 
     Args:
@@ -295,27 +295,27 @@ class PausedMethod(Method):
       slot: i32[...], which of its token's slots each is, from 0. Methods that stop by a rule abstain by it.
     """
     del slot
-    return self._word_scores(params, hidden)
+    return self._token_scores(params, hidden)
 
-  def read_words(
+  def mixture_log_probs(
     self, params: Params, hidden: Float[Array, "... W D"]
   ) -> tuple[Float[Array, "... V"], Float[Array, "... W"]]:
     """What tokens say of every word, all their slots granted: log sum_i s_i p_i; and log s."""
     slots = jnp.broadcast_to(jnp.arange(self.num_slots, dtype=jnp.int32), hidden.shape[:-1])
-    words = self.word_scores(params, hidden, slots)
+    words = self.token_scores(params, hidden, slots)
     log_stopping = log_stopping_distribution(words.log_dont_know, words.log_answer)
     if self.num_slots == 1:
-      return words.log_words[..., 0, :], log_stopping
-    return jax.nn.logsumexp(log_stopping[..., None] + words.log_words, -2), log_stopping
+      return words.log_probs[..., 0, :], log_stopping
+    return jax.nn.logsumexp(log_stopping[..., None] + words.log_probs, -2), log_stopping
 
-  def _word_scores(
+  def _token_scores(
     self,
     params: Params,
     hidden: Float[Array, "... D"],
     dont_know: Array | None = None,
     dont_know_bias: Array | float = 0.0,
-  ) -> WordScores:
-    return word_scores(
+  ) -> TokenScores:
+    return token_scores(
       hidden,
       self.decoder.apply({"params": params["decoder"]}, method="unembedding"),
       dont_know,

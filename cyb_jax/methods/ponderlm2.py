@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import Documents, KeyWeights
+from cyb_jax.decoder import KeyWeights, SegmentMask
 from cyb_jax.errors import InputError
 from cyb_jax.methods.interface import Batch, Params, TokenLosses
 from cyb_jax.methods.tbys import Tbys
@@ -67,10 +67,10 @@ class PonderLM2(Tbys):
     self, params: Params, batch: Batch, jacobi: int | Int[Array, ""], *, pruned: bool
   ) -> Float[Array, "B T W D"]:
     """What comes out of all slots; `pruned`: as at inference, where that leaves slots out."""
-    tokens, documents = batch["tokens"], batch.get("documents")
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
 
-    def mask(slots: int) -> Documents | None:
-      return None if documents is None else Documents(jnp.repeat(documents, slots, 1))
+    def mask(slots: int) -> SegmentMask | None:
+      return None if segment_ids is None else SegmentMask(jnp.repeat(segment_ids, slots, 1))
 
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     return self._ponder(params, tokens, positions, mask, jacobi, pruned)
@@ -170,9 +170,9 @@ class PonderLM2(Tbys):
     fewest, most = self.config.jacobi
     return most if fewest == most else jax.random.randint(rng, (), fewest, most + 1)
 
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     hidden = self._hidden(params, batch, self.draw_passes(rng), pruned=False)
-    return self.losses_of(params, hidden, batch)
+    return self.loss_of(params, hidden, batch)
 
   def extend(self, *args: Any, **options: Any) -> Any:
     """Not to be had: what a latent slot is fed isn't known before the one before it has run; see `run_token`."""

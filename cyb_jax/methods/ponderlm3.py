@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cyb_jax.costs import flops
 from cyb_jax.decoder import Cache, KeyWeights
 from cyb_jax.errors import InputError
-from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.ponderlm2 import PonderLM2
 
 # The start's Pr(depth = K).
@@ -117,7 +117,7 @@ class PonderLM3(PonderLM2):
     _, log_weights = self.log_depths(params, first)
     return jnp.where(self.kept(log_weights), log_weights, -jnp.inf) if pruned else log_weights
 
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     hidden = self._hidden(params, batch, self.draw_passes(rng), pruned=False)
     log_depth, _ = self.log_depths(params, hidden[..., 0, :])
     log_likelihood, loss = self._as_trained(params, hidden, batch["targets"])
@@ -135,7 +135,7 @@ class PonderLM3(PonderLM2):
     _, log_weights = self.log_depths(params, hidden[..., 0, :])
     return self.config.router_penalty * jnp.exp(log_weights[..., 1:]).sum(-1)
 
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     """`log_stopping` is the router's distribution over depths, and `scores` are those of each slot's state by itself.
     What is read is neither of them nor their mixture, but the fused state: `fused`.
     """
@@ -148,19 +148,19 @@ class PonderLM3(PonderLM2):
     if self.config.prune_below:
       trained = self._hidden(params, batch, self.config.jacobi[1], pruned=False)
       unpruned, loss = self._as_trained(params, trained, targets)
-      beside = {"unpruned": unpruned, "change": jnp.abs(fused - unpruned), "slots": slots}
+      extra_metrics = {"unpruned": unpruned, "change": jnp.abs(fused - unpruned), "slots": slots}
     else:
-      loss, beside = self._penalty(params, hidden) - fused, {}
-    return Reading(
+      loss, extra_metrics = self._penalty(params, hidden) - fused, {}
+    return EvalOutput(
       loss=loss,
       scores=jax.tree.map(lambda x: x[..., :-1], scores),
       log_stopping=log_depth,
       slots=slots,
       fused=fused,
-      beside=beside,
+      extra_metrics=extra_metrics,
     )
 
-  def evaluated(self, means: dict[str, float]) -> dict[str, Any]:
+  def summarize_metrics(self, means: dict[str, float]) -> dict[str, Any]:
     """`pruning`: `below`, the threshold; `perplexity_unpruned`; `change`, by how many nats a token's log-likelihood is
     moved, on average; `slots`, that are kept of a token.
     """
@@ -173,11 +173,11 @@ class PonderLM3(PonderLM2):
   def passes(self) -> int:
     return 2 if self.config.prune_below else 1
 
-  def read_words(
+  def mixture_log_probs(
     self, params: Params, hidden: Float[Array, "... W D"]
   ) -> tuple[Float[Array, "... V"], Float[Array, "... W"]]:
     log_depth, _ = self.log_depths(params, hidden[..., 0, :])
-    return self._word_scores(params, self.fuse(params, hidden)).log_words, log_depth
+    return self._token_scores(params, self.fuse(params, hidden)).log_probs, log_depth
 
   def empty_cache(self, rows: int, capacity: int) -> WeighedCache:
     return WeighedCache(super().empty_cache(rows, capacity), jnp.zeros((rows, capacity), jnp.float32))

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
-from cyb_jax.methods.interface import Batch, Params, Reading, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod
-from cyb_jax.readout import WordScores
+from cyb_jax.readout import TokenScores
 
 
 class Tbys(PausedMethod):
@@ -39,22 +39,22 @@ class Tbys(PausedMethod):
       self.decoder.config, tokens=tokens, slots=self.num_slots, slots_read=1, hidden=self.hides_pauses
     )
 
-  def losses(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
-    return self.losses_of(params, self.hidden(params, batch), batch)
+  def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+    return self.loss_of(params, self.hidden(params, batch), batch)
 
-  def losses_of(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch) -> TokenLosses:
+  def loss_of(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch) -> TokenLosses:
     """The training objective, from what came out of all slots."""
     loss = last_slot_cross_entropy(self.scores(params, hidden, batch["targets"], slots=(-1,)))
     last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
     return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.broadcast_to(last, (*loss.shape, len(last))))
 
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     scores = self.scores(params, self.hidden(params, batch), batch["targets"])
     log_stopping = jnp.full_like(scores.log_target, -jnp.inf).at[..., -1].set(0.0)
-    return Reading(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)
+    return EvalOutput(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)
 
-  def word_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> WordScores:
+  def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     """d = 1 before the last slot."""
-    scores = super().word_scores(params, hidden, slot)
+    scores = super().token_scores(params, hidden, slot)
     waits = slot < self.config.pauses
-    return WordScores(scores.log_words, jnp.where(waits, 0.0, -jnp.inf), jnp.where(waits, -jnp.inf, 0.0))
+    return TokenScores(scores.log_probs, jnp.where(waits, 0.0, -jnp.inf), jnp.where(waits, -jnp.inf, 0.0))

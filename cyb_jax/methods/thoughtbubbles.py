@@ -23,10 +23,10 @@ streams', in proportion to P; or, as in the authors' code, that of the sum of th
 norm (and the norm undoes the sum's scale). Selection has no gradient: the router learns from the scores of what is
 kept.
 
-All streams of a row compete, those of later tokens with those of earlier ones: `read` isn't causal, and the
-log-likelihoods that it gives are not those of an autoregressive model. `read_prefixes` gives these: every target from a
-pass over its prefix alone, which has the budget of a text so long. There is no cache for streams that fork: a token
-more may drop any stream before it.
+All streams of a row compete, those of later tokens with those of earlier ones: `evaluate` isn't causal, and its
+log-likelihoods are not those of an autoregressive model. `autoregressive_log_likelihood` computes these: every target
+from a pass over its prefix alone, which has the budget of a text of that length. There is no cache for streams that
+fork: one more token may drop any stream before it.
 
 Ours, where nothing is published: of equal scores the one further left is kept; of a row that is padded, the tokens up
 to its last target of weight are real, and the budget is in proportion to them; LN has a scale and no bias. W starts
@@ -52,11 +52,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import Documents, KeyWeights
+from cyb_jax.decoder import KeyWeights, SegmentMask
 from cyb_jax.errors import InputError
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.baseline import Plain
-from cyb_jax.methods.interface import Batch, Params, Reading
+from cyb_jax.methods.interface import Batch, EvalOutput, Params
 from cyb_jax.methods.paused import boxed_row
 from cyb_jax.partitioning.rules import constrain
 from cyb_jax.stopping import SlotScores
@@ -187,7 +187,7 @@ class Thoughtbubbles(Plain):
       batch: see `Batch`.
       lengths: i32[B], how many tokens of each row are real; what comes behind is not seen, and changes nothing.
     """
-    tokens, documents = batch["tokens"], batch.get("documents")
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     batch_size, length = tokens.shape
     variables, size = {"params": params["decoder"]}, self.decoder.config.head_size
     budget = jnp.asarray(self.budgets(length))[lengths]
@@ -207,8 +207,8 @@ class Thoughtbubbles(Plain):
       if segment.first == segment.last:
         continue
       mask = None
-      if documents is not None:
-        mask = Documents(jnp.take_along_axis(documents, _own(streams.token, length), 1))
+      if segment_ids is not None:
+        mask = SegmentMask(jnp.take_along_axis(segment_ids, _own(streams.token, length), 1))
       hidden, _ = self.decoder.apply(
         variables,
         streams.hidden,
@@ -242,9 +242,9 @@ class Thoughtbubbles(Plain):
   def _finish(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return self.decoder.apply({"params": params["decoder"]}, hidden, method="finish")
 
-  def read(self, params: Params, batch: Batch, omega: Any = None) -> Reading:
+  def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     if self.config.combine == "states":
-      return super().read(params, batch, omega)
+      return super().evaluate(params, batch, omega)
     length = batch["tokens"].shape[1]
     streams = self.streams(params, batch, real_lengths(batch))
     targets = jnp.take_along_axis(batch["targets"], _own(streams.token, length), 1)
@@ -254,9 +254,9 @@ class Thoughtbubbles(Plain):
     sums = _by_token(jnp.logaddexp, terms, streams.token, length)
     log_target = sums[..., :1] - sums[..., 1:]
     scores = SlotScores(log_target, jnp.full_like(log_target, -jnp.inf), jnp.zeros_like(log_target))
-    return Reading(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=jnp.zeros_like(log_target))
+    return EvalOutput(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=jnp.zeros_like(log_target))
 
-  def read_prefixes(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
+  def autoregressive_log_likelihood(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """The log-likelihood of an autoregressive model: T passes over as many tokens as the batch has, one after the
     other; of each pass the last real token alone is read.
     """

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cyb_jax.data import Tokenizer, TokenStore, with_documents
+from cyb_jax.data import Tokenizer, TokenStore, with_segment_ids
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, put_batch
 from cyb_jax.report import page
@@ -88,11 +88,11 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
   tokens, weights = store.windows(split, rows, data.sequence_length)
   batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
   if data.document_mask:
-    batch = with_documents(batch, store.end_id)
-  read = jax.jit(run.method.read)
+    batch = with_segment_ids(batch, store.end_id)
+  read = jax.jit(run.method.evaluate)
   with jax.default_matmul_precision(run.config.precision.matmul):
-    reading = read(run.params, put_batch(batch, batch_sharding(mesh)))
-  scores = [reading.scores.log_dont_know, reading.scores.log_target, reading.log_stopping]
+    output = read(run.params, put_batch(batch, batch_sharding(mesh)))
+  scores = [output.scores.log_dont_know, output.scores.log_target, output.log_stopping]
   d, t, s = (np.exp(np.asarray(jax.device_get(x), np.float32)) for x in scores)
   result = []
   for i, index in enumerate(indices.tolist()):

@@ -27,7 +27,7 @@ from cyb_jax.cli.programs import Interrupted
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import peak_flops
 from cyb_jax.costs.memory import bytes_per_device, count_parameters
-from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_documents
+from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_segment_ids
 from cyb_jax.data.tasks import PLACES, has_targets, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.distributed.hosts import ALONE, Cluster, own_facts
@@ -98,7 +98,7 @@ def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]
   """Shapes and dtypes of a batch of so many windows."""
   names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
   if config.data.document_mask:
-    names["documents"] = "int32"
+    names["segment_ids"] = "int32"
   shape = rows, config.data.sequence_length
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
 
@@ -234,7 +234,7 @@ def _check_attention(config: Config, method: Method, mesh: Mesh) -> None:
     return
 
   def loss(params, batch):
-    return method.losses(params, batch, jax.random.key(0), 0).loss
+    return method.loss(params, batch, jax.random.key(0), 0).loss
 
   with jax.set_mesh(mesh):
     jax.eval_shape(loss, runs.abstract_params(method, mesh), abstract_batch(config, config.data.batch_size))
@@ -481,7 +481,7 @@ class _Loop:
 
   def _read(self, step: int) -> dict[str, np.ndarray]:
     batch = self.batches(step)
-    return with_documents(batch, self.store.end_id) if self.config.data.document_mask else batch
+    return with_segment_ids(batch, self.store.end_id) if self.config.data.document_mask else batch
 
   def _meta(self, step: int, seen: int) -> dict[str, Any]:
     """Of a checkpoint; `seen`: the tokens that this host has read. All hosts must call it."""

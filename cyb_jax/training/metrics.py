@@ -95,7 +95,7 @@ class MetricsLog:
   def _drop_after(self, step: int) -> None:
     if storage.exists(self._path):
       kept = [json.dumps(row) + "\n" for row in read_metrics(self._path.parent) if row["step"] <= step]
-      storage.write_whole(self._path, "".join(kept))
+      storage.atomic_write(self._path, "".join(kept))
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Adds a line. What depends on the clock belongs under `timing`.

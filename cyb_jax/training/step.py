@@ -181,7 +181,7 @@ def train_step(
 
   def sums(trained: PyTree, part: Batch) -> tuple[Array, dict[str, Any]]:
     params = with_trained(state.params, trained)
-    losses = method.losses(params, part, rng, state.step)
+    losses = method.loss(params, part, rng, state.step)
     given = weights = part["weights"]
     if losses.kept is not None:
       weights = given * losses.kept

@@ -165,7 +165,7 @@ def test_a_store_is_read_and_must_fit(tmp_path):
   read, vocab_size = steps._open_batches(frozen, str(store.path), 0)
   assert vocab_size == 257
   batch = read(0)
-  assert batch["documents"].max() > 0
+  assert batch["segment_ids"].max() > 0
   with pytest.raises(InputError, match="--vocabulary: 300 is set, but the token store has its own, 257"):
     steps._open_batches(frozen, str(store.path), 300)
   config.data.batch_size = 4096

@@ -72,7 +72,7 @@ def test_load(workdir):
   assert run.tokenizer.decode(run.tokenizer.encode("a=1")) == "a=1"
   tokens = np.array([run.tokenizer.encode("b=3 q=7")])
   batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-  reading = jax.jit(run.method.read)(run.params, batch)
+  reading = jax.jit(run.method.evaluate)(run.params, batch)
   assert reading.loss.shape == (1, 6)
   assert cyb_jax.load(workdir, 10).step == 10
   assert cyb_jax.load(workdir, "best").step == 12

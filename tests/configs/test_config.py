@@ -204,7 +204,7 @@ def test_the_papers_run_traces(setting):
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   rows = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
   batch = {"tokens": rows, "targets": rows}
-  gradient = jax.eval_shape(jax.grad(lambda p, b: method.losses(p, b, jax.random.key(0)).loss.sum()), params, batch)
+  gradient = jax.eval_shape(jax.grad(lambda p, b: method.loss(p, b, jax.random.key(0)).loss.sum()), params, batch)
   assert jax.tree.structure(gradient) == jax.tree.structure(params)
   assert sum(x.size for x in jax.tree.leaves(params)) > 2.5e9
 

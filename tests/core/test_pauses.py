@@ -48,14 +48,14 @@ def test_no_pauses_is_the_plain_sequence():
 def test_masks_by_hand():
   assert pauses.attention_mask(2, 3) is None  # plain causal: the attention kernel's own
   np.testing.assert_array_equal(pauses.attention_mask(2, 3, visibility="hidden")[0, 0], HIDDEN)
-  one_document = pauses.attention_mask(2, 3, documents=jnp.zeros((1, 2), jnp.int32))
+  one_document = pauses.attention_mask(2, 3, segment_ids=jnp.zeros((1, 2), jnp.int32))
   np.testing.assert_array_equal(one_document[0, 0], VISIBLE)
 
 
 def test_documents_do_not_see_each_other():
-  documents = pauses.document_ids(jnp.array([[4, 0, 6], [4, 5, 6]]), end_id=0)
-  np.testing.assert_array_equal(documents, [[0, 1, 1], [0, 0, 0]])
-  mask = pauses.attention_mask(3, 2, documents=documents)
+  segment_ids = pauses.document_ids(jnp.array([[4, 0, 6], [4, 5, 6]]), end_id=0)
+  np.testing.assert_array_equal(segment_ids, [[0, 1, 1], [0, 0, 0]])
+  mask = pauses.attention_mask(3, 2, segment_ids=segment_ids)
   expected = table("""
     1 . . . . .
     1 1 . . . .
@@ -66,7 +66,7 @@ def test_documents_do_not_see_each_other():
   """)
   np.testing.assert_array_equal(mask[0, 0], expected)
   np.testing.assert_array_equal(mask[1, 0], np.tril(np.ones((6, 6), bool)))
-  both = pauses.attention_mask(3, 2, visibility="hidden", documents=documents)
+  both = pauses.attention_mask(3, 2, visibility="hidden", segment_ids=segment_ids)
   np.testing.assert_array_equal(
     both[0, 0], expected & np.asarray(pauses.attention_mask(3, 2, visibility="hidden"))[0, 0]
   )

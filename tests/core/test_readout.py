@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cyb_jax.readout import slot_scores, word_scores
+from cyb_jax.readout import slot_scores, token_scores
 from cyb_jax.stopping import SlotScores
 
 
@@ -300,20 +300,20 @@ def test_errors():
 @pytest.mark.parametrize("form", ["token", "unit"])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 def test_every_word_of_a_slot_is_what_its_target_is(form, soft_cap, exact):
-  """`word_scores` against `slot_scores`, each word the target once; rows that only pad are no words."""
+  """`token_scores` against `slot_scores`, each word the target once; rows that only pad are no words."""
   rng = np.random.default_rng(0)
   hidden = jnp.asarray(rng.normal(size=(3, 2, 8)), jnp.float32)
   unembedding = jnp.asarray(rng.normal(size=(11, 8)), jnp.float32)
   row = jnp.asarray(rng.normal(size=8), jnp.float32)
   options = {"form": form, "prior": 0.7, "soft_cap": soft_cap, "vocab_size": 9, "dont_know_bias": 0.3}
-  words = word_scores(hidden, unembedding, row, **options)
-  assert words.log_words.shape == (3, 2, 9)
-  np.testing.assert_allclose(jnp.exp(words.log_words).sum(-1), 1.0, rtol=1e-5)
+  words = token_scores(hidden, unembedding, row, **options)
+  assert words.log_probs.shape == (3, 2, 9)
+  np.testing.assert_allclose(jnp.exp(words.log_probs).sum(-1), 1.0, rtol=1e-5)
   for word in range(9):
     scores = slot_scores(hidden, unembedding, jnp.full(3, word), row, **options)
-    np.testing.assert_allclose(words.log_words[..., word], scores.log_target, atol=1e-5)
+    np.testing.assert_allclose(words.log_probs[..., word], scores.log_target, atol=1e-5)
     np.testing.assert_allclose(words.log_dont_know, scores.log_dont_know, atol=1e-5)
     np.testing.assert_allclose(words.log_answer, scores.log_answer, atol=1e-5)
-  never = word_scores(hidden, unembedding, None, vocab_size=9)
+  never = token_scores(hidden, unembedding, None, vocab_size=9)
   assert (never.log_dont_know == -jnp.inf).all()
   assert (never.log_answer == 0).all()

@@ -78,7 +78,7 @@ def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
   rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
   def loss(part, params, batch):
-    return method.losses(with_trained(params, part), batch, jax.random.key(0)).loss.sum()
+    return method.loss(with_trained(params, part), batch, jax.random.key(0)).loss.sum()
 
   part = trained_part(params, method.is_trained)
   assert any(path[-1].key in LEAVES for path, _ in jax.tree_util.tree_leaves_with_path(part)) == bool(targets)

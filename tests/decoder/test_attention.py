@@ -78,16 +78,16 @@ def test_mask_hides_and_stands_alone():
 
 
 @pytest.mark.parametrize(
-  ("tokens", "width", "heads", "groups", "with_documents"),
+  ("tokens", "width", "heads", "groups", "with_segment_ids"),
   [(5, 4, 2, 2, False), (7, 3, 6, 2, True), (1, 2, 1, 1, False), (4, 1, 2, 1, True), (33, 2, 3, 1, True)],
 )
-def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_documents, exact):
+def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_segment_ids, exact):
   rng = np.random.default_rng(tokens)
   shape = (2, tokens * width)
   query, weight = jnp.asarray(rng.normal(size=(2, *shape, heads, 8)), jnp.float32)
   key, value = jnp.asarray(rng.normal(size=(2, *shape, groups, 8)), jnp.float32)
-  documents = jnp.asarray(np.cumsum(rng.random((2, tokens)) < 0.3, -1), jnp.int32) if with_documents else None
-  dense = attention_mask(tokens, width, visibility="hidden", documents=documents)
+  segment_ids = jnp.asarray(np.cumsum(rng.random((2, tokens)) < 0.3, -1), jnp.int32) if with_segment_ids else None
+  dense = attention_mask(tokens, width, visibility="hidden", segment_ids=segment_ids)
 
   def run(mask):
     def weighted(*args):
@@ -97,7 +97,7 @@ def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_docu
     (_, out), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(2 * query, key, value)
     return out, *gradients
 
-  for got, expected in zip(run(attention.HiddenSlots(width, documents)), run(dense)):
+  for got, expected in zip(run(attention.HiddenSlots(width, segment_ids)), run(dense)):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -68,11 +68,11 @@ def test_documents(small_blocks):
   args, weight = arrays(1, 3, 150, 2, 1, 16)
   # Rows of one document; of one per slot, so that a slot sees itself alone; and of some, met again further on.
   numbers = np.stack([np.zeros(150), np.arange(150), np.arange(150) // 40 % 2]).astype(np.int32)
-  assert_same(args, weight, attention.Documents(jnp.asarray(numbers)))
+  assert_same(args, weight, attention.SegmentMask(jnp.asarray(numbers)))
 
 
 @pytest.mark.parametrize(
-  ("tokens", "width", "heads", "groups", "with_documents"),
+  ("tokens", "width", "heads", "groups", "with_segment_ids"),
   [
     (130, 2, 2, 1, True),  # two blocks of first slots
     (60, 5, 2, 2, False),  # tokens on both sides of a block's edge
@@ -80,11 +80,11 @@ def test_documents(small_blocks):
     pytest.param(5, 1, 2, 1, True, marks=pytest.mark.slow),
   ],
 )
-def test_hidden_slots(small_blocks, tokens, width, heads, groups, with_documents):
+def test_hidden_slots(small_blocks, tokens, width, heads, groups, with_segment_ids):
   args, weight = arrays(tokens, 2, tokens * width, heads, groups, 16)
   rng = np.random.default_rng(tokens)
-  documents = jnp.asarray(np.cumsum(rng.random((2, tokens)) < 0.1, -1), jnp.int32) if with_documents else None
-  assert_same(args, weight, attention.HiddenSlots(width, documents))
+  segment_ids = jnp.asarray(np.cumsum(rng.random((2, tokens)) < 0.1, -1), jnp.int32) if with_segment_ids else None
+  assert_same(args, weight, attention.HiddenSlots(width, segment_ids))
 
 
 def test_bfloat16_keeps_its_dtype_and_stays_finite():
@@ -158,8 +158,8 @@ def mesh(data, fsdp, tensor):
 )
 def test_split_over_a_mesh(shape, heads, groups, hidden):
   args, weight = arrays(2, 4, 20, heads, groups, 8)
-  documents = jnp.asarray(np.arange(40).reshape(4, 10) // 3, jnp.int32)
-  mask = attention.HiddenSlots(2, documents) if hidden else None
+  segment_ids = jnp.asarray(np.arange(40).reshape(4, 10) // 3, jnp.int32)
+  mask = attention.HiddenSlots(2, segment_ids) if hidden else None
   expected = run(args, weight, mask, "xla")
   with jax.set_mesh(mesh(*shape)):
     got = run(args, weight, mask, "splash", interpret=True)
@@ -259,8 +259,8 @@ def chosen(implementation="auto", mask=None, *, length=256, keys=None, size=256,
 
 def test_auto_on_a_tpu(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  documents = attention.Documents(np.zeros((1, 256), np.int32))
-  assert chosen() == chosen(mask=attention.HiddenSlots(2)) == chosen(mask=documents) == "splash"
+  segment_ids = attention.SegmentMask(np.zeros((1, 256), np.int32))
+  assert chosen() == chosen(mask=attention.HiddenSlots(2)) == chosen(mask=segment_ids) == "splash"
   # What no kernel takes, and what is shorter than a block.
   assert chosen(mask=np.ones((1, 1, 256, 256), bool)) == chosen(dtype="float16") == chosen(size=384) == "xla"
   assert chosen(length=100) == "xla"
@@ -303,9 +303,9 @@ from cyb_jax.decoder import attention
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
 mesh = Mesh(np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
-def compiled(size, mask, implementation, documents=None):
-  def loss(query, key, value, documents):
-    told = mask if documents is None else attention.HiddenSlots(mask.num_slots, documents)
+def compiled(size, mask, implementation, segment_ids=None):
+  def loss(query, key, value, segment_ids):
+    told = mask if segment_ids is None else attention.HiddenSlots(mask.num_slots, segment_ids)
     return attention.attend(query, key, value, told, implementation).astype(jnp.float32).sum()
 
   def shape(heads, axis):
@@ -314,13 +314,13 @@ def compiled(size, mask, implementation, documents=None):
 
   with jax.set_mesh(mesh):
     step = jax.jit(jax.grad(loss, (0, 1, 2)))
-    program = step.lower(shape(4, "tensor"), shape(1, None), shape(1, None), documents).compile()
+    program = step.lower(shape(4, "tensor"), shape(1, None), shape(1, None), segment_ids).compile()
   return program.as_text().count("tpu_custom_call"), program.memory_analysis().temp_size_in_bytes
 
-documents = jax.ShapeDtypeStruct((2, 2048), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+segment_ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
 print(json.dumps({
   "causal": compiled(64, None, "auto"),
-  "hidden": compiled(256, attention.HiddenSlots(4), "auto", documents),
+  "hidden": compiled(256, attention.HiddenSlots(4), "auto", segment_ids),
   "xla": compiled(256, None, "xla"),
 }))
 """

@@ -21,7 +21,7 @@ def tokens_of(method, params, batches):
   """(t, d) in float64 of every token of weight 1; f64[N, W] each."""
   rows = []
   for batch in batches:
-    scores = method.read(params, batch).scores
+    scores = method.evaluate(params, batch).scores
     real = batch["weights"] > 0
     rows.append([np.exp(np.asarray(x, np.float64))[real] for x in (scores.log_target, scores.log_dont_know)])
   return (np.concatenate(x) for x in zip(*rows))

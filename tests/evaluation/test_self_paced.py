@@ -10,8 +10,8 @@ import pytest
 from models import VOCABULARY, build, random_batch
 
 from cyb_jax.configs import ParallelismConfig
-from cyb_jax.data import with_documents
-from cyb_jax.evaluation import Evaluator, read_self_paced
+from cyb_jax.data import with_segment_ids
+from cyb_jax.evaluation import Evaluator, evaluate_self_paced
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.pauses import pack
 from cyb_jax.stopping import log_stopping_distribution
@@ -26,7 +26,7 @@ def model(name="cyb", **options):
 
 
 def read(method, params, batch, omega=None):
-  return jax.jit(functools.partial(read_self_paced, method, omega=omega))(params, batch)
+  return jax.jit(functools.partial(evaluate_self_paced, method, omega=omega))(params, batch)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def test_against_the_prefix_run_again(options, documents, exact):
   method, params = model(**options)
   batch = random_batch(0, 2, 5)
   if documents:
-    batch = with_documents(batch, int(batch["tokens"][0, 2]))
-    assert batch["documents"].max() > 0
+    batch = with_segment_ids(batch, int(batch["tokens"][0, 2]))
+    assert batch["segment_ids"].max() > 0
   reading, kept = read(method, params, batch)
   assert len(np.unique(kept)) == 3
   scores = jax.jit(method.slot_scores_packed)
@@ -61,9 +61,9 @@ def test_against_the_prefix_run_again(options, documents, exact):
 @pytest.mark.parametrize("omega", [None, (1.0, 2.0, 1.0)])
 def test_hidden_pauses_make_it_the_constant_reading(options, omega, exact):
   method, params = model(pause_visibility="hidden", **options)
-  batch = with_documents(random_batch(1, 3, 6), 4)
+  batch = with_segment_ids(random_batch(1, 3, 6), 4)
   reading, _ = read(method, params, batch, omega)
-  constant = method.read(params, batch, omega)
+  constant = method.evaluate(params, batch, omega)
   np.testing.assert_allclose(reading.log_stopping, constant.log_stopping, atol=2e-5)
   np.testing.assert_allclose(reading.scores.log_target, constant.scores.log_target, atol=2e-5)
 
@@ -73,7 +73,7 @@ def test_what_always_pauses_is_the_constant_reading(exact):
   batch = random_batch(2, 3, 6)
   reading, kept = read(method, params, batch)
   assert (np.asarray(kept) == 3).all()
-  np.testing.assert_allclose(reading.loss, method.read(params, batch).loss, atol=2e-5)
+  np.testing.assert_allclose(reading.loss, method.evaluate(params, batch).loss, atol=2e-5)
 
 
 def test_kept_slots_are_drawn_from_s():

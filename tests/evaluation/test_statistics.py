@@ -23,7 +23,7 @@ from cyb_jax.evaluation import PauseStatistics, bootstrap, fixed_point, ranks, s
 from cyb_jax.evaluation import statistics as module
 from cyb_jax.evaluation.token_types import TokenTypes, bins_per_pause, summarize
 from cyb_jax.evaluation.words import Words
-from cyb_jax.methods import Reading
+from cyb_jax.methods import EvalOutput
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
@@ -44,9 +44,9 @@ class Told:
     odds = batch["odds"]
     scores = SlotScores(batch["log_target"], jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds))
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
-    return Reading(loss=batch["weights"], scores=scores, log_stopping=log_stopping)
+    return EvalOutput(loss=batch["weights"], scores=scores, log_stopping=log_stopping)
 
-  def read_as_trained(self, params, batch, reading):
+  def evaluate_as_trained(self, params, batch, reading):
     return None
 
 
@@ -416,9 +416,9 @@ def slow_tokens(method, params, store):
 
   @jax.jit
   def say(params, batch):
-    reading = method.read(params, batch)
+    reading = method.evaluate(params, batch)
     words = method.decoder.apply({"params": params["decoder"]}, method="unembedding")
-    return reading, method.read_as_trained(params, batch, reading), method.hidden(params, batch), words
+    return reading, method.evaluate_as_trained(params, batch, reading), method.hidden(params, batch), words
 
   with jax.default_matmul_precision("highest"):
     reading, trained, hidden, words = say(params, batch)

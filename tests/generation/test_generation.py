@@ -56,7 +56,7 @@ def whole(method, params, tokens, lengths):
   else:
     packing = pack(lengths[None], method.num_slots, tokens.shape[0] * method.num_slots)
     hidden = method.hidden_packed(params, {"tokens": tokens[None]}, packing)[0][packing.places[0]]
-  return method.word_scores(params, hidden, jnp.broadcast_to(jnp.arange(method.num_slots), hidden.shape[:-1]))
+  return method.token_scores(params, hidden, jnp.broadcast_to(jnp.arange(method.num_slots), hidden.shape[:-1]))
 
 
 def padded(tokens, lengths, size=16):
@@ -87,12 +87,12 @@ def slow_self_paced(method, params, prompt, new, in_prompt, draw=None, seed=0):
         asks = scores.log_dont_know > np.log(0.5)
       if slot == method.num_slots - 1 or not asks:
         break
-    word = scores.log_words.argmax()
+    word = scores.log_probs.argmax()
     if draw:
-      word = jax.random.categorical(jax.random.fold_in(key, 2), scores.log_words / draw)
+      word = jax.random.categorical(jax.random.fold_in(key, 2), scores.log_probs / draw)
     said.append(int(word))
     pauses.append(slot)
-    log_probs.append(float(scores.log_words[word]))
+    log_probs.append(float(scores.log_probs[word]))
     lengths.append(slot + 1)
   return said, pauses, log_probs
 
@@ -140,19 +140,19 @@ def test_constant_equals_the_training_forward(variant, read):
     tokens = jnp.array([prompt + got.tokens[row][:-1]])
     with jax.default_matmul_precision("highest"):
       hidden = method.hidden(params, {"tokens": tokens})[0, len(prompt) - 1 :]
-    scores = method.word_scores(params, hidden, jnp.arange(3))
+    scores = method.token_scores(params, hidden, jnp.arange(3))
     log_s = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
     if read == "mixture":
-      log_words = jax.nn.logsumexp(log_s[..., None] + scores.log_words, 1)
+      log_probs = jax.nn.logsumexp(log_s[..., None] + scores.log_probs, 1)
     else:
-      log_words = np.asarray(scores.log_words)[np.arange(6), got.pauses[row]]
+      log_probs = np.asarray(scores.log_probs)[np.arange(6), got.pauses[row]]
     words = np.array(got.tokens[row])
-    np.testing.assert_allclose(got.log_probs[row], np.asarray(log_words)[np.arange(6), words], atol=1e-5)
+    np.testing.assert_allclose(got.log_probs[row], np.asarray(log_probs)[np.arange(6), words], atol=1e-5)
     if read == "threshold":
       first = [next((i for i in range(2) if row[i] <= 0.5), 2) for row in np.exp(np.asarray(scores.log_dont_know))]
       assert got.pauses[row] == first
     if read != "sample":
-      assert words.tolist() == np.asarray(log_words).argmax(-1).tolist()
+      assert words.tolist() == np.asarray(log_probs).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("mode", ["self_paced", "constant", "none"])
@@ -181,7 +181,7 @@ def exact(method, params, prompt, omega=None):
   for i in range(len(d)):
     s.append(waited * (omega[i] + (1 - d[i]) * omega[i + 1 :].sum()))
     waited *= d[i]
-  return np.array(s)[:, None] * np.exp(scores.log_words)
+  return np.array(s)[:, None] * np.exp(scores.log_probs)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_words_that_may_be_drawn():
   best = exact(method, params, [1, 2])[0]
   # In mode none the prompt has no pauses: the same model's first slot alone.
   scores = whole(method, params, *padded([1, 2], [1, 1]))
-  best = np.asarray(scores.log_words)[1, 0]
+  best = np.asarray(scores.log_probs)[1, 0]
   order = np.argsort(-best)
   assert greedy.tokens[0][0] == order[0]
   rows = [[1, 2]] * 400

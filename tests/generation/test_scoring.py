@@ -86,8 +86,8 @@ def one_by_one(name, context, continuation):
   hidden = method.hidden(params, batch)[0]
   total, greedy, pauses = 0.0, True, 0.0
   for place in range(len(context) - 1, len(ids) - 1):
-    words = method.word_scores(params, hidden[place], jnp.arange(method.num_slots))
-    p, d = np.exp(np.asarray(words.log_words, np.float64)), np.exp(np.asarray(words.log_dont_know, np.float64))
+    words = method.token_scores(params, hidden[place], jnp.arange(method.num_slots))
+    p, d = np.exp(np.asarray(words.log_probs, np.float64)), np.exp(np.asarray(words.log_dont_know, np.float64))
     waited, marginal = 1.0, np.zeros(VOCABULARY)
     for i in range(method.num_slots):
       last = i == method.num_slots - 1
@@ -140,10 +140,10 @@ def test_the_likeliest_continuation_is_greedy_in_any_company(exact):
   said = []
   for _ in range(4):  # word by word, from the reading of the whole row
     hidden = method.hidden(params, {"tokens": jnp.array([[7, 3, *said]])})[0, -1]
-    words = method.word_scores(params, hidden, jnp.arange(3))
+    words = method.token_scores(params, hidden, jnp.arange(3))
     d = np.exp(np.asarray(words.log_dont_know))
     s = np.array([1 - d[0], d[0] * (1 - d[1]), d[0] * d[1]])
-    said.append(int((s[:, None] * np.exp(words.log_words)).sum(0).argmax()))
+    said.append(int((s[:, None] * np.exp(words.log_probs)).sum(0).argmax()))
   other = [(said[0] + 1) % VOCABULARY, *said[1:]]
   company = [([7, 3], said), ([7, 3], other), ([7, 3], said[:2]), *requests()]
   assert [score.greedy for score in scorer("visible").score(company)[:3]] == [True, False, True]

@@ -60,7 +60,7 @@ def test_weights_come_back_bit_for_bit(folders):
     "targets": np.ones((2, 6), int),
     "weights": np.ones((2, 6), np.float32),
   }
-  a, b = (run.method.read(run.params, batch).scores for run in (ours, theirs))
+  a, b = (run.method.evaluate(run.params, batch).scores for run in (ours, theirs))
   assert_trees_equal(a, b)
 
 

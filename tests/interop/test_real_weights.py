@@ -50,7 +50,7 @@ def test_the_capital_of_france(smollm2):
   @jax.jit
   def best(params, tokens):
     hidden = run.method.hidden(params, {"tokens": tokens})[:, -1, 0]
-    return run.method.word_scores(params, hidden, np.zeros(1, np.int32)).log_words.argmax(-1)
+    return run.method.token_scores(params, hidden, np.zeros(1, np.int32)).log_probs.argmax(-1)
 
   ids = run.tokenizer.encode("The capital of France is")
   assert run.tokenizer.decode([int(best(run.params, np.array([ids]))[0])]) == " Paris"

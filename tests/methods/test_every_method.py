@@ -56,7 +56,7 @@ def test_rows_are_read_by_themselves(name):
   params, batch = params_of(method), random_batch(3, 2, 6)
   other = {key: value.copy() for key, value in batch.items()}
   other["tokens"][1] = (other["tokens"][1] + 5) % VOCABULARY
-  read = jax.jit(lambda params, batch: method.read(params, batch).loss)
+  read = jax.jit(lambda params, batch: method.evaluate(params, batch).loss)
   np.testing.assert_allclose(read(params, batch)[0], read(params, other)[0], rtol=1e-5, atol=1e-5)
   padded = {key: value.copy() for key, value in batch.items()}
   padded["weights"][0, 4:] = 0.0
@@ -71,7 +71,7 @@ def test_it_looks_at_no_later_token(name):
   params, batch = params_of(method), random_batch(4, 2, 6)
   later = {key: value.copy() for key, value in batch.items()}
   later["tokens"][:, 4:] = (later["tokens"][:, 4:] + 5) % VOCABULARY
-  read = jax.jit(lambda params, batch: method.read(params, batch).loss)
+  read = jax.jit(lambda params, batch: method.evaluate(params, batch).loss)
   before, after = read(params, batch), read(params, later)
   np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-5, atol=1e-5)
   assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-4

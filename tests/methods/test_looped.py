@@ -38,9 +38,9 @@ def test_layers_run_again(exact):
     method.hidden(params, batch)[:, :, 0], by_hand(method, params, batch), rtol=1e-5, atol=1e-6
   )
   assert not np.allclose(method.hidden(params, batch), baseline.hidden(params, batch), atol=1e-3)
-  reading = method.read(params, batch)
+  reading = method.evaluate(params, batch)
   assert reading.scores.log_target.shape == (4, 6, 1)
-  np.testing.assert_array_equal(method.losses(params, batch, jax.random.key(0)).loss, reading.loss)
+  np.testing.assert_array_equal(method.loss(params, batch, jax.random.key(0)).loss, reading.loss)
 
 
 def test_scanned_layers_give_the_same_and_run_whole_only():
@@ -141,7 +141,7 @@ def test_executed_agrees_with_xla(remat):
   rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
   def loss(params, batch):
-    return method.losses(params, batch, jax.random.key(0)).loss.sum()
+    return method.loss(params, batch, jax.random.key(0)).loss.sum()
 
   lowered = jax.jit(jax.grad(loss)).lower(params, {"tokens": rows, "targets": rows})
   counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)

@@ -83,7 +83,7 @@ def test_cyb_losses_against_dense_logits(variant, exact):
   options, oracle = VARIANTS[variant]
   method, params = build(**CYB, **options)
   batch = random_batch(1)
-  out = method.losses(params, batch, jax.random.key(0))
+  out = method.loss(params, batch, jax.random.key(0))
   scores = dense_scores(method, params, batch)
   np.testing.assert_allclose(out.loss, oracle(scores), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(out.log_likelihood, -losses.cyb(scores, options.get("omega")), rtol=1e-4, atol=1e-5)
@@ -102,10 +102,10 @@ def test_tbys_is_cross_entropy_at_the_last_pause(exact):
   batch = random_batch(2)
   logits = method.hidden(params, batch)[:, :, -1] @ params["decoder"]["embedding"][:VOCABULARY].T
   expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
-  out = method.losses(params, batch, jax.random.key(0))
+  out = method.loss(params, batch, jax.random.key(0))
   np.testing.assert_allclose(out.loss, expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(out.stopping[0, 0], [0, 0, 1])
-  reading = method.read(params, batch)
+  reading = method.evaluate(params, batch)
   np.testing.assert_allclose(reading.loss, expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(jnp.exp(reading.log_stopping)[0, 0], [0, 0, 1])
 
@@ -118,16 +118,16 @@ def test_baseline_is_a_plain_language_model(exact):
   hidden = method.decoder.apply({"params": params["decoder"]}, embedded, jnp.arange(6)[None])
   logits = hidden @ params["decoder"]["embedding"][:VOCABULARY].T
   expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
-  np.testing.assert_allclose(method.losses(params, batch, jax.random.key(0)).loss, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(method.loss(params, batch, jax.random.key(0)).loss, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_pauses_is_the_baseline_for_every_variant(exact):
   baseline, params = build(name="baseline")
   batch = random_batch(4)
-  plain = baseline.read(params, batch).loss
+  plain = baseline.evaluate(params, batch).loss
   for options in ({}, {"loss": "va", "rho": (1.0,)}, {"loss": "dp", "rho": (1.0,), "alpha": 0.1}):
     method, own = build(name="cyb", pauses=0, **options)
-    np.testing.assert_allclose(method.read(own | params, batch).loss, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(method.evaluate(own | params, batch).loss, plain, rtol=1e-5, atol=1e-6)
 
 
 def influence(method, params, batch):
@@ -189,8 +189,8 @@ def test_documents_are_read_apart():
   method, params = build(**CYB)
   batch = random_batch(9, 1, 6)
   batch["tokens"][0, 3] = 0
-  documents = np.cumsum(batch["tokens"] == 0, -1).astype(np.int32)
-  together = method.hidden(params, batch | {"documents": documents})
+  segment_ids = np.cumsum(batch["tokens"] == 0, -1).astype(np.int32)
+  together = method.hidden(params, batch | {"segment_ids": segment_ids})
   alone = method.hidden(params, {"tokens": batch["tokens"][:, 3:]})
   np.testing.assert_allclose(together[:, 3:], alone, rtol=1e-4, atol=1e-5)
 
@@ -199,7 +199,7 @@ def test_gradients_reach_every_parameter():
   for options in (CYB, CYB | {"dont_know": "unit", "pause_offset": True}, {"name": "tbys", "pauses": 2}):
     method, params = build(**options)
     batch = random_batch(10)
-    gradient = jax.grad(lambda p, m=method, b=batch: m.losses(p, b, jax.random.key(0)).loss.sum())(params)
+    gradient = jax.grad(lambda p, m=method, b=batch: m.loss(p, b, jax.random.key(0)).loss.sum())(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
       assert np.isfinite(leaf).all(), path
       assert np.abs(leaf).max() > 0, path
@@ -207,7 +207,7 @@ def test_gradients_reach_every_parameter():
 
 def test_padding_of_the_vocabulary_gets_nothing():
   method, params = build(**CYB)
-  gradient = jax.grad(lambda p: method.losses(p, random_batch(11), jax.random.key(0)).loss.sum())(params)
+  gradient = jax.grad(lambda p: method.loss(p, random_batch(11), jax.random.key(0)).loss.sum())(params)
   np.testing.assert_array_equal(gradient["decoder"]["embedding"][VOCABULARY:], 0)
 
 

@@ -35,7 +35,7 @@ DECODER = Decoder(TINY)
 
 def model(places="random", pauses=2, decoder=TINY, **options):
   method, params = build(decoder, name="pause_training", pauses=pauses, pause_places=places, **options)
-  method.read = jax.jit(method.read)
+  method.evaluate = jax.jit(method.evaluate)
   return method, params
 
 
@@ -48,11 +48,11 @@ def hidden_of(decoder, params, stream, mask):
   return hidden, decoder.apply(variables, method="unembedding")
 
 
-def logits(method, params, stream, documents=None, size=48):
+def logits(method, params, stream, segment_ids=None, size=48):
   """f64[S, V]: what the decoder says behind each of a stream's slots, which are tokens or PAUSE."""
   mask = np.tril(np.ones((size, size), bool))
-  if documents is not None:
-    mask[: len(stream), : len(stream)] &= np.equal.outer(documents, documents)
+  if segment_ids is not None:
+    mask[: len(stream), : len(stream)] &= np.equal.outer(segment_ids, segment_ids)
   # What stands behind is seen by nobody.
   hidden, unembedding = hidden_of(DECODER, params, np.pad(stream, (0, size - len(stream))), mask)
   return (np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64)[:VOCABULARY].T)[: len(stream)]
@@ -62,14 +62,14 @@ def log_softmax(logits):
   return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
 
 
-def by_hand(method, params, tokens, targets, counts, cut, documents=None):
+def by_hand(method, params, tokens, targets, counts, cut, segment_ids=None):
   """-log p of each target of a row whose tokens have so many pauses behind them; None where it is cut off."""
   stream, numbers, places = [], [], []
   for i, token in enumerate(tokens):
     stream += [int(token), *[PAUSE] * int(counts[i])]
-    numbers += [0 if documents is None else int(documents[i])] * (1 + int(counts[i]))
+    numbers += [0 if segment_ids is None else int(segment_ids[i])] * (1 + int(counts[i]))
     places.append(len(stream) - 1)
-  said = logits(method, params, stream[:cut], None if documents is None else numbers[:cut])
+  said = logits(method, params, stream[:cut], None if segment_ids is None else numbers[:cut])
   return [
     -log_softmax(said[place])[target] if place < cut else None for place, target in zip(places, targets, strict=True)
   ]
@@ -78,8 +78,8 @@ def by_hand(method, params, tokens, targets, counts, cut, documents=None):
 def check(method, params, batch, counts, cut, found, kept):
   """That what was found is what is found by hand, in each row."""
   for row in range(len(counts)):
-    documents = batch["documents"][row] if "documents" in batch else None
-    expected = by_hand(method, params, batch["tokens"][row], batch["targets"][row], counts[row], cut, documents)
+    segment_ids = batch["segment_ids"][row] if "segment_ids" in batch else None
+    expected = by_hand(method, params, batch["tokens"][row], batch["targets"][row], counts[row], cut, segment_ids)
     np.testing.assert_array_equal(kept[row], [value is not None for value in expected])
     for value, loss in zip(expected, found[row], strict=True):
       if value is not None:
@@ -134,19 +134,19 @@ def test_random_against_a_stream_in_python(masked, exact):
   method, params = model(pause_fraction=0.4)
   batch = random_batch(length=10)
   if masked:
-    batch["documents"] = np.cumsum(batch["tokens"] % 5 == 0, -1).astype(np.int32)
+    batch["segment_ids"] = np.cumsum(batch["tokens"] % 5 == 0, -1).astype(np.int32)
   key = jax.random.key(3)
   counts = np.asarray(lengths_at_random(key, batch["tokens"], 4)) - 1
-  losses = method.losses(params, batch, key)
+  losses = method.loss(params, batch, key)
   assert (counts.sum(-1) == 4).all()
   check(method, params, batch, counts, 10, losses.loss, losses.kept)
   np.testing.assert_array_equal(losses.slots, counts + 1)
   np.testing.assert_array_equal(losses.log_likelihood, -losses.loss)
   assert 0 < (~losses.kept).sum() <= 4 * 4
   # Evaluation reads the text as it is; and with pauses, none of it cut off.
-  reading = method.read(params, batch)
+  reading = method.evaluate(params, batch)
   check(method, params, batch, 0 * counts, 10, reading.loss, np.ones((4, 10), bool))
-  trained = method.read_as_trained(params, batch, reading)
+  trained = method.evaluate_as_trained(params, batch, reading)
   counts = np.asarray(lengths_at_random(jax.random.key(0), batch["tokens"], 4)) - 1
   check(method, params, batch, counts, 14, trained.loss, np.ones((4, 10), bool))
 
@@ -155,12 +155,12 @@ def prefix_batch(rows=3, length=32):
   """Two documents a row, each a prefix and a target, at places of their own; the last row has a third."""
   batch = random_batch(5, rows, length)
   weights = np.zeros((rows, length), np.float32)
-  documents = np.zeros((rows, length), np.int32)
+  segment_ids = np.zeros((rows, length), np.int32)
   for row in range(rows):
     weights[row, 4 + row : 7 + row] = weights[row, 15:18] = 1
-    documents[row, 7 + row :] = 1
+    segment_ids[row, 7 + row :] = 1
   weights[-1, 24:26] = 1
-  return batch | {"weights": weights, "documents": documents}
+  return batch | {"weights": weights, "segment_ids": segment_ids}
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -168,8 +168,8 @@ def test_prefixes_against_a_stream_in_python(masked, exact):
   method, params = model("prefix", pauses=3)
   batch = prefix_batch()
   if not masked:
-    del batch["documents"]
-  losses, reading = method.losses(params, batch, jax.random.key(0)), method.read(params, batch)
+    del batch["segment_ids"]
+  losses, reading = method.loss(params, batch, jax.random.key(0)), method.evaluate(params, batch)
   counts = np.zeros((3, 32), int)
   counts[[0, 1, 2], [4, 5, 6]] = counts[:, 15] = 3
   kept = np.ones((3, 32), bool)
@@ -184,15 +184,15 @@ def test_prefixes_against_a_stream_in_python(masked, exact):
 def test_a_document_is_read_as_if_alone(exact):
   method, params = model("prefix", pauses=3)
   batch = prefix_batch()
-  losses = method.losses(params, batch, jax.random.key(0)).loss
+  losses = method.loss(params, batch, jax.random.key(0)).loss
   for row in range(2):
     own = slice(7 + row, 32)
     alone = {name: np.roll(x[row : row + 1], -own.start, 1) for name, x in batch.items()}
-    found = method.losses(params, alone, jax.random.key(0)).loss
+    found = method.loss(params, alone, jax.random.key(0)).loss
     np.testing.assert_allclose(found[0, : 32 - own.start], losses[row, own], rtol=2e-5)
   # Without the mask it isn't.
-  del batch["documents"]
-  assert np.abs(method.losses(params, batch, jax.random.key(0)).loss - losses)[:, 10:].max() > 1e-3
+  del batch["segment_ids"]
+  assert np.abs(method.loss(params, batch, jax.random.key(0)).loss - losses)[:, 10:].max() > 1e-3
 
 
 def test_none_is_the_baseline():
@@ -200,13 +200,13 @@ def test_none_is_the_baseline():
   baseline, _ = build(name="baseline")
   assert set(params) == {"decoder"}
   batch = prefix_batch()
-  found, expected = (m.losses(params, batch, jax.random.key(0)) for m in (method, baseline))
+  found, expected = (m.loss(params, batch, jax.random.key(0)) for m in (method, baseline))
   assert found.kept is None
   np.testing.assert_array_equal(found.loss, expected.loss)
   # With pauses at inference there is one, which training leaves as it was.
   method, params = model("none", pauses=4)
   assert params["pause_input"].shape == (1, TINY.d_model)
-  np.testing.assert_array_equal(method.losses(params, batch, jax.random.key(0)).loss, expected.loss)
+  np.testing.assert_array_equal(method.loss(params, batch, jax.random.key(0)).loss, expected.loss)
 
 
 @pytest.mark.parametrize("places", ["random", "prefix"])
@@ -216,7 +216,7 @@ def test_the_pause_is_learnt(places):
 
   @jax.jit
   def loss(params):
-    losses = method.losses(params, batch, jax.random.key(0))
+    losses = method.loss(params, batch, jax.random.key(0))
     return (losses.loss * batch["weights"] * losses.kept).sum()
 
   gradient = jax.grad(loss)(params)
@@ -261,8 +261,8 @@ def test_scanned_layers_and_remat_give_the_same():
   layers = jax.tree.map(lambda *x: jnp.stack(x), *(params["decoder"][f"layers_{i}"] for i in range(TINY.num_layers)))
   decoder = {k: v for k, v in params["decoder"].items() if not k.startswith("layers")} | {"layers": layers}
   batch = random_batch()
-  found = scanned.losses(params | {"decoder": decoder}, batch, jax.random.key(0))
-  np.testing.assert_allclose(found.loss, plain.losses(params, batch, jax.random.key(0)).loss, rtol=1e-5)
+  found = scanned.loss(params | {"decoder": decoder}, batch, jax.random.key(0))
+  np.testing.assert_allclose(found.loss, plain.loss(params, batch, jax.random.key(0)).loss, rtol=1e-5)
 
 
 def test_evaluation_tells_of_both():
@@ -271,8 +271,8 @@ def test_evaluation_tells_of_both():
   batch = random_batch(length=10)
   mesh = make_mesh(ParallelismConfig(), jax.devices()[:1])
   got = Evaluator(method, mesh)(params, [batch])
-  reading = method.read(params, batch)
-  trained = method.read_as_trained(params, batch, reading)
+  reading = method.evaluate(params, batch)
+  trained = method.evaluate_as_trained(params, batch, reading)
   np.testing.assert_allclose(got["perplexity"], np.exp(reading.loss.mean()), rtol=1e-5)
   np.testing.assert_allclose(got["training_omega"]["perplexity"], np.exp(trained.loss.mean()), rtol=1e-5)
   assert got["loss_perplexity"] == pytest.approx(got["training_omega"]["perplexity"])
@@ -297,9 +297,9 @@ def test_said_behind_pauses_equals_a_slow_loop(pauses, exact):
   for row, prompt in enumerate(PROMPTS):
     stream, tokens, log_probs = [*prompt, *[PAUSE] * pauses], [], []
     for _ in range(4):
-      log_words = log_softmax(logits(method, params, stream)[-1])
-      tokens.append(int(log_words.argmax()))
-      log_probs.append(log_words.max())
+      log_probs = log_softmax(logits(method, params, stream)[-1])
+      tokens.append(int(log_probs.argmax()))
+      log_probs.append(log_probs.max())
       stream.append(tokens[-1])
     assert said.tokens[row] == tokens
     np.testing.assert_allclose(said.log_probs[row], log_probs, atol=1e-5)
@@ -313,9 +313,11 @@ def test_another_number_of_pauses_at_inference():
   batch = prefix_batch()
   other = method.with_prompt_pauses(1)
   assert other.prompt_pauses == 1
-  np.testing.assert_allclose(other.read(params, batch).loss, fewer.read(params, batch).loss, rtol=1e-5)
+  np.testing.assert_allclose(other.evaluate(params, batch).loss, fewer.evaluate(params, batch).loss, rtol=1e-5)
   none = method.with_prompt_pauses(0)
-  np.testing.assert_allclose(none.read(params, batch).loss, model("none", 0)[0].read(params, batch).loss, rtol=1e-5)
+  np.testing.assert_allclose(
+    none.evaluate(params, batch).loss, model("none", 0)[0].evaluate(params, batch).loss, rtol=1e-5
+  )
   with pytest.raises(InputError, match=r"--pauses: 2 is set, but the run has no pause"):
     model("none", pauses=0)[0].with_prompt_pauses(2)
   with pytest.raises(InputError, match=r"--pauses: 2 is set, but method 'looped' has no pauses between a prompt"):
@@ -366,9 +368,9 @@ def test_executed_agrees_with_xla(places):
   def counted(function):
     return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"] / (2 * 64)
 
-  forward = counted(lambda params, batch: method.read(params, batch).loss)
+  forward = counted(lambda params, batch: method.evaluate(params, batch).loss)
   assert method.forward_flops(64, executed=True) == pytest.approx(forward, rel=0.03)
-  step = counted(jax.grad(lambda params, batch: method.losses(params, batch, jax.random.key(0)).loss.sum()))
+  step = counted(jax.grad(lambda params, batch: method.loss(params, batch, jax.random.key(0)).loss.sum()))
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
   again = method.forward_cost(64).readout
   assert method.train_flops(64, executed=True) - again == pytest.approx(step, rel=0.03)

@@ -17,7 +17,7 @@ from statistics_example import example
 
 from cyb_jax import configs, methods, training
 from cyb_jax.configs import ParallelismConfig
-from cyb_jax.data import with_documents
+from cyb_jax.data import with_segment_ids
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
@@ -101,28 +101,28 @@ class Slow:
     _, w = self.depths(first)
     return np.array([np.log(x) if x >= below else -np.inf for x in w])
 
-  def stream(self, inputs, weights, documents):
+  def stream(self, inputs, weights, segment_ids):
     """One pass: inputs[t][k] -> outputs of the same form."""
     seen, outputs = [], []
     for t, slots in enumerate(inputs):
-      outputs.append([self.run(x, t, seen, weights[t][k], documents[t]) for k, x in enumerate(slots)])
+      outputs.append([self.run(x, t, seen, weights[t][k], segment_ids[t]) for k, x in enumerate(slots)])
     return outputs
 
-  def passes(self, tokens, jacobi, below=0.0, documents=None):
+  def passes(self, tokens, jacobi, below=0.0, segment_ids=None):
     """f64[T, W, D]: growth, Jacobi passes, and the pass that is read."""
-    documents = [0] * len(tokens) if documents is None else documents
+    segment_ids = [0] * len(tokens) if segment_ids is None else segment_ids
     first = [self.embed(token) for token in tokens]
     inputs, weights = [[x] for x in first], [np.zeros(self.slots)] * len(tokens)
     for count in range(1, self.slots):
-      outputs = self.stream(inputs, weights, documents)
+      outputs = self.stream(inputs, weights, segment_ids)
       if count == 1:
         weights = [self.key_weights(out[0], below) for out in outputs]
       inputs = [[x, *out] for x, out in zip(first, outputs)]
     for _ in range(jacobi):
-      outputs = self.stream(inputs, weights, documents)
+      outputs = self.stream(inputs, weights, segment_ids)
       weights = [self.key_weights(out[0], below) for out in outputs]
       inputs = [[x, *out[:-1]] for x, out in zip(first, outputs)]
-    return np.array(self.stream(inputs, weights, documents))
+    return np.array(self.stream(inputs, weights, segment_ids))
 
   def sequential(self, tokens, below=0.0):
     """f64[T, W, D], one slot after the other; of slots that aren't kept nan."""
@@ -162,17 +162,17 @@ def test_the_schedule_against_a_slow_reference(name, masked, exact):
   options = {"prune_below": below} if below else {}
   method, params = model(name, decoder=ONE_LAYER if masked else TINY, jacobi=(1, 1), **options)
   batch = random_batch(0, 2, 5)
-  documents = [None] * 2
+  segment_ids = [None] * 2
   if masked:
-    batch = with_documents(batch, int(batch["tokens"][0, 2]))
-    documents = batch["documents"]
-    assert documents.max() > 0
-  reading = jax.jit(method.read)(params, batch)
+    batch = with_segment_ids(batch, int(batch["tokens"][0, 2]))
+    segment_ids = batch["segment_ids"]
+    assert segment_ids.max() > 0
+  reading = jax.jit(method.evaluate)(params, batch)
   slow = Slow(method, params)
 
   def read(row, below):
     """f64[T, W + 1], of each slot and of what is read."""
-    states, targets = slow.passes(batch["tokens"][row], 1, below, documents[row]), batch["targets"][row]
+    states, targets = slow.passes(batch["tokens"][row], 1, below, segment_ids[row]), batch["targets"][row]
     return np.array([[*slow.words(x)[:, y], slow.read(x, below)[y]] for x, y in zip(states, targets)])
 
   for row in range(2):
@@ -180,7 +180,7 @@ def test_the_schedule_against_a_slow_reference(name, masked, exact):
     np.testing.assert_allclose(reading.scores.log_target[row], expected[:, :-1], atol=2e-4)
     np.testing.assert_allclose(reading.log_likelihood[row], expected[:, -1], atol=2e-4)
     if below:
-      np.testing.assert_allclose(reading.beside["unpruned"][row], read(row, 0.0)[:, -1], atol=2e-4)
+      np.testing.assert_allclose(reading.extra_metrics["unpruned"][row], read(row, 0.0)[:, -1], atol=2e-4)
   if below:  # some slots are kept, and not all: otherwise nothing was shown
     assert len(np.unique(reading.slots)) > 1
   else:
@@ -218,11 +218,11 @@ def test_passes_are_drawn_alike_for_all_rows(exact):
   slow = Slow(method, params)
   for passes in range(3):
     key = keys[int(np.argmax(drawn == passes))]
-    loss = method.losses(params, batch, key).loss
+    loss = method.loss(params, batch, key).loss
     states = slow.passes(batch["tokens"][0], passes)
     expected = [-slow.read(x)[y] for x, y in zip(states, batch["targets"][0])]
     np.testing.assert_allclose(loss[0], expected, atol=1e-4)
-    np.testing.assert_allclose(method.losses(params, part, key).loss[:2], loss[:2], rtol=1e-5)
+    np.testing.assert_allclose(method.loss(params, part, key).loss[:2], loss[:2], rtol=1e-5)
   # Evaluation takes the most.
   np.testing.assert_allclose(method.hidden(params, batch)[0], states, atol=1e-4)
 
@@ -233,7 +233,7 @@ def test_gradients_go_through_every_pass(exact):
   batch = random_batch(3, 1, 3)
   direction = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape), params)
   keys = jax.random.split(jax.random.key(1), 10)
-  gradient = jax.jit(jax.grad(lambda params, key: method.losses(params, batch, key).loss.sum()))
+  gradient = jax.jit(jax.grad(lambda params, key: method.loss(params, batch, key).loss.sum()))
   for passes in (0, 1):
 
     def slow(step, passes=passes):
@@ -294,7 +294,7 @@ def test_scores_are_those_of_the_reading(name, exact):
   scorer = Scorer(method, params, context=8, start_id=3, row_slots=64)
   requests = [([3, 1, 7], [2, 9]), ([3, 1, 7], [5]), ([3], [4, 4, 6])]
   scores = scorer.score(requests)
-  read = jax.jit(method.read)
+  read = jax.jit(method.evaluate)
   for (context, continuation), score in zip(requests, scores):
     ids = (context + continuation + [0] * 6)[:7]
     reading = read(params, {"tokens": jnp.array([ids[:-1]]), "targets": jnp.array([ids[1:]])})
@@ -347,7 +347,7 @@ def test_weights_and_penalty_by_hand(exact):
   np.testing.assert_allclose(method.fuse(params, hidden), fused, rtol=1e-5, atol=1e-6)
   batch = random_batch(4, 2, 3)
 
-  losses = method.losses(params, batch, jax.random.key(0))
+  losses = method.loss(params, batch, jax.random.key(0))
   np.testing.assert_allclose(losses.loss + losses.log_likelihood, 0.3 * (1 / 2 + 1 / 6), rtol=1e-5)
   np.testing.assert_allclose(losses.stopping, np.broadcast_to([1 / 2, 1 / 3, 1 / 6], (2, 3, 3)), rtol=1e-5)
   # Far down w stops falling, and gradients stay finite.
@@ -369,7 +369,7 @@ def test_gradients_reach_the_router_through_the_mask_and_through_the_fusion(exac
     weigh, fuse = apart._key_weights, apart.fuse
     apart._key_weights = lambda params, *args: weigh(params | {"router": of_mask}, *args)
     apart.fuse = lambda params, *args, **options: fuse(params | {"router": of_fusion}, *args, **options)
-    return apart.losses(params, batch, jax.random.key(0)).loss.sum()
+    return apart.loss(params, batch, jax.random.key(0)).loss.sum()
 
   mask, fusion = gradients(params["router"], params["router"])
   assert np.abs(mask).max() > 1e-3
@@ -385,14 +385,14 @@ def test_the_effect_of_pruning_shrinks_with_its_threshold(exact):
   def read(below):
     pruning = methods.build(method.config, ONE_LAYER, vocab_size=VOCABULARY)
     pruning.kept = lambda log_weights: log_weights >= jnp.log(below)  # one program for all
-    return pruning.read(params, batch)
+    return pruning.evaluate(params, batch)
 
-  trained = method.losses(params, batch, jax.random.key(0)).log_likelihood
+  trained = method.loss(params, batch, jax.random.key(0)).log_likelihood
   for below in (0.6, 0.3, 0.05, 1e-4, 0.0):
     reading = read(below)
-    np.testing.assert_allclose(reading.beside["unpruned"], trained, atol=1e-5)
-    np.testing.assert_allclose(reading.beside["change"], np.abs(reading.fused - trained), atol=1e-5)
-    effects.append(float(reading.beside["change"].mean()))
+    np.testing.assert_allclose(reading.extra_metrics["unpruned"], trained, atol=1e-5)
+    np.testing.assert_allclose(reading.extra_metrics["change"], np.abs(reading.fused - trained), atol=1e-5)
+    effects.append(float(reading.extra_metrics["change"].mean()))
     kept.append(float(reading.slots.mean()))
     # Slots kept are those whose weight, the share of all deeper depths, is large enough.
     tails = np.cumsum(np.exp(reading.log_stopping)[..., ::-1], -1)[..., ::-1]
@@ -416,7 +416,7 @@ def test_what_evaluation_records_of_pruning(exact):
   batch = random_batch(7, 8, 4, uneven=True)
   mesh = make_mesh(ParallelismConfig(data=1), jax.devices()[:1])
   record = Evaluator(method, mesh)(params, [batch])
-  reading = jax.jit(method.read)(params, batch)
+  reading = jax.jit(method.evaluate)(params, batch)
   weights = batch["weights"]
 
   def mean(values):
@@ -425,8 +425,8 @@ def test_what_evaluation_records_of_pruning(exact):
   assert record["perplexity"] == pytest.approx(np.exp(-mean(reading.fused)), rel=1e-5)
   assert record["pruning"] == {
     "below": BELOW,
-    "perplexity_unpruned": pytest.approx(np.exp(-mean(reading.beside["unpruned"])), rel=1e-5),
-    "change": pytest.approx(mean(reading.beside["change"]), rel=1e-4),
+    "perplexity_unpruned": pytest.approx(np.exp(-mean(reading.extra_metrics["unpruned"])), rel=1e-5),
+    "change": pytest.approx(mean(reading.extra_metrics["change"]), rel=1e-4),
     "slots": pytest.approx(mean(reading.slots), rel=1e-6),
   }
   assert record["perplexity"] != pytest.approx(record["pruning"]["perplexity_unpruned"], rel=1e-4)
@@ -475,12 +475,12 @@ def test_executed_agrees_with_xla(name, fields):
     lowered = jax.jit(function).lower(params, {"tokens": rows, "targets": rows})
     return lowered.compile().cost_analysis()["flops"] / (2 * 16)
 
-  trained = counted(jax.grad(lambda params, batch: method.losses(params, batch, jax.random.key(0)).loss.sum()))
+  trained = counted(jax.grad(lambda params, batch: method.loss(params, batch, jax.random.key(0)).loss.sum()))
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
   again = 2 * config.d_model * config.vocab_size
   assert method.train_flops(16, executed=True) - again == pytest.approx(trained, rel=0.03)
   if name == "ponderlm2":
-    read = counted(lambda params, batch: method.read(params, batch).loss.sum())
+    read = counted(lambda params, batch: method.evaluate(params, batch).loss.sum())
     assert method.forward_flops(16, executed=True) == pytest.approx(read, rel=0.03)
 
 
@@ -491,7 +491,7 @@ def test_executed_agrees_with_xla(name, fields):
 def test_one_token_and_one_thought(name, exact):
   method, params = model(name, pauses=1, jacobi=(0, 0))
   batch = random_batch(8, 2, 1)
-  reading = jax.jit(method.read)(params, batch)
+  reading = jax.jit(method.evaluate)(params, batch)
   slow = Slow(method, params)
   for row in range(2):
     words = slow.read(slow.sequential(batch["tokens"][row])[0])
@@ -503,7 +503,7 @@ def test_layers_that_are_scanned_over(exact):
   method, params = model("ponderlm3", decoder=decoder, pauses=1, jacobi=(0, 0))
   layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["decoder"]["layers"]) for i in range(2)}
   batch = random_batch(9, 1, 3)
-  found = method.losses(params, batch, jax.random.key(3)).log_likelihood[0]
+  found = method.loss(params, batch, jax.random.key(3)).log_likelihood[0]
   slow = Slow(method, params | {"decoder": params["decoder"] | layers})
   states = slow.passes(batch["tokens"][0], 0)
   np.testing.assert_allclose(found, [slow.read(x)[y] for x, y in zip(states, batch["targets"][0])], atol=1e-4)

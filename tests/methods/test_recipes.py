@@ -97,7 +97,7 @@ def test_rows_have_room_for_what_is_drawn():
 # What is computed there.
 
 
-def slow_row(method, params, tokens, targets, lengths, documents=None):
+def slow_row(method, params, tokens, targets, lengths, segment_ids=None):
   """(t, d) of one row: f64 lists by token. Slots one by one, an explicit mask, dense logits."""
   config = method.config
   table = params["decoder"]["embedding"]
@@ -122,7 +122,7 @@ def slow_row(method, params, tokens, targets, lengths, documents=None):
   for q in range(size):
     for k in range(q + 1):
       hidden = config.pause_visibility == "hidden" and slot[k] > 0 and owner[k] != owner[q]
-      apart = documents is not None and documents[owner[k]] != documents[owner[q]]
+      apart = segment_ids is not None and segment_ids[owner[k]] != segment_ids[owner[q]]
       mask[q, k] = not hidden and not apart
   out = method.decoder.apply(
     {"params": params["decoder"]},
@@ -151,29 +151,29 @@ LAYOUTS = {
 # Each of them once; the other half with the slow tests.
 SLOW = pytest.mark.slow
 CASES = [
-  pytest.param(layout, documents, marks=[] if documents == (number % 2 > 0) else SLOW)
+  pytest.param(layout, segment_ids, marks=[] if segment_ids == (number % 2 > 0) else SLOW)
   for number, layout in enumerate(LAYOUTS)
-  for documents in (False, True)
+  for segment_ids in (False, True)
 ]
 
 
-@pytest.mark.parametrize(("layout", "with_documents"), CASES)
-def test_sampled_against_slots_laid_out_one_by_one(layout, with_documents, exact):
+@pytest.mark.parametrize(("layout", "with_segment_ids"), CASES)
+def test_sampled_against_slots_laid_out_one_by_one(layout, with_segment_ids, exact):
   method, params = build(**SAMPLED, **LAYOUTS[layout], gamma=(1.0, 0.9, 0.8))
   if "pause_offset" in params:
     params["pause_offset"] += jax.random.normal(KEY, params["pause_offset"].shape)
   batch = random_batch(1, 3, 7)
-  documents = [None] * 3
-  if with_documents:
-    batch["documents"] = documents = np.cumsum(batch["tokens"] % 5 == 0, -1).astype(np.int32)
-  out = method.losses(params, batch, KEY)
+  segment_ids = [None] * 3
+  if with_segment_ids:
+    batch["segment_ids"] = segment_ids = np.cumsum(batch["tokens"] % 5 == 0, -1).astype(np.int32)
+  out = method.loss(params, batch, KEY)
   lengths = np.asarray(draw_lengths(KEY, batch["tokens"], jnp.array([0.25, 0.5, 0.25])))
   np.testing.assert_array_equal(out.slots, lengths)
   assert len(np.unique(lengths)) == 3
   kept = np.asarray(out.kept)
   assert kept.sum() > 15
   for b in range(3):
-    rows = slow_row(method, params, batch["tokens"][b], batch["targets"][b], lengths[b], documents[b])
+    rows = slow_row(method, params, batch["tokens"][b], batch["targets"][b], lengths[b], segment_ids[b])
     for n, (t, d) in enumerate(rows):
       if not kept[b, n]:
         continue
@@ -221,7 +221,7 @@ def test_gradients_of_packed_rows_by_differences(options, exact):
 
   @jax.jit
   def objective(params):
-    out = method.losses(params, batch, KEY)
+    out = method.loss(params, batch, KEY)
     return (out.loss * out.kept).sum()
 
   gradient = jax.jit(jax.grad(objective))(params)
@@ -238,7 +238,7 @@ def test_gradients_of_packed_rows_by_differences(options, exact):
 def test_what_does_not_fit_has_no_weight_and_is_counted():
   method, params = build(**SAMPLED, slot_budget=1.5)
   batch = random_batch(2, 4, 8)
-  out = method.losses(params, batch, KEY)
+  out = method.loss(params, batch, KEY)
   ends = np.cumsum(np.asarray(out.slots), -1)
   np.testing.assert_array_equal(out.kept, ends <= 12)
   assert 0 < (~np.asarray(out.kept)).sum() < 16
@@ -248,7 +248,7 @@ def test_what_does_not_fit_has_no_weight_and_is_counted():
   step = jax.jit(functools.partial(train_step, method=method, optimizer=optimizer, seed=0))
   after = step(state, batch)
   rng = jax.random.fold_in(jax.random.key(0), 1)
-  kept = np.asarray(method.losses(params, batch, rng).kept)
+  kept = np.asarray(method.loss(params, batch, rng).kept)
   assert float(after.totals.dropped) == (~kept).sum() > 0
   assert float(after.totals.tokens) == kept.sum()
   # Nothing of them reaches the parameters: other targets there make no difference.
@@ -291,7 +291,7 @@ def test_draws_are_the_same_on_all_devices_and_in_all_parts(options):
 def test_on_policy_draws_from_the_models_own_distribution(exact):
   method, params = build(**ON_POLICY, policy_floor=0.25)
   batch = random_batch(4, 5, 6)
-  out = method.losses(params, batch, KEY)
+  out = method.loss(params, batch, KEY)
   scores = methods.build(MethodConfig(name="cyb", pauses=2), TINY, vocab_size=VOCABULARY).slot_scores(params, batch)
   d = np.exp(np.asarray(scores.log_dont_know, np.float64))
   shares = np.array([[reference.stopping(row, 1 - row) for row in rows] for rows in d], np.float64)
@@ -305,7 +305,7 @@ def test_on_policy_draws_from_the_models_own_distribution(exact):
     own = laid.slot_scores_packed(params, batch, packing)
     return losses.cyb(own, jax.nn.one_hot(lengths - 1, 3)).sum()
 
-  value, gradient = jax.value_and_grad(lambda params: method.losses(params, batch, KEY).loss.sum())(params)
+  value, gradient = jax.value_and_grad(lambda params: method.loss(params, batch, KEY).loss.sum())(params)
   want, want_gradient = jax.value_and_grad(given_the_layout)(params)
   np.testing.assert_allclose(value, want, rtol=1e-6)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -317,10 +317,10 @@ def test_the_floor_keeps_every_slot_trained():
   method, params = build(**ON_POLICY, policy_floor=0.3, dont_know="unit")
   # A model that never asks for a pause.
   params["dont_know_bias"] -= 100.0
-  slots = np.asarray(method.losses(params, random_batch(5, 64, 50), KEY).slots)
+  slots = np.asarray(method.loss(params, random_batch(5, 64, 50), KEY).slots)
   found = np.bincount(slots.astype(int).ravel(), minlength=4)[1:] / slots.size
   np.testing.assert_allclose(found, [0.8, 0.1, 0.1], atol=0.03)
-  gradient = jax.grad(lambda p: method.losses(p, random_batch(5), KEY).loss.sum())(params)
+  gradient = jax.grad(lambda p: method.loss(p, random_batch(5), KEY).loss.sum())(params)
   assert np.abs(gradient["pause_input"]).max(-1).min() > 0
 
 
@@ -438,7 +438,7 @@ def test_calibration_sets_the_median_of_d(exact):
   # Once more changes nothing: an offset that is there already is not counted twice.
   again = method.calibrate(after, batches)
   np.testing.assert_allclose(again["dont_know_offset"], after["dont_know_offset"], atol=1e-5)
-  gradient = jax.grad(lambda p: method.losses(p, batches[0], KEY).loss.sum())(after)
+  gradient = jax.grad(lambda p: method.loss(p, batches[0], KEY).loss.sum())(after)
   assert float(gradient["dont_know_offset"]) == 0
   assert np.abs(gradient["dont_know"]).max() > 0
 
@@ -506,11 +506,11 @@ def test_d_is_held_while_it_warms_up(exact):
   batch = random_batch(9)
   t = np.exp(np.asarray(plain.slot_scores(params, batch).log_target, np.float64))
   held = np.array([0.2, 0.8 * 0.2, 0.8 * 0.8])
-  np.testing.assert_allclose(method.losses(params, batch, KEY, 4).loss, -np.log(t @ held), rtol=1e-5)
-  np.testing.assert_allclose(method.losses(params, batch, KEY, 4).stopping[0, 0], held, rtol=1e-5)
+  np.testing.assert_allclose(method.loss(params, batch, KEY, 4).loss, -np.log(t @ held), rtol=1e-5)
+  np.testing.assert_allclose(method.loss(params, batch, KEY, 4).stopping[0, 0], held, rtol=1e-5)
   for step in (5, None):
-    np.testing.assert_array_equal(method.losses(params, batch, KEY, step).loss, plain.losses(params, batch, KEY).loss)
-  gradient = jax.grad(lambda p, step: method.losses(p, batch, KEY, step).loss.sum())
+    np.testing.assert_array_equal(method.loss(params, batch, KEY, step).loss, plain.loss(params, batch, KEY).loss)
+  gradient = jax.grad(lambda p, step: method.loss(p, batch, KEY, step).loss.sum())
   assert np.abs(gradient(params, 0)["dont_know"]).max() == 0
   assert np.abs(gradient(params, 0)["pause_input"]).max() > 0
   assert np.abs(gradient(params, 5)["dont_know"]).max() > 0
@@ -599,21 +599,21 @@ def test_bad_options(options, message):
 def test_controls_are_mixtures_that_do_not_look(exact):
   batch = random_batch(12)
   constant, params = build(name="constant_stop", pauses=2)
-  np.testing.assert_allclose(constant.losses(params, batch, KEY).stopping[0, 0], [0.1, 0.09, 0.81], rtol=1e-5)
+  np.testing.assert_allclose(constant.loss(params, batch, KEY).stopping[0, 0], [0.1, 0.09, 0.81], rtol=1e-5)
   params["stopping_logits"] = jnp.array([0.3, -1.0, 0.5]) / 16  # times D = 16
-  t = np.exp(np.asarray(constant.read(params, batch).scores.log_target, np.float64))
+  t = np.exp(np.asarray(constant.evaluate(params, batch).scores.log_target, np.float64))
   weights = np.exp(np.array([0.3, -1.0, 0.5]))
   shares = weights / weights.sum()
-  out = constant.losses(params, batch, KEY)
+  out = constant.loss(params, batch, KEY)
   np.testing.assert_allclose(out.loss, -np.log(t @ shares), rtol=2e-5)
   np.testing.assert_allclose(out.log_likelihood, np.log(t @ shares), rtol=2e-5)
   np.testing.assert_allclose(out.stopping[1, 2], shares, rtol=1e-5)
   # d loss / d logit_i = s_i - r_i, with r the share of the likelihood that slot i has.
-  gradient = jax.grad(lambda p: constant.losses(p, batch, KEY).loss.sum())(params)["stopping_logits"]
+  gradient = jax.grad(lambda p: constant.loss(p, batch, KEY).loss.sum())(params)["stopping_logits"]
   responsible = shares * t / (t @ shares)[..., None]
   np.testing.assert_allclose(gradient, 16 * (shares - responsible).sum((0, 1)), rtol=1e-3, atol=1e-4)
   mean, _ = build(name="mean_slots", pauses=2)
-  out = mean.losses(params, batch, KEY)
+  out = mean.loss(params, batch, KEY)
   np.testing.assert_allclose(out.loss, -np.log(t).mean(-1), rtol=2e-5)
   np.testing.assert_allclose(out.log_likelihood, np.log(t.mean(-1)), rtol=2e-5)
   np.testing.assert_allclose(out.stopping, 1 / 3, rtol=1e-6)
@@ -650,7 +650,7 @@ def test_controls_are_evaluated_as_they_are_read():
   for name in ("constant_stop", "mean_slots"):
     method, params = build(name=name, pauses=2)
     got = evaluate(method, params, batch)
-    log_likelihood = np.asarray(method.losses(params, batch, KEY).log_likelihood, np.float64)
+    log_likelihood = np.asarray(method.loss(params, batch, KEY).log_likelihood, np.float64)
     assert got["perplexity"] == pytest.approx(np.exp(-log_likelihood.mean()), rel=1e-5)
     shares = {"constant_stop": [0.1, 0.09, 0.81], "mean_slots": [1 / 3] * 3}[name]
     assert got["latency"] == pytest.approx(shares, rel=1e-5)

@@ -48,7 +48,7 @@ def plain(decoder=THREE, **options):
 @functools.cache
 def build(decoder=THREE, name="thoughtbubbles", **options):
   method = plain(decoder, name=name, **options)
-  for function in ("read", "read_prefixes", "hidden", "losses", "extend", "hidden_slots"):
+  for function in ("evaluate", "autoregressive_log_likelihood", "hidden", "loss", "extend", "hidden_slots"):
     setattr(method, function, jax.jit(getattr(method, function)))
   return method, drawn(method)
 
@@ -58,7 +58,7 @@ def gradient_of(method):
   """The gradient of the weighted sum of losses."""
 
   def loss(params, batch):
-    return (method.losses(params, batch, jax.random.key(0)).loss * batch["weights"]).sum()
+    return (method.loss(params, batch, jax.random.key(0)).loss * batch["weights"]).sum()
 
   return jax.jit(jax.grad(loss))
 
@@ -95,7 +95,7 @@ def places(row):
   return result
 
 
-def run_layer(layer, row, documents):
+def run_layer(layer, row, segment_ids):
   """Attention and mlp, attenuated."""
   at = places(row)
   normed = [rms_norm(stream["x"], layer["attention_norm"]["scale"]) for stream in row]
@@ -109,7 +109,7 @@ def run_layer(layer, row, documents):
       query = turned(normed[i] @ layer["attention"]["query"]["kernel"][:, head], at[i])
       logits, values = [], []
       for j in range(i + 1):
-        if documents is not None and documents[row[j]["token"]] != documents[stream["token"]]:
+        if segment_ids is not None and segment_ids[row[j]["token"]] != segment_ids[stream["token"]]:
           continue
         key = turned(normed[j] @ layer["attention"]["key"]["kernel"][:, group], at[j])
         logits.append((query @ key + row[j]["c"]) / math.sqrt(size))
@@ -140,7 +140,7 @@ def fork(params, number, row, budget):
   return [candidates[i] for i in sorted(chosen)], len(forced - set(by_score[:budget]))
 
 
-def slow(method, params, tokens, targets, documents=None):
+def slow(method, params, tokens, targets, segment_ids=None):
   """(log-likelihoods, what happened) of one row, all of whose tokens are real."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   decoder, config = params["decoder"], method.config
@@ -153,7 +153,7 @@ def slow(method, params, tokens, targets, documents=None):
       seen["forced"] += forced
       seen["ended"] += before - sum(stream["kept"] for stream in row)
       seen["dropped"] += 2 * before - len(row)
-    run_layer(decoder[f"layers_{layer}"], row, documents)
+    run_layer(decoder[f"layers_{layer}"], row, segment_ids)
   words = decoder["embedding"][:VOCABULARY]
 
   def log_share(x, target):
@@ -176,7 +176,7 @@ def slow(method, params, tokens, targets, documents=None):
 DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [0] * 7, [0, 1, 1, 1, 1, 2, 2], [0] * 7], np.int32)
 VARIANTS = {
   "three forks": {"fork_layers": (1, 2, 3)},
-  "documents, summed states": {"fork_layers": (2, 3), "stream_budget": 1.4, "combine": "states"},
+  "segment_ids, summed states": {"fork_layers": (2, 3), "stream_budget": 1.4, "combine": "states"},
   "room for all": {"fork_layers": (1, 3), "stream_budget": 4.0},
 }
 
@@ -187,24 +187,24 @@ def batch_of(variant):
   batch["weights"][1, 5:] = 0
   batch["weights"][2, [0, 1, 6]] = 0
   batch["weights"][3] = 0
-  return batch | ({"documents": DOCUMENTS} if "documents" in variant else {})
+  return batch | ({"segment_ids": DOCUMENTS} if "segment_ids" in variant else {})
 
 
 def rows_of(batch):
-  """(row, tokens, targets, documents), what of each is real."""
+  """(row, tokens, targets, segment_ids), what of each is real."""
   for row, real in enumerate((7, 5, 6)):
-    documents = batch["documents"][row] if "documents" in batch else None
-    yield row, batch["tokens"][row, :real], batch["targets"][row, :real], documents
+    segment_ids = batch["segment_ids"][row] if "segment_ids" in batch else None
+    yield row, batch["tokens"][row, :real], batch["targets"][row, :real], segment_ids
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_lists_of_streams(variant, exact):
   method, params = build(**VARIANTS[variant])
   batch = batch_of(variant)
-  reading = method.read(params, batch)
+  reading = method.evaluate(params, batch)
   happened = []
-  for row, tokens, targets, documents in rows_of(batch):
-    expected, seen = slow(method, params, tokens, targets, documents)
+  for row, tokens, targets, segment_ids in rows_of(batch):
+    expected, seen = slow(method, params, tokens, targets, segment_ids)
     np.testing.assert_allclose(reading.scores.log_target[row, : len(tokens), 0], expected, rtol=2e-4, atol=2e-5)
     happened.append(seen)
   assert np.isfinite(reading.loss).all()
@@ -218,18 +218,18 @@ def test_against_lists_of_streams(variant, exact):
 def test_prefixes_are_read_as_texts_that_end_there(variant, exact):
   method, params = build(**VARIANTS[variant])
   batch = batch_of(variant)
-  read = method.read_prefixes(params, batch)
-  for row, tokens, targets, documents in rows_of(batch):
-    expected = [slow(method, params, tokens[:n], targets[:n], documents)[0][-1] for n in range(1, len(tokens) + 1)]
+  read = method.autoregressive_log_likelihood(params, batch)
+  for row, tokens, targets, segment_ids in rows_of(batch):
+    expected = [slow(method, params, tokens[:n], targets[:n], segment_ids)[0][-1] for n in range(1, len(tokens) + 1)]
     np.testing.assert_allclose(read[row, : len(tokens)], expected, rtol=2e-4, atol=2e-5)
   assert np.isfinite(read).all()
   # A later token changes what is said before it, though not of prefixes.
   other = batch | {"tokens": batch["tokens"].copy()}
   other["tokens"][:, 4] = (other["tokens"][:, 4] + 1) % VOCABULARY
-  np.testing.assert_array_equal(method.read_prefixes(params, other)[:, :4], read[:, :4])
-  before = method.read(params, batch).loss[:, :4]
-  assert np.abs(method.read(params, other).loss[:, :4] - before).max() > (0 if "documents" in variant else 1e-3)
-  np.testing.assert_allclose(read[0, -1], -method.read(params, batch).loss[0, -1], rtol=1e-4)
+  np.testing.assert_array_equal(method.autoregressive_log_likelihood(params, other)[:, :4], read[:, :4])
+  before = method.evaluate(params, batch).loss[:, :4]
+  assert np.abs(method.evaluate(params, other).loss[:, :4] - before).max() > (0 if "segment_ids" in variant else 1e-3)
+  np.testing.assert_allclose(read[0, -1], -method.evaluate(params, batch).loss[0, -1], rtol=1e-4)
 
 
 def test_selection_by_hand():
@@ -261,9 +261,11 @@ def test_one_token(exact):
   batch = random_batch(0, 2, 1)
   for row in range(2):
     expected, seen = slow(method, params, batch["tokens"][row], batch["targets"][row])
-    np.testing.assert_allclose(-method.read(params, batch).loss[row], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(-method.evaluate(params, batch).loss[row], expected, rtol=1e-4, atol=1e-5)
     assert seen["streams"] == [0, 0, 0]
-  np.testing.assert_allclose(method.read_prefixes(params, batch), -method.read(params, batch).loss, rtol=1e-5)
+  np.testing.assert_allclose(
+    method.autoregressive_log_likelihood(params, batch), -method.evaluate(params, batch).loss, rtol=1e-5
+  )
 
 
 def test_forks_that_count_for_nothing_leave_the_baseline(exact):
@@ -278,10 +280,10 @@ def test_forks_that_count_for_nothing_leave_the_baseline(exact):
   solved = [np.linalg.lstsq(normed, np.full(7, wanted), rcond=None)[0] for wanted in (-60.0, 60.0)]
   params = params | {"fork_norm": jnp.ones((1, TINY.d_model)), "fork_router": jnp.asarray([solved], jnp.float32)}
   baseline, _ = build(decoder, "baseline")
-  expected = baseline.read(params, batch).loss
-  np.testing.assert_allclose(method.read(params, batch).loss, expected, rtol=1e-4)
+  expected = baseline.evaluate(params, batch).loss
+  np.testing.assert_allclose(method.evaluate(params, batch).loss, expected, rtol=1e-4)
   turned_round = params | {"fork_router": -params["fork_router"]}
-  assert np.abs(method.read(turned_round, batch).loss - expected).max() > 1e-2
+  assert np.abs(method.evaluate(turned_round, batch).loss - expected).max() > 1e-2
 
 
 def test_gradients_by_differences_of_the_reference(exact):
@@ -316,7 +318,10 @@ def test_evaluated_over_eight_devices(exact):
   mesh = make_mesh(ParallelismConfig(tensor=2, fsdp=2), jax.devices())
   placed = jax.device_put(params, shardings(jax.eval_shape(method.init, jax.random.key(0)), mesh))
   found = Evaluator(plain(**one), mesh).autoregressive(placed, [batch])
-  said = {"perplexity": method.read_prefixes(params, batch), "blockwise_perplexity": -method.read(params, batch).loss}
+  said = {
+    "perplexity": method.autoregressive_log_likelihood(params, batch),
+    "blockwise_perplexity": -method.evaluate(params, batch).loss,
+  }
   for name, log_likelihood in said.items():
     expected = np.exp(-(np.asarray(log_likelihood) * batch["weights"]).sum() / batch["weights"].sum())
     assert found[name] == pytest.approx(expected, rel=1e-5)
@@ -330,8 +335,8 @@ def test_evaluated_over_eight_devices(exact):
 def test_copies_against_lists_of_streams(exact):
   method, params = build(TINY, "copy_k", pauses=2)
   assert set(params) == {"decoder"}
-  batch = random_batch(2, 2, 5) | {"documents": DOCUMENTS[[0, 2], :5]}
-  reading = method.read(params, batch)
+  batch = random_batch(2, 2, 5) | {"segment_ids": DOCUMENTS[[0, 2], :5]}
+  reading = method.evaluate(params, batch)
   decoder = jax.tree.map(lambda x: np.asarray(x, np.float64), params["decoder"])
   for row in range(2):
     streams = [
@@ -340,14 +345,14 @@ def test_copies_against_lists_of_streams(exact):
       for _ in range(3)
     ]
     for layer in range(TINY.num_layers):
-      run_layer(decoder[f"layers_{layer}"], streams, batch["documents"][row])
+      run_layer(decoder[f"layers_{layer}"], streams, batch["segment_ids"][row])
     for t, target in enumerate(batch["targets"][row]):
       for copy in range(3):
         said = rms_norm(streams[3 * t + copy]["x"], decoder["final_norm"]["scale"])
         logits = decoder["embedding"][:VOCABULARY] @ said
         expected = logits[target] - np.logaddexp.reduce(logits)
         np.testing.assert_allclose(reading.scores.log_target[row, t, copy], expected, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(method.losses(params, batch, jax.random.key(0)).loss, -reading.scores.log_target[..., -1])
+  np.testing.assert_allclose(method.loss(params, batch, jax.random.key(0)).loss, -reading.scores.log_target[..., -1])
 
 
 def test_copies_decode_as_they_are_trained(exact):
@@ -428,13 +433,13 @@ def test_executed_agrees_with_xla(options, fields):
   batch = {"tokens": rows, "targets": rows}
 
   def loss(params, batch):
-    return method.losses(params, batch, jax.random.key(0)).loss.sum()
+    return method.loss(params, batch, jax.random.key(0)).loss.sum()
 
   def counted(function):
     return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"] / (2 * 16)
 
   if "combine" in options:
-    reading = counted(lambda params, batch: method.read(params, batch).loss)
+    reading = counted(lambda params, batch: method.evaluate(params, batch).loss)
     assert method.forward_flops(16, executed=True) == pytest.approx(reading, rel=0.03)
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
   cost = method.train_cost(16, executed=True)
@@ -474,7 +479,7 @@ def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
   ):
     method.train_cost(7)
   with pytest.raises(InputError, match=r"give at least 1.14286"):
-    jax.eval_shape(method.read, drawn(method), random_batch(0, 1, 7))
+    jax.eval_shape(method.evaluate, drawn(method), random_batch(0, 1, 7))
   assert method.segments(10)[-1].streams == 11
   with pytest.raises(InputError, match=r"method.pauses: 0, but method 'copy_k' needs at least 1"):
     methods.build(MethodConfig(name="copy_k"), TINY)

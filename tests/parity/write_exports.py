@@ -78,7 +78,7 @@ def main(goldens: pathlib.Path, output: pathlib.Path) -> None:
     hidden = method.decoder.apply(variables, inputs, jnp.arange(tokens.shape[1])[None])
     said = {"logits": hidden @ method.decoder.apply(variables, method="unembedding").T}
     batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(targets)}
-    scores = method.read(params, batch | {"weights": jnp.ones(tokens.shape)}).scores
+    scores = method.evaluate(params, batch | {"weights": jnp.ones(tokens.shape)}).scores
     if "dont_know" in params:
       said["log_dont_know"] = scores.log_dont_know
     np.savez(output / name / "ours.npz", tokens=tokens, targets=targets, log_target=scores.log_target, **said)

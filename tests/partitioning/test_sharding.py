@@ -267,13 +267,13 @@ def test_scores_of_all_words(exact):
   """No table moves: of each part of the words only the sums."""
   mesh = make_mesh(ParallelismConfig(data=2, fsdp=1, tensor=4))
   hidden, unembedding, _, row = problem(vocabulary=4096)
-  score = jax.jit(lambda h, u, r: readout.word_scores(h, u, r, vocab_size=4093, prior=0.9))
+  score = jax.jit(lambda h, u, r: readout.token_scores(h, u, r, vocab_size=4093, prior=0.9))
   whole = score(hidden[:, 0, 0], unembedding, row)
   args = laid(mesh, (hidden[:, 0, 0], ("data",)), (unembedding, ("tensor", None)), (row, ()))
   with jax.set_mesh(mesh):
     spread = score(*args)
-    best = jax.jit(lambda *args: score(*args).log_words.max(-1)).lower(*args).compile()
-  assert whole.log_words.shape == (8, 4093)
+    best = jax.jit(lambda *args: score(*args).log_probs.max(-1)).lower(*args).compile()
+  assert whole.log_probs.shape == (8, 4093)
   assert_trees_close(spread, whole, rtol=1e-5, atol=1e-5)
   sent = [size for _, size, _ in collectives(best.as_text())]
   assert max(sent) <= 8 * 16 * 4  # hidden states, of which the words' logits are 64 times as many

@@ -515,7 +515,7 @@ def test_windows_hold_what_the_method_reads(workdirs):
   only = read[0]
   tokens, weights = store.windows("validation", np.array([0]), 16)
   batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
-  reading = jax.jit(run.method.read)(run.params, batch)
+  reading = jax.jit(run.method.evaluate)(run.params, batch)
   np.testing.assert_allclose(only.stopping, np.exp(reading.log_stopping)[0], rtol=1e-5)
   np.testing.assert_allclose(only.target, np.exp(reading.scores.log_target)[0], rtol=1e-5)
   np.testing.assert_allclose(only.dont_know, np.exp(reading.scores.log_dont_know)[0], rtol=1e-5)

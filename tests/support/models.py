@@ -22,7 +22,7 @@ def build(decoder=TINY, **options):
   """(method, params) of a tiny model; compiled where it can be, since op by op takes seconds."""
   method = methods.build(MethodConfig(**options), decoder, vocab_size=VOCABULARY)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
-  for name in ("hidden", "losses"):
+  for name in ("hidden", "loss"):
     setattr(method, name, jax.jit(getattr(method, name)))
   return method, params
 

@@ -90,7 +90,7 @@ def test_loss_is_sum_over_count():
   batch = random_batch(2, 4, 6, uneven=True)
 
   def objective(params):
-    losses = method.losses(params, batch, jax.random.key(0)).loss
+    losses = method.loss(params, batch, jax.random.key(0)).loss
     return (losses * batch["weights"]).sum() / batch["weights"].sum()
 
   optimizer = optax.sgd(1.0)

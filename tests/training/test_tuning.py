@@ -183,7 +183,7 @@ def test_the_gradient_is_that_of_the_whole_model_where_it_is_trained(exact):
   batch = random_batch(1)
 
   def loss(part, method):
-    return method.losses(with_trained(params, part), batch, jax.random.key(0)).loss.sum()
+    return method.loss(with_trained(params, part), batch, jax.random.key(0)).loss.sum()
 
   part = trained_part(params, frozen.is_trained)
   got = jax.jit(jax.grad(functools.partial(loss, method=frozen)))(part)
