@@ -23,17 +23,6 @@ settings.register_profile("cyb_jax", deadline=None, max_examples=10, derandomize
 settings.load_profile("cyb_jax")
 
 
-# What took longest of all tests, with cold caches; each has a sibling that goes by the same, and stays.
-SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  for item in items:
-    if item.nodeid.removeprefix("tests/") in SLOW:
-      item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture
 def exact():
   """Matrix products in full f32, as the parity tests ask."""

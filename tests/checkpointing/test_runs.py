@@ -78,6 +78,7 @@ def test_load(workdir):
   assert cyb_jax.load(workdir, "best").step == 12
 
 
+@pytest.mark.slow
 def test_evaluation_is_deterministic_whatever_the_batch(workdir):
   first = json.loads((workdir / "evaluation.json").read_text())
   copy = workdir.parent / "copy"
@@ -177,10 +178,16 @@ def test_jit_and_pmap_continue_each_other(tmp_path):
   ("method", "undefined"),
   [
     ({"name": "baseline", "pauses": 0, "pause_input": "pause"}, ("hard_perplexity", "calibration", "training_omega")),
-    ({"name": "tbys", "pauses": 2}, ("hard_perplexity", "calibration", "training_omega")),
+    pytest.param(
+      {"name": "tbys", "pauses": 2}, ("hard_perplexity", "calibration", "training_omega"), marks=pytest.mark.slow
+    ),
     ({"pauses": 1, "omega": "1:1"}, ()),
     pytest.param({"pauses": 1, "loss": "va", "rho": "3:1"}, ("training_omega",), marks=pytest.mark.slow),
-    ({"pauses": 1, "loss": "dp", "rho": "0:1", "alpha": 0.1, "dont_know": "unit"}, ("training_omega",)),
+    pytest.param(
+      {"pauses": 1, "loss": "dp", "rho": "0:1", "alpha": 0.1, "dont_know": "unit"},
+      ("training_omega",),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_every_method_trains_and_evaluates(tmp_path, method, undefined):
@@ -276,6 +283,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, caplog):
   assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [1]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_in_one_line(tmp_path):
   rate = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0", "--config.train.max_skipped=2"]
   result, err = cli.run("train", f"--config={cli.write_config(tmp_path)}", f"--workdir={tmp_path}/run", *rate, expect=1)
@@ -314,6 +322,7 @@ def test_profile(tmp_path):
   assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_collapse_is_warned_of(tmp_path, monkeypatch):
   from cyb_jax.training import loop
 
@@ -462,6 +471,7 @@ def write_text(path, seed):
   path.write_text("\n".join(f"{i} " + " ".join(row) for i, row in enumerate(words)))
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_source(tmp_path):
   """Neither a changed text nor its loss touches a run: it goes on, and is evaluated, with the store that it has."""
   text = tmp_path / "a.txt"

@@ -276,7 +276,8 @@ def test_a_run_goes_on_with_any_number_of_hosts(alone, flags, tmp_path):
   assert_close(rows(tmp_path), rows(alone[0]))
 
 
-@pytest.mark.parametrize(("victim", "moment"), [(1, "step"), pytest.param(0, "save", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "moment"), [(1, "step"), (0, "save")])
 def test_a_killed_host_ends_all_and_the_run_goes_on(together, flags, tmp_path, victim, moment):
   """Bit for bit what it would have been."""
   flags = [*flags, f"--workdir={tmp_path}"]
@@ -310,6 +311,7 @@ def arrays(workdir):
   return {jax.tree_util.keystr(path): leaf.tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together_is_refused(flags, tmp_path):
   """Another config on one host, other folders, one host alone: a line that says so on all, and nothing is written."""
   workdir = f"--workdir={tmp_path / 'run'}"

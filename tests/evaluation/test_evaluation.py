@@ -61,6 +61,7 @@ def test_against_a_slow_reference(omega, train_omega, exact):
   assert got["flops"] == pytest.approx(method.forward_flops(5) * rows_used * 5)
 
 
+@pytest.mark.slow
 def test_padding_and_batching_change_nothing(exact):
   method, params = build(name="cyb", pauses=1)
   batch = random_batch(1, 4, 6, uneven=True)

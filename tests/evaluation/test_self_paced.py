@@ -57,8 +57,17 @@ def test_against_the_prefix_run_again(options, documents, exact):
   np.testing.assert_allclose(reading.loss, -jax.nn.logsumexp(log_s + reading.scores.log_target, -1), atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"pause_positions": "shifting", "pause_offset": True}])
-@pytest.mark.parametrize("omega", [None, (1.0, 2.0, 1.0)])
+@pytest.mark.parametrize(
+  ("omega", "options"),
+  [
+    pytest.param(None, {}, id="None-options0"),
+    pytest.param((1.0, 2.0, 1.0), {}, id="omega1-options0"),
+    pytest.param(
+      None, {"pause_positions": "shifting", "pause_offset": True}, id="None-options1", marks=pytest.mark.slow
+    ),
+    pytest.param((1.0, 2.0, 1.0), {"pause_positions": "shifting", "pause_offset": True}, id="omega1-options1"),
+  ],
+)
 def test_hidden_pauses_make_it_the_constant_reading(options, omega, exact):
   method, params = model(pause_visibility="hidden", **options)
   batch = with_segment_ids(random_batch(1, 3, 6), 4)

@@ -211,6 +211,7 @@ def test_a_decision_that_never_changes_has_no_correlation():
   assert second["spearman"] is not None
 
 
+@pytest.mark.slow
 def test_batches_devices_and_flushes_change_nothing(monkeypatch):
   odds, target = random_scores(301)
   sample = told_batches(odds, target, rows=8, length=8)[:2]  # whatever it is, it's the same

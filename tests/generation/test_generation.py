@@ -112,6 +112,7 @@ def test_self_paced_equals_a_slow_loop(variant):
   assert got.iterations == max(got.slots)
 
 
+@pytest.mark.slow
 def test_sampled_self_paced_with_a_prompt_that_pauses():
   method, params = model(scan=True)
   got = generate(method, params, temperature=0.7, prompt_pauses="all", seeds=[11, 12, 13, 14], new=4)
@@ -126,9 +127,9 @@ def test_sampled_self_paced_with_a_prompt_that_pauses():
   [
     ("visible", "sample"),
     ("visible", "threshold"),
-    ("hidden", "mixture"),
-    ("shifting", "mixture"),
-    ("hidden shifting", "threshold"),
+    pytest.param("hidden", "mixture", marks=pytest.mark.slow),
+    pytest.param("shifting", "mixture", marks=pytest.mark.slow),
+    pytest.param("hidden shifting", "threshold", marks=pytest.mark.slow),
   ],
 )
 def test_constant_equals_the_training_forward(variant, read):
@@ -155,7 +156,9 @@ def test_constant_equals_the_training_forward(variant, read):
       assert words.tolist() == np.asarray(log_probs).argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("mode", ["self_paced", "constant", "none"])
+@pytest.mark.parametrize(
+  "mode", ["self_paced", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("constant", "none"))]
+)
 def test_neighbours_and_padding_change_nothing(mode):
   method, params = model()
   together = generate(method, params, mode=mode, seeds=[1, 2, 3, 4], end_id=END, new=8)
@@ -187,10 +190,10 @@ def exact(method, params, prompt, omega=None):
 @pytest.mark.parametrize(
   "options",
   [
-    {"mode": "self_paced", "prompt_pauses": "all"},
-    {"mode": "self_paced", "prompt_pauses": "all", "omega": (2.0, 0.0, 1.0)},
+    pytest.param({"mode": "self_paced", "prompt_pauses": "all"}, marks=pytest.mark.slow),
+    pytest.param({"mode": "self_paced", "prompt_pauses": "all", "omega": (2.0, 0.0, 1.0)}, marks=pytest.mark.slow),
     {"mode": "constant", "omega": (1.0, 2.0, 1.0)},
-    {"mode": "constant", "read": "mixture"},
+    pytest.param({"mode": "constant", "read": "mixture"}, marks=pytest.mark.slow),
   ],
 )
 def test_what_is_drawn_has_the_exact_distribution(options):
@@ -220,7 +223,9 @@ def fits(counts, expected):
   return stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue
 
 
-@pytest.mark.parametrize(("name", "mode", "pauses"), [("tbys", "constant", 2), ("baseline", "none", 0)])
+@pytest.mark.parametrize(
+  ("name", "mode", "pauses"), [pytest.param("tbys", "constant", 2, marks=pytest.mark.slow), ("baseline", "none", 0)]
+)
 def test_methods_that_do_not_decide(name, mode, pauses):
   method, params = model(name=name, pauses=pauses)
   assert default_mode(method) == mode
@@ -233,6 +238,7 @@ def test_methods_that_do_not_decide(name, mode, pauses):
   np.testing.assert_allclose(again.log_probs, got.log_probs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_constant_stop_pauses_by_its_shares():
   method, params = model(name="constant_stop")
   shares = jnp.array([0.2, 0.5, 0.3])
@@ -242,6 +248,7 @@ def test_constant_stop_pauses_by_its_shares():
   assert fits(counts, np.asarray(shares, np.float64)) > 1e-3
 
 
+@pytest.mark.slow
 def test_limits_on_pauses():
   method, params = model()
   free = generate(method, params, seeds=3, new=8)
@@ -260,6 +267,7 @@ def test_limits_on_pauses():
   assert always.pauses == [[2] * 8] * len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_words_that_may_be_drawn():
   method, params = model()
   greedy = generate(method, params, [[1, 2]], seeds=0, mode="none", temperature=0, new=1)

@@ -108,6 +108,7 @@ def said_alone(run, prompt, new, **options):
   return sampler.generate(run.params, [[END, *prompt.encode()]], max_new_tokens=new, end_id=END, context=48)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["", "self_paced"])
 def test_text_is_the_samplers(run, adapter, mode):
   """By itself with all the pauses that training has, those of the prompt too."""
@@ -500,6 +501,7 @@ def test_bad_flags(workdir, options, message):
   assert sorted(os.listdir(workdir)) == before
 
 
+@pytest.mark.slow
 def test_the_harness_own_command_line(workdir, tmp_path, monkeypatch, capfd):
   """A task of the user's own, from a file: the harness makes the model of its arguments, and writes its results."""
   import lm_eval.tasks

@@ -135,6 +135,7 @@ def test_company_changes_nothing(name, exact):
       assert (score.greedy, score.tokens) == (alone.greedy, alone.tokens)
 
 
+@pytest.mark.slow
 def test_the_likeliest_continuation_is_greedy_in_any_company(exact):
   method, params = model("visible")
   said = []

@@ -122,6 +122,7 @@ def test_a_run_with_adapters_can_be_started_from(tuned, folders):
   assert_trees_equal(on.params, run.params | {"decoder": merged})
 
 
+@pytest.mark.slow
 def test_it_goes_on_without_what_it_started_from(folders, tmp_path, caplog):
   shutil.copytree(folders / "hf", tmp_path / "hf")
   config = started(tmp_path / "hf", pauses=1)

@@ -78,7 +78,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+  "variant", [pytest.param(variant, marks=pytest.mark.slow) if variant == "ap" else variant for variant in VARIANTS]
+)
 def test_cyb_losses_against_dense_logits(variant, exact):
   options, oracle = VARIANTS[variant]
   method, params = build(**CYB, **options)
@@ -152,6 +154,7 @@ def test_causality_through_tokens_and_pauses(visibility, pause_input):
   np.testing.assert_array_equal(influence(method, params, random_batch(5, 1, 5)), np.tril(np.ones((5, 5), bool)))
 
 
+@pytest.mark.slow
 def test_pauses_are_seen_by_later_tokens_unless_hidden():
   for visibility, seen in (("visible", True), ("hidden", False)):
     method, params = build(**CYB, pause_visibility=visibility)
@@ -195,6 +198,7 @@ def test_documents_are_read_apart():
   np.testing.assert_allclose(together[:, 3:], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter():
   for options in (CYB, CYB | {"dont_know": "unit", "pause_offset": True}, {"name": "tbys", "pauses": 2}):
     method, params = build(**options)

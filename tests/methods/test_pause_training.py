@@ -209,6 +209,7 @@ def test_none_is_the_baseline():
   np.testing.assert_array_equal(method.loss(params, batch, jax.random.key(0)).loss, expected.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", ["random", "prefix"])
 def test_the_pause_is_learnt(places):
   method, params = model(places, pause_fraction=0.3 if places == "random" else 0.1)
@@ -233,7 +234,7 @@ def test_the_pause_is_learnt(places):
 
 @pytest.mark.parametrize(
   ("strategy", "accumulate"),
-  [("jit", 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("jit", 1), ("pmap", 1)))],
+  [pytest.param(*x, marks=pytest.mark.slow) for x in (("jit", 2), ("jit", 1), ("pmap", 1))],
 )
 def test_a_step_on_any_devices_is_the_same(strategy, accumulate):
   config = tiny_config(name="pause_training", pause_input="pause", pause_fraction=0.3)
@@ -255,6 +256,7 @@ def test_a_step_on_any_devices_is_the_same(strategy, accumulate):
   assert_trees_close(many.params, one.params, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scanned_layers_and_remat_give_the_same():
   plain, params = model(pause_fraction=0.3)
   scanned, _ = model(pause_fraction=0.3, decoder=dataclasses.replace(TINY, scan_layers=True, remat="full"))
@@ -290,7 +292,7 @@ def test_evaluation_tells_of_both():
 PROMPTS = [[5], [1, 7, 2, 9], [8, 6, 0, 11, 12, 13, 2]]
 
 
-@pytest.mark.parametrize("pauses", [0, 1, 3])
+@pytest.mark.parametrize("pauses", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_said_behind_pauses_equals_a_slow_loop(pauses, exact):
   method, params = model("random", pauses=pauses)
   said = Sampler(method, SamplingOptions(mode="none", temperature=0)).generate(params, PROMPTS, max_new_tokens=4)
@@ -307,6 +309,7 @@ def test_said_behind_pauses_equals_a_slow_loop(pauses, exact):
     assert said.slots[row] == 4 + pauses
 
 
+@pytest.mark.slow
 def test_another_number_of_pauses_at_inference():
   method, params = model("prefix", pauses=3)
   fewer, _ = model("prefix", pauses=1)

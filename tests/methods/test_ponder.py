@@ -155,7 +155,10 @@ class Slow:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize(("name", "masked"), [("ponderlm2", False), ("ponderlm3", False), ("ponderlm3", True)])
+@pytest.mark.parametrize(
+  ("name", "masked"),
+  [("ponderlm2", False), pytest.param("ponderlm3", False, marks=pytest.mark.slow), ("ponderlm3", True)],
+)
 def test_the_schedule_against_a_slow_reference(name, masked, exact):
   """A growth pass over each number of slots, a Jacobi pass, and the one that is read; every slot, and what is read."""
   below = BELOW if name == "ponderlm3" else 0.0
@@ -287,7 +290,9 @@ def test_generation_equals_the_reference(name):
   assert said.iterations == 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=pytest.mark.slow) if name == "ponderlm3" else name for name in NAMES]
+)
 def test_scores_are_those_of_the_reading(name, exact):
   options = {"prune_below": BELOW} if name == "ponderlm3" else {}
   method, params = model(name, jacobi=(2, 2), **options)
@@ -377,6 +382,7 @@ def test_gradients_reach_the_router_through_the_mask_and_through_the_fusion(exac
   assert not np.allclose(mask, fusion, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_effect_of_pruning_shrinks_with_its_threshold(exact):
   method, params = model("ponderlm3", pauses=3, jacobi=(0, 0))
   batch, effects, kept = random_batch(6, 4, 6), [], []
@@ -411,6 +417,7 @@ def test_what_is_kept(below, expected):
   np.testing.assert_array_equal(method.kept(weights), np.arange(4) < expected)
 
 
+@pytest.mark.slow
 def test_what_evaluation_records_of_pruning(exact):
   method, params = model("ponderlm3", jacobi=(0, 0), prune_below=BELOW)
   batch = random_batch(7, 8, 4, uneven=True)
@@ -461,7 +468,9 @@ def test_cost_by_hand():
     two.inference_cost(3, slots=2.0)
 
 
-@pytest.mark.parametrize(("name", "fields"), [("ponderlm2", {"remat": "full"}), ("ponderlm3", {})])
+@pytest.mark.parametrize(
+  ("name", "fields"), [("ponderlm2", {"remat": "full"}), pytest.param("ponderlm3", {}, marks=pytest.mark.slow)]
+)
 def test_executed_agrees_with_xla(name, fields):
   config = DecoderConfig(
     vocab_size=512, num_layers=1, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768, **fields
@@ -498,6 +507,7 @@ def test_one_token_and_one_thought(name, exact):
     np.testing.assert_allclose(reading.log_likelihood[row, 0], words[batch["targets"][row, 0]], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_that_are_scanned_over(exact):
   decoder = dataclasses.replace(TINY, scan_layers=True, remat="full")
   method, params = model("ponderlm3", decoder=decoder, pauses=1, jacobi=(0, 0))

@@ -214,7 +214,7 @@ def test_sampled_with_all_granted_is_constant_bit_for_bit(options):
   assert_trees_close(packed, method.slot_scores(params, batch), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"pause_visibility": "hidden", "dont_know": "unit"}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=SLOW), {"pause_visibility": "hidden", "dont_know": "unit"}])
 def test_gradients_of_packed_rows_by_differences(options, exact):
   method, params = build(**SAMPLED, **options, slot_budget=1.8)
   batch = random_batch(14, 4, 8)
@@ -235,6 +235,7 @@ def test_gradients_of_packed_rows_by_differences(options, exact):
   assert float(objective(ahead) - objective(behind)) == pytest.approx(float(2 * h * norm**2), rel=2e-2)
 
 
+@SLOW
 def test_what_does_not_fit_has_no_weight_and_is_counted():
   method, params = build(**SAMPLED, slot_budget=1.5)
   batch = random_batch(2, 4, 8)
@@ -443,7 +444,8 @@ def test_calibration_sets_the_median_of_d(exact):
   assert np.abs(gradient["dont_know"]).max() > 0
 
 
-@pytest.mark.parametrize("strategy", ["jit", pytest.param("pmap", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
 def test_a_run_is_calibrated_once_and_remembers_it(tmp_path, strategy, caplog):
   caplog.set_level("INFO")
   config = tiny_config(pauses=2, calibration_batches=2)
@@ -516,6 +518,7 @@ def test_d_is_held_while_it_warms_up(exact):
   assert np.abs(gradient(params, 5)["dont_know"]).max() > 0
 
 
+@SLOW
 def test_training_knows_when_the_warm_up_ends(tmp_path):
   config = tiny_config(pauses=2, stopping_warmup=6)
   config.train.update(log_every=1, eval_every=0, checkpoint_every=0)
@@ -596,6 +599,7 @@ def test_bad_options(options, message):
 # The controls.
 
 
+@SLOW
 def test_controls_are_mixtures_that_do_not_look(exact):
   batch = random_batch(12)
   constant, params = build(name="constant_stop", pauses=2)
@@ -645,6 +649,7 @@ def test_the_shares_of_the_control_get_to_where_they_are_best(best):
   np.testing.assert_allclose(jnp.exp(method.log_shares(params)), know, atol=0.01)
 
 
+@SLOW
 def test_controls_are_evaluated_as_they_are_read():
   batch = random_batch(13)
   for name in ("constant_stop", "mean_slots"):

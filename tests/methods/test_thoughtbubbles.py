@@ -355,6 +355,7 @@ def test_copies_against_lists_of_streams(exact):
   np.testing.assert_allclose(method.loss(params, batch, jax.random.key(0)).loss, -reading.scores.log_target[..., -1])
 
 
+@pytest.mark.slow
 def test_copies_decode_as_they_are_trained(exact):
   method, params = build(TINY, "copy_k", pauses=2)
   batch = random_batch(4, 2, 5)

@@ -142,7 +142,8 @@ def test_every_mesh_takes_the_step_of_one_device(mesh):
 _QUICK = list(VARIANTS)[1:4]
 
 
-@pytest.mark.parametrize("variant", [_QUICK[0], *slow(*(name for name in VARIANTS if name != _QUICK[0]))])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_takes_the_step_of_one_device(variant):
   check(variant, "2-2-2")
 
@@ -381,6 +382,7 @@ def test_checkpoints_move(meshes, tmp_path):
   assert_same(state.params, whole.params)
 
 
+@pytest.mark.slow
 def test_evaluation_of_sharded_parameters(exact):
   """In place, on the mesh where they trained; and as they are on one device."""
   config = VARIANTS["ap"]

@@ -48,11 +48,12 @@ def on_a_device(tree):
   return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "parallelism",
   [
     pytest.param({"fsdp": 2, "tensor": 2}, id="data x fsdp x tensor"),
-    pytest.param({"strategy": "pmap"}, id="pmap", marks=pytest.mark.slow),
+    pytest.param({"strategy": "pmap"}, id="pmap"),
   ],
 )
 def test_what_it_says_is_what_is_used(parallelism):

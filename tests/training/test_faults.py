@@ -264,6 +264,7 @@ def test_a_save_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
   assert first_difference(whole, folder) is None
 
 
+@pytest.mark.slow
 def test_a_line_of_metrics_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
   folder = tmp_path / "run"
   with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
@@ -312,6 +313,7 @@ def test_a_full_disk(tmp_path, config, whole, monkeypatch):
     assert first_difference(whole, folder) is None
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only(tmp_path, config, whole, monkeypatch):
   folder = tmp_path / "run"
   checkpoints = folder / "checkpoints"

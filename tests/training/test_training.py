@@ -103,6 +103,7 @@ def test_loss_is_sum_over_count():
   np.testing.assert_allclose(after.totals.loss / after.totals.tokens, objective(params), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_without_weight_changes_nothing():
   batch = random_batch(0, 8, 6)
   batch["weights"] = np.zeros_like(batch["weights"])
@@ -166,8 +167,10 @@ def test_metrics_of_no_step_are_undefined():
   assert row["tokens"] == row["skipped"] == 0
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize(
+  ("where", "accumulate"),
+  [("loss", 1), ("loss", 2), ("gradient", 1), pytest.param("gradient", 2, marks=pytest.mark.slow)],
+)
 def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
   method, params = build(name="cyb", pauses=1)
   losses = method.losses
@@ -200,6 +203,7 @@ def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
   assert np.isfinite(float(good.totals.loss))
 
 
+@pytest.mark.slow
 def test_after_so_many_in_a_row_nothing_is_applied_any_more():
   method, params = build(name="cyb", pauses=1)
   losses = method.losses

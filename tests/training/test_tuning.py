@@ -52,14 +52,8 @@ def hidden(config, params, seed=3):
   return jax.jit(lambda p: Decoder(config).apply({"params": p}, inputs, positions))(params)
 
 
-@pytest.mark.parametrize(
-  "config",
-  [
-    ADAPTED,
-    pytest.param(BIASED, marks=pytest.mark.slow),
-    pytest.param(dataclasses.replace(ADAPTED, scan_layers=True), marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [ADAPTED, BIASED, dataclasses.replace(ADAPTED, scan_layers=True)])
 def test_starts_as_the_base_model_and_merges_into_a_plain_one(config, exact):
   base = dataclasses.replace(config, lora=None)
   params = fresh(config)
@@ -98,7 +92,7 @@ def test_a_base_in_bfloat16_merges_into_float32():
   assert (plain["layers_0"]["mlp"]["up"]["kernel"] != params["layers_0"]["mlp"]["up"]["kernel"]).any()
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cached_decode_has_the_adapters_too(scan_layers, exact):
   config = dataclasses.replace(ADAPTED, scan_layers=scan_layers)
   params, decoder = taught(fresh(config)), Decoder(config)
@@ -213,6 +207,7 @@ def test_adapters_are_split_as_their_matrices_are():
   assert query["lora_b"].sharding.spec == P(None, "tensor", None)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_not_applied():
   method = tuned().build_method(VOCABULARY)
   losses = method.losses
