@@ -1,4 +1,4 @@
-"""JSON as everybody reads it: numbers that JSON doesn't know become null."""
+"""Strict JSON: nan and the infinities, for which JSON has no number, become null."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 
 def dumps(value: Any, **options: Any) -> str:
-  """`json.dumps` of the value, with nan and infinities as null and arrays as lists."""
+  """Returns `json.dumps` of the value, with nan and the infinities as null and arrays as lists.
+
+  Args:
+    value: nested dicts, lists and tuples of numbers, strings, None and arrays; keys become strings.
+    **options: as for `json.dumps`.
+
+  Example:
+    >>> dumps({"loss": float("nan"), 3: (1, 2)})
+    '{"loss": null, "3": [1, 2]}'
+  """
   return json.dumps(_finite(value), **options)
 
 

@@ -1,9 +1,13 @@
-"""Meshes of devices, and where parameters, optimizer state and batches lie on them; the rules are in `placement`."""
+"""Meshes of devices, and the shardings of parameters, optimizer state and batches on them.
+
+The rules from logical axes to mesh axes are in `cyb_jax.partitioning.rules`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -12,17 +16,45 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from cyb_jax.configs import ParallelismConfig
-from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.rules import AXES, RULES, mesh_axes, parts, spec
 
 
-def make_mesh(config: ParallelismConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of a config over the devices (all of them by default).
+class MeshSizes(Protocol):
+  """The number of devices along each mesh axis, for instance `configs.ParallelismConfig`; `data` may be -1."""
+
+  @property
+  def data(self) -> int: ...
+  @property
+  def fsdp(self) -> int: ...
+  @property
+  def tensor(self) -> int: ...
+
+
+class DecoderSizes(Protocol):
+  """The sizes of a decoder that a mesh may split, for instance `decoder.DecoderConfig`."""
+
+  @property
+  def num_heads(self) -> int: ...
+  @property
+  def num_kv_heads(self) -> int: ...
+  @property
+  def mlp_size(self) -> int: ...
+  @property
+  def vocab_size(self) -> int: ...
+  @property
+  def d_model(self) -> int: ...
+
+
+def make_mesh(config: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh with the axes `data`, `fsdp` and `tensor`.
+
+  Args:
+    config: the sizes of the axes; data = -1 takes the devices that the other axes leave.
+    devices: the devices of the mesh; None: all devices.
 
   Raises:
-    InputError: the axes don't make up the number of devices.
+    InputError: if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [config.data, config.fsdp, config.tensor]
@@ -39,20 +71,20 @@ def make_mesh(config: ParallelismConfig, devices: Sequence[jax.Device] | None = 
 
 
 def data_shards(mesh: Mesh) -> int:
-  """Into how many parts the batch is split."""
+  """Returns the number of parts that the mesh splits a batch into."""
   return parts("batch", mesh)
 
 
 def check_batch(batch_size: int, shards: int) -> None:
-  """Raises InputError if a batch can't be split evenly."""
+  """Raises InputError if `batch_size` is not a multiple of `shards`."""
   if batch_size % shards:
     below = batch_size // shards * shards
     near = f"{below} or {below + shards}" if below else f"{shards}"
     raise InputError(f"data.batch_size: {batch_size} windows don't divide over {shards} devices; try {near}")
 
 
-def tell_whole(config: DecoderConfig, mesh: Mesh) -> None:
-  """Warns of what a mesh is to split and can't."""
+def tell_whole(config: DecoderSizes, mesh: Mesh) -> None:
+  """Logs a warning for each mesh axis that does not divide a size that it should split, and so leaves it unsplit."""
   names = {
     "num_heads": "heads",
     "num_kv_heads": "kv_heads",
@@ -73,18 +105,24 @@ def tell_whole(config: DecoderConfig, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over data and fsdp."""
+  """Returns the sharding of a batch: its rows are split over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-  """int64[R]: which rows of a batch this host's devices hold, ascending; hosts may share rows (tensor parallelism)."""
+  """Returns int64[R]: the rows of a batch that the devices of this host hold, ascending.
+
+  With tensor parallelism several hosts may hold the same row.
+  """
   places = sharding.addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places]))
 
 
 def own_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
-  """bool[R]: which of the `host_rows` of this host no host of a lower number holds; every row is one host's own."""
+  """Returns bool[R]: for each of the `host_rows` of this host, whether no host with a lower number holds it.
+
+  Every row is therefore owned by exactly one host.
+  """
   first: dict[int, int] = {}
   for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
     for row in range(*rows.indices(batch_size)):
@@ -92,14 +130,14 @@ def own_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
   return np.array([first[row] == host for row in host_rows(sharding, batch_size).tolist()], bool)
 
 
-def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """A batch on the devices.
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+  """Returns a batch as global arrays on the devices.
 
   Args:
-    batch: this host's rows of it, `host_rows`.
+    batch: the rows of this host, see `host_rows`; every array has the leading axis R.
     sharding: see `batch_sharding`.
   """
-  shards = data_shards(sharding.mesh)
+  shards = parts("batch", sharding.mesh)
   here = len(next(iter(batch.values())))
   batch_size = here * shards // len(host_rows(sharding, shards))
   rows = host_rows(sharding, batch_size)
@@ -118,20 +156,21 @@ def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that every device holds completely."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
-  """A sharding for every leaf of a tree whose leaves are boxed with logical axes.
+  """Returns a sharding for every leaf of a tree whose leaves are boxed with their logical axes.
 
-  An axis that doesn't divide over its mesh axis (one kv head over two devices, say) is left whole.
+  An axis whose size is not a multiple of its mesh axis (for instance one kv head over two devices) is not split.
 
   Args:
-    boxed: arrays or shapes, boxed as `nn.LogicallyPartitioned`; bare leaves are replicated.
+    boxed: arrays or shapes, boxed as `nn.LogicallyPartitioned`; leaves without a box are replicated.
     mesh: from `make_mesh`.
 
   Returns:
-    The unboxed tree, of NamedShardings.
+    The unboxed tree, with a NamedSharding at every leaf.
   """
   return jax.tree.map(
     lambda leaf, names: NamedSharding(mesh, spec(np.shape(leaf), names, mesh)),

@@ -1,11 +1,13 @@
-"""Where arrays lie on a mesh of devices: logical axes to mesh axes, in one table. All rooms may stand on this one; it
-needs jax alone.
+"""How arrays are sharded over a mesh of devices: one table from logical axes to mesh axes.
+
+The core imports this module, so it needs jax alone.
 
 Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads, mlp and
 vocabulary.
 
-What is computed is the same under every mesh. Code that is traced under one (`jax.set_mesh`) asks for it here, says
-where its activations are to lie, and leaves what has to be sent to XLA; but for the readout, which knows better.
+The computed values are the same under every mesh. Code that is traced under a mesh (`jax.set_mesh`) constrains the
+sharding of its activations with `constrain`, and XLA inserts the communication. The readout alone communicates
+explicitly, because it needs less communication than XLA would insert.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Rows of activations lie over all that splits the batch, and a parameter's width over fsdp (activations have theirs
-# whole); what runs in parallel inside a layer, of both, over tensor. Layers, norms and what isn't here are everywhere.
+# Rows of activations are split over both axes that split the batch. The model width of parameters is split over fsdp,
+# that of activations is not. The axes that run in parallel inside a layer are split over tensor, in parameters and in
+# activations. Logical axes that are not in the table (layers, norms) are replicated.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
-  "batch_of_data": ("data",),  # sent to where parameters lie
+  "batch_of_data": ("data",),  # activations that are gathered over fsdp, where the parameters are split
   "embed": ("fsdp",),
   "vocab": ("tensor",),
   "heads": ("tensor",),
@@ -32,9 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def current_mesh() -> AbstractMesh | None:
-  """The mesh that is traced under; None where there is none, or nothing to be split.
+  """Returns the mesh of the current trace, or None where there is no mesh or only one device.
 
-  Inside pmap and shard_map there is none: what is there is one device's own.
+  Inside pmap and shard_map the result is None, because arrays there are local to one device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -43,25 +46,30 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def mesh_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-  """The axes of a mesh that a logical axis lies over, without those of one device."""
-  return tuple(axis for axis in RULES.get(name, ()) if mesh.shape.get(axis, 1) > 1)
+  """Returns the mesh axes that split a logical axis, without mesh axes of size 1; None is split by no axis."""
+  return tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)
 
 
 def parts(name: str | None, mesh: Mesh | AbstractMesh) -> int:
-  """Into how many parts a mesh splits a logical axis that divides."""
+  """Returns the number of parts that a mesh splits a logical axis into, provided that its size is a multiple of it."""
   return math.prod(mesh.shape[axis] for axis in mesh_axes(name, mesh))
 
 
 def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-  """Where an array lies.
+  """Returns the partition spec of an array.
 
   Args:
-    shape: its shape.
-    names: the logical axes of its first axes; None: whole, as all that follow. So is one that doesn't divide over its
-      mesh axes, one kv head over two devices for instance.
+    shape: the shape of the array.
+    names: the logical axes of its first axes. An axis named None, an axis after the last name, and an axis whose size
+      is not a multiple of its mesh axes (for instance one kv head over two devices) are not split.
     mesh: the mesh.
+
+  Example:
+    >>> mesh = AbstractMesh((2, 2, 2), AXES)
+    >>> tuple(spec((8, 16, 3), ("batch", None, "heads"), mesh))
+    (('data', 'fsdp'), None, None)
   """
-  placed = []
+  placed: list[str | tuple[str, ...] | None] = []
   for size, name in zip(shape, names):
     axes = mesh_axes(name, mesh)
     whole = not axes or size % parts(name, mesh)
@@ -70,7 +78,12 @@ def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | Abstrac
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """An activation, laid over the mesh that is traced under as `spec` says; without one, as it is."""
+  """Returns an activation with the sharding that `spec` gives under the mesh of the current trace.
+
+  Args:
+    x: the activation; it is returned unchanged where there is no mesh.
+    *names: the logical axes of its first axes, see `spec`.
+  """
   mesh = current_mesh()
   if mesh is None:
     return x
