@@ -1,14 +1,14 @@
-"""The three Catch-Your-Breath losses and the cross-entropy at the last pause: pure, unreduced, one number per token.
+"""The three Catch-Your-Breath losses and the cross-entropy at the last slot: pure, unreduced, one number per token.
 
-With s the stopping-time distribution and t_i the target's probability at slot i (`stopping.SlotScores`):
+With s the stopping-time distribution and t_i the probability of the target at slot i (`stopping.SlotScores`):
 
     CYB     = -log sum_i s_i gamma_i t_i
-    CYB-AP  = CYB, with omega (what the world grants) and gamma (a discount) free
+    CYB-AP  = CYB with a given omega (the distribution of the step budget) and gamma (a discount)
     CYB-VA  = -sum_i s_i log t_i + KL(s || rho)
     CYB-DP  = CYB + alpha KL(rho || s)
 
-All exact: nothing is sampled and no gradient is stopped. Reference: "Catch Your Breath", arXiv 2510.13879.
-This file needs jax and `stopping` alone.
+All are exact: nothing is sampled and no gradient is stopped. Reference: "Catch Your Breath", arXiv 2510.13879.
+This module needs jax and `stopping` alone.
 
 Dimensions: ... any leading shape (tokens), W slots.
 """
@@ -23,14 +23,14 @@ import numpy as np
 
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
-if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
+if TYPE_CHECKING:  # the core needs jax alone when it runs
   from jaxtyping import Array, ArrayLike, Float
 
 
 def discount(
   kind: Literal["none", "linear", "exponential"], num_slots: int, start: float = 1.0
 ) -> Float[np.ndarray, "W"]:
-  """The discount gamma over slots that CYB-AP takes.
+  """Returns a discount gamma over slots for CYB-AP.
 
       none: 1      linear: 1 - (i-1)(1-g0)      exponential: g0^(i-1)         i = 1..W
 
@@ -40,14 +40,14 @@ def discount(
     start: g0, the discount of the first pause, in [0, 1].
 
   Returns:
-    f64[W], all in [0, 1].
+    f64[W], each in [0, 1].
 
   Raises:
-    ValueError: on another kind, g0 outside [0, 1], or a linear discount that falls below 0 before the last slot.
+    ValueError: on another kind, if g0 is outside [0, 1], or if a linear discount is negative at the last slot.
 
   Example:
-    >>> discount("linear", 4, 0.9).tolist()  # doctest: +SKIP
-    [1.0, 0.9, 0.8, 0.7]
+    >>> print(discount("linear", 4, 0.9))
+    [1.  0.9 0.8 0.7]
   """
   pauses = np.arange(num_slots, dtype=np.float64)
   if not 0.0 <= start <= 1.0:
@@ -72,24 +72,32 @@ def cyb(
   omega: Float[ArrayLike, "... W"] | None = None,
   gamma: Float[ArrayLike, "... W"] | None = None,
 ) -> Float[Array, "..."]:
-  """CYB and CYB-AP: minus the log of the expected (discounted) probability of the target at the time it is read.
+  """CYB and CYB-AP: minus the log of the expected (discounted) probability of the target at the slot that is read.
 
       -log sum_i s_i gamma_i t_i = -lse_i(log s_i + log gamma_i + log t_i)
 
   Args:
     scores: f32[..., W] each.
-    omega: [W] or [..., W], non-negative, normalised inside; None: 0:..:0:1, all W steps are always granted.
-    gamma: [W] or [..., W], in [0, 1]; None: all ones. May be traced, as omega.
+    omega: [W] or [..., W], the distribution of the step budget: non-negative, normalised here; may be traced. None:
+      0:..:0:1, the budget is always W steps.
+    gamma: [W] or [..., W], the discount, in [0, 1]; may be traced. None: all ones.
 
   Returns:
-    f32[...], nats; infinite where no slot that can be read has weight.
+    f32[...], nats; infinite where every slot that can be read has gamma 0.
 
   Raises:
-    ValueError: on a wrong length, or concrete values out of range.
+    ValueError: on a wrong length, or on concrete values out of range.
+
+  References:
+    "Catch Your Breath", https://arxiv.org/abs/2510.13879
 
   Example:
-    >>> scores = SlotScores(jnp.log(jnp.array([0.5, 0.8])), jnp.log(jnp.array([0.5, 0.1])), jnp.log(jnp.array([0.5,
-    0.9]))) >>> float(jnp.exp(-cyb(scores)))  # 0.5 * 0.5 + 0.5 * 0.8  # doctest: +SKIP 0.65
+    >>> log = lambda *values: jnp.log(jnp.array(values))
+    >>> scores = SlotScores(log_target=log(0.5, 0.8), log_dont_know=log(0.5, 0.1), log_answer=log(0.5, 0.9))
+    >>> print(f"{jnp.exp(-cyb(scores)):.3f}")  # 0.5 * 0.5 + 0.5 * 0.8
+    0.650
+    >>> print(f"{jnp.exp(-cyb(scores, gamma=(1.0, 0.5))):.3f}")  # 0.5 * 0.5 + 0.5 * 0.8 * 0.5
+    0.450
   """
   log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
   return _cyb(scores, log_stopping, gamma)
@@ -103,25 +111,35 @@ def _cyb(scores: SlotScores, log_stopping: Array, gamma: ArrayLike | None) -> Ar
 
 
 def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, "..."]:
-  """CYB-VA: the variational bound, with the stopping time as the latent variable and rho as its prior.
+  """CYB-VA: the variational bound with the stopping time as latent variable and rho as its prior.
 
       -sum_i s_i log t_i + KL(s || rho),      omega = 0:..:0:1
 
-  Least where s_i is proportional to rho_i t_i; there it equals -log sum_i rho_i t_i, its lower bound.
+  The minimum over s is -log sum_i rho_i t_i; it is attained where s_i is proportional to rho_i t_i.
 
   Args:
     scores: f32[..., W] each.
-    rho: [W] or [..., W], positive everywhere, normalised inside; may be traced.
+    rho: [W] or [..., W], the prior: positive everywhere, normalised here; may be traced.
 
   Returns:
     f32[...], nats.
 
   Raises:
-    ValueError: on a wrong length, or concrete values that are not positive.
+    ValueError: on a wrong length, or on concrete values that are not positive.
+
+  References:
+    "Catch Your Breath", https://arxiv.org/abs/2510.13879
+
+  Example:
+    >>> log = lambda *values: jnp.log(jnp.array(values))
+    >>> scores = SlotScores(log_target=log(0.5, 0.5), log_dont_know=log(0.25, 0.1), log_answer=log(0.75, 0.9))
+    >>> print(f"{jnp.exp(-cyb_va(scores, rho=(3, 1))):.3f}")  # s = rho = 0.75:0.25
+    0.500
   """
   rho = normalize(rho, scores.log_target.shape[-1], name="rho", positive=True, dtype=scores.log_target.dtype)
   log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
-  # s log s -> 0 as s -> 0: where log s is -inf (d exactly 0 or 1) the term is left out before it is multiplied.
+  # s log s -> 0 as s -> 0. Where log s is -inf (d is exactly 0 or 1) the term is left out before the product is formed,
+  # because 0 * inf is nan.
   reached = log_stopping > -jnp.inf
   log_stopping = jnp.where(reached, log_stopping, 0.0)
   terms = jnp.exp(log_stopping) * (log_stopping - jnp.log(rho) - scores.log_target)
@@ -129,20 +147,29 @@ def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, "
 
 
 def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[ArrayLike, ""]) -> Float[Array, "..."]:
-  """CYB-DP: CYB with a penalty that pulls the stopping times towards rho.
+  """CYB-DP: CYB with a penalty on the divergence of the stopping-time distribution from rho.
 
       CYB + alpha KL(rho || s),      omega = 0:..:0:1, gamma = 1
 
   Args:
     scores: f32[..., W] each.
-    rho: [W] or [..., W], non-negative (zeros allowed), normalised inside; may be traced.
-    alpha: the penalty's coefficient, not negative.
+    rho: [W] or [..., W], the target distribution: non-negative (zeros are allowed), normalised here; may be traced.
+    alpha: the coefficient of the penalty, not negative; may be traced.
 
   Returns:
-    f32[...], nats.
+    f32[...], nats; infinite where s_i is 0 and rho_i is not.
 
   Raises:
-    ValueError: on a wrong length, concrete values of rho out of range, or a negative alpha.
+    ValueError: on a wrong length, on concrete values of rho out of range, or on a concrete negative alpha.
+
+  References:
+    "Catch Your Breath", https://arxiv.org/abs/2510.13879
+
+  Example:
+    >>> log = lambda *values: jnp.log(jnp.array(values))
+    >>> scores = SlotScores(log_target=log(0.5, 0.8), log_dont_know=log(0.5, 0.1), log_answer=log(0.5, 0.9))
+    >>> print(f"{jnp.exp(-cyb_dp(scores, rho=(1, 1), alpha=0.1)):.3f}")  # s = rho: the penalty is 0
+    0.650
   """
   if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) >= 0) & np.isfinite(alpha)):
     raise ValueError(f"alpha: {alpha} must be finite and not negative")
@@ -155,14 +182,32 @@ def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[Arra
 
 
 def last_slot_cross_entropy(scores: SlotScores) -> Float[Array, "..."]:
-  """TBYS, "think before you speak": the cross-entropy at the last pause, -log t_W; f32[...], nats.
+  """The cross-entropy at the last slot, the loss of TBYS ("think before you speak").
 
-  Equals CYB with d = 1 at every slot before the last. Scores of the last slot alone are enough.
+      -log t_W
+
+  It equals CYB with d = 1 at every slot before the last. Scores of the last slot alone are enough.
+
+  Args:
+    scores: f32[..., W] each, W >= 1.
+
+  Returns:
+    f32[...], nats.
+
+  References:
+    Goyal et al. 2023, "Think before you speak: Training language models with pause tokens",
+    https://arxiv.org/abs/2310.02226
+
+  Example:
+    >>> scores = SlotScores(jnp.log(jnp.array([0.5, 0.8])), jnp.zeros(2), jnp.full(2, -jnp.inf))
+    >>> print(f"{jnp.exp(-last_slot_cross_entropy(scores)):.3f}")
+    0.800
   """
   return -scores.log_target[..., -1]
 
 
 def _log_discount(gamma: ArrayLike, num_slots: int, dtype: jnp.dtype) -> Array:
+  """Returns log gamma, -inf where gamma is 0, after the checks that `cyb` documents."""
   shape = np.shape(gamma)
   if not shape or shape[-1] != num_slots:
     raise ValueError(f"gamma: shape {shape}, but there are {num_slots} slots on the last axis")

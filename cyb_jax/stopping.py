@@ -1,12 +1,13 @@
-"""When the answer is read: the stopping-time distribution of a self-paced model, in log space.
+"""The stopping-time distribution of a self-paced model, in log space.
 
-A token owns W slots. At slot i the model abstains with probability d_i (it emits `<don't know>`), answers with
-probability a_i = 1 - d_i, and, given that it answers, says the target with probability t_i. The world grants W steps
-with probability omega_W. The step S at which the answer is read is then distributed as
+A token has W slots. At slot i the model abstains with probability d_i (it emits `<don't know>`) and answers with
+probability a_i = 1 - d_i; given that it answers, the target has probability t_i. The step budget is i steps with
+probability omega_i. The answer is read at the first slot that answers, or else at the last slot of the budget. The slot
+at which it is read therefore has the distribution
 
     s_i = (omega_i + a_i * Omega_{>i}) * prod_{j<i} d_j,        Omega_{>i} = sum_{j>i} omega_j,
 
-which sums to one ("Catch Your Breath", arXiv 2510.13879). This file needs jax alone.
+which sums to one ("Catch Your Breath", arXiv 2510.13879). This module needs jax alone.
 
 Dimensions: ... any leading shape (tokens), W slots, V vocabulary entries.
 """
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
+if TYPE_CHECKING:  # the core needs jax alone when it runs
   from jaxtyping import Array, ArrayLike, Float, Int
 
 Form = Literal["token", "unit"]
@@ -30,12 +31,18 @@ Form = Literal["token", "unit"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotScores:
-  """What the slots of each token say, raw: nothing is forced at the last slot.
+  """Scores of the slots of each token. They are raw: the last slot is not forced to answer.
 
   Attributes:
-    log_target: f32[..., W], log t: the target's log-probability given that the slot answers.
+    log_target: f32[..., W], log t: the log-probability of the target, given that the slot answers.
     log_dont_know: f32[..., W], log d: the log-probability of abstaining.
-    log_answer: f32[..., W], log a = log(1 - d), kept apart because it can't be had from log d in f32 as d -> 1.
+    log_answer: f32[..., W], log a = log(1 - d). It is stored because f32 cannot represent it by log d as d -> 1.
+
+  Example:
+    >>> d = jnp.array([0.75, 0.25])
+    >>> scores = SlotScores(jnp.log(jnp.array([0.5, 0.8])), log_dont_know=jnp.log(d), log_answer=jnp.log1p(-d))
+    >>> scores.log_target.shape
+    (2,)
   """
 
   log_target: Float[Array, "... W"]
@@ -50,26 +57,26 @@ class SlotScores:
     dont_know_id: int,
     prior: float | None = None,
   ) -> SlotScores:
-    """Scores of dense logits in which `<don't know>` is one of the V columns.
+    """Returns the scores of dense logits in which `<don't know>` is one of the V columns.
 
         log d = z_dk - lse(z),   log a = lse(z without dk) - lse(z),   log t = z_y - lse(z without dk)
 
     Args:
-      logits: [..., W, V], any float dtype; computed in f32.
-      targets: int[...], the id that every slot of the token must say; equals `dont_know_id` nowhere.
+      logits: [..., W, V], any float dtype; the computation is in f32 or wider.
+      targets: int[...], the token that every slot is to predict; no target may equal `dont_know_id`.
       dont_know_id: the column of `<don't know>`; negative values count from the end.
-      prior: psi'(dk), the probability that uniform logits give to abstaining; None leaves the logits as they are.
+      prior: psi'(dk), the probability of abstaining under uniform logits; None leaves the logits as they are.
 
     Returns:
-      f32[..., W] each.
+      `SlotScores` of f32[..., W].
 
     Raises:
-      ValueError: if `dont_know_id` isn't a column or the prior isn't inside (0, 1).
+      ValueError: if `dont_know_id` is not a column, or the prior is not inside (0, 1).
 
     Example:
       >>> scores = SlotScores.from_logits(jnp.zeros((5, 4, 11)), jnp.zeros(5, int), dont_know_id=10, prior=0.9)
-      >>> float(jnp.exp(scores.log_dont_know[0, 0]))  # doctest: +SKIP
-      0.9
+      >>> print(f"{jnp.exp(scores.log_dont_know[0, 0]):.3f}")
+      0.900
     """
     logits = jnp.asarray(logits)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -77,12 +84,12 @@ class SlotScores:
     if not -vocabulary <= dont_know_id < vocabulary:
       raise ValueError(f"dont_know_id: {dont_know_id} is not a column of logits with {vocabulary} columns")
     column = jnp.arange(vocabulary) == dont_know_id % vocabulary
-    words = jnp.where(column, -jnp.inf, logits)
+    answers = jnp.where(column, -jnp.inf, logits)
     targets = jnp.broadcast_to(jnp.asarray(targets)[..., None, None], (*logits.shape[:-1], 1))
     return cls.from_readout(
-      target_logit=jnp.take_along_axis(words, targets, axis=-1)[..., 0],
+      target_logit=jnp.take_along_axis(answers, targets, axis=-1)[..., 0],
       dont_know_logit=logits[..., dont_know_id],
-      log_normalizer=jax.nn.logsumexp(words, axis=-1),
+      log_normalizer=jax.nn.logsumexp(answers, axis=-1),
       shift=prior_shift("token", prior, vocabulary),
     )
 
@@ -96,39 +103,63 @@ class SlotScores:
     form: Form = "token",
     shift: Float[ArrayLike, ""] = 0.0,
   ) -> SlotScores:
-    """Scores from the three numbers that a readout keeps of a slot's logits.
+    """Returns scores from the three numbers of a slot that a readout computes from its logits.
 
     Args:
-      target_logit: f32[..., W], z_y.
-      dont_know_logit: f32[..., W], z of `<don't know>`.
-      log_normalizer: f32[..., W], l = the log-sum-exp over the vocabulary without `<don't know>`.
-      form: 'token': `<don't know>` competes with the vocabulary, d = sigmoid(z + shift - l).
-        'unit': a logistic unit of its own, d = sigmoid(z + shift).
-      shift: added to z, nats; see `prior_shift`.
+      target_logit: f32[..., W], z_y, the logit of the target.
+      dont_know_logit: f32[..., W], z_dk, the logit of `<don't know>`.
+      log_normalizer: f32[..., W], l, the log-sum-exp over the vocabulary without `<don't know>`.
+      form: 'token': `<don't know>` competes with the vocabulary, d = sigmoid(z_dk + shift - l).
+        'unit': `<don't know>` is a separate logistic unit, d = sigmoid(z_dk + shift).
+      shift: a number in nats that is added to z_dk; see `prior_shift`.
+
+    Returns:
+      `SlotScores` of f32[..., W].
+
+    Raises:
+      ValueError: on another form.
+
+    Example:
+      >>> zero = jnp.zeros(2)
+      >>> scores = SlotScores.from_readout(zero, zero, jnp.log(jnp.array([1.0, 3.0])))
+      >>> print(f"{jnp.exp(scores.log_dont_know[1]):.3f} {jnp.exp(scores.log_target[1]):.3f}")
+      0.250 0.333
     """
-    odds = dont_know_logit + shift
+    log_odds = dont_know_logit + shift
     if form == "token":
-      odds = odds - log_normalizer
+      log_odds = log_odds - log_normalizer
     elif form != "unit":
       raise ValueError(f"form: {form!r} is none of 'token', 'unit'")
     return cls(
       log_target=target_logit - log_normalizer,
-      # Both as a log-sigmoid: each is exact where the other one is almost 0.
-      log_dont_know=jax.nn.log_sigmoid(odds),
-      log_answer=jax.nn.log_sigmoid(-odds),
+      # Both are log-sigmoids, because each one is accurate where the other one is close to 0.
+      log_dont_know=jax.nn.log_sigmoid(log_odds),
+      log_answer=jax.nn.log_sigmoid(-log_odds),
     )
 
 
 def prior_shift(form: Form, prior: float | None, vocabulary: int) -> float:
-  """What is added to the `<don't know>` logit so that a model that knows nothing abstains with probability `prior`.
+  """Returns the shift of the `<don't know>` logit under which uniform logits abstain with probability `prior`.
 
-  Token form: log(psi'/psi), psi uniform and psi' the prior on dk and uniform elsewhere, relative to the other entries:
-  log(psi' (|V|-1) / (1-psi')). Unit form: log(psi'/(1-psi')).
+      token form: log(psi' (V - 1) / (1 - psi'))        unit form: log(psi' / (1 - psi'))
+
+  The token form is the log-ratio psi'/psi of `<don't know>` relative to that of the other entries, where psi is uniform
+  and psi' is the prior, uniform over the other entries.
 
   Args:
     form: 'token' or 'unit'.
     prior: psi'(dk), inside (0, 1); None gives 0.
-    vocabulary: |V|, `<don't know>` counted (token form).
+    vocabulary: V, the number of entries including `<don't know>`; the unit form ignores it.
+
+  Returns:
+    The shift in nats.
+
+  Raises:
+    ValueError: if the prior is not inside (0, 1), or `<don't know>` is the only entry.
+
+  Example:
+    >>> round(prior_shift("token", 0.5, 11), 3), prior_shift("unit", 0.5, 11)
+    (2.303, 0.0)
   """
   if prior is None:
     return 0.0
@@ -138,7 +169,7 @@ def prior_shift(form: Form, prior: float | None, vocabulary: int) -> float:
   if form == "unit":
     return odds
   if vocabulary < 2:
-    raise ValueError(f"vocabulary: {vocabulary} leaves no entry beside <don't know>")
+    raise ValueError(f"vocabulary: {vocabulary} leaves no entry next to <don't know>")
   return odds + math.log(vocabulary - 1)
 
 
@@ -150,18 +181,27 @@ def normalize(
   positive: bool = False,
   dtype: jnp.dtype = jnp.float32,
 ) -> Float[Array, "... W"]:
-  """Weights over slots as a distribution; None is 0:..:0:1.
+  """Returns weights over slots as a distribution.
+
+      weights_i / sum_j weights_j
 
   Args:
-    weights: [W] or [..., W], non-negative, not all zero; need not be normalised; may be traced.
+    weights: [W] or [..., W], non-negative, not all zero, not necessarily normalised; may be traced. None: 0:..:0:1.
     num_slots: W.
-    name: for the errors.
-    positive: whether a zero is an error, also one that a tiny weight becomes in `dtype`.
-    dtype: of the result.
+    name: the name of the weights in error messages.
+    positive: whether a zero is an error. A weight that is zero only after the conversion to `dtype` is an error too.
+    dtype: the dtype of the result.
+
+  Returns:
+    `dtype`[W] or [..., W]; sums to one over the last axis.
 
   Raises:
-    ValueError: on another length; and, where the values are concrete, on values that are negative, not finite, all
-      zero, or zero with `positive`. Traced values can't be looked at.
+    ValueError: if the last axis does not have length W. For concrete values also if a value is negative or not finite,
+      if all are zero, or if one is zero with `positive`; traced values are not checked.
+
+  Example:
+    >>> print(normalize((1, 0, 3), 3, name="omega"))
+    [0.25 0.   0.75]
   """
   if weights is None:
     return jnp.zeros(num_slots, dtype).at[-1].set(1.0)
@@ -175,12 +215,12 @@ def normalize(
     if (values.sum(-1) <= 0).any():
       raise ValueError(f"{name}: {_show(values)} is all zero; at least one slot needs weight")
     values = (values / values.sum(-1, keepdims=True)).astype(dtype)
-    # The smallest normal number counts as zero: the compiled program may flush what is below it.
+    # Numbers below the smallest normal number count as zero, because a compiled program may flush them to zero.
     if positive and (values < np.finfo(dtype).tiny).any():
       raise ValueError(f"{name}: {_show(np.asarray(weights, np.float64))} must be positive at every slot")
     return jnp.asarray(values)
-  weights = weights.astype(dtype)
-  return weights / weights.sum(-1, keepdims=True)
+  traced = weights.astype(dtype)
+  return traced / traced.sum(-1, keepdims=True)
 
 
 def _show(values: np.ndarray) -> str:
@@ -192,61 +232,97 @@ def log_stopping_distribution(
   log_answer: Float[Array, "... W"],
   omega: Float[ArrayLike, "... W"] | None = None,
 ) -> Float[Array, "... W"]:
-  """log s_i, the log-probability that the answer is read at slot i.
+  """Returns log s_i, the log-probability that the answer is read at slot i.
 
       log s_i = sum_{j<i} log d_j + logaddexp(log omega_i, log a_i + log Omega_{>i})
 
-  That the last slot always answers needs no special case: there Omega_{>i} = 0 and log d is not used.
+  The last slot always answers. This needs no special case, because there Omega_{>i} = 0 and log d is not used.
 
   Args:
     log_dont_know: f32[..., W], log d.
     log_answer: f32[..., W], log a.
-    omega: [W] or [..., W], how many steps the world grants; see `normalize`. None: all W, always.
+    omega: [W] or [..., W], the distribution of the step budget, see `normalize`. None: the budget is always W steps.
 
   Returns:
-    f32[..., W]; exp of it sums to 1; -inf where s_i is exactly 0. Gradients are finite wherever the value is.
+    f32[..., W], nats; -inf where s_i is exactly 0. exp of it sums to one over W. Gradients are finite where the value
+    is finite.
 
   Raises:
     ValueError: see `normalize`.
+
+  References:
+    "Catch Your Breath", https://arxiv.org/abs/2510.13879
+
+  Example:
+    >>> d = jnp.array([0.5, 0.5, 0.5])
+    >>> print(jnp.exp(log_stopping_distribution(jnp.log(d), jnp.log1p(-d))))
+    [0.5  0.25 0.25]
+    >>> print(jnp.exp(log_stopping_distribution(jnp.log(d), jnp.log1p(-d), omega=(0, 1, 0))))
+    [0.5 0.5 0. ]
   """
   num_slots = log_dont_know.shape[-1]
   omega = normalize(omega, num_slots, name="omega", dtype=log_dont_know.dtype)
-  # An exclusive sum from the right by shifting, since total - cumsum would leave rounding where Omega_{>i} is 0.
+  # The exclusive sum from the right shifts the inclusive one: total - cumsum has rounding where Omega_{>i} is 0.
   tail = jnp.flip(jnp.cumsum(jnp.flip(omega, -1), -1), -1)
   tail = jnp.concatenate([tail[..., 1:], jnp.zeros_like(tail[..., :1])], -1)
-  log_omega, granted = _safe_log(omega)
-  log_tail, more = _safe_log(tail)
-  # Each branch sees finite numbers only, so that no gradient meets -inf - (-inf); the last `where` picks the value.
+  log_omega, may_end = _safe_log(omega)
+  log_tail, may_go_on = _safe_log(tail)
+  # Each branch has finite operands only, so that no gradient contains -inf - (-inf); the last `where` sets the value.
   stop = jnp.where(
-    granted & more,
+    may_end & may_go_on,
     _log_add(log_omega, log_answer + log_tail),
-    jnp.where(granted, log_omega, log_answer + log_tail),
+    jnp.where(may_end, log_omega, log_answer + log_tail),
   )
-  stop = jnp.where(granted | more, stop, -jnp.inf)
-  # Exclusive sum of log d, by shifting too: with log d = -inf a difference of sums would be nan.
+  stop = jnp.where(may_end | may_go_on, stop, -jnp.inf)
+  # This exclusive sum shifts its terms too: with log d = -inf a difference of sums would be nan.
   waited = jnp.concatenate([jnp.zeros_like(log_dont_know[..., :1]), log_dont_know[..., :-1]], -1)
   return jnp.cumsum(waited, -1) + stop
 
 
 def _safe_log(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Array]:
-  """log x with 0 in place of -inf, and where x > 0 (the inner half of a double `where`)."""
+  """Returns log x with 0 in place of -inf, and whether x > 0: the inner half of a double `where`."""
   positive = x > 0
   return jnp.log(jnp.where(positive, x, 1.0)), positive
 
 
 def _log_add(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-  """log(e^x + e^y) for finite x; y may be -inf (d = 1 exactly): value x, gradient (1, 0)."""
+  """Returns log(e^x + e^y) for finite x. For y = -inf (d is exactly 1) the value is x and the gradient is (1, 0)."""
   finite = y > -jnp.inf
   return jnp.where(finite, jnp.logaddexp(x, jnp.where(finite, y, 0.0)), x)
 
 
 def expected_pauses(log_stopping: Float[Array, "... W"]) -> Float[Array, "..."]:
-  """sum_i (i - 1) s_i, the mean number of pauses before the answer; f32[...]."""
-  # A sum of products rather than a matrix product, which accelerators would round.
+  """Returns the mean number of pauses before the answer.
+
+      sum_i (i - 1) s_i,   i = 1..W
+
+  Args:
+    log_stopping: f32[..., W], log s, see `log_stopping_distribution`.
+
+  Returns:
+    f32[...].
+
+  Example:
+    >>> print(expected_pauses(jnp.log(jnp.array([0.5, 0.25, 0.25]))))
+    0.75
+  """
+  # A sum of products, because accelerators would round the operands of a matrix product.
   return (jnp.exp(log_stopping) * jnp.arange(log_stopping.shape[-1], dtype=log_stopping.dtype)).sum(-1)
 
 
 def hard_slot(log_dont_know: Float[Array, "... W"], threshold: Float[ArrayLike, ""] = 0.5) -> Int[Array, "..."]:
-  """The slot, from 0, that a greedy reader takes: the first with d <= `threshold`, else the last; i32[...]."""
+  """Returns the index of the first slot with d <= `threshold`; where there is none, the index of the last slot.
+
+  Args:
+    log_dont_know: f32[..., W], log d.
+    threshold: a probability.
+
+  Returns:
+    i32[...], in 0..W-1.
+
+  Example:
+    >>> hard_slot(jnp.log(jnp.array([[0.9, 0.2, 0.1], [0.9, 0.9, 0.9]]))).tolist()
+    [1, 2]
+  """
   answers = (log_dont_know <= jnp.log(threshold)).at[..., -1].set(True)
   return jnp.argmax(answers, -1)
