@@ -1,6 +1,4 @@
-"""The errors that a program ends with in one line: bad input; a disk, a bucket or a host that fails a run; a run that
-has diverged.
-"""
+"""Errors that end a program with one line and no traceback, and the translation of the errors of disks and buckets."""
 
 from __future__ import annotations
 
@@ -14,20 +12,20 @@ from collections.abc import Iterator
 class InputError(ValueError):
   """Bad input: a flag, a config field, a file.
 
-  The message is one line that names the field or file, the value that was met, and what would be accepted.
-  Programs print it without a traceback and exit with code 2.
+  The message is one line that names the field or file, its value, and the accepted values. Programs print it without a
+  traceback and exit with code 2.
   """
 
 
 class StorageError(OSError):
-  """A disk or a bucket fails a run that is well otherwise: it is full, read-only, gone, can't be reached.
+  """A disk or a bucket has failed: it is full, read-only, missing or unreachable.
 
-  The message is one line that names the file, what is wrong with the disk, and what of the run is whole. Programs print
-  it without a traceback and exit with code 1; once the disk is well, the same command continues.
+  The message is one line that names the file, the cause, and the state of the run that is saved. Programs print it
+  without a traceback and exit with code 1; the same command continues the run after the cause is removed.
 
   Args:
     message: the line.
-    cause: of a bucket, what `bucket_cause` has said of the error behind it.
+    cause: for a bucket, the result of `bucket_cause` for the original error.
   """
 
   def __init__(self, message: str, *, cause: str | None = None):
@@ -36,22 +34,22 @@ class StorageError(OSError):
 
 
 class DivergedError(FloatingPointError):
-  """One step after the other has a loss or a gradient that isn't finite.
+  """Several steps in a row have a loss or a gradient that is not finite; none of these steps was applied.
 
-  None of them was applied. The message is one line that names the step, and where the last good state lies. Programs
-  print it without a traceback and exit with code 1.
+  The message is one line that names the step and the last good state. Programs print it without a traceback and exit
+  with code 1.
   """
 
 
 class HostLostError(RuntimeError):
-  """Another host has gone, or can't be reached.
+  """Another host has ended or is unreachable.
 
   The message is one line. Programs print it without a traceback and exit with code 1; the same command on all hosts
   continues.
   """
 
 
-# What a disk says to whoever writes, and the words for it.
+# The errors of a disk on writing, and their descriptions.
 REFUSALS = {
   errno.ENOSPC: "the disk is full",
   errno.EDQUOT: "the disk quota is used up",
@@ -60,25 +58,33 @@ REFUSALS = {
 }
 
 
-# What a bucket answers with, after what may pass has been tried again and again.
+# The permanent HTTP errors of a bucket, and their descriptions; temporary errors have been retried before.
 _ANSWERS = {
   401: "the bucket wants to know who asks (HTTP 401); sign in, gcloud auth application-default login",
   403: "the bucket refuses this account (HTTP 403)",
   404: "what is asked for isn't in the bucket (HTTP 404)",
 }
 
-# Of TensorStore, where there was no answer.
+# The start of TensorStore's messages where the bucket has not answered.
 _NO_ANSWER = re.compile(r"(?:UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED|UNKNOWN|ABORTED|INTERNAL): ")
 
 
 def storage_cause(error: BaseException) -> str | None:
-  """What an error says of the disk or the bucket, 'the disk is full' and the like; None: it is about something else."""
+  """Returns the fault of the disk or bucket that an error describes, such as 'the disk is full'; None: it has another
+  cause.
+
+  Example:
+    >>> storage_cause(OSError(errno.ENOSPC, "no space"))
+    'the disk is full'
+    >>> storage_cause(ValueError("a typo")) is None
+    True
+  """
   cause = bucket_cause(error)
   if cause is not None:
     return cause
   number = error.errno if isinstance(error, OSError) else None
   if number is None:
-    # TensorStore's errors are ValueErrors that carry the system's code in their text.
+    # TensorStore raises ValueErrors that contain the error code of the system in their text.
     found = re.search(r"os_error_code='(\d+)'|\[OS error (\d+)", str(error))
     number = int(found[1] or found[2]) if found else None
   if number is None:
@@ -87,24 +93,28 @@ def storage_cause(error: BaseException) -> str | None:
 
 
 def bucket_cause(error: BaseException) -> str | None:
-  """What an error of gcsfs or TensorStore, or one that came of it, says of a bucket; None: it says nothing of one."""
+  """Returns the fault of the bucket that an error of gcsfs or TensorStore, or one caused by it, describes.
+
+  The result is None where neither the error nor its causes come from a bucket.
+  """
   inner = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__,)
-  said = _bucket_cause(error)
-  return said or next(filter(None, (bucket_cause(e) for e in inner if e is not None)), None)
+  cause = _bucket_cause(error)
+  return cause or next(filter(None, (bucket_cause(e) for e in inner if e is not None)), None)
 
 
 def bucket_passes(error: BaseException) -> bool:
-  """Whether what a bucket says may be over by the next time it is asked."""
+  """Returns whether an error of a bucket is temporary, so that the same request may succeed later."""
   inner = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__,)
   if isinstance(error, StorageError) or _bucket_cause(error) is None:
     return any(bucket_passes(e) for e in inner if e is not None)
   status = _http_status(error)
   if status is not None:
     return status == 429 or status >= 500
-  return type(error).__module__.partition(".")[0] != "google"  # signing in
+  return type(error).__module__.partition(".")[0] != "google"  # an error of google-auth is a failed sign-in
 
 
 def _bucket_cause(error: BaseException) -> str | None:
+  """Returns `bucket_cause` of the error alone, without its causes."""
   if isinstance(error, StorageError):
     return error.cause
   if isinstance(error, InputError):
@@ -115,7 +125,7 @@ def _bucket_cause(error: BaseException) -> str | None:
   package, text = type(error).__module__.partition(".")[0], str(error)
   if package == "google":
     return f"nobody could be signed in to the bucket ({text.splitlines()[0] if text else type(error).__name__})"
-  # What asyncio says has no number.
+  # The errors of asyncio have no error number.
   if package in ("aiohttp", "fsspec", "requests") or isinstance(error, ConnectionError | TimeoutError):
     number = getattr(error, "errno", None)
     why = os.strerror(number) if number and number > 0 else text or type(error).__name__
@@ -127,14 +137,15 @@ def _bucket_cause(error: BaseException) -> str | None:
 
 
 def _http_status(error: BaseException) -> int | None:
+  """Returns the HTTP status that an error of gcsfs or TensorStore reports; None: it reports none."""
   if type(error).__module__.startswith("gcsfs"):
     code = getattr(error, "code", None)
-    return int(code) if str(code).isdecimal() else None
+    return int(code) if code is not None and str(code).isdecimal() else None
   if isinstance(error, OSError) and error.errno is None:
     text = str(error)
     if text.startswith("Forbidden: "):
       return 403
-    # gcsfs names what it has asked for.
+    # The message of gcsfs contains the path of the request.
     if isinstance(error, FileNotFoundError) and re.search(r"\bb/[^/]+/o\b", text):
       return 404
   found = re.search(r"http_response_code='(\d+)'", str(error))
@@ -143,7 +154,7 @@ def _http_status(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Errors of the disk or the bucket inside become a StorageError about `what`."""
+  """Converts errors of the disk or the bucket inside the block to a StorageError about `what`."""
   try:
     yield
   except StorageError:
@@ -157,8 +168,9 @@ def writing(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-  """Errors of the system inside, such as a missing permission, become an InputError about the file that they name, or
-  about `what`.
+  """Converts errors of the system inside the block, such as a missing permission, to an InputError.
+
+  The InputError is about the file that the error names, or about `what` where it names none.
   """
   try:
     yield

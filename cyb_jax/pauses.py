@@ -1,18 +1,17 @@
-"""Where the slots go: pauses laid out between the tokens, their positions, and who may see whom.
+"""The layout of slots: pauses after the tokens, their positions, and the attention mask.
 
-Every real token is followed by K pauses, so it owns W = K + 1 slots: slot 0 is the token itself, slots 1..K are
-`<pause_1>`..`<pause_K>` (counted from 0 in code; the paper counts from 1). All slots of a token try to predict the
-next real token. Arrays keep the slots as an axis of their own; only attention sees them flattened. This file needs
-jax alone.
+Every real token is followed by K pauses, so it has W = K + 1 slots: slot 0 is the token itself, slots 1..K are
+`<pause_1>`..`<pause_K>` (slots are counted from 0 in code; the paper counts from 1). All slots of a token predict the
+next real token. Arrays keep the slots as a separate axis; attention alone flattens it. This module needs jax alone.
 
-Worked example, T = 2 tokens "a b", K = 2 pauses each, pauses numbered p = V, q = V + 1:
+Worked example with T = 2 tokens "a b" and K = 2 pauses each; the ids of the pauses are p = V and q = V + 1:
 
     flattened slot   0  1  2  3  4  5
     id               a  p  q  b  p  q
-    position         0  0  0  1  1  1      a pause stands where its token stands: later tokens aren't shifted
+    position         0  0  0  1  1  1      a pause has the position of its token, so later tokens are not shifted
 
-    may see (row: query, column: key)
-          visible (plain causal)      hidden (a pause is seen by the later slots of its own token alone)
+    attention mask (row: query, column: key)
+          visible (plain causal)      hidden (a pause is a key only for the later slots of its own token)
             a p q b p q                 a p q b p q
         a   1 . . . . .             a   1 . . . . .
         p   1 1 . . . .             p   1 1 . . . .
@@ -21,16 +20,16 @@ Worked example, T = 2 tokens "a b", K = 2 pauses each, pauses numbered p = V, q 
         p   1 1 1 1 1 .             p   1 . . 1 1 .
         q   1 1 1 1 1 1             q   1 . . 1 1 1
 
-Recipes: how many of its W slots a token gets. *constant*: all of them. *sampled*: W_n ~ Cat(omega), drawn per token.
-*on_policy*: W_n drawn from the model's own stopping distribution. Where W_n varies, the slots that tokens have are
-packed, one after the other, into rows of a fixed number of slots, so that shapes stay static:
+Recipes determine how many of its W slots a token gets. *constant*: all of them. *sampled*: W_n ~ Cat(omega), drawn for
+each token. *on_policy*: W_n is drawn from the stopping-time distribution of the model. Where W_n varies, the slots are
+packed, one token after the other, into rows of a fixed number of slots, so that shapes are static:
 
-    W_n = 2, 1, 3, 1 in a row of 6 slots    a p b c p q      what doesn't fit (here the fourth token) has no weight
+    W_n = 2, 1, 3, 1 in a row of 6 slots    a p b c p q      the fourth token does not fit and has weight 0
 
-Pauses of earlier work lie between some tokens alone, all alike (`lengths_at_random`, `lengths_behind_prefixes`); W_n
-says how many, and they are packed in the same way.
+In pause-training (`lengths_at_random`, `lengths_behind_prefixes`) only some tokens have pauses, and all pauses have the
+same id. W_n is the number of slots there too, and the slots are packed in the same way.
 
-Dimensions: B batch, T tokens, W slots per token, S slots of a row: T*W flattened, or as many as it is packed into.
+Dimensions: B batch, T tokens, W slots per token, S slots of a row: T*W flattened, or the size of a packed row.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:  # annotations alone: these files need jax and nothing else
+if TYPE_CHECKING:  # the core needs jax alone when it runs
   from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 Visibility = Literal["visible", "hidden"]
@@ -55,8 +54,8 @@ class Slots:
   """Tokens with their pauses.
 
   Attributes:
-    ids: i32[B, T, W], what is fed: the token, then the ids of its pauses.
-    positions: i32[B, T, W], the position for rotary embeddings, from 0.
+    ids: i32[B, T, W], the input ids: the token, then its pauses.
+    positions: i32[B, T, W], the positions for rotary embeddings, from 0.
   """
 
   ids: Int[Array, "B T W"]
@@ -64,7 +63,7 @@ class Slots:
 
 
 def interleave(tokens: Int[Array, "B T"], num_pauses: int, first_pause_id: int) -> Slots:
-  """Lays `num_pauses` pauses out after every token (recipe *constant*).
+  """Returns every token followed by `num_pauses` pauses (recipe *constant*).
 
   Args:
     tokens: i32[B, T].
@@ -97,12 +96,34 @@ def interleave(tokens: Int[Array, "B T"], num_pauses: int, first_pause_id: int) 
 
 
 def slot_positions(batch: int, length: int, num_slots: int) -> Int[Array, "B T W"]:
-  """The rotary position of every slot: that of its real token; i32[B, T, W]."""
+  """Returns the rotary position of every slot, which is the position of its token.
+
+  Args:
+    batch: B.
+    length: T.
+    num_slots: W.
+
+  Returns:
+    i32[B, T, W].
+
+  Example:
+    >>> slot_positions(1, 2, 3).tolist()
+    [[[0, 0, 0], [1, 1, 1]]]
+  """
   return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[:, None], (batch, length, num_slots))
 
 
 def document_ids(tokens: Int[Array, "B T"], end_id: int) -> Int[Array, "B T"]:
-  """Numbers the documents of each row from 0; an end token opens the next document, whose first token it predicts.
+  """Returns the number of each token's document within its row, from 0.
+
+  An end token belongs to the document that follows it, because it predicts the first token of that document.
+
+  Args:
+    tokens: i32[B, T].
+    end_id: the end token.
+
+  Returns:
+    i32[B, T].
 
   Example:
     >>> document_ids(jnp.array([[4, 5, 0, 6, 0, 7]]), end_id=0).tolist()
@@ -119,21 +140,25 @@ def attention_mask(
   segment_ids: Int[Array, "B T"] | None = None,
   packing: Packing | None = None,
 ) -> Bool[Array, "b 1 S S"] | None:
-  """Which slot (query, third axis) may see which (key, fourth axis), over the flattened slots.
+  """Returns the attention mask over the flattened slots; queries are on the third axis, keys on the fourth.
 
   Args:
     length: T.
     num_slots: W.
-    visibility: 'visible': plain causal, the paper's form; 'hidden': a pause is seen by the later slots of its own
-      token alone.
+    visibility: 'visible': plain causal, the form of the paper; 'hidden': a pause is a key only for the later slots of
+      its own token.
     segment_ids: i32[B, T], see `document_ids`; None: attention crosses documents.
-    packing: where the slots lie, see `pack`; None: all W slots of every token, in order.
+    packing: the places of the slots in their row, see `pack`; None: all W slots of every token, in order.
 
   Returns:
-    bool[1 or B, 1, S, S], or None where the mask is plain causal, which every attention kernel does for itself.
+    bool[1 or B, 1, S, S]; None where the mask is plain causal, which attention kernels implement without a mask.
 
   Raises:
     ValueError: on another visibility.
+
+  Example:
+    >>> attention_mask(2, 2, visibility="hidden")[0, 0].astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
   """
   if visibility not in ("visible", "hidden"):
     raise ValueError(f"visibility: {visibility!r} is none of 'visible', 'hidden'")
@@ -158,13 +183,13 @@ def attention_mask(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packing:
-  """Ragged tokens, their slots packed into rows of S.
+  """Tokens with different numbers of slots, packed into rows of S places.
 
   Attributes:
-    token: i32[B, S], the token that a place belongs to. Places behind the last slot repeat the last token.
-    slot: i32[B, S], which of its token's slots lies there.
-    places: i32[B, T, W], where a token's slots lie. A token with fewer than W slots repeats the place of its last one.
-    kept: bool[B, T], whether all slots of a token fit into its row. Those of the others must have no weight.
+    token: i32[B, S], the index of the token at a place. Places after the last slot repeat the last token.
+    slot: i32[B, S], the index of the slot within its token.
+    places: i32[B, T, W], the places of the slots of a token. A token with fewer than W slots repeats its last place.
+    kept: bool[B, T], whether all slots of a token fit into its row. The other tokens must have weight 0.
   """
 
   token: Int[Array, "B S"]
@@ -174,12 +199,15 @@ class Packing:
 
 
 def pack(lengths: Int[Array, "B T"], num_slots: int, row_slots: int) -> Packing:
-  """Packs the slots of every row, in order, into rows of a fixed number of slots.
+  """Returns the slots of every row, packed in order into rows of a fixed number of slots.
 
   Args:
-    lengths: i32[B, T], W_n, how many slots each token has, in 1..W.
+    lengths: i32[B, T], W_n, the number of slots of each token, in 1..W.
     num_slots: W.
-    row_slots: S. Tokens at the end of a row that don't fit are not kept.
+    row_slots: S. Tokens at the end of a row that do not fit are not kept.
+
+  Returns:
+    See `Packing`.
 
   Example:
     >>> packing = pack(jnp.array([[2, 1, 3, 1]]), 3, 6)
@@ -193,7 +221,7 @@ def pack(lengths: Int[Array, "B T"], num_slots: int, row_slots: int) -> Packing:
   place = jnp.arange(row_slots, dtype=jnp.int32)
   token = jax.vmap(lambda ends: jnp.searchsorted(ends, place, side="right"))(ends)
   token = jnp.minimum(token, lengths.shape[1] - 1).astype(jnp.int32)
-  # Behind the last slot of a row this would grow without end.
+  # Clipped, because the difference exceeds W - 1 at places after the last slot of a row.
   slot = jnp.minimum(place - jnp.take_along_axis(starts, token, -1), num_slots - 1)
   places = starts[..., None] + jnp.minimum(jnp.arange(num_slots), lengths[..., None] - 1)
   return Packing(token=token, slot=slot, places=jnp.minimum(places, row_slots - 1), kept=ends <= row_slots)
@@ -202,30 +230,44 @@ def pack(lengths: Int[Array, "B T"], num_slots: int, row_slots: int) -> Packing:
 def draw_lengths(
   rng: Array, tokens: Int[Array, "B T"], shares: Float[Array, "W"] | Float[Array, "B T W"]
 ) -> Int[Array, "B T"]:
-  """W_n, how many slots each token has: drawn from Cat(shares), i32[B, T] in 1..W.
+  """Returns W_n ~ Cat(shares), the number of slots of each token (recipe *sampled*).
 
-  A row's draw hangs on `rng` and on its own tokens alone: it is the same on whatever device and in whatever part of a
-  batch the row lies.
+  The draw of a row depends on `rng` and on the tokens of the row alone, so it is the same on every device and in every
+  batch that contains the row.
 
   Args:
     rng: a jax.random key.
     tokens: i32[B, T].
-    shares: probabilities of 1..W slots, for all tokens or for each.
+    shares: f32[W] or f32[B, T, W], the probabilities of 1..W slots, for all tokens or for each token.
+
+  Returns:
+    i32[B, T], in 1..W.
+
+  Example:
+    >>> draw_lengths(jax.random.key(0), jnp.array([[5, 7]]), jnp.array([0.0, 1.0, 0.0])).tolist()
+    [[2, 2]]
   """
   log_shares = jnp.broadcast_to(jnp.log(shares), (*tokens.shape, shares.shape[-1]))
   return jax.vmap(jax.random.categorical)(row_keys(rng, tokens), log_shares).astype(jnp.int32) + 1
 
 
 def lengths_at_random(rng: Array, tokens: Int[Array, "B T"], num_pauses: int) -> Int[Array, "B T"]:
-  """How many slots each token has where so many pauses lie at random places of its row; i32[B, T], T + pauses in all.
+  """Returns the number of slots of each token where a fixed number of pauses is at random places of its row.
 
-  All ways of mixing the pauses in behind the row's first token are equally likely; several may follow each other. A
-  row's draw hangs on `rng` and on its own tokens alone.
+  All orders of the pauses and of the tokens after the first token are equally likely; pauses may be adjacent. The draw
+  of a row depends on `rng` and on the tokens of the row alone.
 
   Args:
     rng: a jax.random key.
     tokens: i32[B, T].
-    num_pauses: of each row.
+    num_pauses: the number of pauses of each row.
+
+  Returns:
+    i32[B, T], at least 1 each; the sum of a row is T + num_pauses.
+
+  Example:
+    >>> int(lengths_at_random(jax.random.key(0), jnp.array([[5, 7, 3]]), num_pauses=4).sum())
+    7
   """
   length = tokens.shape[1]
 
@@ -240,18 +282,19 @@ def lengths_at_random(rng: Array, tokens: Int[Array, "B T"], num_pauses: int) ->
 def lengths_behind_prefixes(
   weights: Float[Array, "B T"], num_pauses: int, most: int
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-  """How many slots each token has where pauses lie between prefixes, whose tokens aren't learnt, and their targets.
+  """Returns the number of slots of each token where pauses are between prefixes and the targets that follow them.
 
-  A prefix ends with the token before the first target of weight. Where a row begins with a target of weight its prefix,
-  if it has one, lies in the row before, and gets no pauses here.
+  A prefix is a run of tokens whose targets have weight 0; it ends with the token whose target is the first one with a
+  weight. A row that begins with a target with a weight has its prefix, if any, in the row before; that prefix gets no
+  pauses.
 
   Args:
-    weights: f32[B, T], of the targets.
-    num_pauses: behind each prefix.
-    most: so many prefixes of a row get pauses.
+    weights: f32[B, T], the loss weights of the targets.
+    num_pauses: the number of pauses after each prefix.
+    most: the number of prefixes of a row, from its start, that get pauses.
 
   Returns:
-    i32[B, T]; and bool[B, T], False from the first prefix on that gets none.
+    i32[B, T], the number of slots; and bool[B, T], False from the end of the first prefix that gets no pauses.
 
   Example:
     >>> lengths, given = lengths_behind_prefixes(jnp.array([[1.0, 0, 0, 1, 1, 0, 1]]), 2, 1)
@@ -265,8 +308,18 @@ def lengths_behind_prefixes(
 
 
 def row_keys(rng: Array, tokens: Int[Array, "B T"]) -> Array:
-  """A key for every row, key[B], that hangs on `rng` and on the row's own tokens alone."""
-  # A hash of the row's tokens and their order, in wrapping arithmetic.
+  """Returns a random key for every row, key[B], that depends on `rng` and on the tokens of the row alone.
+
+  Args:
+    rng: a jax.random key.
+    tokens: i32[B, T].
+
+  Example:
+    >>> keys = row_keys(jax.random.key(0), jnp.array([[5, 7], [7, 5], [5, 7]]))
+    >>> bool(keys[0] == keys[2]), bool(keys[0] == keys[1])
+    (True, False)
+  """
+  # A hash of the tokens and of their order, in arithmetic modulo 2^32.
   mixed = (tokens.astype(jnp.uint32) + 1) * jnp.uint32(0x9E3779B1)
   mixed ^= mixed >> 15
   digests = (mixed * (2 * jnp.arange(tokens.shape[1], dtype=jnp.uint32) + 1)).sum(-1, dtype=jnp.uint32)
@@ -274,16 +327,21 @@ def row_keys(rng: Array, tokens: Int[Array, "B T"]) -> Array:
 
 
 def packed_row_slots(shares: Float[ArrayLike, "W"], length: int) -> int:
-  """Slots of a row that W_n ~ Cat(shares) fills: the mean and four standard deviations, about one row in 30,000 is
-  longer. At most T*W, and just that where all shares are in one place.
+  """Returns the size S of a packed row for W_n ~ Cat(shares): the mean of the row's slots and four standard deviations.
+
+  About one row in 30,000 has more slots. S is at most T*W; it is exact where one number of slots has the whole share.
 
   Args:
-    shares: concrete weights of 1..W slots, normalised.
+    shares: [W], the probabilities of 1..W slots; concrete and normalised.
     length: T.
+
+  Example:
+    >>> packed_row_slots([0.5, 0.5], 64), packed_row_slots([0.0, 1.0], 64)
+    (112, 128)
   """
   shares = np.asarray(shares, np.float64)
   counts = np.arange(1, len(shares) + 1)
   mean = float(shares @ counts)
   variance = float(shares @ (counts - mean) ** 2)
-  # The guard keeps rounding in the mean from adding a slot.
+  # 1e-6 is subtracted so that rounding of the mean does not add a slot.
   return min(length * len(shares), math.ceil(length * mean + 4 * math.sqrt(length * variance) - 1e-6))
