@@ -27,9 +27,9 @@ from text_corpus import corpus
 from cyb_jax import methods
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.data import SentencePieceTokenizer, TokenStore, TrainBatches, evaluation_batches, open_task, prepare
-from cyb_jax.data.answers import ANSWER_TASKS, open_source
 from cyb_jax.data.pieces import Encoder
 from cyb_jax.data.tasks import Document, split_of, text_digest
+from cyb_jax.data.tasks.answers import ANSWER_TASKS, open_source
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
 from cyb_jax.methods import MethodConfig

@@ -34,6 +34,7 @@ from cyb_jax.data import (
 )
 from cyb_jax.data import preparation as preparing
 from cyb_jax.data.store import canonical
+from cyb_jax.data.tasks import c4, synthetic, text_files
 from cyb_jax.errors import InputError, StorageError
 
 END = 256
@@ -44,8 +45,8 @@ C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """Many pieces of little text; chunks and buckets that a few documents fill."""
-  monkeypatch.setattr(tasks, "_PIECE_BYTES", 1500)
-  monkeypatch.setattr(tasks, "_PIECE_DOCUMENTS", 40)
+  monkeypatch.setattr(text_files, "_PIECE_BYTES", 1500)
+  monkeypatch.setattr(synthetic, "_PIECE_DOCUMENTS", 40)
   monkeypatch.setattr(preparing, "_TOKENS_WORTH_A_PROCESS", 1000)
   monkeypatch.setattr(merging, "_SORTED_ROWS", 60)
   monkeypatch.setattr(merging, "_READ_ROWS", 16)
@@ -169,7 +170,7 @@ def test_files_are_interleaved_as_tensorflow_does_it():
   for files, cycle, highest in ((5, 2, 40), (23, 4, 70)):
     # Files that are empty, or end with a turn, among them.
     lengths = [int(n) for n in np.where(rng.random(files) < 0.3, rng.integers(0, 4, files) * 16, rng.integers(highest))]
-    found = tasks._interleaved("train", lengths, cycle)
+    found = c4.interleaved_pieces("train", lengths, cycle)
     rows = [
       (position, (number, k))
       for number, piece in enumerate(found)
@@ -202,7 +203,7 @@ def test_pieces_of_c4_are_what_tfds_reads_whole():
 def test_interleaved_pieces_are_merged(tmp_path, monkeypatch):
   """As a TFDS source: 20 files, read 16 at once in turns of 16 documents."""
   lengths = [int(n) for n in np.random.default_rng(1).integers(0, 70, 20)]
-  found = tasks._interleaved("train", lengths)
+  found = c4.interleaved_pieces("train", lengths)
   texts = {}
   for number, piece in enumerate(found):
     for k, position in enumerate(piece.positions(np.arange(lengths[number])).tolist()):
@@ -224,8 +225,8 @@ def test_interleaved_pieces_are_merged(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sizes", [[], [0], [5], [100, 0, 3, 0], [10, 10, 10], [0, 35, 7], [9, 1, 10, 11]])
 @pytest.mark.parametrize("unit", ["line", "file"])
 def test_spans_cover_each_byte_once(monkeypatch, sizes, unit):
-  monkeypatch.setattr(tasks, "_PIECE_BYTES", 10)
-  spans = list(tasks._spans(sizes, whole_files=unit == "file"))
+  monkeypatch.setattr(text_files, "_PIECE_BYTES", 10)
+  spans = list(text_files.spans(sizes, whole_files=unit == "file"))
   covered = collections.Counter()
   for (first, begin, last, end), size in spans:
     inside = [
@@ -250,7 +251,7 @@ def test_lines_belong_to_the_span_that_they_begin_in(tmp_path):
   for start in range(len(content)):
     for stop in [*range(start + 1, len(content) + 1), None]:
       with path.open("rb") as file:
-        got = list(tasks._lines(file, start, stop))
+        got = list(text_files.lines(file, start, stop))
       expected = [
         content[b:].split(b"\n")[0] + b"\n" * (b"\n" in content[b:])
         for b in begins
@@ -263,8 +264,9 @@ def killed_in_mid_shard(tmp_path, options, signal_to):
   """Folder of pieces of a process that was killed while it wrote its third piece; how many are whole."""
   code = """
 import json, sys, time
-from cyb_jax.data import pieces, prepare_shard, tasks
-tasks._PIECE_BYTES = 1500
+from cyb_jax.data import pieces, prepare_shard
+from cyb_jax.data.tasks import text_files
+text_files._PIECE_BYTES = 1500
 pieces._BATCH_BYTES = 300
 write = pieces.write
 calls = []
@@ -432,7 +434,6 @@ def test_a_worker_that_dies(tmp_path, monkeypatch, options):
 _MEASURED = """
 import re, sys
 from cyb_jax.data import merging, pieces, prepare, chunks, tasks
-tasks._PIECE_DOCUMENTS = 1 << 30  # one piece a split
 merging._SORTED_ROWS = merging._READ_ROWS = 1000
 pieces._BATCH_BYTES = 100_000
 chunks.CHUNK_BYTES = 1 << 16

