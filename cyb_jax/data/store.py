@@ -296,9 +296,14 @@ def canonical(value: Any) -> bytes:
   return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
+def digest(value: Any) -> str:
+  """Hexadecimal sha256 over a value as JSON."""
+  return hashlib.sha256(canonical(value)).hexdigest()
+
+
 def fingerprint(description: dict[str, Any]) -> str:
-  """Hexadecimal sha256 over a description."""
-  return hashlib.sha256(canonical({k: v for k, v in description.items() if k != "fingerprint"})).hexdigest()
+  """Hexadecimal sha256 over a description, without its fingerprint."""
+  return digest({k: v for k, v in description.items() if k != "fingerprint"})
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:

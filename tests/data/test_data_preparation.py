@@ -24,6 +24,7 @@ from cyb_jax.data import (
   Prepared,
   TokenStore,
   chunks,
+  finishing,
   is_store,
   locks,
   merging,
@@ -31,8 +32,9 @@ from cyb_jax.data import (
   prepare,
   prepare_shard,
   tasks,
+  tokenizers,
+  workers,
 )
-from cyb_jax.data import preparation as preparing
 from cyb_jax.data.store import canonical
 from cyb_jax.data.tasks import c4, synthetic, text_files
 from cyb_jax.errors import InputError, StorageError
@@ -47,7 +49,7 @@ def small(monkeypatch):
   """Many pieces of little text; chunks and buckets that a few documents fill."""
   monkeypatch.setattr(text_files, "_PIECE_BYTES", 1500)
   monkeypatch.setattr(synthetic, "_PIECE_DOCUMENTS", 40)
-  monkeypatch.setattr(preparing, "_TOKENS_WORTH_A_PROCESS", 1000)
+  monkeypatch.setattr(finishing, "_TOKENS_WORTH_A_PROCESS", 1000)
   monkeypatch.setattr(merging, "_SORTED_ROWS", 60)
   monkeypatch.setattr(merging, "_READ_ROWS", 16)
   monkeypatch.setattr(chunks, "CHUNK_BYTES", 256)
@@ -147,10 +149,8 @@ def test_streams_beside_the_tokens(tmp_path, monkeypatch, task, tokenizer):
     options = {"path": str(tmp_path / "x.jsonl")}
   whole = prepare(task, tokenizer, tmp_path / "whole", options=options, shard_tokens=SHARD)
   trained = []
-  train = preparing.tokenizers.train_sentencepiece
-  monkeypatch.setattr(
-    preparing.tokenizers, "train_sentencepiece", lambda *given: trained.append(given) or train(*given)
-  )
+  train = tokenizers.train_sentencepiece
+  monkeypatch.setattr(tokenizers, "train_sentencepiece", lambda *given: trained.append(given) or train(*given))
   for number in (2, 1):
     prepare_shard(task, tokenizer, tmp_path / "s", options=options, shard_tokens=SHARD, shard=(number, 2))
   assert len(trained) == tokenizer.startswith("sentencepiece")
@@ -418,14 +418,14 @@ def test_projected_hours(monkeypatch):
 
 
 def test_a_worker_that_dies(tmp_path, monkeypatch, options):
-  start = preparing.workers._start
+  start = workers._start
 
   def dying(workers):
     process = start(workers)
     process.kill()
     return process
 
-  monkeypatch.setattr(preparing.workers, "_start", dying)
+  monkeypatch.setattr(workers, "_start", dying)
   with pytest.raises(ChildProcessError, match=r"SIGKILL: out of memory\? .* the same command continues"):
     prepare("text_files", "bytes", tmp_path / "s", options=options, workers=2)
   assert not (tmp_path / "s").exists()
