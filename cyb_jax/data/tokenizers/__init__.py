@@ -11,7 +11,7 @@ from cyb_jax.data.tokenizers.byte import ByteTokenizer
 from cyb_jax.data.tokenizers.description import EXPORTED, files
 from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threads
-from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces
+from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces, vocabulary_size
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from cyb_jax.data.tokenizers.vocabulary import seqio_vocabulary
 
@@ -29,4 +29,5 @@ __all__ = [
   "seqio_vocabulary",
   "train_sentencepiece",
   "trained_pieces",
+  "vocabulary_size",
 ]
