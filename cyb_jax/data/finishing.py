@@ -76,7 +76,7 @@ class StoreBuilder:
     groups = dict.fromkeys(piece.group for piece in self.pieces)
     splits_of = {group: task.splits_of(group) for group in groups}
     pieces = merging.Pieces(plan.folder, self.pieces, documents, task.splits, splits_of)
-    encoder = piece_files.Encoder(self.tokenizer, task.beside)
+    encoder = piece_files.Encoder(self.tokenizer, task.annotations)
     copies = merging.find_duplicates(pieces, scratch)
     splits = merging.lay_out(
       pieces,
@@ -84,7 +84,7 @@ class StoreBuilder:
       self.output,
       scratch,
       start=len(encoder.start),
-      weighted="weights" in encoder.beside,
+      weighted="weights" in encoder.annotations,
       shard_tokens=plan.recipe["shard_tokens"],
     )
     if "train" not in splits:
@@ -141,5 +141,7 @@ def _described(split: str, number: int, laid: dict[str, Any], digests: dict[str,
   stem = f"{split}-{number:05d}"
   entry = {"file": f"{stem}.tokens", "tokens": laid["tokens"], "sha256": digests["tokens"]}
   entry["documents"] = laid["documents"]
-  beside = {kind: {"file": f"{stem}.{kind}", "sha256": value} for kind, value in digests.items() if kind != "tokens"}
-  return entry | beside
+  annotations = {
+    kind: {"file": f"{stem}.{kind}", "sha256": value} for kind, value in digests.items() if kind != "tokens"
+  }
+  return entry | annotations

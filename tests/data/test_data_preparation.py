@@ -140,7 +140,7 @@ def test_the_same_store_from_processes(tmp_path, options, whole):
 
 
 @pytest.mark.parametrize(("task", "tokenizer"), [("synthetic_lookups", "sentencepiece:298"), ("hellaswag", "bytes")])
-def test_streams_beside_the_tokens(tmp_path, monkeypatch, task, tokenizer):
+def test_annotations_follow_the_tokens(tmp_path, monkeypatch, task, tokenizer):
   """Difficulties, and weights, with a tokenizer that is trained by whoever comes first."""
   options = {"documents": 130, "max_difficulty": 3}
   if task == "hellaswag":
@@ -188,7 +188,7 @@ def test_files_are_interleaved_as_tensorflow_does_it():
     assert [row for _, row in sorted(rows)] == expected
 
 
-@pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample beside the checkout")
+@pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample next to the checkout")
 def test_pieces_of_c4_are_what_tfds_reads_whole():
   task = open_task("c4_en", {"data_dir": str(C4)})
   pieces = [piece for piece in task.pieces() if piece.group == "train"]

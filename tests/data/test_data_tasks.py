@@ -19,7 +19,7 @@ from cyb_jax.data.tasks.synthetic import write_lookups, write_question, write_su
 from cyb_jax.errors import InputError
 
 C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
-needs_c4 = pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample beside the checkout")
+needs_c4 = pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample next to the checkout")
 
 
 def lookup_answer(context, letters):
@@ -93,7 +93,7 @@ def test_questions_are_right(lowest, highest):
 
 def test_of_a_question_the_answer_alone_is_learnt(tmp_path):
   task = open_task("synthetic_questions", {"documents": "20"})
-  assert task.beside == ("difficulty", "weights")
+  assert task.annotations == ("difficulty", "weights")
   for document in task.documents("train"):
     np.testing.assert_array_equal(np.flatnonzero(document.weights), [len(document.text) - 1])
   store = prepare("synthetic_questions", "bytes", tmp_path / "questions", options={"documents": 20})

@@ -238,7 +238,7 @@ def _kind(name: str) -> TaskKind:
 
     return source.identity, lambda: Source(source.splits, read, dealt="validation" not in source.splits)
 
-  return TaskKind({"path": ""}, open_answers, beside=("weights",))
+  return TaskKind({"path": ""}, open_answers, annotations=("weights",))
 
 
 def _document(prompt: str, answer: str) -> Document:

@@ -108,13 +108,13 @@ class TaskKind:
     defaults: the options with their default values, whole numbers or strings.
     open: all options by name -> (identity, () -> source); see `Task`. It finds the source without reading it, and
       raises InputError for a value that is invalid or a source that is missing.
-    beside: see `Task`.
+    annotations: see `Task`.
     tokenizer: the tokenizer spec that is used if the user names none.
   """
 
   defaults: Mapping[str, Any]
   open: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Callable[[], Source]]]
-  beside: tuple[str, ...] = ()
+  annotations: tuple[str, ...] = ()
   tokenizer: str = "sentencepiece:8192"
 
 
@@ -126,13 +126,13 @@ class Task:
     name: as the user writes it.
     options: every option with its value.
     identity: what the text is, as JSON: versions and digests, no paths. Equal identities mean equal documents.
-    beside: which values of `Document` accompany the text: 'difficulty', 'weights', or none.
+    annotations: which values of `Document` accompany the text: 'difficulty', 'weights', or none.
   """
 
   name: str
   options: dict[str, Any]
   identity: dict[str, Any]
-  beside: tuple[str, ...]
+  annotations: tuple[str, ...]
   _source: Callable[[], Source]
 
   @functools.cached_property
@@ -140,7 +140,7 @@ class Task:
     """The task as a SeqIO task or mixture (imports seqio)."""
     if self.source.provider:
       return self.source.provider()
-    return seqio_tasks.task_of_documents(self.name, self.splits, self.documents, self.beside)
+    return seqio_tasks.task_of_documents(self.name, self.splits, self.documents, self.annotations)
 
   @functools.cached_property
   def source(self) -> Source:

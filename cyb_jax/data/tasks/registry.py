@@ -32,7 +32,7 @@ def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
   kind = _kind(name)
   settled = settle(name, kind.defaults, options)
   identity, source = kind.open(settled)
-  return Task(name, settled, identity, kind.beside, source)
+  return Task(name, settled, identity, kind.annotations, source)
 
 
 def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[
 
 def has_targets(name: str) -> bool:
   """Whether a task's documents are a prefix and a target, and only the target has weight."""
-  return name in TASKS and "weights" in TASKS[name].beside
+  return name in TASKS and "weights" in TASKS[name].annotations
 
 
 def default_tokenizer(task: str) -> str:

@@ -100,21 +100,21 @@ def _unwrapped(examples: Iterable[Any]) -> Iterator[Any]:
 
 
 def task_of_documents(
-  name: str, splits: Sequence[str], documents: Callable[[str], Iterable[Any]], beside: Sequence[str]
+  name: str, splits: Sequence[str], documents: Callable[[str], Iterable[Any]], annotations: Sequence[str]
 ):
   """A SeqIO task whose examples are {'targets': a whole document}, and a string of one byte for each byte of the
-  document for every name in `beside`.
+  document for every name in `annotations`.
 
   Args:
     name: of the task.
     splits: of the task.
     documents: split -> objects with the text and uint8 arrays as attributes, such as `Document`.
-    beside: names of the arrays, such as 'weights'.
+    annotations: names of the arrays, such as 'weights'.
   """
   seqio = import_seqio()
   import tensorflow as tf
 
-  names = ("targets", *beside)
+  names = ("targets", *annotations)
 
   def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None):
     del shuffle_files, seed  # documents come in the source's order; the store's reader shuffles
@@ -123,7 +123,7 @@ def task_of_documents(
       block, size = {name: [] for name in names}, 0
       for document in documents(split):
         block["targets"].append(document.text.encode())
-        for name in beside:
+        for name in annotations:
           block[name].append(getattr(document, name).tobytes())
         size += len(block["targets"][-1])
         if size >= _BLOCK_BYTES:

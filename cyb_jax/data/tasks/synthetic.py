@@ -70,8 +70,8 @@ def _kind(name: str, write: Write, *, answers_only: bool = False) -> TaskKind:
     return {"generator": name, "version": 1}, lambda: Source(tuple(counts), generator.read, generator.pieces)
 
   defaults: dict[str, Any] = {"documents": 20000, "min_difficulty": 1, "max_difficulty": 8, "seed": 0}
-  beside = ("difficulty", "weights") if answers_only else ("difficulty",)
-  return TaskKind(defaults, open_generator, beside, tokenizer="bytes")
+  annotations = ("difficulty", "weights") if answers_only else ("difficulty",)
+  return TaskKind(defaults, open_generator, annotations, tokenizer="bytes")
 
 
 def write_lookups(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
