@@ -84,7 +84,7 @@ def find_duplicates(pieces: Pieces, scratch: Path) -> np.ndarray:
   ranks = np.array([len(pieces.splits) - 1 - i for i in range(len(pieces.splits))], np.uint64)
   ordinal = 0
   with contextlib.ExitStack() as stack:
-    dealt = [stack.enter_context(open(scratch / f"digests-{i}", "wb")) for i in range(files)]
+    buckets = [stack.enter_context(open(scratch / f"digests-{i}", "wb")) for i in range(files)]
     for number, piece in enumerate(pieces.pieces):
       for rows in pieces.rows(number):
         digests = np.zeros(len(rows), _DIGEST)
@@ -93,7 +93,7 @@ def find_duplicates(pieces: Pieces, scratch: Path) -> np.ndarray:
         digests["ordinal"] = np.arange(ordinal, ordinal + len(rows))
         ordinal += len(rows)
         of = ((digests["digest"][:, 0] >> np.uint64(32)) * np.uint64(files)) >> np.uint64(32)
-        for i, file in enumerate(dealt):
+        for i, file in enumerate(buckets):
           file.write(digests[of == i].tobytes() if files > 1 else digests.tobytes())
   copies = np.memmap(scratch / "copies", np.bool_, "w+", shape=(max(total, 1),))
   for i in range(files):

@@ -236,7 +236,7 @@ def _kind(name: str) -> TaskKind:
       del part
       return (_document(prompt, answer) for prompt, answer in source.documents(group))
 
-    return source.identity, lambda: Source(source.splits, read, dealt="validation" not in source.splits)
+    return source.identity, lambda: Source(source.splits, read, hash_splits="validation" not in source.splits)
 
   return TaskKind({"path": ""}, open_answers, annotations=("weights",))
 

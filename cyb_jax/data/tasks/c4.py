@@ -36,7 +36,7 @@ def _open(options: Mapping[str, Any]):
   def source():
     if "validation" in documents:
       return Source(tuple(documents), read, parts, provider=lambda: task({split: split for split in documents}))
-    return Source(("train",), read, parts, dealt=True)
+    return Source(("train",), read, parts, hash_splits=True)
 
   # A sample of C4 and all of it may have the same version; the counts distinguish them.
   return {"tfds": f"c4/en:{version}", "documents": documents}, source

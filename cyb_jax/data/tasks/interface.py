@@ -73,20 +73,20 @@ class Source:
     groups: the source's own splits.
     read: (group, part) -> the documents of a part of a group in order; part None: of the whole group.
     parts: group -> its pieces.
-    dealt: whether the documents of train are assigned to train, validation and, if it is no group, test by hash.
+    hash_splits: whether the documents of train are divided into train, validation and, if it is no group, test by hash.
     provider: () -> the SeqIO task or mixture that has the same documents; None: one is made from `read`.
   """
 
   groups: tuple[str, ...]
   read: Callable[[str, list[int] | None], Iterable[Document | str]]
   parts: Callable[[str], list[Piece]] = lambda group: [Piece(group)]
-  dealt: bool = False
+  hash_splits: bool = False
   provider: Callable[[], Any] | None = None
 
   @property
   def splits(self) -> tuple[str, ...]:
     """Names of the splits, train first."""
-    names = {*self.groups, *(("validation", "test") if self.dealt else ())}
+    names = {*self.groups, *(("validation", "test") if self.hash_splits else ())}
     return tuple(sorted(names, key=lambda name: (name != "train", name)))
 
   def documents(self, piece: Piece) -> Iterator[tuple[str, Document]]:
@@ -95,7 +95,7 @@ class Source:
       if isinstance(document, str):
         document = Document(document)
       split = piece.group
-      if self.dealt and split == "train":
+      if self.hash_splits and split == "train":
         split = split_of(text_digest(document.text), own_test="test" in self.groups)
       yield split, document
 

@@ -31,4 +31,4 @@ def _source(name: str, module: str) -> Source:
 
   if "validation" in provider.splits:
     return Source(tuple(provider.splits), read, provider=lambda: provider)
-  return Source(("train", *(("test",) if "test" in provider.splits else ())), read, dealt=True)
+  return Source(("train", *(("test",) if "test" in provider.splits else ())), read, hash_splits=True)

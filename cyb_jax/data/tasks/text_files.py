@@ -29,7 +29,7 @@ def _open(options: Mapping[str, Any]):
   if not files:
     raise InputError(f"data.options.pattern={pattern!r}: no file matches; give a glob that matches text files")
   texts = _TextFiles(files, [path.stat().length for path in files], by_line)
-  return texts.identity(), lambda: Source(("train",), texts.read, texts.pieces, dealt=True)
+  return texts.identity(), lambda: Source(("train",), texts.read, texts.pieces, hash_splits=True)
 
 
 def _matching(pattern: str) -> list[epath.Path]:
