@@ -2,11 +2,11 @@
 
 from cyb_jax.data.batches import Batch, Permutation, Prefetch, TrainBatches, evaluation_batches, with_segment_ids
 from cyb_jax.data.preparation import Prepared, prepare, prepare_shard
-from cyb_jax.data.pretrained_tokenizers import HuggingFaceTokenizer
 from cyb_jax.data.store import TokenStore, is_store
 from cyb_jax.data.tasks import TASKS, Document, Task, default_tokenizer, open_task, register
 from cyb_jax.data.tokenizers import (
   ByteTokenizer,
+  HuggingFaceTokenizer,
   SentencePieceTokenizer,
   Tokenizer,
   load,

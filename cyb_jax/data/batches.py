@@ -23,7 +23,7 @@ from cyb_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 
 _ROUNDS = 16
-# Window numbers are computed for so many steps at once: a step alone is all overhead.
+# Window numbers are computed for this many steps at once, because one step alone is mostly overhead.
 _BLOCK_STEPS = 64
 
 
@@ -69,7 +69,7 @@ class TrainBatches:
   """The batches of a run, by step number.
 
   Example g = step * B + row is window `subset[order(seed, epoch)[g mod n]]` with epoch = g // n: every window once an
-  epoch, in an order of its own each epoch. `subset`, the share of the windows that is used, hangs on no seed: runs
+  epoch, in an order of its own each epoch. `subset`, the share of the windows that is used, depends on no seed: runs
   that differ in their seed see the same data.
 
   Args:
@@ -150,7 +150,7 @@ def evaluation_batches(
   """The windows of a split in order, each once; the last batch is filled up with rows of weight 0.
 
   Args:
-    store, split: what is read.
+    store, split: which split of which store.
     sequence_length: T.
     batch_size: B, over all hosts.
     limit: at most so many windows, from the first on.
@@ -220,7 +220,7 @@ class Prefetch:
     return self
 
   def __next__(self) -> Any:
-    """The next step's batch; what `read` raised is raised here, in its place in the order."""
+    """The next step's batch; an error of `read` is raised here, at the step where it occurred."""
     if self._closed.is_set():
       raise StopIteration
     start = time.perf_counter()
@@ -234,7 +234,7 @@ class Prefetch:
   def close(self) -> None:
     """Ends the thread; a second call does nothing."""
     self._closed.set()
-    while not self._ready.empty():  # the thread may be waiting for room
+    while not self._ready.empty():  # the thread may be waiting for a free place in the queue
       self._ready.get_nowait()
     self._thread.join()
 

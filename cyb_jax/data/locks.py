@@ -1,7 +1,7 @@
-"""Who may do something alone: a lock of the system on a local disk, a lease in a bucket.
+"""Mutual exclusion of processes: a lock of the system on a local disk, a lease in a bucket.
 
-The system takes a lock back from a process that dies, however it does. An object of a bucket stays: its holder signs it
-again and again, and whoever finds one that is signed no more takes it over.
+The system releases the lock of a process that dies. An object of a bucket remains: its holder signs it every few
+seconds, and a process that finds a lease that is no longer signed takes it over.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECONDS_UNTIL_DEAD = 45.0
 
 
 class Busy(Exception):
-  """Another process holds it; the message says which one, where that is known."""
+  """Another process holds the lock; the message names it if it is known."""
 
 
 @contextlib.contextmanager
@@ -34,12 +34,13 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
   """Holds a lock for as long as the block.
 
   Args:
-    path: a file for it; its folder must be there.
-    wait: what is logged before it waits for another process; '': it doesn't wait. Never waited for in a bucket.
-    shared: held by any number of processes that say so. Without effect in a bucket.
+    path: the lock's file; its folder must exist.
+    wait: the line that is logged before the call waits for another process; '': it doesn't wait. It never waits for the
+      end of a lease in a bucket.
+    shared: whether other processes may hold the lock too if they share it. Without effect in a bucket.
 
   Raises:
-    Busy: another process has it.
+    Busy: another process holds it.
   """
   if in_bucket(path):
     with _leased(path):
@@ -61,6 +62,7 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
 
 @contextlib.contextmanager
 def _leased(path: epath.Path) -> Iterator[None]:
+  """Holds a lease; one whose holder has stopped to sign is taken over."""
   mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
   found = chunks.read_json(path)
   if found is not None:

@@ -1,12 +1,12 @@
-"""Pieces to a store's shards, in the order of the source and without duplicates.
+"""Merges pieces into a store's shards, in the order of the source and without duplicates.
 
-Three passes over the pieces' indices and one over their tokens, none of which holds more than a part of them:
+Two passes over the pieces' indices and one over their tokens; none of them holds more than a part in memory:
 
-1. The documents' digests are dealt to files by their value. Equal ones fall into one file, where all but the first in
-   the store's order are marked.
-2. The indices are merged by where documents stand; what is left of them gives where each document's tokens go. The
-   shards' .documents are written.
-3. Each shard copies its tokens, and what stands beside them, by itself: several processes do it.
+1. The documents' digests are distributed to files by their value. Equal digests are in one file, where all but the
+   first in the store's order are marked as copies.
+2. The indices are merged by the documents' positions, without the copies. This gives the position of each document's
+   tokens in the store, and the shards' .documents are written.
+3. Each shard copies its tokens and their annotations independently, in several processes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from cyb_jax.data.pieces import ROW
 # Rows of indices in memory at once: of digests, and of each of the pieces that are read at a time.
 _SORTED_ROWS = 1 << 22
 _READ_ROWS = 1 << 15
-# More than tf.data interleaves at once.
+# Pieces that are open at once; more than the files that tf.data interleaves.
 _OPEN_PIECES = 24
 _DIGEST = np.dtype([("digest", "<u8", (2,)), ("order", "<u8"), ("ordinal", "<u8")])
 # Part of a shard: tokens [begin, end) of a piece's split.
 _RUN = np.dtype([("piece", "<u8"), ("begin", "<u8"), ("end", "<u8")])
 _SPLIT_BITS = np.uint64(56)
-_NOWHERE = 1 << 63  # behind all positions
+_NOWHERE = 1 << 63  # after all positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Pieces:
   """All pieces of a task, whole.
 
   Attributes:
-    folder: where they lie.
-    pieces: as the task knows them.
-    documents: of each, without the empty ones.
-    splits: the task's, train first.
-    splits_of: by group.
+    folder: that contains them.
+    pieces: as the task defines them.
+    documents: number of documents of each, without empty ones.
+    splits: of the task, train first.
+    splits_of: the splits that the documents of a group belong to, by group.
   """
 
   folder: epath.Path
@@ -75,16 +75,16 @@ class Pieces:
 
 
 def find_duplicates(pieces: Pieces, scratch: Path) -> np.ndarray:
-  """bool[documents], on disk: whether a document, by its number over all pieces, is a copy of another one before it.
+  """bool[documents], on disk: whether a document, by its number over all pieces, is a copy of one before it.
 
-  The first of the copies in the store's order stays: held-out splits come before train.
+  The first one in the store's order is kept; in this order, held-out splits precede train.
   """
   total = sum(pieces.documents)
   files = max(1, math.ceil(total / _SORTED_ROWS))
   ranks = np.array([len(pieces.splits) - 1 - i for i in range(len(pieces.splits))], np.uint64)
   ordinal = 0
   with contextlib.ExitStack() as stack:
-    dealt = [stack.enter_context(open(scratch / f"digests-{i}", "wb")) for i in range(files)]
+    buckets = [stack.enter_context(open(scratch / f"digests-{i}", "wb")) for i in range(files)]
     for number, piece in enumerate(pieces.pieces):
       for rows in pieces.rows(number):
         digests = np.zeros(len(rows), _DIGEST)
@@ -93,7 +93,7 @@ def find_duplicates(pieces: Pieces, scratch: Path) -> np.ndarray:
         digests["ordinal"] = np.arange(ordinal, ordinal + len(rows))
         ordinal += len(rows)
         of = ((digests["digest"][:, 0] >> np.uint64(32)) * np.uint64(files)) >> np.uint64(32)
-        for i, file in enumerate(dealt):
+        for i, file in enumerate(buckets):
           file.write(digests[of == i].tobytes() if files > 1 else digests.tobytes())
   copies = np.memmap(scratch / "copies", np.bool_, "w+", shape=(max(total, 1),))
   for i in range(files):
@@ -109,11 +109,11 @@ def find_duplicates(pieces: Pieces, scratch: Path) -> np.ndarray:
 
 @dataclasses.dataclass
 class Split:
-  """Where the tokens of a split go.
+  """The shards of a split.
 
   Attributes:
-    counts: for its description.
-    shards: of each, its tokens, and the entry of its .documents.
+    counts: of the split, for the description.
+    shards: for each, its number of tokens and the entry of its .documents.
   """
 
   counts: dict[str, int]
@@ -130,19 +130,19 @@ def lay_out(
   weighted: bool,
   shard_tokens: int,
 ) -> dict[str, Split]:
-  """Writes the .documents of all shards, and for `write_shard` which tokens they are made of.
+  """Writes the .documents of all shards, and the lists of token runs that `write_shard` copies.
 
   Args:
     pieces: of the task.
-    copies: of `find_duplicates`.
+    copies: from `find_duplicates`.
     output: the store's folder.
     scratch: a folder on a local disk.
-    start: tokens that stand before each document.
+    start: number of start tokens before each document.
     weighted: whether the store has weights.
-    shard_tokens: tokens in a shard.
+    shard_tokens: number of tokens in a shard.
 
   Returns:
-    by split, those that have documents alone.
+    the splits that have documents, by name.
   """
   result = {}
   bases = np.cumsum([0, *pieces.documents])
@@ -171,7 +171,7 @@ def _merged(pieces: Pieces, group: str, bases: np.ndarray) -> Iterator[tuple[np.
   waiting = collections.deque(sorted(numbers, key=lambda number: pieces.pieces[number].start))
   reading: list[_Reading] = []
   while waiting or reading:
-    # What is read of documents before this position is all there is.
+    # All documents before this position are loaded.
     bound = min((r.bound for r in reading), default=_NOWHERE)
     while waiting and pieces.pieces[waiting[0]].start < bound and len(reading) < _OPEN_PIECES:
       reading.append(_Reading(pieces, waiting.popleft(), bases))
@@ -189,8 +189,8 @@ class _Reading:
   """A piece whose index is being read.
 
   Attributes:
-    bound: all its documents that stand before are loaded.
-    done: nothing is left.
+    bound: all its documents before this position are loaded.
+    done: whether no document is left.
   """
 
   def __init__(self, pieces: Pieces, number: int, bases: np.ndarray):
@@ -300,22 +300,22 @@ def write_shard(
   end_id: int,
   made_of: str,
 ) -> dict[str, str]:
-  """Copies what a shard is made of; one that is whole already is left as it is.
+  """Copies a shard's tokens and annotations from the pieces; a shard that is whole already is not copied again.
 
   Args:
     pieces: of the task; their `documents` aren't needed.
     output: the store's folder.
     split, number: which shard.
-    runs: the file of `lay_out`.
-    kinds: 'tokens', and what stands beside them.
+    runs: its file written by `lay_out`.
+    kinds: 'tokens', and the names of the annotations.
     dtype, end_id: of the tokens.
-    made_of: stands for all that decides its content.
+    made_of: represents everything that decides its content.
 
   Returns:
     hexadecimal sha256 by kind.
 
   Raises:
-    Damaged: a piece isn't what was written.
+    Damaged: a file of a piece is not what was written.
   """
   done = pieces.folder / f"shard-{split}-{number:05d}.json"
   record = chunks.read_json(done)

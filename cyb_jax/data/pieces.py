@@ -1,9 +1,9 @@
 """One piece of a task's source, tokenized into files of its own.
 
-piece-000012.json               what there is of it, and the digests; written last: a piece without it isn't there
+piece-000012.json               its counts and the digests of its files; written last: without it, the piece is missing
 piece-000012.index              a ROW for each document that isn't empty, in order
 piece-000012.train.tokens       the tokens of its documents of a split, in order, each with its start and end tokens
-piece-000012.train.difficulty   and what stands beside them
+piece-000012.train.difficulty   the annotations of these tokens
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from cyb_jax.data import chunks, tasks
-from cyb_jax.data.store import BESIDE, token_dtype
+from cyb_jax.data.store import ANNOTATIONS, token_dtype
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
 
 _BATCH_BYTES = 4 << 20  # text tokenized at once
 
-# A document: the digest of its text, where its tokens begin among those of its piece and split, its number in the piece
-# (those that are empty are counted too), how many tokens it has, and so on.
+# A document: the digest of its text, the offset of its tokens among those of its piece and split, its number in the
+# piece (empty documents are counted too), its number of tokens, and so on.
 ROW = np.dtype(
   [
     ("digest", "<u8", (2,)),
@@ -46,37 +46,37 @@ class Encoded:
   """Documents as tokens; N documents, S tokens in all.
 
   Attributes:
-    tokens: uint16 or uint32[S], those of each document with the start token where there is one, and the end token.
-    lengths: int64[N], tokens of each.
-    beside: by kind, uint8[S].
-    weighted_tokens, weighted_bytes: int64[N], those that are to be learnt; all where nothing else is said.
+    tokens: uint16 or uint32[S], for each document the start token if there is one, its tokens, and the end token.
+    lengths: int64[N], number of tokens of each.
+    annotations: uint8[S] by name.
+    weighted_tokens, weighted_bytes: int64[N], number of those that are to be learnt; 0 without weights.
   """
 
   tokens: np.ndarray
   lengths: np.ndarray
-  beside: dict[str, np.ndarray]
+  annotations: dict[str, np.ndarray]
   weighted_tokens: np.ndarray
   weighted_bytes: np.ndarray
 
 
 class Encoder:
-  """Turns documents into tokens and what stands beside them.
+  """Turns documents into tokens and their annotations.
 
   Args:
-    tokenizer: any.
-    beside: what the task's documents come with.
+    tokenizer: any tokenizer.
+    annotations: those of the task's documents.
 
   Attributes:
     tokenizer: as given.
-    start: what stands before each document.
-    beside: what will stand beside the tokens: weights too where there is a start.
+    start: the tokens before each document: one, or none.
+    annotations: those of the tokens, which include weights if there is a start token.
     dtype: of the tokens.
   """
 
-  def __init__(self, tokenizer: Tokenizer, beside: Sequence[str]):
+  def __init__(self, tokenizer: Tokenizer, annotations: Sequence[str]):
     self.tokenizer = tokenizer
     self.start = [tokenizer.start_id] * (tokenizer.adds_start and tokenizer.start_id != tokenizer.end_id)
-    self.beside = tuple(kind for kind in BESIDE if kind in beside or (kind == "weights" and self.start))
+    self.annotations = tuple(kind for kind in ANNOTATIONS if kind in annotations or (kind == "weights" and self.start))
     self.dtype = token_dtype(tokenizer.vocab_size)
 
   def encode(self, documents: Sequence[tasks.Document]) -> Encoded:
@@ -88,21 +88,21 @@ class Encoder:
     tokens = np.fromiter(flat, self.dtype, int(lengths.sum()))
     weighted_tokens = np.zeros(len(documents), np.int64)
     weighted_bytes = np.zeros(len(documents), np.int64)
-    beside = {}
-    if "difficulty" in self.beside:
+    annotations = {}
+    if "difficulty" in self.annotations:
       parts = [self._difficulties(*row) for row in zip(documents, encoded, strict=True)]
-      beside["difficulty"] = np.concatenate(parts)
-    if "weights" in self.beside:
+      annotations["difficulty"] = np.concatenate(parts)
+    if "weights" in self.annotations:
       parts = self._weights(documents, encoded)
-      beside["weights"] = np.concatenate(parts)
+      annotations["weights"] = np.concatenate(parts)
       weighted_tokens[:] = [int(part.sum()) for part in parts]
       weighted_bytes[:] = [
         len(d.text.encode()) if d.weights is None else int(d.weights.sum(dtype=np.int64)) for d in documents
       ]
-    return Encoded(tokens, lengths, beside, weighted_tokens, weighted_bytes)
+    return Encoded(tokens, lengths, annotations, weighted_tokens, weighted_bytes)
 
   def _difficulties(self, document: tasks.Document, ids: list[int]) -> np.ndarray:
-    """uint8[start + tokens + 1]: a token is as hard as its hardest byte; the start and the end are 0."""
+    """uint8[start + tokens + 1]: the largest difficulty among a token's bytes; 0 for the start and the end."""
     sizes = np.array([len(self.tokenizer.decode([token]).encode()) for token in ids])
     if sizes.sum() != len(document.difficulty):
       raise InputError(
@@ -114,10 +114,11 @@ class Encoder:
     return np.concatenate([np.zeros(len(self.start)), hardest, [0]]).astype(np.uint8)
 
   def _weights(self, documents: Sequence[tasks.Document], encoded: list[list[int]]) -> list[np.ndarray]:
-    """uint8[start + tokens + 1] of each document; the start is 0, the end as the last byte.
+    """uint8[start + tokens + 1] of each document; the start has weight 0, the end the weight of the last byte.
 
-    Where the weights of the bytes change, the tokens of the text up to there are counted, as lm-evaluation-harness
-    parts a prompt and its continuation: a token over the border is of what follows.
+    Where the weights of the bytes change, the text before is tokenized alone to count its tokens, as
+    lm-evaluation-harness separates a prompt from its continuation: a token across the border belongs to the text
+    after it.
     """
     borders = [
       [] if document.weights is None else (np.flatnonzero(np.diff(document.weights)) + 1).tolist()
@@ -130,14 +131,14 @@ class Encoder:
     for document, ids, of in zip(documents, encoded, borders, strict=True):
       values = [1] if document.weights is None else document.weights[[0, *of]].tolist()
       places = [0, *(min(next(counts), len(ids)) for _ in of), len(ids) + 1]
-      # What a tokenizer makes of a part may be longer than what it makes of more.
+      # A part of a text may have more tokens than a longer part.
       weights = np.repeat(np.array(values, np.uint8), np.diff(np.maximum.accumulate(places)))
       result.append(np.concatenate([np.zeros(len(self.start), np.uint8), weights]))
     return result
 
 
 def record_path(folder: epath.Path, number: int) -> epath.Path:
-  """The file that says that a piece is whole."""
+  """The file whose existence means that a piece is whole."""
   return folder / f"piece-{number:06d}.json"
 
 
@@ -147,12 +148,12 @@ def file_path(folder: epath.Path, number: int, name: str) -> epath.Path:
 
 
 def read_record(folder: epath.Path, number: int, made_of: str) -> dict[str, Any] | None:
-  """What a whole piece says of itself; None where there is none, or of something else, or a file has another size.
+  """The record of a piece that is whole; None if it is missing, is made of something else, or a file has another size.
 
   Args:
     folder: of the pieces.
-    number: the piece's.
-    made_of: what `write` was given.
+    number: of the piece.
+    made_of: as given to `write`.
   """
   record = chunks.read_json(record_path(folder, number))
   if not isinstance(record, dict) or record.get("made_of") != made_of:
@@ -177,30 +178,25 @@ def write(
   """Tokenizes a piece.
 
   Args:
-    folder: where its files go.
-    number, piece: which one.
+    folder: the folder of its files.
+    number, piece: which piece.
     task, encoder: of the store.
-    made_of: stands for all that decides its content, for `read_record`.
-    limit: documents of each split, empty ones included.
-    report: called with the documents and the tokens done so far.
+    made_of: represents everything that decides its content, for `read_record`.
+    limit: number of documents of each split, empty ones included; None: all.
+    report: called with the numbers of documents and tokens done so far.
 
   Returns:
-    what `read_record` will: `documents`, `tokens`, `files`; `cpu_seconds`, since the first document was read.
+    its record, as from `read_record`: `documents`, `tokens`, `files`, and `cpu_seconds` and `seconds` since the first
+    document was read.
   """
   with contextlib.ExitStack() as stack:
     splits = task.splits
     writer = _Writer(folder, number, splits, encoder, stack)
     batch: list[tuple[int, int, tasks.Document]] = []
-    size, read, began = 0, dict.fromkeys(splits, 0), None
-    fed = task.splits_of(piece.group)
-    for place, (split, document) in enumerate(task.read(piece)):
-      # Opening the source takes seconds, once; what it costs by the document is to be known.
+    size, began = 0, None
+    for place, split, document in _limited(task.read(piece), task.splits_of(piece.group), limit):
+      # Opening the source takes seconds, once, and is not a cost of the documents.
       began = began or (time.process_time(), time.perf_counter())
-      if limit is not None and read[split] == limit:
-        if all(read[name] == limit for name in fed):
-          break
-        continue
-      read[split] += 1
       if not document.text:
         continue
       batch.append((place, splits.index(split), document))
@@ -225,8 +221,27 @@ def write(
   return record
 
 
+def _limited(
+  documents: Iterable[tuple[str, tasks.Document]], splits: Sequence[str], limit: int | None
+) -> Iterator[tuple[int, str, tasks.Document]]:
+  """(number in the piece, split, document) of the first `limit` documents of each split; None: of all.
+
+  Args:
+    documents: (split, document) of a piece, in order.
+    splits: those that the piece has documents of.
+    limit: at least 1, or None.
+  """
+  read = dict.fromkeys(splits, 0)
+  for number, (split, document) in enumerate(documents):
+    if read[split] != limit:
+      read[split] += 1
+      yield number, split, document
+    elif all(count == limit for count in read.values()):
+      return
+
+
 class _Writer:
-  """The files of a piece while they are written; each is opened with its first content."""
+  """The files of a piece while they are written; each is opened when it gets its first content."""
 
   def __init__(self, folder, number, splits, encoder: Encoder, stack: contextlib.ExitStack):
     self.documents = self.tokens = 0
@@ -253,7 +268,7 @@ class _Writer:
       ends = self._offsets[split] + np.cumsum(encoded.lengths[of])
       rows["offset"][of] = ends - encoded.lengths[of]
       self._offsets[split] = int(ends[-1])
-      for kind, values in (("tokens", encoded.tokens), *encoded.beside.items()):
+      for kind, values in (("tokens", encoded.tokens), *encoded.annotations.items()):
         self._sink(f"{self._splits[split]}.{kind}").write(values[of_token == split])
     self._sink("index").write(rows)
     self.documents += len(batch)

@@ -2,17 +2,17 @@
 
 A store is a folder:
 
-    store.json                 what it is; its fingerprint covers everything else in it, and so every file's hash
-    tokenizer.json             the tokenizer; its model beside it, tokenizer.model or huggingface.json
+    store.json                 its description; the fingerprint covers everything else in it, and so every file's hash
+    tokenizer.json             the tokenizer; its model is in tokenizer.model or huggingface.json
     train-00000.tokens         little-endian uint16 (uint32 beyond 65,536 ids)
-    train-00000.documents      little-endian uint64: where each document that begins in this shard starts in its split
-    train-00000.difficulty     uint8 beside each token, where the task knows it
-    train-00000.weights        uint8, 0 or 1, beside each token, where not every one is to be learnt
+    train-00000.documents      little-endian uint64: the position in its split of each document that begins here
+    train-00000.difficulty     uint8 for each token, if the task knows it
+    train-00000.weights        uint8, 0 or 1, for each token, if not every token is to be learnt
 
-The stream of a split is `end doc1 end doc2 end ... docN end`. Cut into windows that overlap by one token, every token
-of every document, and every closing end, is a target exactly once. Where a pretrained model was trained to see a
-token of its own before each text (the tokenizer's start_id), that stands after each end, with weight 0: it is read, and
-never learnt.
+The stream of a split is `end doc1 end doc2 end ... docN end`. Divided into windows that overlap by one token, every
+token of every document, and every closing end, is a target exactly once. If a pretrained model was trained to see a
+token of its own before each text (the tokenizer's start_id), this token follows each end, with weight 0: it is read,
+and never learnt.
 
 Letters: N rows, T tokens of a window.
 """
@@ -43,8 +43,8 @@ SHARD_TOKENS = 1 << 28
 _VERIFIED_BYTES = 8 << 30  # larger stores are opened with their sizes checked only
 _SECONDS_BETWEEN_LINES = 5.0
 _WINDOWS_AT_ONCE = 4096
-# What may stand beside the tokens, a byte for each.
-BESIDE = ("difficulty", "weights")
+# The annotations of tokens that a store may have, one byte for each token.
+ANNOTATIONS = ("difficulty", "weights")
 
 
 class TokenStore:
@@ -52,7 +52,7 @@ class TokenStore:
 
   Attributes:
     path: its folder, on a local disk.
-    description: what store.json says.
+    description: the content of store.json.
     fingerprint: hexadecimal sha256 over the description.
     vocab_size, end_id: of its tokenizer.
     splits: names of the splits that hold documents, train first.
@@ -75,12 +75,12 @@ class TokenStore:
 
     Args:
       path: its folder. One in a bucket is copied to the user's cache folder first, once.
-      verify: whether every file is hashed: True, False (sizes are checked all the same), or 'auto': where the
-        store is at most 8 GiB.
+      verify: whether every file is hashed: True, False (only sizes are checked), or 'auto': if the store has at most
+        8 GiB.
 
     Raises:
-      InputError: if there is no store, or it is of another format, truncated or altered; it names the file.
-      StorageError: the bucket fails, or the disk for the copy.
+      InputError: there is no store, or it is of another format, truncated or altered; the message names the file.
+      StorageError: the bucket fails, or the disk of the copy.
     """
     if in_bucket(path):
       path = _local_copy(chunks.place(path), read_description(path))
@@ -107,21 +107,21 @@ class TokenStore:
     return tokenizers.load(self.path)
 
   def num_tokens(self, split: str) -> int:
-    """Tokens in a split's stream, the first and all closing end tokens included."""
+    """Number of tokens in a split's stream, including the first and all closing end tokens."""
     return self._split(split)["tokens"]
 
   def has_weights(self, split: str) -> bool:
-    """Whether some of a split's tokens are read only."""
+    """Whether some of a split's tokens are read but not learnt."""
     return "weights" in self._split(split)["shards"][0]
 
   def has_prefixes(self, split: str) -> bool:
-    """Whether more is read only than the tokens that begin documents: the task has prefixes and targets."""
+    """Whether more tokens than those that begin documents are not learnt: the task has prefixes and targets."""
     starts = self.tokenizer.adds_start and self.tokenizer.start_id != self.end_id
     begins = self._split(split)["documents"] * starts
     return self.has_weights(split) and self.num_tokens(split) - 1 - self.num_targets(split) > begins
 
   def prefixes(self, split: str, sequence_length: int) -> np.ndarray:
-    """int64[windows]: in how many places of each window a target of weight follows one without."""
+    """int64[windows]: how often, in each window, a target of weight 1 follows one of weight 0."""
     windows = self.num_windows(split, sequence_length)
     counts = np.zeros(windows, np.int64)
     if self.has_weights(split):
@@ -132,15 +132,15 @@ class TokenStore:
     return counts
 
   def num_targets(self, split: str) -> int:
-    """Tokens that are targets of weight 1."""
+    """Number of tokens that are targets of weight 1."""
     return self._split(split).get("weighted_tokens", self.num_tokens(split) - 1)
 
   def num_bytes(self, split: str) -> int:
-    """Bytes of UTF-8 that the targets of weight 1 stand for, for bits per byte."""
+    """Number of bytes of UTF-8 that the targets of weight 1 represent, for bits per byte."""
     return self._split(split).get("weighted_bytes", self._split(split)["bytes"])
 
   def num_windows(self, split: str, sequence_length: int) -> int:
-    """Windows of `sequence_length` targets that cover a split; the last one may be partial."""
+    """Number of windows of `sequence_length` targets that cover a split; the last one may be partial."""
     if sequence_length < 1:
       raise InputError(f"data.sequence_length={sequence_length}: give at least 1")
     return -(-(self.num_tokens(split) - 1) // sequence_length)
@@ -149,7 +149,7 @@ class TokenStore:
     """Checks that a split fills one window.
 
     Raises:
-      InputError: if it has fewer than sequence_length + 1 tokens.
+      InputError: it has fewer than sequence_length + 1 tokens.
     """
     tokens = self.num_tokens(split)
     if tokens < sequence_length + 1:
@@ -186,7 +186,7 @@ class TokenStore:
     return self._gather(split, "difficulty", starts, sequence_length, 0, np.uint8)
 
   def document_starts(self, split: str) -> np.ndarray:
-    """uint64[documents]: where each document's first token stands in the split's stream, ascending."""
+    """uint64[documents]: the position of each document's first token in the split's stream, ascending."""
     shards = self._split(split)["shards"]
     files = [self.path / shard["documents"]["file"] for shard in shards if shard["documents"]["count"]]
     return np.concatenate([np.fromfile(file, "<u8") for file in files])
@@ -198,7 +198,7 @@ class TokenStore:
       raise InputError(f"split={split!r}: the store {self.path} has {', '.join(self.splits)}") from None
 
   def _open_maps(self, split: str, kind: str) -> tuple[list[np.ndarray], np.ndarray]:
-    """The shards of a split, mapped, and the borders between them: int64[shards + 1]."""
+    """The memory-mapped shards of a split, and the borders between them: int64[shards + 1]."""
     shards = self._split(split)["shards"]
     if kind == "tokens":
       maps = [np.memmap(self.path / shard["file"], self._dtype, "r") for shard in shards]
@@ -213,8 +213,8 @@ class TokenStore:
     maps, borders = self._maps(split, kind)
     rows = np.full((len(starts), length), padding, dtype)
     shards = np.searchsorted(borders, starts, side="right") - 1
-    # One slice copy a row: within some percent of a plain memory copy for T in the hundreds, and faster than fancy
-    # indexing of a strided view.
+    # One slice is copied for each row. This takes a few percent longer than a plain memory copy for T in the hundreds,
+    # and is faster than fancy indexing of a strided view.
     for row, start, shard in zip(rows, starts.tolist(), shards.tolist(), strict=True):
       done = 0
       while done < length and shard < len(maps):
@@ -242,7 +242,7 @@ def is_store(path: str | os.PathLike) -> bool:
 
 
 def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
-  """The copy of a bucket's store in the user's cache folder; what isn't there yet is copied."""
+  """The folder of the copy of a bucket's store in the user's cache; files that are missing there are copied."""
   copy = default_cache() / "copies" / description["fingerprint"]
   copy.mkdir(parents=True, exist_ok=True)
   with locks.held(chunks.place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
@@ -280,7 +280,7 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-  """How a store keeps its tokens."""
+  """The dtype of a store's tokens."""
   return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -292,20 +292,25 @@ def _starts(indices: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def canonical(value: Any) -> bytes:
-  """JSON that is equal for equal values."""
+  """The value as JSON; equal values give equal bytes."""
   return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
+def digest(value: Any) -> str:
+  """Hexadecimal sha256 over a value as JSON."""
+  return hashlib.sha256(canonical(value)).hexdigest()
+
+
 def fingerprint(description: dict[str, Any]) -> str:
-  """Hexadecimal sha256 over a description."""
-  return hashlib.sha256(canonical({k: v for k, v in description.items() if k != "fingerprint"})).hexdigest()
+  """Hexadecimal sha256 over a description, without its fingerprint."""
+  return digest({k: v for k, v in description.items() if k != "fingerprint"})
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
-  """What store.json says, of a store on a local disk or in a bucket.
+  """The content of store.json of a store on a local disk or in a bucket.
 
   Raises:
-    InputError: there is none, or it is of another format, or altered.
+    InputError: it is missing, of another format, or altered.
   """
   file = chunks.place(path) / DESCRIPTION
   try:
@@ -330,12 +335,12 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _files(description: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
-  """(name, bytes, sha256) of every file that a store's description vouches for."""
+  """(name, bytes, sha256) of every file in a store's description."""
   itemsize = token_dtype(description["tokenizer"]["vocab_size"]).itemsize
   for split in description["splits"].values():
     for shard in split["shards"]:
       yield shard["file"], itemsize * shard["tokens"], shard["sha256"]
       yield shard["documents"]["file"], 8 * shard["documents"]["count"], shard["documents"]["sha256"]
-      for kind in BESIDE:
+      for kind in ANNOTATIONS:
         if kind in shard:
           yield shard[kind]["file"], shard["tokens"], shard[kind]["sha256"]

@@ -1,7 +1,8 @@
-"""What workers do, here or in processes of their own, which are spoken to in JSON, an object a line.
+"""The work of a preparation, in this process or in worker processes that read and write one JSON object a line.
 
-A process reads what all its jobs have in common, then its jobs, each when the one before is done; it answers with
-progress, a result or an error. It ends when its input does, and so with the process that started it, however that dies.
+A worker process reads the settings that all its jobs share, and then its jobs, each when the one before is done; it
+answers with progress, a result or an error. It ends with its input, and so with the process that started it, even if
+that one is killed.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from cyb_jax.data import chunks, merging, pieces, tasks, tokenizers
 from cyb_jax.errors import InputError, StorageError
 
 _SECONDS_BETWEEN_REPORTS = 1.0
-# Everything that counts its own threads.
+# The variables that limit the threads of tokenizers, OpenMP and TensorFlow.
 _THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-# What crosses from a worker as itself; all else has printed its traceback there.
+# Errors that a worker passes on; for any other error it writes the traceback and dies.
 _ERRORS = {"InputError": InputError, "StorageError": StorageError, "Damaged": chunks.Damaged}
 
 Report = Callable[[int, int], None]
 
 
 class Work:
-  """What one process does of a preparation.
+  """Does the jobs of a preparation in one process.
 
   Args:
     shared: JSON: `task`, `options`, `limit`; `tokenizer`, a local folder; `folder` of the pieces, `output` of the
       shards.
-    task: that has been opened already.
+    task: the opened task; None: it is opened here.
   """
 
   def __init__(self, shared: dict[str, Any], task: tasks.Task | None = None):
@@ -49,17 +50,17 @@ class Work:
 
   @functools.cached_property
   def _encoder(self) -> pieces.Encoder:
-    return pieces.Encoder(tokenizers.load(self._shared["tokenizer"]), self._task.beside)
+    return pieces.Encoder(tokenizers.load(self._shared["tokenizer"]), self._task.annotations)
 
   def do(self, job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Writes a piece or a shard.
 
     Args:
       job: JSON: `made_of`; `number` and `piece`, or `split`, `number` and `runs`.
-      report: called with the documents and tokens of a piece that are done.
+      report: called with the numbers of documents and tokens of a piece that are done.
 
     Returns:
-      JSON: what `pieces.write` says of the piece but its files, or what `merging.write_shard` says.
+      JSON: the record of the piece without its files, or the digests of `merging.write_shard`.
     """
     folder, made_of = self._folder, job["made_of"]
     if "piece" in job:
@@ -68,7 +69,7 @@ class Work:
         folder, job["number"], self._task, piece, self._encoder, made_of, limit=self._shared["limit"], report=report
       )
       return {name: value for name, value in record.items() if name != "files"}
-    split, kinds = job["split"], ("tokens", *self._encoder.beside)
+    split, kinds = job["split"], ("tokens", *self._encoder.annotations)
     whole = merging.Pieces(folder, (), (), (), {})
     encoder = self._encoder
     return merging.write_shard(
@@ -80,17 +81,17 @@ class Work:
 def run(
   work: Work, shared: dict[str, Any], jobs: Sequence[dict[str, Any]], workers: int, report: Callable[..., None]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-  """(job, result) as they are done.
+  """(job, result) of each job when it is done.
 
   Args:
-    work: for one worker, which is this process.
-    shared: for processes of their own.
+    work: does the jobs in this process, if there is only one worker.
+    shared: the argument of `Work` in worker processes.
     jobs: JSON.
-    workers: how many; no more than jobs are started.
-    report: called with the worker, documents and tokens of its job.
+    workers: number of processes; no more than there are jobs are started.
+    report: called with the number of the worker, and the documents and tokens of its job that are done.
 
   Raises:
-    InputError, StorageError, Damaged: as a job has it.
+    InputError, StorageError, Damaged: raised by a job.
     ChildProcessError: a worker died.
   """
   workers = min(workers, len(jobs))
@@ -124,7 +125,7 @@ def run(
 def _start(workers: int) -> subprocess.Popen:
   threads = str(max(1, tokenizers.num_threads() // workers))
   env = os.environ | dict.fromkeys(_THREADS, threads)
-  # Modules that a user's task is in are found as they are here.
+  # The worker must find the modules of the user's tasks as this process does.
   env |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
   command = [sys.executable, "-c", "from cyb_jax.data import workers; workers.main()"]
   return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
@@ -139,7 +140,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _serve(number, process, shared, waiting, lock, events) -> None:
-  """Gives a process its jobs and passes on what it says."""
+  """Sends a process its jobs and passes on its answers."""
   job = None
   with contextlib.suppress(OSError, ValueError):
     _say(process.stdin, shared)
@@ -171,10 +172,11 @@ def _say(file, value: Any) -> None:
 
 
 def main() -> None:
-  # What others print is not for the one who started this.
+  """The program of a worker process."""
+  # Standard output is for answers only; anything that libraries print goes to standard error.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; who started this ends it
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent ends this one
   lines: queue.Queue[str] = queue.Queue()
 
   def read():

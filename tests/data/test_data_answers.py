@@ -27,9 +27,9 @@ from text_corpus import corpus
 from cyb_jax import methods
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.data import SentencePieceTokenizer, TokenStore, TrainBatches, evaluation_batches, open_task, prepare
-from cyb_jax.data.answers import ANSWER_TASKS, open_source
 from cyb_jax.data.pieces import Encoder
 from cyb_jax.data.tasks import Document, split_of, text_digest
+from cyb_jax.data.tasks.answers import ANSWER_TASKS, open_source
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
 from cyb_jax.methods import MethodConfig
@@ -181,7 +181,7 @@ def test_a_token_over_the_border_is_of_the_answer(tmp_path):
   assert form.form(docs[0]) == ("ab", " c abc")
   marks = [np.array([0] * len(prompt) + [1] * len(answer), np.uint8) for prompt, answer in pairs]
   documents = [Document(a + b, weights=mark) for (a, b), mark in zip(pairs, marks)]
-  weights = Encoder(tokenizer, ("weights",)).encode(documents).beside["weights"]
+  weights = Encoder(tokenizer, ("weights",)).encode(documents).annotations["weights"]
   expected = []
   for prompt, answer in pairs:
     before, ids = continuation(tokenizer.encode, prompt, answer)
@@ -240,7 +240,7 @@ def test_the_fingerprint_covers_the_weights(tmp_path, prepared):
 @pytest.mark.slow
 def test_as_a_seqio_task(tmp_path):
   task = open_task("piqa", write_jsonl(tmp_path / "x.jsonl", cupcakes(3)))
-  assert task.beside == ("weights",)
+  assert task.annotations == ("weights",)
   dataset = task.provider.get_dataset(None, split="train", shuffle=False, num_epochs=1)
   for example, doc in zip(dataset.as_numpy_iterator(), cupcakes(3), strict=True):
     prompt, answer = ANSWER_TASKS["piqa"].form(doc)

@@ -24,6 +24,7 @@ from cyb_jax.data import (
   Prepared,
   TokenStore,
   chunks,
+  finishing,
   is_store,
   locks,
   merging,
@@ -31,9 +32,11 @@ from cyb_jax.data import (
   prepare,
   prepare_shard,
   tasks,
+  tokenizers,
+  workers,
 )
-from cyb_jax.data import preparation as preparing
 from cyb_jax.data.store import canonical
+from cyb_jax.data.tasks import c4, synthetic, text_files
 from cyb_jax.errors import InputError, StorageError
 
 END = 256
@@ -44,9 +47,9 @@ C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """Many pieces of little text; chunks and buckets that a few documents fill."""
-  monkeypatch.setattr(tasks, "_PIECE_BYTES", 1500)
-  monkeypatch.setattr(tasks, "_PIECE_DOCUMENTS", 40)
-  monkeypatch.setattr(preparing, "_TOKENS_WORTH_A_PROCESS", 1000)
+  monkeypatch.setattr(text_files, "_PIECE_BYTES", 1500)
+  monkeypatch.setattr(synthetic, "_PIECE_DOCUMENTS", 40)
+  monkeypatch.setattr(finishing, "_TOKENS_WORTH_A_PROCESS", 1000)
   monkeypatch.setattr(merging, "_SORTED_ROWS", 60)
   monkeypatch.setattr(merging, "_READ_ROWS", 16)
   monkeypatch.setattr(chunks, "CHUNK_BYTES", 256)
@@ -137,7 +140,7 @@ def test_the_same_store_from_processes(tmp_path, options, whole):
 
 
 @pytest.mark.parametrize(("task", "tokenizer"), [("synthetic_lookups", "sentencepiece:298"), ("hellaswag", "bytes")])
-def test_streams_beside_the_tokens(tmp_path, monkeypatch, task, tokenizer):
+def test_annotations_follow_the_tokens(tmp_path, monkeypatch, task, tokenizer):
   """Difficulties, and weights, with a tokenizer that is trained by whoever comes first."""
   options = {"documents": 130, "max_difficulty": 3}
   if task == "hellaswag":
@@ -146,10 +149,8 @@ def test_streams_beside_the_tokens(tmp_path, monkeypatch, task, tokenizer):
     options = {"path": str(tmp_path / "x.jsonl")}
   whole = prepare(task, tokenizer, tmp_path / "whole", options=options, shard_tokens=SHARD)
   trained = []
-  train = preparing.tokenizers.train_sentencepiece
-  monkeypatch.setattr(
-    preparing.tokenizers, "train_sentencepiece", lambda *given: trained.append(given) or train(*given)
-  )
+  train = tokenizers.train_sentencepiece
+  monkeypatch.setattr(tokenizers, "train_sentencepiece", lambda *given: trained.append(given) or train(*given))
   for number in (2, 1):
     prepare_shard(task, tokenizer, tmp_path / "s", options=options, shard_tokens=SHARD, shard=(number, 2))
   assert len(trained) == tokenizer.startswith("sentencepiece")
@@ -169,7 +170,7 @@ def test_files_are_interleaved_as_tensorflow_does_it():
   for files, cycle, highest in ((5, 2, 40), (23, 4, 70)):
     # Files that are empty, or end with a turn, among them.
     lengths = [int(n) for n in np.where(rng.random(files) < 0.3, rng.integers(0, 4, files) * 16, rng.integers(highest))]
-    found = tasks._interleaved("train", lengths, cycle)
+    found = c4.interleaved_pieces("train", lengths, cycle)
     rows = [
       (position, (number, k))
       for number, piece in enumerate(found)
@@ -187,7 +188,7 @@ def test_files_are_interleaved_as_tensorflow_does_it():
     assert [row for _, row in sorted(rows)] == expected
 
 
-@pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample beside the checkout")
+@pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample next to the checkout")
 def test_pieces_of_c4_are_what_tfds_reads_whole():
   task = open_task("c4_en", {"data_dir": str(C4)})
   pieces = [piece for piece in task.pieces() if piece.group == "train"]
@@ -202,7 +203,7 @@ def test_pieces_of_c4_are_what_tfds_reads_whole():
 def test_interleaved_pieces_are_merged(tmp_path, monkeypatch):
   """As a TFDS source: 20 files, read 16 at once in turns of 16 documents."""
   lengths = [int(n) for n in np.random.default_rng(1).integers(0, 70, 20)]
-  found = tasks._interleaved("train", lengths)
+  found = c4.interleaved_pieces("train", lengths)
   texts = {}
   for number, piece in enumerate(found):
     for k, position in enumerate(piece.positions(np.arange(lengths[number])).tolist()):
@@ -224,8 +225,8 @@ def test_interleaved_pieces_are_merged(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sizes", [[], [0], [5], [100, 0, 3, 0], [10, 10, 10], [0, 35, 7], [9, 1, 10, 11]])
 @pytest.mark.parametrize("unit", ["line", "file"])
 def test_spans_cover_each_byte_once(monkeypatch, sizes, unit):
-  monkeypatch.setattr(tasks, "_PIECE_BYTES", 10)
-  spans = list(tasks._spans(sizes, whole_files=unit == "file"))
+  monkeypatch.setattr(text_files, "_PIECE_BYTES", 10)
+  spans = list(text_files.spans(sizes, whole_files=unit == "file"))
   covered = collections.Counter()
   for (first, begin, last, end), size in spans:
     inside = [
@@ -250,7 +251,7 @@ def test_lines_belong_to_the_span_that_they_begin_in(tmp_path):
   for start in range(len(content)):
     for stop in [*range(start + 1, len(content) + 1), None]:
       with path.open("rb") as file:
-        got = list(tasks._lines(file, start, stop))
+        got = list(text_files.lines(file, start, stop))
       expected = [
         content[b:].split(b"\n")[0] + b"\n" * (b"\n" in content[b:])
         for b in begins
@@ -263,8 +264,9 @@ def killed_in_mid_shard(tmp_path, options, signal_to):
   """Folder of pieces of a process that was killed while it wrote its third piece; how many are whole."""
   code = """
 import json, sys, time
-from cyb_jax.data import pieces, prepare_shard, tasks
-tasks._PIECE_BYTES = 1500
+from cyb_jax.data import pieces, prepare_shard
+from cyb_jax.data.tasks import text_files
+text_files._PIECE_BYTES = 1500
 pieces._BATCH_BYTES = 300
 write = pieces.write
 calls = []
@@ -416,14 +418,14 @@ def test_projected_hours(monkeypatch):
 
 
 def test_a_worker_that_dies(tmp_path, monkeypatch, options):
-  start = preparing.workers._start
+  start = workers._start
 
   def dying(workers):
     process = start(workers)
     process.kill()
     return process
 
-  monkeypatch.setattr(preparing.workers, "_start", dying)
+  monkeypatch.setattr(workers, "_start", dying)
   with pytest.raises(ChildProcessError, match=r"SIGKILL: out of memory\? .* the same command continues"):
     prepare("text_files", "bytes", tmp_path / "s", options=options, workers=2)
   assert not (tmp_path / "s").exists()
@@ -432,7 +434,6 @@ def test_a_worker_that_dies(tmp_path, monkeypatch, options):
 _MEASURED = """
 import re, sys
 from cyb_jax.data import merging, pieces, prepare, chunks, tasks
-tasks._PIECE_DOCUMENTS = 1 << 30  # one piece a split
 merging._SORTED_ROWS = merging._READ_ROWS = 1000
 pieces._BATCH_BYTES = 100_000
 chunks.CHUNK_BYTES = 1 << 16

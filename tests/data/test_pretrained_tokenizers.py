@@ -16,7 +16,7 @@ import wheels
 from text_corpus import TRICKY, corpus
 
 from cyb_jax.data import HuggingFaceTokenizer, SentencePieceTokenizer, load, open_tokenizer, train_sentencepiece
-from cyb_jax.data.gguf_metadata import read_metadata
+from cyb_jax.data.tokenizers.gguf_metadata import read_metadata
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.words import Words
 from cyb_jax.generation import Continuation

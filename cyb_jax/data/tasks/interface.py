@@ -1,0 +1,193 @@
+"""The interface of tasks: documents, the pieces of a source, and what a kind of task has to define."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from cyb_jax.data.tasks import seqio_tasks
+
+# An upper bound of the documents of a piece. 2^20 such pieces leave 8 bits of 64 for the number of the split.
+_PIECE_POSITIONS = 1 << 36
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """One document.
+
+  Attributes:
+    text: all of it.
+    difficulty: uint8[bytes of UTF-8], the difficulty of predicting each byte, or None where it is not known.
+    weights: uint8[bytes of UTF-8], 1 for bytes to be learnt and 0 for bytes that are context only, or None where all
+      are learnt. The end of the document has the weight of its last byte.
+  """
+
+  text: str
+  difficulty: np.ndarray | None = None
+  weights: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A fixed part of a task's source.
+
+  Document k of the piece has the position `start + k // block * stride + k % block` in its group. Positions order the
+  documents of a group: no two are equal, and all are below 2^56.
+
+  Attributes:
+    group: the source's own split that contains it.
+    part: which part of the group, in the source's own numbers; None: all.
+    size: how much there is to read, in documents or bytes; 0: unknown. Only used for estimates of time.
+    start, block, stride: see above.
+  """
+
+  group: str
+  part: list[int] | None = None
+  size: int = 0
+  start: int = 0
+  block: int = _PIECE_POSITIONS
+  stride: int = 0
+
+  def positions(self, numbers: np.ndarray) -> np.ndarray:
+    """uint64[N]: the positions in the group of the documents with these numbers in the piece."""
+    numbers = np.asarray(numbers, np.uint64)
+    block = np.uint64(self.block)
+    return np.uint64(self.start) + numbers // block * np.uint64(self.stride) + numbers % block
+
+
+def consecutive_pieces(group: str, parts: Iterable[tuple[list[int], int]]) -> list[Piece]:
+  """The pieces of a group, each of which follows the one before; from (part, size) of each."""
+  return [Piece(group, part, size, start=number * _PIECE_POSITIONS) for number, (part, size) in enumerate(parts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """How the documents of a task are read.
+
+  Attributes:
+    groups: the source's own splits.
+    read: (group, part) -> the documents of a part of a group in order; part None: of the whole group.
+    parts: group -> its pieces.
+    hash_splits: whether the documents of train are divided into train, validation and, if it is no group, test by hash.
+    provider: () -> the SeqIO task or mixture that has the same documents; None: one is made from `read`.
+  """
+
+  groups: tuple[str, ...]
+  read: Callable[[str, list[int] | None], Iterable[Document | str]]
+  parts: Callable[[str], list[Piece]] = lambda group: [Piece(group)]
+  hash_splits: bool = False
+  provider: Callable[[], Any] | None = None
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of the splits, train first."""
+    names = {*self.groups, *(("validation", "test") if self.hash_splits else ())}
+    return tuple(sorted(names, key=lambda name: (name != "train", name)))
+
+  def documents(self, piece: Piece) -> Iterator[tuple[str, Document]]:
+    """(split, document) of a piece, in order."""
+    for document in self.read(piece.group, piece.part):
+      if isinstance(document, str):
+        document = Document(document)
+      split = piece.group
+      if self.hash_splits and split == "train":
+        split = split_of(text_digest(document.text), own_test="test" in self.groups)
+      yield split, document
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskKind:
+  """What a task defines before its options are given.
+
+  Attributes:
+    defaults: the options with their default values, whole numbers or strings.
+    open: all options by name -> (identity, () -> source); see `Task`. It finds the source without reading it, and
+      raises InputError for a value that is invalid or a source that is missing.
+    annotations: see `Task`.
+    tokenizer: the tokenizer spec that is used if the user names none.
+  """
+
+  defaults: Mapping[str, Any]
+  open: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Callable[[], Source]]]
+  annotations: tuple[str, ...] = ()
+  tokenizer: str = "sentencepiece:8192"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A task with the values of all its options.
+
+  Attributes:
+    name: as the user writes it.
+    options: every option with its value.
+    identity: what the text is, as JSON: versions and digests, no paths. Equal identities mean equal documents.
+    annotations: which values of `Document` accompany the text: 'difficulty', 'weights', or none.
+  """
+
+  name: str
+  options: dict[str, Any]
+  identity: dict[str, Any]
+  annotations: tuple[str, ...]
+  _source: Callable[[], Source]
+
+  @functools.cached_property
+  def provider(self):
+    """The task as a SeqIO task or mixture (imports seqio)."""
+    if self.source.provider:
+      return self.source.provider()
+    return seqio_tasks.task_of_documents(self.name, self.splits, self.documents, self.annotations)
+
+  @functools.cached_property
+  def source(self) -> Source:
+    """How the documents are read (imports seqio if SeqIO reads them)."""
+    return self._source()
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of the splits, train first."""
+    return self.source.splits
+
+  def documents(self, split: str) -> Iterator[Document]:
+    """The documents of a split, whole and in the source's order.
+
+    Raises:
+      InputError: the source cannot be read, has no text feature, or holds text that is not UTF-8.
+    """
+    (group,) = (group for group in self.source.groups if split in self.splits_of(group))
+    return (document for found, document in self.read(Piece(group)) if found == split)
+
+  def pieces(self, limit: int | None = None) -> list[Piece]:
+    """The pieces of the source; they depend on the source alone.
+
+    Args:
+      limit: the number of documents wanted of each split; if given, each of the source's own splits is one piece.
+    """
+    if limit is not None:
+      return [Piece(group) for group in self.source.groups]
+    return [piece for group in self.source.groups for piece in self.source.parts(group)]
+
+  def read(self, piece: Piece) -> Iterator[tuple[str, Document]]:
+    """(split, document) of a piece, in order; raises as `documents`."""
+    return self.source.documents(piece)
+
+  def splits_of(self, group: str) -> tuple[str, ...]:
+    """The splits that the documents of one of the source's own splits belong to."""
+    return tuple(split for split in self.splits if (split if split in self.source.groups else "train") == group)
+
+
+def text_digest(text: str) -> bytes:
+  """A digest of 16 bytes that depends on the text alone, in every process and version."""
+  return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def split_of(digest: bytes, *, own_test: bool = False) -> str:
+  """The split of a document by its text's digest: 1% 'validation', 1% 'test' (if not `own_test`), else 'train'."""
+  hundredth = int.from_bytes(digest[:8], "little") % 100
+  if hundredth == 0:
+    return "validation"
+  return "test" if hundredth == 1 and not own_test else "train"

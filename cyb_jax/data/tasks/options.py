@@ -1,0 +1,55 @@
+"""The options of tasks: `data.options`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cyb_jax.errors import InputError
+
+# Options that say where a source is, not what it contains; they are not part of a store's recipe.
+PLACES = ("data_dir", "path")
+
+
+def settle(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+  """Every option of a task with its value.
+
+  Args:
+    task: its name, for errors.
+    defaults: values by name, whole numbers or strings.
+    given: values that the user gives; a string is converted to the whole number that it spells.
+
+  Raises:
+    InputError: an unknown option, or a value of the wrong kind.
+  """
+  settled = dict(defaults)
+  for name, value in dict(given or {}).items():
+    if name not in defaults:
+      accepted = ", ".join(f"{key}={default!r}" for key, default in defaults.items())
+      raise InputError(f"data.options.{name}: {task} has no such option; it accepts {accepted}")
+    if isinstance(defaults[name], int):
+      value = _whole_number(name, value, defaults[name])
+    elif not isinstance(value, str):
+      raise InputError(f"data.options.{name}={value!r}: give a string")
+    settled[name] = value
+  return settled
+
+
+def _whole_number(name: str, value: Any, default: int) -> int:
+  if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+    value = int(value)
+  if not isinstance(value, int) or isinstance(value, bool):
+    raise InputError(f"data.options.{name}={value!r}: give a whole number, such as {default}")
+  return value
+
+
+def one_of(options: Mapping[str, Any], name: str, accepted: tuple[str, ...]) -> str:
+  """The value of an option that has to be one of `accepted`.
+
+  Raises:
+    InputError: it is none of them.
+  """
+  if options[name] not in accepted:
+    raise InputError(f"data.options.{name}={options[name]!r}: give {' or '.join(map(repr, accepted))}")
+  return options[name]

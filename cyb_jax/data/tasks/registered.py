@@ -1,0 +1,34 @@
+"""`seqio:NAME`: a SeqIO task or mixture that the user has registered."""
+
+from __future__ import annotations
+
+from cyb_jax.data.tasks import seqio_tasks
+from cyb_jax.data.tasks.interface import Source, TaskKind
+
+
+def registered_name(task: str) -> str | None:
+  """NAME of a task `seqio:NAME`; None for any other task."""
+  prefix, _, name = task.partition(":")
+  return name if prefix == "seqio" and name else None
+
+
+def kind(name: str) -> TaskKind:
+  """The kind of `seqio:NAME`."""
+
+  def open_registered(options):
+    return {"seqio": name, "module": options["module"]}, lambda: _source(name, options["module"])
+
+  return TaskKind({"module": ""}, open_registered)
+
+
+def _source(name: str, module: str) -> Source:
+  provider = seqio_tasks.registered_task(name, module)
+
+  # Each split is one piece: its preprocessors may do something else to a part of the data than to all of it.
+  def read(group, part):
+    del part
+    return seqio_tasks.documents_of(f"seqio:{name}", provider, group)
+
+  if "validation" in provider.splits:
+    return Source(tuple(provider.splits), read, provider=lambda: provider)
+  return Source(("train", *(("test",) if "test" in provider.splits else ())), read, hash_splits=True)

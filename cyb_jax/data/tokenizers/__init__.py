@@ -1,0 +1,33 @@
+"""Tokenizers: plain objects that need neither TensorFlow nor SeqIO.
+
+A tokenizer turns text into ids in [0, vocab_size) and back. One id, `end_id`, closes a document; no text, whatever it
+spells, ever encodes to it.
+
+`interface` has the protocol; `byte`, `sentencepiece` and `huggingface` implement it; `huggingface_folder`, `gguf` and
+`llama2c` read tokenizers of pretrained models; `registry` opens a tokenizer by its spec.
+"""
+
+from cyb_jax.data.tokenizers.byte import ByteTokenizer
+from cyb_jax.data.tokenizers.description import EXPORTED, files
+from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threads
+from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces, vocabulary_size
+from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from cyb_jax.data.tokenizers.vocabulary import seqio_vocabulary
+
+__all__ = [
+  "EXPORTED",
+  "ByteTokenizer",
+  "HuggingFaceTokenizer",
+  "SentencePieceTokenizer",
+  "Tokenizer",
+  "encode_whole",
+  "files",
+  "load",
+  "num_threads",
+  "open_tokenizer",
+  "seqio_vocabulary",
+  "train_sentencepiece",
+  "trained_pieces",
+  "vocabulary_size",
+]

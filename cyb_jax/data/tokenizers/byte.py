@@ -1,0 +1,54 @@
+"""The tokenizer of the bytes of UTF-8."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cyb_jax.data.tokenizers.description import save_description
+from cyb_jax.data.tokenizers.interface import surrogate
+from cyb_jax.errors import InputError
+
+
+class ByteTokenizer:
+  """The 256 bytes of UTF-8 and one end token: 257 ids; see `Tokenizer` for the methods."""
+
+  vocab_size = 257
+  end_id = start_id = 256
+  adds_start = True
+
+  def encode(self, text: str) -> list[int]:
+    return list(text.encode())
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    return [list(text.encode()) for text in texts]
+
+  def unencodable(self, text: str) -> str | None:
+    return surrogate(text)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return bytes(i for i in map(int, ids) if i != self.end_id).decode(errors="replace")
+
+  def piece(self, token: int) -> str:
+    if token == self.end_id:
+      return "<end>"
+    return chr(token) if 32 < token < 127 else f"<0x{token:02X}>"
+
+  def describe(self) -> dict[str, Any]:
+    return {
+      "kind": "bytes",
+      "vocab_size": self.vocab_size,
+      "end_id": self.end_id,
+      "sha256": hashlib.sha256(b"bytes").hexdigest(),
+    }
+
+  def save(self, directory: str | os.PathLike) -> None:
+    save_description(directory, self.describe())
+
+  def unused_ids(self) -> list[int]:
+    return []
+
+  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
+    raise InputError("data.tokenizer='bytes': transformers has no such tokenizer; export a run with another one")

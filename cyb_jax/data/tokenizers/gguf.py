@@ -1,0 +1,154 @@
+"""Tokenizers inside GGUF files, built from their metadata `tokenizer.ggml.*`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from cyb_jax.data.tokenizers import gguf_metadata
+from cyb_jax.data.tokenizers.huggingface import DOCUMENT_JOINERS, HuggingFaceTokenizer
+from cyb_jax.data.tokenizers.huggingface_export import added_token
+from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
+from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from cyb_jax.data.tokenizers.sentencepiece_model import PieceType, bpe_model
+from cyb_jax.errors import InputError
+
+_PREFIX = "tokenizer.ggml."
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_GPT2_SPLIT = _BYTE_LEVEL | {"use_regex": True}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_ADDED = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
+
+
+def _llama3_split(digits: str) -> dict[str, Any]:
+  """The pre-tokenizer of Llama 3; `digits` is the quantifier of digits in one part."""
+  words = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
+  others = " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+  pattern = f"{words}|\\p{{N}}{digits}|{others}"
+  return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class _PreTokenizer:
+  """How text is split before its bytes are merged.
+
+  Attributes:
+    steps: the pre-tokenizers of a tokenizer.json.
+    normalizer: the type of the normalizer, or None.
+    ignore_merges: whether a part that is an entry as a whole is not merged.
+    adds_start: whether the start token is added where the file does not say so.
+  """
+
+  steps: tuple[dict[str, Any], ...]
+  normalizer: str | None = None
+  ignore_merges: bool = False
+  adds_start: bool = False
+
+
+_GPT2 = _PreTokenizer((_GPT2_SPLIT,))
+_SINGLE_DIGITS = _PreTokenizer((_DIGITS, _GPT2_SPLIT))
+_LLAMA3 = _PreTokenizer((_llama3_split("{1,3}"), _BYTE_LEVEL), ignore_merges=True, adds_start=True)
+_QWEN2 = _PreTokenizer((_llama3_split(""), _BYTE_LEVEL), normalizer="NFC")
+# By tokenizer.ggml.pre.
+_PRE_TOKENIZERS = (
+  dict.fromkeys(("default", "gpt-2", "gpt2", "olmo", "mpt", "phi-2", "jais", "roberta-bpe"), _GPT2)
+  | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _SINGLE_DIGITS)
+  | dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3)
+  | dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _QWEN2)
+)
+
+
+def open_gguf(path: Path, rows: int | None) -> Tokenizer:
+  """The tokenizer inside a GGUF file.
+
+  Args:
+    path: the file.
+    rows: of the embedding; None: the vocab_size in the file, if it has one.
+
+  Raises:
+    InputError: no GGUF file, no tokenizer in it, one of an unknown kind, no end token, or rows that don't fit.
+  """
+  metadata = gguf_metadata.read_metadata(path)
+  found = {key[len(_PREFIX) :]: value for key, value in metadata.items() if key.startswith(_PREFIX)}
+  if "model" not in found or not isinstance(found.get("tokens"), list) or not found["tokens"]:
+    raise InputError(f"{path}: no tokenizer in it (tokenizer.ggml.model, .tokens); give a GGUF file with one")
+  if rows is None:
+    rows = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
+  types = found.setdefault("token_type", [PieceType.NORMAL] * len(found["tokens"]))
+  if len(types) != len(found["tokens"]):
+    raise InputError(f"{path}: tokenizer.ggml.token_type has {len(types)} values for {len(found['tokens'])} tokens")
+  ids = {name: i for i, name in enumerate(found["tokens"])}
+  end = next((ids[name] for name in DOCUMENT_JOINERS if name in ids), found.get("eos_token_id"))
+  if end is None or not 0 <= end < len(ids):
+    raise InputError(f"{path}: no end token: tokenizer.ggml.eos_token_id is {end}; give a GGUF file that names one")
+  if found["model"] == "gpt2":
+    return _byte_level(path, found, end, rows)
+  if found["model"] == "llama":
+    return _sentencepiece(path, found, end, rows)
+  raise InputError(f"{path}: tokenizer.ggml.model {found['model']!r} is unknown; known are gpt2 and llama")
+
+
+def _byte_level(path: Path, found: dict[str, Any], end: int, rows: int | None) -> Tokenizer:
+  """Byte-level BPE."""
+  pre = found.get("pre")
+  if pre is None:
+    pre = "default"
+    logging.warning(
+      "%s: tokenizer.ggml.pre is missing, so text is taken to be cut as GPT-2 cuts it; if this model cuts it"
+      " otherwise, give its tokenizer.json",
+      path,
+    )
+  if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
+    raise InputError(f"{path}: tokenizer.ggml.pre {pre!r} is unknown; known are {', '.join(_PRE_TOKENIZERS)}")
+  pre_tokenizer = _PRE_TOKENIZERS[pre]
+  if not isinstance(found.get("merges"), list):
+    raise InputError(f"{path}: tokenizer.ggml.merges are missing; fetch it again")
+  start = found.get("bos_token_id")
+  adds = bool(found.get("add_bos_token", pre_tokenizer.adds_start)) and start is not None
+  return HuggingFaceTokenizer(
+    _byte_level_content(found, pre_tokenizer), rows=rows, name=str(path), **document_tokens(end, start, adds)
+  )
+
+
+def _byte_level_content(found: dict[str, Any], pre_tokenizer: _PreTokenizer) -> dict[str, Any]:
+  """The content of a tokenizer.json."""
+  types = enumerate(zip(found["tokens"], found["token_type"]))
+  added = [added_token(i, name, special=kind != PieceType.USER_DEFINED) for i, (name, kind) in types if kind in _ADDED]
+  return {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": added,
+    "normalizer": {"type": pre_tokenizer.normalizer} if pre_tokenizer.normalizer else None,
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(pre_tokenizer.steps)},
+    "post_processor": None,
+    "decoder": _BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True},
+    "model": {
+      "type": "BPE",
+      "dropout": None,
+      "unk_token": None,
+      "continuing_subword_prefix": None,
+      "end_of_word_suffix": None,
+      "fuse_unk": False,
+      "byte_fallback": False,
+      "ignore_merges": pre_tokenizer.ignore_merges,
+      "vocab": {name: i for i, name in enumerate(found["tokens"])},
+      "merges": found["merges"],
+    },
+  }
+
+
+def _sentencepiece(path: Path, found: dict[str, Any], end: int, rows: int | None) -> Tokenizer:
+  """BPE in the manner of Llama 2."""
+  scores = found.get("scores")
+  if not isinstance(scores, list) or len(scores) != len(found["token_type"]):
+    raise InputError(f"{path}: tokenizer.ggml.scores are missing, or not one for each token; fetch it again")
+  start = found.get("bos_token_id", 1)
+  pieces = list(zip(found["tokens"], scores, found["token_type"]))
+  dummy_prefix = bool(found.get("add_space_prefix", True))
+  model = bpe_model(pieces, start, found.get("eos_token_id", end), str(path), dummy_prefix=dummy_prefix)
+  adds = bool(found.get("add_bos_token", True))
+  return SentencePieceTokenizer(model, rows=rows, name=str(path), **document_tokens(end, start, adds))

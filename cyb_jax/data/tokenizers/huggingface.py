@@ -1,0 +1,223 @@
+"""Tokenizers of the package tokenizers (tokenizer.json).
+
+No text, whatever it spells, encodes to a special id, except to the unknown one where the vocabulary can't encode a
+character; and special ids decode to no text. All other text is encoded as the package does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cyb_jax.data.tokenizers import byte_level
+from cyb_jax.data.tokenizers.description import HUGGINGFACE_FILE, save_description
+from cyb_jax.data.tokenizers.huggingface_export import write_folder
+from cyb_jax.data.tokenizers.interface import checked_rows, is_unused, surrogate
+from cyb_jax.errors import InputError
+
+# The tokens that join the documents a model was trained on, whatever token ends its chats.
+DOCUMENT_JOINERS = ("<|endoftext|>", "<|end_of_text|>")
+
+
+class HuggingFaceTokenizer:
+  """A tokenizer of the package tokenizers; see `Tokenizer` for the methods.
+
+  Args:
+    content: the content of a tokenizer.json.
+    end_id: the token that joins documents.
+    start_id, adds_start: see `Tokenizer`; None: end_id.
+    rows: number of rows of the model's embedding; None: the number of entries.
+    name: prefix of error messages: the file.
+
+  Raises:
+    InputError: the package can't read the content, ids aren't in the vocabulary, or the rows don't fit.
+  """
+
+  def __init__(
+    self,
+    content: Mapping[str, Any],
+    *,
+    end_id: int,
+    start_id: int | None = None,
+    adds_start: bool = False,
+    rows: int | None = None,
+    name: str = "data.tokenizer",
+  ):
+    self.content = dict(content)
+    self._names = entry_names(content, name)
+    self._added = {entry["id"]: entry for entry in content.get("added_tokens") or ()}
+    entries = max(self._names, default=-1) + 1
+    self.vocab_size = checked_rows(name, entries, rows)
+    self.end_id, self.start_id, self.adds_start = end_id, end_id if start_id is None else start_id, adds_start
+    for role, token in (("end", self.end_id), ("start", self.start_id)):
+      if token not in self._names:
+        raise InputError(f"{name}: the {role} token {token} is not among its {entries} entries; give the right id")
+    self._special = {i for i, entry in self._added.items() if entry.get("special")}
+    self._special |= {self.end_id, self.start_id, *self.unused_ids()}
+    self._tokenizer = build(_without_special(content, self._names, self._special, name), name)
+    unknown = content["model"].get("unk_token")
+    self._unknown = content["model"].get("unk_id") if unknown is None else ids_by_name(self._names).get(unknown)
+    self._byte_level = "ByteLevel" in component_types(content.get("decoder"))
+    own = (name for i, name in self._names.items() if i not in self._added)
+    self._missing = byte_level.missing_bytes(own) if self._byte_level else set()
+
+  def encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+  def unencodable(self, text: str) -> str | None:
+    found = surrogate(text)
+    if found is not None:
+      return found
+    if self._missing:
+      # The library silently drops a byte that has no entry.
+      return next((c for c in text if not self._missing.isdisjoint(c.encode())), None)
+    if self._unknown is None or self._unknown not in self.encode(text):
+      return None
+    return next((c for c in text if self._unknown in self.encode(c)), text[:1])
+
+  def decode(self, ids: Iterable[int]) -> str:
+    kept = [i for i in map(int, ids) if i in self._names and i not in self._special]
+    return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+  def piece(self, token: int) -> str:
+    name = self._names.get(int(token), f"<row_{token}>")
+    if token in self._special or not self._byte_level:
+      return name
+    # Added entries are spelt as text, the model's own entries as bytes.
+    shown = byte_level.visible(name.encode()) if token in self._added else byte_level.printable(name)
+    return name if shown is None else shown
+
+  def unused_ids(self) -> list[int]:
+    return sorted(i for i, name in self._names.items() if is_unused(name))
+
+  def describe(self) -> dict[str, Any]:
+    return {"kind": "huggingface"} | self._settings | {"sha256": self._digest}
+
+  @functools.cached_property
+  def _settings(self) -> dict[str, Any]:
+    return {name: getattr(self, name) for name in ("vocab_size", "end_id", "start_id", "adds_start")}
+
+  @functools.cached_property
+  def _digest(self) -> str:
+    canonical = json.dumps([self.content, self._settings], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+  def save(self, directory: str | os.PathLike) -> None:
+    with open(os.path.join(directory, HUGGINGFACE_FILE), "w", encoding="utf-8") as file:
+      json.dump(self.content, file, ensure_ascii=False)
+    save_description(directory, self.describe())
+
+  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
+    write_folder(self.content, self._names, self, directory, added)
+
+
+def entry_names(content: Mapping[str, Any], where: str) -> dict[int, str]:
+  """The names of the model's entries and of the added ones by id, ascending.
+
+  Raises:
+    InputError: `content` is not that of a tokenizer.json; the message begins with `where`.
+  """
+  try:
+    vocabulary = content["model"]["vocab"]
+    pairs = vocabulary.items() if isinstance(vocabulary, Mapping) else ((p, i) for i, (p, _) in enumerate(vocabulary))
+    names = {int(i): name for name, i in pairs}
+    names |= {int(entry["id"]): entry["content"] for entry in content.get("added_tokens") or ()}
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise InputError(
+      f"{where}: it holds no tokenizer of the package tokenizers (model.vocab); give a tokenizer.json"
+    ) from error
+  odd = next((name for name in names.values() if not isinstance(name, str)), None)
+  if odd is not None:
+    raise InputError(f"{where}: an entry is {odd!r}, where a text is needed; fetch it again")
+  return dict(sorted(names.items()))
+
+
+def ids_by_name(names: Mapping[int, str]) -> dict[str, int]:
+  """The ids of entries by name, from their names by id."""
+  return {name: i for i, name in names.items()}
+
+
+def component_types(component: Any) -> set[str]:
+  """The types in a normalizer, pre-tokenizer or decoder, including those inside sequences."""
+  if isinstance(component, list):
+    return set().union(*map(component_types, component))
+  if not isinstance(component, dict):
+    return set()
+  return {component.get("type", "")}.union(*map(component_types, component.values()))
+
+
+def build(content: Mapping[str, Any], where: str):
+  """The library's tokenizer of a tokenizer.json; it does not look for special entries in a text.
+
+  Raises:
+    InputError: the package tokenizers is not installed, or cannot read the content.
+  """
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise InputError(f"{where}: reading it needs the package tokenizers; pip install 'cyb_jax[pretrained]'") from error
+  try:
+    # The library raises plain Exceptions.
+    built = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200]
+    raise InputError(
+      f"{where}: the package tokenizers can't read it ({reason}); give a whole tokenizer.json"
+    ) from error
+  built.encode_special_tokens = True
+  for entry in content["added_tokens"]:
+    if built.token_to_id(entry["content"]) != entry["id"]:
+      raise InputError(
+        f"{where}: added_tokens give {entry['content']!r} the id {entry['id']}, but the entries before it leave"
+        f" {built.token_to_id(entry['content'])}; give a whole tokenizer.json"
+      )
+  return built
+
+
+def _without_special(
+  content: Mapping[str, Any], names: Mapping[int, str], special: set[int], where: str
+) -> dict[str, Any]:
+  """The content of a tokenizer.json for which no text encodes to the special ids, and nothing is padded or truncated.
+
+  The library can skip the search for special entries in a text, but its model may still spell them: a unigram model
+  holds '</s>' like any other piece. Here their names contain a space, which no part of a text contains when it
+  reaches the model.
+  """
+  renamed = {names[i]: f"{names[i]} {names[i]}" for i in special}
+  model = dict(content["model"])
+  if isinstance(model["vocab"], Mapping):
+    model["vocab"] = {renamed.get(name, name): i for name, i in model["vocab"].items()}
+  else:
+    model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in model["vocab"]]
+  if "merges" in model:
+    pairs = ((merge, _pair(merge, where)) for merge in _list(model["merges"], "model.merges", where))
+    model["merges"] = [merge for merge, (left, right) in pairs if not {left, right, left + right}.intersection(renamed)]
+  if isinstance(model.get("unk_token"), str):
+    model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+  added = [
+    entry | {"content": renamed[entry["content"]], "special": True} if entry["id"] in special else entry
+    for entry in content.get("added_tokens") or ()
+  ]
+  disabled = dict.fromkeys(("post_processor", "truncation", "padding"))
+  return dict(content) | {"model": model, "added_tokens": added} | disabled
+
+
+def _list(value: Any, field: str, where: str) -> list:
+  if not isinstance(value, list):
+    raise InputError(f"{where}: {field} is {value!r}, where a list is needed; fetch it again")
+  return value
+
+
+def _pair(merge: Any, where: str) -> Sequence[str]:
+  """The two pieces of a merge, in the older form (one text) or the newer one."""
+  pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+  if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(piece, str) for piece in pair)):
+    raise InputError(f"{where}: model.merges holds {merge!r}, where two pieces are needed; fetch it again")
+  return pair

@@ -1,0 +1,193 @@
+"""Opens the tokenizer of a Hugging Face folder; several files of the folder may name its end and start tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cyb_jax.data.tokenizers.description import MODEL_FILE
+from cyb_jax.data.tokenizers.huggingface import (
+  DOCUMENT_JOINERS,
+  HuggingFaceTokenizer,
+  build,
+  component_types,
+  entry_names,
+  ids_by_name,
+)
+from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
+from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from cyb_jax.errors import InputError
+
+# Entries that our exports add and no tokenizer has; they are removed when an export is opened.
+_APPENDED = re.compile(r"<pause_\d+>|<dont_know>|<row_\d+>")
+# In the order in which they are believed.
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+
+
+def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder.
+
+  Where files of the folder disagree about a token, tokenizer_config.json has precedence over special_tokens_map.json,
+  generation_config.json and config.json, in this order.
+
+  Args:
+    path: the folder, or a tokenizer.json in it.
+    rows: of the embedding; None: vocab_size of config.json, if it has one.
+
+  Raises:
+    InputError: no tokenizer, damaged files, no end token, or rows that don't fit.
+  """
+  folder = path if path.is_dir() else path.parent
+  file = folder / "tokenizer.json" if path.is_dir() else path
+  settings = _Settings(folder)
+  if rows is None:
+    rows = settings.number("config.json", "vocab_size")
+  if not file.exists():
+    return _open_sentencepiece(folder, settings, rows)
+  content = _read_json(file)
+  exported = settings.exported_tokenizer()
+  content, rows = _without_appended(content, entry_names(content, os.fspath(file)), rows, exported)
+  names = entry_names(content, os.fspath(file))
+  if exported and exported.get("kind") == "sentencepiece" and (folder / MODEL_FILE).exists():
+    return SentencePieceTokenizer(
+      (folder / MODEL_FILE).read_bytes(),
+      rows=exported["vocab_size"],
+      end_id=exported["end_id"],
+      start_id=exported.get("start_id"),
+      adds_start=exported.get("adds_start", True),
+      name=os.fspath(folder / MODEL_FILE),
+    )
+  if exported and exported.get("kind") == "huggingface":
+    tokens = {name: exported[name] for name in ("end_id", "start_id", "adds_start")}
+  else:
+    tokens = _document_tokens(content, ids_by_name(names), settings, file)
+  return HuggingFaceTokenizer(content, **tokens, rows=rows, name=os.fspath(file))
+
+
+def _document_tokens(
+  content: Mapping[str, Any], ids: Mapping[str, int], settings: _Settings, file: Path
+) -> dict[str, Any]:
+  """The end and start tokens that the folder's files name."""
+  end = next((ids[name] for name in DOCUMENT_JOINERS if name in ids), None)
+  if end is None:
+    end = settings.token("eos", ids)
+  if end is None:
+    raise InputError(
+      f"{file}: no end token: no {DOCUMENT_JOINERS[0]} in it, and no eos_token in the files beside it; name one in"
+      " tokenizer_config.json"
+    )
+  start, adds = settings.token("bos", ids), settings.flag("add_bos_token")
+  if adds is None:
+    first = _first_added(content, os.fspath(file))
+    start, adds = (first, True) if first is not None else (None, False)
+  return document_tokens(end, start, adds and start is not None)
+
+
+def _open_sentencepiece(folder: Path, settings: _Settings, rows: int | None) -> Tokenizer:
+  file = folder / MODEL_FILE
+  if not file.exists():
+    raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model in it; give a folder with one of them")
+  plain = SentencePieceTokenizer(file.read_bytes(), name=os.fspath(file))
+  ids = {plain.piece(i): i for i in range(plain.vocab_size)}
+  end, start = settings.token("eos", ids), settings.token("bos", ids)
+  start = plain.bos_id if start is None else start
+  adds = start is not None and settings.flag("add_bos_token") is not False
+  return SentencePieceTokenizer(plain.model, rows=rows, name=os.fspath(file), **document_tokens(end, start, adds))
+
+
+class _Settings:
+  """The JSON files of a folder that name special tokens and sizes."""
+
+  def __init__(self, folder: Path):
+    self._files = {folder / name: _read_json(folder / name) for name in _SETTINGS_FILES if (folder / name).exists()}
+
+  def number(self, file: str, key: str) -> int | None:
+    """An integer of one file; None if there is none."""
+    values = [content.get(key) for path, content in self._files.items() if path.name == file]
+    return values[0] if values and isinstance(values[0], int) else None
+
+  def flag(self, key: str) -> bool | None:
+    """The first value of `key` in the files; None if no file has one."""
+    return next((bool(content[key]) for content in self._files.values() if content.get(key) is not None), None)
+
+  def exported_tokenizer(self) -> dict[str, Any] | None:
+    """The description of the tokenizer in an export by this package; None for any other folder."""
+    found = next((content["cyb_jax"] for content in self._files.values() if "cyb_jax" in content), None)
+    wanted = ("kind", "vocab_size", "end_id", "sha256")
+    return found if isinstance(found, dict) and all(name in found for name in wanted) else None
+
+  def token(self, role: str, ids: Mapping[str, int]) -> int | None:
+    """The id of the token of a role, 'eos' or 'bos'; None if no file names it.
+
+    Raises:
+      InputError: the vocabulary has no such token.
+    """
+    for path, content in self._files.items():
+      named, number = content.get(f"{role}_token"), content.get(f"{role}_token_id")
+      named = named.get("content") if isinstance(named, dict) else named
+      if named is not None:
+        if not isinstance(named, str) or named not in ids:
+          raise InputError(f"{path}: {role}_token {named!r} is not in the vocabulary; give the tokenizer of this model")
+        return ids[named]
+      number = number[0] if isinstance(number, list) and number else number
+      if isinstance(number, int):
+        if number not in ids.values():
+          raise InputError(f"{path}: {role}_token_id {number} has no entry; give the tokenizer of this model")
+        return number
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise InputError(f"{path}: it can't be read ({error.strerror}); give a tokenizer.json") from error
+  except ValueError as error:
+    raise InputError(f"{path}: it is no JSON, or not whole ({error}); fetch it again") from error
+  if not isinstance(content, dict):
+    raise InputError(f"{path}: a JSON {type(content).__name__}, not an object; fetch it again")
+  return content
+
+
+def _first_added(content: Mapping[str, Any], where: str) -> int | None:
+  """The id that the library puts before a text by itself; None if it adds none."""
+  if component_types(content.get("post_processor")) <= {"", "ByteLevel"}:
+    return None
+  built = build(dict(content) | {"added_tokens": content.get("added_tokens") or [], "truncation": None}, where)
+  plain, whole = (built.encode("a", add_special_tokens=added).ids for added in (False, True))
+  return whole[0] if len(whole) > len(plain) and whole[:1] != plain[:1] else None
+
+
+def _without_appended(
+  content: dict[str, Any], names: Mapping[int, str], rows: int | None, exported: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], int | None]:
+  """The content of a tokenizer.json without the entries that an export by this package appended, and its rows.
+
+  Pauses and don't-know entries follow all rows of the model; entries named `<row_N>` fill the gap before them.
+
+  Args:
+    content: of a tokenizer.json.
+    names: of its entries by id.
+    rows: of the embedding, or None.
+    exported: the exported tokenizer's description, or None.
+  """
+  added = content.get("added_tokens") or []
+  appended = {entry["id"] for entry in added if _APPENDED.fullmatch(entry["content"])}
+  # Only entries at the end can be removed without renumbering others.
+  last = max(names, default=-1)
+  gone = set()
+  while last in appended:
+    gone.add(last)
+    last -= 1
+  if not gone:
+    return content, rows
+  if exported is not None:
+    rows = exported["vocab_size"]
+  elif rows is not None and rows > min(gone):
+    pauses = [i for i in gone if not names[i].startswith("<row_")]
+    rows = min(pauses, default=rows)
+  return content | {"added_tokens": [entry for entry in added if entry["id"] not in gone]}, rows

@@ -1,0 +1,139 @@
+"""The interface of all tokenizers, and the rules that their implementations share."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from cyb_jax.errors import InputError
+
+# An embedding may have a few rows more than there are entries, so that it divides evenly over devices. A larger gap
+# means that the embedding belongs to another tokenizer.
+_SPARE_ROWS = 512
+_UNUSED = re.compile(r"<unused_?\d+>|<\|unused_?\d+\|>|<\|reserved_special_token_\d+\|>|<reserved_\d+>|\[unused\d+\]")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+  """Turns text into ids in [0, vocab_size) and back.
+
+  Attributes:
+    vocab_size: number of ids, which is the number of rows of the model's embedding. A pretrained embedding may have a
+      few rows more than the tokenizer has entries; ids without an entry decode to no text.
+    end_id: the end-of-document token, which joins documents.
+    start_id: the token before a text that begins a document: the one that a pretrained model was trained to see there
+      (bos), else end_id.
+    adds_start: whether the model expects start_id before a text that is given alone.
+  """
+
+  vocab_size: int
+  end_id: int
+  start_id: int
+  adds_start: bool
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of `text`; `end_id` and other control ids never occur, whatever the text spells."""
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """`[encode(text) for text in texts]`, on all cores."""
+
+  def unencodable(self, text: str) -> str | None:
+    """The first character of `text` that the vocabulary cannot encode; None if it can encode all of them."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of `ids`; `end_id` gives no text, and bytes that are not UTF-8 give U+FFFD."""
+
+  def piece(self, token: int) -> str:
+    """A printable name of one id, for reports."""
+
+  def describe(self) -> dict[str, Any]:
+    """`kind`, `vocab_size`, `end_id`, the `sha256` of the model, and the settings that belong to the kind.
+
+    The descriptions of two tokenizers are equal if and only if the tokenizers are equal. The sha256 alone already
+    distinguishes them.
+    """
+
+  def unused_ids(self) -> list[int]:
+    """Ids of entries that the model's authors left unused, such as Gemma's `<unused0>`, ascending."""
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes the files that `load` reads into an existing folder."""
+
+  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads.
+
+    Args:
+      directory: an existing folder.
+      added: (id, name) of special entries to append; the ids ascend and are above all existing ids.
+
+    Raises:
+      InputError: the tokenizer has no such form, or an id or a name is taken.
+    """
+
+
+def document_tokens(end_id: int | None, start_id: int | None, adds_start: bool) -> dict[str, Any]:
+  """The arguments `end_id`, `start_id` and `adds_start` of a tokenizer; without a start token, end_id begins texts."""
+  return {"end_id": end_id, "start_id": start_id if adds_start else end_id, "adds_start": adds_start}
+
+
+def encode_whole(tokenizer: Tokenizer, text: str, field: str) -> list[int]:
+  """Ids of a text, none of whose characters may be lost.
+
+  Args:
+    tokenizer: of a run.
+    text: given by a user.
+    field: the flag or config field that holds the text, for the error.
+
+  Raises:
+    InputError: the vocabulary cannot encode one of the characters.
+  """
+  character = tokenizer.unencodable(text)
+  if character is not None:
+    raise InputError(f"{field}: the vocabulary can't encode {character!r} (U+{ord(character):04X}); leave it out")
+  return tokenizer.encode(text)
+
+
+def surrogate(text: str) -> str | None:
+  """The first character that UTF-8 cannot represent, or None. Python decodes invalid bytes of a command line to such
+  characters.
+  """
+  return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+
+
+def is_unused(piece: str) -> bool:
+  """Whether the name of an entry says that the model's authors left it unused."""
+  return _UNUSED.fullmatch(piece) is not None
+
+
+def checked_rows(name: str, entries: int, rows: int | None) -> int:
+  """The number of rows of the embedding that belongs to a tokenizer.
+
+  Args:
+    name: prefix of the error message.
+    entries: number of entries of the tokenizer.
+    rows: of the embedding; None: one for each entry.
+
+  Raises:
+    InputError: an entry has no row, or too many rows have no entry.
+  """
+  if rows is None:
+    return entries
+  if not entries <= rows <= entries + _SPARE_ROWS:
+    raise InputError(
+      f"{name}: {entries} entries, but the model's embedding has {rows} rows; give the tokenizer of this model (at most"
+      f" {_SPARE_ROWS} rows without an entry)"
+    )
+  return rows
+
+
+def num_threads() -> int:
+  """Number of threads that tokenize: RAYON_NUM_THREADS if it is set, else the number of cores of this process.
+
+  The package tokenizers reads the same variable.
+  """
+  setting = os.environ.get("RAYON_NUM_THREADS", "")
+  if setting.isdecimal() and int(setting):
+    return int(setting)
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,75 @@
+"""The tokenizer.bin of llama2.c: the pieces of Llama 2's SentencePiece model, or of a model that is trained alike.
+
+An int32, the length of the longest piece; then for each piece a float32 score, its int32 length in bytes, its bytes.
+
+Format: https://github.com/karpathy/llama2.c/blob/master/tokenizer.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from pathlib import Path
+
+from cyb_jax.data.tokenizers.interface import Tokenizer
+from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from cyb_jax.data.tokenizers.sentencepiece_model import PieceType, bpe_model
+from cyb_jax.errors import InputError
+
+# The longest piece that a file may announce, in bytes: a larger number means another kind of file.
+_LONGEST_PIECE = 1 << 16
+_CONTROL_NAMES = {"\n<s>\n": "<s>", "\n</s>\n": "</s>"}
+_UNKNOWN_ID, _BOS_ID, _EOS_ID = 0, 1, 2
+
+
+def open_llama2c(path: Path, rows: int | None) -> Tokenizer:
+  """The tokenizer of a tokenizer.bin.
+
+  The models of llama2.c are trained on documents that each follow the begin token, and see no end token: the begin
+  token is both start_id and end_id.
+
+  Args:
+    path: the file.
+    rows: of the embedding, or None.
+
+  Raises:
+    InputError: the file has another format or is truncated, or the rows don't fit.
+  """
+  pieces = [_typed(number, piece, score) for number, (piece, score) in enumerate(_read(path))]
+  model = bpe_model(pieces, _BOS_ID, _EOS_ID, os.fspath(path), dummy_prefix=True)
+  return SentencePieceTokenizer(
+    model, rows=rows, end_id=_BOS_ID, start_id=_BOS_ID, adds_start=True, name=os.fspath(path)
+  )
+
+
+def _read(path: Path) -> list[tuple[str, float]]:
+  """(piece, score) by id."""
+  content = path.read_bytes()
+  pieces, offset = [], 4
+  try:
+    (longest,) = struct.unpack_from("<i", content, 0)
+    while offset < len(content):
+      score, length = struct.unpack_from("<fi", content, offset)
+      text = content[offset + 8 : offset + 8 + length]
+      if not 0 <= length <= longest or len(text) < length or longest > _LONGEST_PIECE:
+        raise ValueError(f"a piece of {length} bytes")
+      pieces.append((text.decode(), score))
+      offset += 8 + length
+    if len(pieces) < 3:
+      raise ValueError(f"{len(pieces)} pieces")
+  except (struct.error, ValueError) as error:
+    raise InputError(
+      f"{path}: it is no tokenizer.bin of llama2.c, or ends too early ({error}, at byte {offset} of {len(content)})"
+    ) from error
+  return pieces
+
+
+def _typed(number: int, piece: str, score: float) -> tuple[str, float, int]:
+  """(piece, score, PieceType): the file has no types, so the id and the spelling decide."""
+  if number == _UNKNOWN_ID:
+    return piece, score, PieceType.UNKNOWN
+  if number in (_BOS_ID, _EOS_ID):
+    return _CONTROL_NAMES.get(piece, piece), score, PieceType.CONTROL
+  is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+  return piece.replace(" ", "▁"), score, PieceType.BYTE if is_byte else PieceType.NORMAL

@@ -1,0 +1,200 @@
+"""Tokenizers with a SentencePiece model, and the training of such models."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cyb_jax.data.tokenizers.description import MODEL_FILE, save_description
+from cyb_jax.data.tokenizers.huggingface_export import write_folder
+from cyb_jax.data.tokenizers.interface import checked_rows, is_unused, num_threads, surrogate
+from cyb_jax.data.tokenizers.sentencepiece_export import huggingface_content
+from cyb_jax.data.tokenizers.sentencepiece_model import with_control
+from cyb_jax.errors import InputError
+
+# The trainer divides its sentences into this many partial sums, so the number changes the last bits of the model. It is
+# a constant rather than the machine's core count: equal text gives an equal model on every machine.
+_TRAINER_THREADS = 2
+# Longer lines are cut for training, because the trainer's time grows with the square of a sentence.
+_LONGEST_SENTENCE = 1000
+
+
+class SentencePieceTokenizer:
+  """A SentencePiece model; its end-of-sentence piece is the end token. See `Tokenizer` for the methods.
+
+  Args:
+    model: the serialised model (the bytes of a `.model` file).
+    rows: number of rows of a pretrained model's embedding; None: the number of pieces.
+    end_id: the token that a pretrained model joins its documents by; None: the end-of-sentence piece.
+    start_id, adds_start: see `Tokenizer`; None: end_id.
+    name: prefix of error messages: the file.
+
+  Attributes:
+    model: as given.
+    bos_id: the begin-of-sentence piece, or None.
+
+  Raises:
+    InputError: the bytes are no SentencePiece model, the model has no end-of-sentence piece, or the rows don't fit.
+  """
+
+  def __init__(
+    self,
+    model: bytes,
+    *,
+    rows: int | None = None,
+    end_id: int | None = None,
+    start_id: int | None = None,
+    adds_start: bool = True,
+    name: str = "data.tokenizer",
+  ):
+    import sentencepiece  # imported late: programs without a SentencePiece model run where it isn't installed
+
+    self.model = bytes(model)
+    try:
+      processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+      self._pieces = int(processor.vocab_size())
+    except (RuntimeError, TypeError, ValueError) as error:
+      raise InputError(
+        f"{name}: {len(self.model)} bytes that are no SentencePiece model; give a .model file"
+      ) from error
+    if end_id is None and processor.eos_id() < 0:
+      raise InputError(f"{name}: the SentencePiece model has no </s> piece (eos_id -1); train it with one")
+    self.end_id = int(processor.eos_id()) if end_id is None else end_id
+    self.start_id, self.adds_start = self.end_id if start_id is None else start_id, adds_start
+    self.bos_id = int(processor.bos_id()) if processor.bos_id() >= 0 else None
+    self._own_end = processor.eos_id()
+    self.vocab_size = checked_rows(name, self._pieces, rows)
+    for role, token in (("end", self.end_id), ("start", self.start_id)):
+      if not 0 <= token < self._pieces or token == processor.unk_id():
+        raise InputError(f"{name}: the {role} token {token} is the unknown one, or not among its {self._pieces} pieces")
+    everything = list(range(self._pieces))
+    self._unused = [i for i, piece in enumerate(processor.id_to_piece(everything)) if is_unused(piece)]
+    self._processor = self._without_text_for(processor, (*self._unused, self.end_id, self.start_id))
+    self._control = {i for i, control in enumerate(self._processor.is_control(everything)) if control}
+    self._escape = self._space_symbol()
+
+  def _without_text_for(self, processor, ids: Sequence[int]):
+    """A processor for which these pieces are control pieces, so that no text encodes to one."""
+    import sentencepiece
+
+    if all(processor.is_control(list(ids))):
+      return processor
+    return sentencepiece.SentencePieceProcessor(model_proto=with_control(self.model, ids))
+
+  def _space_symbol(self) -> list[int] | None:
+    """Ids of the three bytes of U+2581; None if parts of a text cannot be encoded separately.
+
+    SentencePiece writes a space as U+2581, so a U+2581 of the text would decode to a space; its three bytes decode to
+    U+2581. A model that puts a space before every text cannot encode parts of one.
+    """
+    ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+    prefixed = self._processor.encode("x", out_type=str)[0].startswith("▁")
+    return ids if not prefixed and all(self._processor.is_byte(i) for i in ids) else None
+
+  def encode(self, text: str) -> list[int]:
+    if self._escape is None or "▁" not in text:
+      return self._processor.encode(text)
+    first, *rest = (self._processor.encode(part) for part in text.split("▁"))
+    return first + [i for part in rest for i in (*self._escape, *part)]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    encoded = self._processor.encode(list(texts), num_threads=num_threads())
+    if self._escape is not None:
+      for row, text in enumerate(texts):
+        if "▁" in text:
+          encoded[row] = self.encode(text)
+    return encoded
+
+  def unencodable(self, text: str) -> str | None:
+    found = surrogate(text)
+    if found is not None:
+      return found
+    unknown = self._processor.unk_id()
+    if unknown not in self.encode(text):
+      return None
+    return next((character for character in text if unknown in self.encode(character)), text[:1])
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._processor.decode([i for i in map(int, ids) if i < self._pieces and i not in self._control])
+
+  def piece(self, token: int) -> str:
+    return self._processor.id_to_piece(int(token)) if token < self._pieces else f"<row_{token}>"
+
+  def unused_ids(self) -> list[int]:
+    return list(self._unused)
+
+  def describe(self) -> dict[str, Any]:
+    result = {"kind": "sentencepiece", "vocab_size": self.vocab_size, "end_id": self.end_id}
+    digest = hashlib.sha256(self.model)
+    settings = {"start_id": self.start_id, "adds_start": self.adds_start}
+    # A model without further settings is described by its file alone: this is the format of the first version.
+    plain = result | settings == result | {"end_id": self._own_end, "start_id": self._own_end, "adds_start": True}
+    if not plain or self.vocab_size != self._pieces:
+      result |= settings
+      digest.update(json.dumps(result, sort_keys=True).encode())
+    return result | {"sha256": digest.hexdigest()}
+
+  def save(self, directory: str | os.PathLike) -> None:
+    self._write_model(directory)
+    save_description(directory, self.describe())
+
+  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
+    content, names = huggingface_content(self.model, self.end_id, self.start_id, self.adds_start)
+    write_folder(content, names, self, directory, added)
+    # With the model, `open_tokenizer` opens the folder as a SentencePieceTokenizer again.
+    self._write_model(directory)
+
+  def _write_model(self, directory: str | os.PathLike) -> None:
+    with open(os.path.join(directory, MODEL_FILE), "wb") as file:
+      file.write(self.model)
+
+
+def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceTokenizer:
+  """Trains a unigram model of exactly `pieces` pieces, whose decoded text always equals the encoded text.
+
+  The same texts in the same order give the same model, byte for byte, on any number of cores.
+
+  Raises:
+    InputError: the texts are too few for so many pieces, or the pieces too few for the characters.
+  """
+  import sentencepiece
+
+  sentences = (
+    line[start : start + _LONGEST_SENTENCE]
+    for text in texts
+    for line in text.split("\n")
+    for start in range(0, len(line), _LONGEST_SENTENCE)
+  )
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=sentences,
+      model_writer=model,
+      vocab_size=pieces,
+      model_type="unigram",
+      normalization_rule_name="identity",
+      byte_fallback=True,
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      split_digits=True,
+      unk_id=0,
+      eos_id=1,
+      bos_id=-1,
+      pad_id=-1,
+      input_sentence_size=0,
+      shuffle_input_sentence=False,
+      max_sentence_length=4 * _LONGEST_SENTENCE,
+      num_threads=_TRAINER_THREADS,
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    reason = " ".join(str(error).split("] ")[-1].split())
+    raise InputError(
+      f"data.tokenizer='sentencepiece:{pieces}': the task's text does not allow it: {reason or 'too little text'}; "
+      "take another number of pieces, or 'bytes'"
+    ) from error
+  return SentencePieceTokenizer(model.getvalue())
