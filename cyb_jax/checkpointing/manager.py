@@ -137,7 +137,7 @@ class Checkpoints:
       return f"{_CHECKSUMS} can't be read ({error.strerror})"
     except (ValueError, TypeError, AttributeError):
       return f"{_CHECKSUMS} was altered"
-    files = storage.Files(folder)
+    files = storage.files(folder)
     for name, (size, _, _) in listed.items():
       try:
         found = files.size(name)
@@ -312,7 +312,7 @@ class Checkpoints:
 
   def _commit_on_disk(self, step: int) -> None:
     folder = self._saved_in(step)
-    files = storage.Files(folder)
+    files = storage.files(folder)
     names = list(files)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
       hashes = pool.map(lambda name: files.digest(name, "sha256", flush=True), names)
@@ -328,7 +328,7 @@ class Checkpoints:
 
   def _commit_in_bucket(self, step: int) -> None:
     folder = self._saved_in(step)
-    files = storage.Files(folder)
+    files = storage.files(folder)
     listed = {name: (files.size(name), f"md5:{files.digest(name, 'md5')}") for name in files}
     # Only now: whoever takes over deletes what isn't finished, and then the list is of what was there before.
     self._check_owner()
@@ -338,7 +338,7 @@ class Checkpoints:
     """Takes a checkpoint away, so that a deletion that is killed half-way leaves nothing that seems to be one."""
     folder = self.directory / str(step)
     if self._in_bucket:
-      storage.remove([folder / _CHECKSUMS])
+      storage.remove_objects([folder / _CHECKSUMS])
       storage.remove_tree(folder)
       return
     doomed = self._unfinished / f"{step}.deleted"
@@ -456,7 +456,7 @@ class Checkpoints:
       return checkpointer.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
   def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
-    return storage.told(f"checkpoint {step} in {self.directory} can't be read")
+    return storage.bucket_errors(f"checkpoint {step} in {self.directory} can't be read")
 
   def _set_damaged_aside(self) -> None:
     """Moves away what is damaged, so that its step can be saved again and it can't become the best."""

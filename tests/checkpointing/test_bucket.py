@@ -395,20 +395,20 @@ def test_folders(bucket, tmp_path):
   folder = storage.place("gs://runs/a")
   bucket.put("a/", b"")  # as a console makes a folder
   bucket.put("ab/x", b"")
-  assert storage.names(folder) == list(storage.Files(folder)) == []
+  assert storage.names(folder) == list(storage.files(folder)) == []
   with storage.new_folder(folder) as local:
     (local / "b").mkdir()
     (local / "b" / "c").write_text("é")
   assert storage.names(folder) == ["b"]
-  assert list(storage.Files(folder)) == ["b/c"]
+  assert list(storage.files(folder)) == ["b/c"]
   with storage.local_folder(folder) as local:
     assert (local / "b" / "c").read_text() == "é"
   bucket.put("a/large", bytes(2**20) * 11)
-  files = storage.Files(folder)
+  files = storage.files(folder)
   assert files.size("large") == 11 * 2**20
   (tmp_path / "large").write_bytes(bytes(2**20) * 11)
   for kind in ("md5", "sha256"):
-    assert files.digest("large", kind) == storage.Files(tmp_path).digest("large", kind)
+    assert files.digest("large", kind) == storage.files(tmp_path).digest("large", kind)
   storage.upload_folder(tmp_path, folder / "up")  # in pieces
   assert bucket.contents()["a/up/large"] == bytes(2**20) * 11
   storage.remove_tree(folder)

@@ -385,7 +385,7 @@ def test_batch_larger_than_an_epoch(tmp_path, store):
 def test_a_workdir_that_is_no_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setitem(sys.modules, "gcsfs", None)
-  monkeypatch.setattr(storage, "_bucket", storage._bucket.__wrapped__)
+  monkeypatch.setattr(storage.bucket, "file_system", storage.bucket.file_system.__wrapped__)
   for name, message in (
     ("s3://bucket/run", "s3://bucket/run: neither a folder on a disk nor gs://bucket/folder"),
     ("gs://bucket/run", r"gs://: the package gcsfs is not installed; pip install 'cyb_jax\[gcs\]'"),

@@ -378,7 +378,7 @@ def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
   ):
     checkpoints = Checkpoints(tmp_path / str(number))
     with monkeypatch.context() as patch:
-      patch.setattr(storage.Files, "digest", broken)
+      patch.setattr(storage.disk.DiskFiles, "digest", broken)
       checkpoints.save(1, state, {})
       with pytest.raises(ZeroDivisionError):
         next_call(checkpoints)
