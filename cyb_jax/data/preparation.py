@@ -36,7 +36,8 @@ from cyb_jax.data import store as stores
 from cyb_jax.data.store import DESCRIPTION, FORMAT, SHARD_TOKENS, TokenStore
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.storage import in_bucket
+from cyb_jax.storage import in_bucket, streams
+from cyb_jax.storage.paths import unchecked_place
 
 _SECONDS_BETWEEN_LINES = 5.0
 # SentencePiece is trained on at most this much text, the documents of smallest hash among the first so many.
@@ -180,7 +181,7 @@ class _Plan:
       "limit": limit,
       "shard_tokens": shard_tokens,
     }
-    path = chunks.place(output) if output else chunks.place(_default_path(recipe, tokenizer))
+    path = unchecked_place(output) if output else unchecked_place(_default_path(recipe, tokenizer))
     return cls(task, tokenizer, given, recipe, limit, path)
 
   @property
@@ -218,9 +219,9 @@ def _prepare(plan: _Plan, shard: tuple[int, int], processes: int, progress: bool
       stack.enter_context(locks.held(lock, wait=waiting, shared=shards > 1))
     if (reused := _found(plan)) is not None:
       if shards == 1:  # a run that was killed right behind its last step has left its pieces
-        chunks.remove(folder)
+        streams.remove(folder)
       return Prepared(path, reused)
-    chunks.make_folder(folder)
+    streams.make_folder(folder)
     try:
       stack.enter_context(locks.held(folder / f"shard-{number}-of-{shards}.lock"))
     except locks.Busy as error:
@@ -233,8 +234,8 @@ def _prepare(plan: _Plan, shard: tuple[int, int], processes: int, progress: bool
     except BaseException:
       # What isn't a single piece yet isn't worth a folder that somebody has to find.
       with contextlib.suppress(StorageError):
-        if shards == 1 and not any(re.fullmatch(r"piece-\d+\.json", name) for name in chunks.names(folder)):
-          chunks.remove(folder)
+        if shards == 1 and not any(re.fullmatch(r"piece-\d+\.json", name) for name in streams.names(folder)):
+          streams.remove(folder)
       raise
 
 
@@ -260,8 +261,8 @@ def _found(plan: _Plan) -> dict[str, Any] | None:
     logging.info("%s is prepared already", path)
     return found
   # In a bucket, those who finish write to its place.
-  started = in_bucket(path) and chunks.size_of(plan.folder / "plan.json") is not None
-  if not started and (chunks.names(path) if in_bucket(path) or path.is_dir() else path.exists()):
+  started = in_bucket(path) and streams.size_of(plan.folder / "plan.json") is not None
+  if not started and (streams.names(path) if in_bucket(path) or path.is_dir() else path.exists()):
     raise InputError(f"output={os.fspath(path)!r}: it exists and is no token store; give another folder")
   return None
 
@@ -318,7 +319,7 @@ class _Preparation:
     try:
       with locks.held(self._folder / "finish.lock", wait="another process finishes the store; waiting for it"):
         description = _found(self._plan) or self._finish([found[p]["documents"] for p in range(len(self._pieces))])
-        chunks.remove(self._folder)
+        streams.remove(self._folder)
     except locks.Busy as error:
       self._log.say(f"{error} finishes the store")
       return dataclasses.replace(done, pieces_done=len(found))
@@ -329,9 +330,9 @@ class _Preparation:
     """Writes what is prepared here, or compares it with what was."""
     file = self._folder / "plan.json"
     plan = self._plan.recipe | {"pieces": len(self._pieces)}
-    if chunks.read_json(file) is None:
-      chunks.write_json(file, plan)
-    found = chunks.read_json(file) or {}
+    if streams.read_json(file) is None:
+      streams.write_json(file, plan)
+    found = streams.read_json(file) or {}
     remedy = f"give the same, another output, or remove {os.fspath(self._folder)}"
     self._plan.refused(found, "pieces of a store", remedy)
     if found.get("pieces") != len(self._pieces):
@@ -350,8 +351,8 @@ class _Preparation:
     folder = self._folder / "tokenizer"
     copy = self._made("found")
     with contextlib.suppress(InputError):
-      for name in chunks.names(folder):
-        (copy / name).write_bytes(chunks.read(folder / name))
+      for name in streams.names(folder):
+        (copy / name).write_bytes(streams.read(folder / name))
       return tokenizers.load(copy)
     task, limit = self._plan.task, self._plan.limit
     pieces = tokenizers.trained_pieces(self._plan.tokenizer)
@@ -362,9 +363,9 @@ class _Preparation:
     trained = tokenizers.train_sentencepiece(sample, pieces)
     own = self._made("trained")
     trained.save(own)
-    chunks.make_folder(folder)
+    streams.make_folder(folder)
     for name in tokenizers.files(trained.describe()):
-      chunks.write(folder / name, (own / name).read_bytes())
+      streams.write(folder / name, (own / name).read_bytes())
     return trained
 
   def _made(self, name: str) -> Path:
@@ -404,7 +405,7 @@ class _Preparation:
         if not found:
           raise
         logging.warning("%s; its piece is prepared again", error)
-        chunks.remove(piece_files.record_path(self._folder, int(found[1])))
+        streams.remove(piece_files.record_path(self._folder, int(found[1])))
         self._do_pieces([int(found[1])])
     raise StorageError(f"{os.fspath(self._folder)}: pieces are damaged again and again; is the disk well?")
 
@@ -416,15 +417,15 @@ class _Preparation:
       self._folder, self._pieces, documents, task.splits, {group: task.splits_of(group) for group in groups}
     )
     encoder = piece_files.Encoder(self._tokenizer, task.beside)
-    chunks.make_folder(self._output)
-    with chunks.scratch_folder(self._folder) as scratch:
+    streams.make_folder(self._output)
+    with streams.scratch_folder(self._folder) as scratch:
       copies = merging.find_duplicates(pieces, scratch)
       splits = merging.lay_out(
         pieces, copies, self._output, scratch,
         start=len(encoder.start), weighted="weights" in encoder.beside, shard_tokens=plan.recipe["shard_tokens"],
       )  # fmt: skip
       if "train" not in splits:
-        chunks.remove(self._folder)
+        streams.remove(self._folder)
         raise InputError(f"data.task={task.name!r}: no text in train; options {task.options}")
       jobs = [
         {
@@ -451,12 +452,12 @@ class _Preparation:
     description = plan.recipe | {"tokenizer": self._tokenizer.describe(), "splits": described}
     description["fingerprint"] = stores.fingerprint(description)
     for name in tokenizers.files(self._tokenizer.describe()):
-      chunks.write(self._output / name, (self._local / "tokenizer" / name).read_bytes())
-    chunks.write_json(self._output / DESCRIPTION, description)
+      streams.write(self._output / name, (self._local / "tokenizer" / name).read_bytes())
+    streams.write_json(self._output / DESCRIPTION, description)
     if self._output != plan.path:
-      for name in chunks.names(self._output):
+      for name in streams.names(self._output):
         if name.startswith("."):  # of a process that was killed
-          chunks.remove(self._output / name)
+          streams.remove(self._output / name)
       os.rename(self._output, plan.path)
     self._log.say(f"prepared {os.fspath(plan.path)}")
     return description
