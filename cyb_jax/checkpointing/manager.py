@@ -39,7 +39,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from cyb_jax import storage
-from cyb_jax.distributed.hosts import ALONE, Cluster
+from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import InputError, StorageError, storage_cause
 
 _CHECKSUMS = "checksums.json"

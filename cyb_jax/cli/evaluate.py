@@ -26,7 +26,7 @@ from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
   from cyb_jax.configs import Config
-  from cyb_jax.distributed.hosts import Cluster
+  from cyb_jax.distributed.cluster import Cluster
 
 
 def define_flags() -> None:
@@ -79,7 +79,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   import jax
 
   from cyb_jax import runs
-  from cyb_jax.distributed.hosts import own_facts
+  from cyb_jax.distributed.agreement import own_facts
   from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
   from cyb_jax.stopping import normalize
 

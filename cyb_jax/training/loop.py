@@ -30,7 +30,8 @@ from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_segment_ids
 from cyb_jax.data.tasks import PLACES, has_targets, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
-from cyb_jax.distributed.hosts import ALONE, Cluster, own_facts
+from cyb_jax.distributed.agreement import own_facts
+from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import DivergedError, InputError, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.interop import pretrained
