@@ -20,7 +20,7 @@ from models import assert_trees_equal, tiny_config
 import cyb_jax
 from cyb_jax import configs, runs, storage, training
 from cyb_jax.benchmarks.faults import first_difference
-from cyb_jax.checkpointing import manager as module
+from cyb_jax.checkpointing import bucket as backend
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.interop import pretrained
@@ -325,8 +325,8 @@ def test_a_damaged_one_whose_move_was_cut_short(saved, bucket):
 
 @pytest.mark.parametrize("trouble", [503, "refused"])
 def test_a_bucket_that_fails_in_mid_save(bucket, impatient, monkeypatch, trouble):
-  """While TensorStore writes, whose own patience is longer than a test may last."""
-  monkeypatch.setattr(module, "_PATIENCE", {"max_retries": 3, "initial_delay": "0.01s", "max_delay": "0.01s"})
+  """While TensorStore writes, which by default would try for longer than a test may last."""
+  monkeypatch.setattr(backend, "RETRIES", {"max_retries": 3, "initial_delay": "0.01s", "max_delay": "0.01s"})
   checkpoints = Checkpoints("gs://runs/c")
   checkpoints.save(1, STATE, {})
   checkpoints.wait()

@@ -13,6 +13,7 @@ import time
 import cli
 import jax.numpy as jnp
 import pytest
+from absl import logging
 from models import tiny_config
 
 import cyb_jax
@@ -112,10 +113,8 @@ def flip(path):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  from cyb_jax.checkpointing import manager as checkpoints
-
   seen = []
-  monkeypatch.setattr(checkpoints.logging, "warning", lambda text, *args: seen.append(text % args))
+  monkeypatch.setattr(logging, "warning", lambda text, *args: seen.append(text % args))
   return seen
 
 
