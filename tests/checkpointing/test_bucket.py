@@ -323,16 +323,25 @@ def test_a_damaged_one_whose_move_was_cut_short(saved, bucket):
   assert "c/damaged/5.1/meta/metadata" in bucket.names()
 
 
-@pytest.mark.parametrize("trouble", [503, "refused"])
-def test_a_bucket_that_fails_in_mid_save(bucket, impatient, monkeypatch, trouble):
-  """While TensorStore writes, which by default would try for longer than a test may last."""
+@pytest.fixture
+def few_retries(monkeypatch):
+  """TensorStore gives up early; by default it would try for longer than a test may last."""
   monkeypatch.setattr(backend, "RETRIES", {"max_retries": 3, "initial_delay": "0.01s", "max_delay": "0.01s"})
+
+
+@pytest.mark.parametrize(
+  ("part", "trouble"),
+  [("ocdbt.process_0/d/", 503), ("ocdbt.process_0/d/", "refused"), ("d/", 503)],
+  ids=["arrays-503", "arrays-refused", "merge-503"],
+)
+def test_a_bucket_that_fails_in_mid_save(bucket, impatient, few_retries, part, trouble):
+  """While TensorStore writes: the arrays, or the index of all processes' arrays."""
   checkpoints = Checkpoints("gs://runs/c")
   checkpoints.save(1, STATE, {})
   checkpoints.wait()
 
   def fail(method, name, length):
-    if method == "POST" and "2/state/ocdbt.process_0/d/" in name:
+    if method == "POST" and f"2/state/{part}" in name:
       if trouble == 503:
         return 503
       bucket.refuse()
@@ -345,6 +354,15 @@ def test_a_bucket_that_fails_in_mid_save(bucket, impatient, monkeypatch, trouble
     checkpoints.wait()
   assert time.monotonic() - start < 10
   checkpoints.close()
+
+
+def test_a_bucket_that_fails_while_a_checkpoint_is_read(saved, bucket, impatient, few_retries):
+  reader = Checkpoints("gs://runs/c", read_only=True)
+  bucket.trouble = lambda method, name, _: 503 if "/5/state/d/" in name else None  # read by TensorStore
+  start = time.monotonic()
+  with pytest.raises(StorageError, match=r"checkpoint 5 in gs://runs/c can't be read: the bucket .* \(HTTP 503\)"):
+    reader.read(5)
+  assert time.monotonic() - start < 10
 
 
 def test_a_second_run_takes_over(saved, bucket):
