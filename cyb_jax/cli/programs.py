@@ -313,6 +313,7 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
     meta: of its checkpoint.
   """
   from cyb_jax import runs, training
+  from cyb_jax.checkpointing.workdir import check_fingerprint
 
   given = flags.FLAGS.store
   if given:
@@ -320,7 +321,7 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
       raise InputError(f"--store: {given} is not there")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=given))
   store = runs.open_recorded_store(meta, config.data.store) or training.open_store(config)
-  runs.check_fingerprint(store, meta)
+  check_fingerprint(store, meta)
   return store
 
 

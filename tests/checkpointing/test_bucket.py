@@ -22,6 +22,7 @@ from cyb_jax import configs, runs, storage, training
 from cyb_jax.benchmarks.faults import first_difference
 from cyb_jax.checkpointing import bucket as backend
 from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.checkpointing.workdir import checkpoints_in, is_run
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.interop import pretrained
 from cyb_jax.report import output
@@ -104,7 +105,7 @@ def test_killed_refused_and_continued(folder, bucket, tmp_path):
     bucket.trouble = trouble
 
   def steps():
-    return runs.checkpoints_in("gs://runs/a/run", read_only=True).steps()
+    return checkpoints_in("gs://runs/a/run", read_only=True).steps()
 
   def kill():
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
@@ -211,7 +212,7 @@ def test_no_bucket(bucket, config):
     training.train(config, "gs://runs/run", profile=3)
   with pytest.raises(InputError, match=r"workdir: gs://runs/none holds no run"):
     runs.load("gs://runs/none")
-  assert not runs.is_run("gs://runs/none")
+  assert not is_run("gs://runs/none")
 
 
 def test_a_run_that_was_copied_into_a_bucket(folder, bucket):

@@ -306,9 +306,9 @@ def last_words(process):
 
 
 def arrays(workdir):
-  from cyb_jax import runs
+  from cyb_jax.checkpointing.workdir import checkpoints_in
 
-  state = runs.checkpoints_in(workdir, read_only=True).read(STEPS).state
+  state = checkpoints_in(workdir, read_only=True).read(STEPS).state
   return {jax.tree_util.keystr(path): leaf.tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
