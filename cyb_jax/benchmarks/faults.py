@@ -133,7 +133,7 @@ def faults() -> dict[str, Any]:
 
 def first_difference(whole: pathlib.Path, other: pathlib.Path) -> str | None:
   """Where two runs' folders differ first, but for what depends on the clock; None where they don't."""
-  from cyb_jax import runs
+  from cyb_jax.checkpointing.workdir import checkpoints_in
   from cyb_jax.training.metrics import read_metrics
 
   files = ["config.json", "evaluation.json"]
@@ -147,7 +147,7 @@ def first_difference(whole: pathlib.Path, other: pathlib.Path) -> str | None:
       return f"metrics.jsonl, line {number}, {next(k for k in a | b if a.get(k) != b.get(k))}"
   if len(ours) != len(theirs):
     return f"metrics.jsonl: {len(theirs)} lines, not {len(ours)}"
-  ours, theirs = (runs.checkpoints_in(x, read_only=True) for x in (whole, other))
+  ours, theirs = (checkpoints_in(x, read_only=True) for x in (whole, other))
   if ours.steps() != theirs.steps():
     return f"checkpoints: {theirs.steps()}, not {ours.steps()}"
   for step in ours.steps():

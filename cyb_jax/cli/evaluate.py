@@ -26,7 +26,7 @@ from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
   from cyb_jax.configs import Config
-  from cyb_jax.distributed.hosts import Cluster
+  from cyb_jax.distributed.cluster import Cluster
 
 
 def define_flags() -> None:
@@ -78,8 +78,8 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   """The evaluation of a split, by all hosts; evaluation.json."""
   import jax
 
-  from cyb_jax import runs
-  from cyb_jax.distributed.hosts import own_facts
+  from cyb_jax.checkpointing.workdir import write_evaluation
+  from cyb_jax.distributed.agreement import own_facts
   from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
   from cyb_jax.stopping import normalize
 
@@ -131,7 +131,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
     return record | {"pauses": args.pauses}  # shown alone: the run's own evaluation is another
   if args.workdir and cluster.index == 0:
     try:
-      runs.write_evaluation(args.workdir, record)
+      write_evaluation(args.workdir, record)
     except OSError as error:
       logging.warning("evaluation.json can't be written to %s: %s", args.workdir, error.strerror or error)
   return record

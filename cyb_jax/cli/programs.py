@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of
 
   from cyb_jax.configs import Config
   from cyb_jax.data import TokenStore
-  from cyb_jax.distributed.hosts import Cluster
+  from cyb_jax.distributed.cluster import Cluster
   from cyb_jax.runs import Run
 
 EXIT_CRASH = 1
@@ -138,7 +138,8 @@ def on_hosts(main: Callable[[Cluster], dict[str, Any] | None]) -> dict[str, Any]
   Returns:
     What `main` has returned, on host 0; None on the others.
   """
-  from cyb_jax.distributed import hosts
+  from cyb_jax.distributed import cluster as hosts
+  from cyb_jax.distributed.watchdog import lost_hosts
 
   args = flags.FLAGS
   names = [field.name for field in dataclasses.fields(hosts.Meeting)]
@@ -146,7 +147,7 @@ def on_hosts(main: Callable[[Cluster], dict[str, Any] | None]) -> dict[str, Any]
   if cluster.index:
     logging.set_verbosity(logging.WARNING)  # of what they all do, host 0 tells
   try:
-    with hosts.losses_told(cluster):
+    with lost_hosts(cluster.count):
       result = main(cluster)
   except Interrupted:
     cluster.leave()
@@ -312,6 +313,7 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
     meta: of its checkpoint.
   """
   from cyb_jax import runs, training
+  from cyb_jax.checkpointing.workdir import check_fingerprint
 
   given = flags.FLAGS.store
   if given:
@@ -319,7 +321,7 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
       raise InputError(f"--store: {given} is not there")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=given))
   store = runs.open_recorded_store(meta, config.data.store) or training.open_store(config)
-  runs.check_fingerprint(store, meta)
+  check_fingerprint(store, meta)
   return store
 
 

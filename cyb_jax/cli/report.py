@@ -61,19 +61,20 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _report(workdir: str) -> dict[str, Any]:
   from cyb_jax import jsonl, runs
+  from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
   from cyb_jax.report import coloured, output, single
   from cyb_jax.training.metrics import read_metrics
 
   args = flags.FLAGS
   if args.text and not args.text_windows:
     raise InputError("--text: set, but --text_windows is 0; show at least one")
-  runs.read_config(workdir)  # that there is a run is the first thing to be told
+  read_config(workdir)  # that there is a run is the first thing to be told
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
   mesh = programs.reading_mesh()
   run = runs.load(workdir, programs.checkpoint_flag(), mesh)
   store = programs.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
-  checkpoint = runs.checkpoints_in(workdir, read_only=True).fingerprint(run.step)
+  checkpoint = checkpoints_in(workdir, read_only=True).fingerprint(run.step)
   statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
   html, pictures = single.build(run.config.source, run.meta, statistics, read_metrics(workdir), windows)
   output.check_size(html)
@@ -94,7 +95,8 @@ def _report(workdir: str) -> dict[str, Any]:
 
 
 def _compare(workdirs: list[str]) -> dict[str, Any]:
-  from cyb_jax import jsonl, runs
+  from cyb_jax import jsonl
+  from cyb_jax.checkpointing.workdir import read_config
   from cyb_jax.report import comparison, output, side_by_side
 
   args = flags.FLAGS
@@ -103,7 +105,7 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   if args.text:
     raise InputError("--text: set, but --compare shows no text; report on one run with --workdir")
   for workdir in workdirs:
-    runs.read_config(workdir)
+    read_config(workdir)
   folder = output.check_output(args.output or "report")
   # What configs and checkpoints tell comes before the work.
   unread = [_candidate(workdir, read=False) for workdir in workdirs]
@@ -140,14 +142,15 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   Those in its own report's folder are taken where they are of the same checkpoint, split and limit.
   """
   from cyb_jax import jsonl, runs
+  from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
   from cyb_jax.report.comparison import Candidate
   from cyb_jax.training.metrics import read_metrics
 
-  checkpoints = runs.checkpoints_in(workdir, read_only=True)
+  checkpoints = checkpoints_in(workdir, read_only=True)
   step = checkpoints.find(programs.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
   if not read:
-    return Candidate(workdir, runs.read_config(workdir), meta, {}, [])
+    return Candidate(workdir, read_config(workdir), meta, {}, [])
   checkpoint = checkpoints.fingerprint(step)
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
@@ -167,7 +170,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
   validation = [row for row in rows if row.get("omega") is None]
   vocab_size = runs.load_tokenizer(workdir).vocab_size
-  return Candidate(workdir, runs.read_config(workdir), meta, statistics, validation, vocab_size)
+  return Candidate(workdir, read_config(workdir), meta, statistics, validation, vocab_size)
 
 
 def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
-  from cyb_jax.distributed.hosts import Cluster
+  from cyb_jax.distributed.cluster import Cluster
 
 
 def define_flags() -> None:

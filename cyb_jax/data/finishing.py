@@ -10,13 +10,14 @@ from typing import Any
 
 from etils import epath
 
-from cyb_jax.data import chunks, merging, tasks, tokenizers
+from cyb_jax.data import merging, tasks, tokenizers
 from cyb_jax.data import pieces as piece_files
 from cyb_jax.data import store as stores
 from cyb_jax.data.plan import Plan
 from cyb_jax.data.progress import Progress
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
+from cyb_jax.storage import streams
 
 # Copying fewer takes less time than to start a process.
 _TOKENS_WORTH_A_PROCESS = 1 << 26
@@ -62,8 +63,8 @@ class StoreBuilder:
       StorageError, ChildProcessError: the disk fails, or a worker died.
     """
     self.progress.say(f"merging {len(self.pieces)} pieces")
-    chunks.make_folder(self.output)
-    with chunks.scratch_folder(self.plan.folder) as scratch:
+    streams.make_folder(self.output)
+    with streams.scratch_folder(self.plan.folder) as scratch:
       splits = self._lay_out(documents, scratch)
       digests = self._copy(splits, scratch)
     description = self._describe(splits, digests)
@@ -88,7 +89,7 @@ class StoreBuilder:
       shard_tokens=plan.recipe["shard_tokens"],
     )
     if "train" not in splits:
-      chunks.remove(plan.folder)
+      streams.remove(plan.folder)
       raise InputError(f"data.task={task.name!r}: no text in train; options {task.options}")
     return splits
 
@@ -126,12 +127,12 @@ class StoreBuilder:
   def _publish(self, description: dict[str, Any]) -> None:
     """Writes the tokenizer and then the description, without which there is no store, and moves the store in place."""
     for name in tokenizers.files(self.tokenizer.describe()):
-      chunks.write(self.output / name, (self.saved_tokenizer / name).read_bytes())
-    chunks.write_json(self.output / stores.DESCRIPTION, description)
+      streams.write(self.output / name, (self.saved_tokenizer / name).read_bytes())
+    streams.write_json(self.output / stores.DESCRIPTION, description)
     if self.output != self.plan.path:
-      for name in chunks.names(self.output):
+      for name in streams.names(self.output):
         if name.startswith("."):  # a scratch file of a process that was killed
-          chunks.remove(self.output / name)
+          streams.remove(self.output / name)
       os.rename(self.output, self.plan.path)
     self.progress.say(f"prepared {os.fspath(self.plan.path)}")
 

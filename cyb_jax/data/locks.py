@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from cyb_jax.data import chunks
-from cyb_jax.storage import in_bucket
+from cyb_jax.storage import in_bucket, streams
 
 _SECONDS_BETWEEN_SIGNS = 10.0
 _SECONDS_UNTIL_DEAD = 45.0
@@ -64,19 +63,19 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
 def _leased(path: epath.Path) -> Iterator[None]:
   """Holds a lease; one whose holder has stopped to sign is taken over."""
   mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
-  found = chunks.read_json(path)
+  found = streams.read_json(path)
   if found is not None:
     logging.info("%s is held by process %s on %s; watching whether it lives", path, found.get("pid"), found.get("host"))
     deadline = time.monotonic() + _SECONDS_UNTIL_DEAD
     while time.monotonic() < deadline:
       time.sleep(_SECONDS_UNTIL_DEAD / 30)
-      now = chunks.read_json(path)
+      now = streams.read_json(path)
       if now is None:
         break
       if now != found:
         raise Busy(f"process {now.get('pid')} on {now.get('host')}")
   stop = threading.Event()
-  chunks.write_json(path, mine | {"signs": 0})
+  streams.write_json(path, mine | {"signs": 0})
 
   def sign():
     signs = 0
@@ -84,7 +83,7 @@ def _leased(path: epath.Path) -> Iterator[None]:
       signs += 1
       # A bucket that fails here fails the work as well, or has recovered by then.
       with contextlib.suppress(Exception):
-        chunks.write_json(path, mine | {"signs": signs})
+        streams.write_json(path, mine | {"signs": signs})
 
   thread = threading.Thread(target=sign, daemon=True)
   thread.start()
@@ -94,4 +93,4 @@ def _leased(path: epath.Path) -> Iterator[None]:
     stop.set()
     thread.join()
     with contextlib.suppress(Exception):
-      chunks.remove(path)
+      streams.remove(path)

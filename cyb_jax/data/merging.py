@@ -26,6 +26,7 @@ from etils import epath
 from cyb_jax.data import chunks, tasks
 from cyb_jax.data import pieces as piece_files
 from cyb_jax.data.pieces import ROW
+from cyb_jax.storage import streams
 
 # Rows of indices in memory at once: of digests, and of each of the pieces that are read at a time.
 _SORTED_ROWS = 1 << 22
@@ -59,7 +60,7 @@ class Pieces:
 
   def open(self, number: int, name: str) -> chunks.Chunked:
     """A file of a piece: 'index', 'train.tokens' and the like."""
-    record = chunks.read_json(piece_files.record_path(self.folder, number))
+    record = streams.read_json(piece_files.record_path(self.folder, number))
     path = piece_files.file_path(self.folder, number, name)
     try:
       return chunks.Chunked(path, record["files"][name])
@@ -276,7 +277,7 @@ class _Stream:
     self._close_shard()
     stem = f"{self._split}-{len(self._shards):05d}"
     self._runs = self._open.enter_context((self._scratch / f"{stem}.runs").open("wb"))
-    self._places = chunks.Sink(self._open.enter_context(chunks.new_file(self._output / f"{stem}.documents")))
+    self._places = chunks.Sink(self._open.enter_context(streams.new_file(self._output / f"{stem}.documents")))
     shard: dict[str, Any] = {"documents": {"file": f"{stem}.documents"}}
     self._shards.append(shard)
 
@@ -318,7 +319,7 @@ def write_shard(
     Damaged: a file of a piece is not what was written.
   """
   done = pieces.folder / f"shard-{split}-{number:05d}.json"
-  record = chunks.read_json(done)
+  record = streams.read_json(done)
   paths = {kind: output / f"{split}-{number:05d}.{kind}" for kind in kinds}
   files = record["files"] if isinstance(record, dict) and record.get("made_of") == made_of else {}
   if files and all(_is_whole(paths[kind], files[kind]) for kind in kinds):
@@ -326,14 +327,14 @@ def write_shard(
   files = {}
   for kind in kinds:
     files[kind] = _copy(pieces, paths[kind], split, number, runs, kind, dtype if kind == "tokens" else None, end_id)
-  chunks.write_json(done, {"made_of": made_of, "files": files})
+  streams.write_json(done, {"made_of": made_of, "files": files})
   return {kind: files[kind]["sha256"] for kind in kinds}
 
 
 def _copy(pieces, path, split, number, runs, kind, dtype, end_id) -> dict[str, Any]:
   width = dtype.itemsize if dtype else 1
   sources: collections.OrderedDict[int, chunks.Chunked] = collections.OrderedDict()
-  with chunks.new_file(path) as file:
+  with streams.new_file(path) as file:
     sink = chunks.Sink(file)
     if number == 0:
       sink.write(np.array([end_id], dtype) if dtype else np.zeros(1, np.uint8))
@@ -351,7 +352,7 @@ def _copy(pieces, path, split, number, runs, kind, dtype, end_id) -> dict[str, A
 
 
 def _is_whole(path: epath.Path, described: dict[str, Any]) -> bool:
-  if chunks.size_of(path) != described["bytes"]:
+  if streams.size_of(path) != described["bytes"]:
     return False
   digest = hashlib.sha256()
   for content in chunks.parts(path):

@@ -22,6 +22,7 @@ from cyb_jax.data import chunks, tasks
 from cyb_jax.data.store import ANNOTATIONS, token_dtype
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
+from cyb_jax.storage import streams
 
 _BATCH_BYTES = 4 << 20  # text tokenized at once
 
@@ -155,11 +156,11 @@ def read_record(folder: epath.Path, number: int, made_of: str) -> dict[str, Any]
     number: of the piece.
     made_of: as given to `write`.
   """
-  record = chunks.read_json(record_path(folder, number))
+  record = streams.read_json(record_path(folder, number))
   if not isinstance(record, dict) or record.get("made_of") != made_of:
     return None
   for name, described in record["files"].items():
-    if chunks.size_of(file_path(folder, number, name)) != described["bytes"]:
+    if streams.size_of(file_path(folder, number, name)) != described["bytes"]:
       return None
   return record
 
@@ -217,7 +218,7 @@ def write(
     "seconds": round(time.perf_counter() - wall, 4),
     "files": files,
   }
-  chunks.write_json(record_path(folder, number), record)
+  streams.write_json(record_path(folder, number), record)
   return record
 
 
@@ -280,5 +281,5 @@ class _Writer:
   def _sink(self, name: str) -> chunks.Sink:
     if name not in self._sinks:
       path = file_path(self._folder, self._number, name)
-      self._sinks[name] = chunks.Sink(self._stack.enter_context(chunks.new_file(path)), chunked=True)
+      self._sinks[name] = chunks.Sink(self._stack.enter_context(streams.new_file(path)), chunked=True)
     return self._sinks[name]

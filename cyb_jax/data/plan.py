@@ -12,11 +12,12 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from cyb_jax.data import chunks, tasks, tokenizers
 from cyb_jax.data import store as stores
+from cyb_jax.data import tasks, tokenizers
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
-from cyb_jax.storage import in_bucket
+from cyb_jax.storage import in_bucket, streams
+from cyb_jax.storage.paths import unchecked_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Plan:
       "limit": limit,
       "shard_tokens": shard_tokens,
     }
-    path = chunks.place(output) if output else chunks.place(_default_path(recipe, tokenizer))
+    path = unchecked_place(output) if output else unchecked_place(_default_path(recipe, tokenizer))
     return cls(task, tokenizer, given, recipe, limit, path)
 
   @property
@@ -108,8 +109,8 @@ class Plan:
       logging.info("%s is prepared already", path)
       return found
     # In a bucket, the shards of a store that is not finished yet are at its path.
-    started = in_bucket(path) and chunks.size_of(self.folder / "plan.json") is not None
-    if not started and (chunks.names(path) if in_bucket(path) or path.is_dir() else path.exists()):
+    started = in_bucket(path) and streams.size_of(self.folder / "plan.json") is not None
+    if not started and (streams.names(path) if in_bucket(path) or path.is_dir() else path.exists()):
       raise InputError(f"output={os.fspath(path)!r}: it exists and is no token store; give another folder")
     return None
 
@@ -123,9 +124,9 @@ class Plan:
       InputError: the pieces there are of another recipe, or divided in another way.
     """
     file = self.folder / "plan.json"
-    if chunks.read_json(file) is None:
-      chunks.write_json(file, self.recipe | {"pieces": pieces})
-    found = chunks.read_json(file) or {}
+    if streams.read_json(file) is None:
+      streams.write_json(file, self.recipe | {"pieces": pieces})
+    found = streams.read_json(file) or {}
     remedy = f"give the same, another output, or remove {os.fspath(self.folder)}"
     self.require_recipe(found, "pieces of a store", remedy)
     if found.get("pieces") != pieces:

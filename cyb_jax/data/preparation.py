@@ -37,7 +37,7 @@ from cyb_jax.data.plan import Plan
 from cyb_jax.data.progress import Progress
 from cyb_jax.data.store import SHARD_TOKENS, TokenStore
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.storage import in_bucket
+from cyb_jax.storage import in_bucket, streams
 
 # A piece that is damaged is prepared again; if that does not help, the disk is at fault.
 _ATTEMPTS = 3
@@ -160,9 +160,9 @@ def _prepare(plan: Plan, shard: tuple[int, int], processes: int, progress: bool)
       stack.enter_context(locks.held(lock, wait=waiting, shared=shards > 1))
     if (existing := plan.existing_store()) is not None:
       if shards == 1:  # a process that was killed right after its last step has left its pieces
-        chunks.remove(folder)
+        streams.remove(folder)
       return Prepared(path, existing)
-    chunks.make_folder(folder)
+    streams.make_folder(folder)
     try:
       stack.enter_context(locks.held(folder / f"shard-{number}-of-{shards}.lock"))
     except locks.Busy as error:
@@ -175,8 +175,8 @@ def _prepare(plan: Plan, shard: tuple[int, int], processes: int, progress: bool)
     except BaseException:
       # A folder without a single whole piece is of no use to the next call.
       with contextlib.suppress(StorageError):
-        if shards == 1 and not any(re.fullmatch(r"piece-\d+\.json", name) for name in chunks.names(folder)):
-          chunks.remove(folder)
+        if shards == 1 and not any(re.fullmatch(r"piece-\d+\.json", name) for name in streams.names(folder)):
+          streams.remove(folder)
       raise
 
 
@@ -263,7 +263,7 @@ class _Preparation:
       with locks.held(self._folder / "finish.lock", wait="another process finishes the store; waiting for it"):
         documents = [found[p]["documents"] for p in range(len(self._pieces))]
         description = self._plan.existing_store() or self._build(documents)
-        chunks.remove(self._folder)
+        streams.remove(self._folder)
     except locks.Busy as error:
       self._progress.say(f"{error} finishes the store")
       return done
@@ -301,6 +301,6 @@ class _Preparation:
         if not found:
           raise
         logging.warning("%s; its piece is prepared again", error)
-        chunks.remove(piece_files.record_path(self._folder, int(found[1])))
+        streams.remove(piece_files.record_path(self._folder, int(found[1])))
         self._do_pieces([int(found[1])])
     raise StorageError(f"{os.fspath(self._folder)}: pieces are damaged again and again; is the disk well?")

@@ -35,7 +35,8 @@ from etils import epath
 
 from cyb_jax.data import chunks, locks, tokenizers
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.storage import in_bucket
+from cyb_jax.storage import in_bucket, streams
+from cyb_jax.storage.paths import unchecked_place
 
 FORMAT = 1
 DESCRIPTION = "store.json"
@@ -83,7 +84,7 @@ class TokenStore:
       StorageError: the bucket fails, or the disk of the copy.
     """
     if in_bucket(path):
-      path = _local_copy(chunks.place(path), read_description(path))
+      path = _local_copy(unchecked_place(path), read_description(path))
     path = Path(path)
     description = read_description(path)
     files = list(_files(description))
@@ -238,18 +239,18 @@ def is_store(path: str | os.PathLike) -> bool:
   Raises:
     StorageError: the bucket fails.
   """
-  return chunks.size_of(chunks.place(path) / DESCRIPTION) is not None
+  return streams.size_of(unchecked_place(path) / DESCRIPTION) is not None
 
 
 def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
   """The folder of the copy of a bucket's store in the user's cache; files that are missing there are copied."""
   copy = default_cache() / "copies" / description["fingerprint"]
   copy.mkdir(parents=True, exist_ok=True)
-  with locks.held(chunks.place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
+  with locks.held(unchecked_place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
     if (copy / DESCRIPTION).is_file():
       return copy
     files = list(_files(description))
-    missing = [(name, size, sha) for name, size, sha in files if chunks.size_of(copy / name) != size]
+    missing = [(name, size, sha) for name, size, sha in files if streams.size_of(copy / name) != size]
     total, done = sum(size for _, size, _ in missing), 0
     free = shutil.disk_usage(copy).free
     if total > free:
@@ -259,10 +260,10 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
       )
     last = time.monotonic()
     for name in tokenizers.files(description["tokenizer"]):
-      chunks.write(epath.Path(copy / name), chunks.read(path / name))
+      streams.write(epath.Path(copy / name), streams.read(path / name))
     for name, size, sha256 in missing:
       digest = hashlib.sha256()
-      with chunks.new_file(epath.Path(copy / name)) as file:
+      with streams.new_file(epath.Path(copy / name)) as file:
         for content in chunks.parts(path / name):
           file.write(content)
           digest.update(content)
@@ -275,7 +276,7 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
             f"data.store: {os.fspath(path / name)} isn't the {size} bytes that the store was prepared with; prepare it"
             " again"
           )
-    chunks.write(epath.Path(copy / DESCRIPTION), chunks.read(path / DESCRIPTION))
+    streams.write(epath.Path(copy / DESCRIPTION), streams.read(path / DESCRIPTION))
   return copy
 
 
@@ -312,9 +313,9 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
   Raises:
     InputError: it is missing, of another format, or altered.
   """
-  file = chunks.place(path) / DESCRIPTION
+  file = unchecked_place(path) / DESCRIPTION
   try:
-    description = json.loads(chunks.read(file) if in_bucket(path) else file.read_bytes())
+    description = json.loads(streams.read(file) if in_bucket(path) else file.read_bytes())
   except OSError as error:
     raise InputError(
       f"data.store: {os.fspath(file)} cannot be read ({error.strerror or 'it is not there'}); prepare one with"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from etils import epath
 
-from cyb_jax.data import chunks, tasks, tokenizers
+from cyb_jax.data import tasks, tokenizers
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
+from cyb_jax.storage import streams
 
 # SentencePiece is trained on at most `_SAMPLE_BYTES` of text: the documents with the smallest hash among the first
 # `_SAMPLED_BYTES`.
@@ -49,15 +50,15 @@ def shared_tokenizer(
   trained = tokenizers.train_sentencepiece(texts, pieces)
   own = _made(local, "trained")
   trained.save(own)
-  chunks.make_folder(folder)
+  streams.make_folder(folder)
   for name in tokenizers.files(trained.describe()):
-    chunks.write(folder / name, (own / name).read_bytes())
+    streams.write(folder / name, (own / name).read_bytes())
   return trained
 
 
 def _read(folder: epath.Path, copy: Path) -> Tokenizer:
-  for name in chunks.names(folder):
-    (copy / name).write_bytes(chunks.read(folder / name))
+  for name in streams.names(folder):
+    (copy / name).write_bytes(streams.read(folder / name))
   return tokenizers.load(copy)
 
 

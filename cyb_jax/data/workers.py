@@ -24,6 +24,7 @@ from typing import Any
 
 from cyb_jax.data import chunks, merging, pieces, tasks, tokenizers
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.storage.paths import unchecked_place
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 # The variables that limit the threads of tokenizers, OpenMP and TensorFlow.
@@ -46,7 +47,7 @@ class Work:
   def __init__(self, shared: dict[str, Any], task: tasks.Task | None = None):
     self._shared = shared
     self._task = task or tasks.open_task(shared["task"], shared["options"])
-    self._folder, self._output = chunks.place(shared["folder"]), chunks.place(shared["output"])
+    self._folder, self._output = unchecked_place(shared["folder"]), unchecked_place(shared["output"])
 
   @functools.cached_property
   def _encoder(self) -> pieces.Encoder:

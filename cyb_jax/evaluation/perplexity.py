@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, PyTree
 from scipy import stats
 
-from cyb_jax.distributed import hosts
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.self_paced import evaluate_self_paced
 from cyb_jax.methods import Batch, EvalOutput, Method
+from cyb_jax.partitioning import arrays
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, put_batch
 from cyb_jax.stopping import hard_slot, log_stopping_distribution
 
@@ -95,10 +95,10 @@ class Evaluator:
       placed = self.put(batch)
       with jax.set_mesh(self._mesh):
         outputs = self._sums(params, placed)
-      sums, decided, gained = hosts.fetch(outputs)
+      sums, decided, gained = arrays.fetch(outputs)
       for name, value in sums.items():
         totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-      real = hosts.fetch(placed["weights"]) > 0  # of all hosts
+      real = arrays.fetch(placed["weights"]) > 0  # of all hosts
       windows += int(real.any(-1).sum())
       length = batch["tokens"].shape[1]
       if decided is not None and kept < _CALIBRATION_TOKENS:
@@ -169,9 +169,9 @@ class Evaluator:
       placed = self.put(batch)
       with jax.set_mesh(self._mesh):
         sums = self._sums_of_prefixes(params, placed)
-      for name, value in hosts.fetch(sums).items():
+      for name, value in arrays.fetch(sums).items():
         totals[name] = totals.get(name, 0.0) + float(value)
-      windows += int((hosts.fetch(placed["weights"]) > 0).any(-1).sum())
+      windows += int((arrays.fetch(placed["weights"]) > 0).any(-1).sum())
     tokens = totals["tokens"]
     if not tokens:
       raise InputError("limit: no target has weight in the windows that were read; give more, or another split")

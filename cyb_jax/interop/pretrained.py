@@ -30,6 +30,7 @@ from absl import logging
 from jaxtyping import Array, PyTree
 
 from cyb_jax import configs, interop, runs, storage
+from cyb_jax.checkpointing.workdir import is_run, newest_meta, read_config
 from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, open_tokenizer
 from cyb_jax.decoder import DecoderConfig, merge_lora
@@ -119,9 +120,9 @@ class _FromRun(Pretrained):
 
   def __init__(self, path: str, checkpoint: int | str = "last"):
     self.path, self.checkpoint = path, checkpoint
-    if runs.newest_meta(path) is None:
+    if newest_meta(path) is None:
       raise InputError(f"init_from: {path} holds no run with a checkpoint")
-    config = configs.freeze(runs.read_config(path))
+    config = configs.freeze(read_config(path))
     self.method = config.method
     self.decoder = config.decoder_config(self.tokenizer.vocab_size)
 
@@ -183,7 +184,7 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
   Raises:
     InputError: nothing there, or nothing that can be read.
   """
-  if runs.is_run(path):
+  if is_run(path):
     if tokenizer:
       raise InputError(f"--tokenizer: {tokenizer!r} is given, but {path} is a run, which has its own")
     return _FromRun(path, checkpoint)
@@ -214,7 +215,7 @@ def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) 
   with storage.starting(workdir or ""):
     held = workdir is not None and storage.exists(storage.place(workdir) / "config.json")
   if held:
-    recorded = runs.read_config(workdir)
+    recorded = read_config(workdir)
     if recorded.get("init_from") == source["init_from"]:
       found = recorded["decoder"]
   if not found and source["init_from"]:

@@ -35,10 +35,10 @@ from jaxtyping import Array, Float, Int
 from cyb_jax import losses
 from cyb_jax.costs import flops
 from cyb_jax.decoder import unembedding_init
-from cyb_jax.distributed import hosts
 from cyb_jax.errors import InputError
 from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.paused import PAUSE_OPTIONS, PausedMethod, boxed_row
+from cyb_jax.partitioning import arrays
 from cyb_jax.pauses import Packing, draw_lengths, pack, packed_row_slots
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
@@ -330,7 +330,7 @@ class Cyb(PausedMethod):
       scores = self._decisions(params, batch)
       return (scores.log_dont_know - scores.log_answer)[..., :-1]
 
-    found = np.concatenate([hosts.fetch(odds(params, batch))[hosts.fetch(batch["weights"]) > 0] for batch in batches])
+    found = np.concatenate([arrays.fetch(odds(params, batch))[arrays.fetch(batch["weights"]) > 0] for batch in batches])
     return (float(np.median(found)), len(found)) if len(found) else None
 
   def train_slots(self, tokens: int) -> int:

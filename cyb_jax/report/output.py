@@ -81,7 +81,7 @@ def write_folder(path: storage.Place, files: Mapping[str, str | bytes]) -> None:
   if storage.in_bucket(path):
     for name in sorted(files, key=lambda name: name == _PAGE):
       storage.atomic_write(path / name, files[name])
-    storage.remove([path / name for name in storage.names(path) if name not in files])
+    storage.remove_objects([path / name for name in storage.names(path) if name not in files])
     return
   with writing(f"the report in {path}"):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,15 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cyb_jax import __version__, configs, runs, storage
+from cyb_jax.checkpointing.workdir import (
+  Lock,
+  check_fingerprint,
+  check_workdir,
+  checkpoints_in,
+  newest_meta,
+  start_workdir,
+  write_evaluation,
+)
 from cyb_jax.cli.programs import Interrupted
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import peak_flops
@@ -30,7 +39,8 @@ from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_segment_ids
 from cyb_jax.data.tasks import PLACES, has_targets, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
-from cyb_jax.distributed.hosts import ALONE, Cluster, own_facts
+from cyb_jax.distributed.agreement import own_facts
+from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import DivergedError, InputError, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.interop import pretrained
@@ -147,23 +157,23 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0, clust
     StorageError: the disk failed, by being full for instance; what was saved before is whole.
     DivergedError: `train.max_skipped` steps in a row weren't finite; what was saved before is good.
   """
-  with runs.Lock(workdir) if cluster.index == 0 else contextlib.nullcontext() as lock:
+  with Lock(workdir) if cluster.index == 0 else contextlib.nullcontext() as lock:
     return _train(config, workdir, lock, profile, cluster)
 
 
 def _train(
-  config: Config, workdir: str | os.PathLike, lock: runs.Lock | None, profile: int, cluster: Cluster
+  config: Config, workdir: str | os.PathLike, lock: Lock | None, profile: int, cluster: Cluster
 ) -> dict[str, Any]:
   cluster.agree(_facts(config, workdir))
   if profile and storage.in_bucket(workdir):
     raise InputError(f"--profile: {profile}, but no trace can be written to {workdir}; take a folder on a disk")
   if cluster.index == 0:  # of the others it would be the same, and some file systems bear one writer at a time
-    runs.check_workdir(workdir, config)
+    check_workdir(workdir, runs.config_record(config))
   cluster.barrier()
   mesh = make_mesh(config.parallelism)
   shards = data_shards(mesh)
   check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
-  meta = runs.newest_meta(workdir)
+  meta = newest_meta(workdir)
   found = None
   if meta is None:
     if config.init_from:
@@ -178,7 +188,7 @@ def _train(
   store = runs.open_recorded_store(meta, config.data.store) or open_store(config)
   if config.data.store and not cluster.index:
     cluster.barrier()
-  runs.check_fingerprint(store, meta)
+  check_fingerprint(store, meta)
   # Hosts may have prepared their own, and take their time.
   trained = None if meta is None else meta["train_tokens"]
   cluster.agree({"token store": store.fingerprint, "tokens trained on": trained}, seconds=None)
@@ -192,7 +202,7 @@ def _train(
   _check_attention(config, method, mesh)
   folder = storage.place(workdir)
   if lock is not None:
-    folder = runs.start_workdir(workdir, config, store.tokenizer, lock, meta)
+    folder = start_workdir(workdir, runs.config_record(config), store.tokenizer, lock, meta)
   cluster.barrier()
   if not storage.in_bucket(folder):
     cluster.same_folder(folder)
@@ -330,7 +340,7 @@ class _Loop:
     self.found = found  # what a run that has no checkpoint yet starts from
 
   def run(self) -> dict[str, Any]:
-    checkpoints = runs.checkpoints_in(self.folder, keep=self.config.train.keep, cluster=self.cluster)
+    checkpoints = checkpoints_in(self.folder, keep=self.config.train.keep, cluster=self.cluster)
     with contextlib.closing(checkpoints), _signals() as stopped:
       state, start, seen = self._start(checkpoints)
       log = NoLog()
@@ -344,7 +354,7 @@ class _Loop:
         record = self._evaluate(state, self.steps, meta, limit=limit or None, last=True)
       if self.cluster.index == 0:
         with writing(f"{self.folder / 'evaluation.json'}"):
-          runs.write_evaluation(self.folder, record)
+          write_evaluation(self.folder, record)
       return record
 
   def _start(self, checkpoints) -> tuple[TrainState, int, int]:

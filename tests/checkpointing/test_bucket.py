@@ -20,8 +20,9 @@ from models import assert_trees_equal, tiny_config
 import cyb_jax
 from cyb_jax import configs, runs, storage, training
 from cyb_jax.benchmarks.faults import first_difference
-from cyb_jax.checkpointing import manager as module
+from cyb_jax.checkpointing import bucket as backend
 from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.checkpointing.workdir import checkpoints_in, is_run
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.interop import pretrained
 from cyb_jax.report import output
@@ -104,7 +105,7 @@ def test_killed_refused_and_continued(folder, bucket, tmp_path):
     bucket.trouble = trouble
 
   def steps():
-    return runs.checkpoints_in("gs://runs/a/run", read_only=True).steps()
+    return checkpoints_in("gs://runs/a/run", read_only=True).steps()
 
   def kill():
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
@@ -211,7 +212,7 @@ def test_no_bucket(bucket, config):
     training.train(config, "gs://runs/run", profile=3)
   with pytest.raises(InputError, match=r"workdir: gs://runs/none holds no run"):
     runs.load("gs://runs/none")
-  assert not runs.is_run("gs://runs/none")
+  assert not is_run("gs://runs/none")
 
 
 def test_a_run_that_was_copied_into_a_bucket(folder, bucket):
@@ -323,16 +324,25 @@ def test_a_damaged_one_whose_move_was_cut_short(saved, bucket):
   assert "c/damaged/5.1/meta/metadata" in bucket.names()
 
 
-@pytest.mark.parametrize("trouble", [503, "refused"])
-def test_a_bucket_that_fails_in_mid_save(bucket, impatient, monkeypatch, trouble):
-  """While TensorStore writes, whose own patience is longer than a test may last."""
-  monkeypatch.setattr(module, "_PATIENCE", {"max_retries": 3, "initial_delay": "0.01s", "max_delay": "0.01s"})
+@pytest.fixture
+def few_retries(monkeypatch):
+  """TensorStore gives up early; by default it would try for longer than a test may last."""
+  monkeypatch.setattr(backend, "RETRIES", {"max_retries": 3, "initial_delay": "0.01s", "max_delay": "0.01s"})
+
+
+@pytest.mark.parametrize(
+  ("part", "trouble"),
+  [("ocdbt.process_0/d/", 503), ("ocdbt.process_0/d/", "refused"), ("d/", 503)],
+  ids=["arrays-503", "arrays-refused", "merge-503"],
+)
+def test_a_bucket_that_fails_in_mid_save(bucket, impatient, few_retries, part, trouble):
+  """While TensorStore writes: the arrays, or the index of all processes' arrays."""
   checkpoints = Checkpoints("gs://runs/c")
   checkpoints.save(1, STATE, {})
   checkpoints.wait()
 
   def fail(method, name, length):
-    if method == "POST" and "2/state/ocdbt.process_0/d/" in name:
+    if method == "POST" and f"2/state/{part}" in name:
       if trouble == 503:
         return 503
       bucket.refuse()
@@ -345,6 +355,15 @@ def test_a_bucket_that_fails_in_mid_save(bucket, impatient, monkeypatch, trouble
     checkpoints.wait()
   assert time.monotonic() - start < 10
   checkpoints.close()
+
+
+def test_a_bucket_that_fails_while_a_checkpoint_is_read(saved, bucket, impatient, few_retries):
+  reader = Checkpoints("gs://runs/c", read_only=True)
+  bucket.trouble = lambda method, name, _: 503 if "/5/state/d/" in name else None  # read by TensorStore
+  start = time.monotonic()
+  with pytest.raises(StorageError, match=r"checkpoint 5 in gs://runs/c can't be read: the bucket .* \(HTTP 503\)"):
+    reader.read(5)
+  assert time.monotonic() - start < 10
 
 
 def test_a_second_run_takes_over(saved, bucket):
@@ -395,20 +414,20 @@ def test_folders(bucket, tmp_path):
   folder = storage.place("gs://runs/a")
   bucket.put("a/", b"")  # as a console makes a folder
   bucket.put("ab/x", b"")
-  assert storage.names(folder) == list(storage.Files(folder)) == []
+  assert storage.names(folder) == list(storage.files(folder)) == []
   with storage.new_folder(folder) as local:
     (local / "b").mkdir()
     (local / "b" / "c").write_text("é")
   assert storage.names(folder) == ["b"]
-  assert list(storage.Files(folder)) == ["b/c"]
+  assert list(storage.files(folder)) == ["b/c"]
   with storage.local_folder(folder) as local:
     assert (local / "b" / "c").read_text() == "é"
   bucket.put("a/large", bytes(2**20) * 11)
-  files = storage.Files(folder)
+  files = storage.files(folder)
   assert files.size("large") == 11 * 2**20
   (tmp_path / "large").write_bytes(bytes(2**20) * 11)
   for kind in ("md5", "sha256"):
-    assert files.digest("large", kind) == storage.Files(tmp_path).digest("large", kind)
+    assert files.digest("large", kind) == storage.files(tmp_path).digest("large", kind)
   storage.upload_folder(tmp_path, folder / "up")  # in pieces
   assert bucket.contents()["a/up/large"] == bytes(2**20) * 11
   storage.remove_tree(folder)

@@ -150,14 +150,14 @@ def test_damaged_ones_make_room(saved):
 
 
 def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(saved, monkeypatch):
-  from cyb_jax.checkpointing import manager as module
+  from cyb_jax.checkpointing import disk
 
   def killed(folder, **_):
     files(folder)[0].unlink()
     raise KeyError("cut short")
 
   with monkeypatch.context() as patch:
-    patch.setattr(module.shutil, "rmtree", killed)
+    patch.setattr(disk.shutil, "rmtree", killed)
     saved.save(6, STATE, {})
     with pytest.raises(KeyError):
       saved.wait()

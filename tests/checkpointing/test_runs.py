@@ -15,7 +15,8 @@ import pytest
 from models import assert_trees_equal, tiny_config
 
 import cyb_jax
-from cyb_jax import configs, data, runs, storage, training
+from cyb_jax import configs, data, storage, training
+from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
 from cyb_jax.errors import DivergedError, InputError
 
 KEYS = {
@@ -45,13 +46,13 @@ def test_the_folder(workdir):
   assert [r["step"] for r in metrics if r["split"] == "train"] == [3, 6, 9, 12]
   assert [r["step"] for r in metrics if r["split"] == "validation"] == [6, 12]
   # The newest two, and the one of the best validation is among them.
-  assert runs.checkpoints_in(workdir, read_only=True).steps() == [10, 12]
+  assert checkpoints_in(workdir, read_only=True).steps() == [10, 12]
 
 
 def test_evaluation_has_every_key(workdir):
   record = json.loads((workdir / "evaluation.json").read_text())
   assert KEYS <= set(record)
-  store = training.open_store(configs.freeze(runs.read_config(workdir)))
+  store = training.open_store(configs.freeze(read_config(workdir)))
   # The whole split, once: every token but the first end is a target.
   assert record["tokens"] == store.num_tokens("validation") - 1
   assert record["slots"] == 3 * 16 * store.num_windows("validation", 16)
@@ -106,8 +107,8 @@ def test_a_finished_run_repeats_nothing(workdir):
 
 
 def final_state(workdir):
-  checkpoints = runs.checkpoints_in(workdir, read_only=True)
-  config = configs.freeze(runs.read_config(workdir))
+  checkpoints = checkpoints_in(workdir, read_only=True)
+  config = configs.freeze(read_config(workdir))
   from cyb_jax.partitioning.mesh import make_mesh
 
   mesh = make_mesh(config.parallelism, jax.devices()[:1])
@@ -147,7 +148,7 @@ def test_stop_and_resume_is_bit_exact(tmp_path, undisturbed, number, code):
   process.send_signal(number)
   process.communicate(timeout=120)
   assert process.returncode == code
-  stopped_at = runs.checkpoints_in(tmp_path / "run", read_only=True).steps()
+  stopped_at = checkpoints_in(tmp_path / "run", read_only=True).steps()
   record, log = cli.run("train", *flags)
   if code == 75:
     assert stopped_at
@@ -267,7 +268,7 @@ def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
   config.train.checkpoint_every = 0
   with pytest.raises(Interrupted, match="saved at step 6 of 12"):
     training.train(configs.freeze(config), tmp_path / "run")
-  assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [6]
+  assert checkpoints_in(tmp_path / "run", read_only=True).steps() == [6]
 
 
 @pytest.mark.slow
@@ -280,7 +281,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, caplog):
   assert "steps were not applied, their loss or gradient isn't finite: 2, 3" in caplog.text
   assert [(row["skipped"], row["skipped_steps"]) for row in rows(tmp_path / "run")] == [(2, [2, 3])]
   # What was saved is from before, and is not pushed out.
-  assert runs.checkpoints_in(tmp_path / "run", read_only=True).steps() == [1]
+  assert checkpoints_in(tmp_path / "run", read_only=True).steps() == [1]
 
 
 @pytest.mark.slow
@@ -298,7 +299,7 @@ def test_the_best_is_the_best_on_the_same_windows(tmp_path):
   config = tiny_config(pauses=1)
   config.train.update(steps=10, eval_every=5, eval_limit=1, checkpoint_every=5)
   training.train(configs.freeze(config), tmp_path / "run")
-  checkpoints = runs.checkpoints_in(tmp_path / "run", read_only=True)
+  checkpoints = checkpoints_in(tmp_path / "run", read_only=True)
   limited = {
     step: cli.run("evaluate", f"--workdir={tmp_path}/run", "--limit=1", f"--checkpoint={step}")[0]["loss"]
     for step in (5, 10)
@@ -394,7 +395,7 @@ def test_batch_larger_than_an_epoch(tmp_path, store):
 def test_a_workdir_that_is_no_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setitem(sys.modules, "gcsfs", None)
-  monkeypatch.setattr(storage, "_bucket", storage._bucket.__wrapped__)
+  monkeypatch.setattr(storage.bucket, "file_system", storage.bucket.file_system.__wrapped__)
   for name, message in (
     ("s3://bucket/run", "s3://bucket/run: neither a folder on a disk nor gs://bucket/folder"),
     ("gs://bucket/run", r"gs://: the package gcsfs is not installed; pip install 'cyb_jax\[gcs\]'"),

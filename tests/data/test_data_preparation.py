@@ -38,6 +38,8 @@ from cyb_jax.data import (
 from cyb_jax.data.store import canonical
 from cyb_jax.data.tasks import c4, synthetic, text_files
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.storage import failures, streams
+from cyb_jax.storage.paths import unchecked_place
 
 END = 256
 SHARD = 700
@@ -368,7 +370,7 @@ def test_shards_of_different_things(tmp_path, options):
 def test_one_process_a_shard(tmp_path, options):
   folder = tmp_path / ".s.pieces.partial"
   folder.mkdir()
-  with locks.held(chunks.place(folder / "shard-1-of-2.lock")):
+  with locks.held(unchecked_place(folder / "shard-1-of-2.lock")):
     with pytest.raises(InputError, match=r"--shard=1/2: another process"):
       prepare_shard("text_files", "bytes", tmp_path / "s", options=options, shard=(1, 2))
     assert prepare_shard("text_files", "bytes", tmp_path / "s", options=options, shard=(2, 2)).description is None
@@ -406,7 +408,7 @@ def test_the_program_in_two_shards(tmp_path):
 def test_projected_hours(monkeypatch):
   monkeypatch.setattr(program, "num_threads", lambda: 4)
   prepared = Prepared(
-    chunks.place("x"), {"splits": {"train": {"tokens": 30_000_000}, "test": {"tokens": 9_000_000}}},
+    unchecked_place("x"), {"splits": {"train": {"tokens": 30_000_000}, "test": {"tokens": 9_000_000}}},
     tokens=20_000_000, cpu_seconds=10.0, piece_seconds=5.0, finish_seconds=3.9, workers=2,
   )  # fmt: skip
   speed = program._speed(prepared)
@@ -597,27 +599,27 @@ def test_a_bucket_with_something_else(bucket, options):
 def test_leases_in_a_bucket(monkeypatch, bucket, options):
   monkeypatch.setattr(locks, "_SECONDS_UNTIL_DEAD", 0.6)
   monkeypatch.setattr(locks, "_SECONDS_BETWEEN_SIGNS", 0.1)
-  lock = chunks.place("gs://b/.s.pieces.partial/shard-1-of-2.lock")
+  lock = unchecked_place("gs://b/.s.pieces.partial/shard-1-of-2.lock")
   with locks.held(lock), pytest.raises(InputError, match=rf"--shard=1/2: process {os.getpid()} on "):
     prepare_shard("text_files", "bytes", "gs://b/s", options=options, shard=(1, 2))
-  assert chunks.size_of(lock) is None
+  assert streams.size_of(lock) is None
   # One of a process that is dead is taken over.
-  chunks.write_json(lock, {"host": "h", "pid": 1, "token": "t", "signs": 3})
+  streams.write_json(lock, {"host": "h", "pid": 1, "token": "t", "signs": 3})
   assert prepare_shard("text_files", "bytes", "gs://b/s", options=options, shard=(1, 2)).description is None
 
 
 def test_errors_of_a_local_disk(tmp_path, monkeypatch, options, whole):
   """The disk is full while a piece is written: one line, and what is whole stays."""
-  write, calls = chunks._Told.write, []
+  write, calls = streams.Output.write, []
 
   def full(self, content):
-    calls.append(self._path)
+    calls.append(self.path)
     if len(calls) == 12:
-      with chunks._told(self._path, "written"):
+      with failures.access(self.path, "written"):
         raise OSError(28, "No space left on device")
     write(self, content)
 
-  monkeypatch.setattr(chunks._Told, "write", full)
+  monkeypatch.setattr(streams.Output, "write", full)
   with pytest.raises(StorageError, match=r"can't be written: the disk is full; what is whole is kept") as caught:
     prepare("text_files", "bytes", tmp_path / "s", options=options, shard_tokens=SHARD)
   assert "\n" not in str(caught.value)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from cyb_jax.distributed.hosts import ALONE, Channel, Meeting, code_version
+from cyb_jax.distributed.agreement import agree, code_version, same_folder
+from cyb_jax.distributed.channel import Channel, KeyValueStore
+from cyb_jax.distributed.cluster import ALONE, Meeting
 from cyb_jax.errors import HostLostError, InputError
 from cyb_jax.partitioning.mesh import AXES, batch_sharding, host_rows, own_rows
 
@@ -49,7 +51,7 @@ def on_threads(count, body):
 
   def run(index):
     try:
-      results[index] = body(Channel(client, index, count))
+      results[index] = body(Channel(KeyValueStore(client), index, count))
     except Exception as error:
       results[index] = error
 
@@ -78,18 +80,18 @@ def test_texts_reach_every_host():
 def test_what_differs_is_named_on_all_hosts():
   def body(channel):
     steps = 5 if channel.index == 2 else 6
-    channel.agree({"config": {"train": {"steps": steps, "seed": 0}}, "jax": "1"})
+    agree(channel, {"config": {"train": {"steps": steps, "seed": 0}}, "jax": "1"})
 
   errors = on_threads(3, body)
   expected = "hosts: config.train.steps is 6 on host 0, but 5 on host 2; start all hosts with the same"
   assert [str(error) for error in errors] == [expected] * 3
-  assert on_threads(3, lambda channel: channel.agree({"a": [1, None]})) == [None] * 3
+  assert on_threads(3, lambda channel: agree(channel, {"a": [1, None]})) == [None] * 3
 
 
 def test_a_host_that_says_nothing_is_named():
   def body(channel):
     if channel.index != 1:
-      channel.agree({}, seconds=0.2)
+      agree(channel, {}, seconds=0.2)
 
   first, second, third = on_threads(3, body)
   assert second is None
@@ -103,9 +105,9 @@ def test_folders_that_are_not_one(tmp_path):
   folders = [tmp_path / name for name in "abc"]
   for folder in folders:
     folder.mkdir()
-  ends = on_threads(3, lambda channel: channel.same_folder(folders[channel.index], seconds=0.3))
+  ends = on_threads(3, lambda channel: same_folder(channel, folders[channel.index], seconds=0.3))
   assert all(str(end).startswith("workdir: ") and "on host 1, 2 isn't the folder of host 0" in str(end) for end in ends)
-  assert on_threads(3, lambda channel: channel.same_folder(folders[0])) == [None] * 3
+  assert on_threads(3, lambda channel: same_folder(channel, folders[0])) == [None] * 3
   assert not any(any(folder.iterdir()) for folder in folders)
 
 
@@ -305,9 +307,9 @@ def last_words(process):
 
 
 def arrays(workdir):
-  from cyb_jax import runs
+  from cyb_jax.checkpointing.workdir import checkpoints_in
 
-  state = runs.checkpoints_in(workdir, read_only=True).read(STEPS).state
+  state = checkpoints_in(workdir, read_only=True).read(STEPS).state
   return {jax.tree_util.keystr(path): leaf.tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cyb_jax import configs, interop, methods, runs
+from cyb_jax import configs, interop, methods
+from cyb_jax.checkpointing.workdir import is_run
 from cyb_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params, num_params
 from cyb_jax.errors import InputError, StorageError
@@ -730,7 +731,7 @@ def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
 
   (tmp_path / "m").mkdir()
   monkeypatch.setattr(os, "stat", refuse)
-  for opened in (runs.is_run, interop.open_source):
+  for opened in (is_run, interop.open_source):
     with pytest.raises(InputError, match=r"can't be read \(Permission denied\)") as error:
       opened(tmp_path / "m")
     assert str(tmp_path / "m") in str(error.value)

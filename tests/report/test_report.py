@@ -20,6 +20,7 @@ from report_page import Page, call
 from statistics_example import HOSTILE, example
 
 from cyb_jax import configs, evaluation, runs, training
+from cyb_jax.checkpointing.workdir import read_config
 from cyb_jax.cli import programs
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
@@ -431,7 +432,7 @@ def workdirs(tmp_path_factory):
     training.train(configs.freeze(tiny_config(**method)), folder / name)
   # Another seed, as far as a report can tell.
   shutil.copytree(folder / "a", folder / "b")
-  config = runs.read_config(folder / "b")
+  config = read_config(folder / "b")
   config["train"]["seed"] = config["data"]["seed"] = 1
   (folder / "b" / "config.json").write_text(json.dumps(config))
   return folder
@@ -567,7 +568,7 @@ def test_bad_input(workdirs, program, tmp_path):
   # What configs tell is told before any of them is read.
   other = tmp_path / "other"
   shutil.copytree(run, other)
-  config = runs.read_config(other)
+  config = read_config(other)
   config["data"]["sequence_length"] = 8
   (other / "config.json").write_text(json.dumps(config))
   message = refused(compare=f"{run},{other}", output=tmp_path / "out")

@@ -13,12 +13,14 @@ import time
 import cli
 import jax.numpy as jnp
 import pytest
+from absl import logging
 from models import tiny_config
 
 import cyb_jax
-from cyb_jax import configs, data, runs, storage, training
+from cyb_jax import configs, data, storage, training
 from cyb_jax.benchmarks.faults import PHASES, first_difference
 from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.checkpointing.workdir import Lock, checkpoints_in
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.training import loop
 
@@ -51,7 +53,7 @@ def two_folders(tmp_path):
 
 
 def save(folder, array):
-  with contextlib.closing(runs.checkpoints_in(folder, keep=2)) as checkpoints:
+  with contextlib.closing(checkpoints_in(folder, keep=2)) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, {"params": {"x": array + step}}, {"train_tokens": step})
 
@@ -112,10 +114,8 @@ def flip(path):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  from cyb_jax.checkpointing import manager as checkpoints
-
   seen = []
-  monkeypatch.setattr(checkpoints.logging, "warning", lambda text, *args: seen.append(text % args))
+  monkeypatch.setattr(logging, "warning", lambda text, *args: seen.append(text % args))
   return seen
 
 
@@ -165,7 +165,7 @@ def test_a_start_that_was_killed(tmp_path, config, whole):
 
 
 def test_a_second_run_in_a_folder_is_refused(copy, config, tmp_path):
-  with runs.Lock(copy):
+  with Lock(copy):
     before = contents(copy)
     with pytest.raises(InputError, match=r"workdir: another run is training in .*run; wait for it to end"):
       training.train(config, copy)
@@ -189,7 +189,7 @@ def test_two_runs_that_start_together(tmp_path, config, monkeypatch):
     return prepared(config)
 
   with contextlib.closing(contextlib.ExitStack()) as stack:
-    lock = runs.Lock(folder)
+    lock = Lock(folder)
     stack.push(lock)
     monkeypatch.setattr(loop, "open_store", other_holds)
     with pytest.raises(InputError, match="another run is training in"):
@@ -380,7 +380,7 @@ def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
   ):
     checkpoints = Checkpoints(tmp_path / str(number))
     with monkeypatch.context() as patch:
-      patch.setattr(storage.Files, "digest", broken)
+      patch.setattr(storage.disk.DiskFiles, "digest", broken)
       checkpoints.save(1, state, {})
       with pytest.raises(ZeroDivisionError):
         next_call(checkpoints)

@@ -1,0 +1,20 @@
+"""Values of arrays whose shards are on several hosts."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import PyTree
+
+
+def fetch(tree: PyTree) -> PyTree:
+  """A tree of arrays as numpy arrays, whole on every host, also where the shards are on several; all hosts call it."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  from jax.experimental import multihost_utils
+
+  def whole(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+      return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(whole, tree)
