@@ -1,5 +1,5 @@
 """The errors that a program ends with in one line: bad input; a disk, a bucket or a host that fails a run; a run that
-has diverged.
+has diverged or was interrupted.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ class DivergedError(FloatingPointError):
 
   None of them was applied. The message is one line that names the step, and where the last good state lies. Programs
   print it without a traceback and exit with code 1.
+  """
+
+
+class Interrupted(Exception):
+  """A signal has stopped the run after everything was saved; the same command continues it.
+
+  The message is one line. Programs log it and exit with code 75.
   """
 
 

@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import jsonl
-from cyb_jax.errors import DivergedError, HostLostError, InputError, StorageError
+from cyb_jax.errors import DivergedError, HostLostError, InputError, Interrupted, StorageError
 
 if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of at once
   from jax.sharding import Mesh
@@ -36,10 +36,6 @@ if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of
 EXIT_CRASH = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75
-
-
-class Interrupted(Exception):
-  """Stopped by a signal, after everything was saved: the same command continues."""
 
 
 class Failed(Exception):

@@ -16,7 +16,7 @@ from models import assert_trees_equal, tiny_config
 
 import cyb_jax
 from cyb_jax import configs, data, runs, storage, training
-from cyb_jax.errors import DivergedError, InputError
+from cyb_jax.errors import DivergedError, InputError, Interrupted
 
 KEYS = {
   "method", "step", "split", "loss", "perplexity", "mean_pauses", "latency", "slot_perplexity", "oracle_perplexity",
@@ -245,7 +245,6 @@ def test_init_from_keeps_what_the_run_has_not(tmp_path, workdir):
 
 
 def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
-  from cyb_jax.cli.programs import Interrupted
   from cyb_jax.training import loop
 
   whole = loop._Loop._evaluate
