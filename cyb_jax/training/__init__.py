@@ -1,10 +1,11 @@
 """Training: the step, the two ways to run it, the loop."""
 
-from cyb_jax.costs.memory import bytes_per_device, count_parameters
+from cyb_jax.costs.memory import bytes_per_device
+from cyb_jax.methods.parameters import count_parameters, trained_part, with_trained
 from cyb_jax.training.estimate import Outline, costs_per_token, dry_run, knobs, outline, vocabulary
 from cyb_jax.training.loop import abstract_batch, find_store, open_store, train
 from cyb_jax.training.optimizer import make_optimizer, schedule
-from cyb_jax.training.step import Totals, TrainState, init_state, train_step, trained_part, unbox, with_trained
+from cyb_jax.training.step import Totals, TrainState, init_state, train_step, unbox
 from cyb_jax.training.strategies import JitStrategy, PmapStrategy, build_strategy
 
 __all__ = [

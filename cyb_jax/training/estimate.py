@@ -18,16 +18,17 @@ from jax.sharding import Mesh
 
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import Cost
-from cyb_jax.costs.memory import bytes_per_device, count_parameters, program_memory
+from cyb_jax.costs.memory import bytes_per_device, program_memory
 from cyb_jax.data import TokenStore, open_tokenizer
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
+from cyb_jax.methods.parameters import count_parameters, trained_part
 from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
 from cyb_jax.training.loop import abstract_batch, find_store, num_steps, open_batches
 from cyb_jax.training.optimizer import make_optimizer
-from cyb_jax.training.step import TrainState, trained_part
+from cyb_jax.training.step import TrainState
 from cyb_jax.training.strategies import Strategy, build_strategy
 
 

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from cyb_jax import __version__, configs, runs, storage
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import peak_flops
-from cyb_jax.costs.memory import bytes_per_device, count_parameters
+from cyb_jax.costs.memory import bytes_per_device
 from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_segment_ids
 from cyb_jax.data.tasks import PLACES, has_targets, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
@@ -34,6 +34,7 @@ from cyb_jax.errors import DivergedError, InputError, Interrupted, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
+from cyb_jax.methods.parameters import count_parameters
 from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
 from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, read_metrics, summarize
 from cyb_jax.training.optimizer import make_optimizer, schedule

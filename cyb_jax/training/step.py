@@ -10,7 +10,6 @@ Dimensions: B batch, T tokens, W slots.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.methods import Batch, Method
+from cyb_jax.methods.parameters import trained_part, with_trained
 
 # So many numbers of steps that weren't applied are remembered between two lines of metrics; more are only counted.
 _SKIPS_REMEMBERED = 16
@@ -109,34 +109,6 @@ def init_state(
     opt_state=optimizer.init(trained_part(params, method.is_trained)),
     totals=Totals.zeros(method.num_slots),
   )
-
-
-def trained_part(params: PyTree, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> PyTree:
-  """The tree of the parameters that are trained: the same nested dicts, without the others' names.
-
-  Args:
-    params: nested dicts, their leaves whatever they are.
-    is_trained: see `Method.is_trained`.
-    path: of `params` itself.
-  """
-  part = {}
-  for name, value in params.items():
-    here = (*path, name)
-    if isinstance(value, dict):
-      value = trained_part(value, is_trained, here)
-      if value:
-        part[name] = value
-    elif is_trained(here):
-      part[name] = value
-  return part
-
-
-def with_trained(params: PyTree, part: PyTree) -> PyTree:
-  """All parameters, and in place of those that are trained what `part` has for them."""
-  merged = dict(params)
-  for name, value in part.items():
-    merged[name] = with_trained(params[name], value) if isinstance(value, dict) else value
-  return merged
 
 
 def unbox(state: TrainState) -> TrainState:
