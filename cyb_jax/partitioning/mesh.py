@@ -1,9 +1,13 @@
-"""Meshes of devices, and where parameters, optimizer state and batches lie on them; the rules are in `placement`."""
+"""Meshes of devices, and where parameters, optimizer state and batches are placed on them.
+
+`partitioning.rules` has the table from logical axes to mesh axes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -12,34 +16,49 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from cyb_jax.configs import ParallelismConfig
-from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.rules import AXES, RULES, mesh_axes, parts, spec
 
 
-def make_mesh(config: ParallelismConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of a config over the devices (all of them by default).
+class MeshSizes(Protocol):
+  """Numbers of devices on the axes of a mesh, such as `configs.ParallelismConfig`.
+
+  Attributes:
+    data: -1: all devices that the other axes leave.
+    fsdp, tensor: at least 1.
+  """
+
+  @property
+  def data(self) -> int: ...
+
+  @property
+  def fsdp(self) -> int: ...
+
+  @property
+  def tensor(self) -> int: ...
+
+
+def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of these sizes over the devices (all of them by default).
 
   Raises:
-    InputError: the axes don't make up the number of devices.
+    InputError: the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [config.data, config.fsdp, config.tensor]
-  rest = config.fsdp * config.tensor
-  if config.data == -1:
-    sizes[0] = len(devices) // rest
-  if math.prod(sizes) != len(devices):
+  shape = [sizes.data, sizes.fsdp, sizes.tensor]
+  if sizes.data == -1:
+    shape[0] = len(devices) // (sizes.fsdp * sizes.tensor)
+  if math.prod(shape) != len(devices):
     raise InputError(
-      f"parallelism: data = {config.data}, fsdp = {config.fsdp}, tensor = {config.tensor} don't make up"
+      f"parallelism: data = {sizes.data}, fsdp = {sizes.fsdp}, tensor = {sizes.tensor} don't make up"
       f" {len(devices)} devices; data x fsdp x tensor must (data = -1 takes what the others leave)"
     )
   # Explicit axes, the default of jax.make_mesh, fail at Linen's embedding gather.
-  return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+  return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
 def data_shards(mesh: Mesh) -> int:
-  """Into how many parts the batch is split."""
+  """The number of parts that a mesh splits the batch into."""
   return parts("batch", mesh)
 
 
@@ -51,40 +70,44 @@ def check_batch(batch_size: int, shards: int) -> None:
     raise InputError(f"data.batch_size: {batch_size} windows don't divide over {shards} devices; try {near}")
 
 
-def tell_whole(config: DecoderConfig, mesh: Mesh) -> None:
-  """Warns of what a mesh is to split and can't."""
-  names = {
-    "num_heads": "heads",
-    "num_kv_heads": "kv_heads",
-    "mlp_size": "mlp",
-    "vocab_size": "vocab",
-    "d_model": "embed",
-  }
+def warn_of_replicated_axes(sizes: Mapping[str, tuple[str, int]], mesh: Mesh) -> None:
+  """Logs a warning for each mesh axis that does not divide a size that it is meant to split.
+
+  Args:
+    sizes: by logical axis, the name of the config field that sets its size, and the size.
+    mesh: from `make_mesh`.
+  """
   for axis in AXES[1:]:
-    over = {field: name for field, name in names.items() if axis in mesh_axes(name, mesh)}
-    whole = [field for field, name in over.items() if getattr(config, field) % parts(name, mesh)]
+    split = [name for name in sizes if axis in mesh_axes(name, mesh)]
+    whole = [name for name in split if sizes[name][1] % parts(name, mesh)]
     if whole:
-      sizes = ", ".join(f"decoder.{field} = {getattr(config, field)}" for field in whole)
-      rest = "; they all do the same work" if axis == "tensor" and len(whole) == len(over) else ""
+      fields = ", ".join(f"{field} = {size}" for field, size in (sizes[name] for name in whole))
+      rest = "; they all do the same work" if axis == "tensor" and len(whole) == len(split) else ""
       logging.warning(
         "parallelism.%s = %d doesn't divide %s: on each of these devices that is whole%s",
-        axis, mesh.shape[axis], sizes, rest,
+        axis, mesh.shape[axis], fields, rest,
       )  # fmt: skip
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over data and fsdp."""
+  """The sharding of batches: rows are split over the axes data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-  """int64[R]: which rows of a batch this host's devices hold, ascending; hosts may share rows (tensor parallelism)."""
+  """int64[R]: the rows of a batch that this host's devices hold, ascending.
+
+  Under tensor parallelism several hosts may hold the same row.
+  """
   places = sharding.addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places]))
 
 
-def own_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
-  """bool[R]: which of the `host_rows` of this host no host of a lower number holds; every row is one host's own."""
+def owned_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
+  """bool[R]: whether the host owns each of its `host_rows`.
+
+  The host of the lowest number that holds a row owns the row, so that every row of a batch is counted once.
+  """
   first: dict[int, int] = {}
   for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
     for row in range(*rows.indices(batch_size)):
@@ -92,19 +115,22 @@ def own_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
   return np.array([first[row] == host for row in host_rows(sharding, batch_size).tolist()], bool)
 
 
-def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+def shard_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
   """A batch on the devices.
 
   Args:
-    batch: this host's rows of it, `host_rows`.
+    batch: this host's rows of the batch, see `host_rows`.
     sharding: see `batch_sharding`.
+
+  Returns:
+    Global arrays of the whole batch, of which this host's devices hold this host's rows.
   """
   shards = data_shards(sharding.mesh)
   here = len(next(iter(batch.values())))
   batch_size = here * shards // len(host_rows(sharding, shards))
   rows = host_rows(sharding, batch_size)
 
-  def put(values: np.ndarray) -> jax.Array:
+  def sharded(values: np.ndarray) -> jax.Array:
     shape = (batch_size, *values.shape[1:])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -114,17 +140,18 @@ def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
 
     return jax.make_array_from_callback(shape, sharding, read)
 
-  return {name: put(values) for name, values in batch.items()}
+  return {name: sharded(values) for name, values in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
   """A sharding for every leaf of a tree whose leaves are boxed with logical axes.
 
-  An axis that doesn't divide over its mesh axis (one kv head over two devices, say) is left whole.
+  An axis that its mesh axis doesn't divide (one kv head over two devices, for instance) is left whole.
 
   Args:
     boxed: arrays or shapes, boxed as `nn.LogicallyPartitioned`; bare leaves are replicated.

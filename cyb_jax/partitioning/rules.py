@@ -1,11 +1,13 @@
-"""Where arrays lie on a mesh of devices: logical axes to mesh axes, in one table. All rooms may stand on this one; it
-needs jax alone.
+"""How arrays are split over a mesh of devices: one table from logical axes to mesh axes.
+
+Every package may import this module, which needs jax alone.
 
 Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads, mlp and
 vocabulary.
 
-What is computed is the same under every mesh. Code that is traced under one (`jax.set_mesh`) asks for it here, says
-where its activations are to lie, and leaves what has to be sent to XLA; but for the readout, which knows better.
+The results are the same under every mesh. Code that is traced under a mesh (`jax.set_mesh`) gets the mesh from
+`current_mesh` and constrains its activations with `constrain`; XLA then places the collectives. Only the readout places
+its own.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Rows of activations lie over all that splits the batch, and a parameter's width over fsdp (activations have theirs
-# whole); what runs in parallel inside a layer, of both, over tensor. Layers, norms and what isn't here are everywhere.
+# The rows of activations are split over all axes that split the batch. The width of a parameter is split over fsdp; the
+# width of activations is whole. Parallel parts of a layer are split over tensor, in parameters and activations alike.
+# Layers, norms and logical axes without an entry are replicated.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
-  "batch_of_data": ("data",),  # sent to where parameters lie
+  "batch_of_data": ("data",),  # for activations that are sent to the devices of the parameters
   "embed": ("fsdp",),
   "vocab": ("tensor",),
   "heads": ("tensor",),
@@ -32,9 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def current_mesh() -> AbstractMesh | None:
-  """The mesh that is traced under; None where there is none, or nothing to be split.
+  """The mesh of the trace; None where there is no mesh, or only one device.
 
-  Inside pmap and shard_map there is none: what is there is one device's own.
+  Inside pmap and shard_map there is no mesh: arrays there belong to one device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -43,22 +46,22 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def mesh_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-  """The axes of a mesh that a logical axis lies over, without those of one device."""
+  """The axes of a mesh that split a logical axis, without axes of one device."""
   return tuple(axis for axis in RULES.get(name, ()) if mesh.shape.get(axis, 1) > 1)
 
 
 def parts(name: str | None, mesh: Mesh | AbstractMesh) -> int:
-  """Into how many parts a mesh splits a logical axis that divides."""
+  """The number of parts that a mesh splits a logical axis into, where it divides."""
   return math.prod(mesh.shape[axis] for axis in mesh_axes(name, mesh))
 
 
 def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-  """Where an array lies.
+  """The PartitionSpec of an array.
 
   Args:
-    shape: its shape.
-    names: the logical axes of its first axes; None: whole, as all that follow. So is one that doesn't divide over its
-      mesh axes, one kv head over two devices for instance.
+    shape: the shape of the array.
+    names: the logical axes of its first axes. None: the axis is whole, as all further axes are. An axis that its mesh
+      axes don't divide (one kv head over two devices, for instance) is whole too.
     mesh: the mesh.
   """
   placed = []
@@ -70,7 +73,7 @@ def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | Abstrac
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """An activation, laid over the mesh that is traced under as `spec` says; without one, as it is."""
+  """An activation, constrained to the sharding of `spec` on the current mesh; unchanged where there is no mesh."""
   mesh = current_mesh()
   if mesh is None:
     return x

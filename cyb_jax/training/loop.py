@@ -391,10 +391,10 @@ class _Loop:
     method = self.evaluator.method
     if not method.calibration_batches:
       if self.found is not None and method.decides:
-        method.tell_start(self.strategy.params(state), [self.evaluator.put(self._read(0))])
+        method.tell_start(self.strategy.params(state), [self.evaluator.shard_batch(self._read(0))])
       return state
     logical = self.strategy.logical(state)
-    batches = (self.evaluator.put(self._read(step)) for step in range(method.calibration_batches))
+    batches = (self.evaluator.shard_batch(self._read(step)) for step in range(method.calibration_batches))
     params = method.calibrate(self.strategy.params(state), batches)
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, logical.params)
     return self.strategy.place(dataclasses.replace(logical, params=params))

@@ -17,9 +17,30 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from cyb_jax.configs import Config
+from cyb_jax.decoder import DecoderConfig
 from cyb_jax.methods import Batch, Method
-from cyb_jax.partitioning.mesh import batch_sharding, host_rows, own_rows, put_batch, replicated, shardings, tell_whole
+from cyb_jax.partitioning.mesh import (
+  batch_sharding,
+  host_rows,
+  owned_rows,
+  replicated,
+  shard_batch,
+  shardings,
+  warn_of_replicated_axes,
+)
 from cyb_jax.training.step import Totals, TrainState, init_state, train_step, unbox
+
+
+def _axis_sizes(config: DecoderConfig) -> dict[str, tuple[str, int]]:
+  """By logical axis, the field that sets its size, and the size; see `warn_of_replicated_axes`."""
+  fields = {
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "mlp": "mlp_size",
+    "vocab": "vocab_size",
+    "embed": "d_model",
+  }
+  return {axis: (f"decoder.{field}", getattr(config, field)) for axis, field in fields.items()}
 
 
 class Strategy(Protocol):
@@ -70,7 +91,7 @@ class JitStrategy:
   """jit over a mesh with axes data, fsdp, tensor; XLA places the collectives."""
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
-    tell_whole(method.decoder.config, mesh)
+    warn_of_replicated_axes(_axis_sizes(method.decoder.config), mesh)
     self._mesh = mesh
     self._init = functools.partial(init_state, method, optimizer, config.train.seed)
     boxed = jax.eval_shape(self._init)
@@ -112,10 +133,10 @@ class JitStrategy:
     return host_rows(self._batch_sharding, batch_size)
 
   def own(self, batch_size: int) -> np.ndarray:
-    return own_rows(self._batch_sharding, batch_size, jax.process_index())
+    return owned_rows(self._batch_sharding, batch_size, jax.process_index())
 
   def put(self, batch: dict[str, Any]) -> Batch:
-    return put_batch(batch, self._batch_sharding)
+    return shard_batch(batch, self._batch_sharding)
 
   def step(self, state: TrainState, batch: Batch) -> TrainState:
     with jax.set_mesh(self._mesh):
@@ -192,7 +213,7 @@ class PmapStrategy:
     return host_rows(self._batch_sharding, batch_size)
 
   def own(self, batch_size: int) -> np.ndarray:
-    return own_rows(self._batch_sharding, batch_size, jax.process_index())
+    return owned_rows(self._batch_sharding, batch_size, jax.process_index())
 
   def put(self, batch: dict[str, Any]) -> Batch:
     return {k: v.reshape(len(self._local), -1, *v.shape[1:]) for k, v in batch.items()}
