@@ -320,7 +320,7 @@ class _Loop:
     optimizer = make_optimizer(config.optimizer, steps, width, new_rate=config.tuning.new_rate)
     self.strategy: Strategy = build_strategy(config, method, optimizer, mesh)
     self.batches = open_batches(config, store, self.strategy.rows(config.data.batch_size))
-    self.own = self.strategy.own(config.data.batch_size)
+    self.own = self.strategy.owned_rows(config.data.batch_size)
     # Evaluation runs under jit whatever the strategy.
     shards = data_shards(mesh)
     self.evaluator = Evaluator(config.build_method(store.vocab_size, data_shards=shards), mesh)
@@ -393,7 +393,7 @@ class _Loop:
       if self.found is not None and method.decides:
         method.tell_start(self.strategy.params(state), [self.evaluator.shard_batch(self._read(0))])
       return state
-    logical = self.strategy.logical(state)
+    logical = self.strategy.global_state(state)
     batches = (self.evaluator.shard_batch(self._read(step)) for step in range(method.calibration_batches))
     params = method.calibrate(self.strategy.params(state), batches)
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, logical.params)
@@ -420,7 +420,7 @@ class _Loop:
       seen += int(np.count_nonzero(batch["weights"][self.own]))
       if self.profile and step == start + _PROFILE_AFTER + 1:
         trace.start()
-      state = self.strategy.step(state, self.strategy.put(batch))
+      state = self.strategy.step(state, self.strategy.shard_batch(batch))
       if self.profile and step == min(start + _PROFILE_AFTER + self.profile, self.steps) > start + _PROFILE_AFTER:
         jax.block_until_ready(state.step)
         trace.stop()
@@ -465,7 +465,7 @@ class _Loop:
           logging.warning("step %d: not saved, since the last %d steps were not applied", step, in_a_row)
         else:
           log.flush()
-          checkpoints.save(step, self.strategy.logical(state), meta, loss=loss)
+          checkpoints.save(step, self.strategy.global_state(state), meta, loss=loss)
       if stopping and not last:
         checkpoints.wait()
         cause = f"signal {stopped[0]}" if stopped else "another host was asked to stop"
@@ -475,7 +475,7 @@ class _Loop:
       meta = self._meta(0, 0)
       record = self._evaluate(state, 0, meta, limit=train.last_eval_limit or None, last=True)
       log.write(record)
-      checkpoints.save(0, self.strategy.logical(state), meta, loss=record["loss"])
+      checkpoints.save(0, self.strategy.global_state(state), meta, loss=record["loss"])
     checkpoints.wait()
     return state, seen
 
@@ -519,7 +519,7 @@ class _Loop:
 
   def _log(self, log: MetricsLog | NoLog, pending: _Pending, clock: _Clock) -> None:
     config = self.config
-    row = summarize(jax.device_get(self.strategy.logical(pending.totals)))
+    row = summarize(jax.device_get(self.strategy.global_state(pending.totals)))
     steps, seconds, data_wait = clock.lap(pending.step)
     tokens = steps * config.data.batch_size * config.data.sequence_length
     # None where no step ran since the clock was started, behind the first one.
@@ -556,7 +556,7 @@ class _Loop:
 
   def _check_skipped(self, step: int, skipped_in_a_row: jax.Array) -> int:
     """How many of the last steps weren't applied; too many of them stop the run, whose checkpoints are good ones."""
-    in_a_row = int(self.strategy.logical(skipped_in_a_row))
+    in_a_row = int(self.strategy.global_state(skipped_in_a_row))
     if in_a_row >= self.config.train.max_skipped:
       raise DivergedError(
         f"step {step}: the loss or the gradient of the last {in_a_row} steps isn't finite (train.max_skipped ="

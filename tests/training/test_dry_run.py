@@ -66,10 +66,10 @@ def test_what_it_says_is_what_is_used(parallelism):
   state = strategy.init()
   assert memory["parameters"] == on_a_device(state.params)
   assert memory["moments"] == on_a_device(state.opt_state)
-  logical = strategy.logical(state)
-  assert parameters["total"] == sum(x.size for x in jax.tree.leaves(logical.params))
+  global_state = strategy.global_state(state)
+  assert parameters["total"] == sum(x.size for x in jax.tree.leaves(global_state.params))
   tokens = jax.numpy.zeros((8, 16), "int32")
-  batch = strategy.put({"tokens": tokens, "targets": tokens, "weights": jax.numpy.ones((8, 16))})
+  batch = strategy.shard_batch({"tokens": tokens, "targets": tokens, "weights": jax.numpy.ones((8, 16))})
   # pmap splits what it is given when it is called.
   assert memory["batch"] == on_a_device(batch) // (8 if "strategy" in parallelism else 1)
   program = strategy.compile(state, batch)

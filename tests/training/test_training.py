@@ -31,10 +31,10 @@ def run(config=CONFIG, *, devices=1, steps=3, batches=None, ahead=False):
     for step in range(steps):
       batch = batches[step] if batches else random_batch(step, 8, 6, uneven=True)
       if ahead and not step:
-        program = strategy.compile(state, strategy.put(batch))
+        program = strategy.compile(state, strategy.shard_batch(batch))
         assert program.memory_analysis().alias_size_in_bytes > 0  # the state is donated
-      state = strategy.step(state, strategy.put(batch))
-  return jax.device_get(strategy.logical(state))
+      state = strategy.step(state, strategy.shard_batch(batch))
+  return jax.device_get(strategy.global_state(state))
 
 
 MESHES = {
@@ -57,8 +57,8 @@ def gradient_step(config, *, devices=1):
   method = config.build_method(VOCABULARY)
   strategy = build_strategy(config, method, optax.sgd(1.0), mesh)
   with jax.default_matmul_precision("highest"):
-    state = strategy.step(strategy.init(), strategy.put(random_batch(5, 8, 6, uneven=True)))
-  return jax.device_get(strategy.logical(state))
+    state = strategy.step(strategy.init(), strategy.shard_batch(random_batch(5, 8, 6, uneven=True)))
+  return jax.device_get(strategy.global_state(state))
 
 
 @pytest.mark.parametrize("accumulate", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])

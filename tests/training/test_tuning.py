@@ -151,11 +151,11 @@ def run(config, *, devices=1, steps=3):
   optimizer = training.make_optimizer(config.optimizer, 10, 16, new_rate=config.tuning.new_rate)
   strategy = training.build_strategy(config, method, optimizer, mesh)
   state = strategy.init()
-  start = jax.device_get(strategy.logical(state))
+  start = jax.device_get(strategy.global_state(state))
   with jax.default_matmul_precision("highest"):
     for step in range(steps):
-      state = strategy.step(state, strategy.put(random_batch(step, 8, 6, uneven=True)))
-  return start, jax.device_get(strategy.logical(state))
+      state = strategy.step(state, strategy.shard_batch(random_batch(step, 8, 6, uneven=True)))
+  return start, jax.device_get(strategy.global_state(state))
 
 
 @pytest.fixture(scope="module")
