@@ -307,14 +307,15 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
     config: of the run.
     meta: of its checkpoint.
   """
-  from cyb_jax import runs, training
+  from cyb_jax import runs
+  from cyb_jax.training.run_data import open_recorded_or_new_store
 
   given = flags.FLAGS.store
   if given:
     if not os.path.exists(given):
       raise InputError(f"--store: {given} is not there")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=given))
-  store = runs.open_recorded_store(meta, config.data.store) or training.open_store(config)
+  store = open_recorded_or_new_store(config, meta)
   runs.check_fingerprint(store, meta)
   return store
 

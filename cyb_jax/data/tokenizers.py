@@ -381,6 +381,19 @@ def trained_pieces(spec: str) -> int | None:
   return int(match[1])
 
 
+def vocabulary_size(spec: str, rows: int | None = None) -> int:
+  """The number of entries of the vocabulary that `spec` names; nothing is trained.
+
+  Args:
+    spec: 'sentencepiece:N', or a spec of `open_tokenizer`.
+    rows: see `open_tokenizer`.
+
+  Raises:
+    InputError: see `open_tokenizer`.
+  """
+  return trained_pieces(spec) or open_tokenizer(spec, rows).vocab_size
+
+
 def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenizer:
   """The tokenizer named by `spec`.
 

@@ -19,15 +19,14 @@ from jax.sharding import Mesh
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import Cost
 from cyb_jax.costs.memory import bytes_per_device, program_memory
-from cyb_jax.data import TokenStore, open_tokenizer
-from cyb_jax.data.tokenizers import trained_pieces
+from cyb_jax.data import TokenStore
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
 from cyb_jax.methods.parameters import count_parameters, trained_part
 from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
-from cyb_jax.training.loop import abstract_batch, find_store, num_steps, open_batches
 from cyb_jax.training.optimizer import make_optimizer
+from cyb_jax.training.run_data import abstract_batch, find_store, num_steps, open_batches, vocabulary
 from cyb_jax.training.step import TrainState
 from cyb_jax.training.strategies import Strategy, build_strategy
 
@@ -207,21 +206,6 @@ def _steps(config: Config, store: TokenStore | None) -> tuple[int | None, str | 
   if store is None:
     return None, None
   return num_steps(config, open_batches(config, store)), f"train.epochs of the token store in {store.path}"
-
-
-def vocabulary(config: Config, store: TokenStore | None = None) -> tuple[int | None, str]:
-  """How many entries the vocabulary will have, as far as that is known without preparing it; and who says so."""
-  if store is not None:
-    return store.vocab_size, f"the token store in {store.path}"
-  spec = config.data.tokenizer or config.init_from
-  field = "data.tokenizer" if config.data.tokenizer else "init_from"
-  try:
-    pieces = trained_pieces(config.tokenizer) or open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
-  except InputError:
-    if config.decoder.get("vocab_size"):
-      return None, f"decoder.vocab_size, since {field} = {spec!r} can't be read"
-    return None, f"the decoder's own rows, since {field} = {spec!r} can't be read"
-  return pieces, f"{field} = {spec!r}"
 
 
 def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, refused: bool) -> str | None:

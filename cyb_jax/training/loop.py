@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import signal
@@ -26,8 +25,8 @@ from cyb_jax import __version__, configs, runs, storage
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import peak_flops
 from cyb_jax.costs.memory import bytes_per_device
-from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_segment_ids
-from cyb_jax.data.tasks import PLACES, has_targets, settle_options
+from cyb_jax.data import Prefetch, TokenStore
+from cyb_jax.data.tasks import has_targets
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.distributed.hosts import ALONE, Cluster, own_facts
 from cyb_jax.errors import DivergedError, InputError, Interrupted, writing
@@ -38,95 +37,12 @@ from cyb_jax.methods.parameters import count_parameters
 from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
 from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, read_metrics, summarize
 from cyb_jax.training.optimizer import make_optimizer, schedule
+from cyb_jax.training.run_data import abstract_batch, batch_reader, num_steps, open_batches, open_recorded_or_new_store
 from cyb_jax.training.step import Totals, TrainState
 from cyb_jax.training.strategies import Strategy, build_strategy, with_new_totals
 
 # Steps before the trace: by then everything is compiled and the batches are read ahead.
 _PROFILE_AFTER = 10
-
-
-def open_store(config: Config) -> TokenStore:
-  """The token store of a config, for a run that has none yet: opened, or prepared first where it is missing.
-
-  Raises:
-    InputError: it is another one than the config asks for, or too small for one window.
-  """
-  data = config.data
-  if data.store and (pathlib.Path(data.store).exists() or is_store(data.store)):
-    store = TokenStore.open(data.store)
-    _check_store(store, config)
-  else:
-    store = prepare(data.task, config.tokenizer, data.store or None, options=config.task_options())
-  store.require("train", data.sequence_length)
-  if "validation" not in store.splits:
-    raise InputError(
-      f"data.task: {data.task!r} gave no validation split: too few documents for 1% of them by hash (train has"
-      f" {store.description['splits']['train']['documents']}); give more text, or smaller documents (text_files:"
-      " data.options=unit=line)"
-    )
-  return store
-
-
-def find_store(config: Config) -> TokenStore | None:
-  """The token store of a config where it is prepared already, else None; nothing is written.
-
-  Raises:
-    InputError: data.store is another one than the config asks for.
-  """
-  data = config.data
-  if data.store:
-    return open_store(config) if pathlib.Path(data.store).exists() or is_store(data.store) else None
-  try:
-    return prepare(data.task, config.tokenizer, options=config.task_options(), write=False)
-  except InputError:  # neither the store nor what it would be made from
-    return None
-
-
-def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = None) -> TrainBatches:
-  """The batches of a run; of each `rows`, None: all of them."""
-  return TrainBatches(
-    store,
-    sequence_length=config.data.sequence_length,
-    batch_size=config.data.batch_size,
-    seed=config.data.seed,
-    fraction=config.data.fraction,
-    rows=rows,
-  )
-
-
-def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a batch of so many windows."""
-  names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
-  if config.data.document_mask:
-    names["segment_ids"] = "int32"
-  shape = rows, config.data.sequence_length
-  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
-
-
-def num_steps(config: Config, batches: TrainBatches) -> int:
-  """Steps of a run: those of the config, or as many as make its epochs."""
-  # Rounded first: 3 passes over a third must not become one step more than one pass over the whole.
-  return config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
-
-
-def _check_store(store: TokenStore, config: Config) -> None:
-  data, found = config.data, store.description
-  if data.task != found["task"]:
-    raise InputError(f"data.task: {data.task!r}, but the token store in {store.path} holds {found['task']!r}")
-  settled = settle_options(data.task, config.task_options())
-  for name in config.task_options():  # those that aren't given are the store's own
-    if name not in PLACES and settled[name] != found["options"][name]:
-      raise InputError(
-        f"data.options: {name}={settled[name]}, but the token store in {store.path} was prepared with"
-        f" {name}={found['options'][name]}"
-      )
-  spec = config.tokenizer
-  wanted = spec if trained_pieces(spec) else open_tokenizer(spec).describe()["sha256"]
-  if wanted != found["tokenizer_from"]:
-    raise InputError(
-      f"data.tokenizer: {spec!r} ({wanted[:24]}), but the token store in {store.path} was made with"
-      f" {found['tokenizer_from'][:24]}; give that tokenizer, or another data.store"
-    )
 
 
 def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0, cluster: Cluster = ALONE) -> dict[str, Any]:
@@ -175,7 +91,7 @@ def _train(
   # A store that all share is prepared by one.
   if config.data.store and cluster.index:
     cluster.barrier()
-  store = runs.open_recorded_store(meta, config.data.store) or open_store(config)
+  store = open_recorded_or_new_store(config, meta)
   if config.data.store and not cluster.index:
     cluster.barrier()
   runs.check_fingerprint(store, meta)
@@ -267,14 +183,14 @@ class _Clock:
 
   def __init__(self, ahead: Prefetch, step: int):
     self._ahead, self._step = ahead, step
-    self._ready, self._waited = time.perf_counter(), ahead.waited
+    self.ready, self._waited = time.perf_counter(), ahead.waited
 
   def lap(self, step: int) -> tuple[int, float, float]:
     """(steps, seconds, share of them spent waiting for data) since the lap before; call it when `step` is done."""
     now, waited = time.perf_counter(), self._ahead.waited
-    seconds = max(now - self._ready, 1e-9)
+    seconds = max(now - self.ready, 1e-9)
     lap = step - self._step, seconds, min(1.0, (waited - self._waited) / seconds)
-    self._step, self._ready, self._waited = step, now, waited
+    self._step, self.ready, self._waited = step, now, waited
     return lap
 
 
@@ -319,7 +235,7 @@ class _Loop:
     self.schedule = schedule(config.optimizer, steps, width)
     optimizer = make_optimizer(config.optimizer, steps, width, new_rate=config.tuning.new_rate)
     self.strategy: Strategy = build_strategy(config, method, optimizer, mesh)
-    self.batches = open_batches(config, store, self.strategy.rows(config.data.batch_size))
+    self.read = batch_reader(config, store, self.strategy.rows(config.data.batch_size))
     self.own = self.strategy.owned_rows(config.data.batch_size)
     # Evaluation runs under jit whatever the strategy.
     shards = data_shards(mesh)
@@ -336,7 +252,7 @@ class _Loop:
       log = NoLog()
       if self.cluster.index == 0:
         log = MetricsLog(self.folder, start, tensorboard=self.config.train.tensorboard)
-      with contextlib.closing(log), Prefetch(self._read, start, self.steps) as ahead, _Trace(self.folder) as trace:
+      with contextlib.closing(log), Prefetch(self.read, start, self.steps) as ahead, _Trace(self.folder) as trace:
         state, seen = self._steps(state, start, seen, ahead, log, checkpoints, stopped, trace)
       record = self.cluster.broadcast(self.cluster.index == 0 and self._last_evaluation())
       if not record:  # somebody has removed the metrics of a finished run
@@ -391,10 +307,10 @@ class _Loop:
     method = self.evaluator.method
     if not method.calibration_batches:
       if self.found is not None and method.decides:
-        method.tell_start(self.strategy.params(state), [self.evaluator.shard_batch(self._read(0))])
+        method.tell_start(self.strategy.params(state), [self.evaluator.shard_batch(self.read(0))])
       return state
     logical = self.strategy.global_state(state)
-    batches = (self.evaluator.shard_batch(self._read(step)) for step in range(method.calibration_batches))
+    batches = (self.evaluator.shard_batch(self.read(step)) for step in range(method.calibration_batches))
     params = method.calibrate(self.strategy.params(state), batches)
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, logical.params)
     return self.strategy.place(dataclasses.replace(logical, params=params))
@@ -478,10 +394,6 @@ class _Loop:
       checkpoints.save(0, self.strategy.global_state(state), meta, loss=record["loss"])
     checkpoints.wait()
     return state, seen
-
-  def _read(self, step: int) -> dict[str, np.ndarray]:
-    batch = self.batches(step)
-    return with_segment_ids(batch, self.store.end_id) if self.config.data.document_mask else batch
 
   def _meta(self, step: int, seen: int) -> dict[str, Any]:
     """Of a checkpoint; `seen`: the tokens that this host has read. All hosts must call it."""

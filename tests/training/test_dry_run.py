@@ -113,7 +113,7 @@ def test_executed_operations_are_xlas(weights):
   config.data.sequence_length = 64
   config = configs.freeze(lora(config, lora_rank=32, lora_targets="query,key,value,out,gate,up,down", weights=weights))
   method, strategy = build(config)
-  counted = strategy.compile_abstract(estimate.abstract_batch(config, 8)).cost_analysis()["flops"] * len(jax.devices())
+  counted = strategy.compile_abstract(training.abstract_batch(config, 8)).cost_analysis()["flops"] * len(jax.devices())
   # One chunk of logits: XLA unrolls its scan and doesn't compute them again.
   said = method.train_flops(64, executed=True) - method.forward_cost(64).readout
   assert 8 * 64 * said == pytest.approx(counted, rel=0.05)
@@ -137,7 +137,7 @@ def test_where_the_vocabulary_comes_from(elsewhere):
 
   def vocabulary():
     frozen = configs.freeze(config)
-    return estimate.vocabulary(frozen, training.find_store(frozen))
+    return training.vocabulary(frozen, training.find_store(frozen))
 
   assert vocabulary() == (300, "data.tokenizer = 'sentencepiece:300'")
   config.data.tokenizer = "gemma.model"
