@@ -20,7 +20,7 @@ from cyb_jax import configs, data, runs, storage, training
 from cyb_jax.benchmarks.faults import PHASES, first_difference
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.training import loop, run_data
+from cyb_jax.training import run_data, trainer
 
 # Of orbax's threads, when a save has failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -238,16 +238,16 @@ def largest_files(size):
 
 def disturbed_at(monkeypatch, step, disturb):
   """Calls `disturb` when the validation of a step begins, and what was saved before is whole."""
-  whole = loop._Loop._evaluate
+  whole = trainer.Trainer.evaluate
 
-  def evaluate(self, state, at, *arguments, **options):
-    if at == step:
+  def evaluate(self, run, *arguments, **options):
+    if run.step == step:
       while list(self.folder.glob("checkpoints/unfinished/*")):
         time.sleep(0.01)
       disturb()
-    return whole(self, state, at, *arguments, **options)
+    return whole(self, run, *arguments, **options)
 
-  monkeypatch.setattr(loop._Loop, "_evaluate", evaluate)
+  monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
 
 
 def test_a_save_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):

@@ -18,8 +18,8 @@ from cyb_jax.decoder import Decoder, LoraConfig, empty_cache, init_params, merge
 from cyb_jax.decoder.lora import LEAVES, TARGETS
 from cyb_jax.errors import InputError
 from cyb_jax.methods import MethodConfig
+from cyb_jax.methods.parameters import trained_part, with_trained
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
-from cyb_jax.training import trained_part, with_trained
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=TARGETS)
 ADAPTED = dataclasses.replace(TINY, lora=LORA)
