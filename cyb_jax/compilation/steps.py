@@ -337,7 +337,7 @@ def _advice(run: Outline, records: Mapping[str, Mapping[str, Any]]) -> list[dict
   if set(over) == {"decode"}:  # no part of the batch is worked on, nothing is kept for a gradient
     knobs = [Knob("a smaller --decode_batch"), *(knob for knob in knobs if "parallelism.fsdp" in knob.fields)]
   return [
-    {"change": knob.told, "flags": [f"--config.{name}={value}" for name, value in knob.fields.items()] or None}
+    {"change": knob.description, "flags": [f"--config.{name}={value}" for name, value in knob.fields.items()] or None}
     for knob in knobs
   ]
 
