@@ -215,8 +215,8 @@ def test_adapters_are_split_as_their_matrices_are():
 
 def test_what_is_not_finite_is_not_applied():
   method = tuned().build_method(VOCABULARY)
-  losses = method.losses
-  method.losses = lambda *a: dataclasses.replace(losses(*a), loss=losses(*a).loss + jnp.inf)
+  loss = method.loss
+  method.loss = lambda *a: dataclasses.replace(loss(*a), loss=loss(*a).loss + jnp.inf)
   optimizer = training.make_optimizer(tuned().optimizer, 10, 16)
   start = training.unbox(training.init_state(method, optimizer, 0))
   after = jax.jit(functools.partial(training.train_step, method=method, optimizer=optimizer, seed=0))(
