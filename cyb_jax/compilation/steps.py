@@ -28,7 +28,7 @@ from cyb_jax.compilation.topologies import open_topology
 from cyb_jax.configs import Config
 from cyb_jax.costs import flops
 from cyb_jax.costs.flops import Chip
-from cyb_jax.costs.memory import bytes_per_device
+from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.decoder import splash
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
@@ -36,7 +36,7 @@ from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
-from cyb_jax.methods.parameters import count_parameters, trained_part
+from cyb_jax.methods.parameters import trained_part
 from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.partitioning.mesh import data_shards, make_mesh, replicated
 from cyb_jax.training.estimate import Knob, Outline

@@ -1,19 +1,61 @@
-"""Bytes on each device: of arrays by their shardings, of compiled programs by XLA's own analysis."""
+"""The memory of a run: parameters by component, the bytes of arrays on each device by their shardings, and the memory
+of compiled programs as XLA reports it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
+import flax.linen as nn
 import jax
 from jaxtyping import PyTree
 
+from cyb_jax.decoder.lora import LEAVES
+
+
+class Parametrized(Protocol):
+  """The part of `methods.Method` that decides which parameters there are."""
+
+  def init(self, rng: jax.Array, /) -> PyTree: ...
+  def is_trained(self, path: tuple[str, ...], /) -> bool: ...
+
+
+def count_parameters(method: Parametrized) -> dict[str, int]:
+  """Returns numbers of parameters, computed from shapes without allocating them.
+
+  The keys are `total`; `trained`; the components `embedding` (with an untied output table), `layers` (with the final
+  norm), `lora`, `pauses` and `dont_know`; and every other top-level parameter of the method under its own name.
+  """
+  params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
+  counts = dict.fromkeys(("total", "trained", "embedding", "layers", "lora", "pauses", "dont_know"), 0)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    names = tuple(key.key for key in path)
+    size, component = math.prod(leaf.shape), _component(names)
+    counts["total"] += size
+    counts["trained"] += size if method.is_trained(names) else 0
+    counts[component] = counts.get(component, 0) + size
+  return counts
+
+
+def _component(names: Sequence[str]) -> str:
+  if names[0] == "decoder":
+    if names[-1] in LEAVES:
+      return "lora"
+    return "embedding" if names[1] in ("embedding", "unembedding") else "layers"
+  for component, start in (("pauses", "pause_"), ("dont_know", "dont_know")):
+    if names[0].startswith(start):
+      return component
+  return names[0]
+
 
 def bytes_per_device(tree: PyTree) -> int:
-  """Bytes that a tree takes on each device.
+  """Returns the bytes that a tree occupies on each device.
 
   Args:
-    tree: arrays, or ShapeDtypeStruct with shardings.
+    tree: arrays, or `jax.ShapeDtypeStruct`s with shardings.
   """
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -23,8 +65,8 @@ class ProgramMemory:
   """Bytes that a compiled program needs on each device.
 
   Attributes:
-    kept: of its arguments and results; a donated argument and the result in its place are counted once.
-    temporaries: of its intermediate values.
+    kept: arguments and results; a donated argument and the result that reuses its buffer count once.
+    temporaries: buffers that are live only while the program runs.
   """
 
   kept: int
@@ -37,7 +79,7 @@ class ProgramMemory:
 
 
 def program_memory(program: jax.stages.Compiled) -> ProgramMemory | None:
-  """The memory of a program by XLA's analysis; None where the backend has no such analysis."""
+  """Returns the memory that XLA reports for a program; None where the backend does not report it."""
   memory = program.memory_analysis()
   if memory is None:
     return None

@@ -1,6 +1,6 @@
-"""Meshes of devices, and where parameters, optimizer state and batches are placed on them.
+"""Meshes of devices, and the shardings of parameters, optimizer state and batches on them.
 
-`partitioning.rules` has the table from logical axes to mesh axes.
+The rules from logical axes to mesh axes are in `cyb_jax.partitioning.rules`.
 """
 
 from __future__ import annotations
@@ -21,92 +21,107 @@ from cyb_jax.partitioning.rules import AXES, RULES, mesh_axes, parts, spec
 
 
 class MeshSizes(Protocol):
-  """Numbers of devices on the axes of a mesh, such as `configs.ParallelismConfig`.
-
-  Attributes:
-    data: -1: all devices that the other axes leave.
-    fsdp, tensor: at least 1.
-  """
+  """The number of devices along each mesh axis, for instance `configs.ParallelismConfig`; `data` may be -1."""
 
   @property
   def data(self) -> int: ...
-
   @property
   def fsdp(self) -> int: ...
-
   @property
   def tensor(self) -> int: ...
 
 
-def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of these sizes over the devices (all of them by default).
+class DecoderSizes(Protocol):
+  """The sizes of a decoder that a mesh may split, for instance `decoder.DecoderConfig`."""
+
+  @property
+  def num_heads(self) -> int: ...
+  @property
+  def num_kv_heads(self) -> int: ...
+  @property
+  def mlp_size(self) -> int: ...
+  @property
+  def vocab_size(self) -> int: ...
+  @property
+  def d_model(self) -> int: ...
+
+
+def make_mesh(config: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh with the axes `data`, `fsdp` and `tensor`.
+
+  Args:
+    config: the sizes of the axes; data = -1 takes the devices that the other axes leave.
+    devices: the devices of the mesh; None: all devices.
 
   Raises:
-    InputError: the product of the sizes is not the number of devices.
+    InputError: if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  shape = [sizes.data, sizes.fsdp, sizes.tensor]
-  if sizes.data == -1:
-    shape[0] = len(devices) // (sizes.fsdp * sizes.tensor)
-  if math.prod(shape) != len(devices):
+  sizes = [config.data, config.fsdp, config.tensor]
+  rest = config.fsdp * config.tensor
+  if config.data == -1:
+    sizes[0] = len(devices) // rest
+  if math.prod(sizes) != len(devices):
     raise InputError(
-      f"parallelism: data = {sizes.data}, fsdp = {sizes.fsdp}, tensor = {sizes.tensor} don't make up"
+      f"parallelism: data = {config.data}, fsdp = {config.fsdp}, tensor = {config.tensor} don't make up"
       f" {len(devices)} devices; data x fsdp x tensor must (data = -1 takes what the others leave)"
     )
   # Explicit axes, the default of jax.make_mesh, fail at Linen's embedding gather.
-  return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+  return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
 def data_shards(mesh: Mesh) -> int:
-  """The number of parts that a mesh splits the batch into."""
+  """Returns the number of parts that the mesh splits a batch into."""
   return parts("batch", mesh)
 
 
 def check_batch(batch_size: int, shards: int) -> None:
-  """Raises InputError if a batch can't be split evenly."""
+  """Raises InputError if `batch_size` is not a multiple of `shards`."""
   if batch_size % shards:
     below = batch_size // shards * shards
     near = f"{below} or {below + shards}" if below else f"{shards}"
     raise InputError(f"data.batch_size: {batch_size} windows don't divide over {shards} devices; try {near}")
 
 
-def warn_of_replicated_axes(sizes: Mapping[str, tuple[str, int]], mesh: Mesh) -> None:
-  """Logs a warning for each mesh axis that does not divide a size that it is meant to split.
-
-  Args:
-    sizes: by logical axis, the name of the config field that sets its size, and the size.
-    mesh: from `make_mesh`.
-  """
+def warn_of_replicated_axes(config: DecoderSizes, mesh: Mesh) -> None:
+  """Logs a warning for each mesh axis that does not divide a size that it should split, and so leaves it unsplit."""
+  names = {
+    "num_heads": "heads",
+    "num_kv_heads": "kv_heads",
+    "mlp_size": "mlp",
+    "vocab_size": "vocab",
+    "d_model": "embed",
+  }
   for axis in AXES[1:]:
-    split = [name for name in sizes if axis in mesh_axes(name, mesh)]
-    whole = [name for name in split if sizes[name][1] % parts(name, mesh)]
+    over = {field: name for field, name in names.items() if axis in mesh_axes(name, mesh)}
+    whole = [field for field, name in over.items() if getattr(config, field) % parts(name, mesh)]
     if whole:
-      fields = ", ".join(f"{field} = {size}" for field, size in (sizes[name] for name in whole))
-      rest = "; they all do the same work" if axis == "tensor" and len(whole) == len(split) else ""
+      sizes = ", ".join(f"decoder.{field} = {getattr(config, field)}" for field in whole)
+      rest = "; they all do the same work" if axis == "tensor" and len(whole) == len(over) else ""
       logging.warning(
         "parallelism.%s = %d doesn't divide %s: on each of these devices that is whole%s",
-        axis, mesh.shape[axis], fields, rest,
+        axis, mesh.shape[axis], sizes, rest,
       )  # fmt: skip
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of batches: rows are split over the axes data and fsdp."""
+  """Returns the sharding of a batch: its rows are split over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-  """int64[R]: the rows of a batch that this host's devices hold, ascending.
+  """Returns int64[R]: the rows of a batch that the devices of this host hold, ascending.
 
-  Under tensor parallelism several hosts may hold the same row.
+  With tensor parallelism several hosts may hold the same row.
   """
   places = sharding.addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places]))
 
 
 def owned_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
-  """bool[R]: whether the host owns each of its `host_rows`.
+  """Returns bool[R]: for each of the `host_rows` of this host, whether no host with a lower number holds it.
 
-  The host of the lowest number that holds a row owns the row, so that every row of a batch is counted once.
+  Every row is therefore owned by exactly one host.
   """
   first: dict[int, int] = {}
   for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
@@ -115,17 +130,14 @@ def owned_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarra
   return np.array([first[row] == host for row in host_rows(sharding, batch_size).tolist()], bool)
 
 
-def shard_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """A batch on the devices.
+def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+  """Returns a batch as global arrays on the devices.
 
   Args:
-    batch: this host's rows of the batch, see `host_rows`.
+    batch: the rows of this host, see `host_rows`; every array has the leading axis R.
     sharding: see `batch_sharding`.
-
-  Returns:
-    Global arrays of the whole batch, of which this host's devices hold this host's rows.
   """
-  shards = data_shards(sharding.mesh)
+  shards = parts("batch", sharding.mesh)
   here = len(next(iter(batch.values())))
   batch_size = here * shards // len(host_rows(sharding, shards))
   rows = host_rows(sharding, batch_size)
@@ -144,21 +156,21 @@ def shard_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[s
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Returns the sharding of an array that every device holds completely."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
-  """A sharding for every leaf of a tree whose leaves are boxed with logical axes.
+  """Returns a sharding for every leaf of a tree whose leaves are boxed with their logical axes.
 
-  An axis that its mesh axis doesn't divide (one kv head over two devices, for instance) is left whole.
+  An axis whose size is not a multiple of its mesh axis (for instance one kv head over two devices) is not split.
 
   Args:
-    boxed: arrays or shapes, boxed as `nn.LogicallyPartitioned`; bare leaves are replicated.
+    boxed: arrays or shapes, boxed as `nn.LogicallyPartitioned`; leaves without a box are replicated.
     mesh: from `make_mesh`.
 
   Returns:
-    The unboxed tree, of NamedShardings.
+    The unboxed tree, with a NamedSharding at every leaf.
   """
   return jax.tree.map(
     lambda leaf, names: NamedSharding(mesh, spec(np.shape(leaf), names, mesh)),

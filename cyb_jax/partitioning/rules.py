@@ -1,13 +1,13 @@
-"""How arrays are split over a mesh of devices: one table from logical axes to mesh axes.
+"""How arrays are sharded over a mesh of devices: one table from logical axes to mesh axes.
 
-Every package may import this module, which needs jax alone.
+The core imports this module, so it needs jax alone.
 
 Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads, mlp and
 vocabulary.
 
-The results are the same under every mesh. Code that is traced under a mesh (`jax.set_mesh`) gets the mesh from
-`current_mesh` and constrains its activations with `constrain`; XLA then places the collectives. Only the readout places
-its own.
+The computed values are the same under every mesh. Code that is traced under a mesh (`jax.set_mesh`) constrains the
+sharding of its activations with `constrain`, and XLA inserts the communication. The readout alone communicates
+explicitly, because it needs less communication than XLA would insert.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# The rows of activations are split over all axes that split the batch. The width of a parameter is split over fsdp; the
-# width of activations is whole. Parallel parts of a layer are split over tensor, in parameters and activations alike.
-# Layers, norms and logical axes without an entry are replicated.
+# Rows of activations are split over both axes that split the batch. The model width of parameters is split over fsdp,
+# that of activations is not. The axes that run in parallel inside a layer are split over tensor, in parameters and in
+# activations. Logical axes that are not in the table (layers, norms) are replicated.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
-  "batch_of_data": ("data",),  # for activations that are sent to the devices of the parameters
+  "batch_of_data": ("data",),  # activations that are gathered over fsdp, where the parameters are split
   "embed": ("fsdp",),
   "vocab": ("tensor",),
   "heads": ("tensor",),
@@ -35,9 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def current_mesh() -> AbstractMesh | None:
-  """The mesh of the trace; None where there is no mesh, or only one device.
+  """Returns the mesh of the current trace, or None where there is no mesh or only one device.
 
-  Inside pmap and shard_map there is no mesh: arrays there belong to one device.
+  Inside pmap and shard_map the result is None, because arrays there are local to one device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -46,25 +46,30 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def mesh_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-  """The axes of a mesh that split a logical axis, without axes of one device."""
-  return tuple(axis for axis in RULES.get(name, ()) if mesh.shape.get(axis, 1) > 1)
+  """Returns the mesh axes that split a logical axis, without mesh axes of size 1; None is split by no axis."""
+  return tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)
 
 
 def parts(name: str | None, mesh: Mesh | AbstractMesh) -> int:
-  """The number of parts that a mesh splits a logical axis into, where it divides."""
+  """Returns the number of parts that a mesh splits a logical axis into, provided that its size is a multiple of it."""
   return math.prod(mesh.shape[axis] for axis in mesh_axes(name, mesh))
 
 
 def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-  """The PartitionSpec of an array.
+  """Returns the partition spec of an array.
 
   Args:
     shape: the shape of the array.
-    names: the logical axes of its first axes. None: the axis is whole, as all further axes are. An axis that its mesh
-      axes don't divide (one kv head over two devices, for instance) is whole too.
+    names: the logical axes of its first axes. An axis named None, an axis after the last name, and an axis whose size
+      is not a multiple of its mesh axes (for instance one kv head over two devices) are not split.
     mesh: the mesh.
+
+  Example:
+    >>> mesh = AbstractMesh((2, 2, 2), AXES)
+    >>> tuple(spec((8, 16, 3), ("batch", None, "heads"), mesh))
+    (('data', 'fsdp'), None, None)
   """
-  placed = []
+  placed: list[str | tuple[str, ...] | None] = []
   for size, name in zip(shape, names):
     axes = mesh_axes(name, mesh)
     whole = not axes or size % parts(name, mesh)
@@ -73,7 +78,12 @@ def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | Abstrac
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """An activation, constrained to the sharding of `spec` on the current mesh; unchanged where there is no mesh."""
+  """Returns an activation with the sharding that `spec` gives under the mesh of the current trace.
+
+  Args:
+    x: the activation; it is returned unchanged where there is no mesh.
+    *names: the logical axes of its first axes, see `spec`.
+  """
   mesh = current_mesh()
   if mesh is None:
     return x

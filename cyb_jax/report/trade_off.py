@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cyb_jax.configs import Config
-from cyb_jax.methods.parameters import count_parameters
+from cyb_jax.costs.memory import count_parameters
 from cyb_jax.report.page import number
 
 # What perplexity is set against: the field of a row, and its name.

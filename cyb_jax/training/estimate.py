@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import Cost
-from cyb_jax.costs.memory import bytes_per_device, program_memory
+from cyb_jax.costs.memory import bytes_per_device, count_parameters, program_memory
 from cyb_jax.data import TokenStore
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
-from cyb_jax.methods.parameters import count_parameters, trained_part
+from cyb_jax.methods.parameters import trained_part
 from cyb_jax.partitioning.mesh import data_shards
 from cyb_jax.training.layout import mesh_of_run, methods_of_run, strategy_of_run
 from cyb_jax.training.run_data import abstract_batch, find_store, num_steps, open_batches, vocabulary

@@ -10,10 +10,9 @@ import jax
 from absl import logging
 
 from cyb_jax.checkpointing.manager import Checkpoints
-from cyb_jax.costs.memory import bytes_per_device
+from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.interop import pretrained
-from cyb_jax.methods.parameters import count_parameters
 from cyb_jax.training.preflight import RunPlan
 from cyb_jax.training.step import TrainState
 from cyb_jax.training.strategies import Strategy

@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from cyb_jax.configs import Config
-from cyb_jax.decoder import DecoderConfig
 from cyb_jax.methods import Batch, Method
 from cyb_jax.partitioning.mesh import (
   batch_sharding,
@@ -133,7 +132,7 @@ class JitStrategy(Strategy):
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
     super().__init__(config, method, optimizer, mesh)
-    warn_of_replicated_axes(_axis_sizes(method.decoder.config), mesh)
+    warn_of_replicated_axes(method.decoder.config, mesh)
     self._mesh = mesh
     boxed = jax.eval_shape(self._init)
     self._shardings = shardings(boxed, mesh)
@@ -250,15 +249,3 @@ def build_strategy(config: Config, method: Method, optimizer: optax.GradientTran
 def with_new_totals(strategy: Strategy, state: TrainState) -> TrainState:
   """The state with its totals set to zero."""
   return dataclasses.replace(state, totals=strategy.new_totals())
-
-
-def _axis_sizes(config: DecoderConfig) -> dict[str, tuple[str, int]]:
-  """By logical axis, the name of the config field that sets its size, and the size."""
-  fields = {
-    "heads": "num_heads",
-    "kv_heads": "num_kv_heads",
-    "mlp": "mlp_size",
-    "vocab": "vocab_size",
-    "embed": "d_model",
-  }
-  return {axis: (f"decoder.{field}", getattr(config, field)) for axis, field in fields.items()}
