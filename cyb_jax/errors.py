@@ -41,6 +41,13 @@ class DivergedError(FloatingPointError):
   """
 
 
+class Interrupted(Exception):
+  """A signal has stopped the run after everything was saved; the same command continues it.
+
+  The message is one line. Programs log it and exit with code 75.
+  """
+
+
 class HostLostError(RuntimeError):
   """Another host has ended or is unreachable.
 

@@ -181,5 +181,5 @@ def _step(config: Config, vocabulary: int, mesh: dict[str, Any], devices: list[j
   strategy = build_strategy(config, method, make_optimizer(config.optimizer, 10, width, new_rate=new_rate), laid)
   batch = RandomTokens(vocabulary, config.data.sequence_length, config.data.batch_size)(0)
   with jax.default_matmul_precision("highest"):
-    state = strategy.step(strategy.init(), strategy.put(batch))
-  return _Step(strategy.logical(state), strategy.abstract())
+    state = strategy.step(strategy.init(), strategy.shard_batch(batch))
+  return _Step(strategy.global_state(state), strategy.abstract())

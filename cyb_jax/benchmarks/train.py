@@ -240,7 +240,7 @@ class _Contender:
 
     with jax.default_matmul_precision(self.config.precision.matmul):
       self._state = self._strategy.init()
-      batch = self._strategy.put(self._read(0))
+      batch = self._strategy.shard_batch(self._read(0))
       jax.block_until_ready(self._state)
       start = time.perf_counter()
       self._program = self._strategy.compile(self._state, batch)
@@ -257,7 +257,7 @@ class _Contender:
     return run_block(self._step, steps, lambda: self._ahead.waited)
 
   def _step(self) -> Any:
-    self._state = self._strategy.step(self._state, self._strategy.put(next(self._ahead)))
+    self._state = self._strategy.step(self._state, self._strategy.shard_batch(next(self._ahead)))
     return self._mark(self._state.step)
 
   def describe(self, blocks: Sequence[Block], peak: float | None, *, alone: bool) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class _Contender:
     from cyb_jax.costs.flops import peak_flops
     from cyb_jax.costs.memory import bytes_per_device, program_memory
 
-    state = self._strategy.logical(self._state)
+    state = self._strategy.global_state(self._state)
     memory = program_memory(self._program)
     config, method, device = self.config, self.method, self._mesh.devices.flat[0]
     peak = peak or peak_flops(device)

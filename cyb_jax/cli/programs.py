@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import jsonl
-from cyb_jax.errors import DivergedError, HostLostError, InputError, StorageError
+from cyb_jax.errors import DivergedError, HostLostError, InputError, Interrupted, StorageError
 
 if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of at once
   from jax.sharding import Mesh
@@ -36,10 +36,6 @@ if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of
 EXIT_CRASH = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75
-
-
-class Interrupted(Exception):
-  """Stopped by a signal, after everything was saved: the same command continues."""
 
 
 class Failed(Exception):
@@ -312,16 +308,14 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
     config: of the run.
     meta: of its checkpoint.
   """
-  from cyb_jax import runs, training
-  from cyb_jax.checkpointing.workdir import check_fingerprint
+  from cyb_jax.training.run_data import open_recorded_or_new_store
 
   given = flags.FLAGS.store
   if given:
     if not os.path.exists(given):
       raise InputError(f"--store: {given} is not there")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=given))
-  store = runs.open_recorded_store(meta, config.data.store) or training.open_store(config)
-  check_fingerprint(store, meta)
+  store = open_recorded_or_new_store(config, meta)
   return store
 
 

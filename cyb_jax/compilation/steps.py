@@ -28,6 +28,7 @@ from cyb_jax.compilation.topologies import open_topology
 from cyb_jax.configs import Config
 from cyb_jax.costs import flops
 from cyb_jax.costs.flops import Chip
+from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.decoder import splash
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
@@ -35,6 +36,7 @@ from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
+from cyb_jax.methods.parameters import trained_part
 from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.partitioning.mesh import data_shards, make_mesh, replicated
 from cyb_jax.training.estimate import Knob, Outline
@@ -123,7 +125,7 @@ def compile_steps(
     "peak_bytes": None if None in peaks else max(peaks),
     "hbm_bytes": chip.hbm_bytes,
     "vocabulary": {"size": method.vocab_size, "rows": method.decoder.config.vocab_size, "from": vocabulary_from},
-    "parameters": training.count_parameters(method)["total"],
+    "parameters": count_parameters(method)["total"],
     "state_bytes": _state_bytes(run),
     "activations": config.activation_dtype,
     "remat": method.decoder.config.remat,
@@ -274,7 +276,7 @@ def _rows_over(mesh: Mesh, axis: int) -> Sharding:
 
 def _state_bytes(run: Outline) -> int:
   state = run.strategy.abstract()
-  return training.bytes_per_device((state.params, state.opt_state))
+  return bytes_per_device((state.params, state.opt_state))
 
 
 def _record(program: _Program, chip: Chip, path: str | None) -> dict[str, Any]:
@@ -329,13 +331,13 @@ def _advice(run: Outline, records: Mapping[str, Mapping[str, Any]]) -> list[dict
   over = {step: record for step, record in records.items() if not record["fits"]}
   peak = max((record["memory"]["peak"] or 0 for record in over.values()), default=0) or None
   state = run.strategy.abstract()
-  held = training.bytes_per_device((state.params, state.opt_state))
-  held += training.bytes_per_device(training.trained_part(state.params, run.method.is_trained))
+  held = bytes_per_device((state.params, state.opt_state))
+  held += bytes_per_device(trained_part(state.params, run.method.is_trained))
   knobs = training.knobs(run.config, held, peak, run.mesh.size)
   if set(over) == {"decode"}:  # no part of the batch is worked on, nothing is kept for a gradient
     knobs = [Knob("a smaller --decode_batch"), *(knob for knob in knobs if "parallelism.fsdp" in knob.fields)]
   return [
-    {"change": knob.told, "flags": [f"--config.{name}={value}" for name, value in knob.fields.items()] or None}
+    {"change": knob.description, "flags": [f"--config.{name}={value}" for name, value in knob.fields.items()] or None}
     for knob in knobs
   ]
 

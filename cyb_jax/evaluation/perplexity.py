@@ -22,7 +22,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.evaluation.self_paced import evaluate_self_paced
 from cyb_jax.methods import Batch, EvalOutput, Method
 from cyb_jax.partitioning import arrays
-from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, put_batch
+from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, shard_batch
 from cyb_jax.stopping import hard_slot, log_stopping_distribution
 
 # Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
@@ -60,9 +60,9 @@ class Evaluator:
     """int64[R]: which rows of a batch this host reads."""
     return host_rows(self._batch_sharding, batch_size)
 
-  def put(self, batch: dict[str, Any]) -> Batch:
+  def shard_batch(self, batch: dict[str, Any]) -> Batch:
     """This host's rows of a batch, on the devices."""
-    return put_batch(batch, self._batch_sharding)
+    return shard_batch(batch, self._batch_sharding)
 
   def compile_abstract(self, params: PyTree, batch: Batch) -> jax.stages.Compiled:
     """Compiles what is run for each batch, from shapes alone; those of `params` with shardings."""
@@ -92,7 +92,7 @@ class Evaluator:
     gains: list[np.ndarray] = []
     windows = length = kept = 0
     for batch in batches:
-      placed = self.put(batch)
+      placed = self.shard_batch(batch)
       with jax.set_mesh(self._mesh):
         outputs = self._sums(params, placed)
       sums, decided, gained = arrays.fetch(outputs)
@@ -166,7 +166,7 @@ class Evaluator:
     totals: dict[str, float] = {}
     windows = 0
     for batch in batches:
-      placed = self.put(batch)
+      placed = self.shard_batch(batch)
       with jax.set_mesh(self._mesh):
         sums = self._sums_of_prefixes(params, placed)
       for name, value in arrays.fetch(sums).items():

@@ -31,7 +31,7 @@ from cyb_jax.evaluation.record import told, used_windows
 from cyb_jax.evaluation.token_types import TokenTypes, bins_per_pause, summarize
 from cyb_jax.evaluation.words import POSITIONS, Words
 from cyb_jax.methods import Batch, EvalOutput, Method
-from cyb_jax.partitioning.mesh import batch_sharding, put_batch, replicated
+from cyb_jax.partitioning.mesh import batch_sharding, replicated, shard_batch
 from cyb_jax.stopping import expected_pauses, hard_slot, log_stopping_distribution
 
 # Bounds of what is summed. A token of more than 1,024 nats counts as one of 1,024, and so does one of nan.
@@ -247,7 +247,7 @@ class PauseStatistics:
     return edges, thresholds
 
   def _put(self, batch: dict[str, Any]) -> Batch:
-    return put_batch(batch, self._batch_sharding)
+    return shard_batch(batch, self._batch_sharding)
 
   def _marked(self, batches: Iterable[dict[str, Any]]) -> Iterator[Batch]:
     """The batches with `rows` i32[B, T, 4], the rows of the table that count each token, in place of `before`."""

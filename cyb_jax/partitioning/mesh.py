@@ -83,7 +83,7 @@ def check_batch(batch_size: int, shards: int) -> None:
     raise InputError(f"data.batch_size: {batch_size} windows don't divide over {shards} devices; try {near}")
 
 
-def tell_whole(config: DecoderSizes, mesh: Mesh) -> None:
+def warn_of_replicated_axes(config: DecoderSizes, mesh: Mesh) -> None:
   """Logs a warning for each mesh axis that does not divide a size that it should split, and so leaves it unsplit."""
   names = {
     "num_heads": "heads",
@@ -118,7 +118,7 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places]))
 
 
-def own_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
+def owned_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
   """Returns bool[R]: for each of the `host_rows` of this host, whether no host with a lower number holds it.
 
   Every row is therefore owned by exactly one host.
@@ -130,7 +130,7 @@ def own_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
   return np.array([first[row] == host for row in host_rows(sharding, batch_size).tolist()], bool)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
   """Returns a batch as global arrays on the devices.
 
   Args:
@@ -142,7 +142,7 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
   batch_size = here * shards // len(host_rows(sharding, shards))
   rows = host_rows(sharding, batch_size)
 
-  def put(values: np.ndarray) -> jax.Array:
+  def sharded(values: np.ndarray) -> jax.Array:
     shape = (batch_size, *values.shape[1:])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -152,7 +152,7 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
 
     return jax.make_array_from_callback(shape, sharding, read)
 
-  return {name: put(values) for name, values in batch.items()}
+  return {name: sharded(values) for name, values in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

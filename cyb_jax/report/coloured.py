@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from cyb_jax.data import Tokenizer, TokenStore, with_segment_ids
 from cyb_jax.errors import InputError
-from cyb_jax.partitioning.mesh import batch_sharding, data_shards, put_batch
+from cyb_jax.partitioning.mesh import batch_sharding, data_shards, shard_batch
 from cyb_jax.report import page
 from cyb_jax.runs import Run
 
@@ -91,7 +91,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
     batch = with_segment_ids(batch, store.end_id)
   read = jax.jit(run.method.evaluate)
   with jax.default_matmul_precision(run.config.precision.matmul):
-    output = read(run.params, put_batch(batch, batch_sharding(mesh)))
+    output = read(run.params, shard_batch(batch, batch_sharding(mesh)))
   scores = [output.scores.log_dont_know, output.scores.log_target, output.log_stopping]
   d, t, s = (np.exp(np.asarray(jax.device_get(x), np.float32)) for x in scores)
   result = []

@@ -74,13 +74,10 @@ def vocabulary(config: Config) -> int | None:
   """Entries of the vocabulary that a config will have, without preparing it; None: that of `init_from`, taken to fill
   the decoder's own rows.
   """
-  from cyb_jax.data import open_tokenizer
-  from cyb_jax.data.tokenizers import trained_pieces
+  from cyb_jax.data.tokenizers import vocabulary_size
 
   spec = config.data.tokenizer
-  if not spec:
-    return None
-  return trained_pieces(spec) or open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
+  return vocabulary_size(spec, config.decoder.get("vocab_size")) if spec else None
 
 
 def grow(

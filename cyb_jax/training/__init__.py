@@ -1,23 +1,25 @@
-"""Training: the step, the two ways to run it, the loop."""
+"""Training: preflight checks, the trainer and its hooks, the step, the two ways to run it, and its costs in advance.
 
-from cyb_jax.costs.memory import bytes_per_device, count_parameters
-from cyb_jax.training.estimate import Outline, costs_per_token, dry_run, knobs, outline, vocabulary
-from cyb_jax.training.loop import abstract_batch, find_store, open_store, train
-from cyb_jax.training.optimizer import make_optimizer, schedule
-from cyb_jax.training.step import Totals, TrainState, init_state, train_step, trained_part, unbox, with_trained
-from cyb_jax.training.strategies import JitStrategy, PmapStrategy, build_strategy
+The names are imported when they are first used, so that a program that needs one module does not import all others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from cyb_jax.training.estimate import costs_per_token, dry_run, knobs, outline
+  from cyb_jax.training.optimizer import make_optimizer
+  from cyb_jax.training.run_data import abstract_batch, find_store, open_store, vocabulary
+  from cyb_jax.training.step import init_state, train_step, unbox
+  from cyb_jax.training.strategies import build_strategy
+  from cyb_jax.training.trainer import train
 
 __all__ = [
-  "JitStrategy",
-  "Outline",
-  "PmapStrategy",
-  "Totals",
-  "TrainState",
   "abstract_batch",
   "build_strategy",
-  "bytes_per_device",
   "costs_per_token",
-  "count_parameters",
   "dry_run",
   "find_store",
   "init_state",
@@ -25,11 +27,24 @@ __all__ = [
   "make_optimizer",
   "open_store",
   "outline",
-  "schedule",
   "train",
   "train_step",
-  "trained_part",
   "unbox",
   "vocabulary",
-  "with_trained",
 ]
+
+_NAMES = {
+  "estimate": ("costs_per_token", "dry_run", "knobs", "outline"),
+  "optimizer": ("make_optimizer",),
+  "run_data": ("abstract_batch", "find_store", "open_store", "vocabulary"),
+  "step": ("init_state", "train_step", "unbox"),
+  "strategies": ("build_strategy",),
+  "trainer": ("train",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _MODULES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

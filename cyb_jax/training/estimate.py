@@ -1,7 +1,7 @@
-"""What a run will take before it takes it: parameters, memory and FLOPs, by component.
+"""The costs of a run before it starts: parameters, memory and FLOPs, by component.
 
-The step that training would run is compiled for the devices at hand from shapes alone; nothing of the state is
-allocated, and nothing is written.
+The training step is compiled for the devices of this process from shapes alone. No state is allocated, and nothing is
+written.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from jax.sharding import Mesh
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import Cost
 from cyb_jax.costs.memory import bytes_per_device, count_parameters, program_memory
-from cyb_jax.data import TokenStore, open_tokenizer
-from cyb_jax.data.tokenizers import trained_pieces
+from cyb_jax.data import TokenStore
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
-from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
-from cyb_jax.training.loop import abstract_batch, find_store, num_steps, open_batches
-from cyb_jax.training.optimizer import make_optimizer
-from cyb_jax.training.step import TrainState, trained_part
-from cyb_jax.training.strategies import Strategy, build_strategy
+from cyb_jax.methods.parameters import trained_part
+from cyb_jax.partitioning.mesh import data_shards
+from cyb_jax.training.layout import mesh_of_run, methods_of_run, strategy_of_run
+from cyb_jax.training.run_data import abstract_batch, find_store, num_steps, open_batches, vocabulary
+from cyb_jax.training.step import TrainState
+from cyb_jax.training.strategies import Strategy
 
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-  """A run on some devices, of shapes alone.
+  """A run on some devices, as shapes.
 
   Attributes:
-    config: of the run.
+    config: the run's.
     mesh: the devices.
-    method: of a training step; `evaluated`: of an evaluation, which runs under jit whatever the strategy.
-    strategy: that of the config.
+    method: of a training step.
+    evaluated: the method of an evaluation, see `layout.methods_of_run`.
+    strategy: the run's.
     batch: shapes and dtypes of a whole training batch.
   """
 
@@ -54,35 +55,29 @@ class Outline:
 def outline(
   config: Config, vocab_size: int | None, *, steps: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Outline:
-  """Lays a run out over devices, all that there are by default; nothing is allocated or compiled.
+  """Lays a run out over devices, all by default; nothing is allocated or compiled.
 
   Args:
     config: validated.
-    vocab_size: None: as many as the decoder has rows.
-    steps: of the schedule; changes no shape.
-    devices: they may be ones that are described only, see `cyb_jax.compilation`.
+    vocab_size: None: the number of the decoder's rows.
+    steps: the length of the schedule; changes no shape.
+    devices: may be descriptions of devices that this machine does not have, see `cyb_jax.compilation`.
 
   Raises:
     InputError: sizes that don't fit each other or the devices.
   """
-  mesh = make_mesh(config.parallelism, devices)
-  shards = data_shards(mesh)
-  check_batch(config.data.batch_size, shards * config.optimizer.accumulate)
-  local = config.parallelism.strategy == "pmap"
-  evaluated = config.build_method(vocab_size, data_shards=shards)
-  method = config.build_method(vocab_size, data_shards=1) if local else evaluated
-  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
-  optimizer = make_optimizer(config.optimizer, steps, width, new_rate=new_rate)
-  strategy = build_strategy(config, method, optimizer, mesh)
+  mesh = mesh_of_run(config, devices)
+  method, evaluated = methods_of_run(config, vocab_size, mesh)
+  strategy = strategy_of_run(config, method, mesh, steps)
   return Outline(config, mesh, method, evaluated, strategy, abstract_batch(config, config.data.batch_size))
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-  """What a run of this config takes on these devices.
+  """The costs of a run of this config on these devices.
 
   Returns:
-    - `vocabulary`: its `size`, where that is known `from`, and the `rows` of the tables.
-    - `steps`: of the run, and where they are known `steps_from`; None where only the data could tell.
+    - `vocabulary`: its `size` (None: unknown), the source of the size (`from`), and the `rows` of the tables.
+    - `steps`: of the run, and their source `steps_from`; None where they depend on data that is not prepared.
     - `parameters`: see `count_parameters`.
     - `memory`: of the training step, see `memory_of`.
     - `flops`: `per_token`, per real token: `forward` (of an evaluation) and `train` (a step), each counted as the
@@ -94,10 +89,7 @@ def dry_run(config: Config) -> dict[str, Any]:
   Raises:
     InputError: sizes that don't fit each other, the devices or the data.
   """
-  data = config.data
-  # Before the data is looked for.
-  shards = data_shards(make_mesh(config.parallelism))
-  check_batch(data.batch_size, shards * config.optimizer.accumulate)
+  mesh_of_run(config)  # errors of the batch come before those of the data
   try:
     if config.init_from:
       pretrained.open_pretrained(config.init_from)
@@ -107,22 +99,11 @@ def dry_run(config: Config) -> dict[str, Any]:
   vocab_size, vocabulary_from = vocabulary(config, store)
   steps, steps_from = _steps(config, store)
   run = outline(config, vocab_size, steps=steps or 1)
-  mesh, method, strategy, batch = run.mesh, run.method, run.strategy, run.batch
-  state = strategy.abstract()
-  start, program = time.perf_counter(), None
-  with jax.default_matmul_precision(config.precision.matmul):
-    try:
-      program = strategy.compile_abstract(batch)
-    except jax.errors.JaxRuntimeError as error:  # some compilers refuse what the device has no room for
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      logging.warning("the step doesn't compile: %s", str(error).strip().splitlines()[0])
+  start = time.perf_counter()
+  program = _compiled(run)
   seconds = time.perf_counter() - start
-  memory = memory_of(state, method, batch, shards, program, mesh.devices.flat[0])
-  tokens = data.batch_size * data.sequence_length
-  slots = data.batch_size * method.train_slots(data.sequence_length)
-  costs = costs_per_token(method, data.sequence_length)
-  per_step = {kind: tokens * cost["total"] for kind, cost in costs["train"].items()}
+  method, mesh = run.method, run.mesh
+  memory = memory_of(run.strategy.abstract(), method, run.batch, data_shards(mesh), program, mesh.devices.flat[0])
   return {
     "method": method.name,
     "weights": config.tuning.weights,
@@ -132,18 +113,47 @@ def dry_run(config: Config) -> dict[str, Any]:
     "vocabulary": {"size": method.vocab_size, "rows": method.decoder.config.vocab_size, "from": vocabulary_from},
     "steps": steps,
     "steps_from": steps_from,
-    "per_step": {"tokens": tokens, "slots": slots},
-    "run": None if steps is None else {"tokens": steps * tokens, "slots": steps * slots},
+    **_work(config, method, steps),
     "parameters": count_parameters(method),
     "memory": memory,
-    "flops": {
-      "per_token": costs,
-      "per_step": per_step,
-      "run": None if steps is None else {kind: steps * cost for kind, cost in per_step.items()},
-    },
+    "flops": _flops(config, method, steps),
     "advice": _advice(config, memory, mesh.size, refused=program is None),
     "timing": {"compile_seconds": seconds},
   }
+
+
+def _compiled(run: Outline) -> jax.stages.Compiled | None:
+  """The compiled training step; None where the compiler refuses a step that the device has too little memory for."""
+  with jax.default_matmul_precision(run.config.precision.matmul):
+    try:
+      return run.strategy.compile_abstract(run.batch)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      logging.warning("the step doesn't compile: %s", str(error).strip().splitlines()[0])
+      return None
+
+
+def _work(config: Config, method: Method, steps: int | None) -> dict[str, Any]:
+  """`per_step` and `run`: tokens and slots that training processes."""
+  data = config.data
+  per_step = {
+    "tokens": data.batch_size * data.sequence_length,
+    "slots": data.batch_size * method.train_slots(data.sequence_length),
+  }
+  return {"per_step": per_step, "run": _of_run(per_step, steps)}
+
+
+def _flops(config: Config, method: Method, steps: int | None) -> dict[str, Any]:
+  data = config.data
+  costs = costs_per_token(method, data.sequence_length)
+  tokens = data.batch_size * data.sequence_length
+  per_step = {kind: tokens * cost["total"] for kind, cost in costs["train"].items()}
+  return {"per_token": costs, "per_step": per_step, "run": _of_run(per_step, steps)}
+
+
+def _of_run(per_step: Mapping[str, float], steps: int | None) -> dict[str, float] | None:
+  return None if steps is None else {kind: steps * value for kind, value in per_step.items()}
 
 
 def memory_of(
@@ -157,19 +167,19 @@ def memory_of(
   """Bytes on each device while a step runs.
 
   Args:
-    state: shapes, dtypes and shardings, logical.
+    state: shapes, dtypes and shardings of the global state.
     method: the run's.
-    batch: shapes and dtypes, of the whole batch.
-    shards: into how many parts the batch is split.
+    batch: shapes and dtypes of the whole batch.
+    shards: the number of parts that the batch is split into.
     program: the compiled step; None: it doesn't compile.
-    device: whose limit is told.
+    device: the device whose limit is reported.
 
   Returns:
-    - `parameters`, `moments` (all of the optimizer's state), `batch`, `temporaries` (what XLA says that the program
-      works with), `other` (metrics, counters, results that have no place of their own): together they are `peak`.
-    - `gradients`: of what is trained; a part of `temporaries`.
-    - `limit`: what the device has for programs, where it tells.
-    None where the backend doesn't tell.
+    - `parameters`, `moments` (all of the optimizer's state), `batch`, `temporaries` (XLA's intermediate values) and
+      `other` (metrics, counters, results that replace no argument): their sum is `peak`.
+    - `gradients`: of the trained parameters; a part of `temporaries`.
+    - `limit`: the device's memory for programs.
+    A number is None where the backend does not report it.
   """
   parts = {
     "parameters": bytes_per_device(state.params),
@@ -189,7 +199,10 @@ def memory_of(
 
 
 def costs_per_token(method: Method, length: int) -> dict[str, dict[str, dict[str, float]]]:
-  """`forward` and `train`, each as the `model` needs and as `executed`, by component and in `total`."""
+  """FLOPs per real token of a window of `length` tokens, by component and in `total`.
+
+  `forward` (of an evaluation) and `train` (of a step) each have those of the `model` and those `executed`.
+  """
   return {
     kind: {"model": _by_component(cost(length)), "executed": _by_component(cost(length, executed=True))}
     for kind, cost in (("forward", method.forward_cost), ("train", method.train_cost))
@@ -208,27 +221,12 @@ def _steps(config: Config, store: TokenStore | None) -> tuple[int | None, str | 
   return num_steps(config, open_batches(config, store)), f"train.epochs of the token store in {store.path}"
 
 
-def vocabulary(config: Config, store: TokenStore | None = None) -> tuple[int | None, str]:
-  """How many entries the vocabulary will have, as far as that is known without preparing it; and who says so."""
-  if store is not None:
-    return store.vocab_size, f"the token store in {store.path}"
-  spec = config.data.tokenizer or config.init_from
-  field = "data.tokenizer" if config.data.tokenizer else "init_from"
-  try:
-    pieces = trained_pieces(config.tokenizer) or open_tokenizer(spec, config.decoder.get("vocab_size")).vocab_size
-  except InputError:
-    if config.decoder.get("vocab_size"):
-      return None, f"decoder.vocab_size, since {field} = {spec!r} can't be read"
-    return None, f"the decoder's own rows, since {field} = {spec!r} can't be read"
-  return pieces, f"{field} = {spec!r}"
-
-
 def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, refused: bool) -> str | None:
   peak, limit = memory["peak"], memory["limit"]
   if not refused and (peak is None or limit is None or peak <= limit):
     return None
   held = memory["parameters"] + memory["moments"] + memory["gradients"]
-  found = [knob.told for knob in knobs(config, held, peak, devices)]
+  found = [knob.description for knob in knobs(config, held, peak, devices)]
   needs = f"needs {peak:,} bytes" if peak is not None else "doesn't compile"
   room = f"has {limit:,}" if limit is not None else "has too little memory for it"
   return f"the step {needs} and each device {room}; what helps, most first: {', '.join(found)}"
@@ -236,30 +234,30 @@ def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, r
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-  """A change of a config that takes memory down.
+  """A change of a config that reduces the memory of a step.
 
   Attributes:
-    told: in words.
-    fields: values by field, 'a.b': what to try; none where that would be another experiment.
+    description: the change in words.
+    fields: the values to try by field, 'a.b'; empty where the change would make another experiment.
   """
 
-  told: str
+  description: str
   fields: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
 
 
 def knobs(config: Config, held: int, peak: int | None, devices: int) -> list[Knob]:
-  """What would help a step that a device has no room for, most first.
+  """The changes that help a step for which a device has too little memory, the most effective first.
 
   Args:
     config: of the step.
     held: bytes of parameters, optimizer state and gradients on a device.
-    peak: bytes that the step needs there; None: not known.
-    devices: how many there are.
+    peak: bytes that the step needs on a device; None: unknown.
+    devices: the number of devices.
   """
   data, optimizer, parallelism = config.data, config.optimizer, config.parallelism
   jit = parallelism.strategy == "jit"
   shards = devices // parallelism.tensor
-  # The next number of parts that leaves every shard whole windows.
+  # The next number of parts with which every shard still has whole windows.
   windows = data.batch_size // shards
   parts = next((n for n in range(optimizer.accumulate + 1, windows + 1) if windows % n == 0), None)
   activations = [
@@ -270,7 +268,7 @@ def knobs(config: Config, held: int, peak: int | None, devices: int) -> list[Kno
     ),
     (Knob("a smaller data.batch_size or data.sequence_length"), True),
   ]
-  # Of activations in f32 a program makes copies of bfloat16 weights in f32.
+  # With f32 activations a program makes f32 copies of bfloat16 weights.
   shrinks = config.precision.params == "float32" and config.activation_dtype == "bfloat16"
   state = [
     (Knob("tuning.weights = 'lora'"), config.tuning.weights == "all"),

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events, the progress line."""
+"""The metrics of a run: metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from cyb_jax import jsonl, storage
 from cyb_jax.errors import StorageError, writing
 from cyb_jax.training.step import Totals
 
-# Between two uploads to a bucket, at least.
+# The shortest time between two uploads to a bucket.
 _UPLOAD_SECONDS = 30.0
 
 
 def summarize(totals: Totals) -> dict[str, Any]:
-  """Means over the steps of `totals`, as they stand in a line of metrics; nan where no step was applied.
+  """The fields of a line of metrics: means over the steps of `totals`, nan where no step was applied.
 
-  `loss` (nats per token, the training objective), `perplexity` (of the target as it would be read, under the training
-  omega), `latency` (mean of s), `mean_pauses`, `slots_per_token` (that tokens were given), `gradient_norm` (mean over
-  steps, before clipping), `tokens`, `dropped_tokens` (whose slots didn't fit into their row), `skipped` (steps that
-  weren't applied) and `skipped_steps` (the numbers of the first 16 of them).
+  Returns:
+    `loss` (nats per token, the training objective), `perplexity` (of the targets, under the training omega), `latency`
+    (mean of s), `mean_pauses`, `slots_per_token`, `gradient_norm` (mean over steps, before clipping), `tokens`,
+    `dropped_tokens` (tokens whose slots did not fit into their row), `skipped` (the number of steps that were not
+    applied) and `skipped_steps` (the numbers of the first 16 of those steps).
   """
   host = {k: np.asarray(v, np.float64) for k, v in vars(totals).items()}
-  # A batch may well have no token of weight; steps that weren't applied have nothing to be the mean of.
+  # A batch may have no token of positive weight. Where no step was applied, the means are undefined.
   tokens = max(float(host["tokens"]), 1.0) if host["steps"] else math.nan
   latency = host["stopping"] / tokens
   return {
@@ -49,7 +50,7 @@ def summarize(totals: Totals) -> dict[str, Any]:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a run's metrics.jsonl, but for a line that can't be read: the last one, where a kill has torn it."""
+  """The rows of a run's metrics.jsonl, without lines that can't be read: a kill may leave the last line incomplete."""
   path = storage.place(workdir) / "metrics.jsonl"
   rows = []
   lines = storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else []
@@ -63,14 +64,14 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-  """metrics.jsonl, one object a line; and TensorBoard events beside it.
+  """Writes metrics.jsonl, one object a line, and TensorBoard events.
 
-  Nothing can be added to an object in a bucket: there both are kept on a disk and uploaded whole, before each
-  checkpoint, at the end, and otherwise every half minute at most.
+  Objects in a bucket can't be appended to. For a bucket both are kept in a local folder and uploaded as whole files:
+  before each checkpoint, at the end, and otherwise at most every half minute.
 
   Args:
     workdir: the run's folder.
-    resume_step: the step that the run continues from; lines after it are dropped, since they will come again.
+    resume_step: the step that the run continues from; later lines are dropped, since the run will write them again.
     tensorboard: whether event files are written.
   """
 
@@ -87,7 +88,7 @@ class MetricsLog:
       self._drop_after(resume_step)
       if self._scratch is not None and storage.exists(self._path):
         (folder / "metrics.jsonl").write_bytes(storage.read_bytes(self._path))
-      # Unbuffered: a line goes out in one piece, and one that the disk refuses isn't tried again when it is closed.
+      # Unbuffered: a line is written in one piece, and closing the file does not retry a line that the disk refused.
       self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
     with writing(str(self._workdir / "tensorboard")):
       self._events = _EventFile(folder / "tensorboard", resume_step) if tensorboard else None
@@ -98,14 +99,14 @@ class MetricsLog:
       storage.atomic_write(self._path, "".join(kept))
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Adds a line. What depends on the clock belongs under `timing`.
+    """Appends a line. Values that depend on the clock belong under `timing`.
 
     Raises:
-      StorageError: the disk fails. A run that continues drops a line that was torn.
+      StorageError: the disk fails. A run that continues drops an incomplete line.
     """
     with writing(f"{self._path} (step {row['step']})"):
       line = memoryview(jsonl.dumps(dict(row)).encode() + b"\n")
-      while line:  # a disk that is just full takes a part
+      while line:  # a disk that becomes full writes a part of the line
         line = line[self._file.write(line) :]
     if self._events is not None:
       with writing(f"TensorBoard's events (step {row['step']})"):
@@ -113,12 +114,16 @@ class MetricsLog:
     if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
       try:
         self._upload()
-      except StorageError as error:  # nothing hangs on it before the next checkpoint
+      except StorageError as error:  # no checkpoint depends on these lines yet
         logging.warning("%s; it is tried again", error)
         self._uploaded = time.monotonic()
 
   def flush(self) -> None:
-    """To the disk itself, or to the bucket, before a checkpoint that the lines are older than."""
+    """Syncs the lines to the disk, or uploads them to the bucket; to be called before each checkpoint.
+
+    Raises:
+      StorageError: the disk or the bucket fails.
+    """
     with writing(str(self._path)):
       os.fsync(self._file.fileno())
     if self._scratch is not None:
@@ -138,8 +143,8 @@ class MetricsLog:
     if self._scratch is None:
       return
     with self._scratch:
-      # A bucket that has just refused isn't asked again; and what ends the run is to be told rather than this. All that
-      # a checkpoint stands for is there.
+      # A bucket that has just refused an upload is not asked again. An error here is only logged, so that it does not
+      # replace the error that ends the run: the lines before the last checkpoint are in the bucket already.
       try:
         if not self._refused:
           self._upload()
@@ -148,20 +153,20 @@ class MetricsLog:
 
 
 class NoLog:
-  """Takes what a `MetricsLog` takes, on the hosts whose lines another one writes."""
+  """Has the methods of `MetricsLog` and writes nothing: only host 0 writes the metrics of a run."""
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def flush(self) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def close(self) -> None:
-    """Nothing."""
+    """Does nothing."""
 
 
 class _EventFile:
-  """TensorBoard's own record format, written without TensorFlow."""
+  """An event file in TensorBoard's record format, written without TensorFlow."""
 
   def __init__(self, directory: pathlib.Path, step: int):
     from tensorboard.compat.proto import event_pb2
@@ -171,7 +176,7 @@ class _EventFile:
     name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{step}"
     self._records = RecordWriter((directory / name).open("wb"))
     self._event = event_pb2.Event
-    # Tells TensorBoard to forget what an interrupted run wrote after this step.
+    # TensorBoard then drops the events that an interrupted run wrote after this step.
     start = self._event(wall_time=time.time(), step=step + 1, file_version="brain.Event:2")
     self._records.write(start.SerializeToString())
     restart = self._event(wall_time=time.time(), step=step + 1)

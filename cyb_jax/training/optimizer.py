@@ -1,4 +1,4 @@
-"""AdamW with its schedule, from optax."""
+"""AdamW and its learning rate schedule, built from optax."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cyb_jax.decoder.lora import LEAVES
 def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
   """The learning rate by step, from 0.
 
-  A linear warm-up that reaches the highest rate at update w = max(1, warmup_fraction * steps), the k-th having k/w of
-  it (none has rate 0), then the configured form, which reaches the final rate at the last update.
+  A linear warm-up reaches the highest rate at update w = max(1, warmup_fraction * steps). Update k has k/w of that
+  rate, so that no update has rate 0. The configured form follows and reaches the final rate at the last update.
 
   Args:
-    config: `optimizer`.
-    steps: how many there will be.
-    width: d_model, which divides the rate where `rate_over_width` is set.
+    config: the config's group `optimizer`.
+    steps: the number of steps of the run.
+    width: d_model, which divides the rate if `rate_over_width` is set.
   """
   peak = config.learning_rate / (width if config.rate_over_width else 1)
   final = peak * config.final_fraction
@@ -40,8 +40,9 @@ def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
 
 
 def decayed(params: PyTree) -> PyTree:
-  """Which parameters have weight decay: the matrices, adapters' among them; not norms, biases, embeddings and output
-  rows.
+  """A tree of bools: whether a parameter has weight decay.
+
+  Matrices have it, those of adapters included; norms, biases, embeddings and output rows have none.
   """
   names = [jax.tree_util.DictKey(name) for name in ("kernel", *LEAVES)]
   return jax.tree_util.tree_map_with_path(lambda path, _: any(name in path for name in names), params)
@@ -52,13 +53,13 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Clipping, Adam, decoupled weight decay, schedule.
 
-  The norm that is clipped is that of the gradient of the mean loss per token, over the whole batch and all devices, and
-  over all that is trained.
+  Clipping uses the global norm, over all trained parameters, of the gradient of the mean loss per token of the whole
+  batch.
 
   Args:
-    config: `optimizer`.
+    config: the config's group `optimizer`.
     steps, width: see `schedule`.
-    new_rate: a factor on the rate of what stands beside the decoder.
+    new_rate: a factor on the rate of the parameters that are not the decoder's.
   """
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   parts.append(
@@ -72,11 +73,11 @@ def make_optimizer(
     )
   )
   if new_rate != 1:
-    parts.append(optax.stateless(lambda updates, _: _scaled_beside_decoder(updates, new_rate)))
+    parts.append(optax.stateless(lambda updates, _: _scaled_outside_decoder(updates, new_rate)))
   return optax.chain(*parts)
 
 
-def _scaled_beside_decoder(updates: PyTree, factor: float) -> PyTree:
+def _scaled_outside_decoder(updates: PyTree, factor: float) -> PyTree:
   return {
     name: part if name == "decoder" else jax.tree.map(lambda x: x * factor, part) for name, part in updates.items()
   }

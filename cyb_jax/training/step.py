@@ -1,8 +1,8 @@
 """The training step: one pure function, run by jit over a mesh or by pmap.
 
-The loss of a batch is the sum over tokens of weight times loss, divided by the sum of weights over the whole batch,
-whatever devices it lies on: sums and counts are reduced, never means (a mean of device means is another loss where
-devices hold different numbers of tokens).
+The loss of a batch is the sum over tokens of weight times loss, divided by the sum of weights over the whole batch, on
+any number of devices. Sums and counts are reduced, never means: a mean of device means is another loss where devices
+hold different numbers of tokens.
 
 Dimensions: B batch, T tokens, W slots.
 """
@@ -20,8 +20,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.methods import Batch, Method
+from cyb_jax.methods.parameters import trained_part, with_trained
 
-# So many numbers of steps that weren't applied are remembered between two lines of metrics; more are only counted.
+# Between two lines of metrics the numbers of so many skipped steps are kept; further ones are only counted.
 _SKIPS_REMEMBERED = 16
 
 
@@ -30,7 +31,7 @@ _SKIPS_REMEMBERED = 16
 class Totals:
   """Sums over the steps since the last line of metrics; part of the state, so that a resumed run logs the same lines.
 
-  Steps that weren't applied are in `skipped` and `skipped_steps` alone.
+  Only `skipped` and `skipped_steps` include steps that were not applied.
 
   Attributes:
     steps: f32[].
@@ -38,11 +39,11 @@ class Totals:
     loss: f32[], sum of the training objective, nats.
     log_likelihood: f32[], sum of the targets' log-probabilities, nats.
     stopping: f32[W], sum of s.
-    slots: f32[], sum of the slots that tokens were given.
-    dropped: f32[], sum of weights of tokens whose slots didn't fit into their row; they are not in `tokens`.
+    slots: f32[], sum of the tokens' numbers of slots.
+    dropped: f32[], sum of weights of tokens whose slots did not fit into their row; `tokens` does not include them.
     gradient_norm: f32[], sum over steps, before clipping.
-    skipped: i32[], steps that weren't applied, since their loss or gradient wasn't finite.
-    skipped_steps: i32[16], the numbers of the first of them, then 0.
+    skipped: i32[], number of steps that were not applied because their loss or gradient was not finite.
+    skipped_steps: i32[16], the numbers of the first of those steps, then 0.
   """
 
   steps: Float[Array, ""]
@@ -75,10 +76,10 @@ class TrainState:
   """Everything that a step changes.
 
   Attributes:
-    step: i32[], how many steps were taken.
-    skipped_in_a_row: i32[], how many of the last ones weren't applied.
+    step: i32[], number of steps so far.
+    skipped_in_a_row: i32[], number of the latest steps that were not applied.
     params: the method's parameters.
-    opt_state: optax's, of those that are trained (`Method.is_trained`).
+    opt_state: optax's state of the trained parameters (`Method.is_trained`).
     totals: see `Totals`.
   """
 
@@ -92,13 +93,13 @@ class TrainState:
 def init_state(
   method: Method, optimizer: optax.GradientTransformation, seed: int, params: PyTree | None = None
 ) -> TrainState:
-  """A fresh state, parameters boxed with their logical axes (and with them the optimizer's moments).
+  """A fresh state; parameters and the optimizer's moments are boxed with their logical axes.
 
-  The seed's stream 0 makes the parameters; step k draws from stream k + 1.
+  The seed's stream 0 initialises the parameters; step k draws from stream k + 1.
 
   Args:
     method, optimizer, seed: see `train_step`.
-    params: to be taken in place of fresh ones; bare, and then the state is.
+    params: replace the fresh parameters. They are bare arrays, and so is the state then.
   """
   if params is None:
     params = method.init(jax.random.fold_in(jax.random.key(seed), 0))
@@ -109,34 +110,6 @@ def init_state(
     opt_state=optimizer.init(trained_part(params, method.is_trained)),
     totals=Totals.zeros(method.num_slots),
   )
-
-
-def trained_part(params: PyTree, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> PyTree:
-  """The tree of the parameters that are trained: the same nested dicts, without the others' names.
-
-  Args:
-    params: nested dicts, their leaves whatever they are.
-    is_trained: see `Method.is_trained`.
-    path: of `params` itself.
-  """
-  part = {}
-  for name, value in params.items():
-    here = (*path, name)
-    if isinstance(value, dict):
-      value = trained_part(value, is_trained, here)
-      if value:
-        part[name] = value
-    elif is_trained(here):
-      part[name] = value
-  return part
-
-
-def with_trained(params: PyTree, part: PyTree) -> PyTree:
-  """All parameters, and in place of those that are trained what `part` has for them."""
-  merged = dict(params)
-  for name, value in part.items():
-    merged[name] = with_trained(params[name], value) if isinstance(value, dict) else value
-  return merged
 
 
 def unbox(state: TrainState) -> TrainState:
@@ -157,62 +130,36 @@ def train_step(
   max_skipped: int = 1,
   axis_name: str | None = None,
 ) -> TrainState:
-  """One step. Only what is trained has a gradient; the other parameters pass through.
+  """One step. Only trained parameters have a gradient; the others pass through.
 
-  A step whose loss or gradient isn't finite changes neither parameters nor moments; it is counted, and the next batch
-  is taken, at the rate that the schedule has for it. After `max_skipped` of them in a row nothing is applied any more,
-  so that the loop, which looks only now and then, finds the last good state.
+  A step whose loss or gradient is not finite changes neither parameters nor moments. It is counted, and the next step
+  takes the next batch at the rate that the schedule has for it. After `max_skipped` such steps in a row no further step
+  is applied, so that the trainer, which reads the count only now and then, finds the last good state.
 
   Args:
     state: bare arrays.
     batch: [B, T] each; under pmap this device's part.
     method: turns params and batch into losses.
     optimizer: see `optimizer.make_optimizer`.
-    seed: of what the method draws; the key of a step depends on seed and step alone, and is the same on all devices.
-    accumulate: parts of the batch, worked on one after the other; divides B. The gradient is that of the whole.
+    seed: of the method's random draws. The key of a step depends on seed and step alone; all devices have the same key.
+    accumulate: number of parts of the batch that are processed one after the other; divides B. The gradient is that of
+      the whole batch.
     max_skipped: see above.
-    axis_name: pmap's axis; None under jit, where XLA reduces by itself.
+    axis_name: pmap's axis; None under jit, where XLA places the reductions.
 
   Returns:
-    The new state; its totals hold what this step adds to the metrics.
+    The new state, with this step's sums added to its totals.
   """
   rng = jax.random.fold_in(jax.random.key(seed), state.step + 1)
   trained = trained_part(state.params, method.is_trained)
 
-  def sums(trained: PyTree, part: Batch) -> tuple[Array, dict[str, Any]]:
-    params = with_trained(state.params, trained)
-    losses = method.loss(params, part, rng, state.step)
-    given = weights = part["weights"]
-    if losses.kept is not None:
-      weights = given * losses.kept
-    loss = (losses.loss * weights).sum()
-    slots = method.num_slots if losses.slots is None else losses.slots
-    return loss, {
-      "tokens": weights.sum(),
-      "loss": loss,
-      "log_likelihood": (losses.log_likelihood * weights).sum(),
-      # Not an einsum: accelerators would round a matrix product.
-      "stopping": (losses.stopping * weights[..., None]).sum((0, 1)),
-      "slots": (slots * weights).sum(),
-      "dropped": (given - weights).sum(),
-    }
+  def sums(trained: PyTree, part: Batch) -> tuple[Array, dict[str, Array]]:
+    return _loss_sums(method, with_trained(state.params, trained), part, rng, state.step)
 
-  gradient_of = jax.grad(sums, has_aux=True)
-  if accumulate == 1:
-    gradient, aux = gradient_of(trained, batch)
-  else:
-    # Row i goes to part i % accumulate: the batch axis stays the major one, so that sharded rows stay where they are.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
-    shapes = jax.eval_shape(gradient_of, trained, jax.tree.map(lambda x: x[0], parts))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def add(carry, part):
-      return jax.tree.map(jnp.add, carry, gradient_of(trained, part)), None
-
-    (gradient, aux), _ = jax.lax.scan(add, start, parts)
+  gradient, aux = _accumulated(jax.grad(sums, has_aux=True), trained, batch, accumulate)
   if axis_name is not None:
     gradient, aux = jax.lax.psum((gradient, aux), axis_name)
-  # A batch without a token of weight has nothing to teach, rather than nan.
+  # A batch without a token of positive weight has a gradient of zero rather than nan.
   count = jnp.maximum(aux["tokens"], 1.0)
   gradient = jax.tree.map(lambda g: g / count, gradient)
   norm = optax.global_norm(gradient)
@@ -228,12 +175,49 @@ def train_step(
   )
 
 
+def _loss_sums(
+  method: Method, params: PyTree, batch: Batch, rng: Array, step: Int[Array, ""]
+) -> tuple[Array, dict[str, Array]]:
+  """(f32[] sum of the weighted loss, the sums that `Totals` has of a batch)."""
+  losses = method.loss(params, batch, rng, step)
+  given = weights = batch["weights"]
+  if losses.kept is not None:
+    weights = given * losses.kept
+  loss = (losses.loss * weights).sum()
+  slots = method.num_slots if losses.slots is None else losses.slots
+  return loss, {
+    "tokens": weights.sum(),
+    "loss": loss,
+    "log_likelihood": (losses.log_likelihood * weights).sum(),
+    # Not an einsum: accelerators would round a matrix product.
+    "stopping": (losses.stopping * weights[..., None]).sum((0, 1)),
+    "slots": (slots * weights).sum(),
+    "dropped": (given - weights).sum(),
+  }
+
+
+def _accumulated(gradient_of: Callable[..., PyTree], trained: PyTree, batch: Batch, accumulate: int) -> PyTree:
+  """The sum of `gradient_of(trained, part)` over the parts of a batch, which are processed one after the other."""
+  if accumulate == 1:
+    return gradient_of(trained, batch)
+  # Row i goes to part i % accumulate: the batch axis stays the major one, so that sharded rows stay on their devices.
+  parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+  shapes = jax.eval_shape(gradient_of, trained, jax.tree.map(lambda x: x[0], parts))
+  start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  def add(carry, part):
+    return jax.tree.map(jnp.add, carry, gradient_of(trained, part)), None
+
+  total, _ = jax.lax.scan(add, start, parts)
+  return total
+
+
 def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
   return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def _choose_moments(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-  """As `_choose`, but that the schedule goes by steps, applied or not: it must reach its end with the run."""
+  """As `_choose`, except that the schedule counts skipped steps too: it must reach its end at the end of the run."""
 
   def is_schedule(state: Any) -> bool:
     return isinstance(state, optax.ScaleByScheduleState)
@@ -245,7 +229,7 @@ def _choose_moments(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyT
 
 def _add_step(totals: Totals, applied: Bool[Array, ""], step: Int[Array, ""], sums: dict[str, Array]) -> Totals:
   added = {name: getattr(totals, name) + jnp.where(applied, value, 0.0) for name, value in sums.items()}
-  # Beyond the last place an update is dropped.
+  # An index beyond the last element drops the update.
   place = jnp.where(applied, len(totals.skipped_steps), totals.skipped)
   return Totals(
     skipped=totals.skipped + ~applied,

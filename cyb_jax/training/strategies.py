@@ -1,13 +1,17 @@
-"""The two ways to run the step: jit over a mesh, and pmap. Both hold the state in their own layout; outside it is one
-logical state.
+"""The two ways to run the training step: jit over a mesh, and pmap.
+
+Each strategy keeps the state in its own layout. The global state, which is the same under every strategy, is what is
+saved, restored and evaluated.
 """
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,66 +22,36 @@ from jaxtyping import PyTree
 
 from cyb_jax.configs import Config
 from cyb_jax.methods import Batch, Method
-from cyb_jax.partitioning.mesh import batch_sharding, host_rows, own_rows, put_batch, replicated, shardings, tell_whole
+from cyb_jax.partitioning.mesh import (
+  batch_sharding,
+  host_rows,
+  owned_rows,
+  replicated,
+  shard_batch,
+  shardings,
+  warn_of_replicated_axes,
+)
 from cyb_jax.training.step import Totals, TrainState, init_state, train_step, unbox
 
-
-class Strategy(Protocol):
-  """How a run holds its state and takes its steps."""
-
-  def init(self, params: PyTree | None = None) -> TrainState:
-    """A fresh state, placed; the same numbers under every strategy and mesh.
-
-    Args:
-      params: to be taken in place of fresh ones, placed as `abstract` says; donated.
-    """
-
-  def abstract(self) -> TrainState:
-    """Shapes, dtypes and shardings of the logical state, to restore a checkpoint into."""
-
-  def place(self, state: TrainState) -> TrainState:
-    """A logical state (as `abstract`), in this strategy's layout."""
-
-  def logical(self, state: TrainState) -> TrainState:
-    """The logical state: what is saved and evaluated."""
-
-  def params(self, state: TrainState) -> PyTree:
-    """The parameters, on the mesh, to be read and not donated."""
-
-  def rows(self, batch_size: int) -> np.ndarray:
-    """int64[R]: which rows of a batch this host reads."""
-
-  def own(self, batch_size: int) -> np.ndarray:
-    """bool[R]: which of them are this host's own to count."""
-
-  def put(self, batch: dict[str, Any]) -> Batch:
-    """This host's rows of a batch, on the devices."""
-
-  def step(self, state: TrainState, batch: Batch) -> TrainState:
-    """One training step; the old state is donated."""
-
-  def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-    """Compiles the step ahead of its first call; `step` runs this program from then on, on shapes like these alone."""
-
-  def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
-    """Compiles the step for a batch of these shapes, from shapes alone: neither a state nor a batch need be there."""
-
-  def new_totals(self) -> Totals:
-    """Zeros, placed."""
+Tree = TypeVar("Tree")
 
 
-class JitStrategy:
-  """jit over a mesh with axes data, fsdp, tensor; XLA places the collectives."""
+class Strategy(abc.ABC):
+  """How a run keeps its state and runs its steps.
+
+  Args:
+    config: the run's.
+    method: turns params and batch into losses.
+    optimizer: see `optimizer.make_optimizer`.
+    mesh: the devices.
+  """
+
+  _step: Any  # the compiled or the jitted step, (state, batch) -> state
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
-    tell_whole(method.decoder.config, mesh)
-    self._mesh = mesh
-    self._init = functools.partial(init_state, method, optimizer, config.train.seed)
-    boxed = jax.eval_shape(self._init)
-    self._shardings = shardings(boxed, mesh)
-    self._shapes = unbox(boxed)
     self._batch_sharding = batch_sharding(mesh)
-    step = functools.partial(
+    self._init = functools.partial(init_state, method, optimizer, config.train.seed)
+    self._train_step = functools.partial(
       train_step,
       method=method,
       optimizer=optimizer,
@@ -85,10 +59,91 @@ class JitStrategy:
       accumulate=config.optimizer.accumulate,
       max_skipped=config.train.max_skipped,
     )
+    self._zero_totals = functools.partial(Totals.zeros, method.num_slots)
+
+  @abc.abstractmethod
+  def init(self, params: PyTree | None = None) -> TrainState:
+    """A fresh state in this strategy's layout; the same numbers under every strategy and mesh.
+
+    Args:
+      params: replace the fresh parameters; donated. Their shardings are those of `abstract`.
+    """
+
+  @abc.abstractmethod
+  def abstract(self) -> TrainState:
+    """Shapes, dtypes and shardings of the global state, to restore a checkpoint into."""
+
+  @abc.abstractmethod
+  def place(self, state: TrainState) -> TrainState:
+    """A global state (see `abstract`) in this strategy's layout."""
+
+  @abc.abstractmethod
+  def global_state(self, state: Tree) -> Tree:
+    """The global state, which is saved and evaluated; any part of the state may be given alone."""
+
+  @abc.abstractmethod
+  def params(self, state: TrainState) -> PyTree:
+    """The global parameters on the mesh; the caller must not donate them."""
+
+  def rows(self, batch_size: int) -> np.ndarray:
+    """int64[R]: the rows of a batch that this host reads."""
+    return host_rows(self._batch_sharding, batch_size)
+
+  def owned_rows(self, batch_size: int) -> np.ndarray:
+    """bool[R]: whether this host, rather than another one that reads the same row, counts each of its `rows`."""
+    return owned_rows(self._batch_sharding, batch_size, jax.process_index())
+
+  @abc.abstractmethod
+  def shard_batch(self, batch: dict[str, Any]) -> Batch:
+    """A batch for `step` from this host's rows."""
+
+  def step(self, state: TrainState, batch: Batch) -> TrainState:
+    """One training step; the old state is donated."""
+    with self._mesh_context():
+      return self._step(state, batch)
+
+  def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    """Compiles the step before its first call; from then on `step` runs this program and accepts these shapes alone."""
+    with self._mesh_context():
+      self._step = self._step.lower(state, batch).compile()
+    return self._step
+
+  def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
+    """Compiles the step for a whole batch of these shapes; no array is needed."""
+    state, batch = self._abstract_arguments(batch)
+    with self._mesh_context():
+      return self._step.lower(state, batch).compile()
+
+  @abc.abstractmethod
+  def new_totals(self) -> Totals:
+    """Totals of zero, in this strategy's layout."""
+
+  @abc.abstractmethod
+  def _mesh_context(self) -> contextlib.AbstractContextManager[Any]:
+    """The context under which the step is traced and run."""
+
+  @abc.abstractmethod
+  def _abstract_arguments(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[TrainState, Batch]:
+    """Shapes of the step's arguments, for a whole batch of the given shapes."""
+
+
+class JitStrategy(Strategy):
+  """jit over a mesh with axes data, fsdp and tensor; XLA places the collectives."""
+
+  def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
+    super().__init__(config, method, optimizer, mesh)
+    warn_of_replicated_axes(method.decoder.config, mesh)
+    self._mesh = mesh
+    boxed = jax.eval_shape(self._init)
+    self._shardings = shardings(boxed, mesh)
+    self._shapes = unbox(boxed)
     self._step = jax.jit(
-      step, in_shardings=(self._shardings, self._batch_sharding), out_shardings=self._shardings, donate_argnums=0
+      self._train_step,
+      in_shardings=(self._shardings, self._batch_sharding),
+      out_shardings=self._shardings,
+      donate_argnums=0,
     )
-    self._totals = jax.jit(functools.partial(Totals.zeros, method.num_slots), out_shardings=self._shardings.totals)
+    self._totals = jax.jit(self._zero_totals, out_shardings=self._shardings.totals)
 
   def init(self, params: PyTree | None = None) -> TrainState:
     if params is None:
@@ -102,60 +157,39 @@ class JitStrategy:
   def place(self, state: TrainState) -> TrainState:
     return state
 
-  def logical(self, state: TrainState) -> TrainState:
+  def global_state(self, state: Tree) -> Tree:
     return state
 
   def params(self, state: TrainState) -> PyTree:
     return state.params
 
-  def rows(self, batch_size: int) -> np.ndarray:
-    return host_rows(self._batch_sharding, batch_size)
-
-  def own(self, batch_size: int) -> np.ndarray:
-    return own_rows(self._batch_sharding, batch_size, jax.process_index())
-
-  def put(self, batch: dict[str, Any]) -> Batch:
-    return put_batch(batch, self._batch_sharding)
-
-  def step(self, state: TrainState, batch: Batch) -> TrainState:
-    with jax.set_mesh(self._mesh):
-      return self._step(state, batch)
-
-  def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-    with jax.set_mesh(self._mesh):
-      self._step = self._step.lower(state, batch).compile()
-    return self._step
-
-  def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
-    placed = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding) for k, x in batch.items()}
-    with jax.set_mesh(self._mesh):
-      return self._step.lower(self.abstract(), placed).compile()
+  def shard_batch(self, batch: dict[str, Any]) -> Batch:
+    return shard_batch(batch, self._batch_sharding)
 
   def new_totals(self) -> Totals:
     return self._totals()
 
+  def _mesh_context(self) -> contextlib.AbstractContextManager[Any]:
+    return jax.set_mesh(self._mesh)
 
-class PmapStrategy:
-  """pmap: the state on every device, the batch split between them, sums reduced by psum."""
+  def _abstract_arguments(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[TrainState, Batch]:
+    placed = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding) for k, x in batch.items()}
+    return self.abstract(), placed
+
+
+class PmapStrategy(Strategy):
+  """pmap: every device has a copy of the state and a part of the batch; psum reduces the sums.
+
+  Arrays in this layout have a leading axis of this host's devices.
+  """
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
+    super().__init__(config, method, optimizer, mesh)
     self._devices = list(mesh.devices.flat)
-    # Of this host: what pmap is given, and gives, has an axis of these.
     self._local = [device for device in self._devices if device.process_index == jax.process_index()]
-    self._everywhere = replicated(mesh)
-    self._batch_sharding = batch_sharding(mesh)
-    self._init = functools.partial(init_state, method, optimizer, config.train.seed)
-    self._num_slots = method.num_slots
+    self._replicated = replicated(mesh)
     self._step = jax.pmap(
-      functools.partial(
-        train_step,
-        method=method,
-        optimizer=optimizer,
-        seed=config.train.seed,
-        accumulate=config.optimizer.accumulate,
-        max_skipped=config.train.max_skipped,
-        axis_name="data",
-      ),
+      functools.partial(self._train_step, axis_name="data"),
       axis_name="data",
       devices=self._devices,
       donate_argnums=0,
@@ -168,7 +202,7 @@ class PmapStrategy:
 
   def abstract(self) -> TrainState:
     shapes = unbox(jax.eval_shape(self._init))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere), shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), shapes)
 
   def place(self, state: TrainState) -> TrainState:
     return self._replicate(jax.tree.map(lambda x: x.addressable_data(0), state))
@@ -177,41 +211,31 @@ class PmapStrategy:
     spread = jax.pmap(lambda _, tree: tree, in_axes=(0, None), devices=self._devices)
     return spread(jnp.arange(len(self._local)), tree)
 
-  def logical(self, state: TrainState) -> TrainState:
-    # Every device's own copy; they are equal, bit for bit, since all apply the same reduced gradient.
+  def global_state(self, state: Tree) -> Tree:
+    # The devices' copies are equal bit for bit, since all devices apply the same reduced gradient.
     def joined(x: jax.Array) -> jax.Array:
       copies = [shard.data.reshape(x.shape[1:]) for shard in x.addressable_shards]
-      return jax.make_array_from_single_device_arrays(x.shape[1:], self._everywhere, copies)
+      return jax.make_array_from_single_device_arrays(x.shape[1:], self._replicated, copies)
 
     return jax.tree.map(joined, state)
 
   def params(self, state: TrainState) -> PyTree:
-    return self.logical(state).params
+    return self.global_state(state).params
 
-  def rows(self, batch_size: int) -> np.ndarray:
-    return host_rows(self._batch_sharding, batch_size)
-
-  def own(self, batch_size: int) -> np.ndarray:
-    return own_rows(self._batch_sharding, batch_size, jax.process_index())
-
-  def put(self, batch: dict[str, Any]) -> Batch:
+  def shard_batch(self, batch: dict[str, Any]) -> Batch:
     return {k: v.reshape(len(self._local), -1, *v.shape[1:]) for k, v in batch.items()}
 
-  def step(self, state: TrainState, batch: Batch) -> TrainState:
-    return self._step(state, batch)
+  def new_totals(self) -> Totals:
+    return self._replicate(self._zero_totals())
 
-  def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-    self._step = self._step.lower(state, batch).compile()
-    return self._step
+  def _mesh_context(self) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
 
-  def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
+  def _abstract_arguments(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[TrainState, Batch]:
     count = len(self._devices)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), self.abstract())
     split = {k: jax.ShapeDtypeStruct((count, x.shape[0] // count, *x.shape[1:]), x.dtype) for k, x in batch.items()}
-    return self._step.lower(state, split).compile()
-
-  def new_totals(self) -> Totals:
-    return self._replicate(Totals.zeros(self._num_slots))
+    return state, split
 
 
 STRATEGIES = {"jit": JitStrategy, "pmap": PmapStrategy}

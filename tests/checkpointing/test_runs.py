@@ -17,7 +17,7 @@ from models import assert_trees_equal, tiny_config
 import cyb_jax
 from cyb_jax import configs, data, storage, training
 from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
-from cyb_jax.errors import DivergedError, InputError
+from cyb_jax.errors import DivergedError, InputError, Interrupted
 
 KEYS = {
   "method", "step", "split", "loss", "perplexity", "mean_pauses", "latency", "slot_perplexity", "oracle_perplexity",
@@ -253,17 +253,16 @@ def test_init_from_keeps_what_the_run_has_not(tmp_path, workdir):
 
 
 def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
-  from cyb_jax.cli.programs import Interrupted
-  from cyb_jax.training import loop
+  from cyb_jax.training import trainer
 
-  whole = loop._Loop._evaluate
+  whole = trainer.Trainer.evaluate
 
-  def interrupted(self, state, step, *arguments, **options):
-    if step == 6:
+  def interrupted(self, run, *arguments, **options):
+    if run.step == 6:
       os.kill(os.getpid(), signal.SIGTERM)
-    return whole(self, state, step, *arguments, **options)
+    return whole(self, run, *arguments, **options)
 
-  monkeypatch.setattr(loop._Loop, "_evaluate", interrupted)
+  monkeypatch.setattr(trainer.Trainer, "evaluate", interrupted)
   config = tiny_config(pauses=1)
   config.train.checkpoint_every = 0
   with pytest.raises(Interrupted, match="saved at step 6 of 12"):
@@ -325,10 +324,10 @@ def test_profile(tmp_path):
 
 @pytest.mark.slow
 def test_collapse_is_warned_of(tmp_path, monkeypatch):
-  from cyb_jax.training import loop
+  from cyb_jax.training import hooks
 
   warnings = []
-  monkeypatch.setattr(loop.logging, "warning", lambda text, *args: warnings.append(text % args))
+  monkeypatch.setattr(hooks.logging, "warning", lambda text, *args: warnings.append(text % args))
   config = tiny_config(pauses=1, dont_know_prior=0.999)
   config.train.update(steps=4, log_every=1, eval_every=0)
   training.train(configs.freeze(config), tmp_path / "run")

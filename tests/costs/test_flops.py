@@ -11,7 +11,7 @@ from cyb_jax.costs import flops
 from cyb_jax.decoder import Decoder, DecoderConfig, HiddenSlots, LoraConfig, init_params, num_params, preset
 from cyb_jax.decoder.lora import LEAVES, TARGETS
 from cyb_jax.methods import MethodConfig, build
-from cyb_jax.training import trained_part, with_trained
+from cyb_jax.methods.parameters import trained_part, with_trained
 
 
 def _config(**fields):

@@ -17,7 +17,7 @@ from cyb_jax.distributed.agreement import agree, code_version, same_folder
 from cyb_jax.distributed.channel import Channel, KeyValueStore
 from cyb_jax.distributed.cluster import ALONE, Meeting
 from cyb_jax.errors import HostLostError, InputError
-from cyb_jax.partitioning.mesh import AXES, batch_sharding, host_rows, own_rows
+from cyb_jax.partitioning.mesh import AXES, batch_sharding, host_rows, owned_rows
 
 STEPS = 12
 
@@ -166,7 +166,7 @@ def test_every_row_of_a_batch_is_some_hosts_own():
   ):
     rows = [host_rows(Spread(host, shape), 16).tolist() for host in (0, 1)]
     assert rows == [list(first), list(second)]
-    own = [np.array(rows[host])[own_rows(Spread(host, shape), 16, host)].tolist() for host in (0, 1)]
+    own = [np.array(rows[host])[owned_rows(Spread(host, shape), 16, host)].tolist() for host in (0, 1)]
     assert sorted(own[0] + own[1]) == list(range(16))
 
 

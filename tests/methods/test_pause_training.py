@@ -247,8 +247,8 @@ def test_a_step_on_any_devices_is_the_same(strategy, accumulate):
     mesh = make_mesh(frozen.parallelism, jax.devices()[:devices])
     method = frozen.build_method(257)
     run = training.build_strategy(frozen, method, training.make_optimizer(frozen.optimizer, 5, 16), mesh)
-    state = run.step(run.init(), run.put(random_batch(batch_size=8, length=16)))
-    states.append(jax.device_get(run.logical(state)))
+    state = run.step(run.init(), run.shard_batch(random_batch(batch_size=8, length=16)))
+    states.append(jax.device_get(run.global_state(state)))
   many, one = states
   assert one.totals.dropped == many.totals.dropped > 0
   assert one.totals.tokens + one.totals.dropped == 8 * 16

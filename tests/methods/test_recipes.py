@@ -270,8 +270,8 @@ def test_draws_are_the_same_on_all_devices_and_in_all_parts(options):
     state = strategy.init()
     with jax.default_matmul_precision("highest"):
       for step in range(2):
-        state = strategy.step(state, strategy.put(random_batch(step, 8, 6, uneven=True)))
-    return jax.device_get(strategy.logical(state))
+        state = strategy.step(state, strategy.shard_batch(random_batch(step, 8, 6, uneven=True)))
+    return jax.device_get(strategy.global_state(state))
 
   one = state_after(config, 1)
   for other in (

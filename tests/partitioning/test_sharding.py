@@ -96,7 +96,7 @@ def strategy_of(config, devices=8):
 def take(strategy, state, steps):
   with jax.default_matmul_precision("highest"):
     for step in steps:
-      state = strategy.step(state, strategy.put(random_batch(step, 16, 6, uneven=True)))
+      state = strategy.step(state, strategy.shard_batch(random_batch(step, 16, 6, uneven=True)))
   return state
 
 
@@ -126,7 +126,7 @@ def check(variant, mesh):
   if mesh != "pmap":
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(strategy.abstract()), strict=True)
     assert all(x.sharding.is_equivalent_to(wanted.sharding, x.ndim) for x, wanted in leaves)
-  state, whole = jax.device_get(strategy.logical(state)), one_device(variant)
+  state, whole = jax.device_get(strategy.global_state(state)), one_device(variant)
   assert float(whole.totals.tokens) > 0
   gradient = optax.tree.get(whole.opt_state, "mu")
   assert min(np.abs(x).max() for x in jax.tree.leaves(gradient)) > 0
@@ -368,12 +368,12 @@ def test_checkpoints_move(meshes, tmp_path):
     else:
       restored = checkpoints.restore(2 * number, strategy.abstract())
       placed = strategy.place(restored.state)
-      assert_trees_equal(jax.device_get(strategy.logical(placed)), state)
+      assert_trees_equal(jax.device_get(strategy.global_state(placed)), state)
     placed = take(strategy, placed, [2 * number, 2 * number + 1])
-    logical = strategy.logical(placed)
-    checkpoints.save(2 * number + 2, logical, {})
+    global_state = strategy.global_state(placed)
+    checkpoints.save(2 * number + 2, global_state, {})
     checkpoints.wait()
-    state = jax.device_get(logical)
+    state = jax.device_get(global_state)
   checkpoints.close()
   strategy = strategy_of(over(config, "one"), 1)
   whole = jax.device_get(take(strategy, strategy.init(), range(2 * len(meshes))))

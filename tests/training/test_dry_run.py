@@ -67,10 +67,10 @@ def test_what_it_says_is_what_is_used(parallelism):
   state = strategy.init()
   assert memory["parameters"] == on_a_device(state.params)
   assert memory["moments"] == on_a_device(state.opt_state)
-  logical = strategy.logical(state)
-  assert parameters["total"] == sum(x.size for x in jax.tree.leaves(logical.params))
+  global_state = strategy.global_state(state)
+  assert parameters["total"] == sum(x.size for x in jax.tree.leaves(global_state.params))
   tokens = jax.numpy.zeros((8, 16), "int32")
-  batch = strategy.put({"tokens": tokens, "targets": tokens, "weights": jax.numpy.ones((8, 16))})
+  batch = strategy.shard_batch({"tokens": tokens, "targets": tokens, "weights": jax.numpy.ones((8, 16))})
   # pmap splits what it is given when it is called.
   assert memory["batch"] == on_a_device(batch) // (8 if "strategy" in parallelism else 1)
   program = strategy.compile(state, batch)
@@ -114,7 +114,7 @@ def test_executed_operations_are_xlas(weights):
   config.data.sequence_length = 64
   config = configs.freeze(lora(config, lora_rank=32, lora_targets="query,key,value,out,gate,up,down", weights=weights))
   method, strategy = build(config)
-  counted = strategy.compile_abstract(estimate.abstract_batch(config, 8)).cost_analysis()["flops"] * len(jax.devices())
+  counted = strategy.compile_abstract(training.abstract_batch(config, 8)).cost_analysis()["flops"] * len(jax.devices())
   # One chunk of logits: XLA unrolls its scan and doesn't compute them again.
   said = method.train_flops(64, executed=True) - method.forward_cost(64).readout
   assert 8 * 64 * said == pytest.approx(counted, rel=0.05)
@@ -138,7 +138,7 @@ def test_where_the_vocabulary_comes_from(elsewhere):
 
   def vocabulary():
     frozen = configs.freeze(config)
-    return estimate.vocabulary(frozen, training.find_store(frozen))
+    return training.vocabulary(frozen, training.find_store(frozen))
 
   assert vocabulary() == (300, "data.tokenizer = 'sentencepiece:300'")
   config.data.tokenizer = "gemma.model"

@@ -22,7 +22,7 @@ from cyb_jax.benchmarks.faults import PHASES, first_difference
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.checkpointing.workdir import Lock, checkpoints_in
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.training import loop
+from cyb_jax.training import run_data, trainer
 
 # Of orbax's threads, when a save has failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -180,7 +180,7 @@ def test_a_second_run_in_a_folder_is_refused(copy, config, tmp_path):
 def test_two_runs_that_start_together(tmp_path, config, monkeypatch):
   """Both have seen an empty place; the second to write is refused, whether the first still runs or has ended."""
   folder = tmp_path / "run"
-  prepared = loop.open_store
+  prepared = run_data.open_store
 
   def other_holds(config):
     folder.mkdir()
@@ -191,20 +191,20 @@ def test_two_runs_that_start_together(tmp_path, config, monkeypatch):
   with contextlib.closing(contextlib.ExitStack()) as stack:
     lock = Lock(folder)
     stack.push(lock)
-    monkeypatch.setattr(loop, "open_store", other_holds)
+    monkeypatch.setattr(run_data, "open_store", other_holds)
     with pytest.raises(InputError, match="another run is training in"):
       training.train(config, folder)
     assert [p.name for p in folder.iterdir()] == [".lock"]
 
   def other_ends(config):
-    monkeypatch.setattr(loop, "open_store", prepared)
+    monkeypatch.setattr(run_data, "open_store", prepared)
     thread = threading.Thread(target=training.train, args=(config, folder))
     thread.start()
     thread.join()
     return prepared(config)
 
   shutil.rmtree(folder)
-  monkeypatch.setattr(loop, "open_store", other_ends)
+  monkeypatch.setattr(run_data, "open_store", other_ends)
   with pytest.raises(InputError, match=r"another run has trained in .* just now; start again to continue it"):
     training.train(config, folder)
   assert cyb_jax.load(folder).step == 12
@@ -238,16 +238,16 @@ def largest_files(size):
 
 def disturbed_at(monkeypatch, step, disturb):
   """Calls `disturb` when the validation of a step begins, and what was saved before is whole."""
-  whole = loop._Loop._evaluate
+  whole = trainer.Trainer.evaluate
 
-  def evaluate(self, state, at, *arguments, **options):
-    if at == step:
+  def evaluate(self, run, *arguments, **options):
+    if run.step == step:
       while list(self.folder.glob("checkpoints/unfinished/*")):
         time.sleep(0.01)
       disturb()
-    return whole(self, state, at, *arguments, **options)
+    return whole(self, run, *arguments, **options)
 
-  monkeypatch.setattr(loop._Loop, "_evaluate", evaluate)
+  monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
 
 
 def test_a_save_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):

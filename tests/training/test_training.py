@@ -31,10 +31,10 @@ def run(config=CONFIG, *, devices=1, steps=3, batches=None, ahead=False):
     for step in range(steps):
       batch = batches[step] if batches else random_batch(step, 8, 6, uneven=True)
       if ahead and not step:
-        program = strategy.compile(state, strategy.put(batch))
+        program = strategy.compile(state, strategy.shard_batch(batch))
         assert program.memory_analysis().alias_size_in_bytes > 0  # the state is donated
-      state = strategy.step(state, strategy.put(batch))
-  return jax.device_get(strategy.logical(state))
+      state = strategy.step(state, strategy.shard_batch(batch))
+  return jax.device_get(strategy.global_state(state))
 
 
 MESHES = {
@@ -57,8 +57,8 @@ def gradient_step(config, *, devices=1):
   method = config.build_method(VOCABULARY)
   strategy = build_strategy(config, method, optax.sgd(1.0), mesh)
   with jax.default_matmul_precision("highest"):
-    state = strategy.step(strategy.init(), strategy.put(random_batch(5, 8, 6, uneven=True)))
-  return jax.device_get(strategy.logical(state))
+    state = strategy.step(strategy.init(), strategy.shard_batch(random_batch(5, 8, 6, uneven=True)))
+  return jax.device_get(strategy.global_state(state))
 
 
 @pytest.mark.parametrize("accumulate", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
@@ -173,17 +173,17 @@ def test_metrics_of_no_step_are_undefined():
 )
 def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
   method, params = build(name="cyb", pauses=1)
-  losses = method.losses
+  loss = method.loss
 
   def broken(params, batch, rng, step):
-    out = losses(params, batch, rng, step)
+    out = loss(params, batch, rng, step)
     on = (step >= 1) & (step < 3)
     if where == "loss":
       return dataclasses.replace(out, loss=out.loss + jnp.where(on, jnp.inf, 0.0))
     # At 0 a square root is finite, and its gradient isn't.
     return dataclasses.replace(out, loss=out.loss + jnp.sqrt(jnp.where(on, 0 * params["dont_know"].sum(), 1.0)))
 
-  method.losses = broken
+  method.loss = broken
   optimizer = optax.adam(lambda count: 1e-2 / (1 + count))
   step = jax.jit(
     functools.partial(train_step, method=method, optimizer=optimizer, seed=0, accumulate=accumulate, max_skipped=3)
@@ -206,9 +206,9 @@ def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
 @pytest.mark.slow
 def test_after_so_many_in_a_row_nothing_is_applied_any_more():
   method, params = build(name="cyb", pauses=1)
-  losses = method.losses
-  method.losses = lambda params, batch, rng, step: dataclasses.replace(
-    losses(params, batch, rng, step), loss=losses(params, batch, rng, step).loss + jnp.where(step < 20, jnp.nan, 0.0)
+  loss = method.loss
+  method.loss = lambda params, batch, rng, step: dataclasses.replace(
+    loss(params, batch, rng, step), loss=loss(params, batch, rng, step).loss + jnp.where(step < 20, jnp.nan, 0.0)
   )
   optimizer = optax.sgd(1.0)
   step = jax.jit(functools.partial(train_step, method=method, optimizer=optimizer, seed=0, max_skipped=18))

@@ -18,8 +18,8 @@ from cyb_jax.decoder import Decoder, LoraConfig, empty_cache, init_params, merge
 from cyb_jax.decoder.lora import LEAVES, TARGETS
 from cyb_jax.errors import InputError
 from cyb_jax.methods import MethodConfig
+from cyb_jax.methods.parameters import trained_part, with_trained
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
-from cyb_jax.training import trained_part, with_trained
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=TARGETS)
 ADAPTED = dataclasses.replace(TINY, lora=LORA)
@@ -145,11 +145,11 @@ def run(config, *, devices=1, steps=3):
   optimizer = training.make_optimizer(config.optimizer, 10, 16, new_rate=config.tuning.new_rate)
   strategy = training.build_strategy(config, method, optimizer, mesh)
   state = strategy.init()
-  start = jax.device_get(strategy.logical(state))
+  start = jax.device_get(strategy.global_state(state))
   with jax.default_matmul_precision("highest"):
     for step in range(steps):
-      state = strategy.step(state, strategy.put(random_batch(step, 8, 6, uneven=True)))
-  return start, jax.device_get(strategy.logical(state))
+      state = strategy.step(state, strategy.shard_batch(random_batch(step, 8, 6, uneven=True)))
+  return start, jax.device_get(strategy.global_state(state))
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,8 @@ def test_adapters_are_split_as_their_matrices_are():
 @pytest.mark.slow
 def test_what_is_not_finite_is_not_applied():
   method = tuned().build_method(VOCABULARY)
-  losses = method.losses
-  method.losses = lambda *a: dataclasses.replace(losses(*a), loss=losses(*a).loss + jnp.inf)
+  loss = method.loss
+  method.loss = lambda *a: dataclasses.replace(loss(*a), loss=loss(*a).loss + jnp.inf)
   optimizer = training.make_optimizer(tuned().optimizer, 10, 16)
   start = training.unbox(training.init_state(method, optimizer, 0))
   after = jax.jit(functools.partial(training.train_step, method=method, optimizer=optimizer, seed=0))(

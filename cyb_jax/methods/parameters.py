@@ -1,0 +1,40 @@
+"""The part of a method's parameters that is trained. Parameters are nested dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import PyTree
+
+
+def trained_part(params: PyTree, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> PyTree:
+  """The parameters that are trained: the same nested dicts, without the names of the others.
+
+  Args:
+    params: nested dicts with leaves of any kind.
+    is_trained: see `Method.is_trained`.
+    path: the names that lead to `params` itself.
+  """
+  part = {}
+  for name, value in params.items():
+    here = (*path, name)
+    if isinstance(value, dict):
+      value = trained_part(value, is_trained, here)
+      if value:
+        part[name] = value
+    elif is_trained(here):
+      part[name] = value
+  return part
+
+
+def with_trained(params: PyTree, part: PyTree) -> PyTree:
+  """All parameters, in which the leaves of `part` replace those of `params`.
+
+  Args:
+    params: nested dicts.
+    part: as `trained_part` returns it.
+  """
+  merged = dict(params)
+  for name, value in part.items():
+    merged[name] = with_trained(params[name], value) if isinstance(value, dict) else value
+  return merged

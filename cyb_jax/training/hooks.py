@@ -1,0 +1,324 @@
+"""What a run does around its steps: metrics, validation, checkpoints, a profiler trace, interruption.
+
+The trainer calls the hooks after each step in a fixed order (`Trainer._hooks`). Each of them knows its own period.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from absl import logging
+
+from cyb_jax import storage
+from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.distributed.cluster import Cluster
+from cyb_jax.errors import DivergedError, Interrupted
+from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, summarize
+from cyb_jax.training.progress import Progress
+from cyb_jax.training.signals import StopSignals
+from cyb_jax.training.step import Totals
+from cyb_jax.training.strategies import Strategy, with_new_totals
+from cyb_jax.training.throughput import Lap, Throughput
+
+# Steps before the trace: by then everything is compiled and batches are read ahead.
+_PROFILE_AFTER = 10
+
+
+class Profiler:
+  """Traces `steps` steps into WORKDIR/profile, after the first ten; as a context it ends the trace with the run.
+
+  Args:
+    folder: the work directory.
+    steps: 0: no trace.
+  """
+
+  def __init__(self, folder: storage.Place, steps: int):
+    self._folder, self._steps, self._running = folder / "profile", steps, False
+
+  def __enter__(self) -> Profiler:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._stop()
+
+  def before_step(self, run: Progress) -> None:
+    if self._steps and run.step == run.first + _PROFILE_AFTER:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after_step(self, run: Progress) -> None:
+    before = run.first - 1 + _PROFILE_AFTER
+    if self._steps and run.step == min(before + self._steps, run.plan.steps) > before:
+      jax.block_until_ready(run.state.step)
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+    self._running = False
+
+
+class DivergenceCheck:
+  """Ends a run in which too many steps in a row were not applied.
+
+  Args:
+    strategy: the run's.
+    max_skipped: this many steps in a row end the run.
+    folder: the work directory, for the message.
+  """
+
+  def __init__(self, strategy: Strategy, max_skipped: int, folder: storage.Place):
+    self._strategy, self._max_skipped, self._folder = strategy, max_skipped, folder
+
+  def __call__(self, step: int, skipped_in_a_row: jax.Array) -> int:
+    """The number of the latest steps that were not applied.
+
+    Args:
+      step: the number of the step.
+      skipped_in_a_row: of the state after it.
+
+    Raises:
+      DivergedError: there are `max_skipped` of them; the checkpoints are from before.
+    """
+    in_a_row = int(self._strategy.global_state(skipped_in_a_row))
+    if in_a_row >= self._max_skipped:
+      raise DivergedError(
+        f"step {step}: the loss or the gradient of the last {in_a_row} steps isn't finite (train.max_skipped ="
+        f" {self._max_skipped}); none of them was applied, and the checkpoints in {self._folder} are from"
+        " before. A lower optimizer.learning_rate may do"
+      )
+    return in_a_row
+
+
+class CollapseWarning:
+  """Warns once when one slot receives almost all of the stopping distribution.
+
+  Args:
+    threshold: warns above this share.
+    decides: whether the method learns when to stop; other methods get no warning.
+  """
+
+  def __init__(self, threshold: float, *, decides: bool):
+    self._threshold, self._decides = threshold, decides
+    self._warned = False
+
+  def __call__(self, step: int, latency: list[float]) -> None:
+    """Looks at the mean stopping distribution over the slots; a line below the threshold re-arms the warning."""
+    share, slot = max((share, slot) for slot, share in enumerate(latency))
+    # Where no step was applied the shares are nan, which is never above the threshold.
+    if not self._decides or len(latency) == 1 or not share > self._threshold:
+      self._warned = False
+    elif not self._warned:
+      logging.warning(
+        "step %d: the stopping distribution has collapsed: %.1f%% of the answers are read after %d pauses. Token+pause"
+        " inputs (method.pause_input), a lower rate or the DP loss may keep it open",
+        step,
+        100 * share,
+        slot,
+      )
+      self._warned = True
+
+
+@dataclasses.dataclass
+class _Pending:
+  """A line of metrics whose numbers the device may still be computing."""
+
+  step: int
+  totals: Totals
+  skipped_in_a_row: jax.Array
+
+
+class Metrics:
+  """Writes a line of metrics every `train.log_every` steps, and at the last one.
+
+  The numbers of step n are fetched when step n + 1 is under way, so that the device never waits for the host.
+
+  Args:
+    strategy: the run's.
+    schedule: the learning rate by step.
+    log: receives the lines.
+    throughput: measures from line to line.
+    divergence, collapse: are called after each line.
+  """
+
+  def __init__(
+    self,
+    strategy: Strategy,
+    schedule: optax.Schedule,
+    log: MetricsLog | NoLog,
+    throughput: Throughput,
+    divergence: DivergenceCheck,
+    collapse: CollapseWarning,
+  ):
+    self._strategy, self._schedule, self._log = strategy, schedule, log
+    self._throughput, self._divergence, self._collapse = throughput, divergence, collapse
+    self._pending: _Pending | None = None
+
+  def write_previous(self, run: Progress) -> None:
+    """Writes the line of the step before, now that the next step is under way."""
+    if run.is_first and not run.is_last:
+      # The first call compiles: the throughput of the first line is measured after it.
+      jax.block_until_ready(run.state.step)
+      self._throughput.restart(run.step)
+    self.flush(run)
+
+  def collect(self, run: Progress) -> None:
+    """Takes the totals of the steps since the last line."""
+    if run.is_last or run.is_due(run.plan.config.train.log_every):
+      # A copy of the count: the next step donates its state.
+      self._pending = _Pending(run.step, run.state.totals, run.state.skipped_in_a_row + 0)
+      run.state = with_new_totals(self._strategy, run.state)
+
+  def flush(self, run: Progress) -> None:
+    """Writes the line that is pending, if there is one; waits for its numbers.
+
+    Raises:
+      DivergedError: see `DivergenceCheck`.
+      StorageError: see `MetricsLog.write`.
+    """
+    pending, self._pending = self._pending, None
+    if pending is None:
+      return
+    row = summarize(jax.device_get(self._strategy.global_state(pending.totals)))
+    lap = self._throughput.lap(pending.step)
+    rate = float(self._schedule(pending.step - 1))
+    self._log.write({"split": "train", "step": pending.step, **row, "learning_rate": rate, "timing": lap.timing()})
+    logging.info("%s", _progress_line(pending.step, run.plan.steps, row, lap))
+    if row["skipped"]:
+      numbers = ", ".join(map(str, row["skipped_steps"])) + ", ..." * (row["skipped"] > len(row["skipped_steps"]))
+      logging.warning("%d steps were not applied, their loss or gradient isn't finite: %s", row["skipped"], numbers)
+    self._divergence(pending.step, pending.skipped_in_a_row)
+    self._collapse(pending.step, row["latency"])
+
+
+def _progress_line(step: int, steps: int, row: dict[str, Any], lap: Lap) -> str:
+  line = (
+    f"step {step}/{steps}  loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}  pauses {row['mean_pauses']:.2f}"
+  )
+  if lap.tokens_per_second:
+    mfu = f", MFU {lap.mfu:.1%}" if lap.mfu else ""
+    left = format_seconds((steps - step) * lap.seconds / lap.steps)
+    line += (
+      f"  {lap.tokens_per_second:.0f} tokens/s, {lap.slots_per_second:.0f} slots/s{mfu}, data wait {lap.data_wait:.0%},"
+      f" {left} left"
+    )
+  if row["dropped_tokens"]:
+    line += f"  ({row['dropped_tokens']} tokens didn't fit)"
+  return line
+
+
+class Interruption:
+  """Ends a run, on all hosts after the same step, when a signal has arrived on any of them.
+
+  Args:
+    cluster: the hosts that train together.
+    signals: of this host.
+    checkpoints: the run's.
+  """
+
+  def __init__(self, cluster: Cluster, signals: StopSignals, checkpoints: Checkpoints):
+    self._cluster, self._signals, self._checkpoints = cluster, signals, checkpoints
+
+  def ask(self, run: Progress) -> None:
+    """Sets `run.stopping` where any host has a signal; the answer is the same on all hosts."""
+    run.stopping = run.stopping or self._cluster.stops(bool(self._signals.received))
+
+  def end(self, run: Progress) -> None:
+    """Raises Interrupted where the run stops before its last step, when its checkpoint is written."""
+    if run.stopping and not run.is_last:
+      self._checkpoints.wait()
+      received = self._signals.received
+      cause = f"signal {received[0]}" if received else "another host was asked to stop"
+      raise Interrupted(f"{cause}: saved at step {run.step} of {run.plan.steps}; the same command continues")
+
+
+class Validation:
+  """Evaluates on the validation split every `train.eval_every` steps, and at the last one.
+
+  Args:
+    evaluate: `Trainer.evaluate`.
+    log: receives the records.
+    interruption: is asked again after an evaluation, which may take long.
+  """
+
+  def __init__(self, evaluate: Callable[..., dict[str, Any]], log: MetricsLog | NoLog, interruption: Interruption):
+    self._evaluate, self._log, self._interruption = evaluate, log, interruption
+
+  def is_due(self, run: Progress) -> bool:
+    return run.is_last or run.is_due(run.plan.config.train.eval_every)
+
+  def __call__(self, run: Progress) -> None:
+    train = run.plan.config.train
+    record = self._evaluate(run, train.last_eval_limit if run.is_last else train.eval_limit)
+    run.loss = record["loss"]
+    if run.is_last and 0 < train.eval_every < run.step and train.eval_limit != train.last_eval_limit:
+      # The best checkpoint is the best on the same windows.
+      run.loss = self._evaluate(run, train.eval_limit, autoregressive=False)["loss"]
+    self._log.write(record)
+    logging.info("step %d: validation perplexity %.3f", run.step, record["perplexity"])
+    self._interruption.ask(run)
+
+
+class Saver:
+  """Saves a checkpoint every `train.checkpoint_every` steps, at the last step, and before the run is interrupted.
+
+  Args:
+    checkpoints: the run's.
+    strategy: the run's.
+    log: is flushed before each save.
+    divergence: is asked before each save.
+  """
+
+  def __init__(
+    self, checkpoints: Checkpoints, strategy: Strategy, log: MetricsLog | NoLog, divergence: DivergenceCheck
+  ):
+    self._checkpoints, self._strategy, self._log, self._divergence = checkpoints, strategy, log, divergence
+
+  def check_previous(self, run: Progress) -> None:
+    """Raises the error of the save in the background, if it has failed; looks every `train.log_every` steps."""
+    if run.is_last or run.is_due(run.plan.config.train.log_every):
+      self._checkpoints.check()
+
+  def is_due(self, run: Progress) -> bool:
+    return run.is_last or run.stopping or run.is_due(run.plan.config.train.checkpoint_every)
+
+  def __call__(self, run: Progress) -> None:
+    meta = run.meta()
+    in_a_row = self._divergence(run.step, run.state.skipped_in_a_row)
+    if in_a_row and not (run.stopping or run.is_last):
+      # These parameters may be the reason why the steps fail, and must not replace earlier checkpoints.
+      logging.warning("step %d: not saved, since the last %d steps were not applied", run.step, in_a_row)
+    else:
+      self._log.flush()
+      self._checkpoints.save(run.step, self._strategy.global_state(run.state), meta, loss=run.loss)
+
+
+class Pause:
+  """Runs the hooks that hold up the steps: validation, then the checkpoint.
+
+  The pending line of metrics is written first, so that its timing does not include the pause.
+
+  Args:
+    metrics, throughput, validation, saver, interruption: the run's.
+  """
+
+  def __init__(
+    self, metrics: Metrics, throughput: Throughput, validation: Validation, saver: Saver, interruption: Interruption
+  ):
+    self._metrics, self._throughput = metrics, throughput
+    self._validation, self._saver, self._interruption = validation, saver, interruption
+
+  def __call__(self, run: Progress) -> None:
+    if not (self._validation.is_due(run) or self._saver.is_due(run)):
+      return
+    self._metrics.flush(run)
+    if self._validation.is_due(run):
+      self._validation(run)
+    if self._saver.is_due(run):  # a signal may have arrived during the validation
+      self._saver(run)
+    self._interruption.end(run)
+    self._throughput.restart(run.step)

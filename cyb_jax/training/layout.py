@@ -1,0 +1,54 @@
+"""How a run is laid out over devices: its mesh, its methods, its strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from cyb_jax.configs import Config
+from cyb_jax.methods import Method
+from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
+from cyb_jax.training.optimizer import make_optimizer
+from cyb_jax.training.strategies import Strategy, build_strategy
+
+
+def mesh_of_run(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of a run over the devices, all by default.
+
+  Raises:
+    InputError: the sizes of the mesh don't fit the devices, or the batch can't be split evenly.
+  """
+  mesh = make_mesh(config.parallelism, devices)
+  check_batch(config.data.batch_size, data_shards(mesh) * config.optimizer.accumulate)
+  return mesh
+
+
+def methods_of_run(config: Config, vocab_size: int | None, mesh: Mesh) -> tuple[Method, Method]:
+  """(method of a training step, method of an evaluation); they have the same parameters.
+
+  They differ under pmap: a step then sees one device's part of the batch, while an evaluation always runs under jit.
+
+  Args:
+    config: the run's.
+    vocab_size: None: the number of the decoder's rows.
+    mesh: see `mesh_of_run`.
+  """
+  evaluated = config.build_method(vocab_size, data_shards=data_shards(mesh))
+  if config.parallelism.strategy != "pmap":
+    return evaluated, evaluated
+  return config.build_method(vocab_size, data_shards=1), evaluated
+
+
+def strategy_of_run(config: Config, method: Method, mesh: Mesh, steps: int) -> Strategy:
+  """The strategy of a run of so many steps.
+
+  Args:
+    config: the run's.
+    method: of a training step, see `methods_of_run`.
+    mesh: see `mesh_of_run`.
+    steps: the length of the schedule; changes no shape.
+  """
+  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
+  return build_strategy(config, method, make_optimizer(config.optimizer, steps, width, new_rate=new_rate), mesh)

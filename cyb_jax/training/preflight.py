@@ -1,0 +1,176 @@
+"""All checks of a run, and all that its hosts agree on, before the first byte is written in its work directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from cyb_jax import configs, runs, storage
+from cyb_jax.checkpointing.workdir import check_fingerprint, check_workdir, newest_meta
+from cyb_jax.configs import Config
+from cyb_jax.data import TokenStore
+from cyb_jax.data.tasks import has_targets
+from cyb_jax.data.tokenizers import trained_pieces
+from cyb_jax.distributed.agreement import own_facts
+from cyb_jax.distributed.cluster import Cluster
+from cyb_jax.errors import InputError
+from cyb_jax.interop import pretrained
+from cyb_jax.interop.pretrained import Pretrained
+from cyb_jax.methods import Method
+from cyb_jax.training.layout import mesh_of_run, methods_of_run
+from cyb_jax.training.run_data import abstract_batch, num_steps, open_batches, open_recorded_or_new_store
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+  """A run that has passed its checks.
+
+  Attributes:
+    config: validated.
+    cluster: the hosts that train together.
+    mesh: all devices.
+    method: of a training step.
+    evaluated: the method of an evaluation, see `layout.methods_of_run`.
+    store: the token store.
+    steps: the number of steps of the whole run.
+    meta: the JSON object of the newest checkpoint; None: there is no checkpoint.
+    start: `init_from`, opened; None: the run has a checkpoint, or starts from fresh parameters.
+    profile: the number of steps to trace.
+  """
+
+  config: Config
+  cluster: Cluster
+  mesh: Mesh
+  method: Method
+  evaluated: Method
+  store: TokenStore
+  steps: int
+  meta: dict[str, Any] | None
+  start: Pretrained | None
+  profile: int
+
+
+def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, cluster: Cluster) -> RunPlan:
+  """Checks a run; all hosts call this.
+
+  A token store that does not exist yet is prepared. Nothing is written in the work directory.
+
+  Args:
+    config, workdir, profile, cluster: see `trainer.train`.
+
+  Raises:
+    InputError: bad input, or hosts that differ.
+  """
+  _agree(config, workdir, profile, cluster)
+  mesh = mesh_of_run(config)
+  meta = newest_meta(workdir)
+  start = _check_start(config) if meta is None else None
+  store = _open_store(config, meta, cluster)
+  method, evaluated = methods_of_run(config, store.vocab_size, mesh)
+  steps = num_steps(config, open_batches(config, store))
+  if start is not None:
+    start.check(method, store.tokenizer)
+  _validate_data(config, method, store)
+  _check_attention(config, method, mesh)
+  return RunPlan(config, cluster, mesh, method, evaluated, store, steps, meta, start, profile)
+
+
+def _agree(config: Config, workdir: str | os.PathLike, profile: int, cluster: Cluster) -> None:
+  """Whether all hosts have the same config and a work directory that this config may run in."""
+  source = json.loads(configs.to_json(config))
+  # Hosts may keep their stores in different folders; the contents are compared when the stores are open. But hosts must
+  # agree on whether data.store is set, since then all of them wait for host 0 to open it.
+  source["data"] |= {"store": "a folder" if config.data.store else ""}
+  cluster.agree({"config": source, "workdir": str(workdir), **own_facts()})
+  if profile and storage.in_bucket(workdir):
+    raise InputError(f"--profile: {profile}, but no trace can be written to {workdir}; take a folder on a disk")
+  if cluster.index == 0:  # other hosts would find the same, and some file systems allow one writer at a time
+    check_workdir(workdir, runs.config_record(config))
+  cluster.barrier()
+
+
+def _check_start(config: Config) -> Pretrained | None:
+  """Checks a run that has no checkpoint before its token store is prepared; returns `init_from`, opened."""
+  start = pretrained.open_pretrained(config.init_from) if config.init_from else None
+  config.decoder_config(trained_pieces(config.tokenizer))
+  if not config.data.store:
+    _validate_data(config, config.build_method(), None)
+  return start
+
+
+def _open_store(config: Config, meta: dict[str, Any] | None, cluster: Cluster) -> TokenStore:
+  """The run's token store, the same on all hosts; one that is missing is prepared."""
+  with _host_0_first(cluster) if config.data.store else contextlib.nullcontext():
+    store = open_recorded_or_new_store(config, meta)
+  check_fingerprint(store, meta)
+  # Hosts may each prepare a store, which takes them different times.
+  trained = None if meta is None else meta["train_tokens"]
+  cluster.agree({"token store": store.fingerprint, "tokens trained on": trained}, seconds=None)
+  return store
+
+
+@contextlib.contextmanager
+def _host_0_first(cluster: Cluster) -> Iterator[None]:
+  """Other hosts run the block after host 0 has: host 0 prepares a store that all hosts share."""
+  if cluster.index:
+    cluster.barrier()
+  yield
+  if not cluster.index:
+    cluster.barrier()
+
+
+def _validate_data(config: Config, method: Method, store: TokenStore | None) -> None:
+  """Checks that the data has what the method learns from; logs a warning where the method can use only a part of it.
+
+  Args:
+    config: the run's.
+    method: the run's.
+    store: the token store; None: it is not prepared yet, and the task is checked by its declaration.
+
+  Raises:
+    InputError: the method learns targets after prefixes, and the data has none.
+  """
+  if not method.learns_targets:
+    return
+  if not (has_targets(config.data.task) if store is None else store.has_prefixes("train")):
+    raise InputError(
+      f"data.task: {config.data.task!r} has no targets behind prefixes: all of its tokens have weight 1; take a task of"
+      f" questions and answers, such as 'commonsense_qa' or 'synthetic_questions', or another method.pause_places than"
+      f" {method.config.pause_places!r}"
+    )
+  length = config.data.sequence_length
+  most = method.prefixes_at_most(length)
+  if store is None or most is None:
+    return
+  for split in store.splits:
+    counts = store.prefixes(split, length)
+    beyond = int(np.maximum(counts - most, 0).sum())
+    if beyond:
+      logging.warning(
+        "%s: %d of its %d prefixes get no pauses: a window of %d tokens has room for those of %d",
+        split, beyond, int(counts.sum()), length, most,
+      )  # fmt: skip
+
+
+def _check_attention(config: Config, method: Method, mesh: Mesh) -> None:
+  """Raises InputError if the attention kernel that the config names does not support this run.
+
+  A kernel finds out when it is traced, so that the loss is traced here, before anything is written.
+  """
+  if method.decoder.config.attention in ("auto", "xla"):
+    return
+
+  def loss(params, batch):
+    return method.loss(params, batch, jax.random.key(0), 0).loss
+
+  with jax.set_mesh(mesh):
+    jax.eval_shape(loss, runs.abstract_params(method, mesh), abstract_batch(config, config.data.batch_size))

@@ -1,0 +1,67 @@
+"""How far a run has come: the state that the training loop and its hooks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cyb_jax import __version__
+from cyb_jax.training.preflight import RunPlan
+from cyb_jax.training.start import Start
+from cyb_jax.training.step import TrainState
+
+
+class Progress:
+  """The position of a run.
+
+  Attributes:
+    plan: the run's.
+    state: after `step` steps, in the strategy's layout.
+    first: the number of the first step that this process runs.
+    step: the number of the latest step; steps count from 1.
+    tokens: the number of tokens of positive weight that this host has counted.
+    stopping: whether all hosts stop after this step.
+    loss: the validation loss of this step by which the best checkpoint is chosen; None: no validation at this step.
+  """
+
+  def __init__(self, plan: RunPlan, start: Start):
+    self.plan = plan
+    self.state: TrainState = start.state
+    self.first, self.step, self.tokens = start.step + 1, start.step, start.tokens
+    self.stopping = False
+    self.loss: float | None = None
+    self._meta: dict[str, Any] | None = None
+
+  @property
+  def is_first(self) -> bool:
+    """Whether this is the first step of this process, which is compiled."""
+    return self.step == self.first
+
+  @property
+  def is_last(self) -> bool:
+    """Whether this is the last step of the run."""
+    return self.step == self.plan.steps
+
+  def is_due(self, every: int) -> bool:
+    """Whether a period of so many steps ends at this step; a period of 0 never ends."""
+    return every > 0 and self.step % every == 0
+
+  def begin_step(self, tokens: int) -> None:
+    """The next step begins, with a batch of which this host counts so many tokens."""
+    self.step += 1
+    self.tokens += tokens
+    self.stopping, self.loss, self._meta = False, None, None
+
+  def meta(self) -> dict[str, Any]:
+    """The JSON object of a checkpoint at this step; all hosts call this at the same step."""
+    if self._meta is None:
+      data, method, store = self.plan.config.data, self.plan.method, self.plan.store
+      windows = self.step * data.batch_size
+      self._meta = {
+        "train_tokens": sum(self.plan.cluster.gather(self.tokens)),
+        "train_slots": windows * method.train_slots(data.sequence_length),
+        "train_flops": float(windows * data.sequence_length * method.train_flops(data.sequence_length)),
+        "store": store.fingerprint,
+        "store_path": str(store.path),
+        "version": __version__,
+      }
+    return self._meta

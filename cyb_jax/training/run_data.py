@@ -1,0 +1,154 @@
+"""The data of a run: its token store, its batches, its number of steps and the size of its vocabulary."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cyb_jax import runs
+from cyb_jax.configs import Config
+from cyb_jax.data import TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_segment_ids
+from cyb_jax.data.tasks import PLACES, settle_options
+from cyb_jax.data.tokenizers import trained_pieces, vocabulary_size
+from cyb_jax.errors import InputError
+
+
+def open_store(config: Config) -> TokenStore:
+  """The token store of a config; a store that does not exist yet is prepared first.
+
+  Raises:
+    InputError: the store was not prepared for this config, or is too small for one window.
+  """
+  data = config.data
+  if _holds_store(data.store):
+    store = TokenStore.open(data.store)
+    _check_store(store, config)
+  else:
+    store = prepare(data.task, config.tokenizer, data.store or None, options=config.task_options())
+  store.require("train", data.sequence_length)
+  if "validation" not in store.splits:
+    raise InputError(
+      f"data.task: {data.task!r} gave no validation split: too few documents for 1% of them by hash (train has"
+      f" {store.description['splits']['train']['documents']}); give more text, or smaller documents (text_files:"
+      " data.options=unit=line)"
+    )
+  return store
+
+
+def find_store(config: Config) -> TokenStore | None:
+  """The token store of a config, or None where it is not prepared yet; nothing is written.
+
+  Raises:
+    InputError: the store in data.store was not prepared for this config.
+  """
+  data = config.data
+  if data.store:
+    return open_store(config) if _holds_store(data.store) else None
+  try:
+    return prepare(data.task, config.tokenizer, options=config.task_options(), write=False)
+  except InputError:  # neither the store nor its source exists
+    return None
+
+
+def open_recorded_or_new_store(config: Config, meta: dict[str, Any] | None) -> TokenStore:
+  """The token store that a run was trained on; that of its config where no store is recorded or the store has gone.
+
+  The caller checks the result with `checkpointing.workdir.check_fingerprint`.
+
+  Args:
+    config: the run's.
+    meta: of the run's checkpoint; None: the run has no checkpoint.
+
+  Raises:
+    InputError: see `open_store` and `runs.open_recorded_store`.
+  """
+  return runs.open_recorded_store(meta, config.data.store) or open_store(config)
+
+
+def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = None) -> TrainBatches:
+  """The batches of a run.
+
+  Args:
+    config: the run's.
+    store: the run's.
+    rows: int64[R], the rows of each batch that are read; None: all rows.
+  """
+  return TrainBatches(
+    store,
+    sequence_length=config.data.sequence_length,
+    batch_size=config.data.batch_size,
+    seed=config.data.seed,
+    fraction=config.data.fraction,
+    rows=rows,
+  )
+
+
+def batch_reader(config: Config, store: TokenStore, rows: np.ndarray) -> Callable[[int], dict[str, np.ndarray]]:
+  """A function that reads the given rows of a step's batch, with `segment_ids` where the config masks documents."""
+  batches = open_batches(config, store, rows)
+  if not config.data.document_mask:
+    return batches
+  return lambda step: with_segment_ids(batches(step), store.end_id)
+
+
+def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch of `rows` windows."""
+  names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
+  if config.data.document_mask:
+    names["segment_ids"] = "int32"
+  shape = rows, config.data.sequence_length
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
+
+
+def num_steps(config: Config, batches: TrainBatches) -> int:
+  """The number of steps of a run: `train.steps`, or as many as `train.epochs` needs."""
+  # Rounded first: 3 passes over a third of the data must not be one step more than one pass over all of it.
+  return config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))
+
+
+def vocabulary(config: Config, store: TokenStore | None = None) -> tuple[int | None, str]:
+  """(size of the vocabulary, its source in words); the size is None where the tokenizer can't be read.
+
+  Args:
+    config: the run's.
+    store: the run's; None: it is not prepared, and the tokenizer gives the size.
+  """
+  if store is not None:
+    return store.vocab_size, f"the token store in {store.path}"
+  field, spec = ("data.tokenizer" if config.data.tokenizer else "init_from"), config.data.tokenizer or config.init_from
+  rows = config.decoder.get("vocab_size")
+  try:
+    return vocabulary_size(config.tokenizer, rows), f"{field} = {spec!r}"
+  except InputError:
+    source = "decoder.vocab_size" if rows else "the decoder's own rows"
+    return None, f"{source}, since {field} = {spec!r} can't be read"
+
+
+def _holds_store(path: str) -> bool:
+  return bool(path) and (pathlib.Path(path).exists() or is_store(path))
+
+
+def _check_store(store: TokenStore, config: Config) -> None:
+  """Raises InputError if a store has another task, other options or another tokenizer than the config."""
+  data, found = config.data, store.description
+  if data.task != found["task"]:
+    raise InputError(f"data.task: {data.task!r}, but the token store in {store.path} holds {found['task']!r}")
+  settled = settle_options(data.task, config.task_options())
+  for name in config.task_options():  # options that the config does not set are those of the store
+    if name not in PLACES and settled[name] != found["options"][name]:
+      raise InputError(
+        f"data.options: {name}={settled[name]}, but the token store in {store.path} was prepared with"
+        f" {name}={found['options'][name]}"
+      )
+  spec = config.tokenizer
+  wanted = spec if trained_pieces(spec) else open_tokenizer(spec).describe()["sha256"]
+  if wanted != found["tokenizer_from"]:
+    raise InputError(
+      f"data.tokenizer: {spec!r} ({wanted[:24]}), but the token store in {store.path} was made with"
+      f" {found['tokenizer_from'][:24]}; give that tokenizer, or another data.store"
+    )

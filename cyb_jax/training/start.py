@@ -1,0 +1,99 @@
+"""The state that a run continues or starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+
+from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.costs.memory import bytes_per_device, count_parameters
+from cyb_jax.evaluation import Evaluator
+from cyb_jax.interop import pretrained
+from cyb_jax.training.preflight import RunPlan
+from cyb_jax.training.step import TrainState
+from cyb_jax.training.strategies import Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Where the training loop begins.
+
+  Attributes:
+    state: in the strategy's layout.
+    step: the number of steps so far.
+    tokens: the number of tokens of positive weight so far, as this host counts them.
+  """
+
+  state: TrainState
+  step: int
+  tokens: int
+
+
+def restore_or_start(
+  plan: RunPlan,
+  strategy: Strategy,
+  evaluator: Evaluator,
+  checkpoints: Checkpoints,
+  read: Callable[[int], dict[str, Any]],
+) -> Start:
+  """The state of the newest checkpoint, or a fresh one; `cyb_jax.interop.pretrained` has the order of precedence.
+
+  Args:
+    plan: the run's.
+    strategy, evaluator, checkpoints: the run's.
+    read: reads this host's rows of the batch of a step.
+  """
+  steps = plan.cluster.broadcast(plan.cluster.index == 0 and checkpoints.steps())
+  if not steps:
+    params = None
+    if plan.start is not None:
+      params = pretrained.parameters(plan.start, plan.method, strategy.abstract().params, plan.config.train.seed)
+    return Start(_calibrated(strategy.init(params), plan, strategy, evaluator, read), 0, 0)
+  meta = checkpoints.meta(steps[-1])
+  restored = checkpoints.restore(steps[-1], strategy.abstract())
+  # Each host counts the tokens that it reads; host 0 also has the count of the checkpoint.
+  tokens = meta["train_tokens"] if plan.cluster.index == 0 else 0
+  return Start(strategy.place(restored.state), restored.step, tokens)
+
+
+def _calibrated(
+  state: TrainState, plan: RunPlan, strategy: Strategy, evaluator: Evaluator, read: Callable[[int], dict[str, Any]]
+) -> TrainState:
+  """A fresh state, whose parameters the method adjusts to the first batches if `calibration_batches` is set."""
+  method = plan.evaluated
+  if not method.calibration_batches:
+    if plan.start is not None and method.decides:
+      method.tell_start(strategy.params(state), [evaluator.shard_batch(read(0))])
+    return state
+  global_state = strategy.global_state(state)
+  batches = (evaluator.shard_batch(read(step)) for step in range(method.calibration_batches))
+  params = method.calibrate(strategy.params(state), batches)
+  params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, global_state.params)
+  return strategy.place(dataclasses.replace(global_state, params=params))
+
+
+def log_size(plan: RunPlan, strategy: Strategy) -> None:
+  """Logs how large the run is: parameters, memory, steps and FLOPs."""
+  data, method, abstract = plan.config.data, plan.method, strategy.abstract()
+  counts = count_parameters(method)
+  trained = f" ({counts['trained']:,} trained)" if counts["trained"] < counts["total"] else ""
+  logging.info(
+    "%s: %s parameters%s, %s MiB of parameters and optimizer state a device; %d steps of %d x %d tokens, %d slots"
+    " each, %s MFLOPs a token (%s as executed), on %d %s",
+    method.name,
+    f"{counts['total']:,}",
+    trained,
+    f"{(bytes_per_device(abstract.params) + bytes_per_device(abstract.opt_state)) / 2**20:,.1f}",
+    plan.steps,
+    data.batch_size,
+    data.sequence_length,
+    method.num_slots,
+    f"{method.train_flops(data.sequence_length) / 1e6:,.1f}",
+    f"{method.train_flops(data.sequence_length, executed=True) / 1e6:,.1f}",
+    plan.mesh.size,
+    jax.devices()[0].device_kind,
+  )

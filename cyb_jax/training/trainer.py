@@ -1,0 +1,186 @@
+"""From a config to a trained run: data, method, state, steps, checkpoints, metrics, the last evaluation.
+
+A run is a function of its config and its token store. It may be killed at any time: the same call continues it, and
+in the end parameters, optimizer state, data order and metrics.jsonl (except for `timing`) are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from cyb_jax import runs, storage
+from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.checkpointing.workdir import Lock, checkpoints_in, start_workdir, write_evaluation
+from cyb_jax.configs import Config
+from cyb_jax.data import Prefetch
+from cyb_jax.distributed.cluster import ALONE, Cluster
+from cyb_jax.errors import writing
+from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
+from cyb_jax.training import hooks
+from cyb_jax.training.layout import strategy_of_run
+from cyb_jax.training.metrics import MetricsLog, NoLog, read_metrics
+from cyb_jax.training.optimizer import schedule
+from cyb_jax.training.preflight import RunPlan, preflight
+from cyb_jax.training.progress import Progress
+from cyb_jax.training.run_data import batch_reader
+from cyb_jax.training.signals import StopSignals
+from cyb_jax.training.start import log_size, restore_or_start
+from cyb_jax.training.throughput import Throughput
+
+Hook = Callable[[Progress], None]
+
+
+def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0, cluster: Cluster = ALONE) -> dict[str, Any]:
+  """Trains, or continues to train, and evaluates.
+
+  Args:
+    config: validated.
+    workdir: the run's folder; it is made here, when all checks have passed.
+    profile: how many steps to trace into WORKDIR/profile, after the first ten.
+    cluster: the hosts that train together; all of them call this.
+
+  Returns:
+    The last evaluation, as evaluation.json has it.
+
+  Raises:
+    InputError: bad input; nothing was written.
+    Interrupted: a signal has stopped the run; everything is saved.
+    StorageError: the disk has failed, for instance because it is full; earlier checkpoints are whole.
+    DivergedError: `train.max_skipped` steps in a row were not finite; earlier checkpoints are good.
+  """
+  with Lock(workdir) if cluster.index == 0 else contextlib.nullcontext() as lock:
+    plan = preflight(config, workdir, profile=profile, cluster=cluster)
+    folder = _start_workdir(plan, workdir, lock)
+    with jax.default_matmul_precision(config.precision.matmul):
+      return Trainer(plan, folder).run()
+
+
+def _start_workdir(plan: RunPlan, workdir: str | os.PathLike, lock: Lock | None) -> storage.Place:
+  """The work directory, to which host 0 has written the run's config and tokenizer."""
+  folder = storage.place(workdir)
+  if lock is not None:
+    folder = start_workdir(workdir, runs.config_record(plan.config), plan.store.tokenizer, lock, plan.meta)
+  plan.cluster.barrier()
+  if not storage.in_bucket(folder):
+    plan.cluster.same_folder(folder)
+  return folder
+
+
+class Trainer:
+  """Runs the steps of a plan.
+
+  Args:
+    plan: from `preflight`.
+    folder: the work directory.
+  """
+
+  def __init__(self, plan: RunPlan, folder: storage.Place):
+    self.plan, self.folder = plan, folder
+    self._strategy = strategy_of_run(plan.config, plan.method, plan.mesh, plan.steps)
+    batch_size = plan.config.data.batch_size
+    self._read = batch_reader(plan.config, plan.store, self._strategy.rows(batch_size))
+    self._owned_rows = self._strategy.owned_rows(batch_size)
+    self._evaluator = Evaluator(plan.evaluated, plan.mesh)
+
+  def run(self) -> dict[str, Any]:
+    """Continues to the last step; returns the record of the last evaluation."""
+    plan, cluster = self.plan, self.plan.cluster
+    checkpoints = checkpoints_in(self.folder, keep=plan.config.train.keep, cluster=cluster)
+    with contextlib.closing(checkpoints), StopSignals() as signals:
+      log_size(plan, self._strategy)
+      run = Progress(plan, restore_or_start(plan, self._strategy, self._evaluator, checkpoints, self._read))
+      with (
+        contextlib.closing(self._open_log(run.step)) as log,
+        Prefetch(self._read, run.step, plan.steps) as ahead,
+        hooks.Profiler(self.folder, plan.profile) as profiler,
+      ):
+        self._take_steps(run, ahead, profiler, self._hooks(run, ahead, log, checkpoints, signals))
+        if not plan.steps:
+          self._save_untrained(run, log, checkpoints)
+        checkpoints.wait()
+      record = cluster.broadcast(cluster.index == 0 and self._last_evaluation())
+      if not record:  # the run was finished before, and its metrics.jsonl was removed
+        record = self.evaluate(run, plan.config.train.last_eval_limit)
+      if cluster.index == 0:
+        with writing(f"{self.folder / 'evaluation.json'}"):
+          write_evaluation(self.folder, record)
+      return record
+
+  def _take_steps(self, run: Progress, ahead: Prefetch, profiler: hooks.Profiler, after_step: Sequence[Hook]) -> None:
+    for _ in range(run.step, self.plan.steps):
+      batch = next(ahead)
+      run.begin_step(tokens=int(np.count_nonzero(batch["weights"][self._owned_rows])))
+      if run.is_first:
+        logging.info("compiling the step")
+      profiler.before_step(run)
+      run.state = self._strategy.step(run.state, self._strategy.shard_batch(batch))
+      profiler.after_step(run)
+      for hook in after_step:
+        hook(run)
+
+  def _hooks(
+    self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints, signals: StopSignals
+  ) -> tuple[Hook, ...]:
+    """What follows each step, in its order; hooks that wait for other hosts do so in the same order on all of them."""
+    plan, strategy, config = self.plan, self._strategy, self.plan.config
+    rate = schedule(config.optimizer, plan.steps, plan.method.decoder.config.d_model)
+    throughput = Throughput(plan, ahead, run.step)
+    divergence = hooks.DivergenceCheck(strategy, config.train.max_skipped, self.folder)
+    collapse = hooks.CollapseWarning(config.train.collapse_warning, decides=plan.method.decides)
+    metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse)
+    interruption = hooks.Interruption(plan.cluster, signals, checkpoints)
+    validation = hooks.Validation(self.evaluate, log, interruption)
+    saver = hooks.Saver(checkpoints, strategy, log, divergence)
+    pause = hooks.Pause(metrics, throughput, validation, saver, interruption)
+    return metrics.write_previous, interruption.ask, saver.check_previous, metrics.collect, pause
+
+  def evaluate(self, run: Progress, limit: int, *, autoregressive: bool = True) -> dict[str, Any]:
+    """The record of the validation split at the run's step.
+
+    Args:
+      run: how far the run has come.
+      limit: the number of windows; 0: all of the split.
+      autoregressive: whether the evaluation at the last step also reads some windows token by token, where the method
+        is not causal.
+    """
+    meta = run.meta()
+    return evaluate_split(
+      self._evaluator,
+      self._strategy.params(run.state),
+      self.plan.store,
+      self.plan.config,
+      split="validation",
+      step=run.step,
+      meta=meta,
+      limit=limit or None,
+      autoregressive_windows=AUTOREGRESSIVE_WINDOWS if run.is_last and autoregressive else 0,
+    )
+
+  def _save_untrained(self, run: Progress, log: MetricsLog | NoLog, checkpoints: Checkpoints) -> None:
+    """Evaluates and saves the state of a run of 0 steps, unless that was done before."""
+    cluster = self.plan.cluster
+    if cluster.broadcast(cluster.index == 0 and checkpoints.steps()):
+      return
+    record = self.evaluate(run, self.plan.config.train.last_eval_limit)
+    log.write(record)
+    checkpoints.save(0, self._strategy.global_state(run.state), run.meta(), loss=record["loss"])
+
+  def _open_log(self, step: int) -> MetricsLog | NoLog:
+    """The log of host 0, which continues after a step; other hosts write none."""
+    if self.plan.cluster.index:
+      return NoLog()
+    return MetricsLog(self.folder, step, tensorboard=self.plan.config.train.tensorboard)
+
+  def _last_evaluation(self) -> dict[str, Any] | None:
+    """The evaluation at the last step, if metrics.jsonl has it; a finished run repeats nothing."""
+    for row in reversed(read_metrics(self.folder)):
+      if row["split"] == "validation" and row["step"] == self.plan.steps:
+        return row
+    return None
