@@ -79,7 +79,7 @@ PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
 
 
 def preset(name: str, **overrides: object) -> DecoderConfig:
-  """The decoder of that name, with some fields replaced.
+  """The configuration of that name, with some fields replaced.
 
   Args:
     name: a key of PRESETS.
