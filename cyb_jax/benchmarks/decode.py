@@ -61,7 +61,7 @@ def decode() -> dict[str, Any]:
   import numpy as np
 
   from cyb_jax.generation import default_mode
-  from cyb_jax.generation.options import check_decodes
+  from cyb_jax.generation.abilities import check_decodes
 
   method, params, matmul = models.chosen()
   check_decodes(method)
@@ -137,19 +137,22 @@ class _Speaker:
     start = time.perf_counter()
     state = self._sampler.start(self._params, self._prompts, max_new_tokens=self._new, context=context)
     self._said = self._sampler.advance(self._params, state, self._steps)
-    jax.block_until_ready(self._said.said)
+    jax.block_until_ready(self._said.num_generated)
     return time.perf_counter() - start
 
   def describe(self, first: list[float], whole: list[float], bandwidth: float) -> dict[str, Any]:
     """A row of the result, from the seconds of each round."""
+    from cyb_jax.generation.pacing import Constant
+
     state, rows = self._done, len(self._prompts)
     tokens, pauses = rows * self._new, int(state.pauses.sum())
-    plan = self._sampler.plan
-    slots = tokens * plan.num_slots if plan.parallel else tokens + pauses
+    pacing = self._sampler.pacing
+    constant = isinstance(pacing, Constant)
+    slots = tokens * pacing.layout.num_slots if constant else tokens + pauses
     seconds, iterations = statistics.median(whole), int(state.iterations)
     # The first step runs in both; what is between them is steps alone.
     between = [(b - a) for a, b in zip(first, whole)]
-    steps = iterations - (1 if plan.parallel else 1 + int(state.pauses[:, 0].max()))
+    steps = iterations - (1 if constant else 1 + int(state.pauses[:, 0].max()))
     per_step = statistics.median(between) / steps if steps else seconds
     moved = _bytes(self._params) + state.cache.nbytes
     return {

@@ -32,7 +32,6 @@ from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.decoder import splash
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
-from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
@@ -215,9 +214,8 @@ def _decode(run: Outline, rows: int) -> _Program:
   if rows % shards:
     raise InputError(f"--decode_batch: {rows} rows don't divide over {shards} devices; give a multiple of that")
   length = config.data.sequence_length
-  decoding = plan(method, sampler.options)
-  capacity = (length - 1) * (decoding.num_slots if decoding.keeps_pauses else 1) + decoding.num_slots
-  at_once = decoding.num_slots if decoding.parallel or decoding.in_turn else 1
+  capacity = sampler.pacing.layout.capacity(0, length)
+  at_once = sampler.pacing.slots_per_iteration
 
   def compiled() -> jax.stages.Compiled:
     if sharded:
@@ -233,7 +231,7 @@ def _decode(run: Outline, rows: int) -> _Program:
   def cost(kernel: bool) -> float:
     del kernel  # a few queries against a cache are XLA's
     slots = rows * at_once
-    read = rows if decoding.in_turn else slots
+    read = rows * sampler.pacing.states_read_per_iteration
     return flops.slot_flops(method.cache_config, slots=slots, keys=slots * capacity, slots_read=read)
 
   about = {

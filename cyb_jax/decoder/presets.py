@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import jax
 
-from cyb_jax.decoder.decoder import Decoder, DecoderConfig, init_params
+from cyb_jax.decoder.config import DecoderConfig
+from cyb_jax.decoder.decoder import Decoder, init_params
 from cyb_jax.errors import InputError
 
 _GPT_STYLE = dict(norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True)
@@ -78,14 +79,14 @@ PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
 
 
 def preset(name: str, **overrides: object) -> DecoderConfig:
-  """The decoder of that name, with some fields replaced.
+  """The configuration of that name, with some fields replaced.
 
   Args:
     name: a key of PRESETS.
     **overrides: fields of DecoderConfig.
 
   Raises:
-    InputError: no such preset, no such field, or a value that will not do.
+    InputError: no such preset, no such field, or an invalid value.
   """
   if name not in PRESETS:
     raise InputError(f"decoder.preset: {name!r} is unknown; expected one of {', '.join(PRESETS)}")

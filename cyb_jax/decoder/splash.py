@@ -1,7 +1,7 @@
-"""Splash attention on TPUs: flash attention that skips the blocks of which a mask known beforehand leaves nothing.
+"""Splash attention on TPUs: flash attention that skips the blocks that a static mask hides completely.
 
-The kernels are JAX's own (jax.experimental.pallas.ops.tpu.splash_attention); here are the masks, the blocks, the
-padding and, under a mesh, the split over its devices, which XLA cannot make of a Pallas call.
+The kernels are JAX's own (jax.experimental.pallas.ops.tpu.splash_attention). This module adds the masks, the choice of
+blocks, the padding and, under a mesh, the split over its devices, because XLA cannot partition a Pallas call.
 
 Letters: B batch, T tokens, W slots, S = T*W flattened, N heads, G kv heads, H head size.
 """
@@ -24,9 +24,9 @@ from cyb_jax.partitioning.rules import RULES
 
 _BATCH_AXES, (_HEADS_AXIS,) = RULES["batch"], RULES["heads"]
 _LANES = 128
-# Keys are read again for every block of queries, and n queries make n operations per byte: from 600 on no chip waits
-# (v6e; 240 on v5e). A block of 1,024 still fits into vector memory at head size 256, in float32 too. Hidden slots leave
-# so few blocks that what the mask hides in them weighs more: half the side wastes half as much.
+# Every block of n queries reads the keys once, which is n operations per byte: from n = 600 on no chip waits for memory
+# (v6e; 240 on v5e). A block of 1,024 still fits into vector memory at head size 256, in float32 too. Hidden slots need
+# few blocks, most of them at the mask's edge: blocks of half the side waste half as much on hidden keys.
 _LARGEST, _LARGEST_HIDDEN = 1024, 512
 
 
@@ -41,16 +41,16 @@ def attend(
 ) -> Float[Array, "B S N H"]:
   """softmax(q k^T / sqrt(H)) v, causal in the order of the slots.
 
-  Under a mesh (`jax.set_mesh`) the batch is split over data and fsdp and the heads over tensor, as far as these axes
-  are there and XLA's to split: inside of pmap or shard_map they are split already. Where kv heads don't divide over
-  tensor, each device takes those that its heads read.
+  Under a mesh (`jax.set_mesh`) the batch is split over data and fsdp and the heads over tensor, if the mesh has these
+  axes and XLA partitions them: inside pmap or shard_map they are split already. If the kv heads do not divide over
+  tensor, each device takes the kv heads that its heads read.
 
   Args:
-    query: [B, S, N, H]; scaled in float32, and rounded to its dtype again.
+    query: [B, S, N, H]; it is scaled in float32 and rounded back to its dtype.
     key, value: [B, S, G, H].
-    num_slots: W; 1: every slot sees those before it. Otherwise the first slots alone are seen by other tokens, see
+    num_slots: W; 1: every slot sees those before it. Otherwise other tokens see a token's first slot alone, see
       `attention.HiddenSlots`.
-    segment_ids: i32[B, T]; tokens with different ids don't see each other. Blocks are not skipped for it.
+    segment_ids: i32[B, T]; tokens with different ids do not see each other. No blocks are skipped because of them.
     interpret: run the kernels as plain JAX operations, on any device; for tests.
 
   Returns:
@@ -61,7 +61,7 @@ def attend(
   if not batch_axes and heads_axis is None:
     return run(query, key, value, segment_ids)
   if heads_axis is not None:
-    # Head n reads kv head n // (N / G). Repeated as often as it takes, that one lies in the same device's part.
+    # Head n reads kv head n // (N / G). The kv heads are repeated until each device's part holds those that it reads.
     groups, parts = key.shape[2], jax.sharding.get_abstract_mesh().shape[heads_axis]
     key, value = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (key, value))
   heads, rows = PartitionSpec(batch_axes, None, heads_axis), PartitionSpec(batch_axes)
@@ -70,13 +70,13 @@ def attend(
     in_specs=(heads, heads, heads, None if segment_ids is None else rows),
     out_specs=heads,
     axis_names={*batch_axes, heads_axis} - {None},
-    check_vma=False,  # Pallas calls don't say over which axes their results vary.
+    check_vma=False,  # Pallas calls do not declare over which axes their results vary.
   )
   return split(query, key, value, segment_ids)
 
 
 def uneven(query: Float[Array, "B S N H"]) -> str | None:
-  """Why the shape can't be split over the mesh in whose context this is traced, or None."""
+  """Why the shape cannot be split over the mesh in whose context the call is traced, or None."""
   batch_axes, heads_axis = _axes()
   shape = jax.sharding.get_abstract_mesh().shape
   shards = math.prod(shape[axis] for axis in batch_axes)
@@ -88,14 +88,14 @@ def uneven(query: Float[Array, "B S N H"]) -> str | None:
 
 
 def executed_keys(length: int, num_slots: int = 1) -> float:
-  """Keys with which the kernels multiply a slot's query, averaged over the S slots of a row; as `attend`.
+  """How many keys the kernels of `attend` multiply a slot's query with, averaged over the S slots of a row.
 
-  Whole blocks are computed, of which the mask then hides a part, and so are the rows and keys that fill up the last
-  ones. The forward kernel makes 2 products with so many keys (weights and values), the two backward kernels make 7.
+  The kernels compute whole blocks, parts of which the mask then hides, and the padding of the last blocks. The forward
+  kernel computes 2 products with so many keys (weights and values), the two backward kernels compute 7.
 
   Args:
     length: S.
-    num_slots: W of hidden slots; 1 where a slot sees all before it.
+    num_slots: W of hidden slots; 1: every slot sees those before it.
   """
   block = _block(length, num_slots)
   rows = -(-length // block)
@@ -104,21 +104,21 @@ def executed_keys(length: int, num_slots: int = 1) -> float:
   count = 0
   for row in range(rows):
     first, last = row * block, (row + 1) * block - 1
-    # Of all slots a row's own block; and one before it where a token has slots in both.
+    # Among the columns of all slots: the row's own block, and the block before it if a token has slots in both.
     own = (first // num_slots * num_slots + 1) // block if first % num_slots else row
     count += last // num_slots // block + 1 + row - own + 1
   return count * block**2 / length
 
 
 def _axes() -> tuple[tuple[str, ...], str | None]:
-  """The mesh axes that are here for the batch and for the heads to be split over."""
+  """The axes of the current mesh over which the batch is split, and the one over which the heads are split."""
   mesh = jax.sharding.get_abstract_mesh()
   free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
   return tuple(axis for axis in _BATCH_AXES if axis in free), _HEADS_AXIS if _HEADS_AXIS in free else None
 
 
 def _block(length: int, num_slots: int) -> int:
-  """The side of a block: as few as there can be, all alike, in whole lanes."""
+  """The side of a block: a multiple of the lanes, such that the fewest blocks of equal size cover the row."""
   whole, largest = (length, _LARGEST) if num_slots == 1 else (-(-length // num_slots), _LARGEST_HIDDEN)
   return _round_up(-(-whole // -(-whole // largest)), _LANES)
 
@@ -128,7 +128,7 @@ def _round_up(size: int, step: int) -> int:
 
 
 def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
-  """`attend` on one device, or on its part."""
+  """`attend` on one device, or on one device's part of the arrays."""
   length, heads, size = query.shape[1:]
   block = _block(length, num_slots)
   rows = _round_up(length, block)
@@ -138,17 +138,17 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
   if num_slots == 1:
     mask = masks.CausalMask((rows, rows))
   else:
-    # Keys are the tokens' first slots, then all slots. In the order of the slots every block below the diagonal would
-    # hold some first slots; so the others are left with the blocks on the diagonal.
+    # The keys are the tokens' first slots, then all slots. In the order of the slots every block below the diagonal
+    # would hold some first slots; with the first slots apart, the other slots need only the blocks on the diagonal.
     firsts = _round_up(length // num_slots, block)
     key, value = (jnp.concatenate((_pad(x[:, ::num_slots], firsts), x), 1) for x in (key, value))
     if segment_ids is not None:
       seen = jnp.concatenate((_pad(segment_ids, firsts), seen_from), 1)
     mask = _HiddenMask(rows, firsts, num_slots)
-  # What fills up the last blocks comes behind all slots, and its outputs are cut off: none sees it.
+  # The padding of the last blocks follows all slots, so no slot sees it, and its outputs are cut off.
   query, key, value = _pad(query, rows), _pad(key, mask.shape[1]), _pad(value, mask.shape[1])
   segments = None if segment_ids is None else kernels.SegmentIds(_pad(seen_from, rows), _pad(seen, mask.shape[1]))
-  # Half a block of keys at a time: the weights, in float32, would else fill the vector memory.
+  # Half a block of keys at a time, because the float32 weights of a whole block would fill the vector memory.
   part = block // 2 if block % (2 * _LANES) == 0 else block
   sizes = kernels.BlockSizes(
     block_q=block, block_kv=block, block_kv_compute=part,
@@ -164,15 +164,15 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
 
 
 def _pad(x: Array, length: int) -> Array:
-  """[B, L, ...] with zeros behind, up to the length."""
+  """[B, L, ...], padded with zeros on the right up to the length."""
   return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _HiddenMask(masks.Mask):
-  """Hidden slots: rows are slots; columns are the tokens' first slots, filled up to whole blocks, then all slots.
+  """Hidden slots: rows are slots; columns are the tokens' first slots, padded to whole blocks, then all slots.
 
-  T = 2, W = 3, firsts filled up to 4:
+  T = 2, W = 3, the first slots padded to 4:
 
                 f0 f1 . .   t0 . .  t1 . .
       t0 first   1  . . .    . . .   . . .
@@ -182,8 +182,8 @@ class _HiddenMask(masks.Mask):
          second  1  1 . .    . . .   . 1 .
          third   1  1 . .    . . .   . 1 1
 
-  The mask is computed in the kernels, for every weight: token and slot come packed into one number per row, because
-  dividing by W there would cost more than the softmax.
+  The kernels compute the mask for every weight. Each row's token and slot are packed into one number, because dividing
+  by W in the kernels would cost more than the softmax.
   """
 
   rows: int

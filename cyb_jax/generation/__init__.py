@@ -1,8 +1,10 @@
-"""Text at the model's own pace, and how likely it finds text that is given."""
+"""Text generation at the model's own pace, and the likelihood of given text."""
 
-from cyb_jax.generation.options import SamplingOptions, default_mode
-from cyb_jax.generation.sampler import Generation, Sampler, SamplerState
+from cyb_jax.generation.abilities import default_mode
+from cyb_jax.generation.options import SamplingOptions
+from cyb_jax.generation.sampler import Generation, Sampler
 from cyb_jax.generation.scoring import Score, Scorer
+from cyb_jax.generation.state import SamplerState
 from cyb_jax.generation.text import PAUSE_MARK, Continuation, printable
 
 __all__ = [

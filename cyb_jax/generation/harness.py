@@ -1,8 +1,9 @@
-"""The adapter for lm-evaluation-harness: any method, on the harness's tasks, from its own command line.
+"""The adapter for lm-evaluation-harness, which evaluates any method on the harness's tasks from its own command line.
 
 python -m cyb_jax.generation.harness run --model cyb_jax --model_args workdir=DIR --tasks lambada_openai,hellaswag
 
-Likelihoods are `generation.scoring`'s, text is the sampler's. Needs the extra `harness`.
+Likelihoods come from `generation.scoring`, generated text from `generation.sampler`. The module needs the extra
+`harness`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from cyb_jax import runs
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
-from cyb_jax.generation.options import Plan, SamplingOptions, default_mode
+from cyb_jax.generation.abilities import default_mode
+from cyb_jax.generation.options import SamplingOptions
+from cyb_jax.generation.pacing import Pacing
 from cyb_jax.generation.sampler import Sampler
-from cyb_jax.generation.scoring import Score, Scorer
+from cyb_jax.generation.score import Score
+from cyb_jax.generation.scoring import Scorer
 from cyb_jax.generation.text import Continuation
 from cyb_jax.interop import pretrained
 from cyb_jax.partitioning.mesh import make_mesh
@@ -37,24 +41,29 @@ except ImportError as error:
 
 _BATCH_SIZE = 16
 _NEW_TOKENS = 256  # the harness's own default
-# Names of one option, by the harness's priority; and the others that are read.
+# The names of the option for the number of new tokens, by the harness's priority.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# The other options of a request that have an effect here.
 _READ = {"until", "do_sample", "temperature", "top_k", "top_p"}
-# Prompts are padded to a multiple of this: a program of a deep model takes longer to compile than so many slots to run.
+# Prompts are padded to a multiple of this: compiling a program of a deep model takes longer than running so many slots.
 _PROMPT_MULTIPLE = 128
-# A text is decoded behind the end of its prompt, which says how its first word begins.
+# New tokens are decoded together with so many tokens of the prompt, because the first word's spelling depends on them.
 _PROMPT_END = 16
+
+
+_TextOptions = tuple[SamplingOptions, int, tuple[str, ...]]
+"""(options of the sampler, the most new tokens, the stop texts)."""
 
 
 @dataclasses.dataclass
 class Spent:
-  """What the requests of a task have spent.
+  """The compute cost of a task's requests.
 
   Attributes:
-    requests: how many.
-    tokens: that were scored or said.
-    pauses: of these: expected where they were scored, run where they were said.
-    slots, flops: see `Score`; of text that is said, those of its prompt too.
+    requests: the number of requests.
+    tokens: how many tokens were scored or generated.
+    pauses: of these tokens: the expected number if they were scored, the number that ran if they were generated.
+    slots, flops: see `Score`; for generated text those of the prompt are included.
   """
 
   requests: int = 0
@@ -86,26 +95,27 @@ class CybLM(LM):
   Args:
     workdir: the run's folder.
     checkpoint: 'last', 'best' or a step.
-    init_from: weights that a run could start from, in place of a run's folder; see `cyb_jax.interop.pretrained`.
-    run: a loaded run, in place of either.
-    batch_size: rows of text that are said together; 'auto' is 16. Scoring fills rows of slots, whatever this is.
-    max_length: tokens that the model can take; None: what it was trained on.
-    mode: how text is said, see `SamplingOptions`; '': with pauses where training has them: 'constant' under the recipe
-      of that name, else what suits the method.
-    read: when to answer; '': where the likeliest words are asked for, 'threshold' in mode self_paced and 'mixture' in
-      mode constant, else 'sample'.
-    add_bos_token: whether the start token stands in front of a text; None: as the tokenizer's model expects it.
+    init_from: weights that a run could start from, instead of a run's folder; see `cyb_jax.interop.pretrained`.
+    run: a loaded run, instead of a folder or weights.
+    batch_size: rows of text that are generated together; 'auto' is 16. It does not affect scoring, which fills rows of
+      slots.
+    max_length: the most tokens of a context; None: the length of the training windows.
+    mode: how text is generated, see `SamplingOptions`; '': 'constant' for runs of the recipe *constant*, so that pauses
+      are where training had them, else the method's own mode.
+    read: when a token is read, see `SamplingOptions`; '': for greedy requests 'threshold' in mode self_paced and
+      'mixture' in mode constant, for other requests 'sample'.
+    add_bos_token: whether the start token precedes a text; None: as the tokenizer's model expects it.
     overlap: see `Scorer.score_rolling`.
-    pauses: between a context and what is scored or said, of methods that have such; None: as in training.
-    seed: of text that is drawn.
-    mesh: where a loaded run's parameters lie, if on several devices.
-    max_batch_size, device: taken since the harness gives them; they change nothing.
+    pauses: pauses between a context and the scored or generated text, for methods that have such; None: as in training.
+    seed: of random draws.
+    mesh: the mesh over which a loaded run's parameters are sharded, if any.
+    max_batch_size, device: the harness passes them; they have no effect.
 
   Attributes:
     spent: `Spent` by the name of the task.
 
   Raises:
-    InputError: no run, or an option that won't do.
+    InputError: no run, or an invalid option.
   """
 
   def __init__(
@@ -154,19 +164,19 @@ class CybLM(LM):
     constant = run.method.num_slots > 1 and run.method.config.recipe == "constant"
     self._mode = mode or ("constant" if constant else default_mode(run.method))
     self._read, self._overlap, self._seed = read, overlap, seed
-    Sampler(run.method, self._sampling({}))  # whose errors are to come now
+    Sampler(run.method, self._sampling({}))  # raises the errors of invalid options before the first request
     self._scorer = Scorer(run.method, run.params, context=self.max_length, start_id=self.start_id, mesh=mesh)
     self._samplers: dict[SamplingOptions, Sampler] = {}
     self.spent: dict[str | None, Spent] = {}
 
   @property
   def tokenizer_name(self) -> str:
-    """Kind and hash of the tokenizer."""
+    """The kind and the hash of the tokenizer."""
     described = self.run.tokenizer.describe()
     return f"{described['kind']}-{described['sha256'][:12]}"
 
   def get_model_info(self) -> dict[str, Any]:
-    """What the harness writes into its results, under `config`: what was evaluated, and what each task has spent."""
+    """For the harness's results, under `config`: the evaluated method and step, and the compute cost of each task."""
     return {
       "cyb_jax": {
         "method": self.run.config.method.name,
@@ -176,8 +186,10 @@ class CybLM(LM):
     }
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    """(log-likelihood, whether greedy) of every continuation. Spaces that end a context begin its continuation, and
-    both are encoded together, as the harness does; the continuation's ids are those behind as many as the context has.
+    """(log-likelihood, whether greedy) of every continuation.
+
+    As in the harness itself, spaces at the end of a context are moved to its continuation, and both are encoded
+    together. If the context alone has n ids, the continuation's ids are those after the first n.
     """
     del disable_tqdm
     pairs = []
@@ -206,28 +218,21 @@ class CybLM(LM):
     return results
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-    """What is said behind every context, up to the first of its stop texts.
+    """The text that is generated after every context, up to the first of its stop texts.
 
     Of a request's options `until`, `max_gen_toks` (and the harness's other names of it), `do_sample`, `temperature`,
-    `top_k` and `top_p` are read. Without `do_sample` the likeliest words are taken. A prompt is cut on the left where
-    it and the new tokens don't fit.
+    `top_k` and `top_p` have an effect. Without `do_sample` the likeliest tokens are taken. A prompt that exceeds the
+    context together with the new tokens is cut on the left.
     """
     del disable_tqdm
     prompts = self._encode([request.args[0] for request in requests])
-    alike: dict[tuple[SamplingOptions, int, tuple[str, ...]], list[int]] = {}
+    by_options: dict[_TextOptions, list[int]] = {}
     for number, request in enumerate(requests):
-      options = request.args[1]
-      until = options.get("until") or []
-      stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-      new = next((int(options[name]) for name in _LENGTHS if options.get(name) is not None), _NEW_TOKENS)
-      unread = sorted(options.keys() - _READ - {*_LENGTHS})
-      if unread:
-        logging.log_first_n(logging.WARNING, "options of requests that change nothing here: %s", 1, ", ".join(unread))
-      alike.setdefault((self._sampling(options), new, stops), []).append(number)
+      by_options.setdefault(self._text_options(request.args[1]), []).append(number)
     texts, scores = [""] * len(requests), [Score()] * len(requests)
-    for (options, new, stops), numbers in alike.items():
+    for (options, new, stops), numbers in by_options.items():
       if new >= self.max_length:
-        logging.warning("max_gen_toks: %d leave no room in a context of %d; %d are said", new, self.max_length,
+        logging.warning("max_gen_toks: %d leave no room in a context of %d; %d are generated", new, self.max_length,
           max(1, self.max_length // 2))  # fmt: skip
         new = max(1, self.max_length // 2)
       kept = self.max_length - new
@@ -235,27 +240,40 @@ class CybLM(LM):
       if cut:
         logging.warning("%d of %d prompts were cut on the left to %d tokens", cut, len(numbers), kept)
       sampler = self._samplers.setdefault(options, Sampler(self.run.method, options))
-      # Of alike length together, the longest first: what doesn't fit into memory fails at once.
+      # Prompts of similar length share a batch. The longest come first, so that a lack of memory shows at once.
       numbers = sorted(numbers, key=lambda number: (-len(prompts[number]), number))
       for start in range(0, len(numbers), self.batch_size):
         batch = numbers[start : start + self.batch_size]
-        said = self._say(sampler, [prompts[number][-kept:] or [self.start_id] for number in batch], batch, new, stops)
-        for number, (text, score) in zip(batch, said):
+        generated = self._generate(
+          sampler, [prompts[number][-kept:] or [self.start_id] for number in batch], batch, new, stops
+        )
+        for number, (text, score) in zip(batch, generated):
           texts[number], scores[number] = text, score
-        logging.log_every_n_seconds(logging.INFO, "said %d of %d texts", 10, start + len(batch), len(numbers))
+        logging.log_every_n_seconds(logging.INFO, "generated %d of %d texts", 10, start + len(batch), len(numbers))
     self._note("generate_until", requests, scores, texts)
     return texts
 
-  def _say(
+  def _text_options(self, options: dict[str, Any]) -> _TextOptions:
+    """The options of a request for text."""
+    until = options.get("until") or []
+    stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+    new = next((int(options[name]) for name in _LENGTHS if options.get(name) is not None), _NEW_TOKENS)
+    unread = sorted(options.keys() - _READ - {*_LENGTHS})
+    if unread:
+      logging.log_first_n(logging.WARNING, "options of requests that change nothing here: %s", 1, ", ".join(unread))
+    return self._sampling(options), new, stops
+
+  def _generate(
     self, sampler: Sampler, prompts: list[list[int]], seeds: list[int], new: int, stops: tuple[str, ...]
   ) -> list[tuple[str, Score]]:
+    """The text after each prompt, and its cost."""
     tokenizer = self.run.tokenizer
     rows = [Continuation(tokenizer, prompt[-_PROMPT_END:], stops) for prompt in prompts]
     count = len(prompts)
-    # Whole batches have one program; a last one of fewer rows is filled up with its own first row.
+    # Copies of the first row fill the last batch up, so that batches of few sizes are compiled.
     padding = min(self.batch_size, 1 << (count - 1).bit_length()) - count
     with self._precision():
-      said = sampler.generate(
+      generated = sampler.generate(
         self.run.params,
         [*prompts, *prompts[:1] * padding],
         max_new_tokens=new,
@@ -266,23 +284,24 @@ class CybLM(LM):
         prompt_multiple=_PROMPT_MULTIPLE,
       )
     return [
-      (rows[row].text(said.tokens[row]), self._cost(sampler.plan, len(prompts[row]), said.pauses[row]))
+      (
+        rows[row].text(generated.tokens[row]),
+        self._cost(sampler.pacing, len(prompts[row]), generated.pauses[row]),
+      )
       for row in range(count)
     ]
 
-  def _cost(self, plan: Plan, prompt: int, pauses: list[int]) -> Score:
-    """What a prompt and the tokens behind it have spent, from how many pauses each of these had."""
-    counts = [plan.num_slots if plan.parallel else 1 + count for count in pauses]
-    before = (prompt - 1) * plan.prompt_slots
+  def _cost(self, pacing: Pacing, prompt: int, pauses: list[int]) -> Score:
+    """The cost of a prompt of so many tokens and of the tokens generated after it, from the pauses before each."""
+    counts = [pacing.slots_run(count) for count in pauses]
+    before = (prompt - 1) * pacing.layout.prompt_slots
     slots = before + sum(counts)
-    if plan.keeps_pauses:
+    if pacing.layout.keeps_pauses:
       keys = slots * (slots + 1) / 2
     else:
       keys = before * (before + 1) / 2
       keys += sum(count * (prompt + number) + count * (count - 1) / 2 for number, count in enumerate(counts))
-    # Pauses behind a prompt, and thoughts, are run without looking.
-    looks = not (plan.in_turn or self.run.method.prompt_pauses)
-    read = sum(counts) if looks else len(counts)
+    read = sum(map(pacing.states_read, pauses))
     cost = flops.slot_flops(self.run.method.cache_config, slots=slots, keys=keys, slots_read=read)
     return Score(tokens=len(pauses), pauses=float(sum(pauses)), slots=float(slots), flops=cost)
 
@@ -305,7 +324,7 @@ class CybLM(LM):
     )
 
   def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts that are given alone. An empty one has none: where one is needed the start token stands in."""
+    """The ids of texts, after the start token if texts have one; the ids of an empty text may be empty."""
     start = [self.start_id] if self._adds_start else []
     encoded = self.run.tokenizer.encode_batch(list(texts))
     return [[*start, *ids] for ids in encoded]
@@ -314,17 +333,17 @@ class CybLM(LM):
     return jax.default_matmul_precision(self.run.config.precision.matmul)
 
   def _note(self, kind: str, requests: list[Instance], scores: list[Score], results: list[Any]) -> None:
-    """Adds to what the tasks have spent; and tells the harness's cache."""
+    """Adds the scores to the costs of their tasks, and the results to the harness's cache."""
     for request, score, result in zip(requests, scores, results):
       self.spent.setdefault(request.task_name, Spent()).add(score)
       self.cache_hook.add_partial(kind, request.args, result)
 
 
 def main() -> int | None:
-  """The harness's command line, which knows the model `cyb_jax`."""
+  """The harness's command line, with the model `cyb_jax` registered."""
   from lm_eval.__main__ import cli_evaluate
 
-  # Its tokenizers' threads don't outlive a fork.
+  # The threads of the harness's tokenizers do not survive a fork.
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
   try:
     cli_evaluate()

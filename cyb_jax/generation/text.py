@@ -1,4 +1,4 @@
-"""From what a row has said to text, as it comes: which may end in the middle of a character, or hold a stop string."""
+"""The text of generated tokens, also while they arrive: it may end inside a character or inside a stop string."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from collections.abc import Iterator, Sequence
 
 from cyb_jax.data import Tokenizer
 
-# What stands for a pause in text that is shown.
+# Represents a pause in displayed text.
 PAUSE_MARK = "\N{MIDDLE DOT}"
-# What decoding gives for bytes that are no character, or not yet.
+# Decoding returns this for bytes that are not a character, or not yet a whole one.
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def printable(text: str) -> str:
-  """The text with signs for the control characters that a terminal would obey, but for tabs and line ends."""
+  """The text with visible codes in place of control characters, except tabs and line ends."""
   return "".join(
     f"<U+{ord(c):04X}>" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c for c in text
   )
 
 
 class Continuation:
-  """The text of a row behind its prompt.
+  """The text of a row after its prompt.
 
   Args:
     tokenizer: of the run.
-    prompt: its ids. Tokenizers that drop the first space of a text are given it again, so that none is dropped here.
-    stops: strings that end the text; they aren't part of it.
+    prompt: the last ids of the prompt. New tokens are decoded together with them, because some tokenizers drop the
+      first space of a text.
+    stops: strings that end the text; they are not part of it.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
@@ -36,11 +37,11 @@ class Continuation:
     self._shown = 0
 
   def text(self, tokens: Sequence[int]) -> str:
-    """What these tokens say, up to the first stop string."""
+    """The text of these tokens, up to the first stop string."""
     return self._cut(self._decode(tokens))
 
   def kept(self, tokens: Sequence[int]) -> int | None:
-    """How many of the tokens it takes to say a stop string; None: they don't."""
+    """The fewest of the first tokens whose text has a stop string; None: the text of all of them has none."""
     if not self._stops or not self._has_stop(tokens):
       return None
     few, enough = 0, len(tokens)
@@ -50,9 +51,10 @@ class Continuation:
     return enough
 
   def pieces(self, tokens: Sequence[int], pauses: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """(pauses, text) of each token that follows on those of the calls before.
+    """(pauses, text) of each of these tokens, which follow those of earlier calls.
 
-    A character that several tokens make up comes with the last of them; what may become a stop string is kept back.
+    The last token of a character that several tokens encode yields the character. Text that may become a stop string is
+    withheld.
     """
     for token, count in zip(tokens, pauses, strict=True):
       self._tokens.append(token)
@@ -64,7 +66,7 @@ class Continuation:
       self._shown = max(self._shown, end)
 
   def rest(self) -> str:
-    """What was kept back, once nothing more comes."""
+    """The withheld text, after the last token."""
     text = self._cut(self._decode(self._tokens))
     rest, self._shown = text[self._shown :], len(text)
     return rest

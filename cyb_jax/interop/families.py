@@ -95,7 +95,7 @@ def llama_style(
   Args:
     config: which biases there are, and whether the output table is tied.
     names: HUGGINGFACE, GGUF or LLAMA2C.
-    pairs: how RoPE's pairs lie in the rows of query and key: 'halves', i with i + H/2, as in `attention.rotate`; or
+    pairs: how RoPE's pairs lie in the rows of query and key: 'halves', i with i + H/2, as in `rope.apply_rope`; or
       'neighbours', 2i with 2i + 1.
     norm_offset: what the file's norm scales have on top of ours.
   """

@@ -9,7 +9,8 @@ import pytest
 
 from cyb_jax.costs import flops
 from cyb_jax.decoder import Decoder, DecoderConfig, HiddenSlots, LoraConfig, init_params, num_params, preset
-from cyb_jax.decoder.lora import LEAVES, TARGETS
+from cyb_jax.decoder.config import TARGETS
+from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.methods import MethodConfig, build
 from cyb_jax.methods.parameters import trained_part, with_trained
 

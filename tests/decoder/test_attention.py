@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cyb_jax.decoder import attention
+from cyb_jax.decoder.rope import apply_rope, rope_factors
 from cyb_jax.errors import InputError
 from cyb_jax.pauses import attention_mask
 
@@ -11,18 +12,18 @@ from cyb_jax.pauses import attention_mask
 _attend = jax.jit(attention.attend)
 
 
-def test_rotation_by_hand():
+def test_rope_factors_by_hand():
   # R = 4, base 100: angles p * 1 and p * 100^(-1/2) = p / 10.
-  cosine, sine = attention.rotation(jnp.array([[0, 3]]), 4, 100.0)
+  cosine, sine = rope_factors(jnp.array([[0, 3]]), 4, 100.0)
   np.testing.assert_allclose(cosine, [[[1, 1], [np.cos(3.0), np.cos(0.3)]]], rtol=1e-6)
   np.testing.assert_allclose(sine, [[[0, 0], [np.sin(3.0), np.sin(0.3)]]], rtol=1e-6)
 
 
-def test_rotate_by_hand():
+def test_apply_rope_by_hand():
   # A quarter turn takes (x0, x2) to (-x2, x0); an angle of 0 leaves (x1, x3); x4 is not rotated at all.
   heads = jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])[None, None, None]
   cosine, sine = jnp.array([[[0.0, 1.0]]]), jnp.array([[[1.0, 0.0]]])
-  assert attention.rotate(heads, cosine, sine)[0, 0, 0].tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
+  assert apply_rope(heads, cosine, sine)[0, 0, 0].tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
 
 
 def test_rotated_products_depend_on_the_distance_alone():
@@ -30,22 +31,22 @@ def test_rotated_products_depend_on_the_distance_alone():
 
   @jax.jit
   def product(query_position, key_position):
-    turned = [
-      attention.rotate(x, *attention.rotation(jnp.reshape(position, (1, 1)), 8, 1e4))
+    rotated = [
+      apply_rope(x, *rope_factors(jnp.reshape(position, (1, 1)), 8, 1e4))
       for x, position in ((query, query_position), (key, key_position))
     ]
-    return (turned[0] * turned[1]).sum()
+    return (rotated[0] * rotated[1]).sum()
 
   np.testing.assert_allclose(product(7, 4), product(103, 100), rtol=1e-4)
   assert abs(product(7, 4) - product(7, 5)) > 1e-2
 
 
-def test_rotation_keeps_far_positions_apart_in_bfloat16():
+def test_rope_keeps_far_positions_apart_in_bfloat16():
   heads = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
-  turned = attention.rotate(heads, *attention.rotation(jnp.array([[2048, 2049]]), 4, 1e4))
-  assert turned.dtype == jnp.bfloat16
+  rotated = apply_rope(heads, *rope_factors(jnp.array([[2048, 2049]]), 4, 1e4))
+  assert rotated.dtype == jnp.bfloat16
   expected = [np.cos(2049.0) - np.sin(2049.0), np.cos(20.49) - np.sin(20.49)]
-  np.testing.assert_allclose(turned[0, 1, 0, :2].astype(jnp.float32), expected, atol=1e-2)
+  np.testing.assert_allclose(rotated[0, 1, 0, :2].astype(jnp.float32), expected, atol=1e-2)
 
 
 def test_attend_by_hand_and_grouped():
@@ -66,14 +67,14 @@ def test_groups_are_neighbours():
 def test_mask_hides_and_stands_alone():
   query, key, value = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 3, 2, 4)), jnp.float32)
   causal = np.tril(np.ones((3, 3), bool))[None, None]
-  np.testing.assert_allclose(_attend(query, key, value, causal), _attend(query, key, value), rtol=1e-6)
+  np.testing.assert_allclose(_attend(query, key, value, mask=causal), _attend(query, key, value), rtol=1e-6)
   mask = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 1]], bool)[None, None]
-  out = _attend(query, key, value, mask)
+  out = _attend(query, key, value, mask=mask)
   np.testing.assert_allclose(out[:, 1], value[:, 1], rtol=1e-6)
-  changed = _attend(query, key, value.at[:, 1].set(100.0), mask)
+  changed = _attend(query, key, value.at[:, 1].set(100.0), mask=mask)
   np.testing.assert_array_equal(out[:, 2], changed[:, 2])
   # Nothing is added to a mask: one that is not causal is taken at its word.
-  seeing = _attend(query, key, value, np.ones((1, 1, 3, 3), bool))
+  seeing = _attend(query, key, value, mask=np.ones((1, 1, 3, 3), bool))
   assert abs(seeing[:, 0] - value[:, 0]).max() > 0.1
 
 
@@ -91,7 +92,7 @@ def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_segm
 
   def run(mask):
     def weighted(*args):
-      out = attention.attend(*args, mask, "xla")
+      out = attention.attend(*args, mask=mask, implementation="xla")
       return (out * weight).sum(), out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(2 * query, key, value)
@@ -106,7 +107,7 @@ def test_hidden_slots_stay_finite_and_keep_the_dtype():
   query = jnp.full((1, 6, 1, 4), 40.0, jnp.bfloat16).at[:, 2].set(-40.0)
 
   def summed(query):
-    out = attention.attend(query, query, query, attention.HiddenSlots(3))
+    out = attention.attend(query, query, query, mask=attention.HiddenSlots(3))
     return out.astype(jnp.float32).sum(), out
 
   (_, out), gradient = jax.jit(jax.value_and_grad(summed, has_aux=True))(query)
@@ -118,7 +119,7 @@ def test_hidden_slots_stay_finite_and_keep_the_dtype():
 def test_hidden_slots_have_no_cudnn():
   x = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
   with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' has no hidden slots"):
-    attention.attend(x, x, x, attention.HiddenSlots(2), "cudnn")
+    attention.attend(x, x, x, mask=attention.HiddenSlots(2), implementation="cudnn")
 
 
 class _Device:
@@ -147,7 +148,7 @@ def test_auto_chooses(monkeypatch, backend, capability, dtype, head_size, masked
   monkeypatch.setattr(jax, "local_devices", lambda: [_Device(capability)])
   monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kwargs: seen.update(kwargs))
   x = np.zeros((1, 2, 1, head_size), dtype)
-  attention.attend(x, x, x, np.ones((1, 1, 2, 2), bool) if masked else None)
+  attention.attend(x, x, x, mask=np.ones((1, 1, 2, 2), bool) if masked else None)
   assert seen["implementation"] == chosen
   assert seen["is_causal"] is not masked
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, empty_cache, init_params, num_params, preset
-from cyb_jax.decoder.cache import seen_places, write
+from cyb_jax.decoder.cache import cache_mask, write
 from cyb_jax.errors import InputError
 
 _SIZES = dict(vocab_size=19, num_layers=2, d_model=12, num_heads=4, num_kv_heads=2, head_size=8, mlp_size=20)
@@ -464,7 +464,7 @@ def test_slots_run_on_a_cache_are_those_run_together(style, scan_layers, exact):
 
 
 def test_places_that_are_seen():
-  seen = seen_places(jnp.array([2, 0]), 2, 5, jnp.array([1, 0]))
+  seen = cache_mask(jnp.array([2, 0]), 2, 5, jnp.array([1, 0]))
   assert seen.astype(int).tolist() == [
     [[[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]],
     [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]],

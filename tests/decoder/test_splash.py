@@ -35,7 +35,7 @@ def run(args, weight, mask, implementation, **options):
   """Outputs, and gradients of query, key and value."""
 
   def weighted(*args):
-    out = attention.attend(*args, mask, implementation, **options)
+    out = attention.attend(*args, mask=mask, implementation=implementation, **options)
     return (out * weight).sum(), out
 
   (_, out), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(*args)
@@ -163,7 +163,9 @@ def test_split_over_a_mesh(shape, heads, groups, hidden):
   expected = run(args, weight, mask, "xla")
   with jax.set_mesh(mesh(*shape)):
     got = run(args, weight, mask, "splash", interpret=True)
-    jaxpr = jax.make_jaxpr(lambda *args: attention.attend(*args, mask, "splash", interpret=True))(*args)
+    jaxpr = jax.make_jaxpr(lambda *args: attention.attend(*args, mask=mask, implementation="splash", interpret=True))(
+      *args
+    )
   for mine, theirs in zip(got, expected, strict=True):
     np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
   (call,) = [e for e in jaxpr.eqns if e.primitive.name == "shard_map"]
@@ -181,19 +183,19 @@ def test_what_does_not_divide_is_xla_s(monkeypatch, batch, heads, said):
   (query, key, value), _ = arrays(3, batch, 6, heads, heads, 8)
   with jax.set_mesh(mesh(2, 2, 2)):
     got = jax.jit(functools.partial(attention.attend, implementation="splash", interpret=True))(query, key, value)
-  np.testing.assert_allclose(got, attention.attend(query, key, value, None, "xla"), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(got, attention.attend(query, key, value, implementation="xla"), rtol=1e-5, atol=1e-6)
   assert warned == [f"attention is XLA's, and holds all its weights: {said}"]
 
 
 _ATTEND = attention.attend
 
 
-def by_xla(query, key, value, mask, implementation, *, weights=None):
-  return _ATTEND(query, key, value, mask, "xla")
+def by_xla(query, key, value, *, mask, implementation, weights):
+  return _ATTEND(query, key, value, mask=mask, implementation="xla")
 
 
-def interpreted(*args, weights=None):
-  return _ATTEND(*args, interpret=True)
+def interpreted(*args, mask, implementation, weights):
+  return _ATTEND(*args, mask=mask, implementation=implementation, interpret=True)
 
 
 def loss_of_decoder(monkeypatch, attend, **fields):
@@ -254,7 +256,7 @@ def test_no_square_is_kept_for_the_backward_pass(monkeypatch, remat):
 
 def chosen(implementation="auto", mask=None, *, length=256, keys=None, size=256, dtype="float32"):
   shapes = [jax.ShapeDtypeStruct((1, n, 1, size), dtype) for n in (length, keys or length)]
-  return attention._choose(*shapes, mask, implementation, interpret=False)
+  return attention.choose_implementation(*shapes, mask=mask, implementation=implementation, interpret=False)
 
 
 def test_auto_on_a_tpu(monkeypatch):
@@ -306,7 +308,7 @@ mesh = Mesh(np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis
 def compiled(size, mask, implementation, segment_ids=None):
   def loss(query, key, value, segment_ids):
     told = mask if segment_ids is None else attention.HiddenSlots(mask.num_slots, segment_ids)
-    return attention.attend(query, key, value, told, implementation).astype(jnp.float32).sum()
+    return attention.attend(query, key, value, mask=told, implementation=implementation).astype(jnp.float32).sum()
 
   def shape(heads, axis):
     spec = NamedSharding(mesh, PartitionSpec("data", None, axis))

@@ -318,6 +318,14 @@ def test_rows_end_by_themselves():
   assert _advance._cache_size() == programs  # whoever looks in doesn't make it compile again
 
 
+def test_other_numbers_compile_nothing():
+  method, params = model()
+  generate(method, params, read="threshold", threshold=0.4, temperature=0.5, top_k=3, omega=(1.0, 2.0, 1.0))
+  programs = _advance._cache_size()
+  generate(method, params, read="threshold", threshold=0.6, temperature=0.9, top_p=0.5, omega=(3.0, 1.0, 1.0))
+  assert _advance._cache_size() == programs
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

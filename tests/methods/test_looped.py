@@ -83,7 +83,7 @@ def test_weights_of_keys_against_numpy(masked):
     expected[b, s, n] = (share / share.sum()) @ (value[b, :, n // 2] * scale[b, :, None])
   found = attend(
     *(jnp.array(x, jnp.float32) for x in (query, key, value)),
-    jnp.array(seen)[None, None] if masked else None,
+    mask=jnp.array(seen)[None, None] if masked else None,
     weights=KeyWeights(jnp.array(log, jnp.float32), jnp.array(scale, jnp.float32)),
   )
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -15,7 +15,8 @@ from models import TINY, VOCABULARY, assert_trees_close, assert_trees_equal, ran
 from cyb_jax import configs, methods, runs, training
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.decoder import Decoder, LoraConfig, empty_cache, init_params, merge_lora
-from cyb_jax.decoder.lora import LEAVES, TARGETS
+from cyb_jax.decoder.config import TARGETS
+from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
 from cyb_jax.methods import MethodConfig
 from cyb_jax.methods.parameters import trained_part, with_trained
