@@ -40,7 +40,7 @@ class Told:
   def __init__(self, num_slots=3):
     self.num_slots = num_slots
 
-  def read(self, params, batch, omega=None):
+  def evaluate(self, params, batch, omega=None):
     odds = batch["odds"]
     scores = SlotScores(batch["log_target"], jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds))
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
