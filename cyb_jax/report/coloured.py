@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from cyb_jax.data import Tokenizer, TokenStore, with_segment_ids
 from cyb_jax.errors import InputError
+from cyb_jax.evaluation.abilities import is_adaptive
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, put_batch
 from cyb_jax.report import page
 from cyb_jax.runs import Run
@@ -103,7 +104,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
         index=index,
         first=shown(run.tokenizer, int(tokens[i, 0])),
         pieces=pieces,
-        dont_know=d[i][real] if run.method.decides else None,
+        dont_know=d[i][real] if is_adaptive(run.method) else None,
         target=t[i][real],
         stopping=s[i][real],
       )

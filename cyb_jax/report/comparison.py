@@ -15,8 +15,9 @@ import numpy as np
 
 from cyb_jax import configs
 from cyb_jax.errors import InputError
-from cyb_jax.methods import METHODS
+from cyb_jax.evaluation.abilities import is_adaptive
 from cyb_jax.report import trade_off
+from cyb_jax.report.facts import looks_ahead, method_name
 from cyb_jax.report.trade_off import Costs, Outcome
 
 # A seed is an initialisation and an order of the data.
@@ -69,7 +70,7 @@ class Group:
   @property
   def causal(self) -> bool:
     """Whether what a run's statistics and validations say is what a language model would: it doesn't look ahead."""
-    return METHODS[self.runs[0].source["method"]["name"]].causal
+    return not looks_ahead(self.runs[0].statistics)
 
   def values(self, read: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
     """What `read` takes from the statistics of each run."""
@@ -178,14 +179,6 @@ def labels(sources: Sequence[Mapping[str, Any]]) -> list[str]:
       words = [f"{field.rpartition('.')[2]} {value}" for field, value in zip(some, values(i, some))]
       found[i] = ", ".join([name, *words])
   return found
-
-
-def method_name(method: Mapping[str, Any]) -> str:
-  """A method as the paper calls it, from the part `method` of a config."""
-  name, pauses = method["name"], method.get("pauses", 0)
-  if name == "cyb":
-    return f"CYB-{str(method.get('loss', 'ap')).upper()}"
-  return f"{'TBYS' if name == 'tbys' else name}-{pauses}" if pauses else str(name)
 
 
 def _regime(source: Mapping[str, Any]) -> str:
@@ -355,7 +348,7 @@ def _outcome(group: Group) -> Outcome:
       | seen
     )
     # An older report has it of methods that decide nothing too.
-    if (paced := found["self_paced"]) and method.decides:
+    if (paced := found["self_paced"]) and is_adaptive(method):
       cost = method.inference_cost(length, slots=paced["context_pauses"] + 1)
       paces.append(paced | {"inference_flops": float(cost.total)})
   return Outcome.of(group.label, records, Costs.of(config, first.vocab_size), paces)

@@ -9,8 +9,8 @@ import numpy as np
 
 from cyb_jax.report import comparison, figures, page, paper, trade_off
 from cyb_jax.report.comparison import SPENDS, Group, curve
+from cyb_jax.report.facts import read_on
 from cyb_jax.report.page import Picture, Section, number
-from cyb_jax.report.single import paper_variants, read_on
 from cyb_jax.report.trade_off import Outcome
 
 
@@ -305,4 +305,4 @@ def _paper() -> Section:
   rows = [(name, *values) for name, values in paper.PERPLEXITY]
   body = page.paragraph(paper.NOTE, "note")
   body += page.table("The paper: perplexity by model and data regime", ("model", *paper.REGIMES), rows)
-  return Section("The paper's numbers", body + paper_variants())
+  return Section("The paper's numbers", body + paper.variants())
