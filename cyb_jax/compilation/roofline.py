@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from cyb_jax.compilation.hlo import Traffic
+from cyb_jax.compilation.traffic import Traffic
 from cyb_jax.costs.flops import Chip
 
 MODEL = (
