@@ -1,11 +1,11 @@
-"""Decoding: how fast text is said, mode beside mode, over batch sizes.
+"""Decoding: the speed of generation, by mode and batch size.
 
 A step is one iteration of the sampler's loop: in mode self_paced one slot of every row, in mode constant all W slots of
-a token. Of each mode and batch size the whole way from the prompts to N new tokens is timed, and the way to the first
-one; the modes take turns (A B C A B C ...), so that a drifting machine is fair to all. Beside them stands what a
-decoder without a cache does for one token: the training forward over as many tokens as the row has in the end.
+a token. For each mode and batch size the time from the prompts to N new tokens is measured, and the time to the first
+token; the modes take turns (A B C A B C ...), so that a drifting machine is fair to all. They are compared with what a
+decoder without a cache runs for one token: the training forward over as many tokens as the row has in the end.
 
-A step is short of memory bandwidth rather than of arithmetic: every parameter and the whole cache are read once, for a
+A step is bound by memory bandwidth rather than by arithmetic: every parameter and the whole cache are read once, for a
 few slots. `bytes_per_step` counts that, and `bandwidth_share` sets it against what a large product of a matrix with a
 vector reads on the same device; it is above 1 where a small model stays in the processor's own cache.
 """
@@ -31,7 +31,7 @@ def define_flags() -> None:
   models.define_flags()
   flags.DEFINE_list("batch_sizes", "1,8,32", "Rows that are decoded together.")
   flags.DEFINE_integer("prompt_tokens", 32, "Tokens of each prompt, drawn evenly.")
-  flags.DEFINE_integer("new_tokens", 32, "Tokens that each row says.")
+  flags.DEFINE_integer("new_tokens", 32, "Tokens that each row generates.")
   flags.DEFINE_string("read", "sample", "When to answer: sample or threshold.")
   timing.define_flags()
 

@@ -1,4 +1,4 @@
-"""Kills a training again and again, and compares what comes out with an undisturbed one, bit for bit.
+"""Kills a training again and again, and compares its result with that of an undisturbed one, bit for bit.
 
 Every life is the training program in a process of its own, which dies of SIGKILL; or in several that train as one, of
 which one dies so, and the others end by themselves.
@@ -21,7 +21,7 @@ from cyb_jax.benchmarks import lives
 from cyb_jax.cli.programs import Failed
 from cyb_jax.errors import InputError
 
-# What a life is doing when it dies, and how often it is to be killed there.
+# The phases in which a life is killed, and the share of the kills in each.
 PHASES = {"start_up": 0.2, "step": 0.25, "save": 0.35, "evaluation": 0.2}
 
 # Lives get forward some thirty steps each; the rest is for the last one, which is left alone.

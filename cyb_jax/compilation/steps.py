@@ -52,7 +52,7 @@ def compile_steps(
   hlo: str = "",
   verify: bool = False,
 ) -> dict[str, Any]:
-  """Compiles for a topology, and says what that will take there.
+  """Compiles for a topology, and reports the memory and the time that the programs need there.
 
   Args:
     source: a nested config.
@@ -158,8 +158,8 @@ def _record(program: Program, chip: Chip, path: str | None) -> dict[str, Any]:
     room = limit or chip.hbm_bytes
     memory = dict.fromkeys(CLASSES) | {"peak": needed}
     over = None if needed is None else needed - room
-    said = str(error).strip().splitlines()[0]
-    return {"fits": False, "memory": memory, "hbm_bytes": room, "over_bytes": over, "refused": said, **program.about}
+    reason = str(error).strip().splitlines()[0]
+    return {"fits": False, "memory": memory, "hbm_bytes": room, "over_bytes": over, "refused": reason, **program.about}
   text = compiled.as_text()
   if path is not None:
     with open(path, "w") as file:
@@ -196,7 +196,7 @@ def _log_line(step: str, record: Mapping[str, Any], chip: Chip, seconds: float) 
 
 
 def _advice(run: Outline, records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """What would help, most first; `flags`: where flags alone do it."""
+  """Changes that would help, the most effective first; `flags`: the flags, where flags suffice."""
   over = {step: record for step, record in records.items() if not record["fits"]}
   peak = max((record["memory"]["peak"] or 0 for record in over.values()), default=0) or None
   state = run.strategy.abstract()
@@ -214,7 +214,7 @@ def _advice(run: Outline, records: Mapping[str, Mapping[str, Any]]) -> list[dict
 def _verified(
   source: Mapping[str, Any], result: Mapping[str, Any], topology: str, decode_batch: int
 ) -> list[dict[str, Any]]:
-  """The advice, each change that flags do compiled by itself: whether the steps that don't fit then do."""
+  """The advice, with whether the steps that don't fit do fit after each change that flags can make, compiled alone."""
   over = [step for step in STEPS if step in result and not result[step]["fits"]]
   tried = []
   for change in result["advice"]:

@@ -1,6 +1,6 @@
 """What a compiled program moves, read from its optimised HLO: between devices, and from and to memory.
 
-XLA's own cost analysis counts the body of a loop once, and says nothing of collectives. Here each instruction counts as
+XLA's own cost analysis counts the body of a loop once, and doesn't report collectives. Here each instruction counts as
 often as it runs: a loop's body times its trips, where they are known (`loops`); once where they aren't.
 """
 
@@ -15,7 +15,7 @@ from cyb_jax.compilation.loops import Loops
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# What moves nothing: names for what is there, and what is counted elsewhere.
+# Instructions that move nothing: other names for existing arrays, and instructions that are counted elsewhere.
 _FREE = frozenset({
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
   "replica-id", "iota", "while", "conditional", "call", "async-start", "async-update", "async-done", "copy-done",
@@ -55,7 +55,7 @@ class Traffic:
 
   Attributes:
     collectives: all of them.
-    hbm_bytes: read and written by the instructions outside fusions: their operands and results, where they lie in HBM;
+    hbm_bytes: read and written by the instructions outside fusions: their operands and results, where they are in HBM;
       of an operand that is sliced or gathered from what is read, of one that is updated in place what is written. A
       kernel's operands count once, however often it reads them.
     open_loops: loops whose number of trips isn't known; they were taken to run once.
@@ -122,7 +122,7 @@ class _Walk:
 
   def _fused(self, name: str, times: int) -> None:
     """The collectives in a fusion, which TPUs have: an all-reduce of which each device keeps its part; and ones that
-    are worked on a little in each of several fusions, which are one."""
+    are executed in parts by several fusions, which count as one."""
     computation = self.computations[name]
     for instruction in computation:
       if instruction.opcode == "fusion":
@@ -135,7 +135,7 @@ class _Walk:
         if channel is None or "chain_id" not in instruction.rest:
           self.collectives.append(found)
         elif channel not in self.chained or times < self.chained[channel].times:
-          # Begun before a loop, it may be worked on inside.
+          # Begun before a loop, it may be continued inside.
           self.chained[channel] = found
 
   def _collective(self, computation: Computation, instruction: Instruction, times: int) -> Collective:
@@ -211,7 +211,7 @@ class _Walk:
 
 
 def _group(rest: str) -> int | None:
-  """Devices in a group; None: all, or it isn't told."""
+  """Devices in a group; None: all, or the text doesn't give it."""
   if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
     return found[1].count(",") + 1
   if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):

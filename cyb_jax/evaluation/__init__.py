@@ -1,4 +1,4 @@
-"""What a trained model is worth: perplexities and stopping times over a split."""
+"""Evaluation of a trained model: perplexities and stopping times over a split."""
 
 from cyb_jax.evaluation.perplexity import Evaluator
 from cyb_jax.evaluation.ranks import spearman

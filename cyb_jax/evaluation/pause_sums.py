@@ -198,7 +198,7 @@ def _decision_sums(
   edges: Float[Array, "2 K bins-1"],
   thresholds: Float[Array, "N"],
 ) -> Sums:
-  """What d forecasts, and what is read at another threshold or under another budget."""
+  """How well d forecasts the next slot's gain, and the likelihoods at other thresholds and under other budgets."""
   scores = reading.scores
   odds, gain = _pairs(reading)
   real_steps = jnp.broadcast_to(real[..., None], odds.shape)
@@ -251,7 +251,16 @@ def second_pass(
   deciles: Int[Array, "K bins"],
   batch: Batch,
 ) -> Sums:
-  """Sums of ranks and of their products by group of documents, and of gains by decile of d."""
+  """Sums of ranks and of their products by group of documents, and of gains by decile of d.
+
+  Args:
+    method: evaluated once.
+    params: bare arrays.
+    edges: bins of (odds of d, gain) by step.
+    centred: the rank of each bin, `ranks.centred`.
+    deciles: of the bins of d, `ranks.deciles`.
+    batch: as in `first_pass`.
+  """
   reading = method.evaluate(params, batch)
   real, log_target = batch["weights"] > 0, reading.scores.log_target
   odds, gain = _pairs(reading)

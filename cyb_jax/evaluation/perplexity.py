@@ -32,14 +32,14 @@ _EXTRA = "extra/"
 
 
 class Evaluator:
-  """Evaluates a method's parameters; compiled once, used as often as wanted.
+  """Evaluates a method's parameters; compiled once, used for any number of splits.
 
   Args:
     method: what is evaluated.
     mesh: the batch is spread over it.
-    omega: W weights, what the world grants in this evaluation; None: all W slots, always.
-    context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': by those alone that
-      the model asks for, see `evaluation.self_paced`.
+    omega: W weights, the step budget of this evaluation; None: every token may use all W slots.
+    context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': only by
+      those that the model requests, see `evaluation.self_paced`.
 
   Attributes:
     shards: into how many parts a batch is split.
@@ -78,7 +78,7 @@ class Evaluator:
     Args:
       params: of the method, bare arrays.
       batches: this host's `rows` of batches [B, T], see `methods.Batch`; padding has weight 0.
-      num_bytes: UTF-8 bytes of the text that the tokens stand for; None: unknown.
+      num_bytes: UTF-8 bytes of the text that the tokens encode; None: unknown.
 
     Returns:
       The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. In addition
@@ -144,8 +144,8 @@ class Evaluator:
     return measured, self.method.summarize_metrics(totals.extra_means())
 
   def autoregressive(self, params: PyTree, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What a method that isn't causal says of text as a language model would have to: every target from the tokens
-    before it alone. It costs a pass for every token.
+    """The perplexity of a method that isn't causal when it predicts every target from the tokens before it alone, as a
+    language model must. It costs a pass for every token.
 
     Args:
       params, batches: as in `__call__`.
@@ -258,7 +258,7 @@ class _CalibrationPairs:
 def _sums(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
-  """Weighted sums over a batch; and, where the method decides, d_i and t_{i+1} - t_i per token."""
+  """Weighted sums over a batch; and, where the method is adaptive, d_i and t_{i+1} - t_i per token."""
   output = method.evaluate(params, batch, omega)
   return _sums_of(method, output, method.evaluate_as_trained(params, batch, output), batch["weights"])
 
@@ -276,12 +276,12 @@ def _sums_of_prefixes(method: Method, params: PyTree, batch: Batch) -> dict[str,
 def _sums_self_paced(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
-  """The same of a self-paced context; and of the constant one, what they are compared by."""
+  """The same of a self-paced context, and the log-likelihood in a constant context for comparison."""
   output, kept = evaluate_self_paced(method, params, batch, omega)
   sums, decisions, gains = _sums_of(method, output, None, batch["weights"])
   constant = method.evaluate(params, batch)
   log_stopping = constant.log_stopping
-  if omega is not None:  # which a recipe that draws would draw from
+  if omega is not None:  # a recipe that draws slots would draw from it
     log_stopping = log_stopping_distribution(constant.scores.log_dont_know, constant.scores.log_answer, omega)
   log_likelihood = jax.nn.logsumexp(log_stopping + constant.scores.log_target, -1)
   sums["constant_log_likelihood"] = (log_likelihood * batch["weights"]).sum()
@@ -307,7 +307,7 @@ def _sums_of(
   }
   sums |= {f"{_EXTRA}{name}": total(values) for name, values in output.extra_metrics.items()}
   if output.slots is not None:
-    # Of all tokens of a window, learnt or read alone: they are run too. Of windows that only fill a batch none.
+    # All tokens of a window are run, whether or not they have weight; windows that only fill a batch don't count.
     real = jnp.broadcast_to((weights > 0).any(-1, keepdims=True), weights.shape).astype(jnp.float32)
     sums |= {"inference_slots": (output.slots * real).sum(), "inference_tokens": real.sum()}
   if output.lengths is None:  # else a slot is that of some tokens alone

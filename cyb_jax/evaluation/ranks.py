@@ -61,7 +61,7 @@ def centred(counts: np.ndarray) -> np.ndarray:
 
 
 def deciles(counts: np.ndarray) -> np.ndarray:
-  """int32[..., bins]: the tenth, from 0, in which the average rank of each bin's values lies."""
+  """int32[..., bins]: the tenth, from 0, that the average rank of each bin's values is in."""
   return np.clip(np.floor((centred(counts) + 0.5) * 10), 0, 9).astype(np.int32)
 
 

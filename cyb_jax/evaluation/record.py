@@ -1,4 +1,4 @@
-"""One evaluation of a run, with all the keys that others read."""
+"""One evaluation of a run: the record that evaluation.json holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cyb_jax.evaluation.abilities import is_causal
 from cyb_jax.evaluation.perplexity import Evaluator
 from cyb_jax.evaluation.windows import used_windows, with_progress
 
-# Of a method that isn't causal so many windows are read token by token as well, at a pass each.
+# Of a method that isn't causal so many windows are also evaluated token by token, at a pass each.
 AUTOREGRESSIVE_WINDOWS = 16
 
 
@@ -39,8 +39,8 @@ def evaluate_split(
     store: read in order, each window once.
     config: gives the window's length and, by default, the batch size, that of what is trained on at once.
     split: 'validation', 'test' or 'train'.
-    step: that the parameters stem from.
-    meta: of the checkpoint: what training has spent.
+    step: the training step of the parameters.
+    meta: of the checkpoint: the compute that training has spent.
     limit: at most so many windows; None: the split whole.
     batch_size: windows at a time; changes no number beyond rounding.
     autoregressive_windows: of a method that isn't causal, how many of the windows at most are read autoregressively as
@@ -51,7 +51,7 @@ def evaluate_split(
     `Evaluator` gives, `train_tokens`, `train_slots`, `train_flops`, and `autoregressive`, see `read_autoregressively`.
 
   Raises:
-    InputError: the store has no such split, or nothing in it.
+    InputError: the store has no such split, or the split is empty.
   """
   windows, limit = used_windows(store, config, split, limit)
   batch_size = batch_size or config.evaluation_rows

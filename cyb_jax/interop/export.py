@@ -65,7 +65,7 @@ def write_huggingface(
     decoder_config: of params['decoder'].
     params: a method's parameters, bare arrays; layers stacked or not.
     tokenizer: the model's own; None: none is written.
-    method: what the parameters beside params['decoder'] belong to; None: there are none.
+    method: that the parameters outside params['decoder'] belong to; None: there are none.
     dtype: of the tensors, 'float32' or 'bfloat16'.
     max_shard_bytes: of a file; a larger tensor has one of its own.
     max_positions: the longest context that config.json speaks of.

@@ -35,7 +35,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A window of the split, read.
+  """A window of the split, evaluated.
 
   Attributes:
     index: of the window in the split.
@@ -113,7 +113,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
-  """A token as it stands in the text, with what can't be seen made visible; a line ends after ↵."""
+  """A token as it is in the text, with invisible characters made visible; a line ends after ↵."""
   piece = tokenizer.piece(token)
   if token == tokenizer.end_id:
     return f"{visible(piece)}\n"
@@ -160,7 +160,7 @@ class Scale:
 
   @classmethod
   def of(cls, windows: Sequence[Window]) -> Scale | None:
-    """None where all tokens have the same number of pauses, and nothing is to be told by colour."""
+    """None where all tokens have the same number of pauses, so that colours would show nothing."""
     pauses = np.concatenate([window.pauses for window in windows]) if windows else np.array([])
     # Below this, differences are rounding.
     if not len(pauses) or np.ptp(pauses) < 1e-4:

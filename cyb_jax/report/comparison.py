@@ -1,4 +1,4 @@
-"""Runs side by side: which belong together, what tells them apart, what one needs to get as far as another.
+"""Runs compared: which are equal but for seeds, how they differ, what one needs to reach the loss of another.
 
 G groups of documents (see `groups` in statistics.json).
 """
@@ -38,7 +38,7 @@ class Candidate:
     workdir: as it was given.
     source: the nested dict of its config.
     meta: of its checkpoint.
-    statistics: see statistics.json; {} where the run isn't read yet.
+    statistics: see statistics.json; {} where the run isn't evaluated yet.
     validation: rows of metrics.jsonl whose split is validation, by step.
     vocab_size: of its tokenizer; None: as many entries as its decoder has rows.
   """
@@ -56,7 +56,7 @@ class Group:
   """Runs that are equal but for their seeds.
 
   Attributes:
-    label: the shortest that tells it from the others.
+    label: the shortest that distinguishes it from the others.
     model: the label without the data regime.
     regime: epochs and data, '' where all groups have one regime.
     runs: at least one.
@@ -69,7 +69,7 @@ class Group:
 
   @property
   def causal(self) -> bool:
-    """Whether what a run's statistics and validations say is what a language model would: it doesn't look ahead."""
+    """Whether statistics and validations predict each token from the tokens before it alone: it doesn't look ahead."""
     return not looks_ahead(self.runs[0].statistics)
 
   def values(self, read: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
@@ -151,7 +151,7 @@ def group_runs(runs: Sequence[Candidate]) -> list[Group]:
 
 
 def labels(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-  """The shortest words that tell configs apart: the method's name, and as few fields as will do.
+  """The shortest labels that distinguish configs: the method's name, and as few fields as suffice.
 
   Configs that are equal, or differ in nothing that changes results, get equal labels.
   """
@@ -268,7 +268,7 @@ def spent_at(curve: Curve, loss: float) -> tuple[float, bool] | None:
 
 
 def efficiency(a: Group, b: Group, spend: str, windows: int | None) -> dict[str, Any]:
-  """What B spends in all, over what A needs to reach B's last validation loss: 2 means that half of it will do.
+  """What B spends in all, over what A needs to reach B's last validation loss: 2 means that half of it suffices.
 
   Returns:
     `ratios`, one per pair of seeds (A's runs outside), None: not reached; `at_least`, whether one of them is only a
@@ -387,7 +387,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
 
   # Each group has a perplexity, with its seeds, and what training has spent of its own.
   found = outcomes(groups)
-  beside = [
+  trade_offs = [
     {k: v for k, v in described.items() if k not in ("perplexity_seeds", "perplexity_deviation", "train_tokens")}
     for described in trade_off.describe(found)
   ]
@@ -397,7 +397,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
     "limit": first["limit"],
     "tokens": first["tokens"],
     "curve_windows": windows,
-    "groups": [described | row(*of_group) for described, *of_group in zip(beside, groups, found)],
+    "groups": [described | row(*of_group) for described, *of_group in zip(trade_offs, groups, found)],
     "looks_ahead": [group.label for group in groups if not group.causal],
     "efficiency": {
       spend: [{"a": a.label, "b": b.label} | efficiency(a, b, spend, windows) for a, b in pairs] for spend in SPENDS

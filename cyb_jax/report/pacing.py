@@ -44,7 +44,7 @@ def latency(statistics: Statistics) -> Section:
     ("from", "to", "tokens", "share"),
     [(number(float(a)), float(b), int(n), n / total) for a, b, n in zip(edges, edges[1:], counts) if n],
   )
-  body = page.beside(shares, table, paper.variants()) + page.beside(picture, bins)
+  body = page.with_tables(shares, table, paper.variants()) + page.with_tables(picture, bins)
   if trained is None:
     body += page.absent("Training granted all slots too: there is no second world to show.")
   return Section(title, body, (shares, picture))
@@ -62,9 +62,9 @@ def calibration(statistics: Statistics) -> Section:
   pictures = []
   for step in steps:
     pictures.append(_density(step))
-    body += page.beside(pictures[-1], _deciles(step))
+    body += page.with_tables(pictures[-1], _deciles(step))
   reliability, gains = _reliability(steps), _gains(steps)
-  body += page.beside(reliability, *_reliability_tables(steps)) + page.beside(
+  body += page.with_tables(reliability, *_reliability_tables(steps)) + page.with_tables(
     gains, page.paragraph("Its numbers are in the tables of tenths above.", "note")
   )
   return Section(title, body, (*pictures, reliability, gains))
@@ -171,7 +171,7 @@ def speed_accuracy(statistics: Statistics) -> Section:
     "What pauses buy: perplexity when the answer is read earlier, by a threshold on d, or because the world grants"
     " fewer steps. Further down and further left is better.",
   )
-  return Section(title, page.beside(picture, *tables), (picture,))
+  return Section(title, page.with_tables(picture, *tables), (picture,))
 
 
 def _sorted(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -1,7 +1,7 @@
 """What the paper reports (arXiv 2510.13879), to be compared with a run's own numbers: Gemma 2B, fine-tuned on C4.
 
-Perplexities are read off its figures, +-0.003. The omega under which those of 1:1:1:1 and 4:1:1:4 were taken is not
-said.
+Perplexities are read off its figures, +-0.003. The paper does not state
+the omega under which those of 1:1:1:1 and 4:1:1:4 were taken.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def build(
     meta: of its checkpoint.
     statistics: see statistics.json.
     metrics: the rows of metrics.jsonl, in order.
-    windows: of text, read.
+    windows: of text, evaluated.
 
   Returns:
     HTML, and PNGs by file name.
@@ -128,7 +128,7 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section:
       for r in rows["train"]
     ],
   )
-  return Section(title, page.beside(picture, table, log), (picture,))
+  return Section(title, page.with_tables(picture, table, log), (picture,))
 
 
 def _perplexity(statistics: Statistics) -> Section:
@@ -157,7 +157,7 @@ def _perplexity(statistics: Statistics) -> Section:
     " is better. The axis doesn't start at 0.",
   )
   table = page.table("Perplexity by how slots are read", ("read", "perplexity"), rows)
-  body = page.beside(picture, table, paper.perplexities())
+  body = page.with_tables(picture, table, paper.perplexities())
   if one:
     body = page.absent("One slot a token: there is one way to read it.") + body
   if paced:

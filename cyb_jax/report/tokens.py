@@ -61,7 +61,7 @@ def types(statistics: Statistics) -> Section:
       " them; further up: it depends on the context.",
     )
     pictures.append(picture)
-    body += page.beside(picture, *tables) + f"<details><summary>The corners in numbers</summary>{folded}</details>"
+    body += page.with_tables(picture, *tables) + f"<details><summary>The corners in numbers</summary>{folded}</details>"
   else:
     body += page.absent("No type falls into a corner: too few types occur often enough.")
   looked_up = [
@@ -115,7 +115,7 @@ def words(statistics: Statistics) -> Section:
         for n, row in zip(names, rows)
       ],
     )
-    body += page.beside(picture, table)
+    body += page.with_tables(picture, table)
     pictures.append(picture)
   return Section(title, body, tuple(pictures))
 
@@ -168,7 +168,7 @@ def difficulty(statistics: Statistics) -> Section:
     ("difficulty", "as it is read", *(f"slot {i + 1}" for i in slots), "perplexity"),
     [(row["difficulty"], row["accuracy"], *row["slot_accuracy"], row["perplexity"]) for row in rows],
   )
-  return Section(title, page.beside(paused, waits) + page.beside(right, hits), (paused, right))
+  return Section(title, page.with_tables(paused, waits) + page.with_tables(right, hits), (paused, right))
 
 
 def text(windows: Sequence[Window]) -> Section:
