@@ -31,13 +31,13 @@ _SEED = 0
 def evaluate_self_paced(
   method: PausedMethod, params: Params, batch: Batch, omega: Any = None
 ) -> tuple[EvalOutput, Int[Array, "B T"]]:
-  """Reads every slot of a text whose context holds only the pauses that the model requests.
+  """Reads every slot of a text whose context holds the pauses alone that the model asks for.
 
   Args:
     method: run slot by slot.
     params: bare arrays.
     batch: see `methods.Batch`.
-    omega: the step budget; see `stopping.log_stopping_distribution`.
+    omega: what the world grants; see `stopping.log_stopping_distribution`.
 
   Returns:
     The output, its loss -log sum_i s_i t_i; and i32[B, T], how many slots of each token the context kept, as drawn.
@@ -76,7 +76,7 @@ def evaluate_self_paced(
     used = jax.vmap(jax.random.categorical)(stop_keys, log_stopping).astype(jnp.int32) + 1
     # Slots that aren't kept are written over by the next token's.
     place = place + (1 if method.hides_pauses else used)
-    # In training, hidden pauses take their positions whether or not they are run.
+    # Hidden pauses that aren't run stand, in training, all the same.
     stride = (width if method.hides_pauses else used) if method.shifts_positions else 1
     return (cache, place, first, position + stride), (scores, log_stopping, used)
 
