@@ -21,6 +21,8 @@ _FREE = frozenset({
   "replica-id", "iota", "while", "conditional", "call", "async-start", "async-update", "async-done", "copy-done",
   "slice-done", "dynamic-slice-done", "dynamic-update-slice-done",
 })  # fmt: skip
+# Asynchronous copies, whose result is a tuple of what is written and what is read: the index of what is written.
+_WRITTEN = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
 _COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
 
 
@@ -150,15 +152,8 @@ class _Walk:
     if opcode in _FREE or (opcode.endswith("-done") and _COLLECTIVE.match(opcode)):
       return 0
     operands = [computation[operand] for operand in instruction.operands]
-    if opcode in ("copy-start", "slice-start", "dynamic-slice-start") or _COLLECTIVE.fullmatch(opcode):
-      # The result of what is started holds what it reads too; a part of that is read where it's sliced.
-      written = instruction.arrays
-      if opcode.endswith("-start"):
-        written = written[1:2] if opcode in ("slice-start", "dynamic-slice-start") else written[:1]
-      size = sum(array.bytes for array in written)
-      if opcode.endswith("-start") and not _COLLECTIVE.fullmatch(opcode):
-        return size * (sum(x.in_hbm for x in written) + sum(x.in_hbm for x in operands[0].arrays))
-      return instruction.hbm_bytes + sum(x.hbm_bytes for x in operands)
+    if opcode in _WRITTEN:
+      return _moved_by_copy(instruction, operands[0])
     if opcode in ("dynamic-slice", "slice", "gather"):
       return instruction.hbm_bytes + (instruction.bytes if operands[0].hbm_bytes else 0)
     if opcode in ("dynamic-update-slice", "scatter"):
@@ -222,6 +217,15 @@ def _group(rest: str) -> int | None:
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
     return math.prod(int(part) if part else sizes[name] for name, part in axes)
   return None
+
+
+def _moved_by_copy(start: Instruction, source: Instruction) -> int:
+  """Bytes of HBM that an asynchronous copy or slice reads and writes: what is written, where source and result are in
+  HBM each."""
+  place = _WRITTEN[start.opcode]
+  written = start.arrays[place : place + 1]
+  size = sum(array.bytes for array in written)
+  return size * (sum(x.in_hbm for x in written) + sum(x.in_hbm for x in source.arrays))
 
 
 def _branches(instruction: Instruction) -> list[str]:

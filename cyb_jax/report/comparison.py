@@ -363,28 +363,6 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
   causal = [group for group in groups if group.causal]
   windows = common_windows([run for group in causal or groups for run in group.runs])
   first = groups[0].runs[0].statistics
-
-  def row(group: Group, outcome: Outcome) -> dict[str, Any]:
-    pauses = group.values(lambda s: (s["latency"] or {}).get("mean_pauses"))
-    paces = [s for s in group.values(lambda s: s["self_paced"]) if s] if outcome.self_paced else []
-    shares = [s["mean"] for s in group.values(lambda s: s["latency"]) if s]
-    return {
-      "label": group.label,
-      "model": group.model,
-      "regime": group.regime or None,
-      "workdirs": [run.workdir for run in group.runs],
-      "steps": [run.statistics["step"] for run in group.runs],
-      "num_slots": group.runs[0].statistics["num_slots"],
-      "perplexity": spread(outcome.perplexities),
-      "mean_pauses": spread(pauses) if None not in pauses else None,
-      "latency": np.mean(shares, 0).tolist() if shares else None,
-      # Of the same windows, fewer than the others here.
-      "self_paced_cost": spread([s["perplexity"] / s["constant_perplexity"] - 1 for s in paces])
-      if len(paces) == len(group.runs)
-      else None,
-      **{spend: [run.meta[spend] for run in group.runs] for spend in SPENDS},
-    }
-
   # Each group has a perplexity, with its seeds, and what training has spent of its own.
   found = outcomes(groups)
   trade_offs = [
@@ -397,7 +375,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
     "limit": first["limit"],
     "tokens": first["tokens"],
     "curve_windows": windows,
-    "groups": [described | row(*of_group) for described, *of_group in zip(trade_offs, groups, found)],
+    "groups": [described | _row(*of_group) for described, *of_group in zip(trade_offs, groups, found)],
     "looks_ahead": [group.label for group in groups if not group.causal],
     "efficiency": {
       spend: [{"a": a.label, "b": b.label} | efficiency(a, b, spend, windows) for a, b in pairs] for spend in SPENDS
@@ -405,4 +383,28 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
     "differences": [
       {"a": a.label, "b": b.label} | difference_in_nats(a, b) for a, b in itertools.combinations(causal, 2)
     ],
+  }
+
+
+def _row(group: Group, outcome: Outcome) -> dict[str, Any]:
+  """What comparison.json holds of a group but for its trade-off."""
+  latencies = group.values(lambda s: s["latency"])
+  pauses = [(latency or {}).get("mean_pauses") for latency in latencies]
+  shares = [latency["mean"] for latency in latencies if latency]
+  paces = [s for s in group.values(lambda s: s["self_paced"]) if s] if outcome.self_paced else []
+  return {
+    "label": group.label,
+    "model": group.model,
+    "regime": group.regime or None,
+    "workdirs": [run.workdir for run in group.runs],
+    "steps": [run.statistics["step"] for run in group.runs],
+    "num_slots": group.runs[0].statistics["num_slots"],
+    "perplexity": spread(outcome.perplexities),
+    "mean_pauses": spread(pauses) if None not in pauses else None,
+    "latency": np.mean(shares, 0).tolist() if shares else None,
+    # Of the same windows, which are fewer than those of the other numbers here.
+    "self_paced_cost": spread([s["perplexity"] / s["constant_perplexity"] - 1 for s in paces])
+    if len(paces) == len(group.runs)
+    else None,
+    **{spend: [run.meta[spend] for run in group.runs] for spend in SPENDS},
   }
