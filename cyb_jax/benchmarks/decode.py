@@ -1,11 +1,11 @@
-"""Decoding: how fast text is said, mode beside mode, over batch sizes.
+"""Decoding: the speed of generation, by mode and batch size.
 
 A step is one iteration of the sampler's loop: in mode self_paced one slot of every row, in mode constant all W slots of
-a token. Of each mode and batch size the whole way from the prompts to N new tokens is timed, and the way to the first
-one; the modes take turns (A B C A B C ...), so that a drifting machine is fair to all. Beside them stands what a
-decoder without a cache does for one token: the training forward over as many tokens as the row has in the end.
+a token. For each mode and batch size the time from the prompts to N new tokens is measured, and the time to the first
+token; the modes take turns (A B C A B C ...), so that a drifting machine is fair to all. They are compared with what a
+decoder without a cache runs for one token: the training forward over as many tokens as the row has in the end.
 
-A step is short of memory bandwidth rather than of arithmetic: every parameter and the whole cache are read once, for a
+A step is bound by memory bandwidth rather than by arithmetic: every parameter and the whole cache are read once, for a
 few slots. `bytes_per_step` counts that, and `bandwidth_share` sets it against what a large product of a matrix with a
 vector reads on the same device; it is above 1 where a small model stays in the processor's own cache.
 """
@@ -31,7 +31,7 @@ def define_flags() -> None:
   models.define_flags()
   flags.DEFINE_list("batch_sizes", "1,8,32", "Rows that are decoded together.")
   flags.DEFINE_integer("prompt_tokens", 32, "Tokens of each prompt, drawn evenly.")
-  flags.DEFINE_integer("new_tokens", 32, "Tokens that each row says.")
+  flags.DEFINE_integer("new_tokens", 32, "Tokens that each row generates.")
   flags.DEFINE_string("read", "sample", "When to answer: sample or threshold.")
   timing.define_flags()
 
@@ -44,55 +44,20 @@ def decode() -> dict[str, Any]:
   """
   args = flags.FLAGS
   repeats = timing.repeats()
-  for name in ("prompt_tokens", "new_tokens"):
-    if args[name].value < 1:
-      raise InputError(f"--{name}: {args[name].value} must be at least 1")
-  try:
-    batch_sizes = [int(size) for size in args.batch_sizes]
-  except ValueError:
-    batch_sizes = []
-  if not batch_sizes or min(batch_sizes) < 1:
-    raise InputError(f"--batch_sizes: {','.join(args.batch_sizes)!r} must be whole numbers of at least 1")
-  if args.read not in ("sample", "threshold"):
-    raise InputError(f"--read: {args.read!r} is none of 'sample', 'threshold'")
-  models.check_flags()
+  batch_sizes = _batch_sizes()
 
   import jax
-  import numpy as np
 
-  from cyb_jax.generation import default_mode
   from cyb_jax.generation.abilities import check_decodes
 
   method, params, matmul = models.chosen()
   check_decodes(method)
-  # Methods without pauses, or whose thoughts all run one after the other, speak in one way.
-  one = method.num_slots == 1 or method.feeds_back
   bandwidth = _read_bandwidth(repeats)
   rows, ratios = [], []
   with jax.default_matmul_precision(matmul):
     for size in batch_sizes:
-      drawn = np.random.default_rng(0).integers(0, method.vocab_size, (size, args.prompt_tokens))
-      prompts = [row.tolist() for row in drawn]
-      modes = (default_mode(method),) if one else ("self_paced", "constant", "none")
-      speakers = {mode: _Speaker(method, params, prompts, mode, args.read, args.new_tokens) for mode in modes}
-      logging.info("batch size %d: compiled", size)
-      again = _whole_forward(method, params, size, args.prompt_tokens + args.new_tokens)
-      functions: list[Callable[[], float]] = [again]
-      for speaker in speakers.values():
-        functions += [speaker.first_token, speaker.all_tokens]
-      rerun, *times = timing.in_turn(functions, repeats)
-      mine = [
-        {"batch_size": size, "mode": mode, **speaker.describe(first, whole, bandwidth)}
-        for (mode, speaker), first, whole in zip(speakers.items(), times[::2], times[1::2])
-      ]
+      mine, ratio = _measure(method, params, size, repeats, bandwidth)
       rows += mine
-      by_mode = {row["mode"]: row for row in mine}
-      last = by_mode.get("constant") or by_mode["none"]
-      ratio = {"batch_size": size, "rerun_over_cached_token": statistics.median(rerun) / last["seconds_per_token"]}
-      if not one:
-        paced, constant = by_mode["self_paced"], by_mode["constant"]
-        ratio["all_slots_step_over_one_slot_step"] = constant["seconds_per_step"] / paced["seconds_per_step"]
-        ratio["self_paced_over_constant_tokens_per_second"] = paced["tokens_per_second"] / constant["tokens_per_second"]
       ratios.append(ratio)
   return {
     "benchmark": "decode",
@@ -107,6 +72,70 @@ def decode() -> dict[str, Any]:
     "repeats": repeats,
     "timing": {"read_bytes_per_second": bandwidth, "rows": rows, "ratios": ratios},
   }
+
+
+def _batch_sizes() -> list[int]:
+  """The flag `--batch_sizes`, after the other flags were checked.
+
+  Raises:
+    InputError: a flag's value is invalid.
+  """
+  args = flags.FLAGS
+  for name in ("prompt_tokens", "new_tokens"):
+    if args[name].value < 1:
+      raise InputError(f"--{name}: {args[name].value} must be at least 1")
+  try:
+    batch_sizes = [int(size) for size in args.batch_sizes]
+  except ValueError:
+    batch_sizes = []
+  if not batch_sizes or min(batch_sizes) < 1:
+    raise InputError(f"--batch_sizes: {','.join(args.batch_sizes)!r} must be whole numbers of at least 1")
+  if args.read not in ("sample", "threshold"):
+    raise InputError(f"--read: {args.read!r} is none of 'sample', 'threshold'")
+  models.check_flags()
+  return batch_sizes
+
+
+def _modes(method: Any) -> tuple[str, ...]:
+  """The modes that differ. Methods without pauses, or whose thoughts all run one after the other, have only one."""
+  from cyb_jax.generation import default_mode
+
+  one = method.num_slots == 1 or method.feeds_back
+  return (default_mode(method),) if one else ("self_paced", "constant", "none")
+
+
+def _measure(
+  method: Any, params: Any, size: int, repeats: int, bandwidth: float
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """A row for each mode at a batch size, and the ratios between them."""
+  import numpy as np
+
+  args = flags.FLAGS
+  drawn = np.random.default_rng(0).integers(0, method.vocab_size, (size, args.prompt_tokens))
+  prompts = [row.tolist() for row in drawn]
+  speakers = {mode: _Speaker(method, params, prompts, mode, args.read, args.new_tokens) for mode in _modes(method)}
+  logging.info("batch size %d: compiled", size)
+  again = _whole_forward(method, params, size, args.prompt_tokens + args.new_tokens)
+  functions: list[Callable[[], float]] = [again]
+  for speaker in speakers.values():
+    functions += [speaker.first_token, speaker.all_tokens]
+  rerun, *times = timing.in_turn(functions, repeats)
+  rows = [
+    {"batch_size": size, "mode": mode, **speaker.describe(first, whole, bandwidth)}
+    for (mode, speaker), first, whole in zip(speakers.items(), times[::2], times[1::2])
+  ]
+  return rows, _ratios(size, {row["mode"]: row for row in rows}, statistics.median(rerun))
+
+
+def _ratios(size: int, by_mode: dict[str, dict[str, Any]], rerun_seconds: float) -> dict[str, Any]:
+  """How the modes compare with each other, and a token with the seconds of a decoder without a cache."""
+  last = by_mode.get("constant") or by_mode["none"]
+  ratio = {"batch_size": size, "rerun_over_cached_token": rerun_seconds / last["seconds_per_token"]}
+  if len(by_mode) > 1:
+    paced, constant = by_mode["self_paced"], by_mode["constant"]
+    ratio["all_slots_step_over_one_slot_step"] = constant["seconds_per_step"] / paced["seconds_per_step"]
+    ratio["self_paced_over_constant_tokens_per_second"] = paced["tokens_per_second"] / constant["tokens_per_second"]
+  return ratio
 
 
 class _Speaker:

@@ -1,4 +1,4 @@
-"""Kills a training again and again, and compares what comes out with an undisturbed one, bit for bit.
+"""Kills a training again and again, and compares its result with that of an undisturbed one, bit for bit.
 
 Every life is the training program in a process of its own, which dies of SIGKILL; or in several that train as one, of
 which one dies so, and the others end by themselves.
@@ -21,7 +21,7 @@ from cyb_jax.benchmarks import lives
 from cyb_jax.cli.programs import Failed
 from cyb_jax.errors import InputError
 
-# What a life is doing when it dies, and how often it is to be killed there.
+# The phases in which a life is killed, and the share of the kills in each.
 PHASES = {"start_up": 0.2, "step": 0.25, "save": 0.35, "evaluation": 0.2}
 
 # Lives get forward some thirty steps each; the rest is for the last one, which is left alone.
@@ -65,44 +65,25 @@ def faults() -> dict[str, Any]:
     Failed: they differ, or the run ended before all kills; the result names the first difference.
     InputError: bad flags, or a config that the program refuses.
   """
-  kills = flags.FLAGS.kills
-  if kills < 1:
-    raise InputError(f"--kills: {kills} must be at least 1")
-  hosts, devices = flags.FLAGS.hosts, flags.FLAGS.devices
-  for name, least in (("hosts", 1), ("devices", 0)):
-    if flags.FLAGS[name].value < least:
-      raise InputError(f"--{name}: {flags.FLAGS[name].value} must be at least {least}")
+  kills, hosts = _checked_flags()
   rng = np.random.default_rng(flags.FLAGS.kills_seed)
   start = time.perf_counter()
   with tempfile.TemporaryDirectory(prefix="cyb-faults-") as scratch:
     folder = pathlib.Path(scratch)
     config = _write_config(folder, steps=_STEPS_PER_KILL * kills)
+    whole, broken = folder / "undisturbed", folder / "killed"
+    durations = lives.Durations()
     with lives.server(folder) as server:
       logging.info("training undisturbed")
-      whole, broken = folder / "undisturbed", folder / "killed"
-      durations = lives.Durations()
-      together = {"hosts": hosts, "devices": devices}
-      with server.life(config, whole, **together) as life:
+      with _life(server, config, whole) as life:
         life.end(durations)
       undisturbed_seconds = time.perf_counter() - start
       logging.info("undisturbed: %d steps in %.0f s", _STEPS_PER_KILL * kills, undisturbed_seconds)
-      phases = dict.fromkeys(PHASES, 0)
-      victims = [0] * hosts
-      for number in range(kills):
-        # The first life dies before there is anything to continue.
-        wanted = str(rng.choice(list(PHASES), p=list(PHASES.values()))) if number else "start_up"
-        with server.life(config, broken, **together) as life:
-          died_in = life.kill(wanted, rng, durations)
-        if died_in is None:
-          break
-        phases[died_in] += 1
-        victims[life.victim] += 1
-        durations.add("outlived", life.outlived)
-        logging.info("kill %d of %d: host %d, in mid-%s", number + 1, kills, life.victim, died_in.replace("_", "-"))
-      restarts = sum(phases.values())
-      with server.life(config, broken, **together) as life:
+      phases, victims = _kill_again_and_again(server, config, broken, rng, durations)
+      with _life(server, config, broken) as life:
         life.end()
     difference = first_difference(whole, broken)
+    restarts = sum(phases.values())
     result = {
       "benchmark": "faults",
       "kills": restarts,
@@ -116,12 +97,7 @@ def faults() -> dict[str, Any]:
       "timing": {
         "seconds": time.perf_counter() - start,
         "undisturbed_seconds": undisturbed_seconds,
-        "start_up_seconds": durations.median("start_up"),
-        "save_seconds": durations.median("save"),
-        "evaluation_seconds": durations.median("evaluation"),
-        # That the hosts which were left took to end.
-        "outlived_seconds": durations.median("outlived") if hosts > 1 else None,
-        "outlived_seconds_most": durations.most("outlived") if hosts > 1 else None,
+        **_durations(durations, hosts),
       },
     }
   if difference is not None:
@@ -129,6 +105,60 @@ def faults() -> dict[str, Any]:
   if restarts < kills:
     raise Failed(f"faults: the run ended after {restarts} kills of {kills}", result)
   return result
+
+
+def _checked_flags() -> tuple[int, int]:
+  """The flags `--kills` and `--hosts`."""
+  args = flags.FLAGS
+  for name, least in (("kills", 1), ("hosts", 1), ("devices", 0)):
+    if args[name].value < least:
+      raise InputError(f"--{name}: {args[name].value} must be at least {least}")
+  return args.kills, args.hosts
+
+
+def _life(server: lives.Server, config: pathlib.Path, workdir: pathlib.Path) -> Any:
+  """A life of a run that trains as the flags say."""
+  return server.life(config, workdir, hosts=flags.FLAGS.hosts, devices=flags.FLAGS.devices)
+
+
+def _kill_again_and_again(
+  server: lives.Server,
+  config: pathlib.Path,
+  workdir: pathlib.Path,
+  rng: np.random.Generator,
+  durations: lives.Durations,
+) -> tuple[dict[str, int], list[int]]:
+  """Kills a run `--kills` times, or until it ends by itself.
+
+  Returns:
+    How many lives ended in each phase; and how often each host was the one that was killed.
+  """
+  kills = flags.FLAGS.kills
+  phases, victims = dict.fromkeys(PHASES, 0), [0] * flags.FLAGS.hosts
+  for number in range(kills):
+    # The first life dies before there is anything to continue.
+    wanted = str(rng.choice(list(PHASES), p=list(PHASES.values()))) if number else "start_up"
+    with _life(server, config, workdir) as life:
+      died_in = life.kill(wanted, rng, durations)
+    if died_in is None:
+      break
+    phases[died_in] += 1
+    victims[life.victim] += 1
+    durations.add("outlived", life.outlived)
+    logging.info("kill %d of %d: host %d, in mid-%s", number + 1, kills, life.victim, died_in.replace("_", "-"))
+  return phases, victims
+
+
+def _durations(durations: lives.Durations, hosts: int) -> dict[str, float | None]:
+  """The seconds of the result that were measured in the lives."""
+  return {
+    "start_up_seconds": durations.median("start_up"),
+    "save_seconds": durations.median("save"),
+    "evaluation_seconds": durations.median("evaluation"),
+    # How long the remaining hosts took to end.
+    "outlived_seconds": durations.median("outlived") if hosts > 1 else None,
+    "outlived_seconds_most": durations.most("outlived") if hosts > 1 else None,
+  }
 
 
 def first_difference(whole: pathlib.Path, other: pathlib.Path) -> str | None:

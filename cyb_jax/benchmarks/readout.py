@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -20,11 +21,41 @@ def define_flags() -> None:
 
 def readout() -> dict[str, Any]:
   """XLA's temporary memory for value and gradient at full size; the time of both at a size that a dense one fits."""
-  repeats = timing.repeats()
+  args, repeats = flags.FLAGS, timing.repeats()
   for name in ("slots", "timed_slots", "width", "vocabulary"):
-    value, unit = flags.FLAGS[name].value, 4 if name.endswith("slots") else 1
+    value, unit = args[name].value, 4 if name.endswith("slots") else 1
     if value < unit or value % unit:
       raise InputError(f"--{name}: {value} must be a positive multiple of {unit}")
+  import jax
+
+  memory = {
+    name: _compiled(function, args.slots).memory_analysis().temp_size_in_bytes for name, function in _readouts().items()
+  }
+  values = _values(args.timed_slots)
+  timed = {name: _compiled(function, args.timed_slots) for name, function in _readouts().items()}
+  seconds = timing.side_by_side(
+    {name: lambda p=program: jax.block_until_ready(p(*values)) for name, program in timed.items()}, repeats
+  )
+  return {
+    "benchmark": "readout",
+    "slots": args.slots,
+    "width": args.width,
+    "vocabulary": args.vocabulary,
+    "temporary_bytes": memory["chunked"],
+    "temporary_gib": memory["chunked"] / 2**30,
+    "dense_temporary_gib": memory["dense"] / 2**30,
+    "device": jax.devices()[0].device_kind,
+    "timing": {
+      "slots": args.timed_slots,
+      "chunked_seconds": seconds["chunked"],
+      "dense_seconds": seconds["dense"],
+      "chunked_over_dense": seconds["chunked"] / seconds["dense"],
+    },
+  }
+
+
+def _readouts() -> dict[str, Callable[..., Any]]:
+  """The sum of all scores, read out in chunks and densely; functions of (hidden, unembedding, dk row, targets)."""
   import jax
   import jax.numpy as jnp
 
@@ -40,43 +71,37 @@ def readout() -> dict[str, Any]:
     scores = SlotScores.from_logits(hidden @ rows.T, targets, -1, prior=0.9)
     return sum(x.sum() for x in jax.tree.leaves(scores))
 
-  def arguments(slots):
-    return (
-      jax.ShapeDtypeStruct((slots // 4, 4, flags.FLAGS.width), jnp.float32),
-      jax.ShapeDtypeStruct((flags.FLAGS.vocabulary, flags.FLAGS.width), jnp.float32),
-      jax.ShapeDtypeStruct((flags.FLAGS.width,), jnp.float32),
-      jax.ShapeDtypeStruct((slots // 4,), jnp.int32),
-    )
+  return {"chunked": chunked, "dense": dense}
 
-  def compiled(function, slots):
-    return jax.jit(jax.value_and_grad(function, (0, 1, 2))).lower(*arguments(slots)).compile()
 
-  memory = {
-    name: compiled(function, flags.FLAGS.slots).memory_analysis().temp_size_in_bytes
-    for name, function in (("chunked", chunked), ("dense", dense))
-  }
-  keys = jax.random.split(jax.random.key(0), 4)
-  values = [
-    0.02 * jax.random.normal(key, x.shape, x.dtype) if x.dtype == jnp.float32 else jnp.zeros(x.shape, x.dtype)
-    for key, x in zip(keys, arguments(flags.FLAGS.timed_slots))
-  ]
-  timed = {name: compiled(f, flags.FLAGS.timed_slots) for name, f in (("chunked", chunked), ("dense", dense))}
-  seconds = timing.side_by_side(
-    {name: lambda p=program: jax.block_until_ready(p(*values)) for name, program in timed.items()}, repeats
+def _arguments(slots: int) -> tuple[Any, ...]:
+  """Shapes of what a readout takes: hidden f32[slots / 4, 4, D], unembedding f32[V, D], dk row f32[D], targets i32."""
+  import jax
+  import jax.numpy as jnp
+
+  args = flags.FLAGS
+  return (
+    jax.ShapeDtypeStruct((slots // 4, 4, args.width), jnp.float32),
+    jax.ShapeDtypeStruct((args.vocabulary, args.width), jnp.float32),
+    jax.ShapeDtypeStruct((args.width,), jnp.float32),
+    jax.ShapeDtypeStruct((slots // 4,), jnp.int32),
   )
-  return {
-    "benchmark": "readout",
-    "slots": flags.FLAGS.slots,
-    "width": flags.FLAGS.width,
-    "vocabulary": flags.FLAGS.vocabulary,
-    "temporary_bytes": memory["chunked"],
-    "temporary_gib": memory["chunked"] / 2**30,
-    "dense_temporary_gib": memory["dense"] / 2**30,
-    "device": jax.devices()[0].device_kind,
-    "timing": {
-      "slots": flags.FLAGS.timed_slots,
-      "chunked_seconds": seconds["chunked"],
-      "dense_seconds": seconds["dense"],
-      "chunked_over_dense": seconds["chunked"] / seconds["dense"],
-    },
-  }
+
+
+def _values(slots: int) -> list[Any]:
+  """Arrays of these shapes: normal ones of deviation 0.02, and targets that are all 0."""
+  import jax
+  import jax.numpy as jnp
+
+  keys = jax.random.split(jax.random.key(0), 4)
+  return [
+    0.02 * jax.random.normal(key, x.shape, x.dtype) if x.dtype == jnp.float32 else jnp.zeros(x.shape, x.dtype)
+    for key, x in zip(keys, _arguments(slots))
+  ]
+
+
+def _compiled(function: Callable[..., Any], slots: int) -> Any:
+  """Value and gradient of a readout of so many slots."""
+  import jax
+
+  return jax.jit(jax.value_and_grad(function, (0, 1, 2))).lower(*_arguments(slots)).compile()

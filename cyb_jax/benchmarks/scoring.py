@@ -1,4 +1,4 @@
-"""Scoring: requests a second of downstream tasks, all at once beside one by one.
+"""Scoring: requests a second of downstream tasks, batched against one by one.
 
 Two sets of requests are drawn, of the lengths that two tasks have. LAMBADA's: a context of about 85 tokens, and a word
 of one to three. HellaSwag's: a context of about 60 tokens, and four endings of about 28. Three ways take turns (A B C

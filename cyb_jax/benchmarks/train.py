@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +31,13 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax.benchmarks import timing
+from cyb_jax.benchmarks import timing, variants
 from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:  # imported where it is used, so that --help is quick
+  import ml_collections
+
   from cyb_jax.configs import Config
 
 _AHEAD = 2
@@ -48,8 +49,9 @@ def define_flags() -> None:
   flags.DEFINE_multi_string(
     "variant",
     [],
-    "Fields in which a variant differs, as 'method.pauses=1,method.pause_visibility=hidden': it is measured beside the"
-    " config itself. May be given several times.",
+    "A variant that is measured next to the config itself: a setting, whose method replaces the config's ('baseline',"
+    " 'tbys3', 'ap'), fields ('method.pauses=1,method.pause_visibility=hidden'), or a setting and fields"
+    " ('tbys3,data.batch_size=8'). May be given several times.",
   )
   flags.DEFINE_string("store", "", "A token store; '': that of data.store, or else random tokens.")
   flags.DEFINE_integer(
@@ -79,43 +81,28 @@ def train() -> dict[str, Any]:
 
   import jax
 
-  from cyb_jax import configs
-
   # What is timed is compilation, not a look-up in a cache that an earlier run has filled. JAX asks once, at its first
   # compilation, whatever that is.
   jax.config.update("jax_enable_compilation_cache", False)
-  contenders = [_Contender(configs.freeze(source), args.store, args.vocabulary)]
-  for variant in args.variant:
-    try:
-      config = configs.freeze(programs.override(source, split_fields(variant)))
-      contenders.append(_Contender(config, args.store, args.vocabulary))
-    except InputError as error:
-      raise InputError(f"--variant={variant}: {error}") from None
+  names, contenders = ["", *args.variant], _contenders(source)
   if args.profile:
     try:
       pathlib.Path(args.profile).mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise InputError(f"--profile: {args.profile} can't be written to: {error.strerror}") from None
-  names = ["", *args.variant]
   with contextlib.ExitStack() as stack:
     for name, contender in zip(names, contenders):
       stack.enter_context(contender)
       logging.info("%s: compiled in %.1f s", name or "the config", contender.compile_seconds)
-    for contender in contenders:
-      contender.block(args.steps)
-    blocks = timing.in_turn([functools.partial(x.block, args.steps) for x in contenders], args.blocks)
+    blocks = _in_turn(contenders)
+    peak, alone = args.peak_tflops * 1e12 or None, len(contenders) == 1
     rows = [
-      {"variant": name, **contender.describe(mine, args.peak_tflops * 1e12 or None, alone=len(contenders) == 1)}
+      {"variant": name, **contender.describe(mine, peak, alone=alone)}
       for name, contender, mine in zip(names, contenders, blocks)
     ]
     for number, contender in enumerate(contenders if args.profile else ()):
       with jax.profiler.trace(str(pathlib.Path(args.profile) / str(number))):
         contender.block(_PROFILED_STEPS)
-  per_token = [[x.median / contender.tokens for x in mine] for contender, mine in zip(contenders, blocks)]
-  ratios = []
-  for name, mine in zip(names, per_token):
-    median, lowest, highest = timing.ratio(per_token[0], mine)
-    ratios.append({"variant": name, "tokens_per_second": median, "lowest": lowest, "highest": highest})
   return {
     "benchmark": "train",
     "config": config_flags.get_config_filename(args["config"]),
@@ -125,21 +112,45 @@ def train() -> dict[str, Any]:
     "blocks": args.blocks,
     "steps": args.steps,
     "rows": rows,
-    "timing": {"ratios": ratios},
+    "timing": {"ratios": _ratios(names, contenders, blocks)},
   }
 
 
-def split_fields(variant: str) -> list[str]:
-  """'a.b=1,c.d=x,y' as ['a.b=1', 'c.d=x,y']: a comma parts two fields where a field's name follows.
+def _contenders(source: ml_collections.ConfigDict) -> list[_Contender]:
+  """The config itself, and its variants by the flag `--variant`."""
+  from cyb_jax import configs
 
-  Raises:
-    InputError: a part without a value.
-  """
-  fields = re.split(r",(?=\w+(?:\.\w+)+(?:=|,|$))", variant)
-  for field in fields:
-    if not re.match(r"\w+(\.\w+)*=", field):
-      raise InputError(f"{field!r} is not of the form field=value, such as method.pauses=1")
-  return fields
+  args = flags.FLAGS
+  contenders = [_Contender(configs.freeze(source), args.store, args.vocabulary)]
+  for variant in args.variant:
+    try:
+      setting, fields = variants.split(variant)
+      changed = source if setting is None else variants.with_setting(source, setting)
+      config = configs.freeze(programs.override(changed, fields))
+      contenders.append(_Contender(config, args.store, args.vocabulary))
+    except InputError as error:
+      raise InputError(f"--variant={variant}: {error}") from None
+  return contenders
+
+
+def _in_turn(contenders: Sequence[_Contender]) -> list[list[Block]]:
+  """The timed blocks of each, taken in turn after one block of each that isn't timed."""
+  args = flags.FLAGS
+  for contender in contenders:
+    contender.block(args.steps)
+  return timing.in_turn([functools.partial(x.block, args.steps) for x in contenders], args.blocks)
+
+
+def _ratios(
+  names: Sequence[str], contenders: Sequence[_Contender], blocks: Sequence[Sequence[Block]]
+) -> list[dict[str, Any]]:
+  """How many times the tokens per second of the config itself each of them has, block by block."""
+  per_token = [[x.median / contender.tokens for x in mine] for contender, mine in zip(contenders, blocks)]
+  ratios = []
+  for name, mine in zip(names, per_token):
+    median, lowest, highest = timing.ratio(per_token[0], mine)
+    ratios.append({"variant": name, "tokens_per_second": median, "lowest": lowest, "highest": highest})
+  return ratios
 
 
 class RandomTokens:

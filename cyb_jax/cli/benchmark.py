@@ -2,7 +2,7 @@
 
 cyb-benchmark readout [--slots=131072 --width=768 --vocabulary=50304]   memory against a dense readout, and time
 cyb-benchmark data [--store=DIR]                                        tokens/s that batches are read at
-cyb-benchmark train --config=experiments/NAME.py [--variant=FIELDS]     tokens/s, MFU, memory of the training step
+cyb-benchmark train --config=experiments/NAME.py [--variant=baseline]   tokens/s, MFU, memory of the training step
 cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
 cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests/s of downstream scoring, batched or not
 cyb-benchmark faults [--kills=100]                                      one run killed so often, against one left alone

@@ -1,3 +1,3 @@
-"""Compiling for TPUs on a machine without any: what a run's programs take there."""
+"""Compiling for TPUs on a machine without any: the memory and the time that a run's programs need there."""
 
 STEPS = ("train", "evaluate", "decode")

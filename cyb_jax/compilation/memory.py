@@ -1,4 +1,4 @@
-"""What a program needs of a chip's memory, as XLA says it: of a compiled one, and of one that is refused."""
+"""The memory of a chip that a program needs, as XLA reports it for compiled and for refused programs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How long a step must take at least: the longest of what it computes, moves to and from memory, and sends."""
+"""A lower bound of a step's time: the longest of computation, memory traffic and communication."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from cyb_jax.compilation.hlo import Traffic
+from cyb_jax.compilation.traffic import Traffic
 from cyb_jax.costs.flops import Chip
 
 MODEL = (
@@ -34,7 +34,7 @@ class Roofline:
 
   @property
   def bound(self) -> str:
-    """What it waits for."""
+    """The longest of the three: 'compute', 'hbm' or 'interconnect'."""
     values = dataclasses.asdict(self)
     return max(values, key=values.get)
 

@@ -17,15 +17,15 @@ from cyb_jax.errors import InputError
 if TYPE_CHECKING:  # imported when the environment is set
   import jax
 
-# libtpu looks for a TPU, asks the cloud's metadata server which, and writes logs, unless it is told not to. What the
-# user has set for libtpu stays, but that this process computes nothing on a TPU.
+# libtpu looks for a TPU, asks the cloud's metadata server which, and writes logs, unless environment variables
+# forbid it. What the user has set for libtpu stays, but that this process computes nothing on a TPU.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   # Beside a process that trains on the same machine.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_LOG_DIR": "disabled",
-  # Of whatever TPU: it is asked for, and warned of where it isn't told, though all that counts is the topology.
+  # Any TPU will serve: libtpu warns where the variable isn't set, though only the topology matters.
   "TPU_ACCELERATOR_TYPE": "v4-8",
   "TPU_MIN_LOG_LEVEL": "3",
   "TPU_STDERR_LOG_LEVEL": "3",

@@ -1,6 +1,7 @@
-"""What a trained model is worth: perplexities and stopping times over a split."""
+"""Evaluation of a trained model: perplexities and stopping times over a split."""
 
-from cyb_jax.evaluation.perplexity import Evaluator, spearman
+from cyb_jax.evaluation.perplexity import Evaluator
+from cyb_jax.evaluation.ranks import spearman
 from cyb_jax.evaluation.record import AUTOREGRESSIVE_WINDOWS, evaluate_split, read_autoregressively
 from cyb_jax.evaluation.self_paced import evaluate_self_paced
 from cyb_jax.evaluation.statistics import PauseStatistics, statistics_of_split

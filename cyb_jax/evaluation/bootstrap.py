@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 GROUPS = 1024
-"""Documents are dealt to at most so many groups, document n to group n modulo G."""
+"""Documents are divided into at most so many groups; document n is in group n modulo G."""
 
 _RESAMPLES = 1000
 _SEED = 0

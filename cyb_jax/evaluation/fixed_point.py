@@ -1,8 +1,8 @@
 """Sums that lose nothing: numbers in units of 2^-30 of their bound, added byte by byte in int32.
 
 Whole numbers add up to the same bits in whatever order, over whatever batches and devices; a long sum of f32 on an
-accelerator does not, and it drops what is small beside it. The four bytes of a number are summed apart, so that int32
-holds 8 million of them (`MOST`) before the host has to take over in int64.
+accelerator does not, and it drops addends that are small against it. The four bytes of a number are summed apart, so
+that int32 holds 8 million of them (`MOST`) before the host has to take over in int64.
 
 Dimensions: B batch, T tokens.
 """
@@ -36,7 +36,7 @@ def total(x: Float[Array, "B T ..."], real: Bool[Array, "B T"], bound: float) ->
 
 
 def value(sums: np.ndarray, bound: float) -> np.ndarray:
-  """f64[...]: the sum that int64[..., 4] stands for."""
+  """f64[...]: the sum that int64[..., 4] represents."""
   return (sums * _PLACES).sum(-1) * (bound / _ONE)
 
 

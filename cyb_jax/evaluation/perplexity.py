@@ -7,7 +7,6 @@ Dimensions: B batch, T tokens, W slots.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, PyTree
-from scipy import stats
 
 from cyb_jax.errors import InputError
+from cyb_jax.evaluation.abilities import is_adaptive, is_self_paced
+from cyb_jax.evaluation.ranks import spearman
 from cyb_jax.evaluation.self_paced import evaluate_self_paced
 from cyb_jax.methods import Batch, EvalOutput, Method
 from cyb_jax.partitioning import arrays
@@ -27,24 +27,26 @@ from cyb_jax.stopping import hard_slot, log_stopping_distribution
 
 # Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
 _CALIBRATION_TOKENS = 4_000_000
+# Before the names of the sums of a method's extra metrics.
+_EXTRA = "extra/"
 
 
 class Evaluator:
-  """Evaluates a method's parameters; compiled once, used as often as wanted.
+  """Evaluates a method's parameters; compiled once, used for any number of splits.
 
   Args:
     method: what is evaluated.
     mesh: the batch is spread over it.
-    omega: W weights, what the world grants in this evaluation; None: all W slots, always.
-    context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': by those alone that
-      the model asks for, see `evaluation.self_paced`.
+    omega: W weights, the step budget of this evaluation; None: every token may use all W slots.
+    context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': only by
+      those that the model requests, see `evaluation.self_paced`.
 
   Attributes:
     shards: into how many parts a batch is split.
   """
 
   def __init__(self, method: Method, mesh: Mesh, omega: ArrayLike | None = None, context: str = "constant"):
-    if context == "self_paced" and not method.self_paces:
+    if context == "self_paced" and not is_self_paced(method):
       raise InputError(f"context: 'self_paced', but method {method.name!r} has no pauses that it could go without")
     self.method = method
     self.omega = omega
@@ -76,85 +78,74 @@ class Evaluator:
     Args:
       params: of the method, bare arrays.
       batches: this host's `rows` of batches [B, T], see `methods.Batch`; padding has weight 0.
-      num_bytes: UTF-8 bytes of the text that the tokens stand for; None: unknown.
+      num_bytes: UTF-8 bytes of the text that the tokens encode; None: unknown.
 
     Returns:
-      The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. Beside them
-      `inference_flops`, of a token decoded with a cache, and `inference_slots`, that it was seen to take where that is
-      decided token by token; and what the method adds (`Method.summarize_metrics`);
+      The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. In addition
+      `inference_flops`, of a token decoded with a cache; `inference_slots`, the slots a token that inference was seen
+      to run where that is decided token by token; the method's own keys (`Method.summarize_metrics`);
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
-      perplexity, and beside it are `constant_perplexity`, of the same text read in a constant context, and
-      `context_pauses`, how many a token the context kept.
+      perplexity, and there are `constant_perplexity`, of the same text evaluated in a constant context, and
+      `context_pauses`, how many pauses a token the context kept.
+
+    Raises:
+      InputError: no token has weight.
     """
-    totals: dict[str, np.ndarray] = {}
-    decisions: list[np.ndarray] = []
-    gains: list[np.ndarray] = []
-    windows = length = kept = 0
+    totals, pairs = _Totals(), _CalibrationPairs()
     for batch in batches:
       placed = self.shard_batch(batch)
       with jax.set_mesh(self._mesh):
         outputs = self._sums(params, placed)
       sums, decided, gained = arrays.fetch(outputs)
-      for name, value in sums.items():
-        totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-      real = arrays.fetch(placed["weights"]) > 0  # of all hosts
-      windows += int(real.any(-1).sum())
-      length = batch["tokens"].shape[1]
-      if decided is not None and kept < _CALIBRATION_TOKENS:
-        decisions.append(decided[real])
-        gains.append(gained[real])
-        kept += int(real.sum())
-    tokens = totals["tokens"]
-    if not tokens:
-      raise InputError("limit: no target has weight in the windows that were read; give more, or another split")
+      real = totals.add(sums, placed["weights"])
+      if decided is not None:
+        pairs.add(decided[real], gained[real])
+    return self._record(totals, pairs.correlations(), num_bytes)
 
-    def perplexity(name: str) -> Any:
-      return np.exp(-totals[name] / tokens).tolist() if name in totals else None
-
-    def stopping(name: str) -> dict[str, Any]:
-      latency = totals[name] / tokens
-      return {"mean_pauses": float(latency @ np.arange(len(latency))), "latency": latency.tolist()}
-
-    loss = float(totals["loss"] / tokens)
+  def _record(self, totals: _Totals, calibration: list[float | None] | None, num_bytes: int | None) -> dict[str, Any]:
+    """What `__call__` returns, from the sums over all batches."""
+    loss, length = totals.mean("loss"), totals.length
+    passes = self.method.passes if self.context == "constant" else 2
+    slots = totals.windows * self.method.forward_slots(length) * passes
+    measured, more = self._measured(totals)
     training = None
     if "training_stopping" in totals:
-      training = {"perplexity": perplexity("training_log_likelihood")} | stopping("training_stopping")
-    passes = self.method.passes if self.context == "constant" else 2
-    slots = windows * self.method.forward_slots(length) * passes
-    measured = None  # slots a token that inference was seen to run
-    if "inference_slots" in totals:
-      measured = float(totals["inference_slots"] / totals["inference_tokens"])
-    means = {name: float(sums / tokens) for name, sums in totals.items() if name.startswith("beside/")}
-    beside = self.method.summarize_metrics({name.removeprefix("beside/"): mean for name, mean in means.items()})
-    if self.context == "self_paced":
-      beside = {
-        "constant_perplexity": perplexity("constant_log_likelihood"),
-        "context_pauses": float(totals["kept"] / tokens) - 1,
-      }
-      measured = float(totals["kept"] / tokens)
+      training = {"perplexity": totals.perplexity("training_log_likelihood")} | totals.latency("training_stopping")
     return {
       "loss": loss,
       "loss_perplexity": float(np.exp(loss)),
-      "perplexity": perplexity("log_likelihood"),
+      "perplexity": totals.perplexity("log_likelihood"),
       "bits_per_byte": float(-totals["log_likelihood"] / np.log(2) / num_bytes) if num_bytes else None,
-      **stopping("stopping"),
-      "slot_perplexity": perplexity("slots"),
-      "oracle_perplexity": perplexity("oracle"),
-      "hard_perplexity": perplexity("hard"),
-      "calibration": spearman(np.concatenate(decisions), np.concatenate(gains)) if decisions else None,
+      **totals.latency("stopping"),
+      "slot_perplexity": totals.perplexity("slots"),
+      "oracle_perplexity": totals.perplexity("oracle"),
+      "hard_perplexity": totals.perplexity("hard"),
+      "calibration": calibration,
       "training_omega": training,
-      "tokens": int(tokens),
+      "tokens": totals.tokens,
       "slots": round(slots),
       "inference_slots": measured,
       "inference_flops": float(self.method.inference_cost(length, slots=measured).total),
-      "flops": float(self.method.forward_flops(length) * windows * length * passes),
-      **beside,
+      "flops": float(self.method.forward_flops(length) * totals.windows * length * passes),
+      **more,
     }
 
+  def _measured(self, totals: _Totals) -> tuple[float | None, dict[str, Any]]:
+    """The slots a token that inference was seen to run (None: this isn't decided token by token), and the keys that
+    only some methods or contexts have."""
+    if self.context == "self_paced":
+      kept = totals.mean("kept")
+      constant = totals.perplexity("constant_log_likelihood")
+      return kept, {"constant_perplexity": constant, "context_pauses": kept - 1}
+    measured = None
+    if "inference_slots" in totals:
+      measured = float(totals["inference_slots"] / totals["inference_tokens"])
+    return measured, self.method.summarize_metrics(totals.extra_means())
+
   def autoregressive(self, params: PyTree, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What a method that isn't causal says of text as a language model would have to: every target from the tokens
-    before it alone. It costs a pass for every token.
+    """The perplexity of a method that isn't causal when it predicts every target from the tokens before it alone, as a
+    language model must. It costs a pass for every token.
 
     Args:
       params, batches: as in `__call__`.
@@ -163,30 +154,111 @@ class Evaluator:
       `perplexity`; `blockwise_perplexity`, of the same targets read at once, as `__call__` does; `tokens`, how many
       these are; `windows`.
     """
-    totals: dict[str, float] = {}
-    windows = 0
+    totals = _Totals()
     for batch in batches:
       placed = self.shard_batch(batch)
       with jax.set_mesh(self._mesh):
         sums = self._sums_of_prefixes(params, placed)
-      for name, value in arrays.fetch(sums).items():
-        totals[name] = totals.get(name, 0.0) + float(value)
-      windows += int((arrays.fetch(placed["weights"]) > 0).any(-1).sum())
-    tokens = totals["tokens"]
+      totals.add(arrays.fetch(sums), placed["weights"])
+    return {
+      "perplexity": totals.perplexity("log_likelihood"),
+      "blockwise_perplexity": totals.perplexity("blockwise"),
+      "tokens": totals.tokens,
+      "windows": totals.windows,
+    }
+
+
+class _Totals:
+  """Weighted sums over the batches of all hosts, in float64.
+
+  Attributes:
+    windows: how many windows have a target of weight.
+    length: T.
+  """
+
+  def __init__(self):
+    self._sums: dict[str, Any] = {}
+    self.windows = self.length = 0
+
+  def add(self, sums: dict[str, Any], weights: Array) -> np.ndarray:
+    """Adds what a batch contributes; returns bool[B, T], which tokens of all hosts have weight.
+
+    Args:
+      sums: of the whole batch, on this host.
+      weights: f32[B, T], on the devices.
+    """
+    for name, value in sums.items():
+      self._sums[name] = self._sums.get(name, 0.0) + np.asarray(value, np.float64)
+    real = arrays.fetch(weights) > 0
+    self.windows += int(real.any(-1).sum())
+    self.length = real.shape[1]
+    return real
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._sums
+
+  def __getitem__(self, name: str) -> Any:
+    return self._sums[name]
+
+  @property
+  def tokens(self) -> int:
+    """How many tokens have weight.
+
+    Raises:
+      InputError: none.
+    """
+    return int(self._tokens)
+
+  @property
+  def _tokens(self) -> float:
+    tokens = self._sums["tokens"]
     if not tokens:
       raise InputError("limit: no target has weight in the windows that were read; give more, or another split")
-    return {
-      "perplexity": float(np.exp(-totals["log_likelihood"] / tokens)),
-      "blockwise_perplexity": float(np.exp(-totals["blockwise"] / tokens)),
-      "tokens": int(tokens),
-      "windows": windows,
-    }
+    return tokens
+
+  def mean(self, name: str) -> float:
+    """The mean over tokens."""
+    return float(self._sums[name] / self._tokens)
+
+  def perplexity(self, name: str) -> Any:
+    """exp(-mean) of log-likelihoods, a number or a list with one for each slot; None where there is no such sum."""
+    return np.exp(-self._sums[name] / self._tokens).tolist() if name in self._sums else None
+
+  def latency(self, name: str) -> dict[str, Any]:
+    """`mean_pauses`, and `latency`, the mean of s."""
+    latency = self._sums[name] / self._tokens
+    return {"mean_pauses": float(latency @ np.arange(len(latency))), "latency": latency.tolist()}
+
+  def extra_means(self) -> dict[str, float]:
+    """The means of `EvalOutput.extra_metrics`."""
+    names = (name for name in self._sums if name.startswith(_EXTRA))
+    return {name.removeprefix(_EXTRA): self.mean(name) for name in names}
+
+
+class _CalibrationPairs:
+  """d_i and t_{i+1} - t_i of the first 4M tokens or so; ranks need all values at once."""
+
+  def __init__(self):
+    self._decisions: list[np.ndarray] = []
+    self._gains: list[np.ndarray] = []
+    self._kept = 0
+
+  def add(self, decisions: np.ndarray, gains: np.ndarray) -> None:
+    """f32[N, W-1] each, of the tokens of weight in a batch."""
+    if self._kept < _CALIBRATION_TOKENS:
+      self._decisions.append(decisions)
+      self._gains.append(gains)
+      self._kept += len(decisions)
+
+  def correlations(self) -> list[float | None] | None:
+    """Spearman's coefficient of each step; None where nothing was added."""
+    return spearman(np.concatenate(self._decisions), np.concatenate(self._gains)) if self._decisions else None
 
 
 def _sums(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
-  """Weighted sums over a batch; and, where the method decides, d_i and t_{i+1} - t_i per token."""
+  """Weighted sums over a batch; and, where the method is adaptive, d_i and t_{i+1} - t_i per token."""
   output = method.evaluate(params, batch, omega)
   return _sums_of(method, output, method.evaluate_as_trained(params, batch, output), batch["weights"])
 
@@ -204,12 +276,12 @@ def _sums_of_prefixes(method: Method, params: PyTree, batch: Batch) -> dict[str,
 def _sums_self_paced(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
-  """The same of a self-paced context; and of the constant one, what they are compared by."""
+  """The same of a self-paced context, and the log-likelihood in a constant context for comparison."""
   output, kept = evaluate_self_paced(method, params, batch, omega)
   sums, decisions, gains = _sums_of(method, output, None, batch["weights"])
   constant = method.evaluate(params, batch)
   log_stopping = constant.log_stopping
-  if omega is not None:  # which a recipe that draws would draw from
+  if omega is not None:  # a recipe that draws slots would draw from it
     log_stopping = log_stopping_distribution(constant.scores.log_dont_know, constant.scores.log_answer, omega)
   log_likelihood = jax.nn.logsumexp(log_stopping + constant.scores.log_target, -1)
   sums["constant_log_likelihood"] = (log_likelihood * batch["weights"]).sum()
@@ -233,9 +305,9 @@ def _sums_of(
     "oracle": total(scores.log_target.max(-1)),
     "stopping": total(jnp.exp(output.log_stopping)),
   }
-  sums |= {f"beside/{name}": total(values) for name, values in output.extra_metrics.items()}
+  sums |= {f"{_EXTRA}{name}": total(values) for name, values in output.extra_metrics.items()}
   if output.slots is not None:
-    # Of all tokens of a window, learnt or read alone: they are run too. Of windows that only fill a batch none.
+    # All tokens of a window are run, whether or not they have weight; windows that only fill a batch don't count.
     real = jnp.broadcast_to((weights > 0).any(-1, keepdims=True), weights.shape).astype(jnp.float32)
     sums |= {"inference_slots": (output.slots * real).sum(), "inference_tokens": real.sum()}
   if output.lengths is None:  # else a slot is that of some tokens alone
@@ -243,7 +315,7 @@ def _sums_of(
   if training is not None:
     sums["training_log_likelihood"] = total(training.log_likelihood)
     sums["training_stopping"] = total(jnp.exp(training.log_stopping))
-  if not method.decides:
+  if not is_adaptive(method):
     return sums, None, None
   chosen = hard_slot(scores.log_dont_know)[..., None]
   sums["hard"] = total(jnp.take_along_axis(scores.log_target, chosen, -1)[..., 0])
@@ -251,19 +323,3 @@ def _sums_of(
     return sums, None, None
   target = jnp.exp(scores.log_target)
   return sums, jnp.exp(scores.log_dont_know[..., :-1]), target[..., 1:] - target[..., :-1]
-
-
-def spearman(decisions: np.ndarray, gains: np.ndarray) -> list[float | None]:
-  """Rank correlation over tokens of d_i with t_{i+1} - t_i, per step i; None where one of them is constant.
-
-  Args:
-    decisions: f32[N, W-1].
-    gains: f32[N, W-1].
-  """
-  result = []
-  for d, gain in zip(decisions.T, gains.T):
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", stats.ConstantInputWarning)
-      value = stats.spearmanr(d, gain).statistic if len(d) > 1 else np.nan
-    result.append(float(value) if np.isfinite(value) else None)
-  return result

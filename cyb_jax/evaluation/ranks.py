@@ -1,7 +1,7 @@
-"""Rank correlation of more tokens than memory holds: ranks from 65,536 bins.
+"""Rank correlation (Spearman's): exact where all values are in memory, and from 65,536 bins where they are not.
 
-All values of a bin are tied: each has their average rank. The correlation is then that of scipy's `spearmanr` but for
-the order inside the bins, so that no bin may hold a large share of different values, wherever these crowd: all d within
+All values of a bin are tied: each has their average rank. The correlation is then that of `spearman` but for the order
+inside the bins, so that no bin may hold a large share of different values, wherever these crowd: all d within
 a millionth of 0.999, or gains of 1e-9. Half of the edges are therefore values of a sample of the tokens, near which
 other values are to be expected; the other half are f32 numbers evenly spaced in their bits (64 to an octave), for what
 the sample has not seen.
@@ -9,9 +9,28 @@ the sample has not seen.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
+from scipy import stats
 
 BINS = 1 << 16
+
+
+def spearman(decisions: np.ndarray, gains: np.ndarray) -> list[float | None]:
+  """Exact rank correlation over tokens of d_i with t_{i+1} - t_i, per step i; None where one of them is constant.
+
+  Args:
+    decisions: f32[N, W-1].
+    gains: f32[N, W-1].
+  """
+  result = []
+  for d, gain in zip(decisions.T, gains.T):
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", stats.ConstantInputWarning)
+      value = stats.spearmanr(d, gain).statistic if len(d) > 1 else np.nan
+    result.append(float(value) if np.isfinite(value) else None)
+  return result
 
 
 def edges(sample: np.ndarray) -> np.ndarray:
@@ -42,7 +61,7 @@ def centred(counts: np.ndarray) -> np.ndarray:
 
 
 def deciles(counts: np.ndarray) -> np.ndarray:
-  """int32[..., bins]: the tenth, from 0, in which the average rank of each bin's values lies."""
+  """int32[..., bins]: the tenth, from 0, that the average rank of each bin's values is in."""
   return np.clip(np.floor((centred(counts) + 0.5) * 10), 0, 9).astype(np.int32)
 
 

@@ -1,9 +1,8 @@
-"""One evaluation of a run, with all the keys that others read."""
+"""One evaluation of a run: the record that evaluation.json holds."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
@@ -11,10 +10,11 @@ from jaxtyping import PyTree
 
 from cyb_jax.configs import Config
 from cyb_jax.data import TokenStore, evaluation_batches, with_segment_ids
-from cyb_jax.errors import InputError
+from cyb_jax.evaluation.abilities import is_causal
 from cyb_jax.evaluation.perplexity import Evaluator
+from cyb_jax.evaluation.windows import used_windows, with_progress
 
-# Of a method that isn't causal so many windows are read token by token as well, at a pass each.
+# Of a method that isn't causal so many windows are also evaluated token by token, at a pass each.
 AUTOREGRESSIVE_WINDOWS = 16
 
 
@@ -39,8 +39,8 @@ def evaluate_split(
     store: read in order, each window once.
     config: gives the window's length and, by default, the batch size, that of what is trained on at once.
     split: 'validation', 'test' or 'train'.
-    step: that the parameters stem from.
-    meta: of the checkpoint: what training has spent.
+    step: the training step of the parameters.
+    meta: of the checkpoint: the compute that training has spent.
     limit: at most so many windows; None: the split whole.
     batch_size: windows at a time; changes no number beyond rounding.
     autoregressive_windows: of a method that isn't causal, how many of the windows at most are read autoregressively as
@@ -51,14 +51,14 @@ def evaluate_split(
     `Evaluator` gives, `train_tokens`, `train_slots`, `train_flops`, and `autoregressive`, see `read_autoregressively`.
 
   Raises:
-    InputError: the store has no such split, or nothing in it.
+    InputError: the store has no such split, or the split is empty.
   """
   windows, limit = used_windows(store, config, split, limit)
   batch_size = batch_size or config.evaluation_rows
   batches = _batches(evaluator, store, config, split, limit, batch_size)
   logging.info("evaluating %s: %d windows of %d tokens", split, windows, config.data.sequence_length)
   num_bytes = store.num_bytes(split) if limit is None else None
-  numbers = evaluator(params, told(batches, windows, batch_size), num_bytes=num_bytes)
+  numbers = evaluator(params, with_progress(batches, windows, batch_size), num_bytes=num_bytes)
   record = {"method": config.method.name, "step": step, "split": split, "limit": limit}
   record |= {"omega": evaluator.omega, "context": evaluator.context} | numbers
   record |= {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
@@ -87,14 +87,14 @@ def read_autoregressively(
   """What `Evaluator.autoregressive` gives of the first so many windows of a split; None where they are none, and for
   methods that are causal, which have no other way to be read. Arguments as in `evaluate_split`.
   """
-  if evaluator.method.causal or not windows:
+  if is_causal(evaluator.method) or not windows:
     return None
   # Rows that only pad would be passed as often as the others.
   batch_size = min(batch_size or config.evaluation_rows, -(-windows // evaluator.shards) * evaluator.shards)
   length = config.data.sequence_length
   logging.info("evaluating %s token by token: %d windows of %d passes", split, windows, length)
   batches = _batches(evaluator, store, config, split, windows, batch_size)
-  return evaluator.autoregressive(params, told(batches, windows, batch_size))
+  return evaluator.autoregressive(params, with_progress(batches, windows, batch_size))
 
 
 def _batches(
@@ -111,32 +111,3 @@ def _batches(
   if config.data.document_mask:
     return (with_segment_ids(batch, store.end_id) for batch in batches)
   return batches
-
-
-def used_windows(store: TokenStore, config: Config, split: str, limit: int | None) -> tuple[int, int | None]:
-  """How many windows of a split are used, and the limit, None where it leaves none out.
-
-  Raises:
-    InputError: the store has no such split, or nothing in it; a limit below 1.
-  """
-  if limit is not None and limit < 1:
-    raise InputError(f"limit: {limit}; give at least 1 window")
-  if split not in store.splits:
-    raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
-  windows = store.num_windows(split, config.data.sequence_length)
-  if windows == 0:
-    raise InputError(f"split: {split!r} of {store.path} is empty")
-  if limit is None or limit >= windows:
-    return windows, None
-  return limit, limit
-
-
-def told(batches: Iterable[dict[str, Any]], windows: int, batch_size: int) -> Iterator[dict[str, Any]]:
-  """The batches, with a line of progress now and then."""
-  done, last = 0, time.monotonic()
-  for batch in batches:
-    yield batch
-    done += batch_size
-    if time.monotonic() - last > 10:
-      last = time.monotonic()
-      logging.info("evaluated %d of %d windows", min(done, windows), windows)

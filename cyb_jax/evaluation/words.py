@@ -1,8 +1,8 @@
-"""Where tokens stand in words, which words the paper names, and what classes words are of.
+"""The positions of tokens in words, the words that the paper names, and the classes of words.
 
 A word is a run of letters and digits. A piece that begins with a space and goes on with letters starts one; one of
 letters alone continues one, or starts one after anything else; all other pieces (punctuation, white space, the end of a
-document) stand for themselves. A byte that is no ASCII is a letter.
+document) are neither. A byte outside ASCII is a letter.
 
 Dimensions: B batch, T tokens, C tokens before a window.
 """
@@ -73,7 +73,7 @@ class Words:
     lexicon = _lexicon()
     self.classes = list(CLASSES) if lexicon else None
     numbers = {tag: number for number, tags in enumerate(CLASSES.values()) for tag in tags}
-    # Behind an apostrophe or a hyphen stand parts of words.
+    # What follows an apostrophe or a hyphen is a part of a word.
     tags = [lexicon.get(text, lexicon.get(text.lower())) if spaced else None for spaced, text in pieces]
     self.class_of_token = np.array([numbers.get(tag, -1) for tag in tags])
 
@@ -116,7 +116,7 @@ def _parted(tokenizer: Tokenizer, token: int) -> tuple[bool, str]:
   if token == tokenizer.end_id:
     return False, ""
   text = tokenizer.piece(token)
-  # A part of a character may stand behind a space.
+  # A part of a character may follow a space.
   if not text.startswith("▁") or "<0x" in text:
     text = tokenizer.decode([token])
   return text[:1] in ("▁", " "), text[text[:1] in ("▁", " ") :]

@@ -1,21 +1,20 @@
-"""Models out: a Hugging Face folder that transformers loads, and that comes back in unchanged.
+"""Export to a Hugging Face folder that transformers loads, and that this package imports again without a change.
 
-Pauses and `<don't know>`, which are no entries of our vocabulary, become entries appended behind its V rows:
+Pauses and `<don't know>`, which are no entries of our vocabulary, become entries after its V rows:
 
     ids      0 .. V-1     V .. V+K-1                V+K
     input    embedding    pause_input               the output row if tied, else zeros
     output   unembedding  the input row if tied,    dont_know
                           else zeros
 
-What transformers has no place for lies beside, in cyb_jax.safetensors, and what it takes to read the model as its
-method does stands under the key `cyb_jax` of config.json: log d is that of the `<dont_know>` logit with `prior_shift`,
-`dont_know_bias` and `dont_know_offset` added, against the first `vocab_size` logits (or of that logit alone, where
-`method.dont_know` is 'unit').
+Parameters that transformers has no place for are in cyb_jax.safetensors. The key `cyb_jax` of config.json holds what a
+reader needs to apply the method: log d is that of the `<dont_know>` logit with `prior_shift`, `dont_know_bias` and
+`dont_know_offset` added, against the first `vocab_size` logits (or of that logit alone, where `method.dont_know` is
+'unit').
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -36,6 +35,7 @@ from cyb_jax.errors import InputError, writing
 from cyb_jax.interop import huggingface
 from cyb_jax.interop.families import Tensor
 from cyb_jax.interop.huggingface import CYB_JAX, OWN, TOKENIZER, Family
+from cyb_jax.interop.new_folder import new_folder
 from cyb_jax.interop.tensors import each, package
 from cyb_jax.methods import MethodConfig
 from cyb_jax.stopping import prior_shift
@@ -61,11 +61,11 @@ def write_huggingface(
   """Writes config.json, safetensors and the tokenizer's files, all of them or none; the host holds a shard at a time.
 
   Args:
-    output: a folder that isn't there, or is empty.
+    output: a folder that is missing or empty.
     decoder_config: of params['decoder'].
     params: a method's parameters, bare arrays; layers stacked or not.
     tokenizer: the model's own; None: none is written.
-    method: what the parameters beside params['decoder'] belong to; None: there are none.
+    method: that the parameters outside params['decoder'] belong to; None: there are none.
     dtype: of the tensors, 'float32' or 'bfloat16'.
     max_shard_bytes: of a file; a larger tensor has one of its own.
     max_positions: the longest context that config.json speaks of.
@@ -77,6 +77,32 @@ def write_huggingface(
   """
   output = pathlib.Path(output).absolute()
   family = family_of(decoder_config)
+  _check_options(output, dtype, max_shard_bytes)
+  table = family.table(decoder_config)
+  _check_leaves(params["decoder"], table, decoder_config)
+  words = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
+  entries = _entries(params, decoder_config.vocab_size, method)
+  package("safetensors", "output")
+  with new_folder(output) as folder:
+    config = _config_json(family, decoder_config, tokenizer, len(entries), dtype, max_positions)
+    own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
+    if method is not None:
+      config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, words, step)
+    _write_json(folder / "config.json", config)
+    not_entries = {name: leaf for name, leaf in own.items() if name not in ("pause_input", "dont_know")}
+    if not_entries:
+      _write_tensors(folder / OWN, not_entries)
+    tensors = _tensors(params["decoder"], table, decoder_config, own, method)
+    _write_shards(folder, tensors, _DTYPES[dtype], max_shard_bytes)
+    if tokenizer is not None:
+      _write_tokenizer(folder, tokenizer, entries)
+    for path in folder.rglob("*"):
+      if path.is_file():
+        # safetensors gives read permission to the owner alone.
+        shutil.copymode(folder / "config.json", path)
+
+
+def _check_options(output: pathlib.Path, dtype: str, max_shard_bytes: int) -> None:
   if dtype not in _DTYPES:
     raise InputError(f"dtype: {dtype!r} is none of {', '.join(map(repr, _DTYPES))}")
   if max_shard_bytes < 1:
@@ -84,66 +110,6 @@ def write_huggingface(
   with writing(str(output)):
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
       raise InputError(f"output: {output} is there and not empty; give a new folder")
-  table = family.table(decoder_config)
-  _check_leaves(params["decoder"], table, decoder_config)
-  words = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
-  entries = _entries(params, decoder_config.vocab_size, method)
-  package("safetensors", "output")
-  # A sibling, so that it can be renamed.
-  new = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-  with writing(str(output)):
-    made = [folder for folder in new.parents if not folder.exists()]
-    try:
-      _clear_leftovers(output)
-      new.mkdir(parents=True)
-      config = _config_json(family, decoder_config, tokenizer, len(entries), dtype, max_positions)
-      own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
-      if method is not None:
-        config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, words, step)
-      _write_json(new / "config.json", config)
-      beside = {name: leaf for name, leaf in own.items() if name not in ("pause_input", "dont_know")}
-      if beside:
-        _write_tensors(new / OWN, beside)
-      _write_shards(
-        new, _tensors(params["decoder"], table, decoder_config, own, method), _DTYPES[dtype], max_shard_bytes
-      )
-      if tokenizer is not None:
-        _write_tokenizer(new, tokenizer, entries)
-      for path in new.rglob("*"):
-        if path.is_file():
-          # safetensors lets the owner alone read what it writes.
-          shutil.copymode(new / "config.json", path)
-          _sync(path)
-      new.replace(output)
-    except BaseException:
-      shutil.rmtree(new, ignore_errors=True)
-      with contextlib.suppress(OSError):  # something of others may have come into one
-        for folder in made:
-          folder.rmdir()
-      raise
-
-
-def _clear_leftovers(output: pathlib.Path) -> None:
-  """Removes what writes to the same output have left whose processes were killed."""
-  if not output.parent.exists():
-    return
-  for path in output.parent.iterdir():
-    found = re.fullmatch(rf"{re.escape(output.name)}\.(\d+)\.tmp", path.name)
-    if found and path.is_dir() and not _is_alive(int(found[1])):
-      logging.warning("%s: left by a write that was killed; removed", path)
-      shutil.rmtree(path)
-
-
-def _is_alive(process: int) -> bool:
-  if process == os.getpid():  # an older one of the same number: in containers they all are 1
-    return False
-  try:
-    os.kill(process, 0)
-  except (ProcessLookupError, OverflowError):
-    return False
-  except PermissionError:  # it is another user's
-    pass
-  return True
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -340,8 +306,3 @@ def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, entries: list[t
 
 def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: pathlib.Path) -> None:
-  with path.open("rb") as file:
-    os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Which tensors the files of a family hold, and how each of them lies in params['decoder'].
+"""Which tensors the files of a family hold, and where each of them belongs in params['decoder'].
 
 One table per family. A matrix of theirs is [outputs, inputs], as in PyTorch; ours is [inputs, outputs] with the heads'
 axes spelled out.
@@ -24,7 +24,7 @@ class Tensor:
   """One tensor of a family, and the leaves that it holds.
 
   Attributes:
-    name: in the file; '{layer}' stands for the number of its layer.
+    name: in the file; '{layer}' is a placeholder for the number of its layer.
     shape: in the file.
     leaves: paths in params['decoder']; those of a layer from the layer on, ('attention', 'query', 'kernel').
     split: the tensor -> its leaves, views where they can be.
@@ -153,7 +153,7 @@ def gpt_neox(config: DecoderConfig) -> list[Tensor]:
 
 
 def whole(name: str, leaf: LeafPath, shape: tuple[int, ...]) -> Tensor:
-  """A tensor that lies as ours does."""
+  """A tensor with the same layout as ours."""
   return Tensor(name, shape, (leaf,), lambda x: (x,), lambda x: x)
 
 

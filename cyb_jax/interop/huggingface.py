@@ -47,7 +47,7 @@ HARMLESS = frozenset({
   "forced_eos_token_id", "remove_invalid_values", "return_dict_in_generate", "output_scores",
 })  # fmt: skip
 
-# Buffers that older versions have stored beside the weights.
+# Buffers that older versions have stored with the weights.
 HARMLESS_TENSORS = (r".*\.rotary_emb\.inv_freq", r".*\.attention\.(bias|masked_bias)")
 
 _ACTIVATIONS = {

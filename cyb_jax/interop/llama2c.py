@@ -1,6 +1,6 @@
 """Binaries of llama2.c: a header of a few integers, then f32 weights in a fixed order.
 
-The first form has seven integers (a negative vocab_size: an output table of its own stands at the end) and, before that
+The first form has seven integers (a negative vocab_size: an output table of its own is at the end) and, before that
 table, cosines and sines that are computed anew. Version 1 begins with 'ak42' and a header of 256 bytes.
 https://github.com/karpathy/llama2.c/blob/master/export.py
 """

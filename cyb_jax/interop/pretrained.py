@@ -54,7 +54,7 @@ class Pretrained(abc.ABC):
     path: as it was given.
     kind: 'run', or that of `interop.Source`.
     decoder: what its parameters fit.
-    method: of the rows beside the decoder; None where it has none.
+    method: that its parameters outside the decoder belong to; None where it has none.
     context: tokens of the longest text that it says it reads; None: it doesn't say.
   """
 

@@ -1,6 +1,6 @@
 """A model of others, opened: what it is, and its weights, leaf by leaf, onto the mesh.
 
-Everything that can be said from headers is said by `open_source`, before any weight is read.
+`open_source` reports everything that headers contain, before any weight is read.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _TABLES = (("embedding",), ("unembedding",))
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-  """What an export of ours has beside the decoder.
+  """What an export of ours has in addition to the decoder.
 
   Attributes:
     method: as it was trained.
     vocab_size: how many of the decoder's rows are words; the others only pad.
-    pause_ids: of the entries `<pause_1>`.. that stand behind the decoder's rows.
+    pause_ids: of the entries `<pause_1>`.. that follow the decoder's rows.
     dont_know_id: of the entry `<dont_know>`; None: there is none.
     prior_shift: what readout adds to the `<don't know>` logit, nats; None where there is none.
     step: of training; None: not recorded.
-    own: the leaves beside params['decoder'], and their shapes.
+    own: the leaves outside params['decoder'], and their shapes.
   """
 
   method: MethodConfig
@@ -96,7 +96,7 @@ class Source:
     return array[: self.decoder.vocab_size] if path in _TABLES else array
 
   def read_own(self, name: str) -> np.ndarray:
-    """One leaf that stands beside params['decoder'], of an export of ours."""
+    """One leaf outside params['decoder'], of an export of ours."""
     if name not in ("pause_input", "dont_know"):
       return self.own_files.read(name)
     shape = self.extras.own[name]
@@ -225,11 +225,11 @@ def _with_extras(source: Source, written: Any) -> Source:
     step=fields.take("step", int, None),
     own=own,
   )
-  beside = {name: shape for name, shape in own.items() if name not in ("pause_input", "dont_know")}
+  not_entries = {name: shape for name, shape in own.items() if name not in ("pause_input", "dont_know")}
   files = None
-  if beside:
+  if not_entries:
     files = huggingface.SafetensorsFiles(source.path, huggingface.OWN)
-    check(files, [whole(name, (name,), shape) for name, shape in beside.items()], 0, source.path)
+    check(files, [whole(name, (name,), shape) for name, shape in not_entries.items()], 0, source.path)
   return dataclasses.replace(source, decoder=decoder, extras=extras, own_files=files)
 
 
@@ -260,7 +260,7 @@ def _method_config(path: pathlib.Path, written: Mapping[str, Any]) -> MethodConf
 
 
 def _own_shapes(path: pathlib.Path, config: MethodConfig, decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
-  """What a method has beside the decoder.
+  """The parameters of a method outside the decoder.
 
   Raises:
     InputError: the method can't be built so.
@@ -342,7 +342,7 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
 
 
 def load_own(source: Source, abstract: PyTree) -> PyTree:
-  """The leaves beside params['decoder'], of an export of ours.
+  """The leaves outside params['decoder'], of an export of ours.
 
   Args:
     source: with `extras`.

@@ -26,7 +26,7 @@ class TensorInfo:
   Attributes:
     shape: outermost axis first.
     dtype: in the format's own words.
-    file: where it lies.
+    file: that contains it.
     readable: whether this version can make floats of that dtype.
   """
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from cyb_jax.data import Tokenizer, TokenStore, with_segment_ids
 from cyb_jax.errors import InputError
+from cyb_jax.evaluation.abilities import is_adaptive
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, shard_batch
 from cyb_jax.report import page
 from cyb_jax.runs import Run
@@ -34,7 +35,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A window of the split, read.
+  """A window of the split, evaluated.
 
   Attributes:
     index: of the window in the split.
@@ -103,7 +104,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
         index=index,
         first=shown(run.tokenizer, int(tokens[i, 0])),
         pieces=pieces,
-        dont_know=d[i][real] if run.method.decides else None,
+        dont_know=d[i][real] if is_adaptive(run.method) else None,
         target=t[i][real],
         stopping=s[i][real],
       )
@@ -112,7 +113,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
-  """A token as it stands in the text, with what can't be seen made visible; a line ends after ↵."""
+  """A token as it is in the text, with invisible characters made visible; a line ends after ↵."""
   piece = tokenizer.piece(token)
   if token == tokenizer.end_id:
     return f"{visible(piece)}\n"
@@ -159,7 +160,7 @@ class Scale:
 
   @classmethod
   def of(cls, windows: Sequence[Window]) -> Scale | None:
-    """None where all tokens have the same number of pauses, and nothing is to be told by colour."""
+    """None where all tokens have the same number of pauses, so that colours would show nothing."""
     pauses = np.concatenate([window.pauses for window in windows]) if windows else np.array([])
     # Below this, differences are rounding.
     if not len(pauses) or np.ptp(pauses) < 1e-4:

@@ -1,4 +1,4 @@
-"""Runs side by side: which belong together, what tells them apart, what one needs to get as far as another.
+"""Runs compared: which are equal but for seeds, how they differ, what one needs to reach the loss of another.
 
 G groups of documents (see `groups` in statistics.json).
 """
@@ -15,8 +15,9 @@ import numpy as np
 
 from cyb_jax import configs
 from cyb_jax.errors import InputError
-from cyb_jax.methods import METHODS
+from cyb_jax.evaluation.abilities import is_adaptive
 from cyb_jax.report import trade_off
+from cyb_jax.report.facts import looks_ahead, method_name
 from cyb_jax.report.trade_off import Costs, Outcome
 
 # A seed is an initialisation and an order of the data.
@@ -37,7 +38,7 @@ class Candidate:
     workdir: as it was given.
     source: the nested dict of its config.
     meta: of its checkpoint.
-    statistics: see statistics.json; {} where the run isn't read yet.
+    statistics: see statistics.json; {} where the run isn't evaluated yet.
     validation: rows of metrics.jsonl whose split is validation, by step.
     vocab_size: of its tokenizer; None: as many entries as its decoder has rows.
   """
@@ -55,7 +56,7 @@ class Group:
   """Runs that are equal but for their seeds.
 
   Attributes:
-    label: the shortest that tells it from the others.
+    label: the shortest that distinguishes it from the others.
     model: the label without the data regime.
     regime: epochs and data, '' where all groups have one regime.
     runs: at least one.
@@ -68,8 +69,8 @@ class Group:
 
   @property
   def causal(self) -> bool:
-    """Whether what a run's statistics and validations say is what a language model would: it doesn't look ahead."""
-    return METHODS[self.runs[0].source["method"]["name"]].causal
+    """Whether statistics and validations predict each token from the tokens before it alone: it doesn't look ahead."""
+    return not looks_ahead(self.runs[0].statistics)
 
   def values(self, read: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
     """What `read` takes from the statistics of each run."""
@@ -150,7 +151,7 @@ def group_runs(runs: Sequence[Candidate]) -> list[Group]:
 
 
 def labels(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-  """The shortest words that tell configs apart: the method's name, and as few fields as will do.
+  """The shortest labels that distinguish configs: the method's name, and as few fields as suffice.
 
   Configs that are equal, or differ in nothing that changes results, get equal labels.
   """
@@ -178,14 +179,6 @@ def labels(sources: Sequence[Mapping[str, Any]]) -> list[str]:
       words = [f"{field.rpartition('.')[2]} {value}" for field, value in zip(some, values(i, some))]
       found[i] = ", ".join([name, *words])
   return found
-
-
-def method_name(method: Mapping[str, Any]) -> str:
-  """A method as the paper calls it, from the part `method` of a config."""
-  name, pauses = method["name"], method.get("pauses", 0)
-  if name == "cyb":
-    return f"CYB-{str(method.get('loss', 'ap')).upper()}"
-  return f"{'TBYS' if name == 'tbys' else name}-{pauses}" if pauses else str(name)
 
 
 def _regime(source: Mapping[str, Any]) -> str:
@@ -275,7 +268,7 @@ def spent_at(curve: Curve, loss: float) -> tuple[float, bool] | None:
 
 
 def efficiency(a: Group, b: Group, spend: str, windows: int | None) -> dict[str, Any]:
-  """What B spends in all, over what A needs to reach B's last validation loss: 2 means that half of it will do.
+  """What B spends in all, over what A needs to reach B's last validation loss: 2 means that half of it suffices.
 
   Returns:
     `ratios`, one per pair of seeds (A's runs outside), None: not reached; `at_least`, whether one of them is only a
@@ -355,7 +348,7 @@ def _outcome(group: Group) -> Outcome:
       | seen
     )
     # An older report has it of methods that decide nothing too.
-    if (paced := found["self_paced"]) and method.decides:
+    if (paced := found["self_paced"]) and is_adaptive(method):
       cost = method.inference_cost(length, slots=paced["context_pauses"] + 1)
       paces.append(paced | {"inference_flops": float(cost.total)})
   return Outcome.of(group.label, records, Costs.of(config, first.vocab_size), paces)
@@ -370,31 +363,9 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
   causal = [group for group in groups if group.causal]
   windows = common_windows([run for group in causal or groups for run in group.runs])
   first = groups[0].runs[0].statistics
-
-  def row(group: Group, outcome: Outcome) -> dict[str, Any]:
-    pauses = group.values(lambda s: (s["latency"] or {}).get("mean_pauses"))
-    paces = [s for s in group.values(lambda s: s["self_paced"]) if s] if outcome.self_paced else []
-    shares = [s["mean"] for s in group.values(lambda s: s["latency"]) if s]
-    return {
-      "label": group.label,
-      "model": group.model,
-      "regime": group.regime or None,
-      "workdirs": [run.workdir for run in group.runs],
-      "steps": [run.statistics["step"] for run in group.runs],
-      "num_slots": group.runs[0].statistics["num_slots"],
-      "perplexity": spread(outcome.perplexities),
-      "mean_pauses": spread(pauses) if None not in pauses else None,
-      "latency": np.mean(shares, 0).tolist() if shares else None,
-      # Of the same windows, fewer than the others here.
-      "self_paced_cost": spread([s["perplexity"] / s["constant_perplexity"] - 1 for s in paces])
-      if len(paces) == len(group.runs)
-      else None,
-      **{spend: [run.meta[spend] for run in group.runs] for spend in SPENDS},
-    }
-
   # Each group has a perplexity, with its seeds, and what training has spent of its own.
   found = outcomes(groups)
-  beside = [
+  trade_offs = [
     {k: v for k, v in described.items() if k not in ("perplexity_seeds", "perplexity_deviation", "train_tokens")}
     for described in trade_off.describe(found)
   ]
@@ -404,7 +375,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
     "limit": first["limit"],
     "tokens": first["tokens"],
     "curve_windows": windows,
-    "groups": [described | row(*of_group) for described, *of_group in zip(beside, groups, found)],
+    "groups": [described | _row(*of_group) for described, *of_group in zip(trade_offs, groups, found)],
     "looks_ahead": [group.label for group in groups if not group.causal],
     "efficiency": {
       spend: [{"a": a.label, "b": b.label} | efficiency(a, b, spend, windows) for a, b in pairs] for spend in SPENDS
@@ -412,4 +383,28 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
     "differences": [
       {"a": a.label, "b": b.label} | difference_in_nats(a, b) for a, b in itertools.combinations(causal, 2)
     ],
+  }
+
+
+def _row(group: Group, outcome: Outcome) -> dict[str, Any]:
+  """What comparison.json holds of a group but for its trade-off."""
+  latencies = group.values(lambda s: s["latency"])
+  pauses = [(latency or {}).get("mean_pauses") for latency in latencies]
+  shares = [latency["mean"] for latency in latencies if latency]
+  paces = [s for s in group.values(lambda s: s["self_paced"]) if s] if outcome.self_paced else []
+  return {
+    "label": group.label,
+    "model": group.model,
+    "regime": group.regime or None,
+    "workdirs": [run.workdir for run in group.runs],
+    "steps": [run.statistics["step"] for run in group.runs],
+    "num_slots": group.runs[0].statistics["num_slots"],
+    "perplexity": spread(outcome.perplexities),
+    "mean_pauses": spread(pauses) if None not in pauses else None,
+    "latency": np.mean(shares, 0).tolist() if shares else None,
+    # Of the same windows, which are fewer than those of the other numbers here.
+    "self_paced_cost": spread([s["perplexity"] / s["constant_perplexity"] - 1 for s in paces])
+    if len(paces) == len(group.runs)
+    else None,
+    **{spend: [run.meta[spend] for run in group.runs] for spend in SPENDS},
   }

@@ -66,7 +66,7 @@ def lines(
 
   Args:
     series: (name, x, y), or (name, x, y, low, high) with a band.
-    x, y: what stands on the axes, with its unit.
+    x, y: the labels of the axes, with their unit.
     log_x, log_y: logarithmic axes.
     legend: whether names are shown.
     level: a horizontal line.
@@ -103,10 +103,10 @@ def trade_off(
   """Numbered points on logarithmic axes, with bars over seeds, and a broken line through those of the front.
 
   Args:
-    places: (what is written beside it, the number of its name, x, y, low, high, whether it is hollow, whether it is on
+    places: (the text next to it, the number of its name, x, y, low, high, whether it is hollow, whether it is on
       the front).
     names: of the points; those that are hollow share that of another.
-    x, y: what stands on the axes, with its unit.
+    x, y: the labels of the axes, with their unit.
   """
 
   def paint(figure: Figure) -> None:
@@ -137,7 +137,7 @@ def trade_off(
 
 
 def _write_beside(axes: Any, words: Sequence[tuple[str, float, float]]) -> None:
-  """Words beside points of logarithmic axes, each on the side where the fewest others are."""
+  """Text next to points of logarithmic axes, each on the side where the fewest others are."""
   sides = {(5, 3): (1, 1), (-5, 3): (-1, 1), (5, -9): (1, -1), (-5, -9): (-1, -1), (0, 7): (0, 1), (0, -13): (0, -1)}
   spots = np.array([axes.transData.transform((x, y)) for _, x, y in words]) / _DPI * 72
   taken = list(spots)
@@ -209,7 +209,7 @@ def grouped_bars(names: Sequence[str], series: Sequence[tuple[Any, ...]], *, x: 
   Args:
     names: along the x axis.
     series: (name, values), or (name, values, deviations) with error bars; a value may be None.
-    x, y: what stands on the axes, with its unit.
+    x, y: the labels of the axes, with their unit.
   """
 
   def paint(figure: Figure) -> None:
@@ -270,7 +270,7 @@ def density(
 
 
 def points(clouds: Sequence[tuple[str, Sequence[float], Sequence[float], Sequence[str]]], *, x: str, y: str) -> bytes:
-  """Clouds of points, (name, x, y, words); the word of each cloud's outermost point is written beside it."""
+  """Clouds of points, (name, x, y, words); the word of each cloud's outermost point is written next to it."""
 
   def paint(figure: Figure) -> None:
     axes = figure.add_subplot()
@@ -361,7 +361,7 @@ def _plain(text: str) -> str:
 
 
 def shares(values: Iterable[float]) -> str:
-  """Shares in words, for the text that stands for a picture."""
+  """Shares in words, for the alternative text of a picture."""
   return ", ".join(f"{value:.3f}" for value in values)
 
 

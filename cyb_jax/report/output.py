@@ -1,4 +1,4 @@
-"""The folder of a report: there whole, or as it was before."""
+"""The folder of a report, which is replaced whole or stays as it was."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _ours(path: storage.Place) -> set[str]:
 
 
 def generator(pictures: Iterable[str]) -> str:
-  """The element by which a page says that it is a report, and which files beside it are its pictures."""
+  """The element by which a page says that it is a report, and which files next to it are its pictures."""
   return f'<meta name="generator" content="cyb-report: {" ".join(pictures)}">'
 
 

@@ -1,4 +1,4 @@
-"""HTML of one file: everything that it shows lies in it, and it opens from disk.
+"""HTML of one file: it contains everything that it shows, and it opens from disk.
 
 What comes from outside (pieces of a vocabulary, names of runs, values of a config) goes through `escape`; the rest of
 the functions take and give HTML.
@@ -125,8 +125,8 @@ def table(
   return f"<details><summary>{escape(caption)}: {len(rows)} rows</summary>{inner}</details>"
 
 
-def beside(picture: Picture, *tables: str) -> str:
-  """A picture, its sentence, and its tables beside it where there is room."""
+def with_tables(picture: Picture, *tables: str) -> str:
+  """A picture, its sentence, and its tables, next to it where the page is wide enough."""
   source = base64.b64encode(picture.png).decode()
   return (
     f'<div class="pair"><figure><img src="data:image/png;base64,{source}" alt="{escape(picture.alt)}">'

@@ -1,12 +1,13 @@
-"""What the paper reports (arXiv 2510.13879), to stand beside a run's own numbers: Gemma 2B, fine-tuned on C4.
+"""What the paper reports (arXiv 2510.13879), to be compared with a run's own numbers: Gemma 2B, fine-tuned on C4.
 
-Perplexities are read off its figures, +-0.003. The omega under which those of 1:1:1:1 and 4:1:1:4 were taken is not
-said.
+Perplexities are read off its figures, +-0.003. The paper does not state
+the omega under which those of 1:1:1:1 and 4:1:1:4 were taken.
 """
 
 from __future__ import annotations
 
 from cyb_jax.evaluation import words
+from cyb_jax.report import page
 
 NOTE = "The paper's own numbers: Gemma 2B fine-tuned on C4, perplexity read off its figures (+-0.003). Not ours."
 
@@ -49,3 +50,26 @@ SPEARMAN: tuple[tuple[str, tuple[float, ...]], ...] = (
 WORDS = {corner: " ".join(found) for corner, found in words.PAPER.items()}
 
 DATA_EFFICIENCY = "In the paper CYB at 1x the data equals the baseline at 3x, and TBYS-3 at about 1.84x."
+
+
+def perplexities() -> str:
+  """The paper's table of perplexities, folded."""
+  rows = [(name, *values) for name, values in PERPLEXITY]
+  return (
+    "<details><summary>The paper's perplexities</summary>"
+    + page.paragraph(NOTE, "note")
+    + page.table("The paper: perplexity (Gemma 2B, C4)", ("model", *REGIMES), rows)
+    + "</details>"
+  )
+
+
+def variants() -> str:
+  """The paper's table of variants, folded."""
+  rows = [(name, value, *shares) for name, value, shares in VARIANTS]
+  header = ("variant, 1x1", "perplexity", *(f"s, {i} pauses" for i in range(4)))
+  return (
+    "<details><summary>The paper's variants and latencies</summary>"
+    + page.paragraph(NOTE + " Mean of s over self-stops alone.", "note")
+    + page.table("The paper: variants at 1x1 (Gemma 2B, C4)", header, rows)
+    + "</details>"
+  )

@@ -9,8 +9,8 @@ import numpy as np
 
 from cyb_jax.report import comparison, figures, page, paper, trade_off
 from cyb_jax.report.comparison import SPENDS, Group, curve
+from cyb_jax.report.facts import read_on
 from cyb_jax.report.page import Picture, Section, number
-from cyb_jax.report.single import paper_variants, read_on
 from cyb_jax.report.trade_off import Outcome
 
 
@@ -91,11 +91,11 @@ def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
       for row in rows
     ],
   )  # fmt: skip
-  return Section("Perplexity", page.beside(picture, table), (picture,))
+  return Section("Perplexity", page.with_tables(picture, table), (picture,))
 
 
-def trade_offs(outcomes: Sequence[Outcome], beside: Mapping[str, Sequence[str]] | None = None) -> Section:
-  """Perplexity against FLOPs, of training and of inference; `beside`: further columns of the table, by header."""
+def trade_offs(outcomes: Sequence[Outcome], columns: Mapping[str, Sequence[str]] | None = None) -> Section:
+  """Perplexity against FLOPs, of training and of inference; `columns`: further columns of the table, by header."""
   names = [f"{row} {outcome.label}" for row, outcome in enumerate(outcomes, start=1)]
   pictures = []
   for axis, name in trade_off.AXES.items():
@@ -116,9 +116,9 @@ def trade_offs(outcomes: Sequence[Outcome], beside: Mapping[str, Sequence[str]] 
     )
     pictures.append(picture)
   note = trade_off.NOTE + (f" {trade_off.BLOCKWISE}" if any(outcome.blockwise for outcome in outcomes) else "")
-  words = trade_off.WORDS + len(beside or ())
-  table = page.table("Perplexity and what it takes", *trade_off.table(outcomes, beside), words=words, folded=False)
-  body = page.paragraph(note, "note") + table + "".join(page.beside(picture) for picture in pictures)
+  words = trade_off.WORDS + len(columns or ())
+  table = page.table("Perplexity and what it takes", *trade_off.table(outcomes, columns), words=words, folded=False)
+  body = page.paragraph(note, "note") + table + "".join(page.with_tables(picture) for picture in pictures)
   return Section("Perplexity and FLOPs", body, tuple(pictures))
 
 
@@ -143,7 +143,7 @@ def _regimes(groups: Sequence[Group], numbers: Mapping[str, Any]) -> list[Sectio
     ("model", *regimes),
     [(model, *(_plus_minus(cells.get((model, regime))) for regime in regimes)) for model in models],
   )
-  return [Section("Data regimes", page.beside(picture, table), (picture,))]
+  return [Section("Data regimes", page.with_tables(picture, table), (picture,))]
 
 
 def _differences(numbers: Mapping[str, Any]) -> Section:
@@ -166,7 +166,7 @@ def _differences(numbers: Mapping[str, Any]) -> Section:
     [(d["a"], d["b"], d["mean"], page.interval(d["interval"]), page.interval([d["low"], d["high"]])) for d in found],
     words=2,
   )
-  return Section(title, page.beside(picture, table) + _left_out(numbers), (picture,))
+  return Section(title, page.with_tables(picture, table) + _left_out(numbers), (picture,))
 
 
 def _on(windows: int | None) -> str:
@@ -204,7 +204,7 @@ def _curves(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
       ("group", f"training {name}", "perplexity", "lowest", "highest"),
       [(label, number(float(x)), *map(float, v)) for label, x, *v in rows],
     )
-    body += page.beside(picture, table)
+    body += page.with_tables(picture, table)
     pictures.append(picture)
   return Section(title, body, tuple(pictures))
 
@@ -267,7 +267,7 @@ def _latency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
     ("group", *(f"{i} pauses" for i in range(slots)), "mean pauses"),
     [(name, *values, _plus_minus(row["mean_pauses"])) for (name, values), row in zip(series, rows)],
   )
-  return Section(title, page.beside(picture, table), (picture,))
+  return Section(title, page.with_tables(picture, table), (picture,))
 
 
 def _speed_accuracy(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
@@ -298,11 +298,11 @@ def _speed_accuracy(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Sect
     " better.",
   )
   table = page.table("Perplexity against mean pauses", ("group", "by", "mean pauses", "perplexity"), rows, words=2)
-  return Section(title, page.beside(picture, table), (picture,))
+  return Section(title, page.with_tables(picture, table), (picture,))
 
 
 def _paper() -> Section:
   rows = [(name, *values) for name, values in paper.PERPLEXITY]
   body = page.paragraph(paper.NOTE, "note")
   body += page.table("The paper: perplexity by model and data regime", ("model", *paper.REGIMES), rows)
-  return Section("The paper's numbers", body + paper_variants())
+  return Section("The paper's numbers", body + paper.variants())

@@ -1,4 +1,4 @@
-"""What runs cost and how well they read: rows that hold both, which of them are on the Pareto front, and their table.
+"""The cost and the perplexity of runs: rows with both, which of them are on the Pareto front, and their table.
 
 One accounting for all methods, of `cyb_jax.costs.flops`: FLOPs per real token, of training as the model needs them and
 as they are executed, and of decoding with a cache.
@@ -29,7 +29,7 @@ class Costs:
   Attributes:
     train: of a training step, as the model needs them; `train_executed`: as the program does.
     inference: of decoding with a cache; of a method that isn't causal, of a window that is read at once.
-    autoregressive: of saying a text one by one; `inference`, but for a method that has no cache.
+    autoregressive: of generating a text token by token; `inference`, but for a method that has no cache.
     learnt: of a token, how often training has a loss at it.
     slots: that training runs a token.
     parameters: in all.
@@ -77,7 +77,7 @@ def compared_perplexity(record: Mapping[str, Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class SelfPaced:
-  """The same model where only the pauses that it asks for stay in the context.
+  """The same model where only the pauses that it requests stay in the context.
 
   Attributes:
     perplexities: of each seed: what is compared, times what the self-paced context costs in the windows that were read
@@ -294,15 +294,15 @@ BLOCKWISE = (
 
 
 def table(
-  outcomes: Sequence[Outcome], beside: Mapping[str, Sequence[str]] | None = None
+  outcomes: Sequence[Outcome], columns: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
   """A header, and rows of text.
 
   Args:
     outcomes: in the order of the rows; that of a self-paced context follows.
-    beside: further columns, a value for each outcome by header.
+    columns: further columns, a value for each outcome by header.
   """
-  beside, rows = beside or {}, []
+  columns, rows = columns or {}, []
   fronts = {axis: points(outcomes, axis) for axis in AXES}
   for row, outcome in enumerate(outcomes):
     letters = [
@@ -319,7 +319,7 @@ def table(
     spent = number(round(outcome.train_tokens_learnt)), flops(outcome.train_flops), flops(outcome.train_executed_flops)
     rows.append(
       (
-        str(row + 1), outcome.label, *(column[row] for column in beside.values()),
+        str(row + 1), outcome.label, *(column[row] for column in columns.values()),
         plus_minus(outcome.perplexities) + blockwise, span(outcome.perplexities),
         number(outcome.pauses, 3), slots, number(outcome.parameters), *spent, inference,
         " ".join(letters),
@@ -330,13 +330,13 @@ def table(
       (point,) = [p for p in fronts["inference_flops"] if p.row == row and p.self_paced]
       rows.append(
         (
-          f"{row + 1}s", f"{outcome.label}, self-paced", *("" for _ in beside),
+          f"{row + 1}s", f"{outcome.label}, self-paced", *("" for _ in columns),
           plus_minus(paced.perplexities), span(paced.perplexities),
           number(paced.pauses, 3), number(paced.pauses + 1, 3), number(outcome.parameters), *spent,
           flops(paced.inference_flops), "I" if point.on_front else "",
         )
       )  # fmt: skip
-  return (*_HEADER[:WORDS], *beside, *_HEADER[WORDS:]), rows
+  return (*_HEADER[:WORDS], *columns, *_HEADER[WORDS:]), rows
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,9 +9,10 @@ import pytest
 from models import tiny_config
 
 from cyb_jax import configs, data
-from cyb_jax.benchmarks import timing
+from cyb_jax.benchmarks import timing, variants
 from cyb_jax.benchmarks import train as steps
 from cyb_jax.errors import InputError
+from cyb_jax.studies import settings
 
 
 def test_readout():
@@ -33,7 +34,7 @@ def test_data():
 def test_train(tmp_path):
   """Where nothing is installed that only data and TensorBoard need."""
   config = cli.write_config(tmp_path)
-  variant = "method.name=baseline,method.pauses=0,method.pause_input=pause"
+  variant = "baseline"
   arguments = [
     "train", f"--config={config}", f"--variant={variant}", "--variant=parallelism.strategy=pmap", "--steps=2",
     "--blocks=1", "--vocabulary=100", "--peak_tflops=0.5", f"--profile={tmp_path}/trace", "--config.data.batch_size=4",
@@ -124,13 +125,29 @@ def test_in_turn_and_ratios():
   assert timing.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
-def test_fields_of_a_variant():
-  assert steps.split_fields("method.pauses=1,data.options=documents=9,seed=1,method.omega=1:1") == [
-    "method.pauses=1", "data.options=documents=9,seed=1", "method.omega=1:1",
-  ]  # fmt: skip
-  for variant in ("", "method.pauses", "method.pauses=1,method.loss", "=1"):
+def test_parts_of_a_variant():
+  fields = ["method.pauses=1", "data.options=documents=9,seed=1", "method.omega=1:1"]
+  assert variants.split(",".join(fields)) == (None, fields)
+  assert variants.split(",".join(["tbys3", *fields])) == ("tbys3", fields)
+  assert variants.split("dp_early") == ("dp_early", [])
+  assert variants.split("deeper@ap/training") == ("deeper@ap/training", [])
+  for variant in ("", "method.pauses", "method.pauses=1,method.loss", "ap,", "ap,tbys3", "=1"):
     with pytest.raises(InputError, match="not of the form field=value"):
-      steps.split_fields(variant)
+      variants.split(variant)
+
+
+def test_a_setting_replaces_the_method():
+  config = tiny_config(pauses=3, recipe="on_policy", slot_budget=2.5)
+  before = config.to_dict()
+  for name in ("baseline", "tbys3", "ap", "dp_early", "thoughtbubbles"):
+    method = configs.freeze(variants.with_setting(config, name)).method
+    alone = configs.default()
+    alone.method.update(settings.SETTINGS[name])
+    assert method == configs.freeze(alone).method
+  assert config.to_dict() == before
+  assert variants.with_setting(config, "ap").data == config.data
+  with pytest.raises(InputError, match="setting 'deeper@ap' changes the decoder too"):
+    variants.with_setting(config, "deeper@ap")
 
 
 def test_random_tokens_are_a_function_of_the_step():
@@ -193,6 +210,12 @@ def test_bad_input(tmp_path):
   assert "--steps: 1 must be at least 2" in cli.complaint("benchmark", "train", config, "--steps=1")
   assert cli.complaint("benchmark", "train", config, "--variant=method.recpie=sampled") == (
     "--variant=method.recpie=sampled: --config.method.recpie: unknown field; did you mean recipe?"
+  )
+  message = cli.complaint("benchmark", "train", config, "--variant=basline,data.batch_size=4")
+  assert message.startswith("--variant=basline,data.batch_size=4: ")
+  assert message.endswith("setting 'basline' is unknown; did you mean 'baseline'?")
+  assert cli.complaint("benchmark", "train", config, "--variant=baseline,method.pause=1") == (
+    "--variant=baseline,method.pause=1: --config.method.pause: unknown field; did you mean pauses?"
   )
   assert "--workdir: give it, or --config, and not both" in cli.complaint("benchmark", "decode")
   assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")

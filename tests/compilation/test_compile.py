@@ -14,9 +14,9 @@ from models import tiny_config
 from cyb_jax import configs
 from cyb_jax.cli import programs
 from cyb_jax.compilation import topologies
-from cyb_jax.compilation.hlo import Collective, Traffic, traffic
 from cyb_jax.compilation.memory import refused_bytes
 from cyb_jax.compilation.roofline import roofline
+from cyb_jax.compilation.traffic import Collective, Traffic, traffic
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.mesh import check_batch

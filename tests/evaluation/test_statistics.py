@@ -19,8 +19,7 @@ from cyb_jax import configs, jsonl, training
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError
-from cyb_jax.evaluation import PauseStatistics, bootstrap, fixed_point, ranks, statistics_of_split
-from cyb_jax.evaluation import statistics as module
+from cyb_jax.evaluation import PauseStatistics, accumulation, bootstrap, fixed_point, ranks, statistics_of_split
 from cyb_jax.evaluation.token_types import TokenTypes, bins_per_pause, summarize
 from cyb_jax.evaluation.words import Words
 from cyb_jax.methods import EvalOutput
@@ -40,7 +39,7 @@ class Told:
   def __init__(self, num_slots=3):
     self.num_slots = num_slots
 
-  def read(self, params, batch, omega=None):
+  def evaluate(self, params, batch, omega=None):
     odds = batch["odds"]
     scores = SlotScores(batch["log_target"], jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds))
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
@@ -217,7 +216,7 @@ def test_batches_devices_and_flushes_change_nothing(monkeypatch):
   sample = told_batches(odds, target, rows=8, length=8)[:2]  # whatever it is, it's the same
   once = jsonl.dumps(told_statistics(told_batches(odds, target, rows=8, length=40), sample))
   assert jsonl.dumps(told_statistics(told_batches(odds, target, rows=16, length=4), sample, devices=8)) == once
-  monkeypatch.setattr(module, "_FLUSH_NUMBERS", 32)  # every batch
+  monkeypatch.setattr(accumulation, "_FLUSH_NUMBERS", 32)  # every batch
   assert jsonl.dumps(told_statistics(told_batches(odds, target), sample)) == once
 
 

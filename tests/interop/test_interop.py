@@ -23,7 +23,7 @@ from cyb_jax.checkpointing.workdir import is_run
 from cyb_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params, num_params
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.interop import export, huggingface
+from cyb_jax.interop import export, huggingface, new_folder
 from cyb_jax.methods import MethodConfig
 from cyb_jax.partitioning.mesh import make_mesh, shardings
 from cyb_jax.stopping import prior_shift
@@ -324,7 +324,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(export, "_sync", fail)
+  monkeypatch.setattr(new_folder, "_sync", fail)
   with pytest.raises(StorageError, match="disk is full"):
     interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
   assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -24,7 +24,7 @@ from cyb_jax.checkpointing.workdir import read_config
 from cyb_jax.cli import programs
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
-from cyb_jax.report import coloured, comparison, figures, output, page, side_by_side, single
+from cyb_jax.report import coloured, comparison, facts, figures, output, page, side_by_side, single
 from cyb_jax.report.coloured import Window
 from cyb_jax.report.comparison import Candidate, Curve
 
@@ -119,6 +119,21 @@ def test_methods_without_slots_or_decisions_say_what_is_missing(slots, decides, 
   assert "perplexity.png" in pictures
   assert ("latency.png" in pictures) == (slots > 1)
   assert not any(name.startswith("density") for name in pictures)
+
+
+def test_a_method_is_known_by_its_config():
+  names = [
+    ({"name": "cyb", "loss": "dp", "pauses": 3}, "CYB-DP", "dp"),
+    ({"name": "cyb"}, "CYB-AP", "ap"),  # an older config leaves out the default
+    ({"name": "tbys", "loss": "ap", "pauses": 3}, "TBYS-3", None),
+    ({"name": "looped", "pauses": 3}, "looped-3", None),
+    ({"name": "baseline", "loss": "ap", "pauses": 0}, "baseline", None),
+    ({"name": "deeper@ap", "pauses": 0}, "deeper@ap", None),  # no method, but a plain model that is matched to one
+  ]
+  for method, name, loss in names:
+    assert (facts.method_name(method), facts.stopping_loss(method)) == (name, loss)
+  assert facts.looks_ahead({"autoregressive": {"perplexity": 12.0}})
+  assert not facts.looks_ahead({"autoregressive": None})
 
 
 def test_numbers_for_people():

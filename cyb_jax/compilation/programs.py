@@ -1,0 +1,164 @@
+"""The programs of a run that are compiled for described chips: the training step, the evaluation of a batch, and one
+iteration of the sampler's loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import PyTree
+
+from cyb_jax import configs, training
+from cyb_jax.costs import flops
+from cyb_jax.decoder import splash
+from cyb_jax.errors import InputError
+from cyb_jax.evaluation import Evaluator
+from cyb_jax.generation.sampler import Sampler
+from cyb_jax.methods import Method
+from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.partitioning.mesh import data_shards, make_mesh, replicated
+from cyb_jax.training.estimate import Outline
+
+# Rows that are decoded together where the flags don't say, or as many as there are devices with rows of their own.
+_DECODED_ROWS = 8
+# Of the kernels of splash attention, matrix products for each of the forward pass; XLA makes two.
+_KERNEL_BACKWARD, _XLA_BACKWARD = 7 / 2, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A program to be compiled.
+
+  Attributes:
+    compile: compiles the program.
+    devices: how many the program runs on.
+    flops: executed in all devices together, given whether attention is a kernel.
+    tokens: how many a run of the program processes.
+    about: more keys of its record.
+  """
+
+  compile: Callable[[], jax.stages.Compiled]
+  devices: int
+  flops: Callable[[bool], float]
+  tokens: int
+  about: Mapping[str, Any]
+
+
+def train(run: Outline) -> Program:
+  """The training step."""
+  data = run.config.data
+
+  def compiled() -> jax.stages.Compiled:
+    with _under(run):
+      return run.strategy.compile_abstract(run.batch)
+
+  def cost(kernel: bool) -> float:
+    executed = run.method.train_cost(data.sequence_length, executed=True)
+    if kernel:
+      forwards = 1 + (run.method.decoder.config.remat != "none")
+      products = (forwards + _KERNEL_BACKWARD) / (forwards + _XLA_BACKWARD)
+      attention = executed.attention * products * _kernel_keys(run.method, data.sequence_length)
+      executed = dataclasses.replace(executed, attention=attention)
+    return data.batch_size * data.sequence_length * executed.total
+
+  return Program(compiled, run.mesh.size, cost, data.batch_size * data.sequence_length, {"rows": data.batch_size})
+
+
+def evaluate(run: Outline) -> Program:
+  """The evaluation of a batch."""
+  config, method = run.config, run.evaluated
+  rows, length = config.evaluation_rows, config.data.sequence_length
+  batch = training.abstract_batch(config, rows)
+  evaluator = Evaluator(method, run.mesh)
+
+  def compiled() -> jax.stages.Compiled:
+    with jax.set_mesh(run.mesh):
+      return evaluator.compile_abstract(_params(run), batch)
+
+  def cost(kernel: bool) -> float:
+    executed = method.forward_cost(length, executed=True)
+    if kernel:
+      executed = dataclasses.replace(executed, attention=executed.attention * _kernel_keys(method, length))
+    return rows * length * method.passes * executed.total
+
+  return Program(compiled, run.mesh.size, cost, rows * length, {"rows": rows})
+
+
+def decode(run: Outline, rows: int) -> Program:
+  """One iteration of the sampler's loop; its cache has room for a window of tokens with all their pauses.
+
+  Where parameters are sharded over the mesh they stay so, and rows are split over the batch's axes; else one device
+  decodes.
+  """
+  config, method, mesh = run.config, run.evaluated, run.mesh
+  if not method.decodes:
+    raise InputError(f"--steps: 'decode', but method {method.name!r} doesn't run slot by slot; leave it out")
+  sampler = Sampler(method)
+  sharded = config.parallelism.strategy == "jit" and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+  shards = data_shards(mesh) if sharded else 1
+  rows = rows or max(_DECODED_ROWS, shards)
+  if rows % shards:
+    raise InputError(f"--decode_batch: {rows} rows don't divide over {shards} devices; give a multiple of that")
+  length = config.data.sequence_length
+  capacity = sampler.pacing.layout.capacity(0, length)
+  at_once = sampler.pacing.slots_per_iteration
+
+  def compiled() -> jax.stages.Compiled:
+    if sharded:
+      with jax.set_mesh(mesh):
+        return sampler.compile_abstract(_params(run), rows, length, functools.partial(_rows_over, mesh))
+    here = SingleDeviceSharding(mesh.devices.flat[0])
+    # A mesh of one device tells what is compiled for.
+    one = make_mesh(configs.ParallelismConfig(), [mesh.devices.flat[0]])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), _params(run))
+    with jax.set_mesh(one):
+      return sampler.compile_abstract(params, rows, length, lambda axis: here)
+
+  def cost(kernel: bool) -> float:
+    del kernel  # a few queries against a cache are XLA's
+    slots = rows * at_once
+    read = rows * sampler.pacing.states_read_per_iteration
+    return flops.slot_flops(method.cache_config, slots=slots, keys=slots * capacity, slots_read=read)
+
+  about = {
+    "rows": rows,
+    "capacity": capacity,
+    "slots_at_once": at_once,
+    "parameters": "sharded as in training" if sharded else "whole on one device",
+  }
+  return Program(compiled, mesh.size if sharded else 1, cost, rows, about)
+
+
+def _kernel_keys(method: Method, tokens: int) -> float:
+  """The keys that the kernels multiply a query with, as a share of those that XLA does."""
+  if isinstance(method, PausedMethod) and method.hides_pauses:
+    return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
+  if not method.one_pass:
+    return 1.0  # of several passes, or rows, no one share: counted as XLA's
+  slots = method.train_slots(tokens)
+  return splash.executed_keys(slots) / slots
+
+
+def _under(run: Outline):
+  """The mesh that jit is traced under; pmap makes its own."""
+  return jax.set_mesh(run.mesh) if run.config.parallelism.strategy == "jit" else contextlib.nullcontext()
+
+
+def _params(run: Outline) -> PyTree:
+  """The parameters to be read: where training has them, or everywhere."""
+  everywhere = replicated(run.mesh)
+  local = run.config.parallelism.strategy == "pmap"
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere if local else x.sharding),
+    run.strategy.abstract().params,
+  )
+
+
+def _rows_over(mesh: Mesh, axis: int) -> Sharding:
+  return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ("data", "fsdp")) if axis >= 0 else PartitionSpec())

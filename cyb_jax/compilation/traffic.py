@@ -1,0 +1,235 @@
+"""What a compiled program moves, read from its optimised HLO: between devices, and from and to memory.
+
+XLA's own cost analysis counts the body of a loop once, and doesn't report collectives. Here each instruction counts as
+often as it runs: a loop's body times its trips, where they are known (`loops`); once where they aren't.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from cyb_jax.compilation.hlo import NAME, Computation, Instruction, parse
+from cyb_jax.compilation.loops import Loops
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+# Instructions that move nothing: other names for existing arrays, and instructions that are counted elsewhere.
+_FREE = frozenset({
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
+  "replica-id", "iota", "while", "conditional", "call", "async-start", "async-update", "async-done", "copy-done",
+  "slice-done", "dynamic-slice-done", "dynamic-update-slice-done",
+})  # fmt: skip
+# Asynchronous copies, whose result is a tuple of what is written and what is read: the index of what is written.
+_WRITTEN = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
+_COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A collective operation.
+
+  Attributes:
+    kind: one of KINDS.
+    bytes: of the whole that a group of devices gathers, reduces, scatters or exchanges, as one device holds it.
+    group: devices that take part in one.
+    times: how often it runs.
+  """
+
+  kind: str
+  bytes: int
+  group: int
+  times: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends each time, at least: in a ring n - 1 of n parts, of an all-reduce twice."""
+    if self.kind == "collective-permute":
+      return self.bytes
+    passes = 2 if self.kind == "all-reduce" else 1
+    return passes * self.bytes * (self.group - 1) / self.group
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """What a program moves, on each device.
+
+  Attributes:
+    collectives: all of them.
+    hbm_bytes: read and written by the instructions outside fusions: their operands and results, where they are in HBM;
+      of an operand that is sliced or gathered from what is read, of one that is updated in place what is written. A
+      kernel's operands count once, however often it reads them.
+    open_loops: loops whose number of trips isn't known; they were taken to run once.
+  """
+
+  collectives: tuple[Collective, ...]
+  hbm_bytes: int
+  open_loops: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends."""
+    return sum(collective.sent * collective.times for collective in self.collectives)
+
+  def by_kind(self) -> dict[str, dict[str, float]]:
+    """For each of KINDS `count`, `bytes` and `sent_bytes`, of all of its runs."""
+    result = {kind: {"count": 0, "bytes": 0, "sent_bytes": 0.0} for kind in KINDS}
+    for collective in self.collectives:
+      sums = result[collective.kind]
+      sums["count"] += collective.times
+      sums["bytes"] += collective.times * collective.bytes
+      sums["sent_bytes"] += collective.times * collective.sent
+    return result
+
+
+def traffic(text: str) -> Traffic:
+  """What the program of an optimised HLO text moves."""
+  return _Walk(text).result()
+
+
+class _Walk:
+  def __init__(self, text: str):
+    self.computations, self.entry = parse(text)
+    self.loops = Loops(self.computations)
+    header = text[: text.find("\n")]
+    sizes = [re.search(rf"\b{name}=(\d+)", header) for name in ("num_partitions", "replica_count")]
+    self.devices = math.prod(int(size[1]) for size in sizes if size)
+    self.collectives: list[Collective] = []
+    self.chained: dict[str, Collective] = {}
+    self.hbm_bytes = self.open_loops = 0
+
+  def result(self) -> Traffic:
+    self._run(self.entry, 1)
+    return Traffic((*self.collectives, *self.chained.values()), self.hbm_bytes, self.open_loops)
+
+  def _run(self, name: str, times: int) -> None:
+    computation = self.computations[name]
+    for instruction in computation:
+      if instruction.opcode == "while":
+        trips = self.loops.trips(computation, instruction)
+        self.open_loops += trips is None
+        self._run(instruction.attribute("body"), times * (1 if trips is None else trips))
+      elif instruction.opcode == "conditional":
+        # Whichever is taken: they are few and small, and all count.
+        for branch in _branches(instruction):
+          self._run(branch, times)
+      elif instruction.opcode in ("call", "async-start"):
+        self._run(instruction.attribute("to_apply") or instruction.attribute("calls"), times)
+      elif _COLLECTIVE.fullmatch(instruction.opcode):
+        self.collectives.append(self._collective(computation, instruction, times))
+      elif instruction.opcode == "fusion":
+        self._fused(instruction.attribute("calls"), times)
+      self.hbm_bytes += times * self._moved(computation, instruction)
+
+  def _fused(self, name: str, times: int) -> None:
+    """The collectives in a fusion, which TPUs have: an all-reduce of which each device keeps its part; and ones that
+    are executed in parts by several fusions, which count as one."""
+    computation = self.computations[name]
+    for instruction in computation:
+      if instruction.opcode == "fusion":
+        self._fused(instruction.attribute("calls"), times)
+      elif _COLLECTIVE.fullmatch(instruction.opcode):
+        found = self._collective(computation, instruction, times)
+        if name.startswith("all-reduce-scatter"):
+          found = dataclasses.replace(found, kind="reduce-scatter")
+        channel = instruction.attribute("channel_id")
+        if channel is None or "chain_id" not in instruction.rest:
+          self.collectives.append(found)
+        elif channel not in self.chained or times < self.chained[channel].times:
+          # Begun before a loop, it may be continued inside.
+          self.chained[channel] = found
+
+  def _collective(self, computation: Computation, instruction: Instruction, times: int) -> Collective:
+    kind = instruction.opcode.removesuffix("-start")
+    group = _group(instruction.rest) or self.devices
+    size = sum(computation[operand].bytes for operand in instruction.operands)
+    return Collective(kind, size * group if kind == "all-gather" else size, group, times)
+
+  def _moved(self, computation: Computation, instruction: Instruction) -> int:
+    """Bytes of HBM that it reads and writes."""
+    opcode = instruction.opcode
+    if opcode in _FREE or (opcode.endswith("-done") and _COLLECTIVE.match(opcode)):
+      return 0
+    operands = [computation[operand] for operand in instruction.operands]
+    if opcode in _WRITTEN:
+      return _moved_by_copy(instruction, operands[0])
+    if opcode in ("dynamic-slice", "slice", "gather"):
+      return instruction.hbm_bytes + (instruction.bytes if operands[0].hbm_bytes else 0)
+    if opcode in ("dynamic-update-slice", "scatter"):
+      update = operands[1 if opcode == "dynamic-update-slice" else -1]
+      return update.hbm_bytes + (update.bytes if operands[0].hbm_bytes else 0)
+    if opcode == "fusion":
+      return self._moved_by_fusion(operands, instruction, self.computations[instruction.attribute("calls")])
+    return instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
+
+  def _moved_by_fusion(self, operands: list[Instruction], fusion: Instruction, inside: Computation) -> int:
+    moved = 0
+    for number, operand in enumerate(operands):
+      parameter = inside.parameters.get(number)
+      if operand.hbm_bytes and parameter is not None:
+        moved += min(operand.hbm_bytes, self._read(inside, parameter))
+    root = inside.root
+    results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(results) != len(fusion.arrays):
+      return moved + fusion.hbm_bytes
+    for array, result in zip(fusion.arrays, results):
+      if not array.in_hbm:
+        continue
+      while result.opcode == "bitcast":
+        result = inside[result.operands[0]]
+      if result.opcode == "dynamic-update-slice":
+        moved += inside[result.operands[1]].bytes
+      elif result.opcode == "scatter":
+        moved += inside[result.operands[-1]].bytes
+      elif result.opcode != "parameter" and not _COLLECTIVE.fullmatch(result.opcode):
+        moved += array.bytes
+    return moved
+
+  def _read(self, inside: Computation, value: Instruction) -> int:
+    """Bytes of a fusion's operand that are read: all, unless it is only sliced, gathered from or updated in place."""
+    read = 0
+    for user in inside.users[value.name]:
+      first = user.operands[0] == value.name and user.operands.count(value.name) == 1
+      if user.opcode == "bitcast":
+        read += self._read(inside, user)
+      elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
+        read += user.bytes
+      elif user.opcode == "fusion" and user.operands.count(value.name) == 1:
+        called = self.computations[user.attribute("calls")]
+        read += self._read(called, called.parameters[user.operands.index(value.name)])
+      elif (user.opcode in ("dynamic-update-slice", "scatter") and first) or user.opcode == "tuple":
+        continue
+      elif not _COLLECTIVE.fullmatch(user.opcode):
+        return value.bytes
+    return read
+
+
+def _group(rest: str) -> int | None:
+  """Devices in a group; None: all, or the text doesn't give it."""
+  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    return found[1].count(",") + 1
+  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+    return int(found[2])
+  if found := re.search(r"replica_groups=\w*\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+    # Of a part of an axis, 'a':(before)size, the size.
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+    return math.prod(int(part) if part else sizes[name] for name, part in axes)
+  return None
+
+
+def _moved_by_copy(start: Instruction, source: Instruction) -> int:
+  """Bytes of HBM that an asynchronous copy or slice reads and writes: what is written, where source and result are in
+  HBM each."""
+  place = _WRITTEN[start.opcode]
+  written = start.arrays[place : place + 1]
+  size = sum(array.bytes for array in written)
+  return size * (sum(x.in_hbm for x in written) + sum(x.in_hbm for x in source.arrays))
+
+
+def _branches(instruction: Instruction) -> list[str]:
+  found = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
+  if found:
+    return NAME.findall(found[1])
+  return [instruction.attribute("true_computation"), instruction.attribute("false_computation")]

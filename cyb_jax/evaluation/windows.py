@@ -1,0 +1,126 @@
+"""The windows of a split that an evaluation reads, and the batches of them that pause statistics need.
+
+Dimensions: B batch, T tokens, C tokens before a window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from cyb_jax.configs import Config
+from cyb_jax.data import TokenStore, evaluation_batches, with_segment_ids
+from cyb_jax.errors import InputError
+from cyb_jax.evaluation.bootstrap import GROUPS
+
+# The sample of windows that is read before the first pass has at least so many tokens.
+_SAMPLE_TOKENS = 8192
+# Seconds between two lines of progress.
+_PROGRESS_SECONDS = 10
+
+
+def used_windows(store: TokenStore, config: Config, split: str, limit: int | None) -> tuple[int, int | None]:
+  """How many windows of a split are used, and the limit, which is None if it leaves no window out.
+
+  Raises:
+    InputError: the store has no such split, the split is empty, or the limit is below 1.
+  """
+  if limit is not None and limit < 1:
+    raise InputError(f"limit: {limit}; give at least 1 window")
+  if split not in store.splits:
+    raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
+  windows = store.num_windows(split, config.data.sequence_length)
+  if windows == 0:
+    raise InputError(f"split: {split!r} of {store.path} is empty")
+  if limit is None or limit >= windows:
+    return windows, None
+  return limit, limit
+
+
+def with_progress(batches: Iterable[dict[str, Any]], windows: int, batch_size: int) -> Iterator[dict[str, Any]]:
+  """The batches, unchanged; the progress through `windows` is logged every ten seconds."""
+  done, last = 0, time.monotonic()
+  for batch in batches:
+    yield batch
+    done += batch_size
+    if time.monotonic() - last > _PROGRESS_SECONDS:
+      last = time.monotonic()
+      logging.info("evaluated %d of %d windows", min(done, windows), windows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatisticsWindows:
+  """The windows that pause statistics read, in batches.
+
+  Attributes:
+    store: the token store.
+    split: a split of the store.
+    windows: how many windows are read.
+    limit: as `used_windows` returns it.
+    length: T, tokens of a window.
+    batch_size: B; the last batch is filled up with windows of weight 0.
+    context: C, how many tokens before each window a batch holds.
+    document_mask: whether batches hold `segment_ids`.
+  """
+
+  store: TokenStore
+  split: str
+  windows: int
+  limit: int | None
+  length: int
+  batch_size: int
+  context: int
+  document_mask: bool
+
+  @property
+  def documents(self) -> int:
+    """How many documents have a target among the tokens that are read."""
+    # Each target of a document, including the end token that closes it, belongs to that document.
+    last = min(self.windows * self.length, self.store.num_tokens(self.split) - 1)
+    return int(np.searchsorted(self._document_starts, last, side="right"))
+
+  def batches(self) -> Iterator[dict[str, Any]]:
+    """All windows in order; see `PauseStatistics.__call__` for what a batch holds."""
+    before = np.full(self.context, self.store.end_id, np.int32)
+    starts = self._document_starts
+    found = evaluation_batches(
+      self.store, self.split, sequence_length=self.length, batch_size=self.batch_size, limit=self.limit
+    )
+    found = with_progress(found, self.windows, self.batch_size)
+    for first, batch in zip(range(0, self.windows, self.batch_size), found):
+      stream = np.concatenate([before, batch["tokens"].ravel()])
+      places = np.arange(self.batch_size)[:, None] * self.length + np.arange(self.context)
+      yield self._numbered(first + np.arange(self.batch_size), batch | {"before": stream[places]}, starts)
+      before = stream[-self.context :]
+
+  def sample(self) -> Iterator[dict[str, Any]]:
+    """Evenly spaced windows of at least 8,192 tokens together, or all windows if these are fewer."""
+    count = min(self.windows, -(-_SAMPLE_TOKENS // self.length))
+    spread = np.linspace(0, self.windows - 1, count).astype(np.int64)
+    for first in range(0, count, self.batch_size):
+      # An index behind the last window is padding of weight 0.
+      indices = np.full(self.batch_size, self.store.num_windows(self.split, self.length))
+      indices[: count - first] = spread[first : first + self.batch_size]
+      tokens, weights = self.store.windows(self.split, indices, self.length)
+      yield self._masked({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
+
+  @property
+  def _document_starts(self) -> np.ndarray:
+    return self.store.document_starts(self.split).astype(np.int64)
+
+  def _numbered(self, indices: np.ndarray, batch: dict[str, Any], starts: np.ndarray) -> dict[str, Any]:
+    """The batch of the windows with these indices, with `group` and, where it is known, `difficulty` of each target."""
+    targets = indices[:, None] * self.length + np.arange(1, self.length + 1)
+    batch |= {"group": ((np.searchsorted(starts, targets, side="right") - 1) % GROUPS).astype(np.int32)}
+    difficulty = self.store.difficulty(self.split, indices, self.length)
+    if difficulty is not None:
+      batch["difficulty"] = difficulty.astype(np.int32)
+    return self._masked(batch)
+
+  def _masked(self, batch: dict[str, Any]) -> dict[str, Any]:
+    return with_segment_ids(batch, self.store.end_id) if self.document_mask else batch
