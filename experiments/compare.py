@@ -43,7 +43,7 @@ from absl import flags, logging
 
 from cyb_jax import jsonl
 from cyb_jax.cli import programs
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError, Interrupted
 from cyb_jax.storage import atomic_write
 from cyb_jax.studies import settings
 
@@ -235,7 +235,7 @@ class Study:
       for future in futures:
         try:
           results.append(future.result())
-        except programs.Failed as error:
+        except Failed as error:
           logging.warning("%s", error)
           self.failures.append(str(error))
           results.append(None)
@@ -263,7 +263,7 @@ class Study:
       found[extra] = self._perplexity(entry, extra)
     if found[_best(found)] == math.inf:
       tried = ", ".join(f"{rate:g}" for rate in found)
-      raise programs.Failed(f"--rates: {self.label(entry)} diverges at {tried}; give lower ones", {})
+      raise Failed(f"--rates: {self.label(entry)} diverges at {tried}; give lower ones", {})
     if self.search and _best(found) in (min(found), max(found)):
       logging.warning("%s: the best rate, %g, is the last that was tried on its side", self.label(entry), _best(found))
     return found
@@ -360,7 +360,7 @@ class Study:
       logging.warning("%s", said[0])
       return {"perplexity": None}  # a rate at which it diverges
     if done.returncode:
-      raise programs.Failed(f"python {' '.join(program)} ended with {done.returncode}: {''.join(said)}", {})
+      raise Failed(f"python {' '.join(program)} ended with {done.returncode}: {''.join(said)}", {})
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -406,7 +406,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       },
     )  # fmt: skip
   except KeyboardInterrupt:
-    raise programs.Interrupted("interrupted; the same command goes on") from None
+    raise Interrupted("interrupted; the same command goes on") from None
   return result
 
 
@@ -481,7 +481,7 @@ def run(
       result["report"] = page
       atomic_write(folder / "comparison.json", jsonl.dumps(result, indent=2) + "\n")
   if study.failures:
-    raise programs.Failed(
+    raise Failed(
       f"{len(study.failures)} of the study's programs failed, the first: {study.failures[0]}. The rows of the others"
       " are written, and the same command goes on with what is left",
       result | {"failed": study.failures},

@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from cyb_jax import jsonl
 from cyb_jax.cli import programs
-from cyb_jax.errors import InputError
+from cyb_jax.errors import EXIT_CRASH, Failed, InputError
 
 _GIB = 2**30
 
@@ -144,9 +144,9 @@ def _compiled(row: Row) -> dict[str, Any]:
   logging.info("cyb-compile %s", " ".join(options))
   done = subprocess.run([sys.executable, "-m", "cyb_jax.cli.compile", *options], capture_output=True, text=True)
   lines = done.stdout.strip().splitlines()
-  if done.returncode not in (0, programs.EXIT_CRASH) or not lines:
+  if done.returncode not in (0, EXIT_CRASH) or not lines:
     said = done.stderr.strip().splitlines()[-1:]
-    raise programs.Failed(f"cyb-compile {' '.join(options)} ended with {done.returncode}: {''.join(said)}", row.key)
+    raise Failed(f"cyb-compile {' '.join(options)} ended with {done.returncode}: {''.join(said)}", row.key)
   return json.loads(lines[-1])
 
 

@@ -11,8 +11,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax.cli import programs
-from cyb_jax.cli.programs import Failed
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError
 
 if TYPE_CHECKING:
   import jax

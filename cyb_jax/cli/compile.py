@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from cyb_jax.cli import programs
 from cyb_jax.compilation import STEPS, topologies
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError
 
 
 def define_flags() -> None:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
   )
   if not result["fits"]:
-    raise programs.Failed(_refusal(result), result)
+    raise Failed(_refusal(result), result)
   return result
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from absl import flags
 
-from cyb_jax.cli.programs import Failed, launch
+from cyb_jax.cli.programs import launch
 from cyb_jax.data import TASKS, Prepared, TokenStore, default_tokenizer, prepare_shard
 from cyb_jax.data.tokenizers import num_threads
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError
 
 # English C4, by a vocabulary of 32,000: what `timing` is projected to.
 _C4_TOKENS = 156e9

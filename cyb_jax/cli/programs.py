@@ -23,7 +23,17 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import jsonl
-from cyb_jax.errors import DivergedError, HostLostError, InputError, StorageError
+from cyb_jax.errors import (
+  EXIT_BAD_INPUT,
+  EXIT_CRASH,
+  EXIT_INTERRUPTED,
+  DivergedError,
+  Failed,
+  HostLostError,
+  InputError,
+  Interrupted,
+  StorageError,
+)
 
 if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of at once
   from jax.sharding import Mesh
@@ -32,27 +42,6 @@ if TYPE_CHECKING:  # imported where they are used, so that bad flags are told of
   from cyb_jax.data import TokenStore
   from cyb_jax.distributed.hosts import Cluster
   from cyb_jax.runs import Run
-
-EXIT_CRASH = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 75
-
-
-class Interrupted(Exception):
-  """Stopped by a signal, after everything was saved: the same command continues."""
-
-
-class Failed(Exception):
-  """What a program was to show doesn't hold. Its result is printed all the same, and the exit code is 1.
-
-  Args:
-    message: one line.
-    result: the object to print.
-  """
-
-  def __init__(self, message: str, result: dict[str, Any]):
-    super().__init__(message)
-    self.result = result
 
 
 def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int = 0) -> None:

@@ -23,7 +23,6 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cyb_jax import __version__, configs, runs, storage
-from cyb_jax.cli.programs import Interrupted
 from cyb_jax.configs import Config
 from cyb_jax.costs.flops import peak_flops
 from cyb_jax.costs.memory import bytes_per_device, count_parameters
@@ -31,7 +30,7 @@ from cyb_jax.data import Prefetch, TokenStore, TrainBatches, is_store, open_toke
 from cyb_jax.data.tasks import PLACES, has_targets, settle_options
 from cyb_jax.data.tokenizers import trained_pieces
 from cyb_jax.distributed.hosts import ALONE, Cluster, own_facts
-from cyb_jax.errors import DivergedError, InputError, writing
+from cyb_jax.errors import DivergedError, InputError, Interrupted, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method

@@ -245,7 +245,7 @@ def test_init_from_keeps_what_the_run_has_not(tmp_path, workdir):
 
 
 def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
-  from cyb_jax.cli.programs import Interrupted
+  from cyb_jax.errors import Interrupted
   from cyb_jax.training import loop
 
   whole = loop._Loop._evaluate

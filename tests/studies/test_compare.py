@@ -9,8 +9,7 @@ import sys
 import cli
 import pytest
 
-from cyb_jax.cli.programs import Failed
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError
 from experiments import compare
 
 CONFIG = """
@@ -281,7 +280,7 @@ def test_a_failure_leaves_the_others(tmp_path, monkeypatch):
   programs = installed(monkeypatch, fails="quickstart.py:tbys1")
   study = (tmp_path, QUICKSTART, ["tbys1", "baseline", "tbys2"], ["2e-3"])
   with pytest.raises(
-    Failed, match=r"^1 of the study's programs failed, the first: python -m cyb_jax\.train .*: no\. The"
+    Failed, match=r"^1 of the study's programs failed, the first: python -m cyb_jax\.cli\.train .*: no\. The"
   ):
     compare.run(*study, **PINNED, steps=7)
   assert len(programs.calls) == 1 + 2 * 4
