@@ -524,6 +524,7 @@ def _model(study: Study, setting: str) -> Model:
   from cyb_jax import configs
   from cyb_jax.report.trade_off import Costs
   from cyb_jax.studies import matching
+  from cyb_jax.studies.resolution import resolve
 
   path = pathlib.Path(study.config)
   if not path.exists():  # the programs find it there too
@@ -534,7 +535,7 @@ def _model(study: Study, setting: str) -> Model:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   source = programs.override(module.get_config(study.argument(setting)), study.fields)
-  config = configs.freeze(source)
+  config = resolve(source)
   rows = matching.vocabulary(config)
   method, costs = config.build_method(rows), Costs.of(config, rows)
   return Model(

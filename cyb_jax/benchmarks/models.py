@@ -45,9 +45,9 @@ def _fresh(vocabulary: int) -> tuple[Any, Any, str]:
   import flax.linen as nn
   import jax
 
-  from cyb_jax import configs
+  from cyb_jax.studies.resolution import resolve
 
-  config = configs.freeze(programs.config_flag())
+  config = resolve(programs.config_flag())
   method = config.build_method(vocabulary or None)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(config.train.seed))))()
   return method, params, config.precision.matmul

@@ -98,6 +98,7 @@ def _make_devices(count: int) -> None:
 
 def _config() -> Config:
   from cyb_jax import configs
+  from cyb_jax.studies.resolution import resolve
 
   if flags.FLAGS.config is None:
     config = configs.default()
@@ -108,7 +109,7 @@ def _config() -> Config:
   config.precision.update(activations="float32", params="float32", matmul="highest")
   # Clipping would be of a norm that deviates too; without it the first moments are the gradient.
   config.optimizer.clip_norm = 0.0
-  return configs.freeze(config)
+  return resolve(config)
 
 
 def _meshes(devices: int) -> Iterator[dict[str, Any]]:

@@ -79,15 +79,15 @@ def train() -> dict[str, Any]:
 
   import jax
 
-  from cyb_jax import configs
+  from cyb_jax.studies.resolution import resolve
 
   # What is timed is compilation, not a look-up in a cache that an earlier run has filled. JAX asks once, at its first
   # compilation, whatever that is.
   jax.config.update("jax_enable_compilation_cache", False)
-  contenders = [_Contender(configs.freeze(source), args.store, args.vocabulary)]
+  contenders = [_Contender(resolve(source), args.store, args.vocabulary)]
   for variant in args.variant:
     try:
-      config = configs.freeze(programs.override(source, split_fields(variant)))
+      config = resolve(programs.override(source, split_fields(variant)))
       contenders.append(_Contender(config, args.store, args.vocabulary))
     except InputError as error:
       raise InputError(f"--variant={variant}: {error}") from None

@@ -141,10 +141,10 @@ def _config() -> Config | None:
   """That of the flag, where there is one."""
   if flags.FLAGS.config is None:
     return None
-  from cyb_jax.interop import pretrained
+  from cyb_jax.studies.resolution import resolve
 
   source = programs.config_flag().to_dict()
-  return pretrained.settle(source | {"init_from": flags.FLAGS.init_from})
+  return resolve(source | {"init_from": flags.FLAGS.init_from})
 
 
 # Resamplings of the standard error of what is no mean; more take minutes.

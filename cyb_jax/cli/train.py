@@ -34,9 +34,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   source = programs.config_flag()
   if flags.FLAGS.dry_run:
     from cyb_jax import training
-    from cyb_jax.interop import pretrained
+    from cyb_jax.studies.resolution import resolve
 
-    return training.dry_run(pretrained.settle(source, flags.FLAGS.workdir))
+    return training.dry_run(resolve(source, flags.FLAGS.workdir))
   workdir = programs.required_flag("workdir", "name the run's folder")
   profile = flags.FLAGS.profile
   if profile < 0:
@@ -44,9 +44,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   def train(cluster: Cluster) -> dict[str, Any]:
     from cyb_jax import training
-    from cyb_jax.interop import pretrained
+    from cyb_jax.studies.resolution import resolve
 
-    return training.train(pretrained.settle(source, workdir), workdir, profile=profile, cluster=cluster)
+    return training.train(resolve(source, workdir), workdir, profile=profile, cluster=cluster)
 
   return programs.on_hosts(train)
 

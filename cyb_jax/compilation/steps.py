@@ -33,10 +33,10 @@ from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.generation.options import plan
 from cyb_jax.generation.sampler import Sampler
-from cyb_jax.interop import pretrained
 from cyb_jax.methods import Method
 from cyb_jax.methods.paused import PausedMethod
 from cyb_jax.partitioning.mesh import data_shards, make_mesh, replicated
+from cyb_jax.studies.resolution import resolve
 from cyb_jax.training.estimate import Knob, Outline
 
 # Rows that are decoded together where it isn't said, or as many as there are devices with rows of their own.
@@ -49,13 +49,13 @@ def for_tpu(source: Mapping[str, Any]) -> Config:
   """Freezes a nested config as a TPU would, whatever this process runs on: 'auto' means bfloat16.
 
   Raises:
-    InputError: see `pretrained.settle`.
+    InputError: see `studies.resolution.resolve`.
   """
   source = copy.deepcopy(configs.to_dict(source))
   precision = source.get("precision")
   if isinstance(precision, dict) and precision.get("activations", "auto") == "auto":
     precision["activations"] = "bfloat16"
-  return pretrained.settle(source)
+  return resolve(source)
 
 
 def compile_steps(

@@ -27,16 +27,18 @@ _TOLERANCE = 0.005
 _FURTHEST = 0.05
 
 
-def resolve(source: Mapping[str, Any], match: Match) -> dict[str, Any]:
-  """A nested config with the plain model in place of a method's name such as 'deeper@ap'.
+def fill_plain_model(source: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A nested config with the plain model in place of a method's name such as 'deeper@ap'; any other one as it is.
 
   Args:
-    source: otherwise complete, see `config.freeze`.
-    match: what `method.name` says.
+    source: otherwise complete, see `configs.freeze`.
 
   Raises:
-    InputError: see `config.freeze`; or no plain model costs about as much.
+    InputError: see `configs.freeze`; or no plain model has about the same cost.
   """
+  match = _requested(source)
+  if match is None:
+    return source
   source = dict(source)
   method = {name: value for name, value in source["method"].items() if name not in ("name", "pauses")}
   frozen = configs.freeze(source | {"method": method | settings.SETTINGS[match.setting]})
@@ -51,23 +53,38 @@ def resolve(source: Mapping[str, Any], match: Match) -> dict[str, Any]:
 
   decoder = plain.decoder_config(rows)
   grown = grow(decoder, match.direction, cost, wanted)
-  off = cost(grown) / wanted - 1
-  name = source["method"]["name"]
-  if abs(off) > _FURTHEST:
-    raise InputError(
-      f"method.name: {name!r} is to take {wanted:,.0f} FLOPs a token, and the nearest plain model takes"
-      f" {cost(grown):,.0f}; match a method that takes more"
-    )
-  logging.info(
-    "%s: %d layers, width %d, mlp %d: %s MFLOPs a token of %s, %+.2f%% of %s's", name, grown.num_layers, grown.d_model,
-    grown.mlp_size, f"{cost(grown) / 1e6:,.3f}", match.measure, 100 * off, match.setting,
-  )  # fmt: skip
+  _check_cost(source["method"]["name"], match, grown, cost(grown), wanted)
   changed = {
     field: getattr(grown, field)
     for field in ("num_layers", "d_model", "num_heads", "num_kv_heads", "mlp_size")
     if getattr(grown, field) != getattr(decoder, field)
   }
   return dict(plain.source) | {"decoder": {**source.get("decoder", {}), **changed}}
+
+
+def _requested(source: Mapping[str, Any]) -> Match | None:
+  """The plain model that a method's name such as 'deeper@ap' requests."""
+  method = source.get("method")
+  name = method.get("name") if isinstance(method, Mapping) else None
+  return settings.parse_match(name) if isinstance(name, str) else None
+
+
+def _check_cost(name: str, match: Match, grown: DecoderConfig, cost: float, wanted: float) -> None:
+  """Logs how far the plain model's cost is from the wanted one, in FLOPs a token.
+
+  Raises:
+    InputError: it is too far.
+  """
+  off = cost / wanted - 1
+  if abs(off) > _FURTHEST:
+    raise InputError(
+      f"method.name: {name!r} is to take {wanted:,.0f} FLOPs a token, and the nearest plain model takes"
+      f" {cost:,.0f}; match a method that takes more"
+    )
+  logging.info(
+    "%s: %d layers, width %d, mlp %d: %s MFLOPs a token of %s, %+.2f%% of %s's", name, grown.num_layers, grown.d_model,
+    grown.mlp_size, f"{cost / 1e6:,.3f}", match.measure, 100 * off, match.setting,
+  )  # fmt: skip
 
 
 def vocabulary(config: Config) -> int | None:

@@ -8,14 +8,13 @@ fine-tuning takes the settings alone.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
 
 from cyb_jax.decoder import PRESETS
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.methods import METHODS, WEIGHTS
 
 _PRIORS = {"uniform": "1:1:1:1", "bimodal": "4:1:1:4", "early": "11:3:3:3"}
@@ -206,9 +205,7 @@ def fine_tune(config: ml_collections.ConfigDict, setting: str, tuned: str, *, ca
 def _one_of(kind: str, name: str, accepted: Iterable[str]) -> str:
   accepted = list(accepted)
   if name not in accepted:
-    close = difflib.get_close_matches(name, accepted, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(accepted)}"
-    raise InputError(f"config argument: {kind} {name!r} is unknown; {hint}")
+    raise InputError(f"config argument: {kind} {name!r} is unknown; {did_you_mean(name, accepted)}")
   return name
 
 
