@@ -41,8 +41,8 @@ from typing import Any
 
 from absl import flags, logging
 
-from cyb_jax import jsonl
-from cyb_jax.cli import programs
+from cyb_jax import command_line, jsonl
+from cyb_jax.cli import flag_values, launching
 from cyb_jax.errors import Failed, InputError, Interrupted
 from cyb_jax.storage import atomic_write
 from cyb_jax.studies import settings
@@ -393,7 +393,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     value |= {name: chosen for name, chosen in SMOKE.items() if not args[name].present}
   try:
     result = run(
-      pathlib.Path(programs.required_flag("workdir", "name the study's folder")),
+      pathlib.Path(flag_values.required_flag("workdir", "name the study's folder")),
       args.config,
       list(args.settings) or settings.representatives(),
       list(value["rates"]),
@@ -534,7 +534,7 @@ def _model(study: Study, setting: str) -> Model:
   spec = importlib.util.spec_from_file_location(f"_study_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  source = programs.override(module.get_config(study.argument(setting)), study.fields)
+  source = command_line.override(module.get_config(study.argument(setting)), study.fields)
   config = resolve(source)
   rows = matching.vocabulary(config)
   method, costs = config.build_method(rows), Costs.of(config, rows)
@@ -734,4 +734,4 @@ def _slots_table(study: Study, entries: Mapping[Entry, Any], rows: Sequence[dict
 
 if __name__ == "__main__":
   define_flags()
-  programs.launch(main)
+  launching.launch(main)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax.cli import programs
+from cyb_jax import command_line
 from cyb_jax.errors import Failed, InputError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _config() -> Config:
     for part, fields in _TINY.items():
       config[part].update(fields)
   else:
-    config = programs.config_flag()
+    config = command_line.config_flag()
   config.precision.update(activations="float32", params="float32", matmul="highest")
   # Clipping would be of a norm that deviates too; without it the first moments are the gradient.
   config.optimizer.clip_norm = 0.0

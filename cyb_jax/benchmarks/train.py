@@ -32,8 +32,8 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
+from cyb_jax import command_line
 from cyb_jax.benchmarks import timing
-from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:  # imported where it is used, so that --help is quick
@@ -75,7 +75,7 @@ def train() -> dict[str, Any]:
   for name, least in (("steps", 2), ("blocks", 1), ("vocabulary", 0), ("peak_tflops", 0)):
     if not args[name].value >= least:
       raise InputError(f"--{name}: {args[name].value} must be at least {least}")
-  source = programs.config_flag()
+  source = command_line.config_flag()
 
   import jax
 
@@ -87,7 +87,7 @@ def train() -> dict[str, Any]:
   contenders = [_Contender(resolve(source), args.store, args.vocabulary)]
   for variant in args.variant:
     try:
-      config = resolve(programs.override(source, split_fields(variant)))
+      config = resolve(command_line.override(source, split_fields(variant)))
       contenders.append(_Contender(config, args.store, args.vocabulary))
     except InputError as error:
       raise InputError(f"--variant={variant}: {error}") from None

@@ -15,7 +15,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from cyb_jax.cli import programs
+from cyb_jax import command_line
+from cyb_jax.cli import flag_values, launching
 from cyb_jax.compilation import STEPS, topologies
 from cyb_jax.errors import Failed, InputError
 
@@ -36,12 +37,12 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  topology = programs.required_flag("topology", "name the slice, such as v5e:4x4")
+  topology = flag_values.required_flag("topology", "name the slice, such as v5e:4x4")
   unknown = [step for step in args.steps if step not in STEPS]
   if unknown or not args.steps:
     raise InputError(f"--steps: {','.join(args.steps)!r} must be some of {','.join(STEPS)}")
-  programs.check_not_negative("decode_batch")
-  source = programs.config_flag()
+  flag_values.check_not_negative("decode_batch")
+  source = command_line.config_flag()
   topologies.check_topology(topology)
   topologies.check_libtpu()
   if args.hlo:
@@ -81,7 +82,7 @@ def run() -> None:
   # Before the flags are parsed: config files import jax.
   topologies.set_environment()
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

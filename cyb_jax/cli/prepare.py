@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from cyb_jax.cli.programs import launch
+from cyb_jax.cli.launching import launch
 from cyb_jax.data import TASKS, Prepared, TokenStore, default_tokenizer, prepare_shard
 from cyb_jax.data.tokenizers import num_threads
 from cyb_jax.errors import Failed, InputError

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from cyb_jax import storage
-from cyb_jax.cli import programs
+from cyb_jax.cli import flag_values, launching, models, splits, terminal
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ _OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_p
 
 
 def define_flags() -> None:
-  programs.define_run_flags()
-  programs.define_reading_flags()
+  models.define_run_flags()
+  splits.define_reading_flags()
   flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
   flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
   flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown coloured, spread over the split.")
@@ -51,12 +51,12 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  programs.check_not_negative("limit", "batch_size", "text_windows")
+  flag_values.check_not_negative("limit", "batch_size", "text_windows")
   if args.compare and args.workdir:
     raise InputError(f"--compare: {','.join(args.compare)!r} is set, and --workdir = {args.workdir!r} too; give one")
   if args.compare:
     return _compare(list(args.compare))
-  return _report(programs.required_flag("workdir", "name the run's folder, or several with --compare"))
+  return _report(flag_values.required_flag("workdir", "name the run's folder, or several with --compare"))
 
 
 def _report(workdir: str) -> dict[str, Any]:
@@ -69,9 +69,9 @@ def _report(workdir: str) -> dict[str, Any]:
     raise InputError("--text: set, but --text_windows is 0; show at least one")
   runs.read_config(workdir)  # that there is a run is the first thing to be told
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
-  mesh = programs.reading_mesh()
-  run = runs.load(workdir, programs.checkpoint_flag(), mesh)
-  store = programs.open_store(run.config, run.meta)
+  mesh = splits.reading_mesh()
+  run = runs.load(workdir, flag_values.checkpoint_flag(), mesh)
+  store = splits.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
   checkpoint = runs.checkpoints_in(workdir, read_only=True).fingerprint(run.step)
   statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
@@ -144,16 +144,16 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   from cyb_jax.training.metrics import read_metrics
 
   checkpoints = runs.checkpoints_in(workdir, read_only=True)
-  step = checkpoints.find(programs.checkpoint_flag(), quick=True)
+  step = checkpoints.find(flag_values.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
   if not read:
     return Candidate(workdir, runs.read_config(workdir), meta, {}, [])
   checkpoint = checkpoints.fingerprint(step)
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
-    mesh = programs.reading_mesh()
+    mesh = splits.reading_mesh()
     run = runs.load(workdir, step, mesh)
-    statistics = _statistics(run, mesh, programs.open_store(run.config, run.meta), checkpoint)
+    statistics = _statistics(run, mesh, splits.open_store(run.config, run.meta), checkpoint)
     path = _kept(workdir) / "statistics.json"
     # Beside a page that shows others they would be out of place; then they are computed again next time.
     try:
@@ -212,7 +212,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
   )
 
   args = flags.FLAGS
-  options = {"split": args.split, "step": run.step, "batch_size": programs.rows_at_once(run.config, mesh)}
+  options = {"split": args.split, "step": run.step, "batch_size": splits.rows_at_once(run.config, mesh)}
   with jax.default_matmul_precision(run.config.precision.matmul):
     found = statistics_of_split(
       PauseStatistics(run.method, mesh, run.tokenizer),
@@ -250,13 +250,13 @@ def _print(windows: Sequence[Window]) -> None:
   from cyb_jax.report import coloured
 
   columns = max(shutil.get_terminal_size().columns, 20)
-  programs.show(coloured.to_terminal(windows, columns, colour=programs.shows_colour()))
+  terminal.show(coloured.to_terminal(windows, columns, colour=terminal.shows_colour()))
 
 
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":
