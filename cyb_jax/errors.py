@@ -1,5 +1,5 @@
 """The errors that a program ends with in one line: bad input; a disk, a bucket or a host that fails a run; a run that
-has diverged.
+has diverged or was interrupted.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ class DivergedError(FloatingPointError):
   """
 
 
+class Interrupted(Exception):
+  """A signal has stopped the run after everything was saved; the same command continues it.
+
+  The message is one line. Programs log it and exit with code 75.
+  """
+
+
 class HostLostError(RuntimeError):
   """Another host has gone, or can't be reached.
 
   The message is one line. Programs print it without a traceback and exit with code 1; the same command on all hosts
   continues.
-  """
-
-
-class Interrupted(Exception):
-  """A signal has ended the program after everything was saved: the same command continues.
-
-  Programs log the message and exit with code 75.
   """
 
 

@@ -51,11 +51,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     except OSError as error:
       raise InputError(f"--hlo: {args.hlo} can't be written to: {error.strerror}") from None
   from cyb_jax.compilation import steps
-  from cyb_jax.methods import METHODS
 
   chosen = list(args.steps)
-  method = METHODS.get(source.method.name)
-  if not args["steps"].present and method is not None and not method.decodes:
+  if not args["steps"].present and not _decodes(source.method.name):
     chosen.remove("decode")
   result = steps.compile_steps(
     source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
@@ -63,6 +61,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if not result["fits"]:
     raise Failed(_refusal(result), result)
   return result
+
+
+def _decodes(name: str) -> bool:
+  """Whether the method of this name generates text with a cache; an unknown name is reported later."""
+  from cyb_jax.methods import METHODS
+
+  method = METHODS.get(name)
+  return method is None or method.decodes
 
 
 def _refusal(result: dict[str, Any]) -> str:

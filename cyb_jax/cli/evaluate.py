@@ -27,6 +27,8 @@ from cyb_jax.errors import InputError
 if TYPE_CHECKING:
   from cyb_jax.configs import Config
   from cyb_jax.distributed.hosts import Cluster
+  from cyb_jax.methods import Method
+  from cyb_jax.runs import Run
 
 
 def define_flags() -> None:
@@ -35,7 +37,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file(
     "config", None, "With --init_from: whose method, data and window; experiments/NAME.py:ARGUMENTS"
   )
-  flags.DEFINE_string("omega", "", "What the world grants, W weights such as 1:1:1:1; '': all slots, always.")
+  flags.DEFINE_string("omega", "", "The distribution of the step budget, W weights such as 1:1:1:1; '': all slots.")
   flags.DEFINE_string(
     "context", "constant", "constant: every token is followed by all its pauses; self_paced: by those alone that the"
     " model asks for."
@@ -78,42 +80,19 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   """The evaluation of a split, by all hosts; evaluation.json."""
   import jax
 
-  from cyb_jax import runs
   from cyb_jax.distributed.hosts import own_facts
   from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
-  from cyb_jax.stopping import normalize
 
   args = flags.FLAGS
   cluster.agree(own_facts())
   mesh = splits.reading_mesh()
   run = models.load_model(mesh, _config())
-  if omega is not None:
-    if not run.method.decides:
-      raise InputError(f"--omega: {args.omega!r} is set, but method {run.method.name!r} doesn't decide when it stops")
-    try:
-      normalize(omega, run.method.num_slots, name="omega")
-    except ValueError as error:
-      raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
-  if args.context == "self_paced" and not run.method.self_paces:
-    raise InputError(
-      f"--context: 'self_paced', but method {run.method.name!r} has no pauses that it could go without; leave it at"
-      " 'constant'"
-    )
-  if args.context == "self_paced" and run.method.num_slots == 1:
-    raise InputError(f"--context: 'self_paced', but method {run.method.name!r} has no pauses; leave it at 'constant'")
-  windows = args.autoregressive_windows
-  if windows is not None and run.method.causal:
-    raise InputError(f"--autoregressive_windows: {windows}, but method {run.method.name!r} is causal; leave it out")
-  if args.pauses is not None and not run.method.learns_targets:
-    raise InputError(
-      f"--pauses: {args.pauses} is set, but this run reads a split without pauses behind a prompt (method.pause_places"
-      f" = {run.config.method.pause_places!r}); leave it out, or give --tasks"
-    )
-  config = run.config
+  _check_abilities(run, omega)
+  config, windows = run.config, args.autoregressive_windows
   store = splits.open_store(config, run.meta)
-  flags_read = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")
-  read = {name: args[name].value for name in flags_read}
-  cluster.agree(read | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
+  names = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")
+  options = {name: args[name].value for name in names}
+  cluster.agree(options | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
       Evaluator(run.method, mesh, omega, args.context),
@@ -128,17 +107,59 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       autoregressive_windows=AUTOREGRESSIVE_WINDOWS if windows is None else windows,
     )
   if args.pauses is not None:
-    return record | {"pauses": args.pauses}  # shown alone: the run's own evaluation is another
+    # Not written: evaluation.json holds the evaluation with the run's own pauses.
+    return record | {"pauses": args.pauses}
   if args.workdir and cluster.index == 0:
-    try:
-      runs.write_evaluation(args.workdir, record)
-    except OSError as error:
-      logging.warning("evaluation.json can't be written to %s: %s", args.workdir, error.strerror or error)
+    _write(args.workdir, record)
   return record
 
 
+def _check_abilities(run: Run, omega: tuple[float, ...] | None) -> None:
+  """Raises InputError for a flag that this method can't follow."""
+  args, method = flags.FLAGS, run.method
+  if omega is not None:
+    _check_omega(method, omega)
+  if args.context == "self_paced" and not method.self_paces:
+    raise InputError(
+      f"--context: 'self_paced', but method {method.name!r} has no pauses that it could go without; leave it at"
+      " 'constant'"
+    )
+  if args.context == "self_paced" and method.num_slots == 1:
+    raise InputError(f"--context: 'self_paced', but method {method.name!r} has no pauses; leave it at 'constant'")
+  windows = args.autoregressive_windows
+  if windows is not None and method.causal:
+    raise InputError(f"--autoregressive_windows: {windows}, but method {method.name!r} is causal; leave it out")
+  if args.pauses is not None and not method.learns_targets:
+    raise InputError(
+      f"--pauses: {args.pauses} is set, but this run reads a split without pauses behind a prompt (method.pause_places"
+      f" = {run.config.method.pause_places!r}); leave it out, or give --tasks"
+    )
+
+
+def _check_omega(method: Method, omega: tuple[float, ...]) -> None:
+  from cyb_jax.stopping import normalize
+
+  given = flags.FLAGS.omega
+  if not method.decides:
+    raise InputError(f"--omega: {given!r} is set, but method {method.name!r} doesn't decide when it stops")
+  try:
+    normalize(omega, method.num_slots, name="omega")
+  except ValueError as error:
+    raise InputError(f"--omega: {given!r} won't do for {method.num_slots} slots ({error})") from None
+
+
+def _write(workdir: str, record: dict[str, Any]) -> None:
+  """evaluation.json; an error is only logged, since the record is printed as well."""
+  from cyb_jax import runs
+
+  try:
+    runs.write_evaluation(workdir, record)
+  except OSError as error:
+    logging.warning("evaluation.json can't be written to %s: %s", workdir, error.strerror or error)
+
+
 def _config() -> Config | None:
-  """That of the flag, where there is one."""
+  """The config of the flag `--config`; None where it isn't given."""
   if flags.FLAGS.config is None:
     return None
   from cyb_jax.studies.resolution import resolve
