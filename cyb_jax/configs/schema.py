@@ -19,19 +19,19 @@ from cyb_jax.methods import Method, MethodConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """What is read.
+  """The text that is read.
 
   Attributes:
     task: a task of `cyb_jax.data.tasks`, or `seqio:NAME`.
     tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of a tokenizer (`data.open_tokenizer`), or
-      '': that of `init_from`.
-    store: folder of the prepared token store; '': the user's cache folder, prepared when missing.
+      '': the tokenizer of `init_from`.
+    store: folder of the prepared token store; '': one in the user's cache folder, which is prepared if it is missing.
     options: of the task, as 'key=value,key=value'.
     sequence_length: T, real tokens in a window.
     batch_size: windows per step, over all devices and hosts.
-    fraction: the share of the training windows that is used, the same windows whatever the seed.
-    document_mask: whether attention stays inside a document.
-    seed: of the order.
+    fraction: the share of the training windows that is used; the windows don't depend on the seed.
+    document_mask: whether attention is restricted to the token's own document.
+    seed: of the order of windows.
   """
 
   task: str = "imdb_reviews"
@@ -51,18 +51,18 @@ class OptimizerConfig:
 
   Attributes:
     learning_rate: the highest rate.
-    rate_over_width: divide the rate by d_model (the paper's form).
-    schedule: 'cosine' (to the final rate), 'wsd' (constant, then linear to the final rate) or 'constant'; all after a
+    rate_over_width: whether the rate is divided by d_model (the paper's form).
+    schedule: 'cosine' (to the final rate), 'wsd' (constant, then linear to the final rate) or 'constant'; each after a
       linear warm-up.
-    warmup_fraction: of the steps.
-    decay_fraction: of the steps, at the end (wsd).
+    warmup_fraction: the share of the steps that is warm-up.
+    decay_fraction: the share of the steps, at the end, in which the rate decays (wsd).
     final_fraction: the final rate as a fraction of the highest one.
     beta1: of Adam.
     beta2: of Adam.
     epsilon: of Adam.
-    weight_decay: on the matrices; norms, biases, embeddings and output rows have none.
+    weight_decay: of the matrices; norms, biases, embeddings and output rows have none.
     clip_norm: the global gradient norm is clipped to this; 0: no clipping.
-    accumulate: the batch is worked on in this many parts, one after the other, with the gradient of the whole.
+    accumulate: the batch is processed in this many parts, one after another; the gradient is that of the whole batch.
   """
 
   learning_rate: float = 2e-3
@@ -81,22 +81,22 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """How long, and what is written when.
+  """The length of training, and when metrics, validations and checkpoints are written.
 
   Attributes:
-    steps: 0: as many as make `epochs`.
+    steps: of training; 0: as many as `epochs` take.
     epochs: passes over the used windows, where steps is 0.
-    seed: of the initialisation, and of what methods draw.
+    seed: of the initialisation, and of the methods' random draws.
     log_every: steps between lines of metrics.
     eval_every: steps between validations; 0: only at the end.
-    eval_limit: windows of a validation in mid-run; 0: the split whole.
-    last_eval_limit: windows of the evaluation at the end; 0: the split whole, which is what is to be compared.
-    checkpoint_every: steps; 0: only at the end.
-    keep: how many of the newest checkpoints are kept, beside the best one.
+    eval_limit: windows of a validation during training; 0: the whole split.
+    last_eval_limit: windows of the evaluation at the end; 0: the whole split, which comparisons require.
+    checkpoint_every: steps between checkpoints; 0: only at the end.
+    keep: how many of the newest checkpoints are kept, in addition to the best one.
     tensorboard: whether event files are written.
-    max_skipped: steps in a row whose loss or gradient isn't finite that stop the run. Fewer are skipped: they are not
-      applied, but counted and logged.
-    collapse_warning: warn when one slot's mean share of s is above this.
+    max_skipped: the run stops after this many steps in a row whose loss or gradient isn't finite. Fewer are skipped:
+      they are not applied, but counted and logged.
+    collapse_warning: a warning is logged when one slot's mean share of s is above this.
   """
 
   steps: int = 0
@@ -115,14 +115,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-  """How a step is spread over devices.
+  """How a step is divided among devices.
 
   Attributes:
-    strategy: 'jit', over a mesh; or 'pmap', data parallel alone.
-    data: devices on the mesh axis that splits the batch; -1: all that the others leave.
+    strategy: 'jit', over a mesh; or 'pmap', which is data-parallel only.
+    data: devices on the mesh axis that splits the batch; -1: all that the other axes leave.
     fsdp: devices on the axis that splits the batch and the parameters.
     tensor: devices on the axis that splits heads, mlp and vocabulary.
-    chunk_size: slots that the readout works on at once, per device; 0: as many as make 256 MiB of f32 logits.
+    chunk_size: slots that the readout processes at once, per device; 0: as many as give 256 MiB of f32 logits.
   """
 
   strategy: str = "jit"
@@ -134,11 +134,11 @@ class ParallelismConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-  """Number formats. What is trained, and the optimizer's state, are f32.
+  """Number formats. Trained parameters and the optimizer's state are f32.
 
   Attributes:
     activations: 'float32', 'bfloat16', or 'auto': bfloat16 on accelerators, float32 on CPUs.
-    params: 'float32', or 'bfloat16', of the decoder's parameters where they aren't trained (`tuning.weights`).
+    params: of the decoder's parameters: 'float32'; or 'bfloat16', where they aren't trained (`tuning.weights`).
     matmul: precision of f32 matrix products: 'default', 'high' or 'highest'.
   """
 
@@ -149,13 +149,13 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningConfig:
-  """What of the parameters is trained. What isn't has neither gradient nor optimizer state.
+  """Which parameters are trained. The others have neither gradient nor optimizer state.
 
   Attributes:
-    weights: 'all'; 'lora', adapters beside the decoder's matrices, and the new rows; or 'new', the new rows alone: what
-      stands beside the decoder, pauses' and `<don't know>`'s.
+    weights: 'all'; 'lora': adapters of the decoder's matrices, and the new rows; or 'new': the new rows only, which are
+      the method's own parameters outside of the decoder: those of the pauses and of `<don't know>`.
     lora_rank: of the adapters, see `cyb_jax.decoder.LoraConfig`.
-    lora_alpha: what adapters add is multiplied by lora_alpha / lora_rank.
+    lora_alpha: the output of an adapter is multiplied by lora_alpha / lora_rank.
     lora_targets: some of query, key, value, out, gate, up, down.
     new_rate: a factor on the learning rate of the new rows.
   """
@@ -168,23 +168,23 @@ class TuningConfig:
 
   @property
   def lora(self) -> LoraConfig:
-    """The adapters that `weights` = 'lora' has."""
+    """The adapters that `weights` = 'lora' trains."""
     targets = tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
     return LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=targets)
 
 
-# Those that other groups of the config say.
+# Fields of DecoderConfig that other groups of the config decide.
 _ELSEWHERE = ("dtype", "param_dtype", "lora")
 DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecoderConfig) if f.name not in _ELSEWHERE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """A whole run, frozen and valid.
+  """The config of a run, frozen and valid.
 
-  `init_from` is what training starts from, a run's folder or weights of others (`cyb_jax.interop.pretrained`), '' for
-  fresh parameters; `decoder` holds the preset's name, '' for none, and the fields that override it; `source` is the
-  nested dict that this was frozen from, what config.json holds.
+  `init_from` is what training starts from: a run's folder or the weights of other projects
+  (`cyb_jax.interop.pretrained`), or '' for fresh parameters. `decoder` holds the preset's name, '' for none, and the
+  fields that override it. `source` is the nested dict that this was frozen from, which is the content of config.json.
   """
 
   method: MethodConfig
@@ -201,8 +201,8 @@ class Config:
   def decoder_config(self, vocab_size: int | None = None) -> DecoderConfig:
     """The decoder for a vocabulary.
 
-    Its tables have `decoder.vocab_size` rows; where that isn't set, those of the vocabulary rounded up to a multiple of
-    128, so that they can be sharded. None: the preset's own size (for counting and compiling without a tokenizer).
+    Its tables have `decoder.vocab_size` rows; where that isn't set, the size of the vocabulary rounded up to a multiple
+    of 128, so that they can be sharded. None: the preset's own size (for counting and compiling without a tokenizer).
 
     Raises:
       InputError: the vocabulary doesn't fit into decoder.vocab_size.
@@ -227,7 +227,7 @@ class Config:
 
   @property
   def tokenizer(self) -> str:
-    """What `data.tokenizer` names: '' is the tokenizer of `init_from`.
+    """The name of the tokenizer: `data.tokenizer`, or where that is '', `init_from`.
 
     Raises:
       InputError: neither is given.
@@ -238,7 +238,7 @@ class Config:
 
   @property
   def evaluation_rows(self) -> int:
-    """Windows that evaluation reads at a time: those that training works on at once."""
+    """Windows that evaluation reads at a time: as many as training processes at once."""
     return self.data.batch_size // self.optimizer.accumulate
 
   @property
@@ -248,7 +248,12 @@ class Config:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
   def build_method(self, vocab_size: int | None = None, *, data_shards: int = 1) -> Method:
-    """The method over a vocabulary; `data_shards`: devices that a batch is split over, under jit."""
+    """The method over a vocabulary.
+
+    Args:
+      vocab_size: of the vocabulary, see `decoder_config`.
+      data_shards: devices that a batch is split over, under jit.
+    """
     return methods.build(
       self.method,
       self.decoder_config(vocab_size),

@@ -1,7 +1,8 @@
-"""Plain models that cost what another method costs: a control that spends its FLOPs on layers, not on pauses.
+"""Plain models of the same cost as another method: a control that spends its FLOPs on layers, not on pauses.
 
-`deeper@ap` has more layers, `wider@ap` more heads with all widths in proportion; what is left over is made up in the
-mlp. FLOPs per real token are counted by hand (`cyb_jax.costs.flops`), so that the sizes follow from the config alone.
+`deeper@ap` has more layers, `wider@ap` more heads with all widths in proportion; the width of the mlp is adjusted to
+the remaining difference. FLOPs per real token are counted by hand (`cyb_jax.costs.flops`), so the sizes follow from the
+config and the size of its vocabulary.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from cyb_jax.methods import Method
 from cyb_jax.studies import settings
 from cyb_jax.studies.settings import Match
 
-# Widths of the mlp are multiples of the largest of these that leaves no more than so much of the cost unmatched.
+# The width of the mlp is a multiple of the largest of these with which the cost is off by no more than the tolerance.
 _MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
 _TOLERANCE = 0.005
-# A model further off than this is no control.
+# A model whose cost is further off than this is no control.
 _FURTHEST = 0.05
 
 
@@ -88,8 +89,8 @@ def _check_cost(name: str, match: Match, grown: DecoderConfig, cost: float, want
 
 
 def vocabulary(config: Config) -> int | None:
-  """Entries of the vocabulary that a config will have, without preparing it; None: that of `init_from`, taken to fill
-  the decoder's own rows.
+  """The size of the vocabulary that a config will have, without preparing its data; None: the vocabulary is that of
+  `init_from`, which is assumed to fill the decoder's rows.
   """
   from cyb_jax.data import open_tokenizer
   from cyb_jax.data.tokenizers import trained_pieces
@@ -103,16 +104,16 @@ def vocabulary(config: Config) -> int | None:
 def grow(
   decoder: DecoderConfig, direction: str, cost: Callable[[DecoderConfig], float], wanted: float
 ) -> DecoderConfig:
-  """The decoder with as many layers or heads that it costs about as much as is wanted.
+  """The decoder with so many layers or heads that its cost is about the wanted one.
 
   Args:
-    decoder: of which all else is kept, head_size too.
-    direction: 'deeper': num_layers; 'wider': num_heads, with the other widths in proportion.
+    decoder: all its other fields are kept, head_size too.
+    direction: 'deeper': num_layers grows; 'wider': num_heads, with the other widths in proportion.
     cost: of a decoder; more layers, heads or mlp cost more.
-    wanted: in the same unit.
+    wanted: the cost, in the same unit.
 
   Returns:
-    The nearest in layers or heads, with another mlp_size to make up for what is left.
+    The nearest in layers or heads, with an mlp_size that is adjusted to the remaining difference.
   """
   family = _deeper(decoder) if direction == "deeper" else _wider(decoder)
   below = above = next(family)
@@ -132,7 +133,7 @@ def _deeper(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
 
 
 def _wider(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
-  # Queries of a group share their keys: whole groups, but where one pair of key and value serves all heads.
+  # Query heads of a group share their keys and values, so whole groups are added; a single pair stays single.
   shared = decoder.num_kv_heads == 1
   stride = 1 if shared else decoder.num_heads // decoder.num_kv_heads
   heads = 0
@@ -148,7 +149,7 @@ def _wider(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
 
 
 def _fit(decoder: DecoderConfig, cost: Callable[[DecoderConfig], float], wanted: float) -> DecoderConfig:
-  """With the mlp_size at which it costs as much as is wanted: the roundest that comes near enough."""
+  """The decoder with the mlp_size at which its cost is the wanted one: the roundest size within the tolerance."""
   size = decoder.mlp_size
   found = cost(decoder)
   exact = size + (wanted - found) / (cost(dataclasses.replace(decoder, mlp_size=size + 1)) - found)
