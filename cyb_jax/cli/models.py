@@ -1,4 +1,4 @@
-"""The model that a program reads with: a trained run's, or that of weights that a run could start from."""
+"""The model that a program uses: that of a trained run, or of weights that a run could start from."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def define_run_flags() -> None:
 
 
 def define_model_flags() -> None:
-  """The flags of a program that reads with a trained run, or with what one would start from; see `load_model`."""
+  """The flags of a program that takes a trained run, or weights that a run could start from; see `load_model`."""
   define_run_flags()
   flags.DEFINE_string(
-    "init_from", "", "In place of --workdir, what a run would start from: converted weights, a Hugging Face folder, a"
-    " GGUF file. Nothing is written there."
+    "init_from", "", "In place of --workdir, weights that a run could start from: converted weights, a Hugging Face"
+    " folder, a GGUF file. Nothing is written there."
   )  # fmt: skip
-  flags.DEFINE_string("tokenizer", "", "Of --init_from, where it holds none, or in place of its own.")
+  flags.DEFINE_string("tokenizer", "", "Of --init_from, where it contains none, or in place of its own.")
   flags.DEFINE_integer(
     "pauses", None, "Pauses between a prompt and its continuation, of methods that have them; not given: method.pauses."
   )  # fmt: skip

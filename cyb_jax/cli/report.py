@@ -1,4 +1,4 @@
-"""Reports on a run, or on several side by side: one HTML file, its pictures, and the numbers in them.
+"""Reports on a run, or compares several: one HTML file, its figures, and the numbers in them.
 
 python -m cyb_jax.cli.report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
 python -m cyb_jax.cli.report --compare=DIR,DIR,... [--output=DIR]
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
   from cyb_jax.runs import Run
 
 
-# Of statistics.json. One that has less was written by another version.
+# The keys of statistics.json. A file that lacks one was written by another version.
 _PARTS = {
   "num_slots", "tokens", "perplexity", "latency", "training_latency", "calibration", "curves", "self_paced", "types",
   "autoregressive", "word_position", "word_class", "frequency", "difficulty", "groups",
 }  # fmt: skip
 
 
-# Token by token takes longer than a window at once.
+# Reading token by token takes longer than reading a window at once.
 _SELF_PACED_WINDOWS = 256
 _OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_pauses", "tokens")
 
@@ -42,9 +42,9 @@ _OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_p
 def define_flags() -> None:
   models.define_run_flags()
   splits.define_reading_flags()
-  flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
+  flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are compared.")
   flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
-  flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown coloured, spread over the split.")
+  flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown in colour, evenly spaced over the split.")
   flags.DEFINE_bool("text", False, "Print the coloured text too.")
 
 
@@ -67,7 +67,7 @@ def _report(workdir: str) -> dict[str, Any]:
   args = flags.FLAGS
   if args.text and not args.text_windows:
     raise InputError("--text: set, but --text_windows is 0; show at least one")
-  runs.read_config(workdir)  # that there is a run is the first thing to be told
+  runs.read_config(workdir)  # a folder without a run is reported first
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
   mesh = splits.reading_mesh()
   run = runs.load(workdir, flag_values.checkpoint_flag(), mesh)
@@ -105,7 +105,7 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   for workdir in workdirs:
     runs.read_config(workdir)
   folder = output.check_output(args.output or "report")
-  # What configs and checkpoints tell comes before the work.
+  # Errors that follow from configs and checkpoints are reported before anything is computed.
   unread = [_candidate(workdir, read=False) for workdir in workdirs]
   comparison.check_comparable(unread)
   comparison.group_runs(unread)
@@ -135,9 +135,13 @@ def _kept(workdir: str) -> storage.Place:
 
 
 def _candidate(workdir: str, *, read: bool = True) -> Candidate:
-  """A run with its statistics, unless it isn't to be read.
+  """A run with its statistics.
 
-  Those in its own report's folder are taken where they are of the same checkpoint, split and limit.
+  Statistics in its own report's folder are used again where they are of the same checkpoint, split and limit.
+
+  Args:
+    workdir: the run's folder.
+    read: whether the statistics are needed; else they are empty.
   """
   from cyb_jax import jsonl, runs
   from cyb_jax.report.comparison import Candidate
@@ -155,7 +159,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
     run = runs.load(workdir, step, mesh)
     statistics = _statistics(run, mesh, splits.open_store(run.config, run.meta), checkpoint)
     path = _kept(workdir) / "statistics.json"
-    # Beside a page that shows others they would be out of place; then they are computed again next time.
+    # A report folder that exists without these statistics belongs to another page; they are then computed again later.
     try:
       storage.make_new(path.parent)
       storage.atomic_write(path, jsonl.dumps(statistics, indent=2) + "\n")
@@ -163,7 +167,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
       pass
     except OSError as error:
       logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror or error)
-  # No further than the checkpoint, which need not be the last.
+  # Metrics up to the checkpoint, which need not be the last one.
   rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
   validation = [row for row in rows if row.get("omega") is None]
   vocab_size = runs.load_tokenizer(workdir).vocab_size
@@ -171,8 +175,8 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
 
 
 def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
-  """statistics.json of a run's own report; None where there is none of this checkpoint, by its fingerprint, and of the
-  split and the limit that the flags ask for.
+  """statistics.json of a run's own report; None where it isn't of this checkpoint (a fingerprint) and of the split and
+  limit of the flags.
   """
   import json
 
@@ -184,7 +188,7 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
     paced = found["num_slots"] > 1 and _reads_at_own_pace(METHODS[found["method"]])
     same &= not paced or found["self_paced"] is not None
-    # A limit that leaves nothing out is recorded as none.
+    # A limit that excludes no window is recorded as None.
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
@@ -194,12 +198,12 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
 
 
 def _reads_at_own_pace(method: type[Method]) -> bool:
-  """A method that decides nothing has no pace of its own."""
+  """Whether a method decides for each token how many slots it takes, and can be read so."""
   return method.decides and method.self_paces
 
 
 def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dict[str, Any]:
-  """What statistics.json holds."""
+  """The content of statistics.json."""
   import jax
 
   from cyb_jax.evaluation import (
