@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+# Exit codes of the programs; success is 0.
+EXIT_CRASH = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 75
 
 
 class InputError(ValueError):
@@ -54,6 +61,35 @@ class HostLostError(RuntimeError):
   The message is one line. Programs print it without a traceback and exit with code 1; the same command on all hosts
   continues.
   """
+
+
+class Failed(Exception):
+  """A check or a part of the program has failed. The result is printed all the same, and the exit code is 1.
+
+  Args:
+    message: one line.
+    result: the object to print.
+  """
+
+  def __init__(self, message: str, result: dict[str, Any]):
+    super().__init__(message)
+    self.result = result
+
+
+def did_you_mean(name: str, accepted: Iterable[str], *, written: Callable[[str], str] = repr) -> str:
+  """A hint for an unknown name: the accepted name that resembles it, or all accepted names.
+
+  Args:
+    name: the unknown name.
+    accepted: the names that would be accepted.
+    written: how the resembling name is written in the hint.
+
+  Returns:
+    "did you mean 'x'?" or "there are a, b, c".
+  """
+  accepted = list(accepted)
+  close = difflib.get_close_matches(name, accepted, n=1)
+  return f"did you mean {written(close[0])}?" if close else f"there are {', '.join(accepted)}"
 
 
 # The errors of a disk on writing, and their descriptions.

@@ -21,8 +21,8 @@ from typing import Any
 from absl import flags, logging
 
 from cyb_jax import jsonl
-from cyb_jax.cli import programs
-from cyb_jax.errors import InputError
+from cyb_jax.cli import flag_values, launching, terminal
+from cyb_jax.errors import EXIT_CRASH, Failed, InputError
 
 _GIB = 2**30
 
@@ -91,14 +91,14 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  path = pathlib.Path(programs.required_flag("output", "name the file of JSON lines that rows are kept in"))
+  path = pathlib.Path(flag_values.required_flag("output", "name the file of JSON lines that rows are kept in"))
   if not path.parent.is_dir():
     raise InputError(f"--output: {path.parent} is not there; make the folder first")
   rows = [row for row in all_rows() if args.only.lower() in f"{row.name} {row.topology}".lower()]
   if not rows:
     raise InputError(f"--only: no row's name or topology holds {args.only!r}")
   there = fill(path, rows, compiles=args.compile)
-  programs.show(table(there) + "\n")
+  terminal.show(table(there) + "\n")
   fit = sorted({row.name for row, result in there if result["train"]["fits"]})
   return {"rows": len(there), "missing": len(rows) - len(there), "training_fits": fit}
 
@@ -144,9 +144,9 @@ def _compiled(row: Row) -> dict[str, Any]:
   logging.info("cyb-compile %s", " ".join(options))
   done = subprocess.run([sys.executable, "-m", "cyb_jax.cli.compile", *options], capture_output=True, text=True)
   lines = done.stdout.strip().splitlines()
-  if done.returncode not in (0, programs.EXIT_CRASH) or not lines:
+  if done.returncode not in (0, EXIT_CRASH) or not lines:
     said = done.stderr.strip().splitlines()[-1:]
-    raise programs.Failed(f"cyb-compile {' '.join(options)} ended with {done.returncode}: {''.join(said)}", row.key)
+    raise Failed(f"cyb-compile {' '.join(options)} ended with {done.returncode}: {''.join(said)}", row.key)
   return json.loads(lines[-1])
 
 
@@ -193,7 +193,7 @@ def _needed(record: dict[str, Any] | None) -> str:
 def run() -> None:
   """What is run as a script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

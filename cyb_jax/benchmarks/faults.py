@@ -18,8 +18,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax.benchmarks import lives
-from cyb_jax.cli.programs import Failed
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError
 
 # The phases in which a life is killed, and the share of the kills in each.
 PHASES = {"start_up": 0.2, "step": 0.25, "save": 0.35, "evaluation": 0.2}

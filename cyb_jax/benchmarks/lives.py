@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cyb_jax.cli.programs import EXIT_BAD_INPUT
-from cyb_jax.errors import InputError
+from cyb_jax.errors import EXIT_BAD_INPUT, InputError
 
 # A life that is to be killed at a step has at most so many before.
 _MOST_STEPS_BEFORE_A_KILL = 80

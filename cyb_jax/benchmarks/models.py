@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from cyb_jax.cli import programs
+from cyb_jax import command_line
 from cyb_jax.errors import InputError
 
 
@@ -45,9 +45,9 @@ def _fresh(vocabulary: int) -> tuple[Any, Any, str]:
   import flax.linen as nn
   import jax
 
-  from cyb_jax import configs
+  from cyb_jax.studies.resolution import resolve
 
-  config = configs.freeze(programs.config_flag())
+  config = resolve(command_line.config_flag())
   method = config.build_method(vocabulary or None)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(config.train.seed))))()
   return method, params, config.precision.matmul

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax.cli import programs
-from cyb_jax.cli.programs import Failed
-from cyb_jax.errors import InputError
+from cyb_jax import command_line
+from cyb_jax.errors import Failed, InputError
 
 if TYPE_CHECKING:
   import jax
@@ -99,17 +98,18 @@ def _make_devices(count: int) -> None:
 
 def _config() -> Config:
   from cyb_jax import configs
+  from cyb_jax.studies.resolution import resolve
 
   if flags.FLAGS.config is None:
     config = configs.default()
     for part, fields in _TINY.items():
       config[part].update(fields)
   else:
-    config = programs.config_flag()
+    config = command_line.config_flag()
   config.precision.update(activations="float32", params="float32", matmul="highest")
   # Clipping would be of a norm that deviates too; without it the first moments are the gradient.
   config.optimizer.clip_norm = 0.0
-  return configs.freeze(config)
+  return resolve(config)
 
 
 def _meshes(devices: int) -> Iterator[dict[str, Any]]:

@@ -31,8 +31,8 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
+from cyb_jax import command_line
 from cyb_jax.benchmarks import timing, variants
-from cyb_jax.cli import programs
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:  # imported where it is used, so that --help is quick
@@ -77,7 +77,7 @@ def train() -> dict[str, Any]:
   for name, least in (("steps", 2), ("blocks", 1), ("vocabulary", 0), ("peak_tflops", 0)):
     if not args[name].value >= least:
       raise InputError(f"--{name}: {args[name].value} must be at least {least}")
-  source = programs.config_flag()
+  source = command_line.config_flag()
 
   import jax
 
@@ -118,15 +118,15 @@ def train() -> dict[str, Any]:
 
 def _contenders(source: ml_collections.ConfigDict) -> list[_Contender]:
   """The config itself, and its variants by the flag `--variant`."""
-  from cyb_jax import configs
+  from cyb_jax.studies.resolution import resolve
 
   args = flags.FLAGS
-  contenders = [_Contender(configs.freeze(source), args.store, args.vocabulary)]
+  contenders = [_Contender(resolve(source), args.store, args.vocabulary)]
   for variant in args.variant:
     try:
       setting, fields = variants.split(variant)
       changed = source if setting is None else variants.with_setting(source, setting)
-      config = configs.freeze(programs.override(changed, fields))
+      config = resolve(command_line.override(changed, fields))
       contenders.append(_Contender(config, args.store, args.vocabulary))
     except InputError as error:
       raise InputError(f"--variant={variant}: {error}") from None

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cyb_jax.benchmarks import data, decode, faults, readout, scoring, sharding, train
-from cyb_jax.cli import programs
+from cyb_jax.cli import launching
 from cyb_jax.errors import InputError
 
 # Each with the flags that it alone has.
@@ -46,7 +46,7 @@ def run() -> None:
   for name in [word for word in sys.argv[1:] if word in BENCHMARKS][:1]:
     define_flags, _ = BENCHMARKS[name]
     define_flags()
-  programs.launch(main, words=1)
+  launching.launch(main, words=1)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from cyb_jax.cli import programs
+from cyb_jax import command_line
+from cyb_jax.cli import flag_values, launching
 from cyb_jax.compilation import STEPS, topologies
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError
 
 
 def define_flags() -> None:
@@ -36,12 +37,12 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  topology = programs.required_flag("topology", "name the slice, such as v5e:4x4")
+  topology = flag_values.required_flag("topology", "name the slice, such as v5e:4x4")
   unknown = [step for step in args.steps if step not in STEPS]
   if unknown or not args.steps:
     raise InputError(f"--steps: {','.join(args.steps)!r} must be some of {','.join(STEPS)}")
-  programs.check_not_negative("decode_batch")
-  source = programs.config_flag()
+  flag_values.check_not_negative("decode_batch")
+  source = command_line.config_flag()
   topologies.check_topology(topology)
   topologies.check_libtpu()
   if args.hlo:
@@ -50,18 +51,24 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     except OSError as error:
       raise InputError(f"--hlo: {args.hlo} can't be written to: {error.strerror}") from None
   from cyb_jax.compilation import steps
-  from cyb_jax.methods import METHODS
 
   chosen = list(args.steps)
-  method = METHODS.get(source.method.name)
-  if not args["steps"].present and method is not None and not method.decodes:
+  if not args["steps"].present and not _decodes(source.method.name):
     chosen.remove("decode")
   result = steps.compile_steps(
     source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
   )
   if not result["fits"]:
-    raise programs.Failed(_refusal(result), result)
+    raise Failed(_refusal(result), result)
   return result
+
+
+def _decodes(name: str) -> bool:
+  """Whether the method of this name generates text with a cache; an unknown name is reported later."""
+  from cyb_jax.methods import METHODS
+
+  method = METHODS.get(name)
+  return method is None or method.decodes
 
 
 def _refusal(result: dict[str, Any]) -> str:
@@ -81,7 +88,7 @@ def run() -> None:
   # Before the flags are parsed: config files import jax.
   topologies.set_environment()
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Brings the weights of others in, and takes a run's out: both are written as a Hugging Face folder.
+"""Converts weights of other projects, and exports those of a run; both are written as a Hugging Face folder.
 
-What is written is what `init_from` takes, and what transformers loads.
+`init_from` accepts such a folder, and transformers loads it.
 
 python -m cyb_jax.cli.convert --from=hf|gguf|llama2c --input=PATH --output=DIR [--dtype=bfloat16] [--tokenizer=PATH]
 python -m cyb_jax.cli.convert --to=hf --workdir=RUN --output=DIR [--checkpoint=best] [--dtype=bfloat16]
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax.cli import programs
+from cyb_jax.cli import flag_values, launching
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
   from cyb_jax.runs import Run
 
 _KINDS = {"hf": "huggingface", "gguf": "gguf", "llama2c": "llama2c"}
-# safetensors makes a copy of what it writes.
+# safetensors copies the arrays that it writes.
 _SHARD_BYTES = 128 << 20
 _DTYPES = ("float32", "bfloat16")
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("from", "", "hf (a Hugging Face folder), gguf or llama2c: what --input is.")
-  flags.DEFINE_string("to", "", "hf: a Hugging Face folder is made of --workdir.")
-  flags.DEFINE_string("input", "", "The folder or file to bring in.")
-  flags.DEFINE_string("workdir", "", "The run to take out.")
+  flags.DEFINE_string("from", "", "The kind of --input: hf (a Hugging Face folder), gguf or llama2c.")
+  flags.DEFINE_string("to", "", "hf: --workdir is exported as a Hugging Face folder.")
+  flags.DEFINE_string("input", "", "The folder or file to convert.")
+  flags.DEFINE_string("workdir", "", "The run to export.")
   flags.DEFINE_string("checkpoint", "last", "Of the run: last, best, or a step.")
-  flags.DEFINE_string("output", "", "The folder to make; it must not be there, or be empty.")
-  flags.DEFINE_string("dtype", "float32", "Number format of what is written: float32 or bfloat16.")
-  flags.DEFINE_string("tokenizer", "", "A tokenizer, where --input holds none, or in place of its own.")
+  flags.DEFINE_string("output", "", "The folder to write; it must not exist, or be empty.")
+  flags.DEFINE_string("dtype", "float32", "Number format of the written weights: float32 or bfloat16.")
+  flags.DEFINE_string("tokenizer", "", "A tokenizer, where --input contains none, or in place of its own.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -60,18 +60,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   for name in unused:
     if args[name].present:
       raise InputError(f"--{name}: {args[name].value!r} has no use with --{'from' if source else 'to'}; leave it out")
-  # What is half written is taken away by what an exception leaves.
+  # SIGTERM becomes an exception, so that the clean-up of a partly written folder runs.
   signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-  output = pathlib.Path(programs.required_flag("output", "name the folder to make")).absolute()
+  output = pathlib.Path(flag_values.required_flag("output", "name the folder to make")).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(f"--output: {output} is there already; take another folder")
   if source:
-    given = programs.required_flag("input", "name the folder or file to bring in")
-    return _bring_in(_KINDS[source], given, output)
-  return _take_out(programs.required_flag("workdir", "name the run's folder"), output)
+    given = flag_values.required_flag("input", "name the folder or file to bring in")
+    return _convert(_KINDS[source], given, output)
+  return _export(flag_values.required_flag("workdir", "name the run's folder"), output)
 
 
-def _bring_in(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
+def _convert(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
   from cyb_jax.interop import pretrained
 
   args = flags.FLAGS
@@ -86,14 +86,14 @@ def _bring_in(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
   return written | {"decoder": decoder, "seconds": time.perf_counter() - start}
 
 
-def _take_out(workdir: str, output: pathlib.Path) -> dict[str, Any]:
+def _export(workdir: str, output: pathlib.Path) -> dict[str, Any]:
   from cyb_jax import runs
   from cyb_jax.decoder import merge_lora
   from cyb_jax.interop import pretrained
 
   args = flags.FLAGS
   start = time.perf_counter()
-  run = runs.load(workdir, programs.checkpoint_flag())
+  run = runs.load(workdir, flag_values.checkpoint_flag())
   if not run.method.exports:
     raise InputError(
       f"--workdir: {workdir} is of method {run.method.name!r}, which is no plain decoder: what reads such a folder"
@@ -102,7 +102,7 @@ def _take_out(workdir: str, output: pathlib.Path) -> dict[str, Any]:
   decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
   context = None
   if run.config.init_from:
-    # Windows may have been short; what it started from knows better, where it is still there.
+    # The run's windows may be shorter than the context of the weights that it started from, if these still exist.
     with contextlib.suppress(InputError):
       context = pretrained.open_pretrained(run.config.init_from).context
   written = _written(run, run.params | {"decoder": decoder}, config, output, args.dtype, context)
@@ -113,7 +113,7 @@ def _take_out(workdir: str, output: pathlib.Path) -> dict[str, Any]:
 def _written(
   run: Run, params: PyTree, decoder: DecoderConfig, output: pathlib.Path, dtype: str, context: int | None
 ) -> dict[str, Any]:
-  """Writes the folder; what it says of itself."""
+  """Writes the folder; returns the fields of the JSON object that describe it."""
   import jax
 
   from cyb_jax import interop
@@ -142,7 +142,7 @@ def _written(
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

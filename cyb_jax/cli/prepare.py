@@ -20,12 +20,12 @@ from typing import Any
 
 from absl import flags
 
-from cyb_jax.cli.programs import Failed, launch
+from cyb_jax.cli.launching import launch
 from cyb_jax.data import TASKS, Prepared, TokenStore, default_tokenizer, prepare_shard
 from cyb_jax.data.tokenizers import num_threads
-from cyb_jax.errors import InputError
+from cyb_jax.errors import Failed, InputError
 
-# English C4, by a vocabulary of 32,000: what `timing` is projected to.
+# Tokens of English C4 with a vocabulary of 32,000, to which `timing` is extrapolated.
 _C4_TOKENS = 156e9
 _C4_HOSTS = (1, 32)
 _TELLING_TOKENS = 10_000_000
@@ -96,10 +96,10 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _speed(prepared: Prepared) -> dict[str, Any]:
-  """What was measured, and what it would come to for C4 on hosts like this one.
+  """The measured speed, and the hours that C4 would take on hosts like this one.
 
-  Pieces are done on all cores of all hosts at their cost in CPU time. One host finishes the store, with as many workers
-  as here; that isn't told where there are so few tokens that it is mostly what does not grow with them.
+  Pieces are processed on all cores of all hosts, at their cost in CPU time. One host finishes the store, with as many
+  workers as here; that time is only reported for stores large enough that its constant part doesn't dominate.
   """
   if not prepared.cpu_seconds or not prepared.tokens:
     return {}

@@ -1,4 +1,4 @@
-"""Reports on a run, or on several side by side: one HTML file, its pictures, and the numbers in them.
+"""Reports on a run, or compares several: one HTML file, its figures, and the numbers in them.
 
 python -m cyb_jax.cli.report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
 python -m cyb_jax.cli.report --compare=DIR,DIR,... [--output=DIR]
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from cyb_jax import storage
-from cyb_jax.cli import programs
+from cyb_jax.cli import flag_values, launching, models, splits, terminal
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,36 +27,36 @@ if TYPE_CHECKING:
   from cyb_jax.runs import Run
 
 
-# Of statistics.json. One that has less was written by another version.
+# The keys of statistics.json. A file that lacks one was written by another version.
 _PARTS = {
   "num_slots", "tokens", "perplexity", "latency", "training_latency", "calibration", "curves", "self_paced", "types",
   "autoregressive", "word_position", "word_class", "frequency", "difficulty", "groups",
 }  # fmt: skip
 
 
-# Token by token takes longer than a window at once.
+# Reading token by token takes longer than reading a window at once.
 _SELF_PACED_WINDOWS = 256
 _OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_pauses", "tokens")
 
 
 def define_flags() -> None:
-  programs.define_run_flags()
-  programs.define_reading_flags()
-  flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are put side by side.")
+  models.define_run_flags()
+  splits.define_reading_flags()
+  flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are compared.")
   flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
-  flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown coloured, spread over the split.")
+  flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown in colour, evenly spaced over the split.")
   flags.DEFINE_bool("text", False, "Print the coloured text too.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  programs.check_not_negative("limit", "batch_size", "text_windows")
+  flag_values.check_not_negative("limit", "batch_size", "text_windows")
   if args.compare and args.workdir:
     raise InputError(f"--compare: {','.join(args.compare)!r} is set, and --workdir = {args.workdir!r} too; give one")
   if args.compare:
     return _compare(list(args.compare))
-  return _report(programs.required_flag("workdir", "name the run's folder, or several with --compare"))
+  return _report(flag_values.required_flag("workdir", "name the run's folder, or several with --compare"))
 
 
 def _report(workdir: str) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def _report(workdir: str) -> dict[str, Any]:
   args = flags.FLAGS
   if args.text and not args.text_windows:
     raise InputError("--text: set, but --text_windows is 0; show at least one")
-  read_config(workdir)  # that there is a run is the first thing to be told
+  read_config(workdir)  # a folder without a run is reported first
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
-  mesh = programs.reading_mesh()
-  run = runs.load(workdir, programs.checkpoint_flag(), mesh)
-  store = programs.open_store(run.config, run.meta)
+  mesh = splits.reading_mesh()
+  run = runs.load(workdir, flag_values.checkpoint_flag(), mesh)
+  store = splits.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
   checkpoint = checkpoints_in(workdir, read_only=True).fingerprint(run.step)
   statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
@@ -107,7 +107,7 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   for workdir in workdirs:
     read_config(workdir)
   folder = output.check_output(args.output or "report")
-  # What configs and checkpoints tell comes before the work.
+  # Errors that follow from configs and checkpoints are reported before anything is computed.
   unread = [_candidate(workdir, read=False) for workdir in workdirs]
   comparison.check_comparable(unread)
   comparison.group_runs(unread)
@@ -137,9 +137,13 @@ def _kept(workdir: str) -> storage.Place:
 
 
 def _candidate(workdir: str, *, read: bool = True) -> Candidate:
-  """A run with its statistics, unless it isn't to be read.
+  """A run with its statistics.
 
-  Those in its own report's folder are taken where they are of the same checkpoint, split and limit.
+  Statistics in its own report's folder are used again where they are of the same checkpoint, split and limit.
+
+  Args:
+    workdir: the run's folder.
+    read: whether the statistics are needed; else they are empty.
   """
   from cyb_jax import jsonl, runs
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
@@ -147,18 +151,18 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   from cyb_jax.training.metrics import read_metrics
 
   checkpoints = checkpoints_in(workdir, read_only=True)
-  step = checkpoints.find(programs.checkpoint_flag(), quick=True)
+  step = checkpoints.find(flag_values.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
   if not read:
     return Candidate(workdir, read_config(workdir), meta, {}, [])
   checkpoint = checkpoints.fingerprint(step)
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
-    mesh = programs.reading_mesh()
+    mesh = splits.reading_mesh()
     run = runs.load(workdir, step, mesh)
-    statistics = _statistics(run, mesh, programs.open_store(run.config, run.meta), checkpoint)
+    statistics = _statistics(run, mesh, splits.open_store(run.config, run.meta), checkpoint)
     path = _kept(workdir) / "statistics.json"
-    # Beside a page that shows others they would be out of place; then they are computed again next time.
+    # A report folder that exists without these statistics belongs to another page; they are then computed again later.
     try:
       storage.make_new(path.parent)
       storage.atomic_write(path, jsonl.dumps(statistics, indent=2) + "\n")
@@ -166,7 +170,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
       pass
     except OSError as error:
       logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror or error)
-  # No further than the checkpoint, which need not be the last.
+  # Metrics up to the checkpoint, which need not be the last one.
   rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
   validation = [row for row in rows if row.get("omega") is None]
   vocab_size = runs.load_tokenizer(workdir).vocab_size
@@ -174,8 +178,8 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
 
 
 def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
-  """statistics.json of a run's own report; None where there is none of this checkpoint, by its fingerprint, and of the
-  split and the limit that the flags ask for.
+  """statistics.json of a run's own report; None where it isn't of this checkpoint (a fingerprint) and of the split and
+  limit of the flags.
   """
   import json
 
@@ -187,7 +191,7 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
     paced = found["num_slots"] > 1 and _reads_at_own_pace(METHODS[found["method"]])
     same &= not paced or found["self_paced"] is not None
-    # A limit that leaves nothing out is recorded as none.
+    # A limit that excludes no window is recorded as None.
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
@@ -197,12 +201,12 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
 
 
 def _reads_at_own_pace(method: type[Method]) -> bool:
-  """A method that decides nothing has no pace of its own."""
+  """Whether a method decides for each token how many slots it takes, and can be read so."""
   return method.decides and method.self_paces
 
 
 def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dict[str, Any]:
-  """What statistics.json holds."""
+  """The content of statistics.json."""
   import jax
 
   from cyb_jax.evaluation import (
@@ -215,7 +219,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
   )
 
   args = flags.FLAGS
-  options = {"split": args.split, "step": run.step, "batch_size": programs.rows_at_once(run.config, mesh)}
+  options = {"split": args.split, "step": run.step, "batch_size": splits.rows_at_once(run.config, mesh)}
   with jax.default_matmul_precision(run.config.precision.matmul):
     found = statistics_of_split(
       PauseStatistics(run.method, mesh, run.tokenizer),
@@ -253,13 +257,13 @@ def _print(windows: Sequence[Window]) -> None:
   from cyb_jax.report import coloured
 
   columns = max(shutil.get_terminal_size().columns, 20)
-  programs.show(coloured.to_terminal(windows, columns, colour=programs.shows_colour()))
+  terminal.show(coloured.to_terminal(windows, columns, colour=terminal.shows_colour()))
 
 
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_flags
 
-from cyb_jax.cli import programs
+from cyb_jax import command_line
+from cyb_jax.cli import flag_values, hosts, launching
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,35 +27,35 @@ def define_flags() -> None:
   flags.DEFINE_boolean(
     "dry_run", False, "Print what a run takes, parameters, memory and FLOPs, and write nothing; needs no workdir."
   )
-  programs.define_host_flags()
+  hosts.define_host_flags()
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
-  source = programs.config_flag()
+  source = command_line.config_flag()
   if flags.FLAGS.dry_run:
     from cyb_jax import training
-    from cyb_jax.interop import pretrained
+    from cyb_jax.studies.resolution import resolve
 
-    return training.dry_run(pretrained.settle(source, flags.FLAGS.workdir))
-  workdir = programs.required_flag("workdir", "name the run's folder")
+    return training.dry_run(resolve(source, flags.FLAGS.workdir))
+  workdir = flag_values.required_flag("workdir", "name the run's folder")
   profile = flags.FLAGS.profile
   if profile < 0:
     raise InputError(f"--profile: {profile} is negative")
 
   def train(cluster: Cluster) -> dict[str, Any]:
     from cyb_jax import training
-    from cyb_jax.interop import pretrained
+    from cyb_jax.studies.resolution import resolve
 
-    return training.train(pretrained.settle(source, workdir), workdir, profile=profile, cluster=cluster)
+    return training.train(resolve(source, workdir), workdir, profile=profile, cluster=cluster)
 
-  return programs.on_hosts(train)
+  return hosts.on_hosts(train)
 
 
 def run() -> None:
   """Console script."""
   define_flags()
-  programs.launch(main)
+  launching.launch(main)
 
 
 if __name__ == "__main__":

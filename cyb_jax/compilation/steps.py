@@ -26,7 +26,9 @@ from cyb_jax.compilation.traffic import traffic
 from cyb_jax.configs import Config
 from cyb_jax.costs import flops
 from cyb_jax.costs.flops import Chip
-from cyb_jax.interop import pretrained
+from cyb_jax.costs.memory import bytes_per_device, count_parameters
+from cyb_jax.methods.parameters import trained_part
+from cyb_jax.studies.resolution import resolve
 from cyb_jax.training.estimate import Knob, Outline
 
 
@@ -34,13 +36,13 @@ def for_tpu(source: Mapping[str, Any]) -> Config:
   """Freezes a nested config as a TPU would, whatever this process runs on: 'auto' means bfloat16.
 
   Raises:
-    InputError: see `pretrained.settle`.
+    InputError: see `studies.resolution.resolve`.
   """
   source = copy.deepcopy(configs.to_dict(source))
   precision = source.get("precision")
   if isinstance(precision, dict) and precision.get("activations", "auto") == "auto":
     precision["activations"] = "bfloat16"
-  return pretrained.settle(source)
+  return resolve(source)
 
 
 def compile_steps(

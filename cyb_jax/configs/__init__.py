@@ -1,8 +1,10 @@
 """The configuration of a run: an ml_collections ConfigDict outside, frozen dataclasses inside."""
 
+from cyb_jax.configs.differences import differences
+from cyb_jax.configs.methods_group import LISTS, written_method
+from cyb_jax.configs.parsing import default, freeze, to_dict, to_json
 from cyb_jax.configs.schema import (
   DECODER_FIELDS,
-  LISTS,
   Config,
   DataConfig,
   OptimizerConfig,
@@ -10,12 +12,6 @@ from cyb_jax.configs.schema import (
   PrecisionConfig,
   TrainConfig,
   TuningConfig,
-  default,
-  differences,
-  freeze,
-  to_dict,
-  to_json,
-  written_method,
 )
 
 __all__ = [

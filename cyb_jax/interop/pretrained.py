@@ -193,24 +193,23 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
   return _FromSource(path, tokenizer)
 
 
-def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Config:
-  """Freezes a nested config; a decoder that it leaves open (`decoder.preset=''`) is that of `init_from`.
+def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Mapping[str, Any]:
+  """A nested config whose decoder, where it is left open (`decoder.preset=''`), is that of `init_from`.
 
   Args:
-    source: see `config.freeze`.
-    workdir: of the run; what was settled when it began is taken from there, so that `init_from` need not be there
-      when it is continued.
+    source: see `configs.freeze`.
+    workdir: the run's folder; a decoder that was filled in when the run began is taken from there, so that `init_from`
+      need not exist when the run is continued.
 
   Raises:
-    InputError: see `config.freeze`; or `init_from` can't be read.
+    InputError: `init_from` can't be read.
   """
-  source = configs.to_dict(source)
   decoder = source.get("decoder", {})
   open_decoder = isinstance(decoder, Mapping) and decoder.get("preset") == ""
   if open_decoder and not source.get("init_from") and decoder.get("d_model") is None:
     raise InputError("init_from: not given, and decoder.preset = '' is the decoder of that; give it, or a preset")
   if not (open_decoder and isinstance(source.get("init_from"), str)):
-    return configs.freeze(source)
+    return source
   found: Mapping[str, Any] = {}
   with storage.starting(workdir or ""):
     held = workdir is not None and storage.exists(storage.place(workdir) / "config.json")
@@ -222,7 +221,7 @@ def settle(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) 
     found = dataclasses.asdict(open_pretrained(source["init_from"]).decoder)
     found = {name: value for name, value in found.items() if name in configs.DECODER_FIELDS and name not in _MANNER}
   filled = {name: value for name, value in found.items() if decoder.get(name) is None}
-  return configs.freeze(source | {"decoder": decoder | filled})
+  return dict(source) | {"decoder": decoder | filled}
 
 
 def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, seed: int) -> PyTree:

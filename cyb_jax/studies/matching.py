@@ -1,7 +1,8 @@
-"""Plain models that cost what another method costs: a control that spends its FLOPs on layers, not on pauses.
+"""Plain models of the same cost as another method: a control that spends its FLOPs on layers, not on pauses.
 
-`deeper@ap` has more layers, `wider@ap` more heads with all widths in proportion; what is left over is made up in the
-mlp. FLOPs per real token are counted by hand (`cyb_jax.costs.flops`), so that the sizes follow from the config alone.
+`deeper@ap` has more layers, `wider@ap` more heads with all widths in proportion; the width of the mlp is adjusted to
+the remaining difference. FLOPs per real token are counted by hand (`cyb_jax.costs.flops`), so the sizes follow from the
+config and the size of its vocabulary.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ from cyb_jax.methods import Method
 from cyb_jax.studies import settings
 from cyb_jax.studies.settings import Match
 
-# Widths of the mlp are multiples of the largest of these that leaves no more than so much of the cost unmatched.
+# The width of the mlp is a multiple of the largest of these with which the cost is off by no more than the tolerance.
 _MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
 _TOLERANCE = 0.005
-# A model further off than this is no control.
+# A model whose cost is further off than this is no control.
 _FURTHEST = 0.05
 
 
-def resolve(source: Mapping[str, Any], match: Match) -> dict[str, Any]:
-  """A nested config with the plain model in place of a method's name such as 'deeper@ap'.
+def fill_plain_model(source: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A nested config with the plain model in place of a method's name such as 'deeper@ap'; any other one as it is.
 
   Args:
-    source: otherwise complete, see `config.freeze`.
-    match: what `method.name` says.
+    source: otherwise complete, see `configs.freeze`.
 
   Raises:
-    InputError: see `config.freeze`; or no plain model costs about as much.
+    InputError: see `configs.freeze`; or no plain model has about the same cost.
   """
+  match = _requested(source)
+  if match is None:
+    return source
   source = dict(source)
   method = {name: value for name, value in source["method"].items() if name not in ("name", "pauses")}
   frozen = configs.freeze(source | {"method": method | settings.SETTINGS[match.setting]})
@@ -51,17 +54,7 @@ def resolve(source: Mapping[str, Any], match: Match) -> dict[str, Any]:
 
   decoder = plain.decoder_config(rows)
   grown = grow(decoder, match.direction, cost, wanted)
-  off = cost(grown) / wanted - 1
-  name = source["method"]["name"]
-  if abs(off) > _FURTHEST:
-    raise InputError(
-      f"method.name: {name!r} is to take {wanted:,.0f} FLOPs a token, and the nearest plain model takes"
-      f" {cost(grown):,.0f}; match a method that takes more"
-    )
-  logging.info(
-    "%s: %d layers, width %d, mlp %d: %s MFLOPs a token of %s, %+.2f%% of %s's", name, grown.num_layers, grown.d_model,
-    grown.mlp_size, f"{cost(grown) / 1e6:,.3f}", match.measure, 100 * off, match.setting,
-  )  # fmt: skip
+  _check_cost(source["method"]["name"], match, grown, cost(grown), wanted)
   changed = {
     field: getattr(grown, field)
     for field in ("num_layers", "d_model", "num_heads", "num_kv_heads", "mlp_size")
@@ -70,9 +63,34 @@ def resolve(source: Mapping[str, Any], match: Match) -> dict[str, Any]:
   return dict(plain.source) | {"decoder": {**source.get("decoder", {}), **changed}}
 
 
+def _requested(source: Mapping[str, Any]) -> Match | None:
+  """The plain model that a method's name such as 'deeper@ap' requests."""
+  method = source.get("method")
+  name = method.get("name") if isinstance(method, Mapping) else None
+  return settings.parse_match(name) if isinstance(name, str) else None
+
+
+def _check_cost(name: str, match: Match, grown: DecoderConfig, cost: float, wanted: float) -> None:
+  """Logs how far the plain model's cost is from the wanted one, in FLOPs a token.
+
+  Raises:
+    InputError: it is too far.
+  """
+  off = cost / wanted - 1
+  if abs(off) > _FURTHEST:
+    raise InputError(
+      f"method.name: {name!r} is to take {wanted:,.0f} FLOPs a token, and the nearest plain model takes"
+      f" {cost:,.0f}; match a method that takes more"
+    )
+  logging.info(
+    "%s: %d layers, width %d, mlp %d: %s MFLOPs a token of %s, %+.2f%% of %s's", name, grown.num_layers, grown.d_model,
+    grown.mlp_size, f"{cost / 1e6:,.3f}", match.measure, 100 * off, match.setting,
+  )  # fmt: skip
+
+
 def vocabulary(config: Config) -> int | None:
-  """Entries of the vocabulary that a config will have, without preparing it; None: that of `init_from`, taken to fill
-  the decoder's own rows.
+  """The size of the vocabulary that a config will have, without preparing its data; None: the vocabulary is that of
+  `init_from`, which is assumed to fill the decoder's rows.
   """
   from cyb_jax.data.tokenizers import vocabulary_size
 
@@ -83,16 +101,16 @@ def vocabulary(config: Config) -> int | None:
 def grow(
   decoder: DecoderConfig, direction: str, cost: Callable[[DecoderConfig], float], wanted: float
 ) -> DecoderConfig:
-  """The decoder with as many layers or heads that it costs about as much as is wanted.
+  """The decoder with so many layers or heads that its cost is about the wanted one.
 
   Args:
-    decoder: of which all else is kept, head_size too.
-    direction: 'deeper': num_layers; 'wider': num_heads, with the other widths in proportion.
+    decoder: all its other fields are kept, head_size too.
+    direction: 'deeper': num_layers grows; 'wider': num_heads, with the other widths in proportion.
     cost: of a decoder; more layers, heads or mlp cost more.
-    wanted: in the same unit.
+    wanted: the cost, in the same unit.
 
   Returns:
-    The nearest in layers or heads, with another mlp_size to make up for what is left.
+    The nearest in layers or heads, with an mlp_size that is adjusted to the remaining difference.
   """
   family = _deeper(decoder) if direction == "deeper" else _wider(decoder)
   below = above = next(family)
@@ -112,7 +130,7 @@ def _deeper(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
 
 
 def _wider(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
-  # Queries of a group share their keys: whole groups, but where one pair of key and value serves all heads.
+  # Query heads of a group share their keys and values, so whole groups are added; a single pair stays single.
   shared = decoder.num_kv_heads == 1
   stride = 1 if shared else decoder.num_heads // decoder.num_kv_heads
   heads = 0
@@ -128,7 +146,7 @@ def _wider(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
 
 
 def _fit(decoder: DecoderConfig, cost: Callable[[DecoderConfig], float], wanted: float) -> DecoderConfig:
-  """With the mlp_size at which it costs as much as is wanted: the roundest that comes near enough."""
+  """The decoder with the mlp_size at which its cost is the wanted one: the roundest size within the tolerance."""
   size = decoder.mlp_size
   found = cost(decoder)
   exact = size + (wanted - found) / (cost(dataclasses.replace(decoder, mlp_size=size + 1)) - found)

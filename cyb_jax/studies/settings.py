@@ -1,21 +1,20 @@
 """The named settings of the experiments: the rows of the paper's tables (arXiv 2510.13879), as config fields.
 
-`experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out. Where a model
-is trained from nothing a plain one that costs as much as a setting may stand for it: `deeper@ap`, `wider@ap/training`;
-fine-tuning takes the settings alone.
+`experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out. A model that is
+trained from scratch may also be a plain one of the same cost as a setting: `deeper@ap`, `wider@ap/training`;
+fine-tuning accepts settings only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
 
 from cyb_jax.decoder import PRESETS
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.methods import METHODS, WEIGHTS
 
 _PRIORS = {"uniform": "1:1:1:1", "bimodal": "4:1:1:4", "early": "11:3:3:3"}
@@ -26,7 +25,7 @@ def _cyb(pauses: int = 3, **fields: Any) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-  # The model that training starts from, evaluated: no pauses, no steps.
+  # The model that training would start from is evaluated: no pauses, no steps.
   "pretrained": {"name": "baseline", "pauses": 0},
   "baseline": {"name": "baseline", "pauses": 0},
   # With the decoder that PonderLM-2 starts from.
@@ -41,43 +40,43 @@ SETTINGS: dict[str, dict[str, Any]] = {
   **{f"va_{name}": _cyb(loss="va", rho=rho) for name, rho in _PRIORS.items()},
   **{f"dp_{name}": _cyb(loss="dp", rho=rho, alpha=0.01) for name, rho in _PRIORS.items()},
   **{f"dp_{name}_strong": _cyb(loss="dp", rho=rho, alpha=0.1) for name, rho in _PRIORS.items()},
-  # Described in the paper, not run there; and ours.
+  # Described in the paper without results; and our own variants.
   "ap_unit": _cyb(dont_know="unit"),
   "ap_sampled": _cyb(recipe="sampled", omega=_PRIORS["uniform"]),
   "ap_on_policy": _cyb(recipe="on_policy"),
   "ap_hidden": _cyb(pause_visibility="hidden"),
-  # The pauses of earlier work: one embedding for all, each at a position of its own.
+  # The pauses of earlier work: they share one embedding, and each has a position of its own.
   "ap_shared": _cyb(pause_shared=True, pause_positions="shifting"),
-  # Controls: a mixture over slots that doesn't look at the token; every slot trained by itself.
+  # Controls: a mixture over slots with weights that don't depend on the token; every slot trained by itself.
   "constant_stop": {"name": "constant_stop", "pauses": 3},
   "mean_slots": {"name": "mean_slots", "pauses": 3},
   # A plain model whose layers are passed four times.
   "looped": {"name": "looped", "pauses": 3},
-  # The pauses of earlier work: at random places, a tenth of the text; ten behind a prompt.
+  # The pauses of earlier work: at random positions, a tenth of the text; ten after a prompt.
   "pause_training": {"name": "pause_training", "pauses": 10},
-  # Latent thoughts: as published, one and always; up to three, as many as a router says.
+  # Latent thoughts: as published, one for every token; up to three, as many as a router decides.
   "ponderlm2": {"name": "ponderlm2", "pauses": 1, "jacobi": "2:3"},
   "ponderlm3": {"name": "ponderlm3", "pauses": 3, "jacobi": "2:3", "router_penalty": 0.01},
-  # Streams that fork, two and four a token; four equal ones that don't.
+  # Streams that fork, two and four a token; four copies that don't fork.
   "thoughtbubbles": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 2.0},
   "thoughtbubbles4": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 4.0},
   "copy_k": {"name": "copy_k", "pauses": 3},
 }
 
-# What PonderLM-2 starts from, as published.
+# The initialisation of PonderLM-2, as published.
 PONDER_DECODER = {"initializer": "small", "scale_embeddings": True, "tied_embeddings": False}
-# What a setting changes of the decoder's preset, where it is trained from scratch.
+# Fields of the decoder that a setting changes where it is trained from scratch.
 DECODERS: dict[str, dict[str, Any]] = dict.fromkeys(("ponderlm2", "ponderlm3", "baseline_small"), PONDER_DECODER)
 
-# What stands for a method where each is shown once; of those that aren't named here the first of SETTINGS.
+# The setting that represents a method where each method is shown once; for other methods the first of SETTINGS.
 _REPRESENTATIVES = ("baseline", "tbys3", "ap")
-# Plain models that cost what a setting does, DIRECTION@SETTING/MEASURE: the number of layers or their width is what
-# grows, FLOPs per real token of decoding or of a training step are what is matched.
+# Plain models of the same cost as a setting, DIRECTION@SETTING/MEASURE: the direction is the size that grows, layers or
+# width; the measure is the cost that is matched, FLOPs per real token of decoding or of a training step.
 PLAIN = "baseline"
 DIRECTIONS = ("deeper", "wider")
 MEASURES = ("inference", "training")
 
-# The 2 x 2 of pause-training: what a model is pretrained with, and what it is fine-tuned with, on which task.
+# The 2 x 2 of pause-training: pretraining and fine-tuning, each with and without pauses; and the tasks.
 PAUSE_RUNS = ("pretrain_standard", "pretrain_pause", "finetune_standard", "finetune_pause")
 PAUSE_TASKS = ("synthetic_questions", "commonsense_qa", "hellaswag", "piqa")
 
@@ -87,12 +86,12 @@ REGIMES: dict[str, tuple[float, int]] = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """What a plain model is to cost, as in 'wider@ap/training'.
+  """The cost that a plain model must have, as in 'wider@ap/training'.
 
   Attributes:
     direction: of DIRECTIONS.
     setting: a key of SETTINGS.
-    measure: of MEASURES; where it isn't given, inference.
+    measure: of MEASURES; inference where the name has none.
   """
 
   direction: str
@@ -104,7 +103,7 @@ def parse_match(name: str) -> Match | None:
   """The parts of a setting such as 'deeper@ap'; None for any other name.
 
   Raises:
-    InputError: a part that isn't one of theirs, or a setting that is a plain model itself.
+    InputError: an unknown part, or a setting that is a plain model itself.
   """
   direction, at, rest = name.partition("@")
   if not at:
@@ -182,13 +181,13 @@ def _parts(argument: str | None, defaults: Sequence[str], wanted: str) -> list[s
 
 
 def fine_tune(config: ml_collections.ConfigDict, setting: str, tuned: str, *, calibrated: bool = True) -> None:
-  """Sets the method, and that it starts from `init_from`, whose decoder and tokenizer are taken.
+  """Sets the method; the decoder and the tokenizer are those of `init_from`.
 
   Args:
     config: to be changed.
     setting: a key of SETTINGS.
-    tuned: `tuning.weights`. LoRA and new rows take a higher rate than all weights do.
-    calibrated: whether d starts at its prior and is held there for the first steps.
+    tuned: `tuning.weights`. LoRA and new rows need a higher learning rate than all weights.
+    calibrated: whether d starts at its prior and is kept there for the first steps.
   """
   config.method.update(SETTINGS[setting])
   if calibrated and config.method.name == "cyb":
@@ -206,26 +205,24 @@ def fine_tune(config: ml_collections.ConfigDict, setting: str, tuned: str, *, ca
 def _one_of(kind: str, name: str, accepted: Iterable[str]) -> str:
   accepted = list(accepted)
   if name not in accepted:
-    close = difflib.get_close_matches(name, accepted, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(accepted)}"
-    raise InputError(f"config argument: {kind} {name!r} is unknown; {hint}")
+    raise InputError(f"config argument: {kind} {name!r} is unknown; {did_you_mean(name, accepted)}")
   return name
 
 
 def apply(
   config: ml_collections.ConfigDict, setting: str, size: str, regime: str, *, from_scratch: bool = False
 ) -> None:
-  """Sets the method, the decoder's preset with what the setting changes of it, and how much data is passed over how
-  often.
+  """Sets the method, the decoder's preset and the fields of it that the setting changes, the share of the data, and the
+  number of passes over it.
 
   Args:
     config: to be changed.
-    setting: a key of SETTINGS; or one such as 'deeper@ap', which stands in `method.name` until the config is complete
-      and frozen, see `matching`.
+    setting: a key of SETTINGS; or a name such as 'deeper@ap', which `method.name` keeps until the config is complete
+      and resolved, see `resolution`.
     size: a decoder preset.
     regime: a key of REGIMES.
-    from_scratch: whether pauses carry their token's embedding, where the method has that option: from scratch, pauses
-      without it collapse to the first slot.
+    from_scratch: whether pauses include their token's embedding, where the method has that option; without it, pauses
+      that are trained from scratch collapse to the first slot.
   """
   if parse_match(setting):
     config.method.update(name=setting, pauses=0)
@@ -242,7 +239,7 @@ def apply(
 
 
 def on_reviews(config: ml_collections.ConfigDict, size: str) -> None:
-  """The film reviews, windows and a rate that suit a decoder of this size, and how often a run looks up."""
+  """Sets the film reviews, windows and a rate for a decoder of this size, and how often a run logs and validates."""
   small = size in ("nano", "tiny", "small")
   config.data.task = "imdb_reviews"
   config.data.tokenizer = "sentencepiece:8192"

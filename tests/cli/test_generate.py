@@ -10,7 +10,7 @@ import pytest
 from models import tiny_config
 
 from cyb_jax import configs, training
-from cyb_jax.cli import programs
+from cyb_jax.cli import terminal
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.data.tokenizers import encode_whole, train_sentencepiece
 from cyb_jax.errors import InputError
@@ -110,12 +110,12 @@ def test_what_a_terminal_would_obey_is_shown():
 def test_what_an_encoding_has_not_got_is_replaced(monkeypatch):
   shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
   monkeypatch.setattr(sys, "stdout", shown)
-  programs.show(f"a{PAUSE_MARK}b")
+  terminal.show(f"a{PAUSE_MARK}b")
   assert shown.buffer.getvalue() == b"a?b"
 
 
 def test_a_reader_that_goes_away():
-  program = "from cyb_jax.cli import programs; programs.launch(lambda argv: programs.show('x' * 10**6))"
+  program = "from cyb_jax.cli import launching, terminal; launching.launch(lambda argv: terminal.show('x' * 10**6))"
   pipe = subprocess.PIPE
   with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, env=cli.environment()) as process:
     process.stdout.close()

@@ -11,8 +11,7 @@ import cli
 import pytest
 from models import tiny_config
 
-from cyb_jax import configs
-from cyb_jax.cli import programs
+from cyb_jax import command_line, configs
 from cyb_jax.compilation import topologies
 from cyb_jax.compilation.memory import refused_bytes
 from cyb_jax.compilation.roofline import roofline
@@ -429,7 +428,7 @@ def test_rows_of_the_table_divide_over_their_chips():
   for row in rows:
     path, _, argument = row.config.partition(":")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    config = configs.freeze(programs.override(module.get_config(argument), row.overrides))
+    config = configs.freeze(command_line.override(module.get_config(argument), row.overrides))
     _, chips = topologies.check_topology(row.topology)
     check_batch(config.data.batch_size, math.prod(chips) * config.optimizer.accumulate)
     if row.name.startswith("Gemma"):

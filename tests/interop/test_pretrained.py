@@ -15,6 +15,7 @@ from cyb_jax import configs, training
 from cyb_jax.decoder import merge_lora
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
+from cyb_jax.studies.resolution import resolve
 
 
 def started(folder, **method):
@@ -46,7 +47,7 @@ def tuned(folders):
   config = started(folders / "hf", pauses=2, calibration_batches=1)
   config.tuning.update(weights="lora", lora_rank=2, lora_targets="query,down")
   config.optimizer.learning_rate = 0.01
-  training.train(pretrained.settle(config), folders / "tuned")
+  training.train(resolve(config), folders / "tuned")
   return folders / "tuned"
 
 
@@ -65,7 +66,7 @@ def test_weights_come_back_bit_for_bit(folders):
 
 
 def test_new_rows_start_from_the_mean(folders):
-  run = pretrained.load(str(folders / "hf"), pretrained.settle(started(folders / "hf", pauses=2)))
+  run = pretrained.load(str(folders / "hf"), resolve(started(folders / "hf", pauses=2)))
   plain = cyb_jax.load(folders / "plain").params["decoder"]
   assert_trees_equal(run.params["decoder"], plain)
   mean = np.asarray(plain["embedding"], np.float64)[:257].mean(0)
@@ -78,7 +79,7 @@ def test_new_rows_start_from_unused_entries(folders, monkeypatch):
   from cyb_jax.data import ByteTokenizer
 
   table = np.asarray(cyb_jax.load(folders / "plain").params["decoder"]["embedding"])
-  config = pretrained.settle(started(folders / "hf", pauses=2))
+  config = resolve(started(folders / "hf", pauses=2))
   monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9, 30, 31], raising=False)
   run = pretrained.load(str(folders / "hf"), config)
   np.testing.assert_array_equal(run.params["pause_input"], table[[7, 9]])
@@ -89,7 +90,7 @@ def test_new_rows_start_from_unused_entries(folders, monkeypatch):
 
 
 def test_a_unit_starts_at_its_prior(folders):
-  run = pretrained.load(str(folders / "hf"), pretrained.settle(started(folders / "hf", pauses=1, dont_know="unit")))
+  run = pretrained.load(str(folders / "hf"), resolve(started(folders / "hf", pauses=1, dont_know="unit")))
   assert not np.any(run.params["dont_know"])
 
 
@@ -118,7 +119,7 @@ def test_adapters_are_merged_on_export(tuned, folders):
 def test_a_run_with_adapters_can_be_started_from(tuned, folders):
   run = cyb_jax.load(tuned)
   merged, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
-  on = pretrained.load(str(tuned), pretrained.settle(started(tuned, pauses=2, calibration_batches=1)))
+  on = pretrained.load(str(tuned), resolve(started(tuned, pauses=2, calibration_batches=1)))
   assert_trees_equal(on.params, run.params | {"decoder": merged})
 
 
@@ -127,13 +128,13 @@ def test_it_goes_on_without_what_it_started_from(folders, tmp_path, caplog):
   shutil.copytree(folders / "hf", tmp_path / "hf")
   config = started(tmp_path / "hf", pauses=1)
   caplog.set_level("INFO")
-  first = training.train(pretrained.settle(config, tmp_path / "run"), tmp_path / "run")
+  first = training.train(resolve(config, tmp_path / "run"), tmp_path / "run")
   assert "the median of d over" in caplog.text
   assert "method.calibration_batches would add" in caplog.text
   shutil.rmtree(tmp_path / "hf")
-  assert training.train(pretrained.settle(config, tmp_path / "run"), tmp_path / "run") == first
+  assert training.train(resolve(config, tmp_path / "run"), tmp_path / "run") == first
   with pytest.raises(InputError, match="hf: no such folder or file"):
-    pretrained.settle(config, tmp_path / "other")
+    resolve(config, tmp_path / "other")
 
 
 def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
@@ -183,10 +184,10 @@ def test_bad_flags(program, flags, words, folders, tmp_path):
 def test_bad_starts(folders):
   config = started("", pauses=1)
   with pytest.raises(InputError, match=r"init_from: not given, and decoder.preset = '' is the decoder of that"):
-    pretrained.settle(config)
+    resolve(config)
   config.decoder.d_model = 16
   with pytest.raises(InputError, match=r"decoder.vocab_size: not set; .* leave the decoder to that of init_from"):
-    pretrained.settle(config)
+    resolve(config)
   config = tiny_config(pauses=1)
   config.data.tokenizer = ""
   with pytest.raises(InputError, match=r"data.tokenizer: '' is the tokenizer of init_from, which isn't given"):
@@ -194,7 +195,7 @@ def test_bad_starts(folders):
   config = started(folders / "hf", pauses=1)
   config.decoder.norm_epsilon = 1e-3
   with pytest.raises(InputError, match=r"has decoder.norm_epsilon = 1e-05, but this config has 0.001"):
-    training.train(pretrained.settle(config), folders / "no")
+    training.train(resolve(config), folders / "no")
   assert not (folders / "no").exists()
 
 
@@ -203,7 +204,7 @@ def test_what_is_drawn_is_what_training_draws(folders):
   config = started(folders / "hf", pauses=1)
   config.tuning.update(weights="lora", lora_rank=2)
   config.train.update(steps=0, epochs=0.0)
-  frozen = pretrained.settle(config)
+  frozen = resolve(config)
   training.train(frozen, folders / "drawn")
   assert_trees_equal(pretrained.load(str(folders / "hf"), frozen).params, cyb_jax.load(folders / "drawn").params)
 

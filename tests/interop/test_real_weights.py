@@ -19,6 +19,7 @@ import wheels
 from cyb_jax import interop
 from cyb_jax.decoder import PRESETS
 from cyb_jax.interop import pretrained
+from cyb_jax.studies.resolution import resolve
 from experiments import smollm2_reviews
 
 SAMPLE = cli.ROOT.parent / "shared" / "tfds"
@@ -44,7 +45,7 @@ def test_the_capital_of_france(smollm2):
   """The short check: weights, rotary embeddings and tokenizer are all as they should be."""
   config = smollm2_reviews.get_config("pretrained")
   config.init_from, config.decoder.scan_layers = str(smollm2), True  # one layer to compile
-  run = pretrained.load(str(smollm2), pretrained.settle(config))
+  run = pretrained.load(str(smollm2), resolve(config))
   assert run.method.decoder.config == dataclasses.replace(PRESETS["smollm2_135m"], scan_layers=True)
 
   @jax.jit

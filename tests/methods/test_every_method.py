@@ -116,7 +116,7 @@ def test_what_is_no_plain_decoder_is_not_exported(monkeypatch, tmp_path):
   }
   run = types.SimpleNamespace(method=tiny("looped"))
   monkeypatch.setattr("cyb_jax.runs.load", lambda *_: run)
-  monkeypatch.setattr("cyb_jax.cli.programs.checkpoint_flag", lambda: None)
+  monkeypatch.setattr("cyb_jax.cli.flag_values.checkpoint_flag", lambda: None)
   with pytest.raises(InputError, match=r"--workdir: somewhere is of method 'looped', which is no plain decoder"):
-    convert._take_out("somewhere", tmp_path / "out")
+    convert._export("somewhere", tmp_path / "out")
   assert not (tmp_path / "out").exists()

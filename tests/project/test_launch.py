@@ -895,6 +895,6 @@ def test_readme_names_what_there_is():
   for path in re.findall(r"`(?:launch/)?([\w.]+\.(?:py|sh|yaml))`", readme):
     assert (LAUNCH / path).exists() or (ROOT / path).exists(), path
   for flag in re.findall(r"`--(\w+)[`=]", readme):
-    source = (LAUNCH / "tpu.py").read_text()
+    source = (LAUNCH / "options.py").read_text()
     assert f'"{flag}"' in source or flag in {"help", "config", "workdir", "coordinator"}, flag
   assert "<!-- compile table -->" in readme

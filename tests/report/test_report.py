@@ -21,7 +21,7 @@ from statistics_example import HOSTILE, example
 
 from cyb_jax import configs, evaluation, runs, training
 from cyb_jax.checkpointing.workdir import read_config
-from cyb_jax.cli import programs
+from cyb_jax.cli import splits
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.report import coloured, comparison, facts, figures, output, page, side_by_side, single
@@ -524,7 +524,7 @@ def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
 
 
 def test_windows_hold_what_the_method_reads(workdirs):
-  mesh = programs.reading_mesh()
+  mesh = splits.reading_mesh()
   run = runs.load(workdirs / "a", "last", mesh)
   store = training.open_store(run.config)
   read = coloured.read_windows(run, mesh, store, split="validation", limit=None, count=1000)

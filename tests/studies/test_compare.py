@@ -9,9 +9,9 @@ import sys
 import cli
 import pytest
 
-from cyb_jax.cli.programs import Failed
-from cyb_jax.errors import InputError
-from experiments import compare
+from cyb_jax.errors import Failed, InputError
+from cyb_jax.studies import plan, results, runner, study
+from cyb_jax.studies.options import Options
 
 CONFIG = """
 import sys
@@ -86,12 +86,16 @@ class Programs:
 
 def installed(monkeypatch, **options):
   programs = Programs(**options)
-  monkeypatch.setattr(compare.Study, "_program", lambda study, *words: programs(study, *words))
+  monkeypatch.setattr(runner.Study, "_program", lambda study, *words: programs(study, *words))
   return programs
 
 
+def run_study(folder, config, chosen, given, **options):
+  return study.run(folder, Options(config=config, settings=chosen, rates=given, **options))
+
+
 def model(step=1.0, inference=1.0, method="x", **more):
-  return compare.Model(method=method, step_flops=step, inference_flops=inference, **more)
+  return plan.Model(method=method, step_flops=step, inference_flops=inference, **more)
 
 
 MODELS = {
@@ -104,14 +108,14 @@ MODELS = {
 
 
 def planned(equal, steps=9, chosen=("baseline", "slow", "alike", "cheap"), models=MODELS):
-  entries = compare.plan(chosen, equal, steps, "baseline", models)
+  entries = plan.plan(chosen, equal, steps, "baseline", models)
   return [(entry.setting, entry.steps, entry.equal) for entry in entries]
 
 
 def test_decoders_that_start_otherwise_are_told_of():
   models = {"baseline": model(start=("normal", True)), "a": model(start=("normal", True))}
-  assert compare._uneven(models, "baseline") is None
-  told = compare._uneven(models | {"b": model(start=("small", True))}, "baseline")
+  assert plan.uneven_starts(models, "baseline") is None
+  told = plan.uneven_starts(models | {"b": model(start=("small", True))}, "baseline")
   assert told.startswith("b: the decoder starts otherwise than that of baseline")
   assert "--fields=decoder.initializer=small," in told
 
@@ -142,7 +146,7 @@ def test_plan_of_equal_inference_flops():
   assert [equal for *_, equal in found] == [
     ("tokens",), ("inference_flops",), ("inference_flops",), ("tokens",), ("inference_flops",), ("inference_flops",),
   ]  # fmt: skip
-  assert compare.partners(["alike", "slow", "cheap", "baseline"], MODELS) == {"alike": ["alike", "slow"]}
+  assert plan.partners(["alike", "slow", "cheap", "baseline"], MODELS) == {"alike": ["alike", "slow"]}
 
 
 def test_what_budgets_have_in_common_is_run_once():
@@ -156,14 +160,14 @@ def test_what_budgets_have_in_common_is_run_once():
   ]
   # So are settings that come to the same config.
   models = MODELS | {name: model(4.0, 4.0, "baseline", identity="same") for name in ("deeper@slow", "wider@slow")}
-  (last,) = compare.plan(["deeper@slow", "wider@slow"], ["tokens"], 9, "baseline", models)
+  (last,) = plan.plan(["deeper@slow", "wider@slow"], ["tokens"], 9, "baseline", models)
   assert (last.setting, last.also) == ("deeper@slow", ("wider@slow",))
 
 
 def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypatch):
   programs = installed(monkeypatch)
   study = (QUICKSTART, ["baseline", "ap"], ["5e-4", "1e-3"])
-  result = compare.run(tmp_path, *study, seeds=3, steps=7, jobs=2)
+  result = run_study(tmp_path, *study, seeds=3, steps=7, jobs=2)
   trained = programs.workdirs("train")
   # Two rates were given; the best is twice the higher one, and twice that was tried too.
   assert len(trained) == len(set(trained)) == 2 * (4 + 2)
@@ -186,12 +190,12 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
   # The last program to run left the test's record in evaluation.json: what is tuned on must not be that.
   assert json.loads((tmp_path / "ap" / "rate0.002-seed0" / "validation.json").read_text())["perplexity"] == 50.0
   calls = len(programs.calls)
-  assert compare.run(tmp_path, *study, seeds=3, steps=7, jobs=1) == result
+  assert run_study(tmp_path, *study, seeds=3, steps=7, jobs=1) == result
   assert len(programs.calls) == calls + 1  # the page that shows all of them
   with pytest.raises(InputError, match=r"--steps: 8, but .* holds a study with 7"):
-    compare.run(tmp_path, *study, seeds=3, steps=8, jobs=1)
+    run_study(tmp_path, *study, seeds=3, steps=8, jobs=1)
   with pytest.raises(InputError, match=r"--size: 'nano', but .* holds a study with ''"):
-    compare.run(tmp_path, *study, seeds=3, steps=7, jobs=1, size="nano")
+    run_study(tmp_path, *study, seeds=3, steps=7, jobs=1, size="nano")
 
 
 ROW = {
@@ -216,7 +220,7 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
     "note": "Only a test.",
   }
   options |= {"fields": ["data.tokenizer=sentencepiece:1024"]}
-  result = compare.run(tmp_path, QUICKSTART, ["baseline", "ap"], ["2e-3"], **options)
+  result = run_study(tmp_path, QUICKSTART, ["baseline", "ap"], ["2e-3"], **options)
   labels = [(row["setting"], row["steps"]) for row in result["rows"]]
   # A step of ap takes 4.73 times what one of the baseline does.
   assert labels == [("baseline", 60), ("ap", 60), ("ap", 12), ("deeper@ap", 60), ("wider@ap", 60)]
@@ -261,16 +265,16 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
   options = PINNED | {"steps": 60, "test": True}
   study = (tmp_path, QUICKSTART, ["baseline", "tbys1"], ["2e-3"])
   whole = installed(monkeypatch)
-  expected = compare.run(tmp_path / "whole", *study[1:], **options)
+  expected = run_study(tmp_path / "whole", *study[1:], **options)
   assert len(whole.calls) == 8
   before = []
   for _ in range(7):
     programs = installed(monkeypatch, dies=1)
     with pytest.raises(KeyboardInterrupt):
-      compare.run(*study, **options)
+      run_study(*study, **options)
     before += programs.calls
   programs = installed(monkeypatch)
-  assert compare.run(*study, **options) == expected
+  assert run_study(*study, **options) == expected
   before += programs.calls
   assert [(name, given["workdir"].removeprefix(str(tmp_path))) for name, given in before] == [
     (name, given["workdir"].removeprefix(str(tmp_path / "whole"))) for name, given in whole.calls
@@ -281,14 +285,14 @@ def test_a_failure_leaves_the_others(tmp_path, monkeypatch):
   programs = installed(monkeypatch, fails="quickstart.py:tbys1")
   study = (tmp_path, QUICKSTART, ["tbys1", "baseline", "tbys2"], ["2e-3"])
   with pytest.raises(
-    Failed, match=r"^1 of the study's programs failed, the first: python -m cyb_jax\.train .*: no\. The"
+    Failed, match=r"^1 of the study's programs failed, the first: python -m cyb_jax\.cli\.train .*: no\. The"
   ):
-    compare.run(*study, **PINNED, steps=7)
+    run_study(*study, **PINNED, steps=7)
   assert len(programs.calls) == 1 + 2 * 4
   written = json.loads((tmp_path / "comparison.json").read_text())
   assert [row["setting"] for row in written["rows"]] == ["baseline", "tbys2"]
   programs = installed(monkeypatch)
-  result = compare.run(*study, **PINNED, steps=7)
+  result = run_study(*study, **PINNED, steps=7)
   assert [row["setting"] for row in result["rows"]] == ["tbys1", "baseline", "tbys2"]
   assert len(programs.calls) == 4
 
@@ -296,49 +300,49 @@ def test_a_failure_leaves_the_others(tmp_path, monkeypatch):
 def test_a_setting_that_diverges_is_told_in_the_end(tmp_path, monkeypatch):
   installed(monkeypatch)
   with pytest.raises(Failed, match=r"--rates: baseline diverges at 1, 0\.5, 0\.25, 0\.125, 0\.0625; give lower ones"):
-    compare.run(tmp_path, QUICKSTART, ["baseline"], ["1.0"], seeds=1, jobs=1, steps=1)
+    run_study(tmp_path, QUICKSTART, ["baseline"], ["1.0"], seeds=1, jobs=1, steps=1)
 
 
 def test_a_seed_that_diverges_leaves_the_others(tmp_path, monkeypatch):
   installed(monkeypatch, diverges=[1])
   study = (tmp_path, QUICKSTART, ["baseline"], ["2e-3"])
-  result = compare.run(*study, **PINNED | {"seeds": 3, "report": True}, steps=7)
+  result = run_study(*study, **PINNED | {"seeds": 3, "report": True}, steps=7)
   (row,) = result["rows"]
   assert (row["seeds"], row["diverged"], row["perplexity_seeds"]) == (2, 1, [100.0, 102.0])
   assert result["report"] == f"{tmp_path}/report/index.html"
   assert "1 of 3 seeds" in (tmp_path / "comparison.md").read_text()
   # Where it is the test that none of them can read, there is no row.
-  monkeypatch.setattr(compare.Study, "evaluate", lambda *_: record(None))
+  monkeypatch.setattr(runner.Study, "evaluate", lambda *_: record(None))
   with pytest.raises(Failed, match=r"baseline diverges at rate 0\.002 with all seeds") as failed:
-    compare.run(*study, **PINNED | {"seeds": 3}, steps=7)
+    run_study(*study, **PINNED | {"seeds": 3}, steps=7)
   assert "rows" not in failed.value.result
 
 
 def test_rates_are_chosen_by_what_is_compared(tmp_path, monkeypatch):
-  study = compare.Study(tmp_path, QUICKSTART, 7, 1)
+  options = Options(config=QUICKSTART, settings=["ap"], rates=["1e-3"], seeds=1, steps=7, jobs=1, search=False)
+  tuner = runner.Study(tmp_path, options)
   found = {"perplexity": 9.0, "blockwise_perplexity": 3.0}
   by_rate = {1e-3: record(20.0, autoregressive=None), 2e-3: record(10.0, autoregressive=found)}
-  monkeypatch.setattr(study, "train", lambda entry, rate, seed: by_rate[rate])
-  study.search = False
-  tuned = study.tune(compare.Entry("x", 7, ()), list(by_rate))
+  monkeypatch.setattr(tuner, "train", lambda entry, rate, seed: by_rate[rate])
+  tuned = tuner.tune(plan.Entry("x", 7, ()), list(by_rate))
   assert tuned == {1e-3: 20.0, 2e-3: 30.0}
 
 
 def test_what_was_seen_to_run_less_is_told_of():
   models = MODELS | {"ap": model(4.0, 4.0), "deeper@ap": model(4.0, 4.02, "baseline")}
-  entry = compare.Entry("deeper@ap", 9, ("inference_flops",))
+  entry = plan.Entry("deeper@ap", 9, ("inference_flops",))
   costs = {("ap", 9): 3.0, ("deeper@ap", 9): 4.02}
-  found = compare._matched(entry, models, {"ap": ["ap", "va_uniform"]}, costs)
+  found = results.match_of(entry, plan.Plan(models, {"ap": ["ap", "va_uniform"]}, [], None), costs)
   assert (found["mismatch"], found["mismatch_measured"]) == (pytest.approx(0.005), pytest.approx(0.34))
-  assert compare._told_match(found) == "ap, va_uniform (+0.5%, measured +34.0%)"
+  assert results.describe_match(found) == "ap, va_uniform (+0.5%, measured +34.0%)"
   # Its row may have failed.
-  assert compare._matched(entry, models, {}, {("deeper@ap", 9): 4.02})["mismatch_measured"] is None
+  assert results.match_of(entry, plan.Plan(models, {}, [], None), {("deeper@ap", 9): 4.02})["mismatch_measured"] is None
 
 
 def test_rates_may_be_pinned(tmp_path, monkeypatch):
   programs = installed(monkeypatch)
   study = (QUICKSTART, ["baseline"], ["1e-3"])
-  result = compare.run(tmp_path, *study, seeds=1, steps=7, jobs=1, report=False, search=False)
+  result = run_study(tmp_path, *study, seeds=1, steps=7, jobs=1, report=False, search=False)
   assert [name for name, _ in programs.calls] == ["train", "evaluate"]
   assert result["rows"][0]["learning_rate"] == 1e-3
   assert "report" not in result
@@ -369,7 +373,7 @@ def test_bad_input(name, value, message, tmp_path, monkeypatch):
   programs = installed(monkeypatch)
   study = {"config": QUICKSTART, "chosen": ["baseline", "ap"], "given": ["1e-3"], "seeds": 1, "steps": 1, "jobs": 1}
   with pytest.raises(InputError, match=message):
-    compare.run(tmp_path / "study", **study | {name: value})
+    run_study(tmp_path / "study", **study | {name: value})
   assert not programs.calls
   assert not (tmp_path / "study").exists()
 

@@ -9,6 +9,7 @@ from cyb_jax import configs
 from cyb_jax.decoder import num_params, preset
 from cyb_jax.errors import InputError
 from cyb_jax.studies import matching, settings
+from cyb_jax.studies.resolution import resolve
 
 
 def layer_cost(decoder):
@@ -56,7 +57,7 @@ def test_costs_what_it_is_matched_to(direction, name, factor):
   config = tiny_config()
   config.decoder.num_layers = 2
   config.method.update(name=f"{direction}@ap/{name}", pauses=0, pause_input="pause")
-  frozen = configs.freeze(config)
+  frozen = resolve(config)
   # What is written into config.json is the plain model, settled.
   assert configs.freeze(frozen.source) == frozen
   assert (frozen.method.name, frozen.method.pauses) == ("baseline", 0)
@@ -79,9 +80,9 @@ def test_what_is_changed_later_is_matched_too():
   from experiments import quickstart
 
   config = quickstart.get_config("deeper@ap,nano")
-  layers = configs.freeze(config).source["decoder"]["num_layers"]
+  layers = resolve(config).source["decoder"]["num_layers"]
   config.data.tokenizer = "sentencepiece:256"  # less to read out, for each of four slots
-  assert configs.freeze(config).source["decoder"]["num_layers"] < layers
+  assert resolve(config).source["decoder"]["num_layers"] < layers
 
 
 def test_nano_is_a_fifth_of_a_million():
@@ -119,7 +120,7 @@ def test_bad_names(name, message):
   with pytest.raises(InputError, match=message):
     settings.check(name)
   with pytest.raises(InputError, match=message):
-    configs.freeze({"method": {"name": name}})
+    resolve({"method": {"name": name}})
 
 
 def test_no_plain_model_is_as_cheap(monkeypatch):
@@ -129,4 +130,4 @@ def test_no_plain_model_is_as_cheap(monkeypatch):
   config.method.update(name="wider@ap", pauses=0, pause_input="pause")
   monkeypatch.setattr(matching, "grow", lambda decoder, *rest: decoder)
   with pytest.raises(InputError, match=r"method\.name: 'wider@ap' is to take [\d,]+ FLOPs a token, and the nearest"):
-    configs.freeze(config)
+    resolve(config)

@@ -1,0 +1,64 @@
+"""The model that a program uses: that of a trained run, or of weights that a run could start from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from cyb_jax.cli import flag_values
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used, so that errors of flags are reported at once
+  from jax.sharding import Mesh
+
+  from cyb_jax.configs import Config
+  from cyb_jax.runs import Run
+
+
+def define_run_flags() -> None:
+  """The flags that name a run."""
+  flags.DEFINE_string("workdir", None, "The run's folder.")
+  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
+
+
+def define_model_flags() -> None:
+  """The flags of a program that takes a trained run, or weights that a run could start from; see `load_model`."""
+  define_run_flags()
+  flags.DEFINE_string(
+    "init_from", "", "In place of --workdir, weights that a run could start from: converted weights, a Hugging Face"
+    " folder, a GGUF file. Nothing is written there."
+  )  # fmt: skip
+  flags.DEFINE_string("tokenizer", "", "Of --init_from, where it contains none, or in place of its own.")
+  flags.DEFINE_integer(
+    "pauses", None, "Pauses between a prompt and its continuation, of methods that have them; not given: method.pauses."
+  )  # fmt: skip
+
+
+def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
+  """The model of `--workdir` or `--init_from`.
+
+  Args:
+    mesh: where the parameters go; None: the default device.
+    config: of a run that would start from `--init_from`; None: the method is that of the weights themselves.
+
+  Raises:
+    InputError: neither flag, both, or nothing that can be read.
+  """
+  args = flags.FLAGS
+  if bool(args.workdir) == bool(args.init_from):
+    found = "both are given" if args.workdir else "not given"
+    raise InputError(f"--workdir: {found}; name the run's folder, or --init_from, weights that a run could start from")
+  checkpoint = flag_values.checkpoint_flag()
+  from cyb_jax import runs
+  from cyb_jax.interop import pretrained
+
+  if args.workdir:
+    if args.tokenizer:
+      raise InputError(f"--tokenizer: {args.tokenizer!r} goes with --init_from; a run has its own")
+    run = runs.load(args.workdir, checkpoint, mesh)
+  else:
+    found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
+    run = pretrained.load(found, config, mesh=mesh)
+  return run if args.pauses is None else dataclasses.replace(run, method=run.method.with_prompt_pauses(args.pauses))

@@ -1,0 +1,62 @@
+"""The split of a token store that a program reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:  # imported where they are used, so that errors of flags are reported at once
+  from jax.sharding import Mesh
+
+  from cyb_jax.configs import Config
+  from cyb_jax.data import TokenStore
+
+
+def define_reading_flags() -> None:
+  """The flags of a program that reads a split."""
+  flags.DEFINE_string("split", "validation", "validation, test or train.")
+  flags.DEFINE_integer("limit", 0, "The number of windows at most; 0: the whole split.")
+  flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
+  flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
+
+
+def reading_mesh() -> Mesh:
+  """The mesh on which all devices split the batch; the parameters are replicated, even if training sharded them."""
+  from cyb_jax.configs import ParallelismConfig
+  from cyb_jax.partitioning.mesh import make_mesh
+
+  return make_mesh(ParallelismConfig())
+
+
+def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
+  """The token store that a run was trained on, from the recorded path or from the flag `--store`.
+
+  Args:
+    config: of the run.
+    meta: of its checkpoint.
+  """
+  from cyb_jax.checkpointing.workdir import check_fingerprint
+  from cyb_jax.training.run_data import open_recorded_or_new_store
+
+  given = flags.FLAGS.store
+  if given:
+    if not os.path.exists(given):
+      raise InputError(f"--store: {given} is not there")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=given))
+  store = open_recorded_or_new_store(config, meta)
+  check_fingerprint(store, meta)
+  return store
+
+
+def rows_at_once(config: Config, mesh: Mesh) -> int:
+  """The batch's size by the flag `--batch_size`, rounded up to a multiple of the number of data shards."""
+  from cyb_jax.partitioning.mesh import data_shards
+
+  shards = data_shards(mesh)
+  # Rows that pad a batch have weight 0, so any size is valid.
+  return -(-(flags.FLAGS.batch_size or config.evaluation_rows) // shards) * shards

@@ -1,0 +1,100 @@
+"""A config on a command line: `--config=experiments/NAME.py:ARGUMENTS --config.train.steps=100`.
+
+This module imports neither jax nor the dataclasses of `cyb_jax.configs`, so that `--help` is fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from cyb_jax.errors import InputError
+
+
+def config_flag() -> ml_collections.ConfigDict:
+  """The ConfigDict of the flag `--config`.
+
+  Raises:
+    InputError: the flag isn't given, or its file doesn't exist.
+  """
+  config = flags.FLAGS.config
+  if config is None:
+    raise InputError("--config: not given; experiments/README.md lists the configs")
+  try:
+    config.to_dict()
+  except OSError as error:  # ml_collections keeps it back until the config is used
+    raise InputError(f"--config: {_last_line(error)}") from None
+  return config
+
+
+def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_collections.ConfigDict:
+  """A copy of a ConfigDict with each 'a.b=value' applied as the flag `--config.a.b=value` would be.
+
+  Raises:
+    InputError: no such field, or a value of another type.
+  """
+  values = flags.FlagValues()
+  words = ["override", *(f"--config.{field}" for field in fields)]
+  try:
+    config_flags.DEFINE_config_dict("config", copy.deepcopy(config), flag_values=values, sys_argv=words)
+    values(words)
+    return values.config
+  except Exception as error:  # whatever error the flags make of it, the cause is the input
+    raise InputError(explain(error, words)) from None
+
+
+def explain(error: Exception, argv: Sequence[str]) -> str:
+  """The message of an error that flags raise, without what ml_collections wraps around an unknown field or a config
+  file that doesn't exist.
+
+  Args:
+    error: raised while `argv` was parsed.
+    argv: the words of the command line.
+  """
+  text = str(error.args[0] if error.args else error) or repr(error)
+  field = re.search(r"\w+", text)
+  if isinstance(error, KeyError | AttributeError) and field:
+    for word in argv:
+      flag = word.partition("=")[0]
+      if flag.startswith("--config.") and field[0] in flag.split("."):
+        close = re.search(r'Did you mean "(\w+)"', text)
+        return f"{flag}: unknown field" + (f"; did you mean {close[1]}?" if close else "; the config has no such field")
+  if "Failed loading config file" in text:
+    return f"--config: {_last_line(error)}"
+  return text
+
+
+def _last_line(error: Exception) -> str:
+  return str(error).strip().splitlines()[-1].strip()
+
+
+def with_installed_config(argv: Sequence[str]) -> list[str]:
+  """The words of a command line with the path in `--config=experiments/NAME.py` as `installed` finds it."""
+  words = list(argv)
+  for i, word in enumerate(words):
+    flag, equals, value = word.partition("=")
+    if not equals and i and words[i - 1] == "--config":
+      flag, value = "--config", word
+    path, colon, rest = value.partition(":")
+    if flag == "--config":
+      words[i] = f"{flag}=" * bool(equals) + f"{installed(path)}{colon}{rest}"
+  return words
+
+
+def installed(path: str) -> str:
+  """The path of a config file: experiments/NAME.py, where it doesn't exist in the working directory, is the copy that
+  was installed with the package, or that of the checkout.
+  """
+  package = pathlib.Path(__file__).parent
+  if path.startswith("experiments/") and not os.path.exists(path):
+    for found in (package / path, package.parent / path):
+      if found.exists():
+        return str(found)
+  return path

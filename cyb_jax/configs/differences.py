@@ -1,0 +1,39 @@
+"""The comparison of two configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cyb_jax import nested
+from cyb_jax.configs.parsing import default
+
+# Fields in which the runs that share a work directory may differ: they change where and how fast a run computes, not
+# its results.
+_OPERATIONAL = (
+  "parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.tensorboard", "train.max_skipped",
+)  # fmt: skip
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """The fields in which two nested configs differ, as 'a.b: old -> new'; those that change no result are left out.
+
+  A field that one of them doesn't have is at its default: an older version may have written it.
+  """
+  defaults = default().to_dict()
+  found = nested.differences(_filled(old, defaults), _filled(new, defaults))
+  return [f"{path}: {a!r} -> {b!r}" for path, a, b in found if not _is_operational(path)]
+
+
+def _is_operational(path: str) -> bool:
+  return any(path == name or path.startswith(f"{name}.") for name in _OPERATIONAL)
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+  filled = dict(values)
+  for name, value in defaults.items():
+    if isinstance(value, Mapping) and isinstance(values.get(name, {}), Mapping):
+      filled[name] = _filled(values.get(name, {}), value)
+    else:
+      filled.setdefault(name, value)
+  return filled

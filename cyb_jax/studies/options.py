@@ -1,0 +1,101 @@
+"""The options of a study: what is compared, under which budgets, with how many seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cyb_jax.errors import InputError
+from cyb_jax.studies import settings
+
+BUDGETS = ("tokens", "training_flops", "inference_flops")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The options of a study; the flags of `cyb-study` have the same names.
+
+  Attributes:
+    config: the path of the experiment that settings are arguments of.
+    settings: names of settings, each once.
+    rates: learning rates, as they are written, that each setting's search for its best one starts with.
+    seeds: the number of seeds; a seed is an initialisation and an order of the data.
+    steps: of the reference; where tokens are equal, of every run.
+    jobs: runs at a time.
+    report: whether reports are written.
+    search: whether rates beyond the given ones are tried while the best one is the lowest or the highest.
+    equal: some of BUDGETS.
+    reference: the setting whose steps are the budget of training FLOPs.
+    size: a decoder preset; '': that of the experiment.
+    fields: of every run's config, 'a.b=value' each.
+    test: whether the test split is read at the end; else validation is what is compared.
+    self_paced: windows that adaptive models also read at their own pace; 0: none.
+    note: a sentence about the study; None: none.
+  """
+
+  config: str
+  settings: Sequence[str]
+  rates: Sequence[str]
+  seeds: int
+  steps: int
+  jobs: int
+  report: bool = True
+  search: bool = True
+  equal: Sequence[str] = ("tokens",)
+  reference: str = settings.PLAIN
+  size: str = ""
+  fields: Sequence[str] = ()
+  test: bool = True
+  self_paced: int = 0
+  note: str | None = None
+
+  @property
+  def split(self) -> str:
+    """The split whose perplexities are compared."""
+    return "test" if self.test else "validation"
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What all runs in a study's folder have in common, the content of study.json."""
+    return {"config": self.config, "steps": self.steps, "size": self.size, "fields": list(self.fields)}
+
+  def argument(self, setting: str) -> str:
+    """The argument of the experiment for a setting."""
+    return f"{setting},{self.size}" if self.size else setting
+
+  def learning_rates(self) -> list[float]:
+    """The rates as numbers.
+
+    Raises:
+      InputError: one that isn't a positive number.
+    """
+    text = ",".join(self.rates)
+    try:
+      rates = [float(rate) for rate in self.rates]
+    except ValueError:
+      raise InputError(f"--rates: {text!r} aren't all numbers") from None
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+      raise InputError(f"--rates: {text!r} must be positive numbers")
+    return rates
+
+  def check(self) -> None:
+    """Raises InputError for an option that is invalid whatever the config."""
+    for name in ("seeds", "steps", "jobs"):
+      value = getattr(self, name)
+      if value < 1:
+        raise InputError(f"--{name}: {value} must be at least 1")
+    if self.self_paced < 0:
+      raise InputError(f"--self_paced: {self.self_paced} is negative; 0 reads nothing at a model's own pace")
+    self.learning_rates()
+    if not self.settings or not _each_once(self.settings):
+      raise InputError(f"--settings: {','.join(self.settings)!r} must be settings of experiments/README.md, each once")
+    if not self.equal or not _each_once(self.equal) or not set(self.equal) <= set(BUDGETS):
+      raise InputError(f"--equal: {','.join(self.equal)!r} must be some of {', '.join(BUDGETS)}, each once")
+    for setting in (*self.settings, self.reference):
+      settings.check(setting)
+
+
+def _each_once(names: Sequence[str]) -> bool:
+  return len(set(names)) == len(names)

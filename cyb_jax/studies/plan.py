@@ -1,0 +1,223 @@
+"""The rows of a study: which settings are trained for how many steps, so that the chosen budgets are equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from cyb_jax import command_line, configs
+from cyb_jax.errors import InputError
+from cyb_jax.studies import matching, settings
+from cyb_jax.studies.options import Options
+from cyb_jax.studies.resolution import resolve
+
+# Costs whose ratio differs from 1 by no more than this count as equal: one pair of plain models is compared with them.
+_ALIKE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The model that a setting gives under the study's config.
+
+  Attributes:
+    method: the method's name.
+    step_flops: of a training step.
+    inference_flops: of a token with all slots; of a method without a cache, in a window that is read at once.
+    paced: whether the method decides for each token how many slots it takes.
+    identity: the config as it is trained; settings of the same identity are the same runs.
+    costs: of its rows; `report.trade_off.Costs`.
+    start: how its decoder is initialised, and whether its head is tied: after few tokens these may matter more than the
+      method.
+  """
+
+  method: str
+  step_flops: float
+  inference_flops: float
+  paced: bool = False
+  identity: str = ""
+  costs: Any = None
+  start: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A row of the comparison: a setting for a number of steps, run with every seed.
+
+  Attributes:
+    setting: the setting that is trained.
+    steps: of training.
+    equal: the budgets that require this row; of inference FLOPs, where the row is one of a matched pair.
+    also: further settings that are the same under this config.
+  """
+
+  setting: str
+  steps: int
+  equal: tuple[str, ...]
+  also: tuple[str, ...] = ()
+
+  def label(self, steps: int) -> str:
+    """The row's name in a study whose reference has so many steps."""
+    return self.setting if self.steps == steps else f"{self.setting}, {self.steps:,} steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a study runs.
+
+  Attributes:
+    models: by setting.
+    shared: see `partners`.
+    entries: the rows.
+    note: what a reader must know of the study; None: nothing.
+  """
+
+  models: Mapping[str, Model]
+  shared: Mapping[str, Sequence[str]]
+  entries: Sequence[Entry]
+  note: str | None
+
+
+def make_plan(options: Options) -> Plan:
+  """The rows of a study.
+
+  Raises:
+    InputError: there is no such config, it is invalid with a setting, or a budget is too small for a step.
+  """
+  named = dict.fromkeys((*options.settings, options.reference, settings.PLAIN))
+  models = {setting: _model(options, setting) for setting in named}
+  shared = partners(options.settings, models) if "inference_flops" in options.equal else {}
+  models |= {name: _model(options, name) for first in shared for name in _grown(first)}
+  entries = plan(options.settings, options.equal, options.steps, options.reference, models)
+  uneven = uneven_starts(models, options.reference)
+  if uneven:
+    logging.warning("%s", uneven)
+  note = " ".join(filter(None, (options.note, uneven))) or None
+  return Plan(models, shared, entries, note)
+
+
+def _grown(setting: str) -> list[str]:
+  """The plain models that cost as much as a setting does."""
+  return [f"{direction}@{setting}" for direction in settings.DIRECTIONS]
+
+
+def partners(chosen: Sequence[str], models: Mapping[str, Model]) -> dict[str, list[str]]:
+  """The settings that cost more than a plain model at inference, by the first of those that cost about the same."""
+  plain = models[settings.PLAIN]
+  found: dict[str, list[str]] = {}
+  for setting in chosen:
+    cost = models[setting].inference_flops
+    if models[setting].method == plain.method or cost <= (1 + _ALIKE) * plain.inference_flops:
+      continue
+    first = next((f for f in found if abs(cost / models[f].inference_flops - 1) <= _ALIKE), setting)
+    found.setdefault(first, []).append(setting)
+  return found
+
+
+def plan(
+  chosen: Sequence[str], equal: Sequence[str], steps: int, reference: str, models: Mapping[str, Model]
+) -> list[Entry]:
+  """The rows of a comparison, each once, in the order of the budgets.
+
+  Args:
+    chosen: settings.
+    equal: some of BUDGETS.
+    steps: of the reference.
+    reference: a setting.
+    models: by setting; of the partners' deeper and wider ones too, where inference FLOPs are to be equal.
+
+  Raises:
+    InputError: a budget that doesn't suffice for a step.
+  """
+  requested = {
+    "tokens": lambda: ((setting, steps, "tokens") for setting in chosen),
+    "training_flops": lambda: _of_training_flops(chosen, steps, reference, models),
+    "inference_flops": lambda: _of_inference_flops(chosen, steps, models),
+  }
+  rows: dict[tuple[str, int], Entry] = {}
+  for setting, count, budget in [row for name in equal for row in requested[name]()]:
+    place = models[setting].identity or setting, count
+    row = rows.get(place) or Entry(setting, count, ())
+    also = (*row.also, setting) if setting not in (row.setting, *row.also) else row.also
+    rows[place] = Entry(row.setting, count, tuple(dict.fromkeys((*row.equal, budget))), also)
+  return list(rows.values())
+
+
+def _of_training_flops(
+  chosen: Sequence[str], steps: int, reference: str, models: Mapping[str, Model]
+) -> Iterator[tuple[str, int, str]]:
+  """(setting, steps, budget) of as many steps as cost what those of the reference do."""
+  total = steps * models[reference].step_flops
+  # The quotient of equal numbers may be just below a whole number.
+  counts = {setting: math.floor(total / models[setting].step_flops + 1e-9) for setting in chosen}
+  for setting, count in counts.items():
+    if count < 1:
+      needed = math.ceil(models[setting].step_flops / models[reference].step_flops - 1e-9)
+      raise InputError(
+        f"--steps: {steps} of {reference!r} are {total:.3g} training FLOPs, a budget too small for one step of"
+        f" {setting!r}, which takes {models[setting].step_flops:.3g}; give at least {needed}"
+      )
+  yield from ((setting, count, "training_flops") for setting, count in counts.items())
+
+
+def _of_inference_flops(
+  chosen: Sequence[str], steps: int, models: Mapping[str, Model]
+) -> Iterator[tuple[str, int, str]]:
+  """(setting, steps, budget) of the settings and of the plain models that are matched to them."""
+  matched = partners(chosen, models)
+  belong = {setting for alike in matched.values() for setting in alike}
+  for setting in chosen:
+    # A setting that nothing is matched to is run all the same, at equal tokens.
+    yield setting, steps, "inference_flops" if setting in belong else "tokens"
+  for first in matched:
+    yield from ((name, steps, "inference_flops") for name in _grown(first))
+
+
+def _model(options: Options, setting: str) -> Model:
+  """The model of a setting under the study's config.
+
+  Raises:
+    InputError: there is no such config, or it is invalid with the setting.
+  """
+  from cyb_jax.report.trade_off import Costs
+
+  path = pathlib.Path(command_line.installed(options.config))  # the programs find it there too
+  if not path.is_file():
+    raise InputError(f"--config: {options.config} is not there; experiments/README.md lists the configs")
+  spec = importlib.util.spec_from_file_location(f"_study_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = resolve(command_line.override(module.get_config(options.argument(setting)), options.fields))
+  rows = matching.vocabulary(config)
+  method, costs = config.build_method(rows), Costs.of(config, rows)
+  return Model(
+    method=config.method.name,
+    step_flops=config.data.batch_size * config.data.sequence_length * costs.train,
+    inference_flops=costs.inference,
+    paced=_has_own_pace(method),
+    identity=configs.to_json(config),
+    costs=costs,
+    start=tuple(getattr(method.decoder.config, name) for name in settings.PONDER_DECODER),
+  )
+
+
+def _has_own_pace(method: Any) -> bool:
+  """Whether a method decides for each token how many slots it takes, and can be decoded so."""
+  return method.decides and method.decodes and method.num_slots > 1
+
+
+def uneven_starts(models: Mapping[str, Model], reference: str) -> str | None:
+  """A sentence about settings whose decoder starts otherwise than the reference's; None where there is none."""
+  others = [name for name, model in models.items() if model.start != models[reference].start]
+  if not others:
+    return None
+  fields = ",".join(f"decoder.{name}={value}" for name, value in settings.PONDER_DECODER.items())
+  return (
+    f"{', '.join(others)}: the decoder starts otherwise than that of {reference}, which alone changes perplexity; with"
+    f" --fields={fields} all start as PonderLM-2's does."
+  )

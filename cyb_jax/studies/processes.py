@@ -1,0 +1,73 @@
+"""Programs as processes, several at a time, each on its share of the CPU's cores."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import logging
+
+from cyb_jax.errors import Failed
+
+# The first program of a run's process: it binds the process to its cores, and arranges that the process ends when the
+# study is killed, since the run would hold its folder otherwise. It then becomes the run's program. None of this may
+# happen between fork and exec, since the study itself has threads of jax.
+_BEGIN = """
+import ctypes, os, signal, sys
+if sys.argv[1]:
+  os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+if sys.platform == "linux":
+  ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+class Processes:
+  """A pool of processes.
+
+  Args:
+    jobs: processes at a time.
+    cache: the folder of compiled programs: runs that differ in their seeds are one program, compiled once.
+  """
+
+  def __init__(self, jobs: int, cache: pathlib.Path):
+    self.failures: list[str] = []
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    self._cores: queue.Queue[list[int]] = queue.Queue()
+    for job in range(jobs):
+      self._cores.put(cores[job::jobs])
+    self._pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    self._environment = {"JAX_COMPILATION_CACHE_DIR": str(cache.absolute())} | os.environ
+
+  def map(self, function: Callable[..., Any], items: Sequence[tuple]) -> list[Any]:
+    """The function's result for each of the items; None where it raised Failed, whose message is kept in `failures`."""
+    futures = [self._pool.submit(function, *item) for item in items]
+    results = []
+    try:
+      for future in futures:
+        try:
+          results.append(future.result())
+        except Failed as error:
+          logging.warning("%s", error)
+          self.failures.append(str(error))
+          results.append(None)
+    except BaseException:
+      # The running processes receive a terminal's interrupt too, and save.
+      self._pool.shutdown(cancel_futures=True)
+      raise
+    return results
+
+  def run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these words on free cores; waits for cores, then for the process."""
+    cores = self._cores.get()
+    try:
+      command = [sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *words]
+      return subprocess.run(command, capture_output=True, text=True, env=self._environment)
+    finally:
+      self._cores.put(cores)
