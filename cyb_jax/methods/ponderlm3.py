@@ -1,8 +1,8 @@
 """PonderLM-3: PonderLM-2 whose tokens think for as long as a router decides.
 
 The router reads h, the state of a token's first slot, and gives a distribution over depths 0 .. K. Slot k of token t
-has the weight w_{t,k} = Pr(depth >= k): log w is added to the attention logits of its key, for all queries, so w_{t,0} =
-1 and w falls with k. One state is read, h_t = sum_k Pr(depth = k) h_t^(k).
+has the weight w_{t,k} = Pr(depth >= k): log w is added to the attention logits of its key, for all queries, so w_{t,0}
+= 1 and w falls with k. One state is read, h_t = sum_k Pr(depth = k) h_t^(k).
 
 The passes are those of PonderLM-2, with these weights from the second one on: the router reads the first pass, which is
 that of a plain model, and again each pass over the whole stream; the distribution of the last pass fuses the states. At

@@ -1,4 +1,4 @@
-"""cyb_looped: the stopping-time losses over loops of the layers, against float64; its decoding with and without exits."""
+"""cyb_looped: the stopping-time losses over loops of the layers, against float64; decoding with and without exits."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""A decoder in float64 numpy (RMSNorm, gated SiLU, RoPE, grouped heads), one row at a time, for references of methods."""
+"""A decoder in float64 numpy (RMSNorm, gated SiLU, RoPE, grouped heads), one row at a time: a reference of methods."""
 
 import jax
 import numpy as np
