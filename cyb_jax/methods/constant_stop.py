@@ -1,47 +1,36 @@
-"""A control: the mixture over slots of CYB, with a stopping distribution that doesn't look at the context.
+"""A control: the mixture over slots of CYB, with a stopping distribution that does not depend on the context.
 
-CYB reads a mixture of slots, and a mixture alone helps (method.md 5). Here the shares are W trained numbers, the same
-for every token: what CYB gains over this it owes to deciding token by token.
-
-Parameters beside the decoder's and the pauses': `stopping_logits` f32[W], to be multiplied by D.
+CYB reads a mixture of slots, and a mixture alone helps. Here the shares are W trained numbers, the same for every
+token: what CYB gains over this method is due to deciding token by token.
 """
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import dataclasses
+from typing import ClassVar
 
-from cyb_jax.methods.interface import Params
-from cyb_jax.methods.mixture import Mixture
-from cyb_jax.methods.paused import PAUSE_OPTIONS
-from cyb_jax.stopping import SlotScores, log_stopping_distribution
+from cyb_jax.methods.backbone import Backbone
+from cyb_jax.methods.composite import ExportableSlotMethod
+from cyb_jax.methods.objectives.constant import ConstantShares
+from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 
 
-class ConstantStop(Mixture):
-  """-log sum_i s_i t_i with s = softmax of W trained numbers, which start where CYB's prior has them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConstantStopConfig(PauseOptions):
+  """The options of `constant_stop`: those of pauses, and where the shares start.
 
-  name = "constant_stop"
-  options = PAUSE_OPTIONS | {"dont_know_prior"}
+  Attributes:
+    dont_know_prior: the shares start where this prior of CYB puts them; None: all shares are equal.
+  """
 
-  def init_own(self, rng: Array) -> Params:
-    del rng
-    prior = self.config.dont_know_prior
-    log_shares = jnp.zeros(self.num_slots)
-    if prior is not None:
-      d = jnp.full(self.num_slots, prior)
-      log_shares = log_stopping_distribution(jnp.log(d), jnp.log1p(-d))
-    return {"stopping_logits": nn.LogicallyPartitioned(log_shares / self._scale, (None,))}
+  name: ClassVar[str] = "constant_stop"
 
-  @property
-  def _scale(self) -> float:
-    # Adam moves a parameter by about the rate a step, whatever its gradient: a logit of a few nats would not be reached
-    # at the rates that matrices want. That of a decision d, a sum over D features of size 1, moves D times as fast.
-    return float(self.decoder.config.d_model)
+  dont_know_prior: float | None = 0.9
 
-  def log_shares(self, params: Params) -> Float[Array, "W"]:
-    return jax.nn.log_softmax(self._scale * params["stopping_logits"])
+  def validate(self) -> None:
+    super().validate()
+    self.needs_pauses("without pauses it is 'baseline'")
 
-  def objective(self, scores: SlotScores, log_likelihood: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    return -log_likelihood
+  def build(self, backbone: Backbone) -> ExportableSlotMethod:
+    slots = Pauses(backbone, self)
+    return ExportableSlotMethod(self, backbone, slots, ConstantShares(backbone, slots.num_slots, self.dont_know_prior))

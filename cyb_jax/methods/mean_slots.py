@@ -1,26 +1,26 @@
-"""A control: the mean over slots of the cross-entropy (method.md 5). Read as the mixture of all slots alike."""
+"""A control: the mean over slots of the cross-entropy, read as the mixture of all slots with equal shares."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from typing import ClassVar
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-from cyb_jax.methods.interface import Params
-from cyb_jax.methods.mixture import Mixture
-from cyb_jax.stopping import SlotScores
+from cyb_jax.methods.backbone import Backbone
+from cyb_jax.methods.composite import ExportableSlotMethod
+from cyb_jax.methods.objectives.mean import MeanSlots
+from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 
 
-class MeanSlots(Mixture):
-  """-(1/W) sum_i log t_i: every slot is trained by itself, and none is preferred."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanSlotsConfig(PauseOptions):
+  """The options of `mean_slots`: those of pauses."""
 
-  name = "mean_slots"
+  name: ClassVar[str] = "mean_slots"
 
-  def log_shares(self, params: Params) -> Float[Array, "W"]:
-    del params
-    return jnp.full(self.num_slots, -math.log(self.num_slots))
+  def validate(self) -> None:
+    super().validate()
+    self.needs_pauses("without pauses it is 'baseline'")
 
-  def objective(self, scores: SlotScores, log_likelihood: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    del log_likelihood
-    return -scores.log_target.mean(-1)
+  def build(self, backbone: Backbone) -> ExportableSlotMethod:
+    slots = Pauses(backbone, self)
+    return ExportableSlotMethod(self, backbone, slots, MeanSlots(backbone, slots.num_slots))

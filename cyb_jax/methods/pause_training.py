@@ -1,22 +1,22 @@
-"""Pause-training: one learned pause, at an ordinary position, between some tokens alone (Goyal et al. 2023, "Think
-before you speak", https://arxiv.org/abs/2310.02226).
+"""Pause-training: one learned pause, at an ordinary position, after some tokens alone (Goyal et al. 2023, "Think before
+you speak", https://arxiv.org/abs/2310.02226).
 
-Parameters: `decoder`; where it can pause `pause_input` f32[1, D]. A token with pauses behind it is read once, at the
-last of them. Where pauses lie in training (`method.pause_places`), and what evaluation and inference do:
+Parameters: `decoder`, and if the model can pause `pause_input` f32[1, D]. A token that is followed by pauses is read
+once, at the last of them. Where pauses are in training (`method.pause_places`), and what evaluation and inference do:
 
 - random (pretraining): a share `pause_fraction` of the window's T tokens, as pauses, at random places of its row, which
   is then cut back to T slots; tokens that are cut off have no weight, and are counted. The loss is at every slot whose
-  next one is a token; the first token of a row is predicted in the window before, so that no pauses stand before it.
-  Evaluation reads the text without pauses, since the paper measures such models on tasks alone; beside it (`loss`,
+  next slot is a token; the first token of a row is predicted in the window before it, so no pauses precede it.
+  Evaluation reads the text without pauses, since the paper measures such models on tasks alone; in addition (`loss`,
   `training_omega`) with pauses drawn as in training, by a fixed seed, in rows that have room for all.
-- prefix (fine-tuning): K pauses between each prefix, whose tokens have no weight, and its target. So does evaluation.
-  Rows have room for one prefix more than one every 32 tokens. In training targets beyond have no weight, and are
-  counted; evaluation loses none, and reads prefixes beyond without pauses.
-- none: nowhere, nor in evaluation. With 'prefix' of a run that starts from it, and with 'random' before either, these
-  are the paper's 2 x 2 of standard and pause pretraining and fine-tuning.
+- prefix (fine-tuning): M = `pauses` pauses between each prefix, whose tokens have no weight, and its target; in
+  evaluation too. Rows have room for one prefix more than one every 32 tokens. In training targets beyond that have no
+  weight, and are counted; evaluation loses none, and reads later prefixes without pauses.
+- none: nowhere, and not in evaluation. With 'prefix' in a run that starts from it, and with 'random' before either,
+  these are the paper's 2 x 2 of standard and pause pretraining and fine-tuning.
 
-Inference (text that is said, and requests that are scored) runs K pauses behind the prompt, wherever they lay in
-training; with K = 0, none. K there may be another than in training, see `with_prompt_pauses`.
+Inference (text that is generated, and requests that are scored) runs M pauses after the prompt, wherever they were in
+training; with M = 0, none. M may differ from that of training, see `with_prompt_pauses`.
 
 Dimensions: B batch, T tokens, S slots of a row, D model.
 """
@@ -24,86 +24,123 @@ Dimensions: B batch, T tokens, S slots of a row, D model.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import SegmentMask
 from cyb_jax.errors import InputError
-from cyb_jax.losses import last_slot_cross_entropy
-from cyb_jax.methods.baseline import Plain
-from cyb_jax.methods.interface import Batch, EvalOutput, Method, MethodConfig, Params, TokenLosses
+from cyb_jax.methods.backbone import Backbone, segment_mask
+from cyb_jax.methods.composite import CachedSlotMethod
+from cyb_jax.methods.interface import Batch, DataFacts, EvalOutput, MethodCosts, Params, TokenLosses
+from cyb_jax.methods.objectives.last import LastSlot
+from cyb_jax.methods.options import MethodConfig, one_of
+from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 from cyb_jax.pauses import Packing, lengths_at_random, lengths_behind_prefixes, pack
 
-PLACES = ("random", "prefix", "none")
 _TOKENS_PER_PREFIX = 32
 # Evaluation draws too, the same for the same text.
 _EVALUATION_SEED = 0
 
 
-class PauseTraining(Plain):
-  """Cross-entropy of every token, read at the last pause behind the one before it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PauseTrainingConfig(MethodConfig):
+  """The options of `pause_training`.
 
-  name = "pause_training"
-  exports = False
-  options = frozenset({"pause_places", "pause_fraction"})
+  Attributes:
+    pauses: M, pauses between prefix and target, and after a prompt.
+    pause_places: where pauses are in training: 'random', all over the text; 'prefix', M between each prefix and its
+      target, which alone has weight; 'none', nowhere (at inference as with 'prefix').
+    pause_fraction: of 'random', pauses as a share of the window's length, before the row is cut back to that length.
+  """
+
+  name: ClassVar[str] = "pause_training"
+
+  pauses: int = 10
+  pause_places: str = "random"
+  pause_fraction: float = 0.1
 
   def validate(self) -> None:
     super().validate()
-    places, fraction = self.config.pause_places, self.config.pause_fraction
-    if places not in PLACES:
-      raise InputError(f"method.pause_places: {places!r} is none of {', '.join(map(repr, PLACES))}")
-    if not 0 < fraction < 1:
-      raise InputError(f"method.pause_fraction: {fraction:g} must lie inside (0, 1)")
-    if places != "random" and fraction != MethodConfig.pause_fraction:
+    one_of("pause_places", self.pause_places, ("random", "prefix", "none"))
+    if not 0 < self.pause_fraction < 1:
+      raise InputError(f"method.pause_fraction: {self.pause_fraction:g} must lie inside (0, 1)")
+    default = type(self).pause_fraction
+    if self.pause_places != "random" and self.pause_fraction != default:
       raise InputError(
-        f"method.pause_fraction: {fraction:g} is set, but method.pause_places = {places!r} doesn't use it; leave it at"
-        f" {MethodConfig.pause_fraction:g}"
-      )
-
-  def check_length(self, tokens: int) -> None:
-    if self.config.pause_places == "random" and not self._drawn(tokens):
-      raise InputError(
-        f"method.pause_fraction: {self.config.pause_fraction:g} of a window of {tokens} tokens is no pause; give at"
-        f" least {1 / tokens:.2g}"
+        f"method.pause_fraction: {self.pause_fraction:g} is set, but method.pause_places = {self.pause_places!r}"
+        f" doesn't use it; leave it at {default:g}"
       )
 
   @property
-  def num_pauses(self) -> int:
-    return int(self.config.pause_places != "none" or self.config.pauses > 0)
+  def can_pause(self) -> bool:
+    """Whether the model has a pause at all."""
+    return self.pause_places != "none" or self.pauses > 0
 
-  @property
-  def shifts_positions(self) -> bool:
-    return True
+  def build(self, backbone: Backbone) -> PauseTraining:
+    return PauseTraining(self, backbone)
+
+
+class PauseTraining(CachedSlotMethod):
+  """Cross-entropy of every token, read at the last pause after the token before it.
+
+  Also `interface.EvaluatedAsTrained` and `interface.PromptPauses`.
+  """
+
+  config: PauseTrainingConfig
+  slot_model: Pauses
+
+  def __init__(self, config: PauseTrainingConfig, backbone: Backbone):
+    pauses = PauseOptions(pauses=int(config.can_pause), pause_shared=True, pause_positions="shifting")
+    super().__init__(config, backbone, Pauses(backbone, pauses, num_slots=1), LastSlot(backbone, 1))
 
   @property
   def prompt_pauses(self) -> int:
     return self.config.pauses
 
-  def with_prompt_pauses(self, pauses: int) -> Method:
-    if pauses and not self.num_pauses:
+  @property
+  def pauses_in_data(self) -> bool:
+    return self.config.pause_places == "prefix"
+
+  def with_prompt_pauses(self, pauses: int) -> PauseTraining:
+    if pauses and not self.config.can_pause:
       raise InputError(
         f"--pauses: {pauses} is set, but the run has no pause (method.pause_places = 'none' and method.pauses = 0);"
         " leave it out"
       )
-    return type(self)(
-      dataclasses.replace(self.config, pauses=pauses),
-      self.decoder.config,
-      vocab_size=self.vocab_size,
-      chunk_size=self.chunk_size,
-      shards=self.shards,
-      weights=self.weights,
-    )
+    # The number of learned rows is that of the run, whatever the number of pauses is.
+    method = PauseTraining(self.config, self.backbone)
+    method.config = dataclasses.replace(self.config, pauses=pauses)
+    return method
 
-  @property
-  def learns_targets(self) -> bool:
-    return self.config.pause_places == "prefix"
-
-  def prefixes_at_most(self, tokens: int) -> int:
-    return 1 + tokens // _TOKENS_PER_PREFIX
+  def validate_data(self, data: DataFacts | None, sequence_length: int) -> None:
+    places, fraction = self.config.pause_places, self.config.pause_fraction
+    if places == "random" and not self._drawn(sequence_length):
+      raise InputError(
+        f"method.pause_fraction: {fraction:g} of a window of {sequence_length} tokens is no pause; give at least"
+        f" {1 / sequence_length:.2g}"
+      )
+    if data is None or places != "prefix":
+      return
+    if not data.has_prefixes("train"):
+      raise InputError(
+        f"data.task: {data.task!r} has no targets behind prefixes: all of its tokens have weight 1; take a task of"
+        " questions and answers, such as 'commonsense_qa' or 'synthetic_questions', or another method.pause_places than"
+        f" {places!r}"
+      )
+    most = self._most_prefixes(sequence_length)
+    for split in data.splits:
+      counts = data.prefixes(split, sequence_length)
+      beyond = int(np.maximum(counts - most, 0).sum())
+      if beyond:
+        logging.warning(
+          "%s: %d of its %d prefixes get no pauses: a window of %d tokens has room for those of %d",
+          split, beyond, int(counts.sum()), sequence_length, most,
+        )  # fmt: skip
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     if self.config.pause_places == "none":
@@ -113,11 +150,11 @@ class PauseTraining(Plain):
       lengths, given = lengths_at_random(rng, batch["tokens"], self._drawn(length)), True
     else:
       lengths, given = self._behind_prefixes(batch)
-    reading, packing = self._read(params, batch, lengths, self._row_slots(length))
+    output, packing = self._evaluate_packed(params, batch, lengths, self._row_slots(length))
     return TokenLosses(
-      loss=reading.loss,
-      log_likelihood=-reading.loss,
-      stopping=jnp.ones_like(reading.log_stopping),
+      loss=output.loss,
+      log_likelihood=-output.loss,
+      stopping=jnp.ones_like(output.log_stopping),
       slots=lengths.astype(jnp.float32),
       kept=packing.kept & given,
     )
@@ -126,26 +163,31 @@ class PauseTraining(Plain):
     if self.config.pause_places != "prefix":
       return super().evaluate(params, batch, omega)
     lengths, _ = self._behind_prefixes(batch)
-    reading, _ = self._read(params, batch, lengths, self._row_slots(batch["tokens"].shape[1]))
-    return dataclasses.replace(reading, slots=lengths.astype(jnp.float32))
+    output, _ = self._evaluate_packed(params, batch, lengths, self._row_slots(batch["tokens"].shape[1]))
+    return dataclasses.replace(output, slots=lengths.astype(jnp.float32))
 
-  def evaluate_as_trained(self, params: Params, batch: Batch, reading: EvalOutput) -> EvalOutput | None:
+  def evaluate_as_trained(self, params: Params, batch: Batch, output: EvalOutput) -> EvalOutput | None:
+    del output
     if self.config.pause_places != "random":
       return None
     tokens = batch["tokens"]
     drawn = self._drawn(tokens.shape[1])
     lengths = lengths_at_random(jax.random.key(_EVALUATION_SEED), tokens, drawn)
-    return self._read(params, batch, lengths, tokens.shape[1] + drawn)[0]
+    return self._evaluate_packed(params, batch, lengths, tokens.shape[1] + drawn)[0]
 
-  def _drawn(self, tokens: int) -> int:
+  def _drawn(self, length: int) -> int:
     """Pauses of a window, before its row is cut."""
-    return round(self.config.pause_fraction * tokens)
+    return round(self.config.pause_fraction * length)
+
+  def _most_prefixes(self, length: int) -> int:
+    """How many prefixes of a window have room for their pauses."""
+    return 1 + length // _TOKENS_PER_PREFIX
 
   def _behind_prefixes(self, batch: Batch) -> tuple[Int[Array, "B T"], Array]:
     weights = batch["weights"]
-    return lengths_behind_prefixes(weights, self.config.pauses, self.prefixes_at_most(weights.shape[1]))
+    return lengths_behind_prefixes(weights, self.config.pauses, self._most_prefixes(weights.shape[1]))
 
-  def _read(
+  def _evaluate_packed(
     self, params: Params, batch: Batch, lengths: Int[Array, "B T"], row_slots: int
   ) -> tuple[EvalOutput, Packing]:
     """Every token at the last of its slots, `lengths` of them, which are packed into rows of S = `row_slots`."""
@@ -154,57 +196,50 @@ class PauseTraining(Plain):
     segment_ids = batch.get("segment_ids")
     hidden = self.hidden_slots(
       params,
-      jnp.take_along_axis(batch["tokens"], packing.token, 1),
-      packing.slot,
-      jnp.arange(row_slots, dtype=jnp.int32)[None],
-      None if segment_ids is None else SegmentMask(jnp.take_along_axis(segment_ids, packing.token, 1)),
+      tokens=jnp.take_along_axis(batch["tokens"], packing.token, 1),
+      slots=packing.slot,
+      positions=jnp.arange(row_slots, dtype=jnp.int32)[None],
+      mask=segment_mask(None if segment_ids is None else jnp.take_along_axis(segment_ids, packing.token, 1)),
     )
-    scores = self.scores(params, _last_slots(hidden, packing), batch["targets"])
-    reading = EvalOutput(
-      loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=jnp.zeros_like(scores.log_target)
-    )
-    return reading, packing
+    return self.objective.evaluate(params, _last_slots(hidden, packing), batch["targets"]), packing
 
-  def _row_slots(self, tokens: int) -> int:
+  def _row_slots(self, length: int) -> int:
     """S, slots of a row in training."""
     if self.config.pause_places == "prefix":
-      return tokens + self.config.pauses * self.prefixes_at_most(tokens)
-    return tokens
+      return length + self.config.pauses * self._most_prefixes(length)
+    return length
 
-  @property
-  def passes(self) -> int:
-    return 2 if self.config.pause_places == "random" else 1
-
-  def train_slots(self, tokens: int) -> float:
-    return self._row_slots(tokens)
-
-  def tokens_learnt(self, tokens: int) -> float:
-    if self.config.pause_places != "random":
-      return super().tokens_learnt(tokens)
-    # Behind the first token pauses and tokens are mixed. Of the tokens that lie before the cut the last one is cut off
-    # too where a pause lies behind it.
-    drawn, others = self._drawn(tokens), tokens - 1
-    return 1 + (others * others - drawn) / (others + drawn) if drawn else float(tokens)
-
-  def forward_slots(self, tokens: int) -> float:
-    return self._row_slots(tokens)
-
-  def forward_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
-    return flops.pass_cost(self.decoder.config, **self._spent(tokens, executed))
-
-  def train_cost(self, tokens: int, *, executed: bool = False) -> flops.Cost:
-    return flops.train_pass_cost(
-      self.decoder.config, **self._spent(tokens, executed), executed=executed, frozen=self.weights != "all"
+  def costs(self, sequence_length: int, *, slots: float | None = None) -> MethodCosts:
+    """`slots`: measured on a split that has pauses; None: `inference` is of text without pauses."""
+    config, row = self.backbone.decoder_config, self._row_slots(sequence_length)
+    model, executed = (
+      {"slots": row / sequence_length, "keys": flops.causal_keys(row, executed), "slots_read": 1}
+      for executed in (False, True)
+    )
+    slots = 1 if slots is None else slots
+    keys = flops.causal_keys(slots * sequence_length)
+    inference = flops.pass_cost(config, slots=slots, keys=keys, slots_read=1)
+    is_frozen = self.backbone.is_frozen
+    return MethodCosts(
+      train=flops.train_pass_cost(config, **model, executed=False, frozen=is_frozen),
+      train_executed=flops.train_pass_cost(config, **executed, executed=True, frozen=is_frozen),
+      forward=flops.pass_cost(config, **model),
+      forward_executed=flops.pass_cost(config, **executed),
+      inference=inference,
+      autoregressive=inference,
+      train_slots=row,
+      forward_slots=row,
+      evaluation_passes=2 if self.config.pause_places == "random" else 1,
+      trained_tokens=self._trained_tokens(sequence_length),
     )
 
-  def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
-    """Of `slots` a token, where a split was measured to have so many with its pauses; None: of text without pauses."""
-    slots = 1 if slots is None else slots
-    return flops.pass_cost(self.decoder.config, slots=slots, keys=flops.causal_keys(slots * tokens), slots_read=1)
-
-  def _spent(self, tokens: int, executed: bool) -> dict[str, float]:
-    row = self._row_slots(tokens)
-    return {"slots": row / tokens, "keys": flops.causal_keys(row, executed), "slots_read": 1}
+  def _trained_tokens(self, length: int) -> float:
+    # After the first token pauses and tokens are mixed. Of the tokens before the cut the last one is cut off too where
+    # a pause follows it.
+    drawn, others = self._drawn(length), length - 1
+    if self.config.pause_places != "random" or not drawn:
+      return float(length)
+    return 1 + (others * others - drawn) / (others + drawn)
 
 
 def _last_slots(hidden: Float[Array, "B S D"], packing: Packing) -> Float[Array, "B T 1 D"]:

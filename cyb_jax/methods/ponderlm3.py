@@ -1,52 +1,88 @@
-"""PonderLM-3: PonderLM-2 whose tokens think as long as a router says.
+"""PonderLM-3: PonderLM-2 whose tokens think for as long as a router decides.
 
-The router reads h, what comes out of a token's first slot, and gives a distribution over depths 0 .. K. Slot k of token
-t counts as w_{t,k} = Pr(depth >= k): log w is added to the attention logits of its key, for all queries, so w_{t,0} = 1
-and w falls with k. What is read is one state, h_t = sum_k Pr(depth = k) h_t^(k).
+The router reads h, the state of a token's first slot, and gives a distribution over depths 0 .. K. Slot k of token t
+has the weight w_{t,k} = Pr(depth >= k): log w is added to the attention logits of its key, for all queries, so w_{t,0}
+= 1 and w falls with k. One state is read, h_t = sum_k Pr(depth = k) h_t^(k).
 
 The passes are those of PonderLM-2, with these weights from the second one on: the router reads the first pass, which is
-that of a plain model, and again each pass over the whole stream; the last one's distribution fuses. At inference slots
-with w < `prune_below` are neither run nor cached: no key of theirs is seen, and the sum goes without them, not
-normalised again (what is missing is less than `prune_below`).
+that of a plain model, and again each pass over the whole stream; the distribution of the last pass fuses the states. At
+inference slots with w < `prune_below` are neither run nor cached: no key of theirs is seen, and the sum goes without
+them, not normalised again (what is missing is less than `prune_below`).
 
-Parameters beside the decoder's: `router` f32[D, W], zero at the start, and `router_bias` f32[W], which starts with most
-of the distribution at K.
+Parameters: `router` f32[D, W], zero at the start, and `router_bias` f32[W], which starts with most of the distribution
+at K.
 
 Ours, where nothing is published: log w from log-sum-exps of the router's logits, at least -20; the penalty,
 `router_penalty` times sum_{k>=1} w_{t,k} for each token; the start; what is pruned. Evaluation reads the text pruned,
-and beside it as it was trained, and records both (`pruning`): a hidden state with a large logit may see more in a key
-than its weight says.
+and again as it was trained, and records both (`pruning`): a hidden state with a large logit may see more in a key than
+its weight suggests.
 
-Dimensions: as in `ponderlm2`; C places in the cache.
+Slot model and objective share the router, so this file implements both.
+
+Dimensions: B batch, T tokens, W slots, K = W - 1 latent ones, C places in the cache, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import Cache, KeyWeights
+from cyb_jax.decoder import Cache, KeyWeights, empty_cache
 from cyb_jax.errors import InputError
+from cyb_jax.methods.backbone import Backbone, boxed
+from cyb_jax.methods.composite import SequentialSlotMethod
 from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
-from cyb_jax.methods.ponderlm2 import PonderLM2
+from cyb_jax.methods.objectives.last import LastSlot
+from cyb_jax.methods.ponderlm2 import PonderOptions
+from cyb_jax.methods.slot_models.thoughts import Thoughts
 
-# The start's Pr(depth = K).
+# Pr(depth = K) at the start.
 _FULL_DEPTH = 0.9
-# Of log w. Further down there is nothing to learn, and f32 has room.
+# The lower bound of log w. Below it there is nothing to learn, and f32 has room.
 _LEAST = -20.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PonderLM3Config(PonderOptions):
+  """The options of `ponderlm3`: those of latent thoughts, and of the router.
+
+  Attributes:
+    router_penalty: nats per latent thought that a token is given, on average.
+    prune_below: latent thoughts whose weight is below this are not run at inference.
+  """
+
+  name: ClassVar[str] = "ponderlm3"
+
+  pauses: int = 3
+  router_penalty: float = 0.0
+  prune_below: float = 1e-4
+
+  def validate(self) -> None:
+    super().validate()
+    if not 0 <= self.router_penalty < math.inf:
+      raise InputError(f"method.router_penalty: {self.router_penalty!r} must be finite and not negative")
+    if not 0 <= self.prune_below < 1:
+      raise InputError(f"method.prune_below: {self.prune_below!r} must lie in [0, 1); 0 prunes nothing")
+
+  def build(self, backbone: Backbone) -> PonderLM3:
+    if backbone.decoder_config.attention not in ("auto", "xla"):
+      raise InputError(
+        f"decoder.attention: {backbone.decoder_config.attention!r} takes no weights of keys, which method {self.name!r}"
+        " has; use 'auto' or 'xla'"
+      )
+    return PonderLM3(self, backbone)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeighedCache:
-  """A cache whose keys count differently.
+  """A cache whose keys have weights.
 
   Attributes:
     slots: keys and values.
@@ -61,39 +97,23 @@ class WeighedCache:
     return self.slots.nbytes + self.log_weights.nbytes
 
 
-class PonderLM3(PonderLM2):
-  """Cross-entropy at the fused state, and what thoughts cost."""
+class RoutedThoughts(Thoughts):
+  """Latent thoughts whose keys are weighed by a router."""
 
-  name = "ponderlm3"
-  options = PonderLM2.options | {"router_penalty", "prune_below"}
-  fuses = True
+  def __init__(self, backbone: Backbone, config: PonderLM3Config):
+    super().__init__(backbone, config.pauses + 1, config.jacobi)
+    self.prune_below = config.prune_below
 
-  def validate(self) -> None:
-    super().validate()
-    config = self.config
-    if not 0 <= config.router_penalty < math.inf:
-      raise InputError(f"method.router_penalty: {config.router_penalty!r} must be finite and not negative")
-    if not 0 <= config.prune_below < 1:
-      raise InputError(f"method.prune_below: {config.prune_below!r} must lie in [0, 1); 0 prunes nothing")
-    if self.decoder.config.attention not in ("auto", "xla"):
-      raise InputError(
-        f"decoder.attention: {self.decoder.config.attention!r} takes no weights of keys, which method {self.name!r}"
-        " has; use 'auto' or 'xla'"
-      )
-
-  def init_own(self, rng: Array) -> Params:
+  def init(self, rng: Array) -> Params:
     del rng
-    width, slots = self.decoder.config.d_model, self.num_slots
+    width, slots = self.backbone.decoder_config.d_model, self.num_slots
     bias = jnp.full(slots, math.log((1 - _FULL_DEPTH) / (slots - 1))).at[-1].set(math.log(_FULL_DEPTH))
-    return {
-      "router": nn.LogicallyPartitioned(jnp.zeros((width, slots)), ("embed", None)),
-      "router_bias": nn.LogicallyPartitioned(bias, (None,)),
-    }
+    return {"router": boxed(jnp.zeros((width, slots)), "embed", None), "router_bias": boxed(bias)}
 
   def log_depths(
     self, params: Params, first: Float[Array, "... D"]
   ) -> tuple[Float[Array, "... W"], Float[Array, "... W"]]:
-    """(log Pr(depth = k), log Pr(depth >= k)) of tokens, f32, from what came out of their first slots."""
+    """(log Pr(depth = k), log Pr(depth >= k)) of tokens, f32, from the states of their first slots."""
     first = first.astype(jnp.promote_types(first.dtype, jnp.float32))
     logits = jnp.matmul(first, params["router"], precision="highest") + params["router_bias"]
     tails = [jax.nn.logsumexp(logits[..., k:], -1, keepdims=True) for k in range(self.num_slots)]
@@ -102,24 +122,93 @@ class PonderLM3(PonderLM2):
 
   def kept(self, log_weights: Float[Array, "... W"]) -> Bool[Array, "... W"]:
     """Which slots inference runs, by their log w: the first ones of each token, at least one."""
-    below = self.config.prune_below
+    below = self.prune_below
     return log_weights >= (math.log(below) if below else -math.inf)
 
-  def fuse(self, params: Params, hidden: Float[Array, "... W D"], *, pruned: bool = True) -> Float[Array, "... D"]:
+  def fuse(self, params: Params, hidden: Float[Array, "... W D"], *, is_pruned: bool = True) -> Float[Array, "... D"]:
     """sum_k Pr(depth = k) h^(k), over the slots that are kept or over all; summed in f32."""
     log_depth, log_weights = self.log_depths(params, hidden[..., 0, :])
     shares = jnp.exp(log_depth)
-    if pruned:
+    if is_pruned:
       shares = jnp.where(self.kept(log_weights), shares, 0.0)
     return (shares[..., None] * hidden).sum(-2).astype(hidden.dtype)
 
-  def _key_weights(self, params: Params, first: Float[Array, "B T D"], pruned: bool) -> Float[Array, "B T W"]:
+  def key_weights(self, params: Params, first: Float[Array, "B T D"], is_pruned: bool) -> Float[Array, "B T W"]:
     _, log_weights = self.log_depths(params, first)
-    return jnp.where(self.kept(log_weights), log_weights, -jnp.inf) if pruned else log_weights
+    return jnp.where(self.kept(log_weights), log_weights, -jnp.inf) if is_pruned else log_weights
+
+  def empty_cache(self, rows: int, capacity: int) -> WeighedCache:
+    cache = empty_cache(self.cache_config, rows, capacity)
+    return WeighedCache(cache, jnp.zeros((rows, capacity), jnp.float32))
+
+  def run_token(
+    self,
+    params: Params,
+    *,
+    token: Int[Array, "B"],
+    position: Int[Array, "B"],
+    cache: WeighedCache,
+    cache_index: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B D"], WeighedCache, Int[Array, "B"]]:
+    """A slot is run while any row keeps it. What other rows then write is after their last slot, and is overwritten."""
+    rows = jnp.arange(len(token))
+
+    def run(slot: int, state: Array, slots: Cache, log_weights: Array) -> tuple[Array, Cache]:
+      state, slots = self.backbone.apply(
+        params,
+        state, position[:, None], slots, cache_index + slot,
+        key_weights=KeyWeights(log_weights),
+        method="extend_layers",
+      )  # fmt: skip
+      return self.backbone.apply(params, state, method="finish"), slots
+
+    state = self.backbone.embed(params, token[:, None])
+    log_weights = cache.log_weights.at[rows, cache_index].set(0.0)
+    state, slots = run(0, state, cache.slots, log_weights)
+    _, of_token = self.log_depths(params, state[:, 0])
+    kept = self.kept(of_token)
+    states = [state]
+    for slot in range(1, self.num_slots):
+      log_weights = log_weights.at[rows, cache_index + slot].set(of_token[:, slot])
+      state, slots = jax.lax.cond(
+        kept[:, slot].any(),
+        lambda state, slots, weights, slot=slot: run(slot, state, slots, weights),
+        lambda state, slots, weights: (state, slots),
+        state, slots, log_weights,
+      )  # fmt: skip
+      states.append(state)
+    fused = self.fuse(params, jnp.concatenate(states, 1))
+    return fused, WeighedCache(slots, log_weights), kept.sum(-1).astype(jnp.int32)
+
+  @property
+  def _router_flops(self) -> float:
+    """Of one token."""
+    return 2 * self.backbone.decoder_config.d_model * self.num_slots
+
+  def routing_cost(self, jacobi: float) -> flops.Cost:
+    return flops.Cost(routing=(jacobi + 2) * self._router_flops)
+
+  def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
+    cost = self.decoding_cost(sequence_length, self.num_slots if slots is None else slots)
+    return cost + flops.Cost(routing=self._router_flops)
+
+
+class PonderLM3(SequentialSlotMethod):
+  """Cross-entropy at the fused state, and a penalty on thoughts: also `interface.FusedSlots` and `ExtraMetrics`."""
+
+  config: PonderLM3Config
+  slot_model: RoutedThoughts
+
+  def __init__(self, config: PonderLM3Config, backbone: Backbone):
+    slots = RoutedThoughts(backbone, config)
+    super().__init__(config, backbone, slots, LastSlot(backbone, slots.num_slots))
+
+  def fuse(self, params: Params, hidden: Float[Array, "... W D"]) -> Float[Array, "... D"]:
+    return self.slot_model.fuse(params, hidden)
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
-    hidden = self._hidden(params, batch, self.draw_passes(rng), pruned=False)
-    log_depth, _ = self.log_depths(params, hidden[..., 0, :])
+    hidden = self.slot_model.ponder(params, batch, self.slot_model.draw_passes(rng), is_pruned=False)
+    log_depth, _ = self.slot_model.log_depths(params, hidden[..., 0, :])
     log_likelihood, loss = self._as_trained(params, hidden, batch["targets"])
     return TokenLosses(loss=loss, log_likelihood=log_likelihood, stopping=jnp.exp(log_depth))
 
@@ -127,26 +216,27 @@ class PonderLM3(PonderLM2):
     self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"]
   ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(log-likelihood, objective) without pruning."""
-    fused = self.fuse(params, hidden, pruned=False)
-    log_likelihood = self.scores(params, fused[..., None, :], targets).log_target[..., 0]
+    fused = self.slot_model.fuse(params, hidden, is_pruned=False)
+    log_likelihood = self.backbone.slot_scores(params, fused[..., None, :], targets).log_target[..., 0]
     return log_likelihood, self._penalty(params, hidden) - log_likelihood
 
   def _penalty(self, params: Params, hidden: Float[Array, "B T W D"]) -> Float[Array, "B T"]:
-    _, log_weights = self.log_depths(params, hidden[..., 0, :])
+    _, log_weights = self.slot_model.log_depths(params, hidden[..., 0, :])
     return self.config.router_penalty * jnp.exp(log_weights[..., 1:]).sum(-1)
 
   def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     """`log_stopping` is the router's distribution over depths, and `scores` are those of each slot's state by itself.
     What is read is neither of them nor their mixture, but the fused state: `fused`.
     """
+    del omega
     targets, hidden = batch["targets"], self.hidden(params, batch)
-    states = jnp.concatenate([hidden, self.fuse(params, hidden)[..., None, :]], -2)
-    scores = self.scores(params, states, targets)
+    states = jnp.concatenate([hidden, self.slot_model.fuse(params, hidden)[..., None, :]], -2)
+    scores = self.backbone.slot_scores(params, states, targets)
     fused = scores.log_target[..., -1]
-    log_depth, log_weights = self.log_depths(params, hidden[..., 0, :])
-    slots = self.kept(log_weights).sum(-1).astype(jnp.float32)
+    log_depth, log_weights = self.slot_model.log_depths(params, hidden[..., 0, :])
+    slots = self.slot_model.kept(log_weights).sum(-1).astype(jnp.float32)
     if self.config.prune_below:
-      trained = self._hidden(params, batch, self.config.jacobi[1], pruned=False)
+      trained = self.slot_model.ponder(params, batch, self.config.jacobi[1], is_pruned=False)
       unpruned, loss = self._as_trained(params, trained, targets)
       extra_metrics = {"unpruned": unpruned, "change": jnp.abs(fused - unpruned), "slots": slots}
     else:
@@ -161,74 +251,25 @@ class PonderLM3(PonderLM2):
     )
 
   def summarize_metrics(self, means: dict[str, float]) -> dict[str, Any]:
-    """`pruning`: `below`, the threshold; `perplexity_unpruned`; `change`, by how many nats a token's log-likelihood is
-    moved, on average; `slots`, that are kept of a token.
+    """`pruning`: `below`, the threshold; `perplexity_unpruned`; `change`, by how many nats a token's log-likelihood
+    changes on average; `slots`, how many of a token are kept.
     """
     if not means:
       return {}
     pruning = {"below": self.config.prune_below, "perplexity_unpruned": math.exp(-means["unpruned"])}
     return {"pruning": pruning | {"change": means["change"], "slots": means["slots"]}}
 
-  @property
-  def passes(self) -> int:
-    return 2 if self.config.prune_below else 1
-
   def mixture_log_probs(
     self, params: Params, hidden: Float[Array, "... W D"]
   ) -> tuple[Float[Array, "... V"], Float[Array, "... W"]]:
-    log_depth, _ = self.log_depths(params, hidden[..., 0, :])
-    return self._token_scores(params, self.fuse(params, hidden)).log_probs, log_depth
-
-  def empty_cache(self, rows: int, capacity: int) -> WeighedCache:
-    return WeighedCache(super().empty_cache(rows, capacity), jnp.zeros((rows, capacity), jnp.float32))
-
-  def run_token(
-    self, params: Params, token: Int[Array, "B"], position: Int[Array, "B"], cache: WeighedCache, place: Int[Array, "B"]
-  ) -> tuple[Float[Array, "B D"], WeighedCache, Int[Array, "B"]]:
-    """A slot is run while a row keeps it; what other rows then write lies behind their ends."""
-    variables = {"params": params["decoder"]}
-    rows = jnp.arange(len(token))
-
-    def run(slot: int, state: Array, slots: Cache, log_weights: Array) -> tuple[Array, Cache]:
-      state, slots = self.decoder.apply(
-        variables,
-        state, position[:, None], slots, place + slot,
-        key_weights=KeyWeights(log_weights),
-        method="extend_layers",
-      )  # fmt: skip
-      return self.decoder.apply(variables, state, method="finish"), slots
-
-    state = self.decoder.apply(variables, token[:, None], method="embed")
-    log_weights = cache.log_weights.at[rows, place].set(0.0)
-    state, slots = run(0, state, cache.slots, log_weights)
-    _, of_token = self.log_depths(params, state[:, 0])
-    kept = self.kept(of_token)
-    states = [state]
-    for slot in range(1, self.num_slots):
-      log_weights = log_weights.at[rows, place + slot].set(of_token[:, slot])
-      state, slots = jax.lax.cond(
-        kept[:, slot].any(),
-        lambda state, slots, weights, slot=slot: run(slot, state, slots, weights),
-        lambda state, slots, weights: (state, slots),
-        state, slots, log_weights,
-      )  # fmt: skip
-      states.append(state)
-    fused = self.fuse(params, jnp.concatenate(states, 1))
-    return fused, WeighedCache(slots, log_weights), kept.sum(-1).astype(jnp.int32)
+    log_depth, _ = self.slot_model.log_depths(params, hidden[..., 0, :])
+    return self.backbone.token_scores(params, self.fuse(params, hidden)).log_probs, log_depth
 
   @property
-  def _router_flops(self) -> float:
-    """Of one token."""
-    return 2 * self.decoder.config.d_model * self.num_slots
+  def evaluation_passes(self) -> int:
+    return 2 if self.config.prune_below else 1
 
-  def _routing_cost(self, jacobi: float) -> flops.Cost:
-    return flops.Cost(routing=(jacobi + 2) * self._router_flops)
-
-  @property
-  def _slots_read(self) -> float:
-    # All slots and the fused state; and behind a second pass the fused state again.
-    return (self.num_slots + self.passes) / self.passes
-
-  def inference_cost(self, tokens: int, *, slots: float | None = None) -> flops.Cost:
-    cost = self._decoding_cost(tokens, self.num_slots if slots is None else slots)
-    return cost + flops.Cost(routing=self._router_flops)
+  def forward_cost(self, sequence_length: int, *, executed: bool) -> flops.Cost:
+    # All slots and the fused state are read; and after a second pass the fused state again.
+    slots_read = (self.num_slots + self.evaluation_passes) / self.evaluation_passes
+    return self.slot_model.forward_cost(sequence_length, slots_read=slots_read, executed=executed)

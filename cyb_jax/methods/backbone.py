@@ -1,0 +1,131 @@
+"""The decoder and its readout, over which every method is built.
+
+Dimensions: ... any leading shape (batch, tokens), W slots, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from cyb_jax.decoder import Decoder, DecoderConfig, SegmentMask
+from cyb_jax.methods.interface import Params
+from cyb_jax.readout import TokenScores, slot_scores, token_scores
+from cyb_jax.stopping import Form, SlotScores
+
+
+@dataclasses.dataclass(frozen=True)
+class DontKnow:
+  """The output row of `<don't know>`, as a readout takes it.
+
+  Attributes:
+    row: f32[D].
+    bias: a scalar that is added to its logit next to the prior's shift, nats.
+    form: 'token' or 'unit', see `readout.slot_scores`.
+    prior: the probability of abstaining that the shift gives to uniform logits; None: no shift.
+  """
+
+  row: Float[Array, "D"]
+  bias: Float[Array, ""] | float
+  form: Form
+  prior: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """A decoder with its readout.
+
+  Attributes:
+    decoder_config: its vocab_size counts the rows of the tables.
+    vocab_size: how many of these rows are real entries.
+    chunk_size: of the readout, see `readout.slot_scores`.
+    shards: devices that a batch is split over under jit, see there.
+    weights: one of `WEIGHTS`, which parameters are trained.
+  """
+
+  decoder_config: DecoderConfig
+  vocab_size: int
+  chunk_size: int | None = None
+  shards: int = 1
+  weights: str = "all"
+
+  @property
+  def decoder(self) -> Decoder:
+    return Decoder(self.decoder_config)
+
+  @property
+  def is_frozen(self) -> bool:
+    """Whether the decoder's own parameters are not trained."""
+    return self.weights != "all"
+
+  def apply(self, params: Params, *args: Any, method: str | None = None, **options: Any) -> Any:
+    """Calls a method of the decoder, by default the whole forward, with the decoder's part of `params`."""
+    return self.decoder.apply({"params": params["decoder"]}, *args, method=method, **options)
+
+  def embed(self, params: Params, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """See `Decoder.embed`."""
+    return self.apply(params, tokens, method="embed")
+
+  def slot_scores(
+    self,
+    params: Params,
+    hidden: Float[Array, "... W D"],
+    targets: Int[Array, "..."],
+    *,
+    slots: Sequence[int] | None = None,
+    dont_know: DontKnow | None = None,
+  ) -> SlotScores:
+    """Reads the target of every token at `slots` (None: all); see `readout.slot_scores`."""
+    row, options = _readout_options(dont_know)
+    return slot_scores(
+      hidden,
+      self.apply(params, method="unembedding"),
+      targets,
+      row,
+      soft_cap=self.decoder_config.soft_cap,
+      slots=slots,
+      chunk_size=self.chunk_size,
+      shards=self.shards,
+      vocab_size=self.vocab_size,
+      frozen=self.is_frozen,
+      **options,
+    )
+
+  def token_scores(
+    self, params: Params, hidden: Float[Array, "... D"], dont_know: DontKnow | None = None
+  ) -> TokenScores:
+    """The distribution over the vocabulary at slots; see `readout.token_scores`."""
+    row, options = _readout_options(dont_know)
+    return token_scores(
+      hidden,
+      self.apply(params, method="unembedding"),
+      row,
+      soft_cap=self.decoder_config.soft_cap,
+      vocab_size=self.vocab_size,
+      **options,
+    )
+
+
+def _readout_options(dont_know: DontKnow | None) -> tuple[Array | None, dict[str, Any]]:
+  if dont_know is None:
+    return None, {"prior": None}
+  return dont_know.row, {"form": dont_know.form, "prior": dont_know.prior, "dont_know_bias": dont_know.bias}
+
+
+def segment_mask(segment_ids: Int[Array, "B S"] | None) -> SegmentMask | None:
+  """The mask that keeps attention inside segments; None: plain causal attention."""
+  return None if segment_ids is None else SegmentMask(segment_ids)
+
+
+def boxed(value: Float[Array, "..."], *axes: str | None) -> nn.LogicallyPartitioned:
+  """A parameter with the names of its logical axes; without names none of them is split."""
+  return nn.LogicallyPartitioned(value, axes or (None,) * value.ndim)
+
+
+def boxed_row(value: Float[Array, "... D"]) -> nn.LogicallyPartitioned:
+  """A parameter whose last axis is the model's width."""
+  return boxed(value, *(None,) * (value.ndim - 1), "embed")

@@ -1,0 +1,44 @@
+"""Stopping time over depth: the stopping-time losses of Catch Your Breath over loops of the layers instead of pauses.
+
+d comes from the same output row after every loop. Training and evaluation read all loops; decoding exits early, at a
+loop that each token decides by itself: see `cyb_jax.methods.slot_models.read_loops` for what is exact then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from jaxtyping import Array, Int
+
+from cyb_jax.methods.backbone import Backbone
+from cyb_jax.methods.objectives.stopping import StoppingOptions
+from cyb_jax.methods.slot_models.read_loops import LoopCache, ReadLoops
+from cyb_jax.methods.stopping_method import StoppingMethod
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CybLoopedConfig(StoppingOptions):
+  """The options of `cyb_looped`: those of the stopping-time losses; `pauses` counts the loops after the first one."""
+
+  name: ClassVar[str] = "cyb_looped"
+
+  def validate(self) -> None:
+    super().validate()
+    self.needs_pauses("without a second loop it is 'baseline'")
+
+  def build(self, backbone: Backbone) -> CybLooped:
+    return CybLooped(self, backbone)
+
+
+class CybLooped(StoppingMethod):
+  """CYB-AP, CYB-VA and CYB-DP over loops: also `interface.EarlyExit`."""
+
+  config: CybLoopedConfig
+  slot_model: ReadLoops
+
+  def __init__(self, config: CybLoopedConfig, backbone: Backbone):
+    super().__init__(config, backbone, ReadLoops(backbone, config.num_slots))
+
+  def fill_cache(self, cache: LoopCache, *, cache_index: Int[Array, "B"], slots: Int[Array, "B"]) -> LoopCache:
+    return self.slot_model.fill_cache(cache, cache_index=cache_index, slots=slots)

@@ -1,0 +1,157 @@
+"""A control: a mixture of W softmaxes without pauses (Yang et al. 2018, https://arxiv.org/abs/1711.03953).
+
+CYB with the step budget 0:..:0:1 reads a mixture of softmaxes whose gate is a stick-breaking one. Here the mixture is
+made of the one hidden state h of a plain model: component k reads tanh(h A_k + b_k) with the shared unembedding, and
+the gate softmax(h G + g) depends on the context. What CYB gains over this method is due to the pauses, not to the
+richer output distribution.
+
+Parameters: `mos_heads` f32[W, D, D], A, which starts at the identity plus normal noise with a standard deviation of
+0.02 / sqrt(D); `mos_bias` f32[W, D], b, zero; `mos_gate` f32[D, W], G, and `mos_gate_bias` f32[W], g, zero.
+
+The prediction of a token is one distribution, so W output heads are one slot: text is generated without pauses. Where
+head and gate read the same state, slot model and objective cannot be separated; this file implements both.
+
+Dimensions: B batch, T tokens, W heads, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cyb_jax.costs import flops
+from cyb_jax.errors import InputError
+from cyb_jax.methods.backbone import Backbone, boxed
+from cyb_jax.methods.composite import CachedSlotMethod
+from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
+from cyb_jax.methods.options import MethodConfig
+from cyb_jax.methods.slot_models.plain import Plain
+from cyb_jax.readout import TokenScores
+from cyb_jax.stopping import SlotScores
+
+_HEAD_STD = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MosConfig(MethodConfig):
+  """The options of `mos`.
+
+  Attributes:
+    heads: W, softmaxes that are mixed.
+  """
+
+  name: ClassVar[str] = "mos"
+
+  heads: int = 4
+
+  def validate(self) -> None:
+    super().validate()
+    if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 2:
+      raise InputError(f"method.heads: {self.heads!r} must be a whole number of at least 2; with 1 it is 'baseline'")
+
+  def build(self, backbone: Backbone) -> Mos:
+    return Mos(self, backbone)
+
+
+class MixtureOfSoftmaxes:
+  """-log sum_k pi_k t_k, with the gate pi and the heads reading one hidden state."""
+
+  slots_trained = 1
+  slots_decoded = 1
+
+  def __init__(self, backbone: Backbone, heads: int):
+    self.backbone, self.heads = backbone, heads
+
+  def init(self, rng: Array) -> Params:
+    width = self.backbone.decoder_config.d_model
+    noise = _HEAD_STD / math.sqrt(width) * jax.random.normal(rng, (self.heads, width, width))
+    return {
+      "mos_heads": boxed(jnp.eye(width) + noise, None, "embed", None),
+      "mos_bias": boxed(jnp.zeros((self.heads, width)), None, "embed"),
+      "mos_gate": boxed(jnp.zeros((width, self.heads)), "embed", None),
+      "mos_gate_bias": boxed(jnp.zeros(self.heads)),
+    }
+
+  def outputs(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... W D"]:
+    """The states that the heads read, tanh(h A_k + b_k), in the dtype of `hidden`."""
+    heads, bias = (params[name].astype(hidden.dtype) for name in ("mos_heads", "mos_bias"))
+    return jnp.tanh(jnp.einsum("...d,kde->...ke", hidden, heads) + bias)
+
+  def log_gate(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... W"]:
+    """log pi, f32."""
+    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    logits = jnp.matmul(hidden, params["mos_gate"], precision="highest") + params["mos_gate_bias"]
+    return jax.nn.log_softmax(logits)
+
+  def loss(
+    self, params: Params, hidden: Float[Array, "B T 1 D"], targets: Int[Array, "B T"], step: Any = None
+  ) -> TokenLosses:
+    del step
+    output = self.evaluate(params, hidden, targets)
+    return TokenLosses(loss=output.loss, log_likelihood=-output.loss, stopping=jnp.exp(output.log_stopping))
+
+  def evaluate(
+    self, params: Params, hidden: Float[Array, "B T 1 D"], targets: Int[Array, "B T"], omega: Any = None
+  ) -> EvalOutput:
+    """`extra_metrics`: `head_k`, the gate's share of head k."""
+    del omega
+    hidden = hidden[..., 0, :]
+    log_gate = self.log_gate(params, hidden)
+    heads = self.backbone.slot_scores(params, self.outputs(params, hidden), targets)
+    log_target = jax.nn.logsumexp(log_gate + heads.log_target, -1, keepdims=True)
+    scores = SlotScores(log_target, jnp.full_like(log_target, -jnp.inf), jnp.zeros_like(log_target))
+    shares = jnp.exp(log_gate)
+    return EvalOutput(
+      loss=-log_target[..., 0],
+      scores=scores,
+      log_stopping=jnp.zeros_like(log_target),
+      extra_metrics={f"head_{k + 1}": shares[..., k] for k in range(self.heads)},
+    )
+
+  def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
+    del slot
+    heads = self.backbone.token_scores(params, self.outputs(params, hidden))
+    log_probs = jax.nn.logsumexp(self.log_gate(params, hidden)[..., None] + heads.log_probs, -2)
+    return TokenScores(log_probs, heads.log_dont_know[..., 0], heads.log_answer[..., 0])
+
+
+class Mos(CachedSlotMethod):
+  """Cross-entropy of a mixture of softmaxes: also `interface.ExtraMetrics`."""
+
+  config: MosConfig
+  objective: MixtureOfSoftmaxes
+
+  def __init__(self, config: MosConfig, backbone: Backbone):
+    super().__init__(config, backbone, HeadedPlain(backbone, config.heads), MixtureOfSoftmaxes(backbone, config.heads))
+
+  def summarize_metrics(self, means: dict[str, float]) -> dict[str, Any]:
+    """`heads`: the mean share of each head."""
+    return {"heads": [means[f"head_{k + 1}"] for k in range(self.config.heads)]}
+
+
+class HeadedPlain(Plain):
+  """A plain model whose token is read by several heads, which costs as many readouts and a matrix for each head."""
+
+  is_exportable = False
+
+  def __init__(self, backbone: Backbone, heads: int):
+    super().__init__(backbone)
+    self.heads = heads
+
+  def _head_cost(self, slots: float = 1.0) -> flops.Cost:
+    """Of the heads' matrices and the gate."""
+    width = self.backbone.decoder_config.d_model
+    return flops.Cost(routing=slots * 2 * self.heads * (width * width + width))
+
+  def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    cost = super().train_cost(sequence_length, slots_read=slots_read * self.heads, executed=executed)
+    return cost + self._head_cost().times(3)
+
+  def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    cost = super().forward_cost(sequence_length, slots_read=slots_read * self.heads, executed=executed)
+    return cost + self._head_cost()

@@ -1,0 +1,59 @@
+"""The last slot is read, and trained with cross-entropy.
+
+Dimensions: B batch, T tokens, W slots, D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cyb_jax.losses import last_slot_cross_entropy
+from cyb_jax.methods.backbone import Backbone
+from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
+from cyb_jax.readout import TokenScores
+
+
+class LastSlot:
+  """-log t_W. Training reads the last slot alone; evaluation reads all slots, to show what each of them knows.
+
+  References: "think before you speak", https://arxiv.org/abs/2310.02226; with W = 1 plain cross-entropy.
+  """
+
+  slots_trained = 1
+  slots_decoded = 1
+
+  def __init__(self, backbone: Backbone, num_slots: int):
+    self.backbone, self.num_slots = backbone, num_slots
+
+  def init(self, rng: Array) -> Params:
+    del rng
+    return {}
+
+  def loss(
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
+  ) -> TokenLosses:
+    del step
+    slots = None if self.num_slots == 1 else (-1,)
+    loss = last_slot_cross_entropy(self.backbone.slot_scores(params, hidden, targets, slots=slots))
+    last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
+    return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.broadcast_to(last, (*loss.shape, len(last))))
+
+  def evaluate(
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], omega: Any = None
+  ) -> EvalOutput:
+    del omega
+    scores = self.backbone.slot_scores(params, hidden, targets)
+    log_stopping = jnp.full_like(scores.log_target, -jnp.inf).at[..., -1].set(0.0)
+    return EvalOutput(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)
+
+  def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
+    """d = 1 before the last slot, and 0 there."""
+    scores = self.backbone.token_scores(params, hidden)
+    if self.num_slots == 1:
+      return scores
+    waits = slot < self.num_slots - 1
+    return TokenScores(scores.log_probs, jnp.where(waits, 0.0, -jnp.inf), jnp.where(waits, -jnp.inf, 0.0))

@@ -1,0 +1,224 @@
+"""The stopping-time losses of Catch Your Breath: the model abstains until it knows, and answers at a time of its own.
+
+Parameters: `dont_know` f32[D], the output row of `<don't know>`; in unit form `dont_know_bias` f32[]; and where the
+start is calibrated `dont_know_offset` f32[], which is not trained. Both forms and the prior shift: arXiv 2510.13879,
+see `cyb_jax.stopping`.
+
+Dimensions: B batch, T tokens, W slots, D model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cyb_jax import losses
+from cyb_jax.decoder import unembedding_init
+from cyb_jax.errors import InputError
+from cyb_jax.methods.backbone import Backbone, DontKnow, boxed, boxed_row
+from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
+from cyb_jax.methods.options import MethodConfig, one_of
+from cyb_jax.readout import TokenScores
+from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
+
+# Which of the options each loss reads, in addition to those that all of them read.
+_OPTIONS_OF_LOSS = {
+  "ap": frozenset({"omega", "gamma"}),
+  "va": frozenset({"rho"}),
+  "dp": frozenset({"rho", "alpha"}),
+}
+_DEFAULTS = {"omega": None, "gamma": None, "rho": None, "alpha": 0.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoppingOptions(MethodConfig):
+  """The options of the stopping-time losses. W = `pauses` + 1.
+
+  Attributes:
+    pauses: K, the slots of a token after its first.
+    loss: 'ap', 'va' or 'dp'.
+    omega: the step budget in training, W weights: the probability that 1, 2, .. W slots are granted; None: always W.
+    gamma: the discount over slots, W numbers in [0, 1]; None: all ones.
+    rho: the prior over slots of VA and DP, W weights.
+    alpha: the coefficient of DP's penalty.
+    dont_know: 'token': `<don't know>` competes with the vocabulary; 'unit': a logistic unit of its own.
+    dont_know_prior: the probability of abstaining that the prior shift gives to a model that knows nothing; None: no
+      shift.
+    calibration_batches: before the first step a constant is added to the `<don't know>` logit so that over this many
+      batches the median of d is `dont_know_prior`; 0: off.
+    stopping_warmup: for this many steps d is held at `dont_know_prior`, so that slots learn to answer before the model
+      learns when to; 0: off.
+  """
+
+  pauses: int = 3
+  loss: str = "ap"
+  omega: tuple[float, ...] | None = None
+  gamma: tuple[float, ...] | None = None
+  rho: tuple[float, ...] | None = None
+  alpha: float = 0.0
+  dont_know: str = "token"
+  dont_know_prior: float | None = 0.9
+  calibration_batches: int = 0
+  stopping_warmup: int = 0
+
+  @property
+  def num_slots(self) -> int:
+    """W."""
+    return self.pauses + 1
+
+  def validate(self) -> None:
+    super().validate()
+    one_of("loss", self.loss, _OPTIONS_OF_LOSS)
+    for field, default in _DEFAULTS.items():
+      value = getattr(self, field)
+      if field not in _OPTIONS_OF_LOSS[self.loss] and value != default:
+        raise InputError(f"method.{field}: {value!r} is set, but method.loss = {self.loss!r} doesn't use it")
+    if self.loss != "ap" and self.rho is None:
+      raise InputError(f"method.rho: not set, but method.loss = {self.loss!r} needs {self.num_slots} weights")
+    if not 0 <= self.alpha < math.inf:
+      raise InputError(f"method.alpha: {self.alpha!r} must be finite and not negative")
+    one_of("dont_know", self.dont_know, ("token", "unit"))
+    if self.dont_know_prior is not None and not 0 < self.dont_know_prior < 1:
+      raise InputError(f"method.dont_know_prior: {self.dont_know_prior!r} must lie inside (0, 1), or be None")
+    self.validate_recipe()
+    for field, purpose in (("calibration_batches", "the median of d is set to"), ("stopping_warmup", "d is held at")):
+      value = getattr(self, field)
+      if value < 0:
+        raise InputError(f"method.{field}: {value} must not be negative; 0 is off")
+      if value and self.dont_know_prior is None:
+        raise InputError(f"method.{field}: {value} needs method.dont_know_prior, which {purpose}; it is None")
+    self._validate_weights()
+
+  def validate_recipe(self) -> None:
+    """Raises InputError for options of how many slots tokens get in training; methods that have such override it."""
+
+  def fewest_slots_reached(self) -> int:
+    """The number of slots within which `gamma` needs weight, so that every token can be answered.
+
+    omega is summed over, so one number of slots at which an answer has weight suffices.
+    """
+    granted = self.omega or (0.0,) * self.pauses + (1.0,)
+    return 1 + max(i for i, weight in enumerate(granted) if weight > 0)
+
+  def _validate_weights(self) -> None:
+    try:
+      normalize(self.omega, self.num_slots, name="omega")
+      if self.rho is not None:
+        normalize(self.rho, self.num_slots, name="rho", positive=self.loss == "va")
+      if self.gamma is not None:
+        losses.cyb(_no_scores(self.num_slots), gamma=self.gamma)
+    except ValueError as error:
+      raise InputError(f"method.{error} (W = pauses + 1 = {self.num_slots})") from None
+    if self.gamma is not None:
+      slots = self.fewest_slots_reached()
+      if not any(self.gamma[:slots]):
+        raise InputError(
+          f"method.gamma: {self.gamma} is zero at every slot of a token that is given {slots}; one of the first"
+          f" {slots} needs weight"
+        )
+
+
+class StoppingTime:
+  """CYB-AP, CYB-VA and CYB-DP, chosen by `loss`."""
+
+  def __init__(self, backbone: Backbone, options: StoppingOptions):
+    self.backbone, self.options = backbone, options
+    self.num_slots = options.num_slots
+    self.slots_trained = self.slots_decoded = self.num_slots
+
+  def init(self, rng: Array) -> Params:
+    config = self.backbone.decoder_config
+    if self.options.dont_know == "token":
+      # It starts as the output rows of tokens do.
+      (row,) = unembedding_init(config)(rng, (1, config.d_model), jnp.float32)
+      params = {"dont_know": boxed_row(row)}
+    else:
+      # A unit starts from its prior alone: its row is zero, and its bias counts from the prior's shift.
+      params = {"dont_know": boxed_row(jnp.zeros(config.d_model)), "dont_know_bias": boxed(jnp.zeros(()))}
+    if self.options.calibration_batches:
+      params["dont_know_offset"] = boxed(jnp.zeros(()))
+    return params
+
+  def dont_know(self, params: Params) -> DontKnow:
+    """The output row of `<don't know>` with everything that is added to its logit."""
+    bias = params.get("dont_know_bias", 0.0)
+    if "dont_know_offset" in params:
+      bias = bias + jax.lax.stop_gradient(params["dont_know_offset"])
+    options = self.options
+    return DontKnow(params["dont_know"], bias, form=options.dont_know, prior=options.dont_know_prior)
+
+  def scores(self, params: Params, hidden: Float[Array, "... W D"], targets: Int[Array, "..."]) -> SlotScores:
+    """f32[..., W] each, raw."""
+    return self.backbone.slot_scores(params, hidden, targets, dont_know=self.dont_know(params))
+
+  def token_loss(self, scores: SlotScores) -> Float[Array, "..."]:
+    """The configured loss of tokens that have all W slots."""
+    options = self.options
+    if options.loss == "va":
+      return losses.cyb_va(scores, options.rho)
+    if options.loss == "dp":
+      return losses.cyb_dp(scores, options.rho, options.alpha)
+    return losses.cyb(scores, options.omega, options.gamma)
+
+  def loss(
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
+  ) -> TokenLosses:
+    output = self.as_trained(self.warmed_up(self.scores(params, hidden, targets), step))
+    return TokenLosses(
+      loss=output.loss,
+      log_likelihood=-losses.cyb(output.scores, self.options.omega),
+      stopping=jnp.exp(output.log_stopping),
+    )
+
+  def evaluate(
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], omega: Any = None
+  ) -> EvalOutput:
+    scores = self.scores(params, hidden, targets)
+    return EvalOutput(
+      loss=self.token_loss(scores),
+      scores=scores,
+      log_stopping=log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega),
+    )
+
+  def as_trained(self, scores: SlotScores, lengths: Int[Array, "B T"] | None = None) -> EvalOutput:
+    """The scores in the training context; `lengths`: the number of slots that each token has, None: W."""
+    omega = self.options.omega
+    if lengths is None:
+      loss = self.token_loss(scores)
+    else:
+      # d = 0 on the last slot that a token was given: a step budget of exactly so many slots.
+      omega = jax.nn.one_hot(lengths - 1, self.num_slots, dtype=scores.log_target.dtype)
+      loss = losses.cyb(scores, omega, self.options.gamma)
+    log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
+    return EvalOutput(loss=loss, scores=scores, log_stopping=log_stopping)
+
+  def warmed_up(self, scores: SlotScores, step: Any) -> SlotScores:
+    """The scores, with d held at its prior during the first `stopping_warmup` steps."""
+    if not self.options.stopping_warmup or step is None:
+      return scores
+    prior = self.options.dont_know_prior
+    held = step < self.options.stopping_warmup
+    return SlotScores(
+      log_target=scores.log_target,
+      log_dont_know=jnp.where(held, math.log(prior), scores.log_dont_know),
+      log_answer=jnp.where(held, math.log1p(-prior), scores.log_answer),
+    )
+
+  def decisions(self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"]) -> SlotScores:
+    """Scores with the model's d and a; the last slot, at which a token answers whatever d is, is not read."""
+    scores = self.scores(params, hidden[..., :-1, :], targets)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 1))), scores)
+
+  def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
+    del slot
+    return self.backbone.token_scores(params, hidden, self.dont_know(params))
+
+
+def _no_scores(num_slots: int) -> SlotScores:
+  zeros = jnp.zeros(num_slots)
+  return SlotScores(zeros, zeros - 1.0, zeros - 1.0)

@@ -1,0 +1,143 @@
+"""Slots by loops: all layers are run again on their own output, and the state after each loop is a slot.
+
+The layers with all their parameters are run W times; the final norm comes after a loop only where its state is read.
+Universal Transformers: Dehghani et al. 2019, https://arxiv.org/abs/1807.03819; Saunshi et al. 2025,
+https://arxiv.org/abs/2502.17416. There are no parameters next to the decoder's.
+
+Every loop has keys and values of its own: the cache holds W L layers, those of the first loop first.
+
+Dimensions: B batch, T tokens, W loops, S slots of a row, Q slots that run together, C places in the cache, D model,
+L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cyb_jax.costs import flops
+from cyb_jax.decoder import Cache, DecoderConfig
+from cyb_jax.methods.backbone import Backbone, segment_mask
+from cyb_jax.methods.interface import Batch, Params
+from cyb_jax.methods.slot_models.plain import Plain
+
+
+class Loops(Plain):
+  """The layers W times, of which the state after the last loop is read: one slot a token.
+
+  Args:
+    backbone: see there.
+    loops: W.
+  """
+
+  is_exportable = False
+
+  def __init__(self, backbone: Backbone, loops: int):
+    super().__init__(backbone)
+    self.loops = loops
+    self.layer_passes = float(loops)
+
+  @property
+  def cache_config(self) -> DecoderConfig:
+    config = self.backbone.decoder_config
+    return dataclasses.replace(config, num_layers=self.loops * config.num_layers)
+
+  def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T 1 D"]:
+    return self._states(params, *self._inputs(params, batch))[-1][:, :, None]
+
+  def hidden_slots(
+    self,
+    params: Params,
+    *,
+    tokens: Int[Array, "B S"],
+    slots: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    mask: Bool[Array, "B 1 S S"] | Any,
+  ) -> Float[Array, "B S D"]:
+    del slots
+    return self._states(params, self.backbone.embed(params, tokens), positions, mask)[-1]
+
+  def _inputs(self, params: Params, batch: Batch) -> tuple[Array, Array, Any]:
+    tokens = batch["tokens"]
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return self.backbone.embed(params, tokens), positions, segment_mask(batch.get("segment_ids"))
+
+  def _states(
+    self, params: Params, inputs: Array, positions: Array, mask: Any, *, every: bool = False
+  ) -> list[Float[Array, "B S D"]]:
+    """The states after the last loop, or after every loop."""
+    hidden, states = inputs, []
+    for loop in range(self.loops):
+      hidden, _ = self.backbone.apply(params, hidden, positions, mask=mask, method="run_layers")
+      if every or loop == self.loops - 1:
+        states.append(self.backbone.apply(params, hidden, method="finish"))
+    return states
+
+  def extend(
+    self,
+    params: Params,
+    *,
+    tokens: Int[Array, "B Q"],
+    slots: Int[Array, "B Q"],
+    positions: Int[Array, "B Q"],
+    cache: Cache,
+    start: Int[Array, "B"] | None,
+    first: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B Q D"], Cache]:
+    del slots
+    inputs = self.backbone.embed(params, tokens)
+    states, cache = self._extend(params, inputs, positions, cache, start, first)
+    return self.backbone.apply(params, states[-1], method="finish"), cache
+
+  def _extend(
+    self, params: Params, inputs: Array, positions: Array, cache: Cache, start: Array | None, first: Array | None
+  ) -> tuple[list[Float[Array, "B Q D"]], Cache]:
+    """All loops over new tokens; the residual stream after each of them, before the final norm."""
+    layers = self.backbone.decoder_config.num_layers
+    hidden, states, parts = inputs, [], []
+    for loop in range(self.loops):
+      of_loop = slice(loop * layers, (loop + 1) * layers)
+      part = Cache(cache.keys[of_loop], cache.values[of_loop])
+      hidden, part = self.backbone.apply(params, hidden, positions, part, start, first=first, method="extend_layers")
+      states.append(hidden)
+      parts.append(part)
+    return states, self._joined(parts)
+
+  def _joined(self, parts: list[Cache]) -> Cache:
+    if self.backbone.decoder_config.scan_layers:
+      return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    return Cache(*(tuple(x for part in parts for x in getattr(part, name)) for name in ("keys", "values")))
+
+  def train_slots(self, sequence_length: int) -> float:
+    return sequence_length * self.loops
+
+  def forward_slots(self, sequence_length: int) -> float:
+    return sequence_length * self.loops
+
+  def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    return flops.train_pass_cost(
+      self.backbone.decoder_config,
+      slots=1,
+      keys=flops.causal_keys(sequence_length, executed),
+      slots_read=slots_read,
+      layers=self.loops * self.backbone.decoder_config.num_layers,
+      executed=executed,
+      frozen=self.backbone.is_frozen,
+    )
+
+  def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    return self._loop_cost(flops.causal_keys(sequence_length, executed), self.loops, slots_read)
+
+  def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
+    if slots is None or self.num_slots == 1:
+      return super().inference_cost(sequence_length, slots_read=slots_read, slots=slots)
+    return self._loop_cost(flops.causal_keys(sequence_length), slots, slots)
+
+  def _loop_cost(self, keys: float, loops: float, slots_read: float) -> flops.Cost:
+    config = self.backbone.decoder_config
+    once = flops.pass_cost(config, slots=1, keys=keys)
+    return once.times(loops) + flops.pass_cost(config, slots=0, keys=0, slots_read=slots_read)

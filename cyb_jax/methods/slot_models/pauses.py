@@ -1,0 +1,166 @@
+"""Slots by pauses: after every token come K pauses, whose inputs are learned rows; one decoder pass runs all of them.
+
+Parameters: with K > 0 `pause_input` f32[K, D], whose row k - 1 is `<pause_k>` (f32[1, D] where all pauses share one);
+and where offsets are learned `pause_offset` f32[K, D]. Method of arXiv 2510.13879.
+
+Dimensions: B batch, T tokens, W slots, K pauses, S slots of a row (T*W flattened, or as many as they are packed into),
+Q slots that run together, D model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cyb_jax.decoder import HiddenSlots, SegmentMask, embedding_init
+from cyb_jax.methods.backbone import Backbone, boxed_row
+from cyb_jax.methods.interface import Batch, Params
+from cyb_jax.methods.options import MethodConfig, one_of
+from cyb_jax.methods.slot_models.plain import Plain
+from cyb_jax.pauses import Packing, attention_mask, slot_positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PauseOptions(MethodConfig):
+  """The options of pauses.
+
+  Attributes:
+    pauses: K, pauses after every token.
+    pause_input: 'pause': the input of a pause is its own row (the paper); 'token+pause': its row plus the embedding of
+      its token.
+    pause_visibility: 'visible', or 'hidden': a pause is seen by later slots of its own token alone; see
+      `cyb_jax.pauses`.
+    pause_offset: whether a learned offset per pause index is added before the query and key projections.
+    pause_shared: whether all pauses share one row (the form of earlier work).
+    pause_positions: 'token': a pause has the position of its token; 'shifting': a position of its own (the form of
+      earlier work).
+  """
+
+  pauses: int = 3
+  pause_input: str = "pause"
+  pause_visibility: str = "visible"
+  pause_offset: bool = False
+  pause_shared: bool = False
+  pause_positions: str = "token"
+
+  def validate(self) -> None:
+    super().validate()
+    one_of("pause_input", self.pause_input, ("pause", "token+pause"))
+    one_of("pause_visibility", self.pause_visibility, ("visible", "hidden"))
+    one_of("pause_positions", self.pause_positions, ("token", "shifting"))
+
+
+class Pauses(Plain):
+  """K pauses after every token.
+
+  Args:
+    backbone: see there.
+    options: validated.
+    num_slots: W, slots that are read of a token; None: K + 1.
+  """
+
+  def __init__(self, backbone: Backbone, options: PauseOptions, num_slots: int | None = None):
+    super().__init__(backbone, options.pauses + 1 if num_slots is None else num_slots)
+    self.options = options
+    self.num_pauses = options.pauses
+    self.hides_pauses = options.pause_visibility == "hidden" and self.num_slots > 1
+    self.shifts_positions = options.pause_positions == "shifting"
+
+  def init(self, rng: Array) -> Params:
+    params = {}
+    if self.num_pauses:
+      # Pauses start as the rows of tokens do.
+      config = self.backbone.decoder_config
+      shape = (self.num_pauses, config.d_model)
+      rows = (1, shape[1]) if self.options.pause_shared else shape
+      params["pause_input"] = boxed_row(embedding_init(config)(rng, rows, jnp.float32))
+      if self.options.pause_offset:
+        # Zero: at the start an offset changes nothing.
+        params["pause_offset"] = boxed_row(jnp.zeros(shape))
+    return params
+
+  def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
+    tokens = batch["tokens"]
+    batch_size, length = tokens.shape
+    inputs, offset = self._inputs(params, tokens)
+    positions = slot_positions(1, length, self.num_slots).reshape(1, -1)
+    if self.shifts_positions:
+      positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
+    segment_ids = batch.get("segment_ids")
+    # A structured mask where there is one; it avoids materialising the [S, S] mask, which no kernel takes.
+    if self.hides_pauses and self.backbone.decoder_config.attention != "cudnn":
+      mask = HiddenSlots(self.num_slots, segment_ids)
+    elif segment_ids is not None and not self.hides_pauses:
+      mask = SegmentMask(jnp.repeat(segment_ids, self.num_slots, 1))
+    else:
+      mask = attention_mask(length, self.num_slots, visibility=self.options.pause_visibility, segment_ids=segment_ids)
+    outputs = self.backbone.apply(
+      params,
+      inputs,
+      positions,
+      mask=mask,
+      query_key_offset=None if offset is None else jnp.tile(offset, (length, 1)),
+    )
+    return outputs.reshape(batch_size, length, self.num_slots, -1)
+
+  def hidden_packed(self, params: Params, batch: Batch, packing: Packing) -> Float[Array, "B S D"]:
+    """The states of the slots that tokens were given, in one decoder pass over packed rows."""
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    inputs, offset = self._inputs(params, tokens)
+    source = packing.token * self.num_slots + packing.slot
+    positions = packing.token
+    if self.shifts_positions:
+      positions = jnp.arange(source.shape[-1], dtype=jnp.int32)[None]
+    if segment_ids is not None and not self.hides_pauses:
+      mask = SegmentMask(jnp.take_along_axis(segment_ids, packing.token, 1))
+    else:
+      mask = attention_mask(
+        tokens.shape[1],
+        self.num_slots,
+        visibility=self.options.pause_visibility,
+        segment_ids=segment_ids,
+        packing=packing,
+      )
+    return self.backbone.apply(
+      params,
+      jnp.take_along_axis(inputs, source[..., None], 1),
+      positions,
+      mask=mask,
+      query_key_offset=None if offset is None else offset[packing.slot],
+    )
+
+  def slot_inputs(
+    self, params: Params, tokens: Int[Array, "B Q"], slots: Int[Array, "B Q"]
+  ) -> tuple[Float[Array, "B Q D"], Float[Array, "B Q D"] | None]:
+    inputs = self.backbone.embed(params, tokens)
+    offset = None
+    if self.num_pauses:
+      pause = jnp.maximum(slots - 1, 0)
+      row = jnp.minimum(pause, len(params["pause_input"]) - 1)  # one row for all pauses, where it is shared
+      pauses = self.backbone.apply(params, params["pause_input"][row], method="scale_inputs")
+      if self.options.pause_input == "token+pause":
+        pauses = pauses + inputs
+      is_pause = (slots > 0)[..., None]
+      inputs = jnp.where(is_pause, pauses, inputs)
+      if self.options.pause_offset:
+        offset = jnp.where(is_pause, params["pause_offset"][pause], 0.0)
+    return inputs, offset
+
+  def _inputs(
+    self, params: Params, tokens: Int[Array, "B T"]
+  ) -> tuple[Float[Array, "B T*W D"], Float[Array, "W D"] | None]:
+    """The inputs of all slots; and the learned offsets of queries and keys by slot, or None."""
+    batch_size, length = tokens.shape
+    inputs = self.backbone.embed(params, tokens)[:, :, None]
+    offset = None
+    if self.num_slots > 1:
+      rows = self.backbone.apply(params, params["pause_input"], method="scale_inputs")
+      pauses = jnp.broadcast_to(rows, (batch_size, length, self.num_pauses, rows.shape[-1]))
+      if self.options.pause_input == "token+pause":
+        pauses = pauses + inputs
+      inputs = jnp.concatenate([inputs, pauses], axis=2)
+      if self.options.pause_offset:
+        offset = jnp.pad(params["pause_offset"], ((1, 0), (0, 0)))  # a token's first slot has none
+    return inputs.reshape(batch_size, length * self.num_slots, -1), offset

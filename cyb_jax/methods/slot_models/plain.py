@@ -1,0 +1,135 @@
+"""One slot a token: a plain language model.
+
+Dimensions: B batch, T tokens, S slots of a row, Q slots that run together, D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from cyb_jax.costs import flops
+from cyb_jax.decoder import Cache, DecoderConfig, empty_cache
+from cyb_jax.methods.backbone import Backbone, segment_mask
+from cyb_jax.methods.interface import Batch, Params
+
+
+class Plain:
+  """One pass over the tokens. Slot models that run on a cache start from it.
+
+  Attributes:
+    hides_pauses, shifts_positions, keeps_all_pauses, layer_passes: see `interface.Decoding`.
+  """
+
+  is_exportable = True
+  hides_pauses = False
+  shifts_positions = False
+  keeps_all_pauses = True
+  layer_passes = 1.0
+
+  def __init__(self, backbone: Backbone, num_slots: int = 1):
+    self.backbone = backbone
+    self.num_slots = num_slots
+
+  @property
+  def cache_config(self) -> DecoderConfig:
+    return self.backbone.decoder_config
+
+  def init(self, rng: Array) -> Params:
+    del rng
+    return {}
+
+  def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
+    tokens = batch["tokens"]
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    inputs = self.backbone.embed(params, tokens)
+    outputs = self.backbone.apply(params, inputs, positions, mask=segment_mask(batch.get("segment_ids")))
+    return outputs[:, :, None]
+
+  def empty_cache(self, rows: int, capacity: int) -> PyTree:
+    return empty_cache(self.cache_config, rows, capacity)
+
+  def slot_inputs(
+    self, params: Params, tokens: Int[Array, "B Q"], slots: Int[Array, "B Q"]
+  ) -> tuple[Float[Array, "B Q D"], Float[Array, "B Q D"] | None]:
+    """The inputs of slots in any order, [B, Q, D]; and the learned offsets of their queries and keys, or None."""
+    del slots
+    return self.backbone.embed(params, tokens), None
+
+  def slot_positions(self, positions: Int[Array, "B Q"], slots: Int[Array, "B Q"]) -> Array:
+    """The positions of slots for the rotary embeddings, from those of their tokens."""
+    del slots
+    return positions
+
+  def extend(
+    self,
+    params: Params,
+    *,
+    tokens: Int[Array, "B Q"],
+    slots: Int[Array, "B Q"],
+    positions: Int[Array, "B Q"],
+    cache: Cache,
+    start: Int[Array, "B"] | None,
+    first: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B Q D"], Cache]:
+    inputs, offset = self.slot_inputs(params, tokens, slots)
+    positions = self.slot_positions(positions, slots)
+    return self.backbone.apply(
+      params, inputs, positions, cache, start, first=first, query_key_offset=offset, method="extend"
+    )
+
+  def hidden_slots(
+    self,
+    params: Params,
+    *,
+    tokens: Int[Array, "B S"],
+    slots: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    mask: Bool[Array, "B 1 S S"] | Any,
+  ) -> Float[Array, "B S D"]:
+    inputs, offset = self.slot_inputs(params, tokens, slots)
+    positions = self.slot_positions(positions, slots)
+    return self.backbone.apply(params, inputs, positions, mask=mask, query_key_offset=offset)
+
+  def train_slots(self, sequence_length: int) -> float:
+    return sequence_length * self.num_slots
+
+  def forward_slots(self, sequence_length: int) -> float:
+    return sequence_length * self.num_slots
+
+  def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    return flops.train_cost(
+      self.backbone.decoder_config,
+      tokens=sequence_length,
+      slots=self.num_slots,
+      slots_read=slots_read,
+      hidden=self.hides_pauses,
+      executed=executed,
+      frozen=self.backbone.is_frozen,
+    )
+
+  def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    return flops.forward_cost(
+      self.backbone.decoder_config,
+      tokens=sequence_length,
+      slots=self.num_slots,
+      slots_read=slots_read,
+      hidden=self.hides_pauses,
+      executed=executed,
+    )
+
+  def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
+    if slots is None:
+      return self.forward_cost(sequence_length, slots_read=slots_read, executed=False)
+    # When slots run one at a time each of them is read, to know whether the next one is wanted.
+    return flops.forward_cost(
+      self.backbone.decoder_config, tokens=sequence_length, slots=slots, slots_read=slots, hidden=self.hides_pauses
+    )
+
+
+def one_hot_slots(lengths: Int[Array, "..."], num_slots: int, dtype: Any) -> Float[Array, "... W"]:
+  """omega of tokens that were given `lengths` slots each: all of it on the last of them."""
+  return jax.nn.one_hot(lengths - 1, num_slots, dtype=dtype)

@@ -1,0 +1,269 @@
+"""cyb_looped: the stopping-time losses over loops of the layers, against float64; decoding with and without exits."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from float64_decoder import Float64Decoder
+from models import TINY, VOCABULARY, build, random_batch
+
+from cyb_jax import methods
+from cyb_jax.errors import InputError
+from cyb_jax.generation import Sampler, SamplingOptions
+from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, configure
+from cyb_jax.stopping import hard_slot
+
+LOSSES = {
+  "ap": {},
+  "ap omega gamma": {"omega": (1.0, 0.0, 3.0), "gamma": (1.0, 0.9, 0.5)},
+  "va": {"loss": "va", "rho": (3.0, 1.0, 1.0)},
+  "dp": {"loss": "dp", "rho": (1.0, 0.0, 2.0), "alpha": 0.3},
+}
+
+
+def states_of(decoder, tokens, loops, seen=None):
+  """f64[W, T, D]: the state after each loop."""
+  x, states = decoder.embed(tokens), []
+  for _ in range(loops):
+    x = decoder.layers(x, seen)
+    states.append(decoder.finish(x))
+  return np.array(states)
+
+
+def scores_of(decoder, states, dont_know_prior=0.9):
+  """(probabilities of the vocabulary given an answer, d), f64[..., V] and f64[...]."""
+  unembedding = decoder.decoder["embedding"][: decoder.vocab_size]
+  logits, row = states @ unembedding.T, states @ decoder.params["dont_know"]
+  shift = math.log(dont_know_prior * decoder.vocab_size / (1 - dont_know_prior))
+  total = np.log(np.exp(logits).sum(-1))
+  return decoder.probabilities(states), 1 / (1 + np.exp(total - row - shift))
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=pytest.mark.slow) if "omega" in name else name for name in LOSSES]
+)
+def test_losses_against_float64(name, exact):
+  options = LOSSES[name]
+  method, params = build(name="cyb_looped", pauses=2, **options)
+  batch = random_batch(1, 2, 5)
+  found = method.loss(params, batch, jax.random.key(0))
+  decoder = Float64Decoder(method, params)
+  for row in range(2):
+    words, d = scores_of(decoder, states_of(decoder, batch["tokens"][row], 3))
+    for token, target in enumerate(batch["targets"][row]):
+      t, d_of, a_of = words[:, token, target], d[:, token], 1 - d[:, token]
+      if options.get("loss") == "va":
+        expected = reference.cyb_va(t, d_of, a_of, options["rho"])
+      elif options.get("loss") == "dp":
+        expected = reference.cyb_dp(t, d_of, a_of, options["rho"], options["alpha"])
+      else:
+        expected = reference.cyb(t, d_of, a_of, options.get("omega"), options.get("gamma"))
+      assert found.loss[row, token] == pytest.approx(expected, rel=1e-4)
+      np.testing.assert_allclose(
+        found.stopping[row, token], reference.stopping(d_of, a_of, options.get("omega")), rtol=2e-4
+      )
+
+
+def test_gradient_against_finite_differences(exact):
+  method, params = build(name="cyb_looped", pauses=1)
+  batch = random_batch(2, 1, 4)
+
+  def loss(params):
+    return method.loss(params, batch, jax.random.key(0)).loss.sum()
+
+  gradient = jax.grad(loss)(params)
+
+  def expected(delta):
+    moved = params | {
+      "decoder": {
+        **params["decoder"],
+        "layers_0": jax.tree.map(lambda x: np.asarray(x, np.float64), params["decoder"]["layers_0"]),
+      }
+    }
+    kernel = moved["decoder"]["layers_0"]["mlp"]["down"]["kernel"].copy()
+    kernel[1, 2] += delta
+    moved["decoder"]["layers_0"]["mlp"]["down"]["kernel"] = kernel
+    decoder = Float64Decoder(method, moved)
+    words, d = scores_of(decoder, states_of(decoder, batch["tokens"][0], 2))
+    of = range(4)
+    return sum(reference.cyb(words[:, i, batch["targets"][0, i]], d[:, i], 1 - d[:, i]) for i in of)
+
+  numeric = (expected(1e-4) - expected(-1e-4)) / 2e-4
+  assert gradient["decoder"]["layers_0"]["mlp"]["down"]["kernel"][1, 2] == pytest.approx(numeric, rel=1e-3, abs=1e-5)
+  # d is trained through its own row.
+  assert np.abs(gradient["dont_know"]).max() > 1e-4
+
+
+def test_without_waiting_it_is_a_plain_model_and_with_it_looped(exact):
+  """d = 0 everywhere reads the first loop, d = 1 the last one."""
+  method, params = build(name="cyb_looped", pauses=2, dont_know_prior=None)
+  plain, _ = build(name="baseline")
+  looped, _ = build(name="looped", pauses=2)
+  batch = random_batch(3)
+  output = method.evaluate(params, batch)
+  np.testing.assert_allclose(-output.scores.log_target[..., 0], plain.evaluate(params, batch).loss, rtol=1e-5)
+  np.testing.assert_allclose(-output.scores.log_target[..., -1], looped.evaluate(params, batch).loss, rtol=1e-5)
+  mixed = jax.nn.logsumexp(output.log_stopping + output.scores.log_target, -1)
+  np.testing.assert_allclose(output.log_likelihood, mixed, rtol=1e-6)
+
+
+def decode(method, params, tokens, slots_of):
+  """Each row's tokens on a cache, token t with `slots_of[t]` loops run one after the other; [B, T, W, D], nan where not
+  run.
+  """
+  rows, length = tokens.shape
+  cache = method.empty_cache(rows, length + 1)
+  extend = jax.jit(
+    lambda tokens, slots, positions, cache, start: method.extend(
+      params, tokens=tokens, slots=slots, positions=positions, cache=cache, start=start
+    )
+  )
+  states = np.full((rows, length, method.num_slots, TINY.d_model), np.nan)
+  for token in range(length):
+    at = jnp.full((rows,), token)
+    for slot in range(slots_of[token]):
+      one = jnp.full((rows, 1), slot)
+      hidden, cache = extend(tokens[:, token : token + 1], one, at[:, None], cache, at + slot)
+      states[:, token, slot] = hidden[:, 0]
+  return states
+
+
+@pytest.mark.parametrize("scan_layers", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_decoding_with_all_loops_is_the_training_forward(scan_layers, exact):
+  method, params = build(dataclasses.replace(TINY, scan_layers=scan_layers), name="cyb_looped", pauses=2)
+  batch = random_batch(4, 2, 5)
+  hidden = method.hidden(params, batch)
+  np.testing.assert_allclose(decode(method, params, batch["tokens"], [3] * 5), hidden, rtol=1e-4, atol=1e-5)
+  # All loops of a token in one call, after a prompt that is run at once.
+  cache = method.empty_cache(2, 8)
+  tokens, order = batch["tokens"], np.broadcast_to(np.arange(3), (2, 3))
+  _, cache = method.extend(
+    params, tokens=tokens[:, :4], slots=np.zeros((2, 4), int), positions=np.broadcast_to(np.arange(4), (2, 4)),
+    cache=cache, start=None,
+  )  # fmt: skip
+  last, _ = method.extend(
+    params, tokens=np.repeat(tokens[:, 4:5], 3, 1), slots=order, positions=np.full((2, 3), 4), cache=cache,
+    start=jnp.array([4, 4]),
+  )  # fmt: skip
+  np.testing.assert_allclose(last, hidden[:, 4], rtol=1e-4, atol=1e-5)
+
+
+def test_loops_that_were_not_run_are_filled_from_the_last_one_that_was(exact):
+  """Against float64, layer by layer: the keys and values of an early exit serve its later loops too."""
+  method, params = build(name="cyb_looped", pauses=2)
+  tokens, slots_of = random_batch(5, 1, 5)["tokens"], [2, 1, 3, 1, 3]
+  found = decode(method, params, tokens, slots_of)
+  decoder, loops = Float64Decoder(method, params), method.num_slots
+  x = decoder.embed(tokens[0])
+  cached = {}
+  for loop in range(loops):
+    for number in range(TINY.num_layers):
+      keys, values = decoder.keys_and_values(x, number)
+      if loop:
+        ran = np.array(slots_of)[:, None, None] > loop
+        keys, values = (np.where(ran, new, old) for new, old in zip((keys, values), cached[number]))
+      cached[number] = keys, values
+      x = decoder.layer(x, number, np.tril(np.ones((5, 5), bool)), keys, values)
+    for token, count in enumerate(slots_of):
+      if loop < count:
+        np.testing.assert_allclose(found[0, token, loop], decoder.finish(x)[token], rtol=1e-4, atol=1e-5)
+  # The difference is there, and it is what later tokens see: the states of a forward without exits are others.
+  whole = np.asarray(method.hidden(params, {"tokens": tokens}))
+  np.testing.assert_allclose(found[0, 0, :2], whole[0, 0, :2], rtol=1e-4, atol=1e-5)
+  assert np.abs(found[0, 4, 2] - whole[0, 4, 2]).max() > 1e-3
+
+
+def test_fill_cache_is_an_early_exit():
+  method, params = build(name="cyb_looped", pauses=2)
+  tokens = random_batch(6, 2, 1)["tokens"]
+
+  def extended(count):
+    slots = np.broadcast_to(np.arange(count), (2, count))
+    _, cache = method.extend(
+      params, tokens=np.repeat(tokens, count, 1), slots=slots, positions=np.zeros((2, count), int),
+      cache=method.empty_cache(2, 2), start=jnp.zeros(2, int),
+    )  # fmt: skip
+    return cache.slots
+
+  three = method.extend(
+    params, tokens=np.repeat(tokens, 3, 1), slots=np.broadcast_to(np.arange(3), (2, 3)),
+    positions=np.zeros((2, 3), int), cache=method.empty_cache(2, 2), start=jnp.zeros(2, int),
+  )[1]  # fmt: skip
+  filled = method.fill_cache(three, cache_index=jnp.zeros(2, int), slots=jnp.array([2, 2]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), filled.slots, extended(2))
+
+
+def test_states_of_slots_in_any_order(exact):
+  """As requests are scored: a context of one slot a token, then tokens with all of theirs."""
+  method, params = build(name="cyb_looped", pauses=1)
+  tokens = random_batch(7, 1, 4)["tokens"]
+  slots = np.array([[0, 0, 0, 1, 0, 1]])
+  token = np.array([[0, 1, 2, 2, 3, 3]])
+  order = np.arange(6)
+  seen = (order[:, None] >= order) & ((slots[0] == 0) | (token[0][:, None] == token[0]))
+  found = method.hidden_slots(
+    params, tokens=tokens[:, token[0]], slots=slots, positions=token, mask=jnp.asarray(seen)[None, None]
+  )
+  hidden = method.hidden(params, {"tokens": tokens})
+  np.testing.assert_allclose(found[0], hidden[0, token[0], slots[0]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["constant", "self_paced"])
+def test_text_by_the_sampler(mode, exact):
+  """Greedy text against tokens that are decoded by hand, each at its own loop."""
+  method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
+  options = SamplingOptions(mode=mode, read="threshold", temperature=0.0)
+  said = Sampler(method, options).generate(params, [[3, 4, 5], [7]], max_new_tokens=4)
+  for prompt, tokens, pauses in zip([[3, 4, 5], [7]], said.tokens, said.pauses):
+    text, slots_of = list(prompt), [3] * (len(prompt) - 1)
+    for token, paused in zip(tokens, pauses):
+      run = 3 if mode == "constant" else paused + 1
+      states = decode(method, params, np.array([text]), [*slots_of, run])[0, -1]
+      scores = method.token_scores(params, jnp.asarray(states[:run], jnp.float32), jnp.arange(run))
+      slot = int(hard_slot(jnp.pad(scores.log_dont_know, (0, 3 - run)), 0.5)) if mode == "constant" else paused
+      assert slot == paused
+      assert int(scores.log_probs[slot].argmax()) == token
+      if mode == "self_paced":
+        assert (np.asarray(scores.log_dont_know[:paused]) > math.log(0.5)).all()
+        assert paused == 2 or scores.log_dont_know[paused] <= math.log(0.5)
+      text.append(token)
+      slots_of.append(run)
+
+
+def test_abilities_and_refusals():
+  method, _ = build(name="cyb_looped", pauses=1)
+  for ability in (CachedDecoding, Calibrated, EarlyExit):
+    assert isinstance(method, ability)
+  assert not isinstance(method, Exportable)
+  with pytest.raises(InputError, match=r"method.pauses: 0, but method 'cyb_looped' needs at least 1"):
+    configure("cyb_looped", pauses=0)
+  with pytest.raises(InputError, match=r"method.pause_input: unknown field"):
+    configure("cyb_looped", pause_input="pause")
+
+
+def test_calibration_sets_the_median():
+  method = methods.build(configure("cyb_looped", pauses=1, calibration_batches=1), TINY, vocab_size=VOCABULARY)
+  params = nn.unbox(method.init(jax.random.key(0)))
+  batch = random_batch(8)
+  calibrated = method.calibrate(params, [batch])
+  median, tokens = method.median_dont_know(calibrated, [batch])
+  assert (tokens, median) == (24, pytest.approx(math.log(9), abs=1e-4))
+
+
+def test_cost_by_hand():
+  """D = 16, two layers, 2 heads of 8 on one pair of key and value, F = 24: per layer 2 D N H + 2 D G H + 3 D F."""
+  method, _ = build(name="cyb_looped", pauses=2)
+  layer, readout = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24), 2 * 16 * 32
+  attention = 4 * 16 * (8 + 1) / 2
+  costs = method.costs(8)
+  assert costs.forward.total == 3 * 2 * (layer + attention) + 3 * readout
+  assert costs.train.total == 3 * costs.forward.total
+  assert costs.inference.total == costs.forward.total
+  half = method.costs(8, slots=1.5).inference
+  assert half.total == 1.5 * 2 * (layer + attention) + 1.5 * readout
+  assert (costs.train_slots, costs.forward_slots, costs.evaluation_passes) == (24, 24, 1)
