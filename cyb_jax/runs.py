@@ -52,7 +52,7 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
   Raises:
     InputError: no run, no such checkpoint, or a damaged one. A damaged newest one is passed over with a warning.
   """
-  config = configs.freeze(read_config(workdir))
+  config = configs.freeze(configs.migrated(read_config(workdir)))
   with storage.starting(workdir):
     if not storage.names(storage.place(workdir) / "checkpoints"):
       raise InputError(f"checkpoints: {workdir} holds no finished checkpoint")

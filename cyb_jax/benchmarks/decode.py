@@ -99,8 +99,9 @@ def _batch_sizes() -> list[int]:
 def _modes(method: Any) -> tuple[str, ...]:
   """The modes that differ. Methods without pauses, or whose thoughts all run one after the other, have only one."""
   from cyb_jax.generation import default_mode
+  from cyb_jax.generation.abilities import is_recurrent
 
-  one = method.num_slots == 1 or method.feeds_back
+  one = method.num_slots == 1 or is_recurrent(method)
   return (default_mode(method),) if one else ("self_paced", "constant", "none")
 
 

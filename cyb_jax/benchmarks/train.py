@@ -283,8 +283,8 @@ class _Contender:
     config, method, device = self.config, self.method, self._mesh.devices.flat[0]
     peak = peak or peak_flops(device)
     length = config.data.sequence_length
-    slots_per_token = method.train_slots(length) / length
-    flops = method.train_flops(length)
+    costs = method.costs(length)
+    slots_per_token, flops = costs.train_slots / length, costs.train.total
     lower, median, upper = timing.quartiles([x for block in blocks for x in block.seconds])
     rate = self.tokens / median
     return {
@@ -299,7 +299,7 @@ class _Contender:
       "batch_size": config.data.batch_size,
       "slots_per_token": slots_per_token,
       "model_flops_per_token": flops,
-      "executed_flops_per_token": method.train_flops(length, executed=True),
+      "executed_flops_per_token": costs.train_executed.total,
       "peak_tflops": peak / 1e12 if peak else None,
       "state_bytes": bytes_per_device((state.params, state.opt_state)),
       "program_memory_bytes": memory.peak if memory else None,

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from cyb_jax.compilation import steps
 
   chosen = list(args.steps)
-  if not args["steps"].present and not _decodes(source.method.name):
+  if not args["steps"].present and not _decodes(source):
     chosen.remove("decode")
   result = steps.compile_steps(
     source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
@@ -63,12 +64,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   return result
 
 
-def _decodes(name: str) -> bool:
-  """Whether the method of this name generates text with a cache; an unknown name is reported later."""
-  from cyb_jax.methods import METHODS
+def _decodes(source: ml_collections.ConfigDict) -> bool:
+  """Whether the config's method generates text with a cache."""
+  from cyb_jax.methods import Decoding
+  from cyb_jax.studies.resolution import resolve
 
-  method = METHODS.get(name)
-  return method is None or method.decodes
+  return isinstance(resolve(source).build_method(), Decoding)
 
 
 def _refusal(result: dict[str, Any]) -> str:

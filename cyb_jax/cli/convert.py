@@ -90,11 +90,12 @@ def _export(workdir: str, output: pathlib.Path) -> dict[str, Any]:
   from cyb_jax import runs
   from cyb_jax.decoder import merge_lora
   from cyb_jax.interop import pretrained
+  from cyb_jax.methods import Exportable
 
   args = flags.FLAGS
   start = time.perf_counter()
   run = runs.load(workdir, flag_values.checkpoint_flag())
-  if not run.method.exports:
+  if not isinstance(run.method, Exportable):
     raise InputError(
       f"--workdir: {workdir} is of method {run.method.name!r}, which is no plain decoder: what reads such a folder"
       " would run another model; export a run of baseline, tbys, cyb, constant_stop or mean_slots"

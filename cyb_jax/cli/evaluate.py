@@ -116,10 +116,12 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
 
 def _check_abilities(run: Run, omega: tuple[float, ...] | None) -> None:
   """Raises InputError for a flag that this method can't follow."""
+  from cyb_jax.methods import CachedDecoding, NonCausal, PromptPauses
+
   args, method = flags.FLAGS, run.method
   if omega is not None:
     _check_omega(method, omega)
-  if args.context == "self_paced" and not method.self_paces:
+  if args.context == "self_paced" and not isinstance(method, CachedDecoding):
     raise InputError(
       f"--context: 'self_paced', but method {method.name!r} has no pauses that it could go without; leave it at"
       " 'constant'"
@@ -127,20 +129,21 @@ def _check_abilities(run: Run, omega: tuple[float, ...] | None) -> None:
   if args.context == "self_paced" and method.num_slots == 1:
     raise InputError(f"--context: 'self_paced', but method {method.name!r} has no pauses; leave it at 'constant'")
   windows = args.autoregressive_windows
-  if windows is not None and method.causal:
+  if windows is not None and not isinstance(method, NonCausal):
     raise InputError(f"--autoregressive_windows: {windows}, but method {method.name!r} is causal; leave it out")
-  if args.pauses is not None and not method.learns_targets:
+  if args.pauses is not None and not (isinstance(method, PromptPauses) and method.pauses_in_data):
     raise InputError(
-      f"--pauses: {args.pauses} is set, but this run reads a split without pauses behind a prompt (method.pause_places"
-      f" = {run.config.method.pause_places!r}); leave it out, or give --tasks"
+      f"--pauses: {args.pauses} is set, but this run reads a split without pauses after a prompt"
+      " (method.pause_places = 'prefix' has them); leave it out, or give --tasks"
     )
 
 
 def _check_omega(method: Method, omega: tuple[float, ...]) -> None:
+  from cyb_jax.methods import Adaptive
   from cyb_jax.stopping import normalize
 
   given = flags.FLAGS.omega
-  if not method.decides:
+  if not isinstance(method, Adaptive):
     raise InputError(f"--omega: {given!r} is set, but method {method.name!r} doesn't decide when it stops")
   try:
     normalize(omega, method.num_slots, name="omega")

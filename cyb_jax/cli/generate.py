@@ -138,8 +138,9 @@ def _sampling_options(run: Run) -> SamplingOptions:
 
 def _pauses_follow_every_token(run: Run) -> bool:
   """Whether every token of the training texts is followed by pauses that later tokens attend to."""
-  method = run.method
-  return method.num_slots > 1 and run.config.method.recipe == "constant" and not method.hides_pauses
+  from cyb_jax.generation.abilities import trained_with_all_pauses
+
+  return trained_with_all_pauses(run.method) and not run.method.hides_pauses
 
 
 def _generate(run: Run, sampler: Sampler, prompts: list[list[int]], new: int) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
     raise InputError(f"--workdir: {found}; name the run's folder, or --init_from, weights that a run could start from")
   checkpoint = flag_values.checkpoint_flag()
   from cyb_jax import runs
+  from cyb_jax.generation.abilities import with_prompt_pauses
   from cyb_jax.interop import pretrained
 
   if args.workdir:
@@ -61,4 +62,4 @@ def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
   else:
     found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
     run = pretrained.load(found, config, mesh=mesh)
-  return run if args.pauses is None else dataclasses.replace(run, method=run.method.with_prompt_pauses(args.pauses))
+  return run if args.pauses is None else dataclasses.replace(run, method=with_prompt_pauses(run.method, args.pauses))

@@ -183,13 +183,15 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
   """
   import json
 
-  from cyb_jax.methods import METHODS
+  from cyb_jax import configs
+  from cyb_jax.checkpointing.workdir import read_config
 
   limit = flags.FLAGS.limit or None
   try:
     found = json.loads(storage.read_bytes(_kept(workdir) / "statistics.json"))
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
-    paced = found["num_slots"] > 1 and _reads_at_own_pace(METHODS[found["method"]])
+    method = configs.freeze(configs.migrated(read_config(workdir))).build_method()
+    paced = found["num_slots"] > 1 and _reads_at_own_pace(method)
     same &= not paced or found["self_paced"] is not None
     # A limit that excludes no window is recorded as None.
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
@@ -200,9 +202,11 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
   return found if same else None
 
 
-def _reads_at_own_pace(method: type[Method]) -> bool:
+def _reads_at_own_pace(method: Method) -> bool:
   """Whether a method decides for each token how many slots it takes, and can be read so."""
-  return method.decides and method.self_paces
+  from cyb_jax.methods import Adaptive, CachedDecoding
+
+  return isinstance(method, Adaptive) and isinstance(method, CachedDecoding)
 
 
 def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dict[str, Any]:
@@ -229,7 +233,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
       limit=args.limit or None,
       **options,
     )
-    if run.method.num_slots > 1 and _reads_at_own_pace(type(run.method)):
+    if run.method.num_slots > 1 and _reads_at_own_pace(run.method):
       windows = min(found["windows"], _SELF_PACED_WINDOWS)
       paced = evaluate_split(
         Evaluator(run.method, mesh, context="self_paced"),

@@ -20,8 +20,7 @@ from cyb_jax.decoder import splash
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.generation.sampler import Sampler
-from cyb_jax.methods import Method
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import CachedDecoding, Decoding, Method
 from cyb_jax.partitioning.mesh import data_shards, make_mesh, replicated
 from cyb_jax.training.estimate import Outline
 
@@ -59,7 +58,7 @@ def train(run: Outline) -> Program:
       return run.strategy.compile_abstract(run.batch)
 
   def cost(kernel: bool) -> float:
-    executed = run.method.train_cost(data.sequence_length, executed=True)
+    executed = run.method.costs(data.sequence_length).train_executed
     if kernel:
       forwards = 1 + (run.method.decoder.config.remat != "none")
       products = (forwards + _KERNEL_BACKWARD) / (forwards + _XLA_BACKWARD)
@@ -82,10 +81,11 @@ def evaluate(run: Outline) -> Program:
       return evaluator.compile_abstract(_params(run), batch)
 
   def cost(kernel: bool) -> float:
-    executed = method.forward_cost(length, executed=True)
+    costs = method.costs(length)
+    executed = costs.forward_executed
     if kernel:
       executed = dataclasses.replace(executed, attention=executed.attention * _kernel_keys(method, length))
-    return rows * length * method.passes * executed.total
+    return rows * length * costs.evaluation_passes * executed.total
 
   return Program(compiled, run.mesh.size, cost, rows * length, {"rows": rows})
 
@@ -97,7 +97,7 @@ def decode(run: Outline, rows: int) -> Program:
   decodes.
   """
   config, method, mesh = run.config, run.evaluated, run.mesh
-  if not method.decodes:
+  if not isinstance(method, Decoding):
     raise InputError(f"--steps: 'decode', but method {method.name!r} doesn't run slot by slot; leave it out")
   sampler = Sampler(method)
   sharded = config.parallelism.strategy == "jit" and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
@@ -137,11 +137,11 @@ def decode(run: Outline, rows: int) -> Program:
 
 def _kernel_keys(method: Method, tokens: int) -> float:
   """The keys that the kernels multiply a query with, as a share of those that XLA does."""
-  if isinstance(method, PausedMethod) and method.hides_pauses:
+  if not isinstance(method, CachedDecoding) or method.layer_passes != 1:
+    return 1.0  # several passes over rows of different lengths have no single share: they are counted as XLA's
+  if method.hides_pauses:
     return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
-  if not method.one_pass:
-    return 1.0  # of several passes, or rows, no one share: counted as XLA's
-  slots = method.train_slots(tokens)
+  slots = method.costs(tokens).train_slots
   return splash.executed_keys(slots) / slots
 
 

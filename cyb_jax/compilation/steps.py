@@ -129,7 +129,7 @@ def _described(run: Outline, vocabulary_from: str) -> dict[str, Any]:
   config, method = run.config, run.method
   length = config.data.sequence_length
   tokens = config.data.batch_size * length
-  slots = method.train_slots(length) / length
+  slots = method.costs(length).train_slots / length
   costs = training.costs_per_token(method, length)
   totals = {kind: {count: cost["total"] for count, cost in of.items()} for kind, of in costs.items()}
   return {

@@ -1,8 +1,8 @@
 """The configuration of a run: an ml_collections ConfigDict outside, frozen dataclasses inside."""
 
 from cyb_jax.configs.differences import differences
-from cyb_jax.configs.methods_group import LISTS, written_method
-from cyb_jax.configs.parsing import default, freeze, to_dict, to_json
+from cyb_jax.configs.methods_group import all_options, written_method
+from cyb_jax.configs.parsing import default, freeze, migrated, to_dict, to_json
 from cyb_jax.configs.schema import (
   DECODER_FIELDS,
   Config,
@@ -16,7 +16,6 @@ from cyb_jax.configs.schema import (
 
 __all__ = [
   "DECODER_FIELDS",
-  "LISTS",
   "Config",
   "DataConfig",
   "OptimizerConfig",
@@ -24,9 +23,11 @@ __all__ = [
   "PrecisionConfig",
   "TrainConfig",
   "TuningConfig",
+  "all_options",
   "default",
   "differences",
   "freeze",
+  "migrated",
   "to_dict",
   "to_json",
   "written_method",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cyb_jax import nested
+from cyb_jax.configs import methods_group
 from cyb_jax.configs.parsing import default
 
 # Fields in which the runs that share a work directory may differ: they change where and how fast a run computes, not
@@ -20,8 +21,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
   A field that one of them doesn't have is at its default: an older version may have written it.
   """
-  defaults = default().to_dict()
-  found = nested.differences(_filled(old, defaults), _filled(new, defaults))
+  defaults = {name: group for name, group in default().to_dict().items() if name != "method"}
+  old, new = (_filled(values, defaults) for values in (old, new))
+  found = nested.differences(*({**x, "method": methods_group.filled(x.get("method", {}))} for x in (old, new)))
   return [f"{path}: {a!r} -> {b!r}" for path, a, b in found if not _is_operational(path)]
 
 

@@ -1,60 +1,178 @@
-"""The group `method` of a config: which method is trained, with which options."""
+"""The group `method` of a config: which method is trained, with which options.
+
+The group holds `name` and the options of all methods, unset. An option that is not set has the default of its method;
+an option that a method does not have must not be set. In a ConfigDict an unset option is None, except `dont_know_prior`,
+where None means "no shift": unset it is NaN. In config.json options that are not set are left out.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import config_dict
 
+from cyb_jax import methods
 from cyb_jax.configs import lists
+from cyb_jax.configs.typed import typed
+from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.methods import MethodConfig
 
-# One number for each slot, written '0:0:0:1'; gamma also 'linear:g0' and 'exponential:g0'.
-LISTS = ("omega", "gamma", "rho")
-# Whole numbers, with an example of each.
-_WHOLE_NUMBERS = {"jacobi": "2:3", "fork_layers": "3:7:11"}
+# Options for which None is a value, in addition to being unset.
+_NONE_IS_A_VALUE = ("dont_know_prior",)
+# What version 0.1 wrote into config.json for every method, whether it had the option or not.
+_WRITTEN_BY_0_1: dict[str, Any] = {
+  "loss": "ap", "pauses": 0, "omega": "", "gamma": "", "rho": "", "alpha": 0.0, "recipe": "constant",
+  "slot_budget": 0.0, "policy_floor": 0.1, "dont_know": "token", "dont_know_prior": 0.9, "calibration_batches": 0, "stopping_warmup": 0,
+  "pause_input": "pause", "pause_visibility": "visible", "pause_offset": False, "pause_shared": False,
+  "pause_positions": "token", "pause_places": "random", "pause_fraction": 0.1, "jacobi": "2:3", "router_penalty": 0.0,
+  "prune_below": 1e-4, "fork_layers": "", "stream_budget": 2.0, "combine": "probabilities",
+}  # fmt: skip
+
+
+def all_options() -> dict[str, type]:
+  """The options of all methods, with the type that a ConfigDict holds them in; lists are text, such as '0:0:0:1'."""
+  options: dict[str, type] = {}
+  for name in methods.METHODS:
+    for field, hint in _hints(name).items():
+      kind = _kinds(hint)[0]
+      options[field] = str if kind is tuple else kind
+  return dict(sorted(options.items()))
 
 
 def default_method() -> dict[str, Any]:
-  """The values of the group `method` that experiments start from: CYB-AP with three pauses."""
-  values = written_method(MethodConfig(pauses=3))
-  # A reference, so that a flag can also set None (no shift).
-  values["dont_know_prior"] = config_dict.FieldReference(0.9, field_type=float)
+  """The values of the group `method` that experiments start from: `cyb`, with nothing set."""
+  values: dict[str, Any] = {"name": "cyb"}
+  for name, kind in all_options().items():
+    if name in _NONE_IS_A_VALUE:
+      # A reference of this type accepts None too.
+      values[name] = config_dict.FieldReference(math.nan, field_type=kind)
+    else:
+      values[name] = config_dict.placeholder(kind)
   return values
+
+
+def without_unset(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The options that are set, of the group in a ConfigDict."""
+
+  def is_unset(name: str, value: Any) -> bool:
+    if name in _NONE_IS_A_VALUE:
+      return isinstance(value, float) and math.isnan(value)
+    return value is None
+
+  return {name: value for name, value in values.items() if not is_unset(name, value)}
+
+
+def parse_method(values: Mapping[str, Any]) -> MethodConfig:
+  """The method's own dataclass, from the options that are set.
+
+  Raises:
+    InputError: an unknown method, an option that it does not have, or a value that can't be read or is refused.
+  """
+  values = without_unset(values)
+  name = values.pop("name", "cyb")
+  hints = _hints(name) if isinstance(name, str) else methods.config_class(name)
+  for option in values:
+    if option not in hints:
+      raise InputError(f"config.method.{option}: unknown field; {_hint(name, option, list(hints))}")
+  parsed = {}
+  num_slots = _num_slots(name, values)
+  for option, value in values.items():
+    hint = hints[option]
+    if _kinds(hint)[0] is tuple:
+      value = _parse_list(option, value, hint, num_slots)
+      if value is None:
+        continue  # '' is the default
+    parsed[option] = typed(f"method.{option}", value, hint)
+  return methods.configure(name, **parsed)
 
 
 def written_method(method: MethodConfig) -> dict[str, Any]:
-  """A method's options as a ConfigDict has them: lists as 'a:b', '' where there is none."""
-  values = dataclasses.asdict(method)
-  for name in (*LISTS, *_WHOLE_NUMBERS):
-    values[name] = lists.written(values[name])
+  """The name and all options of a method as a ConfigDict has them: lists as 'a:b', '' where there is none."""
+  values: dict[str, Any] = {"name": method.name}
+  hints = _hints(method.name)
+  for field in dataclasses.fields(method):
+    value = getattr(method, field.name)
+    values[field.name] = lists.written(value) if _kinds(hints[field.name])[0] is tuple else value
   return values
 
 
-def parse_method(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The values of the group `method` with lists as tuples, otherwise as they are.
+def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The group of a config.json without what version 0.1 wrote of options that the method does not have."""
+  name = values.get("name", "cyb")
+  if name not in methods.METHODS:
+    return dict(values)
+  own = methods.option_names(name)
+  return {
+    option: value
+    for option, value in values.items()
+    if option == "name" or option in own or option not in _WRITTEN_BY_0_1 or value != _WRITTEN_BY_0_1[option]
+  }
 
-  Raises:
-    InputError: a list that can't be read.
-  """
-  values = dict(values)
-  pauses = values.get("pauses", 0)
-  num_slots = pauses + 1 if isinstance(pauses, int) and pauses >= 0 else 1
-  for name in LISTS:
-    if name in values:
-      given = values[name]
-      values[name] = lists.parse_weights(f"method.{name}", given, num_slots, discounts=name == "gamma")
-      if name == "omega" and isinstance(given, str) and _is_last_slot(values[name], num_slots):
-        values[name] = None
-  for name, example in _WHOLE_NUMBERS.items():
-    if name in values:
-      numbers = lists.parse_whole_numbers(f"method.{name}", values[name], example)
-      values[name] = getattr(MethodConfig, name) if numbers is None else numbers
-  return values
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The group of a config.json with the defaults of the method's options that are not set, for comparisons."""
+  name = values.get("name", "cyb")
+  if name not in methods.METHODS:
+    return dict(values)
+  hints = _hints(name)
+  defaults = {
+    field.name: lists.written(field.default) if _kinds(hints[field.name])[0] is tuple else field.default
+    for field in dataclasses.fields(methods.config_class(name))
+  }
+  return {"name": name} | defaults | without_unset(migrated(values))
+
+
+def _hints(name: str) -> dict[str, Any]:
+  """The type of each option of a method."""
+  config = methods.config_class(name)
+  hints = typing.get_type_hints(config)
+  return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
+def _kinds(hint: Any) -> list[Any]:
+  """int for `int`, tuple and NoneType for `tuple[float, ...] | None`."""
+  kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  return [typing.get_origin(kind) or kind for kind in kinds]
+
+
+def _num_slots(name: str, values: Mapping[str, Any]) -> int:
+  """W, for the messages about lists with a number for each slot."""
+  (default,) = [f.default for f in dataclasses.fields(methods.config_class(name)) if f.name == "pauses"] or [0]
+  pauses = values.get("pauses", default)
+  return pauses + 1 if isinstance(pauses, int) and pauses >= 0 else 1
+
+
+def _parse_list(option: str, value: Any, hint: Any, num_slots: int) -> tuple[float, ...] | tuple[int, ...] | None:
+  """A list of numbers; None where its text is that of the default."""
+  path = f"method.{option}"
+  (of_tuple,) = [kind for kind in _members(hint) if typing.get_origin(kind) is tuple]
+  if typing.get_args(of_tuple)[0] is int:
+    return lists.parse_whole_numbers(path, value, "3:7:11" if option == "fork_layers" else "2:3")
+  numbers = lists.parse_weights(path, value, num_slots, discounts=option == "gamma")
+  if option == "omega" and isinstance(value, str) and _is_last_slot(numbers, num_slots):
+    return None
+  return numbers
+
+
+def _members(hint: Any) -> Iterator[Any]:
+  yield from typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def _is_last_slot(omega: tuple[float, ...] | None, num_slots: int) -> bool:
   """Whether omega spells out its default: all weight on the last slot."""
   return omega is not None and len(omega) == num_slots and omega[-1] > 0 and not any(omega[:-1])
+
+
+def _hint(name: str, option: str, own: list[str]) -> str:
+  """What to do about an option that a method does not have."""
+  having = [other for other in methods.METHODS if option in _hints(other)]
+  if having:
+    return (
+      f"method {name!r} has no such option; it has {', '.join(sorted(own)) or 'none'} ({', '.join(having)} have it)"
+    )
+  return did_you_mean(option, [*own, "name"], written=lambda close: f"method.{close}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,13 +28,12 @@ from cyb_jax.configs.schema import (
   TrainConfig,
   TuningConfig,
 )
+from cyb_jax.configs.typed import typed
 from cyb_jax.configs.validation import validate
 from cyb_jax.decoder import PRESETS
 from cyb_jax.errors import InputError, did_you_mean
-from cyb_jax.methods import MethodConfig
 
 _GROUPS: dict[str, type] = {
-  "method": MethodConfig,
   "data": DataConfig,
   "optimizer": OptimizerConfig,
   "train": TrainConfig,
@@ -48,11 +46,9 @@ _GROUPS: dict[str, type] = {
 def default() -> ml_collections.ConfigDict:
   """The ConfigDict that experiments start from: a tiny CYB-AP model on the reviews."""
   config = ml_collections.ConfigDict()
+  config.method = ml_collections.ConfigDict(methods_group.default_method())
   for name, group in _GROUPS.items():
-    values = {field.name: field.default for field in dataclasses.fields(group)}
-    if name == "method":
-      values = methods_group.default_method()
-    config[name] = ml_collections.ConfigDict(values)
+    config[name] = ml_collections.ConfigDict({field.name: field.default for field in dataclasses.fields(group)})
   config.init_from = ""
   config.decoder = ml_collections.ConfigDict({"preset": "tiny"})
   for field in DECODER_FIELDS.values():
@@ -67,10 +63,19 @@ def _plain_type(annotation: Any) -> type:
 
 
 def to_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """A nested dict of plain values."""
-  if isinstance(config, ml_collections.ConfigDict):
-    return config.to_dict()
-  return copy.deepcopy(dict(config))
+  """A nested dict of plain values; options of the method that are not set are left out."""
+  if not isinstance(config, ml_collections.ConfigDict):
+    return copy.deepcopy(dict(config))
+  values = config.to_dict()
+  if isinstance(values.get("method"), Mapping):
+    values["method"] = methods_group.without_unset(values["method"])
+  return values
+
+
+def migrated(source: Mapping[str, Any]) -> dict[str, Any]:
+  """The nested dict of a config.json as this version writes it; version 0.1 wrote the options of all methods."""
+  method = source.get("method")
+  return {**source, "method": methods_group.migrated(method)} if isinstance(method, Mapping) else dict(source)
 
 
 def to_json(config: Config) -> str:
@@ -88,14 +93,20 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     InputError: one line that names the field, the value, and what would be accepted.
   """
   source = to_dict(config)
-  _check_names("", source, [*_GROUPS, "decoder", "init_from"])
+  _check_names("", source, ["method", *_GROUPS, "decoder", "init_from"])
+  method = source.get("method", {})
+  _check_names("method.", method, list(method) if isinstance(method, Mapping) else [])
   groups = {name: _group(name, group, source.get(name, {})) for name, group in _GROUPS.items()}
   init_from = source.get("init_from", "")
   decoder = _decoder(source.get("decoder", {}))
   if not isinstance(init_from, str):
     raise InputError(f"init_from: {init_from!r} must be a folder or a file to start from, or ''")
   frozen = Config(
-    init_from=init_from, decoder=types.MappingProxyType(decoder), source=types.MappingProxyType(source), **groups
+    method=methods_group.parse_method(method),
+    init_from=init_from,
+    decoder=types.MappingProxyType(decoder),
+    source=types.MappingProxyType(source),
+    **groups,
   )
   validate(frozen)
   return frozen
@@ -104,9 +115,8 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 def _group(name: str, group: type, values: Any) -> Any:
   """The dataclass of a group's values."""
   _check_names(f"{name}.", values, [field.name for field in dataclasses.fields(group)])
-  if name == "method":
-    values = methods_group.parse_method(values)
-  return group(**{field: _typed(f"{name}.{field}", value, group, field) for field, value in values.items()})
+  hints = typing.get_type_hints(group)
+  return group(**{field: typed(f"{name}.{field}", value, hints[field]) for field, value in values.items()})
 
 
 def _decoder(values: Any) -> dict[str, Any]:
@@ -127,18 +137,3 @@ def _check_names(prefix: str, values: Any, accepted: Sequence[str]) -> None:
     if name not in accepted:
       hint = did_you_mean(str(name), accepted, written=lambda close: prefix + close)
       raise InputError(f"config.{prefix}{name}: unknown field; {hint}")
-
-
-def _typed(path: str, value: Any, group: type, name: str) -> Any:
-  """The value, as the type of its field; a float field accepts an int."""
-  annotation = typing.get_type_hints(group)[name]
-  accepted = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-  accepted = tuple(typing.get_origin(kind) or kind for kind in accepted)
-  if float in accepted and isinstance(value, int | float) and not isinstance(value, bool):
-    if not math.isfinite(value):
-      raise InputError(f"{path}: {value!r} must be finite")
-    return float(value)
-  if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
-    raise InputError(f"{path}: {value!r} must be {wanted}")
-  return value

@@ -9,6 +9,7 @@ from typing import Any
 from cyb_jax.configs.schema import Config
 from cyb_jax.errors import InputError
 from cyb_jax.methods import WEIGHTS
+from cyb_jax.methods.parameters import new_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +156,8 @@ def _check_tuning(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
   method = config.build_method()
-  method.check_length(config.data.sequence_length)
-  if config.tuning.weights == "new" and not any(method.is_trained((name,)) for name in method.new_parameters()):
+  method.validate_data(None, config.data.sequence_length)
+  if config.tuning.weights == "new" and not any(method.is_trained((name,)) for name in new_parameters(method.init)):
     raise InputError(
-      f"tuning.weights: 'new', but method {method.name!r} with {method.config.pauses} pauses has no new rows; take"
-      " 'lora' or 'all'"
+      f"tuning.weights: 'new', but method {method.name!r} with these options has no new rows; take 'lora' or 'all'"
     )

@@ -175,8 +175,8 @@ def evaluation_batches(
 
 
 def with_segment_ids(batch: Batch, end_id: int) -> Batch:
-  """The batch with `documents`, int32[B, T]: the documents of each row, numbered from 0; see `pauses.document_ids`."""
-  return batch | {"documents": np.cumsum(batch["tokens"] == end_id, axis=-1, dtype=np.int32)}
+  """The batch with `segment_ids`, int32[B, T]: each row's documents, numbered from 0; see `pauses.document_ids`."""
+  return batch | {"segment_ids": np.cumsum(batch["tokens"] == end_id, axis=-1, dtype=np.int32)}
 
 
 def _checked_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:

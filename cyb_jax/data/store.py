@@ -115,6 +115,11 @@ class TokenStore:
     """Whether some of a split's tokens are read but not learnt."""
     return "weights" in self._split(split)["shards"][0]
 
+  @property
+  def task(self) -> str:
+    """The name of the task whose tokens these are."""
+    return self.description["task"]
+
   def has_prefixes(self, split: str) -> bool:
     """Whether more tokens than those that begin documents are not learnt: the task has prefixes and targets."""
     starts = self.tokenizer.adds_start and self.tokenizer.start_id != self.end_id

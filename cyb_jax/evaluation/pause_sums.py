@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.evaluation import fixed_point, ranks
-from cyb_jax.evaluation.abilities import is_adaptive
+from cyb_jax.evaluation.abilities import as_trained, is_adaptive
 from cyb_jax.evaluation.accumulation import Sums
 from cyb_jax.evaluation.bootstrap import GROUPS
 from cyb_jax.evaluation.fixed_point import fixed, total
@@ -125,7 +125,7 @@ def first_pass(
     return sums
   pauses = expected_pauses(found.output.log_stopping)
   sums["reading"] = _stopping_sums(found.output, found.real)
-  training = method.evaluate_as_trained(params, batch, found.output)
+  training = as_trained(method, params, batch, found.output)
   if training is not None:
     sums["training"] = _stopping_sums(training, found.real)
   sums |= _type_sums(found, pauses, num_rows)

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, PyTree
 
 from cyb_jax.errors import InputError
-from cyb_jax.evaluation.abilities import is_adaptive, is_self_paced
+from cyb_jax.evaluation.abilities import as_trained, is_adaptive, is_self_paced
 from cyb_jax.evaluation.ranks import spearman
 from cyb_jax.evaluation.self_paced import evaluate_self_paced
-from cyb_jax.methods import Batch, EvalOutput, Method
+from cyb_jax.methods import Batch, EvalOutput, ExtraMetrics, Method, NonCausal
 from cyb_jax.partitioning import arrays
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, shard_batch
 from cyb_jax.stopping import hard_slot, log_stopping_distribution
@@ -83,7 +83,7 @@ class Evaluator:
     Returns:
       The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. In addition
       `inference_flops`, of a token decoded with a cache; `inference_slots`, the slots a token that inference was seen
-      to run where that is decided token by token; the method's own keys (`Method.summarize_metrics`);
+      to run where that is decided token by token; the method's own keys (`methods.ExtraMetrics`);
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
       perplexity, and there are `constant_perplexity`, of the same text evaluated in a constant context, and
@@ -106,9 +106,10 @@ class Evaluator:
   def _record(self, totals: _Totals, calibration: list[float | None] | None, num_bytes: int | None) -> dict[str, Any]:
     """What `__call__` returns, from the sums over all batches."""
     loss, length = totals.mean("loss"), totals.length
-    passes = self.method.passes if self.context == "constant" else 2
-    slots = totals.windows * self.method.forward_slots(length) * passes
     measured, more = self._measured(totals)
+    costs = self.method.costs(length, slots=measured)
+    passes = costs.evaluation_passes if self.context == "constant" else 2
+    slots = totals.windows * costs.forward_slots * passes
     training = None
     if "training_stopping" in totals:
       training = {"perplexity": totals.perplexity("training_log_likelihood")} | totals.latency("training_stopping")
@@ -126,8 +127,8 @@ class Evaluator:
       "tokens": totals.tokens,
       "slots": round(slots),
       "inference_slots": measured,
-      "inference_flops": float(self.method.inference_cost(length, slots=measured).total),
-      "flops": float(self.method.forward_flops(length) * totals.windows * length * passes),
+      "inference_flops": float(costs.inference.total),
+      "flops": float(costs.forward.total * totals.windows * length * passes),
       **more,
     }
 
@@ -141,7 +142,8 @@ class Evaluator:
     measured = None
     if "inference_slots" in totals:
       measured = float(totals["inference_slots"] / totals["inference_tokens"])
-    return measured, self.method.summarize_metrics(totals.extra_means())
+    more = self.method.summarize_metrics(totals.extra_means()) if isinstance(self.method, ExtraMetrics) else {}
+    return measured, more
 
   def autoregressive(self, params: PyTree, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The perplexity of a method that isn't causal when it predicts every target from the tokens before it alone, as a
@@ -260,10 +262,10 @@ def _sums(
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """Weighted sums over a batch; and, where the method is adaptive, d_i and t_{i+1} - t_i per token."""
   output = method.evaluate(params, batch, omega)
-  return _sums_of(method, output, method.evaluate_as_trained(params, batch, output), batch["weights"])
+  return _sums_of(method, output, as_trained(method, params, batch, output), batch["weights"])
 
 
-def _sums_of_prefixes(method: Method, params: PyTree, batch: Batch) -> dict[str, Array]:
+def _sums_of_prefixes(method: NonCausal, params: PyTree, batch: Batch) -> dict[str, Array]:
   output, weights = method.evaluate(params, batch), batch["weights"]
   blockwise = jax.nn.logsumexp(output.log_stopping + output.scores.log_target, -1)
   return {

@@ -17,9 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from cyb_jax.methods import Batch, EvalOutput
-from cyb_jax.methods.interface import Params
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import Batch, CachedDecoding, EarlyExit, EvalOutput, Params
 from cyb_jax.pauses import row_keys
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
@@ -29,7 +27,7 @@ _SEED = 0
 
 
 def evaluate_self_paced(
-  method: PausedMethod, params: Params, batch: Batch, omega: Any = None
+  method: CachedDecoding, params: Params, batch: Batch, omega: Any = None
 ) -> tuple[EvalOutput, Int[Array, "B T"]]:
   """Evaluates every slot of a text whose context holds only the pauses that the model requests.
 
@@ -66,6 +64,8 @@ def evaluate_self_paced(
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
     stop_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
     used = jax.vmap(jax.random.categorical)(stop_keys, log_stopping).astype(jnp.int32) + 1
+    if isinstance(method, EarlyExit):
+      cache = method.fill_cache(cache, cache_index=cache_index, slots=used)
     # The next token's slots overwrite those that are not kept.
     cache_index = cache_index + (1 if method.hides_pauses else used)
     # In training hidden pauses occupy positions of their own, whether they are run here or not.

@@ -28,7 +28,7 @@ from cyb_jax.evaluation.bootstrap import GROUPS
 from cyb_jax.evaluation.pause_sums import NATS
 from cyb_jax.evaluation.type_table import TypeTable
 from cyb_jax.evaluation.windows import StatisticsWindows, used_windows
-from cyb_jax.methods import Batch, Method
+from cyb_jax.methods import Batch, FusedSlots, Method
 from cyb_jax.partitioning.mesh import batch_sharding, replicated, shard_batch
 
 # Thresholds on the odds of d that are tried whatever d is; quantiles of the sample's odds are tried in addition.
@@ -135,6 +135,7 @@ class PauseStatistics:
     if sums["not_finite"]:
       logging.warning("the loss of %d tokens isn't finite: each counts as %g nats", sums["not_finite"], NATS)
     result = pause_records.of_first_pass(sums, method.num_slots, documents, groups)
+    result["fused"] = isinstance(method, FusedSlots)
     if method.num_slots > 1:
       result |= self._table.records(sums, method.num_slots - 1)
     if is_paced:

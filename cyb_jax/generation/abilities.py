@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int, PyTree
+from typing import TypeGuard
 
 from cyb_jax.errors import InputError
-from cyb_jax.methods import METHODS, Method
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import Adaptive, Decoding, Method, PromptPauses, SequentialDecoding
 
 
 def check_decodes(method: Method) -> None:
@@ -14,21 +13,40 @@ def check_decodes(method: Method) -> None:
   Raises:
     InputError: the method cannot run slot by slot on a cache.
   """
-  if not method.decodes:
-    having = ", ".join(name for name, found in METHODS.items() if found.decodes)
+  if not isinstance(method, Decoding):
     raise InputError(
-      f"method.name: {method.name!r} doesn't run slot by slot: its text can't be generated or scored; {having} do"
+      f"method.name: {method.name!r} doesn't run slot by slot: its text can't be generated or scored; take a method"
+      " with a cache, such as 'cyb', 'tbys' or 'baseline'"
     )
 
 
-def is_recurrent(method: Method) -> bool:
+def is_recurrent(method: Decoding) -> TypeGuard[SequentialDecoding]:
   """Whether each slot's input is the output of the slot before it, so that a token's slots run one after the other."""
-  return method.feeds_back
+  return isinstance(method, SequentialDecoding)
 
 
-def num_prompt_pauses(method: Method) -> int:
+def num_prompt_pauses(method: Decoding) -> int:
   """How many pauses run once after the prompt, before the first token is generated."""
-  return method.prompt_pauses
+  return method.prompt_pauses if isinstance(method, PromptPauses) else 0
+
+
+def with_prompt_pauses(method: Method, pauses: int) -> Method:
+  """The same method with another number of pauses after a prompt.
+
+  Raises:
+    InputError: the method has no such pauses, or can't have so many.
+  """
+  if not isinstance(method, PromptPauses):
+    raise InputError(
+      f"--pauses: {pauses} is set, but method {method.name!r} has no pauses between a prompt and what is said; leave it"
+      " out"
+    )
+  return method.with_prompt_pauses(pauses)
+
+
+def trained_with_all_pauses(method: Method) -> bool:
+  """Whether every token of the training texts is followed by pauses that later tokens attend to."""
+  return isinstance(method, Decoding) and method.num_slots > 1 and method.keeps_all_pauses
 
 
 def default_mode(method: Method) -> str:
@@ -37,32 +55,8 @@ def default_mode(method: Method) -> str:
   'self_paced' if the model decides when a token is read; 'constant' if a rule decides, or if a token's slots run one
   after the other; 'none' without pauses.
   """
-  if is_recurrent(method):
+  if isinstance(method, SequentialDecoding):
     return "constant"
   if method.num_slots == 1:
     return "none"
-  return "self_paced" if method.decides else "constant"
-
-
-def run_token(
-  method: PausedMethod,
-  params: PyTree,
-  token: Int[Array, "B"],
-  position: Int[Array, "B"],
-  cache: PyTree,
-  cache_index: Int[Array, "B"],
-) -> tuple[Float[Array, "B D"], PyTree, Int[Array, "B"]]:
-  """Runs a token's slots one after the other, for methods that are `is_recurrent`.
-
-  Args:
-    method: a method that is recurrent.
-    params: bare arrays.
-    token: i32[B], the token of each row.
-    position: i32[B], its rotary position.
-    cache: of `method.empty_cache`.
-    cache_index: i32[B], where the token's first slot is written; the slots before that index are seen.
-
-  Returns:
-    [B, D], the state to be read; the cache; and i32[B], how many slots of the token the cache now holds.
-  """
-  return method.run_token(params, token, position, cache, cache_index)
+  return "self_paced" if isinstance(method, Adaptive) else "constant"

@@ -22,7 +22,7 @@ from cyb_jax import runs
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
-from cyb_jax.generation.abilities import default_mode
+from cyb_jax.generation.abilities import default_mode, trained_with_all_pauses, with_prompt_pauses
 from cyb_jax.generation.options import SamplingOptions
 from cyb_jax.generation.pacing import Pacing
 from cyb_jax.generation.sampler import Sampler
@@ -152,7 +152,7 @@ class CybLM(LM):
         else pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh)
       )
     if pauses is not None:
-      run = dataclasses.replace(run, method=run.method.with_prompt_pauses(pauses))
+      run = dataclasses.replace(run, method=with_prompt_pauses(run.method, pauses))
     text = str(batch_size or "auto").partition(":")[0]
     if text != "auto" and not (text.isdecimal() and int(text)):
       raise InputError(f"batch_size: {batch_size!r} must be a number of at least 1, or 'auto'")
@@ -161,7 +161,7 @@ class CybLM(LM):
     tokenizer = run.tokenizer
     self.start_id = tokenizer.start_id
     self._adds_start = tokenizer.adds_start if add_bos_token is None else bool(add_bos_token)
-    constant = run.method.num_slots > 1 and run.method.config.recipe == "constant"
+    constant = trained_with_all_pauses(run.method)
     self._mode = mode or ("constant" if constant else default_mode(run.method))
     self._read, self._overlap, self._seed = read, overlap, seed
     Sampler(run.method, self._sampling({}))  # raises the errors of invalid options before the first request

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from cyb_jax.generation.state import SamplerState
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import Decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SlotLayout:
   stride: int | None
 
   @classmethod
-  def of(cls, method: PausedMethod, num_slots: int, *, pauses_in_prompt: bool) -> SlotLayout:
+  def of(cls, method: Decoding, num_slots: int, *, pauses_in_prompt: bool) -> SlotLayout:
     """The layout that equals the method's training layout, with `num_slots` slots of a token."""
     # No later token sees hidden pauses, so those of the prompt are not run.
     prompt_slots = num_slots if pauses_in_prompt and not method.hides_pauses else 1

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.errors import InputError
-from cyb_jax.generation.abilities import check_decodes, is_recurrent, num_prompt_pauses, run_token
+from cyb_jax.generation.abilities import check_decodes, is_recurrent, num_prompt_pauses
 from cyb_jax.generation.layout import SlotLayout
 from cyb_jax.generation.options import SamplingOptions, is_count
 from cyb_jax.generation.reading import (
@@ -37,7 +37,7 @@ from cyb_jax.generation.reading import (
 )
 from cyb_jax.generation.state import TOKEN, SamplerState
 from cyb_jax.generation.token_samplers import TokenSampler
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import Decoding
 from cyb_jax.readout import TokenScores
 
 
@@ -71,7 +71,7 @@ class Pacing(abc.ABC):
     return 1
 
   def prefill(
-    self, method: PausedMethod, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], cache: PyTree
+    self, method: Decoding, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], cache: PyTree
   ) -> tuple[PyTree, Int[Array, "B"]]:
     """Runs the prompts without their last tokens, in one forward pass.
 
@@ -101,7 +101,7 @@ class Pacing(abc.ABC):
 
   @abc.abstractmethod
   def step(
-    self, method: PausedMethod, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
   ) -> SamplerState:
     """One iteration: runs slots of every row, and generates a token in the rows that are ready for one."""
 
@@ -115,7 +115,7 @@ class _OneSlot(Pacing):
     """bool[B], whether each row continues with a pause, from the scores [B] of its current slot."""
 
   def step(
-    self, method: PausedMethod, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
   ) -> SamplerState:
     hidden, cache = method.extend(
       params,
@@ -143,7 +143,7 @@ class NoPauses(_OneSlot):
   """One slot of each token, after the pauses that the method has after its prompt."""
 
   @classmethod
-  def from_options(cls, method: PausedMethod, options: SamplingOptions) -> NoPauses:
+  def from_options(cls, method: Decoding, options: SamplingOptions) -> NoPauses:
     """
     Raises:
       InputError: an option that needs pauses.
@@ -174,7 +174,7 @@ class SelfPaced(_OneSlot):
   step_budget: StepBudget
 
   @classmethod
-  def from_options(cls, method: PausedMethod, options: SamplingOptions) -> SelfPaced | NoPauses:
+  def from_options(cls, method: Decoding, options: SamplingOptions) -> SelfPaced | NoPauses:
     """The policy; `NoPauses` if the options or the method leave no pauses to request.
 
     Raises:
@@ -208,7 +208,7 @@ class Constant(Pacing):
   step_budget: StepBudget
 
   @classmethod
-  def from_options(cls, method: PausedMethod, options: SamplingOptions) -> Constant:
+  def from_options(cls, method: Decoding, options: SamplingOptions) -> Constant:
     """
     Raises:
       InputError: options that do not go together, or with the method.
@@ -240,7 +240,7 @@ class Constant(Pacing):
     return self.layout.num_slots
 
   def step(
-    self, method: PausedMethod, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
   ) -> SamplerState:
     rows, width = len(state.token), self.layout.num_slots
     slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (rows, width))
@@ -265,7 +265,7 @@ class Sequential(Pacing):
   """All slots of a token in one iteration, one after the other, because each slot's input is the output of the last."""
 
   @classmethod
-  def from_options(cls, method: PausedMethod, options: SamplingOptions) -> Sequential:
+  def from_options(cls, method: Decoding, options: SamplingOptions) -> Sequential:
     """
     Raises:
       InputError: an option that other numbers of slots, or a choice of slots, would need.
@@ -287,13 +287,15 @@ class Sequential(Pacing):
     return self.layout.num_slots
 
   def prefill(
-    self, method: PausedMethod, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], cache: PyTree
+    self, method: Decoding, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], cache: PyTree
   ) -> tuple[PyTree, Int[Array, "B"]]:
     """As `Pacing.prefill`, token by token; exact, and as slow as generating the tokens."""
 
     def run(carry: tuple[PyTree, Array], column: tuple[Array, Array]) -> tuple[tuple[PyTree, Array], None]:
       (cache, cache_index), (token, number) = carry, column
-      _, cache, ran = run_token(method, params, token, jnp.full_like(cache_index, number), cache, cache_index)
+      _, cache, ran = method.run_token(
+        params, token=token, position=jnp.full_like(cache_index, number), cache=cache, cache_index=cache_index
+      )
       # The slots that pad a shorter prompt are never seen, and later slots overwrite them.
       return (cache, cache_index + jnp.where(number < lengths - 1, ran, 0)), None
 
@@ -302,9 +304,11 @@ class Sequential(Pacing):
     return carry
 
   def step(
-    self, method: PausedMethod, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
   ) -> SamplerState:
-    hidden, cache, ran = run_token(method, params, state.token, state.position, state.cache, state.cache_index)
+    hidden, cache, ran = method.run_token(
+      params, token=state.token, position=state.position, cache=state.cache, cache_index=state.cache_index
+    )
     scores = method.token_scores(params, hidden, jnp.full_like(ran, self.layout.num_slots - 1))
     token, log_prob = _draw(token_sampler, state, scores.log_probs)
     after = state.emit(cache, ~state.finished, token=token, pauses=ran - 1, log_prob=log_prob, end_id=end_id)
@@ -318,7 +322,7 @@ _MODES: dict[str, type[SelfPaced] | type[Constant] | type[NoPauses]] = {
 }
 
 
-def choose_pacing(method: PausedMethod, options: SamplingOptions) -> Pacing:
+def choose_pacing(method: Decoding, options: SamplingOptions) -> Pacing:
   """The pacing policy that the options ask for with a method.
 
   Raises:
@@ -340,7 +344,7 @@ def choose_pacing(method: PausedMethod, options: SamplingOptions) -> Pacing:
   return pacing
 
 
-def _max_pauses(method: PausedMethod, options: SamplingOptions) -> int:
+def _max_pauses(method: Decoding, options: SamplingOptions) -> int:
   """K in generation.
 
   Raises:
@@ -353,7 +357,7 @@ def _max_pauses(method: PausedMethod, options: SamplingOptions) -> int:
   return pauses
 
 
-def _layout(method: PausedMethod, options: SamplingOptions, pauses: int) -> SlotLayout:
+def _layout(method: Decoding, options: SamplingOptions, pauses: int) -> SlotLayout:
   """The layout of slots, with so many pauses at most after each generated token.
 
   Raises:

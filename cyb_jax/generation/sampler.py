@@ -26,7 +26,7 @@ from cyb_jax.generation.pacing import Pacing, choose_pacing
 from cyb_jax.generation.prompts import PromptBatch, random_keys
 from cyb_jax.generation.state import SamplerState
 from cyb_jax.generation.token_samplers import TokenSampler, choose_token_sampler
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import Decoding
 
 # Prompts are padded to a multiple of this many tokens, so that a few programs serve all prompt lengths.
 _PROMPT_MULTIPLE = 16
@@ -87,7 +87,7 @@ class Sampler:
     >>> run.tokenizer.decode(generated.tokens[0]), generated.pauses[0]
   """
 
-  def __init__(self, method: PausedMethod, options: SamplingOptions | None = None):
+  def __init__(self, method: Decoding, options: SamplingOptions | None = None):
     self.method = method
     self.options = SamplingOptions(mode=default_mode(method)) if options is None else options
     self.pacing = choose_pacing(method, self.options)
@@ -273,7 +273,7 @@ class _Watcher:
 
 @functools.partial(jax.jit, static_argnames=("method", "new"))
 def _start(
-  method: PausedMethod,
+  method: Decoding,
   new: int,
   pacing: Pacing,
   params: PyTree,
@@ -317,7 +317,7 @@ def _start(
 
 @functools.partial(jax.jit, static_argnames="method", donate_argnames="state")
 def _advance(
-  method: PausedMethod,
+  method: Decoding,
   pacing: Pacing,
   token_sampler: TokenSampler,
   params: PyTree,

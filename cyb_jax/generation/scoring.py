@@ -39,7 +39,7 @@ from cyb_jax.generation.abilities import check_decodes, num_prompt_pauses
 from cyb_jax.generation.packing import batches, ladder, pack_cheapest, round_up
 from cyb_jax.generation.score import Score
 from cyb_jax.generation.trees import Part, Tree, build_trees, windows
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import Decoding
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards
 from cyb_jax.stopping import expected_pauses
 
@@ -82,7 +82,7 @@ class Scorer:
 
   def __init__(
     self,
-    method: PausedMethod,
+    method: Decoding,
     params: PyTree,
     *,
     context: int,
@@ -234,7 +234,7 @@ def _collect(scores: list[Score], costs: list[tuple[int, Score]], outputs: list[
   return len(costs)
 
 
-def _hidden(method: PausedMethod, params: PyTree, layout: dict[str, Int[Array, "B S"]]) -> Float[Array, "B S D"]:
+def _hidden(method: Decoding, params: PyTree, layout: dict[str, Int[Array, "B S"]]) -> Float[Array, "B S D"]:
   """The hidden states of all slots; `layout` as in `Tree.layout`, with the number of the slot's `tree`, -1: padding."""
   return method.hidden_slots(
     params,
@@ -245,7 +245,7 @@ def _hidden(method: PausedMethod, params: PyTree, layout: dict[str, Int[Array, "
   )
 
 
-def _mask(method: PausedMethod, layout: dict[str, Int[Array, "B S"]]) -> Bool[Array, "B 1 S S"]:
+def _mask(method: Decoding, layout: dict[str, Int[Array, "B S"]]) -> Bool[Array, "B 1 S S"]:
   """Which slot (query, third axis) may see which (key, fourth axis); padding sees padding."""
 
   def query(name: str) -> Int[Array, "B S 1"]:
@@ -263,7 +263,7 @@ def _mask(method: PausedMethod, layout: dict[str, Int[Array, "B S"]]) -> Bool[Ar
 
 
 def _read(
-  method: PausedMethod, params: PyTree, hidden: Float[Array, "B S D"], reads: dict[str, Array]
+  method: Decoding, params: PyTree, hidden: Float[Array, "B S D"], reads: dict[str, Array]
 ) -> tuple[Float[Array, "C"], Bool[Array, "C"], Float[Array, "C"]]:
   """The results of C tokens: the target's log-probability, whether the target is greedy, and the expected pauses.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cyb_jax.costs import flops
 from cyb_jax.generation.score import Score
-from cyb_jax.methods.paused import PausedMethod
+from cyb_jax.methods import Decoding
 
 # The slots of a tree; a context with more branches than fit runs again for the other branches.
 _TREE_SLOTS = 1024
@@ -43,7 +43,7 @@ class Tree:
 
   Attributes:
     size: S, slots.
-    layout: i32[S] each: `tokens`, `slots` and `positions` as in `PausedMethod.extend`; `owner`, the number of the
+    layout: i32[S] each: `tokens`, `slots` and `positions` as in `CachedDecoding.extend`; `owner`, the number of the
       slot's token; `branch`, 0 in the context and the continuation's number, from 1, elsewhere.
     reads: i32[R, W], the slots of each token that is read.
     targets: i32[R], the token that is predicted there.
@@ -51,7 +51,7 @@ class Tree:
       first continuation, then those of the second one, and so on.
   """
 
-  def __init__(self, method: PausedMethod, context: tuple[int, ...], branches: Sequence[Branch], pauses: int):
+  def __init__(self, method: Decoding, context: tuple[int, ...], branches: Sequence[Branch], pauses: int):
     width = method.num_slots
     last = len(context) - 1
     tokens, position, branch = list(context), list(range(len(context))), [0] * len(context)
@@ -90,7 +90,7 @@ class Tree:
 
 
 def _costs(
-  method: PausedMethod, branches: Sequence[Branch], pauses: int, branch: np.ndarray, keys: np.ndarray
+  method: Decoding, branches: Sequence[Branch], pauses: int, branch: np.ndarray, keys: np.ndarray
 ) -> list[tuple[int, Score]]:
   """The cost of each continuation, with its share of the context.
 
@@ -100,7 +100,7 @@ def _costs(
     keys: i32[S], how many keys each slot sees.
   """
   shared = branch == 0
-  share, times = 1 / len(branches), method.times_run
+  share, times = 1 / len(branches), method.layer_passes
   costs = []
   for number, (request, continuation) in enumerate(branches, 1):
     own = branch == number
@@ -115,7 +115,7 @@ def _costs(
   return costs
 
 
-def build_trees(method: PausedMethod, parts: Sequence[Part]) -> list[Tree]:
+def build_trees(method: Decoding, parts: Sequence[Part]) -> list[Tree]:
   """One tree for each context; more than one for a context that has more branches than a tree takes."""
   by_context: dict[tuple[tuple[int, ...], int], list[Branch]] = {}
   for part in parts:
@@ -155,6 +155,6 @@ def windows(
     scored, first = end, False
 
 
-def _context_slots(method: PausedMethod, tokens: int, pauses: int) -> int:
+def _context_slots(method: Decoding, tokens: int, pauses: int) -> int:
   """Slots of a context of so many tokens, the last of which is read, with the pauses after it."""
   return pauses + (tokens - 1 + method.num_slots if method.hides_pauses else tokens * method.num_slots)

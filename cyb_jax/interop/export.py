@@ -281,7 +281,7 @@ def _own_json(
   dont_know = next((number for number, name in entries if name == "<dont_know>"), None)
   return {
     "version": 1,
-    "method": dataclasses.asdict(method),
+    "method": {"name": method.name} | dataclasses.asdict(method),
     "rows": rows,
     "vocab_size": words,
     "pause_ids": [number for number, name in entries if name != "<dont_know>"],

@@ -36,7 +36,7 @@ from cyb_jax.data import Tokenizer, open_tokenizer
 from cyb_jax.decoder import DecoderConfig, merge_lora
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
-from cyb_jax.methods import Method, MethodConfig
+from cyb_jax.methods import Calibrated, Method, MethodConfig, configure
 from cyb_jax.partitioning.mesh import data_shards
 from cyb_jax.runs import Run
 
@@ -98,7 +98,7 @@ class Pretrained(abc.ABC):
       if field.name not in self._free_fields and ours != found:
         raise InputError(f"init_from: {self.path} has decoder.{field.name} = {found!r}, but this config has {ours!r}")
     trained = self.method
-    if trained is None or not (method.decides and trained.name == method.name):
+    if trained is None or trained.name != method.name or not isinstance(method, Calibrated):
       return
     if trained.dont_know != method.config.dont_know:
       raise InputError(
@@ -122,7 +122,7 @@ class _FromRun(Pretrained):
     self.path, self.checkpoint = path, checkpoint
     if newest_meta(path) is None:
       raise InputError(f"init_from: {path} holds no run with a checkpoint")
-    config = configs.freeze(read_config(path))
+    config = configs.freeze(configs.migrated(read_config(path)))
     self.method = config.method
     self.decoder = config.decoder_config(self.tokenizer.vocab_size)
 
@@ -338,7 +338,7 @@ def _own_config(found: _FromSource, dtype: str) -> Config:
   config = configs.default()
   config.precision.params = dtype
   config.train.epochs = 0.0  # it's read, not trained
-  method = found.method or MethodConfig(name="baseline", pauses=0)
+  method = found.method or configure("baseline")
   config.method.update(configs.written_method(method))
   config.data.tokenizer = ""
   config.data.sequence_length = min(found.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)

@@ -11,8 +11,6 @@ import math
 import os
 import pathlib
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from cyb_jax import methods
+from cyb_jax.configs import methods_group
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import gguf, huggingface, llama2c
@@ -201,9 +200,10 @@ def _with_extras(source: Source, written: Any) -> Source:
       f"{path}: cyb_jax: {rows} rows, {words} of them words, and the entries {appended} aren't"
       f" vocab_size = {source.decoder.vocab_size}; export the run again"
     )
-  if len(pause_ids) != config.pauses:
+  pauses = getattr(config, "pauses", 0)
+  if len(pause_ids) != pauses:
     raise InputError(
-      f"{path}: cyb_jax.pause_ids has {len(pause_ids)} entries, but cyb_jax.method.pauses = {config.pauses}; export"
+      f"{path}: cyb_jax.pause_ids has {len(pause_ids)} entries, but cyb_jax.method.pauses = {pauses}; export"
       " the run again"
     )
   decoder = dataclasses.replace(source.decoder, vocab_size=rows)
@@ -240,23 +240,23 @@ def _block(path: pathlib.Path, name: str, values: Any) -> Fields:
   return Fields(path, {f"{name}.{key}": value for key, value in values.items()}, f"{name}.")
 
 
-def _method_config(path: pathlib.Path, written: Mapping[str, Any]) -> MethodConfig:
-  """What an export says of its method, each value of its field's type; what it doesn't say is left at its default."""
-  fields = _block(path, f"{huggingface.CYB_JAX}.method", written)
-  values = {}
-  for name, hint in typing.get_type_hints(MethodConfig).items():
-    if name not in fields:
-      continue
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kind = typing.get_origin(kinds[0]) or kinds[0]
-    nothing = None if type(None) in kinds else ...
-    values[name] = fields.take(name, list if kind is tuple else kind, nothing)
-    if isinstance(values[name], list):
-      if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in values[name]):
-        raise InputError(f"{path}: cyb_jax.method.{name} = {values[name]!r} must be a list of numbers")
-      values[name] = tuple(values[name])
-  fields.finish()
-  return MethodConfig(**values)
+def _method_config(path: pathlib.Path, written: Any) -> MethodConfig:
+  """The options of the method that an export records; an option that is absent has its default.
+
+  Version 0.1 recorded the options of all methods: those that the method does not have, at their old defaults, are
+  ignored.
+  """
+  _block(path, f"{huggingface.CYB_JAX}.method", written)
+  values = {name: value for name, value in written.items() if value is not None or name == "dont_know_prior"}
+  for name, value in values.items():
+    if isinstance(value, list):
+      if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
+        raise InputError(f"{path}: cyb_jax.method.{name} = {value!r} must be a list of numbers")
+      values[name] = ":".join(f"{x!r}" for x in value)
+  try:
+    return methods_group.parse_method(methods_group.migrated(values))
+  except InputError as error:
+    raise InputError(f"{path}: cyb_jax.{str(error).removeprefix('config.')}") from None
 
 
 def _own_shapes(path: pathlib.Path, config: MethodConfig, decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -1,25 +1,27 @@
 """Methods: a slot model and an objective each, by name. `interface` says what a method is, `registry` lists them."""
 
-from cyb_jax.methods.interface import (
-  WEIGHTS,
+from cyb_jax.methods.abilities import (
   Adaptive,
-  Batch,
   CachedDecoding,
   Calibrated,
-  DataFacts,
   Decoding,
   EarlyExit,
-  EvalOutput,
   EvaluatedAsTrained,
   Exportable,
   ExtraMetrics,
   FusedSlots,
-  Method,
-  MethodCosts,
   NonCausal,
-  Params,
   PromptPauses,
   SequentialDecoding,
+)
+from cyb_jax.methods.interface import (
+  WEIGHTS,
+  Batch,
+  DataFacts,
+  EvalOutput,
+  Method,
+  MethodCosts,
+  Params,
   TokenLosses,
 )
 from cyb_jax.methods.options import MethodConfig

@@ -124,7 +124,7 @@ class SlotMethod:
 
 
 class DecodingSlotMethod(SlotMethod):
-  """What `interface.Decoding` asks for, from a slot model that has a cache."""
+  """What `abilities.Decoding` asks for, from a slot model that has a cache."""
 
   @property
   def cache_config(self) -> DecoderConfig:
@@ -167,14 +167,14 @@ class DecodingSlotMethod(SlotMethod):
 
 
 class CachedSlotMethod(DecodingSlotMethod):
-  """A method whose slots run on a cache in any number at a time: `interface.CachedDecoding`."""
+  """A method whose slots run on a cache in any number at a time: `abilities.CachedDecoding`."""
 
   def extend(self, params: Params, **slots: Any) -> tuple[Float[Array, "B Q D"], Cache]:
     return self.slot_model.extend(params, **slots)
 
 
 class ExportableSlotMethod(CachedSlotMethod):
-  """A method that a Hugging Face folder holds whole: `interface.Exportable`."""
+  """A method that a Hugging Face folder holds whole: `abilities.Exportable`."""
 
   @property
   def num_pauses(self) -> int:
@@ -182,7 +182,7 @@ class ExportableSlotMethod(CachedSlotMethod):
 
 
 class SequentialSlotMethod(DecodingSlotMethod):
-  """A method whose slots of a token run one after the other: `interface.SequentialDecoding`."""
+  """A method whose slots of a token run one after the other: `abilities.SequentialDecoding`."""
 
   def run_token(self, params: Params, **token: Any) -> tuple[Float[Array, "B D"], PyTree, Int[Array, "B"]]:
     return self.slot_model.run_token(params, **token)

@@ -32,7 +32,7 @@ class CybLoopedConfig(StoppingOptions):
 
 
 class CybLooped(StoppingMethod):
-  """CYB-AP, CYB-VA and CYB-DP over loops: also `interface.EarlyExit`."""
+  """CYB-AP, CYB-VA and CYB-DP over loops: also `abilities.EarlyExit`."""
 
   config: CybLoopedConfig
   slot_model: ReadLoops

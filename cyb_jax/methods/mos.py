@@ -121,7 +121,7 @@ class MixtureOfSoftmaxes:
 
 
 class Mos(CachedSlotMethod):
-  """Cross-entropy of a mixture of softmaxes: also `interface.ExtraMetrics`."""
+  """Cross-entropy of a mixture of softmaxes: also `abilities.ExtraMetrics`."""
 
   config: MosConfig
   objective: MixtureOfSoftmaxes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxtyping import PyTree
+import jax
+from jaxtyping import Array, PyTree
 
 
 def trained_part(params: PyTree, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> PyTree:
@@ -38,3 +39,12 @@ def with_trained(params: PyTree, part: PyTree) -> PyTree:
   for name, value in part.items():
     merged[name] = with_trained(params[name], value) if isinstance(value, dict) else value
   return merged
+
+
+def new_parameters(init: Callable[[Array], PyTree]) -> frozenset[str]:
+  """The names of a method's parameters next to the decoder's, which a pretrained model does not have.
+
+  Args:
+    init: see `Method.init`.
+  """
+  return frozenset(jax.eval_shape(init, jax.random.key(0))) - {"decoder"}

@@ -88,7 +88,7 @@ class PauseTrainingConfig(MethodConfig):
 class PauseTraining(CachedSlotMethod):
   """Cross-entropy of every token, read at the last pause after the token before it.
 
-  Also `interface.EvaluatedAsTrained` and `interface.PromptPauses`.
+  Also `abilities.EvaluatedAsTrained` and `abilities.PromptPauses`.
   """
 
   config: PauseTrainingConfig

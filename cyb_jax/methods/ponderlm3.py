@@ -194,7 +194,7 @@ class RoutedThoughts(Thoughts):
 
 
 class PonderLM3(SequentialSlotMethod):
-  """Cross-entropy at the fused state, and a penalty on thoughts: also `interface.FusedSlots` and `ExtraMetrics`."""
+  """Cross-entropy at the fused state, and a penalty on thoughts: also `abilities.FusedSlots` and `ExtraMetrics`."""
 
   config: PonderLM3Config
   slot_model: RoutedThoughts

@@ -14,17 +14,17 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from cyb_jax.partitioning import arrays
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.interface import Batch, EvalOutput, Params
 from cyb_jax.methods.objectives.stopping import StoppingOptions, StoppingTime
 from cyb_jax.methods.slot_models.plain import Plain
+from cyb_jax.partitioning import arrays
 from cyb_jax.stopping import SlotScores
 
 
 class StoppingMethod(CachedSlotMethod):
-  """The stopping-time losses over a slot model: `interface.Calibrated` and `interface.EvaluatedAsTrained`."""
+  """The stopping-time losses over a slot model: `abilities.Calibrated` and `abilities.EvaluatedAsTrained`."""
 
   constants = frozenset({"dont_know_offset"})
 

@@ -75,7 +75,7 @@ class ThoughtbubblesConfig(MethodConfig):
 
 
 class Thoughtbubbles(SlotMethod):
-  """Cross-entropy of what a token's streams predict together: also `interface.NonCausal`."""
+  """Cross-entropy of what a token's streams predict together: also `abilities.NonCausal`."""
 
   config: ThoughtbubblesConfig
   slot_model: ForkedStreams

@@ -332,7 +332,7 @@ def outcomes(groups: Sequence[Group]) -> list[Outcome]:
 
 def _outcome(group: Group) -> Outcome:
   first = group.runs[0]
-  config = configs.freeze(first.source)
+  config = configs.freeze(configs.migrated(first.source))
   method, length = config.build_method(first.vocab_size), config.data.sequence_length
   records, paces = [], []
   for run in group.runs:
@@ -349,7 +349,7 @@ def _outcome(group: Group) -> Outcome:
     )
     # An older report has it of methods that decide nothing too.
     if (paced := found["self_paced"]) and is_adaptive(method):
-      cost = method.inference_cost(length, slots=paced["context_pauses"] + 1)
+      cost = method.costs(length, slots=paced["context_pauses"] + 1).inference
       paces.append(paced | {"inference_flops": float(cost.total)})
   return Outcome.of(group.label, records, Costs.of(config, first.vocab_size), paces)
 

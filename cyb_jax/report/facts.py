@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cyb_jax.methods import METHODS
+from cyb_jax.methods import METHODS, option_names
 
 Statistics = Mapping[str, Any]
 """An object of statistics.json, see `evaluation.pause_records`."""
@@ -39,7 +39,8 @@ def looks_ahead(statistics: Statistics) -> bool:
 
 def fuses_slots(statistics: Statistics) -> bool:
   """Whether one state is read that all slots are fused into; else the slots are a mixture."""
-  return METHODS[statistics["method"]].fuses
+  # Records of version 0.1 do not tell; one of its methods fuses its slots.
+  return statistics.get("fused", statistics["method"] == "ponderlm3")
 
 
 def stopping_loss(method: Mapping[str, Any]) -> str | None:
@@ -48,8 +49,7 @@ def stopping_loss(method: Mapping[str, Any]) -> str | None:
   Args:
     method: the part `method` of a config.
   """
-  known = METHODS.get(method["name"])
-  if known is None or "loss" not in known.options:
+  if method["name"] not in METHODS or "loss" not in option_names(method["name"]):
     return None
   # Configs of older versions leave out the default.
   return str(method.get("loss", "ap"))

@@ -47,13 +47,14 @@ class Costs:
   def of(cls, config: Config, vocab_size: int | None) -> Costs:
     """Of a run with this config, over a vocabulary; None: as many entries as the decoder has rows."""
     method, length = config.build_method(vocab_size), config.data.sequence_length
+    costs = method.costs(length)
     return cls(
-      train=float(method.train_flops(length)),
-      train_executed=float(method.train_flops(length, executed=True)),
-      inference=float(method.inference_cost(length).total),
-      autoregressive=float(method.autoregressive_cost(length).total),
-      learnt=method.tokens_learnt(length) / length,
-      slots=method.train_slots(length) / length,
+      train=float(costs.train.total),
+      train_executed=float(costs.train_executed.total),
+      inference=float(costs.inference.total),
+      autoregressive=float(costs.autoregressive.total),
+      learnt=costs.trained_tokens / length,
+      slots=costs.train_slots / length,
       parameters=count_parameters(method)["total"],
     )
 

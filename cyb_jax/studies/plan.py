@@ -13,6 +13,7 @@ from absl import logging
 
 from cyb_jax import command_line, configs
 from cyb_jax.errors import InputError
+from cyb_jax.methods import Adaptive, Decoding
 from cyb_jax.studies import matching, settings
 from cyb_jax.studies.options import Options
 from cyb_jax.studies.resolution import resolve
@@ -208,7 +209,7 @@ def _model(options: Options, setting: str) -> Model:
 
 def _has_own_pace(method: Any) -> bool:
   """Whether a method decides for each token how many slots it takes, and can be decoded so."""
-  return method.decides and method.decodes and method.num_slots > 1
+  return isinstance(method, Adaptive) and isinstance(method, Decoding) and method.num_slots > 1
 
 
 def uneven_starts(models: Mapping[str, Model], reference: str) -> str | None:

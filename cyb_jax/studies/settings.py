@@ -15,7 +15,7 @@ import ml_collections
 
 from cyb_jax.decoder import PRESETS
 from cyb_jax.errors import InputError, did_you_mean
-from cyb_jax.methods import METHODS, WEIGHTS
+from cyb_jax.methods import METHODS, WEIGHTS, option_names
 
 _PRIORS = {"uniform": "1:1:1:1", "bimodal": "4:1:1:4", "early": "11:3:3:3"}
 
@@ -26,10 +26,10 @@ def _cyb(pauses: int = 3, **fields: Any) -> dict[str, Any]:
 
 SETTINGS: dict[str, dict[str, Any]] = {
   # The model that training would start from is evaluated: no pauses, no steps.
-  "pretrained": {"name": "baseline", "pauses": 0},
-  "baseline": {"name": "baseline", "pauses": 0},
+  "pretrained": {"name": "baseline"},
+  "baseline": {"name": "baseline"},
   # With the decoder that PonderLM-2 starts from.
-  "baseline_small": {"name": "baseline", "pauses": 0},
+  "baseline_small": {"name": "baseline"},
   **{f"tbys{k}": {"name": "tbys", "pauses": k} for k in (1, 2, 3)},
   "ap": _cyb(),
   "ap1": _cyb(1),
@@ -50,16 +50,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
   # Controls: a mixture over slots with weights that don't depend on the token; every slot trained by itself.
   "constant_stop": {"name": "constant_stop", "pauses": 3},
   "mean_slots": {"name": "mean_slots", "pauses": 3},
-  # A plain model whose layers are passed four times.
+  # A mixture of four softmaxes of one hidden state, without pauses.
+  "mos": {"name": "mos", "heads": 4},
+  # A plain model whose layers are passed four times; and the stopping-time losses over these passes.
   "looped": {"name": "looped", "pauses": 3},
+  "cyb_looped": {"name": "cyb_looped", "loss": "ap", "pauses": 3},
   # The pauses of earlier work: at random positions, a tenth of the text; ten after a prompt.
   "pause_training": {"name": "pause_training", "pauses": 10},
   # Latent thoughts: as published, one for every token; up to three, as many as a router decides.
   "ponderlm2": {"name": "ponderlm2", "pauses": 1, "jacobi": "2:3"},
   "ponderlm3": {"name": "ponderlm3", "pauses": 3, "jacobi": "2:3", "router_penalty": 0.01},
   # Streams that fork, two and four a token; four copies that don't fork.
-  "thoughtbubbles": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 2.0},
-  "thoughtbubbles4": {"name": "thoughtbubbles", "pauses": 0, "stream_budget": 4.0},
+  "thoughtbubbles": {"name": "thoughtbubbles", "stream_budget": 2.0},
+  "thoughtbubbles4": {"name": "thoughtbubbles", "stream_budget": 4.0},
   "copy_k": {"name": "copy_k", "pauses": 3},
 }
 
@@ -225,10 +228,10 @@ def apply(
       that are trained from scratch collapse to the first slot.
   """
   if parse_match(setting):
-    config.method.update(name=setting, pauses=0)
+    config.method.name = setting
   else:
     config.method.update(SETTINGS[setting])
-    if from_scratch and "pause_input" in METHODS[config.method.name].options:
+    if from_scratch and "pause_input" in option_names(config.method.name):
       config.method.pause_input = "token+pause"
   config.decoder.preset = size
   if from_scratch:

@@ -139,7 +139,7 @@ def _work(config: Config, method: Method, steps: int | None) -> dict[str, Any]:
   data = config.data
   per_step = {
     "tokens": data.batch_size * data.sequence_length,
-    "slots": data.batch_size * method.train_slots(data.sequence_length),
+    "slots": data.batch_size * method.costs(data.sequence_length).train_slots,
   }
   return {"per_step": per_step, "run": _of_run(per_step, steps)}
 
@@ -203,9 +203,10 @@ def costs_per_token(method: Method, length: int) -> dict[str, dict[str, dict[str
 
   `forward` (of an evaluation) and `train` (of a step) each have those of the `model` and those `executed`.
   """
+  costs = method.costs(length)
   return {
-    kind: {"model": _by_component(cost(length)), "executed": _by_component(cost(length, executed=True))}
-    for kind, cost in (("forward", method.forward_cost), ("train", method.train_cost))
+    "forward": {"model": _by_component(costs.forward), "executed": _by_component(costs.forward_executed)},
+    "train": {"model": _by_component(costs.train), "executed": _by_component(costs.train_executed)},
   }
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from cyb_jax import configs, runs, storage
@@ -79,7 +78,7 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
   steps = num_steps(config, open_batches(config, store))
   if start is not None:
     start.check(method, store.tokenizer)
-  _validate_data(config, method, store)
+  method.validate_data(store, config.data.sequence_length)
   _check_attention(config, method, mesh)
   return RunPlan(config, cluster, mesh, method, evaluated, store, steps, meta, start, profile)
 
@@ -103,7 +102,7 @@ def _check_start(config: Config) -> Pretrained | None:
   start = pretrained.open_pretrained(config.init_from) if config.init_from else None
   config.decoder_config(trained_pieces(config.tokenizer))
   if not config.data.store:
-    _validate_data(config, config.build_method(), None)
+    config.build_method().validate_data(_DeclaredData(config.data.task), config.data.sequence_length)
   return start
 
 
@@ -128,37 +127,19 @@ def _host_0_first(cluster: Cluster) -> Iterator[None]:
     cluster.barrier()
 
 
-def _validate_data(config: Config, method: Method, store: TokenStore | None) -> None:
-  """Checks that the data has what the method learns from; logs a warning where the method can use only a part of it.
+@dataclasses.dataclass(frozen=True)
+class _DeclaredData:
+  """The data of a task that is not prepared yet, as the task declares it; see `methods.DataFacts`."""
 
-  Args:
-    config: the run's.
-    method: the run's.
-    store: the token store; None: it is not prepared yet, and the task is checked by its declaration.
+  task: str
+  splits: tuple[str, ...] = ()
 
-  Raises:
-    InputError: the method learns targets after prefixes, and the data has none.
-  """
-  if not method.learns_targets:
-    return
-  if not (has_targets(config.data.task) if store is None else store.has_prefixes("train")):
-    raise InputError(
-      f"data.task: {config.data.task!r} has no targets behind prefixes: all of its tokens have weight 1; take a task of"
-      f" questions and answers, such as 'commonsense_qa' or 'synthetic_questions', or another method.pause_places than"
-      f" {method.config.pause_places!r}"
-    )
-  length = config.data.sequence_length
-  most = method.prefixes_at_most(length)
-  if store is None or most is None:
-    return
-  for split in store.splits:
-    counts = store.prefixes(split, length)
-    beyond = int(np.maximum(counts - most, 0).sum())
-    if beyond:
-      logging.warning(
-        "%s: %d of its %d prefixes get no pauses: a window of %d tokens has room for those of %d",
-        split, beyond, int(counts.sum()), length, most,
-      )  # fmt: skip
+  def has_prefixes(self, split: str) -> bool:
+    del split
+    return has_targets(self.task)
+
+  def prefixes(self, split: str, sequence_length: int) -> np.ndarray:
+    raise LookupError(f"{self.task} has no split {split} of {sequence_length} tokens yet")
 
 
 def _check_attention(config: Config, method: Method, mesh: Mesh) -> None:

@@ -55,11 +55,11 @@ class Progress:
     """The JSON object of a checkpoint at this step; all hosts call this at the same step."""
     if self._meta is None:
       data, method, store = self.plan.config.data, self.plan.method, self.plan.store
-      windows = self.step * data.batch_size
+      windows, costs = self.step * data.batch_size, method.costs(data.sequence_length)
       self._meta = {
         "train_tokens": sum(self.plan.cluster.gather(self.tokens)),
-        "train_slots": windows * method.train_slots(data.sequence_length),
-        "train_flops": float(windows * data.sequence_length * method.train_flops(data.sequence_length)),
+        "train_slots": windows * costs.train_slots,
+        "train_flops": float(windows * data.sequence_length * costs.train.total),
         "store": store.fingerprint,
         "store_path": str(store.path),
         "version": __version__,

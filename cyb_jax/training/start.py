@@ -13,6 +13,7 @@ from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.interop import pretrained
+from cyb_jax.methods import Calibrated
 from cyb_jax.training.preflight import RunPlan
 from cyb_jax.training.step import TrainState
 from cyb_jax.training.strategies import Strategy
@@ -65,9 +66,11 @@ def _calibrated(
 ) -> TrainState:
   """A fresh state, whose parameters the method adjusts to the first batches if `calibration_batches` is set."""
   method = plan.evaluated
+  if not isinstance(method, Calibrated):
+    return state
   if not method.calibration_batches:
-    if plan.start is not None and method.decides:
-      method.tell_start(strategy.params(state), [evaluator.shard_batch(read(0))])
+    if plan.start is not None:
+      method.log_start(strategy.params(state), [evaluator.shard_batch(read(0))])
     return state
   global_state = strategy.global_state(state)
   batches = (evaluator.shard_batch(read(step)) for step in range(method.calibration_batches))
@@ -79,7 +82,7 @@ def _calibrated(
 def log_size(plan: RunPlan, strategy: Strategy) -> None:
   """Logs how large the run is: parameters, memory, steps and FLOPs."""
   data, method, abstract = plan.config.data, plan.method, strategy.abstract()
-  counts = count_parameters(method)
+  counts, costs = count_parameters(method), method.costs(data.sequence_length)
   trained = f" ({counts['trained']:,} trained)" if counts["trained"] < counts["total"] else ""
   logging.info(
     "%s: %s parameters%s, %s MiB of parameters and optimizer state a device; %d steps of %d x %d tokens, %d slots"
@@ -92,8 +95,8 @@ def log_size(plan: RunPlan, strategy: Strategy) -> None:
     data.batch_size,
     data.sequence_length,
     method.num_slots,
-    f"{method.train_flops(data.sequence_length) / 1e6:,.1f}",
-    f"{method.train_flops(data.sequence_length, executed=True) / 1e6:,.1f}",
+    f"{costs.train.total / 1e6:,.1f}",
+    f"{costs.train_executed.total / 1e6:,.1f}",
     plan.mesh.size,
     jax.devices()[0].device_kind,
   )

@@ -54,8 +54,9 @@ class Throughput:
     data, method = plan.config.data, plan.method
     self._ahead = ahead
     self._tokens_per_step = data.batch_size * data.sequence_length
-    self._slots_per_token = method.train_slots(data.sequence_length) / data.sequence_length
-    self._flops_per_token = method.train_flops(data.sequence_length)
+    costs = method.costs(data.sequence_length)
+    self._slots_per_token = costs.train_slots / data.sequence_length
+    self._flops_per_token = costs.train.total
     self._devices, self._peak = plan.mesh.size, peak_flops(plan.mesh.devices.flat[0])
     self.restart(step)
 

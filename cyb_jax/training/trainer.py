@@ -23,6 +23,7 @@ from cyb_jax.data import Prefetch
 from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
+from cyb_jax.methods import Adaptive
 from cyb_jax.training import hooks
 from cyb_jax.training.layout import strategy_of_run
 from cyb_jax.training.metrics import MetricsLog, NoLog, read_metrics
@@ -133,7 +134,7 @@ class Trainer:
     rate = schedule(config.optimizer, plan.steps, plan.method.decoder.config.d_model)
     throughput = Throughput(plan, ahead, run.step)
     divergence = hooks.DivergenceCheck(strategy, config.train.max_skipped, self.folder)
-    collapse = hooks.CollapseWarning(config.train.collapse_warning, decides=plan.method.decides)
+    collapse = hooks.CollapseWarning(config.train.collapse_warning, decides=isinstance(plan.method, Adaptive))
     metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse)
     interruption = hooks.Interruption(plan.cluster, signals, checkpoints)
     validation = hooks.Validation(self.evaluate, log, interruption)

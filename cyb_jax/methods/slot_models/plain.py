@@ -21,7 +21,7 @@ class Plain:
   """One pass over the tokens. Slot models that run on a cache start from it.
 
   Attributes:
-    hides_pauses, shifts_positions, keeps_all_pauses, layer_passes: see `interface.Decoding`.
+    hides_pauses, shifts_positions, keeps_all_pauses, layer_passes: see `abilities.Decoding`.
   """
 
   is_exportable = True

@@ -75,7 +75,7 @@ class ReadLoops(Loops):
     positions: Int[Array, "B S"],
     mask: Bool[Array, "B 1 S S"] | Any,
   ) -> Float[Array, "B S D"]:
-    """As in `interface.Decoding`. The slots of a token are contiguous, in order, and under `mask` those after its first
+    """As in `abilities.Decoding`. The slots of a token are contiguous, in order, and under `mask` those after its first
     are seen by their own token alone.
     """
     # All loops run at a token's first slot, which sees no later slot; the token's other slots are read from there.
@@ -100,7 +100,7 @@ class ReadLoops(Loops):
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B Q D"], LoopCache]:
-    """As in `interface.CachedDecoding`, in three forms.
+    """As in `abilities.CachedDecoding`, in three forms.
 
     - `start` None: Q tokens of a prompt, one slot each. All loops run, and the state after the last one is returned.
     - Q = 1: one loop of one token in each row; rows may be at different loops.
@@ -158,7 +158,7 @@ class ReadLoops(Loops):
     return self.finish(params, hidden), LoopCache(_filled(cache.slots, part, loop, place), hidden[:, 0])
 
   def fill_cache(self, cache: LoopCache, *, cache_index: Int[Array, "B"], slots: Int[Array, "B"]) -> LoopCache:
-    """See `interface.EarlyExit`: the loops after the first `slots` get the keys and values of the last of these."""
+    """See `abilities.EarlyExit`: the loops after the first `slots` get the keys and values of the last of these."""
     part = jax.tree.map(lambda x: _of_loop(x, slots - 1), cache.slots)
     return dataclasses.replace(cache, slots=_filled(cache.slots, part, slots - 1, cache_index))
 

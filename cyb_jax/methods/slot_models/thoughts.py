@@ -83,7 +83,7 @@ class Thoughts(Plain):
     positions: Int[Array, "B S"],
     mask: Bool[Array, "B 1 S S"] | Any,
   ) -> Float[Array, "B S D"]:
-    """As in `interface.Decoding`, by the passes of `hidden`. The slots of a token are contiguous and complete, and the
+    """As in `abilities.Decoding`, by the passes of `hidden`. The slots of a token are contiguous and complete, and the
     first one is at a multiple of W.
     """
     del slots  # given by their indices

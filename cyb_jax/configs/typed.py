@@ -1,0 +1,33 @@
+"""Values of a config, as the types of their fields."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from typing import Any
+
+from cyb_jax.errors import InputError
+
+
+def typed(path: str, value: Any, hint: Any) -> Any:
+  """The value, as the type of its field; a float field accepts an int.
+
+  Args:
+    path: of the field, for the message.
+    value: as it was given.
+    hint: a type, or a union of types.
+
+  Raises:
+    InputError: the value is of another type, or a float that is not finite.
+  """
+  accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  accepted = tuple(typing.get_origin(kind) or kind for kind in accepted)
+  if float in accepted and isinstance(value, int | float) and not isinstance(value, bool):
+    if not math.isfinite(value):
+      raise InputError(f"{path}: {value!r} must be finite")
+    return float(value)
+  if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
+    raise InputError(f"{path}: {value!r} must be {wanted}")
+  return value
