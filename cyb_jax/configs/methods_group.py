@@ -1,8 +1,8 @@
 """The group `method` of a config: which method is trained, with which options.
 
 The group holds `name` and the options of all methods, unset. An option that is not set has the default of its method;
-an option that a method does not have must not be set. In a ConfigDict an unset option is None, except `dont_know_prior`,
-where None means "no shift": unset it is NaN. In config.json options that are not set are left out.
+an option that a method does not have must not be set. In a ConfigDict an unset option is None, except
+`dont_know_prior`, where None means "no shift": unset it is NaN. In config.json options that are not set are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _NONE_IS_A_VALUE = ("dont_know_prior",)
 # What version 0.1 wrote into config.json for every method, whether it had the option or not.
 _WRITTEN_BY_0_1: dict[str, Any] = {
   "loss": "ap", "pauses": 0, "omega": "", "gamma": "", "rho": "", "alpha": 0.0, "recipe": "constant",
-  "slot_budget": 0.0, "policy_floor": 0.1, "dont_know": "token", "dont_know_prior": 0.9, "calibration_batches": 0, "stopping_warmup": 0,
+  "slot_budget": 0.0, "policy_floor": 0.1, "dont_know": "token", "dont_know_prior": 0.9,
+  "calibration_batches": 0, "stopping_warmup": 0,
   "pause_input": "pause", "pause_visibility": "visible", "pause_offset": False, "pause_shared": False,
   "pause_positions": "token", "pause_places": "random", "pause_fraction": 0.1, "jacobi": "2:3", "router_penalty": 0.0,
   "prune_below": 1e-4, "fork_layers": "", "stream_budget": 2.0, "combine": "probabilities",
