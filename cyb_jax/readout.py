@@ -133,7 +133,7 @@ def _num_tokens(hidden: Array, unembedding: Array, targets: Array, vocab_size: i
   return tokens
 
 
-def _excluded_row(dont_know: Array | int | None, tokens: int) -> int | None:
+def _excluded_row(dont_know: object, tokens: int) -> int | None:
   """Returns the row of the unembedding that is `<don't know>`; None where it is not one of its rows."""
   if not isinstance(dont_know, numbers.Integral):  # an integer of numpy is one too
     return None

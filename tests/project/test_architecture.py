@@ -73,7 +73,9 @@ PRIVATE = {
 
 # Modules of MODULE_LINES or more, and functions of more than FUNCTION_LINES, that are right as they are: why.
 LARGE_MODULES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+  "cyb_jax.readout.slot_scores": "fifteen lines of signature and forty of documentation for 14 public arguments",
+}
 
 
 @dataclasses.dataclass(frozen=True)
