@@ -24,7 +24,7 @@ help:
 	@echo "make test-pretrained   what needs real weights and evaluation sets (fetches 340 MB)"
 	@echo "make test-tpu     what needs the compiler of TPUs (fetches libtpu, 210 MB)"
 	@echo "make test-parity  logits against transformers, in a venv of its own ($(PARITY_VENV)), both ways"
-	@echo "make lint         ruff"
+	@echo "make lint         ruff, mypy, and the rules of tests/project/test_architecture.py"
 	@echo "PYTHON=python3.12 picks the interpreter"
 
 setup: $(VENV)/.installed
@@ -95,6 +95,8 @@ test-parity: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/project/test_architecture.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

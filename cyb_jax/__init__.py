@@ -1,28 +1,50 @@
-"""Self-paced language models in JAX and Flax: a decoder that may say "I don't know yet" and is given another step of
-compute.
+"""Self-paced language models in JAX and Flax: a decoder that may abstain with "I don't know yet" and then gets another
+step of compute.
 
-The losses stand alone: `cyb_jax.stopping`, `cyb_jax.losses`, `cyb_jax.pauses` and `cyb_jax.readout` need jax and
-nothing else of this package but `cyb_jax.partitioning.rules`, on which the readout stands.
+The core is usable alone: `cyb_jax.stopping`, `cyb_jax.losses`, `cyb_jax.pauses` and `cyb_jax.readout` need jax and, of
+this package, each other and `cyb_jax.partitioning.rules`.
 """
 
 from __future__ import annotations
 
+import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+  from cyb_jax import losses
   from cyb_jax.runs import Run
+  from cyb_jax.stopping import SlotScores
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load"]
+__all__ = ["SlotScores", "__version__", "load", "losses"]
+
+
+def __getattr__(name: str) -> typing.Any:
+  """Imports `losses` and `SlotScores` when they are first used, so that `import cyb_jax` does not import jax."""
+  if name == "losses":
+    return importlib.import_module("cyb_jax.losses")
+  if name == "SlotScores":
+    return importlib.import_module("cyb_jax.stopping").SlotScores
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(workdir: str, checkpoint: int | str = "last") -> Run:
-  """A trained run, or weights that one could start from: config, method, parameters and tokenizer.
+  """Returns a trained run, or pretrained weights: config, method, parameters and tokenizer.
 
-  See `cyb_jax.runs.load` and `cyb_jax.interop.pretrained.load`.
+  Args:
+    workdir: the work directory of a run, or anything that `cyb_jax.interop.pretrained.load` accepts.
+    checkpoint: the step of the checkpoint, or 'last' or 'best'; see `cyb_jax.runs.load`.
+
+  Raises:
+    InputError: if there is no such run or checkpoint.
+
+  Example:
+    >>> run = load("runs/ap")
+    >>> run.config.method.name, run.method.num_slots
+    ('cyb', 2)
   """
-  # Imported here, so that those who take the losses alone don't pay for the rest.
+  # Imported here, so that an import of the losses alone stays fast.
   from cyb_jax.interop import pretrained
 
   return pretrained.load(workdir, checkpoint=checkpoint)

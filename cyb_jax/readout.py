@@ -97,23 +97,14 @@ def slot_scores(
   tokens = _num_tokens(hidden, unembedding, targets, vocab_size)
   excluded = _excluded_row(dont_know, tokens)
   hidden = _chosen_slots(hidden, slots)
-  readout = _Readout(
-    tokens=tokens if tokens < len(unembedding) else None,
-    excluded=excluded,
-    soft_cap=soft_cap,
-    frozen=frozen,
-    mesh=current_mesh(),
-  )
+  readout = _Readout(tokens if tokens < len(unembedding) else None, excluded, soft_cap, frozen, current_mesh())
   tiling = _Tiling.of(hidden.shape[:-1], len(unembedding), chunk_size, shards, readout.mesh)
   flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
   outputs = _chunked(readout, tiling.split(hidden), unembedding, tiling.split(flat_targets))
   target_logit, log_normalizer = (tiling.join(x) for x in outputs)
   if dont_know is None:
-    return SlotScores(
-      log_target=target_logit - log_normalizer,
-      log_dont_know=jnp.full_like(target_logit, -jnp.inf),
-      log_answer=jnp.zeros_like(target_logit),
-    )
+    log_target = target_logit - log_normalizer
+    return SlotScores(log_target, jnp.full_like(target_logit, -jnp.inf), jnp.zeros_like(target_logit))
   row = cast("Array", dont_know) if excluded is None else _row(unembedding, excluded)
   dont_know_logit = _dont_know_logit(hidden, row, form, soft_cap)
   shift = prior_shift(form, prior, tokens + (excluded is None)) + dont_know_bias
@@ -133,7 +124,7 @@ def _num_tokens(hidden: Array, unembedding: Array, targets: Array, vocab_size: i
   return tokens
 
 
-def _excluded_row(dont_know: Array | int | None, tokens: int) -> int | None:
+def _excluded_row(dont_know: object, tokens: int) -> int | None:
   """Returns the row of the unembedding that is `<don't know>`; None where it is not one of its rows."""
   if not isinstance(dont_know, numbers.Integral):  # an integer of numpy is one too
     return None
@@ -144,7 +135,6 @@ def _excluded_row(dont_know: Array | int | None, tokens: int) -> int | None:
 
 
 def _chosen_slots(hidden: Float[Array, "... W D"], slots: Sequence[int] | None) -> Float[Array, "... w D"]:
-  """Returns the hidden states of the slots that are to be computed."""
   if slots is None:
     return hidden
   num_slots = hidden.shape[-2]
@@ -224,7 +214,6 @@ def _dont_know_logit(
 
 
 def _cap(logits: Array, soft_cap: float | None) -> Array:
-  """Returns c tanh(z / c)."""
   return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
@@ -276,17 +265,14 @@ class _Tiling:
 
   def join(self, x: Array) -> Array:
     """Returns an array [G, C, J] with the shape `shape`: the inverse of `split`."""
-    x = x.reshape(self.shards, -1)[:, : self.per_shard].reshape(-1)
-    return x[: math.prod(self.shape)].reshape(self.shape)
+    return x.reshape(self.shards, -1)[:, : self.per_shard].reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
 
 
 def _padded(x: Array, length: int) -> Array:
-  """Returns an array with zeros appended to its first axis, up to a length."""
   return x if len(x) == length else jnp.pad(x, ((0, length - len(x)),) + ((0, 0),) * (x.ndim - 1))
 
 
 def _row(unembedding: Float[Array, "V D"], index: int) -> Float[Array, "D"]:
-  """Returns one row of the unembedding."""
   if current_mesh() is None:
     return unembedding[index]
   # Indexing a table that is split over devices would gather all of it; this sum reduces one row.
@@ -346,8 +332,7 @@ class _Readout:
     """
     if self.mesh is None:
       return function(self, PartitionSpec(None, None), *of_slots, table)
-    slots = spec(of_slots[0].shape, ("batch",), self.mesh)
-    rows = spec(table.shape, ("vocab", "embed"), self.mesh)
+    slots, rows = spec(of_slots[0].shape, ("batch",), self.mesh), spec(table.shape, ("vocab", "embed"), self.mesh)
     spread = jax.shard_map(
       functools.partial(function, self, rows),
       in_specs=(*(slots,) * len(of_slots), PartitionSpec(rows[0], None)),
@@ -358,7 +343,6 @@ class _Readout:
 
 
 def _columns(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:
-  """Returns the number of the column at each entry."""
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
@@ -455,13 +439,11 @@ def _read_backward(
   (d_hidden, d_table), _ = jax.lax.scan(read, (jnp.zeros_like(hidden), sums), jnp.arange(hidden.shape[2]))
   if rows[0] is not None:
     d_hidden = jax.lax.psum(d_hidden, rows[0])
-  return d_hidden, None if d_table is None else _reduced(readout, rows, d_table.sum(0))
-
-
-def _reduced(readout: _Readout, rows: PartitionSpec, d_table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-  """Returns the sum of dU over the parts of the batch; its width is scattered over the axis that splits it."""
+  if d_table is None:
+    return d_hidden, None
+  d_table = d_table.sum(0)
   axes = () if readout.mesh is None else mesh_axes("batch", readout.mesh)
   if rows[1] is not None:
     d_table = jax.lax.psum_scatter(d_table, rows[1], scatter_dimension=1, tiled=True)
   rest = tuple(axis for axis in axes if axis != rows[1])
-  return jax.lax.psum(d_table, rest) if rest else d_table
+  return d_hidden, jax.lax.psum(d_table, rest) if rest else d_table

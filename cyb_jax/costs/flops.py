@@ -1,16 +1,17 @@
-"""How many floating-point operations a decoder needs, counted by hand.
+"""The floating-point operations of a decoder, counted by hand, because XLA counts the body of a scan once.
 
-Counted by hand because XLA counts the body of a scan once. Two counts, of matrix products only (a
-multiplication and an addition are two operations; norms, activations and softmax are a few percent at most):
+Matrix products alone are counted; a multiplication and an addition are two operations. Norms, activations and softmax
+are a few percent at most. There are two counts:
 
-- the model's: causal attention over the keys that a query may see. What the method needs, on any machine; the
-  one for model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B).
-- executed: what the compiled program does. XLA's attention computes the full square and masks half of it
-  away (of hidden slots, only what lies in `decoder.attention.HiddenSlots`); rematerialised layers run twice; the
-  readout computes its logits again in the backward pass.
+- the model's: causal attention counts only the keys that a query attends to. This is what the method needs on any
+  machine, and what model FLOPs utilisation is computed from (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
+  appendix B).
+- executed: what the compiled program computes. XLA's attention computes the full square and masks half of it (with
+  hidden slots only the blocks of `decoder.attention.HiddenSlots`); rematerialised layers run twice; the backward pass
+  of the readout computes the logits again.
 
-Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size,
-L layers, F mlp, r rank of adapters.
+Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size, L layers, F mlp,
+r rank of adapters.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from cyb_jax.decoder import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a device can do at best, as JAX counts devices; None: not known here.
+  """Peak rates of a device, as JAX counts devices; None where a number is not known.
 
   Attributes:
     peak_flops: dense bfloat16 operations per second.
-    hbm_bytes: of its memory, what programs may use: less than the data sheet's, by what the runtime keeps.
-    hbm_bandwidth: bytes per second from and to it.
-    link_bandwidth: bytes per second that it can send over all of its links to other chips together, which is half of
-      what data sheets call bidirectional.
+    hbm_bytes: the device memory that programs may use, which is the data sheet's without the part the runtime reserves.
+    hbm_bandwidth: bytes per second between the chip and its memory.
+    link_bandwidth: bytes per second that the chip can send over all links to other chips together; this is half of the
+      number that data sheets call bidirectional.
   """
 
   peak_flops: float
@@ -40,7 +41,7 @@ class Chip:
   link_bandwidth: float | None = None
 
 
-# hbm_bytes: what libtpu 0.0.42 says when a program needs more. The other columns:
+# hbm_bytes is from the error of libtpu 0.0.42 for a program that needs more. The other columns:
 # - https://docs.cloud.google.com/tpu/docs/v4; its six links of 50e9: Jouppi et al. 2023, https://arxiv.org/abs/2304.01433
 # - https://docs.cloud.google.com/tpu/docs/v5e, https://docs.cloud.google.com/tpu/docs/v5p (4800 Gbit/s),
 #   https://docs.cloud.google.com/tpu/docs/v6e
@@ -59,20 +60,20 @@ _TPUS = {
 }
 # https://www.nvidia.com/en-us/data-center/
 _GPUS = {"H100": Chip(989e12), "H200": Chip(989e12), "A100": Chip(312e12)}
-# The same names on slower boards, and on a part of a board.
+# Slower boards, and parts of a board, whose names contain the names above.
 _SLOWER = ("PCIe", "NVL", "MIG")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Operations, by what needs them.
+  """Numbers of operations by component.
 
   Attributes:
-    matrices: of the layers.
-    attention: its weights, and the weighted values.
+    matrices: the matrices of the layers.
+    attention: attention weights and weighted values.
     readout: the logits.
     adapters: the matrices of LoRA.
-    routing: what decides where slots go, of methods that have such.
+    routing: the routers of methods that have them.
   """
 
   matrices: float = 0.0
@@ -83,34 +84,37 @@ class Cost:
 
   @property
   def total(self) -> float:
-    return sum(dataclasses.astuple(self))
+    """The sum over all components."""
+    return sum(self._values())
 
   def __add__(self, other: Cost) -> Cost:
-    mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-    return Cost(*(a + b for a, b in zip(mine, theirs)))
+    return Cost(*(a + b for a, b in zip(self._values(), other._values())))
 
   def times(self, factor: float) -> Cost:
-    """The same, so many times."""
-    return Cost(*(factor * value for value in dataclasses.astuple(self)))
+    """Returns the cost multiplied by a factor."""
+    return Cost(*(factor * value for value in self._values()))
+
+  def _values(self) -> tuple[float, ...]:
+    return dataclasses.astuple(self)
 
 
 def forward_cost(
   config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
 ) -> Cost:
-  """Operations of one forward pass, per real token.
+  """Returns the operations of one forward pass, per real token.
 
-  Each of the S = T*W slots passes all matrices, 2 operations per parameter, and attends: 4 N H operations per
-  key (half for the weights, half for the values), over (S + 1)/2 keys on average, or S as executed; where slots are
-  hidden, over (T + 1)/2 tokens and (W - 1)/2 slots of its own token, or T + W - 1 as executed. Each slot that is read
+  Each of the S = T*W slots is multiplied by all matrices (2 operations per parameter) and attends to keys: 4 N H
+  operations per key, half for the weights and half for the values. It has (S + 1)/2 keys on average, or S as executed;
+  with hidden slots (T + 1)/2 tokens and (W - 1)/2 slots of its own token, or T + W - 1 as executed. A slot that is read
   out costs 2 D V.
 
   Args:
-    config: the decoder. Embedding rows are looked up, which costs nothing.
+    config: the decoder. An embedding lookup costs nothing.
     tokens: T, real tokens in a window.
-    slots: W, slots per token; a fraction where rows of a fixed number of slots are shared out.
-    slots_read: how many of a token's slots are read out.
-    hidden: whether the slots after a token's first are seen by that token's alone.
-    executed: count what the program does. Attention is taken to be XLA's: cuDNN's skips the masked half.
+    slots: W, slots per token; a fraction where a row has a fixed number of slots.
+    slots_read: the number of a token's slots that are read out.
+    hidden: whether slots after the first of a token are keys for the slots of that token only.
+    executed: whether to count what the program computes. XLA's attention is assumed; cuDNN's skips the masked half.
   """
   return pass_cost(config, slots=slots, keys=_keys(tokens, slots, hidden, executed), slots_read=slots_read)
 
@@ -124,15 +128,17 @@ def pass_cost(
   layers: int | None = None,
   routing: float = 0.0,
 ) -> Cost:
-  """Operations of slots that pass some layers once, per real token; methods that pass them several times add up.
+  """Returns the operations, per real token, of slots that go through layers once.
+
+  A method whose slots go through the layers several times adds several costs.
 
   Args:
     config: the decoder.
-    slots: per real token.
-    keys: of each of them, on average; see `causal_keys`.
-    slots_read: how many are read out, per real token.
-    layers: that are passed; None: all.
-    routing: of a slot, in parameters that aren't the decoder's.
+    slots: the number of slots per real token.
+    keys: the average number of keys of a slot, see `causal_keys`.
+    slots_read: the number of slots that are read out, per real token.
+    layers: the number of layers; None: all.
+    routing: the number of parameters outside the decoder that a slot is multiplied by.
   """
   layers = config.num_layers if layers is None else layers
   return Cost(
@@ -145,7 +151,10 @@ def pass_cost(
 
 
 def causal_keys(length: float, executed: bool = False) -> float:
-  """Keys of a slot in a row of so many slots, averaged: it sees itself and those before it; XLA computes the square."""
+  """Returns the average number of keys of a slot in a row of `length` slots.
+
+  A slot attends to itself and to the slots before it; as executed, XLA computes the full square.
+  """
   return length if executed else (length + 1) / 2
 
 
@@ -159,16 +168,16 @@ def train_cost(
   executed: bool = False,
   frozen: bool = False,
 ) -> Cost:
-  """Operations of one training step, per real token: forward, and for each product two more backward, for the gradients
-  of both of its factors.
+  """Returns the operations of one training step, per real token.
 
-  A matrix that isn't trained has one, that of its input: pauses' rows are learned through all layers. As executed, with
-  what is computed again: the logits; with `remat` 'full' the layers, except for the products that end them, whose
-  results no gradient needs; with 'dots' attention.
+  Each product of the forward pass has two products in the backward pass, for the gradients of its two factors. A matrix
+  that is not trained has one, the gradient of its input, because the pauses are trained through all layers. As
+  executed, recomputation counts too: the logits; with `remat` 'full' the layers without the products that end them,
+  because no gradient needs the results of these; with `remat` 'dots' attention.
 
   Args:
-    frozen: whether the decoder's own parameters aren't trained; its adapters are.
     config, tokens, slots, slots_read, hidden, executed: as in `forward_cost`.
+    frozen: whether the decoder's parameters are not trained, while its adapters are.
   """
   return train_pass_cost(
     config,
@@ -192,10 +201,12 @@ def train_pass_cost(
   frozen: bool = False,
   scaled: bool = False,
 ) -> Cost:
-  """The same as `train_cost` of slots that pass some layers once; arguments as in `pass_cost`.
+  """Returns `train_cost` of slots that go through layers once; the other arguments are those of `pass_cost`.
 
-  `scaled`: whether updates of the residual stream are multiplied by what has a gradient (`Decoder.run_layers`); then
-  the results of the products that end layers are needed too.
+  Args:
+    executed, frozen: as in `train_cost`.
+    scaled: whether the updates of the residual stream are multiplied by a factor that has a gradient
+      (`Decoder.run_layers`). The gradient then needs the results of the products that end layers too.
   """
   layers = config.num_layers if layers is None else layers
   once = pass_cost(config, slots=slots, keys=keys, slots_read=slots_read, layers=layers, routing=routing)
@@ -206,11 +217,12 @@ def train_pass_cost(
   if executed:
     readout += once.readout
     if config.remat == "full":
-      last = () if scaled else ("down", "out") if config.parallel_residual else ("down",)
+      last: tuple[str, ...] = () if scaled else ("down", "out") if config.parallel_residual else ("down",)
       matrices += once.matrices - slots * layers * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
-      # Of an adapter that ends a layer x A is needed, for the gradient of B.
-      spared = sum(config.lora.rank * config.d_model for name in last if name in _adapters(config))
+      # In an adapter B A that ends a layer only the product with B is not recomputed: the gradient of B needs A x.
+      rank = 0 if config.lora is None else config.lora.rank
+      spared = sum(rank * config.d_model for name in last if name in _adapters(config))
       adapters += once.adapters - slots * layers * 2 * spared
     elif config.remat == "dots":
       attention += once.attention
@@ -218,20 +230,20 @@ def train_pass_cost(
 
 
 def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: float) -> float:
-  """Operations of the model for slots that lie anywhere.
+  """Returns the operations of the model for a number of slots with a known number of keys.
 
   Args:
     config: the decoder.
-    slots: how many pass the layers.
-    keys: how many keys they see, all of them together.
-    slots_read: how many are read out.
+    slots: the number of slots that go through the layers.
+    keys: the number of keys of all slots together.
+    slots_read: the number of slots that are read out.
   """
   matrices = 2 * (sum(_matrices(config).values()) + sum(_adapters(config).values()))
   return config.num_layers * (slots * matrices + _attention(config, keys)) + slots_read * _readout(config)
 
 
 def chip(device: jax.Device) -> Chip | None:
-  """What the device can do at best, or None where that is not known."""
+  """Returns the peak rates of a device; None where they are not known."""
   kind = device.device_kind
   if any(word in kind for word in _SLOWER):
     return None
@@ -242,19 +254,19 @@ def chip(device: jax.Device) -> Chip | None:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Dense bfloat16 operations per second that the device can do at best, or None where that is not known."""
+  """Returns the peak rate of a device in dense bfloat16 operations per second; None where it is not known."""
   found = chip(device)
   return None if found is None else found.peak_flops
 
 
 def _keys(tokens: int, slots: float, hidden: bool, executed: bool) -> float:
-  """Keys of a slot, averaged over the window."""
-  seen_of_tokens, seen_of_own = (tokens, slots - 1) if hidden else (tokens * slots, 0)
-  return causal_keys(seen_of_tokens + seen_of_own, executed)
+  """Returns the average number of keys of a slot in a window."""
+  of_tokens, of_own_token = (tokens, slots - 1) if hidden else (tokens * slots, 0)
+  return causal_keys(of_tokens + of_own_token, executed)
 
 
 def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-  """(inputs, outputs) of the matrices of a layer."""
+  """Returns (inputs, outputs) of each matrix of a layer."""
   model, inner = config.d_model, config.mlp_size
   heads, kv_heads = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
   sizes = {"query": (model, heads), "key": (model, kv_heads), "value": (model, kv_heads), "out": (heads, model)}
@@ -263,12 +275,12 @@ def _sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def _matrices(config: DecoderConfig) -> dict[str, int]:
-  """Parameters of the matrices of a layer."""
+  """Returns the number of parameters of each matrix of a layer."""
   return {name: inputs * outputs for name, (inputs, outputs) in _sizes(config).items()}
 
 
 def _adapters(config: DecoderConfig) -> dict[str, int]:
-  """Parameters of the adapters of a layer."""
+  """Returns the number of parameters of each adapter of a layer."""
   if config.lora is None:
     return {}
   sizes = _sizes(config)
@@ -276,10 +288,10 @@ def _adapters(config: DecoderConfig) -> dict[str, int]:
 
 
 def _attention(config: DecoderConfig, keys: float) -> float:
-  """One slot's weights and weighted values, in one layer."""
+  """Returns the operations of the attention of one slot in one layer."""
   return 4 * config.num_heads * config.head_size * keys
 
 
 def _readout(config: DecoderConfig) -> float:
-  """The logits of one slot."""
+  """Returns the operations of the logits of one slot."""
   return 2 * config.d_model * config.vocab_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import types
 from typing import Any
 
 import numpy as np
@@ -75,7 +74,7 @@ class GgufFile:
     return array.copy() if np.may_share_memory(array, tensor.data) else array
 
 
-def _reader_class(gguf: types.ModuleType) -> type:
+def _reader_class(gguf: Any) -> type:
   class Reader(gguf.GGUFReader):
     """Holds its memory map as a plain array: slices of numpy's memmap take twice the time, and there are a million."""
 

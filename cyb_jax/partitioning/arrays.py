@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jaxtyping import PyTree
 
 
 def fetch(tree: PyTree) -> PyTree:
-  """A tree of arrays as numpy arrays, whole on every host, also where the shards are on several; all hosts call it."""
+  """Returns a tree of arrays as complete numpy arrays on every host; all hosts must call it."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   from jax.experimental import multihost_utils
 
-  def whole(x):
+  def whole(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return jax.device_get(x)
     return multihost_utils.process_allgather(x, tiled=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -124,7 +124,9 @@ def owned_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarra
   Every row is therefore owned by exactly one host.
   """
   first: dict[int, int] = {}
-  for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
+  # jax has no type for its devices, so a checker knows none of their attributes.
+  places: Mapping[Any, Any] = sharding.devices_indices_map((batch_size,))
+  for device, (rows,) in places.items():
     for row in range(*rows.indices(batch_size)):
       first[row] = min(first.get(row, device.process_index), device.process_index)
   return np.array([first[row] == host for row in host_rows(sharding, batch_size).tolist()], bool)
@@ -145,8 +147,8 @@ def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dic
   def sharded(values: np.ndarray) -> jax.Array:
     shape = (batch_size, *values.shape[1:])
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-      start, stop, _ = index[0].indices(batch_size)
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+      start, stop, _ = (slice(None) if index is None else index[0]).indices(batch_size)
       here = np.searchsorted(rows, [start, stop])
       return values[here[0] : here[1]]
 

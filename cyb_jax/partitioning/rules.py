@@ -87,4 +87,5 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   mesh = current_mesh()
   if mesh is None:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))
+  constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))
+  return constrained

@@ -30,10 +30,12 @@ MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "distributed", "storage"}
 RUN = MODEL | FILES | {"configs", "checkpointing", "data", "runs"}
 TRAINING = RUN | {"interop", "evaluation", "generation", "report", "training"}
+PROGRAMS = TRAINING | {"command_line"}
 ALLOWED: dict[str, set[str]] = {
   "errors": set(),
   "jsonl": set(),
   "nested": set(),
+  "command_line": {"errors"},
   "stopping": set(),
   "losses": {"stopping"},
   "pauses": set(),
@@ -53,15 +55,20 @@ ALLOWED: dict[str, set[str]] = {
   "generation": RUN | {"interop"},
   "report": RUN | {"evaluation"},
   "training": TRAINING - {"training", "generation", "report"},
-  "studies": TRAINING,
-  "compilation": TRAINING | {"studies"},
-  "benchmarks": TRAINING | {"studies"},
-  "cli": TRAINING | {"studies", "compilation", "benchmarks"},
+  "studies": PROGRAMS,
+  "compilation": PROGRAMS | {"studies"},
+  "benchmarks": PROGRAMS | {"studies"},
+  "cli": PROGRAMS | {"studies", "compilation", "benchmarks"},
   # The package itself loads `load` and `losses` on demand.
   PACKAGE: RUN | {"interop"},
 }
 # Names of the package itself that any module may import without depending on it.
 FACTS = {f"{PACKAGE}.__version__"}
+
+# (module, imported module): why an import against the table is right.
+UPWARD = {
+  ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the program that is measured; loaded once, then run in forks",
+}
 
 # Third-party packages that one unit alone imports.
 OWNERS = {"seqio": "data", "tensorflow": "data", "tensorflow_datasets": "data", "orbax": "checkpointing"}
@@ -69,11 +76,14 @@ OWNERS = {"seqio": "data", "tensorflow": "data", "tensorflow_datasets": "data", 
 # (unit, private third-party module): why it must be imported all the same.
 PRIVATE = {
   ("distributed", "jax._src.distributed"): "jax offers no public access to the key-value store of its coordinator",
+  ("evaluation", "lm_eval.tasks._yaml_loader.load_yaml"): "lm_eval has no public reader of a task's file",
 }
 
 # Modules of MODULE_LINES or more, and functions of more than FUNCTION_LINES, that are right as they are: why.
 LARGE_MODULES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+  "cyb_jax.readout.slot_scores": "fifteen lines of signature and forty of documentation for 14 public arguments",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +230,7 @@ def directions(package: Package) -> list[str]:
     source, target = unit(each.module), package.resolve(each.name)
     if target is None or each.name in FACTS or source == unit(target) or source not in ALLOWED:
       continue
-    if unit(target) not in ALLOWED[source]:
+    if unit(target) not in ALLOWED[source] and (each.module, target) not in UPWARD:
       found.append(f"{each}: {source} may not import {unit(target)}")
   return found
 

@@ -54,6 +54,19 @@ def test_the_core_needs_jax_alone():
   assert done.returncode == 0, done.stderr
 
 
+def test_public_names_are_imported_when_they_are_used():
+  code = (
+    "import sys, cyb_jax\n"
+    "assert 'jax' not in sys.modules\n"
+    "assert cyb_jax.losses.cyb and cyb_jax.SlotScores.from_logits and callable(cyb_jax.load)\n"
+    "from cyb_jax import *\n"
+    "assert SlotScores is cyb_jax.stopping.SlotScores\n"
+    "assert not hasattr(cyb_jax, 'other')\n"
+  )
+  done = python(code)
+  assert done.returncode == 0, done.stderr
+
+
 def test_training_from_a_store_needs_no_tensorflow(tmp_path):
   store = data.prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 64})
   config = tiny_config(pauses=1)

