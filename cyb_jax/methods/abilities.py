@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cyb_jax.decoder import Cache, DecoderConfig
+from cyb_jax.decoder import DecoderConfig
 from cyb_jax.methods.interface import Batch, EvalOutput, Method, Params
 from cyb_jax.readout import TokenScores
 
@@ -163,10 +163,10 @@ class CachedDecoding(Decoding, Protocol):
     tokens: Int[Array, "B Q"],
     slots: Int[Array, "B Q"],
     positions: Int[Array, "B Q"],
-    cache: Cache,
+    cache: Any,
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
-  ) -> tuple[Float[Array, "B Q D"], Cache]:
+  ) -> tuple[Float[Array, "B Q D"], Any]:
     """Runs some more slots of every row after those in the cache.
 
     Args:

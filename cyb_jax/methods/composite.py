@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from cyb_jax.costs.flops import Cost
-from cyb_jax.decoder import Cache, Decoder, DecoderConfig, init_params
+from cyb_jax.decoder import Decoder, DecoderConfig, init_params
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.interface import (
@@ -169,7 +169,7 @@ class DecodingSlotMethod(SlotMethod):
 class CachedSlotMethod(DecodingSlotMethod):
   """A method whose slots run on a cache in any number at a time: `abilities.CachedDecoding`."""
 
-  def extend(self, params: Params, **slots: Any) -> tuple[Float[Array, "B Q D"], Cache]:
+  def extend(self, params: Params, **slots: Any) -> tuple[Float[Array, "B Q D"], PyTree]:
     return self.slot_model.extend(params, **slots)
 
 

@@ -154,11 +154,14 @@ class Method(Protocol):
     num_slots: W, slots of a token that can be read.
   """
 
-  name: str
-  config: Any
-  decoder: Decoder
-  vocab_size: int
-
+  @property
+  def name(self) -> str: ...
+  @property
+  def config(self) -> Any: ...
+  @property
+  def decoder(self) -> Decoder: ...
+  @property
+  def vocab_size(self) -> int: ...
   @property
   def num_slots(self) -> int: ...
 
@@ -249,11 +252,13 @@ class Objective(Protocol):
   def init(self, rng: Array) -> Params:
     """The parameters next to the decoder's, boxed."""
 
-  def loss(self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any) -> TokenLosses:
+  def loss(
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
+  ) -> TokenLosses:
     """The training objective, per token; `step`: see `Method.loss`."""
 
   def evaluate(
-    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], omega: Any
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], omega: Any = None
   ) -> EvalOutput:
     """All slots, read; `omega`: see `Method.evaluate`."""
 

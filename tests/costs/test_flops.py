@@ -11,7 +11,7 @@ from cyb_jax.costs import flops
 from cyb_jax.decoder import Decoder, DecoderConfig, HiddenSlots, LoraConfig, init_params, num_params, preset
 from cyb_jax.decoder.config import TARGETS
 from cyb_jax.decoder.lora import LEAVES
-from cyb_jax.methods import MethodConfig, build
+from cyb_jax.methods import build, configure
 from cyb_jax.methods.parameters import trained_part, with_trained
 
 
@@ -73,7 +73,7 @@ def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
   lora = LoraConfig(rank=32, targets=targets) if targets else None
   config = _config(num_layers=1, lora=lora, **fields)
   method = build(
-    MethodConfig(pauses=2, pause_visibility="hidden"), config, chunk_size=2**20, weights="lora" if targets else "new"
+    configure(pauses=2, pause_visibility="hidden"), config, chunk_size=2**20, weights="lora" if targets else "new"
   )
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
@@ -86,8 +86,8 @@ def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
   lowered = jax.jit(jax.grad(loss)).lower(part, params, {"tokens": rows, "targets": rows})
   counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
-  again = method.forward_cost(16).readout
-  assert method.train_flops(16, executed=True) - again == pytest.approx(counted, rel=0.03)
+  again = method.costs(16).forward.readout
+  assert method.costs(16).train_executed.total - again == pytest.approx(counted, rel=0.03)
 
 
 def test_is_about_two_per_parameter():

@@ -32,7 +32,7 @@ from cyb_jax.data.tasks import Document, split_of, text_digest
 from cyb_jax.data.tasks.answers import ANSWER_TASKS, open_source
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh
 
 END = 256
@@ -204,7 +204,7 @@ def test_batches_carry_the_weights(prepared):
 
 def test_evaluation_counts_the_answers_alone(prepared):
   method = methods.build(
-    MethodConfig(name="baseline"),
+    configure(name="baseline"),
     dataclasses.replace(TINY, vocab_size=prepared.vocab_size),
     vocab_size=prepared.vocab_size,
   )

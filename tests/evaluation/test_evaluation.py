@@ -58,7 +58,7 @@ def test_against_a_slow_reference(omega, train_omega, exact):
   np.testing.assert_allclose(got["calibration"], spearman(d[:, :2], np.diff(t, axis=-1)), atol=0.02)
   rows_used = sum(int((batch["weights"] > 0).any(-1).sum()) for batch in batches)
   assert got["slots"] == rows_used * 5 * 3
-  assert got["flops"] == pytest.approx(method.forward_flops(5) * rows_used * 5)
+  assert got["flops"] == pytest.approx(method.costs(5).forward.total * rows_used * 5)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from cyb_jax.data.tokenizers import ByteTokenizer, train_sentencepiece
 from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, init_params, num_params
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.interop import export, huggingface, new_folder
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh, shardings
 from cyb_jax.stopping import prior_shift
 
@@ -173,7 +173,7 @@ _EXPORTS = {
 @pytest.mark.parametrize("name", _EXPORTS)
 def test_pauses_out_and_in_again(name, tmp_path):
   decoder, options = _EXPORTS[name]
-  decoder, options = DecoderConfig(**decoder), MethodConfig(**options)
+  decoder, options = DecoderConfig(**decoder), configure(**options)
   method = methods.build(options, decoder, vocab_size=Words.vocab_size)
   params = random_params(method.init)
   out = tmp_path / "out"
@@ -226,7 +226,7 @@ def test_a_tokenizer_comes_back(tmp_path):
   for tokenizer in (ByteTokenizer(), train_sentencepiece(texts, 276)):
     own = {"pause_input": jnp.ones((2, config.d_model)), "dont_know": jnp.ones(config.d_model)}
     out = tmp_path / tokenizer.describe()["kind"]
-    interop.write_huggingface(out, config, {"decoder": params} | own, tokenizer, method=MethodConfig(pauses=2))
+    interop.write_huggingface(out, config, {"decoder": params} | own, tokenizer, method=configure(pauses=2))
     source = interop.open_source(out)
     assert source.tokenizer().describe() == tokenizer.describe()
     assert source.extras.vocab_size == tokenizer.vocab_size
@@ -234,7 +234,7 @@ def test_a_tokenizer_comes_back(tmp_path):
 
 
 def test_own_rows_of_another_shape_are_refused(tmp_path):
-  decoder, options = DecoderConfig(**_RMS), MethodConfig(pauses=2)
+  decoder, options = DecoderConfig(**_RMS), configure(pauses=2)
   params = random_params(methods.build(options, decoder).init)
   interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
   source = interop.open_source(tmp_path / "out")
@@ -269,7 +269,7 @@ def test_own_rows_of_another_shape_are_refused(tmp_path):
   ],
 )  # fmt: skip
 def test_an_export_that_does_not_agree_with_itself(changed, message, tmp_path):
-  decoder, options = DecoderConfig(**_RMS), MethodConfig(pauses=3)
+  decoder, options = DecoderConfig(**_RMS), configure(pauses=3)
   params = random_params(methods.build(options, decoder).init)
   interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
   fields = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -13,7 +13,7 @@ from cyb_jax import configs, methods, training
 from cyb_jax.cli import convert
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
-from cyb_jax.methods import METHODS, MethodConfig
+from cyb_jax.methods import METHODS, configure
 from cyb_jax.studies import settings
 
 SETTING = {settings.SETTINGS[name]["name"]: name for name in settings.representatives()}
@@ -38,15 +38,15 @@ def test_each_has_a_setting():
 @pytest.mark.parametrize("name", METHODS)
 def test_it_says_what_it_spends(name):
   method = tiny(name)
-  forward, executed = method.forward_cost(16), method.forward_cost(16, executed=True)
-  train, once = method.train_cost(16), method.inference_cost(16)
+  forward, executed = method.costs(16).forward, method.costs(16).forward_executed
+  train, once = method.costs(16).train, method.costs(16).inference
   assert isinstance(once, flops.Cost)
   assert 0 < forward.total <= executed.total
   assert 0 < once.total <= forward.total
   # Three products for one, and where passes are drawn evaluation takes the most.
   assert train.total > 2 * once.total
-  assert method.train_slots(16) >= 16
-  assert method.forward_slots(16) >= 16
+  assert method.costs(16).train_slots >= 16
+  assert method.costs(16).forward_slots >= 16
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -83,7 +83,7 @@ def test_another_methods_option_is_refused(name):
   for option, value in given.items():
     if option not in METHODS[name].options:
       with pytest.raises(InputError, match=rf"method\.{option}: {re.escape(repr(value))} is set, but method '{name}'"):
-        methods.build(MethodConfig(name=name, **{option: value}), TINY)
+        methods.build(configure(name=name, **{option: value}), TINY)
 
 
 @pytest.mark.slow

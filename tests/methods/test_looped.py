@@ -14,7 +14,7 @@ from cyb_jax.decoder import DecoderConfig, KeyWeights
 from cyb_jax.decoder.attention import attend
 from cyb_jax.errors import InputError
 from cyb_jax.generation import Sampler, SamplingOptions
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 
 
 def by_hand(method, params, batch):
@@ -110,9 +110,9 @@ def test_updates_are_scaled():
 def test_cost_by_hand():
   method, _ = build(name="looped", pauses=2)
   plain, _ = build(name="baseline")
-  looped, once = method.forward_cost(8), plain.forward_cost(8)
+  looped, once = method.costs(8).forward, plain.costs(8).forward
   assert (looped.matrices, looped.attention, looped.readout) == (3 * once.matrices, 3 * once.attention, once.readout)
-  assert method.train_slots(8) == method.forward_slots(8) == 24
+  assert method.costs(8).train_slots == method.costs(8).forward_slots == 24
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -136,7 +136,7 @@ def test_generation_runs_the_prefix_once(scan, exact):
 def test_executed_agrees_with_xla(remat):
   sizes = dict(num_layers=1, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768, remat=remat)
   config = DecoderConfig(vocab_size=512, **sizes)
-  method = methods.build(MethodConfig(name="looped", pauses=2), config, chunk_size=2**20)
+  method = methods.build(configure(name="looped", pauses=2), config, chunk_size=2**20)
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
@@ -146,5 +146,5 @@ def test_executed_agrees_with_xla(remat):
   lowered = jax.jit(jax.grad(loss)).lower(params, {"tokens": rows, "targets": rows})
   counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
-  again = method.forward_cost(16).readout
-  assert method.train_flops(16, executed=True) - again == pytest.approx(counted, rel=0.03)
+  again = method.costs(16).forward.readout
+  assert method.costs(16).train_executed.total - again == pytest.approx(counted, rel=0.03)

@@ -10,7 +10,7 @@ from models import TINY, VOCABULARY, assert_trees_close, build, random_batch
 
 from cyb_jax import losses, methods, pauses
 from cyb_jax.errors import InputError
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
 CYB = {"name": "cyb", "pauses": 2}
@@ -218,8 +218,8 @@ def test_padding_of_the_vocabulary_gets_nothing():
 def test_flops_count_what_is_read():
   cyb, _ = build(**CYB)
   tbys, _ = build(name="tbys", pauses=2)
-  assert cyb.forward_flops(6) == tbys.forward_flops(6)
-  assert cyb.train_flops(6) - tbys.train_flops(6) == 3 * 2 * 2 * TINY.d_model * TINY.vocab_size
+  assert cyb.costs(6).forward.total == tbys.costs(6).forward.total
+  assert cyb.costs(6).train.total - tbys.costs(6).train.total == 3 * 2 * 2 * TINY.d_model * TINY.vocab_size
 
 
 @pytest.mark.parametrize(
@@ -252,11 +252,11 @@ def test_flops_count_what_is_read():
 )
 def test_bad_options(options, message):
   with pytest.raises(InputError, match=message):
-    methods.build(MethodConfig(**options), TINY)
+    methods.build(configure(**options), TINY)
 
 
 def test_dp_accepts_zeros_in_rho():
-  methods.build(MethodConfig(name="cyb", pauses=1, loss="dp", rho=(0.0, 1.0), alpha=0.1), TINY)
+  methods.build(configure(name="cyb", pauses=1, loss="dp", rho=(0.0, 1.0), alpha=0.1), TINY)
 
 
 def test_same_seed_same_parameters():

@@ -23,7 +23,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.generation import Sampler, SamplingOptions, Scorer
 from cyb_jax.interop import pretrained
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.pauses import lengths_at_random, lengths_behind_prefixes, pack
 from cyb_jax.studies import settings
@@ -363,7 +363,7 @@ def test_executed_agrees_with_xla(places):
   config = DecoderConfig(
     vocab_size=512, num_layers=1, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768
   )
-  method = methods.build(MethodConfig(name="pause_training", pauses=10, pause_places=places), config, chunk_size=2**20)
+  method = methods.build(configure(name="pause_training", pauses=10, pause_places=places), config, chunk_size=2**20)
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   rows, weights = jax.ShapeDtypeStruct((2, 64), jnp.int32), jax.ShapeDtypeStruct((2, 64), jnp.float32)
   batch = {"tokens": rows, "targets": rows, "weights": weights}
@@ -372,35 +372,35 @@ def test_executed_agrees_with_xla(places):
     return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"] / (2 * 64)
 
   forward = counted(lambda params, batch: method.evaluate(params, batch).loss)
-  assert method.forward_flops(64, executed=True) == pytest.approx(forward, rel=0.03)
+  assert method.costs(64).forward_executed.total == pytest.approx(forward, rel=0.03)
   step = counted(jax.grad(lambda params, batch: method.loss(params, batch, jax.random.key(0)).loss.sum()))
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
-  again = method.forward_cost(64).readout
-  assert method.train_flops(64, executed=True) - again == pytest.approx(step, rel=0.03)
+  again = method.costs(64).forward.readout
+  assert method.costs(64).train_executed.total - again == pytest.approx(step, rel=0.03)
 
 
 def test_cost_by_hand():
   plain = build(name="baseline")[0]
   random, prefix = model("random")[0], model("prefix", pauses=10)[0]
-  assert random.train_slots(64) == random.forward_slots(64) == 64
-  assert random.train_cost(64) == plain.train_cost(64)
-  assert random.inference_cost(64) == plain.inference_cost(64)
+  assert random.costs(64).train_slots == random.costs(64).forward_slots == 64
+  assert random.costs(64).train == plain.costs(64).train
+  assert random.costs(64).inference == plain.costs(64).inference
   # Room for three prefixes in 64 tokens.
-  assert prefix.train_slots(64) == 64 + 30
-  cost, once = prefix.forward_cost(64), plain.forward_cost(64)
+  assert prefix.costs(64).train_slots == 64 + 30
+  cost, once = prefix.costs(64).forward, plain.costs(64).forward
   assert cost.matrices == pytest.approx(once.matrices * 94 / 64)
   assert cost.attention == pytest.approx(once.attention * 94 / 64 * 95 / 65)
   assert cost.readout == once.readout
-  assert plain.tokens_learnt(64) == prefix.tokens_learnt(64) == 64
-  assert prefix.inference_cost(64, slots=6.0).matrices == pytest.approx(6 * once.matrices)
+  assert plain.costs(64).trained_tokens == prefix.costs(64).trained_tokens == 64
+  assert prefix.costs(64, slots=6.0).inference.matrices == pytest.approx(6 * once.matrices)
 
 
 def test_tokens_learnt_are_the_mean_of_those_that_are_kept():
   method = model("random")[0]
   tokens = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(4096, 32)))
   kept = pack(lengths_at_random(jax.random.key(0), tokens, 3), 4, 32).kept.sum(-1)
-  assert method.tokens_learnt(32) == pytest.approx(1 + (31 * 31 - 3) / 34)
-  assert method.tokens_learnt(32) == pytest.approx(float(kept.mean()), rel=2e-3)
+  assert method.costs(32).trained_tokens == pytest.approx(1 + (31 * 31 - 3) / 34)
+  assert method.costs(32).trained_tokens == pytest.approx(float(kept.mean()), rel=2e-3)
 
 
 # From end to end.

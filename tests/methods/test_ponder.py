@@ -23,7 +23,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.generation import Sampler, SamplingOptions, default_mode
 from cyb_jax.generation.scoring import Scorer
-from cyb_jax.methods import METHODS, MethodConfig
+from cyb_jax.methods import METHODS, configure
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.report import single
 from cyb_jax.studies import settings
@@ -306,7 +306,7 @@ def test_scores_are_those_of_the_reading(name, exact):
     scored = slice(len(context) - 1, len(context) + len(continuation) - 1)
     assert score.log_likelihood == pytest.approx(float(reading.log_likelihood[0, scored].sum()), abs=1e-4)
   # The last one: 3 tokens of 3 slots, each of which passes as often as in `hidden`.
-  assert scores[2].slots == pytest.approx(method.forward_slots(3))
+  assert scores[2].slots == pytest.approx(method.costs(3).forward_slots)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_weights_and_penalty_by_hand(exact):
   np.testing.assert_allclose(np.exp(params["router_bias"]), [0.05, 0.05, 0.9], rtol=1e-5)
   params["router_bias"] = jnp.log(jnp.array([3.0, 2.0, 1.0]))
   hidden = jnp.array(np.random.default_rng(0).normal(size=(3, ONE_LAYER.d_model)), jnp.float32)
-  log_depth, log_weights = method.log_depths(params, hidden[0])
+  log_depth, log_weights = method.slot_model.log_depths(params, hidden[0])
   np.testing.assert_allclose(np.exp(log_depth), [1 / 2, 1 / 3, 1 / 6], rtol=1e-6)
   np.testing.assert_allclose(np.exp(log_weights), [1, 1 / 2, 1 / 6], rtol=1e-6)
   assert float(log_weights[0]) == 0
@@ -357,8 +357,8 @@ def test_weights_and_penalty_by_hand(exact):
   np.testing.assert_allclose(losses.stopping, np.broadcast_to([1 / 2, 1 / 3, 1 / 6], (2, 3, 3)), rtol=1e-5)
   # Far down w stops falling, and gradients stay finite.
   steep = params | {"router_bias": jnp.array([0.0, -50.0, -200.0])}
-  np.testing.assert_allclose(method.log_depths(steep, hidden[0])[1], [0, -20, -20])
-  gradient = jax.grad(lambda params: method.log_depths(params, hidden[0])[1].sum())(steep)
+  np.testing.assert_allclose(method.slot_model.log_depths(steep, hidden[0])[1], [0, -20, -20])
+  gradient = jax.grad(lambda params: method.slot_model.log_depths(params, hidden[0])[1].sum())(steep)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
@@ -412,9 +412,9 @@ def test_the_effect_of_pruning_shrinks_with_its_threshold(exact):
 
 @pytest.mark.parametrize(("below", "expected"), [(0.0, 4), (1e-4, 3), (0.4, 2), (0.6, 1)])
 def test_what_is_kept(below, expected):
-  method = methods.build(MethodConfig(name="ponderlm3", pauses=3, prune_below=below), TINY)
+  method = methods.build(configure(name="ponderlm3", pauses=3, prune_below=below), TINY)
   weights = jnp.log(jnp.array([1.0, 0.5, 0.3, 1e-5]))
-  np.testing.assert_array_equal(method.kept(weights), np.arange(4) < expected)
+  np.testing.assert_array_equal(method.slot_model.kept(weights), np.arange(4) < expected)
 
 
 @pytest.mark.slow
@@ -439,7 +439,7 @@ def test_what_evaluation_records_of_pruning(exact):
   assert record["perplexity"] != pytest.approx(record["pruning"]["perplexity_unpruned"], rel=1e-4)
   assert record["inference_slots"] == pytest.approx(float(reading.slots[(weights > 0).any(-1)].mean()))
   assert 1 < record["pruning"]["slots"] < 3
-  assert record["inference_flops"] == method.inference_cost(4, slots=record["inference_slots"]).total
+  assert record["inference_flops"] == method.costs(4, slots=record["inference_slots"]).inference.total
   assert len(record["slot_perplexity"]) == len(record["latency"]) == 3
 
 
@@ -449,23 +449,23 @@ def test_what_evaluation_records_of_pruning(exact):
 def test_cost_by_hand():
   # D = 2, N = 2, H = 4, F = 5, V = 7: a slot's matrices 156, a key 32, a readout 28 (tests/test_flops.py).
   config = DecoderConfig(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
-  two = methods.build(MethodConfig(name="ponderlm2", pauses=2, jacobi=(1, 2)), config)
+  two = methods.build(configure(name="ponderlm2", pauses=2, jacobi=(1, 2)), config)
   # T = 3: passes over 1 and 2 slots a token, keys 2 and 3.5; over 3, keys 5: J and one more.
   grown, whole = (156 + 32 * 2) + 2 * (156 + 32 * 3.5), 3 * (156 + 32 * 5)
-  assert two.forward_cost(3).total == grown + 3 * whole + 3 * 28
-  assert two.train_cost(3).total == pytest.approx(3 * (grown + 2.5 * whole + 28))
-  assert two.train_slots(3) == 3 * (1 + 2 + 2.5 * 3)
-  assert two.forward_slots(3) == 3 * (1 + 2 + 3 * 3)
-  assert two.inference_cost(3).total == whole + 28
-  three = methods.build(MethodConfig(name="ponderlm3", pauses=2, jacobi=(1, 2), prune_below=0.0), config)
+  assert two.costs(3).forward.total == grown + 3 * whole + 3 * 28
+  assert two.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * whole + 28))
+  assert two.costs(3).train_slots == 3 * (1 + 2 + 2.5 * 3)
+  assert two.costs(3).forward_slots == 3 * (1 + 2 + 3 * 3)
+  assert two.costs(3).inference.total == whole + 28
+  three = methods.build(configure(name="ponderlm3", pauses=2, jacobi=(1, 2), prune_below=0.0), config)
   # The router, 2 D W = 12, behind the first pass and behind all over the whole stream.
-  assert three.train_cost(3).total == pytest.approx(3 * (grown + 2.5 * whole + 28 + 3.5 * 12))
-  assert three.forward_cost(3).total == grown + 3 * whole + 4 * 28 + 4 * 12
-  assert three.inference_cost(3).total == whole + 28 + 12
+  assert three.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * whole + 28 + 3.5 * 12))
+  assert three.costs(3).forward.total == grown + 3 * whole + 4 * 28 + 4 * 12
+  assert three.costs(3).inference.total == whole + 28 + 12
   # 2 of 3 slots kept: keys 3.5.
-  assert three.inference_cost(3, slots=2.0).total == 2 * (156 + 32 * 3.5) + 28 + 12
+  assert three.costs(3, slots=2.0).inference.total == 2 * (156 + 32 * 3.5) + 28 + 12
   with pytest.raises(ValueError, match=r"method 'ponderlm2' runs all of them"):
-    two.inference_cost(3, slots=2.0)
+    two.costs(3, slots=2.0).inference
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_executed_agrees_with_xla(name, fields):
     vocab_size=512, num_layers=1, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768, **fields
   )
   options = {"prune_below": 0.0} if name == "ponderlm3" else {}
-  method = methods.build(MethodConfig(name=name, pauses=2, jacobi=(1, 1), **options), config, chunk_size=2**20)
+  method = methods.build(configure(name=name, pauses=2, jacobi=(1, 1), **options), config, chunk_size=2**20)
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
@@ -487,10 +487,10 @@ def test_executed_agrees_with_xla(name, fields):
   trained = counted(jax.grad(lambda params, batch: method.loss(params, batch, jax.random.key(0)).loss.sum()))
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
   again = 2 * config.d_model * config.vocab_size
-  assert method.train_flops(16, executed=True) - again == pytest.approx(trained, rel=0.03)
+  assert method.costs(16).train_executed.total - again == pytest.approx(trained, rel=0.03)
   if name == "ponderlm2":
     read = counted(lambda params, batch: method.evaluate(params, batch).loss.sum())
-    assert method.forward_flops(16, executed=True) == pytest.approx(read, rel=0.03)
+    assert method.costs(16).forward_executed.total == pytest.approx(read, rel=0.03)
 
 
 # Edges, and bad input.
@@ -535,13 +535,13 @@ def test_layers_that_are_scanned_over(exact):
 )
 def test_bad_options(options, message):
   with pytest.raises(InputError, match=message):
-    methods.build(MethodConfig(**options), TINY)
+    methods.build(configure(**options), TINY)
 
 
 def test_kernels_without_weights_of_keys_are_refused():
   decoder = dataclasses.replace(TINY, attention="splash")
   with pytest.raises(InputError, match=r"decoder.attention: 'splash' takes no weights of keys, which method"):
-    methods.build(MethodConfig(name="ponderlm3", pauses=1), decoder)
+    methods.build(configure(name="ponderlm3", pauses=1), decoder)
 
 
 def test_settings_bring_their_conditioning():

@@ -27,7 +27,7 @@ from models import (
 from cyb_jax import configs, losses, methods, runs, training
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
 from cyb_jax.pauses import draw_lengths, pack, packed_row_slots
 from cyb_jax.stopping import log_stopping_distribution
@@ -293,13 +293,13 @@ def test_on_policy_draws_from_the_models_own_distribution(exact):
   method, params = build(**ON_POLICY, policy_floor=0.25)
   batch = random_batch(4, 5, 6)
   out = method.loss(params, batch, KEY)
-  scores = methods.build(MethodConfig(name="cyb", pauses=2), TINY, vocab_size=VOCABULARY).slot_scores(params, batch)
+  scores = methods.build(configure(name="cyb", pauses=2), TINY, vocab_size=VOCABULARY).slot_scores(params, batch)
   d = np.exp(np.asarray(scores.log_dont_know, np.float64))
   shares = np.array([[reference.stopping(row, 1 - row) for row in rows] for rows in d], np.float64)
   lengths = draw_lengths(KEY, batch["tokens"], jnp.asarray(0.75 * shares + 0.25 / 3))
   np.testing.assert_array_equal(out.slots, lengths)
   # Given the layout it is the recipe sampled: the same losses and gradient, since none flows through the draw.
-  laid = methods.build(MethodConfig(**SAMPLED, slot_budget=3.0), TINY, vocab_size=VOCABULARY)
+  laid = methods.build(configure(**SAMPLED, slot_budget=3.0), TINY, vocab_size=VOCABULARY)
   packing = pack(lengths, 3, 18)
 
   def given_the_layout(params):
@@ -373,7 +373,7 @@ def test_evaluation_under_a_given_omega_draws_from_that(exact):
   assert one["slot_perplexity"] is None
   assert one["calibration"] is None
   assert one["slots"] == 2 * 4 * 6 * 3
-  assert one["flops"] == 2 * 4 * 6 * method.forward_flops(6)
+  assert one["flops"] == 2 * 4 * 6 * method.costs(6).forward.total
 
 
 @pytest.mark.slow
@@ -402,20 +402,22 @@ def test_slots_and_flops_by_hand():
   sampled, _ = build(name="cyb", pauses=3, recipe="sampled", omega=(1.0, 1.0, 0.0, 0.0))
   constant, _ = build(name="cyb", pauses=1)
   # Half of the tokens have one pause: 1,500 slots and the margin, against 2,000.
-  assert sampled.train_slots(1000) == 1564
-  assert constant.train_slots(1000) == 2000
+  assert sampled.costs(1000).train_slots == 1564
+  assert constant.costs(1000).train_slots == 2000
   per_slot = 2 * (TINY.d_model * (4 * 16 + 2 * 8) - TINY.d_model * 16) + 0  # query, out; key, value
   per_slot = 2 * TINY.d_model * (2 * 16 + 2 * 8 + 3 * 24)
   attention = 4 * 16 * (1564 + 1) / 2
   readout = 2 * TINY.d_model * TINY.vocab_size
   want = 3 * 1.564 * (2 * (per_slot + attention) + readout)
-  assert sampled.train_flops(1000) == pytest.approx(want)
+  assert sampled.costs(1000).train.total == pytest.approx(want)
   # Readout once more in the backward pass; attention over the whole square.
-  assert sampled.train_flops(1000, executed=True) > want + 1.564 * readout
+  assert sampled.costs(1000).train_executed.total > want + 1.564 * readout
   policy, _ = build(**ON_POLICY, slot_budget=2.0)
-  assert policy.train_slots(10) == 30 + 20
+  assert policy.costs(10).train_slots == 30 + 20
   forward = 3 * 2 * (per_slot + 4 * 16 * (30 + 1) / 2) + 2 * readout
-  assert policy.train_flops(10) == pytest.approx(3 * 2 * (2 * (per_slot + 4 * 16 * (20 + 1) / 2) + readout) + forward)
+  assert policy.costs(10).train.total == pytest.approx(
+    3 * 2 * (2 * (per_slot + 4 * 16 * (20 + 1) / 2) + readout) + forward
+  )
 
 
 # How it starts.
@@ -593,7 +595,7 @@ def test_positions_that_shift(exact):
 )
 def test_bad_options(options, message):
   with pytest.raises(InputError, match=message):
-    methods.build(MethodConfig(**options), TINY)
+    methods.build(configure(**options), TINY)
 
 
 # The controls.
@@ -627,7 +629,7 @@ def test_controls_are_mixtures_that_do_not_look(exact):
 def test_the_shares_of_the_control_get_to_where_they_are_best(best):
   """In the steps of a small experiment, at its rate: a control that is stuck would make what it controls look good."""
   decoder = dataclasses.replace(TINY, d_model=128)
-  method = methods.build(MethodConfig(name="constant_stop", pauses=2), decoder, vocab_size=VOCABULARY)
+  method = methods.build(configure(name="constant_stop", pauses=2), decoder, vocab_size=VOCABULARY)
   # One slot knows on two tokens of three, the others on one of six each: the optimum is the shares themselves.
   know = np.full(3, 1 / 6)
   know[best] = 2 / 3
@@ -638,7 +640,7 @@ def test_the_shares_of_the_control_get_to_where_they_are_best(best):
   @jax.jit
   def step(params, state):
     def loss(params):
-      return -(know * jax.nn.logsumexp(method.log_shares(params) + jnp.log(t), -1)).sum()
+      return -(know * jax.nn.logsumexp(method.objective.log_shares(params) + jnp.log(t), -1)).sum()
 
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return optax.apply_updates(params, updates), state
@@ -646,7 +648,7 @@ def test_the_shares_of_the_control_get_to_where_they_are_best(best):
   state = optimizer.init(params)
   for _ in range(400):
     params, state = step(params, state)
-  np.testing.assert_allclose(jnp.exp(method.log_shares(params)), know, atol=0.01)
+  np.testing.assert_allclose(jnp.exp(method.objective.log_shares(params)), know, atol=0.01)
 
 
 @SLOW
@@ -666,5 +668,5 @@ def test_controls_are_evaluated_as_they_are_read():
 def test_fields_of_the_config_reach_the_method():
   config = tiny_config(recipe="sampled", pauses=3, omega="4:1:1:4", slot_budget=2.75)
   method = configs.freeze(config).build_method(VOCABULARY)
-  assert method.train_slots(16) == 44
+  assert method.costs(16).train_slots == 44
   assert dataclasses.replace(method.config, slot_budget=0.0).omega == (4.0, 1.0, 1.0, 4.0)

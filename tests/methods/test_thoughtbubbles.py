@@ -20,7 +20,7 @@ from cyb_jax.configs import ParallelismConfig
 from cyb_jax.decoder import DecoderConfig, empty_cache
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 from cyb_jax.methods.thoughtbubbles import select, stream_positions
 from cyb_jax.partitioning.mesh import make_mesh, shardings
 from cyb_jax.studies.settings import SETTINGS
@@ -42,7 +42,7 @@ def drawn(method, seed=7):
 
 
 def plain(decoder=THREE, **options):
-  return methods.build(MethodConfig(**options), decoder, vocab_size=VOCABULARY)
+  return methods.build(configure(**options), decoder, vocab_size=VOCABULARY)
 
 
 @functools.cache
@@ -383,36 +383,48 @@ def test_costs_by_hand():
   four = {"decoder": dataclasses.replace(TINY, num_layers=4), "name": "thoughtbubbles", "stream_budget": 3.0}
   method = plain(fork_layers=(2, 4), **four)
   # Of 10 tokens: one layer of 10 streams, two of 20, one of 30.
-  assert method.segments(10) == [(0, 1, 10), (1, 3, 20), (3, 4, 30)]
-  assert method.forward_slots(10) == method.train_slots(10) == (10 + 40 + 30) / 4
-  cost = method.forward_cost(10)
+  assert method.slot_model.segments(10) == [(0, 1, 10), (1, 3, 20), (3, 4, 30)]
+  assert method.costs(10).forward_slots == method.costs(10).train_slots == (10 + 40 + 30) / 4
+  cost = method.costs(10).forward
   # query and out 16 x 16, key and value 16 x 8, mlp 3 x 16 x 24.
   assert cost.matrices == 2 * (2 * 256 + 2 * 128 + 3 * 384) * 8
   assert cost.attention == pytest.approx(4 * 16 * (5.5 + 4 * 10.5 + 3 * 15.5))
   assert cost.readout == 3 * 2 * 16 * 32
   assert cost.routing == 2 * 2 * 16 * (1 + 2)
-  assert method.inference_cost(10) == cost
+  assert method.costs(10).inference == cost
   # One by one: prefixes of 1 and of 2, each read anew.
-  alone = method.autoregressive_cost(2)
+  alone = method.costs(2).autoregressive
   assert alone.matrices == pytest.approx(cost.matrices * (1 + 2) / 2)
   assert alone.attention == pytest.approx(4 * 16 * ((1 + 4 * 1.5 + 3 * 2) + 2 * (1.5 + 4 * 2.5 + 3 * 3.5)) / 2)
   assert alone.readout == pytest.approx(cost.readout)  # of the last token of each
   # Below five tokens there is no room for a fork: 4 layers of so many streams; then 6 and 7 behind the first layer.
-  scant = plain(fork_layers=(2, 4), **four | {"stream_budget": 1.2}).autoregressive_cost(6)
+  scant = plain(fork_layers=(2, 4), **four | {"stream_budget": 1.2}).costs(6).autoregressive
   assert scant.matrices == pytest.approx(cost.matrices / 8 * (4 * (1 + 2 + 3 + 4) + (5 + 18) + (6 + 21)) / 6)
   states = plain(fork_layers=(2, 4), combine="states", **four)
-  assert states.forward_cost(10).readout == 2 * 16 * 32
+  assert states.costs(10).forward.readout == 2 * 16 * 32
   # What a longer text has room for, to a stream.
-  assert plain(name="thoughtbubbles", stream_budget=2.3).budgets(10).tolist() == [0, 2, 4, 6, 9, 11, 13, 16, 18, 20, 23]
+  assert plain(name="thoughtbubbles", stream_budget=2.3).slot_model.budgets(10).tolist() == [
+    0,
+    2,
+    4,
+    6,
+    9,
+    11,
+    13,
+    16,
+    18,
+    20,
+    23,
+  ]
   assert [plain(dataclasses.replace(TINY, num_layers=n), name="thoughtbubbles").fork_layers for n in (1, 2, 12)] == [
     (1,),
     (1, 2),
     (3, 7, 11),
   ]
   copies = plain(name="copy_k", pauses=2)
-  assert copies.inference_cost(10).readout == 2 * 16 * 32
-  assert copies.autoregressive_cost(10) == copies.inference_cost(10)
-  assert copies.inference_cost(10).matrices == 3 * plain(name="baseline").forward_cost(10).matrices
+  assert copies.costs(10).inference.readout == 2 * 16 * 32
+  assert copies.costs(10).autoregressive == copies.costs(10).inference
+  assert copies.costs(10).inference.matrices == 3 * plain(name="baseline").costs(10).forward.matrices
 
 
 @pytest.mark.parametrize(
@@ -428,7 +440,7 @@ def test_costs_by_hand():
 def test_executed_agrees_with_xla(options, fields):
   sizes = dict(num_layers=2, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768)
   decoder = DecoderConfig(vocab_size=512, **sizes | fields)
-  method = methods.build(MethodConfig(**options), decoder, chunk_size=2**20)
+  method = methods.build(configure(**options), decoder, chunk_size=2**20)
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
   batch = {"tokens": rows, "targets": rows}
@@ -441,9 +453,9 @@ def test_executed_agrees_with_xla(options, fields):
 
   if "combine" in options:
     reading = counted(lambda params, batch: method.evaluate(params, batch).loss)
-    assert method.forward_flops(16, executed=True) == pytest.approx(reading, rel=0.03)
+    assert method.costs(16).forward_executed.total == pytest.approx(reading, rel=0.03)
   # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
-  cost = method.train_cost(16, executed=True)
+  cost = method.costs(16).train_executed
   again = cost.readout / 4
   assert cost.total - again == pytest.approx(counted(jax.grad(loss)), rel=0.03)
 
@@ -470,7 +482,7 @@ def test_bad_options(options, message):
   options = {"name": "thoughtbubbles"} | options
   decoder = dataclasses.replace(THREE, **options.pop("decoder", {}))
   with pytest.raises(InputError, match=message):
-    methods.build(MethodConfig(**options), decoder)
+    methods.build(configure(**options), decoder)
 
 
 def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
@@ -478,14 +490,14 @@ def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
   with pytest.raises(
     InputError, match=r"method.stream_budget: 1.1 streams a token are 7 of a window of 7: nothing can"
   ):
-    method.train_cost(7)
+    method.costs(7).train
   with pytest.raises(InputError, match=r"give at least 1.14286"):
     jax.eval_shape(method.evaluate, drawn(method), random_batch(0, 1, 7))
-  assert method.segments(10)[-1].streams == 11
+  assert method.slot_model.segments(10)[-1].streams == 11
   with pytest.raises(InputError, match=r"method.pauses: 0, but method 'copy_k' needs at least 1"):
-    methods.build(MethodConfig(name="copy_k"), TINY)
+    methods.build(configure(name="copy_k"), TINY)
   with pytest.raises(InputError, match=r"method.stream_budget: 4.0 is set, but method 'copy_k' has no such option"):
-    methods.build(MethodConfig(name="copy_k", pauses=1, stream_budget=4.0), TINY)
+    methods.build(configure(name="copy_k", pauses=1, stream_budget=4.0), TINY)
 
 
 def test_settings_and_how_they_start():

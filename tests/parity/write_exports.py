@@ -19,24 +19,24 @@ import numpy as np
 from cyb_jax import interop, methods
 from cyb_jax.data import tokenizers
 from cyb_jax.decoder import Decoder, DecoderConfig, init_params
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 
 _SIZES = dict(vocab_size=80, num_layers=2, d_model=32, num_heads=4, head_size=8, mlp_size=48)
 _GPT = dict(norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True)
 _TEXT = "A film that wasn't bad, wasn't good; it was a film. <pause_1> 12 times!"
-_CYB = MethodConfig(name="cyb", pauses=2)
+_CYB = configure(name="cyb", pauses=2)
 # Decoders of our own, or golden models that pauses are added to; and their methods.
 _MODELS = {
-  "baseline": (DecoderConfig(**_SIZES, num_kv_heads=2), MethodConfig(name="baseline")),
-  "cyb": (DecoderConfig(**_SIZES | {"vocab_size": 384}, num_kv_heads=2), MethodConfig(name="cyb", pauses=3)),
+  "baseline": (DecoderConfig(**_SIZES, num_kv_heads=2), configure(name="baseline")),
+  "cyb": (DecoderConfig(**_SIZES | {"vocab_size": 384}, num_kv_heads=2), configure(name="cyb", pauses=3)),
   "cyb_gpt2_style": (DecoderConfig(**_SIZES, num_kv_heads=4, **_GPT), _CYB),
   "cyb_calibrated": (
     DecoderConfig(**_SIZES, num_kv_heads=4, **_GPT, tied_embeddings=False, parallel_residual=True),
-    MethodConfig(name="cyb", pauses=2, calibration_batches=2),
+    configure(name="cyb", pauses=2, calibration_batches=2),
   ),
-  "cyb_unit": (DecoderConfig(**_SIZES, num_kv_heads=1), MethodConfig(name="cyb", pauses=2, dont_know="unit")),
+  "cyb_unit": (DecoderConfig(**_SIZES, num_kv_heads=1), configure(name="cyb", pauses=2, dont_know="unit")),
   "tbys_qwen2_style": (
-    DecoderConfig(**_SIZES, num_kv_heads=2, attention_bias="qkv"), MethodConfig(name="tbys", pauses=1)
+    DecoderConfig(**_SIZES, num_kv_heads=2, attention_bias="qkv"), configure(name="tbys", pauses=1)
   ),
   "gemma": ("gemma", _CYB),
   "llama_untied_biased": ("llama_untied_biased", _CYB),

@@ -145,9 +145,9 @@ def test_runs_side_by_side_show_the_same():
   pauses, plain = comparison.outcomes(groups)
   method = configs.freeze(runs[0].source).build_method(257)
   assert pauses.perplexities == (pytest.approx(math.exp(3)), pytest.approx(math.exp(3.01)))
-  assert pauses.inference_flops == method.inference_cost(16).total
+  assert pauses.inference_flops == method.costs(16).inference.total
   # Two of three slots.
-  assert pauses.self_paced.inference_flops == method.inference_cost(16, slots=2.0).total < pauses.inference_flops
+  assert pauses.self_paced.inference_flops == method.costs(16, slots=2.0).inference.total < pauses.inference_flops
   assert pauses.self_paced.perplexities[0] == pytest.approx(1.1 * math.exp(3))
   assert (pauses.slots, plain.slots, plain.pauses) == (3.0, 1.0, 0.0)
   numbers = comparison.compare(groups)
@@ -185,8 +185,8 @@ def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():
   assert row["perplexity"]["values"] == [pytest.approx(1.2 * math.exp(3))]
   assert row["blockwise_perplexity"] == pytest.approx(math.exp(3))
   method = configs.freeze(ahead.source).build_method(257)
-  assert row["inference_flops"] == method.autoregressive_cost(16).total
-  assert row["blockwise_inference_flops"] == method.inference_cost(16).total
+  assert row["inference_flops"] == method.costs(16).autoregressive.total
+  assert row["blockwise_inference_flops"] == method.costs(16).inference.total
   assert numbers["looks_ahead"] == ["thoughtbubbles"]
   assert [(d["a"], d["b"]) for d in numbers["differences"]] == [("CYB-AP", "baseline")]
   assert {e["a"] for e in numbers["efficiency"]["train_tokens"]} == {"CYB-AP", "baseline"}

@@ -71,7 +71,7 @@ def test_costs_what_it_is_matched_to(direction, name, factor):
   kept = {"head_size", "norm", "initializer", "num_heads" if direction == "deeper" else "num_layers"}
   assert all(getattr(decoder, field) == getattr(small, field) for field in kept)
   method = frozen.build_method(257)
-  cost = method.train_cost(16) if name == "training" else method.inference_cost(16)
+  cost = method.costs(16).train if name == "training" else method.costs(16).inference
   assert cost.total == pytest.approx(factor * wanted, rel=0.01)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cyb_jax import configs, methods
 from cyb_jax.decoder import DecoderConfig
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure, option_names
 
 VOCABULARY = 29
 
@@ -20,7 +20,7 @@ TINY = DecoderConfig(
 
 def build(decoder=TINY, **options):
   """(method, params) of a tiny model; compiled where it can be, since op by op takes seconds."""
-  method = methods.build(MethodConfig(**options), decoder, vocab_size=VOCABULARY)
+  method = methods.build(configure(**options), decoder, vocab_size=VOCABULARY)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
   for name in ("hidden", "loss"):
     setattr(method, name, jax.jit(getattr(method, name)))
@@ -41,7 +41,10 @@ def random_batch(seed=0, batch_size=4, length=6, *, uneven=False):
 def tiny_config(**method):
   """A config that trains in seconds on generated data."""
   config = configs.default()
-  config.method.update({"pause_input": "token+pause"} | method)
+  # A pause carries its token's embedding, in methods that have the option.
+  if "pause_input" in option_names(method.get("name", "cyb")):
+    method = {"pause_input": "token+pause"} | method
+  config.method.update(method)
   config.data.update(
     task="synthetic_lookups", tokenizer="bytes", options="documents=64", sequence_length=16, batch_size=8
   )

@@ -116,7 +116,7 @@ def test_executed_operations_are_xlas(weights):
   method, strategy = build(config)
   counted = strategy.compile_abstract(training.abstract_batch(config, 8)).cost_analysis()["flops"] * len(jax.devices())
   # One chunk of logits: XLA unrolls its scan and doesn't compute them again.
-  said = method.train_flops(64, executed=True) - method.forward_cost(64).readout
+  said = method.costs(64).train_executed.total - method.costs(64).forward.readout
   assert 8 * 64 * said == pytest.approx(counted, rel=0.05)
 
 

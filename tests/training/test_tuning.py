@@ -18,7 +18,7 @@ from cyb_jax.decoder import Decoder, LoraConfig, empty_cache, init_params, merge
 from cyb_jax.decoder.config import TARGETS
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
-from cyb_jax.methods import MethodConfig
+from cyb_jax.methods import configure
 from cyb_jax.methods.parameters import trained_part, with_trained
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
 
@@ -355,4 +355,4 @@ def test_configs_from_before_have_none_of_it():
   config = configs.freeze(source)
   assert config.decoder_config(VOCABULARY).lora is None
   assert configs.differences(source, configs.default().to_dict()) == []
-  assert methods.build(MethodConfig(), TINY).weights == "all"
+  assert methods.build(configure(), TINY).weights == "all"

@@ -84,10 +84,10 @@ class Loops(Plain):
     tokens: Int[Array, "B Q"],
     slots: Int[Array, "B Q"],
     positions: Int[Array, "B Q"],
-    cache: Cache,
+    cache: Any,
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
-  ) -> tuple[Float[Array, "B Q D"], Cache]:
+  ) -> tuple[Float[Array, "B Q D"], Any]:
     del slots
     inputs = self.backbone.embed(params, tokens)
     states, cache = self._extend(params, inputs, positions, cache, start, first)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.costs import flops
-from cyb_jax.decoder import Cache, DecoderConfig, empty_cache
+from cyb_jax.decoder import DecoderConfig, empty_cache
 from cyb_jax.methods.backbone import Backbone, segment_mask
 from cyb_jax.methods.interface import Batch, Params
 
@@ -71,10 +71,10 @@ class Plain:
     tokens: Int[Array, "B Q"],
     slots: Int[Array, "B Q"],
     positions: Int[Array, "B Q"],
-    cache: Cache,
+    cache: Any,
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
-  ) -> tuple[Float[Array, "B Q D"], Cache]:
+  ) -> tuple[Float[Array, "B Q D"], Any]:
     inputs, offset = self.slot_inputs(params, tokens, slots)
     positions = self.slot_positions(positions, slots)
     return self.backbone.apply(
