@@ -634,7 +634,7 @@ def test_the_shares_of_the_control_get_to_where_they_are_best(best):
   know = np.full(3, 1 / 6)
   know[best] = 2 / 3
   t = jnp.asarray(np.where(np.eye(3), 0.9, 1e-4))
-  params = {"stopping_logits": jax.tree.leaves(method.init_own(KEY))[0]}
+  params = {"stopping_logits": jax.tree.leaves(method.objective.init(KEY))[0]}
   optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, 400))
 
   @jax.jit

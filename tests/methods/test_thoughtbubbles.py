@@ -490,7 +490,7 @@ def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
   with pytest.raises(
     InputError, match=r"method.stream_budget: 1.1 streams a token are 7 of a window of 7: nothing can"
   ):
-    method.costs(7).train
+    method.costs(7)
   with pytest.raises(InputError, match=r"give at least 1.14286"):
     jax.eval_shape(method.evaluate, drawn(method), random_batch(0, 1, 7))
   assert method.slot_model.segments(10)[-1].streams == 11
@@ -504,7 +504,7 @@ def test_settings_and_how_they_start():
   budgets = {name: plain(**SETTINGS[name]).config.stream_budget for name in ("thoughtbubbles", "thoughtbubbles4")}
   assert budgets == {"thoughtbubbles": 2.0, "thoughtbubbles4": 4.0}
   assert plain(**SETTINGS["copy_k"]).num_slots == 4
-  own = nn.unbox(jax.jit(plain(**SETTINGS["thoughtbubbles"]).init_own)(jax.random.key(0)))
+  own = nn.unbox(jax.jit(plain(**SETTINGS["thoughtbubbles"]).slot_model.init)(jax.random.key(0)))
   assert {name: x.shape for name, x in own.items()} == {
     "fork_norm": (3, 16), "fork_router": (3, 2, 16), "fork_input": (3, 16),
   }  # fmt: skip
