@@ -15,7 +15,7 @@ if typing.TYPE_CHECKING:
   from cyb_jax.runs import Run
   from cyb_jax.stopping import SlotScores
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["SlotScores", "__version__", "load", "losses"]
 
