@@ -210,11 +210,9 @@ class SlotModel(Protocol):
 
   Attributes:
     num_slots: W.
-    is_exportable: whether a plain decoder with the pauses as vocabulary entries computes the same states.
   """
 
   num_slots: int
-  is_exportable: bool
 
   def init(self, rng: Array) -> Params:
     """The parameters next to the decoder's, boxed."""

@@ -137,8 +137,6 @@ class Mos(CachedSlotMethod):
 class HeadedPlain(Plain):
   """A plain model whose token is read by several heads, which costs as many readouts and a matrix for each head."""
 
-  is_exportable = False
-
   def __init__(self, backbone: Backbone, heads: int):
     super().__init__(backbone)
     self.heads = heads

@@ -20,8 +20,6 @@ from cyb_jax.pauses import slot_positions
 class Copies(Plain):
   """W equal inputs of every token."""
 
-  is_exportable = False
-
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     (batch_size, length), width = tokens.shape, self.num_slots

@@ -34,8 +34,6 @@ class Loops(Plain):
     loops: W.
   """
 
-  is_exportable = False
-
   def __init__(self, backbone: Backbone, loops: int):
     super().__init__(backbone)
     self.loops = loops

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -24,7 +23,6 @@ class Plain:
     hides_pauses, shifts_positions, keeps_all_pauses, layer_passes: see `abilities.Decoding`.
   """
 
-  is_exportable = True
   hides_pauses = False
   shifts_positions = False
   keeps_all_pauses = True
@@ -128,8 +126,3 @@ class Plain:
     return flops.forward_cost(
       self.backbone.decoder_config, tokens=sequence_length, slots=slots, slots_read=slots, hidden=self.hides_pauses
     )
-
-
-def one_hot_slots(lengths: Int[Array, "..."], num_slots: int, dtype: Any) -> Float[Array, "... W"]:
-  """omega of tokens that were given `lengths` slots each: all of it on the last of them."""
-  return jax.nn.one_hot(lengths - 1, num_slots, dtype=dtype)

@@ -93,7 +93,6 @@ class ForkedStreams:
   """
 
   num_slots = 1
-  is_exportable = False
 
   def __init__(self, backbone: Backbone, fork_layers: tuple[int, ...], budget: float, *, reads_streams: bool):
     self.backbone = backbone

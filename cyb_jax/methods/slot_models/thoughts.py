@@ -45,8 +45,6 @@ class Thoughts(Plain):
     jacobi: the fewest and the most Jacobi passes of a training step; evaluation takes the most.
   """
 
-  is_exportable = False
-
   def __init__(self, backbone: Backbone, num_slots: int, jacobi: tuple[int, int]):
     super().__init__(backbone, num_slots)
     self.jacobi = jacobi
