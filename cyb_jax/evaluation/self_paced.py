@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from cyb_jax.methods import Batch, CachedDecoding, EarlyExit, EvalOutput, Params
+from cyb_jax.methods import Batch, CachedDecoding, EarlyExit, EvalOutput, Params, SlotInputs
 from cyb_jax.pauses import row_keys
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
@@ -53,12 +53,14 @@ def evaluate_self_paced(
     first = jnp.where(begin, cache_index, first)
     hidden, cache = method.extend(
       params,
-      tokens=jnp.broadcast_to(token[:, None], (rows, width)),
-      slots=slots,
-      positions=position[:, None] + (slots if method.shifts_positions else jnp.zeros_like(slots)),
-      cache=cache,
-      start=cache_index,
-      first=first,
+      SlotInputs(
+        tokens=jnp.broadcast_to(token[:, None], (rows, width)),
+        slots=slots,
+        positions=position[:, None] + (slots if method.shifts_positions else jnp.zeros_like(slots)),
+      ),
+      cache,
+      cache_index,
+      first,
     )
     scores = _target_scores(method.token_scores(params, hidden, slots), target)
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)

@@ -37,7 +37,7 @@ from cyb_jax.generation.reading import (
 )
 from cyb_jax.generation.state import TOKEN, SamplerState
 from cyb_jax.generation.token_samplers import TokenSampler
-from cyb_jax.methods import Decoding
+from cyb_jax.methods import Decoding, SlotInputs
 from cyb_jax.readout import TokenScores
 
 
@@ -91,11 +91,13 @@ class Pacing(abc.ABC):
     # The slots that pad a shorter prompt are never seen, and later slots overwrite them.
     _, cache = method.extend(
       params,
-      tokens=jnp.repeat(tokens, width, axis=1),
-      slots=jnp.broadcast_to(slot, (rows, len(slot))),
-      positions=jnp.broadcast_to(positions, (rows, len(positions))),
-      cache=cache,
-      start=None,
+      SlotInputs(
+        tokens=jnp.repeat(tokens, width, axis=1),
+        slots=jnp.broadcast_to(slot, (rows, len(slot))),
+        positions=jnp.broadcast_to(positions, (rows, len(positions))),
+      ),
+      cache,
+      None,
     )
     return cache, (lengths - 1) * width
 
@@ -119,11 +121,13 @@ class _OneSlot(Pacing):
   ) -> SamplerState:
     hidden, cache = method.extend(
       params,
-      tokens=state.token[:, None],
-      slots=state.slot[:, None],
-      positions=self.layout.positions(state.position, state.slot)[:, None],
-      cache=state.cache,
-      start=state.cache_index + state.slot,
+      SlotInputs(
+        tokens=state.token[:, None],
+        slots=state.slot[:, None],
+        positions=self.layout.positions(state.position, state.slot)[:, None],
+      ),
+      state.cache,
+      state.cache_index + state.slot,
     )
     scores = method.token_scores(params, hidden[:, 0], state.slot)
     waits = self.pauses(scores, state) & ~state.finished
@@ -246,11 +250,13 @@ class Constant(Pacing):
     slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (rows, width))
     hidden, cache = method.extend(
       params,
-      tokens=jnp.broadcast_to(state.token[:, None], (rows, width)),
-      slots=slots,
-      positions=self.layout.positions(state.position[:, None], slots),
-      cache=state.cache,
-      start=state.cache_index,
+      SlotInputs(
+        tokens=jnp.broadcast_to(state.token[:, None], (rows, width)),
+        slots=slots,
+        positions=self.layout.positions(state.position[:, None], slots),
+      ),
+      state.cache,
+      state.cache_index,
     )
     slot, log_probs = self.reading.read(method.token_scores(params, hidden, slots), self.step_budget, state)
     token, log_prob = _draw(token_sampler, state, log_probs)

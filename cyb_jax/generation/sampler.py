@@ -26,7 +26,7 @@ from cyb_jax.generation.pacing import Pacing, choose_pacing
 from cyb_jax.generation.prompts import PromptBatch, random_keys
 from cyb_jax.generation.state import SamplerState
 from cyb_jax.generation.token_samplers import TokenSampler, choose_token_sampler
-from cyb_jax.methods import Decoding
+from cyb_jax.methods import Decoding, SlotInputs
 
 # Prompts are padded to a multiple of this many tokens, so that a few programs serve all prompt lengths.
 _PROMPT_MULTIPLE = 16
@@ -291,11 +291,13 @@ def _start(
     slots = jnp.broadcast_to(jnp.arange(paused, dtype=jnp.int32), (rows, paused))
     _, cache = method.extend(
       params,
-      tokens=jnp.repeat(prompts.last[:, None], paused, 1),
-      slots=slots,
-      positions=layout.positions(position[:, None], slots),
-      cache=cache,
-      start=cache_index,
+      SlotInputs(
+        tokens=jnp.repeat(prompts.last[:, None], paused, 1),
+        slots=slots,
+        positions=layout.positions(position[:, None], slots),
+      ),
+      cache,
+      cache_index,
     )
   return SamplerState(
     cache=cache,

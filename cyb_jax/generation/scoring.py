@@ -39,7 +39,7 @@ from cyb_jax.generation.abilities import check_decodes, num_prompt_pauses
 from cyb_jax.generation.packing import batches, ladder, pack_cheapest, round_up
 from cyb_jax.generation.score import Score
 from cyb_jax.generation.trees import Part, Tree, build_trees, windows
-from cyb_jax.methods import Decoding
+from cyb_jax.methods import Decoding, SlotInputs
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards
 from cyb_jax.stopping import expected_pauses
 
@@ -236,13 +236,8 @@ def _collect(scores: list[Score], costs: list[tuple[int, Score]], outputs: list[
 
 def _hidden(method: Decoding, params: PyTree, layout: dict[str, Int[Array, "B S"]]) -> Float[Array, "B S D"]:
   """The hidden states of all slots; `layout` as in `Tree.layout`, with the number of the slot's `tree`, -1: padding."""
-  return method.hidden_slots(
-    params,
-    tokens=layout["tokens"],
-    slots=layout["slots"],
-    positions=layout["positions"],
-    mask=_mask(method, layout),
-  )
+  inputs = SlotInputs(*(layout[name] for name in ("tokens", "slots", "positions")))
+  return method.hidden_slots(params, inputs, _mask(method, layout))
 
 
 def _mask(method: Decoding, layout: dict[str, Int[Array, "B S"]]) -> Bool[Array, "B 1 S S"]:

@@ -13,6 +13,7 @@ from cyb_jax.methods.abilities import (
   NonCausal,
   PromptPauses,
   SequentialDecoding,
+  SlotInputs,
 )
 from cyb_jax.methods.interface import (
   WEIGHTS,
@@ -49,6 +50,7 @@ __all__ = [
   "Params",
   "PromptPauses",
   "SequentialDecoding",
+  "SlotInputs",
   "TokenLosses",
   "build",
   "config_class",

@@ -10,12 +10,15 @@ Dimensions: B batch, T tokens, W slots, S slots of a row, Q slots that run toget
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Bool, Float, Int, PyTree
+import jax
+from jaxtyping import Array, Float, Int, PyTree
 
 from cyb_jax.decoder import DecoderConfig
+from cyb_jax.decoder.attention import Mask
 from cyb_jax.methods.interface import Batch, EvalOutput, Method, Params
 from cyb_jax.readout import TokenScores
 
@@ -89,6 +92,22 @@ class FusedSlots(Protocol):
     """The state that is read."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotInputs:
+  """Slots to be run, Q of each row.
+
+  Attributes:
+    tokens: i32[B, Q], the token that each slot belongs to.
+    slots: i32[B, Q], which slot of its token each is, from 0.
+    positions: i32[B or 1, Q], for the rotary embeddings.
+  """
+
+  tokens: Int[Array, "B Q"]
+  slots: Int[Array, "B Q"]
+  positions: Int[Array, "#B Q"]
+
+
 @runtime_checkable
 class Decoding(Protocol):
   """Text can be generated and scored: what the two ways of running slots on a cache have in common.
@@ -118,24 +137,8 @@ class Decoding(Protocol):
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     """The states of all slots, after the final norm."""
 
-  def hidden_slots(
-    self,
-    params: Params,
-    *,
-    tokens: Int[Array, "B S"],
-    slots: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    mask: Bool[Array, "B 1 S S"],
-  ) -> Float[Array, "B S D"]:
-    """The states of slots in any order, under a mask of the caller's.
-
-    Args:
-      params: bare arrays.
-      tokens: i32[B, S], the token that each slot belongs to.
-      slots: i32[B, S], which slot of its token it is, from 0.
-      positions: i32[B, S], for the rotary embeddings.
-      mask: see `Decoder.__call__`.
-    """
+  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
+    """The states of slots in any order, under a mask of the caller's; `mask`: see `Decoder.__call__`."""
 
   def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     """The distribution over the vocabulary at slots, and whether they abstain.
@@ -159,10 +162,7 @@ class CachedDecoding(Decoding, Protocol):
   def extend(
     self,
     params: Params,
-    *,
-    tokens: Int[Array, "B Q"],
-    slots: Int[Array, "B Q"],
-    positions: Int[Array, "B Q"],
+    inputs: SlotInputs,
     cache: Any,
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
@@ -171,12 +171,13 @@ class CachedDecoding(Decoding, Protocol):
 
     Args:
       params: bare arrays.
-      tokens: i32[B, Q], the token that each slot belongs to.
-      slots: i32[B, Q], which slot of its token it is, from 0.
-      positions: i32[B, Q], for the rotary embeddings.
-      cache: see `Decoder.extend`.
+      inputs: the slots.
+      cache: of `empty_cache`.
       start: see `Decoder.extend`.
       first: see `Decoder.extend`.
+
+    Returns:
+      [B, Q, D], after the final norm, and the cache with the new slots.
     """
 
 

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from cyb_jax.costs.flops import Cost
 from cyb_jax.decoder import Decoder, DecoderConfig, init_params
+from cyb_jax.decoder.attention import Mask
 from cyb_jax.decoder.lora import LEAVES
+from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.interface import (
   Batch,
@@ -149,8 +151,8 @@ class DecodingSlotMethod(SlotMethod):
   def empty_cache(self, rows: int, capacity: int) -> PyTree:
     return self.slot_model.empty_cache(rows, capacity)
 
-  def hidden_slots(self, params: Params, **slots: Any) -> Float[Array, "B S D"]:
-    return self.slot_model.hidden_slots(params, **slots)
+  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
+    return self.slot_model.hidden_slots(params, inputs, mask)
 
   def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     return self.objective.token_scores(params, hidden, slot)
@@ -169,8 +171,15 @@ class DecodingSlotMethod(SlotMethod):
 class CachedSlotMethod(DecodingSlotMethod):
   """A method whose slots run on a cache in any number at a time: `abilities.CachedDecoding`."""
 
-  def extend(self, params: Params, **slots: Any) -> tuple[Float[Array, "B Q D"], PyTree]:
-    return self.slot_model.extend(params, **slots)
+  def extend(
+    self,
+    params: Params,
+    inputs: SlotInputs,
+    cache: Any,
+    start: Int[Array, "B"] | None,
+    first: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B Q D"], Any]:
+    return self.slot_model.extend(params, inputs, cache, start, first)
 
 
 class ExportableSlotMethod(CachedSlotMethod):

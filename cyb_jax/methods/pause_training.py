@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
+from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, segment_mask
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.interface import Batch, DataFacts, EvalOutput, MethodCosts, Params, TokenLosses
@@ -194,13 +195,13 @@ class PauseTraining(CachedSlotMethod):
     length = batch["tokens"].shape[1]
     packing = pack(lengths, 1 + max(self.config.pauses, self._drawn(length)), row_slots)
     segment_ids = batch.get("segment_ids")
-    hidden = self.hidden_slots(
-      params,
+    inputs = SlotInputs(
       tokens=jnp.take_along_axis(batch["tokens"], packing.token, 1),
       slots=packing.slot,
       positions=jnp.arange(row_slots, dtype=jnp.int32)[None],
-      mask=segment_mask(None if segment_ids is None else jnp.take_along_axis(segment_ids, packing.token, 1)),
     )
+    mask = segment_mask(None if segment_ids is None else jnp.take_along_axis(segment_ids, packing.token, 1))
+    hidden = self.hidden_slots(params, inputs, mask)
     return self.objective.evaluate(params, _last_slots(hidden, packing), batch["targets"]), packing
 
   def _row_slots(self, length: int) -> int:

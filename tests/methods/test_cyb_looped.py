@@ -15,7 +15,7 @@ from models import TINY, VOCABULARY, build, random_batch
 from cyb_jax import methods
 from cyb_jax.errors import InputError
 from cyb_jax.generation import Sampler, SamplingOptions
-from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, configure
+from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, SlotInputs, configure
 from cyb_jax.stopping import hard_slot
 
 LOSSES = {
@@ -120,7 +120,10 @@ def decode(method, params, tokens, slots_of):
   cache = method.empty_cache(rows, length + 1)
   extend = jax.jit(
     lambda tokens, slots, positions, cache, start: method.extend(
-      params, tokens=tokens, slots=slots, positions=positions, cache=cache, start=start
+      params,
+      SlotInputs(tokens, slots, positions),
+      cache,
+      start,
     )
   )
   states = np.full((rows, length, method.num_slots, TINY.d_model), np.nan)
@@ -143,12 +146,10 @@ def test_decoding_with_all_loops_is_the_training_forward(scan_layers, exact):
   cache = method.empty_cache(2, 8)
   tokens, order = batch["tokens"], np.broadcast_to(np.arange(3), (2, 3))
   _, cache = method.extend(
-    params, tokens=tokens[:, :4], slots=np.zeros((2, 4), int), positions=np.broadcast_to(np.arange(4), (2, 4)),
-    cache=cache, start=None,
+    params, SlotInputs(tokens[:, :4], np.zeros((2, 4), int), np.broadcast_to(np.arange(4), (2, 4))), cache, None,
   )  # fmt: skip
   last, _ = method.extend(
-    params, tokens=np.repeat(tokens[:, 4:5], 3, 1), slots=order, positions=np.full((2, 3), 4), cache=cache,
-    start=jnp.array([4, 4]),
+    params, SlotInputs(np.repeat(tokens[:, 4:5], 3, 1), order, np.full((2, 3), 4)), cache, jnp.array([4, 4]),
   )  # fmt: skip
   np.testing.assert_allclose(last, hidden[:, 4], rtol=1e-4, atol=1e-5)
 
@@ -184,18 +185,11 @@ def test_fill_cache_is_an_early_exit():
 
   def extended(count):
     slots = np.broadcast_to(np.arange(count), (2, count))
-    _, cache = method.extend(
-      params, tokens=np.repeat(tokens, count, 1), slots=slots, positions=np.zeros((2, count), int),
-      cache=method.empty_cache(2, 2), start=jnp.zeros(2, int),
-    )  # fmt: skip
-    return cache.slots
+    inputs = SlotInputs(np.repeat(tokens, count, 1), slots, np.zeros((2, count), int))
+    return method.extend(params, inputs, method.empty_cache(2, 2), jnp.zeros(2, int))[1]
 
-  three = method.extend(
-    params, tokens=np.repeat(tokens, 3, 1), slots=np.broadcast_to(np.arange(3), (2, 3)),
-    positions=np.zeros((2, 3), int), cache=method.empty_cache(2, 2), start=jnp.zeros(2, int),
-  )[1]  # fmt: skip
-  filled = method.fill_cache(three, cache_index=jnp.zeros(2, int), slots=jnp.array([2, 2]))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), filled.slots, extended(2))
+  filled = method.fill_cache(extended(3), cache_index=jnp.zeros(2, int), slots=jnp.array([2, 2]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), filled.slots, extended(2).slots)
 
 
 def test_states_of_slots_in_any_order(exact):
@@ -206,9 +200,7 @@ def test_states_of_slots_in_any_order(exact):
   token = np.array([[0, 1, 2, 2, 3, 3]])
   order = np.arange(6)
   seen = (order[:, None] >= order) & ((slots[0] == 0) | (token[0][:, None] == token[0]))
-  found = method.hidden_slots(
-    params, tokens=tokens[:, token[0]], slots=slots, positions=token, mask=jnp.asarray(seen)[None, None]
-  )
+  found = method.hidden_slots(params, SlotInputs(tokens[:, token[0]], slots, token), jnp.asarray(seen)[None, None])
   hidden = method.hidden(params, {"tokens": tokens})
   np.testing.assert_allclose(found[0], hidden[0, token[0], slots[0]], rtol=1e-4, atol=1e-5)
 

@@ -20,7 +20,7 @@ from cyb_jax.configs import ParallelismConfig
 from cyb_jax.decoder import DecoderConfig, empty_cache
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
-from cyb_jax.methods import configure
+from cyb_jax.methods import SlotInputs, configure
 from cyb_jax.methods.thoughtbubbles import select, stream_positions
 from cyb_jax.partitioning.mesh import make_mesh, shardings
 from cyb_jax.studies.settings import SETTINGS
@@ -367,12 +367,12 @@ def test_copies_decode_as_they_are_trained(exact):
     places = order[:, start:stop]
     tokens = jnp.take_along_axis(batch["tokens"], places // 3, 1)
     first = jnp.full(2, start) if start else None
-    hidden, cache = method.extend(params, tokens, places % 3, places // 3, cache, first)
+    hidden, cache = method.extend(params, SlotInputs(tokens, places % 3, places // 3), cache, first)
     found.append(hidden)
   np.testing.assert_allclose(jnp.concatenate(found, 1), whole, rtol=1e-4, atol=1e-5)
   tokens = jnp.repeat(batch["tokens"], 3, 1)
   mask = (order[0][:, None] >= order[0])[None, None]
-  slots = method.hidden_slots(params, tokens, order % 3, order // 3, mask)
+  slots = method.hidden_slots(params, SlotInputs(tokens, order % 3, order // 3), mask)
   np.testing.assert_allclose(slots, whole, rtol=1e-4, atol=1e-5)
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
 from cyb_jax.decoder import Cache, DecoderConfig
+from cyb_jax.decoder.attention import Mask
+from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, segment_mask
 from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.methods.slot_models.plain import Plain
@@ -47,17 +49,8 @@ class Loops(Plain):
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T 1 D"]:
     return self._states(params, *self._inputs(params, batch))[-1][:, :, None]
 
-  def hidden_slots(
-    self,
-    params: Params,
-    *,
-    tokens: Int[Array, "B S"],
-    slots: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    mask: Bool[Array, "B 1 S S"] | Any,
-  ) -> Float[Array, "B S D"]:
-    del slots
-    return self._states(params, self.backbone.embed(params, tokens), positions, mask)[-1]
+  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
+    return self._states(params, self.backbone.embed(params, inputs.tokens), inputs.positions, mask)[-1]
 
   def _inputs(self, params: Params, batch: Batch) -> tuple[Array, Array, Any]:
     tokens = batch["tokens"]
@@ -78,17 +71,13 @@ class Loops(Plain):
   def extend(
     self,
     params: Params,
-    *,
-    tokens: Int[Array, "B Q"],
-    slots: Int[Array, "B Q"],
-    positions: Int[Array, "B Q"],
+    inputs: SlotInputs,
     cache: Any,
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B Q D"], Any]:
-    del slots
-    inputs = self.backbone.embed(params, tokens)
-    states, cache = self._extend(params, inputs, positions, cache, start, first)
+    embedded = self.backbone.embed(params, inputs.tokens)
+    states, cache = self._extend(params, embedded, inputs.positions, cache, start, first)
     return self.backbone.apply(params, states[-1], method="finish"), cache
 
   def _extend(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.decoder import HiddenSlots, SegmentMask, embedding_init
+from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, boxed_row
 from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.methods.options import MethodConfig, one_of
@@ -131,22 +132,23 @@ class Pauses(Plain):
       query_key_offset=None if offset is None else offset[packing.slot],
     )
 
-  def slot_inputs(
-    self, params: Params, tokens: Int[Array, "B Q"], slots: Int[Array, "B Q"]
+  def embed_slots(
+    self, params: Params, inputs: SlotInputs
   ) -> tuple[Float[Array, "B Q D"], Float[Array, "B Q D"] | None]:
-    inputs = self.backbone.embed(params, tokens)
+    slots = inputs.slots
+    embedded = self.backbone.embed(params, inputs.tokens)
     offset = None
     if self.num_pauses:
       pause = jnp.maximum(slots - 1, 0)
       row = jnp.minimum(pause, len(params["pause_input"]) - 1)  # one row for all pauses, where it is shared
       pauses = self.backbone.apply(params, params["pause_input"][row], method="scale_inputs")
       if self.options.pause_input == "token+pause":
-        pauses = pauses + inputs
+        pauses = pauses + embedded
       is_pause = (slots > 0)[..., None]
-      inputs = jnp.where(is_pause, pauses, inputs)
+      embedded = jnp.where(is_pause, pauses, embedded)
       if self.options.pause_offset:
         offset = jnp.where(is_pause, params["pause_offset"][pause], 0.0)
-    return inputs, offset
+    return embedded, offset
 
   def _inputs(
     self, params: Params, tokens: Int[Array, "B T"]

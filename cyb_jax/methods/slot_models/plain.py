@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from cyb_jax.costs import flops
 from cyb_jax.decoder import DecoderConfig, empty_cache
+from cyb_jax.decoder.attention import Mask
+from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, segment_mask
 from cyb_jax.methods.interface import Batch, Params
 
@@ -50,12 +52,11 @@ class Plain:
   def empty_cache(self, rows: int, capacity: int) -> PyTree:
     return empty_cache(self.cache_config, rows, capacity)
 
-  def slot_inputs(
-    self, params: Params, tokens: Int[Array, "B Q"], slots: Int[Array, "B Q"]
+  def embed_slots(
+    self, params: Params, inputs: SlotInputs
   ) -> tuple[Float[Array, "B Q D"], Float[Array, "B Q D"] | None]:
     """The inputs of slots in any order, [B, Q, D]; and the learned offsets of their queries and keys, or None."""
-    del slots
-    return self.backbone.embed(params, tokens), None
+    return self.backbone.embed(params, inputs.tokens), None
 
   def slot_positions(self, positions: Int[Array, "B Q"], slots: Int[Array, "B Q"]) -> Array:
     """The positions of slots for the rotary embeddings, from those of their tokens."""
@@ -65,32 +66,21 @@ class Plain:
   def extend(
     self,
     params: Params,
-    *,
-    tokens: Int[Array, "B Q"],
-    slots: Int[Array, "B Q"],
-    positions: Int[Array, "B Q"],
+    inputs: SlotInputs,
     cache: Any,
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B Q D"], Any]:
-    inputs, offset = self.slot_inputs(params, tokens, slots)
-    positions = self.slot_positions(positions, slots)
+    embedded, offset = self.embed_slots(params, inputs)
+    positions = self.slot_positions(inputs.positions, inputs.slots)
     return self.backbone.apply(
-      params, inputs, positions, cache, start, first=first, query_key_offset=offset, method="extend"
+      params, embedded, positions, cache, start, first=first, query_key_offset=offset, method="extend"
     )
 
-  def hidden_slots(
-    self,
-    params: Params,
-    *,
-    tokens: Int[Array, "B S"],
-    slots: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    mask: Bool[Array, "B 1 S S"] | Any,
-  ) -> Float[Array, "B S D"]:
-    inputs, offset = self.slot_inputs(params, tokens, slots)
-    positions = self.slot_positions(positions, slots)
-    return self.backbone.apply(params, inputs, positions, mask=mask, query_key_offset=offset)
+  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
+    embedded, offset = self.embed_slots(params, inputs)
+    positions = self.slot_positions(inputs.positions, inputs.slots)
+    return self.backbone.apply(params, embedded, positions, mask=mask, query_key_offset=offset)
 
   def train_slots(self, sequence_length: int) -> float:
     return sequence_length * self.num_slots

@@ -18,13 +18,14 @@ G kv heads, H head size; ... one axis of layers where the decoder scans over the
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from cyb_jax.decoder import Cache, empty_cache
+from cyb_jax.decoder.attention import Mask
+from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.methods.slot_models.loops import Loops
@@ -66,22 +67,16 @@ class ReadLoops(Loops):
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     return jnp.stack(self._states(params, *self._inputs(params, batch), every=True), 2)
 
-  def hidden_slots(
-    self,
-    params: Params,
-    *,
-    tokens: Int[Array, "B S"],
-    slots: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    mask: Bool[Array, "B 1 S S"] | Any,
-  ) -> Float[Array, "B S D"]:
+  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
     """As in `abilities.Decoding`. The slots of a token are contiguous, in order, and under `mask` those after its first
     are seen by their own token alone.
     """
     # All loops run at a token's first slot, which sees no later slot; the token's other slots are read from there.
-    states = jnp.stack(self._states(params, self.backbone.embed(params, tokens), positions, mask, every=True))
-    first = jnp.maximum(jnp.arange(tokens.shape[1]) - slots, 0)
-    return states[slots, jnp.arange(len(tokens))[:, None], first]
+    embedded = self.backbone.embed(params, inputs.tokens)
+    states = jnp.stack(self._states(params, embedded, inputs.positions, mask, every=True))
+    rows, count = inputs.tokens.shape
+    first = jnp.maximum(jnp.arange(count) - inputs.slots, 0)
+    return states[inputs.slots, jnp.arange(rows)[:, None], first]
 
   def empty_cache(self, rows: int, capacity: int) -> LoopCache:
     config = self.backbone.decoder_config
@@ -92,10 +87,7 @@ class ReadLoops(Loops):
   def extend(
     self,
     params: Params,
-    *,
-    tokens: Int[Array, "B Q"],
-    slots: Int[Array, "B Q"],
-    positions: Int[Array, "B Q"],
+    inputs: SlotInputs,
     cache: LoopCache,
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
@@ -106,14 +98,16 @@ class ReadLoops(Loops):
     - Q = 1: one loop of one token in each row; rows may be at different loops.
     - Q > 1: the first Q loops of one token in each row.
     """
+    tokens, positions = inputs.tokens, inputs.positions
     if start is None:
       states, cache = self._run_loops(params, self.backbone.embed(params, tokens), positions, cache, None, first)
       return self.finish(params, states[-1]), cache
     count = tokens.shape[1]
     if count == 1:
-      return self._run_loop(params, tokens, slots[:, 0], positions, cache, start - slots[:, 0], first)
-    inputs = self.backbone.embed(params, tokens[:, :1])
-    states, cache = self._run_loops(params, inputs, positions[:, :1], cache, start, first, count)
+      slot = inputs.slots[:, 0]
+      return self._run_loop(params, tokens, slot, positions, cache, start - slot, first)
+    embedded = self.backbone.embed(params, tokens[:, :1])
+    states, cache = self._run_loops(params, embedded, positions[:, :1], cache, start, first, count)
     return self.finish(params, jnp.concatenate(states, 1)), cache
 
   def finish(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:

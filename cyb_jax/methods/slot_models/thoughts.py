@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cyb_jax.costs import flops
 from cyb_jax.decoder import KeyWeights
+from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, segment_mask
 from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.methods.slot_models.plain import Plain
@@ -72,19 +73,11 @@ class Thoughts(Plain):
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     return self._ponder(params, tokens, positions, mask, jacobi, is_pruned)
 
-  def hidden_slots(
-    self,
-    params: Params,
-    *,
-    tokens: Int[Array, "B S"],
-    slots: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    mask: Bool[Array, "B 1 S S"] | Any,
-  ) -> Float[Array, "B S D"]:
+  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Any) -> Float[Array, "B Q D"]:
     """As in `abilities.Decoding`, by the passes of `hidden`. The slots of a token are contiguous and complete, and the
-    first one is at a multiple of W.
+    first one is at a multiple of W; `mask` is boolean.
     """
-    del slots  # given by their indices
+    tokens, positions = inputs.tokens, inputs.positions
     width = self.num_slots
     rows, places = tokens.shape
     whole = places - places % width
