@@ -1,4 +1,4 @@
-"""Perplexity and its relatives over a split (method.md 5): every real token scored once, the same tokens for every
+"""Perplexity and its relatives over a split: every real token scored once, the same tokens for every
 method.
 
 Dimensions: B batch, T tokens, W slots.
@@ -73,7 +73,7 @@ class Evaluator:
   def __call__(
     self, params: PyTree, batches: Iterable[dict[str, Any]], *, num_bytes: int | None = None
   ) -> dict[str, Any]:
-    """The numbers of method.md 5.
+    """Perplexities, latency, calibration and compute cost of a split.
 
     Args:
       params: of the method, bare arrays.

@@ -148,7 +148,7 @@ def test_gradients_by_finite_differences(loss):
 
 
 def test_gradient_of_cyb_in_closed_form():
-  """dCYB/dlog t_i = -r_i and dCYB/dlogit(d_i) = -(R_{>i} - R_{>=i} d_i), method.md 4."""
+  """dCYB/dlog t_i = -r_i and dCYB/dlogit(d_i) = -(R_{>i} - R_{>=i} d_i)."""
   rng = np.random.default_rng(2)
   log_t, z = (
     jnp.asarray(np.log(rng.uniform(0.1, 0.9, 4)), jnp.float32),
