@@ -17,11 +17,12 @@ from models import TINY, VOCABULARY, build, random_batch, tiny_config
 
 from cyb_jax import configs, methods, runs, training
 from cyb_jax.costs import flops
-from cyb_jax.data import with_segment_ids
+from cyb_jax.data import ByteTokenizer, with_segment_ids
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator, evaluate_self_paced, evaluate_split
 from cyb_jax.generation import Sampler, SamplingOptions, Scorer
 from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, configure
+from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.stopping import hard_slot
 
 LOSSES = {
@@ -292,6 +293,44 @@ def test_calibration_sets_the_median():
   assert (tokens, median) == (24, pytest.approx(math.log(9), abs=1e-4))
 
 
+def one_device():
+  return make_mesh(configs.ParallelismConfig(), jax.devices()[:1])
+
+
+def check_text(method, params):
+  """Text is generated at the model's own pace, and requests have the likelihood of a forward over the whole text."""
+  said = Sampler(method).generate(params, [[3, 4], [5]], max_new_tokens=3)
+  assert [len(row) for row in said.tokens] == [3, 3]
+  assert said.slots == [len(row) + sum(pauses) for row, pauses in zip(said.tokens, said.pauses)]
+  requests = [([3, 4, 5], [6, 7]), ([3, 4, 5], [8]), ([9], [1, 2, 3])]
+  for (context, continuation), score in zip(requests, Scorer(method, params, context=16, start_id=0).score(requests)):
+    text = np.array([[*context, *continuation]])
+    likelihoods = method.evaluate(params, {"tokens": text[:, :-1], "targets": text[:, 1:]}).log_likelihood
+    assert score.log_likelihood == pytest.approx(float(likelihoods[0, len(context) - 1 :].sum()), rel=1e-4)
+
+
+def test_a_model_after_a_few_steps_reads_and_generates():
+  """What `test_a_run_is_trained_evaluated_scored_and_generates` does with a run, without a work directory."""
+  method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
+  batch = random_batch(10, 4, 6)
+
+  @jax.jit
+  def step(params):
+    value, gradient = jax.value_and_grad(lambda p: method.loss(p, batch, jax.random.key(0)).loss.mean())(params)
+    return jax.tree.map(lambda x, dx: x - 0.3 * dx, params, gradient), value
+
+  losses = []
+  for _ in range(6):
+    params, value = step(params)
+    losses.append(float(value))
+  assert losses[-1] < losses[0] - 0.1
+  record = Evaluator(method, one_device(), context="self_paced")(params, [batch])
+  assert 0 < record["context_pauses"] < 2
+  assert record["perplexity"] != record["constant_perplexity"]
+  assert record["perplexity"] == pytest.approx(record["constant_perplexity"], rel=0.2)
+  check_text(method, params)
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run") / "cyb_looped"
@@ -302,20 +341,14 @@ def workdir(tmp_path_factory):
   return folder
 
 
-def scored_by_hand(run, context, continuation):
-  """log sum_i s_i t_i, summed over the continuation, in a forward over the whole text."""
-  text = [*context, *continuation]
-  batch = {"tokens": np.array([text[:-1]]), "targets": np.array([text[1:]])}
-  return float(run.method.evaluate(run.params, batch).log_likelihood[0, len(context) - 1 :].sum())
-
-
+@pytest.mark.slow
 def test_a_run_is_trained_evaluated_scored_and_generates(workdir):
   run = runs.load(workdir)
   store = runs.open_recorded_store(run.meta)
+  evaluator = Evaluator(run.method, one_device(), context="self_paced")
   record = evaluate_split(
-    Evaluator(run.method, context="self_paced"), run.params, store, run.config, split="validation", step=run.step,
-    meta=run.meta, limit=8,
-  )  # fmt: skip
+    evaluator, run.params, store, run.config, split="validation", step=run.step, meta=run.meta, limit=8
+  )
   assert record["context"] == "self_paced"
   assert 0 < record["context_pauses"] < 2
   assert record["inference_slots"] == pytest.approx(record["context_pauses"] + 1)
@@ -323,13 +356,7 @@ def test_a_run_is_trained_evaluated_scored_and_generates(workdir):
   assert record["perplexity"] == pytest.approx(record["constant_perplexity"], rel=0.05)
   costs = run.method.costs(16, slots=record["inference_slots"])
   assert record["inference_flops"] == costs.inference.total < costs.forward.total
-  said = Sampler(run.method).generate(run.params, [[3, 4], [5]], max_new_tokens=4)
-  assert [len(row) for row in said.tokens] == [4, 4]
-  assert said.slots == [len(row) + sum(pauses) for row, pauses in zip(said.tokens, said.pauses)]
-  requests = [([3, 4, 5], [6, 7]), ([3, 4, 5], [8]), ([9], [1, 2, 3])]
-  scores = Scorer(run.method, run.params, context=16, start_id=0).score(requests)
-  for request, score in zip(requests, scores):
-    assert score.log_likelihood == pytest.approx(scored_by_hand(run, *request), rel=1e-4)
+  check_text(run.method, run.params)
 
 
 @pytest.mark.slow
@@ -344,12 +371,15 @@ def test_the_programs_on_a_run(workdir):
   assert generated["slots"] == generated["tokens"] + sum(map(sum, generated["pauses"]))
 
 
-def test_cost_of_generated_text(workdir):
+def test_cost_of_generated_text():
   """A loop passes the layers once, and all loops of a prompt run."""
   pytest.importorskip("lm_eval", reason="the extra harness isn't installed")
   from cyb_jax.generation.harness import CybLM
 
-  lm = CybLM(run=runs.load(workdir))
+  config = configs.freeze(tiny_config(name="cyb_looped", pauses=2))
+  method = config.build_method(ByteTokenizer.vocab_size)
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  lm = CybLM(run=runs.Run(config, method, params, ByteTokenizer(), 0, {}))
   pacing = Sampler(lm.run.method).pacing
   score = lm._cost(pacing, 3, [2, 0])
   config = lm.run.method.decoder.config

@@ -79,7 +79,7 @@ def test_it_looks_at_no_later_token(name):
 # A value that each option may have, as a config writes it.
 VALUES = {
   "alpha": 0.1, "calibration_batches": 1, "combine": "states", "dont_know": "unit", "dont_know_prior": 0.5,
-  "fork_layers": "0", "gamma": "1:1:1:1", "heads": 3, "jacobi": "1:1", "loss": "dp", "omega": "1:1:1:1",
+  "fork_layers": "1:2", "gamma": "1:1:1:1", "heads": 3, "jacobi": "1:1", "loss": "dp", "omega": "1:1:1:1",
   "pause_fraction": 0.2, "pause_input": "token+pause", "pause_offset": True, "pause_places": "prefix",
   "pause_positions": "shifting", "pause_shared": True, "pause_visibility": "hidden", "pauses": 2, "policy_floor": 0.2,
   "prune_below": 0.1, "recipe": "sampled", "rho": "1:1:1:1", "router_penalty": 0.1, "slot_budget": 2.0,
@@ -122,7 +122,7 @@ def test_a_written_config_is_read_as_it_was(name):
       found.append(configs.freeze(config).method)
   unusual = {
     "omega": (1 / 3, 0.0, 0.7, 1e-7), "gamma": (1.0, 0.99, 0.99**2, 0.99**7), "dont_know_prior": None,
-    "jacobi": (1, 2), "fork_layers": (0, 1), "stopping_warmup": 0,
+    "jacobi": (1, 2), "fork_layers": (1, 2), "stopping_warmup": 0,
   }  # fmt: skip
   found.append(configure(name, **{key: value for key, value in unusual.items() if key in option_names(name)}))
   for options in found:
