@@ -302,11 +302,12 @@ def check_text(method, params):
   said = Sampler(method).generate(params, [[3, 4], [5]], max_new_tokens=3)
   assert [len(row) for row in said.tokens] == [3, 3]
   assert said.slots == [len(row) + sum(pauses) for row, pauses in zip(said.tokens, said.pauses)]
-  requests = [([3, 4, 5], [6, 7]), ([3, 4, 5], [8]), ([9], [1, 2, 3])]
-  for (context, continuation), score in zip(requests, Scorer(method, params, context=16, start_id=0).score(requests)):
-    text = np.array([[*context, *continuation]])
-    likelihoods = method.evaluate(params, {"tokens": text[:, :-1], "targets": text[:, 1:]}).log_likelihood
-    assert score.log_likelihood == pytest.approx(float(likelihoods[0, len(context) - 1 :].sum()), rel=1e-4)
+  requests = [([3, 4, 5], [6, 7]), ([3, 4, 5], [8, 2]), ([9], [1, 2, 3, 5])]
+  texts = np.array([[*context, *continuation] for context, continuation in requests])
+  output = jax.jit(method.evaluate)(params, {"tokens": texts[:, :-1], "targets": texts[:, 1:]})
+  scores = Scorer(method, params, context=16, start_id=0, row_slots=32).score(requests)
+  for (context, _), score, likelihoods in zip(requests, scores, output.log_likelihood):
+    assert score.log_likelihood == pytest.approx(float(likelihoods[len(context) - 1 :].sum()), rel=1e-4)
 
 
 def test_a_model_after_a_few_steps_reads_and_generates():
