@@ -73,5 +73,11 @@ def parse_whole_numbers(path: str, value: Any, example: str) -> tuple[int, ...] 
 
 
 def written(values: Iterable[float] | None) -> str:
-  """A list as a config writes it; None: ''."""
-  return "" if values is None else ":".join(f"{value:g}" for value in values)
+  """A list as a config writes it, from which the same numbers are read; None: ''."""
+  return "" if values is None else ":".join(map(_written, values))
+
+
+def _written(value: float) -> str:
+  """The number with six digits, or with as many as it takes to read the same number from it."""
+  short = f"{value:g}"
+  return short if float(short) == value else repr(float(value))

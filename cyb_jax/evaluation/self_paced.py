@@ -4,7 +4,8 @@ A model trained with all pauses after every token (recipe *constant*) has never 
 missing, but self-paced generation creates such contexts. Here the tokens of the text are given. All W slots of a token
 are read, and its target is scored as -log sum_i s_i t_i. Then S ~ s is drawn, independently of the target, and only the
 S - 1 pauses that the model would have run stay in the context. If pauses are hidden from later tokens, none of them
-stays, and the output equals that of `Method.evaluate`.
+stays, and the output equals that of `Method.evaluate`. If slots are loops over one place in the cache
+(`methods.EarlyExit`), later tokens see at a loop that was not run what the last loop that was run has there.
 
 Letters: B batch, T tokens, W slots.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeGuard
 
 from cyb_jax.errors import InputError
-from cyb_jax.methods import Adaptive, Decoding, Method, PromptPauses, SequentialDecoding
+from cyb_jax.methods import Adaptive, Decoding, EarlyExit, Method, PromptPauses, SequentialDecoding
 
 
 def check_decodes(method: Method) -> None:
@@ -23,6 +23,11 @@ def check_decodes(method: Method) -> None:
 def is_recurrent(method: Decoding) -> TypeGuard[SequentialDecoding]:
   """Whether each slot's input is the output of the slot before it, so that a token's slots run one after the other."""
   return isinstance(method, SequentialDecoding)
+
+
+def slots_share_places(method: Decoding) -> bool:
+  """Whether the slots of a token are loops over one place in the cache, all of which run for each token of a prompt."""
+  return isinstance(method, EarlyExit)
 
 
 def num_prompt_pauses(method: Decoding) -> int:

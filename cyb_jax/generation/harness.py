@@ -22,7 +22,12 @@ from cyb_jax import runs
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
-from cyb_jax.generation.abilities import default_mode, trained_with_all_pauses, with_prompt_pauses
+from cyb_jax.generation.abilities import (
+  default_mode,
+  slots_share_places,
+  trained_with_all_pauses,
+  with_prompt_pauses,
+)
 from cyb_jax.generation.options import SamplingOptions
 from cyb_jax.generation.pacing import Pacing
 from cyb_jax.generation.sampler import Sampler
@@ -295,12 +300,15 @@ class CybLM(LM):
     """The cost of a prompt of so many tokens and of the tokens generated after it, from the pauses before each."""
     counts = [pacing.slots_run(count) for count in pauses]
     before = (prompt - 1) * pacing.layout.prompt_slots
-    slots = before + sum(counts)
+    loops = self.run.method.num_slots if slots_share_places(self.run.method) else 1
+    slots = loops * before + sum(counts)
     if pacing.layout.keeps_pauses:
       keys = slots * (slots + 1) / 2
     else:
-      keys = before * (before + 1) / 2
-      keys += sum(count * (prompt + number) + count * (count - 1) / 2 for number, count in enumerate(counts))
+      keys = loops * before * (before + 1) / 2 + sum(count * (prompt + number) for number, count in enumerate(counts))
+      if loops == 1:
+        # A token's hidden pauses are seen by its own later ones.
+        keys += sum(count * (count - 1) / 2 for count in counts)
     read = sum(map(pacing.states_read, pauses))
     cost = flops.slot_flops(self.run.method.cache_config, slots=slots, keys=keys, slots_read=read)
     return Score(tokens=len(pauses), pauses=float(sum(pauses)), slots=float(slots), flops=cost)

@@ -113,7 +113,7 @@ class Decoding(Protocol):
   """Text can be generated and scored: what the two ways of running slots on a cache have in common.
 
   Attributes:
-    cache_config: a decoder with as many layers as the cache holds.
+    cache_config: a decoder with as many layers as a slot passes that runs on the cache.
     hides_pauses: whether the slots of a token after its first are seen by that token alone.
     shifts_positions: whether each slot takes a position of its own, so that later tokens stand further on.
     keeps_all_pauses: whether the contexts of training hold all W slots of every token.

@@ -141,10 +141,10 @@ class HeadedPlain(Plain):
     super().__init__(backbone)
     self.heads = heads
 
-  def _head_cost(self, slots: float = 1.0) -> flops.Cost:
-    """Of the heads' matrices and the gate."""
+  def _head_cost(self) -> flops.Cost:
+    """Of the heads' matrices and the gate, per token."""
     width = self.backbone.decoder_config.d_model
-    return flops.Cost(routing=slots * 2 * self.heads * (width * width + width))
+    return flops.Cost(routing=2 * self.heads * (width * width + width))
 
   def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
     cost = super().train_cost(sequence_length, slots_read=slots_read * self.heads, executed=executed)
@@ -153,3 +153,7 @@ class HeadedPlain(Plain):
   def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
     cost = super().forward_cost(sequence_length, slots_read=slots_read * self.heads, executed=executed)
     return cost + self._head_cost()
+
+  def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
+    del slots  # a token has one
+    return self.forward_cost(sequence_length, slots_read=slots_read, executed=False)

@@ -1,8 +1,11 @@
-"""cyb_looped: the stopping-time losses over loops of the layers, against float64; decoding with and without exits."""
+"""cyb_looped: the stopping-time losses over loops of the layers, against float64; decoding with and without exits; a
+whole run, from training to generated text."""
 
 import dataclasses
+import functools
 import math
 
+import cli
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,12 +13,16 @@ import numpy as np
 import pytest
 import reference
 from float64_decoder import Float64Decoder
-from models import TINY, VOCABULARY, build, random_batch
+from models import TINY, VOCABULARY, build, random_batch, tiny_config
 
-from cyb_jax import methods
+from cyb_jax import configs, methods, runs, training
+from cyb_jax.costs import flops
+from cyb_jax.data import ByteTokenizer, with_segment_ids
 from cyb_jax.errors import InputError
-from cyb_jax.generation import Sampler, SamplingOptions
+from cyb_jax.evaluation import Evaluator, evaluate_self_paced, evaluate_split
+from cyb_jax.generation import Sampler, SamplingOptions, Scorer
 from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, SlotInputs, configure
+from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.stopping import hard_slot
 
 LOSSES = {
@@ -192,6 +199,37 @@ def test_fill_cache_is_an_early_exit():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), filled.slots, extended(2).slots)
 
 
+def spread(params):
+  """The parameters with a row of `<don't know>` that makes d differ from token to token."""
+  return params | {"dont_know": jax.random.normal(jax.random.key(5), params["dont_know"].shape)}
+
+
+@pytest.mark.parametrize("documents", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_self_paced_evaluation_fills_the_loops_that_were_not_run(documents, exact):
+  """Against all loops of each token after earlier tokens that were decoded loop by loop, each up to its own exit."""
+  method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
+  params, batch = spread(params), random_batch(9, 1, 6)
+  if documents:
+    batch = with_segment_ids(batch, int(batch["tokens"][0, 2]))
+    assert batch["segment_ids"].max() > 0
+  output, used = jax.jit(functools.partial(evaluate_self_paced, method))(params, batch)
+  used = np.asarray(used)[0]
+  assert len(set(used.tolist())) == 3
+  segments = batch.get("segment_ids", np.zeros((1, 6), int))[0]
+  for token in range(6):
+    begin = int(np.argmax(segments == segments[token]))
+    tokens = batch["tokens"][:, begin : token + 1]
+    states = decode(method, params, tokens, [*used[begin:token], 3])[0, -1]
+    scores = method.token_scores(params, jnp.asarray(states, jnp.float32), jnp.arange(3))
+    expected = scores.log_probs[:, batch["targets"][0, token]]
+    np.testing.assert_allclose(output.scores.log_target[0, token], expected, atol=2e-5)
+    np.testing.assert_allclose(output.scores.log_dont_know[0, token], scores.log_dont_know, atol=2e-5)
+  differs = np.abs(output.scores.log_target - method.evaluate(params, batch).scores.log_target)[0]
+  # The first loop has the keys of training; later loops of later tokens have not.
+  assert differs[:, 0].max() < 2e-5
+  assert differs[:, 2].max() > 1e-3
+
+
 def test_states_of_slots_in_any_order(exact):
   """As requests are scored: a context of one slot a token, then tokens with all of theirs."""
   method, params = build(name="cyb_looped", pauses=1)
@@ -245,6 +283,103 @@ def test_calibration_sets_the_median():
   calibrated = method.calibrate(params, [batch])
   median, tokens = method.median_dont_know(calibrated, [batch])
   assert (tokens, median) == (24, pytest.approx(math.log(9), abs=1e-4))
+
+
+def one_device():
+  return make_mesh(configs.ParallelismConfig(), jax.devices()[:1])
+
+
+def check_text(method, params):
+  """Text is generated at the model's own pace, and requests have the likelihood of a forward over the whole text."""
+  said = Sampler(method).generate(params, [[3, 4], [5]], max_new_tokens=3)
+  assert [len(row) for row in said.tokens] == [3, 3]
+  assert said.slots == [len(row) + sum(pauses) for row, pauses in zip(said.tokens, said.pauses)]
+  requests = [([3, 4, 5], [6, 7]), ([3, 4, 5], [8, 2]), ([9], [1, 2, 3, 5])]
+  texts = np.array([[*context, *continuation] for context, continuation in requests])
+  output = jax.jit(method.evaluate)(params, {"tokens": texts[:, :-1], "targets": texts[:, 1:]})
+  scores = Scorer(method, params, context=16, start_id=0, row_slots=32).score(requests)
+  for (context, _), score, likelihoods in zip(requests, scores, output.log_likelihood):
+    assert score.log_likelihood == pytest.approx(float(likelihoods[len(context) - 1 :].sum()), rel=1e-4)
+
+
+def test_a_model_after_a_few_steps_reads_and_generates():
+  """What `test_a_run_is_trained_evaluated_scored_and_generates` does with a run, without a work directory."""
+  method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
+  batch = random_batch(10, 4, 6)
+
+  @jax.jit
+  def step(params):
+    value, gradient = jax.value_and_grad(lambda p: method.loss(p, batch, jax.random.key(0)).loss.mean())(params)
+    return jax.tree.map(lambda x, dx: x - 0.3 * dx, params, gradient), value
+
+  losses = []
+  for _ in range(6):
+    params, value = step(params)
+    losses.append(float(value))
+  assert losses[-1] < losses[0] - 0.1
+  record = Evaluator(method, one_device(), context="self_paced")(params, [batch])
+  assert 0 < record["context_pauses"] < 2
+  assert record["perplexity"] != record["constant_perplexity"]
+  assert record["perplexity"] == pytest.approx(record["constant_perplexity"], rel=0.2)
+  check_text(method, params)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run") / "cyb_looped"
+  config = tiny_config(name="cyb_looped", pauses=2, dont_know_prior=0.5)
+  config.train.update(steps=4, log_every=2, eval_every=0, last_eval_limit=8)
+  record = training.train(configs.freeze(config), folder)
+  assert math.isfinite(record["loss"])
+  return folder
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_evaluated_scored_and_generates(workdir):
+  run = runs.load(workdir)
+  store = runs.open_recorded_store(run.meta)
+  evaluator = Evaluator(run.method, one_device(), context="self_paced")
+  record = evaluate_split(
+    evaluator, run.params, store, run.config, split="validation", step=run.step, meta=run.meta, limit=8
+  )
+  assert record["context"] == "self_paced"
+  assert 0 < record["context_pauses"] < 2
+  assert record["inference_slots"] == pytest.approx(record["context_pauses"] + 1)
+  assert record["perplexity"] != record["constant_perplexity"]
+  assert record["perplexity"] == pytest.approx(record["constant_perplexity"], rel=0.05)
+  costs = run.method.costs(16, slots=record["inference_slots"])
+  assert record["inference_flops"] == costs.inference.total < costs.forward.total
+  check_text(run.method, run.params)
+
+
+@pytest.mark.slow
+def test_the_programs_on_a_run(workdir):
+  evaluated, _ = cli.run("evaluate", f"--workdir={workdir}", "--split=validation", "--limit=8", "--context=self_paced")
+  assert evaluated["method"] == "cyb_looped"
+  assert evaluated["context"] == "self_paced"
+  assert 0 < evaluated["context_pauses"] < 2
+  assert evaluated["perplexity"] != evaluated["constant_perplexity"]
+  generated, _ = cli.run("generate", f"--workdir={workdir}", "--prompt=a=1", "--max_new_tokens=6", "--nostream")
+  assert generated["mode"] == "self_paced"
+  assert generated["slots"] == generated["tokens"] + sum(map(sum, generated["pauses"]))
+
+
+def test_cost_of_generated_text():
+  """A loop passes the layers once, and all loops of a prompt run."""
+  pytest.importorskip("lm_eval", reason="the extra harness isn't installed")
+  from cyb_jax.generation.harness import CybLM
+
+  config = configs.freeze(tiny_config(name="cyb_looped", pauses=2))
+  method = config.build_method(ByteTokenizer.vocab_size)
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  lm = CybLM(run=runs.Run(config, method, params, ByteTokenizer(), 0, {}))
+  pacing = Sampler(lm.run.method).pacing
+  score = lm._cost(pacing, 3, [2, 0])
+  config = lm.run.method.decoder.config
+  # Two tokens of the prompt at 3 loops, then 3 loops of the last one, which sees 3 tokens, and one loop, of 4 tokens.
+  keys = 3 * (1 + 2) + 3 * 3 + 4
+  assert score.flops == flops.slot_flops(config, slots=6 + 4, keys=keys, slots_read=4)
+  assert (score.slots, score.tokens, score.pauses) == (10, 2, 2)
 
 
 def test_cost_by_hand():

@@ -1,6 +1,5 @@
 """What holds for every method of the registry, found by its name alone."""
 
-import re
 import types
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ from cyb_jax import configs, methods, training
 from cyb_jax.cli import convert
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
-from cyb_jax.methods import METHODS, configure
+from cyb_jax.methods import METHODS, Exportable, NonCausal, configure, option_names
 from cyb_jax.studies import settings
 
 SETTING = {settings.SETTINGS[name]["name"]: name for name in settings.representatives()}
@@ -65,7 +64,7 @@ def test_rows_are_read_by_themselves(name):
   np.testing.assert_allclose(read(params, padded)[0, :4], read(params, tail)[0, :4], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].causal])
+@pytest.mark.parametrize("name", [name for name in METHODS if not isinstance(tiny(name), NonCausal)])
 def test_it_looks_at_no_later_token(name):
   method = tiny(name)
   params, batch = params_of(method), random_batch(4, 2, 6)
@@ -77,13 +76,62 @@ def test_it_looks_at_no_later_token(name):
   assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-4
 
 
+# A value that each option may have, as a config writes it.
+VALUES = {
+  "alpha": 0.1, "calibration_batches": 1, "combine": "states", "dont_know": "unit", "dont_know_prior": 0.5,
+  "fork_layers": "1:2", "gamma": "1:1:1:1", "heads": 3, "jacobi": "1:1", "loss": "dp", "omega": "1:1:1:1",
+  "pause_fraction": 0.2, "pause_input": "token+pause", "pause_offset": True, "pause_places": "prefix",
+  "pause_positions": "shifting", "pause_shared": True, "pause_visibility": "hidden", "pauses": 2, "policy_floor": 0.2,
+  "prune_below": 0.1, "recipe": "sampled", "rho": "1:1:1:1", "router_penalty": 0.1, "slot_budget": 2.0,
+  "stopping_warmup": 1, "stream_budget": 3.0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_another_methods_option_is_refused(name):
-  given = {"stream_budget": 3.0, "jacobi": (1, 1), "pause_fraction": 0.2, "loss": "dp"}
-  for option, value in given.items():
-    if option not in METHODS[name].options:
-      with pytest.raises(InputError, match=rf"method\.{option}: {re.escape(repr(value))} is set, but method '{name}'"):
-        methods.build(configure(name=name, **{option: value}), TINY)
+  """By `configure` and in a config, where the hint names the method's own options and the methods that have it."""
+  assert set(VALUES) == set(configs.all_options())
+  own = option_names(name)
+  for option, value in VALUES.items():
+    if option in own:
+      continue
+    with pytest.raises(InputError) as refused:
+      configure(name, **{option: value})
+    assert str(refused.value) == (
+      f"method.{option}: unknown field; method {name!r} has no such option. It has: {', '.join(own) or 'none'}"
+    )
+    config = configs.default()
+    config.method.update({"name": name, option: value})
+    with pytest.raises(InputError) as refused:
+      configs.freeze(config)
+    having = ", ".join(other for other in METHODS if option in option_names(other))
+    assert str(refused.value) == (
+      f"config.method.{option}: unknown field; method {name!r} has no such option; it has {', '.join(own) or 'none'}"
+      f" ({having} have it)"
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_written_config_is_read_as_it_was(name):
+  """With the options of each of its settings, with its defaults, and with numbers that have no short form."""
+  found = [configure(name)]
+  for setting, fields in settings.SETTINGS.items():
+    if fields["name"] == name:
+      config = configs.default()
+      settings.apply(config, setting, "tiny", "1x1", from_scratch=True)
+      found.append(configs.freeze(config).method)
+  unusual = {
+    "omega": (1 / 3, 0.0, 0.7, 1e-7), "gamma": (1.0, 0.99, 0.99**2, 0.99**7), "dont_know_prior": None,
+    "jacobi": (1, 2), "fork_layers": (1, 2), "stopping_warmup": 0,
+  }  # fmt: skip
+  found.append(configure(name, **{key: value for key, value in unusual.items() if key in option_names(name)}))
+  for options in found:
+    source = configs.to_dict(configs.default()) | {"method": configs.written_method(options)}
+    assert configs.freeze(source).method == options
+    # A config.json is read as a ConfigDict is.
+    config = configs.default()
+    config.method.update(configs.written_method(options))
+    assert configs.freeze(config).method == options
 
 
 @pytest.mark.slow
@@ -92,7 +140,7 @@ def test_half_batches_make_the_whole(name, tmp_path):
   """In two parts a step under pmap as in one under jit: what is drawn hangs on the step and the row."""
   records = []
   for accumulate, strategy in ((1, "jit"), (2, "pmap")):
-    config = tiny_config(pause_input="pause")
+    config = tiny_config(name=name)
     settings.apply(config, SETTING[name], "tiny", "1x3", from_scratch=True)
     config.data.batch_size, config.optimizer.accumulate, config.parallelism.strategy = 16, accumulate, strategy
     config.optimizer.epsilon = 1e-3  # else rounding decides the direction of small gradients
@@ -107,7 +155,7 @@ def test_half_batches_make_the_whole(name, tmp_path):
 
 def test_what_is_no_plain_decoder_is_not_exported(monkeypatch, tmp_path):
   """Whoever reads the folder would run another model."""
-  assert {name for name in METHODS if METHODS[name].exports} == {
+  assert {name for name in METHODS if isinstance(tiny(name), Exportable)} == {
     "baseline",
     "tbys",
     "cyb",

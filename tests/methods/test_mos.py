@@ -94,6 +94,9 @@ def test_abilities_cost_and_refusals():
   forward = method.costs(6).forward
   assert forward.readout == 3 * plain.readout
   assert forward.total == plain.total + 2 * plain.readout + 2 * 3 * (16 * 16 + 16)
+  # A token has one slot, whatever was measured.
+  assert method.costs(6, slots=1.0).inference == method.costs(6).inference == forward
+  assert method.costs(6).train.total == 3 * forward.total
   assert method.summarize_metrics({"head_1": 0.5, "head_2": 0.3, "head_3": 0.2}) == {"heads": [0.5, 0.3, 0.2]}
   for heads in (1, True, 2.5):
     with pytest.raises(InputError, match=r"method.heads: .* must be a whole number of at least 2"):

@@ -23,7 +23,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.generation import Sampler, SamplingOptions, default_mode
 from cyb_jax.generation.scoring import Scorer
-from cyb_jax.methods import METHODS, configure
+from cyb_jax.methods import Decoding, configure
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.report import single
 from cyb_jax.studies import settings
@@ -324,10 +324,13 @@ def test_options_of_pauses_are_refused(options, message):
     Sampler(model("ponderlm2")[0], SamplingOptions(**options))
 
 
-def test_methods_that_cannot_decode_are_refused(monkeypatch):
-  method, params = model("ponderlm2")
-  monkeypatch.setattr(METHODS["ponderlm2"], "decodes", False)
-  message = r"method.name: 'ponderlm2' doesn't run slot by slot: its text can't be generated or scored; baseline, .* do"
+def test_methods_that_cannot_decode_are_refused():
+  method, params = build(name="thoughtbubbles")
+  assert not isinstance(method, Decoding)
+  message = (
+    r"method.name: 'thoughtbubbles' doesn't run slot by slot: its text can't be generated or scored; take a method with"
+    r" a cache, such as 'cyb'"
+  )
   with pytest.raises(InputError, match=message):
     Sampler(method)
   with pytest.raises(InputError, match=message):
@@ -575,7 +578,7 @@ def test_there_are_no_pauses_to_go_without():
 def workdir(request, tmp_path_factory):
   """Of a trained run; its name is the method's."""
   folder = tmp_path_factory.mktemp("runs") / request.param
-  config = tiny_config(name=request.param, pauses=1, pause_input="pause", jacobi="0:1")
+  config = tiny_config(name=request.param, pauses=1, jacobi="0:1")
   config.data.batch_size, config.optimizer.accumulate = 16, 2
   config.train.update(steps=4, eval_every=0, checkpoint_every=0)
   record = training.train(configs.freeze(config), folder)

@@ -461,7 +461,7 @@ def test_a_run_is_calibrated_once_and_remembers_it(tmp_path, strategy, caplog):
 
 @pytest.mark.slow
 def test_a_fine_tuned_run_starts_at_its_prior(tmp_path):
-  plain = tiny_config(name="baseline", pauses=0, pause_input="pause")
+  plain = tiny_config(name="baseline")
   plain.train.update(eval_every=0)
   training.train(configs.freeze(plain), tmp_path / "plain")
   tuned = tiny_config(pauses=2, calibration_batches=1, dont_know_prior=0.6)
@@ -577,7 +577,7 @@ def test_positions_that_shift(exact):
     ),
     (SAMPLED | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token that is given 1"),
     (ON_POLICY | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token that is given 1"),
-    ({"name": "tbys", "pauses": 1, "recipe": "sampled"}, r"method.recipe: 'sampled' is none of 'constant'"),
+    ({"name": "tbys", "pauses": 1, "recipe": "sampled"}, r"method.recipe: unknown field; method 'tbys' has no such"),
     (
       {"name": "tbys", "pauses": 1, "pause_positions": "x"},
       r"method.pause_positions: 'x' is none of 'token', 'shifting'",
@@ -588,8 +588,8 @@ def test_positions_that_shift(exact):
       r"method.calibration_batches: 1 needs method.dont_know_prior",
     ),
     ({"name": "cyb", "pauses": 1, "stopping_warmup": 1, "dont_know_prior": None}, r"method.stopping_warmup: 1 needs"),
-    ({"name": "baseline", "recipe": "sampled"}, r"method.recipe: 'sampled' is set, but method 'baseline' has no such"),
-    ({"name": "constant_stop"}, r"method.pauses: 0, but method 'constant_stop' needs at least 1"),
+    ({"name": "baseline", "recipe": "sampled"}, r"method.recipe: unknown field; method 'baseline' has no such"),
+    ({"name": "constant_stop", "pauses": 0}, r"method.pauses: 0, but method 'constant_stop' needs at least 1"),
     ({"name": "mean_slots", "pauses": 1, "omega": (1.0, 1.0)}, r"method.omega: .* no such option"),
   ],
 )

@@ -495,8 +495,8 @@ def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
     jax.eval_shape(method.evaluate, drawn(method), random_batch(0, 1, 7))
   assert method.slot_model.segments(10)[-1].streams == 11
   with pytest.raises(InputError, match=r"method.pauses: 0, but method 'copy_k' needs at least 1"):
-    methods.build(configure(name="copy_k"), TINY)
-  with pytest.raises(InputError, match=r"method.stream_budget: 4.0 is set, but method 'copy_k' has no such option"):
+    methods.build(configure(name="copy_k", pauses=0), TINY)
+  with pytest.raises(InputError, match=r"method.stream_budget: unknown field; method 'copy_k' has no such option"):
     methods.build(configure(name="copy_k", pauses=1, stream_budget=4.0), TINY)
 
 
@@ -516,7 +516,7 @@ def test_settings_and_how_they_start():
 @pytest.mark.slow
 def test_programs(tmp_path):
   """Trained, evaluated and reported on; the last evaluation alone goes token by token."""
-  config = tiny_config(name="thoughtbubbles", pauses=0, pause_input="pause")
+  config = tiny_config(name="thoughtbubbles")
   config.data.document_mask = True
   config.train.update(steps=4, eval_every=2, checkpoint_every=0)
   record = training.train(configs.freeze(config), tmp_path / "run")
@@ -533,7 +533,7 @@ def test_programs(tmp_path):
   assert statistics["autoregressive"]["windows"] == 4
   page = (tmp_path / "run" / "report" / "index.html").read_text()
   assert "each token from those before it" in page
-  config.method = tiny_config(name="copy_k", pauses=1, pause_input="pause").method
+  config.method = tiny_config(name="copy_k", pauses=1).method
   config.train.update(steps=1)
   assert training.train(configs.freeze(config), tmp_path / "copies")["autoregressive"] is None
   refused = cli.complaint("evaluate", f"--workdir={tmp_path}/copies", "--autoregressive_windows=3")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cyb_jax.decoder import Cache, empty_cache
+from cyb_jax.decoder import Cache, DecoderConfig, empty_cache
 from cyb_jax.decoder.attention import Mask
 from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone
@@ -63,6 +63,11 @@ class ReadLoops(Loops):
   def __init__(self, backbone: Backbone, loops: int):
     super().__init__(backbone, loops)
     self.num_slots = loops
+
+  @property
+  def cache_config(self) -> DecoderConfig:
+    """A slot is one loop."""
+    return self.backbone.decoder_config
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     return jnp.stack(self._states(params, *self._inputs(params, batch), every=True), 2)
