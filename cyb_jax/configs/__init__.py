@@ -1,6 +1,6 @@
 """The configuration of a run: an ml_collections ConfigDict outside, frozen dataclasses inside."""
 
-from cyb_jax.configs.differences import differences
+from cyb_jax.configs.differences import differences, filled
 from cyb_jax.configs.methods_group import all_options, written_method
 from cyb_jax.configs.parsing import default, freeze, migrated, to_dict, to_json
 from cyb_jax.configs.schema import (
@@ -26,6 +26,7 @@ __all__ = [
   "all_options",
   "default",
   "differences",
+  "filled",
   "freeze",
   "migrated",
   "to_dict",

@@ -1,4 +1,4 @@
-"""The comparison of two configs."""
+"""The comparison of two configs, with the defaults of the fields that they do not set."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ _OPERATIONAL = (
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """The fields in which two nested configs differ, as 'a.b: old -> new'; those that change no result are left out.
 
-  A field that one of them doesn't have is at its default: an older version may have written it.
+  A field that one of them doesn't have is at its default: an older version may have written it. So is an option that
+  only one of two methods has.
   """
-  defaults = {name: group for name, group in default().to_dict().items() if name != "method"}
-  old, new = (_filled(values, defaults) for values in (old, new))
-  found = nested.differences(*({**x, "method": methods_group.filled(x.get("method", {}))} for x in (old, new)))
+  old, new = filled(old), filled(new)
+  options = methods_group.defaults(old["method"]["name"]) | methods_group.defaults(new["method"]["name"])
+  found = nested.differences(*({**x, "method": options | x["method"]} for x in (old, new)))
   return [f"{path}: {a!r} -> {b!r}" for path, a, b in found if not _is_operational(path)]
+
+
+def filled(source: Mapping[str, Any]) -> dict[str, Any]:
+  """A nested config with the defaults of all fields that it does not set; those of its method are the method's own."""
+  defaults = {name: group for name, group in default().to_dict().items() if name != "method"}
+  return _filled(source, defaults) | {"method": methods_group.filled(source.get("method", {}))}
 
 
 def _is_operational(path: str) -> bool:

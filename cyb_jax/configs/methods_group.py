@@ -115,17 +115,21 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def filled(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The group of a config.json with the defaults of the method's options that are not set, for comparisons."""
-  name = values.get("name", "cyb")
+def defaults(name: str) -> dict[str, Any]:
+  """The options of a method at their defaults, as a config.json has them; none for the name of no method."""
   if name not in methods.METHODS:
-    return dict(values)
+    return {}
   hints = _hints(name)
-  defaults = {
+  return {
     field.name: lists.written(field.default) if _kinds(hints[field.name])[0] is tuple else field.default
     for field in dataclasses.fields(methods.config_class(name))
   }
-  return {"name": name} | defaults | without_unset(migrated(values))
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+  """The group of a config.json with the defaults of the method's options that are not set."""
+  name = values.get("name", "cyb")
+  return {"name": name} | defaults(name) | without_unset(migrated(values))
 
 
 def _hints(name: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def check_comparable(runs: Sequence[Candidate]) -> None:
   first = runs[0]
 
   def fields(run: Candidate) -> dict[str, Any]:
-    data = _filled(run.source)["data"]
+    data = configs.filled(run.source)["data"]
     return {
       # A tokenizer may go by several names: what is in the store decides.
       "data.store": run.meta["store"],
@@ -107,7 +107,7 @@ def check_comparable(runs: Sequence[Candidate]) -> None:
       if found == expected[name]:
         continue
       if name == "data.store":
-        a, b = (_filled(r.source)["data"]["tokenizer"] for r in (first, run))
+        a, b = (configs.filled(r.source)["data"]["tokenizer"] for r in (first, run))
         if a != b:
           refuse(run, "data.tokenizer", a, b)
         refuse(run, "the fingerprint of data.store", expected[name][:12], found[:12])
@@ -182,24 +182,15 @@ def labels(sources: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _regime(source: Mapping[str, Any]) -> str:
-  source = _filled(source)
+  source = configs.filled(source)
   steps, epochs, fraction = source["train"]["steps"], source["train"]["epochs"], source["data"]["fraction"]
   length = f"{steps:,} steps" if steps else f"{epochs:g} epochs"
   return length if fraction == 1 else f"{length} of {fraction:.3g} of the data"
 
 
-def _filled(source: Mapping[str, Any]) -> dict[str, Any]:
-  """A nested config with the defaults of fields that an older version didn't have."""
-  defaults = configs.default().to_dict()
-  return {
-    name: ({**value, **source.get(name, {})} if isinstance(value, Mapping) else source.get(name, value))
-    for name, value in defaults.items()
-  }
-
-
 def _without(source: Mapping[str, Any], fields: Sequence[tuple[str, str]]) -> dict[str, Any]:
   """The config with these fields at their defaults."""
-  result = _filled(source)
+  result = configs.filled(source)
   defaults = configs.default().to_dict()
   for part, name in fields:
     result[part] = result[part] | {name: defaults[part][name]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cyb_jax import configs
 from cyb_jax.methods import METHODS, option_names
 
 Statistics = Mapping[str, Any]
@@ -51,14 +52,18 @@ def stopping_loss(method: Mapping[str, Any]) -> str | None:
   """
   if method["name"] not in METHODS or "loss" not in option_names(method["name"]):
     return None
-  # Configs of older versions leave out the default.
-  return str(method.get("loss", "ap"))
+  return str(_filled(method)["loss"])
 
 
 def method_name(method: Mapping[str, Any]) -> str:
   """A method as its paper calls it, from the part `method` of a config."""
-  name, pauses, loss = str(method["name"]), method.get("pauses", 0), stopping_loss(method)
+  name, pauses, loss = str(method["name"]), _filled(method).get("pauses", 0), stopping_loss(method)
   published = _AS_PUBLISHED.get(name, name)
   if loss is not None:
     return f"{published}-{loss.upper()}"
   return f"{published}-{pauses}" if pauses else name
+
+
+def _filled(method: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The part `method` of a config, which leaves out options that are not set, with their defaults."""
+  return configs.filled({"method": method})["method"]

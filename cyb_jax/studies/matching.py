@@ -43,7 +43,7 @@ def fill_plain_model(source: Mapping[str, Any]) -> Mapping[str, Any]:
   source = dict(source)
   method = {name: value for name, value in source["method"].items() if name not in ("name", "pauses")}
   frozen = configs.freeze(source | {"method": method | settings.SETTINGS[match.setting]})
-  plain = configs.freeze(source | {"method": settings.SETTINGS[settings.PLAIN]})
+  plain = configs.freeze(source | {"method": method | settings.SETTINGS[settings.PLAIN]})
   rows = vocabulary(frozen)
   length = frozen.data.sequence_length
   wanted = _cost(frozen.build_method(rows), match.measure, length)

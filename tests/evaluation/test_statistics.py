@@ -20,9 +20,10 @@ from cyb_jax.configs import ParallelismConfig
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import PauseStatistics, accumulation, bootstrap, fixed_point, ranks, statistics_of_split
+from cyb_jax.evaluation.abilities import as_trained
 from cyb_jax.evaluation.token_types import TokenTypes, bins_per_pause, summarize
 from cyb_jax.evaluation.words import Words
-from cyb_jax.methods import EvalOutput
+from cyb_jax.methods import Adaptive, EvalOutput
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
@@ -32,9 +33,9 @@ def mesh_of(devices):
 
 
 class Told:
-  """A method that reads from the batch what it is to say: `log_target` f32[B, T, W] and `odds` f32[B, T, W]."""
-
-  decides = True
+  """A method that reads from the batch what it is to say: `log_target` f32[B, T, W] and `odds` f32[B, T, W]; it decides
+  when it stops.
+  """
 
   def __init__(self, num_slots=3):
     self.num_slots = num_slots
@@ -47,6 +48,9 @@ class Told:
 
   def evaluate_as_trained(self, params, batch, reading):
     return None
+
+  def median_dont_know(self, params, batches):
+    raise NotImplementedError
 
 
 def told_batches(odds, target, *, rows=4, length=8, documents=50, seed=0):
@@ -418,7 +422,7 @@ def slow_tokens(method, params, store):
   def say(params, batch):
     reading = method.evaluate(params, batch)
     words = method.decoder.apply({"params": params["decoder"]}, method="unembedding")
-    return reading, method.evaluate_as_trained(params, batch, reading), method.hidden(params, batch), words
+    return reading, as_trained(method, params, batch, reading), method.hidden(params, batch), words
 
   with jax.default_matmul_precision("highest"):
     reading, trained, hidden, words = say(params, batch)
@@ -430,7 +434,7 @@ def slow_tokens(method, params, store):
     for k in range(LENGTH):
       place = j * LENGTH + k
       s = np.exp(np.asarray(reading.log_stopping[j, k], np.float64))
-      if method.decides:
+      if isinstance(method, Adaptive):
         s = np.asarray(reference.stopping(d[j, k], 1 - d[j, k]), np.float64)
       rows.append(
         {
@@ -474,7 +478,7 @@ def test_against_a_slow_reference(name):
   np.testing.assert_allclose(perplexity["slots"], np.exp(-np.log(t).mean(0)), **CLOSE)
   np.testing.assert_allclose(perplexity["oracle"], np.exp(-np.log(t.max(-1)).mean()), **CLOSE)
   np.testing.assert_allclose(perplexity["mean_of_logs"], np.exp(-(s * np.log(t)).sum(-1).mean()), **CLOSE)
-  if method.decides:
+  if isinstance(method, Adaptive):
     hard = [next((i for i in range(width - 1) if row[i] <= 0.5), width - 1) for row in d]
     np.testing.assert_allclose(perplexity["hard"], np.exp(-np.log(t[range(len(t)), hard]).mean()), **CLOSE)
   else:
@@ -497,7 +501,7 @@ def test_against_a_slow_reference(name):
     check_latency(got["training_latency"], np.array([row["trained"] for row in rows]))
   check_tokens(got, rows, store)
   check_difficulty(got, rows)
-  if method.decides:
+  if isinstance(method, Adaptive):
     check_calibration(got["calibration"], t, d)
     check_curves(got["curves"], t, d)
   else:

@@ -192,7 +192,7 @@ def test_pauses_out_and_in_again(name, tmp_path):
 
   # Where the rows lie in what transformers sees.
   rows, there = decoder.vocab_size, tensors(out)
-  pauses, abstains = options.pauses, "dont_know" in own
+  pauses, abstains = getattr(options, "pauses", 0), "dont_know" in own
   stem = "gpt_neox.embed_in" if decoder.norm == "layernorm" else "model.embed_tokens"
   table = there[f"{stem}.weight"]
   fields = json.loads((out / "config.json").read_text())
@@ -252,11 +252,11 @@ def test_own_rows_of_another_shape_are_refused(tmp_path):
     (dict(own={"pause_input": 3}), "own = "),
     (dict(own=None), "own is missing"),
     (dict(pauses=2), r"pause_ids has 3 entries, but cyb_jax\.method\.pauses = 2"),
-    (dict(pauses="3"), r"method\.pauses = '3' must be of type int"),
-    (dict(loss=7), r"method\.loss = 7 must be of type str"),
+    (dict(pauses="3"), r"cyb_jax\.method\.pauses: '3' must be int"),
+    (dict(loss=7), r"cyb_jax\.method\.loss: 7 must be str"),
     (dict(loss="xy"), r"cyb_jax\.method\.loss: 'xy' is none of"),
     (dict(omega=[1.0, "2", 1.0, 1.0]), r"method\.omega = .* must be a list of numbers"),
-    (dict(patience=3), r"method\.patience = 3 is unknown"),
+    (dict(patience=3), r"cyb_jax\.method\.patience: unknown field; there are pauses, "),
     (dict(name="tbys", dont_know_prior=0.9), "cyb_jax.own = "),
     (dict(pause_ids=67), "pause_ids = 67 must be of type list"),
     (dict(dont_know_id=70.0), "dont_know_id = 70.0 must be of type int"),

@@ -33,7 +33,7 @@ def started(folder, **method):
 def folders(tmp_path_factory):
   """A plain run, and the same as a Hugging Face folder."""
   folder = tmp_path_factory.mktemp("pretrained")
-  config = tiny_config(name="baseline", pauses=0, pause_input="pause")
+  config = tiny_config(name="baseline")
   config.train.update(steps=2, eval_every=0)
   training.train(configs.freeze(config), folder / "plain")
   record, _ = cli.run("convert", "--to=hf", f"--workdir={folder}/plain", f"--output={folder}/hf")
@@ -143,7 +143,7 @@ def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
     f"import sys\nsys.path[:0] = {[str(cli.ROOT / 'tests' / folder) for folder in ('support', 'interop')]!r}\n"
     "import test_pretrained\n\n"
     "def get_config(argument=''):\n"
-    "  return test_pretrained.started('', name='baseline', pauses=0, pause_input='pause')\n"
+    "  return test_pretrained.started('', name='baseline')\n"
   )
   mine, _ = cli.run("evaluate", f"--workdir={folders}/plain")
   record, _ = cli.run("evaluate", f"--init_from={folders}/hf", f"--config={path}")

@@ -24,6 +24,7 @@ from cyb_jax.checkpointing.workdir import read_config
 from cyb_jax.cli import splits
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.methods import Adaptive
 from cyb_jax.report import coloured, comparison, facts, figures, output, page, side_by_side, single
 from cyb_jax.report.coloured import Window
 from cyb_jax.report.comparison import Candidate, Curve
@@ -108,8 +109,7 @@ def test_equal_numbers_give_equal_files():
 
 @pytest.mark.parametrize(("slots", "decides", "said"), [(1, False, 9), (3, False, 6)])
 def test_methods_without_slots_or_decisions_say_what_is_missing(slots, decides, said):
-  name = "baseline" if slots == 1 else "tbys"
-  config = tiny_config(name=name, pauses=slots - 1, pause_input="pause")
+  config = tiny_config(name="baseline") if slots == 1 else tiny_config(name="tbys", pauses=slots - 1)
   statistics = example(slots, decides=decides)
   text, pictures = single.build(configs.freeze(config).source, META, statistics, [], [])
   found = Page(text)
@@ -443,7 +443,7 @@ def test_pages_that_are_too_large_are_refused():
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
-  for name, method in (("a", {"pauses": 2}), ("c", {"name": "baseline", "pauses": 0, "pause_input": "pause"})):
+  for name, method in (("a", {"pauses": 2}), ("c", {"name": "baseline"})):
     training.train(configs.freeze(tiny_config(**method)), folder / name)
   # Another seed, as far as a report can tell.
   shutil.copytree(folder / "a", folder / "b")
@@ -460,7 +460,7 @@ def program(monkeypatch):
 
   def statistics_of_split(method, params, store, config, *, split, step, limit, batch_size):
     calls.append((split, limit, batch_size))
-    made = example(method.num_slots, decides=method.decides, step=step)
+    made = example(method.num_slots, decides=isinstance(method, Adaptive), step=step)
     return made | {"split": split, "limit": limit, "method": method.name}
 
   paced = {"perplexity": 21.0, "constant_perplexity": 20.0, "mean_pauses": 0.4, "context_pauses": 0.5, "tokens": 64}

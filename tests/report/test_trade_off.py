@@ -4,12 +4,12 @@ import dataclasses
 import math
 
 import pytest
-from models import tiny_config
+from models import TINY, tiny_config
 from statistics_example import example
 
 from cyb_jax import configs
 from cyb_jax.cli import report
-from cyb_jax.methods import METHODS
+from cyb_jax.methods import METHODS, build, configure
 from cyb_jax.report import comparison, side_by_side, trade_off
 from cyb_jax.report.comparison import Candidate
 from cyb_jax.report.trade_off import Costs, Outcome, SelfPaced
@@ -135,7 +135,7 @@ def candidate(workdir, seed=0, **method):
 
 def test_runs_side_by_side_show_the_same():
   runs = [candidate("a0", pauses=2), candidate("a1", 1, pauses=2)]
-  runs += [candidate("b", name="baseline", pause_input="pause", pauses=0)]
+  runs += [candidate("b", name="baseline")]
   for run in runs[:2]:
     run.statistics["self_paced"] = {
       "windows": 5, "perplexity": 22.0, "constant_perplexity": 20.0, "mean_pauses": 1.0, "context_pauses": 1.0,
@@ -172,12 +172,13 @@ def test_a_method_that_decides_nothing_has_no_pace_of_its_own():
   assert comparison.outcomes(groups)[0].self_paced is None
   assert comparison.compare(groups)["groups"][0]["self_paced_cost"] is None
   # Nor is it read so for its report.
-  assert [name for name, method in METHODS.items() if report._reads_at_own_pace(method)] == ["cyb"]
+  built = {name: build(configure(name), TINY) for name in METHODS}
+  assert [name for name, method in built.items() if report._reads_at_own_pace(method)] == ["cyb", "cyb_looped"]
 
 
 def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():
-  runs = [candidate("a", pauses=2), candidate("b", name="baseline", pause_input="pause", pauses=0)]
-  ahead = candidate("c", name="thoughtbubbles", pause_input="pause", pauses=0)
+  runs = [candidate("a", pauses=2), candidate("b", name="baseline")]
+  ahead = candidate("c", name="thoughtbubbles")
   ahead.statistics["autoregressive"] = {"perplexity": 12.0, "blockwise_perplexity": 10.0}
   groups = comparison.group_runs([ahead, *runs])
   numbers = comparison.compare(groups)

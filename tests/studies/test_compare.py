@@ -20,7 +20,7 @@ import models
 from cyb_jax.studies import settings
 
 def get_config(argument):
-  config = models.tiny_config(pause_input="pause")
+  config = models.tiny_config(name="baseline")
   settings.apply(config, *settings.parse(argument, setting="ap", size="tiny", regime="1x3"))
   config.data.fraction = 1.0
   return config

@@ -8,6 +8,7 @@ from models import TINY, tiny_config
 from cyb_jax import configs
 from cyb_jax.decoder import num_params, preset
 from cyb_jax.errors import InputError
+from cyb_jax.methods import configure
 from cyb_jax.studies import matching, settings
 from cyb_jax.studies.resolution import resolve
 
@@ -56,11 +57,11 @@ def formula(decoder, tokens, slots, read):
 def test_costs_what_it_is_matched_to(direction, name, factor):
   config = tiny_config()
   config.decoder.num_layers = 2
-  config.method.update(name=f"{direction}@ap/{name}", pauses=0, pause_input="pause")
+  config.method.update(name=f"{direction}@ap/{name}", pause_input=None)
   frozen = resolve(config)
   # What is written into config.json is the plain model, settled.
   assert configs.freeze(frozen.source) == frozen
-  assert (frozen.method.name, frozen.method.pauses) == ("baseline", 0)
+  assert frozen.method == configure("baseline")
   decoder = frozen.decoder_config(257)  # bytes and the end
   small = dataclasses.replace(decoder, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, mlp_size=32)
   assert small.vocab_size == decoder.vocab_size == 384
@@ -127,7 +128,7 @@ def test_no_plain_model_is_as_cheap(monkeypatch):
   smallest = matching.grow(TINY, "deeper", layer_cost, 5)
   assert (smallest.num_layers, smallest.mlp_size) == (1, 1)
   config = tiny_config()
-  config.method.update(name="wider@ap", pauses=0, pause_input="pause")
+  config.method.update(name="wider@ap", pause_input=None)
   monkeypatch.setattr(matching, "grow", lambda decoder, *rest: decoder)
   with pytest.raises(InputError, match=r"method\.name: 'wider@ap' is to take [\d,]+ FLOPs a token, and the nearest"):
     resolve(config)
