@@ -12,9 +12,11 @@ import pytest
 from models import TINY, VOCABULARY, build
 from scipy import stats
 
+from cyb_jax import methods
 from cyb_jax.errors import InputError
 from cyb_jax.generation import Sampler, SamplingOptions, default_mode
 from cyb_jax.generation.sampler import _advance
+from cyb_jax.methods import option_names
 from cyb_jax.pauses import pack
 from cyb_jax.stopping import log_stopping_distribution
 
@@ -33,8 +35,10 @@ VARIANTS = {
 def model(variant="visible", name="cyb", pauses=2, scan=False):
   """A model whose d is spread over (0, 1): at the prior all rows would pause."""
   decoder = dataclasses.replace(TINY, scan_layers=scan)
-  prior = {"dont_know_prior": 0.6} if name == "cyb" else {}
-  method, params = build(decoder, name=name, pauses=pauses, **prior, **VARIANTS[variant])
+  options = {"pauses": pauses} if "pauses" in option_names(name) else {}
+  if name == "cyb":
+    options["dont_know_prior"] = 0.6
+  method, params = build(decoder, name=name, **options, **VARIANTS[variant])
   if name == "cyb":
     params["dont_know"] = 2 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)
   return method, params
@@ -199,7 +203,7 @@ def exact(method, params, prompt, omega=None):
 def test_what_is_drawn_has_the_exact_distribution(options):
   decoder = dataclasses.replace(TINY, vocab_size=8)
   method, params = model()
-  method = type(method)(method.config, decoder, vocab_size=5)
+  method = methods.build(method.config, decoder, vocab_size=5)
   decoder_params = params["decoder"] | {"embedding": params["decoder"]["embedding"][:8]}
   params = params | {"decoder": decoder_params, "dont_know": 0.3 * params["dont_know"]}
   prompt, rows = [1, 4, 2], 6000

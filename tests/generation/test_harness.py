@@ -131,7 +131,7 @@ def test_text_is_the_samplers(run, adapter, mode):
 @pytest.mark.parametrize(
   ("options", "mode", "read", "width"),
   [
-    ({"name": "baseline", "pauses": 0, "pause_input": "pause"}, "none", "threshold", 1),
+    ({"name": "baseline"}, "none", "threshold", 1),
     ({"name": "mean_slots", "pauses": 1}, "constant", "mixture", 2),
     ({"name": "tbys", "pauses": 1, "pause_visibility": "hidden"}, "constant", "mixture", 2),
   ],

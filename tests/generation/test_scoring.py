@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from models import TINY, VOCABULARY, build
 
+from cyb_jax import methods
 from cyb_jax.benchmarks import scoring as benchmark
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs import flops
@@ -17,6 +18,7 @@ from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.generation import scoring
 from cyb_jax.generation.scoring import Score, Scorer
+from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh
 
 START = 0
@@ -233,10 +235,10 @@ def test_the_readout_stays_within_its_budget():
   config = DecoderConfig(
     vocab_size=100_000, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_size=8, mlp_size=8
   )
-  method, params = build(config, name="tbys", pauses=2)
-  method.vocab_size = config.vocab_size
+  _, params = build(config, name="tbys", pauses=2)
+  method = methods.build(configure("tbys", pauses=2), config)
   big = Scorer(method, params, context=4096, start_id=0)
-  reads = {"places": jnp.zeros((big._chunk, 3), jnp.int32), "targets": jnp.zeros(big._chunk, jnp.int32)}
+  reads = {"slots": jnp.zeros((big._chunk, 3), jnp.int32), "targets": jnp.zeros(big._chunk, jnp.int32)}
   hidden = jnp.zeros((1, 8192, 8))
   used = big._read.lower(params, hidden, reads).compile().memory_analysis().temp_size_in_bytes
   assert big._chunk >= 64

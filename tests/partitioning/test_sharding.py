@@ -21,6 +21,7 @@ from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs.memory import bytes_per_device
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
+from cyb_jax.methods import option_names
 from cyb_jax.partitioning import rules as placement
 from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh, replicated
 from cyb_jax.training import build_strategy, make_optimizer
@@ -44,7 +45,10 @@ MESHES = {
 
 def build(method=None, **parts):
   """A frozen config. Adam's first moments are the gradients, and no parameter moves by the sign of a small one."""
-  config = tiny_config(**({"pauses": 2} | (method or {})))
+  method = method or {}
+  if "pauses" in option_names(method.get("name", "cyb")):
+    method = {"pauses": 2} | method
+  config = tiny_config(**method)
   config.decoder.update(num_heads=4)
   config.optimizer.update(clip_norm=0.0, epsilon=0.01, learning_rate=0.01, warmup_fraction=0.0, schedule="constant")
   config.parallelism.chunk_size = 16
@@ -72,9 +76,9 @@ VARIANTS = {
   "on policy": build({"recipe": "on_policy"}),
   "scanned, rematerialised": build(decoder={"num_layers": 2, "scan_layers": True, "remat": "full"}),
   "parallel residual, biases": build(decoder={"parallel_residual": True, "attention_bias": "all", "mlp_bias": True}),
-  "baseline": build({"name": "baseline", "pauses": 0, "pause_input": "pause"}),
+  "baseline": build({"name": "baseline"}),
   "tbys": build({"name": "tbys"}),
-  "thoughtbubbles": build({"name": "thoughtbubbles", "pauses": 0, "pause_input": "pause"}, decoder={"num_layers": 2}),
+  "thoughtbubbles": build({"name": "thoughtbubbles"}, decoder={"num_layers": 2}),
 }
 
 

@@ -124,7 +124,8 @@ def test_throughput_by_hand(monkeypatch):
   now = [10.0]
   monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
   monkeypatch.setattr(throughput, "peak_flops", lambda device: 100.0)
-  method = types.SimpleNamespace(train_slots=lambda tokens: 3 * tokens, train_flops=lambda tokens: 5.0)
+  train = types.SimpleNamespace(total=5.0)
+  method = types.SimpleNamespace(costs=lambda tokens: types.SimpleNamespace(train_slots=3 * tokens, train=train))
   data = types.SimpleNamespace(batch_size=2, sequence_length=8)
   mesh = types.SimpleNamespace(size=4, devices=types.SimpleNamespace(flat=[None]))
   plan = types.SimpleNamespace(config=types.SimpleNamespace(data=data), method=method, mesh=mesh)
