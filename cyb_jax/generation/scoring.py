@@ -3,8 +3,8 @@
 A continuation's log-likelihood is the sum over its tokens of log sum_i s_i t_i: every token, of the context too, is
 followed by all its pauses, as in training with the recipe *constant*, and the sum is over the slot at which the token
 is read (the stopping time of arXiv 2510.13879). The step budget allows all W slots, whatever recipe or omega a run was
-trained with. A method that reads by a rule of its own is read by that rule. A method with pauses after its prompt has them
-after each request's context, and none in a text that is scored whole.
+trained with. A method that reads by a rule of its own is read by that rule. A method with pauses after its prompt has
+them after each request's context, and none in a text that is scored whole.
 
 Requests are laid out without padding between them. Requests with the same context share it, as branches of a tree, and
 several trees follow one another in rows of a few fixed lengths. Two requests "a b | c d" and "a b | e f", and a third
