@@ -375,13 +375,12 @@ def test_resolution_of_medians():
 # Methods, from a token store.
 
 LIMIT, LENGTH, MIN_COUNT = 40, 16, 8
-PLAIN = {"pause_input": "pause"}
 METHODS = {
   "cyb": {"pauses": 2, "omega": "1:2:1"},
   "on_policy": {"pauses": 1, "recipe": "on_policy"},
   "tbys": {"name": "tbys", "pauses": 2},
   "constant_stop": {"name": "constant_stop", "pauses": 2},
-  "baseline": {"name": "baseline", "pauses": 0, **PLAIN},
+  "baseline": {"name": "baseline"},
 }
 
 
