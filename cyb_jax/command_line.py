@@ -83,7 +83,7 @@ def with_installed_config(argv: Sequence[str]) -> list[str]:
     if not equals and i and words[i - 1] == "--config":
       flag, value = "--config", word
     path, colon, rest = value.partition(":")
-    if flag == "--config":
+    if flag == "--config" and path:  # no path: it is the next word
       words[i] = f"{flag}=" * bool(equals) + f"{installed(path)}{colon}{rest}"
   return words
 

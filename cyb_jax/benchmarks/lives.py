@@ -69,6 +69,9 @@ def serve() -> None:
   """The server: starts, watches and kills training programs as its standard input says, a JSON object a line."""
   import jax  # noqa: F401
 
+  # Imported before the forks, so that a life does not spend its time on imports.
+  import cyb_jax.studies.resolution
+  import cyb_jax.training.trainer  # noqa: F401
   from cyb_jax.cli import train
 
   pids: list[int] = []

@@ -53,7 +53,9 @@ def start(program, *flags, cwd=ROOT):
 _SERVER = """
 import importlib, json, os, sys, time, traceback, warnings
 import jax, orbax.checkpoint
-from cyb_jax import evaluation, runs, training
+from cyb_jax import evaluation, runs
+from cyb_jax.studies import resolution
+from cyb_jax.training import estimate, trainer
 warnings.filterwarnings("ignore")
 
 def start(asked):
