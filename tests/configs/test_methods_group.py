@@ -1,4 +1,4 @@
-"""The group `method`: what is unset, what is None, options by flags, options of other methods, configs of version 0.1."""
+"""The group `method`: options that are unset or None, set by flags, of other methods, and of version 0.1."""
 
 import dataclasses
 import json
