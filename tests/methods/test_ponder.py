@@ -198,7 +198,7 @@ def test_jacobi_passes_reach_what_runs_one_after_the_other(name, exact):
   method, params = model(name, jacobi=(0, length * pauses), **options)
   batch = random_batch(1, 1, length)
   expected = Slow(method, params).sequential(batch["tokens"][0])
-  hidden = jax.jit(functools.partial(method._hidden, pruned=False))
+  hidden = jax.jit(functools.partial(method.slot_model.ponder, is_pruned=False))
   errors = [np.abs(hidden(params, batch, jacobi=j)[0] - expected).max(-1) for j in range(length * pauses + 1)]
   assert errors[0].max() > 1e-2
   assert errors[2].max() < errors[0].max() / 2
@@ -211,7 +211,7 @@ def test_jacobi_passes_reach_what_runs_one_after_the_other(name, exact):
 def test_passes_are_drawn_alike_for_all_rows(exact):
   method, params = model("ponderlm2", pauses=1, jacobi=(0, 2))
   keys = jax.random.split(jax.random.key(0), 3000)
-  drawn = np.asarray(jax.vmap(method.draw_passes)(keys))
+  drawn = np.asarray(jax.vmap(method.slot_model.draw_passes)(keys))
   counts = np.bincount(drawn, minlength=4)
   assert counts.sum() == counts[:3].sum()
   assert (np.abs(counts[:3] - 1000) < 4 * np.sqrt(3000 * 2 / 9)).all()
@@ -245,7 +245,7 @@ def test_gradients_go_through_every_pass(exact):
       states = reference.passes(batch["tokens"][0], passes)
       return -sum(reference.read(x)[y] for x, y in zip(states, batch["targets"][0]))
 
-    key = next(key for key in keys if method.draw_passes(key) == passes)
+    key = next(key for key in keys if method.slot_model.draw_passes(key) == passes)
     parts = jax.tree.map(lambda g, d: float((g * d).sum()), gradient(params, key), direction)
     assert sum(jax.tree.leaves(parts)) == pytest.approx((slow(1e-5) - slow(-1e-5)) / 2e-5, rel=1e-3)
 

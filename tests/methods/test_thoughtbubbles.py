@@ -21,7 +21,7 @@ from cyb_jax.decoder import DecoderConfig, empty_cache
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.methods import SlotInputs, configure
-from cyb_jax.methods.thoughtbubbles import select, stream_positions
+from cyb_jax.methods.slot_models.streams import select, stream_positions
 from cyb_jax.partitioning.mesh import make_mesh, shardings
 from cyb_jax.studies.settings import SETTINGS
 
@@ -49,7 +49,8 @@ def plain(decoder=THREE, **options):
 def build(decoder=THREE, name="thoughtbubbles", **options):
   method = plain(decoder, name=name, **options)
   for function in ("evaluate", "autoregressive_log_likelihood", "hidden", "loss", "extend", "hidden_slots"):
-    setattr(method, function, jax.jit(getattr(method, function)))
+    if hasattr(method, function):
+      setattr(method, function, jax.jit(getattr(method, function)))
   return method, drawn(method)
 
 
