@@ -489,7 +489,8 @@ def test_against_a_slow_reference(name):
     np.testing.assert_allclose(groups["nats"][number], sum(inside), **CLOSE)
   if width == 1:
     given = {"method", "step", "split", "limit", "windows", "tokens", "documents", "num_slots", "perplexity", "groups"}
-    given |= {"difficulty"}
+    given |= {"difficulty", "fused"}
+    assert got["fused"] is False
     assert {key for key, value in got.items() if value is not None} - {"limit"} == given - {"limit"}
     check_perplexity_by_difficulty(got, rows)
     return

@@ -233,6 +233,36 @@ def test_a_tokenizer_comes_back(tmp_path):
     assert source.tokenizer().encode(texts[0]) == tokenizer.encode(texts[0])
 
 
+# What version 0.1 recorded in an export: the options of all methods, lists as lists.
+_ALL_OPTIONS = {
+  "loss": "ap", "pauses": 0, "omega": None, "gamma": None, "rho": None, "alpha": 0.0, "recipe": "constant",
+  "slot_budget": 0.0, "policy_floor": 0.1, "dont_know": "token", "dont_know_prior": 0.9, "calibration_batches": 0,
+  "stopping_warmup": 0, "pause_input": "pause", "pause_visibility": "visible", "pause_offset": False,
+  "pause_shared": False, "pause_positions": "token", "pause_places": "random", "pause_fraction": 0.1, "jacobi": [2, 3],
+  "router_penalty": 0.0, "prune_below": 1e-4, "fork_layers": None, "stream_budget": 2.0, "combine": "probabilities",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _EXPORTS)
+def test_exports_of_version_0_1_load(name, tmp_path):
+  decoder, options = _EXPORTS[name]
+  decoder, options = DecoderConfig(**decoder), configure(**options)
+  method = methods.build(options, decoder, vocab_size=Words.vocab_size)
+  out = tmp_path / "out"
+  interop.write_huggingface(out, decoder, random_params(method.init), Words(), method=options, step=7)
+  fields = json.loads((out / "config.json").read_text())
+  written = fields["cyb_jax"]["method"]
+  fields["cyb_jax"]["method"] = _ALL_OPTIONS | written
+  assert len(fields["cyb_jax"]["method"]) == 27
+  (out / "config.json").write_text(json.dumps(fields))
+  assert interop.open_source(out).extras.method == options
+  # An option that the method doesn't have, and that is no default, was never written.
+  fields["cyb_jax"]["method"]["prune_below"] = 0.5
+  (out / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(InputError, match=r"cyb_jax\.method\.prune_below: unknown field; method .* has no such option"):
+    interop.open_source(out)
+
+
 def test_own_rows_of_another_shape_are_refused(tmp_path):
   decoder, options = DecoderConfig(**_RMS), configure(pauses=2)
   params = random_params(methods.build(options, decoder).init)
