@@ -374,9 +374,10 @@ def test_gradients_reach_the_router_through_the_mask_and_through_the_fusion(exac
   @functools.partial(jax.grad, argnums=(0, 1))
   def gradients(of_mask, of_fusion):
     apart = methods.build(method.config, ONE_LAYER, vocab_size=VOCABULARY)
-    weigh, fuse = apart._key_weights, apart.fuse
-    apart._key_weights = lambda params, *args: weigh(params | {"router": of_mask}, *args)
-    apart.fuse = lambda params, *args, **options: fuse(params | {"router": of_fusion}, *args, **options)
+    slots = apart.slot_model
+    weigh, fuse = slots.key_weights, slots.fuse
+    slots.key_weights = lambda params, *args: weigh(params | {"router": of_mask}, *args)
+    slots.fuse = lambda params, *args, **options: fuse(params | {"router": of_fusion}, *args, **options)
     return apart.loss(params, batch, jax.random.key(0)).loss.sum()
 
   mask, fusion = gradients(params["router"], params["router"])
@@ -393,7 +394,7 @@ def test_the_effect_of_pruning_shrinks_with_its_threshold(exact):
   @jax.jit
   def read(below):
     pruning = methods.build(method.config, ONE_LAYER, vocab_size=VOCABULARY)
-    pruning.kept = lambda log_weights: log_weights >= jnp.log(below)  # one program for all
+    pruning.slot_model.kept = lambda log_weights: log_weights >= jnp.log(below)  # one program for all
     return pruning.evaluate(params, batch)
 
   trained = method.loss(params, batch, jax.random.key(0)).log_likelihood

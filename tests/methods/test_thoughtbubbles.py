@@ -148,9 +148,9 @@ def slow(method, params, tokens, targets, segment_ids=None):
   row = [{"x": decoder["embedding"][token], "c": 0.0, "token": t} for t, token in enumerate(tokens)]
   budget, seen = math.floor(config.stream_budget * len(tokens) + 1e-9), {"forced": 0, "ended": 0, "dropped": 0}
   for layer in range(method.decoder.config.num_layers):
-    if layer + 1 in method.fork_layers:
+    if layer + 1 in method.slot_model.fork_layers:
       before = len(row)
-      row, forced = fork(params, method.fork_layers.index(layer + 1), row, budget)
+      row, forced = fork(params, method.slot_model.fork_layers.index(layer + 1), row, budget)
       seen["forced"] += forced
       seen["ended"] += before - sum(stream["kept"] for stream in row)
       seen["dropped"] += 2 * before - len(row)
@@ -417,7 +417,9 @@ def test_costs_by_hand():
     20,
     23,
   ]
-  assert [plain(dataclasses.replace(TINY, num_layers=n), name="thoughtbubbles").fork_layers for n in (1, 2, 12)] == [
+  assert [
+    plain(dataclasses.replace(TINY, num_layers=n), name="thoughtbubbles").slot_model.fork_layers for n in (1, 2, 12)
+  ] == [
     (1,),
     (1, 2),
     (3, 7, 11),
