@@ -337,7 +337,7 @@ def test_random_weights_are_not_tuned(weights):
 
 def test_new_rows_alone_need_some():
   method = {"name": "baseline"}
-  with pytest.raises(InputError, match=r"tuning\.weights: 'new', but method 'baseline' with .* has no new rows"):
+  with pytest.raises(InputError, match=r"tuning\.weights: 'new', but method 'baseline' with these options has no new rows; take 'lora' or 'all'"):
     tuned("new", method=method)
   tuned("lora", method=method)
   tuned("new", method={"name": "tbys", "pauses": 1})
