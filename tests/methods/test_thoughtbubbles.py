@@ -464,7 +464,7 @@ def test_executed_agrees_with_xla(options, fields):
 
 
 BAD = [
-  ({"pauses": 1}, r"method.pauses: 1, but method 'thoughtbubbles' has none"),
+  ({"pauses": 1}, r"method.pauses: unknown field; method 'thoughtbubbles' has no such option"),
   ({"combine": "sum"}, r"method.combine: 'sum' is none of 'probabilities', 'states'"),
   ({"stream_budget": 0.5}, r"method.stream_budget: 0.5 must be finite and more than 1"),
   ({"stream_budget": math.inf}, r"method.stream_budget: inf must be finite"),
