@@ -299,9 +299,9 @@ def test_said_behind_pauses_equals_a_slow_loop(pauses, exact):
   for row, prompt in enumerate(PROMPTS):
     stream, tokens, log_probs = [*prompt, *[PAUSE] * pauses], [], []
     for _ in range(4):
-      log_probs = log_softmax(logits(method, params, stream)[-1])
-      tokens.append(int(log_probs.argmax()))
-      log_probs.append(log_probs.max())
+      of_vocabulary = log_softmax(logits(method, params, stream)[-1])
+      tokens.append(int(of_vocabulary.argmax()))
+      log_probs.append(of_vocabulary.max())
       stream.append(tokens[-1])
     assert said.tokens[row] == tokens
     np.testing.assert_allclose(said.log_probs[row], log_probs, atol=1e-5)
