@@ -337,7 +337,8 @@ def test_random_weights_are_not_tuned(weights):
 
 def test_new_rows_alone_need_some():
   method = {"name": "baseline"}
-  with pytest.raises(InputError, match=r"tuning\.weights: 'new', but method 'baseline' with these options has no new rows; take 'lora' or 'all'"):
+  message = r"tuning\.weights: 'new', but method 'baseline' with these options has no new rows; take 'lora' or 'all'"
+  with pytest.raises(InputError, match=message):
     tuned("new", method=method)
   tuned("lora", method=method)
   tuned("new", method={"name": "tbys", "pauses": 1})
