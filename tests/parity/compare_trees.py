@@ -17,6 +17,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -66,7 +67,7 @@ VARIANTS = {
   "lora": "decoder.preset= data.tokenizer= tuning.weights=lora tuning.lora_rank=2 tuning.lora_targets=query,value,up",
   "new": "decoder.preset= data.tokenizer= tuning.weights=new tuning.new_rate=2.0",
   "calibrated": "method.calibration_batches=2 method.stopping_warmup=2",
-  "noprior": "method.dont_know_prior=None",
+  "noprior": "",  # See WITHOUT_PRIOR.
   "pause": "method.pause_input=pause",
   "hidden": "method.pause_visibility=hidden",
   "shifting": "method.pause_positions=shifting",
@@ -90,6 +91,16 @@ VARIANTS = {
   "states": "method.combine=states",
   "forks": "method.fork_layers=2:3",
 }
+# A config file, since no flag can set what is a number to None.
+WITHOUT_PRIOR = """
+import os
+import runpy
+
+def get_config(argument=""):
+  config = runpy.run_path(os.environ["QUICKSTART"])["get_config"](argument)
+  config.method.dont_know_prior = None
+  return config
+"""
 ON_EIGHT = {"pmap", "mesh"}
 STARTED = {"tuned", "lora", "new"}
 # The variants of each setting that are run, beside the setting as it is.
@@ -102,9 +113,10 @@ GRID = {
   "ap_unit": "pause hidden noprior mesh cap new tuned+calibrated sampled on_policy+budget",
   "ap_hidden": "shifting mesh scan",
   "ap_shared": "mesh new",
-  "va_early": "pause unit omega mesh sampled",
-  "dp_early_strong": "pause unit mesh accumulate gamma sampled on_policy",
-  "ap_sampled": "documents hidden offset unit budget pmap mesh lora scan accumulate",
+  "ap_uniform": "gamma+unit mesh",
+  "va_early": "pause unit mesh",
+  "dp_early_strong": "pause unit mesh accumulate",
+  "ap_sampled": "documents hidden offset unit budget omega gamma pmap mesh lora scan accumulate",
   "ap_on_policy": "documents hidden unit budget floor pmap mesh scan accumulate",
   "constant_stop": "documents hidden noprior mesh new accumulate",
   "mean_slots": "documents hidden+shifting mesh new accumulate",
@@ -251,6 +263,7 @@ class Tree:
     self.sources = self.digest()
     self.folder = output / f"{role}-{self.sources}"
     self.prefix = "cyb_jax.cli." if (self.path / "cyb_jax" / "cli" / "train.py").exists() else "cyb_jax."
+    self.quickstart = self.path / "experiments" / "quickstart.py"
     self._servers: queue.Queue = queue.Queue()
 
   def digest(self) -> str:
@@ -264,7 +277,8 @@ class Tree:
   def environment(self) -> dict[str, str]:
     own = {"PYTHONPATH": str(self.path), "XDG_CACHE_HOME": str(self.folder / "cache"), "JAX_PLATFORMS": "cpu"}
     own |= {"JAX_COMPILATION_CACHE_DIR": str(self.output / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    own |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "QUICKSTART": str(self.quickstart)}
+    return os.environ | own
 
   def settings(self) -> list[str]:
     """The names of its settings."""
@@ -297,7 +311,8 @@ class Tree:
 
   def train(self, run: Run, workdir: pathlib.Path, source: pathlib.Path | None, log: pathlib.Path) -> dict[str, dict]:
     """Trains a run, or continues it, and gives what its folder then holds, by kind."""
-    flags = [f"--config={self.path}/experiments/quickstart.py:{run.setting}", f"--workdir={workdir}"]
+    config = self.output / "without_prior.py" if "noprior" in run.variants else self.quickstart
+    flags = [f"--config={config}:{run.setting}", f"--workdir={workdir}"]
     flags.append(f"--config.data.options=pattern={self.output}/corpus.txt,unit=line")
     flags += [f"--config.{field}" for field in run.fields]
     if source:
@@ -322,12 +337,18 @@ class Tree:
     return found
 
   def results(self, run: Run, before: "Tree | None" = None) -> dict:
-    """Everything of a run, by kind; it is made where it isn't there yet.
+    """Everything of a run, by kind; it is made where it isn't there yet, by one process at a time.
 
     Args:
       run: one of `all_runs`.
       before: the tree whose folders are gone on from, and whose runs others start from.
     """
+    self.folder.mkdir(exist_ok=True)
+    with (self.folder / f".{run.folder}.lock").open("w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      return self._results(run, before)
+
+  def _results(self, run: Run, before: "Tree | None") -> dict:
     folder = self.folder / run.folder
     record, arrays, workdir = folder / "record.json", folder / "arrays.npz", folder / "run"
     identity = [run.fields, {name: READ[name] for name in run.readings}, list(PROMPTS), run.devices]
@@ -504,7 +525,10 @@ def main() -> None:
   draw = random.Random(0)
   words = ["the", "a", "film", "was", "so", "good", "bad", "old", "and", "of", "long", "in", "it", "we", "saw", "one"]
   lines = [" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(900)]
-  (output / "corpus.txt").write_text("\n".join(lines) + "\n")
+  for name, text in (("corpus.txt", "\n".join(lines) + "\n"), ("without_prior.py", WITHOUT_PRIOR)):
+    path = output / name
+    if not path.exists() or path.read_text() != text:  # Another comparison may be reading it.
+      path.write_text(text)
   before = Tree(args.before, "before", output)
   after = Tree(args.after, "after", output) if args.after else None
   settings = before.settings()
