@@ -186,6 +186,7 @@ def test_loops_that_were_not_run_are_filled_from_the_last_one_that_was(exact):
   assert np.abs(found[0, 4, 2] - whole[0, 4, 2]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_fill_cache_is_an_early_exit():
   method, params = build(name="cyb_looped", pauses=2)
   tokens = random_batch(6, 2, 1)["tokens"]
@@ -243,7 +244,7 @@ def test_states_of_slots_in_any_order(exact):
   np.testing.assert_allclose(found[0], hidden[0, token[0], slots[0]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["constant", "self_paced"])
+@pytest.mark.parametrize("mode", [pytest.param("constant", marks=pytest.mark.slow), "self_paced"])
 def test_text_by_the_sampler(mode, exact):
   """Greedy text against tokens that are decoded by hand, each at its own loop."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
@@ -276,6 +277,7 @@ def test_abilities_and_refusals():
     configure("cyb_looped", pause_input="pause")
 
 
+@pytest.mark.slow
 def test_calibration_sets_the_median():
   method = methods.build(configure("cyb_looped", pauses=1, calibration_batches=1), TINY, vocab_size=VOCABULARY)
   params = nn.unbox(method.init(jax.random.key(0)))
@@ -302,6 +304,7 @@ def check_text(method, params):
     assert score.log_likelihood == pytest.approx(float(likelihoods[len(context) - 1 :].sum()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_after_a_few_steps_reads_and_generates():
   """What `test_a_run_is_trained_evaluated_scored_and_generates` does with a run, without a work directory."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
