@@ -25,6 +25,9 @@ from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, S
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.stopping import hard_slot
 
+# Of all caches, so that few programs are compiled.
+CAPACITY = 12
+
 LOSSES = {
   "ap": {},
   "ap omega gamma": {"omega": (1.0, 0.0, 3.0), "gamma": (1.0, 0.9, 0.5)},
@@ -83,7 +86,7 @@ def test_gradient_against_finite_differences(exact):
   def loss(params):
     return method.loss(params, batch, jax.random.key(0)).loss.sum()
 
-  gradient = jax.grad(loss)(params)
+  gradient = jax.jit(jax.grad(loss))(params)
 
   def expected(delta):
     moved = params | {
@@ -112,11 +115,17 @@ def test_without_waiting_it_is_a_plain_model_and_with_it_looped(exact):
   plain, _ = build(name="baseline")
   looped, _ = build(name="looped", pauses=2)
   batch = random_batch(3)
-  output = method.evaluate(params, batch)
+  output = jax.jit(method.evaluate)(params, batch)
   np.testing.assert_allclose(-output.scores.log_target[..., 0], plain.evaluate(params, batch).loss, rtol=1e-5)
   np.testing.assert_allclose(-output.scores.log_target[..., -1], looped.evaluate(params, batch).loss, rtol=1e-5)
   mixed = jax.nn.logsumexp(output.log_stopping + output.scores.log_target, -1)
   np.testing.assert_allclose(output.log_likelihood, mixed, rtol=1e-6)
+
+
+@functools.cache
+def compiled(method):
+  """`method.extend`, compiled once for all rows of the same number; op by op it takes seconds."""
+  return jax.jit(method.extend)
 
 
 def decode(method, params, tokens, slots_of):
@@ -124,21 +133,14 @@ def decode(method, params, tokens, slots_of):
   run.
   """
   rows, length = tokens.shape
-  cache = method.empty_cache(rows, length + 1)
-  extend = jax.jit(
-    lambda tokens, slots, positions, cache, start: method.extend(
-      params,
-      SlotInputs(tokens, slots, positions),
-      cache,
-      start,
-    )
-  )
+  cache = method.empty_cache(rows, CAPACITY)
+  extend = compiled(method)
   states = np.full((rows, length, method.num_slots, TINY.d_model), np.nan)
   for token in range(length):
     at = jnp.full((rows,), token)
     for slot in range(slots_of[token]):
-      one = jnp.full((rows, 1), slot)
-      hidden, cache = extend(tokens[:, token : token + 1], one, at[:, None], cache, at + slot)
+      inputs = SlotInputs(tokens[:, token : token + 1], jnp.full((rows, 1), slot), at[:, None])
+      hidden, cache = extend(params, inputs, cache, at + slot)
       states[:, token, slot] = hidden[:, 0]
   return states
 
@@ -150,14 +152,12 @@ def test_decoding_with_all_loops_is_the_training_forward(scan_layers, exact):
   hidden = method.hidden(params, batch)
   np.testing.assert_allclose(decode(method, params, batch["tokens"], [3] * 5), hidden, rtol=1e-4, atol=1e-5)
   # All loops of a token in one call, after a prompt that is run at once.
-  cache = method.empty_cache(2, 8)
+  cache = method.empty_cache(2, CAPACITY)
   tokens, order = batch["tokens"], np.broadcast_to(np.arange(3), (2, 3))
-  _, cache = method.extend(
-    params, SlotInputs(tokens[:, :4], np.zeros((2, 4), int), np.broadcast_to(np.arange(4), (2, 4))), cache, None,
-  )  # fmt: skip
-  last, _ = method.extend(
-    params, SlotInputs(np.repeat(tokens[:, 4:5], 3, 1), order, np.full((2, 3), 4)), cache, jnp.array([4, 4]),
-  )  # fmt: skip
+  prompt = SlotInputs(tokens[:, :4], np.zeros((2, 4), int), np.broadcast_to(np.arange(4), (2, 4)))
+  _, cache = compiled(method)(params, prompt, cache, None)
+  last = SlotInputs(np.repeat(tokens[:, 4:5], 3, 1), order, np.full((2, 3), 4))
+  last, _ = compiled(method)(params, last, cache, jnp.array([4, 4]))
   np.testing.assert_allclose(last, hidden[:, 4], rtol=1e-4, atol=1e-5)
 
 
@@ -194,7 +194,7 @@ def test_fill_cache_is_an_early_exit():
   def extended(count):
     slots = np.broadcast_to(np.arange(count), (2, count))
     inputs = SlotInputs(np.repeat(tokens, count, 1), slots, np.zeros((2, count), int))
-    return method.extend(params, inputs, method.empty_cache(2, 2), jnp.zeros(2, int))[1]
+    return compiled(method)(params, inputs, method.empty_cache(2, 2), jnp.zeros(2, int))[1]
 
   filled = method.fill_cache(extended(3), cache_index=jnp.zeros(2, int), slots=jnp.array([2, 2]))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), filled.slots, extended(2).slots)
@@ -239,7 +239,9 @@ def test_states_of_slots_in_any_order(exact):
   token = np.array([[0, 1, 2, 2, 3, 3]])
   order = np.arange(6)
   seen = (order[:, None] >= order) & ((slots[0] == 0) | (token[0][:, None] == token[0]))
-  found = method.hidden_slots(params, SlotInputs(tokens[:, token[0]], slots, token), jnp.asarray(seen)[None, None])
+  found = jax.jit(method.hidden_slots)(
+    params, SlotInputs(tokens[:, token[0]], slots, token), jnp.asarray(seen)[None, None]
+  )
   hidden = method.hidden(params, {"tokens": tokens})
   np.testing.assert_allclose(found[0], hidden[0, token[0], slots[0]], rtol=1e-4, atol=1e-5)
 

@@ -35,9 +35,9 @@ def slow(method, params, tokens):
 def test_against_float64(exact):
   method, params = model(heads=3)
   batch = random_batch(0, 2, 5)
-  output = method.evaluate(params, batch)
+  output = jax.jit(method.evaluate)(params, batch)
   losses = method.loss(params, batch, jax.random.key(0))
-  scores = method.token_scores(params, method.hidden(params, batch)[:, :, 0], jnp.zeros((2, 5), int))
+  scores = jax.jit(method.token_scores)(params, method.hidden(params, batch)[:, :, 0], jnp.zeros((2, 5), int))
   for row in range(2):
     words, gate = slow(method, params, batch["tokens"][row])
     expected = -np.log(words[np.arange(5), batch["targets"][row]])
@@ -52,7 +52,7 @@ def test_against_float64(exact):
 def test_gradient_against_finite_differences(exact):
   method, params = model(heads=2)
   batch = random_batch(1, 1, 4)
-  gradient = jax.grad(lambda p: method.loss(p, batch, jax.random.key(0)).loss.sum())(params)
+  gradient = jax.jit(jax.grad(lambda p: method.loss(p, batch, jax.random.key(0)).loss.sum()))(params)
   for name, index in (("mos_heads", (1, 2, 3)), ("mos_gate", (4, 0)), ("mos_bias", (0, 5))):
 
     def loss(delta, name=name, index=index):
@@ -67,7 +67,7 @@ def test_gradient_against_finite_differences(exact):
 
 def test_it_starts_as_heads_that_are_nearly_alike():
   method, params = build(name="mos")
-  output = method.evaluate(params, random_batch())
+  output = jax.jit(method.evaluate)(params, random_batch())
   assert method.num_slots == 1
   assert output.scores.log_target.shape == (4, 6, 1)
   for k in range(4):
