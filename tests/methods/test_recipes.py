@@ -190,11 +190,12 @@ def test_sampled_against_slots_laid_out_one_by_one(layout, with_segment_ids, exa
 @pytest.mark.parametrize(
   "options",
   [
-    pytest.param({}, marks=SLOW),
+    {},
     {"pause_visibility": "hidden", "pause_offset": True},
-    pytest.param({"dont_know": "unit"}, marks=SLOW),
+    {"dont_know": "unit"},
   ],
 )
+@pytest.mark.slow
 def test_sampled_with_all_granted_is_constant_bit_for_bit(options):
   """Parameters and moments after steps of training; and packed all the same it is so up to rounding."""
   steps = {}

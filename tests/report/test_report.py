@@ -509,6 +509,7 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
   assert len(program.calls) == 4
 
 
+@pytest.mark.slow
 def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
   record = call(monkeypatch, workdir=workdirs / "a", limit=8, output=tmp_path / "report", checkpoint=10)
   # All that a method that decides has on a task of known difficulty; the lexicon of word classes may be missing.
