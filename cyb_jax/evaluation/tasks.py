@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.evaluation.task_data import TaskData
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and is an extra
@@ -275,9 +274,7 @@ def check_tasks(names: Sequence[str], data: str = "") -> None:
     raise InputError(f"--tasks: none given; there are {', '.join(TASKS)}")
   for name in names:
     if name not in _TASKS:
-      close = difflib.get_close_matches(name, TASKS, n=1)
-      hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(TASKS)}"
-      raise InputError(f"--tasks: {name!r} is unknown; {hint}")
+      raise InputError(f"--tasks: {name!r} is unknown; {did_you_mean(name, TASKS)}")
   if data:
     files = TaskData(data)
     for name in names:

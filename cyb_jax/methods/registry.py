@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from cyb_jax.decoder import DecoderConfig
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.baseline import BaselineConfig
 from cyb_jax.methods.constant_stop import ConstantStopConfig
@@ -52,9 +51,7 @@ def config_class(name: str) -> type[MethodConfig]:
     InputError: there is no method of this name.
   """
   if name not in METHODS:
-    close = difflib.get_close_matches(str(name), METHODS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"method.name: {name!r} is none of {', '.join(map(repr, METHODS))}{hint}")
+    raise InputError(f"method.name: {name!r} is unknown; {did_you_mean(str(name), METHODS)}")
   return METHODS[name]
 
 

@@ -51,7 +51,7 @@ def test_no_prior_shift_can_be_asked_for():
     ({"method__loss": "va"}, r"method\.rho: not set"),
     ({"method__loss": "va", "method__rho": "1:0:1:1"}, r"method\.rho: 1:0:1:1 must be positive"),
     ({"method__pauses": -1}, r"method\.pauses: -1 must be a whole number"),
-    ({"method__name": "cybb"}, r"method\.name: 'cybb' is none of"),
+    ({"method__name": "cybb"}, r"method\.name: 'cybb' is unknown; did you mean 'cyb'"),
     ({"method__alpha": 0.5}, r"method\.alpha: 0.5 is set"),
     ({"decoder__preset": "huge"}, r"decoder\.preset: 'huge' is none of nano, tiny, small"),
     ({"decoder__num_heads": 3}, r"decoder\.num_kv_heads"),

@@ -225,7 +225,7 @@ def test_flops_count_what_is_read():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"name": "cby"}, r"method.name: 'cby' is none of .* did you mean 'cyb'"),
+    ({"name": "cby"}, r"method.name: 'cby' is unknown; did you mean 'cyb'"),
     ({"name": "baseline", "pauses": 1}, r"method.pauses: unknown field; method 'baseline' has no such option"),
     ({"name": "tbys", "pauses": 0}, r"method.pauses: 0, but method 'tbys'"),
     ({"name": "tbys", "pauses": 1, "rho": (1.0, 1.0)}, r"method.rho: .* no such option"),
