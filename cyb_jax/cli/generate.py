@@ -26,7 +26,7 @@ def define_flags() -> None:
   models.define_model_flags()
   flags.DEFINE_multi_string("prompt", [], "A text to continue, as a document begins; once for each row.")
   flags.DEFINE_integer(
-    "max_new_tokens", None, "Tokens to generate at most; not given: what the context has room for, at most"
+    "max_new_tokens", None, "Tokens to generate at most; not given: what fits into the context, at most"
     f" {_DEFAULT_NEW}."
   )  # fmt: skip
   flags.DEFINE_string(
@@ -76,7 +76,7 @@ def _encoded_prompts(run: Run) -> list[list[int]]:
   """The tokens of `--prompt`, one list a row.
 
   Raises:
-    InputError: a prompt that is empty, has characters that the vocabulary lacks, or leaves no room in the context.
+    InputError: a prompt that is empty, has characters that the vocabulary lacks, or fills the whole context.
   """
   from cyb_jax.data import tokenizers
 
@@ -104,15 +104,15 @@ def _new_tokens(run: Run, shortest: int) -> int:
     shortest: tokens of the shortest prompt.
 
   Raises:
-    InputError: more than the context has room for.
+    InputError: more than fits into the context.
   """
   context, given = run.config.data.sequence_length, flags.FLAGS.max_new_tokens
-  room = context - shortest
-  new = min(room, _DEFAULT_NEW) if given is None else given
-  if new > room:
+  free = context - shortest
+  new = min(free, _DEFAULT_NEW) if given is None else given
+  if new > free:
     raise InputError(
-      f"--max_new_tokens: {new} behind a prompt of {shortest} tokens are more than the {context} that the run was"
-      f" trained on (data.sequence_length); give at most {room}"
+      f"--max_new_tokens: {new} after a prompt of {shortest} tokens are more than the {context} that the run was"
+      f" trained on (data.sequence_length); give at most {free}"
     )
   return new
 

@@ -91,7 +91,7 @@ def evaluate(run: Outline) -> Program:
 
 
 def decode(run: Outline, rows: int) -> Program:
-  """One iteration of the sampler's loop; its cache has room for a window of tokens with all their pauses.
+  """One iteration of the sampler's loop; its cache holds a window of tokens with all their pauses.
 
   Where parameters are sharded over the mesh they stay so, and rows are split over the batch's axes; else one device
   decodes.

@@ -60,7 +60,7 @@ def test_flags(workdir):
     "--nostream",
   ]
   constant, _ = cli.run("generate", *mixture)
-  assert constant["tokens"] == 16 - 4  # what the context has room for
+  assert constant["tokens"] == 16 - 4  # what fits into the context
   assert constant["slots"] == 3 * constant["tokens"]
   (whole,) = constant["text"]
   ends = whole[3:5]
@@ -75,7 +75,7 @@ def test_flags(workdir):
     ([], "--prompt: not given"),
     (["--prompt="], "--prompt: '' is empty"),
     (["--prompt=abcdefghijklmnopqrst"], "has 21 tokens, the one that begins a document included, but the run was"),
-    (["--prompt=abcdef", "--max_new_tokens=40"], "--max_new_tokens: 40 behind a prompt of 7 tokens"),
+    (["--prompt=abcdef", "--max_new_tokens=40"], "--max_new_tokens: 40 after a prompt of 7 tokens"),
     (["--prompt=\udcff"], "--prompt: the vocabulary can't encode '\\udcff' (U+DCFF)"),
     (["--prompt=a", "--max_pauses=5"], "max_pauses: 5 must lie in 0..2"),
     (["--prompt=a", "--omega=1:x"], "--omega: '1:x'"),

@@ -1,5 +1,5 @@
 """Pause-training: where pauses lie, what is read from where, against streams that are laid out in Python; and what is
-said and scored behind a prompt with pauses."""
+said and scored after a prompt with pauses."""
 
 import dataclasses
 import functools
