@@ -7,6 +7,7 @@ seconds, and a process that finds a lease that is no longer signed takes it over
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -14,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import IO
 
 from absl import logging
 from etils import epath
@@ -33,20 +35,22 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
   """Holds a lock for as long as the block.
 
   Args:
-    path: the lock's file; its folder must exist.
+    path: the lock's file; its folder must exist. One that can be read but not written to, such as another user's, can
+      be locked too.
     wait: the line that is logged before the call waits for another process; '': it doesn't wait. It never waits for the
       end of a lease in a bucket.
     shared: whether other processes may hold the lock too if they share it. Without effect in a bucket.
 
   Raises:
     Busy: another process holds it.
+    OSError: the file can be neither written to nor read.
   """
   if in_bucket(path):
     with _leased(path):
       yield
     return
   mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-  with open(path, "a") as file:
+  with opened(path) as file:
     try:
       fcntl.flock(file, mode | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -57,6 +61,19 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
     except OSError as error:  # some network file systems have no locks
       logging.warning("%s can't be locked (%s): see that no other process does the same", path, error.strerror)
     yield
+
+
+def opened(path: epath.Path) -> IO[str]:
+  """The lock's file, open; it is made where it does not exist."""
+  try:
+    return open(path, "a")
+  except OSError as error:
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+      raise
+    try:
+      return open(path)
+    except OSError:
+      raise error from None
 
 
 @contextlib.contextmanager

@@ -152,16 +152,18 @@ def _prepare(plan: Plan, shard: tuple[int, int], processes: int, progress: bool)
   if processes < 1:
     raise InputError(f"--workers={processes}: give at least 1")
   path, folder = plan.path, plan.folder
+  # A store appears when it is whole: opening it needs no lock, which a read-only folder would refuse.
+  if (existing := plan.existing_store()) is not None:
+    if shards == 1:
+      _remove_leftovers(plan)
+    return Prepared(path, existing)
   with contextlib.ExitStack() as stack:
     if not in_bucket(path):
       _make_folder(path)
-      lock = path.parent / f".{path.name}.lock"
       waiting = f"{path} is being prepared by another process; waiting for it"
-      stack.enter_context(locks.held(lock, wait=waiting, shared=shards > 1))
-    if (existing := plan.existing_store()) is not None:
-      if shards == 1:  # a process that was killed right after its last step has left its pieces
-        streams.remove(folder)
-      return Prepared(path, existing)
+      stack.enter_context(locks.held(_lock_file(path), wait=waiting, shared=shards > 1))
+      if (existing := plan.existing_store()) is not None:  # the other process has made it
+        return Prepared(path, existing)
     streams.make_folder(folder)
     try:
       stack.enter_context(locks.held(folder / f"shard-{number}-of-{shards}.lock"))
@@ -180,6 +182,21 @@ def _prepare(plan: Plan, shard: tuple[int, int], processes: int, progress: bool)
       raise
 
 
+def _lock_file(path: epath.Path) -> epath.Path:
+  """The lock of a store on a local disk."""
+  return path.parent / f".{path.name}.lock"
+
+
+def _remove_leftovers(plan: Plan) -> None:
+  """Removes the pieces that a process has left which was killed right after its last step, where that is possible."""
+  if not streams.names(plan.folder):
+    return
+  with contextlib.suppress(OSError, locks.Busy), contextlib.ExitStack() as stack:
+    if not in_bucket(plan.path):
+      stack.enter_context(locks.held(_lock_file(plan.path)))
+    streams.remove(plan.folder)
+
+
 def _make_folder(path: epath.Path) -> None:
   """Makes the folder around a store's path and the file of its lock.
 
@@ -188,8 +205,9 @@ def _make_folder(path: epath.Path) -> None:
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{path.name}.lock", "a"):
-      pass
+    # The lock may be another user's, which can be locked all the same; the folder must accept new files.
+    tempfile.TemporaryFile(dir=path.parent).close()
+    locks.opened(_lock_file(path)).close()
   except OSError as error:
     raise InputError(
       f"output={os.fspath(path)!r}: cannot be written ({error.strerror}); give a folder that can"

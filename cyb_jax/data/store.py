@@ -250,6 +250,8 @@ def is_store(path: str | os.PathLike) -> bool:
 def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
   """The folder of the copy of a bucket's store in the user's cache; files that are missing there are copied."""
   copy = default_cache() / "copies" / description["fingerprint"]
+  if (copy / DESCRIPTION).is_file():  # it is whole: nothing is written, where that may be impossible
+    return copy
   copy.mkdir(parents=True, exist_ok=True)
   with locks.held(unchecked_place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
     if (copy / DESCRIPTION).is_file():

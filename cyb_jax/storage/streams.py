@@ -113,10 +113,11 @@ def read_parts(path: epath.Path, part_bytes: int) -> Iterator[bytes]:
 def size_of(path: epath.Path) -> int | None:
   """The size of a file in bytes; None where it does not exist."""
   try:
-    with access(path, "read"):
+    with access(path, "read"), contextlib.suppress(NotADirectoryError):  # a file is in the place of its folder
       return int(path.stat().length if in_bucket(path) else os.stat(path).st_size)
   except FileNotFoundError:
-    return None
+    pass
+  return None
 
 
 def names(path: epath.Path) -> list[str]:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -15,6 +17,7 @@ from cyb_jax.data import TokenStore, open_task, prepare, tasks
 from cyb_jax.data import store as store_module
 from cyb_jax.data.tasks import split_of, text_digest
 from cyb_jax.errors import InputError
+from cyb_jax.storage.paths import unchecked_place
 
 END = 256
 
@@ -277,3 +280,65 @@ def test_the_program(tmp_path):
     assert done.stdout == ""
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# Where the test runs as root, which no permission stops, the child becomes another user after its imports.
+_OF_ANOTHER_USER = """
+import os, sys
+from cyb_jax.data import TokenStore, locks, preparation, prepare, store, workers
+if os.getuid() == 0:
+  os.setgid(65534)
+  os.setuid(65534)
+path = sys.argv[1]
+if sys.argv[2] == "read_only":
+  try:
+    open(os.path.join(os.path.dirname(path), "new"), "w")
+    sys.exit("the folder can be written to")
+  except PermissionError:
+    pass
+print(prepare("synthetic_sums", "bytes", path, options={"documents": 60}).fingerprint)
+"""
+
+
+def _by_another_user(path, *how):
+  done = subprocess.run([sys.executable, "-c", _OF_ANOTHER_USER, path, *how], capture_output=True, text=True)
+  return done.stdout.strip() if done.returncode == 0 else done.stderr
+
+
+@pytest.fixture
+def public():
+  """A folder that other users may enter; pytest's are closed to them."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder)
+    path.chmod(0o755)
+    yield path
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("left", ["lock", "pieces", "nothing"])
+def test_a_store_in_a_folder_that_cannot_be_written_is_opened(public, left):
+  path = public / "s"
+  fingerprint = prepare("synthetic_sums", "bytes", path, options={"documents": 60}).fingerprint
+  if left == "pieces":
+    (public / ".s.pieces.partial").mkdir()
+    (public / ".s.pieces.partial" / "plan.json").write_text("{}")
+  if left != "lock":
+    (public / ".s.lock").unlink()
+  public.chmod(0o555)
+  assert _by_another_user(path, "read_only") == fingerprint
+
+
+def test_the_lock_of_another_user_is_locked_all_the_same(public):
+  public.chmod(0o777)
+  (public / ".s.lock").touch()
+  (public / ".s.lock").chmod(0o444)
+  found = _by_another_user(public / "s", "writable")
+  assert found == prepare("synthetic_sums", "bytes", public / "s", options={"documents": 60}).fingerprint
+
+
+def test_a_whole_copy_of_a_bucket_is_opened_without_a_lock(tmp_path, monkeypatch, prepared):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  copy = tmp_path / "cyb_jax" / "copies" / prepared.fingerprint
+  shutil.copytree(prepared.path, copy)
+  (copy / ".lock").mkdir()  # a lock that nobody can open
+  assert store_module._local_copy(unchecked_place("gs://b/s"), prepared.description) == copy
