@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cyb_jax.data import chunks, tasks
+from cyb_jax.data import chunks, tasks, tokenizers
 from cyb_jax.data.store import ANNOTATIONS, token_dtype
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
@@ -82,7 +82,12 @@ class Encoder:
 
   def encode(self, documents: Sequence[tasks.Document]) -> Encoded:
     """Tokens of some documents, at least one."""
-    encoded = self.tokenizer.encode_batch([document.text for document in documents])
+    texts = [document.text for document in documents]
+    # Only documents with a prompt need to know where their tokens are, which takes longer.
+    if "weights" in self.annotations and any(document.weights is not None for document in documents):
+      encoded, spans = map(list, zip(*self.tokenizer.encode_spans(texts)))
+    else:
+      encoded, spans = self.tokenizer.encode_batch(texts), [None] * len(texts)
     lengths = np.array([len(self.start) + len(ids) + 1 for ids in encoded])
     end = (self.tokenizer.end_id,)
     flat = itertools.chain.from_iterable(itertools.chain(self.start, ids, end) for ids in encoded)
@@ -94,7 +99,7 @@ class Encoder:
       parts = [self._difficulties(*row) for row in zip(documents, encoded, strict=True)]
       annotations["difficulty"] = np.concatenate(parts)
     if "weights" in self.annotations:
-      parts = self._weights(documents, encoded)
+      parts = [self._weights(*row) for row in zip(documents, encoded, spans)]
       annotations["weights"] = np.concatenate(parts)
       weighted_tokens[:] = [int(part.sum()) for part in parts]
       weighted_bytes[:] = [
@@ -114,28 +119,17 @@ class Encoder:
     hardest = np.maximum.reduceat(document.difficulty, starts)
     return np.concatenate([np.zeros(len(self.start)), hardest, [0]]).astype(np.uint8)
 
-  def _weights(self, documents: Sequence[tasks.Document], encoded: list[list[int]]) -> list[np.ndarray]:
-    """uint8[start + tokens + 1] of each document; the start has weight 0, the end the weight of the last byte.
+  def _weights(self, document: tasks.Document, ids: list[int], spans: np.ndarray | None) -> np.ndarray:
+    """uint8[start + tokens + 1]; the start has weight 0, the end the weight of the last byte.
 
-    Where the weights of the bytes change, the text before is tokenized alone to count its tokens, as
-    lm-evaluation-harness separates a prompt from its continuation: a token across the border belongs to the text
-    after it.
+    A token has weight if any byte of it has: one across the border between a prompt and an answer is learnt, as it is
+    scored (`tokenizers.tokens_with`).
     """
-    borders = [
-      [] if document.weights is None else (np.flatnonzero(np.diff(document.weights)) + 1).tolist()
-      for document in documents
-    ]
-    texts = (document.text.encode() for document in documents)
-    before = [text[:border].decode(errors="replace") for text, of in zip(texts, borders) for border in of]
-    counts = iter(map(len, self.tokenizer.encode_batch(before)) if before else ())
-    result = []
-    for document, ids, of in zip(documents, encoded, borders, strict=True):
-      values = [1] if document.weights is None else document.weights[[0, *of]].tolist()
-      places = [0, *(min(next(counts), len(ids)) for _ in of), len(ids) + 1]
-      # A part of a text may have more tokens than a longer part.
-      weights = np.repeat(np.array(values, np.uint8), np.diff(np.maximum.accumulate(places)))
-      result.append(np.concatenate([np.zeros(len(self.start), np.uint8), weights]))
-    return result
+    if document.weights is None:
+      weights, last = np.ones(len(ids), np.uint8), 1
+    else:
+      weights, last = tokenizers.tokens_with(spans, document.weights > 0), document.weights[-1]
+    return np.concatenate([np.zeros(len(self.start)), weights, [last]]).astype(np.uint8)
 
 
 def record_path(folder: epath.Path, number: int) -> epath.Path:

@@ -19,6 +19,10 @@ from cyb_jax.errors import InputError
 from cyb_jax.storage import in_bucket, streams
 from cyb_jax.storage.paths import unchecked_place
 
+# The version of the rule by which tokens get the weights of their bytes. It is part of the name of a store in the cache
+# alone: a store that was prepared by an earlier version stays what it is, and is not taken for a new one.
+_WEIGHTS_VERSION = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -69,7 +73,8 @@ class Plan:
       "limit": limit,
       "shard_tokens": shard_tokens,
     }
-    path = unchecked_place(output) if output else unchecked_place(_default_path(recipe, tokenizer))
+    named = recipe | ({"weights": _WEIGHTS_VERSION} if "weights" in task.annotations else {})
+    path = unchecked_place(output) if output else unchecked_place(_default_path(named, tokenizer))
     return cls(task, tokenizer, given, recipe, limit, path)
 
   @property

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from cyb_jax import runs
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs import flops
+from cyb_jax.data import tokenizers
 from cyb_jax.errors import InputError
 from cyb_jax.generation.abilities import (
   default_mode,
@@ -194,18 +195,17 @@ class CybLM(LM):
     """(log-likelihood, whether greedy) of every continuation.
 
     As in the harness itself, spaces at the end of a context are moved to its continuation, and both are encoded
-    together. If the context alone has n ids, the continuation's ids are those after the first n.
+    together. The continuation's ids are those that have any character of it: a token across the border, which the
+    harness leaves to the context, is scored.
     """
     del disable_tqdm
     pairs = []
     for request in requests:
       context, continuation = request.args
       stripped = context.rstrip()
-      pairs.append((stripped, context[len(stripped) :] + continuation) if context else (context, continuation))
-    contexts = sorted({context for context, _ in pairs})
-    before = dict(zip(contexts, self._encode(contexts)))
-    whole = self._encode([context + continuation for context, continuation in pairs])
-    ids = [(before[context], ids[len(before[context]) :]) for (context, _), ids in zip(pairs, whole)]
+      pairs.append((stripped, context[len(stripped) :] + continuation))
+    start = [self.start_id] if self._adds_start else []
+    ids = [([*start, *before], after) for before, after in tokenizers.encode_pairs(self.run.tokenizer, pairs)]
     with self._precision():
       scores = self._scorer.score(ids)
     results = [(score.log_likelihood, score.greedy) for score in scores]

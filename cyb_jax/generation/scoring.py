@@ -44,7 +44,7 @@ from cyb_jax.partitioning.mesh import batch_sharding, data_shards
 from cyb_jax.stopping import expected_pauses
 
 Request = tuple[Sequence[int], Sequence[int]]
-"""(ids of the context, ids of the continuation)."""
+"""(ids of the context, ids of the continuation); of two texts, `cyb_jax.data.tokenizers.encode_pairs` makes them."""
 
 _Output = tuple[Array, Array, Array]
 """f32[C], bool[C], f32[C]; see `_read`."""
@@ -76,8 +76,8 @@ class Scorer:
   Example:
     >>> run = cyb_jax.load("runs/ap")
     >>> scorer = Scorer(run.method, run.params, context=64, start_id=run.tokenizer.end_id)
-    >>> encode = run.tokenizer.encode
-    >>> scorer.score([(encode("The film was"), encode(word)) for word in (" good", " bad")])
+    >>> texts = [("The film was", word) for word in (" good", " bad")]
+    >>> scorer.score(tokenizers.encode_pairs(run.tokenizer, texts))
   """
 
   def __init__(

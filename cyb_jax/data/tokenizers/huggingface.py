@@ -13,10 +13,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from cyb_jax.data.tokenizers import byte_level
 from cyb_jax.data.tokenizers.description import HUGGINGFACE_FILE, save_description
 from cyb_jax.data.tokenizers.huggingface_export import write_folder
-from cyb_jax.data.tokenizers.interface import checked_rows, is_unused, surrogate
+from cyb_jax.data.tokenizers.interface import character_places, checked_rows, is_unused, surrogate
 from cyb_jax.errors import InputError
 
 # The tokens that join the documents a model was trained on, whatever token ends its chats.
@@ -70,6 +73,14 @@ class HuggingFaceTokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+  def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
+    rows = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    result = []
+    for text, row in zip(texts, rows, strict=True):
+      first, end = np.array(row.offsets, np.int64).reshape(-1, 2).T
+      result.append((row.ids, character_places(text)[np.stack([first, np.maximum(end, first + 1)], 1)]))
+    return result
 
   def unencodable(self, text: str) -> str | None:
     found = surrogate(text)

@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Int
+
 from cyb_jax.errors import InputError
 
 # An embedding may have a few rows more than there are entries, so that it divides evenly over devices. A larger gap
@@ -38,6 +41,14 @@ class Tokenizer(Protocol):
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`[encode(text) for text in texts]`, on all cores."""
+
+  def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
+    """(`encode(text)`, int64[N, 2]) for each text: where the N tokens are in the text.
+
+    A span is the token's first byte in the UTF-8 of the text and the byte after its last one. Spans may overlap: tokens
+    that encode a part of a character may each have all of it, and a token without a character of its own, such as a
+    space that is put before the text, has the character at its place. One after the text has a span after it.
+    """
 
   def unencodable(self, text: str) -> str | None:
     """The first character of `text` that the vocabulary cannot encode; None if it can encode all of them."""
@@ -100,6 +111,13 @@ def surrogate(text: str) -> str | None:
   characters.
   """
   return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+
+
+def character_places(text: str) -> Int[np.ndarray, "P"]:
+  """int64[C + 2]: the first byte, in UTF-8, of each of the C characters, then the number S of bytes, then S + 1."""
+  content = np.frombuffer(text.encode(), np.uint8)
+  # All bytes of a character but the first are 0b10xxxxxx.
+  return np.append(np.flatnonzero(content & 0xC0 != 0x80), [len(content), len(content) + 1])
 
 
 def is_unused(piece: str) -> bool:

@@ -9,9 +9,18 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from cyb_jax.data.tokenizers.description import MODEL_FILE, save_description
 from cyb_jax.data.tokenizers.huggingface_export import write_folder
-from cyb_jax.data.tokenizers.interface import checked_rows, is_unused, num_threads, surrogate
+from cyb_jax.data.tokenizers.interface import (
+  character_places,
+  checked_rows,
+  is_unused,
+  num_threads,
+  surrogate,
+)
 from cyb_jax.data.tokenizers.sentencepiece_export import huggingface_content
 from cyb_jax.data.tokenizers.sentencepiece_model import with_control
 from cyb_jax.errors import InputError
@@ -109,6 +118,30 @@ class SentencePieceTokenizer:
           encoded[row] = self.encode(text)
     return encoded
 
+  def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
+    from sentencepiece import sentencepiece_pb2
+
+    # Where encode separates a text at each U+2581, the parts are encoded here.
+    parts = [text.split("▁") if self._escape is not None else [text] for text in texts]
+    flat = [part for of in parts for part in of]
+    encoded = iter(self._processor.encode(flat, out_type="serialized_proto", num_threads=num_threads()))
+    result = []
+    for text, of in zip(texts, parts, strict=True):
+      ids: list[int] = []
+      spans: list[tuple[int, int]] = []
+      offset = 0
+      for number, part in enumerate(of):
+        if number:
+          ids += self._escape
+          spans += [(offset, offset + len("▁".encode()))] * len(self._escape)
+          offset += len("▁".encode())
+        pieces = sentencepiece_pb2.SentencePieceText.FromString(next(encoded)).pieces
+        ids += [piece.id for piece in pieces]
+        spans += [(offset + piece.begin, offset + piece.end) for piece in pieces]
+        offset += len(part.encode())
+      result.append((ids, _with_characters(np.array(spans, np.int64).reshape(-1, 2), text)))
+    return result
+
   def unencodable(self, text: str) -> str | None:
     found = surrogate(text)
     if found is not None:
@@ -151,6 +184,17 @@ class SentencePieceTokenizer:
   def _write_model(self, directory: str | os.PathLike) -> None:
     with open(os.path.join(directory, MODEL_FILE), "wb") as file:
       file.write(self.model)
+
+
+def _with_characters(spans: Int[np.ndarray, "N 2"], text: str) -> Int[np.ndarray, "N 2"]:
+  """The spans, with the character at its place for a token that has an empty one.
+
+  The library gives all of a character to the last of the tokens that encode it; the others have the empty span before
+  it, as a space has that is put before a text.
+  """
+  places = character_places(text)
+  first, end = spans.T
+  return np.stack([first, np.where(end > first, end, places[np.searchsorted(places, first, "right")])], 1)
 
 
 def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceTokenizer:
