@@ -431,7 +431,7 @@ def test_bad_gguf(tmp_path, byte_level):
   with pytest.raises(InputError, match="no end token"):
     open_tokenizer(write_gguf(tmp_path / "endless.gguf", ["a"], [1], merges=[]))
   with pytest.raises(InputError, match="scores are missing"):
-    open_tokenizer(write_gguf(tmp_path / "scores.gguf", ["a"], [1], model="llama", eos_token_id=0))
+    open_tokenizer(write_gguf(tmp_path / "scores.gguf", ["a", "b", "c"], [1] * 3, model="llama", eos_token_id=0))
   with pytest.raises(InputError, match="no such file"):
     open_tokenizer(tmp_path / "absent.gguf")
 

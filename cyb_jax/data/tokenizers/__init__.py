@@ -5,16 +5,18 @@ spells, ever encodes to it.
 
 `interface` has the protocol; `byte`, `sentencepiece` and `huggingface` implement it; `huggingface_folder`, `gguf` and
 `llama2c` read tokenizers of pretrained models; `registry` opens a tokenizer by its spec; `spans` decides which tokens
-belong to a part of a text.
+belong to a part of a text; `chat` renders chats by the template that a tokenizer carries.
 """
 
 from cyb_jax.data.tokenizers.byte import ByteTokenizer
+from cyb_jax.data.tokenizers.chat import render_chat
 from cyb_jax.data.tokenizers.description import EXPORTED, files
 from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threads
 from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces, vocabulary_size
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from cyb_jax.data.tokenizers.spans import continuation_start, encode_pairs, tokens_with
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.data.tokenizers.vocabulary import seqio_vocabulary
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
   "ByteTokenizer",
   "HuggingFaceTokenizer",
   "SentencePieceTokenizer",
+  "SpecialTokens",
   "Tokenizer",
   "continuation_start",
   "encode_pairs",
@@ -30,6 +33,7 @@ __all__ = [
   "load",
   "num_threads",
   "open_tokenizer",
+  "render_chat",
   "seqio_vocabulary",
   "tokens_with",
   "train_sentencepiece",

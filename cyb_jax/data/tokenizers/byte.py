@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from cyb_jax.data.tokenizers.description import save_description
 from cyb_jax.data.tokenizers.interface import surrogate
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
 
@@ -21,9 +22,14 @@ class ByteTokenizer:
   vocab_size = 257
   end_id = start_id = 256
   adds_start = True
+  special_tokens = SpecialTokens()
+  chat_template: str | None = None
 
   def encode(self, text: str) -> list[int]:
     return list(text.encode())
+
+  def encode_with_special(self, text: str) -> list[int]:
+    return self.encode(text)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [list(text.encode()) for text in texts]
@@ -52,7 +58,7 @@ class ByteTokenizer:
     }
 
   def save(self, directory: str | os.PathLike) -> None:
-    save_description(directory, self.describe())
+    save_description(directory, self.describe(), self.special_tokens)
 
   def unused_ids(self) -> list[int]:
     return []

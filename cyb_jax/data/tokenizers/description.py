@@ -7,8 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
+
 DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
+# The key of the description under which `SpecialTokens` are stored.
+SPECIAL_TOKENS = "special_tokens"
 HUGGINGFACE_FILE = "huggingface.json"
 # The folder with the saved tokenizer in an export, next to the files that transformers reads.
 EXPORTED = "cyb_jax_tokenizer"
@@ -16,10 +20,14 @@ EXPORTED = "cyb_jax_tokenizer"
 MODEL_FILES = {"sentencepiece": MODEL_FILE, "huggingface": HUGGINGFACE_FILE}
 
 
-def save_description(directory: str | os.PathLike, description: dict[str, Any]) -> None:
-  """Writes the description into an existing folder."""
+def save_description(
+  directory: str | os.PathLike, description: Mapping[str, Any], special_tokens: SpecialTokens
+) -> None:
+  """Writes the description, and the special tokens where there are any, into an existing folder."""
+  special = special_tokens.to_json()
+  content = dict(description) | ({SPECIAL_TOKENS: special} if special else {})
   with open(os.path.join(directory, DESCRIPTION_FILE), "w", encoding="utf-8") as file:
-    json.dump(description, file, indent=2)
+    json.dump(content, file, indent=2)
     file.write("\n")
 
 

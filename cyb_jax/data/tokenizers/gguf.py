@@ -14,12 +14,23 @@ from cyb_jax.data.tokenizers.huggingface_export import added_token
 from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.sentencepiece_model import PieceType, bpe_model
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
 _PREFIX = "tokenizer.ggml."
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2_SPLIT = _BYTE_LEVEL | {"use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
+# The tokens after which llama.cpp ends a text: of the sequence, of a turn, of a message.
+_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_TEMPLATE_TOKENS = {
+  "bos_token": "bos_token_id",
+  "eos_token": "eos_token_id",
+  "pad_token": "padding_token_id",
+  "unk_token": "unknown_token_id",
+}
+# llama.cpp's values for a model of SentencePiece whose file lacks them.
+_SENTENCEPIECE_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 _ADDED = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
 
 
@@ -80,18 +91,40 @@ def open_gguf(path: Path, rows: int | None) -> Tokenizer:
   types = found.setdefault("token_type", [PieceType.NORMAL] * len(found["tokens"]))
   if len(types) != len(found["tokens"]):
     raise InputError(f"{path}: tokenizer.ggml.token_type has {len(types)} values for {len(found['tokens'])} tokens")
+  if found["model"] == "llama":
+    found = _SENTENCEPIECE_DEFAULTS | found
   ids = {name: i for i, name in enumerate(found["tokens"])}
   end = next((ids[name] for name in DOCUMENT_JOINERS if name in ids), found.get("eos_token_id"))
   if end is None or not 0 <= end < len(ids):
     raise InputError(f"{path}: no end token: tokenizer.ggml.eos_token_id is {end}; give a GGUF file that names one")
+  template = metadata.get("tokenizer.chat_template")
+  special_tokens = _special_tokens(path, found, template if isinstance(template, str) else None)
   if found["model"] == "gpt2":
-    return _byte_level(path, found, end, rows)
+    return _byte_level(path, found, end, special_tokens, rows)
   if found["model"] == "llama":
-    return _sentencepiece(path, found, end, rows)
+    return _sentencepiece(path, found, end, special_tokens, rows)
   raise InputError(f"{path}: tokenizer.ggml.model {found['model']!r} is unknown; known are gpt2 and llama")
 
 
-def _byte_level(path: Path, found: dict[str, Any], end: int, rows: int | None) -> Tokenizer:
+def _special_tokens(path: Path, found: dict[str, Any], template: str | None) -> SpecialTokens:
+  """The special tokens that the metadata name."""
+  tokens = found["tokens"]
+  numbers = {name: found[name] for name in (*_END_TOKENS, *_TEMPLATE_TOKENS.values()) if found.get(name) is not None}
+  for name, number in numbers.items():
+    if not 0 <= number < len(tokens):
+      raise InputError(f"{path}: tokenizer.ggml.{name} = {number}, but there are {len(tokens)} tokens; fetch it again")
+  return SpecialTokens(
+    bos_id=numbers.get("bos_token_id"),
+    end_ids=tuple(dict.fromkeys(numbers[name] for name in _END_TOKENS if name in numbers)),
+    pad_id=numbers.get("padding_token_id"),
+    chat_template=template,
+    names={key: tokens[numbers[name]] for key, name in _TEMPLATE_TOKENS.items() if name in numbers},
+  )
+
+
+def _byte_level(
+  path: Path, found: dict[str, Any], end: int, special_tokens: SpecialTokens, rows: int | None
+) -> Tokenizer:
   """Byte-level BPE."""
   pre = found.get("pre")
   if pre is None:
@@ -109,7 +142,11 @@ def _byte_level(path: Path, found: dict[str, Any], end: int, rows: int | None) -
   start = found.get("bos_token_id")
   adds = bool(found.get("add_bos_token", pre_tokenizer.adds_start)) and start is not None
   return HuggingFaceTokenizer(
-    _byte_level_content(found, pre_tokenizer), rows=rows, name=str(path), **document_tokens(end, start, adds)
+    _byte_level_content(found, pre_tokenizer),
+    special_tokens=special_tokens,
+    rows=rows,
+    name=str(path),
+    **document_tokens(end, start, adds),
   )
 
 
@@ -141,14 +178,18 @@ def _byte_level_content(found: dict[str, Any], pre_tokenizer: _PreTokenizer) -> 
   }
 
 
-def _sentencepiece(path: Path, found: dict[str, Any], end: int, rows: int | None) -> Tokenizer:
+def _sentencepiece(
+  path: Path, found: dict[str, Any], end: int, special_tokens: SpecialTokens, rows: int | None
+) -> Tokenizer:
   """BPE in the manner of Llama 2."""
   scores = found.get("scores")
   if not isinstance(scores, list) or len(scores) != len(found["token_type"]):
     raise InputError(f"{path}: tokenizer.ggml.scores are missing, or not one for each token; fetch it again")
-  start = found.get("bos_token_id", 1)
+  start = found["bos_token_id"]
   pieces = list(zip(found["tokens"], scores, found["token_type"]))
   dummy_prefix = bool(found.get("add_space_prefix", True))
-  model = bpe_model(pieces, start, found.get("eos_token_id", end), str(path), dummy_prefix=dummy_prefix)
+  model = bpe_model(pieces, start, found["eos_token_id"], str(path), dummy_prefix=dummy_prefix)
   adds = bool(found.get("add_bos_token", True))
-  return SentencePieceTokenizer(model, rows=rows, name=str(path), **document_tokens(end, start, adds))
+  return SentencePieceTokenizer(
+    model, special_tokens=special_tokens, rows=rows, name=str(path), **document_tokens(end, start, adds)
+  )

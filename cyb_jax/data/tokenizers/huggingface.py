@@ -20,6 +20,7 @@ from cyb_jax.data.tokenizers import byte_level
 from cyb_jax.data.tokenizers.description import HUGGINGFACE_FILE, save_description
 from cyb_jax.data.tokenizers.huggingface_export import write_folder
 from cyb_jax.data.tokenizers.interface import character_places, checked_rows, is_unused, surrogate
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
 # The tokens that join the documents a model was trained on, whatever token ends its chats.
@@ -32,7 +33,7 @@ class HuggingFaceTokenizer:
   Args:
     content: the content of a tokenizer.json.
     end_id: the token that joins documents.
-    start_id, adds_start: see `Tokenizer`; None: end_id.
+    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: end_id.
     rows: number of rows of the model's embedding; None: the number of entries.
     name: prefix of error messages: the file.
 
@@ -47,6 +48,7 @@ class HuggingFaceTokenizer:
     end_id: int,
     start_id: int | None = None,
     adds_start: bool = False,
+    special_tokens: SpecialTokens | None = None,
     rows: int | None = None,
     name: str = "data.tokenizer",
   ):
@@ -59,9 +61,13 @@ class HuggingFaceTokenizer:
     for role, token in (("end", self.end_id), ("start", self.start_id)):
       if token not in self._names:
         raise InputError(f"{name}: the {role} token {token} is not among its {entries} entries; give the right id")
+    self.special_tokens = special_tokens or SpecialTokens()
+    self.special_tokens.check(self._names.__contains__, name)
+    self.chat_template = self.special_tokens.chat_template
     self._special = {i for i, entry in self._added.items() if entry.get("special")}
     self._special |= {self.end_id, self.start_id, *self.unused_ids()}
     self._tokenizer = build(_without_special(content, self._names, self._special, name), name)
+    self._name = name
     unknown = content["model"].get("unk_token")
     self._unknown = content["model"].get("unk_id") if unknown is None else ids_by_name(self._names).get(unknown)
     self._byte_level = "ByteLevel" in component_types(content.get("decoder"))
@@ -70,6 +76,18 @@ class HuggingFaceTokenizer:
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def encode_with_special(self, text: str) -> list[int]:
+    return self._with_special.encode(text, add_special_tokens=False).ids
+
+  @functools.cached_property
+  def _with_special(self):
+    """The library's tokenizer of the content as it is, which finds special entries in a text."""
+    disabled: dict[str, Any] = dict.fromkeys(("post_processor", "truncation", "padding"))
+    content = self.content | disabled | {"added_tokens": self.content.get("added_tokens") or []}
+    built = build(content, self._name)
+    built.encode_special_tokens = False
+    return built
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -123,7 +141,7 @@ class HuggingFaceTokenizer:
   def save(self, directory: str | os.PathLike) -> None:
     with open(os.path.join(directory, HUGGINGFACE_FILE), "w", encoding="utf-8") as file:
       json.dump(self.content, file, ensure_ascii=False)
-    save_description(directory, self.describe())
+    save_description(directory, self.describe(), self.special_tokens)
 
   def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
     write_folder(self.content, self._names, self, directory, added)

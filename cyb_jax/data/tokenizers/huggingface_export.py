@@ -42,15 +42,19 @@ def write_folder(
     taken.add(name)
     free = number + 1
   content["added_tokens"] = entries
+  special = tokenizer.special_tokens
   settings = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": names[tokenizer.end_id],
+    "eos_token": names[next(iter(special.end_ids), tokenizer.end_id)],
     "clean_up_tokenization_spaces": False,
     "add_bos_token": tokenizer.adds_start,
     "cyb_jax": tokenizer.describe(),
+    **special.names,
   }
   if tokenizer.adds_start:
     settings["bos_token"] = names[tokenizer.start_id]
+  if special.chat_template is not None:
+    settings["chat_template"] = special.chat_template
   for file, value in (("tokenizer.json", content), ("tokenizer_config.json", settings)):
     with open(os.path.join(directory, file), "w", encoding="utf-8") as opened:
       json.dump(value, opened, ensure_ascii=False, indent=2)

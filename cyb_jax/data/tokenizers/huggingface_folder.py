@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,25 @@ from cyb_jax.data.tokenizers.huggingface import (
 )
 from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
 # Entries that our exports add and no tokenizer has; they are removed when an export is opened.
 _APPENDED = re.compile(r"<pause_\d+>|<dont_know>|<row_\d+>")
 # In the order in which they are believed.
-_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_MODEL_FILES = ("generation_config.json", "config.json")
+_SETTINGS_FILES = (*_TOKENIZER_FILES, *_MODEL_FILES)
+_TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
   """The tokenizer of a Hugging Face folder.
 
   Where files of the folder disagree about a token, tokenizer_config.json has precedence over special_tokens_map.json,
-  generation_config.json and config.json, in this order.
+  generation_config.json and config.json, in this order. A generated text ends at each of the end tokens that the
+  tokenizer's files and generation_config.json name (where the latter names none: config.json).
 
   Args:
     path: the folder, or a tokenizer.json in it.
@@ -52,6 +58,7 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
   exported = settings.exported_tokenizer()
   content, rows = _without_appended(content, entry_names(content, os.fspath(file)), rows, exported)
   names = entry_names(content, os.fspath(file))
+  special_tokens = settings.special_tokens(ids_by_name(names))
   if exported and exported.get("kind") == "sentencepiece" and (folder / MODEL_FILE).exists():
     return SentencePieceTokenizer(
       (folder / MODEL_FILE).read_bytes(),
@@ -59,13 +66,14 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
       end_id=exported["end_id"],
       start_id=exported.get("start_id"),
       adds_start=exported.get("adds_start", True),
+      special_tokens=special_tokens,
       name=os.fspath(folder / MODEL_FILE),
     )
   if exported and exported.get("kind") == "huggingface":
     tokens = {name: exported[name] for name in ("end_id", "start_id", "adds_start")}
   else:
     tokens = _document_tokens(content, ids_by_name(names), settings, file)
-  return HuggingFaceTokenizer(content, **tokens, rows=rows, name=os.fspath(file))
+  return HuggingFaceTokenizer(content, **tokens, special_tokens=special_tokens, rows=rows, name=os.fspath(file))
 
 
 def _document_tokens(
@@ -96,7 +104,13 @@ def _open_sentencepiece(folder: Path, settings: _Settings, rows: int | None) -> 
   end, start = settings.token("eos", ids), settings.token("bos", ids)
   start = plain.bos_id if start is None else start
   adds = start is not None and settings.flag("add_bos_token") is not False
-  return SentencePieceTokenizer(plain.model, rows=rows, name=os.fspath(file), **document_tokens(end, start, adds))
+  return SentencePieceTokenizer(
+    plain.model,
+    special_tokens=settings.special_tokens(ids),
+    rows=rows,
+    name=os.fspath(file),
+    **document_tokens(end, start, adds),
+  )
 
 
 class _Settings:
@@ -104,6 +118,7 @@ class _Settings:
 
   def __init__(self, folder: Path):
     self._files = {folder / name: _read_json(folder / name) for name in _SETTINGS_FILES if (folder / name).exists()}
+    self._template_path = folder / _TEMPLATE_FILE
 
   def number(self, file: str, key: str) -> int | None:
     """An integer of one file; None if there is none."""
@@ -120,25 +135,82 @@ class _Settings:
     wanted = ("kind", "vocab_size", "end_id", "sha256")
     return found if isinstance(found, dict) and all(name in found for name in wanted) else None
 
+  def special_tokens(self, ids: Mapping[str, int]) -> SpecialTokens:
+    """The special tokens that the files name; `ids` are the vocabulary's.
+
+    Raises:
+      InputError: the vocabulary has no such token, or the chat template is no text.
+    """
+    # transformers adds a padding token that the vocabulary lacks to it; here it has no row, and is left out.
+    pad = self._tokens("pad", ids, _TOKENIZER_FILES, missing_ok=True) or self._tokens("pad", ids, _MODEL_FILES)
+    end_ids = self._tokens("eos", ids, _TOKENIZER_FILES)
+    end_ids += self._tokens("eos", ids, _MODEL_FILES[:1]) or self._tokens("eos", ids, _MODEL_FILES[1:])
+    names = {}
+    for key in _TEMPLATE_TOKENS:
+      texts = (_text(content.get(key)) for content in self._of(_TOKENIZER_FILES).values())
+      name = next((text for text in texts if isinstance(text, str)), None)
+      if name is not None:
+        names[key] = name
+    return SpecialTokens(
+      bos_id=self.token("bos", ids),
+      end_ids=tuple(dict.fromkeys(end_ids)),
+      pad_id=next(iter(pad), None),
+      chat_template=self._chat_template(),
+      names=names,
+    )
+
+  def _chat_template(self) -> str | None:
+    if self._template_path.exists():
+      try:
+        return self._template_path.read_text(encoding="utf-8")
+      except (OSError, ValueError) as error:
+        raise InputError(f"{self._template_path}: it can't be read ({error}); fetch it again") from error
+    for path, content in self._of(_TOKENIZER_FILES).items():
+      template = content.get("chat_template")
+      if isinstance(template, list):  # several named ones
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next((entry.get("template") for entry in named), None)
+      if isinstance(template, str):
+        return template
+      if template is not None:
+        raise InputError(f"{path}: chat_template is {template!r}, where a text is needed; fetch it again")
+    return None
+
+  def _of(self, names: Sequence[str]) -> dict[Path, dict[str, Any]]:
+    """The contents of these files, as far as they exist."""
+    return {path: content for path, content in self._files.items() if path.name in names}
+
+  def _tokens(self, role: str, ids: Mapping[str, int], files: Sequence[str], missing_ok: bool = False) -> list[int]:
+    """The ids of a role's tokens in the first of these files that names one; empty if none does."""
+    entries = set(ids.values())
+    for path, content in self._of(files).items():
+      named, number = _text(content.get(f"{role}_token")), content.get(f"{role}_token_id")
+      if named is not None and not (isinstance(named, str) and named in ids):
+        if missing_ok:
+          continue
+        raise InputError(f"{path}: {role}_token {named!r} is not in the vocabulary; give the tokenizer of this model")
+      if named is not None:
+        return [ids[named]]
+      numbers = [i for i in (number if isinstance(number, list) else [number]) if isinstance(i, int)]
+      wrong = next((i for i in numbers if i not in entries), None)
+      if wrong is not None:
+        raise InputError(f"{path}: {role}_token_id {wrong} has no entry; give the tokenizer of this model")
+      if numbers:
+        return numbers
+    return []
+
   def token(self, role: str, ids: Mapping[str, int]) -> int | None:
     """The id of the token of a role, 'eos' or 'bos'; None if no file names it.
 
     Raises:
       InputError: the vocabulary has no such token.
     """
-    for path, content in self._files.items():
-      named, number = content.get(f"{role}_token"), content.get(f"{role}_token_id")
-      named = named.get("content") if isinstance(named, dict) else named
-      if named is not None:
-        if not isinstance(named, str) or named not in ids:
-          raise InputError(f"{path}: {role}_token {named!r} is not in the vocabulary; give the tokenizer of this model")
-        return ids[named]
-      number = number[0] if isinstance(number, list) and number else number
-      if isinstance(number, int):
-        if number not in ids.values():
-          raise InputError(f"{path}: {role}_token_id {number} has no entry; give the tokenizer of this model")
-        return number
-    return None
+    return next(iter(self._tokens(role, ids, _SETTINGS_FILES)), None)
+
+
+def _text(token: Any) -> Any:
+  """The text of a token, which files give as it is or as an object."""
+  return token.get("content") if isinstance(token, dict) else token
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
 # An embedding may have a few rows more than there are entries, so that it divides evenly over devices. A larger gap
@@ -29,15 +30,27 @@ class Tokenizer(Protocol):
     start_id: the token before a text that begins a document: the one that a pretrained model was trained to see there
       (bos), else end_id.
     adds_start: whether the model expects start_id before a text that is given alone.
+    special_tokens: what else the model's files say about special tokens. They are no part of `describe`, because they
+      do not change how a text is encoded; `save` and `write_huggingface` keep them.
+    chat_template: that of the special tokens; `chat.render_chat` renders it.
   """
 
   vocab_size: int
   end_id: int
   start_id: int
   adds_start: bool
+  special_tokens: SpecialTokens
+  chat_template: str | None
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`; `end_id` and other control ids never occur, whatever the text spells."""
+
+  def encode_with_special(self, text: str) -> list[int]:
+    """Ids of a rendered chat: a special entry that the text spells (`<|im_start|>`) becomes its id.
+
+    The other parts are encoded as `encode` does, and nothing is added before or after the text. Text of users must not
+    be encoded in this way: it could spell the end of its own message.
+    """
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`[encode(text) for text in texts]`, on all cores."""

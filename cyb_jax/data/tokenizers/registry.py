@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cyb_jax.data.tokenizers.byte import ByteTokenizer
-from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE, EXPORTED, MODEL_FILES
+from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE, EXPORTED, MODEL_FILES, SPECIAL_TOKENS
 from cyb_jax.data.tokenizers.gguf import open_gguf
 from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from cyb_jax.data.tokenizers.huggingface_folder import open_huggingface
 from cyb_jax.data.tokenizers.interface import Tokenizer, checked_rows
 from cyb_jax.data.tokenizers.llama2c import open_llama2c
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError, reading
 
 _PICKLE_OR_ZIP = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -105,7 +106,7 @@ def _open_folder(path: Path, rows: int | None) -> Tokenizer:
         return tokenizer
       if isinstance(tokenizer, ByteTokenizer):
         return _open_bytes(rows)
-      return _load_model(folder, tokenizer.describe(), rows)
+      return _load_model(folder, tokenizer.describe(), tokenizer.special_tokens, rows)
   return open_huggingface(path, rows)
 
 
@@ -131,10 +132,11 @@ def load(directory: str | os.PathLike) -> Tokenizer:
     kind = description["kind"]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(f"{description_path}: no readable description of a tokenizer; save one there") from error
+  special_tokens = SpecialTokens.from_json(description.pop(SPECIAL_TOKENS, {}), description_path)
   if kind == "bytes":
     tokenizer: Tokenizer = ByteTokenizer()
   elif kind in list(MODEL_FILES):  # the kind may be any JSON, also unhashable
-    tokenizer = _load_model(Path(directory), description)
+    tokenizer = _load_model(Path(directory), description, special_tokens)
   else:
     raise InputError(
       f'{description_path}: kind {kind!r}; this version reads "bytes", "sentencepiece" and "huggingface"'
@@ -144,12 +146,15 @@ def load(directory: str | os.PathLike) -> Tokenizer:
   return tokenizer
 
 
-def _load_model(directory: Path, description: Mapping[str, Any], rows: int | None = None) -> Tokenizer:
+def _load_model(
+  directory: Path, description: Mapping[str, Any], special_tokens: SpecialTokens, rows: int | None = None
+) -> Tokenizer:
   """The tokenizer whose model is stored in a folder, with the settings of a description.
 
   Args:
     directory: the folder.
     description: of kind 'sentencepiece' or 'huggingface'.
+    special_tokens: that are stored next to the description.
     rows: of the embedding; None: the described vocab_size.
   """
   file = directory / MODEL_FILES[description["kind"]]
@@ -157,7 +162,8 @@ def _load_model(directory: Path, description: Mapping[str, Any], rows: int | Non
   try:
     model = file.read_bytes()
     settings = {name: description[name] for name in ("start_id", "adds_start") if name in description}
-    settings |= {"end_id": description["end_id"], "rows": rows or description["vocab_size"], "name": os.fspath(file)}
+    settings |= {"end_id": description["end_id"], "special_tokens": special_tokens}
+    settings |= {"rows": rows or description["vocab_size"], "name": os.fspath(file)}
     return make(model, **settings)
   except InputError:
     raise

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from cyb_jax.data.tokenizers.interface import (
 )
 from cyb_jax.data.tokenizers.sentencepiece_export import huggingface_content
 from cyb_jax.data.tokenizers.sentencepiece_model import with_control
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
 # The trainer divides its sentences into this many partial sums, so the number changes the last bits of the model. It is
@@ -39,7 +41,7 @@ class SentencePieceTokenizer:
     model: the serialised model (the bytes of a `.model` file).
     rows: number of rows of a pretrained model's embedding; None: the number of pieces.
     end_id: the token that a pretrained model joins its documents by; None: the end-of-sentence piece.
-    start_id, adds_start: see `Tokenizer`; None: end_id.
+    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: end_id.
     name: prefix of error messages: the file.
 
   Attributes:
@@ -58,6 +60,7 @@ class SentencePieceTokenizer:
     end_id: int | None = None,
     start_id: int | None = None,
     adds_start: bool = True,
+    special_tokens: SpecialTokens | None = None,
     name: str = "data.tokenizer",
   ):
     import sentencepiece  # imported late: programs without a SentencePiece model run where it isn't installed
@@ -80,6 +83,9 @@ class SentencePieceTokenizer:
     for role, token in (("end", self.end_id), ("start", self.start_id)):
       if not 0 <= token < self._pieces or token == processor.unk_id():
         raise InputError(f"{name}: the {role} token {token} is the unknown one, or not among its {self._pieces} pieces")
+    self.special_tokens = special_tokens or SpecialTokens()
+    self.special_tokens.check(range(self._pieces).__contains__, name)
+    self.chat_template = self.special_tokens.chat_template
     everything = list(range(self._pieces))
     self._unused = [i for i, piece in enumerate(processor.id_to_piece(everything)) if is_unused(piece)]
     self._processor = self._without_text_for(processor, (*self._unused, self.end_id, self.start_id))
@@ -109,6 +115,16 @@ class SentencePieceTokenizer:
       return self._processor.encode(text)
     first, *rest = (self._processor.encode(part) for part in text.split("▁"))
     return first + [i for part in rest for i in (*self._escape, *part)]
+
+  def encode_with_special(self, text: str) -> list[int]:
+    ids = {self._processor.id_to_piece(i): i for i in sorted(self._control)}
+    if not ids:
+      return self.encode(text)
+    # The longest name first, where one is the beginning of another.
+    names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+    parts = re.split(f"({names})", text)
+    encoded = ([ids[part]] if number % 2 else self.encode(part) for number, part in enumerate(parts) if part)
+    return [i for part in encoded for i in part]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encoded = self._processor.encode(list(texts), num_threads=num_threads())
@@ -173,7 +189,7 @@ class SentencePieceTokenizer:
 
   def save(self, directory: str | os.PathLike) -> None:
     self._write_model(directory)
-    save_description(directory, self.describe())
+    save_description(directory, self.describe(), self.special_tokens)
 
   def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
     content, names = huggingface_content(self.model, self.end_id, self.start_id, self.adds_start)

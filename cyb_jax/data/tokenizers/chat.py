@@ -1,0 +1,121 @@
+"""Chats as text, by the template that a tokenizer carries."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cyb_jax.data.tokenizers.interface import Tokenizer
+from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  import jinja2
+
+
+def render_chat(
+  tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+) -> str:
+  """The text of a chat.
+
+  The template is rendered as `apply_chat_template` of transformers renders it: in Jinja's sandbox, without the line
+  end after a block and the spaces before one, with `raise_exception`, `tojson`, `strftime_now`, loop controls and the
+  special tokens (`bos_token`, `eos_token`, `pad_token`, `unk_token`). Parts inside `{% generation %}` are rendered as
+  they are. A template that calls `strftime_now` gives another text on another day.
+
+  `Tokenizer.encode_with_special` encodes the text; it already contains all start and end tokens of the chat.
+
+  Args:
+    tokenizer: with a `chat_template`.
+    messages: mappings with `role`, `content`, and whatever else the template reads, in the order of the chat.
+    add_generation_prompt: whether the text ends where the assistant's next message begins.
+
+  Raises:
+    InputError: the tokenizer has no template, the package jinja2 is not installed, or the template is invalid or
+      refuses the messages.
+
+  Example:
+    >>> from cyb_jax.data.tokenizers import ByteTokenizer
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+    >>> render_chat(tokenizer, [{"role": "user", "content": "Hello"}])
+    'user: Hello\\n'
+  """
+  if tokenizer.chat_template is None:
+    raise InputError(
+      "data.tokenizer: it has no chat template; give the tokenizer of an instruct model (a folder whose"
+      " tokenizer_config.json has chat_template, or a GGUF file with tokenizer.chat_template)"
+    )
+  template = _compiled(tokenizer.chat_template)
+  import jinja2
+
+  try:
+    return template.render(
+      messages=[dict(message) for message in messages],
+      tools=None,
+      documents=None,
+      add_generation_prompt=add_generation_prompt,
+      **tokenizer.special_tokens.names,
+    )
+  except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise InputError(f"messages: the tokenizer's chat template refuses them ({reason})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+  try:
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+  except ImportError as error:
+    raise InputError("chat_template: rendering it needs the package jinja2; pip install 'cyb_jax[pretrained]'") from (
+      error
+    )
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(), jinja2.ext.loopcontrols]
+  )
+  environment.filters["tojson"] = _to_json
+  environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+  try:
+    return environment.from_string(source)
+  except jinja2.TemplateError as error:
+    raise InputError(f"chat_template: it is no valid Jinja template ({error}); fetch the tokenizer again") from error
+
+
+@functools.cache
+def _generation_extension() -> type[jinja2.ext.Extension]:
+  """The block `{% generation %}`, by which templates mark what the assistant writes; its content is kept."""
+  import jinja2.ext
+
+  class Generation(jinja2.ext.Extension):
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+      next(parser.stream)
+      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+  return Generation
+
+
+def _to_json(
+  value: Any,
+  ensure_ascii: bool = False,
+  indent: int | None = None,
+  separators: tuple[str, str] | None = None,
+  sort_keys: bool = False,
+) -> str:
+  """Jinja's own filter escapes characters of HTML."""
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+  return datetime.datetime.now().strftime(form)
+
+
+def _raise_exception(message: str) -> NoReturn:
+  import jinja2
+
+  raise jinja2.TemplateError(message)
