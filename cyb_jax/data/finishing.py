@@ -79,7 +79,7 @@ class StoreBuilder:
     pieces = merging.Pieces(plan.folder, self.pieces, documents, task.splits, splits_of)
     encoder = piece_files.Encoder(self.tokenizer, task.annotations)
     copies = merging.find_duplicates(pieces, scratch)
-    splits = merging.lay_out(
+    splits, emptied = merging.lay_out(
       pieces,
       copies,
       self.output,
@@ -88,8 +88,17 @@ class StoreBuilder:
       weighted="weights" in encoder.annotations,
       shard_tokens=plan.recipe["shard_tokens"],
     )
+    for split in emptied:
+      if split != "train":
+        self.progress.say(f"all {emptied[split]:,} documents of {split} are copies of others; the split is left out")
     if "train" not in splits:
       streams.remove(plan.folder)
+      if "train" in emptied:
+        raise InputError(
+          f"data.task={task.name!r}: all {emptied['train']:,} documents of train occur in a held-out split too"
+          f" ({', '.join(splits)}), which keeps what occurs in both, so that train is empty; give more varied text or"
+          f" other held-out splits; options {task.options}"
+        )
       raise InputError(f"data.task={task.name!r}: no text in train; options {task.options}")
     return splits
 

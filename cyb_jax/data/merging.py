@@ -130,7 +130,7 @@ def lay_out(
   start: int,
   weighted: bool,
   shard_tokens: int,
-) -> dict[str, Split]:
+) -> tuple[dict[str, Split], dict[str, int]]:
   """Writes the .documents of all shards, and the lists of token runs that `write_shard` copies.
 
   Args:
@@ -143,9 +143,10 @@ def lay_out(
     shard_tokens: number of tokens in a shard.
 
   Returns:
-    the splits that have documents, by name.
+    the splits that have documents, by name; and the number of documents of each split whose documents are all copies.
   """
-  result = {}
+  result: dict[str, Split] = {}
+  emptied: dict[str, int] = {}
   bases = np.cumsum([0, *pieces.documents])
   for group, splits in pieces.splits_of.items():
     with contextlib.ExitStack() as stack:
@@ -161,9 +162,12 @@ def lay_out(
       for split, stream in zip(splits, streams, strict=True):
         if stream.documents:
           result[split] = stream.close(weighted)
+        elif stream.duplicates:
+          emptied[split] = stream.duplicates
   found = sum(of.counts["documents"] + of.counts["duplicates_dropped"] for of in result.values())
+  found += sum(emptied.values())
   assert found == sum(pieces.documents), f"{found} documents of {sum(pieces.documents)} were laid out"
-  return {split: result[split] for split in pieces.splits if split in result}
+  return {split: result[split] for split in pieces.splits if split in result}, emptied
 
 
 def _merged(pieces: Pieces, group: str, bases: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

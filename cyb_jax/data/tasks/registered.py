@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from absl import logging
+
 from cyb_jax.data.tasks import seqio_tasks
 from cyb_jax.data.tasks.interface import Source, TaskKind
 
@@ -23,6 +25,12 @@ def kind(name: str) -> TaskKind:
 
 def _source(name: str, module: str) -> Source:
   provider = seqio_tasks.registered_task(name, module)
+  if hasattr(provider, "tasks"):
+    logging.warning(
+      "data.task='seqio:%s': a mixture of SeqIO ends with the first of its tasks that has no document left; the others'"
+      " remaining documents are not read. data.mixture reads every task whole: seqio:TASK:weight,seqio:TASK:weight",
+      name,
+    )
 
   # Each split is one piece: its preprocessors may do something else to a part of the data than to all of it.
   def read(group, part):
