@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cyb_jax.data import chunks, tasks, tokenizers
+from cyb_jax.data import chats, chunks, tasks, tokenizers
 from cyb_jax.data.store import ANNOTATIONS, token_dtype
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
@@ -49,12 +49,14 @@ class Encoded:
   Attributes:
     tokens: uint16 or uint32[S], for each document the start token if there is one, its tokens, and the end token.
     lengths: int64[N], number of tokens of each.
+    bytes: int64[N], number of bytes of UTF-8 of each; of a chat, of its text.
     annotations: uint8[S] by name.
     weighted_tokens, weighted_bytes: int64[N], number of those that are to be learnt; 0 without weights.
   """
 
   tokens: np.ndarray
   lengths: np.ndarray
+  bytes: np.ndarray
   annotations: dict[str, np.ndarray]
   weighted_tokens: np.ndarray
   weighted_bytes: np.ndarray
@@ -70,21 +72,26 @@ class Encoder:
   Attributes:
     tokenizer: as given.
     start: the tokens before each document: one, or none.
-    annotations: those of the tokens, which include weights if there is a start token.
+    annotations: those of the tokens, which include weights if there is a start token or documents are chats.
     dtype: of the tokens.
   """
 
   def __init__(self, tokenizer: Tokenizer, annotations: Sequence[str]):
     self.tokenizer = tokenizer
     self.start = [tokenizer.start_id] * (tokenizer.adds_start and tokenizer.start_id != tokenizer.end_id)
-    self.annotations = tuple(kind for kind in ANNOTATIONS if kind in annotations or (kind == "weights" and self.start))
+    weighted = bool(self.start) or not {"weights", "messages"}.isdisjoint(annotations)
+    self.annotations = tuple(kind for kind in ANNOTATIONS if (weighted if kind == "weights" else kind in annotations))
     self.dtype = token_dtype(tokenizer.vocab_size)
 
   def encode(self, documents: Sequence[tasks.Document]) -> Encoded:
     """Tokens of some documents, at least one."""
+    if any(document.messages for document in documents):
+      documents = [chats.rendered(self.tokenizer, document) for document in documents]
     texts = [document.text for document in documents]
+    if any(document.messages for document in documents):
+      encoded, spans = map(list, zip(*map(self._encode_chat, texts)))
     # Only documents with a prompt need to know where their tokens are, which takes longer.
-    if "weights" in self.annotations and any(document.weights is not None for document in documents):
+    elif "weights" in self.annotations and any(document.weights is not None for document in documents):
       encoded, spans = map(list, zip(*self.tokenizer.encode_spans(texts)))
     else:
       encoded, spans = self.tokenizer.encode_batch(texts), [None] * len(texts)
@@ -105,7 +112,14 @@ class Encoder:
       weighted_bytes[:] = [
         len(d.text.encode()) if d.weights is None else int(d.weights.sum(dtype=np.int64)) for d in documents
       ]
-    return Encoded(tokens, lengths, annotations, weighted_tokens, weighted_bytes)
+    sizes = np.array([len(text.encode()) for text in texts])
+    return Encoded(tokens, lengths, sizes, annotations, weighted_tokens, weighted_bytes)
+
+  def _encode_chat(self, text: str) -> tuple[list[int], np.ndarray]:
+    """(ids, spans) of a chat, without the start token that its template may write: every document gets one."""
+    ids, spans = self.tokenizer.encode_spans_with_special(text)
+    written = len(self.start) if self.start and ids[:1] == self.start else 0
+    return ids[written:], spans[written:]
 
   def _difficulties(self, document: tasks.Document, ids: list[int]) -> np.ndarray:
     """uint8[start + tokens + 1]: the largest difficulty among a token's bytes; 0 for the start and the end."""
@@ -252,9 +266,9 @@ class _Writer:
     documents = [document for _, _, document in batch]
     encoded = self._encoder.encode(documents)
     rows = np.zeros(len(batch), ROW)
-    texts = [document.text for document in documents]
-    rows["digest"] = np.frombuffer(b"".join(map(tasks.text_digest, texts)), "<u8").reshape(-1, 2)
-    rows["tokens"], rows["bytes"] = encoded.lengths, [len(text.encode()) for text in texts]
+    digests = (tasks.text_digest(document.text) for document in documents)
+    rows["digest"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+    rows["tokens"], rows["bytes"] = encoded.lengths, encoded.bytes
     rows["weighted_tokens"], rows["weighted_bytes"] = encoded.weighted_tokens, encoded.weighted_bytes
     rows["number"], rows["split"] = [number for number, _, _ in batch], [split for _, split, _ in batch]
     of_token = np.repeat(rows["split"], encoded.lengths)

@@ -12,8 +12,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from cyb_jax.data import chats, tasks, tokenizers
 from cyb_jax.data import store as stores
-from cyb_jax.data import tasks, tokenizers
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
 from cyb_jax.storage import in_bucket, streams
@@ -63,6 +63,8 @@ class Plan:
       raise InputError(f"limit={limit}: give at least 1 document, or none for all")
     task = tasks.open_task(name, options)
     given = None if tokenizers.trained_pieces(tokenizer) else tokenizers.open_tokenizer(tokenizer)
+    if "messages" in task.annotations:
+      chats.require_template(given)
     recipe = {
       "format": stores.FORMAT,
       "task": name,

@@ -36,7 +36,7 @@ from cyb_jax.data import (
   workers,
 )
 from cyb_jax.data.store import canonical
-from cyb_jax.data.tasks import c4, synthetic, text_files
+from cyb_jax.data.tasks import c4, files, synthetic
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.storage import failures, streams
 from cyb_jax.storage.paths import unchecked_place
@@ -49,7 +49,7 @@ C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """Many pieces of little text; chunks and buckets that a few documents fill."""
-  monkeypatch.setattr(text_files, "_PIECE_BYTES", 1500)
+  monkeypatch.setattr(files, "_SPAN_BYTES", (1500, 1500))
   monkeypatch.setattr(synthetic, "_PIECE_DOCUMENTS", 40)
   monkeypatch.setattr(finishing, "_TOKENS_WORTH_A_PROCESS", 1000)
   monkeypatch.setattr(merging, "_SORTED_ROWS", 60)
@@ -169,9 +169,9 @@ def test_annotations_follow_the_tokens(tmp_path, monkeypatch, task, tokenizer):
 def test_files_are_interleaved_as_tensorflow_does_it():
   tf = pytest.importorskip("tensorflow")
   rng = np.random.default_rng(0)
-  for files, cycle, highest in ((5, 2, 40), (23, 4, 70)):
+  for total, cycle, highest in ((5, 2, 40), (23, 4, 70)):
     # Files that are empty, or end with a turn, among them.
-    lengths = [int(n) for n in np.where(rng.random(files) < 0.3, rng.integers(0, 4, files) * 16, rng.integers(highest))]
+    lengths = [int(n) for n in np.where(rng.random(total) < 0.3, rng.integers(0, 4, total) * 16, rng.integers(highest))]
     found = c4.interleaved_pieces("train", lengths, cycle)
     rows = [
       (position, (number, k))
@@ -183,7 +183,7 @@ def test_files_are_interleaved_as_tensorflow_does_it():
       count = tf.gather(tf.constant(lengths, tf.int64), number)
       return tf.data.Dataset.zip(tf.data.Dataset.from_tensors(number).repeat(), tf.data.Dataset.range(count))
 
-    dataset = tf.data.Dataset.range(files).interleave(
+    dataset = tf.data.Dataset.range(total).interleave(
       read, cycle_length=cycle, block_length=16, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     expected = [(int(number), int(k)) for number, k in dataset.as_numpy_iterator()]
@@ -226,9 +226,8 @@ def test_interleaved_pieces_are_merged(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [[], [0], [5], [100, 0, 3, 0], [10, 10, 10], [0, 35, 7], [9, 1, 10, 11]])
 @pytest.mark.parametrize("unit", ["line", "file"])
-def test_spans_cover_each_byte_once(monkeypatch, sizes, unit):
-  monkeypatch.setattr(text_files, "_PIECE_BYTES", 10)
-  spans = list(text_files.spans(sizes, whole_files=unit == "file"))
+def test_spans_cover_each_byte_once(sizes, unit):
+  spans = list(files.spans(sizes, [unit == "line"] * len(sizes), 10))
   covered = collections.Counter()
   for (first, begin, last, end), size in spans:
     inside = [
@@ -253,9 +252,9 @@ def test_lines_belong_to_the_span_that_they_begin_in(tmp_path):
   for start in range(len(content)):
     for stop in [*range(start + 1, len(content) + 1), None]:
       with path.open("rb") as file:
-        got = list(text_files.lines(file, start, stop))
+        got = list(files.lines(file, start, stop))
       expected = [
-        content[b:].split(b"\n")[0] + b"\n" * (b"\n" in content[b:])
+        (b, content[b:].split(b"\n")[0] + b"\n" * (b"\n" in content[b:]))
         for b in begins
         if b >= start and (stop is None or b < stop)
       ]
@@ -267,8 +266,8 @@ def killed_in_mid_shard(tmp_path, options, signal_to):
   code = """
 import json, sys, time
 from cyb_jax.data import pieces, prepare_shard
-from cyb_jax.data.tasks import text_files
-text_files._PIECE_BYTES = 1500
+from cyb_jax.data.tasks import files
+files._SPAN_BYTES = 1500, 1500
 pieces._BATCH_BYTES = 300
 write = pieces.write
 calls = []

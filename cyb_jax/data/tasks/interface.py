@@ -25,11 +25,15 @@ class Document:
     difficulty: uint8[bytes of UTF-8], the difficulty of predicting each byte, or None where it is not known.
     weights: uint8[bytes of UTF-8], 1 for bytes to be learnt and 0 for bytes that are context only, or None where all
       are learnt. The end of the document has the weight of its last byte.
+    messages: the messages of a chat, which become text when they are tokenized; `text` is their JSON. None: no chat.
+    where: of a chat, a value whose `str` names its file and row, for errors.
   """
 
   text: str
   difficulty: np.ndarray | None = None
   weights: np.ndarray | None = None
+  messages: tuple[Mapping[str, Any], ...] | None = None
+  where: object = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +112,18 @@ class TaskKind:
     defaults: the options with their default values, whole numbers or strings.
     open: all options by name -> (identity, () -> source); see `Task`. It finds the source without reading it, and
       raises InputError for a value that is invalid or a source that is missing.
-    annotations: see `Task`.
+    annotations: see `Task`; or a function of the options that returns them.
     tokenizer: the tokenizer spec that is used if the user names none.
   """
 
   defaults: Mapping[str, Any]
   open: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Callable[[], Source]]]
-  annotations: tuple[str, ...] = ()
+  annotations: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]] = ()
   tokenizer: str = "sentencepiece:8192"
+
+  def annotations_of(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """See `Task.annotations`; raises InputError for options that exclude each other."""
+    return self.annotations(options) if callable(self.annotations) else self.annotations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Task:
     name: as the user writes it.
     options: every option with its value.
     identity: what the text is, as JSON: versions and digests, no paths. Equal identities mean equal documents.
-    annotations: which values of `Document` accompany the text: 'difficulty', 'weights', or none.
+    annotations: which values of `Document` accompany the text: 'difficulty', 'weights', 'messages', or none.
   """
 
   name: str
@@ -140,7 +148,8 @@ class Task:
     """The task as a SeqIO task or mixture (imports seqio)."""
     if self.source.provider:
       return self.source.provider()
-    return seqio_tasks.task_of_documents(self.name, self.splits, self.documents, self.annotations)
+    arrays = [name for name in self.annotations if name != "messages"]  # the text of a chat is its messages as JSON
+    return seqio_tasks.task_of_documents(self.name, self.splits, self.documents, arrays)
 
   @functools.cached_property
   def source(self) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cyb_jax.data.tasks import answers, c4, registered, reviews, seqio_tasks, synthetic, text_files
+from cyb_jax.data.tasks import answers, c4, hf, jsonl, parquet, registered, reviews, seqio_tasks, synthetic, text_files
 from cyb_jax.data.tasks.interface import Task, TaskKind
 from cyb_jax.data.tasks.options import settle
 from cyb_jax.errors import InputError
@@ -14,6 +14,9 @@ TASKS: dict[str, TaskKind] = {
   "imdb_reviews": reviews.KIND,
   "c4_en": c4.KIND,
   "text_files": text_files.KIND,
+  "jsonl": jsonl.KIND,
+  "parquet": parquet.KIND,
+  "hf": hf.KIND,
   **answers.KINDS,
   **synthetic.KINDS,
 }
@@ -32,7 +35,7 @@ def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
   kind = _kind(name)
   settled = settle(name, kind.defaults, options)
   identity, source = kind.open(settled)
-  return Task(name, settled, identity, kind.annotations, source)
+  return Task(name, settled, identity, kind.annotations_of(settled), source)
 
 
 def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -44,9 +47,21 @@ def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[
   return settle(name, _kind(name).defaults, options)
 
 
-def has_targets(name: str) -> bool:
-  """Whether a task's documents are a prefix and a target, and only the target has weight."""
-  return name in TASKS and "weights" in TASKS[name].annotations
+def has_targets(name: str, options: Mapping[str, Any] | None = None) -> bool:
+  """Whether only a part of each of a task's documents has weight: answers, or an assistant's turns.
+
+  Args:
+    name: of a task; an unknown one has none.
+    options: those that the user gives.
+
+  Raises:
+    InputError: an unknown option, or a value of the wrong kind.
+  """
+  if name not in TASKS:
+    return False
+  kind = TASKS[name]
+  found = kind.annotations_of(settle(name, kind.defaults, options))
+  return not {"weights", "messages"}.isdisjoint(found)
 
 
 def default_tokenizer(task: str) -> str:

@@ -38,6 +38,9 @@ class ByteTokenizer:
     encoded = self.encode_batch(texts)
     return [(ids, np.arange(len(ids))[:, None] + np.arange(2)) for ids in encoded]
 
+  def encode_spans_with_special(self, text: str) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+    return self.encode_spans([text])[0]
+
   def unencodable(self, text: str) -> str | None:
     return surrogate(text)
 

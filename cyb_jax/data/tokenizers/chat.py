@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def render_chat(
-  tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+  tokenizer: Tokenizer,
+  messages: Sequence[Mapping[str, Any]],
+  add_generation_prompt: bool = False,
+  *,
+  clock: bool = True,
 ) -> str:
   """The text of a chat.
 
@@ -31,6 +35,8 @@ def render_chat(
     tokenizer: with a `chat_template`.
     messages: mappings with `role`, `content`, and whatever else the template reads, in the order of the chat.
     add_generation_prompt: whether the text ends where the assistant's next message begins.
+    clock: whether templates may call `strftime_now`; without it, the text is the same on every day, and templates that
+      test whether it is defined use a date of their own.
 
   Raises:
     InputError: the tokenizer has no template, the package jinja2 is not installed, or the template is invalid or
@@ -48,7 +54,7 @@ def render_chat(
       "data.tokenizer: it has no chat template; give the tokenizer of an instruct model (a folder whose"
       " tokenizer_config.json has chat_template, or a GGUF file with tokenizer.chat_template)"
     )
-  template = _compiled(tokenizer.chat_template)
+  template = _compiled(tokenizer.chat_template, clock)
   import jinja2
 
   try:
@@ -65,7 +71,7 @@ def render_chat(
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
+def _compiled(source: str, clock: bool) -> jinja2.Template:
   try:
     import jinja2
     import jinja2.ext
@@ -78,7 +84,9 @@ def _compiled(source: str) -> jinja2.Template:
     trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(), jinja2.ext.loopcontrols]
   )
   environment.filters["tojson"] = _to_json
-  environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+  environment.globals["raise_exception"] = _raise_exception
+  if clock:
+    environment.globals["strftime_now"] = _strftime_now
   try:
     return environment.from_string(source)
   except jinja2.TemplateError as error:

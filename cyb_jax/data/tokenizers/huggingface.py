@@ -94,11 +94,11 @@ class HuggingFaceTokenizer:
 
   def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
     rows = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    result = []
-    for text, row in zip(texts, rows, strict=True):
-      first, end = np.array(row.offsets, np.int64).reshape(-1, 2).T
-      result.append((row.ids, character_places(text)[np.stack([first, np.maximum(end, first + 1)], 1)]))
-    return result
+    return [(row.ids, _spans(row, text)) for text, row in zip(texts, rows, strict=True)]
+
+  def encode_spans_with_special(self, text: str) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+    row = self._with_special.encode(text, add_special_tokens=False)
+    return row.ids, _spans(row, text)
 
   def unencodable(self, text: str) -> str | None:
     found = surrogate(text)
@@ -145,6 +145,12 @@ class HuggingFaceTokenizer:
 
   def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
     write_folder(self.content, self._names, self, directory, added)
+
+
+def _spans(row: Any, text: str) -> Int[np.ndarray, "N 2"]:
+  """See `Tokenizer.encode_spans`; from the library's encoding of a text, whose offsets count characters."""
+  first, end = np.array(row.offsets, np.int64).reshape(-1, 2).T
+  return character_places(text)[np.stack([first, np.maximum(end, first + 1)], 1)]
 
 
 def entry_names(content: Mapping[str, Any], where: str) -> dict[int, str]:

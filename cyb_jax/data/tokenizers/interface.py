@@ -52,6 +52,9 @@ class Tokenizer(Protocol):
     be encoded in this way: it could spell the end of its own message.
     """
 
+  def encode_spans_with_special(self, text: str) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+    """(`encode_with_special(text)`, int64[N, 2]): where the N tokens are in the text; see `encode_spans`."""
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`[encode(text) for text in texts]`, on all cores."""
 

@@ -117,14 +117,22 @@ class SentencePieceTokenizer:
     return first + [i for part in rest for i in (*self._escape, *part)]
 
   def encode_with_special(self, text: str) -> list[int]:
-    ids = {self._processor.id_to_piece(i): i for i in sorted(self._control)}
-    if not ids:
-      return self.encode(text)
+    return self.encode_spans_with_special(text)[0]
+
+  def encode_spans_with_special(self, text: str) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+    special = {self._processor.id_to_piece(i): i for i in sorted(self._control)}
     # The longest name first, where one is the beginning of another.
-    names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
-    parts = re.split(f"({names})", text)
-    encoded = ([ids[part]] if number % 2 else self.encode(part) for number, part in enumerate(parts) if part)
-    return [i for part in encoded for i in part]
+    names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    parts = re.split(f"({names})", text) if special else [text]
+    ids: list[int] = []
+    spans, offset = [np.zeros((0, 2), np.int64)], 0
+    for number, part in enumerate(parts):
+      size = len(part.encode())
+      found, places = ([special[part]], np.array([[0, size]])) if number % 2 else self.encode_spans([part])[0]
+      ids += found
+      spans.append(places + offset)
+      offset += size
+    return ids, np.concatenate(spans)
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encoded = self._processor.encode(list(texts), num_threads=num_threads())

@@ -1,0 +1,273 @@
+"""The files of a task: which ones a pattern matches, their identity, their compression, and their division into spans.
+
+Compression is known by a file's suffix (.gz, .bz2, .xz, .zst). A compressed file is read from its beginning only, so it
+is never divided.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from etils import epath
+
+from cyb_jax.errors import InputError
+
+# Files of up to this many bytes in all are identified by their contents, others by their names and sizes.
+_HASHED_BYTES = 256 << 20
+# A span is 1/1024 of all bytes, within these limits: small corpora keep several workers busy, and large ones do not
+# leave thousands of spans to merge.
+_SPAN_BYTES = 8 << 20, 256 << 20
+_SPANS = 1024
+# The beginnings of so many files are looked at to recognise their format.
+_INSPECTED_FILES = 100
+_INSPECTED_BYTES = 1 << 16
+
+_SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_MAGIC = {
+  b"\x1f\x8b": "gzip",
+  b"BZh": "bzip2",
+  b"\xfd7zXZ\x00": "xz",
+  b"\x28\xb5\x2f\xfd": "zstd",
+  b"PK\x03\x04": "zip",
+  b"PAR1": "Parquet",
+  b"ARROW1": "Arrow",
+}
+# Errors of the decompressors.
+_DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
+
+
+def compression(path: str | os.PathLike) -> str | None:
+  """'gzip', 'bzip2', 'xz' or 'zstd' by the suffix of a path; None: the file is not compressed."""
+  return _SUFFIXES.get(os.path.splitext(os.fspath(path))[1].lower())
+
+
+def matching(option: str, pattern: str) -> list[epath.Path]:
+  """The files that a pattern matches, sorted by path.
+
+  Args:
+    option: the name of the option that holds the pattern, for errors.
+    pattern: a path or a glob, on a local disk or in a bucket; `~` is expanded.
+
+  Raises:
+    InputError: the pattern is empty, matches nothing, or has `**` in a bucket.
+  """
+  if not pattern:
+    raise InputError(f"data.options.{option}='': give the files to read, such as 'books/**/*.txt'")
+  # Only pathlib supports `**`, only epath supports buckets.
+  kind = epath.Path if "://" in pattern else Path
+  if kind is epath.Path and "**" in pattern:
+    raise InputError(f"data.options.{option}={pattern!r}: ** is not possible in a bucket; give * for each folder")
+  # A glob needs a folder to start from: the part of the pattern before its first wildcard.
+  parts = kind(pattern).expanduser().parts
+  fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
+  root = kind(*parts[:fixed])
+  found = [root] if fixed == len(parts) else root.glob("/".join(parts[fixed:]))
+  files = [epath.Path(path) for path in sorted(found, key=os.fspath) if path.exists() and not path.is_dir()]
+  if not files:
+    raise InputError(f"data.options.{option}={pattern!r}: no file matches; give a path or a glob that matches files")
+  return files
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Files in the order in which they are read.
+
+  Attributes:
+    option: the option that names them, for errors.
+    paths: their paths.
+    sizes: bytes of each.
+  """
+
+  option: str
+  paths: Sequence[epath.Path]
+  sizes: Sequence[int]
+
+  @classmethod
+  def find(cls, option: str, pattern: str) -> Files:
+    """The files that a pattern matches; raises as `matching`."""
+    paths = matching(option, pattern)
+    return cls(option, paths, [path.stat().length for path in paths])
+
+  def identity(self) -> dict[str, Any]:
+    """Their number, their bytes, and a digest of names, sizes and, up to 256 MiB in all, contents."""
+    hash_contents = sum(self.sizes) <= _HASHED_BYTES
+    digest = hashlib.blake2b(digest_size=16)
+    for path, size in zip(self.paths, self.sizes, strict=True):
+      digest.update(f"{path.name}\n{size}\n".encode())
+      if hash_contents:
+        digest.update(path.read_bytes())
+    return {"files": len(self.paths), "bytes": sum(self.sizes), "digest": digest.hexdigest()}
+
+  def spans(self, *, whole_files: bool) -> Iterator[tuple[list[int], int]]:
+    """The files divided into spans; see `spans`. Compressed files are not divided."""
+    lowest, highest = _SPAN_BYTES
+    divisible = [not whole_files and compression(path) is None for path in self.paths]
+    return spans(self.sizes, divisible, min(max(sum(self.sizes) // _SPANS, lowest), highest))
+
+  def parts(self, span: list[int] | None) -> Iterator[tuple[epath.Path, int, int | None]]:
+    """(path, first byte, end) of each file in a span of `spans`; end None: up to the file's end."""
+    first, begin, last, end = span or (0, 0, len(self.paths), 0)
+    for number in range(first, min(last + 1, len(self.paths))):
+      start, stop = begin if number == first else 0, end if number == last else None
+      if stop != 0:
+        yield self.paths[number], start, stop
+
+  def inspect(self, refuse: Callable[[epath.Path, bytes], str | None]) -> None:
+    """Looks at the beginnings of the first files.
+
+    Args:
+      refuse: (path, the first bytes, decompressed) -> why the file cannot be read by this task and what would do, or
+        None.
+
+    Raises:
+      InputError: with the first reason that `refuse` gives, or for a file that cannot be decompressed.
+    """
+    for path in self.paths[:_INSPECTED_FILES]:
+      with opened(self.option, path) as file, undamaged(self.option, path):
+        reason = refuse(path, file.read(_INSPECTED_BYTES))
+      if reason is not None:
+        raise InputError(f"data.options.{self.option}: {os.fspath(path)} {reason}")
+
+
+@contextlib.contextmanager
+def opened(option: str, path: epath.Path) -> Iterator[IO[bytes]]:
+  """The decompressed bytes of a file.
+
+  Raises:
+    InputError: the file cannot be opened.
+  """
+  kind = compression(path)
+  with contextlib.ExitStack() as stack:
+    try:
+      file: Any = stack.enter_context(path.open("rb"))
+      if kind == "zstd":
+        import pyarrow
+
+        file = stack.enter_context(io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")))
+      elif kind is not None:
+        file = stack.enter_context({"gzip": gzip, "bzip2": bz2, "xz": lzma}[kind].open(file))
+    except OSError as error:
+      raise InputError(
+        f"data.options.{option}: {os.fspath(path)} cannot be opened ({error.strerror or error}); give files that can be"
+        " read"
+      ) from error
+    yield file
+
+
+@contextlib.contextmanager
+def undamaged(option: str, path: epath.Path, where: Callable[[], str] = lambda: "") -> Iterator[None]:
+  """Converts the errors of a decompressor inside the block to an InputError that names the file.
+
+  Args:
+    option: that names the file.
+    path: of the file.
+    where: () -> the place in the file, such as ', line 7', for the message.
+  """
+  try:
+    yield
+  except _DAMAGED as error:
+    kind = compression(path)
+    if kind is None:
+      raise
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise InputError(
+      f"data.options.{option}: {os.fspath(path)}{where()}: the {kind} file is damaged or cut off ({reason}); fetch it"
+      " again"
+    ) from error
+
+
+def format_of(path: epath.Path, head: bytes) -> str | None:
+  """The format of a file that is no plain text: 'JSON lines', 'Parquet', 'Arrow', 'zip', 'gzip', ...; None: plain text.
+
+  A file holds JSON lines if its name says so, or if its first two lines (its only line, if its name ends in .json) are
+  JSON objects.
+
+  Args:
+    path: of the file.
+    head: its first bytes, decompressed.
+  """
+  for magic, kind in _MAGIC.items():
+    if head.startswith(magic):
+      return kind
+  suffixes = [suffix.lower() for suffix in Path(path.name).suffixes if suffix.lower() not in _SUFFIXES]
+  suffix = suffixes[-1] if suffixes else ""
+  if suffix in (".jsonl", ".ndjson"):
+    return "JSON lines"
+  if suffix in (".parquet", ".arrow"):
+    return suffix[1:].capitalize()
+  first = [line for line in head.split(b"\n") if line.strip()][:2]
+  enough = len(first) == 2 or suffix == ".json"
+  return "JSON lines" if first and enough and all(map(_is_object, first)) else None
+
+
+def _is_object(line: bytes) -> bool:
+  try:
+    return isinstance(json.loads(line), dict)
+  except (ValueError, RecursionError):
+    return False
+
+
+def lines(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+  """(position, line) of the lines that begin in the bytes [start, stop) of a file; stop None: up to its end."""
+  if start:
+    # A line that begins exactly at `start` belongs to the range: the byte before it ends the line before.
+    file.seek(start - 1)
+    start += len(file.readline()) - 1
+  for line in file:
+    if stop is not None and start >= stop:
+      return
+    yield start, line
+    start += len(line)
+
+
+def line_number(path: epath.Path, position: int) -> int:
+  """The number, from 1 on, of the line that begins at a position of a file that is not compressed."""
+  count = 1
+  with path.open("rb") as file:
+    while position > 0 and (part := file.read(min(position, 1 << 20))):
+      count += part.count(b"\n")
+      position -= len(part)
+  return count
+
+
+def spans(sizes: Sequence[int], divisible: Sequence[bool], span_bytes: int) -> Iterator[tuple[list[int], int]]:
+  """Divides files into spans of about `span_bytes` bytes.
+
+  Args:
+    sizes: bytes of each file.
+    divisible: of each file, whether a span may end inside it.
+    span_bytes: of a span.
+
+  Yields:
+    [first file, byte in it, last file, byte in it] and the number of bytes. A span ends before the byte in its last
+    file; byte 0 excludes that file.
+  """
+  first, begin, size = 0, 0, 0
+  for number, length in enumerate(sizes):
+    done = 0
+    while length - done + size >= span_bytes:
+      end = done + span_bytes - size if divisible[number] else length
+      size += end - done
+      done = end
+      last = [number + 1, 0] if end == length else [number, end]
+      yield [first, begin, *last], size
+      (first, begin), size = last, 0
+      if done == length:
+        break
+    else:
+      size += length - done
+  if first < len(sizes):
+    yield [first, begin, len(sizes), 0], size

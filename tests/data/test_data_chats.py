@@ -1,0 +1,121 @@
+"""Chats as training data: the assistant's turns are learnt, token by token, and nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+from small_tokenizers import bpe
+
+from cyb_jax.data import HuggingFaceTokenizer, open_task, prepare
+from cyb_jax.data.chats import rendered
+from cyb_jax.data.pieces import Encoder
+from cyb_jax.data.tasks import Document
+from cyb_jax.data.tokenizers import SpecialTokens
+from cyb_jax.errors import InputError
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+CHATML = (
+  "{% for m in messages %}{{ '<start>' + m.role + '\n' + m.content + '<stop>' + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
+)
+# Without special entries around turns; the start of the text is written by the template.
+PLAIN = (
+  "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CHAT = [
+  {"role": "system", "content": "Be brief."},
+  {"role": "user", "content": "Hi\n"},
+  {"role": "assistant", "content": "Yes, ñ?"},
+  {"role": "user", "content": "in"},
+  {"role": "assistant", "content": "out"},
+]
+
+
+def tokenizer(template=CHATML, **settings):
+  names = SpecialTokens(chat_template=template, names={"bos_token": "<start>"})
+  plain = bpe([("i", "n"), ("o", "u"), ("ou", "t")], bytes_=True, special=("<end>", "<start>", "<stop>"))
+  return HuggingFaceTokenizer(plain.content, end_id=0, special_tokens=names, **settings)
+
+
+def learnt(tokenizer, chat, where="x, line 1"):
+  """(text of every token, whether it has weight), without the start token and with the separator."""
+  encoder = Encoder(tokenizer, ("messages",))
+  encoded = encoder.encode([Document(json.dumps(chat), messages=tuple(chat), where=where)])
+  names = [tokenizer.piece(token) for token in encoded.tokens.tolist()]
+  assert len(encoded.tokens) == encoded.lengths.sum()
+  return list(zip(names, encoded.annotations["weights"].tolist())), encoded
+
+
+def test_the_assistants_turns_are_learnt_token_by_token():
+  rows, encoded = learnt(tokenizer(), CHAT)
+  spelt = "".join(name for name, _ in rows)
+  assert spelt.startswith("<start>system")
+  runs = [""]
+  for name, weight in rows:
+    if weight:
+      runs[-1] += name
+    elif runs[-1]:
+      runs.append("")
+  # The entry that ends a turn is learnt, the line end after it is not, and neither is the separator of documents.
+  byte_names = "".join(tokenizer().piece(token) for token in tokenizer().encode("Yes, ñ?"))
+  assert [run for run in runs if run] == [f"{byte_names}<stop>", "out<stop>"]
+  assert rows[-1] == ("<end>", 0)
+  assert encoded.weighted_bytes.tolist() == [len("Yes, ñ?<stop>out<stop>".encode())]
+  assert encoded.weighted_tokens.tolist() == [sum(weight for _, weight in rows)]
+
+
+def test_a_template_without_special_entries_and_with_a_start():
+  # Each document gets the start token once, though the template writes it too.
+  rows, _ = learnt(tokenizer(PLAIN, start_id=1, adds_start=True), CHAT[1:3])
+  assert rows[0] == ("<start>", 0)
+  assert [name for name, _ in rows].count("<start>") == 1
+  # The line end is all that ends the turn, so it is learnt, and the separator after it.
+  assert rows[-1] == ("<end>", 1)
+  assert rows[-2][1] == 1
+  assert sum(weight for _, weight in rows) == len(tokenizer().encode("Yes, ñ?\n")) + 1
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+  rewriting = "{% for m in messages %}{{ m.role if loop.last else 'old' }}: {{ m.content }}\n{% endfor %}"
+  document = Document("", messages=tuple(CHAT), where="chats.jsonl, line 7")
+  with pytest.raises(InputError, match=r"messages_key: chats.jsonl, line 7: .*turn 3 in another way"):
+    rendered(tokenizer(rewriting), document)
+  refusing = "{{ raise_exception('roles must alternate') }}"
+  with pytest.raises(InputError, match=r"chats.jsonl, line 7: .*roles must alternate"):
+    rendered(tokenizer(refusing), document)
+
+
+def test_the_text_is_the_same_on_every_day():
+  dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}"
+  dated += "{% for m in messages %} {{ m.content }}{% endfor %}"
+  assert rendered(tokenizer(dated), Document("", messages=tuple(CHAT[3:]))).text == "2024 in out"
+
+
+def test_a_jsonl_of_chats_is_prepared(tmp_path):
+  chats = [[CHAT[1] | {"content": f"{i} + 1"}, {"role": "assistant", "content": str(i + 1)}] for i in range(300)]
+  (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+  model = tmp_path / "model"
+  model.mkdir()
+  tokenizer().save(model)
+  options = {"pattern": f"{tmp_path}/chats.jsonl", "messages_key": "messages"}
+  store = prepare("jsonl", str(model), tmp_path / "store", options=options)
+  assert store.has_prefixes("train")
+  tokens, weights = store.windows("train", np.array([0]), store.num_tokens("train") - 1)
+  answers = "".join(store.tokenizer.piece(t) for t in tokens[0, 1:][weights[0] > 0]).split("<stop>")[:-1]
+  kept = {json.dumps(chat, ensure_ascii=False, sort_keys=True) for chat in chats}
+  assert {d.text for d in open_task("jsonl", options).documents("train")} <= kept
+  assert len(answers) == store.description["splits"]["train"]["documents"]
+  assert set(answers) <= {str(i + 1) for i in range(300)}
+  assert store.num_bytes("train") == sum(len(answer) + len("<stop>") for answer in answers)
+
+
+@pytest.mark.parametrize("spec", ["sentencepiece:300", "bytes"])
+def test_a_tokenizer_without_a_template_is_refused_before_anything_is_read(tmp_path, spec):
+  (tmp_path / "chats.jsonl").write_text("this is no JSON, and is not read\n")
+  options = {"pattern": f"{tmp_path}/chats.jsonl", "messages_key": "messages"}
+  with pytest.raises(InputError, match="no chat template"):
+    prepare("jsonl", spec, tmp_path / "store", options=options)
+  assert not (tmp_path / "store").exists()
