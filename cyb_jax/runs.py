@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from cyb_jax import configs, storage
 from cyb_jax.checkpointing.workdir import ConfigRecord, check_fingerprint, checkpoints_in, read_config
 from cyb_jax.configs import Config
-from cyb_jax.data import Tokenizer, TokenStore, is_store, tokenizers
+from cyb_jax.data import Tokenizer, TokenStore, is_store, open_token_store, tokenizers
 from cyb_jax.errors import InputError
 from cyb_jax.methods import Method
 from cyb_jax.partitioning.mesh import data_shards, shardings
@@ -113,7 +113,7 @@ def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenSt
   # A pretrained model that a run starts from was trained on an unknown store.
   if meta is None or "store" not in meta or not is_store(given or meta["store_path"]):
     return None
-  store = TokenStore.open(given or meta["store_path"])
+  store = open_token_store(given or meta["store_path"])
   if store.fingerprint == meta["store"]:
     return store
   if given:

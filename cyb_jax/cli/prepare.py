@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from cyb_jax.cli.launching import launch
-from cyb_jax.data import TASKS, Prepared, TokenStore, default_tokenizer, prepare_shard
+from cyb_jax.data import TASKS, Prepared, default_tokenizer, open_token_store, prepare_shard
 from cyb_jax.data.tokenizers import num_threads
 from cyb_jax.errors import Failed, InputError
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> dict[str, Any]:
   if (args.task is None) == (args.verify is None):
     raise InputError("--task: give --task=NAME to prepare it, or --verify=PATH to check a store")
   if args.verify is not None:
-    store = TokenStore.open(args.verify, verify=True)
+    store = open_token_store(args.verify, verify=True)
     prepared = Prepared(store.path, store.description)
   else:
     try:

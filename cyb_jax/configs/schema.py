@@ -15,6 +15,7 @@ from cyb_jax import methods
 from cyb_jax.decoder import SIZES, DecoderConfig, LoraConfig, preset
 from cyb_jax.errors import InputError
 from cyb_jax.methods import Method, MethodConfig
+from cyb_jax.option_syntax import Item, parse_mixture, parse_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,9 @@ class DataConfig:
     tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of a tokenizer (`data.open_tokenizer`), or
       '': the tokenizer of `init_from`.
     store: folder of the prepared token store; '': one in the user's cache folder, which is prepared if it is missing.
-    options: of the task, as 'key=value,key=value'.
+    options: of the task, as 'key=value,key=value'; a comma inside a value is written '\\,'.
+    mixture: several sources by weight in place of `task`, as 'c4_en:0.7,jsonl(pattern=x.jsonl):0.3'; a source is a task
+      with its options, or the folder of a token store.
     sequence_length: T, real tokens in a window.
     batch_size: windows per step, over all devices and hosts.
     fraction: the share of the training windows that is used; the windows don't depend on the seed.
@@ -38,6 +41,7 @@ class DataConfig:
   tokenizer: str = "sentencepiece:8192"
   store: str = ""
   options: str = ""
+  mixture: str = ""
   sequence_length: int = 128
   batch_size: int = 16
   fraction: float = 1.0
@@ -265,10 +269,8 @@ class Config:
 
   def task_options(self) -> dict[str, str]:
     """`data.options` as a dict."""
-    options = {}
-    for item in filter(None, self.data.options.split(",")):
-      key, equals, value = item.partition("=")
-      if not equals:
-        raise InputError(f"data.options: {item!r} is not of the form key=value")
-      options[key.strip()] = value
-    return options
+    return parse_options("data.options", self.data.options)
+
+  def mixture(self) -> tuple[Item, ...]:
+    """The sources of `data.mixture`; none if it is ''."""
+    return parse_mixture("data.mixture", self.data.mixture) if self.data.mixture else ()

@@ -99,6 +99,7 @@ def validate(config: Config) -> None:
   """
   _check_rules(config, "data", _DATA)
   config.task_options()
+  _check_mixture(config)
   _check_rules(config, "optimizer", _OPTIMIZER)
   _check_optimizer(config)
   _check_rules(config, "train", _TRAIN)
@@ -118,6 +119,14 @@ def _check_rules(config: Config, group: str, rules: dict[str, Rule]) -> None:
 
 def _invalid(config: Config, group: str, name: str, wanted: str) -> InputError:
   return InputError(f"{group}.{name}: {getattr(getattr(config, group), name)!r} must be {wanted}")
+
+
+def _check_mixture(config: Config) -> None:
+  config.mixture()
+  for name in ("store", "options"):
+    if config.data.mixture and getattr(config.data, name):
+      wanted = "'' where data.mixture is given; name stores and options inside the mixture"
+      raise _invalid(config, "data", name, wanted)
 
 
 def _check_optimizer(config: Config) -> None:

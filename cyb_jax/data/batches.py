@@ -65,12 +65,48 @@ def _mixed(x: np.ndarray) -> np.ndarray:
   return x ^ (x >> np.uint64(31))
 
 
-class TrainBatches:
-  """The batches of a run, by step number.
+class WindowOrder:
+  """The order in which the windows of one store are read: by example number, with no end.
 
-  Example g = step * B + row is window `subset[order(seed, epoch)[g mod n]]` with epoch = g // n: every window once an
-  epoch, in an order of its own each epoch. `subset`, the share of the windows that is used, depends on no seed: runs
-  that differ in their seed see the same data.
+  Example g is window `subset[order(seed, epoch)[g mod n]]` with epoch = g // n: every window once an epoch, in an order
+  of its own each epoch. `subset`, the share of the windows that is used, depends on no seed: runs that differ in their
+  seed see the same data.
+
+  Args:
+    store: read from its train split.
+    sequence_length: T.
+    seed: of the order.
+    fraction: share of the windows that is used, in (0, 1]; at least one window.
+
+  Attributes:
+    num_windows: windows in the train split.
+    windows_per_epoch: n, those that are used.
+
+  Raises:
+    InputError: the split is shorter than a window, or the fraction is outside of (0, 1].
+  """
+
+  def __init__(self, store: TokenStore, *, sequence_length: int, seed: int | str, fraction: float = 1.0):
+    if not 0 < fraction <= 1:
+      raise InputError(f"data.fraction={fraction}: give a share of the data in (0, 1]")
+    self.num_windows = store.num_windows("train", sequence_length)
+    store.require("train", sequence_length)
+    self.windows_per_epoch = max(1, math.floor(fraction * self.num_windows))
+    self._seed, self._subset = seed, Permutation(self.num_windows, "subset")
+
+  def __call__(self, examples: np.ndarray) -> np.ndarray:
+    """int64[...]: the numbers of the windows of these examples, int64[...] from 0 on."""
+    epochs, places = np.divmod(examples, self.windows_per_epoch)
+    chosen = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+      inside = epochs == epoch
+      order = Permutation(self.windows_per_epoch, f"{self._seed}:{epoch}")
+      chosen[inside] = order(places[inside])
+    return self._subset(chosen)
+
+
+class TrainBatches:
+  """The batches of a run, by step number: row r of step i is example i * B + r of the store's `WindowOrder`.
 
   Args:
     store: read from its train split.
@@ -99,12 +135,9 @@ class TrainBatches:
     fraction: float = 1.0,
     rows: np.ndarray | None = None,
   ):
-    if not 0 < fraction <= 1:
-      raise InputError(f"data.fraction={fraction}: give a share of the data in (0, 1]")
-    self._rows = _checked_rows(batch_size, rows)
-    self.num_windows = store.num_windows("train", sequence_length)
-    store.require("train", sequence_length)
-    self.windows_per_epoch = max(1, math.floor(fraction * self.num_windows))
+    self._rows = checked_rows(batch_size, rows)
+    self._order = WindowOrder(store, sequence_length=sequence_length, seed=seed, fraction=fraction)
+    self.num_windows, self.windows_per_epoch = self._order.num_windows, self._order.windows_per_epoch
     self.steps_per_epoch = self.windows_per_epoch / batch_size
     if batch_size > self.windows_per_epoch:
       raise InputError(
@@ -112,13 +145,12 @@ class TrainBatches:
         " (data.fraction of the train split); give a smaller batch or window, or more text"
       )
     self._store, self._sequence_length = store, sequence_length
-    self._batch_size, self._seed = batch_size, seed
-    self._subset = Permutation(self.num_windows, "subset")
+    self._batch_size = batch_size
     self._block = functools.lru_cache(maxsize=2)(self._windows_of_block)
 
   def __call__(self, step: int) -> Batch:
     """The rows of a step's batch."""
-    return _batch(self._store, "train", self.windows(step), self._sequence_length)
+    return read_windows(self._store, "train", self.windows(step), self._sequence_length)
 
   def windows(self, step: int) -> np.ndarray:
     """int64[R]: numbers of the windows in the rows of a step's batch."""
@@ -129,13 +161,7 @@ class TrainBatches:
 
   def _windows_of_block(self, block: int) -> np.ndarray:
     steps = block * _BLOCK_STEPS + np.arange(_BLOCK_STEPS)
-    epochs, places = np.divmod(steps[:, None] * self._batch_size + self._rows, self.windows_per_epoch)
-    chosen = np.empty_like(places)
-    for epoch in np.unique(epochs).tolist():
-      inside = epochs == epoch
-      order = Permutation(self.windows_per_epoch, f"{self._seed}:{epoch}")
-      chosen[inside] = order(places[inside])
-    return self._subset(chosen)
+    return self._order(steps[:, None] * self._batch_size + self._rows)
 
 
 def evaluation_batches(
@@ -159,7 +185,7 @@ def evaluation_batches(
   Raises:
     InputError: for an unknown split, or sizes that do not fit each other.
   """
-  rows = _checked_rows(batch_size, rows)
+  rows = checked_rows(batch_size, rows)
   windows = store.num_windows(split, sequence_length)
   if limit is not None and limit < 1:
     raise InputError(f"limit={limit}: give at least 1 window")
@@ -169,7 +195,7 @@ def evaluation_batches(
     for first in range(0, used, batch_size):
       indices = first + rows
       # The window after the last one is all padding.
-      yield _batch(store, split, np.where(indices < used, indices, windows), sequence_length)
+      yield read_windows(store, split, np.where(indices < used, indices, windows), sequence_length)
 
   return batches()
 
@@ -179,7 +205,12 @@ def with_segment_ids(batch: Batch, end_id: int) -> Batch:
   return batch | {"segment_ids": np.cumsum(batch["tokens"] == end_id, axis=-1, dtype=np.int32)}
 
 
-def _checked_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+def checked_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+  """The rows of each batch that a process reads; None: all of them.
+
+  Raises:
+    InputError: the batch has no row.
+  """
   if batch_size < 1:
     raise InputError(f"data.batch_size={batch_size}: give at least 1")
   rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
@@ -188,7 +219,8 @@ def _checked_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
   return rows
 
 
-def _batch(store: TokenStore, split: str, indices: np.ndarray, sequence_length: int) -> Batch:
+def read_windows(store: TokenStore, split: str, indices: np.ndarray, sequence_length: int) -> Batch:
+  """The batch of the windows with these numbers; see `TokenStore.windows`."""
   tokens, weights = store.windows(split, indices, sequence_length)
   return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 

@@ -57,6 +57,7 @@ class TokenStore:
     fingerprint: hexadecimal sha256 over the description.
     vocab_size, end_id: of its tokenizer.
     splits: names of the splits that hold documents, train first.
+    maps: (split, 'tokens' or an annotation) -> its memory-mapped shards, and their borders: int64[shards + 1].
   """
 
   def __init__(self, path: Path, description: dict[str, Any]):
@@ -68,11 +69,11 @@ class TokenStore:
     self.end_id: int = description["tokenizer"]["end_id"]
     self.splits = tuple(description["splits"])
     self._dtype = token_dtype(self.vocab_size)
-    self._maps = functools.cache(self._open_maps)
+    self.maps = functools.cache(self._open_maps)
 
   @classmethod
   def open(cls, path: str | os.PathLike, *, verify: bool | Literal["auto"] = "auto") -> TokenStore:
-    """Opens a store and checks it.
+    """Opens a store of one task and checks it; `mixtures.open_token_store` opens mixtures too.
 
     Args:
       path: its folder. One in a bucket is copied to the user's cache folder first, once.
@@ -113,7 +114,11 @@ class TokenStore:
 
   def has_weights(self, split: str) -> bool:
     """Whether some of a split's tokens are read but not learnt."""
-    return "weights" in self._split(split)["shards"][0]
+    return self.has_annotation(split, "weights")
+
+  def has_annotation(self, split: str, kind: str) -> bool:
+    """Whether the tokens of a split have an annotation, one of `ANNOTATIONS`."""
+    return kind in self._split(split)["shards"][0]
 
   @property
   def task(self) -> str:
@@ -186,7 +191,7 @@ class TokenStore:
 
   def difficulty(self, split: str, indices: np.ndarray, sequence_length: int) -> np.ndarray | None:
     """uint8[N, T]: the difficulty of each target of the windows, 0 beyond the end; None if the task knows none."""
-    if "difficulty" not in self._split(split)["shards"][0]:
+    if not self.has_annotation(split, "difficulty"):
       return None
     starts = _starts(indices, sequence_length) + 1
     return self._gather(split, "difficulty", starts, sequence_length, 0, np.uint8)
@@ -216,7 +221,7 @@ class TokenStore:
 
   def _gather(self, split, kind, starts, length, padding, dtype) -> np.ndarray:
     """dtype[N, length]: the stream from each start on, `padding` beyond its end."""
-    maps, borders = self._maps(split, kind)
+    maps, borders = self.maps(split, kind)
     rows = np.full((len(starts), length), padding, dtype)
     shards = np.searchsorted(borders, starts, side="right") - 1
     # One slice is copied for each row. This takes a few percent longer than a plain memory copy for T in the hundreds,

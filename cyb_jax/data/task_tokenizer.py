@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -44,16 +44,34 @@ def shared_tokenizer(
   with contextlib.suppress(InputError):
     return _read(folder, _made(local, "found"))
   say(f"training a SentencePiece model of {pieces} pieces")
-  texts = sample(itertools.islice(task.documents("train"), limit))
-  if not texts:
-    raise InputError(f"data.task={task.name!r}: no text in train; options {task.options}")
-  trained = tokenizers.train_sentencepiece(texts, pieces)
+  trained = train_on_tasks([(task, 1.0)], pieces, limit)
   own = _made(local, "trained")
   trained.save(own)
   streams.make_folder(folder)
   for name in tokenizers.files(trained.describe()):
     streams.write(folder / name, (own / name).read_bytes())
   return trained
+
+
+def train_on_tasks(sources: Sequence[tuple[tasks.Task, float]], pieces: int, limit: int | None) -> Tokenizer:
+  """A SentencePiece model of the text of one or several tasks.
+
+  Args:
+    sources: tasks and their weights: shares of the text that it is trained on.
+    pieces: of the model.
+    limit: number of documents of each task that are used at most, or None.
+
+  Raises:
+    InputError: a task has no text in train, or all have too little for so many pieces.
+  """
+  total = sum(weight for _, weight in sources)
+  texts: list[str] = []
+  for task, weight in sources:
+    found = sample(itertools.islice(task.documents("train"), limit), int(_SAMPLE_BYTES * weight / total))
+    if not found:
+      raise InputError(f"data.task={task.name!r}: no text in train; options {task.options}")
+    texts += found
+  return tokenizers.train_sentencepiece(texts, pieces)
 
 
 def _read(folder: epath.Path, copy: Path) -> Tokenizer:
@@ -68,8 +86,8 @@ def _made(parent: Path, name: str) -> Path:
   return folder
 
 
-def sample(documents: Iterable[tasks.Document]) -> list[str]:
-  """The texts to train a tokenizer on: those with the smallest hash among the first documents, by hash.
+def sample(documents: Iterable[tasks.Document], size_limit: int) -> list[str]:
+  """About `size_limit` bytes of text to train a tokenizer on: the first documents' texts with the smallest hashes.
 
   The first documents alone could be of one kind, if a corpus is sorted; a draw from all would have to read all.
   """
@@ -81,7 +99,7 @@ def sample(documents: Iterable[tasks.Document]) -> list[str]:
     heapq.heappush(heap, (-digest, document.text))
     size = len(document.text.encode())
     kept, seen = kept + size, seen + size
-    while kept > _SAMPLE_BYTES and len(heap) > 1:
+    while kept > size_limit and len(heap) > 1:
       kept -= len(heapq.heappop(heap)[1].encode())
     if seen >= _SAMPLED_BYTES:
       break

@@ -15,6 +15,7 @@ from absl import logging
 
 from cyb_jax import storage
 from cyb_jax.checkpointing.manager import Checkpoints
+from cyb_jax.data import MixtureBatches, TrainBatches
 from cyb_jax.distributed.cluster import Cluster
 from cyb_jax.errors import DivergedError, Interrupted
 from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, summarize
@@ -132,6 +133,38 @@ class _Pending:
   skipped_in_a_row: jax.Array
 
 
+class SourceCounts:
+  """How much of each source of a mixture a run has read.
+
+  Args:
+    batches: of the run; a run over one store reports nothing.
+    sequence_length: T.
+    step: the last step before this process.
+  """
+
+  def __init__(self, batches: TrainBatches | MixtureBatches, sequence_length: int, step: int):
+    self._batches = batches if isinstance(batches, MixtureBatches) else None
+    self._sequence_length = sequence_length
+    self._epochs = self._batches.epochs(step) if self._batches else {}
+
+  def __call__(self, step: int) -> dict[str, Any]:
+    """The fields of a line of metrics; logs the sources that have begun again since the line before.
+
+    Returns:
+      `sources`: by name, `tokens` (in the windows that all hosts have read since step 0) and `epochs`.
+    """
+    if self._batches is None:
+      return {}
+    windows, epochs = self._batches.read_windows(step), self._batches.epochs(step)
+    for name, times in epochs.items():
+      if int(times) > int(self._epochs[name]):
+        logging.info("source %s: all its windows have been read (%dx); it begins again, in a new order", name, times)
+    self._epochs = epochs
+    return {
+      "sources": {name: {"tokens": windows[name] * self._sequence_length, "epochs": epochs[name]} for name in windows}
+    }
+
+
 class Metrics:
   """Writes a line of metrics every `train.log_every` steps, and at the last one.
 
@@ -143,6 +176,7 @@ class Metrics:
     log: receives the lines.
     throughput: measures from line to line.
     divergence, collapse: are called after each line.
+    sources: counts what is read of each source.
   """
 
   def __init__(
@@ -153,7 +187,9 @@ class Metrics:
     throughput: Throughput,
     divergence: DivergenceCheck,
     collapse: CollapseWarning,
+    sources: SourceCounts,
   ):
+    self._sources = sources
     self._strategy, self._schedule, self._log = strategy, schedule, log
     self._throughput, self._divergence, self._collapse = throughput, divergence, collapse
     self._pending: _Pending | None = None
@@ -186,7 +222,8 @@ class Metrics:
     row = summarize(jax.device_get(self._strategy.global_state(pending.totals)))
     lap = self._throughput.lap(pending.step)
     rate = float(self._schedule(pending.step - 1))
-    self._log.write({"split": "train", "step": pending.step, **row, "learning_rate": rate, "timing": lap.timing()})
+    line = {"split": "train", "step": pending.step, **row, **self._sources(pending.step), "learning_rate": rate}
+    self._log.write({**line, "timing": lap.timing()})
     logging.info("%s", _progress_line(pending.step, run.plan.steps, row, lap))
     if row["skipped"]:
       numbers = ", ".join(map(str, row["skipped_steps"])) + ", ..." * (row["skipped"] > len(row["skipped_steps"]))

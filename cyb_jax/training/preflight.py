@@ -102,7 +102,7 @@ def _check_start(config: Config) -> Pretrained | None:
   start = pretrained.open_pretrained(config.init_from) if config.init_from else None
   config.decoder_config(trained_pieces(config.tokenizer))
   if not config.data.store:
-    config.build_method().validate_data(_DeclaredData(config.data.task), config.data.sequence_length)
+    config.build_method().validate_data(_DeclaredData.of(config), config.data.sequence_length)
   return start
 
 
@@ -132,11 +132,22 @@ class _DeclaredData:
   """The data of a task that is not prepared yet, as the task declares it; see `methods.DataFacts`."""
 
   task: str
+  partly_learnt: bool
   splits: tuple[str, ...] = ()
+
+  @classmethod
+  def of(cls, config: Config) -> _DeclaredData:
+    """The data of a config.
+
+    Raises:
+      InputError: an unknown option, or a value of the wrong kind.
+    """
+    sources = [(item.name, item.options) for item in config.mixture()] or [(config.data.task, config.task_options())]
+    return cls(config.data.mixture or config.data.task, any(has_targets(*source) for source in sources))
 
   def has_prefixes(self, split: str) -> bool:
     del split
-    return has_targets(self.task)
+    return self.partly_learnt
 
   def prefixes(self, split: str, sequence_length: int) -> np.ndarray:
     raise LookupError(f"{self.task} has no split {split} of {sequence_length} tokens yet")

@@ -12,7 +12,18 @@ import numpy as np
 
 from cyb_jax import runs
 from cyb_jax.configs import Config
-from cyb_jax.data import TokenStore, TrainBatches, is_store, open_tokenizer, prepare, with_segment_ids
+from cyb_jax.data import (
+  MixtureBatches,
+  MixtureStore,
+  TokenStore,
+  TrainBatches,
+  is_store,
+  open_token_store,
+  open_tokenizer,
+  prepare,
+  prepare_mixture,
+  with_segment_ids,
+)
 from cyb_jax.data.tasks import PLACES, settle_options
 from cyb_jax.data.tokenizers import trained_pieces, vocabulary_size
 from cyb_jax.errors import InputError
@@ -25,8 +36,10 @@ def open_store(config: Config) -> TokenStore:
     InputError: the store was not prepared for this config, or is too small for one window.
   """
   data = config.data
-  if _holds_store(data.store):
-    store = TokenStore.open(data.store)
+  if data.mixture:
+    store = prepare_mixture(config.mixture(), config.tokenizer)
+  elif _holds_store(data.store):
+    store = open_token_store(data.store)
     _check_store(store, config)
   else:
     store = prepare(data.task, config.tokenizer, data.store or None, options=config.task_options())
@@ -50,6 +63,8 @@ def find_store(config: Config) -> TokenStore | None:
   if data.store:
     return open_store(config) if _holds_store(data.store) else None
   try:
+    if data.mixture:
+      return prepare_mixture(config.mixture(), config.tokenizer, write=False)
     return prepare(data.task, config.tokenizer, options=config.task_options(), write=False)
   except InputError:  # neither the store nor its source exists
     return None
@@ -70,7 +85,7 @@ def open_recorded_or_new_store(config: Config, meta: dict[str, Any] | None) -> T
   return runs.open_recorded_store(meta, config.data.store) or open_store(config)
 
 
-def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = None) -> TrainBatches:
+def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = None) -> TrainBatches | MixtureBatches:
   """The batches of a run.
 
   Args:
@@ -78,7 +93,8 @@ def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = No
     store: the run's.
     rows: int64[R], the rows of each batch that are read; None: all rows.
   """
-  return TrainBatches(
+  kind = MixtureBatches if isinstance(store, MixtureStore) else TrainBatches
+  return kind(
     store,
     sequence_length=config.data.sequence_length,
     batch_size=config.data.batch_size,
@@ -105,7 +121,7 @@ def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in names.items()}
 
 
-def num_steps(config: Config, batches: TrainBatches) -> int:
+def num_steps(config: Config, batches: TrainBatches | MixtureBatches) -> int:
   """The number of steps of a run: `train.steps`, or as many as `train.epochs` needs."""
   # Rounded first: 3 passes over a third of the data must not be one step more than one pass over all of it.
   return config.train.steps or math.ceil(round(config.train.epochs * batches.steps_per_epoch, 6))

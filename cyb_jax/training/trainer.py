@@ -30,7 +30,7 @@ from cyb_jax.training.metrics import MetricsLog, NoLog, read_metrics
 from cyb_jax.training.optimizer import schedule
 from cyb_jax.training.preflight import RunPlan, preflight
 from cyb_jax.training.progress import Progress
-from cyb_jax.training.run_data import batch_reader
+from cyb_jax.training.run_data import batch_reader, open_batches
 from cyb_jax.training.signals import StopSignals
 from cyb_jax.training.start import log_size, restore_or_start
 from cyb_jax.training.throughput import Throughput
@@ -135,7 +135,8 @@ class Trainer:
     throughput = Throughput(plan, ahead, run.step)
     divergence = hooks.DivergenceCheck(strategy, config.train.max_skipped, self.folder)
     collapse = hooks.CollapseWarning(config.train.collapse_warning, decides=isinstance(plan.method, Adaptive))
-    metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse)
+    sources = hooks.SourceCounts(open_batches(config, plan.store), config.data.sequence_length, run.step)
+    metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse, sources)
     interruption = hooks.Interruption(plan.cluster, signals, checkpoints)
     validation = hooks.Validation(self.evaluate, log, interruption)
     saver = hooks.Saver(checkpoints, strategy, log, divergence)

@@ -27,7 +27,7 @@ FUNCTION_LINES = 60
 # What each unit may import. Every row names units of earlier rows only, so no circle of units is possible.
 CORE = {"errors", "stopping", "losses", "pauses", "readout"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
-FILES = {"errors", "jsonl", "nested", "distributed", "storage"}
+FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
 RUN = MODEL | FILES | {"configs", "checkpointing", "data", "runs"}
 TRAINING = RUN | {"interop", "evaluation", "generation", "report", "training"}
 PROGRAMS = TRAINING | {"command_line"}
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
   "jsonl": set(),
   "nested": set(),
   "command_line": {"errors"},
+  "option_syntax": {"errors"},
   "stopping": set(),
   "losses": {"stopping"},
   "pauses": set(),
@@ -44,11 +45,11 @@ ALLOWED: dict[str, set[str]] = {
   "decoder": CORE | {"partitioning"},
   "costs": {"errors", "decoder"},
   "methods": MODEL - {"methods"},
-  "configs": MODEL | {"jsonl", "nested"},
+  "configs": MODEL | {"jsonl", "nested", "option_syntax"},
   "distributed": {"errors", "nested"},
   "storage": {"errors"},
   "checkpointing": FILES,
-  "data": {"errors", "jsonl", "nested", "storage"},
+  "data": {"errors", "jsonl", "nested", "option_syntax", "storage"},
   "runs": RUN - {"runs"},
   "interop": RUN,
   "evaluation": RUN,

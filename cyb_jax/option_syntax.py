@@ -1,0 +1,129 @@
+r"""How lists of options and of weighted sources are written in one string.
+
+    key=value,key=value                     options; `\,` is a comma inside a value
+    reviews:0.7,jsonl(pattern=x.jsonl):0.3  sources with options and weights; also `\(`, `\)` and `\:`
+
+A backslash before any other character is a backslash, so that `separator=\n` and Windows paths need no doubling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from cyb_jax.errors import InputError
+
+_SPECIAL = ",():"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One source of a mixture.
+
+  Attributes:
+    name: as written.
+    options: by name.
+    weight: above 0; the weights of a mixture need not sum to 1.
+  """
+
+  name: str
+  options: dict[str, str]
+  weight: float
+
+
+def parse_options(field: str, text: str) -> dict[str, str]:
+  r"""The options in 'key=value,key=value'.
+
+  Args:
+    field: that holds the text, for errors.
+    text: '' holds none.
+
+  Raises:
+    InputError: a part has no '=' or no key, or a key occurs twice.
+
+  Example:
+    >>> parse_options("data.options", r"pattern=a\,b.txt,unit=line")
+    {'pattern': 'a,b.txt', 'unit': 'line'}
+  """
+  options: dict[str, str] = {}
+  for part in _parts(text):
+    key, equals, value = part.partition("=")
+    key = key.strip()
+    if not equals or not key:
+      raise InputError(rf"{field}: {part!r} is not of the form key=value; a comma inside a value is written \,")
+    if key in options:
+      raise InputError(f"{field}: {key!r} is given twice, as {options[key]!r} and {_plain(value)!r}; give it once")
+    options[key] = _plain(value)
+  return options
+
+
+def parse_mixture(field: str, text: str) -> tuple[Item, ...]:
+  """The sources in 'name:weight,name(key=value,...):weight'; a weight that is left out is 1.
+
+  Args:
+    field: that holds the text, for errors.
+    text: at least one source.
+
+  Raises:
+    InputError: a part is no source, a bracket is not closed, a weight is not above 0, or a source occurs twice.
+
+  Example:
+    >>> [(item.name, item.weight) for item in parse_mixture("data.mixture", "c4_en:0.7,jsonl(pattern=a.jsonl):0.3")]
+    [('c4_en', 0.7), ('jsonl', 0.3)]
+  """
+  items: list[Item] = []
+  for part in _parts(text):
+    match = re.fullmatch(r"(?s)((?:\\.|[^\\()])+?)(?:\((.*)\))?(?::([^:()]*))?", part.strip())
+    if not match or (match[2] is None and re.search(r"(?<!\\)[()]", part)):
+      raise InputError(f"{field}: {part!r} is no source; write name:weight or name(key=value,...):weight")
+    name, weight = match[1], match[3]
+    if match[2] is None and weight is not None and not _number(weight):
+      name, weight = f"{name}:{weight}", None  # seqio:NAME, or the address of a bucket, without a weight
+    item = Item(_plain(name.strip()), parse_options(field, match[2] or ""), _weight(field, part, weight))
+    if any(item.name == other.name and item.options == other.options for other in items):
+      raise InputError(f"{field}: {item.name!r} occurs twice with the same options; give it once, with one weight")
+    items.append(item)
+  if not items:
+    raise InputError(f"{field}: {text!r} names no source; write name:weight,name:weight")
+  return tuple(items)
+
+
+def _weight(field: str, part: str, text: str | None) -> float:
+  if text is None:
+    return 1.0
+  weight = float(text) if _number(text) else math.nan
+  if not (math.isfinite(weight) and weight > 0):
+    raise InputError(f"{field}: the weight {text!r} of {part!r} is not above 0; give a weight above 0, or leave it out")
+  return weight
+
+
+def _number(text: str) -> bool:
+  try:
+    float(text)
+  except ValueError:
+    return False
+  return True
+
+
+def _parts(text: str) -> Iterator[str]:
+  """The parts between commas that are neither escaped nor inside brackets, without empty ones."""
+  part, depth, escaped = "", 0, False
+  for character in text:
+    if character == "," and not escaped and depth == 0:
+      if part.strip():
+        yield part
+      part = ""
+    else:
+      if not escaped:
+        depth += (character == "(") - (character == ")")
+      part += character
+    escaped = character == "\\" and not escaped
+  if part.strip():
+    yield part
+
+
+def _plain(text: str) -> str:
+  """The text without the backslashes before special characters."""
+  return re.sub(rf"\\([{re.escape(_SPECIAL)}])", r"\1", text)
