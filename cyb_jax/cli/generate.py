@@ -49,7 +49,10 @@ def define_flags() -> None:
   flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens are drawn; 0: all.")
   flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that make up this probability are drawn.")
   flags.DEFINE_integer("seed", 0, "Of the first row; each further row has the next number.")
-  flags.DEFINE_multi_string("stop", [], "A text that ends a row; may be given several times.")
+  flags.DEFINE_multi_string(
+    "stop", [], "A text that ends a row; may be given several times. It may have the names of special entries, such as"
+    " <|im_end|>."
+  )  # fmt: skip
   flags.DEFINE_bool("stream", True, "Whether the text is shown while it is generated.")
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cyb_jax.data import Tokenizer
+from cyb_jax.data.tokenizers import surrogate
+from cyb_jax.errors import InputError
 
 # Represents a pause in displayed text.
 PAUSE_MARK = "\N{MIDDLE DOT}"
 # Decoding returns this for bytes that are not a character, or not yet a whole one.
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+# Surrogates mark special entries: no decoded text has one.
+_FIRST_MARK, _LAST_MARK = 0xD800, 0xDFFF
 
 
 def printable(text: str) -> str:
@@ -27,18 +32,26 @@ class Continuation:
     tokenizer: of the run.
     prompt: the last ids of the prompt. New tokens are decoded together with them, because some tokenizers drop the
       first space of a text.
-    stops: strings that end the text; they are not part of it.
+    stops: strings that end the text; they are not part of it. Special entries, which have no text, end it where a stop
+      string has their names, alone or with other text: '<|im_end|>'.
+
+  Raises:
+    InputError: a stop string has a character that no text has.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
-    self._tokenizer, self._prompt, self._stops = tokenizer, list(prompt), tuple(stops)
+    for stop in stops:
+      if surrogate(stop) is not None:
+        raise InputError(f"stop: {stop!r} has {surrogate(stop)!r}, which is no character; leave it out")
+    self._tokenizer, self._prompt = tokenizer, list(prompt)
     self._before = len(tokenizer.decode(self._prompt))
+    self._marks, self._stops = _marked(tokenizer.special_names(), stops)
     self._tokens: list[int] = []
     self._shown = 0
 
   def text(self, tokens: Sequence[int]) -> str:
     """The text of these tokens, up to the first stop string."""
-    return self._cut(self._decode(tokens))
+    return _unmarked(self._cut(self._decode(tokens)))
 
   def kept(self, tokens: Sequence[int]) -> int | None:
     """The fewest of the first tokens whose text has a stop string; None: the text of all of them has none."""
@@ -54,24 +67,42 @@ class Continuation:
     """(pauses, text) of each of these tokens, which follow those of earlier calls.
 
     The last token of a character that several tokens encode yields the character. Text that may become a stop string is
-    withheld.
+    withheld, and so is text that a later token may change.
     """
     for token, count in zip(tokens, pauses, strict=True):
       self._tokens.append(token)
-      text = self._cut(self._decode(self._tokens))
-      end = len(text.rstrip(_UNFINISHED))
+      text = self._settled()
       begun = [n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-      end = min(end, len(text) - max(begun, default=0))
-      yield count, text[self._shown : end]
+      end = len(text) - max(begun, default=0)
+      yield count, _unmarked(text[self._shown : end])
       self._shown = max(self._shown, end)
 
   def rest(self) -> str:
     """The withheld text, after the last token."""
     text = self._cut(self._decode(self._tokens))
     rest, self._shown = text[self._shown :], len(text)
-    return rest
+    return _unmarked(rest)
+
+  def _settled(self) -> str:
+    """The part of the text so far that later tokens do not change, up to the first stop string."""
+    text = self._decode(self._tokens)
+    # A further byte makes some decoders give up all characters of the bytes before it. The last token is a further byte
+    # where it is one itself.
+    further = self._decode([*self._tokens, self._tokens[-1]])
+    changed = (i for i, (one, other) in enumerate(zip(text, further)) if one != other)
+    text = text[: next(changed, min(len(text), len(further)))]
+    # What is not yet a character may become one, so that the beginning of a stop string is looked for before it.
+    return self._cut(text.rstrip(_UNFINISHED))
 
   def _decode(self, tokens: Sequence[int]) -> str:
+    """The text of the tokens, with the mark of each special entry that a stop string names."""
+    text = self._decoded(tokens)
+    for place in reversed([i for i, token in enumerate(tokens) if token in self._marks]):
+      before = len(self._decoded(tokens[:place]))
+      text = text[:before] + self._marks[tokens[place]] + text[before:]
+    return text
+
+  def _decoded(self, tokens: Sequence[int]) -> str:
     return self._tokenizer.decode([*self._prompt, *tokens])[self._before :]
 
   def _has_stop(self, tokens: Sequence[int]) -> bool:
@@ -81,3 +112,26 @@ class Continuation:
   def _cut(self, text: str) -> str:
     ends = [text.index(stop) for stop in self._stops if stop in text]
     return text[: min(ends)] if ends else text
+
+
+def _marked(names: Mapping[int, str], stops: Sequence[str]) -> tuple[dict[int, str], tuple[str, ...]]:
+  """({special id: its mark}, the stop strings), of the special entries that stop strings name.
+
+  A mark is a character that no text has. A stop string with a name is there twice: as it is, because text may spell the
+  name too, and with marks in place of the names.
+
+  Args:
+    names: of the special entries, by id.
+    stops: the stop strings.
+  """
+  named = sorted({name for name in names.values() if name and any(name in stop for stop in stops)}, key=len)
+  marks = {name: chr(_FIRST_MARK + number) for number, name in enumerate(named[: _LAST_MARK - _FIRST_MARK + 1])}
+  if not marks:
+    return {}, tuple(stops)
+  longest_first = re.compile("|".join(map(re.escape, reversed(marks))))
+  spelled = [longest_first.sub(lambda found: marks[found[0]], stop) for stop in stops]
+  return {i: marks[name] for i, name in names.items() if name in marks}, tuple(dict.fromkeys([*stops, *spelled]))
+
+
+def _unmarked(text: str) -> str:
+  return "".join(character for character in text if not _FIRST_MARK <= ord(character) <= _LAST_MARK)

@@ -5,12 +5,13 @@ import itertools
 from cyb_jax.data import HuggingFaceTokenizer
 
 
-def bpe(merges, *, bytes_=False, special=("<end>",), decoder=None, **settings):
+def bpe(merges, *, bytes_=False, fallback=False, special=("<end>",), decoder=None, **settings):
   """A BPE model over the characters of its merges, or over bytes.
 
   Args:
     merges: pairs of pieces, the first merged first.
     bytes_: whether it is byte-level.
+    fallback: whether characters that it lacks are spelled by entries of their bytes.
     special: names of special entries, the first of which is the end token.
     decoder, **settings: of the tokenizer.json.
   """
@@ -23,10 +24,17 @@ def bpe(merges, *, bytes_=False, special=("<end>",), decoder=None, **settings):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   else:
     alphabet = sorted(set("".join(itertools.chain(*merges))))
+  alphabet += [f"<0x{byte:02X}>" for byte in range(256)] if fallback else []
   for piece in [*alphabet, *("".join(merge) for merge in merges)]:
     vocab.setdefault(piece, len(vocab))
   model = {"type": "BPE", "vocab": vocab, "merges": [list(merge) for merge in merges], "unk_token": None}
-  model |= {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False}
+  model |= {
+    "dropout": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": fallback,
+  }
   plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
   added = [{"id": i, "content": name, "special": True} | plain for i, name in enumerate(special)]
   content = {"version": "1.0", "added_tokens": added, "normalizer": None, "decoder": decoder}

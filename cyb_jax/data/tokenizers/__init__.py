@@ -12,7 +12,7 @@ from cyb_jax.data.tokenizers.byte import ByteTokenizer
 from cyb_jax.data.tokenizers.chat import render_chat
 from cyb_jax.data.tokenizers.description import EXPORTED, files
 from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
-from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threads
+from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threads, surrogate
 from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces, vocabulary_size
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from cyb_jax.data.tokenizers.spans import continuation_start, encode_pairs, tokens_with
@@ -35,6 +35,7 @@ __all__ = [
   "open_tokenizer",
   "render_chat",
   "seqio_vocabulary",
+  "surrogate",
   "tokens_with",
   "train_sentencepiece",
   "trained_pieces",

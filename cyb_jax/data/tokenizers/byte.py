@@ -63,6 +63,9 @@ class ByteTokenizer:
   def save(self, directory: str | os.PathLike) -> None:
     save_description(directory, self.describe(), self.special_tokens)
 
+  def special_names(self) -> dict[int, str]:
+    return {}
+
   def unused_ids(self) -> list[int]:
     return []
 

@@ -123,6 +123,9 @@ class HuggingFaceTokenizer:
     shown = byte_level.visible(name.encode()) if token in self._added else byte_level.printable(name)
     return name if shown is None else shown
 
+  def special_names(self) -> dict[int, str]:
+    return {i: self._names[i] for i in sorted(self._special)}
+
   def unused_ids(self) -> list[int]:
     return sorted(i for i, name in self._names.items() if is_unused(name))
 

@@ -82,6 +82,9 @@ class Tokenizer(Protocol):
     distinguishes them.
     """
 
+  def special_names(self) -> dict[int, str]:
+    """Names, such as '<|im_end|>', of the vocabulary's special entries: those that decode to no text, by id."""
+
   def unused_ids(self) -> list[int]:
     """Ids of entries that the model's authors left unused, such as Gemma's `<unused0>`, ascending."""
 

@@ -181,6 +181,9 @@ class SentencePieceTokenizer:
   def piece(self, token: int) -> str:
     return self._processor.id_to_piece(int(token)) if token < self._pieces else f"<row_{token}>"
 
+  def special_names(self) -> dict[int, str]:
+    return {i: self._processor.id_to_piece(i) for i in sorted(self._control)}
+
   def unused_ids(self) -> list[int]:
     return list(self._unused)
 
