@@ -9,6 +9,7 @@ Likelihoods come from `generation.scoring`, generated text from `generation.samp
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -234,6 +235,10 @@ class CybLM(LM):
     by_options: dict[_TextOptions, list[int]] = {}
     for number, request in enumerate(requests):
       by_options.setdefault(self._text_options(request.args[1]), []).append(number)
+    # Invalid options are refused before any text is generated.
+    for options, _, _ in by_options:
+      if options not in self._samplers:
+        self._samplers[options] = Sampler(self.run.method, options)
     texts, scores = [""] * len(requests), [Score()] * len(requests)
     for (options, new, stops), numbers in by_options.items():
       if new >= self.max_length:
@@ -244,7 +249,7 @@ class CybLM(LM):
       cut = sum(len(prompts[number]) > kept for number in numbers)
       if cut:
         logging.warning("%d of %d prompts were cut on the left to %d tokens", cut, len(numbers), kept)
-      sampler = self._samplers.setdefault(options, Sampler(self.run.method, options))
+      sampler = self._samplers[options]
       # Prompts of similar length share a batch. The longest come first, so that a lack of memory shows at once.
       numbers = sorted(numbers, key=lambda number: (-len(prompts[number]), number))
       for start in range(0, len(numbers), self.batch_size):
@@ -262,7 +267,10 @@ class CybLM(LM):
     """The options of a request for text."""
     until = options.get("until") or []
     stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-    new = next((int(options[name]) for name in _LENGTHS if options.get(name) is not None), _NEW_TOKENS)
+    length = next((name for name in _LENGTHS if options.get(name) is not None), None)
+    new = _NEW_TOKENS if length is None else _number(options, length, int)
+    if new < 1:
+      raise InputError(f"{length}: {new} must be at least 1")
     unread = sorted(options.keys() - _READ - {*_LENGTHS})
     if unread:
       logging.log_first_n(logging.WARNING, "options of requests that change nothing here: %s", 1, ", ".join(unread))
@@ -315,10 +323,10 @@ class CybLM(LM):
 
   def _sampling(self, options: dict[str, Any]) -> SamplingOptions:
     """The sampler's options for those of a request."""
-    temperature = float(options.get("temperature") or 0.0)
+    temperature = _number(options, "temperature", float, 0.0)
     draws = options.get("do_sample")
     if draws is None:
-      draws = temperature > 0
+      draws = temperature != 0
     if draws and not temperature:
       temperature = 1.0 if options.get("temperature") is None else 0.0
     greedy = not draws or not temperature
@@ -327,8 +335,8 @@ class CybLM(LM):
       mode=self._mode,
       read=self._read or (greedy_read if greedy else "sample"),
       temperature=0.0 if greedy else temperature,
-      top_k=0 if greedy else int(options.get("top_k") or 0),
-      top_p=1.0 if greedy else float(options.get("top_p") or 1.0),
+      top_k=_number(options, "top_k", int, 0),
+      top_p=_number(options, "top_p", float, 1.0),
     )
 
   def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -345,6 +353,25 @@ class CybLM(LM):
     for request, score, result in zip(requests, scores, results):
       self.spent.setdefault(request.task_name, Spent()).add(score)
       self.cache_hook.add_partial(kind, request.args, result)
+
+
+def _number(options: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+  """The value of a request's option, a whole number (kind int) or a number (float); None stands for the default.
+
+  Raises:
+    InputError: it is neither.
+  """
+  given = options.get(name)
+  if given is None:
+    return default
+  try:
+    # YAML reads 1e-5 as a text.
+    value = math.nan if isinstance(given, bool) else float(given)
+  except (TypeError, ValueError, OverflowError):
+    value = math.nan
+  if math.isnan(value) or (kind is int and not value.is_integer()):
+    raise InputError(f"{name}: {given!r} must be a {'whole ' if kind is int else ''}number")
+  return kind(value)
 
 
 def main() -> int | None:

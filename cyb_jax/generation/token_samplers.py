@@ -62,8 +62,9 @@ class Temperature:
 class TopKTopP(Temperature):
   """Draws from the k likeliest tokens, and of these from the likeliest ones that together have probability p.
 
-  Tokens of equal probability are kept or excluded together. Top-k and top-p are one sampler because both use the same
-  ranking, and because a program with both also serves requests that set only one of them.
+  The likeliest token is always kept. Tokens of equal probability are kept or excluded together. Top-k and top-p are one
+  sampler because both use the same ranking, and because a program with both also serves requests that set only one of
+  them.
 
   Attributes:
     top_k: i32[], at least 1.
@@ -80,7 +81,8 @@ class TopKTopP(Temperature):
     falling = jnp.where(rank < self.top_k, falling, -jnp.inf)
     probabilities = jax.nn.softmax(falling, -1)
     before = jnp.cumsum(probabilities, -1) - probabilities
-    kept = (before < self.top_p) & (rank < self.top_k)
+    # A top_p that f32 rounds to 0 leaves the likeliest token, as every other one does.
+    kept = (rank == 0) | (before < self.top_p) & (rank < self.top_k)
     lowest = jnp.where(kept, falling, math.inf).min(-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 

@@ -24,7 +24,7 @@ from cyb_jax.costs import flops
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import task_data, tasks
-from cyb_jax.generation import Sampler, SamplingOptions, scoring
+from cyb_jax.generation import Generation, Sampler, SamplingOptions, scoring
 from cyb_jax.runs import Run
 
 pytest.importorskip("lm_eval", reason="the extra harness isn't installed")
@@ -189,6 +189,28 @@ def test_text_ends_at_a_stop_text_and_where_it_is_drawn_it_hangs_on_the_seed(run
   assert ask(adapter(seed=5), do_sample=True, temperature=1.5, until=[])[0] != first
 
 
+def test_a_stop_text_that_is_a_special_entry(run):
+  """What the sampler generates is replaced, so that a special entry is generated in a known place."""
+  from cyb_jax.generation.harness import CybLM
+
+  tokenizer = bpe([("a", "b")], special=("<end>", "<|im_end|>"), decoder={"type": "Fuse"})
+  lm = CybLM(run=dataclasses.replace(run, tokenizer=tokenizer), add_bos_token=True)
+  ab, end = *tokenizer.encode("ab"), tokenizer.special_names()
+  assert end == {0: "<end>", 1: "<|im_end|>"}
+
+  class Known(Sampler):
+    def generate(self, params, prompts, *, stop, **options):
+      tokens = [ab, 1, ab, ab]
+      kept = stop(0, tokens)
+      return Generation([tokens[:kept]], [[0] * len(tokens[:kept])], [[]], [0], 0, 0)
+
+  options = lm._sampling({})
+  lm._samplers[options] = Known(run.method, options)
+  asked = [{"until": until, "max_gen_toks": 8} for until in (["<|im_end|>"], ["Q:", "<|im_end|>a"], ["x"])]
+  texts = lm.generate_until([instance("generate_until", "ab", options) for options in asked])
+  assert texts == ["ab", "ab", "ababab"]
+
+
 def test_a_prompt_is_cut_to_leave_room(run, adapter):
   long = "0123456789" * 10
   got = adapter().generate_until([instance("generate_until", long, {"max_gen_toks": 8})])
@@ -198,6 +220,28 @@ def test_a_prompt_is_cut_to_leave_room(run, adapter):
   # More than the context: half of it.
   (half,) = adapter().generate_until([instance("generate_until", "ab", {"max_gen_toks": 100})])
   assert len(half) <= 24
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"top_p": 0}, r"top_p: 0\.0 must lie in \(0, 1\]"),
+    ({"top_p": 0, "do_sample": True, "temperature": 1.0}, r"top_p: 0\.0 must lie in \(0, 1\]"),
+    ({"top_p": 1.5}, r"top_p: 1\.5 must lie"),
+    ({"top_p": "most"}, "top_p: 'most' must be a number"),
+    ({"top_k": 2.5}, r"top_k: 2\.5 must be a whole number"),
+    ({"top_k": -1}, "top_k: -1 must be a whole number that is not negative"),
+    ({"temperature": -1}, r"temperature: -1\.0 must be finite"),
+    ({"max_gen_toks": 0}, "max_gen_toks: 0 must be at least 1"),
+    ({"max_tokens": 1.5}, r"max_tokens: 1\.5 must be a whole number"),
+  ],
+)
+def test_bad_options_of_a_request(adapter, options, message):
+  """Before any text is generated, also that of requests with valid options."""
+  lm = adapter()
+  lm._generate = None
+  with pytest.raises(InputError, match=message):
+    lm.generate_until([instance("generate_until", "ab", given) for given in ({}, options)])
 
 
 @pytest.mark.parametrize(

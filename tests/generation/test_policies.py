@@ -57,6 +57,16 @@ def test_token_samplers_of_options():
   assert (type(both), int(both.top_k)) == (TopKTopP, 9)
 
 
+@pytest.mark.parametrize("top_p", [1e-40, 1e-46, 1e-20])
+@pytest.mark.parametrize("temperature", [1.0, 1e-6])
+def test_the_likeliest_token_always_stays(top_p, temperature):
+  """Where f32 rounds top_p to 0, all tokens were excluded, and number 0 was drawn."""
+  sampler = choose_token_sampler(SamplingOptions(top_p=top_p, temperature=temperature), 4)
+  log_probs = jnp.log(jnp.array([[0.1, 0.5, 0.3, 0.1], [0.2, 0.1, 0.0, 0.7]]))
+  keys = jax.vmap(jax.random.key)(jnp.arange(2, dtype=jnp.uint32))
+  assert sampler.sample(keys, log_probs).tolist() == [1, 3]
+
+
 @pytest.mark.parametrize(
   ("top_k", "top_p", "kept"),
   [
