@@ -197,7 +197,7 @@ def normalize(
 
   Raises:
     ValueError: if the last axis does not have length W. For concrete values also if a value is negative or not finite,
-      if all are zero, or if one is zero with `positive`; traced values are not checked.
+      if their sum is not finite, if all are zero, or if one is zero with `positive`; traced values are not checked.
 
   Example:
     >>> print(normalize((1, 0, 3), 3, name="omega"))
@@ -210,8 +210,10 @@ def normalize(
     raise ValueError(f"{name}: shape {shape}, but there are {num_slots} slots on the last axis")
   if not isinstance(weights, jax.core.Tracer):
     values = np.asarray(weights, np.float64)
-    if not np.isfinite(values).all() or (values < 0).any():
-      raise ValueError(f"{name}: {_show(values)} must be finite and not negative")
+    with np.errstate(over="ignore"):
+      total = values.sum(-1)
+    if not np.isfinite(total).all() or (values < 0).any():
+      raise ValueError(f"{name}: {_show(values)} must be finite and not negative, and so must be the sum")
     if (values.sum(-1) <= 0).any():
       raise ValueError(f"{name}: {_show(values)} is all zero; at least one slot needs weight")
     values = (values / values.sum(-1, keepdims=True)).astype(dtype)

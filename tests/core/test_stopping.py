@@ -173,6 +173,7 @@ def test_scores_are_a_pytree():
     ([1.0, -1.0, 1.0], "not negative"),
     ([0.0, 0.0, 0.0], "all zero"),
     ([1.0, float("nan"), 1.0], "finite"),
+    ([1e308, 1e308, 1.0], "so must be the sum"),
     (1.0, r"shape \(\)"),
   ],
 )
