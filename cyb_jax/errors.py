@@ -92,6 +92,25 @@ def did_you_mean(name: str, accepted: Iterable[str], *, written: Callable[[str],
   return f"did you mean {written(close[0])}?" if close else f"there are {', '.join(accepted)}"
 
 
+def is_seed(value: int) -> bool:
+  """Whether a number is a seed of its own: `jax.random.key` takes seeds modulo 2^32."""
+  return 0 <= value < 2**32
+
+
+def check_seed(field: str, seed: int) -> None:
+  """Checks a seed that a user gives.
+
+  Args:
+    field: the flag or field that holds the seed, for the error.
+    seed: its value.
+
+  Raises:
+    InputError: the seed isn't in [0, 2^32).
+  """
+  if not is_seed(seed):
+    raise InputError(f"{field}: {seed} must lie in [0, 2^32)")
+
+
 # The errors of a disk on writing, and their descriptions.
 REFUSALS = {
   errno.ENOSPC: "the disk is full",

@@ -18,7 +18,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax.benchmarks import lives
-from cyb_jax.errors import Failed, InputError
+from cyb_jax.errors import Failed, InputError, check_seed
 
 # The phases in which a life is killed, and the share of the kills in each.
 PHASES = {"start_up": 0.2, "step": 0.25, "save": 0.35, "evaluation": 0.2}
@@ -65,6 +65,7 @@ def faults() -> dict[str, Any]:
     InputError: bad flags, or a config that the program refuses.
   """
   kills, hosts = _checked_flags()
+  check_seed("--kills_seed", flags.FLAGS.kills_seed)
   rng = np.random.default_rng(flags.FLAGS.kills_seed)
   start = time.perf_counter()
   with tempfile.TemporaryDirectory(prefix="cyb-faults-") as scratch:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from cyb_jax.cli import flag_values, launching, models, terminal
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, check_seed
 
 if TYPE_CHECKING:
   from cyb_jax.generation import Continuation, Sampler, SamplingOptions
@@ -63,12 +63,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     raise InputError("--prompt: not given; give a text to go on from")
   if any(not stop for stop in args.stop):
     raise InputError("--stop: an empty text would end every row at once; leave it out")
-  from cyb_jax.generation import Sampler
+  check_seed("--seed", args.seed)
+  check_seed(f"--seed: of row {len(args.prompt)}", args.seed + len(args.prompt) - 1)
+  from cyb_jax.generation import Sampler, default_mode
 
+  _sampling_options(args.mode or "constant").check()
   run = models.load_model()
   prompts = _encoded_prompts(run)
   new = _new_tokens(run, min(map(len, prompts)))
-  sampler = Sampler(run.method, _sampling_options(run))
+  sampler = Sampler(run.method, _sampling_options(args.mode or default_mode(run.method)))
   chosen = sampler.options
   if _pauses_follow_every_token(run) and chosen.mode == "self_paced" and chosen.prompt_pauses != "all":
     logging.info("it was trained with pauses behind every token; --prompt_pauses=all puts them behind the prompt's too")
@@ -120,13 +123,13 @@ def _new_tokens(run: Run, shortest: int) -> int:
   return new
 
 
-def _sampling_options(run: Run) -> SamplingOptions:
-  """What the flags ask for."""
-  from cyb_jax.generation import SamplingOptions, default_mode
+def _sampling_options(mode: str) -> SamplingOptions:
+  """What the flags ask for, in a mode of generation."""
+  from cyb_jax.generation import SamplingOptions
 
   args = flags.FLAGS
   return SamplingOptions(
-    mode=args.mode or default_mode(run.method),
+    mode=mode,
     read=args.read,
     threshold=args.threshold,
     max_pauses=args.max_pauses,

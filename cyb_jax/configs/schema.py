@@ -34,7 +34,7 @@ class DataConfig:
     batch_size: windows per step, over all devices and hosts.
     fraction: the share of the training windows that is used; the windows don't depend on the seed.
     document_mask: whether attention is restricted to the token's own document.
-    seed: of the order of windows.
+    seed: of the order of windows, in [0, 2^32).
   """
 
   task: str = "imdb_reviews"
@@ -90,7 +90,7 @@ class TrainConfig:
   Attributes:
     steps: of training; 0: as many as `epochs` take.
     epochs: passes over the used windows, where steps is 0.
-    seed: of the initialisation, and of the methods' random draws.
+    seed: of the initialisation, and of the methods' random draws, in [0, 2^32).
     log_every: steps between lines of metrics.
     eval_every: steps between validations; 0: only at the end.
     eval_limit: windows of a validation during training; 0: the whole split.

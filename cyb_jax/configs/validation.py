@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cyb_jax.configs.schema import Config
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, is_seed
 from cyb_jax.methods import WEIGHTS
 from cyb_jax.methods.parameters import new_parameters
 
@@ -30,6 +30,7 @@ _NOT_NEGATIVE = Rule(lambda value: value >= 0, "not negative")
 _POSITIVE = Rule(lambda value: value > 0, "positive")
 _SHARE = Rule(lambda value: 0 <= value <= 1, "in [0, 1]")
 _POSITIVE_SHARE = Rule(lambda value: 0 < value <= 1, "in (0, 1]")
+_SEED = Rule(is_seed, "in [0, 2^32)")
 _DECAY = Rule(lambda value: 0 <= value < 1, "in [0, 1)")
 
 
@@ -47,7 +48,7 @@ _DATA = {
   "sequence_length": _AT_LEAST_1,
   "batch_size": _AT_LEAST_1,
   "fraction": _POSITIVE_SHARE,
-  "seed": _NOT_NEGATIVE,
+  "seed": _SEED,
 }
 _OPTIMIZER = {
   "learning_rate": _POSITIVE,
@@ -68,7 +69,7 @@ _TRAIN = {
   "max_skipped": _AT_LEAST_1,
   "keep": _AT_LEAST_1,
   "collapse_warning": _POSITIVE_SHARE,
-  "seed": _NOT_NEGATIVE,
+  "seed": _SEED,
   "eval_every": _NOT_NEGATIVE,
   "eval_limit": _NOT_NEGATIVE,
   "last_eval_limit": _NOT_NEGATIVE,

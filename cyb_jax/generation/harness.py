@@ -23,7 +23,7 @@ from cyb_jax import runs
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs import flops
 from cyb_jax.data import tokenizers
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, check_seed
 from cyb_jax.generation.abilities import (
   default_mode,
   slots_share_places,
@@ -158,6 +158,7 @@ class CybLM(LM):
         if init_from is None
         else pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh)
       )
+    check_seed("seed", seed)
     if pauses is not None:
       run = dataclasses.replace(run, method=with_prompt_pauses(run.method, pauses))
     text = str(batch_size or "auto").partition(":")[0]

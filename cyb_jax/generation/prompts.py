@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, check_seed
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +64,8 @@ def random_keys(seeds: Sequence[int] | int, rows: int) -> Array:
     seeds = [int(seeds) + row for row in range(rows)]
   if len(seeds) != rows:
     raise InputError(f"seeds: {len(seeds)} of them, but {rows} prompts; give one for each")
-  if not all(0 <= seed < 2**32 for seed in seeds):
-    raise InputError(f"seed: {min(seeds)} .. {max(seeds)} must lie in [0, 2^32)")
+  for seed in seeds:
+    check_seed("seed", seed)
   return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
 
 

@@ -82,6 +82,15 @@ def test_flags(workdir):
     (["--prompt=a", "--stop="], "--stop: an empty text"),
     (["--prompt=a", "--workdir=/nowhere"], "holds no run"),
     (["--prompt=a", "--workdir="], "--workdir: not given"),
+    # What needs no model is checked before one is opened.
+    (["--prompt=a", "--workdir=/nowhere", "--mode=slow"], "mode: 'slow' is none of self_paced, constant, none"),
+    (["--prompt=a", "--workdir=/nowhere", "--temperature=-1"], "temperature: -1.0 must be finite"),
+    (["--prompt=a", "--workdir=/nowhere", "--seed=-1"], "--seed: -1 must lie in [0, 2^32)"),
+    (["--prompt=a", "--workdir=/nowhere", "--seed=4294967296"], "--seed: 4294967296 must lie in [0, 2^32)"),
+    (
+      ["--prompt=a", "--prompt=b", "--workdir=/nowhere", "--seed=4294967295"],
+      "--seed: of row 2: 4294967296 must lie in [0, 2^32)",
+    ),
   ],
 )
 def test_bad_input(flags, words, workdir):

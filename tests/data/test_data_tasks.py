@@ -214,6 +214,7 @@ def test_text_files(tmp_path):
     ("text_files", {"pattern": "x", "unit": "word"}, "unit='word'"),
     ("synthetic_sums", {"documents": "many"}, "documents='many': give a whole number"),
     ("synthetic_sums", {"documents": 0}, "documents=0"),
+    ("synthetic_sums", {"seed": 2**32}, "data.options.seed: 4294967296 must lie in [0, 2^32)"),
     ("synthetic_sums", {"max_difficulty": 9}, "max_difficulty=9"),
     ("synthetic_lookups", {"min_difficulty": 5, "max_difficulty": 4}, "min_difficulty=5"),
   ],

@@ -175,6 +175,11 @@ def test_text_of_methods_that_go_by_a_rule(options, mode, read, width):
   assert lm.spent["some_task"].flops == pytest.approx(cost)
 
 
+def test_a_seed_out_of_range_is_refused_at_once(adapter):
+  with pytest.raises(InputError, match=r"seed: 4294967296 must lie in"):
+    adapter(seed=2**32)
+
+
 def test_text_ends_at_a_stop_text_and_where_it_is_drawn_it_hangs_on_the_seed(run, adapter):
   whole = said_alone(run, "ab", 8, temperature=0)
   text = ByteTokenizer().decode(whole.tokens[0])

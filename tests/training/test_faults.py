@@ -37,6 +37,7 @@ def test_kills():
   assert result["phases"].keys() == PHASES.keys()
   assert sum(result["phases"].values()) == result["kills"] == 3
   assert "--kills: 0 must be at least 1" in cli.complaint("benchmark", "faults", "--kills=0")
+  assert "--kills_seed: -1 must lie in" in cli.complaint("benchmark", "faults", "--kills_seed=-1")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cyb_jax.data.tasks.interface import Document, Piece, Source, TaskKind, consecutive_pieces
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, check_seed
 
 _PIECE_DOCUMENTS = 4096
 
@@ -60,10 +60,9 @@ def _kind(name: str, write: Write, *, answers_only: bool = False) -> TaskKind:
     lowest, highest = options["min_difficulty"], options["max_difficulty"]
     if not 1 <= lowest <= highest <= 8:
       raise InputError(f"data.options.min_difficulty={lowest}, max_difficulty={highest}: give 1 <= min <= max <= 8")
-    if options["documents"] < 1 or options["seed"] < 0:
-      raise InputError(
-        f"data.options.documents={options['documents']}, seed={options['seed']}: give documents >= 1 and seed >= 0"
-      )
+    check_seed("data.options.seed", options["seed"])
+    if options["documents"] < 1:
+      raise InputError(f"data.options.documents={options['documents']}: give at least 1")
     counts = {"train": options["documents"]}
     counts |= dict.fromkeys(("validation", "test"), max(64, options["documents"] // 20))
     generator = _Generator(write, lowest, highest, options["seed"], counts, answers_only)
