@@ -10,12 +10,44 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
+
+
+class PathParser(flags.ArgumentParser):
+  """The parser of a flag that holds a path: see `cyb_jax.storage.absolute`."""
+
+  def parse(self, argument: str) -> str:
+    return absolute(argument)
+
+  def flag_type(self) -> str:
+    return "path"
+
+
+class PathListParser(flags.ListParser):
+  """The parser of a flag that holds paths with commas between them."""
+
+  def parse(self, argument: Any) -> list[str]:
+    return [absolute(path) for path in super().parse(argument)]
+
+  def flag_type(self) -> str:
+    return "comma separated list of paths"
+
+
+def define_path(name: str, default: str | None, description: str) -> None:
+  """Defines a flag that holds a path; its value is absolute, '' stays ''."""
+  flags.DEFINE(PathParser(), name, default, description, serializer=flags.ArgumentSerializer())
+
+
+def define_paths(name: str, default: list[str] | None, description: str) -> None:
+  """Defines a flag that holds paths with commas between them; its value is a list of absolute paths."""
+  flags.DEFINE(PathListParser(), name, default, description, serializer=flags.CsvListSerializer(","))
 
 
 def config_flag() -> ml_collections.ConfigDict:
@@ -90,8 +122,10 @@ def with_installed_config(argv: Sequence[str]) -> list[str]:
 
 def installed(path: str) -> str:
   """The path of a config file: experiments/NAME.py, where it doesn't exist in the working directory, is the copy that
-  was installed with the package, or that of the checkout.
+  was installed with the package, or that of the checkout; `~` is expanded.
   """
+  if path.startswith("~"):
+    return absolute(path)
   package = pathlib.Path(__file__).parent
   if path.startswith("experiments/") and not os.path.exists(path):
     for found in (package / path, package.parent / path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from cyb_jax.errors import InputError
 
@@ -90,6 +90,21 @@ def parse_mixture(field: str, text: str) -> tuple[Item, ...]:
   return tuple(items)
 
 
+def written_options(options: Mapping[str, str]) -> str:
+  """The text from which `parse_options` reads the same options."""
+  return ",".join(f"{key}={_escaped(value)}" for key, value in options.items())
+
+
+def written_mixture(items: Iterable[Item]) -> str:
+  """The text from which `parse_mixture` reads the same sources."""
+  return ",".join(_written(item) for item in items)
+
+
+def _written(item: Item) -> str:
+  options = f"({written_options(item.options)})" if item.options else ""
+  return f"{_escaped(item.name)}{options}:{item.weight!r}"
+
+
 def _weight(field: str, part: str, text: str | None) -> float:
   if text is None:
     return 1.0
@@ -122,6 +137,11 @@ def _parts(text: str) -> Iterator[str]:
     escaped = character == "\\" and not escaped
   if part.strip():
     yield part
+
+
+def _escaped(text: str) -> str:
+  """The text with a backslash before each comma and bracket."""
+  return re.sub(r"([,()])", r"\\\1", text)
 
 
 def _plain(text: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from cyb_jax import configs, storage
 from cyb_jax.checkpointing.workdir import ConfigRecord, check_fingerprint, checkpoints_in, read_config
 from cyb_jax.configs import Config
-from cyb_jax.data import Tokenizer, TokenStore, is_store, open_token_store, tokenizers
+from cyb_jax.data import Tokenizer, TokenStore, is_store, open_token_store, tasks, tokenizers
 from cyb_jax.errors import InputError
 from cyb_jax.methods import Method
 from cyb_jax.partitioning.mesh import data_shards, shardings
@@ -92,17 +92,28 @@ def abstract_params(method: Method, mesh: jax.sharding.Mesh | None) -> PyTree:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
+def with_absolute_paths(source: Mapping[str, Any]) -> dict[str, Any]:
+  """A nested config in which all paths are absolute: a run's folder may be read from any working directory."""
+  return configs.with_paths(source, storage.absolute, tasks.with_absolute_paths)
+
+
 def config_record(config: Config) -> ConfigRecord:
   """A config as a run's folder records and compares it."""
-  return ConfigRecord(configs.to_json(config), functools.partial(configs.differences, new=config.source))
+  source = with_absolute_paths(config.source)
+
+  def differences(recorded: Mapping[str, Any]) -> list[str]:
+    # Version 0.1 recorded paths as they were given.
+    return configs.differences(with_absolute_paths(recorded), source)
+
+  return ConfigRecord(configs.to_json(dataclasses.replace(config, source=source)), differences)
 
 
 def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenStore | None:
-  """The token store that a run was trained on, without its source.
+  """The token store that a run was trained on, without its source; the fingerprint decides which one it is.
 
   Args:
     meta: of the run's newest checkpoint; None: the run has none yet.
-    given: a folder that must hold the store; '': the folder that is recorded.
+    given: a folder that must hold the store if it holds one; '': the folder that is recorded.
 
   Returns:
     The store; None where none is recorded, or it does not exist any more and must be prepared again.
@@ -111,11 +122,14 @@ def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenSt
     InputError: the given folder holds another store.
   """
   # A pretrained model that a run starts from was trained on an unknown store.
-  if meta is None or "store" not in meta or not is_store(given or meta["store_path"]):
+  if meta is None or "store" not in meta:
     return None
-  store = open_token_store(given or meta["store_path"])
-  if store.fingerprint == meta["store"]:
-    return store
-  if given:
-    check_fingerprint(store, meta)
-  return None  # the recorded folder holds another store now
+  for path in dict.fromkeys(filter(None, (given, meta["store_path"]))):
+    if not is_store(path):
+      continue
+    store = open_token_store(path)
+    if store.fingerprint == meta["store"]:
+      return store
+    if path == given:
+      check_fingerprint(store, meta)
+  return None

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from cyb_jax import jsonl
+from cyb_jax import command_line, jsonl
 from cyb_jax.cli import flag_values, launching, terminal
 from cyb_jax.errors import EXIT_CRASH, Failed, InputError
 
@@ -83,7 +83,7 @@ def all_rows() -> list[Row]:
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("output", None, "A file of JSON lines, one for each row; those in it aren't compiled again.")
+  command_line.define_path("output", None, "A file of JSON lines, one for each row; those in it aren't compiled again.")
   flags.DEFINE_string("only", "", "Only rows whose name or topology holds this word; '': all.")
   flags.DEFINE_bool("compile", True, "Whether rows that are missing are compiled; else only those there are shown.")
 

@@ -85,7 +85,7 @@ def _commit(checkout: pathlib.Path) -> str:
 
 def _job(command: str, rest: Sequence[str]) -> Job:
   args = flags.FLAGS
-  checkout = pathlib.Path(args.checkout)
+  checkout = pathlib.Path(args.checkout).expanduser()
   packs = command in ("train", "upload") or (command == "create" and args.runner == "startup")
   commit = _commit(checkout) if packs else ""
   caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -95,7 +95,7 @@ def _job(command: str, rest: Sequence[str]) -> Job:
     checkout=checkout,
     commit=commit,
     extras=args.extras,
-    cache=pathlib.Path(args.cache) if args.cache else caches / "cyb_jax-launch" / args.name,
+    cache=pathlib.Path(args.cache).expanduser() if args.cache else caches / "cyb_jax-launch" / args.name,
     source=args.source or (f"{bucket[0]}/cyb_jax-source/{commit[:12]}.tar.gz" if bucket else ""),
   )
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from absl import flags
 
+from cyb_jax import command_line
 from cyb_jax.benchmarks import timing
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("store", "", "A token store; '': generated tokens.")
+  command_line.define_path("store", "", "A token store; '': generated tokens.")
   flags.DEFINE_integer("sequence_length", 1024, "Tokens in a window.")
   flags.DEFINE_integer("batch_size", 64, "Windows in a batch.")
   timing.define_flags()

@@ -53,7 +53,7 @@ def define_flags() -> None:
     " 'tbys3', 'ap'), fields ('method.pauses=1,method.pause_visibility=hidden'), or a setting and fields"
     " ('tbys3,data.batch_size=8'). May be given several times.",
   )
-  flags.DEFINE_string("store", "", "A token store; '': that of data.store, or else random tokens.")
+  command_line.define_path("store", "", "A token store; '': that of data.store, or else random tokens.")
   flags.DEFINE_integer(
     "vocabulary",
     0,
@@ -64,7 +64,7 @@ def define_flags() -> None:
   flags.DEFINE_float(
     "peak_tflops", 0.0, "What a device does at best, 1e12 operations a second; 0: what is known of it."
   )
-  flags.DEFINE_string("profile", "", "A folder: some more steps of row N (from 0) are traced into FOLDER/N.")
+  command_line.define_path("profile", "", "A folder: some more steps of row N (from 0) are traced into FOLDER/N.")
 
 
 def train() -> dict[str, Any]:

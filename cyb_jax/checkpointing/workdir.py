@@ -118,7 +118,7 @@ class Lock:
   """
 
   def __init__(self, workdir: str | os.PathLike):
-    self._workdir = workdir
+    self._workdir = storage.place(workdir)
     self._file: int | None = None
     self._in_bucket = storage.in_bucket(workdir)
 
@@ -127,7 +127,7 @@ class Lock:
       return self
     # Where the file can't be opened, `check_workdir` raises an error that explains it.
     with contextlib.suppress(OSError):
-      self._lock(os.open(pathlib.Path(self._workdir) / ".lock", os.O_RDWR))
+      self._lock(os.open(self._workdir / ".lock", os.O_RDWR))
     return self
 
   def __exit__(self, *_) -> None:
@@ -139,7 +139,7 @@ class Lock:
     """Locks the folder, which must exist; returns whether it was not locked by this object before."""
     if self._file is not None or self._in_bucket:
       return False
-    self._lock(os.open(pathlib.Path(self._workdir) / ".lock", os.O_RDWR | os.O_CREAT, 0o666))
+    self._lock(os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o666))
     return True
 
   def _lock(self, file: int) -> None:

@@ -32,7 +32,7 @@ def define_flags() -> None:
     "decode_batch", 0, "Rows that are decoded together; 0: 8, or as many as devices that have rows of their own."
   )
   flags.DEFINE_bool("verify", False, "Compile each change that is advised where memory is short, too.")
-  flags.DEFINE_string("hlo", "", "A folder: the optimised HLO of each step is written there.")
+  command_line.define_path("hlo", "", "A folder: the optimised HLO of each step is written there.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

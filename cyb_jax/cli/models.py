@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from cyb_jax import command_line
 from cyb_jax.cli import flag_values
 from cyb_jax.errors import InputError
 
@@ -19,14 +20,14 @@ if TYPE_CHECKING:  # imported where they are used, so that errors of flags are r
 
 def define_run_flags() -> None:
   """The flags that name a run."""
-  flags.DEFINE_string("workdir", None, "The run's folder.")
+  command_line.define_path("workdir", None, "The run's folder.")
   flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
 
 
 def define_model_flags() -> None:
   """The flags of a program that takes a trained run, or weights that a run could start from; see `load_model`."""
   define_run_flags()
-  flags.DEFINE_string(
+  command_line.define_path(
     "init_from", "", "In place of --workdir, weights that a run could start from: converted weights, a Hugging Face"
     " folder, a GGUF file. Nothing is written there."
   )  # fmt: skip

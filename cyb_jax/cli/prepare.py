@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags
 
+from cyb_jax import command_line
 from cyb_jax.cli.launching import launch
 from cyb_jax.data import TASKS, Prepared, default_tokenizer, open_token_store, prepare_shard
 from cyb_jax.data.tokenizers import num_threads
@@ -38,7 +39,7 @@ def define_flags() -> None:
     'tokenizer', None, "'bytes', 'sentencepiece:N', a .model or .gguf file, or a Hugging Face folder; by default "
     'sentencepiece:8192, for the synthetic tasks bytes'
   )  # fmt: skip
-  flags.DEFINE_string("output", None, "the store's folder; by default one in the user's cache folder")
+  command_line.define_path("output", None, "the store's folder; by default one in the user's cache folder")
   flags.DEFINE_integer("limit", None, "at most so many documents of each split")
   flags.DEFINE_integer("workers", 1, "processes that tokenize; one uses threads")
   flags.DEFINE_string(
@@ -46,7 +47,7 @@ def define_flags() -> None:
     "finishes the store"
   )  # fmt: skip
   flags.DEFINE_multi_string("option", [], "an option of the task, as key=value; may be repeated")
-  flags.DEFINE_string("verify", None, "check the store in this folder instead, byte for byte")
+  command_line.define_path("verify", None, "check the store in this folder instead, byte for byte")
 
 
 def main(argv: list[str]) -> dict[str, Any]:

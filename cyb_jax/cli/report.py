@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax import storage
+from cyb_jax import command_line, storage
 from cyb_jax.cli import flag_values, launching, models, splits, terminal
 from cyb_jax.errors import InputError
 
@@ -42,8 +42,8 @@ _OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_p
 def define_flags() -> None:
   models.define_run_flags()
   splits.define_reading_flags()
-  flags.DEFINE_list("compare", None, "Instead of --workdir: folders of runs, which are compared.")
-  flags.DEFINE_string("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
+  command_line.define_paths("compare", None, "Instead of --workdir: folders of runs, which are compared.")
+  command_line.define_path("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
   flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown in colour, evenly spaced over the split.")
   flags.DEFINE_bool("text", False, "Print the coloured text too.")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from cyb_jax import command_line
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used, so that errors of flags are reported at once
@@ -22,7 +23,7 @@ def define_reading_flags() -> None:
   flags.DEFINE_string("split", "validation", "validation, test or train.")
   flags.DEFINE_integer("limit", 0, "The number of windows at most; 0: the whole split.")
   flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
-  flags.DEFINE_string("store", "", "The token store, where it has moved since the training.")
+  command_line.define_path("store", "", "The token store, where it has moved since the training.")
 
 
 def reading_mesh() -> Mesh:

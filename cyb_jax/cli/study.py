@@ -30,6 +30,7 @@ from typing import Any
 
 from absl import flags
 
+from cyb_jax import command_line
 from cyb_jax.cli import flag_values, launching, terminal
 from cyb_jax.errors import Interrupted
 from cyb_jax.studies import settings
@@ -64,7 +65,7 @@ _OPTIONS = (
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("workdir", None, "The study's folder; each run has its own in it.")
+  command_line.define_path("workdir", None, "The study's folder; each run has its own in it.")
   flags.DEFINE_string("config", "experiments/quickstart.py", "The experiment that settings are arguments of.")
   flags.DEFINE_list("settings", [], "Settings of experiments/README.md, deeper@SETTING too; none: one of each method.")
   flags.DEFINE_string("size", "", "A decoder preset, the experiment's second argument; '': its own.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
-  flags.DEFINE_string("workdir", None, "The run's folder; an interrupted run in it is continued.")
+  command_line.define_path("workdir", None, "The run's folder; an interrupted run in it is continued.")
   flags.DEFINE_integer("profile", 0, "Trace so many steps, after ten, into WORKDIR/profile (TensorBoard, Perfetto).")
   flags.DEFINE_boolean(
     "dry_run", False, "Print what a run takes, parameters, memory and FLOPs, and write nothing; needs no workdir."

@@ -3,6 +3,7 @@
 from cyb_jax.configs.differences import differences, filled
 from cyb_jax.configs.methods_group import all_options, written_method
 from cyb_jax.configs.parsing import default, freeze, migrated, to_dict, to_json
+from cyb_jax.configs.paths import with_paths
 from cyb_jax.configs.schema import (
   DECODER_FIELDS,
   Config,
@@ -31,5 +32,6 @@ __all__ = [
   "migrated",
   "to_dict",
   "to_json",
+  "with_paths",
   "written_method",
 ]

@@ -30,7 +30,7 @@ from cyb_jax.data.store import TokenStore
 from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE
 from cyb_jax.errors import InputError
 from cyb_jax.option_syntax import Item
-from cyb_jax.storage import streams
+from cyb_jax.storage import absolute, streams
 
 _SOURCES = "sources.json"
 # The largest M; smaller shares than 1 / M are refused.
@@ -166,7 +166,7 @@ def prepare_mixture(
     InputError: an unknown source, stores of different tokenizers, or what `preparation.prepare` raises.
   """
   names = _unique_names(items)
-  opened = {number: open_token_store(item.name) for number, item in enumerate(items) if _is_folder(item)}
+  opened = {number: open_token_store(absolute(item.name)) for number, item in enumerate(items) if _is_folder(item)}
   spec = _tokenizer_of(opened.values()) if opened else tokenizer
   if not opened and tokenizers.trained_pieces(spec):
     found = _trained(items, spec, limit, write=write)
@@ -186,7 +186,7 @@ def prepare_mixture(
   period([source.weight for source in sources])
   description = _described(sources)
   default = stores.default_cache() / "stores" / f"mixture-{description['fingerprint'][:16]}"
-  path = Path(output).expanduser().absolute() if output else default
+  path = Path(absolute(output)) if output else default
   if write:
     _write(path, description, sources)
   return MixtureStore(path, description, sources)
@@ -211,7 +211,7 @@ def _is_folder(item: Item) -> bool:
   """
   if item.name in tasks.TASKS or item.name.startswith("seqio:"):
     return False
-  if stores.is_store(item.name):
+  if stores.is_store(absolute(item.name)):
     if item.options:
       raise InputError(f"data.mixture: {item.name!r} is a token store, which has no options; give its name alone")
     return True

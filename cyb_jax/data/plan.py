@@ -95,8 +95,10 @@ class Plan:
     Raises:
       InputError: it has another one.
     """
+    # Earlier versions recorded paths as they were given.
+    options = tasks.with_absolute_paths(found.get("options") or {})
     for name, value in self.recipe.items():
-      if found.get(name) != value:
+      if (options if name == "options" else found.get(name)) != value:
         raise InputError(
           f"output={os.fspath(self.path)!r}: it holds {what} with {name}={found.get(name)!r}, not {value!r}; {remedy}"
         )

@@ -36,7 +36,7 @@ from etils import epath
 from cyb_jax.data import chunks, locks, tokenizers
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.storage import in_bucket, streams
-from cyb_jax.storage.paths import unchecked_place
+from cyb_jax.storage.paths import absolute, unchecked_place
 
 FORMAT = 1
 DESCRIPTION = "store.json"
@@ -86,7 +86,7 @@ class TokenStore:
     """
     if in_bucket(path):
       path = _local_copy(unchecked_place(path), read_description(path))
-    path = Path(path)
+    path = Path(absolute(path))
     description = read_description(path)
     files = list(_files(description))
     for name, size, _ in files:
@@ -240,7 +240,7 @@ class TokenStore:
 def default_cache() -> Path:
   """The user's cache folder of this package."""
   cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-  return Path(cache).expanduser() / "cyb_jax"
+  return Path(absolute(cache)) / "cyb_jax"
 
 
 def is_store(path: str | os.PathLike) -> bool:

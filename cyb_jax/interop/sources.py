@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cyb_jax import methods
+from cyb_jax import methods, storage
 from cyb_jax.configs import methods_group
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, reading
@@ -134,7 +134,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def _open(path: str | os.PathLike) -> Source:
-  place = pathlib.Path(path)
+  place = pathlib.Path(storage.absolute(path))
   if place.is_dir():
     return _open_folder(place)
   if not place.is_file():

@@ -23,12 +23,13 @@ from cyb_jax.storage.files import (
   read_bytes,
   remove_tree,
 )
-from cyb_jax.storage.paths import Place, in_bucket
+from cyb_jax.storage.paths import Place, absolute, in_bucket
 
 __all__ = [
   "Digest",
   "Files",
   "Place",
+  "absolute",
   "access",
   "atomic_write",
   "bucket_errors",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from cyb_jax.errors import InputError
 from cyb_jax.storage import bucket, disk
-from cyb_jax.storage.paths import SCHEME, Place, in_bucket
+from cyb_jax.storage.paths import SCHEME, Place, absolute, in_bucket
 
 Digest: TypeAlias = Literal["sha256", "md5"]
 
@@ -47,7 +47,7 @@ def place(path: str | os.PathLike) -> Place:
   if not in_bucket(name):
     if "://" in name:
       raise InputError(f"{name}: neither a folder on a disk nor gs://bucket/folder")
-    return pathlib.Path(path).absolute()
+    return pathlib.Path(absolute(path)).absolute()
   if not name.removeprefix(SCHEME).strip("/"):
     raise InputError(f"{name}: no bucket is named; write gs://bucket/folder")
   bucket.file_system()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
 from cyb_jax.studies import settings
 
 BUDGETS = ("tokens", "training_flops", "inference_flops")
@@ -59,7 +60,9 @@ class Options:
   @property
   def identity(self) -> dict[str, Any]:
     """What all runs in a study's folder have in common, the content of study.json."""
-    return {"config": self.config, "steps": self.steps, "size": self.size, "fields": list(self.fields)}
+    return with_absolute_paths(
+      {"config": self.config, "steps": self.steps, "size": self.size, "fields": list(self.fields)}
+    )
 
   def argument(self, setting: str) -> str:
     """The argument of the experiment for a setting."""
@@ -95,6 +98,23 @@ class Options:
       raise InputError(f"--equal: {','.join(self.equal)!r} must be some of {', '.join(BUDGETS)}, each once")
     for setting in (*self.settings, self.reference):
       settings.check(setting)
+
+
+def with_absolute_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
+  """The content of a study.json, with absolute paths; experiments/NAME.py names an experiment of this package."""
+  config = identity["config"]
+  config = config if config.startswith("experiments/") else absolute(config)
+  return {**identity, "config": config, "fields": [_with_absolute_path(field) for field in identity["fields"]]}
+
+
+def _with_absolute_path(field: str) -> str:
+  """A field 'a.b=value', with an absolute path where it holds one."""
+  from cyb_jax import runs  # imports jax
+
+  name, equals, value = field.partition("=")
+  group, dot, leaf = name.partition(".")
+  changed = runs.with_absolute_paths({group: {leaf: value} if dot else value})[group]
+  return f"{name}{equals}{changed[leaf] if dot else changed}"
 
 
 def _each_once(names: Sequence[str]) -> bool:

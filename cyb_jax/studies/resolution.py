@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from cyb_jax import configs
+from cyb_jax import configs, runs
 from cyb_jax.configs import Config
 from cyb_jax.interop import pretrained
 from cyb_jax.studies import matching
@@ -18,7 +18,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], workdir: str 
   """A frozen config; every program that takes `--config` calls this, and config.json holds the result.
 
   `decoder.preset` = '' is the decoder of `init_from`; a `method.name` such as 'deeper@ap' is a plain model of the same
-  cost, whose size may depend on a tokenizer. Files are read where the config has either of them.
+  cost, whose size may depend on a tokenizer. Files are read where the config has either of them. Paths become absolute.
 
   Args:
     config: a ConfigDict, or a nested dict.
@@ -28,5 +28,6 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], workdir: str 
   Raises:
     InputError: see `configs.freeze`; or `init_from` can't be read, or no plain model has about the same cost.
   """
-  source = pretrained.fill_decoder(configs.to_dict(config), workdir)
+  source = runs.with_absolute_paths(configs.to_dict(config))
+  source = pretrained.fill_decoder(source, workdir)
   return configs.freeze(matching.fill_plain_model(source))

@@ -13,7 +13,7 @@ from cyb_jax import jsonl
 from cyb_jax.errors import Failed, InputError
 from cyb_jax.storage import atomic_write
 from cyb_jax.studies import results
-from cyb_jax.studies.options import Options
+from cyb_jax.studies.options import Options, with_absolute_paths
 from cyb_jax.studies.plan import Plan, make_plan
 from cyb_jax.studies.runner import MAX_EXTENSIONS, Measured, Study
 
@@ -103,7 +103,8 @@ def _claim(folder: pathlib.Path, options: Options) -> None:
   path = folder / "study.json"
   if path.exists():
     # An older version had neither sizes nor fields.
-    for name, value in ({"size": "", "fields": []} | json.loads(path.read_text())).items():
+    recorded = with_absolute_paths({"size": "", "fields": []} | json.loads(path.read_text()))
+    for name, value in recorded.items():
       if options.identity[name] != value:
         raise InputError(
           f"--{name}: {options.identity[name]!r}, but {folder} holds a study with {value!r}; take another --workdir"

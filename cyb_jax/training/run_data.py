@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cyb_jax import runs
+from cyb_jax import runs, storage
 from cyb_jax.configs import Config
 from cyb_jax.data import (
   MixtureBatches,
@@ -24,7 +24,7 @@ from cyb_jax.data import (
   prepare_mixture,
   with_segment_ids,
 )
-from cyb_jax.data.tasks import PLACES, settle_options
+from cyb_jax.data.tasks import PLACES, settle_options, with_absolute_paths
 from cyb_jax.data.tokenizers import trained_pieces, vocabulary_size
 from cyb_jax.errors import InputError
 
@@ -82,7 +82,15 @@ def open_recorded_or_new_store(config: Config, meta: dict[str, Any] | None) -> T
   Raises:
     InputError: see `open_store` and `runs.open_recorded_store`.
   """
-  return runs.open_recorded_store(meta, config.data.store) or open_store(config)
+  path = config.data.store
+  found = runs.open_recorded_store(meta, path)
+  if found is None and meta is not None and path and path != storage.absolute(path) and not _holds_store(path):
+    # Version 0.1 recorded paths as they were given: nobody knows any more where this one begins.
+    raise InputError(
+      f"data.store: the run records the relative path {path!r}, and {storage.absolute(path)} holds no token store; give"
+      " the store's folder"
+    )
+  return found or open_store(config)
 
 
 def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = None) -> TrainBatches | MixtureBatches:
@@ -146,7 +154,7 @@ def vocabulary(config: Config, store: TokenStore | None = None) -> tuple[int | N
 
 
 def _holds_store(path: str) -> bool:
-  return bool(path) and (pathlib.Path(path).exists() or is_store(path))
+  return bool(path) and (pathlib.Path(storage.absolute(path)).exists() or is_store(path))
 
 
 def _check_store(store: TokenStore, config: Config) -> None:
@@ -154,12 +162,12 @@ def _check_store(store: TokenStore, config: Config) -> None:
   data, found = config.data, store.description
   if data.task != found["task"]:
     raise InputError(f"data.task: {data.task!r}, but the token store in {store.path} holds {found['task']!r}")
-  settled = settle_options(data.task, config.task_options())
+  settled, prepared = settle_options(data.task, config.task_options()), with_absolute_paths(found["options"])
   for name in config.task_options():  # options that the config does not set are those of the store
-    if name not in PLACES and settled[name] != found["options"][name]:
+    if name not in PLACES and settled[name] != prepared[name]:
       raise InputError(
         f"data.options: {name}={settled[name]}, but the token store in {store.path} was prepared with"
-        f" {name}={found['options'][name]}"
+        f" {name}={prepared[name]}"
       )
   spec = config.tokenizer
   wanted = spec if trained_pieces(spec) else open_tokenizer(spec).describe()["sha256"]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cyb_jax.errors import InputError
-from cyb_jax.option_syntax import Item, parse_mixture, parse_options
+from cyb_jax.option_syntax import Item, parse_mixture, parse_options, written_mixture, written_options
 
 OPTIONS = {
   "": {},
@@ -43,14 +43,20 @@ def test_mixtures(text):
   assert parse_mixture("f", text) == tuple(Item(*item) for item in MIXTURES[text])
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.text(alphabet="ab/.,():=\\ ", max_size=8)))
-def test_an_escaped_value_is_read_back(options):
-  def escaped(value):
-    return "".join(f"\\{c}" if c in ",():" else c for c in value)
+# A backslash before a special character cannot be written: the escape would be read instead.
+values = st.text(alphabet="ab/.,():= ", max_size=8)
+options = st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), values, max_size=3)
 
-  # A backslash before a special character cannot be written: the escape would be read instead.
-  options = {key: value for key, value in options.items() if "\\" not in value}
-  assert parse_options("f", ",".join(f"{key}={escaped(value)}" for key, value in options.items())) == options
+
+@given(options)
+def test_written_options_are_read_back(options):
+  assert parse_options("f", written_options(options)) == options
+
+
+@given(st.lists(st.tuples(st.sampled_from(["imdb", "/a,b(c)", "gs://x/y"]), options), min_size=1, unique_by=str))
+def test_a_written_mixture_is_read_back(sources):
+  items = tuple(Item(name, given, 0.5 + number) for number, (name, given) in enumerate(sources))
+  assert parse_mixture("f", written_mixture(items)) == items
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,9 @@ BAD_ROWS = {
   "null": ({"text": None}, {}, ["text_key='text'", "line 3", "None is no text"]),
   "number": ({"text": 7}, {}, ["line 3", "7 is no text"]),
   "list": (["x"], {}, ["line 3 is ['x']", "an object with keys"]),
-  "surrogate": ({"text": "half \ud800"}, {}, ["line 3", "U+D800"]),
+  "surrogate": ({"text": "half \ud800"}, {}, ["line 3", "lone surrogate"]),
   "answer": ({"text": "q", "a": ""}, {"prompt_key": "text", "answer_key": "a"}, ["line 3", "the answer is empty"]),
-  "lone_answer": ({"text": "q", "a": "\udc00"}, {"prompt_key": "text", "answer_key": "a"}, ["line 3", "U+DC00"]),
+  "lone": ({"text": "q", "a": "\udc00"}, {"prompt_key": "text", "answer_key": "a"}, ["line 3", "lone surrogate"]),
   "chat": ({"text": "x", "m": "hello"}, {"messages_key": "m"}, ["line 3", "no list of"]),
   "turns": (
     {"text": "x", "m": [{"role": "user", "content": "x"}]}, {"messages_key": "m"}, ["line 3", "no turn of the role"]

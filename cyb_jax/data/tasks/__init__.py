@@ -18,7 +18,7 @@ feature, `weights`: a string of one byte, 0 or 1, for each byte of `targets`.
 """
 
 from cyb_jax.data.tasks.interface import Document, Piece, Source, Task, TaskKind, split_of, text_digest
-from cyb_jax.data.tasks.options import PLACES
+from cyb_jax.data.tasks.options import PLACES, with_absolute_paths
 from cyb_jax.data.tasks.registry import TASKS, default_tokenizer, has_targets, open_task, register, settle_options
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
   "settle_options",
   "split_of",
   "text_digest",
+  "with_absolute_paths",
 ]

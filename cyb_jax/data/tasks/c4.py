@@ -14,6 +14,7 @@ from etils import epath
 from cyb_jax.data.tasks import seqio_tasks
 from cyb_jax.data.tasks.interface import Piece, Source, TaskKind
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
 
 
 def _open(options: Mapping[str, Any]):
@@ -45,7 +46,7 @@ def _open(options: Mapping[str, Any]):
 def _newest_version(options: Mapping[str, Any]) -> epath.Path:
   """The folder of the newest version of c4/en that is prepared."""
   place = options["data_dir"] or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-  folder = epath.Path(place).expanduser() / "c4" / "en"
+  folder = epath.Path(absolute(place)) / "c4" / "en"
   versions = []
   if folder.exists():
     names = [path.name for path in folder.iterdir() if (path / "dataset_info.json").exists()]

@@ -24,6 +24,7 @@ from typing import IO, Any
 from etils import epath
 
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
 
 # Files of up to this many bytes in all are identified by their contents, others by their names and sizes.
 _HASHED_BYTES = 256 << 20
@@ -71,7 +72,7 @@ def matching(option: str, pattern: str) -> list[epath.Path]:
   if kind is epath.Path and "**" in pattern:
     raise InputError(f"data.options.{option}={pattern!r}: ** is not possible in a bucket; give * for each folder")
   # A glob needs a folder to start from: the part of the pattern before its first wildcard.
-  parts = kind(pattern).expanduser().parts
+  parts = kind(absolute(pattern)).parts
   fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
   root = kind(*parts[:fixed])
   found = [root] if fixed == len(parts) else root.glob("/".join(parts[fixed:]))

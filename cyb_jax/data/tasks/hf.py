@@ -1,5 +1,7 @@
 """`hf`: a dataset of the Hugging Face Hub, or a local folder of one; see `records` for what a row holds.
 
+A folder is written with a / or ./ or ~ before it, so that it is not taken for a name on the Hub.
+
 The package datasets reads it (https://huggingface.co/docs/datasets), from its cache on the local disk, or row by row
 from the network (`streaming=yes`).
 """
@@ -15,9 +17,10 @@ from typing import Any
 
 from cyb_jax.data.tasks.files import Files
 from cyb_jax.data.tasks.interface import Document, Piece, Source, TaskKind, consecutive_pieces
-from cyb_jax.data.tasks.options import one_of
+from cyb_jax.data.tasks.options import is_folder, one_of
 from cyb_jax.data.tasks.records import DEFAULTS, RecordForm
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
 
 _PIECE_ROWS = 1 << 16
 # Options: the splits of the dataset that are train, validation and test.
@@ -94,12 +97,12 @@ class _FromHub:
 
 def _located(name: str, subset: str, revision: str, streaming: bool) -> _Dataset:
   """Finds a dataset without reading its rows."""
-  folder = Path(name).expanduser()
-  if folder.exists():
+  if is_folder(name):
+    folder = Path(absolute(name))
     if revision:
       raise InputError(f"data.options.revision={revision!r}: {name} is a folder on this disk, which has no revisions")
-    pattern = f"{folder.absolute()}/**/*" if folder.is_dir() else str(folder)
-    return _Dataset(str(folder.absolute()), subset, None, streaming, Files.find("dataset", pattern).identity())
+    pattern = f"{folder}/**/*" if folder.is_dir() else str(folder)
+    return _Dataset(str(folder), subset, None, streaming, Files.find("dataset", pattern).identity())
   import datasets
 
   with _FromHub(name):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
+from cyb_jax import jsonl
 from cyb_jax.data.tasks.files import Files, compression, format_of, line_number, lines, opened, undamaged
 from cyb_jax.data.tasks.interface import Document, Piece, Source, TaskKind, consecutive_pieces
 from cyb_jax.data.tasks.records import DEFAULTS, RecordForm
@@ -112,13 +112,11 @@ def _parsed(option: str, line: bytes, place: _Line) -> Any:
   """The value of a line.
 
   Raises:
-    InputError: it is no JSON.
+    InputError: it is no JSON, no UTF-8, or has half a character.
   """
   try:
-    return json.loads(line.decode())
-  except UnicodeDecodeError as error:
-    raise InputError(f"data.options.{option}: {place} is no UTF-8 ({error.reason}); convert the file") from error
-  except (ValueError, RecursionError) as error:
+    return jsonl.loads(line)
+  except ValueError as error:
     raise InputError(f"data.options.{option}: {place} is no JSON object ({error}); give one object a line") from error
 
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cyb_jax.errors import InputError
+from cyb_jax.storage import absolute
 
 # Options that say where a source is, not what it contains; they are not part of a store's recipe.
-PLACES = ("data_dir", "path")
+PLACES = ("data_dir", "path", "dataset", "streaming")
+# Options that hold a path, or a pattern of paths; see `cyb_jax.storage.absolute`.
+_PATHS = ("pattern", "validation_pattern", "test_pattern", "data_dir", "path")
 
 
 def settle(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -18,7 +21,8 @@ def settle(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | No
   Args:
     task: its name, for errors.
     defaults: values by name, whole numbers or strings.
-    given: values that the user gives; a string is converted to the whole number that it spells.
+    given: values that the user gives; a string is converted to the whole number that it spells, a path is made
+      absolute.
 
   Raises:
     InputError: an unknown option, or a value of the wrong kind.
@@ -33,7 +37,22 @@ def settle(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | No
     elif not isinstance(value, str):
       raise InputError(f"data.options.{name}={value!r}: give a string")
     settled[name] = value
-  return settled
+  return with_absolute_paths(settled)
+
+
+def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+  """The options with absolute paths, so that two spellings of a path are one task."""
+  return {name: absolute(value) if _is_path(name, value) else value for name, value in options.items()}
+
+
+def _is_path(name: str, value: Any) -> bool:
+  # A dataset is a name on the Hugging Face Hub unless it is written like a path.
+  return name in _PATHS or (name == "dataset" and is_folder(value))
+
+
+def is_folder(dataset: str) -> bool:
+  """Whether the value of the option `dataset` is a folder or a file on this disk: it begins with /, . or ~."""
+  return dataset.startswith(("/", ".", "~"))
 
 
 def _whole_number(name: str, value: Any, default: int) -> int:

@@ -144,13 +144,10 @@ def _chat_fault(messages: Any) -> str | None:
 
 
 def text_fault(value: Any) -> str | None:
-  """Why a value is no text that UTF-8 can represent, and what would do; None: it is one."""
-  if not isinstance(value, str):
-    return f"{_shown(value)} is no text; give a key whose value is a string in every row"
-  surrogate = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
-  if surrogate is not None:
-    return f"it holds U+{ord(surrogate):04X}, half a character, which UTF-8 cannot represent; repair or remove the row"
-  return None
+  """Why a value is no text, and what would do; None: it is one."""
+  if isinstance(value, str):
+    return None
+  return f"{_shown(value)} is no text; give a key whose value is a string in every row"
 
 
 def answer_document(prompt: str, answer: str) -> Document:

@@ -19,6 +19,7 @@ from cyb_jax.data.tokenizers.llama2c import open_llama2c
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError, reading
+from cyb_jax.storage import absolute
 
 _PICKLE_OR_ZIP = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLE_SUFFIXES = (".pt", ".pkl", ".pth")
@@ -67,7 +68,7 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
   with reading(f"data.tokenizer={spec!r}"):
     if spec == "bytes":
       return _open_bytes(rows)
-    path = Path(spec).expanduser()
+    path = Path(absolute(spec))
     return _open_folder(path, rows) if path.is_dir() else _open_file(spec, path, rows)
 
 
