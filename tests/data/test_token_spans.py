@@ -45,6 +45,17 @@ def trained():
   return train_sentencepiece(["Q: the answer is\nAnswer: A", "Answer: B"] * 50, 274)
 
 
+@pytest.fixture(scope="module")
+def normalizing():
+  """A SentencePiece model that changes texts: a ligature becomes two letters, spaces become one."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["Answer: fine", "the fi Answer"] * 50), model_writer=model, vocab_size=290,
+    model_type="bpe", byte_fallback=True, hard_vocab_limit=False, bos_id=-1, minloglevel=2,
+  )  # fmt: skip
+  return SentencePieceTokenizer(model.getvalue())
+
+
 TOKENIZERS = ["answer", "byte_level", "prefixed", "trained", "bytes"]
 
 
@@ -108,6 +119,29 @@ def test_a_space_before_the_text(prefixed):
   # The text's own characters are bytes behind the added space.
   assert pieces(prefixed, prefixed.encode("日")) == ["▁", "<0xE6>", "<0x97>", "<0xA5>"]
   assert encode_pairs(prefixed, [("日", "日")]) == [(prefixed.encode("日"), prefixed.encode("日")[1:])]
+
+
+def test_a_model_that_changes_the_text(normalizing):
+  text = "  ﬁne  Answer"
+  ((ids, spans),) = normalizing.encode_spans([text])
+  assert ids == normalizing.encode("fine Answer")
+  assert [text.encode()[slice(*span)].decode() for span in spans.tolist()] == ["ﬁne", "  Answer"]
+  ((context, continuation),) = encode_pairs(normalizing, [("  ﬁne", "  Answer")])
+  assert [*context, *continuation] == ids
+  assert normalizing.decode(continuation) == "Answer"
+
+
+@pytest.mark.parametrize("name", ["prefixed", "trained"])
+def test_counted_spans_are_the_librarys(name, request):
+  """The spans that are counted from the pieces, against the library's alignment."""
+  tokenizer = named(name, request)
+  for text in TEXTS:
+    ids = tokenizer.encode(text)
+    counted = tokenizer._counted_spans(ids, text)
+    (found,) = tokenizer._library_spans([text])
+    assert counted is not None or "▁" in text
+    if counted is not None:
+      assert counted.tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

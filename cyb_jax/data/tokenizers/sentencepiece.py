@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,28 +144,63 @@ class SentencePieceTokenizer:
     return encoded
 
   def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
+    encoded = self.encode_batch(texts)
+    spans = [self._counted_spans(ids, text) for ids, text in zip(encoded, texts, strict=True)]
+    asked = [number for number, found in enumerate(spans) if found is None]
+    for number, found in zip(asked, self._library_spans([texts[number] for number in asked])):
+      spans[number] = found
+    return list(zip(encoded, spans))
+
+  def _counted_spans(self, ids: Sequence[int], text: str) -> Int[np.ndarray, "N 2"] | None:
+    """The spans of a text, from the bytes of its pieces; None if they are not the bytes of the text."""
+    if self._piece_bytes is None:
+      return None
+    prefix, lengths = self._piece_bytes
+    ends = np.cumsum(lengths[np.array(ids, np.int64)]) - prefix
+    if len(ids) and ends[-1] != len(text.encode()):
+      return None
+    spans = np.stack([np.append(0, ends[:-1]), ends], 1) if len(ids) else np.zeros((0, 2), np.int64)
+    return _with_characters(spans, text)
+
+  @functools.cached_property
+  def _piece_bytes(self) -> tuple[int, Int[np.ndarray, "P"]] | None:
+    """(bytes that are put before a text, int64[P], the bytes of each piece); None if the model changes texts.
+
+    An unknown piece has more bytes than any text.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    spec = sentencepiece_model_pb2.ModelProto.FromString(self.model).normalizer_spec
+    if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
+      return None
+    everything = list(range(self._pieces))
+    names = self._processor.id_to_piece(everything)
+    lengths = [
+      1 if is_byte else len(name.replace("▁", " ").encode())
+      for name, is_byte in zip(names, self._processor.is_byte(everything), strict=True)
+    ]
+    lengths[self._processor.unk_id()] = 1 << 40
+    return int(spec.add_dummy_prefix), np.array(lengths, np.int64)
+
+  def _library_spans(self, texts: Sequence[str]) -> Iterator[Int[np.ndarray, "N 2"]]:
+    """The spans of texts, from the library; its alignment knows what normalization has changed, and takes longer."""
     from sentencepiece import sentencepiece_pb2
 
     # Where encode separates a text at each U+2581, the parts are encoded here.
     parts = [text.split("▁") if self._escape is not None else [text] for text in texts]
     flat = [part for of in parts for part in of]
     encoded = iter(self._processor.encode(flat, out_type="serialized_proto", num_threads=num_threads()))
-    result = []
     for text, of in zip(texts, parts, strict=True):
-      ids: list[int] = []
       spans: list[tuple[int, int]] = []
       offset = 0
       for number, part in enumerate(of):
-        if number:
-          ids += self._escape
+        if number and self._escape is not None:
           spans += [(offset, offset + len("▁".encode()))] * len(self._escape)
           offset += len("▁".encode())
         pieces = sentencepiece_pb2.SentencePieceText.FromString(next(encoded)).pieces
-        ids += [piece.id for piece in pieces]
         spans += [(offset + piece.begin, offset + piece.end) for piece in pieces]
         offset += len(part.encode())
-      result.append((ids, _with_characters(np.array(spans, np.int64).reshape(-1, 2), text)))
-    return result
+      yield _with_characters(np.array(spans, np.int64).reshape(-1, 2), text)
 
   def unencodable(self, text: str) -> str | None:
     found = surrogate(text)
@@ -214,14 +250,15 @@ class SentencePieceTokenizer:
 
 
 def _with_characters(spans: Int[np.ndarray, "N 2"], text: str) -> Int[np.ndarray, "N 2"]:
-  """The spans, with the character at its place for a token that has an empty one.
+  """The spans, extended to whole characters; an empty one becomes the character at its place.
 
-  The library gives all of a character to the last of the tokens that encode it; the others have the empty span before
-  it, as a space has that is put before a text.
+  The library gives all of a character to the last of the tokens that encode it. The others have the empty span before
+  it, and so has a space that is put before a text.
   """
   places = character_places(text)
-  first, end = spans.T
-  return np.stack([first, np.where(end > first, end, places[np.searchsorted(places, first, "right")])], 1)
+  first = np.searchsorted(places, spans[:, 0], "right") - 1
+  end = np.maximum(np.searchsorted(places, spans[:, 1], "left"), first + 1)
+  return places[np.stack([first, end], 1)]
 
 
 def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceTokenizer:
