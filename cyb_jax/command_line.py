@@ -9,11 +9,11 @@ import copy
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax.errors import InputError
@@ -51,10 +51,10 @@ def define_paths(name: str, default: list[str] | None, description: str) -> None
 
 
 def config_flag() -> ml_collections.ConfigDict:
-  """The ConfigDict of the flag `--config`.
+  """The ConfigDict of the flag `--config`; see `_take_tokenizer_of_store`.
 
   Raises:
-    InputError: the flag isn't given, or its file doesn't exist.
+    InputError: the flag isn't given, or its file doesn't exist; or `data.store` is damaged.
   """
   config = flags.FLAGS.config
   if config is None:
@@ -63,6 +63,7 @@ def config_flag() -> ml_collections.ConfigDict:
     config.to_dict()
   except OSError as error:  # ml_collections keeps it back until the config is used
     raise InputError(f"--config: {_last_line(error)}") from None
+  _take_tokenizer_of_store(config, config_flags.get_override_values(flags.FLAGS["config"]))
   return config
 
 
@@ -77,9 +78,34 @@ def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_col
   try:
     config_flags.DEFINE_config_dict("config", copy.deepcopy(config), flag_values=values, sys_argv=words)
     values(words)
-    return values.config
   except Exception as error:  # whatever error the flags make of it, the cause is the input
     raise InputError(explain(error, words)) from None
+  _take_tokenizer_of_store(values.config, config_flags.get_override_values(values["config"]))
+  return values.config
+
+
+def _take_tokenizer_of_store(config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> None:
+  """Sets `data.tokenizer` to that of the store in `data.store`, unless the user has set another one.
+
+  Only the command line knows what the user has set: a config file sets a tokenizer for the store that would be prepared
+  if none is named.
+
+  Args:
+    config: is changed.
+    given: the fields that the user has set, 'data.store' for example.
+  """
+  data = config.get("data")
+  store, tokenizer = (data.get(name) if data else None for name in ("store", "tokenizer"))
+  if not (isinstance(store, str) and store and isinstance(tokenizer, str)) or "data.tokenizer" in given:
+    return
+  if not tokenizer and config.get("init_from"):
+    return  # the tokenizer of init_from, which the store must have been prepared with
+  from cyb_jax.data.store import is_store, tokenizer_spec
+
+  if is_store(store):
+    data.tokenizer = tokenizer_spec(store)
+    if data.tokenizer != tokenizer:
+      logging.info("data.tokenizer: %r, that of data.store, in place of %r", data.tokenizer, tokenizer)
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:

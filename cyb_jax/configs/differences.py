@@ -22,7 +22,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   A field that one of them doesn't have is at its default: an older version may have written it. So is an option that
   only one of two methods has.
   """
-  old, new = filled(old), filled(new)
+  old, new = (_with_tokenizer_of_store(filled(source)) for source in (old, new))
   options = methods_group.defaults(old["method"]["name"]) | methods_group.defaults(new["method"]["name"])
   found = nested.differences(*({**x, "method": options | x["method"]} for x in (old, new)))
   return [f"{path}: {a!r} -> {b!r}" for path, a, b in found if not _is_operational(path)]
@@ -32,6 +32,14 @@ def filled(source: Mapping[str, Any]) -> dict[str, Any]:
   """A nested config with the defaults of all fields that it does not set; those of its method are the method's own."""
   defaults = {name: group for name, group in default().to_dict().items() if name != "method"}
   return _filled(source, defaults) | {"method": methods_group.filled(source.get("method", {}))}
+
+
+def _with_tokenizer_of_store(source: dict[str, Any]) -> dict[str, Any]:
+  """The config, in which a tokenizer that is data.store's own is no path: the store may be moved."""
+  data = source["data"]
+  if not (isinstance(data, Mapping) and data["store"] and data["tokenizer"] == data["store"]):
+    return source
+  return source | {"data": {**data, "tokenizer": "of data.store"}}
 
 
 def _is_operational(path: str) -> bool:

@@ -25,8 +25,9 @@ class DataConfig:
   Attributes:
     task: a task of `cyb_jax.data.tasks`, or `seqio:NAME`.
     tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of a tokenizer (`data.open_tokenizer`), or
-      '': the tokenizer of `init_from`.
-    store: folder of the prepared token store; '': one in the user's cache folder, which is prepared if it is missing.
+      '': the tokenizer of `init_from`. On the command line a `store` that is prepared brings its own tokenizer, unless
+      this field is set there too.
+    store: folder of the token store, which is prepared if it is missing; '': one in the user's cache folder.
     options: of the task, as 'key=value,key=value'; a comma inside a value is written '\\,'.
     mixture: several sources by weight in place of `task`, as 'c4_en:0.7,jsonl(pattern=x.jsonl):0.3'; a source is a task
       with its options, or the folder of a token store.

@@ -252,6 +252,23 @@ def is_store(path: str | os.PathLike) -> bool:
   return streams.size_of(unchecked_place(path) / DESCRIPTION) is not None
 
 
+def tokenizer_spec(path: str | os.PathLike) -> str:
+  """The spec of the tokenizer of a store, as the config field data.tokenizer has it.
+
+  It is 'sentencepiece:N' if the tokenizer was trained for the store, or 'bytes', or the store's folder, which holds it.
+
+  Args:
+    path: the store's folder, on a local disk or in a bucket.
+
+  Raises:
+    InputError: there is no store, or its description is damaged.
+  """
+  description = read_description(path)
+  if tokenizers.trained_pieces(description["tokenizer_from"]):
+    return description["tokenizer_from"]
+  return "bytes" if description["tokenizer"]["kind"] == "bytes" else absolute(path)
+
+
 def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
   """The folder of the copy of a bucket's store in the user's cache; files that are missing there are copied."""
   copy = default_cache() / "copies" / description["fingerprint"]

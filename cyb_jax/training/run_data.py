@@ -170,6 +170,8 @@ def _check_store(store: TokenStore, config: Config) -> None:
         f" {name}={prepared[name]}"
       )
   spec = config.tokenizer
+  if spec == data.store:
+    return
   wanted = spec if trained_pieces(spec) else open_tokenizer(spec).describe()["sha256"]
   if wanted != found["tokenizer_from"]:
     raise InputError(

@@ -35,6 +35,7 @@ from cyb_jax.data import (
   tokenizers,
   workers,
 )
+from cyb_jax.data import store as stores
 from cyb_jax.data.store import canonical
 from cyb_jax.data.tasks import c4, files, synthetic
 from cyb_jax.errors import InputError, StorageError
@@ -503,6 +504,17 @@ def objects(bucket, prefix):
     for path, file in bucket.store.items()
     if path.startswith(f"/{prefix}/")
   }
+
+
+def test_the_tokenizer_of_a_store_in_a_bucket(tmp_path, bucket):
+  tokenizers.train_sentencepiece(["one two three"] * 9, 266).save(tmp_path)
+  model = tokenizers.open_tokenizer(tmp_path / "tokenizer.model")
+  for name, spec in (("s", str(tmp_path / "tokenizer.model")), ("b", "bytes"), ("t", "sentencepiece:310")):
+    prepare("synthetic_lookups", spec, f"gs://b/{name}", options={"documents": 64})
+  assert [stores.tokenizer_spec(f"gs://b/{name}") for name in "sbt"] == ["gs://b/s", "bytes", "sentencepiece:310"]
+  assert tokenizers.open_tokenizer("gs://b/s").describe() == model.describe()
+  with pytest.raises(InputError, match=r"data\.tokenizer='gs://b/nothing': no token store in a bucket"):
+    tokenizers.open_tokenizer("gs://b/nothing")
 
 
 def test_a_store_in_a_bucket(tmp_path, monkeypatch, bucket, options, whole):

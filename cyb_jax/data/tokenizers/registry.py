@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cyb_jax.data.tokenizers.byte import ByteTokenizer
-from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE, EXPORTED, MODEL_FILES, SPECIAL_TOKENS
+from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE, EXPORTED, MODEL_FILES, SPECIAL_TOKENS, files
 from cyb_jax.data.tokenizers.gguf import open_gguf
 from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from cyb_jax.data.tokenizers.huggingface_folder import open_huggingface
@@ -19,7 +20,8 @@ from cyb_jax.data.tokenizers.llama2c import open_llama2c
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError, reading
-from cyb_jax.storage import absolute
+from cyb_jax.storage import absolute, in_bucket, streams
+from cyb_jax.storage.paths import unchecked_place
 
 _PICKLE_OR_ZIP = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLE_SUFFIXES = (".pt", ".pkl", ".pth")
@@ -57,7 +59,8 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
 
   Args:
     spec: 'bytes', or the path of a SentencePiece `.model` file, a Hugging Face folder or its tokenizer.json, a GGUF
-      file, llama2.c's tokenizer.bin, a run, or a folder that `save` wrote.
+      file, llama2.c's tokenizer.bin, a run, or a folder that `save` wrote, such as a token store; this one may be in a
+      bucket.
     rows: number of rows of a pretrained model's embedding, if it is known; it becomes the tokenizer's `vocab_size`.
 
   Raises:
@@ -68,8 +71,22 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
   with reading(f"data.tokenizer={spec!r}"):
     if spec == "bytes":
       return _open_bytes(rows)
+    if in_bucket(spec):
+      return _open_in_bucket(spec, rows)
     path = Path(absolute(spec))
     return _open_folder(path, rows) if path.is_dir() else _open_file(spec, path, rows)
+
+
+def _open_in_bucket(spec: str, rows: int | None) -> Tokenizer:
+  """The tokenizer of a store in a bucket; no more of the store is read."""
+  folder = unchecked_place(spec)
+  description = streams.read_json(folder / DESCRIPTION_FILE)
+  if not isinstance(description, dict) or "kind" not in description:
+    raise InputError(f"data.tokenizer={spec!r}: no token store in a bucket; give one, or a folder on a disk")
+  with tempfile.TemporaryDirectory() as scratch:
+    for name in files(description):
+      (Path(scratch) / name).write_bytes(streams.read(folder / name))
+    return _open_folder(Path(scratch), rows)
 
 
 def _open_bytes(rows: int | None) -> Tokenizer:
