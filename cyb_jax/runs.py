@@ -98,14 +98,35 @@ def with_absolute_paths(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_record(config: Config) -> ConfigRecord:
-  """A config as a run's folder records and compares it."""
+  """A config as a run's folder records and compares it.
+
+  A run of an earlier version has no difference in fields that `config` leaves open, see `as_started`.
+  """
   source = with_absolute_paths(config.source)
 
   def differences(recorded: Mapping[str, Any]) -> list[str]:
     # Version 0.1 recorded paths as they were given.
-    return configs.differences(with_absolute_paths(recorded), source)
+    recorded = with_absolute_paths(recorded)
+    return configs.differences(configs.migrated(recorded), configs.continued(source, recorded))
 
   return ConfigRecord(configs.to_json(dataclasses.replace(config, source=source)), differences)
+
+
+def as_started(config: Config, workdir: str | os.PathLike) -> Config:
+  """The config with which the run in a folder is continued; the config itself where the folder holds no run.
+
+  Fields that the config leaves open, and whose defaults have changed since the run was started, are those of the run;
+  see `configs.continued`.
+
+  Raises:
+    InputError: the folder's config.json can't be read.
+  """
+  with storage.starting(workdir):
+    held = storage.exists(storage.place(workdir) / "config.json")
+  if not held:
+    return config
+  source = configs.continued(config.source, read_config(workdir))
+  return config if source == dict(config.source) else configs.freeze(source)
 
 
 def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenStore | None:

@@ -7,9 +7,12 @@ SETTING, SIZE, REGIME as in reviews.py; size, tokenizer and data must be those o
 
 Two things here are ours, not the paper's, and off in its configs. A confident model starts with d far below the prior
 that it was given: method.calibration_batches = 4 adds the constant to the <don't know> logit that makes the median of d
-over the first 4 batches the prior, 0.9. And method.stopping_warmup = 50 holds d at the prior for the first 50 steps, so
-that the new pauses learn to answer before the model learns that they don't. Compare with
---config.method.calibration_batches=0 --config.method.stopping_warmup=0.
+over the first 4 batches the prior. And that prior is 0.5, where the paper has 0.9: with 0.9 the last slot gets 73% of
+the gradient, and the model learns to always wait for it. The paper's start:
+--config.method.calibration_batches=0 --config.method.dont_know_prior=0.9.
+
+Rows of pauses start at draws around the mean of the embeddings (tuning.new_rows); with
+--config.method.pause_input=token+pause they start near zero, so that all slots start as copies of the model's own.
 """
 
 from cyb_jax import configs
@@ -20,9 +23,7 @@ def get_config(argument: str = ""):
   setting, size, regime = settings.parse(argument, setting="ap", size="tiny", regime="1x1")
   config = configs.default()
   settings.apply(config, setting, size, regime)
-  if config.method.name == "cyb":
-    config.method.calibration_batches = 4
-    config.method.stopping_warmup = 50
+  settings.calibrate(config)
   settings.on_reviews(config, size)
   # A quarter of what training from scratch starts with.
   config.optimizer.learning_rate /= 4

@@ -7,8 +7,8 @@ WEIGHTS: a Hugging Face folder of SmolLM2-135M, its GGUF file, or what cyb-conve
 found there, and any other that can be read will do. SETTING as in reviews.py; `lora` trains adapters of rank 8 on
 queries and values and the rows that the model hasn't got, in place of all weights: for a CPU, or a small device.
 
-A confident model starts with d far below the prior that it was given, so that two things are on that the paper hasn't
-got, see finetune_reviews.py: method.calibration_batches and method.stopping_warmup.
+A confident model starts with d far below the prior that it was given, so that d is calibrated to a prior of 0.5, which
+is ours and not the paper's, see finetune_reviews.py.
 """
 
 from cyb_jax import configs

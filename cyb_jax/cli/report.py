@@ -145,7 +145,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
     workdir: the run's folder.
     read: whether the statistics are needed; else they are empty.
   """
-  from cyb_jax import jsonl, runs
+  from cyb_jax import configs, jsonl, runs
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
   from cyb_jax.report.comparison import Candidate
   from cyb_jax.training.metrics import read_metrics
@@ -154,7 +154,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   step = checkpoints.find(flag_values.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
   if not read:
-    return Candidate(workdir, read_config(workdir), meta, {}, [])
+    return Candidate(workdir, configs.migrated(read_config(workdir)), meta, {}, [])
   checkpoint = checkpoints.fingerprint(step)
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
@@ -174,7 +174,8 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
   validation = [row for row in rows if row.get("omega") is None]
   vocab_size = runs.load_tokenizer(workdir).vocab_size
-  return Candidate(workdir, read_config(workdir), meta, statistics, validation, vocab_size)
+  source = configs.migrated(read_config(workdir))
+  return Candidate(workdir, source, meta, statistics, validation, vocab_size)
 
 
 def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:

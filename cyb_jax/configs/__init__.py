@@ -2,7 +2,8 @@
 
 from cyb_jax.configs.differences import differences, filled
 from cyb_jax.configs.methods_group import all_options, written_method
-from cyb_jax.configs.parsing import default, freeze, migrated, to_dict, to_json
+from cyb_jax.configs.migration import continued, migrated
+from cyb_jax.configs.parsing import default, freeze, to_dict, to_json
 from cyb_jax.configs.paths import with_paths
 from cyb_jax.configs.schema import (
   DECODER_FIELDS,
@@ -25,6 +26,7 @@ __all__ = [
   "TrainConfig",
   "TuningConfig",
   "all_options",
+  "continued",
   "default",
   "differences",
   "filled",

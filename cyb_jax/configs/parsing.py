@@ -18,6 +18,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from cyb_jax.configs import methods_group
+from cyb_jax.configs.migration import FORMAT
 from cyb_jax.configs.schema import (
   DECODER_FIELDS,
   Config,
@@ -72,15 +73,9 @@ def to_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, 
   return values
 
 
-def migrated(source: Mapping[str, Any]) -> dict[str, Any]:
-  """The nested dict of a config.json as this version writes it; version 0.1 wrote the options of all methods."""
-  method = source.get("method")
-  return {**source, "method": methods_group.migrated(method)} if isinstance(method, Mapping) else dict(source)
-
-
 def to_json(config: Config) -> str:
-  """The text of config.json."""
-  return json.dumps(dict(config.source), indent=2, sort_keys=True) + "\n"
+  """The text of config.json; see `migration` for its `format`."""
+  return json.dumps({"format": FORMAT} | dict(config.source), indent=2, sort_keys=True) + "\n"
 
 
 def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -93,6 +88,7 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     InputError: one line that names the field, the value, and what would be accepted.
   """
   source = to_dict(config)
+  source.pop("format", None)  # what is written by this version needs no migration
   _check_names("", source, ["method", *_GROUPS, "decoder", "init_from"])
   method = source.get("method", {})
   _check_names("method.", method, list(method) if isinstance(method, Mapping) else [])

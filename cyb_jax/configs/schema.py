@@ -163,6 +163,8 @@ class TuningConfig:
     lora_alpha: the output of an adapter is multiplied by lora_alpha / lora_rank.
     lora_targets: some of query, key, value, out, gate, up, down.
     new_rate: a factor on the learning rate of the new rows.
+    new_rows: where rows of pauses and of `<don't know>` start that `init_from` has not got: 'auto', 'zero', 'unused',
+      'draws' or 'mean', see `cyb_jax.interop.new_rows`.
   """
 
   weights: str = "all"
@@ -170,6 +172,7 @@ class TuningConfig:
   lora_alpha: float = 16.0
   lora_targets: str = "query,value"
   new_rate: float = 1.0
+  new_rows: str = "auto"
 
   @property
   def lora(self) -> LoraConfig:

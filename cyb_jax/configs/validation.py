@@ -89,6 +89,7 @@ _PRECISION = {
 _TUNING = {
   "weights": _one_of(*WEIGHTS, wanted="'all', 'lora' or 'new'"),
   "new_rate": _not_negative("leaves the new rows as they start"),
+  "new_rows": _one_of("auto", "zero", "unused", "draws", "mean"),
 }
 
 
@@ -157,6 +158,9 @@ def _check_tuning(config: Config) -> None:
   if params == "bfloat16" and tuning.weights == "all" and trains:
     wanted = "float32 where tuning.weights = 'all': small updates would be rounded away"
     raise _invalid(config, "precision", "params", wanted)
+  if tuning.new_rows == "zero" and getattr(config.method, "pause_input", "pause") != "token+pause":
+    wanted = "another of them, unless method.pause_input = 'token+pause': a pause's input would be noise alone"
+    raise _invalid(config, "tuning", "new_rows", wanted)
   if tuning.weights != "all" and not config.init_from:
     raise InputError(
       f"init_from: '' with tuning.weights = {tuning.weights!r}, which leaves the decoder's weights as they start, and"

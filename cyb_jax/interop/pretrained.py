@@ -6,9 +6,8 @@ What a run's parameters are, in this order:
 1. those of the newest checkpoint in its own folder; then nothing below happens;
 2. else fresh ones, from `train.seed`;
 3. in their place those that `init_from` has under the same name and in the same shape;
-4. pauses and <don't know> that it hasn't got start from entries of its vocabulary that are meant for nobody (Gemma's
-   `<unused0>`, `<unused1>`, ...: the pauses in order, then <don't know>; the paper's set-up, arXiv 2510.13879), or,
-   where it has too few of those, from the mean of its embeddings;
+4. the rows of pauses and <don't know> that it does not have start as `tuning.new_rows` says, see
+   `cyb_jax.interop.new_rows`;
 5. then the method calibrates itself, where that is asked for (`method.calibration_batches`).
 
 Step, optimizer state and data order start anew.
@@ -25,7 +24,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, PyTree
 
@@ -36,6 +34,7 @@ from cyb_jax.data import Tokenizer, open_tokenizer
 from cyb_jax.decoder import DecoderConfig, merge_lora
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
+from cyb_jax.interop import new_rows
 from cyb_jax.methods import Calibrated, Method, MethodConfig, configure
 from cyb_jax.partitioning.mesh import data_shards
 from cyb_jax.runs import Run
@@ -80,12 +79,18 @@ class Pretrained(abc.ABC):
       A nested dict of the same form, without what it hasn't got.
     """
 
-  def check(self, method: Method, tokenizer: Tokenizer) -> None:
-    """Whether a run with this method and tokenizer can start from it.
+  @property
+  def unused_ids(self) -> list[int]:
+    """The entries of its vocabulary that are meant for no text."""
+    return [] if self.tokenizer is None else self.tokenizer.unused_ids()
+
+  def check(self, method: Method, tokenizer: Tokenizer, config: Config) -> None:
+    """Whether a run with this method, tokenizer and config can start from it.
 
     Raises:
-      InputError: another decoder or tokenizer.
+      InputError: another decoder or tokenizer, or too few unused entries for `tuning.new_rows`.
     """
+    new_rows.check(config.tuning.new_rows, method, self.unused_ids)
     if self.tokenizer is None:
       logging.warning("init_from: %s holds no tokenizer; that data.tokenizer is its own can't be checked", self.path)
     elif self.tokenizer.describe() != tokenizer.describe():
@@ -225,20 +230,22 @@ def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = 
   return dict(source) | {"decoder": decoder | filled}
 
 
-def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, seed: int) -> PyTree:
+def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: Config) -> PyTree:
   """What a run's parameters are before its first step; see the head of this file.
 
   Args:
     pretrained: what it starts from.
     method: of the run, over its vocabulary.
     wanted: shapes, dtypes and shardings.
-    seed: `train.seed`.
+    config: of the run; `train.seed` and `tuning.new_rows` are read.
 
   Returns:
     Bare arrays, placed. What the start has is never drawn first, so that no two copies are held.
   """
   found = pretrained.params(wanted)
-  rows = _new_rows(pretrained, method.vocab_size, {k: v for k, v in wanted.items() if k not in found}, found["decoder"])
+  absent = {name: leaf for name, leaf in wanted.items() if name not in found}
+  seed, choice = config.train.seed, config.tuning.new_rows
+  rows = new_rows.start(choice, method, absent, found["decoder"], pretrained.unused_ids, seed)
   missing = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted) if _at(found, path) is None]
   drawn = [path for path in missing if path[0].key not in rows]
   for path in drawn:
@@ -264,36 +271,6 @@ def _drawn(method: Method, seed: int, paths: list[tuple[Any, ...]]) -> dict[tupl
     return [_at(params, path) for path in paths]
 
   return dict(zip(paths, jax.jit(draw)())) if paths else {}
-
-
-def _new_rows(
-  pretrained: Pretrained, vocab_size: int, missing: Mapping[str, Any], decoder: Mapping[str, Any]
-) -> dict[str, Array]:
-  """Where pauses and <don't know> start that `init_from` hasn't got."""
-  if "embedding" not in decoder:
-    return {}
-  embedding, unembedding = decoder["embedding"], decoder.get("unembedding", decoder["embedding"])
-  wanted = {}
-  if "pause_input" in missing:
-    wanted["pause_input"] = embedding
-  # In unit form the row starts at zero: d is its prior, whatever is read.
-  if "dont_know" in missing and "dont_know_bias" not in missing:
-    wanted["dont_know"] = unembedding
-  count = {name: missing[name].shape[0] if len(missing[name].shape) == 2 else 1 for name in wanted}
-  unused = [] if pretrained.tokenizer is None else pretrained.tokenizer.unused_ids()
-  if len(unused) >= sum(count.values()) > 0:
-    rows, first = {}, 0
-    for name, table in wanted.items():
-      ids = unused[first : first + count[name]]
-      first += count[name]
-      picked = table[jnp.asarray(ids)]
-      rows[name] = picked.reshape(missing[name].shape)
-    logging.info("init_from: pauses and <don't know> start from unused entries %s", unused[:first])
-    return rows
-  means = {name: table[:vocab_size].astype(jnp.float32).mean(0) for name, table in wanted.items()}
-  if means:
-    logging.info("init_from: %s start from the mean of the embeddings", " and ".join(means))
-  return {name: jnp.broadcast_to(mean, missing[name].shape) for name, mean in means.items()}
 
 
 def load(
@@ -329,8 +306,8 @@ def load(
   if config is None:
     config, step = _own_config(found, dtype), found.step
   method = config.build_method(own.vocab_size, data_shards=1 if mesh is None else data_shards(mesh))
-  found.check(method, own)
-  params = parameters(found, method, runs.abstract_params(method, mesh), config.train.seed)
+  found.check(method, own, config)
+  params = parameters(found, method, runs.abstract_params(method, mesh), config)
   meta = _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}}
   return Run(config, method, params, own, step, meta)
 

@@ -323,7 +323,7 @@ def outcomes(groups: Sequence[Group]) -> list[Outcome]:
 
 def _outcome(group: Group) -> Outcome:
   first = group.runs[0]
-  config = configs.freeze(configs.migrated(first.source))
+  config = configs.freeze(first.source)
   method, length = config.build_method(first.vocab_size), config.data.sequence_length
   records, paces = [], []
   for run in group.runs:

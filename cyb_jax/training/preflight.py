@@ -77,7 +77,7 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
   method, evaluated = methods_of_run(config, store.vocab_size, mesh)
   steps = num_steps(config, open_batches(config, store))
   if start is not None:
-    start.check(method, store.tokenizer)
+    start.check(method, store.tokenizer, config)
   method.validate_data(store, config.data.sequence_length)
   _check_attention(config, method, mesh)
   return RunPlan(config, cluster, mesh, method, evaluated, store, steps, meta, start, profile)

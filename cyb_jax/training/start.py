@@ -52,7 +52,7 @@ def restore_or_start(
   if not steps:
     params = None
     if plan.start is not None:
-      params = pretrained.parameters(plan.start, plan.method, strategy.abstract().params, plan.config.train.seed)
+      params = pretrained.parameters(plan.start, plan.method, strategy.abstract().params, plan.config)
     return Start(_calibrated(strategy.init(params), plan, strategy, evaluator, read), 0, 0)
   meta = checkpoints.meta(steps[-1])
   restored = checkpoints.restore(steps[-1], strategy.abstract())

@@ -56,6 +56,7 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0, clust
     StorageError: the disk has failed, for instance because it is full; earlier checkpoints are whole.
     DivergedError: `train.max_skipped` steps in a row were not finite; earlier checkpoints are good.
   """
+  config = runs.as_started(config, workdir)
   with Lock(workdir) if cluster.index == 0 else contextlib.nullcontext() as lock:
     plan = preflight(config, workdir, profile=profile, cluster=cluster)
     folder = _start_workdir(plan, workdir, lock)

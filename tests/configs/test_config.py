@@ -177,6 +177,10 @@ def test_configs_that_fine_tune():
     assert config.tokenizer == "somewhere"
     assert config.tuning.weights == ("lora" if argument == "ap,lora" else "all")
     assert config.build_method().num_slots == (1 if argument == "pretrained" else 4)
+    # Ours start d at one half; that of the paper has its prior, and no calibration. Neither holds d.
+    options = getattr(config.method, "dont_know_prior", None), getattr(config.method, "calibration_batches", 0)
+    assert options == {"ap,lora": (0.5, 4), "dp_early": (0.9, 0), "pretrained": (None, 0)}[argument]
+    assert getattr(config.method, "stopping_warmup", 0) == 0
   with pytest.raises(InputError, match=r"tuning\.weights 'half' is unknown"):
     smollm2_reviews.get_config("ap,half")
   with pytest.raises(InputError, match="SETTING,WEIGHTS are two"):

@@ -65,28 +65,95 @@ def test_weights_come_back_bit_for_bit(folders):
   assert_trees_equal(a, b)
 
 
-def test_new_rows_start_from_the_mean(folders):
-  run = pretrained.load(str(folders / "hf"), resolve(started(folders / "hf", pauses=2)))
+def new_rows(folders, caplog, choice, **method):
+  """(parameters, the embedding's 257 entries, what was logged), from the Hugging Face folder."""
+  config = started(folders / "hf", **{"pauses": 2} | method)
+  config.tuning.new_rows = choice
+  caplog.clear()
+  caplog.set_level("INFO")
+  run = pretrained.load(str(folders / "hf"), resolve(config))
   plain = cyb_jax.load(folders / "plain").params["decoder"]
   assert_trees_equal(run.params["decoder"], plain)
-  mean = np.asarray(plain["embedding"], np.float64)[:257].mean(0)
-  np.testing.assert_allclose(run.params["pause_input"], [mean, mean], rtol=1e-5, atol=1e-7)
-  np.testing.assert_allclose(run.params["dont_know"], mean, rtol=1e-5, atol=1e-7)
+  return run.params, np.asarray(plain["embedding"], np.float64)[:257], caplog.text
 
 
-def test_new_rows_start_from_unused_entries(folders, monkeypatch):
-  """The paper's set-up: pauses in order, then <don't know>; where there are too few, the mean."""
+@pytest.mark.parametrize("choice", ["auto", "zero"])
+def test_pauses_with_their_token_start_near_zero(folders, caplog, choice):
+  params, table, logged = new_rows(folders, caplog, choice, pause_input="token+pause")
+  rows, deviation = np.asarray(params["pause_input"], np.float64), table.std(0)
+  assert rows.shape == (2, 16)
+  assert 0.005 < np.abs(rows / deviation).mean() < 0.04
+  assert np.abs(rows[0] - rows[1]).max() > 0.005 * deviation.mean()
+  assert "pauses start at zero plus noise of 0.02 of the embeddings' deviation" in logged
+  dont_know = (np.asarray(params["dont_know"]) - table.mean(0)) / deviation
+  assert 0.04 < np.abs(dont_know).mean() < 0.13
+  assert "<don't know> starts at a draw around the mean" in logged
+
+
+@pytest.mark.parametrize("choice", ["auto", "draws"])
+def test_pauses_alone_start_at_draws_of_their_own(folders, caplog, choice):
+  params, table, logged = new_rows(folders, caplog, choice, pauses=50, pause_input="pause")
+  drawn = (np.asarray(params["pause_input"], np.float64) - table.mean(0)) / table.std(0)
+  # 800 normal numbers.
+  assert abs(drawn.mean()) < 0.015
+  assert drawn.std() == pytest.approx(0.1, abs=0.01)
+  everything = np.concatenate([params["pause_input"], np.asarray(params["dont_know"])[None]])
+  assert len(np.unique(everything, axis=0)) == 51
+  assert "pauses start at a draw around the mean of the embeddings" in logged
+  again, *_ = new_rows(folders, caplog, choice, pauses=50, pause_input="pause")
+  assert_trees_equal(params, again)
+
+
+def test_new_rows_may_start_from_the_mean(folders, caplog):
+  """The only start that version 0.1 had."""
+  params, table, logged = new_rows(folders, caplog, "mean")
+  np.testing.assert_allclose(params["pause_input"], [table.mean(0)] * 2, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(params["dont_know"], table.mean(0), rtol=1e-5, atol=1e-7)
+  assert "pauses start from the mean of the embeddings" in logged
+
+
+def test_new_rows_start_from_unused_entries(folders, monkeypatch, caplog):
+  """The paper's set-up: pauses in order, then <don't know>."""
   from cyb_jax.data import ByteTokenizer
 
-  table = np.asarray(cyb_jax.load(folders / "plain").params["decoder"]["embedding"])
-  config = resolve(started(folders / "hf", pauses=2))
-  monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9, 30, 31], raising=False)
-  run = pretrained.load(str(folders / "hf"), config)
-  np.testing.assert_array_equal(run.params["pause_input"], table[[7, 9]])
-  np.testing.assert_array_equal(run.params["dont_know"], table[30])
+  monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9, 30, 31])
+  for choice in ("auto", "unused", "mean"):
+    params, table, logged = new_rows(folders, caplog, choice, pause_input="pause")
+    np.testing.assert_array_equal(params["pause_input"], table[[7, 9]].astype(np.float32))
+    np.testing.assert_array_equal(params["dont_know"], table[30].astype(np.float32))
+    assert "pauses start from the unused entries [7, 9]" in logged
+  # Where pauses start near zero, <don't know> takes the first of them.
+  params, table, _ = new_rows(folders, caplog, "auto", pause_input="token+pause")
+  np.testing.assert_array_equal(params["dont_know"], table[7].astype(np.float32))
+  assert np.abs(params["pause_input"]).max() < np.abs(table).max() / 10
+  # Two entries are too few for three rows.
   monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9])
-  run = pretrained.load(str(folders / "hf"), config)
-  assert not np.array_equal(run.params["pause_input"], table[[7, 9]])
+  params, *_ = new_rows(folders, caplog, "auto", pause_input="pause")
+  assert not np.array_equal(params["pause_input"], table[[7, 9]].astype(np.float32))
+  message = r"tuning.new_rows: 'unused', but the vocabulary has 2 entries .* 'cyb' has 3 new rows .* take 'auto' or"
+  with pytest.raises(InputError, match=message):
+    new_rows(folders, caplog, "unused", pause_input="pause")
+
+
+def test_the_identity_start_reads_as_the_model_did(folders, caplog, exact):
+  """With rows at zero the last slot of every token is exactly the model that has no pauses, and hidden pauses leave the
+  first slot so too.
+  """
+  batch = {
+    "tokens": np.arange(12).reshape(2, 6),
+    "targets": np.ones((2, 6), int),
+    "weights": np.ones((2, 6), np.float32),
+  }
+  plain = cyb_jax.load(folders / "plain")
+  expected = np.asarray(plain.method.hidden(plain.params, batch))[:, :, 0]
+  for visibility, slot in (("visible", -1), ("hidden", 0)):
+    config = started(folders / "hf", pauses=2, pause_input="token+pause", pause_visibility=visibility)
+    run = pretrained.load(str(folders / "hf"), resolve(config))
+    zeroed = run.params | {"pause_input": jnp.zeros_like(run.params["pause_input"])}
+    hidden = np.asarray(run.method.hidden(zeroed, batch))
+    np.testing.assert_allclose(hidden[:, :, slot], expected, rtol=1e-4, atol=1e-5)
+    near = np.asarray(run.method.hidden(run.params, batch))
+    assert np.abs(near - expected[:, :, None]).mean() < 0.1 * np.abs(expected).mean()
 
 
 def test_a_unit_starts_at_its_prior(folders):

@@ -499,7 +499,7 @@ def test_pretrained_then_fine_tuned(tmp_path):
   assert said["pauses"][0][0] == 5
   cli.run("report", f"--workdir={second}")
   assert (second / "report" / "index.html").exists()
-  # A standard run may start from a pause run; and a pause run from that, its pause from the mean of the embeddings.
+  # A standard run may start from a pause run; and a pause run from that, its pause from a draw around the mean.
   config = get_config("none")
   config.method.pauses = 0
   plain = pretrained.load(str(second), configs.freeze(config))
@@ -510,4 +510,5 @@ def test_pretrained_then_fine_tuned(tmp_path):
   training.train(configs.freeze(config), tmp_path / "plain")
   again = pretrained.load(str(tmp_path / "plain"), configs.freeze(get_config("prefix"))).params
   embedding = again["decoder"]["embedding"][:257]
-  np.testing.assert_allclose(again["pause_input"], embedding.mean(0, keepdims=True), atol=1e-6)
+  drawn = (again["pause_input"] - embedding.mean(0)) / embedding.std(0)
+  assert 0.03 < np.abs(drawn).mean() < 0.14

@@ -1,0 +1,83 @@
+"""Runs of earlier versions: an absent field means what it meant when the run was started."""
+
+import json
+
+import pytest
+from models import tiny_config
+
+from cyb_jax import configs, runs, training
+from cyb_jax.errors import InputError
+
+
+def recorded(config):
+  """config.json of a frozen config, as a dict."""
+  return json.loads(configs.to_json(config))
+
+
+def earlier(written, *fields):
+  """The same, as an earlier version has written it: without these fields, 'group.name'."""
+  written = {group: dict(values) if isinstance(values, dict) else values for group, values in written.items()}
+  del written["format"]
+  for field in fields:
+    group, name = field.split(".")
+    written[group].pop(name, None)
+  return written
+
+
+def test_a_config_json_of_this_version_means_what_it_says():
+  config = configs.freeze(tiny_config(pauses=2))
+  assert recorded(config)["format"] == 2
+  assert configs.migrated(recorded(config)) == dict(config.source)
+  assert runs.config_record(config).differences(recorded(config)) == []
+
+
+def test_new_rows_of_an_earlier_run_started_from_the_mean():
+  config = tiny_config(pauses=2)
+  config.init_from = "somewhere"
+  frozen = configs.freeze(config)
+  old = earlier(recorded(frozen), "tuning.new_rows")
+  assert configs.migrated(old)["tuning"]["new_rows"] == "mean"
+  # Another start is another run, but a command that leaves it open continues this one.
+  assert runs.config_record(frozen).differences(old) == []
+  config.tuning.new_rows = "draws"
+  other = runs.config_record(configs.freeze(config))
+  assert other.differences(old) == ["tuning.new_rows: 'mean' -> 'draws'"]
+  # A run from fresh parameters has no such rows: the field stays as it is.
+  config.update(init_from="")
+  config.tuning.new_rows = "auto"
+  frozen = configs.freeze(config)
+  assert runs.config_record(frozen).differences(earlier(recorded(frozen), "tuning.new_rows")) == []
+
+
+@pytest.mark.parametrize(
+  ("choice", "method", "message"),
+  [
+    ("random", {}, r"tuning.new_rows: 'random' must be one of auto, zero, unused, draws, mean"),
+    ("zero", {"pause_input": "pause"}, r"tuning.new_rows: 'zero' must be another"),
+  ],
+)
+def test_starts_that_are_refused(choice, method, message):
+  config = tiny_config(pauses=2, **method)
+  config.tuning.new_rows = choice
+  with pytest.raises(InputError, match=message):
+    configs.freeze(config)
+
+
+def test_the_command_that_has_started_a_run_continues_it(tmp_path):
+  """A folder as an earlier version left it; its config.json is then one of this version, and still the run's own."""
+  plain = tiny_config(name="baseline")
+  plain.train.update(steps=1, eval_every=0)
+  training.train(configs.freeze(plain), tmp_path / "plain")
+  config = tiny_config(pauses=1)
+  config.init_from = str(tmp_path / "plain")
+  config.train.update(steps=2, eval_every=0)
+  workdir = tmp_path / "run"
+  old = config.copy_and_resolve_references()
+  old.tuning.new_rows = "mean"
+  first = training.train(configs.freeze(old), workdir)
+  written = json.loads((workdir / "config.json").read_text())
+  (workdir / "config.json").write_text(json.dumps(earlier(written, "tuning.new_rows")))
+  for _ in range(2):
+    assert training.train(configs.freeze(config), workdir) == first
+    assert json.loads((workdir / "config.json").read_text())["tuning"]["new_rows"] == "mean"
+  assert runs.load(workdir).config.tuning.new_rows == "mean"
