@@ -74,10 +74,11 @@ class Scorer:
     InputError: a number that is invalid, or a method that does not decode.
 
   Example:
+    >>> from cyb_jax.data.tokenizers import encode_pairs
     >>> run = cyb_jax.load("runs/ap")
     >>> scorer = Scorer(run.method, run.params, context=64, start_id=run.tokenizer.end_id)
     >>> texts = [("The film was", word) for word in (" good", " bad")]
-    >>> scorer.score(tokenizers.encode_pairs(run.tokenizer, texts))
+    >>> scorer.score(encode_pairs(run.tokenizer, texts))
   """
 
   def __init__(

@@ -53,6 +53,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     pairs: (context, continuation), either of which may be empty.
 
   Example:
+    >>> from cyb_jax.data.tokenizers import ByteTokenizer
     >>> encode_pairs(ByteTokenizer(), [("ab", "c"), ("", "d")])
     [([97, 98], [99]), ([], [100])]
   """
