@@ -31,6 +31,7 @@ class Run:
     tokenizer: encode and decode.
     step: of the checkpoint.
     meta: of the checkpoint: `train_tokens`, `train_slots`, `train_flops`, the token store's `store` fingerprint.
+    imported: whether the parameters are those of another project's model, as it was trained there.
   """
 
   config: Config
@@ -39,6 +40,12 @@ class Run:
   tokenizer: Tokenizer
   step: int
   meta: dict[str, Any]
+  imported: bool = False
+
+  @property
+  def boundaries(self) -> tokenizers.TextBoundaries:
+    """The ids that precede a text, and those that end a generated text."""
+    return tokenizers.text_boundaries(self.tokenizer, imported=self.imported)
 
 
 def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.sharding.Mesh | None = None) -> Run:

@@ -125,7 +125,7 @@ def _written(
     decoder,
     params,
     run.tokenizer,
-    method=run.config.method if len(params) > 1 else None,
+    method=None if run.imported else run.config.method,
     step=run.step,
     dtype=dtype,
     max_positions=context or run.config.data.sequence_length,

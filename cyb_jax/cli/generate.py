@@ -91,9 +91,11 @@ def _encoded_prompts(run: Run) -> list[list[int]]:
   for text in texts:
     if not text:
       raise InputError("--prompt: '' is empty; give a text to go on from")
-    # A document begins after an end token, or whatever else preceded documents in training.
-    prompts.append([run.tokenizer.start_id, *tokenizers.encode_whole(run.tokenizer, text, "--prompt")])
+    # A document begins with a token of its own in training here; an imported model has one if its tokenizer adds it.
+    prompts.append([*run.boundaries.start, *tokenizers.encode_whole(run.tokenizer, text, "--prompt")])
   for text, prompt in zip(texts, prompts):
+    if not prompt:
+      raise InputError(f"--prompt: {text!r} has no tokens, and the model none that begins a text; give another text")
     if len(prompt) >= context:
       raise InputError(
         f"--prompt: {text[:30]!r}... has {len(prompt)} tokens, the one that begins a document included, but the run was"
@@ -167,7 +169,7 @@ def _generate(run: Run, sampler: Sampler, prompts: list[list[int]], new: int) ->
     generated = sampler.generate(
       run.params,
       prompts,
-      end_id=run.tokenizer.end_id,
+      end_id=run.boundaries.end_ids,
       stop=(lambda row, tokens: rows[row].kept(tokens)) if args.stop else None,
       callback=shown,
       **options,

@@ -111,7 +111,7 @@ class CybLM(LM):
       are where training had them, else the method's own mode.
     read: when a token is read, see `SamplingOptions`; '': for greedy requests 'threshold' in mode self_paced and
       'mixture' in mode constant, for other requests 'sample'.
-    add_bos_token: whether the start token precedes a text; None: as the tokenizer's model expects it.
+    add_bos_token: whether the start token precedes a text; None: as the model has learned it (`Run.boundaries`).
     overlap: see `Scorer.score_rolling`.
     pauses: pauses between a context and the scored or generated text, for methods that have such; None: as in training.
     seed: of random draws.
@@ -166,9 +166,8 @@ class CybLM(LM):
       raise InputError(f"batch_size: {batch_size!r} must be a number of at least 1, or 'auto'")
     self.run, self.batch_size = run, _BATCH_SIZE if text == "auto" else int(text)
     self.max_length = run.config.data.sequence_length if max_length is None else max_length
-    tokenizer = run.tokenizer
-    self.start_id = tokenizer.start_id
-    self._adds_start = tokenizer.adds_start if add_bos_token is None else bool(add_bos_token)
+    self.start_id = run.tokenizer.start_id
+    self._adds_start = bool(run.boundaries.start if add_bos_token is None else add_bos_token)
     constant = trained_with_all_pauses(run.method)
     self._mode = mode or ("constant" if constant else default_mode(run.method))
     self._read, self._overlap, self._seed = read, overlap, seed
@@ -292,7 +291,7 @@ class CybLM(LM):
         [*prompts, *prompts[:1] * padding],
         max_new_tokens=new,
         seeds=[self._seed + number for number in [*seeds, *seeds[:1] * padding]],
-        end_id=tokenizer.end_id,
+        end_id=self.run.boundaries.end_ids,
         context=self.max_length,
         stop=lambda row, tokens: rows[row if row < count else 0].kept(tokens),
         prompt_multiple=_PROMPT_MULTIPLE,

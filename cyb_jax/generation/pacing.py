@@ -103,7 +103,7 @@ class Pacing(abc.ABC):
 
   @abc.abstractmethod
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
   ) -> SamplerState:
     """One iteration: runs slots of every row, and generates a token in the rows that are ready for one."""
 
@@ -117,7 +117,7 @@ class _OneSlot(Pacing):
     """bool[B], whether each row continues with a pause, from the scores [B] of its current slot."""
 
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
   ) -> SamplerState:
     hidden, cache = method.extend(
       params,
@@ -133,7 +133,7 @@ class _OneSlot(Pacing):
     waits = self.pauses(scores, state) & ~state.finished
     emits = ~waits & ~state.finished
     token, log_prob = _draw(token_sampler, state, scores.log_probs)
-    after = state.emit(cache, emits, token=token, pauses=state.slot, log_prob=log_prob, end_id=end_id)
+    after = state.emit(cache, emits, token=token, pauses=state.slot, log_prob=log_prob, end_ids=end_ids)
     return dataclasses.replace(
       self.layout.next_token(state, after, state.slot + 1),
       slot=jnp.where(waits, state.slot + 1, jnp.where(state.finished, state.slot, 0)),
@@ -244,7 +244,7 @@ class Constant(Pacing):
     return self.layout.num_slots
 
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
   ) -> SamplerState:
     rows, width = len(state.token), self.layout.num_slots
     slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (rows, width))
@@ -261,7 +261,7 @@ class Constant(Pacing):
     slot, log_probs = self.reading.read(method.token_scores(params, hidden, slots), self.step_budget, state)
     token, log_prob = _draw(token_sampler, state, log_probs)
     pauses = slot.astype(jnp.int32)
-    after = state.emit(cache, ~state.finished, token=token, pauses=pauses, log_prob=log_prob, end_id=end_id)
+    after = state.emit(cache, ~state.finished, token=token, pauses=pauses, log_prob=log_prob, end_ids=end_ids)
     return self.layout.next_token(state, after, width)
 
 
@@ -310,14 +310,14 @@ class Sequential(Pacing):
     return carry
 
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_id: Int[Array, ""], state: SamplerState
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
   ) -> SamplerState:
     hidden, cache, ran = method.run_token(
       params, token=state.token, position=state.position, cache=state.cache, cache_index=state.cache_index
     )
     scores = method.token_scores(params, hidden, jnp.full_like(ran, self.layout.num_slots - 1))
     token, log_prob = _draw(token_sampler, state, scores.log_probs)
-    after = state.emit(cache, ~state.finished, token=token, pauses=ran - 1, log_prob=log_prob, end_id=end_id)
+    after = state.emit(cache, ~state.finished, token=token, pauses=ran - 1, log_prob=log_prob, end_ids=end_ids)
     return self.layout.next_token(state, after, ran)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from cyb_jax.generation.state import SamplerState
 from cyb_jax.generation.token_samplers import TokenSampler, choose_token_sampler
 from cyb_jax.methods import Decoding, SlotInputs
 
+# So many end tokens fit into one program; most models have one or two.
+_END_IDS = 8
 # Prompts are padded to a multiple of this many tokens, so that a few programs serve all prompt lengths.
 _PROMPT_MULTIPLE = 16
 
@@ -43,7 +46,7 @@ class Generation:
   """Generated text. Lists have one entry for each prompt.
 
   Attributes:
-    tokens: ids, `end_id` included if it ended the row.
+    tokens: ids, the end token included if one ended the row.
     pauses: of each token, the slot that it was read from, counted from 0: in mode self_paced the pauses that were run
       for it; of the first token, the pauses after the prompt, if the method has such. With read 'mixture' all slots are
       read, and this is K.
@@ -82,8 +85,8 @@ class Sampler:
   Example:
     >>> run = cyb_jax.load("runs/ap")
     >>> sampler = Sampler(run.method, SamplingOptions(temperature=0.8))
-    >>> prompt = [run.tokenizer.end_id, *run.tokenizer.encode("The film")]
-    >>> generated = sampler.generate(run.params, [prompt], max_new_tokens=20, end_id=run.tokenizer.end_id)
+    >>> prompt = [*run.boundaries.start, *run.tokenizer.encode("The film")]
+    >>> generated = sampler.generate(run.params, [prompt], max_new_tokens=20, end_id=run.boundaries.end_ids)
     >>> run.tokenizer.decode(generated.tokens[0]), generated.pauses[0]
   """
 
@@ -100,7 +103,7 @@ class Sampler:
     *,
     max_new_tokens: int,
     seeds: Sequence[int] | int = 0,
-    end_id: int | None = None,
+    end_id: int | Sequence[int] | None = None,
     context: int | None = None,
     stop: Stop | None = None,
     callback: OnTokens | None = None,
@@ -111,11 +114,11 @@ class Sampler:
 
     Args:
       params: bare arrays.
-      prompts: ids, at least one in each prompt; the lengths may differ. A row is one document, which begins with
-        `end_id`: a later end token hides nothing before it, whatever `data.document_mask` was in training.
+      prompts: ids, at least one in each prompt; the lengths may differ. A row is one document, which begins with the
+        run's start token: a later separator hides nothing before it, whatever `data.document_mask` was in training.
       max_new_tokens: N, for every row.
       seeds: one for each row; or one number, to which the number of the row is added.
-      end_id: a row that generates this id is finished; None: no such id.
+      end_id: a row that generates this id, or one of these ids, is finished; None: no such id.
       context: the most tokens of a row, prompt and new ones together; None: no limit.
       stop: called for each row every `chunk` iterations, until it finishes the row.
       callback: called every `chunk` iterations for each row that has new tokens.
@@ -133,12 +136,11 @@ class Sampler:
       context=context,
       prompt_multiple=prompt_multiple,
     )
-    end = -1 if end_id is None else end_id
     every = chunk if stop or callback else max_new_tokens * self.pacing.layout.num_slots
     watcher = _Watcher(len(prompts), stop, callback)
     done = np.zeros(len(prompts), bool)
     while not done.all():
-      state = self.advance(params, state, every, end, done)
+      state = self.advance(params, state, every, end_id, done)
       done = watcher.watch(state)
     return self._generation(state, watcher.counts(state))
 
@@ -192,7 +194,7 @@ class Sampler:
     params: PyTree,
     state: SamplerState,
     iterations: int,
-    end_id: int = -1,
+    end_id: int | Sequence[int] | None = None,
     stopped: Bool[np.ndarray, "B"] | None = None,
   ) -> SamplerState:
     """Runs so many more iterations, or fewer if all rows finish earlier.
@@ -201,13 +203,13 @@ class Sampler:
       params: bare arrays.
       state: of `start` or of an earlier call; its buffers are donated.
       iterations: the most iterations of this call.
-      end_id: a row that generates this id is finished.
+      end_id: see `generate`.
       stopped: bool[B], rows that the caller finishes.
     """
     # The rows are an argument, because a state that the caller changes may be placed on other devices; that would be
     # another program.
     stopped = np.zeros(len(state.token), bool) if stopped is None else stopped
-    bounds = np.int32(iterations), np.int32(end_id)
+    bounds = np.int32(iterations), _end_ids(end_id)
     return _advance(self.method, self.pacing, self._token_sampler, params, state, *bounds, stopped)
 
   def compile_abstract(
@@ -235,10 +237,18 @@ class Sampler:
     others = dataclasses.replace(state, cache=None)
     state = dataclasses.replace(jax.tree.map(lambda x: placed(x, 0 if x.ndim else -1), others), cache=cache)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    policies = self.pacing, self._token_sampler
-    pacing, token_sampler, iterations, end_id = jax.tree.map(lambda x: placed(x, -1), (*policies, scalar, scalar))
+    policies, ends = (self.pacing, self._token_sampler), jax.eval_shape(lambda: jnp.zeros(_END_IDS, jnp.int32))
+    pacing, token_sampler, iterations, end_ids = jax.tree.map(lambda x: placed(x, -1), (*policies, scalar, ends))
     stopped = placed(jax.ShapeDtypeStruct((rows,), bool), 0)
-    return _advance.lower(self.method, pacing, token_sampler, params, state, iterations, end_id, stopped).compile()
+    return _advance.lower(self.method, pacing, token_sampler, params, state, iterations, end_ids, stopped).compile()
+
+
+def _end_ids(end_id: int | Sequence[int] | None) -> Int[np.ndarray, "E"]:
+  """i32[E], the end tokens, filled up with -1, so that their number compiles no other program."""
+  if isinstance(end_id, numbers.Integral):
+    end_id = [int(end_id)]
+  ids = list(end_id or ())
+  return np.array([*ids, *[-1] * (-len(ids) % _END_IDS or _END_IDS * (not ids))], np.int32)
 
 
 class _Watcher:
@@ -325,7 +335,7 @@ def _advance(
   params: PyTree,
   state: SamplerState,
   iterations: Int[Array, ""],
-  end_id: Int[Array, ""],
+  end_ids: Int[Array, "E"],
   stopped: Bool[Array, "B"],
 ) -> SamplerState:
   state = dataclasses.replace(state, finished=state.finished | stopped)
@@ -334,5 +344,5 @@ def _advance(
   def unfinished(state: SamplerState) -> Bool[Array, ""]:
     return (state.iterations < until) & ~state.finished.all()
 
-  step = functools.partial(pacing.step, method, params, token_sampler, end_id)
+  step = functools.partial(pacing.step, method, params, token_sampler, end_ids)
   return jax.lax.while_loop(unfinished, step, state)

@@ -75,7 +75,7 @@ class SamplerState:
     token: Int[Array, "B"],
     pauses: Int[Array, "B"],
     log_prob: Float[Array, "B"],
-    end_id: Int[Array, ""],
+    end_ids: Int[Array, "E"],
   ) -> SamplerState:
     """The state after an iteration in which the rows `emits` generate a token.
 
@@ -83,7 +83,7 @@ class SamplerState:
       cache: with the slots of this iteration.
       emits: bool[B].
       token, pauses, log_prob: [B], stored in the rows that generate a token.
-      end_id: i32[], the token that finishes its row.
+      end_ids: i32[E], the tokens that finish their row.
     """
     rows = jnp.arange(len(token))
     # An index out of bounds is dropped.
@@ -94,7 +94,7 @@ class SamplerState:
       cache=cache,
       token=jnp.where(emits, token, self.token),
       num_generated=num_generated,
-      finished=self.finished | (emits & ((token == end_id) | (num_generated >= self.token_limit))),
+      finished=self.finished | (emits & ((token[:, None] == end_ids).any(-1) | (num_generated >= self.token_limit))),
       tokens=self.tokens.at[rows, column].set(token, mode="drop"),
       pauses=self.pauses.at[rows, column].set(pauses, mode="drop"),
       log_probs=self.log_probs.at[rows, column].set(log_prob, mode="drop"),

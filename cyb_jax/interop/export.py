@@ -1,6 +1,8 @@
 """Export to a Hugging Face folder that transformers loads, and that this package imports again without a change.
 
-Pauses and `<don't know>`, which are no entries of our vocabulary, become entries after its V rows:
+Only the V entries of the vocabulary are written: the rows by which tables are rounded up in training are masked there,
+and would be entries like any other for a reader. Pauses and `<don't know>`, which are no entries of our vocabulary,
+become entries after it:
 
     ids      0 .. V-1     V .. V+K-1                V+K
     input    embedding    pause_input               the output row if tied, else zeros
@@ -30,6 +32,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import PyTree
 
+from cyb_jax.data.tokenizers import text_boundaries
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, writing
 from cyb_jax.interop import huggingface
@@ -66,7 +69,7 @@ def write_huggingface(
     decoder_config: of params['decoder'].
     params: a method's parameters, bare arrays; layers stacked or not.
     tokenizer: the model's own; None: none is written.
-    method: that the parameters outside params['decoder'] belong to; None: there are none.
+    method: that the run was trained with; None: a model of another project, as it was trained there.
     dtype: of the tensors, 'float32' or 'bfloat16'.
     max_shard_bytes: of a file; a larger tensor has one of its own.
     max_positions: the longest context that config.json speaks of.
@@ -82,10 +85,13 @@ def write_huggingface(
   table = family.table(decoder_config)
   _check_leaves(params["decoder"], table, decoder_config)
   words = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
-  entries = _entries(params, decoder_config.vocab_size, method)
+  if words > decoder_config.vocab_size:
+    raise InputError(f"tokenizer: {words} entries, but the decoder's tables have {decoder_config.vocab_size} rows")
+  entries = _entries(params, words, method)
   package("safetensors", "output")
   with new_folder(output) as folder:
-    config = _config_json(family, decoder_config, tokenizer, len(entries), dtype, max_positions)
+    special = _special_json(tokenizer, imported=method is None)
+    config = _config_json(family, decoder_config, words + len(entries), dtype, max_positions) | special
     own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
     if method is not None:
       config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, words, step)
@@ -93,10 +99,11 @@ def write_huggingface(
     not_entries = {name: leaf for name, leaf in own.items() if name not in ("pause_input", "dont_know")}
     if not_entries:
       _write_tensors(folder / OWN, not_entries)
-    tensors = _tensors(params["decoder"], table, decoder_config, own, method)
+    tensors = _tensors(params["decoder"], table, decoder_config, words, own, method)
     _write_shards(folder, tensors, _DTYPES[dtype], max_shard_bytes)
     if tokenizer is not None:
-      _write_tokenizer(folder, tokenizer, entries)
+      _write_json(folder / "generation_config.json", special)
+      _write_tokenizer(folder, tokenizer, entries, imported=method is None)
     for path in folder.rglob("*"):
       if path.is_file():
         # safetensors gives read permission to the owner alone.
@@ -145,15 +152,15 @@ def _objections(family: Family, config: DecoderConfig) -> list[str]:
   return objections
 
 
-def _entries(params: PyTree, rows: int, method: MethodConfig | None) -> list[tuple[int, str]]:
-  """(id, name) of what is appended."""
+def _entries(params: PyTree, words: int, method: MethodConfig | None) -> list[tuple[int, str]]:
+  """(id, name) of what is appended to a vocabulary of so many words."""
   if method is None:
     if set(params) != {"decoder"}:
       raise ValueError(f"params: {sorted(set(params) - {'decoder'})} belong to a method, but none is given")
     return []
   names = [f"<pause_{k + 1}>" for k in range(method.pauses)] if "pause_input" in params else []
   names += ["<dont_know>"] if "dont_know" in params else []
-  return [(rows + place, name) for place, name in enumerate(names)]
+  return [(words + place, name) for place, name in enumerate(names)]
 
 
 def _check_leaves(params: PyTree, table: list[Tensor], config: DecoderConfig) -> None:
@@ -184,9 +191,14 @@ def _leaf(params: PyTree, path: tuple[str, ...], layer: int | None) -> Any:
 
 
 def _tensors(
-  params: PyTree, table: list[Tensor], config: DecoderConfig, own: Mapping[str, np.ndarray], method: MethodConfig | None
+  params: PyTree,
+  table: list[Tensor],
+  config: DecoderConfig,
+  words: int,
+  own: Mapping[str, np.ndarray],
+  method: MethodConfig | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, tensor), one after the other."""
+  """(name, tensor), one after the other; of the tables the first `words` rows, and what is appended to them."""
   appended = {"embedding": [], "unembedding": []}
   if method is not None and "pause_input" in own:
     rows = np.broadcast_to(own["pause_input"], (method.pauses, config.d_model))
@@ -200,7 +212,7 @@ def _tensors(
     leaves = (np.asarray(jax.device_get(_leaf(params, leaf, layer))) for leaf in tensor.leaves)
     array = tensor.join(*leaves)
     rows = appended.get(tensor.leaves[0][0])
-    yield name, np.concatenate([array, *rows]) if rows else array
+    yield name, array if rows is None else np.concatenate([array[:words], *rows])
 
 
 def _write_shards(
@@ -246,23 +258,30 @@ def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> Non
     raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
-def _config_json(
-  family: Family, config: DecoderConfig, tokenizer: Tokenizer | None, appended: int, dtype: str, max_positions: int
-) -> dict[str, Any]:
-  end = None if tokenizer is None else tokenizer.end_id
+def _special_json(tokenizer: Tokenizer | None, imported: bool) -> dict[str, Any]:
+  """The ids of special tokens, as config.json and generation_config.json name them."""
+  if tokenizer is None:
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  special, boundaries = tokenizer.special_tokens, text_boundaries(tokenizer, imported=imported)
+  start, ends = next(iter(boundaries.start), None), boundaries.end_ids
+  return {
+    "bos_token_id": start if special.bos_id is None else special.bos_id,
+    "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+    "pad_token_id": special.pad_id,
+  }
+
+
+def _config_json(family: Family, config: DecoderConfig, rows: int, dtype: str, max_positions: int) -> dict[str, Any]:
   return {
     "architectures": [family.architecture],
     "model_type": family.model_type,
-    "vocab_size": config.vocab_size + appended,
+    "vocab_size": rows,
     "hidden_size": config.d_model,
     "intermediate_size": config.mlp_size,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
     "max_position_embeddings": max_positions,
     "tie_word_embeddings": config.tied_embeddings,
-    "bos_token_id": None if tokenizer is None else tokenizer.start_id,
-    "eos_token_id": end,
-    "pad_token_id": None,
     # The older name and the newer one; RoPE's fields come in two spellings too.
     "torch_dtype": dtype,
     "dtype": dtype,
@@ -283,7 +302,9 @@ def _own_json(
   return {
     "version": 1,
     "method": {"name": method.name} | dataclasses.asdict(method),
-    "rows": rows,
+    # Of the file's tables, and of the run's, whose other rows only pad.
+    "rows": words,
+    "table_rows": rows,
     "vocab_size": words,
     "pause_ids": [number for number, name in entries if name != "<dont_know>"],
     "dont_know_id": dont_know,
@@ -295,10 +316,13 @@ def _own_json(
   }
 
 
-def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, entries: list[tuple[int, str]]) -> None:
+def _write_tokenizer(
+  folder: pathlib.Path, tokenizer: Tokenizer, entries: list[tuple[int, str]], imported: bool
+) -> None:
   """In transformers' form; a tokenizer that has none as it is, so that the export comes back whole."""
   try:
-    tokenizer.write_huggingface(folder, entries)
+    starts = bool(text_boundaries(tokenizer, imported=imported).start)
+    tokenizer.write_huggingface(folder, entries, starts=starts)
   except InputError as error:
     logging.warning("no tokenizer is written for transformers: %s", error)
     (folder / TOKENIZER).mkdir()

@@ -160,7 +160,7 @@ class _FromSource(Pretrained):
   @functools.cached_property
   def tokenizer(self) -> Tokenizer | None:
     if self._tokenizer:
-      return open_tokenizer(self._tokenizer, self.decoder.vocab_size)
+      return open_tokenizer(self._tokenizer, self._source.vocab_size)
     return self._source.tokenizer()
 
   @property
@@ -309,7 +309,9 @@ def load(
   found.check(method, own, config)
   params = parameters(found, method, runs.abstract_params(method, mesh), config)
   meta = _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}}
-  return Run(config, method, params, own, step, meta)
+  # An export of ours is no model of another project, nor is a run.
+  imported = isinstance(found, _FromSource) and found.method is None
+  return Run(config, method, params, own, step, meta, imported)
 
 
 def _own_config(found: _FromSource, dtype: str) -> Config:

@@ -40,7 +40,8 @@ class Extras:
 
   Attributes:
     method: as it was trained.
-    vocab_size: how many of the decoder's rows are words; the others only pad.
+    vocab_size: how many of the decoder's rows are entries of the vocabulary; the others only pad.
+    file_rows: how many of the decoder's rows are in the files; the others only pad, and are read as zeros.
     pause_ids: of the entries `<pause_1>`.. that follow the decoder's rows.
     dont_know_id: of the entry `<dont_know>`; None: there is none.
     prior_shift: what readout adds to the `<don't know>` logit, nats; None where there is none.
@@ -50,6 +51,7 @@ class Extras:
 
   method: MethodConfig
   vocab_size: int
+  file_rows: int
   pause_ids: tuple[int, ...]
   dont_know_id: int | None
   prior_shift: float | None
@@ -92,7 +94,10 @@ class Source:
     """
     tensor, part = self._places[path]
     array = tensor.split(self.files.read(tensor.name.format(layer=layer)))[part]
-    return array[: self.decoder.vocab_size] if path in _TABLES else array
+    if path not in _TABLES or self.extras is None:
+      return array
+    array = array[: self.extras.file_rows]
+    return np.pad(array, ((0, self.decoder.vocab_size - len(array)), (0, 0)))
 
   def read_own(self, name: str) -> np.ndarray:
     """One leaf outside params['decoder'], of an export of ours."""
@@ -105,6 +110,11 @@ class Source:
       leaf, first = ("embedding" if self.decoder.tied_embeddings else "unembedding",), self.extras.dont_know_id
     tensor, _ = self._places[leaf]
     return self.files.read(tensor.name)[first : first + math.prod(shape[:-1])].reshape(shape)
+
+  @property
+  def vocab_size(self) -> int:
+    """How many of the decoder's rows are entries of the vocabulary; of a model of others: all."""
+    return self.decoder.vocab_size if self.extras is None else self.extras.vocab_size
 
   def tokenizer(self) -> Tokenizer | None:
     """The tokenizer that came with it; None where there is none."""
@@ -119,8 +129,7 @@ class Source:
       place = self.path.with_name("tokenizer.bin")
       if not place.exists():
         return None
-    rows = self.decoder.vocab_size if self.extras is None else self.extras.vocab_size
-    return tokenizers.open_tokenizer(place, rows=rows)
+    return tokenizers.open_tokenizer(place, rows=self.vocab_size)
 
 
 def open_source(path: str | os.PathLike) -> Source:
@@ -192,12 +201,14 @@ def _with_extras(source: Source, written: Any) -> Source:
     raise InputError(f"{path}: cyb_jax.version = {written['version']!r}; this version reads 1")
   config = _method_config(path, fields.take("method", dict))
   rows, words = fields.take("rows", int), fields.take("vocab_size", int)
+  table_rows = fields.take("table_rows", int, rows)
   pause_ids, dont_know_id = fields.take("pause_ids", list), fields.take("dont_know_id", int, None)
   appended = [*pause_ids, *(() if dont_know_id is None else (dont_know_id,))]
   expected = list(range(rows, source.decoder.vocab_size))
-  if appended != expected or not all(isinstance(x, int) for x in appended) or not 0 < words <= rows:
+  valid = all(isinstance(x, int) for x in appended) and 0 < words <= rows <= table_rows
+  if appended != expected or not valid:
     raise InputError(
-      f"{path}: cyb_jax: {rows} rows, {words} of them words, and the entries {appended} aren't"
+      f"{path}: cyb_jax: {rows} rows of {table_rows}, {words} of them words, and the entries {appended} aren't"
       f" vocab_size = {source.decoder.vocab_size}; export the run again"
     )
   pauses = getattr(config, "pauses", 0)
@@ -206,7 +217,7 @@ def _with_extras(source: Source, written: Any) -> Source:
       f"{path}: cyb_jax.pause_ids has {len(pause_ids)} entries, but cyb_jax.method.pauses = {pauses}; export"
       " the run again"
     )
-  decoder = dataclasses.replace(source.decoder, vocab_size=rows)
+  decoder = dataclasses.replace(source.decoder, vocab_size=table_rows)
   own = _own_shapes(path, config, decoder)
   # What goes unnamed would be lost: it would start anew.
   shapes = {name: list(shape) for name, shape in own.items()}
@@ -219,6 +230,7 @@ def _with_extras(source: Source, written: Any) -> Source:
   extras = Extras(
     method=config,
     vocab_size=words,
+    file_rows=rows,
     pause_ids=tuple(pause_ids),
     dont_know_id=dont_know_id,
     prior_shift=fields.take("prior_shift", float, None),

@@ -112,6 +112,24 @@ def test_a_start_token_where_it_is_asked_for(run, adapter):
   assert adapter().loglikelihood(request)[0][0] != pytest.approx(bare.log_likelihood, abs=1e-3)
 
 
+def test_an_imported_model_gets_a_start_token_where_its_tokenizer_adds_one(run):
+  """A run trained here has one in any case: its documents began with one, whatever its tokenizer does for others."""
+  from cyb_jax.generation.harness import CybLM
+
+  class Bare(ByteTokenizer):
+    adds_start = False
+
+  request = [instance("loglikelihood", "ab", "c")]
+  got = {
+    (imported, adds): CybLM(run=dataclasses.replace(run, tokenizer=tokenizer, imported=imported)).loglikelihood(request)
+    for adds, tokenizer in ((True, ByteTokenizer()), (False, Bare()))
+    for imported in (True, False)
+  }
+  bare = CybLM(run=run, add_bos_token=False).loglikelihood(request)
+  assert got[True, False] == bare
+  assert got[True, True] == got[False, True] == got[False, False] != bare
+
+
 def test_rolling_likelihoods(run, adapter):
   text = "a long text that runs on behind the context of the model, in windows"
   lm = adapter(overlap=8)

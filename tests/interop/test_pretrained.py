@@ -51,9 +51,18 @@ def tuned(folders):
   return folders / "tuned"
 
 
+def entries(params):
+  """The parameters with zeros in the rows of the tables that only pad, which an export does not have."""
+  decoder = {
+    name: leaf.at[257:].set(0) if name in ("embedding", "unembedding") else leaf
+    for name, leaf in params["decoder"].items()
+  }
+  return params | {"decoder": decoder}
+
+
 def test_weights_come_back_bit_for_bit(folders):
   ours, theirs = cyb_jax.load(folders / "plain"), cyb_jax.load(folders / "hf")
-  assert_trees_equal(ours.params, theirs.params)
+  assert_trees_equal(entries(ours.params), theirs.params)
   assert theirs.method.name == "baseline"
   assert theirs.tokenizer.describe() == ours.tokenizer.describe()
   batch = {
@@ -72,7 +81,7 @@ def new_rows(folders, caplog, choice, **method):
   caplog.clear()
   caplog.set_level("INFO")
   run = pretrained.load(str(folders / "hf"), resolve(config))
-  plain = cyb_jax.load(folders / "plain").params["decoder"]
+  plain = entries(cyb_jax.load(folders / "plain").params)["decoder"]
   assert_trees_equal(run.params["decoder"], plain)
   return run.params, np.asarray(plain["embedding"], np.float64)[:257], caplog.text
 
@@ -172,13 +181,13 @@ def test_adapters_are_merged_on_export(tuned, folders):
   assert record["method"] == "cyb"
   back = cyb_jax.load(folders / "export")
   merged, config = merge_lora(run.params["decoder"], run.method.decoder.config)
-  assert_trees_equal(back.params, run.params | {"decoder": merged})
+  assert_trees_equal(back.params, entries(run.params | {"decoder": merged}))
   assert back.method.config == run.method.config
   assert back.method.decoder.config == config
   assert (back.step, run.step) == (2, 2)
   assert float(back.params["dont_know_offset"]) != 0
   written = json.loads((folders / "export" / "config.json").read_text())
-  assert written["vocab_size"] == config.vocab_size + 3
+  assert written["vocab_size"] == 257 + 3
   # log(0.9 / 0.1 * |V|) with |V| = 257 words and <don't know>.
   assert written["cyb_jax"]["prior_shift"] == pytest.approx(np.log(9 * 257), rel=1e-6)
 

@@ -16,7 +16,7 @@ from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threa
 from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces, vocabulary_size
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from cyb_jax.data.tokenizers.spans import continuation_start, encode_pairs, tokens_with
-from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
+from cyb_jax.data.tokenizers.special_tokens import SpecialTokens, TextBoundaries, text_boundaries
 from cyb_jax.data.tokenizers.vocabulary import seqio_vocabulary
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
   "HuggingFaceTokenizer",
   "SentencePieceTokenizer",
   "SpecialTokens",
+  "TextBoundaries",
   "Tokenizer",
   "continuation_start",
   "encode_pairs",
@@ -36,6 +37,7 @@ __all__ = [
   "render_chat",
   "seqio_vocabulary",
   "surrogate",
+  "text_boundaries",
   "tokens_with",
   "train_sentencepiece",
   "trained_pieces",

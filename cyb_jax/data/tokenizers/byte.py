@@ -69,5 +69,7 @@ class ByteTokenizer:
   def unused_ids(self) -> list[int]:
     return []
 
-  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
+  def write_huggingface(
+    self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = (), *, starts: bool | None = None
+  ) -> None:
     raise InputError("data.tokenizer='bytes': transformers has no such tokenizer; export a run with another one")

@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from cyb_jax.data.tokenizers import byte_level
 from cyb_jax.data.tokenizers.description import HUGGINGFACE_FILE, save_description
-from cyb_jax.data.tokenizers.huggingface_export import write_folder
+from cyb_jax.data.tokenizers.huggingface_export import start_template, write_folder
 from cyb_jax.data.tokenizers.interface import character_places, checked_rows, is_unused, surrogate
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
@@ -146,8 +146,17 @@ class HuggingFaceTokenizer:
       json.dump(self.content, file, ensure_ascii=False)
     save_description(directory, self.describe(), self.special_tokens)
 
-  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
-    write_folder(self.content, self._names, self, directory, added)
+  def write_huggingface(
+    self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = (), *, starts: bool | None = None
+  ) -> None:
+    starts = self.adds_start if starts is None else starts
+    start = self.start_id if starts else None
+    content, changed = self.content, {}
+    if first_added(content, self._name) != start:
+      # `describe` is that of the content as it was; the reader needs that back.
+      changed = {"post_processor": content.get("post_processor")}
+      content = content | {"post_processor": None if start is None else start_template(self._names[start], start)}
+    write_folder(content, self._names, self, directory, added, starts=starts, changed=changed)
 
 
 def _spans(row: Any, text: str) -> Int[np.ndarray, "N 2"]:
@@ -217,6 +226,15 @@ def build(content: Mapping[str, Any], where: str):
         f" {built.token_to_id(entry['content'])}; give a whole tokenizer.json"
       )
   return built
+
+
+def first_added(content: Mapping[str, Any], where: str) -> int | None:
+  """The id that the library puts before a text by itself; None if it adds none."""
+  if component_types(content.get("post_processor")) <= {"", "ByteLevel"}:
+    return None
+  built = build(dict(content) | {"added_tokens": content.get("added_tokens") or [], "truncation": None}, where)
+  plain, whole = (built.encode("a", add_special_tokens=added).ids for added in (False, True))
+  return whole[0] if len(whole) > len(plain) and whole[:1] != plain[:1] else None
 
 
 def _without_special(

@@ -17,6 +17,9 @@ def write_folder(
   tokenizer: Tokenizer,
   directory: str | os.PathLike,
   added: Sequence[tuple[int, str]],
+  *,
+  starts: bool,
+  changed: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes tokenizer.json and tokenizer_config.json.
 
@@ -27,6 +30,8 @@ def write_folder(
     directory: an existing folder.
     added: (id, name) of special entries to append; the ids ascend, and none is in the vocabulary. The library numbers
       its entries without gaps, so a gap is filled with entries named `<row_N>`.
+    starts: whether the content puts the tokenizer's start token before a text.
+    changed: components of the tokenizer's own content in place of which `content` has others.
 
   Raises:
     InputError: an id or a name is taken.
@@ -47,12 +52,16 @@ def write_folder(
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": names[next(iter(special.end_ids), tokenizer.end_id)],
     "clean_up_tokenization_spaces": False,
-    "add_bos_token": tokenizer.adds_start,
-    "cyb_jax": tokenizer.describe(),
+    "cyb_jax": tokenizer.describe() | dict(changed or {}),
     **special.names,
   }
-  if tokenizer.adds_start:
-    settings["bos_token"] = names[tokenizer.start_id]
+  start = names[tokenizer.start_id]
+  if starts:
+    settings.setdefault("bos_token", start)
+  # transformers puts the token that is named here before a text, if it is to add one. A start token that is another
+  # than the chat template's bos_token is left to the content.
+  if not starts or settings["bos_token"] == start:
+    settings["add_bos_token"] = starts
   if special.chat_template is not None:
     settings["chat_template"] = special.chat_template
   for file, value in (("tokenizer.json", content), ("tokenizer_config.json", settings)):
@@ -65,3 +74,15 @@ def added_token(number: int, name: str, *, special: bool) -> dict[str, Any]:
   """An entry of `added_tokens` in a tokenizer.json."""
   flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
   return {"id": number, "content": name} | flags | {"special": special}
+
+
+def start_template(name: str, start_id: int) -> dict[str, Any]:
+  """The component `post_processor` that puts the start token before a text."""
+  start = {"SpecialToken": {"id": name, "type_id": 0}}
+  first, second = ({"Sequence": {"id": letter, "type_id": number}} for number, letter in enumerate("AB"))
+  return {
+    "type": "TemplateProcessing",
+    "single": [start, first],
+    "pair": [start, first, second],
+    "special_tokens": {name: {"id": name, "ids": [start_id], "tokens": [name]}},
+  }

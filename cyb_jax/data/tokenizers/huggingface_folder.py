@@ -13,9 +13,8 @@ from cyb_jax.data.tokenizers.description import MODEL_FILE
 from cyb_jax.data.tokenizers.huggingface import (
   DOCUMENT_JOINERS,
   HuggingFaceTokenizer,
-  build,
-  component_types,
   entry_names,
+  first_added,
   ids_by_name,
 )
 from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
@@ -57,6 +56,8 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
   content = _read_json(file)
   exported = settings.exported_tokenizer()
   content, rows = _without_appended(content, entry_names(content, os.fspath(file)), rows, exported)
+  if exported and "post_processor" in exported:
+    content["post_processor"] = exported["post_processor"]
   names = entry_names(content, os.fspath(file))
   special_tokens = settings.special_tokens(ids_by_name(names))
   if exported and exported.get("kind") == "sentencepiece" and (folder / MODEL_FILE).exists():
@@ -70,6 +71,8 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
       name=os.fspath(folder / MODEL_FILE),
     )
   if exported and exported.get("kind") == "huggingface":
+    # An export of version 0.1 has more rows than entries: those that pad its tables.
+    rows = exported["vocab_size"]
     tokens = {name: exported[name] for name in ("end_id", "start_id", "adds_start")}
   else:
     tokens = _document_tokens(content, ids_by_name(names), settings, file)
@@ -90,7 +93,7 @@ def _document_tokens(
     )
   start, adds = settings.token("bos", ids), settings.flag("add_bos_token")
   if adds is None:
-    first = _first_added(content, os.fspath(file))
+    first = first_added(content, os.fspath(file))
     start, adds = (first, True) if first is not None else (None, False)
   return document_tokens(end, start, adds and start is not None)
 
@@ -223,15 +226,6 @@ def _read_json(path: Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise InputError(f"{path}: a JSON {type(content).__name__}, not an object; fetch it again")
   return content
-
-
-def _first_added(content: Mapping[str, Any], where: str) -> int | None:
-  """The id that the library puts before a text by itself; None if it adds none."""
-  if component_types(content.get("post_processor")) <= {"", "ByteLevel"}:
-    return None
-  built = build(dict(content) | {"added_tokens": content.get("added_tokens") or [], "truncation": None}, where)
-  plain, whole = (built.encode("a", add_special_tokens=added).ids for added in (False, True))
-  return whole[0] if len(whole) > len(plain) and whole[:1] != plain[:1] else None
 
 
 def _without_appended(

@@ -91,12 +91,15 @@ class Tokenizer(Protocol):
   def save(self, directory: str | os.PathLike) -> None:
     """Writes the files that `load` reads into an existing folder."""
 
-  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
+  def write_huggingface(
+    self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = (), *, starts: bool | None = None
+  ) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads.
 
     Args:
       directory: an existing folder.
       added: (id, name) of special entries to append; the ids ascend and are above all existing ids.
+      starts: whether transformers puts `start_id` before a text; None: `adds_start`.
 
     Raises:
       InputError: the tokenizer has no such form, or an id or a name is taken.

@@ -238,9 +238,12 @@ class SentencePieceTokenizer:
     self._write_model(directory)
     save_description(directory, self.describe(), self.special_tokens)
 
-  def write_huggingface(self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = ()) -> None:
-    content, names = huggingface_content(self.model, self.end_id, self.start_id, self.adds_start)
-    write_folder(content, names, self, directory, added)
+  def write_huggingface(
+    self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = (), *, starts: bool | None = None
+  ) -> None:
+    starts = self.adds_start if starts is None else starts
+    content, names = huggingface_content(self.model, self.end_id, self.start_id, starts)
+    write_folder(content, names, self, directory, added, starts=starts)
     # With the model, `open_tokenizer` opens the folder as a SentencePieceTokenizer again.
     self._write_model(directory)
 

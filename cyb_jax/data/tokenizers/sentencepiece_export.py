@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from cyb_jax.data.tokenizers.huggingface_export import added_token
+from cyb_jax.data.tokenizers.huggingface_export import added_token, start_template
 from cyb_jax.data.tokenizers.sentencepiece_model import PieceType
 from cyb_jax.errors import InputError
 
@@ -44,7 +44,7 @@ def huggingface_content(
     "added_tokens": [added_token(i, names[i], special=i in special) for i in sorted(special | own)],
     "normalizer": _normalizer(proto.normalizer_spec),
     "pre_tokenizer": None,
-    "post_processor": _template(names[start_id], start_id) if adds_start else None,
+    "post_processor": start_template(names[start_id], start_id) if adds_start else None,
     "decoder": _decoder(proto.normalizer_spec),
     "model": _model(proto, sentencepiece_model_pb2.TrainerSpec),
   }
@@ -112,15 +112,3 @@ def _decoder(spec) -> dict[str, Any]:
   if spec.add_dummy_prefix:
     steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
   return {"type": "Sequence", "decoders": steps}
-
-
-def _template(name: str, start_id: int) -> dict[str, Any]:
-  """The component `post_processor` that puts the start token before a text."""
-  start = {"SpecialToken": {"id": name, "type_id": 0}}
-  first, second = ({"Sequence": {"id": letter, "type_id": number}} for number, letter in enumerate("AB"))
-  return {
-    "type": "TemplateProcessing",
-    "single": [start, first],
-    "pair": [start, first, second],
-    "special_tokens": {name: {"id": name, "ids": [start_id], "tokens": [name]}},
-  }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from cyb_jax.data.tokenizers.interface import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +70,33 @@ class SpecialTokens:
     if not valid:
       raise InputError(f"{where}: special_tokens = {values!r} is invalid; restore the file")
     return cls(**dict(values) | {"end_ids": tuple(values.get("end_ids", ()))})
+
+
+@dataclasses.dataclass(frozen=True)
+class TextBoundaries:
+  """The ids before and after a text, as a model has learned them.
+
+  Attributes:
+    start: the ids before a text that is given alone: one, or none.
+    end_ids: the ids of which each ends a generated text; at least one.
+  """
+
+  start: tuple[int, ...]
+  end_ids: tuple[int, ...]
+
+
+def text_boundaries(tokenizer: Tokenizer, *, imported: bool) -> TextBoundaries:
+  """The boundaries of the texts of a model.
+
+  Training in this project puts a start token before every document and the separator after it, whatever tokens the
+  tokenizer's files name for chats. A model of another project, as it was trained there, gets a start token only if its
+  tokenizer adds one, and its text ends at the tokens that its files name.
+
+  Args:
+    tokenizer: of the model.
+    imported: whether the model is one of another project that has not been trained here.
+  """
+  named = tokenizer.special_tokens.end_ids
+  if imported:
+    return TextBoundaries((tokenizer.start_id,) if tokenizer.adds_start else (), named or (tokenizer.end_id,))
+  return TextBoundaries((tokenizer.start_id,), tuple(dict.fromkeys((*named, tokenizer.end_id))))
