@@ -26,7 +26,8 @@ def huggingface_content(
     end_id, start_id, adds_start: see `Tokenizer`.
 
   Raises:
-    InputError: a model of words or characters, or one that puts its spaces after words.
+    InputError: a model of words or characters, one that puts its spaces after words, or one in which a text could not
+      be kept from spelling a byte.
   """
   from sentencepiece import sentencepiece_model_pb2
 
@@ -43,7 +44,7 @@ def huggingface_content(
     "padding": None,
     "added_tokens": [added_token(i, names[i], special=i in special) for i in sorted(special | own)],
     "normalizer": _normalizer(proto.normalizer_spec),
-    "pre_tokenizer": None,
+    "pre_tokenizer": _byte_splitter(proto, sentencepiece_model_pb2.TrainerSpec),
     "post_processor": start_template(names[start_id], start_id) if adds_start else None,
     "decoder": _decoder(proto.normalizer_spec),
     "model": _model(proto, sentencepiece_model_pb2.TrainerSpec),
@@ -74,6 +75,22 @@ def _model(proto, kinds) -> dict[str, Any]:
       "merges": _merges(proto),
     }
   raise InputError("data.tokenizer: only SentencePiece models of type unigram and bpe can be written for transformers")
+
+
+def _byte_splitter(proto, kinds) -> dict[str, Any] | None:
+  """The component `pre_tokenizer` that keeps a text such as `<0x41>` from being read as the byte that is named so.
+
+  The library's unigram models find byte pieces in a text like any other piece, whatever their scores are: an unknown
+  character costs more than the piece of the lowest score. The text is therefore split inside such a name, where no
+  piece of text could span the split.
+  """
+  if proto.trainer_spec.model_type != kinds.UNIGRAM or not proto.trainer_spec.byte_fallback:
+    return None
+  textual = [p.piece for p in proto.pieces if p.type in (PieceType.NORMAL, PieceType.USER_DEFINED)]
+  for split, pattern in (("<0", "<(?=0x[0-9A-F]{2}>)"), ("0x", "<0(?=x[0-9A-F]{2}>)")):
+    if not any(split in piece for piece in textual):
+      return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "MergedWithPrevious", "invert": False}
+  raise InputError("data.tokenizer: a SentencePiece model with pieces '<0' and '0x' can't be written for transformers")
 
 
 def _merges(proto) -> list[list[str]]:
