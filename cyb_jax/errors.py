@@ -49,7 +49,8 @@ class DivergedError(FloatingPointError):
 
 
 class Interrupted(Exception):
-  """A signal has stopped the run after everything was saved; the same command continues it.
+  """A signal has stopped the run after everything was saved, or before there was anything to save; the same command
+  continues it.
 
   The message is one line. Programs log it and exit with code 75.
   """

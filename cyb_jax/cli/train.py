@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from cyb_jax import training
     from cyb_jax.studies.resolution import resolve
 
-    return training.train(resolve(source, workdir), workdir, profile=profile, cluster=cluster)
+    config = resolve(source, workdir)
+    return training.train(config, workdir, profile=profile, cluster=cluster, owns_process=True)
 
   return hosts.on_hosts(train)
 

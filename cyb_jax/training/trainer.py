@@ -7,7 +7,9 @@ in the end parameters, optimizer state, data order and metrics.jsonl (except for
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from cyb_jax.checkpointing.workdir import Lock, checkpoints_in, start_workdir, w
 from cyb_jax.configs import Config
 from cyb_jax.data import Prefetch
 from cyb_jax.distributed.cluster import ALONE, Cluster
-from cyb_jax.errors import writing
+from cyb_jax.errors import EXIT_INTERRUPTED, Interrupted, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.methods import Adaptive
 from cyb_jax.training import hooks
@@ -38,7 +40,14 @@ from cyb_jax.training.throughput import Throughput
 Hook = Callable[[Progress], None]
 
 
-def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0, cluster: Cluster = ALONE) -> dict[str, Any]:
+def train(
+  config: Config,
+  workdir: str | os.PathLike,
+  *,
+  profile: int = 0,
+  cluster: Cluster = ALONE,
+  owns_process: bool = False,
+) -> dict[str, Any]:
   """Trains, or continues to train, and evaluates.
 
   Args:
@@ -46,22 +55,50 @@ def train(config: Config, workdir: str | os.PathLike, *, profile: int = 0, clust
     workdir: the run's folder; it is made here, when all checks have passed.
     profile: how many steps to trace into WORKDIR/profile, after the first ten.
     cluster: the hosts that train together; all of them call this.
+    owns_process: whether this call may end the process, with exit code 75: on a signal that arrives while the first
+      step is compiled. Else such a signal takes effect when the compilation is done.
 
   Returns:
     The last evaluation, as evaluation.json has it.
 
   Raises:
     InputError: bad input; nothing was written.
-    Interrupted: a signal has stopped the run; everything is saved.
+    Interrupted: a signal has stopped the run; everything is saved, or no step was done yet.
     StorageError: the disk has failed, for instance because it is full; earlier checkpoints are whole.
     DivergedError: `train.max_skipped` steps in a row were not finite; earlier checkpoints are good.
   """
-  config = runs.as_started(config, workdir)
+  end = functools.partial(_end_process, cluster) if owns_process else None
+  with StopSignals(end) as signals:
+    signals.at_once = True
+    try:
+      return _train(runs.as_started(config, workdir), workdir, profile, cluster, signals)
+    except Interrupted as error:
+      if signals.at_once and end is not None:
+        end(str(error))
+      raise
+
+
+def _train(
+  config: Config, workdir: str | os.PathLike, profile: int, cluster: Cluster, signals: StopSignals
+) -> dict[str, Any]:
   with Lock(workdir) if cluster.index == 0 else contextlib.nullcontext() as lock:
     plan = preflight(config, workdir, profile=profile, cluster=cluster)
     folder = _start_workdir(plan, workdir, lock)
     with jax.default_matmul_precision(config.precision.matmul):
-      return Trainer(plan, folder).run()
+      return Trainer(plan, folder, signals).run()
+
+
+def _end_process(cluster: Cluster, message: str) -> None:
+  """Ends the process as `Interrupted` does, and other hosts with it.
+
+  Not by leaving it: the main thread may be in the compiler, other hosts wait for this one, and the interpreter crashes
+  on its way out where lowering was interrupted.
+  """
+  logging.info("%s", message)
+  logging.flush()
+  sys.stdout.flush()
+  cluster.abandon(message, EXIT_INTERRUPTED)
+  os._exit(EXIT_INTERRUPTED)
 
 
 def _start_workdir(plan: RunPlan, workdir: str | os.PathLike, lock: Lock | None) -> storage.Place:
@@ -81,10 +118,11 @@ class Trainer:
   Args:
     plan: from `preflight`.
     folder: the work directory.
+    signals: that ask the run to stop; while they may end it at once, no step was done yet.
   """
 
-  def __init__(self, plan: RunPlan, folder: storage.Place):
-    self.plan, self.folder = plan, folder
+  def __init__(self, plan: RunPlan, folder: storage.Place, signals: StopSignals):
+    self.plan, self.folder, self._signals = plan, folder, signals
     self._strategy = strategy_of_run(plan.config, plan.method, plan.mesh, plan.steps)
     batch_size = plan.config.data.batch_size
     self._read = batch_reader(plan.config, plan.store, self._strategy.rows(batch_size))
@@ -95,7 +133,7 @@ class Trainer:
     """Continues to the last step; returns the record of the last evaluation."""
     plan, cluster = self.plan, self.plan.cluster
     checkpoints = checkpoints_in(self.folder, keep=plan.config.train.keep, cluster=cluster)
-    with contextlib.closing(checkpoints), StopSignals() as signals:
+    with contextlib.closing(checkpoints):
       log_size(plan, self._strategy)
       run = Progress(plan, restore_or_start(plan, self._strategy, self._evaluator, checkpoints, self._read))
       with (
@@ -103,7 +141,7 @@ class Trainer:
         Prefetch(self._read, run.step, plan.steps) as ahead,
         hooks.Profiler(self.folder, plan.profile) as profiler,
       ):
-        self._take_steps(run, ahead, profiler, self._hooks(run, ahead, log, checkpoints, signals))
+        self._take_steps(run, ahead, profiler, self._hooks(run, ahead, log, checkpoints))
         if not plan.steps:
           self._save_untrained(run, log, checkpoints)
         checkpoints.wait()
@@ -123,12 +161,13 @@ class Trainer:
         logging.info("compiling the step")
       profiler.before_step(run)
       run.state = self._strategy.step(run.state, self._strategy.shard_batch(batch))
+      self._signals.at_once = False
       profiler.after_step(run)
       for hook in after_step:
         hook(run)
 
   def _hooks(
-    self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints, signals: StopSignals
+    self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints
   ) -> tuple[Hook, ...]:
     """What follows each step, in its order; hooks that wait for other hosts do so in the same order on all of them."""
     plan, strategy, config = self.plan, self._strategy, self.plan.config
@@ -138,7 +177,7 @@ class Trainer:
     collapse = hooks.CollapseWarning(config.train.collapse_warning, decides=isinstance(plan.method, Adaptive))
     sources = hooks.SourceCounts(open_batches(config, plan.store), config.data.sequence_length, run.step)
     metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse, sources)
-    interruption = hooks.Interruption(plan.cluster, signals, checkpoints)
+    interruption = hooks.Interruption(plan.cluster, self._signals, checkpoints)
     validation = hooks.Validation(self.evaluate, log, interruption)
     saver = hooks.Saver(checkpoints, strategy, log, divergence)
     pause = hooks.Pause(metrics, throughput, validation, saver, interruption)

@@ -162,6 +162,48 @@ def test_stop_and_resume_is_bit_exact(tmp_path, undisturbed, number, code):
   assert_trees_equal(ours.state, theirs.state)
 
 
+# In the place of a compiler: a C function that takes minutes, and that no signal interrupts.
+_COMPILES_LONG = """
+import hashlib, pathlib
+from cyb_jax.training import strategies
+
+def step(self, state, batch):
+  pathlib.Path({marker!r}).touch()
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)
+
+strategies.JitStrategy.step = step
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_step_compiles_ends_at_once(tmp_path, number):
+  path, marker = cli.write_config(tmp_path), tmp_path / "compiling"
+  path.write_text(path.read_text() + _COMPILES_LONG.format(marker=str(marker)))
+  process = cli.Forked("train", f"--config={path}", f"--workdir={tmp_path}/run")
+  deadline = time.monotonic() + 120
+  while not marker.exists():
+    assert time.monotonic() < deadline, process.texts()
+    time.sleep(0.01)
+  process.kill(number)
+  start = time.monotonic()
+  code, out, err = process.wait(60)
+  assert (code, out) == (75, "")
+  assert time.monotonic() - start < 30
+  assert f"signal {number}: ended before the first step was done, so that nothing is lost" in err
+  assert "Traceback" not in err
+  assert checkpoints_in(tmp_path / "run", read_only=True).steps() == []
+
+
+def test_a_signal_during_the_checks_ends_at_once(tmp_path, monkeypatch):
+  def interrupted(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+
+  monkeypatch.setattr("cyb_jax.training.trainer.preflight", interrupted)
+  with pytest.raises(Interrupted, match="nothing is lost"):
+    training.train(configs.freeze(tiny_config(pauses=2)), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_jit_and_pmap_continue_each_other(tmp_path):
   """The strategy is no part of what a run is: a checkpoint of one is taken up by the other."""
