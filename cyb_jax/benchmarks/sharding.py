@@ -170,15 +170,14 @@ def _step(config: Config, vocabulary: int, mesh: dict[str, Any], devices: list[j
   from cyb_jax.benchmarks.train import RandomTokens
   from cyb_jax.configs import ParallelismConfig
   from cyb_jax.partitioning.mesh import data_shards, make_mesh
-  from cyb_jax.training.optimizer import make_optimizer
+  from cyb_jax.training.optimizer import optimizer_of
   from cyb_jax.training.strategies import build_strategy
 
   config = dataclasses.replace(config, parallelism=ParallelismConfig(**mesh, chunk_size=config.parallelism.chunk_size))
   laid = make_mesh(config.parallelism, devices)
   local = config.parallelism.strategy == "pmap"
   method = config.build_method(vocabulary, data_shards=1 if local else data_shards(laid))
-  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
-  strategy = build_strategy(config, method, make_optimizer(config.optimizer, 10, width, new_rate=new_rate), laid)
+  strategy = build_strategy(config, method, optimizer_of(config, method, 10), laid)
   batch = RandomTokens(vocabulary, config.data.sequence_length, config.data.batch_size)(0)
   with jax.default_matmul_precision("highest"):
     state = strategy.step(strategy.init(), strategy.shard_batch(batch))

@@ -222,7 +222,7 @@ class _Contender:
     import jax
 
     from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
-    from cyb_jax.training.optimizer import make_optimizer
+    from cyb_jax.training.optimizer import optimizer_of
     from cyb_jax.training.strategies import build_strategy
 
     self.config = config
@@ -233,8 +233,7 @@ class _Contender:
     local = config.parallelism.strategy == "pmap"
     self.method = config.build_method(vocab_size, data_shards=1 if local else shards)
     # The schedule's length changes no cost.
-    width, new_rate = self.method.decoder.config.d_model, config.tuning.new_rate
-    optimizer = make_optimizer(config.optimizer, config.train.steps or 1000, width, new_rate=new_rate)
+    optimizer = optimizer_of(config, self.method, config.train.steps or 1000)
     self._strategy = build_strategy(config, self.method, optimizer, self._mesh)
     self._mark = jax.jit(lambda step: step + 1)
     self._resources = contextlib.ExitStack()

@@ -5,6 +5,8 @@ each field that has been added or whose default has changed since then gets the 
 that the run is loaded, and continued, as it was.
 
 - Format 1 has no `tuning.new_rows`: rows that `init_from` had not got started as with 'mean'.
+- In format 1 `thoughtbubbles` without `method.fork_layers` forks before the layers 3, 7 and 11 of 12, and in proportion
+  in every other decoder.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cyb_jax.configs import methods_group
+from cyb_jax.configs import lists, methods_group
+from cyb_jax.decoder import PRESETS
 
 FORMAT = 2
 
@@ -61,6 +64,10 @@ def _earlier_values(source: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
   values: dict[tuple[str, str], Any] = {}
   if source.get("init_from"):
     values["tuning", "new_rows"] = "mean"
+  decoder, method = source.get("decoder", {}), source.get("method", {})
+  layers = decoder.get("num_layers") or getattr(PRESETS.get(decoder.get("preset", "")), "num_layers", None)
+  if method.get("name") == "thoughtbubbles" and layers:
+    values["method", "fork_layers"] = lists.written(sorted({-(-layers * part // 12) for part in (3, 7, 11)}))
   return values
 
 

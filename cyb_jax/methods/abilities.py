@@ -77,6 +77,26 @@ class ExtraMetrics(Protocol):
 
 
 @runtime_checkable
+class Scheduled(Protocol):
+  """The loss depends on how much of the run has passed."""
+
+  def with_steps(self, steps: int) -> Method:
+    """The same method, for the same parameters, in a run of so many steps."""
+
+
+@runtime_checkable
+class OwnRates(Protocol):
+  """Some parameters outside of the decoder have a learning rate of their own.
+
+  Attributes:
+    rate_factors: factors on the learning rate, by the name of the parameter.
+  """
+
+  @property
+  def rate_factors(self) -> dict[str, float]: ...
+
+
+@runtime_checkable
 class NonCausal(Protocol):
   """`evaluate` predicts a token with knowledge of later ones."""
 

@@ -13,7 +13,10 @@ Parameters: `router` f32[D, W], zero at the start, and `router_bias` f32[W], whi
 at K.
 
 Ours, where nothing is published: log w from log-sum-exps of the router's logits, at least -20; the penalty,
-`router_penalty` times sum_{k>=1} w_{t,k} for each token; the start; what is pruned. Evaluation reads the text pruned,
+`router_penalty` times sum_{k>=1} w_{t,k} for each token; the start; `full_depth` and `router_rate`; what is pruned. A
+router that learns at the full rate from the first step falls to no thoughts before these are worth anything: Adam moves
+it as fast as the decoder. So for the share `full_depth` of the steps all depths are K, without a penalty and without a
+gradient of the router, which then learns at `router_rate` times the rate. Evaluation reads the text pruned,
 and again as it was trained, and records both (`pruning`): a hidden state with a large logit may see more in a key than
 its weight suggests.
 
@@ -46,6 +49,8 @@ from cyb_jax.methods.slot_models.thoughts import Thoughts
 _FULL_DEPTH = 0.9
 # The lower bound of log w. Below it there is nothing to learn, and f32 has room.
 _LEAST = -20.0
+# A logit of the router that leaves no probability in f32.
+_NEVER = -1e4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,9 @@ class PonderLM3Config(PonderOptions):
 
   Attributes:
     router_penalty: nats per latent thought that a token is given, on average.
+    full_depth: the share of the run's steps, at its start, in which all tokens have K thoughts and the router is not
+      trained.
+    router_rate: a factor on the learning rate of the router.
     prune_below: latent thoughts whose weight is below this are not run at inference.
   """
 
@@ -61,12 +69,18 @@ class PonderLM3Config(PonderOptions):
 
   pauses: int = 3
   router_penalty: float = 0.0
+  full_depth: float = 0.0
+  router_rate: float = 1.0
   prune_below: float = 1e-4
 
   def validate(self) -> None:
     super().validate()
     if not 0 <= self.router_penalty < math.inf:
       raise InputError(f"method.router_penalty: {self.router_penalty!r} must be finite and not negative")
+    if not 0 <= self.full_depth <= 1:
+      raise InputError(f"method.full_depth: {self.full_depth!r} must be a share of the steps, in [0, 1]")
+    if not 0 <= self.router_rate < math.inf:
+      raise InputError(f"method.router_rate: {self.router_rate!r} must be finite and not negative")
     if not 0 <= self.prune_below < 1:
       raise InputError(f"method.prune_below: {self.prune_below!r} must lie in [0, 1); 0 prunes nothing")
 
@@ -194,10 +208,14 @@ class RoutedThoughts(Thoughts):
 
 
 class PonderLM3(SequentialSlotMethod):
-  """Cross-entropy at the fused state, and a penalty on thoughts: also `abilities.FusedSlots` and `ExtraMetrics`."""
+  """Cross-entropy at the fused state, and a penalty on thoughts: also `abilities.FusedSlots`, `ExtraMetrics`,
+  `Scheduled` and `OwnRates`.
+  """
 
   config: PonderLM3Config
   slot_model: RoutedThoughts
+  # The first so many steps have full depth; `with_steps` sets it.
+  _held_steps = 0
 
   def __init__(self, config: PonderLM3Config, backbone: Backbone):
     slots = RoutedThoughts(backbone, config)
@@ -206,19 +224,40 @@ class PonderLM3(SequentialSlotMethod):
   def fuse(self, params: Params, hidden: Float[Array, "... W D"]) -> Float[Array, "... D"]:
     return self.slot_model.fuse(params, hidden)
 
+  def with_steps(self, steps: int) -> PonderLM3:
+    method = PonderLM3(self.config, self.backbone)
+    method._held_steps = round(self.config.full_depth * steps)
+    return method
+
+  @property
+  def rate_factors(self) -> dict[str, float]:
+    return dict.fromkeys(("router", "router_bias"), self.config.router_rate)
+
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
+    penalty = 1.0
+    if self._held_steps and step is not None:
+      held = step < self._held_steps
+      params, penalty = self._at_full_depth(params, held), jnp.where(held, 0.0, 1.0)
     hidden = self.slot_model.ponder(params, batch, self.slot_model.draw_passes(rng), is_pruned=False)
     log_depth, _ = self.slot_model.log_depths(params, hidden[..., 0, :])
-    log_likelihood, loss = self._as_trained(params, hidden, batch["targets"])
+    log_likelihood, loss = self._as_trained(params, hidden, batch["targets"], penalty)
     return TokenLosses(loss=loss, log_likelihood=log_likelihood, stopping=jnp.exp(log_depth))
 
+  def _at_full_depth(self, params: Params, held: Any) -> Params:
+    """The parameters, where `held` with a router that gives full depth to every token, whatever it reads."""
+    bias = jnp.where(jnp.arange(self.num_slots) < self.num_slots - 1, _NEVER, 0.0)
+    return params | {
+      "router": jnp.where(held, 0.0, params["router"]),
+      "router_bias": jnp.where(held, bias, params["router_bias"]),
+    }
+
   def _as_trained(
-    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"]
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], penalty: float | Array = 1.0
   ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """(log-likelihood, objective) without pruning."""
+    """(log-likelihood, objective) without pruning; `penalty`: a factor on the penalty."""
     fused = self.slot_model.fuse(params, hidden, is_pruned=False)
     log_likelihood = self.backbone.slot_scores(params, fused[..., None, :], targets).log_target[..., 0]
-    return log_likelihood, self._penalty(params, hidden) - log_likelihood
+    return log_likelihood, penalty * self._penalty(params, hidden) - log_likelihood
 
   def _penalty(self, params: Params, hidden: Float[Array, "B T W D"]) -> Float[Array, "B T"]:
     _, log_weights = self.slot_model.log_depths(params, hidden[..., 0, :])

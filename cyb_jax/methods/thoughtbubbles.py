@@ -38,8 +38,9 @@ class ThoughtbubblesConfig(MethodConfig):
   """The options of `thoughtbubbles`.
 
   Attributes:
-    fork_layers: the layers (from 1) before which streams fork; None: 3, 7 and 11 of 12, and in proportion in other
-      decoders.
+    fork_layers: the layers (from 1) before which streams fork; None: 3, 7 and 11 from 12 layers on, 3 and 5 of 6 to 8;
+      ours for other decoders: those of 3, 7 and 11 that it has from 9 layers on, and below 6 layers in proportion, but
+      never before the first layer, where the router would see bare embeddings.
     stream_budget: streams per token that a row may have.
     combine: how a token's streams are read: 'probabilities', their mixture (the paper); 'states', the head of their sum
       (the authors' code).
@@ -148,5 +149,9 @@ class Thoughtbubbles(SlotMethod):
 
 
 def _default_forks(layers: int) -> tuple[int, ...]:
-  """3, 7 and 11 of 12 layers (the paper), and in proportion in other decoders."""
-  return tuple(sorted({-(-layers * twelfths // 12) for twelfths in (3, 7, 11)}))
+  """The published layers where there are so many, see `ThoughtbubblesConfig`; of a single layer, that one."""
+  if layers >= 9:
+    return tuple(layer for layer in (3, 7, 11) if layer <= layers)
+  if layers >= 6:
+    return (3, 5)
+  return tuple(sorted({min(max(-(-layers * twelfths // 12), 2), layers) for twelfths in (3, 7, 11)}))

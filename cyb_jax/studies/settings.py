@@ -59,7 +59,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "pause_training": {"name": "pause_training", "pauses": 10},
   # Latent thoughts: as published, one for every token; up to three, as many as a router decides.
   "ponderlm2": {"name": "ponderlm2", "pauses": 1, "jacobi": "2:3"},
-  "ponderlm3": {"name": "ponderlm3", "pauses": 3, "jacobi": "2:3", "router_penalty": 0.01},
+  "ponderlm3": {
+    "name": "ponderlm3",
+    "pauses": 3,
+    "jacobi": "2:3",
+    # Ours: the router starts late and slowly, see cyb_jax/methods/ponderlm3.py.
+    "full_depth": 0.15,
+    "router_rate": 0.1,
+    "router_penalty": 1e-3,
+  },
   # Streams that fork, two and four a token; four copies that don't fork.
   "thoughtbubbles": {"name": "thoughtbubbles", "stream_budget": 2.0},
   "thoughtbubbles4": {"name": "thoughtbubbles", "stream_budget": 4.0},

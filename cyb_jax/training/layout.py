@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from cyb_jax.configs import Config
 from cyb_jax.methods import Method
 from cyb_jax.partitioning.mesh import check_batch, data_shards, make_mesh
-from cyb_jax.training.optimizer import make_optimizer
+from cyb_jax.training.optimizer import optimizer_of
 from cyb_jax.training.strategies import Strategy, build_strategy
 
 
@@ -50,5 +50,4 @@ def strategy_of_run(config: Config, method: Method, mesh: Mesh, steps: int) -> S
     mesh: see `mesh_of_run`.
     steps: the length of the schedule; changes no shape.
   """
-  width, new_rate = method.decoder.config.d_model, config.tuning.new_rate
-  return build_strategy(config, method, make_optimizer(config.optimizer, steps, width, new_rate=new_rate), mesh)
+  return build_strategy(config, method, optimizer_of(config, method, steps), mesh)

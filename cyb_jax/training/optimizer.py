@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
+
 import jax
 import optax
 from jaxtyping import PyTree
 
-from cyb_jax.configs import OptimizerConfig
+from cyb_jax.configs import Config, OptimizerConfig
 from cyb_jax.decoder.lora import LEAVES
+from cyb_jax.methods import Method, OwnRates
 
 
 def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
@@ -48,8 +52,20 @@ def decayed(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(lambda path, _: any(name in path for name in names), params)
 
 
+def optimizer_of(config: Config, method: Method, steps: int) -> optax.GradientTransformation:
+  """The optimizer of a run of so many steps."""
+  factors = method.rate_factors if isinstance(method, OwnRates) else {}
+  width = method.decoder.config.d_model
+  return make_optimizer(config.optimizer, steps, width, new_rate=config.tuning.new_rate, factors=factors)
+
+
 def make_optimizer(
-  config: OptimizerConfig, steps: int, width: int, *, new_rate: float = 1.0
+  config: OptimizerConfig,
+  steps: int,
+  width: int,
+  *,
+  new_rate: float = 1.0,
+  factors: Mapping[str, float] = types.MappingProxyType({}),
 ) -> optax.GradientTransformation:
   """Clipping, Adam, decoupled weight decay, schedule.
 
@@ -60,6 +76,7 @@ def make_optimizer(
     config: the config's group `optimizer`.
     steps, width: see `schedule`.
     new_rate: a factor on the rate of the parameters that are not the decoder's.
+    factors: further factors on the rate of some of them, by name; see `methods.OwnRates`.
   """
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   parts.append(
@@ -72,12 +89,13 @@ def make_optimizer(
       mask=decayed,
     )
   )
-  if new_rate != 1:
-    parts.append(optax.stateless(lambda updates, _: _scaled_outside_decoder(updates, new_rate)))
+  if new_rate != 1 or any(factor != 1 for factor in factors.values()):
+    parts.append(optax.stateless(lambda updates, _: _scaled_outside_decoder(updates, new_rate, factors)))
   return optax.chain(*parts)
 
 
-def _scaled_outside_decoder(updates: PyTree, factor: float) -> PyTree:
-  return {
-    name: part if name == "decoder" else jax.tree.map(lambda x: x * factor, part) for name, part in updates.items()
-  }
+def _scaled_outside_decoder(updates: PyTree, factor: float, factors: Mapping[str, float]) -> PyTree:
+  def scaled(name: str, part: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x * (factor * factors.get(name, 1.0)), part)
+
+  return {name: part if name == "decoder" else scaled(name, part) for name, part in updates.items()}

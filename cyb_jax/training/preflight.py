@@ -24,7 +24,7 @@ from cyb_jax.distributed.cluster import Cluster
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
 from cyb_jax.interop.pretrained import Pretrained
-from cyb_jax.methods import Method
+from cyb_jax.methods import Method, Scheduled
 from cyb_jax.training.layout import mesh_of_run, methods_of_run
 from cyb_jax.training.run_data import abstract_batch, num_steps, open_batches, open_recorded_or_new_store
 
@@ -80,6 +80,8 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
     start.check(method, store.tokenizer, config)
   method.validate_data(store, config.data.sequence_length)
   _check_attention(config, method, mesh)
+  if isinstance(method, Scheduled):
+    method = method.with_steps(steps)
   return RunPlan(config, cluster, mesh, method, evaluated, store, steps, meta, start, profile)
 
 

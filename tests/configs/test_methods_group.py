@@ -21,6 +21,7 @@ BY_FLAG = {
   "dont_know": ("unit", "unit", {}),
   "dont_know_prior": ("0.5", 0.5, {}),
   "fork_layers": ("1:2", (1, 2), {}),
+  "full_depth": ("0.1", 0.1, {}),
   "gamma": ("linear:0.9", pytest.approx((1.0, 0.9, 0.8, 0.7)), {}),
   "heads": ("2", 2, {}),
   "jacobi": ("1:4", (1, 4), {}),
@@ -39,6 +40,7 @@ BY_FLAG = {
   "recipe": ("on_policy", "on_policy", {}),
   "rho": ("1:2:3:4", (1.0, 2.0, 3.0, 4.0), {"loss": "va"}),
   "router_penalty": ("1", 1.0, {}),
+  "router_rate": ("0.1", 0.1, {}),
   "slot_budget": ("2.5", 2.5, ON_POLICY),
   "stopping_warmup": ("5", 5, {}),
   "stream_budget": ("3", 3.0, {}),
@@ -176,6 +178,9 @@ def test_configs_of_version_0_1_load(old):
   assert len(source["method"]) == 27
   loaded = configs.freeze(configs.migrated(source))
   today = configs.freeze(config)
+  if today.method.name == "thoughtbubbles":  # which forked before other layers then
+    assert (loaded.method.fork_layers, today.method.fork_layers) == ((1, 2), None)
+    today = dataclasses.replace(today, method=dataclasses.replace(today.method, fork_layers=(1, 2)))
   assert loaded.method == today.method
   assert dataclasses.replace(loaded, source=today.source) == today
   # What is written of it holds the method's own options alone.

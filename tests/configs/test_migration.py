@@ -50,6 +50,31 @@ def test_new_rows_of_an_earlier_run_started_from_the_mean():
 
 
 @pytest.mark.parametrize(
+  ("decoder", "forks"),
+  [({"num_layers": 4}, "1:3:4"), ({"preset": "gpt2_124m"}, "3:7:11"), ({"num_layers": 24}, "6:14:22")],
+)
+def test_streams_of_an_earlier_run_fork_where_they_did(decoder, forks):
+  config = configs.default()
+  config.method.name = "thoughtbubbles"
+  config.decoder.update(decoder)
+  frozen = configs.freeze(config)
+  old = earlier(recorded(frozen))
+  loaded = configs.freeze(configs.migrated(old))
+  assert loaded.source["method"]["fork_layers"] == forks
+  assert configs.migrated(configs.migrated(old) | {"format": 2}) == dict(loaded.source)
+  assert runs.config_record(frozen).differences(old) == []
+  config.method.fork_layers = "2"
+  assert runs.config_record(configs.freeze(config)).differences(old) == [f"method.fork_layers: {forks!r} -> '2'"]
+
+
+def test_a_router_of_an_earlier_run_was_free_from_the_start():
+  config = configs.default()
+  config.method.name = "ponderlm3"
+  method = configs.freeze(configs.migrated(earlier(recorded(configs.freeze(config))))).method
+  assert (method.full_depth, method.router_rate, method.router_penalty) == (0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
   ("choice", "method", "message"),
   [
     ("random", {}, r"tuning.new_rows: 'random' must be one of auto, zero, unused, draws, mean"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY, VOCABULARY, build, random_batch, tiny_config
+from models import TINY, VOCABULARY, assert_trees_close, build, random_batch, tiny_config
 from report_page import Page, call
 from statistics_example import example
 
@@ -340,6 +340,67 @@ def test_methods_that_cannot_decode_are_refused():
 # PonderLM-3 alone.
 
 
+def test_full_depth_comes_first(exact):
+  """For a fifth of 10 steps all thoughts count, without a penalty and without a gradient of the router."""
+  options = {"name": "ponderlm3", "pauses": 2, "jacobi": (0, 0), "router_penalty": 0.3}
+  plain, params = build(ONE_LAYER, **options)
+  method = methods.build(configure(**options, full_depth=0.2), ONE_LAYER, vocab_size=VOCABULARY).with_steps(10)
+  batch, key = random_batch(4, 2, 3), jax.random.key(0)
+
+  @jax.jit
+  def run(params, step):
+    (_, losses), gradient = jax.value_and_grad(
+      lambda p: (lambda losses: (losses.loss.sum(), losses))(method.loss(p, batch, key, step)), has_aux=True
+    )(params)
+    return losses, gradient
+
+  deep = params | {"router_bias": jnp.array([-1e4, -1e4, 0.0])}
+  for step in (0, 1):
+    losses, gradient = run(params, step)
+    np.testing.assert_allclose(losses.loss, -losses.log_likelihood)
+    np.testing.assert_allclose(losses.stopping, np.broadcast_to([0, 0, 1], (2, 3, 3)))
+    np.testing.assert_allclose(losses.log_likelihood, plain.loss(deep, batch, key).log_likelihood, rtol=1e-5)
+    assert not np.any(gradient["router"])
+    assert not np.any(gradient["router_bias"])
+    assert np.any(gradient["decoder"]["embedding"])
+  losses, gradient = run(params, 2)
+  assert_trees_close(losses, plain.loss(params, batch, key))
+  assert np.any(gradient["router"])
+  assert np.any(gradient["router_bias"])
+  # Of a run whose length isn't known the loss is that of later steps.
+  assert_trees_close(method.with_steps(0).loss(params, batch, key, 0), plain.loss(params, batch, key))
+
+
+def test_the_router_has_a_rate_of_its_own():
+  from cyb_jax.training.optimizer import optimizer_of
+
+  config = tiny_config(name="ponderlm3", pauses=1, router_rate=0.1)
+  config.tuning.new_rate = 2.0
+  moved = {}
+  for rate in (0.1, 1.0):
+    config.method.router_rate = rate
+    frozen = configs.freeze(config)
+    method = frozen.build_method(VOCABULARY)
+    params = {"decoder": {"embedding": jnp.ones(3)}, "router": jnp.ones(3), "router_bias": jnp.ones(2)}
+    optimizer = optimizer_of(frozen, method, 10)
+    moved[rate], _ = optimizer.update(params, optimizer.init(params), params)
+  for name, factor in (("router", 0.1), ("router_bias", 0.1)):
+    np.testing.assert_allclose(moved[0.1][name], factor * moved[1.0][name], rtol=1e-6)
+  assert_trees_close(moved[0.1]["decoder"], moved[1.0]["decoder"])
+
+
+@pytest.mark.slow
+def test_training_holds_full_depth(tmp_path):
+  """A run knows how many its steps are, and a resumed one too."""
+  from cyb_jax.training.metrics import read_metrics
+
+  config = tiny_config(name="ponderlm3", pauses=1, jacobi="1:1", full_depth=0.5)
+  config.train.update(steps=4, log_every=1, eval_every=0, checkpoint_every=2)
+  training.train(configs.freeze(config), tmp_path / "run")
+  rows = [row["latency"] for row in read_metrics(tmp_path / "run") if row["split"] == "train"]
+  assert [row[-1] == 1 for row in rows] == [True, True, False, False]
+
+
 def test_weights_and_penalty_by_hand(exact):
   """Depths of 1/2, 1/3 and 1/6: w is 1, 1/2, 1/6."""
   method, params = build(ONE_LAYER, name="ponderlm3", pauses=2, router_penalty=0.3, jacobi=(0, 0))
@@ -532,6 +593,8 @@ def test_layers_that_are_scanned_over(exact):
     (dict(name="ponderlm2", pauses=1, jacobi=(-1, 2)), r"method.jacobi: '-1:2' must be two numbers"),
     (dict(name="ponderlm2", pauses=1, router_penalty=0.1), r"method.router_penalty: .*'ponderlm2' has no such option"),
     (dict(name="ponderlm3", pauses=1, router_penalty=-1.0), r"method.router_penalty: -1.0 must be finite"),
+    (dict(name="ponderlm3", pauses=1, full_depth=1.5), r"method.full_depth: 1.5 must be a share of the steps"),
+    (dict(name="ponderlm3", pauses=1, router_rate=-1.0), r"method.router_rate: -1.0 must be finite and not negative"),
     (dict(name="ponderlm3", pauses=1, prune_below=1.0), r"method.prune_below: 1.0 must lie in \[0, 1\)"),
     (dict(name="ponderlm3", pauses=1, omega=(1.0, 1.0)), r"method.omega: .* method 'ponderlm3' has no such option"),
     (dict(name="cyb", pauses=1, jacobi=(1, 1)), r"method.jacobi: .* method 'cyb' has no such option"),

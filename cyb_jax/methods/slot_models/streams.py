@@ -230,11 +230,16 @@ class ForkedStreams:
   def autoregressive_cost(self, sequence_length: int) -> flops.Cost:
     """Of a pass over each prefix, whose last token alone is read, at the mean of its streams; a prefix that is too
     short for a fork has one stream a token.
+
+    The layers before the first fork, and what its router says, are causal: they are run for the last token alone, and
+    those of earlier tokens are cached. One more token may drop any stream after that, so nothing else is.
     """
-    total = flops.Cost()
+    config, total = self.backbone.decoder_config, flops.Cost()
     for length in range(1, sequence_length + 1):
-      segments = self._segments(length, int(self._counts(length)[-1]))
-      cost = self._pass(length, segments)
+      first, *forked = self._segments(length, int(self._counts(length)[-1]))
+      layers = first.last - first.first
+      total += flops.pass_cost(config, slots=1, keys=length, layers=layers, routing=2 * config.d_model)
+      cost = self._pass(length, forked)
       total += dataclasses.replace(cost.times(length), readout=cost.readout)
     return total.times(1 / sequence_length)
 
