@@ -17,6 +17,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax.errors import InputError
+from cyb_jax.option_syntax import parse_mixture
 from cyb_jax.storage import absolute
 
 
@@ -85,7 +86,7 @@ def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_col
 
 
 def _take_tokenizer_of_store(config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> None:
-  """Sets `data.tokenizer` to that of the store in `data.store`, unless the user has set another one.
+  """Sets `data.tokenizer` to that of the store in `data.store` or `data.mixture`, unless the user has set another one.
 
   Only the command line knows what the user has set: a config file sets a tokenizer for the store that would be prepared
   if none is named.
@@ -95,8 +96,12 @@ def _take_tokenizer_of_store(config: ml_collections.ConfigDict, given: Mapping[s
     given: the fields that the user has set, 'data.store' for example.
   """
   data = config.get("data")
-  store, tokenizer = (data.get(name) if data else None for name in ("store", "tokenizer"))
-  if not (isinstance(store, str) and store and isinstance(tokenizer, str)) or "data.tokenizer" in given:
+  store, mixture, tokenizer = (data.get(name) if data else None for name in ("store", "mixture", "tokenizer"))
+  if not isinstance(tokenizer, str) or "data.tokenizer" in given:
+    return
+  if isinstance(mixture, str) and mixture:
+    store = next((item.name for item in parse_mixture("data.mixture", mixture) if "/" in item.name), "")
+  if not (isinstance(store, str) and store):
     return
   if not tokenizer and config.get("init_from"):
     return  # the tokenizer of init_from, which the store must have been prepared with
@@ -105,7 +110,7 @@ def _take_tokenizer_of_store(config: ml_collections.ConfigDict, given: Mapping[s
   if is_store(store):
     data.tokenizer = tokenizer_spec(store)
     if data.tokenizer != tokenizer:
-      logging.info("data.tokenizer: %r, that of data.store, in place of %r", data.tokenizer, tokenizer)
+      logging.info("data.tokenizer: %r, that of %s, in place of %r", data.tokenizer, store, tokenizer)
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:

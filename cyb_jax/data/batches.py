@@ -24,7 +24,7 @@ Batch = dict[str, np.ndarray]
 
 _ROUNDS = 16
 # Window numbers are computed for this many steps at once, because one step alone is mostly overhead.
-_BLOCK_STEPS = 64
+BLOCK_STEPS = 64
 
 
 class Permutation:
@@ -156,11 +156,11 @@ class TrainBatches:
     """int64[R]: numbers of the windows in the rows of a step's batch."""
     if step < 0:
       raise ValueError(f"step must be at least 0, not {step}")
-    block, place = divmod(step, _BLOCK_STEPS)
+    block, place = divmod(step, BLOCK_STEPS)
     return self._block(block)[place]
 
   def _windows_of_block(self, block: int) -> np.ndarray:
-    steps = block * _BLOCK_STEPS + np.arange(_BLOCK_STEPS)
+    steps = block * BLOCK_STEPS + np.arange(BLOCK_STEPS)
     return self._order(steps[:, None] * self._batch_size + self._rows)
 
 

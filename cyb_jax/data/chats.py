@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from cyb_jax.data.tasks import Document
@@ -12,8 +14,8 @@ from cyb_jax.errors import InputError
 _LONGEST_ENTRY = 256
 
 
-def require_template(tokenizer: Tokenizer | None) -> None:
-  """Checks that a tokenizer can render chats.
+def template_digest(tokenizer: Tokenizer | None) -> str:
+  """Hexadecimal sha256 of a tokenizer's chat template, which the tokenizer's own digest does not cover.
 
   Args:
     tokenizer: None: one that is trained on the task's text.
@@ -21,11 +23,12 @@ def require_template(tokenizer: Tokenizer | None) -> None:
   Raises:
     InputError: it has no chat template.
   """
-  if tokenizer is None or tokenizer.special_tokens.chat_template is None:
+  if tokenizer is None or tokenizer.chat_template is None:
     raise InputError(
       "data.options.messages_key: the tokenizer has no chat template; give as data.tokenizer, or init_from, an instruct"
       " model's folder whose tokenizer_config.json has chat_template, or its GGUF file"
     )
+  return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
 
 
 def rendered(tokenizer: Tokenizer, document: Document) -> Document:

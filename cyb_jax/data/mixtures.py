@@ -25,7 +25,7 @@ from etils import epath
 
 from cyb_jax.data import preparation, task_tokenizer, tasks, tokenizers
 from cyb_jax.data import store as stores
-from cyb_jax.data.batches import Batch, Permutation, WindowOrder, checked_rows
+from cyb_jax.data.batches import BLOCK_STEPS, Batch, Permutation, WindowOrder, checked_rows
 from cyb_jax.data.store import TokenStore
 from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE
 from cyb_jax.errors import InputError
@@ -156,18 +156,18 @@ def prepare_mixture(
 
   Args:
     items: its sources: tasks with their options, or folders of token stores.
-    tokenizer: as for `preparation.prepare`; 'sentencepiece:N' is trained on text of all tasks by their weights. Where a
-      source is a token store, its tokenizer is used instead.
+    tokenizer: as for `preparation.prepare`; 'sentencepiece:N' is trained on text of all tasks by their weights. Sources
+      that are token stores must have been prepared with it.
     output: the mixture's folder on a local disk; None: one in the user's cache folder.
     limit, progress, workers: as for `preparation.prepare`, for each source that is a task.
     write: False: nothing is written, and the result is None if anything is missing.
 
   Raises:
-    InputError: an unknown source, stores of different tokenizers, or what `preparation.prepare` raises.
+    InputError: an unknown source, stores of another tokenizer, or what `preparation.prepare` raises.
   """
   names = _unique_names(items)
   opened = {number: open_token_store(absolute(item.name)) for number, item in enumerate(items) if _is_folder(item)}
-  spec = _tokenizer_of(opened.values()) if opened else tokenizer
+  spec = _tokenizer_of(list(opened.values()), tokenizer) if opened else tokenizer
   if not opened and tokenizers.trained_pieces(spec):
     found = _trained(items, spec, limit, write=write)
     if found is None:
@@ -230,14 +230,31 @@ def _unique_names(items: Sequence[Item]) -> list[str]:
   return names
 
 
-def _tokenizer_of(opened) -> str:
-  """The path of the tokenizer that all these stores have."""
-  first, *others = opened
-  for other in others:
-    if other.description["tokenizer"] != first.description["tokenizer"]:
+def _tokenizer_of(opened: Sequence[TokenStore], spec: str) -> str:
+  """The path of the tokenizer that all these stores have.
+
+  Args:
+    opened: at least one.
+    spec: the tokenizer that is asked for.
+
+  Raises:
+    InputError: a store has another tokenizer.
+  """
+  wanted = None
+  if not tokenizers.trained_pieces(spec):
+    wanted = tokenizers.open_tokenizer(spec).describe()["sha256"]
+  first = opened[0]
+  for store in opened:
+    found = store.description
+    if found["tokenizer"] != first.description["tokenizer"]:
       raise InputError(
-        f"data.mixture: the token stores {first.path} and {other.path} have different tokenizers; prepare them with the"
+        f"data.mixture: the token stores {first.path} and {store.path} have different tokenizers; prepare them with the"
         " same one"
+      )
+    if spec != found["tokenizer_from"] and wanted != found["tokenizer"]["sha256"]:
+      raise InputError(
+        f"data.tokenizer: {spec!r}, but the token store {store.path} of data.mixture was made with"
+        f" {found['tokenizer_from'][:24]}; give that tokenizer, or another store"
       )
   return os.fspath(first.path)
 
@@ -368,6 +385,7 @@ class MixtureBatches:
     self.windows_per_epoch = sum(order.windows_per_epoch for order in self._orders)
     self.steps_per_epoch = self.windows_per_epoch / batch_size
     self._pattern = functools.lru_cache(maxsize=4)(self._pattern_of)
+    self._block = functools.lru_cache(maxsize=2)(self._windows_of_block)
 
   def __call__(self, step: int) -> Batch:
     """The rows of a step's batch."""
@@ -384,7 +402,13 @@ class MixtureBatches:
     """(int64[R], int64[R]): source and window in the rows of a step's batch."""
     if step < 0:
       raise ValueError(f"step must be at least 0, not {step}")
-    sources, examples = self._examples(step * self._batch_size + self._rows)
+    block, place = divmod(step, BLOCK_STEPS)
+    sources, windows = self._block(block)
+    return sources[place], windows[place]
+
+  def _windows_of_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    steps = block * BLOCK_STEPS + np.arange(BLOCK_STEPS)
+    sources, examples = self._examples(steps[:, None] * self._batch_size + self._rows)
     windows = np.empty_like(examples)
     for number, order in enumerate(self._orders):
       of = sources == number
@@ -404,7 +428,7 @@ class MixtureBatches:
     return {name: read[name] / order.windows_per_epoch for name, order in zip(read, self._orders)}
 
   def _examples(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(source, number of the example in its source) of examples of the mixture, each int64[R]."""
+    """(source, number of the example in its source) of examples of the mixture, each int64[...]."""
     repetitions, places = np.divmod(examples, int(self._ends[-1]))
     shuffled = np.empty_like(places)
     for repetition in np.unique(repetitions).tolist():

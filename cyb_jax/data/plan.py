@@ -63,8 +63,6 @@ class Plan:
       raise InputError(f"limit={limit}: give at least 1 document, or none for all")
     task = tasks.open_task(name, options)
     given = None if tokenizers.trained_pieces(tokenizer) else tokenizers.open_tokenizer(tokenizer)
-    if "messages" in task.annotations:
-      chats.require_template(given)
     recipe = {
       "format": stores.FORMAT,
       "task": name,
@@ -75,6 +73,8 @@ class Plan:
       "limit": limit,
       "shard_tokens": shard_tokens,
     }
+    if "messages" in task.annotations:
+      recipe["chat_template"] = chats.template_digest(given)
     named = recipe | ({"weights": _WEIGHTS_VERSION} if "weights" in task.annotations else {})
     path = unchecked_place(output) if output else unchecked_place(_default_path(named, tokenizer))
     return cls(task, tokenizer, given, recipe, limit, path)

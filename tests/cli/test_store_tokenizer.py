@@ -95,7 +95,7 @@ def test_the_program(stores, tmp_path):
   store = f"--config.data.store={stores / 'trained'}"
   flags = (f"--config={path}", store, f"--workdir={tmp_path / 'run'}")
   _, err = cli.run("train", *flags, "--profile=-1", expect=2)  # it ends after the config was read
-  assert "data.tokenizer: 'sentencepiece:310', that of data.store, in place of 'sentencepiece:320'" in err
+  assert f"data.tokenizer: 'sentencepiece:310', that of {stores / 'trained'}, in place of 'sentencepiece:320'" in err
   assert "was made with sentencepiece:310" in cli.complaint(
     "train", *flags, "--config.data.tokenizer=sentencepiece:320"
   )

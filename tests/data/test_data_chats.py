@@ -1,5 +1,6 @@
 """Chats as training data: the assistant's turns are learnt, token by token, and nothing else."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -109,6 +110,7 @@ def test_a_jsonl_of_chats_is_prepared(tmp_path):
   assert {d.text for d in open_task("jsonl", options).documents("train")} <= kept
   assert len(answers) == store.description["splits"]["train"]["documents"]
   assert set(answers) <= {str(i + 1) for i in range(300)}
+  assert store.description["chat_template"] == hashlib.sha256(CHATML.encode()).hexdigest()
   assert store.num_bytes("train") == sum(len(answer) + len("<stop>") for answer in answers)
 
 

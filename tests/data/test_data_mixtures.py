@@ -178,6 +178,10 @@ def test_stores_of_different_tokenizers_are_refused(stores, tmp_path):
   items = [Item(str(stores / "a"), {}, 1.0), Item(str(tmp_path / "d"), {}, 1.0)]
   with pytest.raises(InputError, match="different tokenizers"):
     prepare_mixture(items, "bytes", tmp_path / "mixture")
+  with pytest.raises(
+    InputError, match=r"data.tokenizer: 'sentencepiece:300', but the token store .*/a of data.mixture"
+  ):
+    prepare_mixture(items[:1], "sentencepiece:300", tmp_path / "mixture")
   assert not (tmp_path / "mixture").exists()
 
 
