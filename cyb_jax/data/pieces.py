@@ -78,7 +78,7 @@ class Encoder:
 
   def __init__(self, tokenizer: Tokenizer, annotations: Sequence[str]):
     self.tokenizer = tokenizer
-    self.start = [tokenizer.start_id] * (tokenizer.adds_start and tokenizer.start_id != tokenizer.end_id)
+    self.start = [tokenizer.start_id] * (tokenizer.adds_start and tokenizer.start_id != tokenizer.separator_id)
     weighted = bool(self.start) or not {"weights", "messages"}.isdisjoint(annotations)
     self.annotations = tuple(kind for kind in ANNOTATIONS if (weighted if kind == "weights" else kind in annotations))
     self.dtype = token_dtype(tokenizer.vocab_size)
@@ -96,7 +96,7 @@ class Encoder:
     else:
       encoded, spans = self.tokenizer.encode_batch(texts), [None] * len(texts)
     lengths = np.array([len(self.start) + len(ids) + 1 for ids in encoded])
-    end = (self.tokenizer.end_id,)
+    end = (self.tokenizer.separator_id,)
     flat = itertools.chain.from_iterable(itertools.chain(self.start, ids, end) for ids in encoded)
     tokens = np.fromiter(flat, self.dtype, int(lengths.sum()))
     weighted_tokens = np.zeros(len(documents), np.int64)

@@ -75,7 +75,7 @@ class Work:
     encoder = self._encoder
     return merging.write_shard(
       whole, self._output, split, job["number"], Path(job["runs"]), kinds,
-      dtype=encoder.dtype, end_id=encoder.tokenizer.end_id, made_of=made_of,
+      dtype=encoder.dtype, end_id=encoder.tokenizer.separator_id, made_of=made_of,
     )  # fmt: skip
 
 

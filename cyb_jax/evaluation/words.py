@@ -113,7 +113,7 @@ class Words:
 
 def _parted(tokenizer: Tokenizer, token: int) -> tuple[bool, str]:
   """Whether a piece begins with a space, and its text without that."""
-  if token == tokenizer.end_id:
+  if token == tokenizer.separator_id:
     return False, ""
   text = tokenizer.piece(token)
   # A part of a character may follow a space.

@@ -76,7 +76,7 @@ class Scorer:
   Example:
     >>> from cyb_jax.data.tokenizers import encode_pairs
     >>> run = cyb_jax.load("runs/ap")
-    >>> scorer = Scorer(run.method, run.params, context=64, start_id=run.tokenizer.end_id)
+    >>> scorer = Scorer(run.method, run.params, context=64, start_id=run.tokenizer.separator_id)
     >>> texts = [("The film was", word) for word in (" good", " bad")]
     >>> scorer.score(encode_pairs(run.tokenizer, texts))
   """

@@ -115,7 +115,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
 def shown(tokenizer: Tokenizer, token: int) -> str:
   """A token as it is in the text, with invisible characters made visible; a line ends after ↵."""
   piece = tokenizer.piece(token)
-  if token == tokenizer.end_id:
+  if token == tokenizer.separator_id:
     return f"{visible(piece)}\n"
   piece = _BYTE.sub(_character, piece)
   return visible(piece.replace("▁", " "))

@@ -100,7 +100,7 @@ def test_bad_input(flags, words, workdir):
 def test_text_as_it_comes():
   tokenizer = ByteTokenizer()
   said = list("né 1.2.".encode())
-  row = Continuation(tokenizer, [tokenizer.end_id, 97], stops=["2.", "1.2"])
+  row = Continuation(tokenizer, [tokenizer.separator_id, 97], stops=["2.", "1.2"])
   assert row.kept(said[:-2]) is None
   assert row.kept(said) == len(said) - 1
   assert row.text(said) == "né "

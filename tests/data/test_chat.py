@@ -84,7 +84,7 @@ def test_a_template_is_read_kept_and_rendered(tmp_path, library, source):
     assert tokenizer.special_tokens.end_ids == (2, 0)
     assert tokenizer.special_tokens.pad_id == 2
     assert tokenizer.special_tokens.names == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-  assert (tokenizer.chat_template, tokenizer.special_tokens.bos_id, tokenizer.end_id) == (TEMPLATE, 1, 0)
+  assert (tokenizer.chat_template, tokenizer.special_tokens.bos_id, tokenizer.separator_id) == (TEMPLATE, 1, 0)
   (tmp_path / "saved").mkdir()
   tokenizer.save(tmp_path / "saved")
   (tmp_path / "written").mkdir()

@@ -38,7 +38,7 @@ CHAT = [
 def tokenizer(template=CHATML, **settings):
   names = SpecialTokens(chat_template=template, names={"bos_token": "<start>"})
   plain = bpe([("i", "n"), ("o", "u"), ("ou", "t")], bytes_=True, special=("<end>", "<start>", "<stop>"))
-  return HuggingFaceTokenizer(plain.content, end_id=0, special_tokens=names, **settings)
+  return HuggingFaceTokenizer(plain.content, separator_id=0, special_tokens=names, **settings)
 
 
 def learnt(tokenizer, chat, where="x, line 1"):

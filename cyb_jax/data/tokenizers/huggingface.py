@@ -32,8 +32,8 @@ class HuggingFaceTokenizer:
 
   Args:
     content: the content of a tokenizer.json.
-    end_id: the token that joins documents.
-    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: end_id.
+    separator_id: the token that joins documents.
+    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: separator_id.
     rows: number of rows of the model's embedding; None: the number of entries.
     name: prefix of error messages: the file.
 
@@ -45,7 +45,7 @@ class HuggingFaceTokenizer:
     self,
     content: Mapping[str, Any],
     *,
-    end_id: int,
+    separator_id: int,
     start_id: int | None = None,
     adds_start: bool = False,
     special_tokens: SpecialTokens | None = None,
@@ -57,15 +57,19 @@ class HuggingFaceTokenizer:
     self._added = {entry["id"]: entry for entry in content.get("added_tokens") or ()}
     entries = max(self._names, default=-1) + 1
     self.vocab_size = checked_rows(name, entries, rows)
-    self.end_id, self.start_id, self.adds_start = end_id, end_id if start_id is None else start_id, adds_start
-    for role, token in (("end", self.end_id), ("start", self.start_id)):
+    self.separator_id, self.start_id, self.adds_start = (
+      separator_id,
+      separator_id if start_id is None else start_id,
+      adds_start,
+    )
+    for role, token in (("end", self.separator_id), ("start", self.start_id)):
       if token not in self._names:
         raise InputError(f"{name}: the {role} token {token} is not among its {entries} entries; give the right id")
     self.special_tokens = special_tokens or SpecialTokens()
     self.special_tokens.check(self._names.__contains__, name)
     self.chat_template = self.special_tokens.chat_template
     self._special = {i for i, entry in self._added.items() if entry.get("special")}
-    self._special |= {self.end_id, self.start_id, *self.unused_ids()}
+    self._special |= {self.separator_id, self.start_id, *self.unused_ids()}
     self._tokenizer = build(_without_special(content, self._names, self._special, name), name)
     self._name = name
     unknown = content["model"].get("unk_token")
@@ -134,7 +138,8 @@ class HuggingFaceTokenizer:
 
   @functools.cached_property
   def _settings(self) -> dict[str, Any]:
-    return {name: getattr(self, name) for name in ("vocab_size", "end_id", "start_id", "adds_start")}
+    settings = {"vocab_size": self.vocab_size, "end_id": self.separator_id}
+    return settings | {"start_id": self.start_id, "adds_start": self.adds_start}
 
   @functools.cached_property
   def _digest(self) -> str:

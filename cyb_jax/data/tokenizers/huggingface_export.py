@@ -50,7 +50,7 @@ def write_folder(
   special = tokenizer.special_tokens
   settings = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": names[next(iter(special.end_ids), tokenizer.end_id)],
+    "eos_token": names[next(iter(special.end_ids), tokenizer.separator_id)],
     "clean_up_tokenization_spaces": False,
     "cyb_jax": tokenizer.describe() | dict(changed or {}),
     **special.names,

@@ -64,7 +64,7 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
     return SentencePieceTokenizer(
       (folder / MODEL_FILE).read_bytes(),
       rows=exported["vocab_size"],
-      end_id=exported["end_id"],
+      separator_id=exported["end_id"],
       start_id=exported.get("start_id"),
       adds_start=exported.get("adds_start", True),
       special_tokens=special_tokens,
@@ -73,7 +73,7 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
   if exported and exported.get("kind") == "huggingface":
     # An export of version 0.1 has more rows than entries: those that pad its tables.
     rows = exported["vocab_size"]
-    tokens = {name: exported[name] for name in ("end_id", "start_id", "adds_start")}
+    tokens = {name: exported[name] for name in ("start_id", "adds_start")} | {"separator_id": exported["end_id"]}
   else:
     tokens = _document_tokens(content, ids_by_name(names), settings, file)
   return HuggingFaceTokenizer(content, **tokens, special_tokens=special_tokens, rows=rows, name=os.fspath(file))

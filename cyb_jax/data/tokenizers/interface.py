@@ -26,9 +26,10 @@ class Tokenizer(Protocol):
   Attributes:
     vocab_size: number of ids, which is the number of rows of the model's embedding. A pretrained embedding may have a
       few rows more than the tokenizer has entries; ids without an entry decode to no text.
-    end_id: the end-of-document token, which joins documents.
+    separator_id: the token that joins documents in training. Which tokens end a generated text is another matter, see
+      `special_tokens` and `text_boundaries`.
     start_id: the token before a text that begins a document: the one that a pretrained model was trained to see there
-      (bos), else end_id.
+      (bos), else separator_id.
     adds_start: whether the model expects start_id before a text that is given alone.
     special_tokens: what else the model's files say about special tokens. They are no part of `describe`, because they
       do not change how a text is encoded; `save` and `write_huggingface` keep them.
@@ -36,14 +37,14 @@ class Tokenizer(Protocol):
   """
 
   vocab_size: int
-  end_id: int
+  separator_id: int
   start_id: int
   adds_start: bool
   special_tokens: SpecialTokens
   chat_template: str | None
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`; `end_id` and other control ids never occur, whatever the text spells."""
+    """Ids of `text`; `separator_id` and other control ids never occur, whatever the text spells."""
 
   def encode_with_special(self, text: str) -> list[int]:
     """Ids of a rendered chat: a special entry that the text spells (`<|im_start|>`) becomes its id.
@@ -70,13 +71,15 @@ class Tokenizer(Protocol):
     """The first character of `text` that the vocabulary cannot encode; None if it can encode all of them."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of `ids`; `end_id` gives no text, and bytes that are not UTF-8 give U+FFFD."""
+    """Text of `ids`; `separator_id` gives no text, and bytes that are not UTF-8 give U+FFFD."""
 
   def piece(self, token: int) -> str:
     """A printable name of one id, for reports."""
 
   def describe(self) -> dict[str, Any]:
     """`kind`, `vocab_size`, `end_id`, the `sha256` of the model, and the settings that belong to the kind.
+
+    `end_id` is the separator, by the name that it has in the files of the first version.
 
     The descriptions of two tokenizers are equal if and only if the tokenizers are equal. The sha256 alone already
     distinguishes them.
@@ -106,9 +109,9 @@ class Tokenizer(Protocol):
     """
 
 
-def document_tokens(end_id: int | None, start_id: int | None, adds_start: bool) -> dict[str, Any]:
-  """The arguments `end_id`, `start_id` and `adds_start` of a tokenizer; without a start token, end_id begins texts."""
-  return {"end_id": end_id, "start_id": start_id if adds_start else end_id, "adds_start": adds_start}
+def document_tokens(separator_id: int | None, start_id: int | None, adds_start: bool) -> dict[str, Any]:
+  """The arguments of a tokenizer of these names; without a start token, the separator begins texts."""
+  return {"separator_id": separator_id, "start_id": start_id if adds_start else separator_id, "adds_start": adds_start}
 
 
 def encode_whole(tokenizer: Tokenizer, text: str, field: str) -> list[int]:

@@ -27,7 +27,7 @@ def open_llama2c(path: Path, rows: int | None) -> Tokenizer:
   """The tokenizer of a tokenizer.bin.
 
   The models of llama2.c are trained on documents that each follow the begin token, and see no end token: the begin
-  token is both start_id and end_id.
+  token is both start_id and separator_id.
 
   Args:
     path: the file.
@@ -39,7 +39,7 @@ def open_llama2c(path: Path, rows: int | None) -> Tokenizer:
   pieces = [_typed(number, piece, score) for number, (piece, score) in enumerate(_read(path))]
   model = bpe_model(pieces, _BOS_ID, _EOS_ID, os.fspath(path), dummy_prefix=True)
   return SentencePieceTokenizer(
-    model, rows=rows, end_id=_BOS_ID, start_id=_BOS_ID, adds_start=True, name=os.fspath(path)
+    model, rows=rows, separator_id=_BOS_ID, start_id=_BOS_ID, adds_start=True, name=os.fspath(path)
   )
 
 

@@ -180,7 +180,7 @@ def _load_model(
   try:
     model = file.read_bytes()
     settings = {name: description[name] for name in ("start_id", "adds_start") if name in description}
-    settings |= {"end_id": description["end_id"], "special_tokens": special_tokens}
+    settings |= {"separator_id": description["end_id"], "special_tokens": special_tokens}
     settings |= {"rows": rows or description["vocab_size"], "name": os.fspath(file)}
     return make(model, **settings)
   except InputError:

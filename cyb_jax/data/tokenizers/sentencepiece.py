@@ -41,8 +41,8 @@ class SentencePieceTokenizer:
   Args:
     model: the serialised model (the bytes of a `.model` file).
     rows: number of rows of a pretrained model's embedding; None: the number of pieces.
-    end_id: the token that a pretrained model joins its documents by; None: the end-of-sentence piece.
-    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: end_id.
+    separator_id: the token that a pretrained model joins its documents by; None: the end-of-sentence piece.
+    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: separator_id.
     name: prefix of error messages: the file.
 
   Attributes:
@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
     model: bytes,
     *,
     rows: int | None = None,
-    end_id: int | None = None,
+    separator_id: int | None = None,
     start_id: int | None = None,
     adds_start: bool = True,
     special_tokens: SpecialTokens | None = None,
@@ -74,14 +74,14 @@ class SentencePieceTokenizer:
       raise InputError(
         f"{name}: {len(self.model)} bytes that are no SentencePiece model; give a .model file"
       ) from error
-    if end_id is None and processor.eos_id() < 0:
+    if separator_id is None and processor.eos_id() < 0:
       raise InputError(f"{name}: the SentencePiece model has no </s> piece (eos_id -1); train it with one")
-    self.end_id = int(processor.eos_id()) if end_id is None else end_id
-    self.start_id, self.adds_start = self.end_id if start_id is None else start_id, adds_start
+    self.separator_id = int(processor.eos_id()) if separator_id is None else separator_id
+    self.start_id, self.adds_start = self.separator_id if start_id is None else start_id, adds_start
     self.bos_id = int(processor.bos_id()) if processor.bos_id() >= 0 else None
     self._own_end = processor.eos_id()
     self.vocab_size = checked_rows(name, self._pieces, rows)
-    for role, token in (("end", self.end_id), ("start", self.start_id)):
+    for role, token in (("end", self.separator_id), ("start", self.start_id)):
       if not 0 <= token < self._pieces or token == processor.unk_id():
         raise InputError(f"{name}: the {role} token {token} is the unknown one, or not among its {self._pieces} pieces")
     self.special_tokens = special_tokens or SpecialTokens()
@@ -89,7 +89,7 @@ class SentencePieceTokenizer:
     self.chat_template = self.special_tokens.chat_template
     everything = list(range(self._pieces))
     self._unused = [i for i, piece in enumerate(processor.id_to_piece(everything)) if is_unused(piece)]
-    self._processor = self._without_text_for(processor, (*self._unused, self.end_id, self.start_id))
+    self._processor = self._without_text_for(processor, (*self._unused, self.separator_id, self.start_id))
     self._control = {i for i, control in enumerate(self._processor.is_control(everything)) if control}
     self._escape = self._space_symbol()
 
@@ -224,7 +224,7 @@ class SentencePieceTokenizer:
     return list(self._unused)
 
   def describe(self) -> dict[str, Any]:
-    result = {"kind": "sentencepiece", "vocab_size": self.vocab_size, "end_id": self.end_id}
+    result = {"kind": "sentencepiece", "vocab_size": self.vocab_size, "end_id": self.separator_id}
     digest = hashlib.sha256(self.model)
     settings = {"start_id": self.start_id, "adds_start": self.adds_start}
     # A model without further settings is described by its file alone: this is the format of the first version.
@@ -242,7 +242,7 @@ class SentencePieceTokenizer:
     self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = (), *, starts: bool | None = None
   ) -> None:
     starts = self.adds_start if starts is None else starts
-    content, names = huggingface_content(self.model, self.end_id, self.start_id, starts)
+    content, names = huggingface_content(self.model, self.separator_id, self.start_id, starts)
     write_folder(content, names, self, directory, added, starts=starts)
     # With the model, `open_tokenizer` opens the folder as a SentencePieceTokenizer again.
     self._write_model(directory)

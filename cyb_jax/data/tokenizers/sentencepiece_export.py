@@ -14,7 +14,7 @@ _NEVER = -1000.0
 
 
 def huggingface_content(
-  model: bytes, end_id: int, start_id: int, adds_start: bool
+  model: bytes, separator_id: int, start_id: int, adds_start: bool
 ) -> tuple[dict[str, Any], dict[int, str]]:
   """A SentencePiece model as a tokenizer.json of the package tokenizers, and the names of its entries by id.
 
@@ -23,7 +23,7 @@ def huggingface_content(
 
   Args:
     model: the serialised model.
-    end_id, start_id, adds_start: see `Tokenizer`.
+    separator_id, start_id, adds_start: see `Tokenizer`.
 
   Raises:
     InputError: a model of words or characters, one that puts its spaces after words, or one in which a text could not
@@ -36,7 +36,10 @@ def huggingface_content(
     raise InputError("data.tokenizer: a SentencePiece model with spaces behind words can't be written for transformers")
   names = {i: piece.piece for i, piece in enumerate(proto.pieces)}
   types = [piece.type for piece in proto.pieces]
-  special = {i for i, kind in enumerate(types) if kind in (PieceType.UNKNOWN, PieceType.CONTROL)} | {end_id, start_id}
+  special = {i for i, kind in enumerate(types) if kind in (PieceType.UNKNOWN, PieceType.CONTROL)} | {
+    separator_id,
+    start_id,
+  }
   own = {i for i, kind in enumerate(types) if kind == PieceType.USER_DEFINED}
   content = {
     "version": "1.0",

@@ -98,5 +98,5 @@ def text_boundaries(tokenizer: Tokenizer, *, imported: bool) -> TextBoundaries:
   """
   named = tokenizer.special_tokens.end_ids
   if imported:
-    return TextBoundaries((tokenizer.start_id,) if tokenizer.adds_start else (), named or (tokenizer.end_id,))
-  return TextBoundaries((tokenizer.start_id,), tuple(dict.fromkeys((*named, tokenizer.end_id))))
+    return TextBoundaries((tokenizer.start_id,) if tokenizer.adds_start else (), named or (tokenizer.separator_id,))
+  return TextBoundaries((tokenizer.start_id,), tuple(dict.fromkeys((*named, tokenizer.separator_id))))

@@ -8,7 +8,7 @@ from cyb_jax.data.tokenizers.interface import Tokenizer
 
 
 def seqio_vocabulary(tokenizer: Tokenizer):
-  """`tokenizer` as a `seqio.Vocabulary`, for SeqIO preprocessors; its EOS is `end_id`.
+  """`tokenizer` as a `seqio.Vocabulary`, for SeqIO preprocessors; its EOS is `separator_id`.
 
   SeqIO pads with id 0, which every tokenizer here uses for something else (a byte, or <unk>): mask by length, not by
   id. The call imports seqio, and with it TensorFlow.
@@ -33,7 +33,7 @@ def _vocabulary_class():
 
     @property
     def eos_id(self):
-      return self.tokenizer.end_id
+      return self.tokenizer.separator_id
 
     @property
     def _base_vocab_size(self):
