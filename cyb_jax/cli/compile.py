@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -46,6 +45,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   source = command_line.config_flag()
   topologies.check_topology(topology)
   topologies.check_libtpu()
+  from cyb_jax.methods import Decoding
+  from cyb_jax.studies.resolution import resolve
+
+  method = resolve(source).build_method()
   if args.hlo:
     try:
       os.makedirs(args.hlo, exist_ok=True)
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from cyb_jax.compilation import steps
 
   chosen = list(args.steps)
-  if not args["steps"].present and not _decodes(source):
+  if not args["steps"].present and not isinstance(method, Decoding):
     chosen.remove("decode")
   result = steps.compile_steps(
     source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
@@ -62,14 +65,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if not result["fits"]:
     raise Failed(_refusal(result), result)
   return result
-
-
-def _decodes(source: ml_collections.ConfigDict) -> bool:
-  """Whether the config's method generates text with a cache."""
-  from cyb_jax.methods import Decoding
-  from cyb_jax.studies.resolution import resolve
-
-  return isinstance(resolve(source).build_method(), Decoding)
 
 
 def _refusal(result: dict[str, Any]) -> str:

@@ -189,6 +189,7 @@ def _on_tasks() -> dict[str, Any]:
     flag_values.check_not_negative("num_fewshot")
   names = list(dict.fromkeys(args.tasks))
   tasks.check_tasks(names, args.task_data)
+  load = models.open_model(_config())  # before the documents of the tasks, which may come from the network
   opened = {name: tasks.open_task(name, args.task_data) for name in names}
 
   import jax
@@ -196,7 +197,7 @@ def _on_tasks() -> dict[str, Any]:
   from cyb_jax.generation.harness import CybLM
 
   mesh = splits.reading_mesh() if jax.device_count() > 1 else None
-  lm = CybLM(run=models.load_model(mesh, _config()), mesh=mesh, batch_size=args.batch_size or None)
+  lm = CybLM(run=load(mesh), mesh=mesh, batch_size=args.batch_size or None)
   record: dict[str, Any] = {"method": lm.run.config.method.name, "step": lm.run.step, "tasks": {}}
   own = args.pauses is None
   record |= {} if own else {"pauses": args.pauses}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -15,6 +17,7 @@ if TYPE_CHECKING:  # imported where they are used, so that errors of flags are r
   from jax.sharding import Mesh
 
   from cyb_jax.configs import Config
+  from cyb_jax.interop.pretrained import Pretrained
   from cyb_jax.runs import Run
 
 
@@ -38,11 +41,18 @@ def define_model_flags() -> None:
 
 
 def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
-  """The model of `--workdir` or `--init_from`.
+  """The model of `--workdir` or `--init_from`; see `open_model`."""
+  return open_model(config)(mesh)
+
+
+def open_model(config: Config | None = None) -> Callable[[Mesh | None], Run]:
+  """Checks that there is a model at `--workdir` or `--init_from`, without reading its parameters.
 
   Args:
-    mesh: where the parameters go; None: the default device.
     config: of a run that would start from `--init_from`; None: the method is that of the weights themselves.
+
+  Returns:
+    A function that loads the model; it takes the mesh where the parameters go, None: the default device.
 
   Raises:
     InputError: neither flag, both, or nothing that can be read.
@@ -52,15 +62,28 @@ def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
     found = "both are given" if args.workdir else "not given"
     raise InputError(f"--workdir: {found}; name the run's folder, or --init_from, weights that a run could start from")
   checkpoint = flag_values.checkpoint_flag()
-  from cyb_jax import runs
+  from cyb_jax import configs, runs
+  from cyb_jax.checkpointing.workdir import read_config
   from cyb_jax.generation.abilities import with_prompt_pauses
   from cyb_jax.interop import pretrained
 
   if args.workdir:
     if args.tokenizer:
       raise InputError(f"--tokenizer: {args.tokenizer!r} goes with --init_from; a run has its own")
-    run = runs.load(args.workdir, checkpoint, mesh)
+    configs.freeze(configs.migrated(read_config(args.workdir)))
+    load = functools.partial(runs.load, args.workdir, checkpoint)
   else:
     found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
-    run = pretrained.load(found, config, mesh=mesh)
-  return run if args.pauses is None else dataclasses.replace(run, method=with_prompt_pauses(run.method, args.pauses))
+    load = functools.partial(_load_pretrained, found, config)
+
+  def loaded(mesh: Mesh | None) -> Run:
+    run = load(mesh=mesh)
+    return run if args.pauses is None else dataclasses.replace(run, method=with_prompt_pauses(run.method, args.pauses))
+
+  return loaded
+
+
+def _load_pretrained(found: Pretrained, config: Config | None, mesh: Mesh | None) -> Run:
+  from cyb_jax.interop import pretrained
+
+  return pretrained.load(found, config, mesh=mesh)

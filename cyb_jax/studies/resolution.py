@@ -12,6 +12,7 @@ from cyb_jax import configs, runs
 from cyb_jax.configs import Config
 from cyb_jax.interop import pretrained
 from cyb_jax.studies import matching
+from cyb_jax.training.run_data import check_names
 
 
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Config:
@@ -26,8 +27,11 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], workdir: str 
       exist when the run is continued.
 
   Raises:
-    InputError: see `configs.freeze`; or `init_from` can't be read, or no plain model has about the same cost.
+    InputError: see `configs.freeze` and `check_names`; or `init_from` can't be read, or no plain model has about the
+      same cost.
   """
   source = runs.with_absolute_paths(configs.to_dict(config))
   source = pretrained.fill_decoder(source, workdir)
-  return configs.freeze(matching.fill_plain_model(source))
+  frozen = configs.freeze(matching.fill_plain_model(source))
+  check_names(frozen)
+  return frozen

@@ -26,7 +26,7 @@ from cyb_jax.interop import pretrained
 from cyb_jax.interop.pretrained import Pretrained
 from cyb_jax.methods import Method, Scheduled
 from cyb_jax.training.layout import mesh_of_run, methods_of_run
-from cyb_jax.training.run_data import abstract_batch, num_steps, open_batches, open_recorded_or_new_store
+from cyb_jax.training.run_data import abstract_batch, check_names, num_steps, open_batches, open_recorded_or_new_store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
   Raises:
     InputError: bad input, or hosts that differ.
   """
+  check_names(config)
   _agree(config, workdir, profile, cluster)
   mesh = mesh_of_run(config)
   meta = newest_meta(workdir)

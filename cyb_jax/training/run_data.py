@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from cyb_jax import runs, storage
 from cyb_jax.configs import Config
@@ -27,6 +28,16 @@ from cyb_jax.data import (
 from cyb_jax.data.tasks import PLACES, settle_options, with_absolute_paths
 from cyb_jax.data.tokenizers import trained_pieces, vocabulary_size
 from cyb_jax.errors import InputError
+
+
+def check_names(config: Config) -> None:
+  """Checks the names of the data in a config, without looking for the data.
+
+  Raises:
+    InputError: an unknown task, an unknown option of it or one of another type, or a number of pieces that is none.
+  """
+  settle_options(config.data.task, config.task_options())
+  trained_pieces(config.data.tokenizer)
 
 
 def open_store(config: Config) -> TokenStore:
@@ -57,16 +68,18 @@ def find_store(config: Config) -> TokenStore | None:
   """The token store of a config, or None where it is not prepared yet; nothing is written.
 
   Raises:
-    InputError: the store in data.store was not prepared for this config.
+    InputError: the store in data.store was not prepared for this config, or see `check_names`.
   """
   data = config.data
+  check_names(config)
   if data.store:
     return open_store(config) if _holds_store(data.store) else None
   try:
     if data.mixture:
       return prepare_mixture(config.mixture(), config.tokenizer, write=False)
     return prepare(data.task, config.tokenizer, options=config.task_options(), write=False)
-  except InputError:  # neither the store nor its source exists
+  except InputError as error:  # neither the store nor its source exists
+    logging.warning("%s; nothing that depends on the text is known", error)
     return None
 
 

@@ -572,7 +572,9 @@ def test_programs_complain_in_one_line(tmp_path, workdir):
   )
   assert "--omega: '1:1' won't do for 3 slots" in cli.complaint("evaluate", f"--workdir={workdir}", "--omega=1:1")
   assert "split: 'tset' is not in" in cli.complaint("evaluate", f"--workdir={workdir}", "--split=tset")
-  assert "--store: nowhere is not there" in cli.complaint("evaluate", f"--workdir={workdir}", "--store=nowhere")
+  assert f"--store: {cli.ROOT}/nowhere is not there" in cli.complaint(
+    "evaluate", f"--workdir={workdir}", "--store=nowhere"
+  )
   assert "--limit: -1 is negative" in cli.complaint("evaluate", f"--workdir={workdir}", "--limit=-1")
 
 

@@ -586,6 +586,12 @@ def test_bad_tasks(data, names, message):
     tasks.check_tasks(names, data)
 
 
+def test_the_model_is_checked_before_the_documents_of_a_task_are_fetched(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+  assert "MambaForCausalLM" in cli.complaint("evaluate", f"--init_from={tmp_path}", "--tasks=piqa")
+  assert "holds no run" in cli.complaint("evaluate", f"--workdir={tmp_path / 'nothing'}", "--tasks=piqa")
+
+
 def test_bad_task_data(tmp_path, data, monkeypatch):
   with pytest.raises(InputError, match=r"--task_data: .*nowhere is not there"):
     tasks.check_tasks(["piqa"], str(tmp_path / "nowhere"))
@@ -640,7 +646,7 @@ def test_the_program(workdir, data):
     (["--tasks="], "--tasks: none given"),
     (["--tasks=piqa", "--task_data=/nowhere"], "--task_data: /nowhere is not there"),
     (["--tasks=piqa", "--omega=1:1:1"], "--omega: '1:1:1' is of a split"),
-    (["--task_data=x"], "--task_data: 'x' is of downstream tasks"),
+    (["--task_data=/x"], "--task_data: '/x' is of downstream tasks"),
   ],
 )
 def test_bad_flags(workdir, options, message):

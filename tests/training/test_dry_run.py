@@ -8,10 +8,11 @@ import jax
 import pytest
 from models import tiny_config, with_part
 
-from cyb_jax import configs, data, training
+from cyb_jax import command_line, configs, data, training
 from cyb_jax.costs.memory import program_memory
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
+from cyb_jax.studies.resolution import resolve
 from cyb_jax.training import estimate
 
 
@@ -196,3 +197,27 @@ def test_a_batch_that_cannot_be_split():
   config.data.batch_size = 12
   with pytest.raises(InputError, match=r"data\.batch_size: 12 windows don't divide over 8 devices"):
     training.dry_run(configs.freeze(config))
+
+
+@pytest.mark.parametrize(
+  ("field", "message"),
+  [
+    ("data.task=hf:x", "data.task='hf:x': unknown; choose one of imdb_reviews"),
+    ("data.options=sourse=tfds", "data.options.sourse: synthetic_lookups has no such option"),
+    ("data.options=documents=many", "data.options.documents='many': give a whole number"),
+    ("data.tokenizer=sentencepiece:many", "data.tokenizer='sentencepiece:many': give a number of pieces"),
+  ],
+)
+def test_names_of_the_data_are_checked_before_anything_is_compiled(tmp_path, monkeypatch, field, message):
+  changed = command_line.override(tiny_config(pauses=1), [field])
+  monkeypatch.setattr("cyb_jax.training.estimate._compiled", lambda run: pytest.fail("it is compiled"))
+  config = configs.freeze(changed)
+  for check in (
+    lambda: resolve(changed),
+    lambda: training.dry_run(config),
+    lambda: training.train(config, tmp_path / "run"),
+  ):
+    with pytest.raises(InputError) as caught:
+      check()
+    assert message in str(caught.value)
+  assert not (tmp_path / "run").exists()
