@@ -248,7 +248,7 @@ def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
     ("convert", ["--from=hf", "--input={folders}/hf", "--output={tmp}/x", "--checkpoint=3"], "--checkpoint: '3'"),
     ("convert", ["--to=hf", "--workdir={folders}/hf", "--output={tmp}/x"], "hf holds no run"),
     ("convert", ["--to=hf", "--workdir={folders}/plain", "--output={tmp}/x", "--dtype=int8"], "--dtype: 'int8'"),
-    ("convert", ["--to=hf", "--workdir={folders}/plain", "--input=y", "--output={tmp}/x"], "has no use with --to"),
+    ("convert", ["--to=hf", "--workdir={folders}/plain", "--input=/y", "--output={tmp}/x"], "--input: '/y' has no use"),
   ],
 )  # fmt: skip
 def test_bad_flags(program, flags, words, folders, tmp_path):

@@ -1,5 +1,6 @@
 """What tests of reports share: a parser of their pages, and the program run under flags."""
 
+import functools
 import html.parser
 
 from absl import flags
@@ -45,6 +46,7 @@ def call(monkeypatch, **given):
     for kind in ("string", "integer", "bool", "list"):
       define = getattr(flags, f"DEFINE_{kind}")
       patch.setattr(flags, f"DEFINE_{kind}", lambda *a, define=define: define(*a, flag_values=values))
+    patch.setattr(flags, "DEFINE", functools.partial(flags.DEFINE, flag_values=values))  # paths
     report.define_flags()
     values(["report", *(f"--{name}={value}" for name, value in given.items())])
     return report.main([])
