@@ -25,6 +25,7 @@ from cyb_jax.data import (
   prepare_mixture,
   with_segment_ids,
 )
+from cyb_jax.data.mixtures import check_sources
 from cyb_jax.data.tasks import PLACES, settle_options, with_absolute_paths
 from cyb_jax.data.tokenizers import trained_pieces, vocabulary_size
 from cyb_jax.errors import InputError
@@ -34,9 +35,13 @@ def check_names(config: Config) -> None:
   """Checks the names of the data in a config, without looking for the data.
 
   Raises:
-    InputError: an unknown task, an unknown option of it or one of another type, or a number of pieces that is none.
+    InputError: an unknown task or source of a mixture, an unknown option or one of another type, options that exclude
+      each other, or a number of pieces that is none.
   """
-  settle_options(config.data.task, config.task_options())
+  if config.data.mixture:
+    check_sources(config.mixture())
+  else:
+    settle_options(config.data.task, config.task_options())
   trained_pieces(config.data.tokenizer)
 
 

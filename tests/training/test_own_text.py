@@ -15,6 +15,7 @@ from cyb_jax.data import HuggingFaceTokenizer, MixtureStore
 from cyb_jax.data.tokenizers import SpecialTokens
 from cyb_jax.errors import InputError
 from cyb_jax.training.metrics import read_metrics
+from cyb_jax.training.run_data import check_names
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -124,6 +125,22 @@ def test_evaluation_finds_the_mixture_from_another_folder_without_its_sources(tm
   store = runs.open_recorded_store(newest_meta(tmp_path / "run"))
   assert [source.name for source in store.sources] == ["synthetic_lookups", "jsonl"]
   assert np.isfinite(store.num_bytes("validation"))
+
+
+@pytest.mark.parametrize(
+  ("fields", "part"),
+  [
+    (["data.mixture=imdb_review:1,synthetic_sums:1"], "data.task='imdb_review'"),
+    (["data.mixture=/nowhere/store:1"], "there is no token store in '/nowhere/store'"),
+    (["data.mixture=jsonl(text_keys=x)"], "no such option"),
+    (["data.task=jsonl", "data.options=text_key=a,messages_key=b"], "text_key is given too"),
+  ],
+)
+def test_sources_are_checked_before_anything_is_read(fields, part):
+  config = tiny_config()
+  config.data.options = ""
+  with pytest.raises(InputError, match=part):
+    check_names(configs.freeze(command_line.override(config, fields)))
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,12 @@ def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[
   """Every option of a task with its value, without looking for its source.
 
   Raises:
-    InputError: an unknown task or option, or a value of the wrong kind.
+    InputError: an unknown task or option, a value of the wrong kind, or options that exclude each other.
   """
-  return settle(name, _kind(name).defaults, options)
+  kind = _kind(name)
+  settled = settle(name, kind.defaults, options)
+  kind.annotations_of(settled)
+  return settled
 
 
 def has_targets(name: str, options: Mapping[str, Any] | None = None) -> bool:
