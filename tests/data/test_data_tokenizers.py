@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from text_corpus import TRICKY, corpus
 
 from cyb_jax.data import ByteTokenizer, SentencePieceTokenizer, load, open_tokenizer, train_sentencepiece
+from cyb_jax.data.tokenizers import sentencepiece
 from cyb_jax.errors import InputError
 
 
@@ -106,3 +107,12 @@ def test_as_a_seqio_vocabulary(pieces):
   example = next(seqio.preprocessors.tokenize(dataset, features).as_numpy_iterator())
   assert example["targets"].tolist() == ids
   assert vocabulary == seqio_vocabulary(pieces) != seqio_vocabulary(ByteTokenizer())
+
+
+def test_only_a_part_of_text_without_spaces_is_learnt_from(monkeypatch):
+  """Ordinary text is always learnt from whole, so that its models stay what they are."""
+  monkeypatch.setattr(sentencepiece, "_LONG_WORDS_BYTES", 2500)
+  unspaced = ["x" * 1000 + "\n" + "y" * 1500, "z" * 300]
+  ordinary = ["a few words\nmore", "w" * 200]
+  kept = list(sentencepiece._sentences([*unspaced, *ordinary]))
+  assert kept == ["x" * 1000, "y" * 1000, "y" * 500, "a few words", "more", "w" * 200]

@@ -33,6 +33,10 @@ from cyb_jax.errors import InputError
 _TRAINER_THREADS = 2
 # Longer lines are cut for training, because the trainer's time grows with the square of a sentence.
 _LONGEST_SENTENCE = 1000
+# Words of more characters are rare where words are separated by spaces. The trainer counts equal words once, so that
+# text without spaces takes it many times longer: a mebibyte takes it half a minute on two cores.
+_LONG_WORD = 200
+_LONG_WORDS_BYTES = 1 << 20
 
 
 class SentencePieceTokenizer:
@@ -264,6 +268,20 @@ def _with_characters(spans: Int[np.ndarray, "N 2"], text: str) -> Int[np.ndarray
   return places[np.stack([first, end], 1)]
 
 
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+  """Lines of some texts, cut where they are long; after `_LONG_WORDS_BYTES` of lines of long words, no more of these."""
+  left = _LONG_WORDS_BYTES
+  for text in texts:
+    for line in text.split("\n"):
+      for start in range(0, len(line), _LONGEST_SENTENCE):
+        sentence = line[start : start + _LONGEST_SENTENCE]
+        if max(map(len, sentence.split(" "))) > _LONG_WORD:
+          left -= len(sentence.encode())
+          if left < 0:
+            continue
+        yield sentence
+
+
 def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceTokenizer:
   """Trains a unigram model of exactly `pieces` pieces, whose decoded text always equals the encoded text.
 
@@ -274,16 +292,10 @@ def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceToken
   """
   import sentencepiece
 
-  sentences = (
-    line[start : start + _LONGEST_SENTENCE]
-    for text in texts
-    for line in text.split("\n")
-    for start in range(0, len(line), _LONGEST_SENTENCE)
-  )
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=sentences,
+      sentence_iterator=_sentences(texts),
       model_writer=model,
       vocab_size=pieces,
       model_type="unigram",
