@@ -7,7 +7,9 @@ concerns d for a method that isn't adaptive.
 * `tokens`, `documents`, `num_slots`.
 * `perplexity`: `mixture` exp(mean of -log sum_i s_i t_i), or that of the state that slots are fused into, and its
   `interval`, `mean_of_logs` exp(mean of -sum_i s_i log t_i), `oracle` the best slot of each token, `hard` the first
-  with d <= 1/2, `slots` each alone.
+  with d <= 1/2, `slots` each alone; * `loss` exp(mean of the training objective), which has the discount, the penalty
+  or the bound of CYB's variants; `training` as `mixture`, under the omega and the recipe of training, where they are
+  others.
 `latency`, `training_latency`: `mean` of s, `mean_pauses`, `histogram` (`edges`, `counts`) of the tokens' pauses; the
   latter under the omega and the recipe of training, where they are others.
 `calibration`: for each step i < W, d_i against what step i + 1 brings: `spearman` of d_i with t_{i+1} - t_i and its
@@ -112,6 +114,8 @@ def _perplexity(sums: Sums, groups: int) -> dict[str, Any]:
     "oracle": of(value(sums["oracle"], NATS)),
     "hard": of(value(sums["hard"], NATS)) if "hard" in sums else None,
     "slots": of(value(sums["slots"], NATS)),
+    "loss": of(value(sums["loss"], NATS)),
+    "training": of(value(sums["training_nats"], NATS)) if "training_nats" in sums else None,
   }
 
 

@@ -128,6 +128,8 @@ def first_pass(
   training = as_trained(method, params, batch, found.output)
   if training is not None:
     sums["training"] = _stopping_sums(training, found.real)
+    sums["training_nats"] = total(-training.log_likelihood, found.real, NATS)
+    sums["loss"] = total(training.loss, found.real, NATS)
   sums |= _type_sums(found, pauses, num_rows)
   if found.level is not None:
     sums["difficulty"] |= _answer_sums(found, pauses)
@@ -149,6 +151,7 @@ def _likelihood_sums(found: _Evaluated) -> Sums:
     "mean_of_logs": total(mean_of_logs, real, NATS),
     "oracle": total(-log_target.max(-1), real, NATS),
     "slots": total(-log_target, real, NATS),
+    "loss": total(found.output.loss, real, NATS),
   }
   if is_adaptive(found.method):
     chosen = hard_slot(found.output.scores.log_dont_know)[..., None]

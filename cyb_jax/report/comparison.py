@@ -335,6 +335,9 @@ def _outcome(group: Group) -> Outcome:
     records.append(
       {"method": config.method.name, "perplexity": found["perplexity"]["mixture"], "mean_pauses": pauses}
       | {"autoregressive": found.get("autoregressive")}
+      # Older statistics don't have them.
+      | {"loss_perplexity": found["perplexity"].get("loss")}
+      | {"training_omega": {"perplexity": found["perplexity"].get("training")}}
       | {spend: run.meta[spend] for spend in SPENDS}
       | seen
     )

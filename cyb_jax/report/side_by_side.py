@@ -81,10 +81,14 @@ def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   )
   table = page.table(
     "Perplexity (± standard deviation over seeds)",
-    ("group", "perplexity", "mean pauses", "with a self-paced context", "of each seed"),
+    (
+      "group", "perplexity", "exp(loss)", "under the training omega", "mean pauses", "with a self-paced context",
+      "of each seed",
+    ),
     [
       (
-        row["label"], _plus_minus(row["perplexity"]), _plus_minus(row["mean_pauses"]),
+        row["label"], _plus_minus(row["perplexity"]), number(row["loss_perplexity"]),
+        number(row["training_perplexity"]), _plus_minus(row["mean_pauses"]),
         page.percent(row["self_paced_cost"]["mean"]) if row["self_paced_cost"] else "-",
         " ".join(number(v) for v in row["perplexity"]["values"]),
       )

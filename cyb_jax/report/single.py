@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cyb_jax import configs
-from cyb_jax.report import coloured, figures, pacing, page, paper, tokens
+from cyb_jax.report import coloured, figures, pacing, page, paper, tokens, trade_off
 from cyb_jax.report.coloured import Window
 from cyb_jax.report.facts import Statistics, fuses_slots, method_name, read_on, stopping_loss
 from cyb_jax.report.page import Picture, Section, number
@@ -61,6 +61,7 @@ def _header(source: Mapping[str, Any], meta: Mapping[str, Any], statistics: Stat
     ("Training FLOPs", meta["train_flops"]),
     ("Perplexity", perplexity["mixture"]),
     ("95% interval over documents", page.interval(perplexity["interval"])),
+    *((name[0].upper() + name[1:], value) for name, value in _as_trained(perplexity)),
     ("Mean pauses", latency.get("mean_pauses")),
   ]
   alone = statistics["autoregressive"]
@@ -85,6 +86,16 @@ def _header(source: Mapping[str, Any], meta: Mapping[str, Any], statistics: Stat
     " slot at which the answer is read, d the probability of asking for another step, t the probability of the target."
   )
   return page.facts(pairs) + page.paragraph(intro, "note") + differences
+
+
+def _as_trained(perplexity: Mapping[str, Any]) -> list[tuple[str, float]]:
+  """Rows of what training minimised: of statistics.json's `perplexity`, where it is another number."""
+  rows, loss = [], perplexity.get("loss")
+  if trade_off.own_loss([{"perplexity": perplexity["mixture"], "loss_perplexity": loss}]):
+    rows.append(("exp(loss), with the discount, penalty or bound of training (no perplexity)", loss))
+  if perplexity.get("training") is not None:
+    rows.append(("under the omega and the recipe of training", perplexity["training"]))
+  return rows
 
 
 def _training(metrics: Sequence[Mapping[str, Any]]) -> Section:
@@ -114,12 +125,15 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section:
   header = ("split", "step", "training tokens", "perplexity", "mean pauses", "windows")
   table = page.table(
     "Validation in training",
-    header,
+    (*header[:4], "exp(loss)", "under the training omega", *header[4:]),
     [
-      (r["split"], r["step"], r.get("train_tokens"), r.get("perplexity"), r.get("mean_pauses"), r.get("limit") or "all")
+      (
+        r["split"], r["step"], r.get("train_tokens"), r.get("perplexity"), r.get("loss_perplexity"),
+        (r.get("training_omega") or {}).get("perplexity"), r.get("mean_pauses"), r.get("limit") or "all",
+      )
       for r in rows["validation"]
     ],
-  )
+  )  # fmt: skip
   log = page.table(
     "Training log",
     (*header[:5], "gradient norm"),
@@ -143,6 +157,7 @@ def _perplexity(statistics: Statistics) -> Section:
       ("oracle: best slot (no likelihood)", found["oracle"]),
     ]
     rows += [(f"slot {i} alone", value) for i, value in enumerate(found["slots"] or [], 1)]
+  trained = _as_trained(found)
   paced = statistics["self_paced"]
   drawn = [(name, value) for name, value in rows if value is not None]
   bounds = found["interval"]
@@ -156,7 +171,7 @@ def _perplexity(statistics: Statistics) -> Section:
     "Perplexity by the way in which the slots are read, with a 95% interval over documents for the first: further left"
     " is better. The axis doesn't start at 0.",
   )
-  table = page.table("Perplexity by how slots are read", ("read", "perplexity"), rows)
+  table = page.table("Perplexity by how slots are read", ("read", "perplexity"), [*rows, *trained])
   body = page.with_tables(picture, table, paper.perplexities())
   if one:
     body = page.absent("One slot a token: there is one way to read it.") + body

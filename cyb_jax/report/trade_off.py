@@ -110,6 +110,9 @@ class Outcome:
     blockwise_inference_flops: of what `blockwise` is of; None: of a causal method.
     parameters: in all.
     self_paced: None where it wasn't read so.
+    loss_perplexities: of each seed, exp of the training objective; None where that is the perplexity itself.
+    training_perplexities: of each seed, the perplexity under the omega and the recipe of training; None where these are
+      those of the evaluation.
   """
 
   label: str
@@ -127,6 +130,8 @@ class Outcome:
   blockwise_inference_flops: float | None
   parameters: int
   self_paced: SelfPaced | None = None
+  loss_perplexities: tuple[float, ...] | None = None
+  training_perplexities: tuple[float, ...] | None = None
 
   @classmethod
   def of(
@@ -178,6 +183,8 @@ class Outcome:
       blockwise_inference_flops=inference if one_by_one else None,
       parameters=costs.parameters,
       self_paced=self_paced,
+      loss_perplexities=own_loss(records),
+      training_perplexities=_known([(record.get("training_omega") or {}).get("perplexity") for record in records]),
     )
 
   @property
@@ -187,6 +194,19 @@ class Outcome:
   @property
   def deviation(self) -> float | None:
     return statistics.stdev(self.perplexities) if len(self.perplexities) > 1 else None
+
+
+def own_loss(records: Sequence[Mapping[str, Any]]) -> tuple[float, ...] | None:
+  """The `loss_perplexity` of evaluations; None where it is their perplexity, or isn't known."""
+  found = _known([record.get("loss_perplexity") for record in records])
+  others = [record["perplexity"] for record in records]
+  if found is None or None in others or np.allclose(found, others, rtol=1e-5, atol=0):
+    return None
+  return found
+
+
+def _known(values: Sequence[float | None]) -> tuple[float, ...] | None:
+  return None if None in values else tuple(values)
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -256,6 +276,7 @@ def describe(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         "perplexity_seeds": list(outcome.perplexities),
         "perplexity_deviation": outcome.deviation,
         "blockwise_perplexity": None if outcome.blockwise is None else statistics.fmean(outcome.blockwise),
+        **{name: None if of is None else statistics.fmean(of) for name, of in _of_training(outcome).items()},
         "mean_pauses": outcome.pauses,
         "train_tokens": outcome.train_tokens,
         "train_tokens_learnt": outcome.train_tokens_learnt,
@@ -273,6 +294,11 @@ def describe(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
   return rows
 
 
+def _of_training(outcome: Outcome) -> dict[str, tuple[float, ...] | None]:
+  return {"loss_perplexity": outcome.loss_perplexities, "training_perplexity": outcome.training_perplexities}
+
+
+_TRAINED = {"loss_perplexity": "exp(loss)", "training_perplexity": "under the training omega"}
 _HEADER = (
   "#", "runs", "perplexity", "lowest to highest", "mean pauses", "slots a token", "parameters", "real tokens",
   "training FLOPs", "as executed", "inference FLOPs a token", "on the front",
@@ -285,7 +311,9 @@ NOTE = (
   " again or masks away. On the front: nothing here is as low in both perplexity and training (T) or inference (I)"
   " FLOPs; inference is set against perplexity whatever training took. Real tokens: those at which training had a loss."
   " Self-paced: the same runs, decoded with the"
-  " pauses alone that the model asks for."
+  " pauses alone that the model asks for. exp(loss): of the objective that training minimised, where it has a discount,"
+  " a penalty or a bound; it is no perplexity. Under the training omega: the perplexity with the budget of steps that"
+  " training had, where it is another; only those under one omega are compared."
 )
 BLOCKWISE = (
   "In brackets: perplexity and inference FLOPs of methods that look ahead where they read a whole window at once. What"
@@ -304,6 +332,12 @@ def table(
     columns: further columns, a value for each outcome by header.
   """
   columns, rows = columns or {}, []
+  trained = {
+    header: [None if (of := _of_training(outcome)[name]) is None else plus_minus(of) for outcome in outcomes]
+    for name, header in _TRAINED.items()
+  }
+  # Columns that are empty in every row are left out.
+  trained = {header: column for header, column in trained.items() if any(column)}
   fronts = {axis: points(outcomes, axis) for axis in AXES}
   for row, outcome in enumerate(outcomes):
     letters = [
@@ -321,7 +355,8 @@ def table(
     rows.append(
       (
         str(row + 1), outcome.label, *(column[row] for column in columns.values()),
-        plus_minus(outcome.perplexities) + blockwise, span(outcome.perplexities),
+        plus_minus(outcome.perplexities) + blockwise, *(column[row] or "-" for column in trained.values()),
+        span(outcome.perplexities),
         number(outcome.pauses, 3), slots, number(outcome.parameters), *spent, inference,
         " ".join(letters),
       )
@@ -332,12 +367,12 @@ def table(
       rows.append(
         (
           f"{row + 1}s", f"{outcome.label}, self-paced", *("" for _ in columns),
-          plus_minus(paced.perplexities), span(paced.perplexities),
+          plus_minus(paced.perplexities), *("" for _ in trained), span(paced.perplexities),
           number(paced.pauses, 3), number(paced.pauses + 1, 3), number(outcome.parameters), *spent,
           flops(paced.inference_flops), "I" if point.on_front else "",
         )
       )  # fmt: skip
-  return (*_HEADER[:WORDS], *columns, *_HEADER[WORDS:]), rows
+  return (*_HEADER[:WORDS], *columns, _HEADER[WORDS], *trained, *_HEADER[WORDS + 1 :]), rows
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

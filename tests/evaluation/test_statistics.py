@@ -376,7 +376,7 @@ def test_resolution_of_medians():
 
 LIMIT, LENGTH, MIN_COUNT = 40, 16, 8
 METHODS = {
-  "cyb": {"pauses": 2, "omega": "1:2:1"},
+  "cyb": {"pauses": 2, "omega": "1:2:1", "gamma": "1:1:0.5"},
   "on_policy": {"pauses": 1, "recipe": "on_policy"},
   "tbys": {"name": "tbys", "pauses": 2},
   "constant_stop": {"name": "constant_stop", "pauses": 2},
@@ -477,6 +477,17 @@ def test_against_a_slow_reference(name):
   np.testing.assert_allclose(perplexity["slots"], np.exp(-np.log(t).mean(0)), **CLOSE)
   np.testing.assert_allclose(perplexity["oracle"], np.exp(-np.log(t.max(-1)).mean()), **CLOSE)
   np.testing.assert_allclose(perplexity["mean_of_logs"], np.exp(-(s * np.log(t)).sum(-1).mean()), **CLOSE)
+  if name == "cyb":  # s of training is that of its omega; its loss has the discount
+    trained = np.array([row["trained"] for row in rows])
+    np.testing.assert_allclose(perplexity["training"], np.exp(-np.log((trained * t).sum(-1)).mean()), **CLOSE)
+    discounted = (trained * t * [1, 1, 0.5]).sum(-1)
+    np.testing.assert_allclose(perplexity["loss"], np.exp(-np.log(discounted).mean()), **CLOSE)
+  elif name == "on_policy":
+    assert perplexity["training"] != perplexity["mixture"]
+    assert perplexity["training"] == pytest.approx(perplexity["loss"])
+  else:
+    assert perplexity["training"] is None
+    assert perplexity["loss"] == pytest.approx(perplexity["mixture"])
   if isinstance(method, Adaptive):
     hard = [next((i for i in range(width - 1) if row[i] <= 0.5), width - 1) for row in d]
     np.testing.assert_allclose(perplexity["hard"], np.exp(-np.log(t[range(len(t)), hard]).mean()), **CLOSE)

@@ -437,6 +437,30 @@ def test_pages_that_are_too_large_are_refused():
     output.check_size("x" * output.MAX_BYTES + "y")
 
 
+def test_what_training_minimised_stands_next_to_the_perplexity():
+  """Of a loss with a discount, a penalty or a bound, and of another omega: in the report and in the comparison."""
+  statistics = example(nats=3.0)
+  statistics["perplexity"] |= {"loss": 23.45, "training": 21.23}
+  rows = [{"split": "validation", "step": 1, "perplexity": 20.0, "loss_perplexity": 24.56}]
+  rows[0]["training_omega"] = {"perplexity": 22.34}
+  text, _ = single.build(source(), META, statistics, rows, [])
+  for number in ("23.45", "21.23", "24.56", "22.34"):
+    assert number in text
+  assert "exp(loss), with the discount, penalty or bound of training (no perplexity)" in text
+  # A loss that is the perplexity is not shown twice.
+  statistics["perplexity"] |= {"loss": statistics["perplexity"]["mixture"], "training": None}
+  assert "exp(loss), with" not in single.build(source(), META, statistics, [], [])[0]
+  statistics["perplexity"] |= {"loss": 23.45, "training": 21.23}
+  config = configs.freeze(tiny_config(pauses=3)).source
+  other = configs.freeze(tiny_config(name="baseline")).source
+  candidates = [
+    Candidate("a", config, META, statistics, []), Candidate("b", other, META, example(1, nats=3.1), []),
+  ]  # fmt: skip
+  numbers = comparison.compare(comparison.group_runs(candidates))
+  assert [row["loss_perplexity"] for row in numbers["groups"]] == [23.45, None]
+  assert [row["training_perplexity"] for row in numbers["groups"]] == [21.23, None]
+
+
 # The program itself, on real runs and made up statistics.
 
 

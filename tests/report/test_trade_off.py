@@ -55,6 +55,27 @@ def test_mean_over_seeds_decides_and_their_range_is_drawn():
   assert rows[1]["perplexity_deviation"] is None
 
 
+def test_what_training_minimised_has_columns_of_its_own():
+  """Where it is another number than what is compared; without such rows there are no such columns."""
+  omega = {"training_omega": {"perplexity": 12.5, "mean_pauses": 1.0}}
+  found = [
+    Outcome.of("discount", [record(10.0, loss_perplexity=11.0), record(10.0, loss_perplexity=13.0)], COSTS),
+    Outcome.of("omega", [record(10.0, loss_perplexity=12.5, **omega)], COSTS),
+    Outcome.of("plain", [record(10.0, loss_perplexity=10.0000001, training_omega=None)], COSTS),
+    Outcome.of("old", [record(10.0)], COSTS),
+  ]
+  rows = trade_off.describe(found)
+  assert [row["loss_perplexity"] for row in rows] == [12.0, 12.5, None, None]
+  assert [row["training_perplexity"] for row in rows] == [None, 12.5, None, None]
+  header, table = trade_off.table(found)
+  assert header[2:6] == ("perplexity", "exp(loss)", "under the training omega", "lowest to highest")
+  assert [row[3:5] for row in table] == [("12.00 ± 1.4", "-"), ("12.50", "12.50"), ("-", "-"), ("-", "-")]
+  assert "exp(loss)" not in trade_off.table(found[2:])[0]
+  paced = Outcome(**vars(found[0]) | {"self_paced": SelfPaced((11.0, 11.0), 0.5, 1e6)})
+  header, table = trade_off.table([paced])
+  assert [len(row) for row in table] == [len(header)] * 2
+
+
 def test_executed_flops_are_those_of_the_same_steps():
   found = Outcome.of("a", [record(9.0), record(11.0)], COSTS)
   assert (found.perplexity, found.train_flops, found.train_executed_flops) == (10.0, 3e8, 4e8)

@@ -203,7 +203,7 @@ ROW = {
   "perplexity_seeds", "perplexity_deviation", "blockwise_perplexity", "mean_pauses", "train_tokens", "train_slots",
   "train_tokens_learnt", "blockwise_inference_flops", "slots_per_token", "inference_slots", "train_flops",
   "train_executed_flops", "inference_flops", "parameters", "self_paced", "pareto", "latency", "slot_perplexity",
-  "matched", "validation_by_rate",
+  "matched", "validation_by_rate", "loss_perplexity", "training_perplexity",
 }  # fmt: skip
 PINNED = {"seeds": 2, "jobs": 1, "report": False, "search": False}
 ALL = ["tokens", "training_flops", "inference_flops"]
