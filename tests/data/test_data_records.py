@@ -320,3 +320,25 @@ def test_line_numbers_count_from_one(tmp_path):
   assert [task_files.line_number(task_files.epath.Path(path), at) for at in (0, 2, 5, 6)] == [1, 2, 3, 4]
   with io.BytesIO(path.read_bytes()) as file:
     assert list(task_files.lines(file, 1, None)) == [(2, b"bb\n"), (5, b"\n"), (6, b"c")]
+
+
+def test_what_occurs_in_two_splits_stays_in_the_held_out_one(tmp_path):
+  rows = {"train": [f"train {i}" for i in range(40)] + ["both"], "validation": ["both", "own"], "test": ["both", "own"]}
+  for split, texts in rows.items():
+    (tmp_path / f"{split}.jsonl").write_bytes(json_lines({"text": text} for text in texts))
+  patterns = {"pattern": "train", "validation_pattern": "validation", "test_pattern": "test"}
+  options = {name: f"{tmp_path}/{split}.jsonl" for name, split in patterns.items()}
+  splits = prepare("jsonl", "bytes", tmp_path / "store", options=options).description["splits"]
+  counts = {split: (of["documents"], of["duplicates_dropped"]) for split, of in splits.items()}
+  # All of test occurs in validation too, which keeps it, so that there is no test split.
+  assert counts == {"train": (40, 1), "validation": (2, 0)}
+
+
+def test_a_split_whose_documents_all_occur_elsewhere_is_one_error(tmp_path):
+  for split in ("train", "validation"):
+    (tmp_path / f"{split}.jsonl").write_bytes(json_lines({"text": f"text {i % 5}"} for i in range(500)))
+  options = {"pattern": f"{tmp_path}/train.jsonl", "validation_pattern": f"{tmp_path}/validation.jsonl"}
+  with pytest.raises(InputError, match=r"all 500 documents of train occur in a held-out split too \(validation\)"):
+    prepare("jsonl", "bytes", tmp_path / "store", options=options)
+  assert not (tmp_path / "store").exists()
+  assert not (tmp_path / ".store.pieces.partial").exists()

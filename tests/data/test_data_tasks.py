@@ -242,7 +242,7 @@ def test_register_is_idempotent_and_yields_whole_documents(tmp_path):
   assert [example["targets"].decode() for example in found] == ["hello " * 1000]
 
 
-def test_a_task_of_the_users_own(tmp_path):
+def test_a_task_of_the_users_own(tmp_path, caplog):
   seqio = pytest.importorskip("seqio")
   import tensorflow as tf
 
@@ -260,6 +260,8 @@ def test_a_task_of_the_users_own(tmp_path):
     splits = {split: [d.text for d in task.documents(split)] for split in task.splits}
     assert sorted(itertools.chain(*splits.values())) == sorted(texts)
     assert splits["validation"] == [t for t in texts if split_of(text_digest(t)) == "validation"]
+  # A mixture says that it may leave documents out: it ends with the first of its tasks that has no document left.
+  assert [record.args for record in caplog.records if "ends with the first" in record.msg] == [("users_mixture",)]
   assert prepare("seqio:users_own", "bytes", tmp_path / "s").description["splits"]["train"]["documents"] > 280
   with pytest.raises(InputError, match=r"nowhere.*data\.options\.module"):
     list(open_task("seqio:nowhere").splits)

@@ -269,7 +269,7 @@ def _with_characters(spans: Int[np.ndarray, "N 2"], text: str) -> Int[np.ndarray
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-  """Lines of some texts, cut where they are long; after `_LONG_WORDS_BYTES` of lines of long words, no more of these."""
+  """Lines of texts, long ones cut; of those with long words, only the first `_LONG_WORDS_BYTES`."""
   left = _LONG_WORDS_BYTES
   for text in texts:
     for line in text.split("\n"):
