@@ -42,6 +42,11 @@ def define_flags() -> None:
     "context", "constant", "constant: every token is followed by all its pauses; self_paced: only by those that the"
     " model requests."
   )  # fmt: skip
+  flags.DEFINE_string(
+    "kept_pauses", "posterior", "Of --context=self_paced, how the pauses that stay are drawn. posterior: with the"
+    " target known, which gives the likelihood of the text under self-paced generation, exact in expectation;"
+    " stopping: from the stopping distribution alone."
+  )  # fmt: skip
   flags.DEFINE_integer(
     "autoregressive_windows", None, "Of a method that isn't causal, windows that are also read token by token; 0: none;"
     " not given: 16."
@@ -70,6 +75,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
   if args.context not in ("constant", "self_paced"):
     raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
+  if args.kept_pauses not in ("posterior", "stopping"):
+    raise InputError(f"--kept_pauses: {args.kept_pauses!r} is none of 'posterior', 'stopping'")
+  if args["kept_pauses"].present and args.context != "self_paced":
+    raise InputError(f"--kept_pauses: {args.kept_pauses!r} goes with --context=self_paced; give that too")
   if args.autoregressive_windows is not None:
     flag_values.check_not_negative("autoregressive_windows")
   omega = flag_values.weights_flag("omega")
@@ -90,12 +99,12 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   _check_abilities(run, omega)
   config, windows = run.config, args.autoregressive_windows
   store = splits.open_store(config, run.meta)
-  names = ("split", "limit", "batch_size", "omega", "context", "autoregressive_windows", "pauses")
+  names = ("split", "limit", "batch_size", "omega", "context", "kept_pauses", "autoregressive_windows", "pauses")
   options = {name: args[name].value for name in names}
   cluster.agree(options | {"checkpoint": run.step, "token store": store.fingerprint}, seconds=None)
   with jax.default_matmul_precision(config.precision.matmul):
     record = evaluate_split(
-      Evaluator(run.method, mesh, omega, args.context),
+      Evaluator(run.method, mesh, omega, args.context, args.kept_pauses),
       run.params,
       store,
       config,

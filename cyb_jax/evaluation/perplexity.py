@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.abilities import as_trained, is_adaptive, is_self_paced
 from cyb_jax.evaluation.ranks import spearman
-from cyb_jax.evaluation.self_paced import evaluate_self_paced
+from cyb_jax.evaluation.self_paced import KEPT, evaluate_self_paced
 from cyb_jax.methods import Batch, EvalOutput, ExtraMetrics, Method, NonCausal
 from cyb_jax.partitioning import arrays
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, shard_batch
@@ -40,20 +40,30 @@ class Evaluator:
     omega: W weights, the step budget of this evaluation; None: every token may use all W slots.
     context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': only by
       those that the model requests, see `evaluation.self_paced`.
+    kept: of a self-paced context, how the slots that stay are drawn: 'posterior' or 'stopping', see there.
 
   Attributes:
     shards: into how many parts a batch is split.
   """
 
-  def __init__(self, method: Method, mesh: Mesh, omega: ArrayLike | None = None, context: str = "constant"):
+  def __init__(
+    self,
+    method: Method,
+    mesh: Mesh,
+    omega: ArrayLike | None = None,
+    context: str = "constant",
+    kept: str = "posterior",
+  ):
     if context == "self_paced" and not is_self_paced(method):
       raise InputError(f"context: 'self_paced', but method {method.name!r} has no pauses that it could go without")
+    if kept not in KEPT:
+      raise InputError(f"kept: {kept!r} is none of {', '.join(map(repr, KEPT))}")
     self.method = method
     self.omega = omega
-    self.context = context
+    self.context, self.kept = context, kept
     self.shards = data_shards(mesh)
     self._mesh, self._batch_sharding = mesh, batch_sharding(mesh)
-    sums = _sums if context == "constant" else _sums_self_paced
+    sums = _sums if context == "constant" else functools.partial(_sums_self_paced, kept)
     compiled = functools.partial(jax.jit, in_shardings=(None, self._batch_sharding), out_shardings=None)
     self._sums = compiled(functools.partial(sums, method, omega))
     self._sums_of_prefixes = compiled(functools.partial(_sums_of_prefixes, method))
@@ -87,7 +97,7 @@ class Evaluator:
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
       perplexity, and there are `constant_perplexity`, of the same text evaluated in a constant context, and
-      `context_pauses`, how many pauses a token the context kept.
+      `context_pauses`, how many pauses a token the context kept, and `kept_pauses`, how these were drawn.
 
     Raises:
       InputError: no token has weight.
@@ -138,7 +148,7 @@ class Evaluator:
     if self.context == "self_paced":
       kept = totals.mean("kept")
       constant = totals.perplexity("constant_log_likelihood")
-      return kept, {"constant_perplexity": constant, "context_pauses": kept - 1}
+      return kept, {"constant_perplexity": constant, "context_pauses": kept - 1, "kept_pauses": self.kept}
     measured = None
     if "inference_slots" in totals:
       measured = float(totals["inference_slots"] / totals["inference_tokens"])
@@ -276,10 +286,10 @@ def _sums_of_prefixes(method: NonCausal, params: PyTree, batch: Batch) -> dict[s
 
 
 def _sums_self_paced(
-  method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
+  kept_by: str, method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
   """The same of a self-paced context, and the log-likelihood in a constant context for comparison."""
-  output, kept = evaluate_self_paced(method, params, batch, omega)
+  output, kept = evaluate_self_paced(method, params, batch, omega, kept=kept_by)
   sums, decisions, gains = _sums_of(method, output, None, batch["weights"])
   constant = method.evaluate(params, batch)
   log_stopping = constant.log_stopping

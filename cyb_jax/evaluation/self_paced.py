@@ -1,13 +1,29 @@
-"""Self-paced evaluation of a given text: perplexity in the contexts that self-paced generation creates.
+"""Self-paced evaluation of a given text: its likelihood under self-paced generation.
 
 A model trained with all pauses after every token (recipe *constant*) has never seen a context in which some pauses are
-missing, but self-paced generation creates such contexts. Here the tokens of the text are given. All W slots of a token
-are read, and its target is scored as -log sum_i s_i t_i. Then S ~ s is drawn, independently of the target, and only the
-S - 1 pauses that the model would have run stay in the context. If pauses are hidden from later tokens, none of them
-stays, and the output equals that of `Method.evaluate`. If slots are loops over one place in the cache
-(`methods.EarlyExit`), later tokens see at a loop that was not run what the last loop that was run has there.
+missing, but self-paced generation creates such contexts: at each token n it draws S_n ~ s, runs S_n - 1 pauses, which
+stay in the context, and says the next token y_n with probability t_{S_n}. s and t depend on the context c_n, which
+holds the pauses that earlier tokens have kept. So the text y has the probability
 
-Letters: B batch, T tokens, W slots.
+    P(y) = sum over S_1, .., S_N of prod_n s_{S_n}(c_n) t_{S_n}(c_n).
+
+The sum has W^N terms. It is estimated by one particle: all W slots of a token are read, the target is scored as Z_n =
+sum_i s_i t_i, and the pauses that stay are drawn with the target known, from r_i = s_i t_i / Z_n. Every factor then
+has the value s t = r Z, and the product of the Z_n is exact in expectation:
+
+    E[prod_n Z_n] = sum over S of prod_n r_{S_n} Z_n = sum over S of prod_n s_{S_n} t_{S_n} = P(y).
+
+Its logarithm is at most log P(y) in expectation (Jensen), so the perplexity that is reported is an upper bound, but for
+noise. A target without weight is not conditioned on: the pauses before it are drawn from s.
+
+`kept` = 'stopping' draws all pauses from s, whatever the target is. The product of the Z_n is then the likelihood of no
+sampler: the pauses are not those after which the given text would have been said.
+
+If pauses are hidden from later tokens, none of them stays, both draws score alike, and the output equals that of
+`Method.evaluate`. If slots are loops over one place in the cache (`methods.EarlyExit`), later tokens see at a loop that
+was not run what the last loop that was run has there.
+
+Letters: B batch, T tokens, W slots, N tokens of a text.
 """
 
 from __future__ import annotations
@@ -23,20 +39,24 @@ from cyb_jax.pauses import row_keys
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
+# How the slots that stay in the context are drawn.
+KEPT = ("posterior", "stopping")
 # A fixed seed, so that the same text always gives the same result.
 _SEED = 0
 
 
 def evaluate_self_paced(
-  method: CachedDecoding, params: Params, batch: Batch, omega: Any = None
+  method: CachedDecoding, params: Params, batch: Batch, omega: Any = None, *, kept: str = "posterior", seed: int = _SEED
 ) -> tuple[EvalOutput, Int[Array, "B T"]]:
-  """Evaluates every slot of a text whose context holds only the pauses that the model requests.
+  """Evaluates every slot of a text whose context holds only the pauses that the model requests; see above.
 
   Args:
     method: a method that decodes slot by slot.
     params: bare arrays.
     batch: see `methods.Batch`.
     omega: the step budget; see `stopping.log_stopping_distribution`.
+    kept: 'posterior': the slots that stay are drawn from r; 'stopping': from s.
+    seed: of the draws, which also depend on the row's tokens.
 
   Returns:
     The output, with the loss -log sum_i s_i t_i; and i32[B, T], how many slots of each token were drawn to stay in the
@@ -46,11 +66,11 @@ def evaluate_self_paced(
   rows, length = tokens.shape
   width = method.num_slots
   slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (rows, width))
-  keys = row_keys(jax.random.key(_SEED), tokens)
+  keys = row_keys(jax.random.key(seed), tokens)
 
   def read(carry, column):
     cache, cache_index, first, position = carry
-    token, target, begin, number = column
+    token, target, known, begin, number = column
     first = jnp.where(begin, cache_index, first)
     hidden, cache = method.extend(
       params,
@@ -66,7 +86,10 @@ def evaluate_self_paced(
     scores = _target_scores(method.token_scores(params, hidden, slots), target)
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
     stop_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-    used = jax.vmap(jax.random.categorical)(stop_keys, log_stopping).astype(jnp.int32) + 1
+    log_kept = log_stopping
+    if kept == "posterior":
+      log_kept += jnp.where(known[:, None], scores.log_target, 0.0)
+    used = jax.vmap(jax.random.categorical)(stop_keys, log_kept).astype(jnp.int32) + 1
     if isinstance(method, EarlyExit):
       cache = method.fill_cache(cache, cache_index=cache_index, slots=used)
     # The next token's slots overwrite those that are not kept.
@@ -77,7 +100,7 @@ def evaluate_self_paced(
 
   zeros = jnp.zeros(rows, jnp.int32)
   cache = method.empty_cache(rows, length * width)
-  columns = (tokens.T, targets.T, _document_starts(batch).T, jnp.arange(length))
+  columns = (tokens.T, targets.T, batch["weights"].T > 0, _document_starts(batch).T, jnp.arange(length))
   _, read_out = jax.lax.scan(read, (cache, zeros, zeros, zeros), columns)
   scores, log_stopping, used = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), read_out)
   loss = -jax.nn.logsumexp(log_stopping + scores.log_target, -1)

@@ -92,7 +92,10 @@ class SlotMethod:
 
   def costs(self, sequence_length: int, *, slots: float | None = None) -> MethodCosts:
     model, objective = self.slot_model, self.objective
-    inference = model.inference_cost(sequence_length, slots_read=objective.slots_decoded, slots=slots)
+    slots_read: float = objective.slots_decoded
+    if slots is not None:  # they run one at a time
+      slots_read = slots if objective.decides_by_logits else 1
+    inference = model.inference_cost(sequence_length, slots_read=slots_read, slots=slots)
     return MethodCosts(
       train=self.train_cost(sequence_length, executed=False),
       train_executed=self.train_cost(sequence_length, executed=True),

@@ -233,7 +233,9 @@ class SlotModel(Protocol):
     """FLOPs per real token of an evaluation forward that reads `slots_read` slots of a token."""
 
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> Cost:
-    """FLOPs per real token of decoding, see `MethodCosts.inference`; `slots`: see `Method.costs`."""
+    """FLOPs per real token of decoding that reads `slots_read` slots of a token, see `MethodCosts.inference`; `slots`:
+    see `Method.costs`.
+    """
 
 
 class Objective(Protocol):
@@ -242,10 +244,13 @@ class Objective(Protocol):
   Attributes:
     slots_trained: how many of the W slots the loss reads.
     slots_decoded: how many slots of a token decoding reads when it runs all of them.
+    decides_by_logits: whether it takes the logits of a slot to know whether the token answers there. If not, decoding
+      slot by slot reads one slot of a token.
   """
 
   slots_trained: int
   slots_decoded: int
+  decides_by_logits: bool
 
   def init(self, rng: Array) -> Params:
     """The parameters next to the decoder's, boxed."""

@@ -63,6 +63,7 @@ class MixtureOfSoftmaxes:
 
   slots_trained = 1
   slots_decoded = 1
+  decides_by_logits = False
 
   def __init__(self, backbone: Backbone, heads: int):
     self.backbone, self.heads = backbone, heads

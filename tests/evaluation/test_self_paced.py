@@ -2,16 +2,20 @@
 constant reading."""
 
 import functools
+import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import VOCABULARY, build, random_batch
+from models import TINY, VOCABULARY, build, random_batch
 
+from cyb_jax import methods
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.data import with_segment_ids
 from cyb_jax.evaluation import Evaluator, evaluate_self_paced
+from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.pauses import pack
 from cyb_jax.stopping import log_stopping_distribution
@@ -25,8 +29,8 @@ def model(name="cyb", **options):
   return method, params
 
 
-def read(method, params, batch, omega=None):
-  return jax.jit(functools.partial(evaluate_self_paced, method, omega=omega))(params, batch)
+def read(method, params, batch, omega=None, **options):
+  return jax.jit(functools.partial(evaluate_self_paced, method, omega=omega, **options))(params, batch)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def test_against_the_prefix_run_again(options, documents, exact):
   if documents:
     batch = with_segment_ids(batch, int(batch["tokens"][0, 2]))
     assert batch["segment_ids"].max() > 0
-  reading, kept = read(method, params, batch)
+  reading, kept = read(method, params, batch, kept="stopping")
   assert len(np.unique(kept)) == 3
   scores = jax.jit(method.slot_scores_packed)
   for token in range(5):
@@ -85,18 +89,81 @@ def test_what_always_pauses_is_the_constant_reading(exact):
   np.testing.assert_allclose(reading.loss, method.evaluate(params, batch).loss, atol=2e-5)
 
 
-def test_kept_slots_are_drawn_from_s():
+def test_the_likelihood_is_exact_in_expectation(exact):
+  """All texts of three tokens of a vocabulary of three, after a first one, in all contexts that may precede them."""
+  method = methods.build(configure("cyb", pauses=1, dont_know_prior=None), TINY, vocab_size=3)
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  # Far from uniform: s, t and what later tokens see of a pause all differ.
+  params = jax.tree.map(lambda x: 1.5 * x if x.ndim > 1 else x, params)
+  params["dont_know"] = 0.5 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)
+  targets = np.array(list(itertools.product(range(3), repeat=3)), np.int32)
+  tokens = np.concatenate([np.zeros((27, 1), np.int32), targets[:, :2]], 1)
+  batch = {"tokens": tokens, "targets": targets, "weights": np.ones((27, 3), np.float32)}
+
+  exact_likelihood, scores = np.zeros(27), jax.jit(method.slot_scores_packed)
+  for path in itertools.product((1, 2), repeat=3):  # the slots of each token from which it answers
+    # What a token reads doesn't depend on how many pauses it keeps itself.
+    product = np.ones(27)
+    for token, slot in enumerate(path):
+      lengths = jnp.broadcast_to(jnp.array([*path[:token], 2, *path[token + 1 :]]), (27, 3))
+      found = scores(params, batch, pack(lengths, 2, 6))
+      log_s = log_stopping_distribution(found.log_dont_know, found.log_answer)
+      product *= np.exp(np.asarray(log_s + found.log_target, np.float64))[:, token, slot - 1]
+    exact_likelihood += product
+  assert exact_likelihood.sum() == pytest.approx(1, abs=1e-4)
+
+  def estimates(kept):
+    draw = jax.vmap(lambda seed: evaluate_self_paced(method, params, batch, kept=kept, seed=seed)[0].loss.sum(-1))
+    found = np.exp(-np.asarray(jax.jit(draw)(jnp.arange(3000)), np.float64))
+    return (found.mean(0) - exact_likelihood) / (found.std(0) / np.sqrt(3000) + 1e-6)
+
+  assert np.abs(estimates("posterior")).max() < 4
+  assert np.abs(estimates("stopping")).max() > 8
+
+
+def test_a_target_without_weight_does_not_decide_what_is_kept():
+  method, params = model(dont_know_prior=0.5)
+  batch = random_batch(3, 64, 4)
+  given = batch | {"weights": np.zeros((64, 4), np.float32)}
+  _, kept = read(method, params, given)
+  np.testing.assert_array_equal(kept, read(method, params, batch, kept="stopping")[1])
+  assert np.any(kept != read(method, params, batch)[1])
+
+
+@pytest.mark.parametrize("kept", ["posterior", "stopping"])
+def test_what_the_kept_slots_are_drawn_from(kept):
   method, params = model(dont_know_prior=0.5)
   batch = random_batch(3, 512, 4)
-  reading, kept = read(method, params, batch)
-  s = np.exp(np.asarray(reading.log_stopping, np.float64))
-  counts = (np.asarray(kept)[..., None] == np.arange(1, 4)).sum((0, 1))
-  expected = s.sum((0, 1))
-  deviation = np.sqrt((s * (1 - s)).sum((0, 1)))
-  assert (np.abs(counts - expected) < 4 * deviation).all()
-  # Not by the target: another one draws the same.
+  reading, drawn = read(method, params, batch, kept=kept)
+  shares = np.asarray(reading.log_stopping, np.float64)
+  if kept == "posterior":
+    shares = shares + np.asarray(reading.scores.log_target, np.float64)
+  shares = np.exp(shares - np.logaddexp.reduce(shares, -1, keepdims=True))
+  counts = (np.asarray(drawn)[..., None] == np.arange(1, 4)).sum((0, 1))
+  deviation = np.sqrt((shares * (1 - shares)).sum((0, 1)))
+  assert (np.abs(counts - shares.sum((0, 1))) < 4 * deviation).all()
+
+
+def test_kept_slots_may_be_drawn_whatever_the_target_is():
+  method, params = model(dont_know_prior=0.5)
+  batch = random_batch(3, 64, 4)
+  _, kept = read(method, params, batch, kept="stopping")
   other = batch | {"targets": (batch["targets"] + 1) % VOCABULARY}
-  np.testing.assert_array_equal(read(method, params, other)[1], kept)
+  np.testing.assert_array_equal(read(method, params, other, kept="stopping")[1], kept)
+
+
+def test_decoding_reads_one_slot_of_a_token_where_d_needs_no_logits():
+  """In unit form, and where a rule stops; in token form d is a probability among those of the vocabulary."""
+  for name, options, read_out in (
+    ("cyb", {}, 2.5),
+    ("cyb", {"dont_know": "unit"}, 1),
+    ("cyb_looped", {}, 2.5),
+    ("cyb_looped", {"dont_know": "unit"}, 1),
+    ("tbys", {}, 1),
+    ("constant_stop", {}, 1),
+  ):
+    method = methods.build(configure(name, pauses=2, **options), TINY)
+    assert method.costs(8, slots=2.5).inference.readout == read_out * 2 * 16 * 32
 
 
 def test_the_evaluator_reports_the_gap(exact):
@@ -112,6 +179,11 @@ def test_the_evaluator_reports_the_gap(exact):
   assert got["perplexity"] != pytest.approx(constant["perplexity"], rel=1e-4)
   assert got["context_pauses"] == pytest.approx(float(((kept - 1) * weights).sum() / weights.sum()), rel=1e-5)
   assert got["slots"] == 2 * constant["slots"]
+  assert got["kept_pauses"] == "posterior"
+  other = Evaluator(method, mesh, context="self_paced", kept="stopping")(params, [batch])
+  reading, _ = read(method, params, batch, kept="stopping")
+  assert other["perplexity"] == pytest.approx(np.exp(float((reading.loss * weights).sum() / weights.sum())), rel=1e-5)
+  assert other["kept_pauses"] == "stopping"
 
 
 def test_the_constant_reading_gives_all_slots_also_where_training_drew_them(exact):

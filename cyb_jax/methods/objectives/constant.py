@@ -23,6 +23,7 @@ class ConstantMixture:
   def __init__(self, backbone: Backbone, num_slots: int):
     self.backbone, self.num_slots = backbone, num_slots
     self.slots_trained = self.slots_decoded = num_slots
+    self.decides_by_logits = False
 
   def init(self, rng: Array) -> Params:
     del rng

@@ -25,6 +25,7 @@ class LastSlot:
 
   slots_trained = 1
   slots_decoded = 1
+  decides_by_logits = False
 
   def __init__(self, backbone: Backbone, num_slots: int):
     self.backbone, self.num_slots = backbone, num_slots

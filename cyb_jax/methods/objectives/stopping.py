@@ -130,6 +130,8 @@ class StoppingTime:
     self.backbone, self.options = backbone, options
     self.num_slots = options.num_slots
     self.slots_trained = self.slots_decoded = self.num_slots
+    # The unit of `<don't know>` reads the state.
+    self.decides_by_logits = options.dont_know == "token"
 
   def init(self, rng: Array) -> Params:
     config = self.backbone.decoder_config

@@ -122,7 +122,7 @@ class Loops(Plain):
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
     if slots is None or self.num_slots == 1:
       return super().inference_cost(sequence_length, slots_read=slots_read, slots=slots)
-    return self._loop_cost(flops.causal_keys(sequence_length), slots, slots)
+    return self._loop_cost(flops.causal_keys(sequence_length), slots, slots_read)
 
   def _loop_cost(self, keys: float, loops: float, slots_read: float) -> flops.Cost:
     config = self.backbone.decoder_config

@@ -112,7 +112,6 @@ class Plain:
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
     if slots is None:
       return self.forward_cost(sequence_length, slots_read=slots_read, executed=False)
-    # When slots run one at a time each of them is read, to know whether the next one is wanted.
     return flops.forward_cost(
-      self.backbone.decoder_config, tokens=sequence_length, slots=slots, slots_read=slots, hidden=self.hides_pauses
+      self.backbone.decoder_config, tokens=sequence_length, slots=slots, slots_read=slots_read, hidden=self.hides_pauses
     )
