@@ -24,10 +24,11 @@ from typing import IO, Any
 from etils import epath
 
 from cyb_jax.errors import InputError
-from cyb_jax.storage import absolute
+from cyb_jax.storage import absolute, streams
 
 # Files of up to this many bytes in all are identified by their contents, others by their names and sizes.
 _HASHED_BYTES = 256 << 20
+_READ_BYTES = 4 << 20
 # A span is 1/1024 of all bytes, within these limits: small corpora keep several workers busy, and large ones do not
 # leave thousands of spans to merge.
 _SPAN_BYTES = 8 << 20, 256 << 20
@@ -109,7 +110,8 @@ class Files:
     for path, size in zip(self.paths, self.sizes, strict=True):
       digest.update(f"{path.name}\n{size}\n".encode())
       if hash_contents:
-        digest.update(path.read_bytes())
+        for part in streams.read_parts(path, _READ_BYTES):
+          digest.update(part)
     return {"files": len(self.paths), "bytes": sum(self.sizes), "digest": digest.hexdigest()}
 
   def spans(self, *, whole_files: bool) -> Iterator[tuple[list[int], int]]:
