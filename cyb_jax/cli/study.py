@@ -1,4 +1,5 @@
-"""Compares methods under one budget, or several: equal tokens, equal training FLOPs, equal inference FLOPs.
+"""Compares methods under one budget, or several: equal tokens, equal training FLOPs, equal inference FLOPs. Or runs a
+planned study.
 
     cyb-study --workdir=runs/compare --jobs=2
     cyb-study --workdir=runs/compare --settings=baseline,ap,deeper@ap --rates=2e-3,4e-3 --seeds=5
@@ -20,6 +21,13 @@ cost of inference. Runs that two budgets have in common are run once.
 The results are printed, a table and on the last line JSON, and written to WORKDIR: comparison.json, comparison.md,
 index.html with plots of perplexity against FLOPs of training and of inference (pareto_*.png), report/index.html. The
 same command continues a study that was interrupted or in which a run has failed.
+
+    cyb-study --plan=scratch --jobs=2                  a planned study, or what is left of it (cyb_jax/studies/plans.py)
+    cyb-study --plan=scratch --status                  what is done, running and missing, and about how long it takes
+    cyb-study --plan=scratch --table                   its tables, as far as there are results
+
+A plan fixes settings, fields, steps, seeds and rates. Each finished run is an entry of one JSON file, --results, and is
+never run again: with this file a study goes on in any folder. Runs in progress are continued from --workdir.
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ from absl import flags
 
 from cyb_jax import command_line
 from cyb_jax.cli import flag_values, launching, terminal
-from cyb_jax.errors import Interrupted
+from cyb_jax.errors import InputError, Interrupted
 from cyb_jax.studies import settings
 from cyb_jax.studies.options import BUDGETS, Options
 
@@ -62,6 +70,8 @@ _OPTIONS = (
   "config", "rates", "seeds", "steps", "jobs", "report", "search", "equal", "reference", "size", "fields", "test",
   "self_paced",
 )  # fmt: skip
+# Flags that go with --plan; it fixes all others.
+_PLANNED = ("plan", "workdir", "jobs", "results", "status", "table")
 
 
 def define_flags() -> None:
@@ -80,6 +90,14 @@ def define_flags() -> None:
   flags.DEFINE_integer("self_paced", 256, "Windows that adaptive models also read at their own pace; 0: none.")
   flags.DEFINE_bool("report", True, "Whether reports are written, of the validation split.")
   flags.DEFINE_integer("jobs", 1, "Runs at a time; each is bound to its share of the CPU's cores.")
+  flags.DEFINE_string(
+    "plan", "", "A planned study, scratch or finetune, which fixes all flags above but --workdir and --jobs."
+  )
+  command_line.define_path(
+    "results", "", "With --plan, its results; '': experiments/results/PLAN.json of the checkout."
+  )
+  flags.DEFINE_bool("status", False, "With --plan: print what is done, running and missing, and run nothing.")
+  flags.DEFINE_bool("table", False, "With --plan: print its tables as Markdown, and run nothing.")
   flags.DEFINE_bool(
     "smoke", False, f"A study of minutes: {', '.join(f'--{name}={value}' for name, value in SMOKE.items())}, where they"
     " aren't given. It shows the machinery, not the science."
@@ -88,9 +106,14 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
+  args = flags.FLAGS
+  if args["plan"].present:
+    return _planned(args.plan)
+  for name in ("results", "status", "table"):
+    if args[name].present:
+      raise InputError(f"--{name}: goes with --plan; a study without a plan has its results in its --workdir")
   from cyb_jax.studies import study
 
-  args = flags.FLAGS
   values = {name: args[name].value for name in _OPTIONS}
   if args.smoke:
     values |= {name: chosen for name, chosen in SMOKE.items() if not args[name].present}
@@ -100,6 +123,37 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   )
   try:
     return study.run(folder, options, show=terminal.show)
+  except KeyboardInterrupt:
+    raise Interrupted("interrupted; the same command goes on") from None
+
+
+def _planned(name: str) -> dict[str, Any]:
+  """Runs what is left of a planned study, or shows its state or its tables."""
+  from cyb_jax.studies import planned, planned_status, planned_tables, plans
+  from cyb_jax.studies.results_file import ResultsFile
+
+  args = flags.FLAGS
+  plan = plans.find(name)
+  for flag in (*_OPTIONS, "settings", "smoke"):
+    if args[flag].present and flag not in _PLANNED:
+      raise InputError(f"--{flag}: the plan {name!r} fixes it; leave it out, or leave out --plan")
+  if args.jobs < 1:
+    raise InputError(f"--jobs: {args.jobs} must be at least 1")
+  if args.status and args.table:
+    raise InputError("--table: --status is given too; give one of them")
+  folder = pathlib.Path(args.workdir or f"runs/study-{name}").absolute()
+  path = pathlib.Path(args.results) if args.results else planned.default_results(plan, folder)
+  results = ResultsFile(path, plan)
+  if args.status:
+    text, state = planned_status.status(plan, folder, results.runs, args.jobs)
+    terminal.show(text)
+    return state
+  if args.table:
+    numbers = planned_tables.table(plan, results.runs, results.documents)
+    terminal.show(planned_tables.text(plan, numbers))
+    return numbers
+  try:
+    return planned.run(plan, folder, results, args.jobs)
   except KeyboardInterrupt:
     raise Interrupted("interrupted; the same command goes on") from None
 

@@ -91,9 +91,9 @@ def make_plan(options: Options) -> Plan:
     InputError: there is no such config, it is invalid with a setting, or a budget is too small for a step.
   """
   named = dict.fromkeys((*options.settings, options.reference, settings.PLAIN))
-  models = {setting: _model(options, setting) for setting in named}
+  models = {setting: model_of(options, setting) for setting in named}
   shared = partners(options.settings, models) if "inference_flops" in options.equal else {}
-  models |= {name: _model(options, name) for first in shared for name in _grown(first)}
+  models |= {name: model_of(options, name) for first in shared for name in _grown(first)}
   entries = plan(options.settings, options.equal, options.steps, options.reference, models)
   uneven = uneven_starts(models, options.reference)
   if uneven:
@@ -179,7 +179,7 @@ def _of_inference_flops(
     yield from ((name, steps, "inference_flops") for name in _grown(first))
 
 
-def _model(options: Options, setting: str) -> Model:
+def model_of(options: Options, setting: str) -> Model:
   """The model of a setting under the study's config.
 
   Raises:
@@ -187,13 +187,8 @@ def _model(options: Options, setting: str) -> Model:
   """
   from cyb_jax.report.trade_off import Costs
 
-  path = pathlib.Path(command_line.installed(options.config))  # the programs find it there too
-  if not path.is_file():
-    raise InputError(f"--config: {options.config} is not there; experiments/README.md lists the configs")
-  spec = importlib.util.spec_from_file_location(f"_study_{path.stem}", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = resolve(command_line.override(module.get_config(options.argument(setting)), options.fields))
+  config = experiment(options.config).get_config(options.argument(setting))
+  config = resolve(command_line.override(config, options.fields))
   rows = matching.vocabulary(config)
   method, costs = config.build_method(rows), Costs.of(config, rows)
   return Model(
@@ -205,6 +200,23 @@ def _model(options: Options, setting: str) -> Model:
     costs=costs,
     start=tuple(getattr(method.decoder.config, name) for name in settings.PONDER_DECODER),
   )
+
+
+def experiment(config: str) -> Any:
+  """The module of an experiment, which has `get_config(argument)`.
+
+  Raises:
+    InputError: there is none at this path.
+  """
+  path = pathlib.Path(command_line.installed(config))  # the programs find it there too
+  if not path.is_file():
+    raise InputError(f"--config: {config} is not there; experiments/README.md lists the configs")
+  spec = importlib.util.spec_from_file_location(f"_study_{path.stem}", path)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 def _has_own_pace(method: Any) -> bool:

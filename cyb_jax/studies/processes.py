@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import pathlib
 import queue
@@ -59,9 +60,41 @@ class Processes:
           results.append(None)
     except BaseException:
       # The running processes receive a terminal's interrupt too, and save.
-      self._pool.shutdown(cancel_futures=True)
+      self.shut_down()
       raise
     return results
+
+  def submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
+    """Starts a function in a thread of the pool."""
+    return self._pool.submit(function, *arguments)
+
+  def shut_down(self) -> None:
+    """Starts no more functions; waits for those that are running."""
+    self._pool.shutdown(cancel_futures=True)
+
+  def program(self, module: str, *options: str) -> dict[str, Any]:
+    """The JSON object that a program prints.
+
+    Args:
+      module: of the program, such as 'cyb_jax.cli.train'.
+      options: its arguments.
+
+    Returns:
+      The object; of a training that diverges, {"perplexity": None}.
+
+    Raises:
+      Failed: the program ends with an error.
+    """
+    logging.info("%s %s", module.rpartition(".")[2], " ".join(options))
+    words = ["-m", module, *options]
+    done = self.run(words)
+    last = done.stderr.strip().splitlines()[-1:]
+    if module == "cyb_jax.cli.train" and done.returncode == 1 and "train.max_skipped" in "".join(last):
+      logging.warning("%s", last[0])
+      return {"perplexity": None}
+    if done.returncode:
+      raise Failed(f"python {' '.join(words)} ended with {done.returncode}: {''.join(last)}", {})
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
   def run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Runs Python with these words on free cores; waits for cores, then for the process."""

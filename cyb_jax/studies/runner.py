@@ -204,16 +204,7 @@ class Study:
     Raises:
       Failed: it ends with an error.
     """
-    logging.info("%s %s", name, " ".join(options))
-    words = ["-m", f"cyb_jax.cli.{name}", *options]
-    done = self.processes.run(words)
-    last = done.stderr.strip().splitlines()[-1:]
-    if name == "train" and done.returncode == 1 and "train.max_skipped" in "".join(last):
-      logging.warning("%s", last[0])
-      return {"perplexity": None}  # a rate at which it diverges
-    if done.returncode:
-      raise Failed(f"python {' '.join(words)} ended with {done.returncode}: {''.join(last)}", {})
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return self.processes.program(f"cyb_jax.cli.{name}", *options)
 
 
 def best_rate(perplexity_by_rate: Mapping[float, float]) -> float:

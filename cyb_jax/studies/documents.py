@@ -1,0 +1,116 @@
+"""What a planned study does with documents: the losses of a run on each of them, and text divided by document.
+
+    python -m cyb_jax.studies.documents WORKDIR     prints the losses of a run as one JSON object
+
+Dimensions: B batch, T tokens, G groups of documents.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cyb_jax import jsonl, runs
+from cyb_jax.data import TokenStore, open_task
+from cyb_jax.data.tasks import text_digest
+from cyb_jax.evaluation.bootstrap import GROUPS
+from cyb_jax.evaluation.windows import StatisticsWindows, used_windows
+from cyb_jax.runs import Run
+from cyb_jax.storage import atomic_write
+from cyb_jax.training.run_data import open_recorded_or_new_store
+
+SPLIT = "validation"
+# The files of a task that is divided, in the order of `write_parts`.
+PARTS = ("pretraining", "finetuning", SPLIT)
+
+
+def document_losses(run: Run, store: TokenStore) -> dict[str, list[Any]]:
+  """The losses of a run on the documents of its validation split.
+
+  Args:
+    run: a trained run.
+    store: that it was trained on.
+
+  Returns:
+    `tokens`: how many targets each document has; `losses`: the mean of -log p of them, nats, rounded to 6 digits. Of
+    more than 1,024 documents, those with the same number modulo 1,024 are one.
+  """
+  config = run.config
+  windows, limit = used_windows(store, config, SPLIT, None)
+  read = StatisticsWindows(
+    store=store,
+    split=SPLIT,
+    windows=windows,
+    limit=limit,
+    length=config.data.sequence_length,
+    batch_size=config.evaluation_rows,
+    context=1,
+    document_mask=config.data.document_mask,
+  )
+  log_likelihood = jax.jit(lambda params, batch: run.method.evaluate(params, batch).log_likelihood)
+  nats, tokens = np.zeros(GROUPS), np.zeros(GROUPS)
+  for batch in read.batches():
+    group = batch["group"].ravel()
+    inputs = {name: jnp.asarray(batch[name]) for name in batch if name not in ("group", "before", "difficulty")}
+    with jax.default_matmul_precision(config.precision.matmul):
+      found = np.asarray(log_likelihood(run.params, inputs), np.float64).ravel()
+    weights = np.asarray(batch["weights"], np.float64).ravel()
+    # A target without weight may have no finite likelihood.
+    nats -= np.bincount(group, np.where(weights > 0, found, 0.0) * weights, GROUPS)
+    tokens += np.bincount(group, weights, GROUPS)
+  count = min(GROUPS, read.documents)
+  losses = nats[:count] / np.maximum(tokens[:count], 1)
+  return {"tokens": tokens[:count].astype(int).tolist(), "losses": np.round(losses, 6).tolist()}
+
+
+def write_parts(task: str, percent: int, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Divides the training documents of a task in two, and writes them and its validation documents as JSON lines.
+
+  A document's part depends on its text alone, so equal documents are in the same part.
+
+  Args:
+    task: a task that has a validation split.
+    percent: of the documents that are in the first part.
+    folder: the files are written there, where they don't exist yet.
+
+  Returns:
+    The paths by the names of PARTS.
+  """
+  paths = {part: folder / f"{part}.jsonl" for part in PARTS}
+  if not all(path.exists() for path in paths.values()):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {part: [] for part in PARTS}
+    for part, text in _divided(task, percent):
+      lines[part].append(json.dumps({"text": text}) + "\n")
+    for part, path in paths.items():
+      atomic_write(path, "".join(lines[part]))
+  return paths
+
+
+def _divided(task: str, percent: int) -> Iterator[tuple[str, str]]:
+  """(part, text) of the documents of a task's training and validation splits."""
+  opened = open_task(task)
+  for document in opened.documents("train"):
+    # The first eight bytes decide on the split.
+    hundredth = int.from_bytes(text_digest(document.text)[8:], "little") % 100
+    yield PARTS[0] if hundredth < percent else PARTS[1], document.text
+  for document in opened.documents(SPLIT):
+    yield SPLIT, document.text
+
+
+def main(workdir: str) -> None:
+  """Prints the losses of the last checkpoint of a run."""
+  run = runs.load(workdir)
+  losses = document_losses(run, open_recorded_or_new_store(run.config, run.meta))
+  sys.stdout.write(jsonl.dumps(losses) + "\n")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])

@@ -1,0 +1,207 @@
+"""Runs a planned study: what is ready is run, several runs at a time, until nothing is left; see `cyb_jax.cli.study`.
+
+A run is written to the results file when it is finished, and its folder then is of no more use, except that of a
+pretrained model: where runs that start from it are missing, and its folder has gone, it is trained again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from cyb_jax.checkpointing.workdir import Lock
+from cyb_jax.errors import Failed, InputError
+from cyb_jax.studies import planned_runs
+from cyb_jax.studies.planned_runs import PRETRAINING, Run, expand
+from cyb_jax.studies.plans import PlannedStudy
+from cyb_jax.studies.processes import Processes
+from cyb_jax.studies.results_file import Entry, ResultsFile, entry_of
+
+
+def default_results(plan: PlannedStudy, folder: pathlib.Path) -> pathlib.Path:
+  """The path of a plan's results: experiments/results/PLAN.json of the checkout; without one, it is in the folder."""
+  root = pathlib.Path(__file__).parents[2]
+  place = root / "experiments" / "results" if (root / "pyproject.toml").exists() else folder
+  return place / f"{plan.name}.json"
+
+
+def run(plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, jobs: int) -> dict[str, Any]:
+  """Runs what is left of a planned study.
+
+  Args:
+    plan: the plan.
+    folder: of the runs; it is made where it doesn't exist.
+    results: of the plan.
+    jobs: runs at a time, each on its share of the CPU's cores.
+
+  Returns:
+    `plan`, `results` (the path), `done` and `missing`, numbers of runs.
+
+  Raises:
+    InputError: `jobs` is below 1, or another study runs in the folder.
+    Failed: a program has failed; runs that don't depend on it were finished.
+  """
+  if jobs < 1:
+    raise InputError(f"--jobs: {jobs} must be at least 1")
+  folder.mkdir(parents=True, exist_ok=True)
+  with Lock(folder) as lock:
+    lock.hold()
+    runner = PlannedRunner(plan, folder, results, Processes(jobs, folder / ".compiled"), jobs)
+    runner.run()
+  runs = expand(plan, results.runs)
+  done = sum(run.key in results.runs for run in runs)
+  result = {"plan": plan.name, "results": str(results.path), "done": done, "missing": len(runs) - done}
+  if runner.failures:
+    first = next(iter(runner.failures.values()))
+    raise Failed(
+      f"{len(runner.failures)} runs of the study failed, the first: {first}. The same command goes on with what is"
+      " left",
+      result | {"failed": runner.failures},
+    )
+  return result
+
+
+class PlannedRunner:
+  """The runs of a planned study.
+
+  Args:
+    plan: the plan.
+    folder: of the runs.
+    results: of the plan.
+    processes: that run the programs.
+    jobs: runs at a time.
+
+  Attributes:
+    failures: by the key of the run, the message of its error.
+  """
+
+  def __init__(self, plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, processes: Processes, jobs: int):
+    self.failures: dict[str, str] = {}
+    self._plan, self._folder, self._results = plan, folder, results
+    self._processes, self._jobs = processes, jobs
+
+  def run(self) -> None:
+    """Runs everything that is left."""
+    running: dict[concurrent.futures.Future[Any], Run] = {}
+    try:
+      while True:
+        for run in self._next(list(running.values())):
+          running[self._processes.submit(self.measure, run)] = run
+        if not running:
+          return
+        finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in finished:
+          self._finish(running.pop(future), future)
+    finally:
+      # The running processes receive a terminal's interrupt too, and save.
+      self._processes.shut_down()
+
+  def _next(self, running: Sequence[Run]) -> list[Run]:
+    """The runs that are started now, as many as there are free jobs."""
+    busy = {run.key for run in running} | set(self.failures)
+    found: dict[str, Run] = {}
+    runs = expand(self._plan, self._results.runs)
+    by_key = {run.key: run for run in runs}
+    for run in runs:
+      if len(running) + len(found) >= self._jobs:
+        break
+      if run.key in self._results.runs or not run.ready:
+        continue
+      if run.start and not self._is_trained(run.start):
+        run = by_key[run.start]
+      if run.key not in busy:
+        found.setdefault(run.key, run)
+    return list(found.values())
+
+  def _finish(self, run: Run, future: concurrent.futures.Future[Any]) -> None:
+    """Keeps what a run has given."""
+    try:
+      entry, tokens = future.result()
+    except Failed as error:
+      logging.warning("%s", error)
+      self.failures[run.key] = str(error)
+      return
+    before = self._results.runs.get(run.key)
+    if before is not None:  # a pretrained model whose folder was gone
+      if before["perplexity"] != entry["perplexity"]:
+        found = before["perplexity"], entry["perplexity"]
+        logging.warning("%s: its perplexity was %s, and is %s now", run.key, *found)
+      return
+    decided = len(planned_runs.gates(self._plan, self._results.runs))
+    self._results.add(run.key, entry, tokens)
+    runs = expand(self._plan, self._results.runs)
+    done = sum(other.key in self._results.runs for other in runs)
+    logging.info(
+      "%s: perplexity %s, %.0f s; %d of %d runs are done", run.key, entry["perplexity"], entry["seconds"], done,
+      len(runs),
+    )  # fmt: skip
+    for gate in planned_runs.gates(self._plan, self._results.runs)[decided:]:
+      logging.info("%s", gate)
+
+  def measure(self, run: Run) -> tuple[Entry, list[int] | None]:
+    """Trains a run, or continues to, and evaluates it.
+
+    Returns:
+      Its entry; and the targets of each of its validation documents, None where these aren't kept.
+
+    Raises:
+      Failed: a program has failed.
+    """
+    from cyb_jax.training.metrics import read_metrics
+
+    began = time.monotonic()
+    workdir = self._folder / run.key
+    record = self._processes.program("cyb_jax.cli.train", *self._options(run, workdir))
+    paced = documents = None
+    if record["perplexity"] is not None and run.stage == "final":
+      documents = self._processes.program("cyb_jax.studies.documents", str(workdir))
+      if run.paced:
+        limit = f"--limit={self._plan.paced_windows}"
+        options = [f"--workdir={workdir}", "--split=validation", "--context=self_paced", limit]
+        paced = self._processes.program("cyb_jax.cli.evaluate", *options)
+    # Of a run that was interrupted the file has the seconds of earlier processes too.
+    trained = sum(line["timing"]["seconds"] for line in read_metrics(workdir) if "seconds" in line.get("timing", {}))
+    seconds = max(time.monotonic() - began, trained)
+    losses, tokens = (None, None) if documents is None else (documents["losses"], documents["tokens"])
+    return entry_of(run, record, seconds, paced, losses), tokens
+
+  def _options(self, run: Run, workdir: pathlib.Path) -> list[str]:
+    """The arguments of cyb-train."""
+    plan, pretraining = self._plan, self._plan.pretraining
+    if run.stage == PRETRAINING:
+      assert pretraining is not None
+      config, fields = f"{pretraining.config}:{pretraining.argument}", [*run.fields]
+    else:
+      size = f",{plan.size}" if plan.size else ""
+      config, fields = f"{plan.config}:{run.setting}{size}", [*plan.fields, *run.fields]
+    if pretraining is not None:
+      fields += self._data_fields(run)
+    if run.start:
+      fields.append(f"init_from={self._folder / run.start}")
+    return [
+      f"--config={config}",
+      f"--workdir={workdir}",
+      *(f"--config.{field}" for field in fields),
+      f"--config.optimizer.learning_rate={run.rate:g}",
+      f"--config.train.seed={run.seed}",
+      f"--config.data.seed={run.seed}",
+      f"--config.train.steps={run.steps}",
+    ]
+
+  def _data_fields(self, run: Run) -> list[str]:
+    """The fields of the divided text: that of pretraining, or that of the rows."""
+    from cyb_jax.studies.documents import PARTS, SPLIT, write_parts
+
+    assert self._plan.pretraining is not None
+    paths = write_parts(self._plan.pretraining.task, self._plan.pretraining.percent, self._folder / "text")
+    train = paths[PARTS[0] if run.stage == PRETRAINING else PARTS[1]]
+    return ["data.task=jsonl", f"data.options=pattern={train},validation_pattern={paths[SPLIT]}"]
+
+  def _is_trained(self, key: str) -> bool:
+    """Whether a run's folder holds its last evaluation, which is written when it is done."""
+    return (self._folder / key / "evaluation.json").exists()

@@ -1,0 +1,119 @@
+"""How far a planned study is: what is done, running and missing, and how long the rest takes."""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cyb_jax.checkpointing.workdir import Lock
+from cyb_jax.errors import InputError
+from cyb_jax.report.trade_off import markdown
+from cyb_jax.studies import planned_runs
+from cyb_jax.studies.planned_runs import Run, expand
+from cyb_jax.studies.plans import PlannedStudy
+from cyb_jax.studies.results_file import Entry
+from cyb_jax.training.metrics import read_metrics
+
+
+def status(
+  plan: PlannedStudy, folder: pathlib.Path, results: Mapping[str, Entry], jobs: int
+) -> tuple[str, dict[str, Any]]:
+  """The state of a planned study.
+
+  Args:
+    plan: the plan.
+    folder: of the runs; it need not exist.
+    results: the entries of finished runs, by key.
+    jobs: runs at a time, for the estimate.
+
+  Returns:
+    A text for people, and the same as an object: `plan`; `done`, how many runs; `begun`, by key the steps that are
+    done; `missing`, the keys of the others; `is_running`, whether a study runs in the folder; `hours_left`, None where
+    no run tells how long a step takes.
+  """
+  runs = expand(plan, results)
+  left = [run for run in runs if run.key not in results]
+  progress = {run.key: _progress(folder / run.key) for run in left if (folder / run.key).exists()}
+  is_running = _is_running(folder)
+  hours = _hours_left(runs, left, results, progress, jobs)
+  lines = [f"{plan.name}: {len(runs) - len(left)} of {len(runs)} runs are done."]
+  lines += [str(gate) for gate in planned_runs.gates(plan, results)]
+  word = "running" if is_running else "interrupted"
+  by_key = {run.key: run for run in left}
+  lines += [f"{word}: {key}, step {steps:,} of {by_key[key].steps:,}" for key, (steps, _) in progress.items()]
+  if left:
+    known = "unknown, since no run tells how long a step takes" if hours is None else f"about {hours:.1f}"
+    lines.append(f"hours left with --jobs={jobs}: {known}")
+  text = "\n".join([*lines, "", markdown(("row", "rates", "seeds", "missing"), _by_row(plan, runs, results))])
+  return text, {
+    "plan": plan.name,
+    "done": len(runs) - len(left),
+    "begun": {key: steps for key, (steps, _) in progress.items()},
+    "missing": [run.key for run in left if run.key not in progress],
+    "is_running": is_running,
+    "hours_left": None if hours is None else round(hours, 2),
+  }
+
+
+def _by_row(plan: PlannedStudy, runs: Sequence[Run], results: Mapping[str, Entry]) -> list[tuple[str, ...]]:
+  """Of each row how many runs are done."""
+  rows = []
+  for name in dict.fromkeys(run.row for run in runs):
+    own = [run for run in runs if run.row == name]
+    cells = []
+    for is_search in (True, False):
+      found = [run for run in own if (run.stage == "search") == is_search]
+      done = sum(run.key in results for run in found)
+      cells.append(f"{done} of {len(found)}" if found else "")
+    missing = ", ".join(run.key.partition("/")[2] for run in own if run.key not in results)
+    rows.append((name, *cells, missing))
+  return rows
+
+
+def _progress(workdir: pathlib.Path) -> tuple[int, float]:
+  """(steps that are done, the seconds they took) of a run that isn't finished, by its metrics."""
+  lines = [line for line in read_metrics(workdir) if line.get("split") == "train" and "timing" in line]
+  return (lines[-1]["step"] if lines else 0), sum(line["timing"]["seconds"] for line in lines)
+
+
+def _is_running(folder: pathlib.Path) -> bool:
+  """Whether a study holds the folder."""
+  if not folder.exists():
+    return False
+  try:
+    with Lock(folder):
+      return False
+  except InputError:
+    return True
+
+
+def _hours_left(
+  runs: Sequence[Run],
+  left: Sequence[Run],
+  results: Mapping[str, Entry],
+  progress: Mapping[str, tuple[int, float]],
+  jobs: int,
+) -> float | None:
+  """The hours that the missing runs take together, over the jobs; None: unknown.
+
+  The seconds of a step are those of runs of the same row and, where there are none, of other rows in proportion to
+  their costs.
+  """
+  seen = [(run, results[run.key]["seconds"] / run.steps) for run in runs if run.key in results]
+  steps_of = {run.key: run for run in left}
+  seen += [(steps_of[key], seconds / steps) for key, (steps, seconds) in progress.items() if steps]
+  if not left:
+    return 0.0
+  if not seen:
+    return None
+  unit = statistics.median(seconds / run.cost for run, seconds in seen)
+  own: dict[str, list[float]] = {}
+  for run, seconds in seen:
+    own.setdefault(run.row, []).append(seconds)
+  total = 0.0
+  for run in left:
+    step = statistics.fmean(own[run.row]) if run.row in own else unit * run.cost
+    total += step * (run.steps - progress.get(run.key, (0, 0.0))[0])
+  return total / jobs / 3600

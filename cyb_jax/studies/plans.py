@@ -1,0 +1,263 @@
+"""The planned studies, as data: `cyb-study --plan=NAME` runs one of them.
+
+A plan is a table of rows. Every row searches its learning rate with one seed and a short training, and is then trained
+with its seeds. Nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from cyb_jax.errors import InputError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """A row of a plan: runs that are equal but for their seeds.
+
+  Attributes:
+    name: of the row, unique in its plan.
+    setting: a key of `settings.SETTINGS`, or the name of a plain model of the same cost, such as 'wider@ap'.
+    steps: of training.
+    seeds: the row is trained with the seeds 0 to seeds - 1.
+    fields: of the config, 'a.b=value' each, in addition to those of the plan.
+    rate_of: the row whose rate is taken; '': the row searches its own.
+    paced: whether the model decides how many slots it takes, and is evaluated at its own pace too.
+    cost: of a training step, relative to the reference. It is only used to estimate times.
+  """
+
+  name: str
+  setting: str
+  steps: int
+  seeds: int
+  fields: tuple[str, ...] = ()
+  rate_of: str = ""
+  paced: bool = False
+  cost: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretraining:
+  """The model that all rows of a plan start from, and the gate that it has to pass.
+
+  The reference is trained further from it, for the steps of the plan's reference and of its longer row. If this makes a
+  difference of more than `limit`, the model is not at its plateau, and the next length is tried. The last length is
+  taken whatever the gate says.
+
+  Attributes:
+    config: the path of the experiment.
+    argument: of the experiment.
+    fields: of the config, in place of those of the plan.
+    lengths: steps of training, in the order in which they are tried.
+    rate: the learning rate.
+    limit: nats per token.
+    cost: of a training step, relative to that of the reference.
+    task: the task whose training documents are divided; its validation documents are those of both parts.
+    percent: of the documents that are pretraining text; the others are what the rows are trained on.
+  """
+
+  config: str
+  argument: str
+  fields: tuple[str, ...]
+  lengths: tuple[int, ...]
+  rate: float
+  limit: float
+  cost: float
+  task: str
+  percent: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedStudy:
+  """A planned study.
+
+  Attributes:
+    name: of the plan.
+    config: the path of the experiment that settings are arguments of.
+    size: a decoder preset, the experiment's second argument.
+    fields: of every run's config, 'a.b=value' each.
+    step_tokens: real tokens in a step.
+    rates: learning rates that are searched.
+    search_steps: the steps of a run of the search; None: half of those of its row.
+    groups: the rows. A group's runs come before those of the next; in a group the searches come first, then the runs
+      with seed 0, and so on.
+    reference: the row that the others are compared with.
+    longer: the reference with more data, for the data efficiency.
+    paced_windows: windows of the validation split that are read at a model's own pace.
+    pretraining: what the rows start from; None: fresh parameters.
+    note: what a reader must know of the plan, such as rows that are wanted and do not exist.
+  """
+
+  name: str
+  config: str
+  size: str
+  fields: tuple[str, ...]
+  step_tokens: int
+  rates: tuple[float, ...]
+  search_steps: int | None
+  groups: tuple[tuple[Row, ...], ...]
+  reference: str
+  longer: str
+  paced_windows: int
+  pretraining: Pretraining | None = None
+  note: str = ""
+
+  @property
+  def rows(self) -> Iterator[Row]:
+    """All rows, in order."""
+    return (row for group in self.groups for row in group)
+
+  def row(self, name: str) -> Row:
+    """The row with a name that the plan has."""
+    return next(row for row in self.rows if row.name == name)
+
+  def steps_of_search(self, row: Row) -> int:
+    """The steps of each run of a row's search."""
+    return self.search_steps or max(1, row.steps // 2)
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What all runs of the plan have in common, as JSON has it; its rows record the rest."""
+    names = ("config", "size", "fields", "step_tokens", "rates", "search_steps", "paced_windows", "pretraining")
+    values = dataclasses.asdict(self)
+    return {name: _as_json(values[name]) for name in names}
+
+
+def _as_json(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _as_json(item) for name, item in value.items()}
+  return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+# No validation on the way, and small checkpoints often: an interrupted run loses a minute or two.
+_RUNS = (
+  "train.eval_every=0", "train.checkpoint_every=250", "train.keep=1", "train.log_every=50", "train.tensorboard=False",
+)  # fmt: skip
+_PRIOR = "method.dont_know_prior"
+
+_SCRATCH_STEPS = 5_000
+
+
+def _scratch(name: str, setting: str, seeds: int, cost: float, **fields: Any) -> Row:
+  return Row(name=name, setting=setting, steps=_SCRATCH_STEPS, seeds=seeds, cost=cost, **fields)
+
+
+SCRATCH = PlannedStudy(
+  name="scratch",
+  config="experiments/reviews.py",
+  size="nano",
+  # The start of PonderLM-2 for all; 32 windows of 64 tokens a step.
+  fields=(
+    "data.tokenizer=sentencepiece:1024", "data.sequence_length=64", "data.batch_size=32", "data.fraction=1.0",
+    "decoder.initializer=small", "decoder.scale_embeddings=True", "decoder.tied_embeddings=False", *_RUNS,
+  ),
+  step_tokens=32 * 64,
+  rates=(2e-3, 4e-3, 8e-3),
+  search_steps=1_000,
+  groups=(
+    (
+      _scratch("baseline", "baseline", 3, 1.0),
+      _scratch("ap", "ap", 3, 4.7, fields=(f"{_PRIOR}=0.5",), paced=True),
+      _scratch("mos", "mos", 3, 2.1),
+      _scratch("ap_hidden", "ap_hidden", 3, 4.0, fields=(f"{_PRIOR}=0.5",), paced=True),
+      _scratch("tbys3", "tbys3", 3, 3.8),
+    ),
+    (Row(name="baseline_30m", setting="baseline", steps=3 * _SCRATCH_STEPS, seeds=3, rate_of="baseline"),),
+    (
+      _scratch("ap_prior_0.9", "ap", 3, 4.7, fields=(f"{_PRIOR}=0.9",), paced=True),
+      _scratch("ap_sampled", "ap_sampled", 3, 3.4, fields=(f"{_PRIOR}=0.5",), paced=True),
+      _scratch("ap_on_policy", "ap_on_policy", 3, 6.2, fields=(f"{_PRIOR}=0.5",), paced=True),
+    ),
+    (
+      _scratch("constant_stop", "constant_stop", 1, 4.7),
+      _scratch("wider@ap", "wider@ap", 1, 4.7),
+      _scratch("ap1", "ap1", 1, 2.1, fields=(f"{_PRIOR}=0.5",), paced=True),
+      _scratch("mean_slots", "mean_slots", 1, 4.7),
+      _scratch("cyb_looped", "cyb_looped", 1, 4.0, fields=(f"{_PRIOR}=0.5",), paced=True),
+      _scratch("looped", "looped", 1, 3.0),
+      _scratch("ponderlm2", "ponderlm2", 1, 6.1),
+    ),
+  ),
+  reference="baseline",
+  longer="baseline_30m",
+  paced_windows=400,
+  note=(
+    "All start as PonderLM-2 does, with pauses that carry their token's embedding. A mixture of softmaxes in every slot"
+    " of CYB is wanted too, and is left out: no method has both."
+  ),
+)  # fmt: skip
+
+_FINETUNE_STEPS = 400
+_IDENTITY_START = "method.pause_input=token+pause"
+
+
+def _tuned(name: str, setting: str, cost: float, *, seeds: int = 3, times: float = 1.0, **fields: Any) -> Row:
+  return Row(name=name, setting=setting, steps=round(times * _FINETUNE_STEPS), seeds=seeds, cost=cost, **fields)
+
+
+FINETUNE = PlannedStudy(
+  name="finetune",
+  config="experiments/finetune_reviews.py",
+  size="tiny",
+  # The decoder and the tokenizer are those of the pretrained model; 16 windows of 128 tokens a step.
+  fields=(
+    "decoder.preset=", "data.tokenizer=", "data.sequence_length=128", "data.batch_size=16", "data.fraction=1.0", *_RUNS,
+  ),
+  step_tokens=16 * 128,
+  rates=(1e-4, 3e-4, 1e-3),
+  search_steps=None,
+  groups=(
+    (
+      _tuned("baseline", "baseline", 1.0),
+      _tuned("ap", "ap", 4.4, fields=(_IDENTITY_START,), paced=True),
+      _tuned("mos", "mos", 2.5),
+      _tuned("tbys3", "tbys3", 3.0, fields=(_IDENTITY_START,)),
+    ),
+    (_tuned("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
+    (
+      _tuned(
+        "ap_paper_start", "ap", 4.4, paced=True,
+        fields=("method.pause_input=pause", f"{_PRIOR}=0.9", "method.calibration_batches=0"),
+      ),
+      _tuned("constant_stop", "constant_stop", 4.4, fields=(_IDENTITY_START,)),
+      _tuned("tbys3_1.8x", "tbys3", 3.0, times=1.8, rate_of="tbys3", fields=(_IDENTITY_START,)),
+      _tuned("ap1", "ap1", 2.2, seeds=1, fields=(_IDENTITY_START,), paced=True),
+    ),
+  ),
+  reference="baseline",
+  longer="baseline_3x",
+  paced_windows=200,
+  pretraining=Pretraining(
+    config="experiments/reviews.py",
+    argument="baseline,tiny",
+    fields=(
+      "decoder.num_layers=4", "data.tokenizer=sentencepiece:8192", "data.sequence_length=128", "data.batch_size=16",
+      "data.fraction=1.0", *_RUNS,
+    ),
+    lengths=(6_000, 12_000),
+    rate=2e-3,
+    limit=0.03,
+    cost=1.0,
+    task="imdb_reviews",
+    percent=60,
+  ),
+  note=(
+    "tbys3_1.8x and baseline_3x take the rate of the same setting at 1x. All pauses but those of ap_paper_start carry"
+    " their token's embedding and start near zero, so that training begins at nearly the pretrained model."
+  ),
+)  # fmt: skip
+
+PLANS = {plan.name: plan for plan in (SCRATCH, FINETUNE)}
+
+
+def find(name: str) -> PlannedStudy:
+  """A plan by its name.
+
+  Raises:
+    InputError: there is none.
+  """
+  if name not in PLANS:
+    raise InputError(f"--plan: {name!r} is unknown; {did_you_mean(name, PLANS)}")
+  return PLANS[name]

@@ -1,0 +1,197 @@
+"""The results of a planned study: one JSON file, which may be kept in a repository.
+
+    {
+    "plan": "scratch",            name of the plan
+    "identity": {...},            what all of its runs have in common
+    "documents": {DIGEST: [...]}  how many targets each validation document has; most runs share one list
+    "runs": {KEY: {...}}          an entry for each finished run, see `Entry`
+    }
+
+Runs and documents are sorted, and each value of an entry is on a line of its own, so that a finished run is a few new
+lines of a diff. A run with an entry is never run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from cyb_jax import __version__, jsonl
+from cyb_jax.errors import InputError, writing
+from cyb_jax.storage import atomic_write
+from cyb_jax.studies.planned_runs import Run, expand
+from cyb_jax.studies.plans import PlannedStudy
+
+Entry: TypeAlias = dict[str, Any]
+"""What is kept of a run: `stage`, `row`, `setting`, `fields`, `seed`, `steps`, `rate` and `start` of its `Run`;
+`version` of the package; `seconds` of training and of the evaluations; the numbers of NUMBERS, those of PACED in
+`self_paced`, where it was read so; and of runs that are compared `documents`, a digest, and `document_losses`, nats per
+token. Floats are rounded to 7 significant digits. A run that diverges has the perplexity null, and no other numbers."""
+
+# Of the record of the run's evaluation, see `evaluation.evaluate_split`.
+NUMBERS = (
+  "perplexity", "loss", "loss_perplexity", "bits_per_byte", "mean_pauses", "latency", "slot_perplexity",
+  "oracle_perplexity", "hard_perplexity", "calibration", "training_omega", "tokens", "inference_slots",
+  "inference_flops", "train_tokens", "train_slots", "train_flops",
+)  # fmt: skip
+# Of the record of the evaluation at its own pace.
+PACED = ("limit", "perplexity", "constant_perplexity", "context_pauses", "inference_slots", "inference_flops")
+# What an entry repeats of its run.
+_RUN = ("stage", "row", "setting", "fields", "seed", "steps")
+_REQUIRED = {*_RUN, "rate", "start", "version", "seconds", "perplexity"}
+
+
+def entry_of(
+  run: Run,
+  record: Mapping[str, Any],
+  seconds: float,
+  paced: Mapping[str, Any] | None = None,
+  losses: Sequence[float] | None = None,
+) -> Entry:
+  """The entry of a finished run, without its documents' digest.
+
+  Args:
+    run: the run.
+    record: of its evaluation.
+    seconds: that training and evaluations have taken.
+    paced: the record of the evaluation at its own pace.
+    losses: of each validation document.
+  """
+  entry: Entry = {name: getattr(run, name) for name in (*_RUN, "rate", "start")}
+  entry |= {"version": __version__, "seconds": round(seconds, 1)}
+  entry |= {name: record.get(name) for name in NUMBERS if name == "perplexity" or name in record}
+  if paced is not None:
+    entry["self_paced"] = {name: paced.get(name) for name in PACED}
+  if losses is not None:
+    entry["document_losses"] = list(losses)
+  return _rounded(entry)
+
+
+class ResultsFile:
+  """The results of a plan. The file is read again before it is written, so that entries from elsewhere stay.
+
+  Args:
+    path: of the file; it may not exist yet.
+    plan: the plan that it belongs to.
+
+  Attributes:
+    runs: the entries, by key.
+    documents: targets of each validation document, by digest.
+
+  Raises:
+    InputError: the file is damaged, or belongs to another plan.
+  """
+
+  def __init__(self, path: pathlib.Path, plan: PlannedStudy):
+    self.path, self._plan = path, plan
+    self.runs: dict[str, Entry] = {}
+    self.documents: dict[str, list[int]] = {}
+    self._read()
+
+  def add(self, key: str, entry: Entry, tokens: Sequence[int] | None = None) -> None:
+    """Adds a finished run and writes the file.
+
+    Args:
+      key: of the run.
+      entry: of the run.
+      tokens: targets of each of its validation documents.
+
+    Raises:
+      StorageError: the file can't be written.
+    """
+    self._read()
+    if tokens is not None:
+      digest = hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:12]
+      self.documents[digest] = list(tokens)
+      entry = entry | {"documents": digest}
+    self.runs[key] = entry
+    with writing(f"--results: {self.path}"):
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      atomic_write(self.path, self._text())
+
+  def _read(self) -> None:
+    if not self.path.exists():
+      return
+    try:
+      content = jsonl.loads(self.path.read_bytes())
+      if not isinstance(content, dict):
+        raise ValueError("it is no object")
+      self._check_plan(content)
+      runs, documents = content["runs"], content["documents"]
+      for key, entry in runs.items():
+        missing = _REQUIRED - set(entry)
+        if missing:
+          raise ValueError(f"run {key!r} has no {', '.join(sorted(missing))}")
+        _check_numbers(key, entry, documents)
+    except InputError:
+      raise
+    except OSError as error:
+      raise InputError(f"--results: {self.path} can't be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      reason = f"it has no {error}" if isinstance(error, KeyError) else error
+      raise InputError(
+        f"--results: {self.path} is damaged ({reason}); restore it from the repository, or give another path"
+      ) from None
+    self._check_runs(runs)
+    self.runs, self.documents = runs, documents
+
+  def _check_plan(self, content: Mapping[str, Any]) -> None:
+    found, identity = content["plan"], content["identity"]
+    if found != self._plan.name:
+      raise InputError(
+        f"--results: {self.path} has the results of the plan {found!r}, not of {self._plan.name!r}; give another path"
+      )
+    for name, value in self._plan.identity.items():
+      if identity.get(name) != value:
+        raise InputError(
+          f"--results: {self.path} has the results of another version of the plan {found!r}, whose {name} are"
+          f" {identity.get(name)!r}, not {value!r}; give another path"
+        )
+
+  def _check_runs(self, runs: Mapping[str, Entry]) -> None:
+    """Raises InputError for an entry that isn't that of a run of the plan."""
+    planned = {run.key: run for run in expand(self._plan, runs)}
+    for key, entry in runs.items():
+      if key not in planned:
+        raise InputError(f"--results: {self.path}: the plan {self._plan.name!r} has no run {key!r}; remove its entry")
+      for name in (*_RUN, "rate"):
+        value = getattr(planned[key], name)
+        wanted = list(value) if isinstance(value, tuple) else value
+        # The rate isn't known any more where the entries of a search have been removed.
+        if entry[name] != wanted and not (name == "rate" and wanted is None):
+          raise InputError(
+            f"--results: {self.path}: {key!r} was run with {name} = {entry[name]!r}, and the plan has {wanted!r};"
+            " remove its entry"
+          )
+
+  def _text(self) -> str:
+    lines = ["{", f'"plan": {jsonl.dumps(self._plan.name)},']
+    lines += [f'"identity": {_object(self._plan.identity)},']
+    lines += [f'"documents": {_object(self.documents)},', '"runs": {']
+    entries = [f"{jsonl.dumps(key)}: {_object(entry)}" for key, entry in sorted(self.runs.items())]
+    return "\n".join([*lines, ",\n".join(entries), "}", "}"]) + "\n"
+
+
+def _object(values: Mapping[str, Any]) -> str:
+  """An object as JSON, one value a line, sorted."""
+  lines = [f" {jsonl.dumps(name)}: {jsonl.dumps(value)}" for name, value in sorted(values.items())]
+  return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def _check_numbers(key: str, entry: Entry, documents: Mapping[str, Sequence[int]]) -> None:
+  perplexity = entry["perplexity"]
+  if perplexity is not None and not (isinstance(perplexity, int | float) and perplexity >= 1):
+    raise ValueError(f"run {key!r} has the perplexity {perplexity!r}")
+  if "document_losses" in entry and len(documents[entry["documents"]]) != len(entry["document_losses"]):
+    raise ValueError(f"run {key!r} has not as many losses as documents")
+
+
+def _rounded(value: Any) -> Any:
+  """The value with floats of 7 significant digits, and tuples as lists."""
+  if isinstance(value, dict):
+    return {name: _rounded(item) for name, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_rounded(item) for item in value]
+  return float(f"{value:.7g}") if isinstance(value, float) else value
