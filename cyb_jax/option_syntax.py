@@ -48,7 +48,7 @@ def parse_options(field: str, text: str) -> dict[str, str]:
     {'pattern': 'a,b.txt', 'unit': 'line'}
   """
   options: dict[str, str] = {}
-  for part in _parts(text):
+  for part in _parts(field, text):
     key, equals, value = part.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -74,7 +74,7 @@ def parse_mixture(field: str, text: str) -> tuple[Item, ...]:
     [('c4_en', 0.7), ('jsonl', 0.3)]
   """
   items: list[Item] = []
-  for part in _parts(text):
+  for part in _parts(field, text):
     match = re.fullmatch(r"(?s)((?:\\.|[^\\()])+?)(?:\((.*)\))?(?::([^:()]*))?", part.strip())
     if not match or (match[2] is None and re.search(r"(?<!\\)[()]", part)):
       raise InputError(f"{field}: {part!r} is no source; write name:weight or name(key=value,...):weight")
@@ -122,8 +122,12 @@ def _number(text: str) -> bool:
   return True
 
 
-def _parts(text: str) -> Iterator[str]:
-  """The parts between commas that are neither escaped nor inside brackets, without empty ones."""
+def _parts(field: str, text: str) -> Iterator[str]:
+  """The parts between commas that are neither escaped nor inside brackets, without empty ones.
+
+  Raises:
+    InputError: brackets do not match.
+  """
   part, depth, escaped = "", 0, False
   for character in text:
     if character == "," and not escaped and depth == 0:
@@ -135,6 +139,8 @@ def _parts(text: str) -> Iterator[str]:
         depth += (character == "(") - (character == ")")
       part += character
     escaped = character == "\\" and not escaped
+  if depth:
+    raise InputError(rf"{field}: the brackets in {text!r} do not match; a bracket inside a value is written \( or \)")
   if part.strip():
     yield part
 

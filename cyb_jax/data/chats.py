@@ -52,6 +52,11 @@ def rendered(tokenizer: Tokenizer, document: Document) -> Document:
     weights = np.zeros(len(text.encode()), np.uint8)
     for number, message in enumerate(messages):
       if message["role"] == "assistant":
+        if number == 0:
+          raise InputError(
+            "messages: the chat begins with the assistant, so that where its turn begins cannot be found; put a turn of"
+            " the user or the system before it"
+          )
         before = render_chat(tokenizer, messages[:number], True, clock=False)
         after = render_chat(tokenizer, messages[: number + 1], clock=False)
         if not (text.startswith(after) and after.startswith(before)):

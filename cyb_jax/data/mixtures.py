@@ -12,11 +12,12 @@ In evaluation the splits of the sources are one stream, so that all tokens of al
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +167,11 @@ def prepare_mixture(
     InputError: an unknown source, stores of another tokenizer, or what `preparation.prepare` raises.
   """
   names = _unique_names(items)
-  opened = {number: open_token_store(absolute(item.name)) for number, item in enumerate(items) if _is_folder(item)}
+  opened: dict[int, TokenStore] = {}
+  for number, item in enumerate(items):
+    with _of_source(names[number]):
+      if _is_folder(item):
+        opened[number] = open_token_store(absolute(item.name))
   spec = _tokenizer_of(list(opened.values()), tokenizer) if opened else tokenizer
   if not opened and tokenizers.trained_pieces(spec):
     found = _trained(items, spec, limit, write=write)
@@ -175,9 +180,10 @@ def prepare_mixture(
     spec = found
   for number, item in enumerate(items):
     if number not in opened:
-      prepared = preparation.prepare(
-        item.name, spec, options=item.options, limit=limit, progress=progress, workers=workers, write=write
-      )
+      with _of_source(names[number]):
+        prepared = preparation.prepare(
+          item.name, spec, options=item.options, limit=limit, progress=progress, workers=workers, write=write
+        )
       if prepared is None:
         return None
       opened[number] = prepared
@@ -198,9 +204,19 @@ def check_sources(items: Sequence[Item]) -> None:
   Raises:
     InputError: one is not.
   """
-  for item in items:
-    if not _is_folder(item):
-      tasks.settle_options(item.name, item.options)
+  for name, item in zip(_unique_names(items), items):
+    with _of_source(name):
+      if not _is_folder(item):
+        tasks.settle_options(item.name, item.options)
+
+
+@contextlib.contextmanager
+def _of_source(name: str) -> Iterator[None]:
+  """Names the source of a mixture in the InputErrors of the block."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f"data.mixture: source {name!r}: {error}") from error
 
 
 def _is_folder(item: Item) -> bool:
@@ -213,10 +229,12 @@ def _is_folder(item: Item) -> bool:
     return False
   if stores.is_store(absolute(item.name)):
     if item.options:
-      raise InputError(f"data.mixture: {item.name!r} is a token store, which has no options; give its name alone")
+      raise InputError(f"{item.name!r} is a token store, which has no options; give its name alone")
+    if "mixture" in stores.read_description(absolute(item.name)):
+      raise InputError(f"{item.name!r} is a mixture; name its sources, with the weights that they shall have")
     return True
   if os.sep in item.name:
-    raise InputError(f"data.mixture: there is no token store in {item.name!r}; prepare one with cyb-prepare")
+    raise InputError(f"there is no token store in {item.name!r}; prepare one with cyb-prepare")
   return False
 
 
@@ -261,7 +279,10 @@ def _tokenizer_of(opened: Sequence[TokenStore], spec: str) -> str:
 
 def _trained(items: Sequence[Item], spec: str, limit: int | None, *, write: bool) -> str | None:
   """The folder of the tokenizer that is trained on text of all sources by their weights; None: there is none yet."""
-  opened = [tasks.open_task(item.name, item.options) for item in items]
+  opened = []
+  for name, item in zip(_unique_names(items), items):
+    with _of_source(name):
+      opened.append(tasks.open_task(item.name, item.options))
   made_of = [[task.name, task.options, task.identity, item.weight] for task, item in zip(opened, items)]
   folder = stores.default_cache() / "tokenizers" / f"{spec.replace(':', '-')}-{stores.digest([made_of, limit])[:16]}"
   if (folder / DESCRIPTION_FILE).is_file():
@@ -307,18 +328,21 @@ def _described(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _write(path: Path, description: Mapping[str, Any], sources: Sequence[Source]) -> None:
-  """Writes the mixture's folder; the description last, without which there is no store."""
+  """Writes the mixture's folder, unless it is there; the description last, without which there is no store."""
+  places = {source.name: os.fspath(source.store.path) for source in sources}
   if stores.is_store(path):
     found = stores.read_description(path)
     if found["fingerprint"] != description["fingerprint"]:
       raise InputError(f"output={os.fspath(path)!r}: it holds another store; give another folder, or remove it")
+    if streams.read_json(epath.Path(path / _SOURCES)) == places:
+      return
   elif path.exists() and any(path.iterdir()):
     raise InputError(f"output={os.fspath(path)!r}: it exists and is no token store; give another folder")
   path.mkdir(parents=True, exist_ok=True)
   first = sources[0].store
   for name in tokenizers.files(description["tokenizer"]):
     streams.write(epath.Path(path / name), (first.path / name).read_bytes())
-  streams.write_json(epath.Path(path / _SOURCES), {source.name: os.fspath(source.store.path) for source in sources})
+  streams.write_json(epath.Path(path / _SOURCES), places)
   streams.write_json(epath.Path(path / stores.DESCRIPTION), dict(description))
 
 
@@ -377,15 +401,30 @@ class MixtureBatches:
     self._rows = checked_rows(batch_size, rows)
     self._store, self._sequence_length, self._batch_size, self._seed = store, sequence_length, batch_size, seed
     self._counts = np.array(period([source.weight for source in store.sources]))
-    self._ends = np.cumsum(self._counts)
-    self._orders = [
-      WindowOrder(source.store, sequence_length=sequence_length, seed=f"{seed}:{source.name}", fraction=fraction)
-      for source in store.sources
-    ]
+    self._period = int(self._counts.sum())
+    self._orders = [self._order(source, fraction) for source in store.sources]
     self.windows_per_epoch = sum(order.windows_per_epoch for order in self._orders)
     self.steps_per_epoch = self.windows_per_epoch / batch_size
     self._pattern = functools.lru_cache(maxsize=4)(self._pattern_of)
     self._block = functools.lru_cache(maxsize=2)(self._windows_of_block)
+
+  def _order(self, source: Source, fraction: float) -> WindowOrder:
+    """The order of a source's windows.
+
+    Raises:
+      InputError: its train split is shorter than a window, or has fewer windows than its share of a batch.
+    """
+    with _of_source(source.name):
+      order = WindowOrder(
+        source.store, sequence_length=self._sequence_length, seed=f"{self._seed}:{source.name}", fraction=fraction
+      )
+      share = source.weight * self._batch_size
+      if order.windows_per_epoch < int(share):
+        raise InputError(
+          f"data.batch_size={self._batch_size}: about {share:.0f} examples of each batch are of it, and it has only"
+          f" {order.windows_per_epoch} windows of {self._sequence_length} tokens; give it a smaller weight or more text"
+        )
+      return order
 
   def __call__(self, step: int) -> Batch:
     """The rows of a step's batch."""
@@ -417,9 +456,9 @@ class MixtureBatches:
 
   def read_windows(self, step: int) -> dict[str, int]:
     """How many windows of each source the first `step` steps read, over all hosts."""
-    repetitions, rest = divmod(step * self._batch_size, int(self._ends[-1]))
-    inside = np.searchsorted(self._ends, self._pattern(repetitions)[:rest], side="right")
-    counts = repetitions * self._counts + np.bincount(inside, minlength=len(self._counts))
+    repetitions, rest = divmod(step * self._batch_size, self._period)
+    inside, _ = self._pattern(repetitions)
+    counts = repetitions * self._counts + np.bincount(inside[:rest], minlength=len(self._counts))
     return {source.name: int(count) for source, count in zip(self._store.sources, counts)}
 
   def epochs(self, step: int) -> dict[str, float]:
@@ -429,16 +468,22 @@ class MixtureBatches:
 
   def _examples(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(source, number of the example in its source) of examples of the mixture, each int64[...]."""
-    repetitions, places = np.divmod(examples, int(self._ends[-1]))
-    shuffled = np.empty_like(places)
+    repetitions, places = np.divmod(examples, self._period)
+    sources, ranks = np.empty_like(places), np.empty_like(places)
     for repetition in np.unique(repetitions).tolist():
       of = repetitions == repetition
-      shuffled[of] = self._pattern(repetition)[places[of]]
-    sources = np.searchsorted(self._ends, shuffled, side="right")
-    begins = self._ends - self._counts
-    return sources, repetitions * self._counts[sources] + shuffled - begins[sources]
+      sources[of], ranks[of] = (values[places[of]] for values in self._pattern(repetition))
+    return sources, repetitions * self._counts[sources] + ranks
 
-  def _pattern_of(self, repetition: int) -> np.ndarray:
-    """int64[M]: a permutation of 0 .. M-1; source i has the numbers [ends[i-1], ends[i])."""
-    size = int(self._ends[-1])
-    return Permutation(size, f"mixture:{self._seed}:{repetition}")(np.arange(size))
+  def _pattern_of(self, repetition: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sources of M examples, and how many examples of the same source are before each of them; each int64[M].
+
+    The examples of a source are numbered in the order in which they are read, so that any epoch of it has each window
+    once.
+    """
+    shuffled = Permutation(self._period, f"mixture:{self._seed}:{repetition}")(np.arange(self._period))
+    sources = np.searchsorted(np.cumsum(self._counts), shuffled, side="right")
+    ranks = np.empty_like(sources)
+    for number, count in enumerate(self._counts):
+      ranks[sources == number] = np.arange(count)
+    return sources, ranks

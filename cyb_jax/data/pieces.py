@@ -116,10 +116,13 @@ class Encoder:
     return Encoded(tokens, lengths, sizes, annotations, weighted_tokens, weighted_bytes)
 
   def _encode_chat(self, text: str) -> tuple[list[int], np.ndarray]:
-    """(ids, spans) of a chat, without the start token that its template may write: every document gets one."""
+    """(ids, spans) of a chat, without the start token and the separator that its template may write at its ends: every
+    document gets them.
+    """
     ids, spans = self.tokenizer.encode_spans_with_special(text)
-    written = len(self.start) if self.start and ids[:1] == self.start else 0
-    return ids[written:], spans[written:]
+    first = len(self.start) if self.start and ids[:1] == self.start else 0
+    last = len(ids) - (ids[-1:] == [self.tokenizer.separator_id])
+    return ids[first:last], spans[first:last]
 
   def _difficulties(self, document: tasks.Document, ids: list[int]) -> np.ndarray:
     """uint8[start + tokens + 1]: the largest difficulty among a token's bytes; 0 for the start and the end."""
@@ -143,6 +146,8 @@ class Encoder:
       weights, last = np.ones(len(ids), np.uint8), 1
     else:
       weights, last = tokenizers.tokens_with(spans, document.weights > 0), document.weights[-1]
+      if document.messages and ids and not self.tokenizer.decode(ids[-1:]):
+        last = 0  # a special entry has ended the turn, and the text that is generated
     return np.concatenate([np.zeros(len(self.start)), weights, [last]]).astype(np.uint8)
 
 

@@ -174,10 +174,13 @@ def _prepare(plan: Plan, shard: tuple[int, int], processes: int, progress: bool)
     local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cyb-prepare.")))
     try:
       return _Preparation(plan, local, processes, Progress(plan.recipe["task"], progress)).run(shard)
-    except BaseException:
-      # A folder without a single whole piece is of no use to the next call.
+    except BaseException as error:
+      # A folder without a single whole piece is of no use to the next call, and neither are the pieces of a source that
+      # has to be changed.
       with contextlib.suppress(StorageError):
-        if shards == 1 and not any(re.fullmatch(r"piece-\d+\.json", name) for name in streams.names(folder)):
+        names = streams.names(folder) if shards == 1 else ()
+        whole = any(re.fullmatch(r"piece-\d+\.json", name) for name in names)
+        if shards == 1 and (not whole or isinstance(error, InputError)):
           streams.remove(folder)
       raise
 

@@ -67,7 +67,7 @@ def test_a_written_mixture_is_read_back(sources):
     ("a:-1", "'-1'"),
     ("a(x=1):nan", "'nan'"),
     ("a(x=1):much", "'much'"),
-    ("a(x=1", "is no source"),
+    ("a(x=1", "do not match"),
     ("a(x):1", "not of the form key=value"),
     ("a:1,a:2", "occurs twice"),
     ("a(b=1,b=2)", "'b' is given twice"),

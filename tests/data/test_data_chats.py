@@ -11,6 +11,7 @@ from cyb_jax.data import HuggingFaceTokenizer, open_task, prepare
 from cyb_jax.data.chats import rendered
 from cyb_jax.data.pieces import Encoder
 from cyb_jax.data.tasks import Document
+from cyb_jax.data.tasks.records import RecordForm
 from cyb_jax.data.tokenizers import SpecialTokens
 from cyb_jax.errors import InputError
 
@@ -77,6 +78,40 @@ def test_a_template_without_special_entries_and_with_a_start():
   assert rows[-1] == ("<end>", 1)
   assert rows[-2][1] == 1
   assert sum(weight for _, weight in rows) == len(tokenizer().encode("Yes, ñ?\n")) + 1
+
+
+@pytest.mark.parametrize("line_end", ["", "\n"])
+def test_the_separator_after_a_turns_end_is_not_learnt(line_end):
+  """Generation has stopped before it, whether or not the template ends the turn's line."""
+  rows, _ = learnt(tokenizer(CHATML.replace("'\n' }}{% endfor", f"'{line_end}' }}}}{{% endfor")), CHAT[1:3])
+  assert rows[-1] == ("<end>", 0)
+  assert [name for name, weight in rows if weight][-1] == "<stop>"
+
+
+def test_a_separator_that_the_template_writes_is_not_doubled():
+  """Where the end of a turn is the separator, it is learnt once, as the end of the document."""
+  rows, _ = learnt(tokenizer(CHATML.replace("'<stop>' + '\n'", "'<end>'")), CHAT[1:3])
+  assert [name for name, _ in rows].count("<end>") == 2  # of the user's turn and of the assistant's
+  assert rows[-1] == ("<end>", 1)
+  assert rows[-2] == ("?", 1)
+
+
+def test_a_message_that_calls_tools_may_have_no_content():
+  calls = [{"function": {"name": "f", "arguments": "{}"}}]
+  template = "{% for m in messages %}<start>{{ m.role }} {{ m.content }}"
+  template += "{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}{% endif %}<stop>{% endfor %}"
+  template += "{% if add_generation_prompt %}<start>assistant {% endif %}"
+  row = {"m": [CHAT[1], {"role": "assistant", "content": None, "tool_calls": calls}]}
+  document = RecordForm(messages_key="m").document(row, "row 1")
+  assert document.messages[1]["content"] == ""
+  text = rendered(tokenizer(template), document)
+  assert bytes(np.frombuffer(text.text.encode(), np.uint8)[text.weights > 0]) == b"call f<stop>"
+
+
+def test_a_chat_that_begins_with_the_assistant_is_refused_with_the_reason():
+  document = Document("", messages=tuple(CHAT[2:]), where="chats.jsonl, line 7")
+  with pytest.raises(InputError, match=r"line 7: messages: the chat begins with the assistant"):
+    rendered(tokenizer(), document)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():

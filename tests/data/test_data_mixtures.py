@@ -73,6 +73,36 @@ def test_examples_are_of_their_sources_by_weight_and_each_window_is_read_once_an
   assert batches.epochs(steps)["c"] > 2  # the small source began again
 
 
+@pytest.mark.parametrize("weights", [(0.7123, 0.2, 0.0877), (0.71, 0.19, 0.1)])
+def test_every_epoch_of_a_source_has_each_window_once(stores, tmp_path, weights):
+  """Also where the pattern is longer than an epoch: a source's examples are numbered as they are read."""
+  store = mixture(stores, tmp_path, weights)
+  batches = MixtureBatches(store, sequence_length=T, batch_size=B, seed=0)
+  size = store.sources[2].store.num_windows("train", T)
+  read = []
+  for step in range(int(2.5 * size / weights[2] / B)):
+    sources, numbers = batches.windows(step)
+    read += numbers[sources == 2].tolist()
+  assert len(read) > 2 * size
+  for epoch in (0, 1):
+    assert sorted(read[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_a_mixture_that_is_prepared_needs_no_writing(stores, tmp_path):
+  path = mixture(stores, tmp_path).path
+  before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+  mixture(stores, tmp_path)
+  assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+def test_a_source_smaller_than_its_share_of_a_batch_or_a_window_is_refused(stores, tmp_path):
+  store = mixture(stores, tmp_path, (0.02, 0.02, 0.96))
+  with pytest.raises(InputError, match=r"source 'c': data.batch_size=512: about 492 examples .* only \d+ windows"):
+    MixtureBatches(store, sequence_length=T, batch_size=512, seed=0)
+  with pytest.raises(InputError, match=r"source 'c': data.sequence_length=5000"):
+    MixtureBatches(store, sequence_length=5000, batch_size=1, seed=0)
+
+
 def test_a_batch_depends_on_seed_and_step_alone_and_holds_its_rows(stores, tmp_path):
   store = mixture(stores, tmp_path)
   whole = MixtureBatches(store, sequence_length=T, batch_size=B, seed=0)
@@ -161,6 +191,7 @@ REFUSED = {
   "nothing": (["/nothing/here"], "there is no token store in '/nothing/here'"),
   "unknown": (["imdb_review"], r"data.task='imdb_review'"),
   "options": (["a(unit=line)"], "has no options"),
+  "which": (["a", "jsonl(pattern=)"], "data.mixture: source 'jsonl': data.options.pattern=''"),
 }
 
 
@@ -171,6 +202,12 @@ def test_a_source_that_is_not_there_is_refused(stores, tmp_path, case):
   with pytest.raises(InputError, match=part):
     prepare_mixture(parse_mixture("data.mixture", text), "bytes", tmp_path / "mixture")
   assert not (tmp_path / "mixture").exists()
+
+
+def test_a_mixture_is_no_source(stores, tmp_path):
+  inner = mixture(stores, tmp_path)
+  with pytest.raises(InputError, match="is a mixture; name its sources"):
+    prepare_mixture([Item(str(inner.path), {}, 1.0)], "bytes", tmp_path / "outer")
 
 
 def test_stores_of_different_tokenizers_are_refused(stores, tmp_path):

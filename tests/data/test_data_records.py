@@ -240,6 +240,10 @@ NOT_TEXT = {
   "x.json": (b'{"text": "x"}', "data.task='jsonl'"),
   "x": (b"PAR1....", "data.task='parquet'"),
   "y.txt": (gzip.compress(b"text"), "suffix .gz"),
+  "long.txt": (b'{"text": "' + b"x" * 100_000 + b'"}\n' + b'{"text": "y"}\n', "data.task='jsonl'"),
+  "array.json": (b'[\n {"text":\n "x"}\n]\n', "data.task='jsonl'"),
+  "object.json": (b'{\n "text": "x"\n}\n', "data.task='jsonl'"),
+  "bom.txt": (b'\xef\xbb\xbf{"text": "x"}\n{"text": "y"}\n', "data.task='jsonl'"),
   "z.txt": (b"PK\x03\x04....", "extract its files"),
 }
 
@@ -262,6 +266,7 @@ def test_prose_that_begins_with_a_brace_is_text(tmp_path):
 REFUSED = {
   "pattern": ("jsonl", {}, None, "pattern=''"),
   "array": ("jsonl", {}, b'[{"text": "x"}]', "one JSON array"),
+  "same": ("jsonl", {"prompt_key": "q", "answer_key": "q"}, b"{}\n", "it is prompt_key too"),
   "both": ("jsonl", {"text_key": "a", "messages_key": "b"}, b"{}\n", "text_key is given too"),
   "prompt": ("jsonl", {"prompt_key": "a"}, b"{}\n", "give answer_key too"),
   "separator": ("jsonl", {"separator": "x"}, b"{}\n", "needs prompt_key"),
@@ -301,10 +306,39 @@ def test_a_dataset_that_is_not_there_is_one_error(tmp_path, corpus):
   (tmp_path / "nothing").mkdir()
   with pytest.raises(InputError, match="no file matches"):
     open_task("hf", {"dataset": f"{tmp_path}/nothing"})
+  with pytest.raises(InputError, match="it is a file; give its folder"):
+    open_task("hf", {"dataset": f"{tmp_path}/folder/train.jsonl"})
+  (tmp_path / "nothing" / "state.json").write_text("{}")
+  with pytest.raises(InputError, match="save_to_disk has written it"):
+    open_task("hf", {"dataset": f"{tmp_path}/nothing"})
   with pytest.raises(InputError, match="has no revisions"):
     open_task("hf", corpus["hf"] | {"revision": "main"})
   with pytest.raises(InputError, match=r"line|row 1 has no such key; did you mean 'body'\?"):
     list(open_task("hf", corpus["hf"] | {"text_key": "bodies"}).documents("train"))
+
+
+def test_a_text_of_a_table_that_is_no_utf8_has_its_row(tmp_path):
+  raw = pyarrow.array([b"right", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+  write_parquet(tmp_path / "x.parquet", {"text": raw})
+  task = open_task("parquet", {"pattern": f"{tmp_path}/x.parquet"})
+  with pytest.raises(InputError, match=r"x.parquet, row 2: a text is no UTF-8"):
+    list(task.read(task.pieces()[0]))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines([{"text": "x"}, {"text": "y"}]))
+  task = open_task("jsonl", {"pattern": f"{tmp_path}/x.jsonl"})
+  assert [document.text for _, document in task.read(task.pieces()[0])] == ["x", "y"]
+
+
+def test_after_a_bad_row_nothing_is_left_and_the_mended_file_is_prepared(tmp_path, small):
+  path = tmp_path / "x.jsonl"
+  path.write_bytes(json_lines([*({"text": text} for text in TEXTS), {"text": None}]))
+  with pytest.raises(InputError, match="line 301"):
+    prepare("jsonl", "bytes", tmp_path / "store", options={"pattern": str(path)})
+  assert {file.name for file in tmp_path.iterdir()} <= {"x.jsonl", ".store.lock"}
+  path.write_bytes(json_lines([*({"text": text} for text in TEXTS), {"text": "last"}]))
+  assert prepare("jsonl", "bytes", tmp_path / "store", options={"pattern": str(path)}).splits
 
 
 def test_a_line_of_any_length_is_read(tmp_path):

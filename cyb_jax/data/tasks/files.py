@@ -7,6 +7,7 @@ is never divided.
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -34,7 +35,7 @@ _READ_BYTES = 4 << 20
 _SPAN_BYTES = 8 << 20, 256 << 20
 _SPANS = 1024
 # The beginnings of so many files are looked at to recognise their format.
-_INSPECTED_FILES = 100
+_INSPECTED_FILES = 10_000
 _INSPECTED_BYTES = 1 << 16
 
 _SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
@@ -193,10 +194,10 @@ def undamaged(option: str, path: epath.Path, where: Callable[[], str] = lambda: 
 
 
 def format_of(path: epath.Path, head: bytes) -> str | None:
-  """The format of a file that is no plain text: 'JSON lines', 'Parquet', 'Arrow', 'zip', 'gzip', ...; None: plain text.
+  """The format of a file that is no plain text: 'JSON', 'Parquet', 'Arrow', 'zip', 'gzip', ...; None: plain text.
 
-  A file holds JSON lines if its name says so, or if its first two lines (its only line, if its name ends in .json) are
-  JSON objects.
+  A file holds JSON if its name says so, or if its first two lines are JSON objects; of a first line that is longer than
+  `head`, the beginning decides.
 
   Args:
     path: of the file.
@@ -207,13 +208,15 @@ def format_of(path: epath.Path, head: bytes) -> str | None:
       return kind
   suffixes = [suffix.lower() for suffix in Path(path.name).suffixes if suffix.lower() not in _SUFFIXES]
   suffix = suffixes[-1] if suffixes else ""
-  if suffix in (".jsonl", ".ndjson"):
-    return "JSON lines"
+  head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+  if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and head[:1] in (b"{", b"[")):
+    return "JSON"
   if suffix in (".parquet", ".arrow"):
     return suffix[1:].capitalize()
+  if len(head) > _INSPECTED_BYTES // 2 and b"\n" not in head:
+    return "JSON" if re.match(rb'\{\s*"', head) else None
   first = [line for line in head.split(b"\n") if line.strip()][:2]
-  enough = len(first) == 2 or suffix == ".json"
-  return "JSON lines" if first and enough and all(map(_is_object, first)) else None
+  return "JSON" if len(first) == 2 and all(map(_is_object, first)) else None
 
 
 def _is_object(line: bytes) -> bool:

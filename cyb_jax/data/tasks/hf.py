@@ -101,7 +101,17 @@ def _located(name: str, subset: str, revision: str, streaming: bool) -> _Dataset
     folder = Path(absolute(name))
     if revision:
       raise InputError(f"data.options.revision={revision!r}: {name} is a folder on this disk, which has no revisions")
-    pattern = f"{folder}/**/*" if folder.is_dir() else str(folder)
+    if folder.is_file():
+      raise InputError(
+        f"data.options.dataset={name!r}: it is a file; give its folder, or data.task='jsonl' or 'parquet' with"
+        " pattern=FILE"
+      )
+    if any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
+      raise InputError(
+        f"data.options.dataset={name!r}: save_to_disk has written it; write it with to_parquet, and give"
+        " data.task='parquet'"
+      )
+    pattern = f"{folder}/**/*"
     return _Dataset(str(folder), subset, None, streaming, Files.find("dataset", pattern).identity())
   import datasets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
@@ -42,12 +43,12 @@ def _open(options: Mapping[str, Any]):
 
 def _refusal(path: epath.Path, head: bytes) -> str | None:
   """Why a file cannot be read as JSON lines, and what would do; None: it can be."""
-  if head.lstrip().startswith(b"["):
+  if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
     return "holds one JSON array; write its objects one a line (jq -c '.[]' FILE)"
   found = format_of(path, head)
   if found == "Parquet":
     return "holds Parquet; give data.task='parquet'"
-  if found in (None, "JSON lines"):
+  if found in (None, "JSON"):
     return None  # a line that is no JSON is reported with its number when it is read
   return f"is {found}, and its name does not say so; give it the suffix .gz, .bz2, .xz or .zst, or extract it"
 
@@ -80,6 +81,8 @@ class _JsonLines:
     with opened(option, path) as file, undamaged(option, path, lambda: f", line {place.number}"):
       for count, (position, line) in enumerate(lines(file, start, stop), 1):
         place = _Line(path, position, count)
+        if position == 0:
+          line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
           yield self.form.document(_parsed(option, line, place), place)
 

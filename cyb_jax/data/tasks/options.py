@@ -51,7 +51,7 @@ def _is_path(name: str, value: Any) -> bool:
 
 
 def is_folder(dataset: str) -> bool:
-  """Whether the value of the option `dataset` is a folder or a file on this disk: it begins with /, . or ~."""
+  """Whether the value of the option `dataset` is a path on this disk: it begins with /, . or ~."""
   return dataset.startswith(("/", ".", "~"))
 
 

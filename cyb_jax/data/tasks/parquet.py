@@ -98,9 +98,28 @@ class _Tables:
     with self._opened(number) as table:
       self._check_columns(number, table)
       for batch in table.iter_batches(_READ_ROWS, row_groups=row_groups, columns=self.form.keys):
-        for values in batch.to_pylist():
+        for values in self._rows(batch, path, row):
           row += 1
           yield self.form.document(values, f"{path}, row {row}")
+
+  def _rows(self, batch: Any, path: str, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch, which follow `before` rows of the file.
+
+    Raises:
+      InputError: a text is no UTF-8.
+    """
+    try:
+      return batch.to_pylist()
+    except UnicodeDecodeError:
+      for number in range(batch.num_rows):  # to find the row
+        try:
+          batch.slice(number, 1).to_pylist()
+        except UnicodeDecodeError as error:
+          raise InputError(
+            f"data.options.{self.files.option}: {path}, row {before + number + 1}: a text is no UTF-8"
+            f" ({error.reason}); convert it"
+          ) from error
+      raise
 
   def _row_counts(self, number: int) -> list[int]:
     """The number of rows of each row group of a file."""
@@ -130,6 +149,12 @@ class _Tables:
 
   def _check_columns(self, number: int, table: Any) -> None:
     columns = list(table.schema_arrow.names)
+    for key in self.form.keys:
+      if columns.count(key) > 1:
+        raise InputError(
+          f"data.options.{self.files.option}: {os.fspath(self.files.paths[number])} has {columns.count(key)} columns"
+          f" named {key!r}; rename all but one"
+        )
     for name in ("text_key", "prompt_key", "answer_key", "messages_key"):
       key = getattr(self.form, name)
       if key and key not in columns:

@@ -51,6 +51,8 @@ class RecordForm:
         f"data.options.{given[1]}={getattr(self, given[1])!r}: {given[0]} is given too; give text_key, prompt_key and"
         " answer_key, or messages_key"
       )
+    if self.prompt_key and self.prompt_key == self.answer_key:
+      raise InputError(f"data.options.answer_key={self.answer_key!r}: it is prompt_key too; give two keys")
     if self.separator and not self.prompt_key:
       raise InputError(f"data.options.separator={self.separator!r}: it needs prompt_key and answer_key")
     if not given:
@@ -120,7 +122,8 @@ class RecordForm:
     if fault:
       raise InputError(f"data.options.messages_key={self.messages_key!r}: {where}: {fault}")
     # Tables fill the keys that a message lacks with None.
-    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    given = ({key: value for key, value in message.items() if value is not None} for message in messages)
+    chat = [{"content": ""} | message for message in given]
     return Document(json.dumps(chat, ensure_ascii=False, sort_keys=True), messages=tuple(chat), where=where)
 
 
@@ -130,10 +133,11 @@ def _chat_fault(messages: Any) -> str | None:
   if not isinstance(messages, list) or not messages:
     return f"{_shown(messages)} is no list of {needed}"
   for number, message in enumerate(messages, 1):
-    if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
+    if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
       return f"message {number} is {_shown(message)}; give {needed}"
-    fault = text_fault(message["content"])
-    if fault:
+    fault = text_fault(message.get("content"))
+    # A message that calls tools may have no content.
+    if fault and not (message.get("content") is None and message.get("tool_calls")):
       return f"the content of message {number}: {fault}"
   if all(message["role"] != "assistant" for message in messages):
     return (

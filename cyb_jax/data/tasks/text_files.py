@@ -15,7 +15,7 @@ from cyb_jax.data.tasks.options import one_of
 from cyb_jax.errors import InputError
 
 # What reads the formats that are no plain text.
-_TASKS = {"JSON lines": "jsonl", "Parquet": "parquet", "Arrow": "hf"}
+_TASKS = {"JSON": "jsonl", "Parquet": "parquet", "Arrow": "hf"}
 
 
 def _open(options: Mapping[str, Any]):

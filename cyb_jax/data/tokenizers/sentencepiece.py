@@ -34,9 +34,9 @@ _TRAINER_THREADS = 2
 # Longer lines are cut for training, because the trainer's time grows with the square of a sentence.
 _LONGEST_SENTENCE = 1000
 # Words of more characters are rare where words are separated by spaces. The trainer counts equal words once, so that
-# text without spaces takes it many times longer: a mebibyte takes it half a minute on two cores.
+# text without spaces takes it many times longer: half a mebibyte takes it a quarter of a minute.
 _LONG_WORD = 200
-_LONG_WORDS_BYTES = 1 << 20
+_LONG_WORDS_BYTES = 1 << 19
 
 
 class SentencePieceTokenizer:
@@ -315,7 +315,8 @@ def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceToken
       minloglevel=2,
     )
   except RuntimeError as error:
-    reason = " ".join(str(error).split("] ")[-1].split())
+    # Later sentences name flags of the library.
+    reason = " ".join(str(error).split("] ")[-1].split()).partition(". Increase")[0]
     raise InputError(
       f"data.tokenizer='sentencepiece:{pieces}': the task's text does not allow it: {reason or 'too little text'}; "
       "take another number of pieces, or 'bytes'"
