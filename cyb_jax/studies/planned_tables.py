@@ -20,7 +20,8 @@ from cyb_jax.studies.plans import PlannedStudy, Row
 from cyb_jax.studies.results_file import Entry
 
 _NOTE = (
-  "Perplexity of the validation split: mean and standard deviation over seeds. Difference: nats per token less"
+  "Perplexity of the validation split: mean and standard deviation over seeds. Under the training omega: the same"
+  " with the budget of steps and the recipe of training, where these are others. Difference: nats per token less"
   " those of `{reference}`, with a 95% interval over documents (paired bootstrap of the losses, averaged over"
   " seeds); where it is negative the row is better. Slots a token: of training. FLOPs: of inference with all slots"
   " and a cache, counted by hand per real token. At own pace: only the pauses that the model requests are run and"
@@ -60,9 +61,11 @@ def table(plan: PlannedStudy, results: Mapping[str, Entry], documents: Mapping[s
 
 def text(plan: PlannedStudy, numbers: Mapping[str, Any]) -> str:
   """The tables of `table` as Markdown."""
-  rows = [_cells(row) for row in numbers["rows"]]
+  has_training = any(row["training_perplexity"] is not None for row in numbers["rows"])
+  rows = [_cells(row, has_training) for row in numbers["rows"]]
   header = (
-    "row", "seeds", "rate", "perplexity", f"difference to {plan.reference}, nats", "mean pauses", "slots a token",
+    "row", "seeds", "rate", "perplexity", *["under the training omega"] * has_training,
+    f"difference to {plan.reference}, nats", "mean pauses", "slots a token",
     "FLOPs", "at own pace", "pauses kept", "FLOPs at own pace", f"tokens of {plan.reference}", "front",
   )  # fmt: skip
   parts = [f"{gate}\n" for gate in numbers["gates"]]
@@ -132,6 +135,7 @@ def _row(
     "perplexity_seeds": perplexities,
     "difference": None if compared is None else compared[0],
     "interval": None if compared is None else compared[1],
+    "training_perplexity": _training_perplexity(entries),
     "mean_pauses": _mean(entries, "mean_pauses"),
     "train_slots": _ratio(entries, "train_slots", "train_tokens"),
     "inference_flops": _mean(entries, "inference_flops"),
@@ -139,6 +143,12 @@ def _row(
     "reference_tokens": _reference_tokens(plan, finished, loss),
     "front": [],
   }
+
+
+def _training_perplexity(entries: Sequence[Entry]) -> float | None:
+  """The perplexity under the omega and the recipe of training; None: it is that of the evaluation."""
+  found = [(entry.get("training_omega") or {}).get("perplexity") for entry in entries]
+  return None if None in found else statistics.fmean(found)
 
 
 def _own_pace(entries: Sequence[Entry]) -> dict[str, float] | None:
@@ -195,7 +205,7 @@ def _ratio(entries: Sequence[Entry], above: str, below: str) -> float | None:
   return found[0] / found[1] if found[0] is not None and found[1] else None
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any], has_training: bool) -> tuple[str, ...]:
   compared, own, reached = "-", row["self_paced"], row["reference_tokens"]
   if row["interval"] is not None:
     low, high = row["interval"]
@@ -206,7 +216,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
   if reached is not None:
     tokens = "~" * reached["extrapolation"] + f"{reached['tokens'] / 1e6:.3g}M"
   return (
-    row["row"], seeds, f"{row['rate']:g}", trade_off.plus_minus(row["perplexity_seeds"]), compared,
+    row["row"], seeds, f"{row['rate']:g}", trade_off.plus_minus(row["perplexity_seeds"]),
+    *[number(row["training_perplexity"])] * has_training, compared,
     number(row["mean_pauses"], 3), number(row["train_slots"], 3), "-" if cost is None else trade_off.flops(cost),
     "" if own is None else number(own["perplexity"]), "" if own is None else number(own["pauses"], 3),
     "" if own is None else trade_off.flops(own["inference_flops"]), tokens, " ".join(row["front"]),

@@ -37,7 +37,9 @@ NUMBERS = (
   "inference_flops", "train_tokens", "train_slots", "train_flops",
 )  # fmt: skip
 # Of the record of the evaluation at its own pace.
-PACED = ("limit", "perplexity", "constant_perplexity", "context_pauses", "inference_slots", "inference_flops")
+PACED = (
+  "limit", "perplexity", "constant_perplexity", "context_pauses", "kept_pauses", "inference_slots", "inference_flops",
+)  # fmt: skip
 # What an entry repeats of its run.
 _RUN = ("stage", "row", "setting", "fields", "seed", "steps")
 _REQUIRED = {*_RUN, "rate", "start", "version", "seconds", "perplexity"}
@@ -63,7 +65,7 @@ def entry_of(
   entry |= {"version": __version__, "seconds": round(seconds, 1)}
   entry |= {name: record.get(name) for name in NUMBERS if name == "perplexity" or name in record}
   if paced is not None:
-    entry["self_paced"] = {name: paced.get(name) for name in PACED}
+    entry["self_paced"] = {name: paced[name] for name in PACED if name in paced}
   if losses is not None:
     entry["document_losses"] = list(losses)
   return _rounded(entry)

@@ -295,11 +295,17 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
   assert (ap["self_paced"]["pauses"], ap["self_paced"]["inference_flops"]) == (0.5, 1.5e6)
   # All slots cost as much as the baseline here, and are better; at its own pace it costs less. More data is left out.
   assert (baseline["front"], ap["front"], long["front"]) == ([], ["I", "P"], [])
+  assert "under the training omega" not in planned_tables.text(TINY, numbers).splitlines()[0]
   line = next(line for line in planned_tables.text(TINY, numbers).splitlines() if line.startswith("| ap "))
   cells = [cell.strip() for cell in line.split("|")[1:-1]]
   assert cells[:4] == ["ap", "1", "0.002", "54.60"]
   assert cells[4].startswith("-0.3500 (")
   assert cells[5:] == ["0.500", "2.00", "2M", "60.06", "0.500", "1.5M", "0.000887M", "I P"]
+  # Only where a row is trained under another budget of steps is there a column for that.
+  results.runs["ap/seed0"]["training_omega"] = {"perplexity": 50.0}
+  numbers = planned_tables.table(TINY, results.runs, results.documents)
+  lines = [[cell.strip() for cell in line.split("|")] for line in planned_tables.text(TINY, numbers).splitlines()]
+  assert (lines[0][5], lines[2][5], lines[3][5]) == ("under the training omega", "-", "50.00")
 
 
 def test_the_state_of_a_study(tmp_path, monkeypatch):
