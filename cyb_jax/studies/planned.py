@@ -126,6 +126,9 @@ class PlannedRunner:
       logging.warning("%s", error)
       self.failures[run.key] = str(error)
       return
+    if run.stage == PRETRAINING and entry["perplexity"] is None:
+      self.failures[run.key] = f"{run.key} diverges at rate {run.rate:g}, and nothing can start from it"
+      return
     before = self._results.runs.get(run.key)
     if before is not None:  # a pretrained model whose folder was gone
       if before["perplexity"] != entry["perplexity"]:

@@ -212,8 +212,8 @@ FINETUNE = PlannedStudy(
     (
       _tuned("baseline", "baseline", 1.0),
       _tuned("ap", "ap", 4.4, fields=(_IDENTITY_START,), paced=True),
-      _tuned("mos", "mos", 2.5),
-      _tuned("tbys3", "tbys3", 3.0, fields=(_IDENTITY_START,)),
+      _tuned("mos", "mos", 2.6),
+      _tuned("tbys3", "tbys3", 2.8, fields=(_IDENTITY_START,)),
     ),
     (_tuned("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
     (
@@ -222,8 +222,8 @@ FINETUNE = PlannedStudy(
         fields=("method.pause_input=pause", f"{_PRIOR}=0.9", "method.calibration_batches=0"),
       ),
       _tuned("constant_stop", "constant_stop", 4.4, fields=(_IDENTITY_START,)),
-      _tuned("tbys3_1.8x", "tbys3", 3.0, times=1.8, rate_of="tbys3", fields=(_IDENTITY_START,)),
-      _tuned("ap1", "ap1", 2.2, seeds=1, fields=(_IDENTITY_START,), paced=True),
+      _tuned("tbys3_1.8x", "tbys3", 2.8, times=1.8, rate_of="tbys3", fields=(_IDENTITY_START,)),
+      _tuned("ap1", "ap1", 2.1, seeds=1, fields=(_IDENTITY_START,), paced=True),
     ),
   ),
   reference="baseline",

@@ -237,6 +237,15 @@ def test_the_gate_decides_how_long_pretraining_is(gain, lengths, tmp_path, monke
   assert programs.keys(tmp_path / "fresh") == [f"pretraining/{lengths[-1]}", f"ap/from{lengths[-1]}/seed0"]
 
 
+def test_nothing_starts_from_a_pretrained_model_that_diverges(tmp_path, monkeypatch):
+  programs = installed(monkeypatch, diverges="pretraining")
+  monkeypatch.setattr(documents, "open_task", lambda task: data.open_task(task, {"documents": 64}))
+  with pytest.raises(Failed, match=r"pretraining/6 diverges at rate 0\.001, and nothing can start from it") as failed:
+    run(TUNED, tmp_path / "study", tmp_path / "results.json")
+  assert programs.keys(tmp_path / "study") == ["pretraining/6"]
+  assert failed.value.result["done"] == 0
+
+
 def test_text_is_divided_by_document(tmp_path, monkeypatch):
   monkeypatch.setattr(documents, "open_task", lambda task: data.open_task(task, {"documents": 2000}))
   paths = documents.write_parts("synthetic_lookups", 60, tmp_path)
@@ -412,12 +421,17 @@ def test_bad_flags(words, message, monkeypatch, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_the_rows_of_scratch_are_valid_configs():
+@pytest.mark.parametrize("plan", [plans.SCRATCH, plans.FINETUNE], ids=lambda plan: plan.name)
+def test_the_rows_of_the_plans_are_valid_configs(plan):
   """Each row resolves, has the tokens of a step that the plan names, and its cost is about what is counted."""
-  plan, unit = plans.SCRATCH, None
-  assert plan.step_tokens * 5_000 == 10_240_000
+  shared, unit = list(plan.fields), None
+  if plan.pretraining:  # in place of the decoder and the tokenizer of a pretrained model
+    left_open = {"decoder.preset=": "decoder.num_layers=4", "data.tokenizer=": "data.tokenizer=sentencepiece:8192"}
+    assert set(left_open) < set(shared)
+    assert set(left_open.values()) < set(plan.pretraining.fields)
+    shared = [left_open.get(field, field) for field in shared]
   for row in plan.rows:
-    fields = [*plan.fields, *row.fields]
+    fields = [*shared, *row.fields]
     options = Options(
       config=plan.config, settings=[row.setting], rates=["1"], seeds=1, steps=1, jobs=1, size=plan.size, fields=fields
     )
@@ -425,9 +439,25 @@ def test_the_rows_of_scratch_are_valid_configs():
     unit = unit or model.step_flops
     assert model.paced == row.paced, row.name
     assert row.cost == pytest.approx(model.step_flops / unit, rel=0.03), row.name
-    assert model.start == ("small", True, False), row.name
+    assert model.start == (("normal", False, True) if plan.pretraining else ("small", True, False)), row.name
     sizes = json.loads(model.identity)["data"]
     assert sizes["batch_size"] * sizes["sequence_length"] == plan.step_tokens
+
+
+def test_the_plans_are_those_of_the_readme():
+  """10M and 30M tokens from scratch; 1, 1.8 and 3 times the fine-tuning tokens."""
+  scratch = {row.name: row for row in plans.SCRATCH.rows}
+  assert scratch["ap"].steps * plans.SCRATCH.step_tokens == 10_240_000
+  assert scratch["baseline_30m"].steps == 3 * scratch["baseline"].steps
+  assert [row.name for row in plans.SCRATCH.groups[0]] == ["baseline", "ap", "mos", "ap_hidden", "tbys3"]
+  three = {"baseline", "ap", "mos", "ap_hidden", "tbys3", "baseline_30m", "ap_prior_0.9", "ap_sampled", "ap_on_policy"}
+  assert {name for name, row in scratch.items() if row.seeds == 3} == three
+  assert plans.SCRATCH.search_steps * plans.SCRATCH.step_tokens == 2_048_000
+  tuned = {row.name: row.steps for row in plans.FINETUNE.rows}
+  assert (tuned["baseline"], tuned["tbys3_1.8x"], tuned["baseline_3x"]) == (400, 720, 1200)
+  for plan in plans.PLANS.values():
+    assert len(list(plan.rows)) == len({row.name for row in plan.rows})
+    assert {row.rate_of for row in plan.rows if row.rate_of} <= {row.name for row in plan.rows if not row.rate_of}
 
 
 def in_process(_, module, *options):
