@@ -245,7 +245,8 @@ FINETUNE = PlannedStudy(
   ),
   note=(
     "tbys3_1.8x and baseline_3x take the rate of the same setting at 1x. All pauses but those of ap_paper_start carry"
-    " their token's embedding and start near zero, so that training begins at nearly the pretrained model."
+    " their token's embedding and start near zero, so that training begins at nearly the pretrained model. mos does"
+    " not: its heads read the state through tanh, so that it first has to recover what the pretrained model had."
   ),
 )  # fmt: skip
 
