@@ -105,7 +105,19 @@ def test_forms_are_those_of_the_harness(name):
     ("piqa", {"label": 0.5}, r"label 0\.5 names none"),
     ("piqa", {"label": True}, "label True names none"),
     ("piqa", {"label": "-1"}, "label '-1' names none"),
-    ("piqa", {"sol1": None}, "choice 0 is None, where a text is needed"),
+    ("piqa", {"sol1": None}, "sol1 is None, where a text is needed"),
+    ("piqa", {"sol2": 3}, "sol2 is 3, where a text is needed"),
+    ("piqa", {"goal": None}, "goal is None, where a text is needed"),
+    ("piqa", {"goal": ["x"]}, r"goal is \['x'\], where a text is needed"),
+    ("hellaswag", {"activity_label": None}, "activity_label is None"),
+    ("hellaswag", {"ctx_a": 1}, "ctx_a is 1"),
+    ("hellaswag", {"ctx_b": None}, "ctx_b is None"),
+    ("hellaswag", {"endings": ["a", None, "c", "d"]}, r"endings\[1\] is None"),
+    ("hellaswag", {"endings": "abcd"}, "endings is 'abcd', where a list of texts is needed"),
+    ("hellaswag", {"query": None, "choices": ["a", "b"], "gold": 0}, "query is None"),
+    ("commonsense_qa", {"question": None}, "question is None"),
+    ("commonsense_qa", {"choices": FOX["choices"] | {"text": ["a", None, "c", "d", "e"]}}, r"text\[1\] is None"),
+    ("commonsense_qa", {"query": "Question: x\nAnswer:", "choices": ["a", 2], "gold": 0}, r"choices\[1\] is 2"),
     ("hellaswag", {"label": -1}, "label -1 names none of 4"),
     ("hellaswag", {"label": ""}, "label '' names none of 4"),
     ("hellaswag", {"query": "x", "choices": ["a", "b"], "gold": -1}, "label -1 names none of 2"),
@@ -115,7 +127,7 @@ def test_forms_are_those_of_the_harness(name):
     ("commonsense_qa", {"query": "Question: x\nAnswer:", "choices": list("abcde"), "gold": -1}, "label -1 names none"),
   ],
 )
-def test_hidden_labels(tmp_path, monkeypatch, name, fields, message):
+def test_hidden_labels_and_fields_that_are_no_text(tmp_path, monkeypatch, name, fields, message):
   """A file and the dataset online; -1 was taken as the index of the last choice."""
   docs = [RAW[name], RAW[name] | fields]
   options = write_jsonl(tmp_path / "x.jsonl", docs)

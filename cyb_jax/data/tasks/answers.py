@@ -65,10 +65,10 @@ def commonsense_qa(doc: Mapping[str, Any]) -> tuple[str, str]:
   Answer: A
   """
   if "query" in doc:
-    question = re.fullmatch(r"Question: (.*)\nAnswer:", doc["query"], re.DOTALL)[1]
-    choices, right = doc["choices"], doc["gold"]
+    question = re.fullmatch(r"Question: (.*)\nAnswer:", _text(doc, "query"), re.DOTALL)[1]
+    choices, right = _texts(doc, "choices"), doc["gold"]
   else:
-    question, choices, labels = doc["question"], doc["choices"]["text"], doc["choices"]["label"]
+    question, choices, labels = _text(doc, "question"), _texts(doc["choices"], "text"), _texts(doc["choices"], "label")
     right = labels.index(doc["answerKey"]) if doc["answerKey"] in labels else doc["answerKey"]
   lines = [f"{letter}. {choice}\n" for letter, choice in zip("ABCDE", choices, strict=True)]
   return f"Question: {question.strip()}\n{''.join(lines)}Answer:", f" {labelled('ABCDE', right)}"
@@ -77,9 +77,9 @@ def commonsense_qa(doc: Mapping[str, Any]) -> tuple[str, str]:
 def hellaswag(doc: Mapping[str, Any]) -> tuple[str, str]:
   """Prompt and ending, from the dataset's fields, or from those that the harness makes of them."""
   if "query" in doc:
-    return doc["query"], f" {labelled(doc['choices'], doc['gold'])}"
-  context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
-  return _without_brackets(context), f" {_without_brackets(labelled(doc['endings'], doc['label']))}"
+    return _text(doc, "query"), f" {labelled(_texts(doc, 'choices'), doc['gold'])}"
+  context = f"{_text(doc, 'activity_label')}: {_text(doc, 'ctx_a')} {_text(doc, 'ctx_b').capitalize()}"
+  return _without_brackets(context), f" {_without_brackets(labelled(_texts(doc, 'endings'), doc['label']))}"
 
 
 def labelled(choices: Sequence[str], label: Any) -> str:
@@ -90,8 +90,7 @@ def labelled(choices: Sequence[str], label: Any) -> str:
     label: its index, a whole number or the digits of one.
 
   Raises:
-    ValueError: it is no index, as in public test splits, whose labels are hidden (-1, or no text), or the choice is no
-      text.
+    ValueError: it is no index, as in public test splits, whose labels are hidden (-1, or no text).
   """
   number = int(label) if isinstance(label, str) and label.isdecimal() else label
   if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
@@ -99,9 +98,25 @@ def labelled(choices: Sequence[str], label: Any) -> str:
       f"label {label!r} names none of {len(choices)} choices: in public test splits the labels are hidden, and no"
       " answer can be learnt"
     )
-  if not isinstance(choices[number], str):
-    raise ValueError(f"choice {number} is {choices[number]!r}, where a text is needed")
   return choices[number]
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+  """A field that is a text; ValueError if it is none."""
+  if not isinstance(fields[name], str):
+    raise ValueError(f"{name} is {fields[name]!r}, where a text is needed")
+  return fields[name]
+
+
+def _texts(fields: Mapping[str, Any], name: str) -> Sequence[str]:
+  """A field that is a list of texts; ValueError if it is none."""
+  values = fields[name]
+  if not isinstance(values, list | tuple):
+    raise ValueError(f"{name} is {values!r}, where a list of texts is needed")
+  for number, value in enumerate(values):
+    if not isinstance(value, str):
+      raise ValueError(f"{name}[{number}] is {value!r}, where a text is needed")
+  return values
 
 
 def _without_brackets(text: str) -> str:
@@ -116,8 +131,8 @@ def piqa(doc: Mapping[str, Any]) -> tuple[str, str]:
   Question: how do you frost a cupcake?
   Answer: use a knife to spread the frosting over the top and sides of the cupcake.
   """
-  solution = labelled((doc["sol1"], doc["sol2"]), doc["label"])
-  return f"Question: {doc['goal']}\nAnswer:", f" {solution}"
+  solution = labelled((_text(doc, "sol1"), _text(doc, "sol2")), doc["label"])
+  return f"Question: {_text(doc, 'goal')}\nAnswer:", f" {solution}"
 
 
 ANSWER_TASKS = {
