@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean, nearest
 from cyb_jax.option_syntax import parse_mixture
 from cyb_jax.storage import absolute
 
@@ -63,7 +63,8 @@ def config_flag() -> ml_collections.ConfigDict:
   try:
     config.to_dict()
   except OSError as error:  # ml_collections keeps it back until the config is used
-    raise InputError(f"--config: {_last_line(error)}") from None
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    raise InputError(f"--config: {_last_line(error)}{_nearest_experiment(path)}") from None
   _take_tokenizer_of_store(config, config_flags.get_override_values(flags.FLAGS["config"]))
   return config
 
@@ -80,7 +81,7 @@ def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_col
     config_flags.DEFINE_config_dict("config", copy.deepcopy(config), flag_values=values, sys_argv=words)
     values(words)
   except Exception as error:  # whatever error the flags make of it, the cause is the input
-    raise InputError(explain(error, words)) from None
+    raise InputError(explain(error, words, values=values)) from None
   _take_tokenizer_of_store(values.config, config_flags.get_override_values(values["config"]))
   return values.config
 
@@ -113,25 +114,89 @@ def _take_tokenizer_of_store(config: ml_collections.ConfigDict, given: Mapping[s
       logging.info("data.tokenizer: %r, that of %s, in place of %r", data.tokenizer, store, tokenizer)
 
 
-def explain(error: Exception, argv: Sequence[str]) -> str:
-  """The message of an error that flags raise, without what ml_collections wraps around an unknown field or a config
-  file that doesn't exist.
+def explain(error: Exception, argv: Sequence[str], *, values: flags.FlagValues = flags.FLAGS) -> str:
+  """The message of an error that flags raise, with the nearest right names where a flag, a field of the config or a
+  config file doesn't exist.
 
   Args:
     error: raised while `argv` was parsed.
     argv: the words of the command line.
+    values: the flags that it was parsed for.
   """
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return f"--{error.flagname}: unknown flag; {_nearest_flag(error.flagname, values)}"
   text = str(error.args[0] if error.args else error) or repr(error)
   field = re.search(r"\w+", text)
   if isinstance(error, KeyError | AttributeError) and field:
     for word in argv:
       flag = word.partition("=")[0]
       if flag.startswith("--config.") and field[0] in flag.split("."):
-        close = re.search(r'Did you mean "(\w+)"', text)
-        return f"{flag}: unknown field" + (f"; did you mean {close[1]}?" if close else "; the config has no such field")
+        return f"{flag}: unknown field; {_nearest_field(flag.removeprefix('--config.'))}"
   if "Failed loading config file" in text:
-    return f"--config: {_last_line(error)}"
+    path = _given_config(argv)
+    return f"--config: {_last_line(error)}{'' if os.path.exists(installed(path)) else _nearest_experiment(path)}"
   return text
+
+
+def _nearest_field(path: str) -> str:
+  """A hint for a field of the config that doesn't exist."""
+  from cyb_jax.configs import field_paths
+
+  fields = field_paths()
+  groups = [name for name in fields if "." not in name]
+  return did_you_mean(path, fields, written=str, listed=groups)
+
+
+def _nearest_flag(name: str, values: flags.FlagValues) -> str:
+  """A hint for a flag that doesn't exist: another flag of the program, or a field of its config."""
+  own = own_flags(values)
+  close = nearest(name, own)
+  if not close and "config" in own and hasattr(values["config"], "override_values"):
+    from cyb_jax.configs import field_paths
+
+    own = [*own, *(f"config.{path}" for path in field_paths() if "." in path)]
+    close = [f"config.{path}" for path in nearest(name.removeprefix("config."), field_paths()) if "." in path]
+  if close:
+    return f"did you mean {' or '.join(f'--{flag}' for flag in close)}?"
+  return "--help lists the flags"
+
+
+def own_flags(values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """The names of the flags that modules of this package or the program itself define, sorted; no fields of a config."""
+  own = []
+  for name in values:
+    module = values.find_module_defining_flag(name, "") or ""
+    if "." not in name and not module.startswith(("absl", "ml_collections")):
+      own.append(name)
+  return sorted(own)
+
+
+def _given_config(argv: Sequence[str]) -> str:
+  """The path in `--config=PATH:ARGUMENTS` or `--config PATH`; '' where there is none."""
+  for i, word in enumerate(argv):
+    flag, equals, value = word.partition("=")
+    if flag == "--config":
+      return (value if equals else "".join(argv[i + 1 : i + 2])).partition(":")[0]
+  return ""
+
+
+def _nearest_experiment(path: str) -> str:
+  """A hint for a config file that doesn't exist, where there is an experiment of a similar name."""
+  close = nearest(pathlib.PurePath(path).stem, [name.removesuffix(".py") for name in experiment_files()])
+  return f"; did you mean {' or '.join(f'experiments/{name}.py' for name in close)}?" if close else ""
+
+
+def experiment_files() -> dict[str, pathlib.Path]:
+  """The config files of the experiments, by name such as 'reviews.py': those of the package, and those in the working
+  directory's folder `experiments`, which go first. A config file is one that defines `get_config`.
+  """
+  package = pathlib.Path(__file__).parent
+  found = {}
+  for folder in (package.parent / "experiments", package / "experiments", pathlib.Path("experiments")):
+    for path in sorted(folder.glob("*.py")):
+      if "\ndef get_config(" in path.read_text(encoding="utf-8", errors="replace"):
+        found[path.name] = path
+  return found
 
 
 def _last_line(error: Exception) -> str:

@@ -77,20 +77,76 @@ class Failed(Exception):
     self.result = result
 
 
-def did_you_mean(name: str, accepted: Iterable[str], *, written: Callable[[str], str] = repr) -> str:
-  """A hint for an unknown name: the accepted name that resembles it, or all accepted names.
+# The least likeness of a near name. The likeness of its group counts from the second number on, with this weight.
+_LIKE = 0.6
+_LIKE_GROUP = 0.75
+_GROUP_WEIGHT = 0.15
+
+
+def did_you_mean(
+  name: str, accepted: Iterable[str], *, written: Callable[[str], str] = repr, listed: Iterable[str] | None = None
+) -> str:
+  """A hint for an unknown name: the accepted names that are nearest to it, or all accepted names.
 
   Args:
     name: the unknown name.
     accepted: the names that would be accepted.
-    written: how the resembling name is written in the hint.
+    written: how a near name is written in the hint.
+    listed: the names that are listed where none is near; None: all of `accepted`.
 
   Returns:
-    "did you mean 'x'?" or "there are a, b, c".
+    "did you mean 'x'?", "did you mean 'x' or 'y'?" or "there are a, b, c".
+
+  Example:
+    >>> did_you_mean("optimizer.lr", ["optimizer.learning_rate", "tuning.lora_rank"])
+    "did you mean 'optimizer.learning_rate'?"
   """
   accepted = list(accepted)
-  close = difflib.get_close_matches(name, accepted, n=1)
-  return f"did you mean {written(close[0])}?" if close else f"there are {', '.join(accepted)}"
+  close = nearest(name, accepted)
+  if close:
+    return f"did you mean {' or '.join(map(written, close))}?"
+  return f"there are {', '.join(accepted if listed is None else listed)}"
+
+
+def nearest(name: str, accepted: Iterable[str]) -> list[str]:
+  """The accepted names that are nearest to an unknown one: the best one, or at most three equally good ones, or none.
+
+  A name may be in a group, 'optimizer.lr'. Names in other groups are compared too, by what follows the last dot; where
+  they are equally near, the name whose group is nearer is taken. An abbreviation of the words of a name is near to it.
+  """
+  group, _, last = name.rpartition(".")
+  scores: dict[str, float] = {}
+  for candidate in accepted:
+    its_group, _, its_last = candidate.rpartition(".")
+    score = _likeness(last, its_last)
+    if score >= _LIKE:
+      likeness = _ratio(group, its_group)
+      scores[candidate] = round(score + _GROUP_WEIGHT * likeness * (likeness >= _LIKE_GROUP), 6)
+  best = [candidate for candidate, score in scores.items() if score == max(scores.values())]
+  return best[:3]
+
+
+def _likeness(name: str, accepted: str) -> float:
+  """1 for the same name; less for an abbreviation, a beginning or one word of a name, or a similar spelling."""
+  name, accepted = name.lower().replace("-", "_"), accepted.lower()
+  score = _ratio(name, accepted)
+  if "_" in accepted and len(name) > 1 and _abbreviates(name.replace("_", ""), accepted.split("_")):
+    score = max(score, 0.9)
+  if len(name) > 2 and (accepted.startswith(name) or name in accepted.split("_")):
+    score = max(score, 0.7 + 0.2 * score)
+  return score
+
+
+def _abbreviates(name: str, words: list[str]) -> bool:
+  """Whether a name is a beginning of each of several words, one after the other: 'lr' of 'learning', 'rate'."""
+  if len(words) == 1:
+    return bool(name) and words[0].startswith(name)
+  sizes = range(1, len(name))
+  return any(words[0].startswith(name[:size]) and _abbreviates(name[size:], words[1:]) for size in sizes)
+
+
+def _ratio(one: str, other: str) -> float:
+  return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def is_seed(value: int) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cyb_jax.benchmarks import data, decode, faults, readout, scoring, sharding, train
 from cyb_jax.cli import launching
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean
 
 # Each with the flags that it alone has.
 BENCHMARKS = {
@@ -35,7 +35,8 @@ BENCHMARKS = {
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   if len(argv) != 2 or argv[1] not in BENCHMARKS:
-    raise InputError(f"benchmark: {' '.join(argv[1:])!r} is none of {', '.join(BENCHMARKS)}")
+    given = " ".join(argv[1:])
+    raise InputError(f"benchmark: {given!r} is unknown; {did_you_mean(given, BENCHMARKS)}")
   _, measure = BENCHMARKS[argv[1]]
   return measure()
 

@@ -3,7 +3,7 @@
 from cyb_jax.configs.differences import differences, filled
 from cyb_jax.configs.methods_group import all_options, written_method
 from cyb_jax.configs.migration import continued, migrated
-from cyb_jax.configs.parsing import default, freeze, to_dict, to_json
+from cyb_jax.configs.parsing import default, field_paths, freeze, to_dict, to_json
 from cyb_jax.configs.paths import with_paths
 from cyb_jax.configs.schema import (
   DECODER_FIELDS,
@@ -29,6 +29,7 @@ __all__ = [
   "continued",
   "default",
   "differences",
+  "field_paths",
   "filled",
   "freeze",
   "migrated",

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -68,8 +68,12 @@ def without_unset(values: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in values.items() if not is_unset(name, value)}
 
 
-def parse_method(values: Mapping[str, Any]) -> MethodConfig:
+def parse_method(values: Mapping[str, Any], elsewhere: Collection[str] = ()) -> MethodConfig:
   """The method's own dataclass, from the options that are set.
+
+  Args:
+    values: of the group.
+    elsewhere: the fields of other groups, for the hint at an unknown option.
 
   Raises:
     InputError: an unknown method, an option that it does not have, or a value that can't be read or is refused.
@@ -79,7 +83,7 @@ def parse_method(values: Mapping[str, Any]) -> MethodConfig:
   hints = _hints(name) if isinstance(name, str) else methods.config_class(name)
   for option in values:
     if option not in hints:
-      raise InputError(f"config.method.{option}: unknown field; {_hint(name, option, list(hints))}")
+      raise InputError(f"config.method.{option}: unknown field; {_hint(name, option, list(hints), elsewhere)}")
   parsed = {}
   num_slots = _num_slots(name, values)
   for option, value in values.items():
@@ -173,11 +177,12 @@ def _is_last_slot(omega: tuple[float, ...] | None, num_slots: int) -> bool:
   return omega is not None and len(omega) == num_slots and omega[-1] > 0 and not any(omega[:-1])
 
 
-def _hint(name: str, option: str, own: list[str]) -> str:
-  """What to do about an option that a method does not have."""
+def _hint(name: str, option: str, own: list[str], elsewhere: Collection[str]) -> str:
+  """What to do about an option that a method does not have; `elsewhere`: the fields of other groups."""
   having = [other for other in methods.METHODS if option in _hints(other)]
   if having:
     return (
       f"method {name!r} has no such option; it has {', '.join(sorted(own)) or 'none'} ({', '.join(having)} have it)"
     )
-  return did_you_mean(option, [*own, "name"], written=lambda close: f"method.{close}")
+  accepted = [f"method.{field}" for field in (*own, "name")]
+  return did_you_mean(f"method.{option}", [*accepted, *elsewhere], written=str, listed=[*own, "name"])

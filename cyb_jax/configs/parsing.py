@@ -57,6 +57,14 @@ def default() -> ml_collections.ConfigDict:
   return config
 
 
+def field_paths() -> list[str]:
+  """All fields of a config, 'optimizer.learning_rate' for example, with the options of all methods; and the groups."""
+  names: dict[str, Sequence[str]] = {"method": ["name", *methods_group.all_options()]}
+  names |= {name: [field.name for field in dataclasses.fields(group)] for name, group in GROUPS.items()}
+  names["decoder"] = ["preset", *DECODER_FIELDS]
+  return [*names, "init_from", *(f"{group}.{field}" for group, fields in names.items() for field in fields)]
+
+
 def _plain_type(annotation: Any) -> type:
   """The one type of `int`, `float | None`, ... given as a type or, with postponed annotations, as its source."""
   name = str(annotation).split("|")[0].strip()
@@ -98,7 +106,7 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
   if not isinstance(init_from, str):
     raise InputError(f"init_from: {init_from!r} must be a folder or a file to start from, or ''")
   frozen = Config(
-    method=methods_group.parse_method(method),
+    method=methods_group.parse_method(method, field_paths()),
     init_from=init_from,
     decoder=types.MappingProxyType(decoder),
     source=types.MappingProxyType(source),
@@ -120,9 +128,8 @@ def _decoder(values: Any) -> dict[str, Any]:
   _check_names("decoder.", values, ["preset", *DECODER_FIELDS])
   decoder = {"preset": "tiny"} | values
   if decoder["preset"] not in ("", *PRESETS):
-    raise InputError(
-      f"decoder.preset: {decoder['preset']!r} is none of {', '.join(PRESETS)}, and not '', the decoder of init_from"
-    )
+    hint = did_you_mean(str(decoder["preset"]), PRESETS, listed=[*PRESETS, "'' for the decoder of init_from"])
+    raise InputError(f"decoder.preset: {decoder['preset']!r} is unknown; {hint}")
   return decoder
 
 
@@ -131,5 +138,6 @@ def _check_names(prefix: str, values: Any, accepted: Sequence[str]) -> None:
     raise InputError(f"config.{prefix.rstrip('.')}: {values!r} must be a group of fields")
   for name in values:
     if name not in accepted:
-      hint = did_you_mean(str(name), accepted, written=lambda close: prefix + close)
+      own = [prefix + field for field in accepted]
+      hint = did_you_mean(f"{prefix}{name}", dict.fromkeys([*own, *field_paths()]), written=str, listed=accepted)
       raise InputError(f"config.{prefix}{name}: unknown field; {hint}")

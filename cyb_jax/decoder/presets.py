@@ -12,7 +12,7 @@ import jax
 
 from cyb_jax.decoder.config import DecoderConfig
 from cyb_jax.decoder.decoder import Decoder, init_params
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean
 
 _GPT_STYLE = dict(norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True)
 _PYTHIA_STYLE = dict(
@@ -89,11 +89,11 @@ def preset(name: str, **overrides: object) -> DecoderConfig:
     InputError: no such preset, no such field, or an invalid value.
   """
   if name not in PRESETS:
-    raise InputError(f"decoder.preset: {name!r} is unknown; expected one of {', '.join(PRESETS)}")
+    raise InputError(f"decoder.preset: {name!r} is unknown; {did_you_mean(name, PRESETS)}")
   fields = [field.name for field in dataclasses.fields(DecoderConfig)]
   for field, value in overrides.items():
     if field not in fields:
-      raise InputError(f"decoder.{field}: no such field, got {value!r}; expected one of {', '.join(fields)}")
+      raise InputError(f"decoder.{field}: no such field, got {value!r}; {did_you_mean(field, fields)}")
   return dataclasses.replace(PRESETS[name], **overrides)
 
 

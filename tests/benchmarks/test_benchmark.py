@@ -197,7 +197,7 @@ def test_a_store_is_read_and_must_fit(tmp_path):
 
 
 def test_bad_input(tmp_path):
-  assert "'speed' is none of readout, data, decode, scoring, train, faults, sharding" in cli.complaint(
+  assert "'speed' is unknown; there are readout, data, decode, scoring, train, faults, sharding" in cli.complaint(
     "benchmark", "speed"
   )
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
@@ -209,13 +209,13 @@ def test_bad_input(tmp_path):
   assert "--config: not given" in cli.complaint("benchmark", "train")
   assert "--steps: 1 must be at least 2" in cli.complaint("benchmark", "train", config, "--steps=1")
   assert cli.complaint("benchmark", "train", config, "--variant=method.recpie=sampled") == (
-    "--variant=method.recpie=sampled: --config.method.recpie: unknown field; did you mean recipe?"
+    "--variant=method.recpie=sampled: --config.method.recpie: unknown field; did you mean method.recipe?"
   )
   message = cli.complaint("benchmark", "train", config, "--variant=basline,data.batch_size=4")
   assert message.startswith("--variant=basline,data.batch_size=4: ")
   assert message.endswith("setting 'basline' is unknown; did you mean 'baseline'?")
   assert cli.complaint("benchmark", "train", config, "--variant=baseline,method.pause=1") == (
-    "--variant=baseline,method.pause=1: --config.method.pause: unknown field; did you mean pauses?"
+    "--variant=baseline,method.pause=1: --config.method.pause: unknown field; did you mean method.pauses?"
   )
   assert "--workdir: give it, or --config, and not both" in cli.complaint("benchmark", "decode")
   assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")

@@ -545,7 +545,7 @@ def test_programs_complain_in_one_line(tmp_path, workdir):
   run = f"--workdir={tmp_path}/run"
   assert "--config: not given" in cli.complaint("train", run)
   assert "--workdir: not given" in cli.complaint("train", f"--config={config}")
-  assert "--config.method.pausess: unknown field; did you mean pauses?" in cli.complaint(
+  assert "--config.method.pausess: unknown field; did you mean method.pauses?" in cli.complaint(
     "train", f"--config={config}", run, "--config.method.pausess=1"
   )
   assert "--config.nothing.x: unknown field" in cli.complaint(

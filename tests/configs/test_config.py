@@ -53,7 +53,7 @@ def test_no_prior_shift_can_be_asked_for():
     ({"method__pauses": -1}, r"method\.pauses: -1 must be a whole number"),
     ({"method__name": "cybb"}, r"method\.name: 'cybb' is unknown; did you mean 'cyb'"),
     ({"method__alpha": 0.5}, r"method\.alpha: 0.5 is set"),
-    ({"decoder__preset": "huge"}, r"decoder\.preset: 'huge' is none of nano, tiny, small"),
+    ({"decoder__preset": "huge"}, r"decoder\.preset: 'huge' is unknown; there are nano, tiny, small"),
     ({"decoder__num_heads": 3}, r"decoder\.num_kv_heads"),
     ({"data__sequence_length": 0}, r"data\.sequence_length: 0 must be at least 1"),
     ({"data__batch_size": 0}, r"data\.batch_size: 0 must be at least 1"),

@@ -136,7 +136,7 @@ def test_options_of_other_methods_are_refused(name):
 def test_options_of_no_method():
   with pytest.raises(InputError, match=r"^config\.method\.omgea: unknown field; did you mean method\.omega\?$"):
     configs.freeze({"method": {"omgea": ""}})
-  with pytest.raises(InputError, match=r"^--config\.method\.omgea: unknown field; did you mean omega\?$"):
+  with pytest.raises(InputError, match=r"^--config\.method\.omgea: unknown field; did you mean method\.omega\?$"):
     command_line.override(configs.default(), ["method.omgea=1"])
 
 

@@ -205,7 +205,7 @@ def test_text_files(tmp_path):
 @pytest.mark.parametrize(
   ("task", "options", "message"),
   [
-    ("imdb", {}, "'imdb': unknown; choose one of imdb_reviews"),
+    ("imdb", {}, "'imdb': unknown; did you mean 'imdb_reviews'"),
     ("seqio:", {}, "unknown"),
     ("imdb_reviews", {"sourse": "tfds"}, "sourse: imdb_reviews has no such option; it accepts source="),
     ("imdb_reviews", {"source": "web"}, "source='web': give 'package' or 'tfds'"),

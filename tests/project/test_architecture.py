@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
   "storage": {"errors"},
   "checkpointing": FILES,
   "data": {"errors", "jsonl", "nested", "option_syntax", "storage"},
-  "command_line": {"errors", "option_syntax", "storage", "data"},
+  "command_line": {"errors", "option_syntax", "storage", "data", "configs"},
   "runs": RUN - {"runs"},
   "interop": RUN,
   "evaluation": RUN,

@@ -202,7 +202,7 @@ def test_a_batch_that_cannot_be_split():
 @pytest.mark.parametrize(
   ("field", "message"),
   [
-    ("data.task=hf:x", "data.task='hf:x': unknown; choose one of imdb_reviews"),
+    ("data.task=hf:x", "data.task='hf:x': unknown; did you mean 'hf'?"),
     ("data.options=sourse=tfds", "data.options.sourse: synthetic_lookups has no such option"),
     ("data.options=documents=many", "data.options.documents='many': give a whole number"),
     ("data.tokenizer=sentencepiece:many", "data.tokenizer='sentencepiece:many': give a number of pieces"),

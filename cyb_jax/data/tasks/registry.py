@@ -8,7 +8,7 @@ from typing import Any
 from cyb_jax.data.tasks import answers, c4, hf, jsonl, parquet, registered, reviews, seqio_tasks, synthetic, text_files
 from cyb_jax.data.tasks.interface import Task, TaskKind
 from cyb_jax.data.tasks.options import settle
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, did_you_mean
 
 TASKS: dict[str, TaskKind] = {
   "imdb_reviews": reviews.KIND,
@@ -77,7 +77,8 @@ def _kind(name: str) -> TaskKind:
   if own is not None:
     return registered.kind(own)
   if name not in TASKS:
-    raise InputError(f"data.task={name!r}: unknown; choose one of {', '.join(TASKS)}, or seqio:NAME")
+    hint = did_you_mean(name, TASKS, listed=[*TASKS, "seqio:NAME"])
+    raise InputError(f"data.task={name!r}: unknown; {hint}")
   return TASKS[name]
 
 
