@@ -151,7 +151,7 @@ def _nearest_flag(name: str, values: flags.FlagValues) -> str:
   """A hint for a flag that doesn't exist: another flag of the program, or a field of its config."""
   own = own_flags(values)
   close = nearest(name, own)
-  if not close and "config" in own and hasattr(values["config"], "override_values"):
+  if not close and takes_config(values):
     from cyb_jax.configs import field_paths
 
     own = [*own, *(f"config.{path}" for path in field_paths() if "." in path)]
@@ -161,12 +161,18 @@ def _nearest_flag(name: str, values: flags.FlagValues) -> str:
   return "--help lists the flags"
 
 
+def takes_config(values: flags.FlagValues = flags.FLAGS) -> bool:
+  """Whether the program has a flag `--config` whose fields `--config.GROUP.FIELD=VALUE` changes."""
+  # The class has the attribute; the flag itself refuses to be read before it is parsed.
+  return "config" in values and hasattr(type(values["config"]), "override_values")
+
+
 def own_flags(values: flags.FlagValues = flags.FLAGS) -> list[str]:
   """The names of the flags that modules of this package or the program itself define, sorted; no fields of a config."""
   own = []
   for name in values:
     module = values.find_module_defining_flag(name, "") or ""
-    if "." not in name and not module.startswith(("absl", "ml_collections")):
+    if name.isidentifier() and not module.startswith(("absl", "ml_collections")):
       own.append(name)
   return sorted(own)
 
@@ -214,6 +220,11 @@ def with_installed_config(argv: Sequence[str]) -> list[str]:
     if flag == "--config" and path:  # no path: it is the next word
       words[i] = f"{flag}=" * bool(equals) + f"{installed(path)}{colon}{rest}"
   return words
+
+
+def with_optional_values(argv: Sequence[str]) -> list[str]:
+  """The words of a command line with `--config_help` written out as `--config_help=all`."""
+  return ["--config_help=all" if word == "--config_help" else word for word in argv]
 
 
 def installed(path: str) -> str:

@@ -12,7 +12,9 @@ from cyb_jax.errors import InputError
 
 
 def define_flags() -> None:
-  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py: fresh parameters; or give --workdir")
+  config_flags.DEFINE_config_file(
+    "config", None, "A config file, experiments/NAME.py, of a model with fresh parameters; or give --workdir."
+  )
   command_line.define_path("workdir", None, "A trained run, which pauses where it has learned to.")
   flags.DEFINE_integer("vocabulary", 0, "With --config: entries of the vocabulary; 0: as the config or preset says.")
 

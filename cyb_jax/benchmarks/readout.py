@@ -12,8 +12,8 @@ from cyb_jax.errors import InputError
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("slots", 131072, "Slots.")
-  flags.DEFINE_integer("width", 768, "d_model.")
+  flags.DEFINE_integer("slots", 131072, "The number of slots that are read.")
+  flags.DEFINE_integer("width", 768, "The width of the hidden states, d_model.")
   flags.DEFINE_integer("vocabulary", 50304, "Rows of the unembedding.")
   flags.DEFINE_integer("timed_slots", 1024, "Slots of the timed runs, which a dense one must fit too.")
   timing.define_flags()

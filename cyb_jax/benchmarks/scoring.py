@@ -32,8 +32,12 @@ _LIKE = {
 
 def define_flags() -> None:
   models.define_flags()
-  flags.DEFINE_integer("requests", 64, "Of each set.")
-  flags.DEFINE_integer("row_slots", 0, "Of batched, see `Scorer`; 1: as long as their requests; 0: what costs least.")
+  flags.DEFINE_integer("requests", 64, "The number of requests in each set.")
+  flags.DEFINE_integer(
+    "row_slots",
+    0,
+    "With batches, the number of slots of a row, see `Scorer`; 1: as long as their requests; 0: what costs least.",
+  )
   flags.DEFINE_list("like", list(_LIKE), "Sets: " + ", ".join(_LIKE))
   timing.define_flags()
 

@@ -45,7 +45,9 @@ _PROFILED_STEPS = 3
 
 
 def define_flags() -> None:
-  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
+  config_flags.DEFINE_config_file(
+    "config", None, "The config file: experiments/NAME.py, or experiments/NAME.py:ARGUMENTS."
+  )
   flags.DEFINE_multi_string(
     "variant",
     [],

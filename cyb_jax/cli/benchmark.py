@@ -13,7 +13,6 @@ cyb-benchmark sharding [--devices=8]                                    a step o
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,11 +42,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def run() -> None:
   """Console script."""
-  # Before the flags are parsed, since the name says which there are.
-  for name in [word for word in sys.argv[1:] if word in BENCHMARKS][:1]:
-    define_flags, _ = BENCHMARKS[name]
-    define_flags()
-  launching.launch(main, words=1)
+  launching.launch(main, parts={name: define_flags for name, (define_flags, _) in BENCHMARKS.items()})
 
 
 if __name__ == "__main__":

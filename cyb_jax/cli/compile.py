@@ -22,7 +22,9 @@ from cyb_jax.errors import Failed, InputError
 
 
 def define_flags() -> None:
-  config_flags.DEFINE_config_file("config", None, "experiments/NAME.py, or experiments/NAME.py:ARGUMENTS")
+  config_flags.DEFINE_config_file(
+    "config", None, "The config file: experiments/NAME.py, or experiments/NAME.py:ARGUMENTS."
+  )
   flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v6e:8x8, v4:2x2x2, v5p:2x2x2, ...")
   flags.DEFINE_list(
     "steps", list(STEPS), "What is compiled: some of train, evaluate, decode; by default what the method has."

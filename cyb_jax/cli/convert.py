@@ -2,8 +2,8 @@
 
 `init_from` accepts such a folder, and transformers loads it.
 
-python -m cyb_jax.cli.convert --from=hf|gguf|llama2c --input=PATH --output=DIR [--dtype=bfloat16] [--tokenizer=PATH]
-python -m cyb_jax.cli.convert --to=hf --workdir=RUN --output=DIR [--checkpoint=best] [--dtype=bfloat16]
+cyb-convert --from=hf|gguf|llama2c --input=PATH --output=DIR [--dtype=bfloat16] [--tokenizer=PATH]
+cyb-convert --to=hf --workdir=RUN --output=DIR [--checkpoint=best] [--dtype=bfloat16]
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _DTYPES = ("float32", "bfloat16")
 
 def define_flags() -> None:
   flags.DEFINE_string("from", "", "The kind of --input: hf (a Hugging Face folder), gguf or llama2c.")
-  flags.DEFINE_string("to", "", "hf: --workdir is exported as a Hugging Face folder.")
+  flags.DEFINE_string("to", "", "The kind of --output that --workdir is exported as: hf (a Hugging Face folder).")
   command_line.define_path("input", "", "The folder or file to convert.")
   command_line.define_path("workdir", "", "The run to export.")
-  flags.DEFINE_string("checkpoint", "last", "Of the run: last, best, or a step.")
+  flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
   command_line.define_path("output", "", "The folder to write; it must not exist, or be empty.")
   flags.DEFINE_string("dtype", "float32", "Number format of the written weights: float32 or bfloat16.")
   flags.DEFINE_string("tokenizer", "", "A tokenizer, where --input contains none, or in place of its own.")

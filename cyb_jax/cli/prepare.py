@@ -1,4 +1,4 @@
-"""Prepares a task's tokens once: `python -m cyb_jax.cli.prepare --task=imdb_reviews`.
+"""Prepares a task's tokens once: `cyb-prepare --task=imdb_reviews`.
 
     cyb-prepare --task=imdb_reviews                                      # into the user's cache folder
     cyb-prepare --task=text_files --option pattern='books/*.txt' --tokenizer=sentencepiece:16384 --output=books
@@ -34,20 +34,20 @@ _COUNTS = ("tokens", "weighted_tokens", "documents", "bytes", "duplicates_droppe
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("task", None, f"what to prepare: {', '.join(TASKS)}, or seqio:NAME")
+  flags.DEFINE_string("task", None, f"The task to prepare: {', '.join(TASKS)}, or seqio:NAME.")
   flags.DEFINE_string(
-    'tokenizer', None, "'bytes', 'sentencepiece:N', a .model or .gguf file, or a Hugging Face folder; by default "
-    'sentencepiece:8192, for the synthetic tasks bytes'
+    "tokenizer", None, "The tokenizer: 'bytes', 'sentencepiece:N', a .model or .gguf file, or a Hugging Face folder; by"
+    " default sentencepiece:8192, for the synthetic tasks bytes."
   )  # fmt: skip
-  command_line.define_path("output", None, "the store's folder; by default one in the user's cache folder")
-  flags.DEFINE_integer("limit", None, "at most so many documents of each split")
-  flags.DEFINE_integer("workers", 1, "processes that tokenize; one uses threads")
+  command_line.define_path("output", None, "The store's folder; by default one in the user's cache folder.")
+  flags.DEFINE_integer("limit", None, "The number of documents of each split that are prepared at most.")
+  flags.DEFINE_integer("workers", 1, "The number of processes that tokenize; 1: threads of this process.")
   flags.DEFINE_string(
-    "shard", "1/1", "i/n: this is the i-th of n hosts, which all write to the same --output; the last one to be done "
-    "finishes the store"
+    "shard", "1/1", "The part of the work, as i/n: this is the i-th of n hosts, which all write to the same"
+    " --output; the last one to be done finishes the store."
   )  # fmt: skip
-  flags.DEFINE_multi_string("option", [], "an option of the task, as key=value; may be repeated")
-  command_line.define_path("verify", None, "check the store in this folder instead, byte for byte")
+  flags.DEFINE_multi_string("option", [], "An option of the task, as key=value.")
+  command_line.define_path("verify", None, "Check every byte of the store in this folder instead of preparing one.")
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reports on a run, or compares several: one HTML file, its figures, and the numbers in them.
 
-python -m cyb_jax.cli.report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
-python -m cyb_jax.cli.report --compare=DIR,DIR,... [--output=DIR]
+cyb-report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
+cyb-report --compare=DIR,DIR,... [--output=DIR]
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # imported where they are used, so that errors of flags are r
 
 def define_reading_flags() -> None:
   """The flags of a program that reads a split."""
-  flags.DEFINE_string("split", "validation", "validation, test or train.")
+  flags.DEFINE_string("split", "validation", "The split that is read: validation, test or train.")
   flags.DEFINE_integer("limit", 0, "The number of windows at most; 0: the whole split.")
-  flags.DEFINE_integer("batch_size", 0, "Windows at a time; 0: as in training.")
+  flags.DEFINE_integer("batch_size", 0, "The number of windows at a time; 0: as in training.")
   command_line.define_path("store", "", "The token store, where it has moved since the training.")
 
 

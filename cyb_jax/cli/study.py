@@ -84,7 +84,7 @@ def define_flags() -> None:
   flags.DEFINE_string("reference", settings.PLAIN, "The setting whose --steps are the budget of training FLOPs.")
   flags.DEFINE_list("rates", "1e-3,2e-3", "Learning rates that each setting's search for its best one starts with.")
   flags.DEFINE_bool("search", True, "Whether rates beyond the given ones are tried while the best one is at their end.")
-  flags.DEFINE_integer("seeds", 3, "Seeds.")
+  flags.DEFINE_integer("seeds", 3, "The number of seeds that each setting is trained with.")
   flags.DEFINE_integer("steps", 400, "Steps of the reference: where tokens are equal, of every run.")
   flags.DEFINE_bool("test", True, "Whether the test split is read at the end; else validation is what is compared.")
   flags.DEFINE_integer("self_paced", 256, "Windows that adaptive models also read at their own pace; 0: none.")

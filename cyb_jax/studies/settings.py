@@ -74,6 +74,46 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "copy_k": {"name": "copy_k", "pauses": 3},
 }
 
+# What each setting is, one line each.
+MEANINGS: dict[str, str] = {
+  "pretrained": "the model that training would start from, evaluated without training it",
+  "baseline": "a plain model: cross-entropy, no pauses",
+  "baseline_small": "a plain model with the initialisation of PonderLM-2: small weights, an untied output",
+  "tbys1": "one pause after every token, cross-entropy at the pause",
+  **{f"tbys{k}": f"{k} pauses after every token, cross-entropy at the last one" for k in (2, 3)},
+  "ap": "CYB-AP with 3 pauses: the best setting of the paper",
+  "ap1": "CYB-AP with 1 pause",
+  "ap2": "CYB-AP with 2 pauses",
+  "ap_discount": "CYB-AP with the discount 0.99^(i-1) at slot i",
+  "ap_uniform": "CYB-AP with the step budget omega = 1:1:1:1",
+  "ap_bimodal": "CYB-AP with the step budget omega = 4:1:1:4",
+  **{f"va_{name}": f"CYB-VA with the prior rho = {rho}" for name, rho in _PRIORS.items()},
+  **{f"dp_{name}": f"CYB-DP with the prior rho = {rho} and alpha = 0.01" for name, rho in _PRIORS.items()},
+  **{f"dp_{name}_strong": f"CYB-DP with the prior rho = {rho} and alpha = 0.1" for name, rho in _PRIORS.items()},
+  "ap_unit": "CYB-AP whose <don't know> is a logistic unit of its own instead of an output",
+  "ap_sampled": "CYB-AP that draws each token's number of slots from omega = 1:1:1:1 in training",
+  "ap_on_policy": "CYB-AP that draws each token's number of slots from the model's own stopping distribution",
+  "ap_hidden": "CYB-AP whose pauses are seen by their own token only",
+  "ap_shared": "CYB-AP whose pauses share one embedding and have positions of their own",
+  "constant_stop": "a control: a mixture over slots whose weights are the same for every token",
+  "mean_slots": "a control: every slot is trained by itself, and their mean is read",
+  "mos": "a control: a mixture of four softmaxes of one hidden state, without pauses",
+  "looped": "a control: a plain model whose layers are passed four times",
+  "cyb_looped": "CYB-AP over four passes through the layers instead of pauses",
+  "pause_training": "pauses at random places, a tenth of the text, and ten after a prompt",
+  "ponderlm2": "one latent thought after every token (PonderLM-2)",
+  "ponderlm3": "up to three latent thoughts after every token, as many as a router decides (PonderLM-3)",
+  "thoughtbubbles": "streams that fork between layers, at most 2 for a token on average (Thoughtbubbles)",
+  "thoughtbubbles4": "streams that fork between layers, at most 4 for a token on average",
+  "copy_k": "three copies of every token's embedding; the state of the last one is read",
+}
+# What names such as 'deeper@ap' are; only models that are trained from scratch take them.
+MATCH_MEANINGS: dict[str, str] = {
+  "deeper@SETTING": "a plain model with more layers and the FLOPs of SETTING at inference",
+  "wider@SETTING": "a plain model with a larger width and the FLOPs of SETTING at inference",
+  "deeper@SETTING/training": "the same, with the FLOPs of SETTING in a training step; also wider@SETTING/training",
+}
+
 # The initialisation of PonderLM-2, as published.
 PONDER_DECODER = {"initializer": "small", "scale_embeddings": True, "tied_embeddings": False}
 # Fields of the decoder that a setting changes where it is trained from scratch.
