@@ -34,7 +34,7 @@ from cyb_jax.configs.validation import validate
 from cyb_jax.decoder import PRESETS
 from cyb_jax.errors import InputError, did_you_mean
 
-_GROUPS: dict[str, type] = {
+GROUPS: dict[str, type] = {
   "data": DataConfig,
   "optimizer": OptimizerConfig,
   "train": TrainConfig,
@@ -48,7 +48,7 @@ def default() -> ml_collections.ConfigDict:
   """The ConfigDict that experiments start from: a tiny CYB-AP model on the reviews."""
   config = ml_collections.ConfigDict()
   config.method = ml_collections.ConfigDict(methods_group.default_method())
-  for name, group in _GROUPS.items():
+  for name, group in GROUPS.items():
     config[name] = ml_collections.ConfigDict({field.name: field.default for field in dataclasses.fields(group)})
   config.init_from = ""
   config.decoder = ml_collections.ConfigDict({"preset": "tiny"})
@@ -97,10 +97,10 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
   """
   source = to_dict(config)
   source.pop("format", None)  # what is written by this version needs no migration
-  _check_names("", source, ["method", *_GROUPS, "decoder", "init_from"])
+  _check_names("", source, ["method", *GROUPS, "decoder", "init_from"])
   method = source.get("method", {})
   _check_names("method.", method, list(method) if isinstance(method, Mapping) else [])
-  groups = {name: _group(name, group, source.get(name, {})) for name, group in _GROUPS.items()}
+  groups = {name: _group(name, group, source.get(name, {})) for name, group in GROUPS.items()}
   init_from = source.get("init_from", "")
   decoder = _decoder(source.get("decoder", {}))
   if not isinstance(init_from, str):

@@ -23,19 +23,19 @@ class DataConfig:
   """The text that is read.
 
   Attributes:
-    task: a task of `cyb_jax.data.tasks`, or `seqio:NAME`.
-    tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of a tokenizer (`data.open_tokenizer`), or
-      '': the tokenizer of `init_from`. On the command line a `store` that is prepared brings its own tokenizer, unless
-      this field is set there too.
-    store: folder of the token store, which is prepared if it is missing; '': one in the user's cache folder.
-    options: of the task, as 'key=value,key=value'; a comma inside a value is written '\\,'.
+    task: the name of the task that the text is read from (`cyb_jax.data.tasks`), or 'seqio:NAME'.
+    tokenizer: the tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of one
+      (`data.open_tokenizer`), or '': that of `init_from`. On the command line the tokenizer of a `store` that is
+      prepared is taken, unless this field is set there too.
+    store: the folder of the token store, which is prepared if it is missing; '': one in the user's cache folder.
+    options: the options of the task, as 'key=value,key=value'; a comma inside a value is written '\\,'.
     mixture: several sources by weight in place of `task`, as 'c4_en:0.7,jsonl(pattern=x.jsonl):0.3'; a source is a task
       with its options, or the folder of a token store.
-    sequence_length: T, real tokens in a window.
-    batch_size: windows per step, over all devices and hosts.
+    sequence_length: T, the number of real tokens in a window.
+    batch_size: the number of windows in a step, over all devices and hosts.
     fraction: the share of the training windows that is used; the windows don't depend on the seed.
     document_mask: whether attention is restricted to the token's own document.
-    seed: of the order of windows, in [0, 2^32).
+    seed: the seed of the order of windows.
   """
 
   task: str = "imdb_reviews"
@@ -55,18 +55,19 @@ class OptimizerConfig:
   """AdamW and its schedule.
 
   Attributes:
-    learning_rate: the highest rate.
+    learning_rate: the highest learning rate of the schedule.
     rate_over_width: whether the rate is divided by d_model (the paper's form).
-    schedule: 'cosine' (to the final rate), 'wsd' (constant, then linear to the final rate) or 'constant'; each after a
-      linear warm-up.
+    schedule: how the rate changes: 'cosine' (to the final rate), 'wsd' (constant, then linear to the final rate) or
+      'constant'; each after a linear warm-up.
     warmup_fraction: the share of the steps that is warm-up.
     decay_fraction: the share of the steps, at the end, in which the rate decays (wsd).
     final_fraction: the final rate as a fraction of the highest one.
-    beta1: of Adam.
-    beta2: of Adam.
-    epsilon: of Adam.
-    weight_decay: of the matrices; norms, biases, embeddings and output rows have none.
-    clip_norm: the global gradient norm is clipped to this; 0: no clipping.
+    beta1: the decay of Adam's first moment.
+    beta2: the decay of Adam's second moment.
+    epsilon: the constant in the denominator of Adam's update.
+    weight_decay: the decay of the matrices, times the learning rate; norms, biases, embeddings and output rows have
+      none.
+    clip_norm: the global gradient norm is clipped to this value; 0: no clipping.
     accumulate: the batch is processed in this many parts, one after another; the gradient is that of the whole batch.
   """
 
@@ -89,19 +90,19 @@ class TrainConfig:
   """The length of training, and when metrics, validations and checkpoints are written.
 
   Attributes:
-    steps: of training; 0: as many as `epochs` take.
-    epochs: passes over the used windows, where steps is 0.
-    seed: of the initialisation, and of the methods' random draws, in [0, 2^32).
-    log_every: steps between lines of metrics.
-    eval_every: steps between validations; 0: only at the end.
-    eval_limit: windows of a validation during training; 0: the whole split.
-    last_eval_limit: windows of the evaluation at the end; 0: the whole split, which comparisons require.
-    checkpoint_every: steps between checkpoints; 0: only at the end.
+    steps: the number of training steps; 0: as many as `epochs` take.
+    epochs: the number of passes over the used windows, where `steps` is 0.
+    seed: the seed of the initialisation and of the methods' random draws.
+    log_every: the number of steps between two lines of metrics.
+    eval_every: the number of steps between two validations; 0: only at the end.
+    eval_limit: the number of windows of a validation during training; 0: the whole split.
+    last_eval_limit: the number of windows of the evaluation at the end; 0: the whole split, which comparisons require.
+    checkpoint_every: the number of steps between two checkpoints; 0: only at the end.
     keep: how many of the newest checkpoints are kept, in addition to the best one.
-    tensorboard: whether event files are written.
+    tensorboard: whether event files for TensorBoard are written.
     max_skipped: the run stops after this many steps in a row whose loss or gradient isn't finite. Fewer are skipped:
       they are not applied, but counted and logged.
-    collapse_warning: a warning is logged when one slot's mean share of s is above this.
+    collapse_warning: a warning is logged when the mean probability of stopping at one slot is above this value.
   """
 
   steps: int = 0
@@ -123,11 +124,12 @@ class ParallelismConfig:
   """How a step is divided among devices.
 
   Attributes:
-    strategy: 'jit', over a mesh; or 'pmap', which is data-parallel only.
-    data: devices on the mesh axis that splits the batch; -1: all that the other axes leave.
-    fsdp: devices on the axis that splits the batch and the parameters.
-    tensor: devices on the axis that splits heads, mlp and vocabulary.
-    chunk_size: slots that the readout processes at once, per device; 0: as many as give 256 MiB of f32 logits.
+    strategy: how the step is compiled: 'jit', over a mesh; or 'pmap', which is data-parallel only.
+    data: the number of devices on the mesh axis that splits the batch; -1: all that the other axes leave.
+    fsdp: the number of devices on the axis that splits the batch and the parameters.
+    tensor: the number of devices on the axis that splits heads, mlp and vocabulary.
+    chunk_size: the number of slots that the readout processes at once, per device; 0: as many as give 256 MiB of f32
+      logits.
   """
 
   strategy: str = "jit"
@@ -142,9 +144,11 @@ class PrecisionConfig:
   """Number formats. Trained parameters and the optimizer's state are f32.
 
   Attributes:
-    activations: 'float32', 'bfloat16', or 'auto': bfloat16 on accelerators, float32 on CPUs.
-    params: of the decoder's parameters: 'float32'; or 'bfloat16', where they aren't trained (`tuning.weights`).
-    matmul: precision of f32 matrix products: 'default', 'high' or 'highest'.
+    activations: the number format of activations: 'float32', 'bfloat16', or 'auto': bfloat16 on accelerators, float32
+      on CPUs.
+    params: the number format of the decoder's parameters: 'float32'; or 'bfloat16', where they aren't trained
+      (`tuning.weights`).
+    matmul: the precision of f32 matrix products: 'default', 'high' or 'highest'.
   """
 
   activations: str = "auto"
@@ -157,14 +161,16 @@ class TuningConfig:
   """Which parameters are trained. The others have neither gradient nor optimizer state.
 
   Attributes:
-    weights: 'all'; 'lora': adapters of the decoder's matrices, and the new rows; or 'new': the new rows only, which are
-      the method's own parameters outside of the decoder: those of the pauses and of `<don't know>`.
-    lora_rank: of the adapters, see `cyb_jax.decoder.LoraConfig`.
+    weights: the parameters that are trained: 'all'; 'lora': adapters of the decoder's matrices, and the new rows; or
+      'new': the new rows only, which are the method's own parameters outside of the decoder: those of the pauses and of
+      `<don't know>`.
+    lora_rank: the inner size of the adapters, see `cyb_jax.decoder.LoraConfig`.
     lora_alpha: the output of an adapter is multiplied by lora_alpha / lora_rank.
-    lora_targets: some of query, key, value, out, gate, up, down.
+    lora_targets: the matrices that have an adapter, in every layer.
     new_rate: a factor on the learning rate of the new rows.
-    new_rows: where rows of pauses and of `<don't know>` start that `init_from` has not got: 'auto', 'zero', 'unused',
-      'draws' or 'mean', see `cyb_jax.interop.new_rows`.
+    new_rows: the initial values of the rows of pauses and of `<don't know>` that the model of `init_from` doesn't have:
+      'zero', plus noise; 'unused', entries of the vocabulary that no text uses; 'draws' around the mean of the
+      embeddings; 'mean', unused entries or else that mean; 'auto' picks one of them (`cyb_jax.interop.new_rows`).
   """
 
   weights: str = "all"
@@ -190,9 +196,18 @@ DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecoderConfig) if f.name
 class Config:
   """The config of a run, frozen and valid.
 
-  `init_from` is what training starts from: a run's folder or the weights of other projects
-  (`cyb_jax.interop.pretrained`), or '' for fresh parameters. `decoder` holds the preset's name, '' for none, and the
-  fields that override it. `source` is the nested dict that this was frozen from, which is the content of config.json.
+  Attributes:
+    method: which method is trained, and its options.
+    decoder: the preset's name, '' for none, and the fields of `DecoderConfig` that override it.
+    data: the text that is read.
+    optimizer: AdamW and its schedule.
+    train: the length of training, and when metrics, validations and checkpoints are written.
+    parallelism: how a step is divided among devices.
+    precision: number formats.
+    tuning: which parameters are trained.
+    init_from: what training starts from: a run's folder or the weights of other projects
+      (`cyb_jax.interop.pretrained`); '': fresh parameters.
+    source: the nested dict that this was frozen from, which is the content of config.json.
   """
 
   method: MethodConfig

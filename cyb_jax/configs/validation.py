@@ -2,94 +2,87 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 from cyb_jax.configs.schema import Config
-from cyb_jax.errors import InputError, is_seed
+from cyb_jax.decoder.config import LORA_RULES
+from cyb_jax.errors import InputError
+from cyb_jax.field_rules import (
+  AT_LEAST_1,
+  DECAY,
+  NOT_NEGATIVE,
+  POSITIVE,
+  POSITIVE_SHARE,
+  SEED,
+  SHARE,
+  SWITCH,
+  Rule,
+  check_fields,
+  checked_later,
+  not_negative,
+  one_of,
+)
 from cyb_jax.methods import WEIGHTS
 from cyb_jax.methods.parameters import new_parameters
 
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """What a field's value must be.
-
-  Attributes:
-    accepts: whether a value is valid.
-    wanted: what would be accepted, after 'must be'.
-  """
-
-  accepts: Callable[[Any], bool]
-  wanted: str
-
-
-_AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
-_NOT_NEGATIVE = Rule(lambda value: value >= 0, "not negative")
-_POSITIVE = Rule(lambda value: value > 0, "positive")
-_SHARE = Rule(lambda value: 0 <= value <= 1, "in [0, 1]")
-_POSITIVE_SHARE = Rule(lambda value: 0 < value <= 1, "in (0, 1]")
-_SEED = Rule(is_seed, "in [0, 2^32)")
-_DECAY = Rule(lambda value: 0 <= value < 1, "in [0, 1)")
-
-
-def _not_negative(zero: str) -> Rule:
-  """`zero`: what the value 0 means."""
-  return Rule(_NOT_NEGATIVE.accepts, f"not negative; 0 {zero}")
-
-
-def _one_of(*accepted: str, wanted: str = "") -> Rule:
-  return Rule(lambda value: value in accepted, wanted or f"one of {', '.join(accepted)}")
-
-
 # The first rule that is broken is the one that is reported.
-_DATA = {
-  "sequence_length": _AT_LEAST_1,
-  "batch_size": _AT_LEAST_1,
-  "fraction": _POSITIVE_SHARE,
-  "seed": _SEED,
-}
-_OPTIMIZER = {
-  "learning_rate": _POSITIVE,
-  "schedule": _one_of("cosine", "wsd", "constant", wanted="'cosine', 'wsd' or 'constant'"),
-  "warmup_fraction": _SHARE,
-  "decay_fraction": _SHARE,
-  "final_fraction": _SHARE,
-  "beta1": _DECAY,
-  "beta2": _DECAY,
-  "epsilon": _POSITIVE,
-  "weight_decay": _NOT_NEGATIVE,
-  "clip_norm": _not_negative("clips nothing"),
-}
-_TRAIN = {
-  "steps": _not_negative("takes train.epochs"),
-  "epochs": _not_negative("trains nothing and evaluates what training would start from"),
-  "log_every": _AT_LEAST_1,
-  "max_skipped": _AT_LEAST_1,
-  "keep": _AT_LEAST_1,
-  "collapse_warning": _POSITIVE_SHARE,
-  "seed": _SEED,
-  "eval_every": _NOT_NEGATIVE,
-  "eval_limit": _NOT_NEGATIVE,
-  "last_eval_limit": _NOT_NEGATIVE,
-  "checkpoint_every": _NOT_NEGATIVE,
-}
-_PARALLELISM = {
-  "strategy": _one_of("jit", "pmap", wanted="'jit' or 'pmap'"),
-  "data": Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for what is left"),
-  "chunk_size": _not_negative("picks a size"),
-  "fsdp": _AT_LEAST_1,
-  "tensor": _AT_LEAST_1,
-}
-_PRECISION = {
-  "activations": _one_of("auto", "float32", "bfloat16"),
-  "matmul": _one_of("default", "high", "highest"),
-}
-_TUNING = {
-  "weights": _one_of(*WEIGHTS, wanted="'all', 'lora' or 'new'"),
-  "new_rate": _not_negative("leaves the new rows as they start"),
-  "new_rows": _one_of("auto", "zero", "unused", "draws", "mean"),
+RULES: dict[str, dict[str, Rule]] = {
+  "data": {
+    "task": checked_later("the name of a task, see cyb_jax/data/tasks/registry.py, or seqio:NAME"),
+    "tokenizer": checked_later("sentencepiece:SIZE, bytes, a path, or '' for that of init_from"),
+    "store": checked_later("a folder, or '' for one in the user's cache"),
+    "options": checked_later("key=value,key=value, or '' for none"),
+    "mixture": checked_later("SOURCE:WEIGHT,SOURCE:WEIGHT, or '' for data.task alone"),
+    "sequence_length": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "document_mask": SWITCH,
+    "fraction": POSITIVE_SHARE,
+    "seed": SEED,
+  },
+  "optimizer": {
+    "learning_rate": POSITIVE,
+    "schedule": one_of("cosine", "wsd", "constant", wanted="'cosine', 'wsd' or 'constant'"),
+    "warmup_fraction": SHARE,
+    "decay_fraction": SHARE,
+    "final_fraction": SHARE,
+    "beta1": DECAY,
+    "beta2": DECAY,
+    "epsilon": POSITIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip_norm": not_negative("clips nothing"),
+    "rate_over_width": SWITCH,
+    "accumulate": Rule(AT_LEAST_1.accepts, "at least 1 and a divisor of data.batch_size"),
+  },
+  "train": {
+    "steps": not_negative("takes train.epochs"),
+    "epochs": not_negative("trains nothing and evaluates what training would start from"),
+    "log_every": AT_LEAST_1,
+    "max_skipped": AT_LEAST_1,
+    "keep": AT_LEAST_1,
+    "tensorboard": SWITCH,
+    "collapse_warning": POSITIVE_SHARE,
+    "seed": SEED,
+    "eval_every": NOT_NEGATIVE,
+    "eval_limit": NOT_NEGATIVE,
+    "last_eval_limit": NOT_NEGATIVE,
+    "checkpoint_every": NOT_NEGATIVE,
+  },
+  "parallelism": {
+    "strategy": one_of("jit", "pmap", wanted="'jit' or 'pmap'"),
+    "data": Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for what is left"),
+    "chunk_size": not_negative("picks a size"),
+    "fsdp": AT_LEAST_1,
+    "tensor": AT_LEAST_1,
+  },
+  "precision": {
+    "activations": one_of("auto", "float32", "bfloat16"),
+    "matmul": one_of("default", "high", "highest"),
+    "params": one_of("float32", "bfloat16"),
+  },
+  "tuning": {
+    **{name: checked_later(rule.wanted) for name, rule in LORA_RULES.items()},  # by LoraConfig
+    "weights": one_of(*WEIGHTS, wanted="'all', 'lora' or 'new'"),
+    "new_rate": not_negative("leaves the new rows as they start"),
+    "new_rows": one_of("auto", "zero", "unused", "draws", "mean"),
+  },
 }
 
 
@@ -99,24 +92,14 @@ def validate(config: Config) -> None:
   Raises:
     InputError: one line that names the field, the value, and what would be accepted.
   """
-  _check_rules(config, "data", _DATA)
+  for group, rules in RULES.items():
+    check_fields(group, getattr(config, group), rules)
   config.task_options()
   _check_mixture(config)
-  _check_rules(config, "optimizer", _OPTIMIZER)
   _check_optimizer(config)
-  _check_rules(config, "train", _TRAIN)
-  _check_rules(config, "parallelism", _PARALLELISM)
   _check_pmap(config)
-  _check_rules(config, "precision", _PRECISION)
-  _check_rules(config, "tuning", _TUNING)
   _check_tuning(config)
   _check_method(config)
-
-
-def _check_rules(config: Config, group: str, rules: dict[str, Rule]) -> None:
-  for name, rule in rules.items():
-    if not rule.accepts(getattr(getattr(config, group), name)):
-      raise _invalid(config, group, name, rule.wanted)
 
 
 def _invalid(config: Config, group: str, name: str, wanted: str) -> InputError:
@@ -136,7 +119,7 @@ def _check_optimizer(config: Config) -> None:
   if optimizer.schedule == "wsd" and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
     wanted = f"at most 1 - warmup_fraction = {1 - optimizer.warmup_fraction:g}"
     raise _invalid(config, "optimizer", "decay_fraction", wanted)
-  if optimizer.accumulate < 1 or batch_size % optimizer.accumulate:
+  if batch_size % optimizer.accumulate:
     wanted = f"at least 1 and a divisor of data.batch_size = {batch_size}"
     raise _invalid(config, "optimizer", "accumulate", wanted)
 
@@ -153,7 +136,6 @@ def _check_pmap(config: Config) -> None:
 def _check_tuning(config: Config) -> None:
   tuning, params = config.tuning, config.precision.params
   tuning.lora  # noqa: B018 - it checks its fields, used or not
-  _check_rules(config, "precision", {"params": _one_of("float32", "bfloat16")})
   trains = config.train.steps > 0 or config.train.epochs > 0
   if params == "bfloat16" and tuning.weights == "all" and trains:
     wanted = "float32 where tuning.weights = 'all': small updates would be rounded away"

@@ -6,26 +6,45 @@ Letters: D model, V vocabulary, N heads, G kv heads, H head size, L layers, F ml
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from cyb_jax.errors import InputError
+from cyb_jax.field_rules import POSITIVE, POSITIVE_SHARE, SWITCH, Rule, check_fields, one_of, or_none, whole_number
 
 SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size")
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
-_CHOICES = {
-  "norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
-  "activation": ("silu", "gelu", "gelu_tanh"),
-  "attention_bias": ("none", "qkv", "all"),
-  "remat": ("none", "full", "dots"),
-  "dtype": ("float32", "bfloat16"),
-  "param_dtype": ("float32", "bfloat16"),
-  "attention": ATTENTION_IMPLEMENTATIONS,
-  "initializer": ("normal", "scaled", "small"),
+
+
+def _are_targets(value: tuple[str, ...]) -> bool:
+  return bool(value) and all(name in TARGETS for name in value) and len(set(value)) == len(value)
+
+
+RULES: dict[str, Rule] = {
+  **dict.fromkeys(SIZES, whole_number(1)),
+  "norm": one_of("rmsnorm", "rmsnorm_plus_one", "layernorm"),
+  "activation": one_of("silu", "gelu", "gelu_tanh"),
+  "attention_bias": one_of("none", "qkv", "all"),
+  "remat": one_of("none", "full", "dots"),
+  "dtype": one_of("float32", "bfloat16"),
+  "param_dtype": one_of("float32", "bfloat16"),
+  "attention": one_of(*ATTENTION_IMPLEMENTATIONS),
+  "initializer": one_of("normal", "scaled", "small"),
+  "gated_mlp": SWITCH,
+  "mlp_bias": SWITCH,
+  "parallel_residual": SWITCH,
+  "tied_embeddings": SWITCH,
+  "scale_embeddings": SWITCH,
+  "scan_layers": SWITCH,
+  "norm_epsilon": POSITIVE,
+  "rope_base": POSITIVE,
+  "rope_fraction": POSITIVE_SHARE,
+  "soft_cap": or_none(POSITIVE, "for no cap"),
 }
-_SWITCHES = (
-  "gated_mlp", "mlp_bias", "parallel_residual", "tied_embeddings", "scale_embeddings", "scan_layers",
-)  # fmt: skip
+LORA_RULES: dict[str, Rule] = {
+  "lora_rank": whole_number(1),
+  "lora_alpha": POSITIVE,
+  "lora_targets": Rule(_are_targets, f"some of {', '.join(TARGETS)}, each once, with commas between them"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,16 +65,7 @@ class LoraConfig:
   targets: tuple[str, ...] = ("query", "value")
 
   def __post_init__(self):
-    if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-      raise InputError(f"tuning.lora_rank: {self.rank!r} must be a whole number of at least 1")
-    if not 0 < self.alpha < math.inf:
-      raise InputError(f"tuning.lora_alpha: {self.alpha!r} must be positive and finite")
-    known = all(name in TARGETS for name in self.targets)
-    if not self.targets or not known or len(set(self.targets)) < len(self.targets):
-      raise InputError(
-        f"tuning.lora_targets: {','.join(self.targets)!r} must be some of {', '.join(TARGETS)}, each once, with commas"
-        " between them"
-      )
+    check_fields("tuning", self, LORA_RULES, prefix="lora_")
 
   @property
   def scale(self) -> float:
@@ -67,59 +77,77 @@ class LoraConfig:
 class DecoderConfig:
   """Shape and style of a decoder. The style defaults to Llama's; sizes have no default.
 
+  Attributes:
+    vocab_size: V, rows of the embedding table, which holds neither pauses nor `<don't know>`.
+    num_layers: L, the number of layers.
+    d_model: D, the width of the residual stream.
+    num_heads: N, query heads of a layer.
+    num_kv_heads: G, key and value heads of a layer; it divides num_heads.
+    head_size: H, the width of a head; N * H need not be D.
+    mlp_size: F, the width of the hidden layer of the mlp.
+    norm: the kind of the norms: 'rmsnorm'; 'rmsnorm_plus_one', times 1 + scale, as in Gemma; or 'layernorm', with scale
+      and bias.
+    norm_epsilon: the constant that is added to the variance inside a norm.
+    activation: the activation of the mlp: 'silu', 'gelu' (exact) or 'gelu_tanh'.
+    gated_mlp: whether the mlp is down(activation(gate x) * up x) instead of down(activation(up x)).
+    attention_bias: which projections of attention have a bias: 'none', 'qkv', or 'all', which includes the output.
+    mlp_bias: whether the matrices of the mlp have biases.
+    parallel_residual: whether a layer is x + attention(norm x) + mlp(norm' x), as in Pythia.
+    rope_base: the base of the wavelengths of RoPE.
+    rope_fraction: RoPE rotates this fraction of each head, from its start; the rotated part of head_size is even.
+    tied_embeddings: whether the embedding table is the unembedding too.
+    scale_embeddings: whether inputs are multiplied by sqrt(D), as in Gemma; with initializer 'small' by sqrt(2.5 D).
+    soft_cap: the bound of the logits, which become soft_cap * tanh(logits / soft_cap) in the readout;
+      None: no bound.
+    initializer: the standard deviations of the initial weights: 'normal', 'scaled' or 'small', see `init_params`.
+    dtype: the number format of activations and matrix products; norms, softmax and RoPE are computed in float32.
+    param_dtype: the number format of the parameters; 'bfloat16' suits frozen ones only, whose small updates would be
+      rounded away.
+    attention: the implementation of attention: 'auto', 'xla', 'cudnn' or 'splash', see `attention.attend`.
+    remat: what the backward pass computes again: 'none', nothing; 'full', all but the layers' inputs; 'dots', all but
+      the layers' inputs and the matrix products outside of attention.
+    scan_layers: whether one layer is compiled and scanned over parameters that are stacked on a leading axis 'layers'.
+    lora: low-rank adapters of some matrices, see lora.py; None: none.
+
   Raises:
     InputError: a field is out of its range, or two do not go together; the message names `decoder.field`.
   """
 
-  vocab_size: int  # V; rows of the embedding table, which holds neither pauses nor <don't know>
-  num_layers: int  # L
-  d_model: int  # D
-  num_heads: int  # N
-  num_kv_heads: int  # G, divides N
-  head_size: int  # H; N * H need not be D
-  mlp_size: int  # F
+  vocab_size: int
+  num_layers: int
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  head_size: int
+  mlp_size: int
 
-  norm: str = "rmsnorm"  # or 'rmsnorm_plus_one' (Gemma: times 1 + scale), 'layernorm' (scale and bias)
+  norm: str = "rmsnorm"
   norm_epsilon: float = 1e-5
-  activation: str = "silu"  # or 'gelu' (exact), 'gelu_tanh'
-  gated_mlp: bool = True  # down(activation(gate x) * up x), else down(activation(up x))
-  attention_bias: str = "none"  # or 'qkv', 'all' (the output projection too)
+  activation: str = "silu"
+  gated_mlp: bool = True
+  attention_bias: str = "none"
   mlp_bias: bool = False
-  parallel_residual: bool = False  # x + attention(norm x) + mlp(norm' x), as in Pythia
+  parallel_residual: bool = False
   rope_base: float = 10_000.0
-  rope_fraction: float = 1.0  # RoPE rotates this fraction of each head, from its start
+  rope_fraction: float = 1.0
   tied_embeddings: bool = True
-  scale_embeddings: bool = False  # inputs times sqrt(D), as in Gemma; with initializer 'small' sqrt(2.5 D)
-  soft_cap: float | None = None  # logits become cap * tanh(logits / cap); the readout applies it
+  scale_embeddings: bool = False
+  soft_cap: float | None = None
 
-  initializer: str = "normal"  # or 'scaled', 'small'; see init_params
-  dtype: str = "float32"  # of activations and matrix products; norms, softmax and RoPE are computed in float32
-  param_dtype: str = "float32"  # 'bfloat16' suits frozen parameters only: small updates would be rounded away
-  attention: str = "auto"  # or 'xla', 'cudnn', 'splash'; see attention.attend
-  remat: str = "none"  # or 'full' (keeps the layers' inputs), 'dots' (also keeps all products but attention's)
-  scan_layers: bool = False  # one compiled layer, parameters stacked on a leading axis 'layers'
-  lora: LoraConfig | None = None  # low-rank adapters of some matrices; see lora.py
+  initializer: str = "normal"
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  attention: str = "auto"
+  remat: str = "none"
+  scan_layers: bool = False
+  lora: LoraConfig | None = None
 
   def __post_init__(self):
-    for name in SIZES:
-      value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _bad(name, value, "an integer of at least 1")
-    for name, choices in _CHOICES.items():
-      if getattr(self, name) not in choices:
-        raise _bad(name, getattr(self, name), f"one of {', '.join(choices)}")
-    for name in _SWITCHES:
-      if not isinstance(getattr(self, name), bool):
-        raise _bad(name, getattr(self, name), "True or False")
-    for name in ("norm_epsilon", "rope_base", "rope_fraction"):
-      if not _is_positive(getattr(self, name)):
-        raise _bad(name, getattr(self, name), "a positive number")
-    if self.soft_cap is not None and not _is_positive(self.soft_cap):
-      raise _bad("soft_cap", self.soft_cap, "a positive number, or None for no cap")
+    check_fields("decoder", self, RULES)
     if self.num_heads % self.num_kv_heads:
       raise _bad("num_kv_heads", self.num_kv_heads, f"a divisor of decoder.num_heads = {self.num_heads}")
     off = abs(self.rotated_size - self.rope_fraction * self.head_size)
-    if self.rope_fraction > 1 or self.rotated_size % 2 or off > 1e-6:
+    if self.rotated_size % 2 or off > 1e-6:
       wanted = f"a fraction of at most 1 that gives an even part of decoder.head_size = {self.head_size}"
       raise _bad("rope_fraction", self.rope_fraction, wanted)
     if self.attention == "cudnn" and self.dtype == "float32":
@@ -136,9 +164,5 @@ class DecoderConfig:
     return round(self.rope_fraction * self.head_size)
 
 
-def _is_positive(value: object) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
 def _bad(field: str, value: object, wanted: str) -> InputError:
-  return InputError(f"decoder.{field}: {value!r} will not do; expected {wanted}")
+  return InputError(f"decoder.{field}: {value!r} must be {wanted}")

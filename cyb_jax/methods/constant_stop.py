@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from cyb_jax.field_rules import INNER_SHARE, or_none
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import ExportableSlotMethod
 from cyb_jax.methods.objectives.constant import ConstantShares
@@ -20,10 +21,11 @@ class ConstantStopConfig(PauseOptions):
   """The options of `constant_stop`: those of pauses, and where the shares start.
 
   Attributes:
-    dont_know_prior: the shares start where this prior of CYB puts them; None: all shares are equal.
+    dont_know_prior: the initial shares are those that this prior gives to an untrained CYB; None: equal shares.
   """
 
   name: ClassVar[str] = "constant_stop"
+  RULES: ClassVar = {"dont_know_prior": or_none(INNER_SHARE, "for equal shares")}
 
   dont_know_prior: float | None = 0.9
 

@@ -19,7 +19,7 @@ class CopyKConfig(MethodConfig):
   """The options of `copy_k`.
 
   Attributes:
-    pauses: K, copies of a token in addition to the token itself.
+    pauses: K, the number of copies of a token in addition to the token itself.
   """
 
   name: ClassVar[str] = "copy_k"

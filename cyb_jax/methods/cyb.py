@@ -30,11 +30,11 @@ from jaxtyping import Array, Float
 
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
+from cyb_jax.field_rules import NOT_NEGATIVE, POSITIVE_SHARE, Rule, one_of
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import ExportableSlotMethod
 from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.objectives.stopping import StoppingOptions
-from cyb_jax.methods.options import one_of
 from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 from cyb_jax.methods.stopping_method import StoppingMethod
 from cyb_jax.pauses import Packing, draw_lengths, pack, packed_row_slots
@@ -49,21 +49,24 @@ class CybConfig(StoppingOptions, PauseOptions):
   """The options of `cyb`: those of pauses, of the stopping-time losses, and of the recipe.
 
   Attributes:
-    recipe: 'constant', 'sampled' or 'on_policy', see the head of this file.
-    slot_budget: of sampled and on_policy, slots per token of the rows that slots are packed into, in [1, W]. 0:
-      sampled, enough for all but one row in 30,000; on_policy, W.
-    policy_floor: of on_policy, the share of tokens whose W_n is drawn from all W alike.
+    recipe: how many of its W slots a token gets in training: 'constant', all of them; 'sampled', a number drawn from
+      omega; 'on_policy', a number drawn from the model's own stopping distribution (`cyb_jax.methods.cyb`).
+    slot_budget: with the recipes 'sampled' and 'on_policy', the number of slots per token that a packed row has room
+      for. 0: for 'sampled', enough for all but one row in 30,000; for 'on_policy', W.
+    policy_floor: with the recipe 'on_policy', the share of tokens whose number of slots is drawn uniformly from 1 .. W
+      instead.
   """
 
   name: ClassVar[str] = "cyb"
+  RULES: ClassVar = {
+    "recipe": one_of("constant", "sampled", "on_policy"),
+    "slot_budget": Rule(NOT_NEGATIVE.accepts, "in [1, W], or 0 for the default"),
+    "policy_floor": POSITIVE_SHARE,
+  }
 
   recipe: str = "constant"
   slot_budget: float = 0.0
   policy_floor: float = 0.1
-
-  def validate(self) -> None:
-    one_of("recipe", self.recipe, ("constant", "sampled", "on_policy"))
-    super().validate()
 
   @property
   def is_ragged(self) -> bool:
@@ -84,8 +87,6 @@ class CybConfig(StoppingOptions, PauseOptions):
     if self.slot_budget and not (self.is_ragged and 1 <= self.slot_budget <= self.num_slots):
       wanted = f"lie in [1, {self.num_slots}], or be 0" if self.is_ragged else "be 0 where all slots are always given"
       raise InputError(f"method.slot_budget: {self.slot_budget:g} must {wanted}")
-    if self.recipe == "on_policy" and not 0 < self.policy_floor <= 1:
-      raise InputError(f"method.policy_floor: {self.policy_floor:g} must lie in (0, 1]")
     if self.recipe != "on_policy" and self.policy_floor != type(self).policy_floor:
       raise InputError(
         f"method.policy_floor: {self.policy_floor:g} is set, but method.recipe = {self.recipe!r} doesn't use it"

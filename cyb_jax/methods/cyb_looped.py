@@ -19,7 +19,11 @@ from cyb_jax.methods.stopping_method import StoppingMethod
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CybLoopedConfig(StoppingOptions):
-  """The options of `cyb_looped`: those of the stopping-time losses; `pauses` counts the loops after the first one."""
+  """The options of `cyb_looped`: those of the stopping-time losses.
+
+  Attributes:
+    pauses: K, the number of passes through the layers after the first one.
+  """
 
   name: ClassVar[str] = "cyb_looped"
 

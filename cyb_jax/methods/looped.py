@@ -17,7 +17,7 @@ class LoopedConfig(MethodConfig):
   """The options of `looped`.
 
   Attributes:
-    pauses: K, loops through the layers after the first one.
+    pauses: K, the number of passes through the layers after the first one.
   """
 
   name: ClassVar[str] = "looped"

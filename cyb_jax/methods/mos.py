@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.errors import InputError
+from cyb_jax.field_rules import whole_number
 from cyb_jax.methods.backbone import Backbone, boxed
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
@@ -42,17 +42,13 @@ class MosConfig(MethodConfig):
   """The options of `mos`.
 
   Attributes:
-    heads: W, softmaxes that are mixed.
+    heads: W, the number of softmaxes that are mixed.
   """
 
   name: ClassVar[str] = "mos"
+  RULES: ClassVar = {"heads": whole_number(2, note="; with 1 it is 'baseline'")}
 
   heads: int = 4
-
-  def validate(self) -> None:
-    super().validate()
-    if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 2:
-      raise InputError(f"method.heads: {self.heads!r} must be a whole number of at least 2; with 1 it is 'baseline'")
 
   def build(self, backbone: Backbone) -> Mos:
     return Mos(self, backbone)

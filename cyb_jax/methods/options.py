@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 from cyb_jax.errors import InputError
+from cyb_jax.field_rules import Rule, check_fields, whole_number
 
 if typing.TYPE_CHECKING:
   from cyb_jax.methods.backbone import Backbone
@@ -20,21 +21,31 @@ class MethodConfig:
 
   Attributes:
     name: of the method, in the registry.
+    RULES: what single options must be, by name; a class has those of its bases too. They are checked when the options
+      are made, and they are the accepted values that the documentation of the config shows.
 
   Raises:
     InputError: an option is out of its range, or two do not go together; the message names `method.FIELD`.
   """
 
   name: ClassVar[str]
+  RULES: ClassVar[Mapping[str, Rule]] = {"pauses": whole_number()}
 
   def __post_init__(self):
+    check_fields("method", self, self.rules())
     self.validate()
 
+  @classmethod
+  def rules(cls) -> dict[str, Rule]:
+    """The rules of this class's options: its own, and those of its bases."""
+    found: dict[str, Rule] = {}
+    for base in reversed(cls.__mro__):
+      found |= vars(base).get("RULES", {})
+    own = {field.name for field in dataclasses.fields(cls)}
+    return {name: rule for name, rule in found.items() if name in own}
+
   def validate(self) -> None:
-    """Raises InputError for what can be checked without a model."""
-    pauses = getattr(self, "pauses", 0)
-    if isinstance(pauses, bool) or not isinstance(pauses, int) or pauses < 0:
-      raise InputError(f"method.pauses: {pauses!r} must be a whole number that is not negative")
+    """Raises InputError for what can be checked without a model, in addition to the rules."""
 
   def build(self, backbone: Backbone) -> Method:
     """The method with these options over a decoder.
@@ -48,10 +59,3 @@ class MethodConfig:
     """Raises InputError where `pauses` is 0; `otherwise`: what such a model is."""
     if not getattr(self, "pauses", 0):
       raise InputError(f"method.pauses: 0, but method {self.name!r} needs at least 1; {otherwise}")
-
-
-def one_of(field: str, value: Any, accepted: Iterable[str]) -> None:
-  """Raises InputError for a value of `method.FIELD` that is not accepted."""
-  accepted = tuple(accepted)
-  if value not in accepted:
-    raise InputError(f"method.{field}: {value!r} is none of {', '.join(map(repr, accepted))}")

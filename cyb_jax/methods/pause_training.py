@@ -34,12 +34,13 @@ from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
+from cyb_jax.field_rules import INNER_SHARE, one_of
 from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, segment_mask
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.interface import Batch, DataFacts, EvalOutput, MethodCosts, Params, TokenLosses
 from cyb_jax.methods.objectives.last import LastSlot
-from cyb_jax.methods.options import MethodConfig, one_of
+from cyb_jax.methods.options import MethodConfig
 from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 from cyb_jax.pauses import Packing, lengths_at_random, lengths_behind_prefixes, pack
 
@@ -53,13 +54,15 @@ class PauseTrainingConfig(MethodConfig):
   """The options of `pause_training`.
 
   Attributes:
-    pauses: M, pauses between prefix and target, and after a prompt.
+    pauses: M, the number of pauses between prefix and target, and after a prompt.
     pause_places: where pauses are in training: 'random', all over the text; 'prefix', M between each prefix and its
       target, which alone has weight; 'none', nowhere (at inference as with 'prefix').
-    pause_fraction: of 'random', pauses as a share of the window's length, before the row is cut back to that length.
+    pause_fraction: with 'random' places, the number of pauses as a share of the window's length, before the row is cut
+      back to that length.
   """
 
   name: ClassVar[str] = "pause_training"
+  RULES: ClassVar = {"pause_places": one_of("random", "prefix", "none"), "pause_fraction": INNER_SHARE}
 
   pauses: int = 10
   pause_places: str = "random"
@@ -67,9 +70,6 @@ class PauseTrainingConfig(MethodConfig):
 
   def validate(self) -> None:
     super().validate()
-    one_of("pause_places", self.pause_places, ("random", "prefix", "none"))
-    if not 0 < self.pause_fraction < 1:
-      raise InputError(f"method.pause_fraction: {self.pause_fraction:g} must lie inside (0, 1)")
     default = type(self).pause_fraction
     if self.pause_places != "random" and self.pause_fraction != default:
       raise InputError(

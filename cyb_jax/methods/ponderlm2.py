@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from cyb_jax.errors import InputError
+from cyb_jax.field_rules import Rule
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import SequentialSlotMethod
 from cyb_jax.methods.interface import Batch, Params, TokenLosses
@@ -24,10 +24,17 @@ class PonderOptions(MethodConfig):
   """The options of latent thoughts.
 
   Attributes:
-    pauses: K, latent thoughts after every token.
-    jacobi: how many passes refine all latent thoughts at once: the fewest and the most of a step, drawn uniformly;
-      evaluation takes the most.
+    pauses: K, the number of latent thoughts after every token.
+    jacobi: the number of passes that refine all latent thoughts at once, as MINIMUM:MAXIMUM; a step draws it uniformly,
+      and evaluation takes the maximum.
   """
+
+  RULES: ClassVar = {
+    "jacobi": Rule(
+      lambda value: len(value) == 2 and 0 <= value[0] <= value[1],
+      "two numbers, the fewest passes and the most, such as '2:3'",
+    )
+  }
 
   pauses: int = 1
   jacobi: tuple[int, ...] = (2, 3)
@@ -35,11 +42,6 @@ class PonderOptions(MethodConfig):
   def validate(self) -> None:
     super().validate()
     self.needs_pauses("without pauses it is 'baseline'")
-    if len(self.jacobi) != 2 or not 0 <= self.jacobi[0] <= self.jacobi[1]:
-      raise InputError(
-        f"method.jacobi: {':'.join(map(str, self.jacobi))!r} must be two numbers, the fewest passes and the most, such"
-        " as '2:3'"
-      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cyb_jax.costs import flops
 from cyb_jax.decoder import Cache, KeyWeights, empty_cache
 from cyb_jax.errors import InputError
+from cyb_jax.field_rules import DECAY, NOT_NEGATIVE, SHARE, Rule, not_negative
 from cyb_jax.methods.backbone import Backbone, boxed
 from cyb_jax.methods.composite import SequentialSlotMethod
 from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
@@ -58,7 +59,7 @@ class PonderLM3Config(PonderOptions):
   """The options of `ponderlm3`: those of latent thoughts, and of the router.
 
   Attributes:
-    router_penalty: nats per latent thought that a token is given, on average.
+    router_penalty: the penalty on each latent thought that a token is given, in nats.
     full_depth: the share of the run's steps, at its start, in which all tokens have K thoughts and the router is not
       trained.
     router_rate: a factor on the learning rate of the router.
@@ -66,23 +67,18 @@ class PonderLM3Config(PonderOptions):
   """
 
   name: ClassVar[str] = "ponderlm3"
+  RULES: ClassVar = {
+    "router_penalty": NOT_NEGATIVE,
+    "full_depth": SHARE,
+    "router_rate": not_negative("keeps the router as it starts"),
+    "prune_below": Rule(DECAY.accepts, f"{DECAY.wanted}; 0 prunes nothing"),
+  }
 
   pauses: int = 3
   router_penalty: float = 0.0
   full_depth: float = 0.0
   router_rate: float = 1.0
   prune_below: float = 1e-4
-
-  def validate(self) -> None:
-    super().validate()
-    if not 0 <= self.router_penalty < math.inf:
-      raise InputError(f"method.router_penalty: {self.router_penalty!r} must be finite and not negative")
-    if not 0 <= self.full_depth <= 1:
-      raise InputError(f"method.full_depth: {self.full_depth!r} must be a share of the steps, in [0, 1]")
-    if not 0 <= self.router_rate < math.inf:
-      raise InputError(f"method.router_rate: {self.router_rate!r} must be finite and not negative")
-    if not 0 <= self.prune_below < 1:
-      raise InputError(f"method.prune_below: {self.prune_below!r} must lie in [0, 1); 0 prunes nothing")
 
   def build(self, backbone: Backbone) -> PonderLM3:
     if backbone.decoder_config.attention not in ("auto", "xla"):

@@ -23,12 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from cyb_jax.decoder import init_params
 from cyb_jax.errors import InputError
+from cyb_jax.field_rules import Rule, one_of
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import SlotMethod
 from cyb_jax.methods.interface import Batch, DataFacts, EvalOutput, MethodCosts, Params, TokenLosses
 from cyb_jax.methods.objectives.last import LastSlot
-from cyb_jax.methods.options import MethodConfig, one_of
+from cyb_jax.methods.options import MethodConfig
 from cyb_jax.methods.slot_models.streams import ForkedStreams, by_token, own_tokens, real_lengths
 from cyb_jax.stopping import SlotScores
 
@@ -38,34 +39,32 @@ class ThoughtbubblesConfig(MethodConfig):
   """The options of `thoughtbubbles`.
 
   Attributes:
-    fork_layers: the layers (from 1) before which streams fork; None: 3, 7 and 11 from 12 layers on, 3 and 5 of 6 to 8;
+    fork_layers: the layers (from 1) before which streams fork; '': 3, 7 and 11 from 12 layers on, 3 and 5 of 6 to 8;
       ours for other decoders: those of 3, 7 and 11 that it has from 9 layers on, and below 6 layers in proportion, but
       never before the first layer, where the router would see bare embeddings.
-    stream_budget: streams per token that a row may have.
+    stream_budget: the number of streams per token that a row may have.
     combine: how a token's streams are read: 'probabilities', their mixture (the paper); 'states', the head of their sum
       (the authors' code).
   """
 
   name: ClassVar[str] = "thoughtbubbles"
+  RULES: ClassVar = {
+    "fork_layers": Rule(
+      lambda value: value is None or list(value) == sorted(set(value)),
+      "numbers of layers, each once and in order, such as '3:7:11'; '' for the default",
+    ),
+    "stream_budget": Rule(lambda value: 1 < value < math.inf, "finite and more than 1; with 1 nothing can fork"),
+    "combine": one_of("probabilities", "states"),
+  }
 
   fork_layers: tuple[int, ...] | None = None
   stream_budget: float = 2.0
   combine: str = "probabilities"
 
-  def validate(self) -> None:
-    super().validate()
-    one_of("combine", self.combine, ("probabilities", "states"))
-    if not 1 <= self.stream_budget < math.inf:
-      raise InputError(
-        f"method.stream_budget: {self.stream_budget!r} must be finite and more than 1; a token needs a stream"
-      )
-    if self.stream_budget == 1:
-      raise InputError("method.stream_budget: 1 stream a token lets nothing fork; give more, or take method 'baseline'")
-
   def build(self, backbone: Backbone) -> Thoughtbubbles:
     layers = backbone.decoder_config.num_layers
     forks = _default_forks(layers) if self.fork_layers is None else self.fork_layers
-    if not forks or list(forks) != sorted(set(forks)) or not 1 <= forks[0] <= forks[-1] <= layers:
+    if not forks or not 1 <= forks[0] <= forks[-1] <= layers:
       raise InputError(
         f"method.fork_layers: {':'.join(map(str, forks))!r} must be layers in 1..{layers}, each once and in order, such"
         f" as {':'.join(map(str, _default_forks(layers)))!r}; '' for the default"

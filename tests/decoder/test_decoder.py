@@ -404,8 +404,8 @@ def test_preset_overrides():
   ("field", "value", "wanted"),
   [
     ("vocab_size", 0, "at least 1"),
-    ("num_layers", 2.0, "an integer"),
-    ("num_heads", True, "an integer"),
+    ("num_layers", 2.0, "a whole number"),
+    ("num_heads", True, "a whole number"),
     ("num_kv_heads", 3, r"a divisor of decoder\.num_heads = 4"),
     ("norm", "batchnorm", "rmsnorm, rmsnorm_plus_one, layernorm"),
     ("norm_epsilon", 0, "positive"),
@@ -414,7 +414,7 @@ def test_preset_overrides():
     ("attention_bias", True, "none, qkv, all"),
     ("rope_base", -1.0, "positive"),
     ("rope_base", math.nan, "positive"),
-    ("rope_fraction", 1.5, "at most 1"),
+    ("rope_fraction", 1.5, r"in \(0, 1\]"),
     ("rope_fraction", 0.375, r"even part of decoder\.head_size = 8"),
     ("rope_fraction", 0.3, r"even part of decoder\.head_size = 8"),
     ("soft_cap", 0.0, "None for no cap"),
@@ -431,7 +431,7 @@ def test_bad_fields(field, value, wanted):
   with pytest.raises(InputError, match=wanted) as caught:
     DecoderConfig(**{**_SIZES, field: value})
   message = str(caught.value)
-  assert message.startswith(f"decoder.{field}: {value!r} will not do; expected ")
+  assert message.startswith(f"decoder.{field}: {value!r} must be ")
   assert "\n" not in message
 
 

@@ -289,7 +289,7 @@ def test_own_rows_of_another_shape_are_refused(tmp_path):
     (dict(pauses=2), r"pause_ids has 3 entries, but cyb_jax\.method\.pauses = 2"),
     (dict(pauses="3"), r"cyb_jax\.method\.pauses: '3' must be int"),
     (dict(loss=7), r"cyb_jax\.method\.loss: 7 must be str"),
-    (dict(loss="xy"), r"cyb_jax\.method\.loss: 'xy' is none of"),
+    (dict(loss="xy"), r"cyb_jax\.method\.loss: 'xy' must be one of"),
     (dict(omega=[1.0, "2", 1.0, 1.0]), r"method\.omega = .* must be a list of numbers"),
     (dict(patience=3), r"cyb_jax\.method\.patience: unknown field; there are pauses, "),
     (dict(name="tbys", dont_know_prior=0.9), "cyb_jax.own = "),

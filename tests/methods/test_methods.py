@@ -231,7 +231,7 @@ def test_flops_count_what_is_read():
     ({"name": "tbys", "pauses": 1, "rho": (1.0, 1.0)}, r"method.rho: .* no such option"),
     ({"name": "cyb", "pauses": -1}, r"method.pauses: -1"),
     ({"name": "cyb", "pauses": 1, "loss": "xx"}, r"method.loss: 'xx'"),
-    ({"name": "cyb", "pauses": 1, "recipe": "xx"}, r"method.recipe: 'xx' is none of 'constant'"),
+    ({"name": "cyb", "pauses": 1, "recipe": "xx"}, r"method.recipe: 'xx' must be one of constant"),
     ({"name": "cyb", "pauses": 1, "dont_know": "xx"}, r"method.dont_know: 'xx'"),
     ({"name": "cyb", "pauses": 1, "dont_know_prior": 1.0}, r"method.dont_know_prior: 1.0"),
     ({"name": "cyb", "pauses": 1, "pause_input": "xx"}, r"method.pause_input: 'xx'"),

@@ -409,8 +409,8 @@ def test_tokens_learnt_are_the_mean_of_those_that_are_kept():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"places": "often"}, "method.pause_places: 'often' is none of 'random', 'prefix', 'none'"),
-    ({"pause_fraction": 1.0}, "method.pause_fraction: 1 must lie inside (0, 1)"),
+    ({"places": "often"}, "method.pause_places: 'often' must be one of random, prefix, none"),
+    ({"pause_fraction": 1.0}, "method.pause_fraction: 1.0 must be inside (0, 1)"),
     ({"places": "prefix", "pause_fraction": 0.2}, "method.pause_fraction: 0.2 is set, but method.pause_places"),
     ({"pauses": -1}, "method.pauses: -1 must be a whole number"),
     ({"recipe": "sampled"}, "method.recipe: unknown field; method 'pause_training' has no such option"),

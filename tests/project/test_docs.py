@@ -51,7 +51,7 @@ def test_a_new_objective_over_pauses(monkeypatch):
   np.testing.assert_allclose(output.loss, -output.log_likelihood, rtol=1e-6)
   said = Sampler(method, SamplingOptions(mode="constant", temperature=0.0)).generate(params, [[3]], max_new_tokens=2)
   assert len(said.tokens[0]) == 2
-  with pytest.raises(InputError, match=r"method.decay: 0 must lie in \(0, 1\]"):
+  with pytest.raises(InputError, match=r"method.decay: 0.0 must be in \(0, 1\]"):
     methods.configure(name, decay=0.0)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from jaxtyping import Array, Float, Int
 from cyb_jax import losses
 from cyb_jax.decoder import unembedding_init
 from cyb_jax.errors import InputError
+from cyb_jax.field_rules import INNER_SHARE, NOT_NEGATIVE, Rule, checked_later, one_of, or_none, whole_number
 from cyb_jax.methods.backbone import Backbone, DontKnow, boxed, boxed_row
 from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
-from cyb_jax.methods.options import MethodConfig, one_of
+from cyb_jax.methods.options import MethodConfig
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
@@ -40,20 +41,34 @@ class StoppingOptions(MethodConfig):
   """The options of the stopping-time losses. W = `pauses` + 1.
 
   Attributes:
-    pauses: K, the slots of a token after its first.
-    loss: 'ap', 'va' or 'dp'.
-    omega: the step budget in training, W weights: the probability that 1, 2, .. W slots are granted; None: always W.
-    gamma: the discount over slots, W numbers in [0, 1]; None: all ones.
-    rho: the prior over slots of VA and DP, W weights.
-    alpha: the coefficient of DP's penalty.
-    dont_know: 'token': `<don't know>` competes with the vocabulary; 'unit': a logistic unit of its own.
+    pauses: K, the number of slots of a token after its first one.
+    loss: the training objective: 'ap' for CYB-AP, 'va' for CYB-VA or 'dp' for CYB-DP, see `cyb_jax.losses`.
+    omega: the step budget in training, W weights: in proportion to the probability that 1, 2, .. W slots are allowed;
+      '': always W.
+    gamma: the discount over slots, W factors; '': all ones.
+    rho: the prior over slots of the losses 'va' and 'dp', W weights.
+    alpha: the coefficient of the penalty of the loss 'dp'.
+    dont_know: the form of `<don't know>`: 'token', an output that competes with the vocabulary; 'unit', a logistic unit
+      of its own.
     dont_know_prior: the probability of abstaining that the prior shift gives to a model that knows nothing; None: no
       shift.
-    calibration_batches: before the first step a constant is added to the `<don't know>` logit so that over this many
-      batches the median of d is `dont_know_prior`; 0: off.
-    stopping_warmup: for this many steps d is held at `dont_know_prior`, so that slots learn to answer before the model
-      learns when to; 0: off.
+    calibration_batches: before the first step a constant is added to the `<don't know>` logit, so that over this many
+      batches the median of d, the probability of abstaining, is `dont_know_prior`; 0: off.
+    stopping_warmup: for this many steps d, the probability of abstaining, is held at `dont_know_prior`, so that slots
+      learn to answer before the model learns when to; 0: off.
   """
+
+  RULES: ClassVar = {
+    "loss": one_of(*_OPTIONS_OF_LOSS),
+    "omega": checked_later("W weights that are not negative, such as '1:1:1:1'; '' for the default"),
+    "gamma": checked_later("W numbers in [0, 1], 'linear:g0' or 'exponential:g0'; '' for the default"),
+    "rho": checked_later("W positive weights, such as '1:1:1:1' (of 'dp': not negative); '' with 'ap'"),
+    "alpha": Rule(NOT_NEGATIVE.accepts, "not negative; 0 unless method.loss = 'dp'"),
+    "dont_know": one_of("token", "unit"),
+    "dont_know_prior": or_none(INNER_SHARE, "for no shift"),
+    "calibration_batches": whole_number(note="; 0 is off"),
+    "stopping_warmup": whole_number(note="; 0 is off"),
+  }
 
   pauses: int = 3
   loss: str = "ap"
@@ -73,23 +88,15 @@ class StoppingOptions(MethodConfig):
 
   def validate(self) -> None:
     super().validate()
-    one_of("loss", self.loss, _OPTIONS_OF_LOSS)
     for field, default in _DEFAULTS.items():
       value = getattr(self, field)
       if field not in _OPTIONS_OF_LOSS[self.loss] and value != default:
         raise InputError(f"method.{field}: {value!r} is set, but method.loss = {self.loss!r} doesn't use it")
     if self.loss != "ap" and self.rho is None:
       raise InputError(f"method.rho: not set, but method.loss = {self.loss!r} needs {self.num_slots} weights")
-    if not 0 <= self.alpha < math.inf:
-      raise InputError(f"method.alpha: {self.alpha!r} must be finite and not negative")
-    one_of("dont_know", self.dont_know, ("token", "unit"))
-    if self.dont_know_prior is not None and not 0 < self.dont_know_prior < 1:
-      raise InputError(f"method.dont_know_prior: {self.dont_know_prior!r} must lie inside (0, 1), or be None")
     self.validate_recipe()
     for field, purpose in (("calibration_batches", "the median of d is set to"), ("stopping_warmup", "d is held at")):
       value = getattr(self, field)
-      if value < 0:
-        raise InputError(f"method.{field}: {value} must not be negative; 0 is off")
       if value and self.dont_know_prior is None:
         raise InputError(f"method.{field}: {value} needs method.dont_know_prior, which {purpose}; it is None")
     self._validate_weights()

@@ -10,15 +10,17 @@ Q slots that run together, D model.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.decoder import HiddenSlots, SegmentMask, embedding_init
+from cyb_jax.field_rules import SWITCH, one_of
 from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, boxed_row
 from cyb_jax.methods.interface import Batch, Params
-from cyb_jax.methods.options import MethodConfig, one_of
+from cyb_jax.methods.options import MethodConfig
 from cyb_jax.methods.slot_models.plain import Plain
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
 
@@ -28,16 +30,24 @@ class PauseOptions(MethodConfig):
   """The options of pauses.
 
   Attributes:
-    pauses: K, pauses after every token.
-    pause_input: 'pause': the input of a pause is its own row (the paper); 'token+pause': its row plus the embedding of
+    pauses: K, the number of pauses after every token.
+    pause_input: the input of a pause: 'pause', its own row (the paper); 'token+pause', its row plus the embedding of
       its token.
-    pause_visibility: 'visible', or 'hidden': a pause is seen by later slots of its own token alone; see
-      `cyb_jax.pauses`.
+    pause_visibility: which slots attend to a pause: 'visible', all later ones; 'hidden', later slots of its own token
+      only; see `cyb_jax.pauses`.
     pause_offset: whether a learned offset per pause index is added before the query and key projections.
     pause_shared: whether all pauses share one row (the form of earlier work).
-    pause_positions: 'token': a pause has the position of its token; 'shifting': a position of its own (the form of
+    pause_positions: the position of a pause: 'token', that of its token; 'shifting', one of its own (the form of
       earlier work).
   """
+
+  RULES: ClassVar = {
+    "pause_input": one_of("pause", "token+pause"),
+    "pause_visibility": one_of("visible", "hidden"),
+    "pause_offset": SWITCH,
+    "pause_shared": SWITCH,
+    "pause_positions": one_of("token", "shifting"),
+  }
 
   pauses: int = 3
   pause_input: str = "pause"
@@ -45,12 +55,6 @@ class PauseOptions(MethodConfig):
   pause_offset: bool = False
   pause_shared: bool = False
   pause_positions: str = "token"
-
-  def validate(self) -> None:
-    super().validate()
-    one_of("pause_input", self.pause_input, ("pause", "token+pause"))
-    one_of("pause_visibility", self.pause_visibility, ("visible", "hidden"))
-    one_of("pause_positions", self.pause_positions, ("token", "shifting"))
 
 
 class Pauses(Plain):
