@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from cyb_jax.field_rules import whole_number
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.objectives.last import LastSlot
@@ -23,12 +24,9 @@ class CopyKConfig(MethodConfig):
   """
 
   name: ClassVar[str] = "copy_k"
+  RULES: ClassVar = {"pauses": whole_number(1, note="; without copies it is 'baseline'")}
 
   pauses: int = 3
-
-  def validate(self) -> None:
-    super().validate()
-    self.needs_pauses("without copies it is 'baseline'")
 
   def build(self, backbone: Backbone) -> CachedSlotMethod:
     num_slots = self.pauses + 1

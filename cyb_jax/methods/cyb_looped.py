@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from jaxtyping import Array, Int
 
+from cyb_jax.field_rules import whole_number
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.objectives.stopping import StoppingOptions
 from cyb_jax.methods.slot_models.read_loops import LoopCache, ReadLoops
@@ -26,10 +27,7 @@ class CybLoopedConfig(StoppingOptions):
   """
 
   name: ClassVar[str] = "cyb_looped"
-
-  def validate(self) -> None:
-    super().validate()
-    self.needs_pauses("without a second loop it is 'baseline'")
+  RULES: ClassVar = {"pauses": whole_number(1, note="; without a second loop it is 'baseline'")}
 
   def build(self, backbone: Backbone) -> CybLooped:
     return CybLooped(self, backbone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from cyb_jax.field_rules import whole_number
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.objectives.last import LastSlot
@@ -21,12 +22,9 @@ class LoopedConfig(MethodConfig):
   """
 
   name: ClassVar[str] = "looped"
+  RULES: ClassVar = {"pauses": whole_number(1, note="; without a second pass through the layers it is 'baseline'")}
 
   pauses: int = 3
-
-  def validate(self) -> None:
-    super().validate()
-    self.needs_pauses("without a second pass through the layers it is 'baseline'")
 
   def build(self, backbone: Backbone) -> CachedSlotMethod:
     return CachedSlotMethod(self, backbone, Loops(backbone, self.pauses + 1), LastSlot(backbone, 1))

@@ -7,7 +7,6 @@ import typing
 from collections.abc import Mapping
 from typing import ClassVar
 
-from cyb_jax.errors import InputError
 from cyb_jax.field_rules import Rule, check_fields, whole_number
 
 if typing.TYPE_CHECKING:
@@ -54,8 +53,3 @@ class MethodConfig:
       InputError: an option does not go with the decoder.
     """
     raise NotImplementedError
-
-  def needs_pauses(self, otherwise: str) -> None:
-    """Raises InputError where `pauses` is 0; `otherwise`: what such a model is."""
-    if not getattr(self, "pauses", 0):
-      raise InputError(f"method.pauses: 0, but method {self.name!r} needs at least 1; {otherwise}")

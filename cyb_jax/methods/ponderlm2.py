@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from cyb_jax.field_rules import Rule
+from cyb_jax.field_rules import Rule, whole_number
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import SequentialSlotMethod
 from cyb_jax.methods.interface import Batch, Params, TokenLosses
@@ -30,18 +30,15 @@ class PonderOptions(MethodConfig):
   """
 
   RULES: ClassVar = {
+    "pauses": whole_number(1, note="; without pauses it is 'baseline'"),
     "jacobi": Rule(
       lambda value: len(value) == 2 and 0 <= value[0] <= value[1],
       "two numbers, the fewest passes and the most, such as '2:3'",
-    )
+    ),
   }
 
   pauses: int = 1
   jacobi: tuple[int, ...] = (2, 3)
-
-  def validate(self) -> None:
-    super().validate()
-    self.needs_pauses("without pauses it is 'baseline'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

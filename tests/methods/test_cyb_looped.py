@@ -273,7 +273,7 @@ def test_abilities_and_refusals():
   for ability in (CachedDecoding, Calibrated, EarlyExit):
     assert isinstance(method, ability)
   assert not isinstance(method, Exportable)
-  with pytest.raises(InputError, match=r"method.pauses: 0, but method 'cyb_looped' needs at least 1"):
+  with pytest.raises(InputError, match=r"method.pauses: 0 must be a whole number of at least 1"):
     configure("cyb_looped", pauses=0)
   with pytest.raises(InputError, match=r"method.pause_input: unknown field"):
     configure("cyb_looped", pause_input="pause")

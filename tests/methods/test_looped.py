@@ -60,7 +60,7 @@ def test_scanned_layers_give_the_same_and_run_whole_only():
 
 
 def test_no_passes_beside_the_first_is_refused():
-  with pytest.raises(InputError, match=r"method.pauses: 0, but method 'looped' needs at least 1"):
+  with pytest.raises(InputError, match=r"method.pauses: 0 must be a whole number of at least 1"):
     build(name="looped", pauses=0)
   with pytest.raises(InputError, match=r"method.omega: unknown field; method 'looped' has no such option"):
     build(name="looped", pauses=1, omega=(1.0, 1.0))

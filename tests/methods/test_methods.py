@@ -227,7 +227,7 @@ def test_flops_count_what_is_read():
   [
     ({"name": "cby"}, r"method.name: 'cby' is unknown; did you mean 'cyb'"),
     ({"name": "baseline", "pauses": 1}, r"method.pauses: unknown field; method 'baseline' has no such option"),
-    ({"name": "tbys", "pauses": 0}, r"method.pauses: 0, but method 'tbys'"),
+    ({"name": "tbys", "pauses": 0}, r"method.pauses: 0 must be a whole number of at least 1"),
     ({"name": "tbys", "pauses": 1, "rho": (1.0, 1.0)}, r"method.rho: .* no such option"),
     ({"name": "cyb", "pauses": -1}, r"method.pauses: -1"),
     ({"name": "cyb", "pauses": 1, "loss": "xx"}, r"method.loss: 'xx'"),

@@ -587,7 +587,7 @@ def test_layers_that_are_scanned_over(exact):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(name="ponderlm2", pauses=0), r"method.pauses: 0, but method 'ponderlm2' needs at least 1"),
+    (dict(name="ponderlm2", pauses=0), r"method.pauses: 0 must be a whole number of at least 1"),
     (dict(name="ponderlm2", pauses=1, jacobi=(3, 2)), r"method.jacobi: '3:2' must be two numbers, the fewest"),
     (dict(name="ponderlm2", pauses=1, jacobi=(3,)), r"method.jacobi: '3' must be two numbers"),
     (dict(name="ponderlm2", pauses=1, jacobi=(-1, 2)), r"method.jacobi: '-1:2' must be two numbers"),

@@ -590,7 +590,7 @@ def test_positions_that_shift(exact):
     ),
     ({"name": "cyb", "pauses": 1, "stopping_warmup": 1, "dont_know_prior": None}, r"method.stopping_warmup: 1 needs"),
     ({"name": "baseline", "recipe": "sampled"}, r"method.recipe: unknown field; method 'baseline' has no such"),
-    ({"name": "constant_stop", "pauses": 0}, r"method.pauses: 0, but method 'constant_stop' needs at least 1"),
+    ({"name": "constant_stop", "pauses": 0}, r"method.pauses: 0 must be a whole number of at least 1"),
     ({"name": "mean_slots", "pauses": 1, "omega": (1.0, 1.0)}, r"method.omega: .* no such option"),
   ],
 )

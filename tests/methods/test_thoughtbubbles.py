@@ -501,7 +501,7 @@ def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
   with pytest.raises(InputError, match=r"give at least 1.14286"):
     jax.eval_shape(method.evaluate, drawn(method), random_batch(0, 1, 7))
   assert method.slot_model.segments(10)[-1].streams == 11
-  with pytest.raises(InputError, match=r"method.pauses: 0, but method 'copy_k' needs at least 1"):
+  with pytest.raises(InputError, match=r"method.pauses: 0 must be a whole number of at least 1"):
     methods.build(configure(name="copy_k", pauses=0), TINY)
   with pytest.raises(InputError, match=r"method.stream_budget: unknown field; method 'copy_k' has no such option"):
     methods.build(configure(name="copy_k", pauses=1, stream_budget=4.0), TINY)
