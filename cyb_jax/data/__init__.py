@@ -1,7 +1,8 @@
 """Text to tokens to batches. Only reading TFDS and SeqIO tasks of the user's own needs TensorFlow."""
 
 from cyb_jax.data.batches import Batch, Permutation, Prefetch, TrainBatches, evaluation_batches, with_segment_ids
-from cyb_jax.data.mixtures import MixtureBatches, MixtureStore, open_token_store, prepare_mixture
+from cyb_jax.data.mixture_batches import MixtureBatches
+from cyb_jax.data.mixtures import MixtureStore, open_token_store, prepare_mixture
 from cyb_jax.data.preparation import Prepared, prepare, prepare_shard
 from cyb_jax.data.store import TokenStore, is_store
 from cyb_jax.data.tasks import TASKS, Document, Task, default_tokenizer, open_task, register

@@ -119,15 +119,11 @@ def open_batches(config: Config, store: TokenStore, rows: np.ndarray | None = No
     store: the run's.
     rows: int64[R], the rows of each batch that are read; None: all rows.
   """
-  kind = MixtureBatches if isinstance(store, MixtureStore) else TrainBatches
-  return kind(
-    store,
-    sequence_length=config.data.sequence_length,
-    batch_size=config.data.batch_size,
-    seed=config.data.seed,
-    fraction=config.data.fraction,
-    rows=rows,
-  )
+  data = config.data
+  options = {"batch_size": data.batch_size, "seed": data.seed, "fraction": data.fraction, "rows": rows}
+  if isinstance(store, MixtureStore):
+    return MixtureBatches(store.sources, sequence_length=data.sequence_length, **options)
+  return TrainBatches(store, sequence_length=data.sequence_length, **options)
 
 
 def batch_reader(config: Config, store: TokenStore, rows: np.ndarray) -> Callable[[int], dict[str, np.ndarray]]:

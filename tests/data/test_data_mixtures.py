@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cyb_jax.data import MixtureBatches, TokenStore, evaluation_batches, open_token_store, prepare, prepare_mixture
-from cyb_jax.data.mixtures import period
+from cyb_jax.data.mixture_batches import period
 from cyb_jax.errors import InputError
 from cyb_jax.option_syntax import Item, parse_mixture
 
@@ -52,7 +52,7 @@ def test_an_irrational_weight_is_rounded_to_a_ten_thousandth():
 
 def test_examples_are_of_their_sources_by_weight_and_each_window_is_read_once_an_epoch(stores, tmp_path):
   store = mixture(stores, tmp_path)
-  batches = MixtureBatches(store, sequence_length=T, batch_size=B, seed=3)
+  batches = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=3)
   windows = [source.store.num_windows("train", T) for source in store.sources]
   seen = [collections.Counter() for _ in store.sources]
   steps = -(-10 * max(windows) // B)
@@ -77,7 +77,7 @@ def test_examples_are_of_their_sources_by_weight_and_each_window_is_read_once_an
 def test_every_epoch_of_a_source_has_each_window_once(stores, tmp_path, weights):
   """Also where the pattern is longer than an epoch: a source's examples are numbered as they are read."""
   store = mixture(stores, tmp_path, weights)
-  batches = MixtureBatches(store, sequence_length=T, batch_size=B, seed=0)
+  batches = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=0)
   size = store.sources[2].store.num_windows("train", T)
   read = []
   for step in range(int(2.5 * size / weights[2] / B)):
@@ -98,16 +98,16 @@ def test_a_mixture_that_is_prepared_needs_no_writing(stores, tmp_path):
 def test_a_source_smaller_than_its_share_of_a_batch_or_a_window_is_refused(stores, tmp_path):
   store = mixture(stores, tmp_path, (0.02, 0.02, 0.96))
   with pytest.raises(InputError, match=r"source 'c': data.batch_size=512: about 492 examples .* only \d+ windows"):
-    MixtureBatches(store, sequence_length=T, batch_size=512, seed=0)
+    MixtureBatches(store.sources, sequence_length=T, batch_size=512, seed=0)
   with pytest.raises(InputError, match=r"source 'c': data.sequence_length=5000"):
-    MixtureBatches(store, sequence_length=5000, batch_size=1, seed=0)
+    MixtureBatches(store.sources, sequence_length=5000, batch_size=1, seed=0)
 
 
 def test_a_batch_depends_on_seed_and_step_alone_and_holds_its_rows(stores, tmp_path):
   store = mixture(stores, tmp_path)
-  whole = MixtureBatches(store, sequence_length=T, batch_size=B, seed=0)
-  again = MixtureBatches(store, sequence_length=T, batch_size=B, seed=0, rows=np.array([2, 0]))
-  other = MixtureBatches(store, sequence_length=T, batch_size=B, seed=1)
+  whole = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=0)
+  again = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=0, rows=np.array([2, 0]))
+  other = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=1)
   for step in (1000, 3):
     batch, part = whole(step), again(step)
     assert {name: array.dtype.name for name, array in batch.items()} == {
@@ -225,7 +225,7 @@ def test_stores_of_different_tokenizers_are_refused(stores, tmp_path):
 def test_a_source_that_runs_out_is_logged_once(stores, tmp_path, caplog):
   from cyb_jax.training.hooks import SourceCounts
 
-  batches = MixtureBatches(mixture(stores, tmp_path), sequence_length=T, batch_size=B, seed=0)
+  batches = MixtureBatches(mixture(stores, tmp_path).sources, sequence_length=T, batch_size=B, seed=0)
   counts = SourceCounts(batches, T, 0)
   once = next(step for step in range(10_000) if batches.epochs(step)["c"] >= 1)
   with caplog.at_level(logging.INFO, logger="absl"):

@@ -1,0 +1,190 @@
+"""The batches of a mixture: which source each example of a run is of.
+
+Of every M consecutive examples of a run, each source has the number that its weight asks for, in an order by the seed.
+M is the smallest number up to 10,000 of which all weights are whole shares, or 10,000 with rounded shares. The number
+of a source's examples before a given one is therefore a formula, and batch = f(seed, step) as for one store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cyb_jax.data.batches import BLOCK_STEPS, Batch, Permutation, WindowOrder, checked_rows
+from cyb_jax.data.store import TokenStore
+from cyb_jax.errors import InputError
+
+# The largest M; smaller shares than 1 / M are refused.
+_LARGEST_PERIOD = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One source of a mixture.
+
+  Attributes:
+    name: unique in the mixture.
+    weight: its share of the examples in training, in (0, 1].
+    store: its tokens.
+  """
+
+  name: str
+  weight: float
+  store: TokenStore
+
+
+@contextlib.contextmanager
+def of_source(name: str) -> Iterator[None]:
+  """Names the source of a mixture in the InputErrors of the block."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f"data.mixture: source {name!r}: {error}") from error
+
+
+def period(weights: Sequence[float]) -> list[int]:
+  """How many of M examples are of each source; M is the sum of the result.
+
+  Args:
+    weights: shares that sum to 1.
+
+  Raises:
+    InputError: a share is too small.
+
+  Example:
+    >>> period([0.7, 0.3])
+    [7, 3]
+  """
+  for size in range(1, _LARGEST_PERIOD + 1):
+    counts = np.rint(np.multiply(weights, size))
+    if np.abs(np.multiply(weights, size) - counts).max() < 1e-9 * size and counts.sum() == size:
+      break
+  else:
+    # The largest remainders get the examples that rounding down leaves.
+    size = _LARGEST_PERIOD
+    exact = np.multiply(weights, size)
+    counts = np.floor(exact)
+    counts[np.argsort(counts - exact, kind="stable")[: size - int(counts.sum())]] += 1
+  if counts.min() < 1:
+    raise InputError(
+      f"data.mixture: a source has the share {min(weights):.2g} of the examples; give at least 1 / {_LARGEST_PERIOD},"
+      " or leave it out"
+    )
+  return [int(count) for count in counts]
+
+
+class MixtureBatches:
+  """The batches of a run over a mixture, by step number; see `batches.TrainBatches`.
+
+  Args:
+    sources: of the mixture, in order.
+    sequence_length, batch_size, seed, fraction, rows: as for `TrainBatches`; `fraction` is of each source.
+
+  Attributes:
+    windows_per_epoch: windows of all sources together. A source is read again when its own windows have all been read.
+    steps_per_epoch: windows_per_epoch / B.
+  """
+
+  def __init__(
+    self,
+    sources: Sequence[Source],
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    fraction: float = 1.0,
+    rows: np.ndarray | None = None,
+  ):
+    self._rows = checked_rows(batch_size, rows)
+    self._sources, self._sequence_length, self._batch_size, self._seed = sources, sequence_length, batch_size, seed
+    self._counts = np.array(period([source.weight for source in sources]))
+    self._period = int(self._counts.sum())
+    self._orders = [self._order(source, fraction) for source in sources]
+    self.windows_per_epoch = sum(order.windows_per_epoch for order in self._orders)
+    self.steps_per_epoch = self.windows_per_epoch / batch_size
+    self._pattern = functools.lru_cache(maxsize=4)(self._pattern_of)
+    self._block = functools.lru_cache(maxsize=2)(self._windows_of_block)
+
+  def _order(self, source: Source, fraction: float) -> WindowOrder:
+    """The order of a source's windows.
+
+    Raises:
+      InputError: its train split is shorter than a window, or has fewer windows than its share of a batch.
+    """
+    with of_source(source.name):
+      order = WindowOrder(
+        source.store, sequence_length=self._sequence_length, seed=f"{self._seed}:{source.name}", fraction=fraction
+      )
+      share = source.weight * self._batch_size
+      if order.windows_per_epoch < int(share):
+        raise InputError(
+          f"data.batch_size={self._batch_size}: about {share:.0f} examples of each batch are of it, and it has only"
+          f" {order.windows_per_epoch} windows of {self._sequence_length} tokens; give it a smaller weight or more text"
+        )
+      return order
+
+  def __call__(self, step: int) -> Batch:
+    """The rows of a step's batch."""
+    sources, windows = self.windows(step)
+    rows, length = len(windows), self._sequence_length
+    tokens, weights = np.empty((rows, length + 1), np.int32), np.empty((rows, length), np.float32)
+    for number, source in enumerate(self._sources):
+      of = sources == number
+      if of.any():
+        tokens[of], weights[of] = source.store.windows("train", windows[of], length)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+  def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int64[R], int64[R]): source and window in the rows of a step's batch."""
+    if step < 0:
+      raise ValueError(f"step must be at least 0, not {step}")
+    block, place = divmod(step, BLOCK_STEPS)
+    sources, windows = self._block(block)
+    return sources[place], windows[place]
+
+  def _windows_of_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    steps = block * BLOCK_STEPS + np.arange(BLOCK_STEPS)
+    sources, examples = self._examples(steps[:, None] * self._batch_size + self._rows)
+    windows = np.empty_like(examples)
+    for number, order in enumerate(self._orders):
+      of = sources == number
+      windows[of] = order(examples[of])
+    return sources, windows
+
+  def read_windows(self, step: int) -> dict[str, int]:
+    """How many windows of each source the first `step` steps read, over all hosts."""
+    repetitions, rest = divmod(step * self._batch_size, self._period)
+    inside, _ = self._pattern(repetitions)
+    counts = repetitions * self._counts + np.bincount(inside[:rest], minlength=len(self._counts))
+    return {source.name: int(count) for source, count in zip(self._sources, counts)}
+
+  def epochs(self, step: int) -> dict[str, float]:
+    """How often the first `step` steps read each source."""
+    read = self.read_windows(step)
+    return {name: read[name] / order.windows_per_epoch for name, order in zip(read, self._orders)}
+
+  def _examples(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(source, number of the example in its source) of examples of the mixture, each int64[...]."""
+    repetitions, places = np.divmod(examples, self._period)
+    sources, ranks = np.empty_like(places), np.empty_like(places)
+    for repetition in np.unique(repetitions).tolist():
+      of = repetitions == repetition
+      sources[of], ranks[of] = (values[places[of]] for values in self._pattern(repetition))
+    return sources, repetitions * self._counts[sources] + ranks
+
+  def _pattern_of(self, repetition: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sources of M examples, and how many examples of the same source are before each of them; each int64[M].
+
+    The examples of a source are numbered in the order in which they are read, so that any epoch of it has each window
+    once.
+    """
+    shuffled = Permutation(self._period, f"mixture:{self._seed}:{repetition}")(np.arange(self._period))
+    sources = np.searchsorted(np.cumsum(self._counts), shuffled, side="right")
+    ranks = np.empty_like(sources)
+    for number, count in enumerate(self._counts):
+      ranks[sources == number] = np.arange(count)
+    return sources, ranks
