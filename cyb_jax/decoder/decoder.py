@@ -42,6 +42,9 @@ class Decoder(nn.Module):
   [D, N, H], `key` and `value` [D, G, H], `out` [N, H, D]), `mlp_norm` and `mlp` (`gate` and `up` [D, F], `down`
   [F, D]). A matrix is a `kernel`, with a `bias` where configured. A matrix with an adapter of rank r also has `lora_a`
   f32[inputs..., r] and `lora_b` f32[r, outputs...].
+
+  Attributes:
+    config: the shape and style.
   """
 
   config: DecoderConfig

@@ -67,8 +67,11 @@ class Source:
     kind: 'huggingface', 'gguf' or 'llama2c'.
     path: the folder or file.
     decoder: its shape and style, param_dtype float32.
+    files: the tensors of its files, by name.
+    table: which tensor holds which leaves of the decoder's parameters.
     extras: of an export of ours; None: it is none.
     context: the longest text that it says it reads, tokens; None: it doesn't say.
+    own_files: the tensors of an export of ours that are not the decoder's; None: it is none.
   """
 
   kind: str
