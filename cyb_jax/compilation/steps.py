@@ -65,7 +65,7 @@ def compile_steps(
     verify: whether advice is compiled too, change by change.
 
   Returns:
-    What the program prints; see README.md.
+    What the program prints; see docs/guides/distributed.md.
 
   Raises:
     InputError: bad input; nothing was compiled.

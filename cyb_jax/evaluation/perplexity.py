@@ -91,9 +91,9 @@ class Evaluator:
       num_bytes: UTF-8 bytes of the text that the tokens encode; None: unknown.
 
     Returns:
-      The keys of the README's table from `loss` to `flops`; what is undefined for the method is None. In addition
-      `inference_flops`, of a token decoded with a cache; `inference_slots`, the slots a token that inference was seen
-      to run where that is decided token by token; the method's own keys (`methods.ExtraMetrics`);
+      The keys of the table in docs/guides/evaluation.md from `loss` to `flops`; what is undefined for the method is
+      None. In addition `inference_flops`, of a token decoded with a cache; `inference_slots`, the measured slots per
+      token of inference where the method decides them token by token; the method's own keys (`methods.ExtraMetrics`);
       `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
       under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
       perplexity, and there are `constant_perplexity`, of the same text evaluated in a constant context, and

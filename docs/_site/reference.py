@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import pathlib
-import re
 import tomllib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,8 +26,15 @@ def code(value: Any) -> str:
 
 
 def text(words: str) -> str:
-  """Words of a docstring or a flag for a Markdown page: one line, without HTML."""
-  return " ".join(words.split()).replace("<", "&lt;").replace("*", r"\*")
+  """Words of a docstring or a flag for a Markdown page: one line, without HTML outside of `code`."""
+  parts = " ".join(words.split()).split("`")
+  return "`".join(part if i % 2 else part.replace("<", "&lt;").replace("*", r"\*") for i, part in enumerate(parts))
+
+
+def sentence(words: str) -> str:
+  """`text` that starts with a capital letter and ends with a full stop."""
+  found = text(words).rstrip(".")
+  return f"{found[:1].upper()}{found[1:]}."
 
 
 def program_names() -> dict[str, str]:
@@ -88,43 +93,20 @@ def _default(flag: flags.Flag) -> str:
 
 
 def _fields_part() -> str:
-  from cyb_jax import configs, methods
-  from cyb_jax.configs import schema
+  from cyb_jax.configs import documentation
 
-  parts = ["## init_from\n\n" + text(_attribute_of_init_from())]
-  groups = {
-    "data": configs.DataConfig, "optimizer": configs.OptimizerConfig, "train": configs.TrainConfig,
-    "parallelism": configs.ParallelismConfig, "precision": configs.PrecisionConfig, "tuning": configs.TuningConfig,
-  }  # fmt: skip
-  for group, config in groups.items():
-    parts.append(f"## {group}\n\n" + _fields_of(group, config))
-  for name, config in methods.METHODS.items():
-    parts.append(f"## method, with method.name={name}\n\n" + _fields_of("method", config))
-  parts.append("## decoder\n\n" + _fields_of("decoder", schema.DecoderConfig, only=configs.DECODER_FIELDS))
+  meanings = documentation.groups()
+  fields = documentation.field_reference()
+  parts = []
+  for group in dict.fromkeys(field.group for field in fields):
+    title = f"## {group}\n\n{sentence(meanings[group])}" if group else "## No group"
+    rows = []
+    for field in fields:
+      if field.group == group:
+        meaning = text(field.meaning) + (f" Methods: {', '.join(map(code, field.methods))}." if field.methods else "")
+        rows.append([code(field.path), text(field.type), code(field.default), meaning, text(field.allowed)])
+    parts.append(f"{title}\n\n" + table(["field", "type", "default", "meaning", "accepted values"], rows))
   return "\n\n".join(parts)
-
-
-def _attribute_of_init_from() -> str:
-  return "A run's folder, or weights of other projects, that training starts from; '': fresh parameters."
-
-
-def _fields_of(group: str, config: type, only: Iterable[str] | None = None) -> str:
-  meanings = {}
-  for base in reversed(config.__mro__):
-    meanings |= attributes(base)
-  rows = []
-  for field in dataclasses.fields(config):
-    if only is None or field.name in only:
-      default = "" if field.default is dataclasses.MISSING else code(field.default)
-      rows.append([code(f"{group}.{field.name}"), text(str(field.type)), default, text(meanings.get(field.name, ""))])
-  return table(["field", "type", "default", "meaning"], rows) if rows else "No options."
-
-
-def attributes(config: type) -> dict[str, str]:
-  """{attribute: meaning} of the section Attributes of a docstring."""
-  _, _, section = inspect.cleandoc(config.__dict__.get("__doc__") or "").partition("Attributes:\n")
-  section = re.split(r"\n\S", section)[0]
-  return {name: meaning for name, meaning in re.findall(r"^  (\w+): ((?:.|\n   )*)", section, re.MULTILINE)}
 
 
 def _settings_part() -> str:

@@ -1,5 +1,6 @@
 """What is installed, what is imported, what the launch script would do."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -39,6 +40,38 @@ def test_version_and_marker_of_types():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   assert cyb_jax.__version__ == project["version"]
   assert (ROOT / "cyb_jax" / "py.typed").exists()
+
+
+def test_one_version_one_licence_and_one_address():
+  yaml = pytest.importorskip("yaml")
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+  assert citation["version"] == project["version"]
+  assert citation["license"] == project["license"]
+  assert citation["references"][0]["url"] == project["urls"]["Paper"]
+  # The address that the notebooks are installed from; '' while the project has none.
+  repository = project["urls"].get("Repository", "")
+  for path in (ROOT / "notebooks").glob("*.ipynb"):
+    text = "".join("".join(cell["source"]) + "\n" for cell in json.loads(path.read_text())["cells"])
+    assert f'repository = "{repository}"' in text, path
+
+
+def test_pre_commit_runs_the_pinned_ruff():
+  yaml = pytest.importorskip("yaml")
+  (ruff,) = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ruff==")]
+  (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+  assert [hook["additional_dependencies"] for hook in local["hooks"]] == [[ruff], [ruff]]
+
+
+def test_the_hosted_workflow_runs_what_ci_runs():
+  yaml = pytest.importorskip("yaml")
+  jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+  steps = [step.get("run") for job in jobs.values() for step in job["steps"]]
+  assert {".ci/run", "make docs"} <= set(steps)
+  assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  for version in jobs["check"]["strategy"]["matrix"]["python"]:
+    assert f"Programming Language :: Python :: {version}" in project["classifiers"]
 
 
 def test_the_core_needs_jax_alone():
@@ -133,7 +166,9 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
 
 def test_no_figure_of_this_machine_in_the_files():
   """No absolute home or build folder slips into a document."""
-  for path in [*ROOT.glob("*.md"), *(ROOT / "experiments").glob("*"), *(ROOT / "launch").glob("*")]:
+  for path in [
+    *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").glob("*"), *(ROOT / "launch").glob("*"),
+  ]:  # fmt: skip
     if path.is_file():
       text = path.read_text()
       assert str(pathlib.Path(os.sep, "root", "")) + os.sep not in text, path

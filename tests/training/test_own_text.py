@@ -1,4 +1,4 @@
-"""Text of the user's own: every form trains by the options that the README shows, and a mixture resumes bit for bit."""
+"""Text of the user's own: every form trains by the options of the tutorial, and a mixture resumes bit for bit."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write_texts(folder):
-  """The files of the README's commands."""
+  """The files of the commands in docs/tutorials/own_text.md."""
   from pyarrow import parquet
 
   texts = [f"review number {i}: it was {'very ' * (i % 5)}good" for i in range(400)]
