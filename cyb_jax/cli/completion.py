@@ -181,8 +181,7 @@ _ZSH = """#compdef {program}
     --config=*)
       compset -P '*='
       candidates=({experiments})
-      compadd -S '' -a candidates
-      _files ;;
+      compadd -S '' -a candidates || _files ;;
     --config.*)
       candidates=({fields})
       compadd -S '' -a candidates ;;

@@ -26,7 +26,7 @@ from cyb_jax.methods.parameters import new_parameters
 # The first rule that is broken is the one that is reported.
 RULES: dict[str, dict[str, Rule]] = {
   "data": {
-    "task": checked_later("the name of a task, see cyb_jax/data/tasks/registry.py, or seqio:NAME"),
+    "task": checked_later("the name of a task, which cyb-prepare --help lists, or seqio:NAME"),
     "tokenizer": checked_later("sentencepiece:SIZE, bytes, a path, or '' for that of init_from"),
     "store": checked_later("a folder, or '' for one in the user's cache"),
     "options": checked_later("key=value,key=value, or '' for none"),

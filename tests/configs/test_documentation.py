@@ -8,6 +8,10 @@ import pytest
 from cyb_jax import configs, methods
 from cyb_jax.configs import documentation
 from cyb_jax.configs.documentation import FieldDoc, field_reference
+from cyb_jax.configs.parsing import GROUPS
+from cyb_jax.configs.validation import RULES
+from cyb_jax.decoder import PRESETS
+from cyb_jax.decoder.config import RULES as DECODER_RULES
 from cyb_jax.errors import InputError
 
 
@@ -112,3 +116,21 @@ def test_defaults_are_accepted(name):
   config = methods.config_class(name)
   for option, rule in config.rules().items():
     assert rule.accepts(config.__dataclass_fields__[option].default), option
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_defaults_of_groups_are_accepted_and_every_field_has_a_rule(group):
+  fields = {field.name: field.default for field in dataclasses.fields(GROUPS[group])}
+  assert set(RULES[group]) == set(fields)
+  assert all(rule.accepts(fields[name]) for name, rule in RULES[group].items())
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_option_of_a_method_has_a_rule(name):
+  assert sorted(methods.config_class(name).rules()) == methods.option_names(name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_field_of_a_decoder_has_a_rule(name):
+  assert set(DECODER_RULES) == {field.name for field in dataclasses.fields(PRESETS[name])} - {"lora"}
+  assert all(rule.accepts(getattr(PRESETS[name], field)) for field, rule in DECODER_RULES.items())
