@@ -2,6 +2,11 @@
 
 cyb-generate --workdir=DIR --prompt='The film' [--prompt=...] [--mode=self_paced|constant|none]
 cyb-generate --init_from=WEIGHTS --prompt='The film'
+cyb-generate --init_from=WEIGHTS --chat --prompt='Say hi.'
+
+A prompt of a model that was trained here is text, whatever it spells. In a prompt of a model of another project, the
+name of a special entry such as <|im_start|> is that entry, as in transformers. With --chat, a prompt is a user's
+message: it is text, and the template writes the special entries around it.
 """
 
 from __future__ import annotations
@@ -25,6 +30,10 @@ _DEFAULT_NEW = 64
 def define_flags() -> None:
   models.define_model_flags()
   flags.DEFINE_multi_string("prompt", [], "A text to continue, as a document begins; once for each row.")
+  flags.DEFINE_bool(
+    "chat", False, "Whether each prompt is a user's message, which the chat template of the model's tokenizer renders."
+  )  # fmt: skip
+  flags.DEFINE_string("system", None, "The system's message before each prompt, with --chat; not given: none.")
   flags.DEFINE_integer(
     "max_new_tokens", None, "Tokens to generate at most; not given: what fits into the context, at most"
     f" {_DEFAULT_NEW}."
@@ -62,6 +71,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   args = flags.FLAGS
   if not args.prompt:
     raise InputError("--prompt: not given; give a text to go on from")
+  if args.system is not None and not args.chat:
+    raise InputError(f"--system: {args.system!r} is the system's message of a chat; give --chat too")
   if any(not stop for stop in args.stop):
     raise InputError("--stop: an empty text would end every row at once; leave it out")
   check_seed("--seed", args.seed)
@@ -83,26 +94,56 @@ def _encoded_prompts(run: Run) -> list[list[int]]:
   """The tokens of `--prompt`, one list a row.
 
   Raises:
-    InputError: a prompt that is empty, has characters that the vocabulary lacks, or fills the whole context.
+    InputError: a prompt that is empty, has characters that the vocabulary lacks, or fills the whole context; or a chat
+      with a model whose tokenizer has no chat template.
   """
-  from cyb_jax.data import tokenizers
-
+  if flags.FLAGS.chat and run.tokenizer.chat_template is None:
+    raise InputError(
+      "--chat: the model's tokenizer has no chat template; leave --chat out, or give an instruct model, or a run whose"
+      " data.tokenizer has one"
+    )
   texts, context = flags.FLAGS.prompt, run.config.data.sequence_length
   prompts = []
   for text in texts:
     if not text:
       raise InputError("--prompt: '' is empty; give a text to go on from")
-    # A document begins with a token of its own in training here; an imported model has one if its tokenizer adds it.
-    prompts.append([*run.boundaries.start, *tokenizers.encode_whole(run.tokenizer, text, "--prompt")])
+    prompts.append(_encoded_message(run, text) if flags.FLAGS.chat else _encoded_text(run, text))
   for text, prompt in zip(texts, prompts):
     if not prompt:
       raise InputError(f"--prompt: {text!r} has no tokens, and the model none that begins a text; give another text")
     if len(prompt) >= context:
       raise InputError(
-        f"--prompt: {text[:30]!r}... has {len(prompt)} tokens, the one that begins a document included, but the run was"
+        f"--prompt: {text[:30]!r}... has {len(prompt)} tokens, {_included()} included, but the run was"
         f" trained on {context} (data.sequence_length); give at most {context - 1}"
       )
   return prompts
+
+
+def _encoded_text(run: Run, text: str) -> list[int]:
+  """The tokens of a text to continue."""
+  from cyb_jax.data import tokenizers
+
+  # A document begins with a token of its own in training here; an imported model has one if its tokenizer adds it.
+  return run.boundaries.begun(tokenizers.encode_whole(run.tokenizer, text, "--prompt", special=run.imported))
+
+
+def _encoded_message(run: Run, text: str) -> list[int]:
+  """The tokens of a chat with a user's message, up to the beginning of the reply."""
+  from cyb_jax.data import tokenizers
+
+  messages = [{"role": "user", "content": text}]
+  tokenizers.check_encodable(run.tokenizer, text, "--prompt")
+  if flags.FLAGS.system is not None:
+    tokenizers.check_encodable(run.tokenizer, flags.FLAGS.system, "--system")
+    messages.insert(0, {"role": "system", "content": flags.FLAGS.system})
+  # Chats are rendered without a clock in training here, and every document begins with a start token; a model of
+  # another project gets what its template writes, and nothing else.
+  ids = tokenizers.encode_chat(run.tokenizer, messages, clock=run.imported)
+  return ids if run.imported else run.boundaries.begun(ids)
+
+
+def _included() -> str:
+  return "those of the chat template" if flags.FLAGS.chat else "the one that begins a document"
 
 
 def _new_tokens(run: Run, shortest: int) -> int:
@@ -156,21 +197,24 @@ def _generate(run: Run, sampler: Sampler, prompts: list[list[int]], new: int) ->
   """Generates, shows the text where `--stream` is set, and returns the JSON object."""
   import jax
 
+  from cyb_jax.data import tokenizers
   from cyb_jax.generation import Continuation
 
   args = flags.FLAGS
+  chat_ends = tokenizers.turn_end_ids(run.tokenizer) if args.chat else ()
   rows = [Continuation(run.tokenizer, prompt, args.stop) for prompt in prompts]
   options = {"max_new_tokens": new, "seeds": args.seed, "context": run.config.data.sequence_length}
   with jax.default_matmul_precision(run.config.precision.matmul):
     logging.info("compiling for %d rows", len(prompts))
     # Zero iterations compile the loop without generating anything.
     jax.block_until_ready(sampler.advance(run.params, sampler.start(run.params, prompts, **options), 0))
-    shown = _Shown(args.prompt, rows) if args.stream else None
+    # A message ends before the reply; other text goes on.
+    shown = _Shown([f"{text}\n" if args.chat else text for text in args.prompt], rows) if args.stream else None
     start = time.perf_counter()
     generated = sampler.generate(
       run.params,
       prompts,
-      end_id=run.boundaries.end_ids,
+      end_id=list(dict.fromkeys([*run.boundaries.end_ids, *chat_ends])),
       stop=(lambda row, tokens: rows[row].kept(tokens)) if args.stop else None,
       callback=shown,
       **options,

@@ -9,6 +9,7 @@ Likelihoods come from `generation.scoring`, generated text from `generation.samp
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -99,6 +100,10 @@ class Spent:
 class CybLM(LM):
   """A trained run as the harness's model.
 
+  The texts of a model that was trained here are text, whatever they spell. In those of a model of another project, the
+  name of a special entry is that entry, as in transformers. With the harness's option `apply_chat_template`, the names
+  in rendered chats are the entries for every model; text of a task could spell one too, as in the harness's own models.
+
   Args:
     workdir: the run's folder.
     checkpoint: 'last', 'best' or a step.
@@ -167,8 +172,14 @@ class CybLM(LM):
     self.run, self.batch_size = run, _BATCH_SIZE if text == "auto" else int(text)
     self.max_length = run.config.data.sequence_length if max_length is None else max_length
     self.start_id = run.tokenizer.start_id
-    self._adds_start = bool(run.boundaries.start if add_bos_token is None else add_bos_token)
+    self._boundaries = run.boundaries
+    if add_bos_token is not None:
+      self._boundaries = dataclasses.replace(run.boundaries, start=(self.start_id,) if add_bos_token else ())
+    # Whether the name of a special entry in a text is that entry.
+    self._special = run.imported
     constant = trained_with_all_pauses(run.method)
+    # The ids that end an assistant's message; None: the texts are no chats.
+    self._chat_ends: tuple[int, ...] | None = None
     self._mode = mode or ("constant" if constant else default_mode(run.method))
     self._read, self._overlap, self._seed = read, overlap, seed
     Sampler(run.method, self._sampling({}))  # raises the errors of invalid options before the first request
@@ -178,9 +189,49 @@ class CybLM(LM):
 
   @property
   def tokenizer_name(self) -> str:
-    """The kind and the hash of the tokenizer."""
-    described = self.run.tokenizer.describe()
-    return f"{described['kind']}-{described['sha256'][:12]}"
+    """The kind and the hash of the tokenizer, and the hash of its chat template if it has one."""
+    described, template = self.run.tokenizer.describe(), self.run.tokenizer.chat_template
+    hashes = [described["sha256"], *([] if template is None else [hashlib.sha256(template.encode()).hexdigest()])]
+    return "-".join([described["kind"], *(value[:12] for value in hashes)])
+
+  def chat_template(self, chat_template: bool | str = False) -> str:
+    """The tokenizer's template, which the harness records; '' where chats are not asked for.
+
+    Raises:
+      InputError: the tokenizer has no template, or another one is asked for by name.
+    """
+    if not chat_template:
+      return ""
+    if chat_template not in (True, "default"):
+      raise InputError(f"apply_chat_template: {chat_template!r}, but a tokenizer has one template here; give no name")
+    template = self.run.tokenizer.chat_template
+    if template is None:
+      raise InputError("apply_chat_template: the model's tokenizer has no chat template; leave it out")
+    self._begin_chats()
+    return template
+
+  def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """The text of a chat; without `add_generation_prompt` it ends inside the last message, which is continued.
+
+    Raises:
+      InputError: see `render_chat`; or the template leaves out the last message.
+    """
+    self._begin_chats()
+    text = tokenizers.render_chat(self.run.tokenizer, chat_history, add_generation_prompt, clock=self.run.imported)
+    if add_generation_prompt:
+      return text
+    message = chat_history[-1]["content"].lstrip()
+    place = text.rfind(message.rstrip())
+    if place < 0:
+      raise InputError(f"messages: the chat template leaves out the last one, {message[:30]!r}; it can't be continued")
+    # Some templates drop the space after a message.
+    return text[:place] + (message if text.startswith(message, place) else message.rstrip())
+
+  def _begin_chats(self) -> None:
+    """From now on, texts are rendered chats."""
+    if self._chat_ends is None:
+      self._chat_ends = tokenizers.turn_end_ids(self.run.tokenizer)
+      self._special = True
 
   def get_model_info(self) -> dict[str, Any]:
     """For the harness's results, under `config`: the evaluated method and step, and the compute cost of each task."""
@@ -205,8 +256,8 @@ class CybLM(LM):
       context, continuation = request.args
       stripped = context.rstrip()
       pairs.append((stripped, context[len(stripped) :] + continuation))
-    start = [self.start_id] if self._adds_start else []
-    ids = [([*start, *before], after) for before, after in tokenizers.encode_pairs(self.run.tokenizer, pairs)]
+    encoded = tokenizers.encode_pairs(self.run.tokenizer, pairs, special=self._special)
+    ids = [(self._boundaries.begun(before), after) for before, after in encoded]
     with self._precision():
       scores = self._scorer.score(ids)
     results = [(score.log_likelihood, score.greedy) for score in scores]
@@ -216,7 +267,7 @@ class CybLM(LM):
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
     """The log-likelihood of whole texts."""
     del disable_tqdm
-    texts = self.run.tokenizer.encode_batch([request.args[0] for request in requests])
+    texts = self._encode([request.args[0] for request in requests])
     with self._precision():
       scores = self._scorer.score_rolling(texts, self._overlap)
     results = [score.log_likelihood for score in scores]
@@ -231,7 +282,8 @@ class CybLM(LM):
     context together with the new tokens is cut on the left.
     """
     del disable_tqdm
-    prompts = self._encode([request.args[0] for request in requests])
+    # Texts begin with the start token if the model has learned it; the ids of an empty text may be empty.
+    prompts = list(map(self._boundaries.begun, self._encode([request.args[0] for request in requests])))
     by_options: dict[_TextOptions, list[int]] = {}
     for number, request in enumerate(requests):
       by_options.setdefault(self._text_options(request.args[1]), []).append(number)
@@ -291,7 +343,7 @@ class CybLM(LM):
         [*prompts, *prompts[:1] * padding],
         max_new_tokens=new,
         seeds=[self._seed + number for number in [*seeds, *seeds[:1] * padding]],
-        end_id=self.run.boundaries.end_ids,
+        end_id=list(dict.fromkeys([*self._boundaries.end_ids, *(self._chat_ends or ())])),
         context=self.max_length,
         stop=lambda row, tokens: rows[row if row < count else 0].kept(tokens),
         prompt_multiple=_PROMPT_MULTIPLE,
@@ -340,10 +392,9 @@ class CybLM(LM):
     )
 
   def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts, after the start token if texts have one; the ids of an empty text may be empty."""
-    start = [self.start_id] if self._adds_start else []
-    encoded = self.run.tokenizer.encode_batch(list(texts))
-    return [[*start, *ids] for ids in encoded]
+    """The ids of texts, without the start token."""
+    tokenizer = self.run.tokenizer
+    return list(map(tokenizer.encode_with_special, texts)) if self._special else tokenizer.encode_batch(list(texts))
 
   def _precision(self):
     return jax.default_matmul_precision(self.run.config.precision.matmul)

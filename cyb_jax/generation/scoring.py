@@ -44,7 +44,8 @@ from cyb_jax.partitioning.mesh import batch_sharding, data_shards
 from cyb_jax.stopping import expected_pauses
 
 Request = tuple[Sequence[int], Sequence[int]]
-"""(ids of the context, ids of the continuation); of two texts, `cyb_jax.data.tokenizers.encode_pairs` makes them."""
+"""(ids of the context, ids of the continuation); of two texts, `cyb_jax.data.tokenizers.encode_pairs` makes them, with
+`special=run.imported` as the harness does."""
 
 _Output = tuple[Array, Array, Array]
 """f32[C], bool[C], f32[C]; see `_read`."""
@@ -78,7 +79,7 @@ class Scorer:
     >>> run = cyb_jax.load("runs/ap")
     >>> scorer = Scorer(run.method, run.params, context=64, start_id=run.tokenizer.separator_id)
     >>> texts = [("The film was", word) for word in (" good", " bad")]
-    >>> scorer.score(encode_pairs(run.tokenizer, texts))
+    >>> scorer.score(encode_pairs(run.tokenizer, texts, special=run.imported))
   """
 
   def __init__(

@@ -22,7 +22,8 @@ from small_tokenizers import bpe
 
 from cyb_jax import configs
 from cyb_jax.costs import flops
-from cyb_jax.data import ByteTokenizer
+from cyb_jax.data import ByteTokenizer, HuggingFaceTokenizer
+from cyb_jax.data.tokenizers import SpecialTokens
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import task_data, tasks
 from cyb_jax.generation import Generation, Sampler, SamplingOptions, scoring
@@ -233,6 +234,92 @@ def test_a_stop_text_that_is_a_special_entry(run):
   asked = [{"until": until, "max_gen_toks": 8} for until in (["<|im_end|>"], ["Q:", "<|im_end|>a"], ["x"])]
   texts = lm.generate_until([instance("generate_until", "ab", options) for options in asked])
   assert texts == ["ab", "ab", "ababab"]
+
+
+CHATML = (
+  "{% for m in messages %}{{ '<start>' + m.role + '\n' + m.content + '<stop>' + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
+)
+
+
+class Recorded:
+  """In the place of a scorer and a sampler: the ids that they were given."""
+
+  pacing = None
+
+  def __init__(self):
+    self.asked, self.end_ids = [], None
+
+  def score(self, ids):
+    self.asked += ids
+    return [scoring.Score()] * len(ids)
+
+  def score_rolling(self, ids, overlap):
+    return self.score(ids)
+
+  def generate(self, params, prompts, *, end_id, **options):
+    self.asked, self.end_ids = prompts, end_id
+    return Generation([[0]] * len(prompts), [[0]] * len(prompts), [[]] * len(prompts), [0], 0, 0)
+
+
+def recorded(run, template=CHATML, imported=False, **options):
+  """(an adapter whose tokenizer has special entries, what it has asked for)."""
+  from cyb_jax.generation.harness import CybLM
+
+  plain = bpe([("i", "n")], bytes_=True, special=("<end>", "<start>", "<stop>"))
+  names = SpecialTokens(chat_template=template)
+  tokenizer = HuggingFaceTokenizer(plain.content, separator_id=0, special_tokens=names, **options)
+  lm = CybLM(run=dataclasses.replace(run, tokenizer=tokenizer, imported=imported))
+  lm._scorer = record = Recorded()
+  lm._samplers[lm._sampling({})] = record
+  lm._cost = lambda *_: scoring.Score()
+  return lm, record
+
+
+def asked_of(lm, record, context, continuation):
+  """The ids of a scored pair, of a whole text, and of a prompt."""
+  record.asked = []
+  lm.loglikelihood([instance("loglikelihood", context, continuation)])
+  lm.loglikelihood_rolling([instance("loglikelihood_rolling", context)])
+  pair, whole = record.asked
+  lm.generate_until([instance("generate_until", context, {"max_gen_toks": 4})])
+  return pair, whole, record.asked[0]
+
+
+def test_names_of_special_entries_in_the_texts_of_a_task(run):
+  """They are the entries for a model of another project, as in transformers, and text for a model trained here."""
+  lm, record = recorded(run, imported=True)
+  (i,) = lm.run.tokenizer.encode("in")
+  assert asked_of(lm, record, "<start>in", "<stop>") == (([1, i], [2]), [1, i], [1, i])
+  lm, record = recorded(run)
+  spelled, stop = lm.run.tokenizer.encode("<start>in"), lm.run.tokenizer.encode("<stop>")
+  assert asked_of(lm, record, "<start>in", "<stop>") == (([0, *spelled], stop), spelled, [0, *spelled])
+  # A start token that the text spells is not doubled.
+  lm, record = recorded(run, imported=True, start_id=1, adds_start=True)
+  assert asked_of(lm, record, "<start>in", "in") == (([1, i], [i]), [1, i], [1, i])
+  assert asked_of(lm, record, "in", "in") == (([1, i], [i]), [i], [1, i])
+
+
+def test_chats_of_the_harness(run):
+  """Those of a run that was trained here too: special entries are entries, and the one that ends a turn ends a text."""
+  lm, record = recorded(run)
+  assert (lm.chat_template(False), lm.chat_template(True)) == ("", CHATML)
+  chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes "}]
+  text = lm.apply_chat_template(chat[:1])
+  assert text == "<start>user\nHi<stop>\n<start>assistant\n"
+  assert lm.apply_chat_template(chat, add_generation_prompt=False) == text + "Yes "
+  encoded = [0, *lm.run.tokenizer.encode_with_special(text)]
+  lm.generate_until([instance("generate_until", text, {"max_gen_toks": 4})])
+  assert record.asked[0] == encoded
+  assert record.end_ids == [0, 2]
+  other, _ = recorded(run, template=CHATML + " ")
+  bare, _ = recorded(run, template=None)
+  assert len({lm.tokenizer_name, other.tokenizer_name, bare.tokenizer_name}) == 3  # its caches keep them apart
+  for ask in (lambda: bare.chat_template(True), lambda: bare.apply_chat_template(chat)):
+    with pytest.raises(InputError, match="no chat template"):
+      ask()
+  with pytest.raises(InputError, match="apply_chat_template: 'rag', but a tokenizer has one template"):
+    lm.chat_template("rag")
 
 
 def test_a_prompt_is_cut_to_leave_room(run, adapter):

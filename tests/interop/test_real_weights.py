@@ -74,6 +74,17 @@ def test_greedy_text_is_that_of_transformers(smollm2, converted):
   assert (ids[0], ids[-4:]) == (1, [1, 520, 9531, 198])
 
 
+@pytest.mark.slow
+def test_the_reply_of_a_chat_stops_at_the_end_of_its_turn(smollm2):
+  flags = ("--mode=none", "--temperature=0", "--max_new_tokens=48", "--stream=False")
+  chat, _ = cli.run("generate", f"--init_from={smollm2}", "--chat", "--system=Be brief.", "--prompt=Say hi.", *flags)
+  spelled = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+  prompt, _ = cli.run("generate", f"--init_from={smollm2}", f"--prompt={spelled}", *flags)
+  assert chat["text"] == prompt["text"]
+  assert chat["tokens"] < 48
+  assert "hi" in chat["text"][0].lower() or "hello" in chat["text"][0].lower()
+
+
 _IMPORT = """
 import sys
 import flax.linen as nn, jax

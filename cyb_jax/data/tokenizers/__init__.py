@@ -9,10 +9,10 @@ belong to a part of a text; `chat` renders chats by the template that a tokenize
 """
 
 from cyb_jax.data.tokenizers.byte import ByteTokenizer
-from cyb_jax.data.tokenizers.chat import render_chat
+from cyb_jax.data.tokenizers.chat import encode_chat, render_chat, turn_end_ids
 from cyb_jax.data.tokenizers.description import EXPORTED, files
 from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
-from cyb_jax.data.tokenizers.interface import Tokenizer, encode_whole, num_threads, surrogate
+from cyb_jax.data.tokenizers.interface import Tokenizer, check_encodable, encode_whole, num_threads, surrogate
 from cyb_jax.data.tokenizers.registry import load, open_tokenizer, trained_pieces, vocabulary_size
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from cyb_jax.data.tokenizers.spans import continuation_start, encode_pairs, tokens_with
@@ -27,7 +27,9 @@ __all__ = [
   "SpecialTokens",
   "TextBoundaries",
   "Tokenizer",
+  "check_encodable",
   "continuation_start",
+  "encode_chat",
   "encode_pairs",
   "encode_whole",
   "files",
@@ -41,5 +43,6 @@ __all__ = [
   "tokens_with",
   "train_sentencepiece",
   "trained_pieces",
+  "turn_end_ids",
   "vocabulary_size",
 ]

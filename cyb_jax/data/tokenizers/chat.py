@@ -1,14 +1,15 @@
-"""Chats as text, by the template that a tokenizer carries."""
+"""Chats as text and as ids, by the template that a tokenizer carries."""
 
 from __future__ import annotations
 
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cyb_jax.data.tokenizers.interface import Tokenizer
+from cyb_jax.data.tokenizers.interface import Tokenizer, check_encodable, special_pattern
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def render_chat(
   they are. A template that calls `strftime_now` gives another text on another day.
 
   `Tokenizer.encode_with_special` encodes the text; it already contains all start and end tokens of the chat.
+  `encode_chat` renders and encodes messages that must not spell special tokens.
 
   Args:
     tokenizer: with a `chat_template`.
@@ -68,6 +70,63 @@ def render_chat(
   except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
     reason = " ".join(str(error).split())[:200]
     raise InputError(f"messages: the tokenizer's chat template refuses them ({reason})") from error
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, clock: bool = True) -> list[int]:
+  """The ids of a chat, up to the beginning of the assistant's next message.
+
+  They are those of `render_chat` and `encode_with_special`, except that the name of a special entry in a message is
+  encoded as text, so that no message can end its own turn; transformers encodes it as the special entry. No start token
+  is added to what the template writes.
+
+  Args:
+    tokenizer, messages, clock: see `render_chat`.
+
+  Raises:
+    InputError: see `render_chat`; or the vocabulary lacks a character.
+  """
+  pattern, spelled = special_pattern(tokenizer), []
+
+  def marked(value: Any) -> Any:
+    if isinstance(value, str):
+      check_encodable(tokenizer, value, "messages")
+      return value if pattern is None else pattern.sub(mark, value)
+    if isinstance(value, Mapping):
+      return {name: marked(part) for name, part in value.items()}
+    return [marked(part) for part in value] if isinstance(value, list | tuple) else value
+
+  def mark(found: re.Match[str]) -> str:
+    spelled.append(found[0])
+    return f"{_OPEN}{len(spelled) - 1}{_CLOSE}"
+
+  text = render_chat(tokenizer, [marked(message) for message in messages], True, clock=clock)
+  ids: list[int] = []
+  for number, part in enumerate(re.split(f"{_OPEN}([0-9]+){_CLOSE}", text)):
+    if number % 2:
+      ids += tokenizer.encode(spelled[int(part)])
+    else:
+      check_encodable(tokenizer, part, "chat_template", special=True)
+      ids += tokenizer.encode_with_special(part)
+  return ids
+
+
+# They enclose the number of a special entry's name in a message. Both are surrogates, which no text has.
+_OPEN, _CLOSE = "\ud800", "\ud801"
+
+
+def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+  """The special entry that the template writes after an assistant's message, one id.
+
+  Some tokenizers do not name it among the tokens that end a text, but a model that was trained on such chats ends its
+  messages with it. There is none where the template writes no special entry there, or refuses a chat of two messages.
+  """
+  messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+  try:
+    text = render_chat(tokenizer, messages, clock=False)
+  except InputError:
+    return ()
+  ids = tokenizer.encode_with_special(text.rstrip())
+  return tuple(i for i in ids[-1:] if i in tokenizer.special_names())
 
 
 @functools.lru_cache(maxsize=8)

@@ -49,8 +49,9 @@ class Tokenizer(Protocol):
   def encode_with_special(self, text: str) -> list[int]:
     """Ids of a rendered chat: a special entry that the text spells (`<|im_start|>`) becomes its id.
 
-    The other parts are encoded as `encode` does, and nothing is added before or after the text. Text of users must not
-    be encoded in this way: it could spell the end of its own message.
+    The other parts are encoded as `encode` does, and nothing is added before or after the text. Prompts of models of
+    other projects are encoded in this way, as transformers does. A message of a chat must not be: it could spell the
+    end of its own turn, see `chat.encode_chat`.
     """
 
   def encode_spans_with_special(self, text: str) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
@@ -114,21 +115,40 @@ def document_tokens(separator_id: int | None, start_id: int | None, adds_start: 
   return {"separator_id": separator_id, "start_id": start_id if adds_start else separator_id, "adds_start": adds_start}
 
 
-def encode_whole(tokenizer: Tokenizer, text: str, field: str) -> list[int]:
+def encode_whole(tokenizer: Tokenizer, text: str, field: str, *, special: bool = False) -> list[int]:
   """Ids of a text, none of whose characters may be lost.
 
   Args:
     tokenizer: of a run.
     text: given by a user.
     field: the flag or config field that holds the text, for the error.
+    special: whether the name of a special entry becomes its id (`encode_with_special`) instead of the ids of a text.
 
   Raises:
     InputError: the vocabulary cannot encode one of the characters.
   """
-  character = tokenizer.unencodable(text)
-  if character is not None:
-    raise InputError(f"{field}: the vocabulary can't encode {character!r} (U+{ord(character):04X}); leave it out")
-  return tokenizer.encode(text)
+  check_encodable(tokenizer, text, field, special=special)
+  return tokenizer.encode_with_special(text) if special else tokenizer.encode(text)
+
+
+def check_encodable(tokenizer: Tokenizer, text: str, field: str, *, special: bool = False) -> None:
+  """Checks that the vocabulary can encode all characters of a text; the arguments are those of `encode_whole`.
+
+  Raises:
+    InputError: the vocabulary cannot encode one of the characters.
+  """
+  pattern = special_pattern(tokenizer) if special else None
+  for part in [text] if pattern is None else pattern.split(text):
+    character = tokenizer.unencodable(part)
+    if character is not None:
+      raise InputError(f"{field}: the vocabulary can't encode {character!r} (U+{ord(character):04X}); leave it out")
+
+
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+  """A pattern that finds the names of special entries in a text; None: the vocabulary has no special entries."""
+  # The longest name first, where one is the beginning of another.
+  names = sorted(filter(None, tokenizer.special_names().values()), key=len, reverse=True)
+  return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def surrogate(text: str) -> str | None:

@@ -125,10 +125,8 @@ class SentencePieceTokenizer:
     return self.encode_spans_with_special(text)[0]
 
   def encode_spans_with_special(self, text: str) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
-    special = {self._processor.id_to_piece(i): i for i in sorted(self._control)}
-    # The longest name first, where one is the beginning of another.
-    names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    parts = re.split(f"({names})", text) if special else [text]
+    special, pattern = self._special_entries
+    parts = [text] if pattern is None else pattern.split(text)
     ids: list[int] = []
     spans, offset = [np.zeros((0, 2), np.int64)], 0
     for number, part in enumerate(parts):
@@ -138,6 +136,14 @@ class SentencePieceTokenizer:
       spans.append(places + offset)
       offset += size
     return ids, np.concatenate(spans)
+
+  @functools.cached_property
+  def _special_entries(self) -> tuple[dict[str, int], re.Pattern[str] | None]:
+    """(ids by name, a group that finds the names in a text; None: there are no special entries)."""
+    special = {name: i for i, name in self.special_names().items()}
+    # The longest name first, where one is the beginning of another.
+    names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    return special, re.compile(f"({names})") if special else None
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encoded = self._processor.encode(list(texts), num_threads=num_threads())

@@ -43,7 +43,9 @@ def continuation_start(spans: Int[np.ndarray, "N 2"], border: int, size: int) ->
   return int(found.argmax()) if found.any() else len(found)
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+def encode_pairs(
+  tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, special: bool = False
+) -> list[tuple[list[int], list[int]]]:
   """(ids of the context, ids of the continuation) of each pair of texts, which are encoded together.
 
   No start token is added. Where a token across the border begins the text, the context has no ids.
@@ -51,6 +53,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
   Args:
     tokenizer: any tokenizer.
     pairs: (context, continuation), either of which may be empty.
+    special: whether the name of a special entry becomes its id (`Tokenizer.encode_with_special`).
 
   Example:
     >>> from cyb_jax.data.tokenizers import ByteTokenizer
@@ -58,7 +61,8 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     [([97, 98], [99]), ([], [100])]
   """
   result = []
-  encoded = tokenizer.encode_spans([context + continuation for context, continuation in pairs])
+  texts = [context + continuation for context, continuation in pairs]
+  encoded = list(map(tokenizer.encode_spans_with_special, texts)) if special else tokenizer.encode_spans(texts)
   for (context, continuation), (ids, spans) in zip(pairs, encoded, strict=True):
     border = len(context.encode())
     start = continuation_start(spans, border, border + len(continuation.encode()))

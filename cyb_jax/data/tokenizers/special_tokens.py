@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cyb_jax.errors import InputError
@@ -83,6 +83,10 @@ class TextBoundaries:
 
   start: tuple[int, ...]
   end_ids: tuple[int, ...]
+
+  def begun(self, ids: Sequence[int]) -> list[int]:
+    """The ids of a text after those of `start`, which are not repeated where the text itself spells them."""
+    return list(ids) if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
 
 
 def text_boundaries(tokenizer: Tokenizer, *, imported: bool) -> TextBoundaries:
