@@ -1,8 +1,8 @@
 """The batches of a mixture: which source each example of a run is of.
 
 Of every M consecutive examples of a run, each source has the number that its weight asks for, in an order by the seed.
-M is the smallest number up to 10,000 of which all weights are whole shares, or 10,000 with rounded shares. The number
-of a source's examples before a given one is therefore a formula, and batch = f(seed, step) as for one store.
+M is the smallest number from 256 to 10,000 of which all weights are whole shares, or 10,000 with rounded shares. The
+number of a source's examples before a given one is therefore a formula, and batch = f(seed, step) as for one store.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from cyb_jax.errors import InputError
 
 # The largest M; smaller shares than 1 / M are refused.
 _LARGEST_PERIOD = 10_000
+# The smallest M: each repetition has a permutation of its own, which takes longer to make than to read.
+_SMALLEST_PERIOD = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +59,9 @@ def period(weights: Sequence[float]) -> list[int]:
 
   Example:
     >>> period([0.7, 0.3])
-    [7, 3]
+    [182, 78]
   """
-  for size in range(1, _LARGEST_PERIOD + 1):
+  for size in range(_SMALLEST_PERIOD, _LARGEST_PERIOD + 1):
     counts = np.rint(np.multiply(weights, size))
     if np.abs(np.multiply(weights, size) - counts).max() < 1e-9 * size and counts.sum() == size:
       break

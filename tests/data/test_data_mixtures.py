@@ -35,7 +35,7 @@ def mixture(stores, tmp_path, weights=(0.5, 0.3, 0.2), names="abc"):
 
 @pytest.mark.parametrize(
   ("weights", "counts"),
-  [([0.7, 0.3], [7, 3]), ([1.0], [1]), ([0.5, 0.25, 0.25], [2, 1, 1]), ([1 / 3, 2 / 3], [1, 2])],
+  [([0.7, 0.3], [182, 78]), ([1.0], [256]), ([0.5, 0.25, 0.25], [128, 64, 64]), ([1 / 3, 2 / 3], [86, 172])],
 )
 def test_a_period_has_whole_shares(weights, counts):
   assert period(weights) == counts
@@ -63,9 +63,11 @@ def test_examples_are_of_their_sources_by_weight_and_each_window_is_read_once_an
     if step % 97 == 0 or step == steps - 1:
       counts = [sum(of.values()) for of in seen]
       assert batches.read_windows(step + 1) == dict(zip("abc", counts))
-      # In every ten examples there are five, three and two.
+      # In every 260 examples there are 130, 78 and 52.
       examples = (step + 1) * B
-      assert all(abs(count - examples * w) < 10 for count, w in zip(counts, (0.5, 0.3, 0.2)))
+      assert all(abs(count - examples * w) < 40 for count, w in zip(counts, (0.5, 0.3, 0.2)))
+  for periods in (1, 7):
+    assert batches.read_windows(periods * 260 // B) == {"a": periods * 130, "b": periods * 78, "c": periods * 52}
   for of, size, epochs in zip(seen, windows, batches.epochs(steps).values()):
     assert set(of) <= set(range(size))
     assert max(of.values()) - min(of[i] for i in range(size)) <= 1  # no window is read twice before all are read once
