@@ -43,7 +43,7 @@ def define_flags() -> None:
     " only by those that the model requests."
   )  # fmt: skip
   flags.DEFINE_string(
-    "kept_pauses", "posterior", "Of --context=self_paced, how the pauses that stay are drawn. posterior: with the"
+    "kept_pauses", "posterior", "How the pauses that stay are drawn with --context=self_paced. posterior: with the"
     " target known, which gives the likelihood of the text under self-paced generation, exact in expectation;"
     " stopping: from the stopping distribution alone."
   )  # fmt: skip

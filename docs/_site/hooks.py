@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import docstrings
-import reference
+import generated_pages as reference
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Warnings of this logger fail a strict build.

@@ -20,9 +20,10 @@ PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "co
 # Flags that hold text and no path. --tokenizer may also be a name, so that whoever opens the tokenizer expands it; the
 # study's --config is expanded like that of the other programs (`command_line.installed`).
 NO_PATHS = {
-  "batch_sizes", "checkpoint", "config_help", "context", "coordinator", "dtype", "equal", "fields", "from", "like",
-  "mode", "omega", "option", "prompt", "prompt_pauses", "rates", "read", "reference", "settings", "shard", "size",
-  "split", "steps", "stop", "task", "tasks", "to", "tokenizer", "topology", "variant",
+  "batch_sizes", "checkpoint", "config_help", "context", "coordinator", "dtype", "equal", "fields", "from",
+  "kept_pauses", "like", "mode", "omega", "option", "plan", "prompt", "prompt_pauses", "rates", "read", "reference",
+  "settings", "shard", "size", "split", "steps", "stop", "system", "task", "tasks", "to", "tokenizer", "topology",
+  "variant",
 }  # fmt: skip
 
 

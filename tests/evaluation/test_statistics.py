@@ -276,7 +276,7 @@ def test_a_target_of_no_probability_counts_as_1024_nats(caplog):
 class Pieces:
   """A tokenizer of given pieces, as SentencePiece writes them; the longest that fits is taken."""
 
-  end_id = 0
+  separator_id = 0
 
   def __init__(self, *pieces):
     self.pieces = ["</s>", *pieces]

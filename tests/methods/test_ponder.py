@@ -340,6 +340,7 @@ def test_methods_that_cannot_decode_are_refused():
 # PonderLM-3 alone.
 
 
+@pytest.mark.slow
 def test_full_depth_comes_first(exact):
   """For a fifth of 10 steps all thoughts count, without a penalty and without a gradient of the router."""
   options = {"name": "ponderlm3", "pauses": 2, "jacobi": (0, 0), "router_penalty": 0.3}

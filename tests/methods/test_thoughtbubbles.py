@@ -263,7 +263,7 @@ def test_one_token(exact):
   for row in range(2):
     expected, seen = slow(method, params, batch["tokens"][row], batch["targets"][row])
     np.testing.assert_allclose(-method.evaluate(params, batch).loss[row], expected, rtol=1e-4, atol=1e-5)
-    assert seen["streams"] == [0, 0, 0]
+    assert not any(seen["streams"])
   np.testing.assert_allclose(
     method.autoregressive_log_likelihood(params, batch), -method.evaluate(params, batch).loss, rtol=1e-5
   )
@@ -513,7 +513,7 @@ def test_settings_and_how_they_start():
   assert plain(**SETTINGS["copy_k"]).num_slots == 4
   own = nn.unbox(jax.jit(plain(**SETTINGS["thoughtbubbles"]).slot_model.init)(jax.random.key(0)))
   assert {name: x.shape for name, x in own.items()} == {
-    "fork_norm": (3, 16), "fork_router": (3, 2, 16), "fork_input": (3, 16),
+    "fork_norm": (2, 16), "fork_router": (2, 2, 16), "fork_input": (2, 16),
   }  # fmt: skip
   assert (own["fork_norm"] == 1).all()
   assert 0.01 < own["fork_router"].std() < 0.03

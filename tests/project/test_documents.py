@@ -20,7 +20,7 @@ SITE = cli.ROOT / "docs" / "_site"
 def reference():
   sys.path.insert(0, str(SITE))
   try:
-    import reference
+    import generated_pages as reference
 
     yield reference
   finally:

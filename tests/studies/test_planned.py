@@ -484,6 +484,7 @@ def in_process(_, module, *options):
   return evaluation.evaluate_split(evaluator, found.params, store, found.config, **options)
 
 
+@pytest.mark.slow
 def test_a_tiny_plan_with_real_runs(tmp_path, monkeypatch):
   """It is killed twice, and goes on in an empty folder; its losses by document are those of its evaluations."""
   calls = []
