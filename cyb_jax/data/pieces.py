@@ -85,10 +85,11 @@ class Encoder:
 
   def encode(self, documents: Sequence[tasks.Document]) -> Encoded:
     """Tokens of some documents, at least one."""
-    if any(document.messages for document in documents):
+    chat = any(document.messages for document in documents)
+    if chat:
       documents = [chats.rendered(self.tokenizer, document) for document in documents]
     texts = [document.text for document in documents]
-    if any(document.messages for document in documents):
+    if chat:
       encoded, spans = map(list, zip(*map(self._encode_chat, texts)))
     # Only documents with a prompt need to know where their tokens are, which takes longer.
     elif "weights" in self.annotations and any(document.weights is not None for document in documents):

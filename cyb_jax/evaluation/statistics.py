@@ -27,7 +27,7 @@ from cyb_jax.evaluation.accumulation import Accumulator, Sums
 from cyb_jax.evaluation.bootstrap import GROUPS
 from cyb_jax.evaluation.pause_sums import NATS
 from cyb_jax.evaluation.type_table import TypeTable
-from cyb_jax.evaluation.windows import StatisticsWindows, used_windows
+from cyb_jax.evaluation.windows import StatisticsWindows
 from cyb_jax.methods import Batch, FusedSlots, Method
 from cyb_jax.partitioning.mesh import batch_sharding, replicated, shard_batch
 
@@ -65,19 +65,9 @@ def statistics_of_split(
   Raises:
     InputError: the store has no such split, or the split is empty.
   """
-  windows, limit = used_windows(store, config, split, limit)
-  read = StatisticsWindows(
-    store=store,
-    split=split,
-    windows=windows,
-    limit=limit,
-    length=config.data.sequence_length,
-    batch_size=batch_size or config.evaluation_rows,
-    context=statistics.context,
-    document_mask=config.data.document_mask,
-  )
-  logging.info("pause statistics of %s: %d windows of %d tokens", split, windows, read.length)
-  record = {"method": config.method.name, "step": step, "split": split, "limit": limit, "windows": windows}
+  read = StatisticsWindows.of(store, config, split, limit, batch_size=batch_size, context=statistics.context)
+  logging.info("pause statistics of %s: %d windows of %d tokens", split, read.windows, read.length)
+  record = {"method": config.method.name, "step": step, "split": split, "limit": read.limit, "windows": read.windows}
   return record | statistics(params, read.batches, read.sample, documents=read.documents)
 
 

@@ -77,6 +77,34 @@ class StatisticsWindows:
   context: int
   document_mask: bool
 
+  @classmethod
+  def of(
+    cls, store: TokenStore, config: Config, split: str, limit: int | None, *, batch_size: int | None, context: int
+  ) -> StatisticsWindows:
+    """The windows of a split that a config's run reads.
+
+    Args:
+      store, config: of the run.
+      split: a split of the store.
+      limit: the number of windows at most; None: the whole split.
+      batch_size: B; None: as in training.
+      context: C.
+
+    Raises:
+      InputError: the store has no such split, or the split is empty.
+    """
+    windows, limit = used_windows(store, config, split, limit)
+    return cls(
+      store=store,
+      split=split,
+      windows=windows,
+      limit=limit,
+      length=config.data.sequence_length,
+      batch_size=batch_size or config.evaluation_rows,
+      context=context,
+      document_mask=config.data.document_mask,
+    )
+
   @property
   def documents(self) -> int:
     """How many documents have a target among the tokens that are read."""
@@ -96,7 +124,7 @@ class StatisticsWindows:
       stream = np.concatenate([before, batch["tokens"].ravel()])
       places = np.arange(self.batch_size)[:, None] * self.length + np.arange(self.context)
       yield self._numbered(first + np.arange(self.batch_size), batch | {"before": stream[places]}, starts)
-      before = stream[-self.context :]
+      before = stream[len(stream) - self.context :]
 
   def sample(self) -> Iterator[dict[str, Any]]:
     """Evenly spaced windows of at least 8,192 tokens together, or all windows if these are fewer."""

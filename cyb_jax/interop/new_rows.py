@@ -12,11 +12,11 @@
 - unused: entries of the vocabulary that are meant for no text (Gemma's `<unused0>`, `<unused1>`, ..: the pauses in
   order, then `<don't know>`; the set-up of arXiv 2510.13879).
 - draws: every row is a draw of its own around the mean of the embeddings, with a tenth of the standard deviation that
-  they have in each dimension: more, and the inputs of pauses differ from the mean by as much as rare entries do, which
-  a model reads worse.
+  they have in each dimension. With more, the inputs of pauses differ from the mean by as much as those of rare entries,
+  and the model predicts worse.
 - mean: entries as in 'unused', or the mean of the embeddings, the same for all rows, where the vocabulary has too few
-  of them. This was the only start before there was a choice. Pauses with one common row make slots that read far worse
-  than the model did, until they are told apart.
+  of them. This was the only start before there was a choice. Slots whose pauses have one common row predict far
+  worse than the model did, until training has made the rows differ.
 - auto: pauses as in 'zero' where their input includes their token's embedding; the other rows as in 'unused' where the
   vocabulary has enough entries, and else as in 'draws'.
 

@@ -51,8 +51,8 @@ class CybConfig(StoppingOptions, PauseOptions):
   Attributes:
     recipe: how many of its W slots a token gets in training: 'constant', all of them; 'sampled', a number drawn from
       omega; 'on_policy', a number drawn from the model's own stopping distribution (`cyb_jax.methods.cyb`).
-    slot_budget: with the recipes 'sampled' and 'on_policy', the number of slots per token that a packed row has room
-      for. 0: for 'sampled', enough for all but one row in 30,000; for 'on_policy', W.
+    slot_budget: with the recipes 'sampled' and 'on_policy', the number of slots per token that fit into a packed row.
+      0: for 'sampled', enough for all but one row in 30,000; for 'on_policy', W.
     policy_floor: with the recipe 'on_policy', the share of tokens whose number of slots is drawn uniformly from 1 .. W
       instead.
   """

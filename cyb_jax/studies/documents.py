@@ -21,7 +21,7 @@ from cyb_jax import jsonl, runs
 from cyb_jax.data import TokenStore, open_task
 from cyb_jax.data.tasks import text_digest
 from cyb_jax.evaluation.bootstrap import GROUPS
-from cyb_jax.evaluation.windows import StatisticsWindows, used_windows
+from cyb_jax.evaluation.windows import StatisticsWindows
 from cyb_jax.runs import Run
 from cyb_jax.storage import atomic_write
 from cyb_jax.training.run_data import open_recorded_or_new_store
@@ -43,17 +43,7 @@ def document_losses(run: Run, store: TokenStore) -> dict[str, list[Any]]:
     more than 1,024 documents, those with the same number modulo 1,024 are one.
   """
   config = run.config
-  windows, limit = used_windows(store, config, SPLIT, None)
-  read = StatisticsWindows(
-    store=store,
-    split=SPLIT,
-    windows=windows,
-    limit=limit,
-    length=config.data.sequence_length,
-    batch_size=config.evaluation_rows,
-    context=1,
-    document_mask=config.data.document_mask,
-  )
+  read = StatisticsWindows.of(store, config, SPLIT, None, batch_size=None, context=0)
   log_likelihood = jax.jit(lambda params, batch: run.method.evaluate(params, batch).log_likelihood)
   nats, tokens = np.zeros(GROUPS), np.zeros(GROUPS)
   for batch in read.batches():

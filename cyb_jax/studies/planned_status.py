@@ -31,7 +31,7 @@ def status(
   Returns:
     A text for people, and the same as an object: `plan`; `done`, how many runs; `begun`, by key the steps that are
     done; `missing`, the keys of the others; `is_running`, whether a study runs in the folder; `hours_left`, None where
-    no run tells how long a step takes.
+    no run has measured the time of a step.
   """
   runs = expand(plan, results)
   left = [run for run in runs if run.key not in results]
@@ -44,7 +44,7 @@ def status(
   by_key = {run.key: run for run in left}
   lines += [f"{word}: {key}, step {steps:,} of {by_key[key].steps:,}" for key, (steps, _) in progress.items()]
   if left:
-    known = "unknown, since no run tells how long a step takes" if hours is None else f"about {hours:.1f}"
+    known = "unknown, since no run has measured the time of a step" if hours is None else f"about {hours:.1f}"
     lines.append(f"hours left with --jobs={jobs}: {known}")
   text = "\n".join([*lines, "", markdown(("row", "rates", "seeds", "missing"), _by_row(plan, runs, results))])
   return text, {

@@ -19,21 +19,11 @@ from cyb_jax.studies import settings
 PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "compile", "study")
 
 
-def flags_of(define):
-  """The flags that a function defines, which are removed again."""
-  before = set(flags.FLAGS)
-  define()
-  new = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
-  for name in new:
-    delattr(flags.FLAGS, name)
-  return {name: flag for name, flag in new.items() if not name.startswith("config.")}
-
-
 @pytest.mark.parametrize("program", [*PROGRAMS, *(f"benchmark {part}" for part in benchmark.BENCHMARKS)])
 def test_every_flag_has_a_meaning(program):
   name, _, part = program.partition(" ")
   define = benchmark.BENCHMARKS[part][0] if part else importlib.import_module(f"cyb_jax.cli.{name}").define_flags
-  for flag in flags_of(define).values():
+  for flag in cli.flags_of(define).values():
     # A sentence or a phrase that can be understood without the code.
     assert len((flag.help or "").split()) >= 3, flag.name
     assert not flag.help.startswith("Of "), flag.name
@@ -53,7 +43,7 @@ def test_help_of_an_installed_program(program):
   assert {"--help", "--version", "--completion"} <= set(listed.split())
   assert all(len(line) <= 100 for line in listed.splitlines())
   if program != "benchmark":
-    assert {name for name in flags_of(module.define_flags) if len(name) > 1} <= set(
+    assert {name for name in cli.flags_of(module.define_flags) if len(name) > 1} <= set(
       re.findall(r"--(?:\[no\])?(\w+)", listed)
     )
 

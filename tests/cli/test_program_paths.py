@@ -27,15 +27,6 @@ NO_PATHS = {
 }  # fmt: skip
 
 
-def flags_of(define):
-  before = set(flags.FLAGS)
-  define()
-  new = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
-  for name in new:
-    delattr(flags.FLAGS, name)
-  return {name: flag for name, flag in new.items() if not name.startswith("config.")}
-
-
 @pytest.mark.parametrize("program", [*PROGRAMS, *benchmark.BENCHMARKS])
 def test_every_flag_that_holds_a_path_expands_it(program):
   if program in benchmark.BENCHMARKS and program not in PROGRAMS:
@@ -45,7 +36,7 @@ def test_every_flag_that_holds_a_path_expands_it(program):
   paths = (command_line.PathParser, command_line.PathListParser)
   texts = {
     name
-    for name, flag in flags_of(define).items()
+    for name, flag in cli.flags_of(define).items()
     if type(flag.parser) in (flags.ArgumentParser, flags.ListParser) and not isinstance(flag.parser, paths)
   }
   assert texts - {"config"} <= NO_PATHS

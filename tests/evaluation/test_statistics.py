@@ -5,6 +5,7 @@ hand; sums that are the same whatever the batches and the devices.
 import itertools
 import json
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -656,6 +657,6 @@ def test_a_split_that_is_not_there():
   config = configs.freeze(tiny_config(**METHODS["cyb"]))
   store = training.open_store(config)
   with pytest.raises(InputError, match=r"split: 'dev' .* it has train, test, validation"):
-    statistics_of_split(None, {}, store, config, split="dev", step=0)
+    statistics_of_split(types.SimpleNamespace(context=1), {}, store, config, split="dev", step=0)
   with pytest.raises(InputError, match="limit: 0; give at least 1"):
-    statistics_of_split(None, {}, store, config, split="test", step=0, limit=0)
+    statistics_of_split(types.SimpleNamespace(context=1), {}, store, config, split="test", step=0, limit=0)

@@ -408,7 +408,7 @@ def test_costs_by_hand():
   assert alone.attention == pytest.approx(4 * 16 * ((1 + 4 * 1.5 + 3 * 2) + 2 + 2 * (4 * 2.5 + 3 * 3.5)) / 2)
   assert alone.routing == pytest.approx(2 * 2 * 16 * ((1 + 2) + (1 + 2 * 2)) / 2)
   assert alone.readout == pytest.approx(cost.readout)  # of the last token of each
-  # Below five tokens there is no room for a fork: 4 layers, of which 3 are run for all; then 6 and 7 streams after the
+  # Below five tokens the budget allows no fork: 4 layers, of which 3 are run for all; then 6 and 7 streams after the
   # first layer.
   scant = plain(fork_layers=(2, 4), **four | {"stream_budget": 1.2}).costs(6).autoregressive
   assert scant.matrices == pytest.approx(cost.matrices / 8 * (4 + 3 * (1 + 2 + 3 + 4) + (1 + 18) + (1 + 21)) / 6)

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 
+from absl import flags
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 CONFIG = """
@@ -155,3 +157,13 @@ def complaint(program, *flags, expect=2, cwd=ROOT, env=None):
   assert "Traceback" not in err
   (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
   return line.removeprefix("error: ")
+
+
+def flags_of(define):
+  """The flags that a function defines, which are removed again."""
+  before = set(flags.FLAGS)
+  define()
+  new = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}
+  for name in new:
+    delattr(flags.FLAGS, name)
+  return {name: flag for name, flag in new.items() if not name.startswith("config.")}
