@@ -21,6 +21,7 @@ from cyb_jax.data.tokenizers.interface import (
   checked_rows,
   is_unused,
   num_threads,
+  special_pattern,
   surrogate,
 )
 from cyb_jax.data.tokenizers.sentencepiece_export import huggingface_content
@@ -140,10 +141,9 @@ class SentencePieceTokenizer:
   @functools.cached_property
   def _special_entries(self) -> tuple[dict[str, int], re.Pattern[str] | None]:
     """(ids by name, a group that finds the names in a text; None: there are no special entries)."""
-    special = {name: i for i, name in self.special_names().items()}
-    # The longest name first, where one is the beginning of another.
-    names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    return special, re.compile(f"({names})") if special else None
+    pattern = special_pattern(self)
+    ids = {name: i for i, name in self.special_names().items()}
+    return ids, pattern and re.compile(f"({pattern.pattern})")
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     encoded = self._processor.encode(list(texts), num_threads=num_threads())
