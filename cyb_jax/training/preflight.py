@@ -146,7 +146,9 @@ class _DeclaredData:
       InputError: an unknown option, or a value of the wrong kind.
     """
     sources = [(item.name, item.options) for item in config.mixture()] or [(config.data.task, config.task_options())]
-    return cls(config.data.mixture or config.data.task, any(has_targets(*source) for source in sources))
+    # A source that is a store is checked when it is open.
+    partly = any("/" in name or has_targets(name, options) for name, options in sources)
+    return cls(config.data.mixture or config.data.task, partly)
 
   def has_prefixes(self, split: str) -> bool:
     del split
