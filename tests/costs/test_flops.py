@@ -68,6 +68,7 @@ def test_what_is_frozen_by_hand():
     (dict(remat="dots"), TARGETS),
   ],
 )
+@pytest.mark.slow
 def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
   """The whole loss of a method with pauses."""
   lora = LoraConfig(rank=32, targets=targets) if targets else None

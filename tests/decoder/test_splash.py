@@ -80,6 +80,7 @@ def test_documents(small_blocks):
     pytest.param(5, 1, 2, 1, True, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_hidden_slots(small_blocks, tokens, width, heads, groups, with_segment_ids):
   args, weight = arrays(tokens, 2, tokens * width, heads, groups, 16)
   rng = np.random.default_rng(tokens)
@@ -225,6 +226,7 @@ def loss_of_decoder(monkeypatch, attend, **fields):
   ],
   ids=str,
 )
+@pytest.mark.slow
 def test_decoder_over_a_mesh(monkeypatch, fields):
   loss, args = loss_of_decoder(monkeypatch, by_xla, **fields)
   expected = jax.jit(jax.value_and_grad(loss))(*args)

@@ -41,6 +41,7 @@ def read(method, params, batch, omega=None, **options):
   ],
 )
 @pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.slow
 def test_against_the_prefix_run_again(options, documents, exact):
   method, params = model(**options)
   batch = random_batch(0, 2, 5)
@@ -186,6 +187,7 @@ def test_the_evaluator_reports_the_gap(exact):
   assert other["kept_pauses"] == "stopping"
 
 
+@pytest.mark.slow
 def test_the_constant_reading_gives_all_slots_also_where_training_drew_them(exact):
   omega = (1.0, 2.0, 1.0)
   method, params = model(recipe="sampled", omega=omega, dont_know_prior=0.5)

@@ -173,6 +173,7 @@ def test_text_is_the_samplers(run, adapter, mode):
     ({"name": "tbys", "pauses": 1, "pause_visibility": "hidden"}, "constant", "mixture", 2),
   ],
 )
+@pytest.mark.slow
 def test_text_of_methods_that_go_by_a_rule(options, mode, read, width):
   """In their own mode, the likeliest word of the mixture; and what a prompt of 3 tokens and 4 that are said cost."""
   from cyb_jax.generation.harness import CybLM

@@ -108,6 +108,7 @@ SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) fo
 
 
 @pytest.mark.parametrize("name", SOME)
+@pytest.mark.slow
 def test_against_the_reading_of_one_request(name, exact):
   got = scorer(name).score(requests())
   for (context, continuation), score in zip(requests(), got):

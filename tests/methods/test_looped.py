@@ -116,6 +116,7 @@ def test_cost_by_hand():
 
 
 @pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.slow
 def test_generation_runs_the_prefix_once(scan, exact):
   """With keys and values of every pass; against the whole prefix run again for every word."""
   method, params = build(dataclasses.replace(TINY, scan_layers=scan), name="looped", pauses=1)

@@ -267,6 +267,7 @@ def test_scanned_layers_and_remat_give_the_same():
   np.testing.assert_allclose(found.loss, plain.loss(params, batch, jax.random.key(0)).loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_tells_of_both():
   """Perplexity without pauses, and with pauses drawn by a fixed seed beside it."""
   method, params = model(pause_fraction=0.4)
@@ -359,6 +360,7 @@ def test_scored_behind_pauses_equals_a_slow_loop(exact):
 
 
 @pytest.mark.parametrize("places", ["random", "prefix"])
+@pytest.mark.slow
 def test_executed_agrees_with_xla(places):
   config = DecoderConfig(
     vocab_size=512, num_layers=1, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768

@@ -537,6 +537,7 @@ def test_cost_by_hand():
 @pytest.mark.parametrize(
   ("name", "fields"), [("ponderlm2", {"remat": "full"}), pytest.param("ponderlm3", {}, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_executed_agrees_with_xla(name, fields):
   config = DecoderConfig(
     vocab_size=512, num_layers=1, d_model=256, num_heads=4, num_kv_heads=4, head_size=64, mlp_size=768, **fields

@@ -158,6 +158,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "with_segment_ids"), CASES)
+@pytest.mark.slow
 def test_sampled_against_slots_laid_out_one_by_one(layout, with_segment_ids, exact):
   method, params = build(**SAMPLED, **LAYOUTS[layout], gamma=(1.0, 0.9, 0.8))
   if "pause_offset" in params:
@@ -216,6 +217,7 @@ def test_sampled_with_all_granted_is_constant_bit_for_bit(options):
 
 
 @pytest.mark.parametrize("options", [pytest.param({}, marks=SLOW), {"pause_visibility": "hidden", "dont_know": "unit"}])
+@pytest.mark.slow
 def test_gradients_of_packed_rows_by_differences(options, exact):
   method, params = build(**SAMPLED, **options, slot_budget=1.8)
   batch = random_batch(14, 4, 8)

@@ -241,6 +241,7 @@ def laid(mesh, *shapes):
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 2, 4), *slow((1, 1, 8))])
 @pytest.mark.parametrize("dont_know", ["row", 3])
+@pytest.mark.slow
 def test_readout(mesh, dont_know, exact):
   """With filled-up rows, and parts of the vocabulary without a word; values and all gradients."""
   mesh = make_mesh(ParallelismConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]))

@@ -93,6 +93,7 @@ RUN = [name if name == "losses_only" else pytest.param(name, marks=pytest.mark.s
 
 
 @pytest.mark.parametrize("name", RUN)
+@pytest.mark.slow
 def test_notebooks_run(name, tmp_path):
   assert execute(name, tmp_path) == EXPECTED[name]
 
