@@ -12,8 +12,6 @@ unembedding. The logits never leave their device and the scan does not communica
 every slot (the largest logit, the sum of exponentials, z_y) and dh are reduced over the parts of the vocabulary, and dU
 is reduced over the parts of the batch.
 
-This module needs jax, `stopping` and `partitioning.rules` alone.
-
 Dimensions: ... leading shape (batch, tokens), W slots, D model, V vocabulary rows, N slots flattened, G shards, C slots
 of a shard in a chunk, J chunks.
 """
@@ -31,14 +29,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from cyb_jax.partitioning.rules import constrain, current_mesh, mesh_axes, parts, spec
+from cyb_jax.partitioning.rules import constrain, current_mesh, mesh_axes, parts, spec, target_platform
 from cyb_jax.stopping import Form, SlotScores, prior_shift
 
 if TYPE_CHECKING:  # the core needs jax alone when it runs
   from jaxtyping import Array, Float, Int
 
-# f32 logits of one chunk: enough for full matrix tiles, and few enough for several copies in any device's memory.
-_CHUNK_BYTES = 256 * 2**20
+# Logits of one chunk: enough for full matrix tiles, and few enough for several copies in any device's memory; on a CPU,
+# as many as stay in the cache of a core.
+_CHUNK, _CPU_CHUNK = 2**26, 2**19
 
 
 def slot_scores(
@@ -73,7 +72,8 @@ def slot_scores(
     soft_cap: c in z <- c tanh(z / c). It applies to all logits, in token form also to z_dk, before any shift.
     slots: static; the slots to compute out of W, for instance (-1,) for the last one; the others are not computed.
       None: all.
-    chunk_size: the number of slots of a shard in a chunk; None: as many as make 256 MiB of f32 logits.
+    chunk_size: the number of slots of a shard in a chunk; None: at least 128, for 256 MiB of f32 logits
+      (on a CPU 2 MiB).
     shards: the number of devices that the first axis is split over, under jit with a sharded batch. The gradient of the
       unembedding is then summed on each device and reduced once, not once a chunk. Under a mesh (`jax.set_mesh`) the
       number of parts of the mesh replaces it.
@@ -241,7 +241,7 @@ class _Tiling:
   ) -> _Tiling:
     """Returns the tiling of slots whose logits have `rows` columns; see `slot_scores` for the other arguments."""
     if chunk_size is None:
-      chunk_size = max(128, 2 ** int(math.log2(_CHUNK_BYTES / 4 / rows)))
+      chunk_size = max(128, 2 ** int(math.log2((_CPU_CHUNK if target_platform() == "cpu" else _CHUNK) / rows)))
     elif chunk_size < 1:
       raise ValueError(f"chunk_size: {chunk_size} must be positive")
     if shards < 1:

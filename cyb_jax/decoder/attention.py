@@ -14,11 +14,15 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
+from cyb_jax.decoder import blocked_attention
 from cyb_jax.decoder.config import ATTENTION_IMPLEMENTATIONS
 from cyb_jax.errors import InputError
+from cyb_jax.partitioning.rules import current_mesh, target_platform
 
 # The kernels work in blocks of at least 128 slots; in a shorter row most of a block is padding.
 _SHORTEST_SPLASH = 128
+# Shorter rows have few attention weights, which XLA computes as fast.
+_SHORTEST_BLOCKS = 128
 # A block of larger heads does not fit into vector memory.
 _LARGEST_SPLASH_HEAD = 256
 
@@ -104,8 +108,9 @@ def attend(
       is [B or 1, 1, S, C], True where the query (third axis) may see the key (fourth); it includes causality, and every
       query must see a key. With `HiddenSlots` XLA holds [B, N, S, T + K] attention weights instead of [B, N, S, S].
     implementation: 'xla' holds all [B, N, S, C] attention weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
-      floats; 'splash' is flash attention on TPUs, for every mask except boolean ones. 'auto' is the platform's kernel
-      where the kernel is supported and skips work (cuDNN: without a mask), else 'xla'. The choice is made while
+      floats; 'splash' is flash attention on TPUs and 'blocks' flash attention in plain JAX, which suits CPUs; both take
+      every mask except boolean ones. 'auto' is the platform's kernel where the kernel is supported and skips work
+      (cuDNN: without a mask; 'blocks': rows of 128 slots or more, on one device), else 'xla'. The choice is made while
       tracing; the platform is that of the mesh in whose context the call is traced (`jax.set_mesh`, pmap), else
       `jax.default_backend()`.
     weights: weights of the keys; they need XLA's attention and a mask other than `HiddenSlots`. None: all keys weigh
@@ -116,7 +121,7 @@ def attend(
     [B, S, N, H] in the dtype of `query`. The softmax is computed in float32.
 
   Raises:
-    InputError: 'cudnn' or 'splash' is requested but cannot run.
+    InputError: 'blocks', 'cudnn' or 'splash' is requested but cannot run.
     ValueError: `weights` with `HiddenSlots`.
   """
   if weights is not None:
@@ -126,18 +131,22 @@ def attend(
     # The kernels are experimental in JAX and need a TPU, so other platforms do not import them.
     from cyb_jax.decoder import splash
 
-    width, segment_ids = 1, None
-    if isinstance(mask, HiddenSlots):
-      width, segment_ids = mask.num_slots, mask.segment_ids
-    elif isinstance(mask, SegmentMask):
-      segment_ids = mask.segment_ids
-    return splash.attend(query, key, value, width, segment_ids, interpret=interpret)
+    return splash.attend(query, key, value, *_structure(mask), interpret=interpret)
+  if implementation == "blocks":
+    return blocked_attention.attend(query, key, value, *_structure(mask))
   if isinstance(mask, HiddenSlots):
     return _attend_hidden(query, key, value, mask)
   mask = _dense(mask, query.shape[1])
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=mask is None, implementation=implementation
   )
+
+
+def _structure(mask: SegmentMask | HiddenSlots | None) -> tuple[int, Int[Array, "B T"] | None]:
+  """(W, segment ids) of a structured mask."""
+  if mask is None:
+    return 1, None
+  return (mask.num_slots if isinstance(mask, HiddenSlots) else 1), mask.segment_ids
 
 
 def _dense(mask: Bool[Array, "#B 1 S C"] | SegmentMask | None, length: int) -> Bool[Array, "#B 1 S C"] | None:
@@ -185,12 +194,14 @@ def choose_implementation(
   implementation: str,
   interpret: bool,
 ) -> str:
-  """The implementation that `attend` uses: 'xla', 'cudnn' or 'splash'. Arguments and errors are those of `attend`."""
+  """The implementation that `attend` uses, a name other than 'auto'; arguments and errors are those of `attend`."""
   if implementation not in ATTENTION_IMPLEMENTATIONS:
     raise InputError(f"decoder.attention: {implementation!r} is not one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
   if implementation == "xla":
     return "xla"
-  if implementation == "cudnn":
+  if implementation == "blocks":
+    objection = _structure_objection(query, key, mask)
+  elif implementation == "cudnn":
     objection = _cudnn_objection(query.dtype, query.shape[-1])
     if isinstance(mask, HiddenSlots):
       objection = "has no hidden slots"
@@ -198,6 +209,10 @@ def choose_implementation(
     objection = _splash_objection(query, key, mask, interpret)
   elif _splash_objection(query, key, mask, interpret) is None and query.shape[1] >= _SHORTEST_SPLASH:
     implementation, objection = "splash", None
+  elif target_platform() == "cpu":
+    # A mesh of CPU devices is for tests of sharding. The blocks' loop over rows would gather the batch there.
+    fits = query.shape[1] >= _SHORTEST_BLOCKS and current_mesh() is None
+    return "blocks" if fits and _structure_objection(query, key, mask) is None else "xla"
   else:
     # cuDNN turns a mask into a dense bias and skips no work; XLA is then as fast and takes every shape.
     fits = mask is None and _cudnn_objection(query.dtype, query.shape[-1]) is None
@@ -249,10 +264,13 @@ def _attend_hidden(
   return out.reshape(batch, length, heads, size).astype(query.dtype)
 
 
-def _platform() -> str:
-  """The platform that the traced program will run on, which may differ from this machine's."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+def _structure_objection(query: Float[Array, "B S N H"], key: Float[Array, "B C G H"], mask: Mask) -> str | None:
+  """Why kernels that take structured masks alone cannot run here, or None."""
+  if not (mask is None or isinstance(mask, SegmentMask | HiddenSlots)):
+    return "takes no boolean mask (of hidden pauses in packed rows, of trees of answers)"
+  if query.shape[1] != key.shape[1]:
+    return f"needs as many keys as queries, not {key.shape[1]} and {query.shape[1]}"
+  return None
 
 
 def _splash_objection(
@@ -262,12 +280,11 @@ def _splash_objection(
   interpret: bool,
 ) -> str | None:
   """Why splash attention cannot run here, or None."""
-  if not interpret and _platform() != "tpu":
-    return f"needs a TPU, this program is for {_platform()!r}"
-  if not (mask is None or isinstance(mask, SegmentMask | HiddenSlots)):
-    return "takes no boolean mask (of hidden pauses in packed rows, of trees of answers)"
-  if query.shape[1] != key.shape[1]:
-    return f"needs as many keys as queries, not {key.shape[1]} and {query.shape[1]}"
+  if not interpret and target_platform() != "tpu":
+    return f"needs a TPU, this program is for {target_platform()!r}"
+  objection = _structure_objection(query, key, mask)
+  if objection is not None:
+    return objection
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     return f"needs bfloat16 or float32 activations, not {jnp.dtype(query.dtype).name}"
   if query.shape[-1] > _LARGEST_SPLASH_HEAD:
@@ -280,8 +297,8 @@ def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:
 
   The limits are those of https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html
   """
-  if _platform() != "gpu":
-    return f"needs an NVIDIA GPU, this program is for {_platform()!r}"
+  if target_platform() != "gpu":
+    return f"needs an NVIDIA GPU, this program is for {target_platform()!r}"
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"needs bfloat16 activations, not {jnp.dtype(dtype).name}"
   try:

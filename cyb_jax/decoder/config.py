@@ -12,7 +12,7 @@ from cyb_jax.field_rules import POSITIVE, POSITIVE_SHARE, SWITCH, Rule, check_fi
 
 SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_size", "mlp_size")
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 
 
 def _are_targets(value: tuple[str, ...]) -> bool:
@@ -103,7 +103,7 @@ class DecoderConfig:
     dtype: the number format of activations and matrix products; norms, softmax and RoPE are computed in float32.
     param_dtype: the number format of the parameters; 'bfloat16' suits frozen ones only, whose small updates would be
       rounded away.
-    attention: the implementation of attention: 'auto', 'xla', 'cudnn' or 'splash', see `attention.attend`.
+    attention: the implementation of attention: 'auto', 'xla', 'blocks', 'cudnn' or 'splash', see `attention.attend`.
     remat: what the backward pass computes again: 'none', nothing; 'full', all but the layers' inputs; 'dots', all but
       the layers' inputs and the matrix products outside of attention.
     scan_layers: whether one layer is compiled and scanned over parameters that are stacked on a leading axis 'layers'.

@@ -45,6 +45,15 @@ def current_mesh() -> AbstractMesh | None:
   return mesh
 
 
+def target_platform() -> str:
+  """Returns the platform that the traced program will run on, such as 'tpu', which may differ from this machine's.
+
+  It is that of the mesh in whose context the program is traced, else that of JAX's default backend.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def mesh_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
   """Returns the mesh axes that split a logical axis, without mesh axes of size 1; None is split by no axis."""
   return tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)

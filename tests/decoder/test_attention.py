@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from cyb_jax.decoder import attention
+from cyb_jax.decoder import attention, blocked_attention
 from cyb_jax.decoder.rope import apply_rope, rope_factors
 from cyb_jax.errors import InputError
 from cyb_jax.pauses import attention_mask
@@ -78,11 +79,15 @@ def test_mask_hides_and_stands_alone():
   assert abs(seeing[:, 0] - value[:, 0]).max() > 0.1
 
 
+@pytest.mark.parametrize("implementation", ["xla", "blocks"])
 @pytest.mark.parametrize(
   ("tokens", "width", "heads", "groups", "with_segment_ids"),
-  [(5, 4, 2, 2, False), (7, 3, 6, 2, True), (1, 2, 1, 1, False), (4, 1, 2, 1, True), (33, 2, 3, 1, True)],
-)
-def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_segment_ids, exact):
+  [
+    (5, 4, 2, 2, False), (7, 3, 6, 2, True), (1, 2, 1, 1, False), (4, 1, 2, 1, True), (33, 2, 3, 1, True),
+    (70, 3, 4, 2, False),
+  ],
+)  # fmt: skip
+def test_hidden_slots_are_the_dense_mask(implementation, tokens, width, heads, groups, with_segment_ids, exact):
   rng = np.random.default_rng(tokens)
   shape = (2, tokens * width)
   query, weight = jnp.asarray(rng.normal(size=(2, *shape, heads, 8)), jnp.float32)
@@ -90,24 +95,79 @@ def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_segm
   segment_ids = jnp.asarray(np.cumsum(rng.random((2, tokens)) < 0.3, -1), jnp.int32) if with_segment_ids else None
   dense = attention_mask(tokens, width, visibility="hidden", segment_ids=segment_ids)
 
-  def run(mask):
-    def weighted(*args):
-      out = attention.attend(*args, mask=mask, implementation="xla")
-      return (out * weight).sum(), out
-
-    (_, out), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(2 * query, key, value)
-    return out, *gradients
-
-  for got, expected in zip(run(attention.HiddenSlots(width, segment_ids)), run(dense)):
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+  structured = attention.HiddenSlots(width, segment_ids)
+  arrays = (2 * query, key, value)
+  expected = _with_gradients(arrays, weight, mask=dense, implementation="xla")
+  for got, wanted in zip(_with_gradients(arrays, weight, mask=structured, implementation=implementation), expected):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_slots_stay_finite_and_keep_the_dtype():
+def _with_gradients(arrays, weight, **options):
+  """The output of attention, and the gradients of its weighted sum by query, key and value."""
+
+  def weighted(*args):
+    out = attention.attend(*args, **options)
+    return (out * weight).sum(), out
+
+  (_, out), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(*arrays)
+  return out, *gradients
+
+
+# 64 queries are a block: one, several with a shorter last one, and fewer that are longer.
+@pytest.mark.parametrize(
+  ("length", "heads", "groups", "most", "with_segment_ids"),
+  [(64, 1, 1, 16, False), (150, 4, 2, 16, True), (200, 2, 1, 2, False)],
+)
+def test_blocks_are_causal_attention(monkeypatch, length, heads, groups, most, with_segment_ids, exact):
+  monkeypatch.setattr(blocked_attention, "_MOST_BLOCKS", most)
+  rng = np.random.default_rng(length)
+  query, weight = rng.normal(size=(2, 2, length, heads, 8)).astype(np.float32)
+  key, value = rng.normal(size=(2, 2, length, groups, 8)).astype(np.float32)
+  mask, seen = None, np.tril(np.ones((1, length, length), bool))
+  if with_segment_ids:
+    segment_ids = np.cumsum(rng.random((2, length)) < 0.05, -1)
+    mask, seen = (
+      attention.SegmentMask(jnp.asarray(segment_ids)),
+      seen & (segment_ids[:, None] == segment_ids[..., None]),
+    )
+  arrays = (query, key, value)
+  got = _with_gradients(arrays, weight, mask=mask, implementation="blocks")
+  # In float64, head by head.
+  for n in range(heads):
+    k, v = (x[:, :, n // (heads // groups)].astype(np.float64) for x in (key, value))
+    scores = np.where(seen, query[:, :, n] @ k.swapaxes(1, 2) / np.sqrt(8), -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    np.testing.assert_allclose(got[0][:, :, n], shares @ v, rtol=1e-5, atol=1e-5)
+  for mine, wanted in zip(got, _with_gradients(arrays, weight, mask=mask, implementation="xla")):
+    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=2e-5)
+
+
+def test_blocks_keep_less_than_the_attention_weights():
+  x = jnp.zeros((2, 1024, 2, 8))
+
+  def temporaries(implementation):
+    summed = jax.grad(lambda x: attention.attend(x, x, x, implementation=implementation).sum())
+    return jax.jit(summed).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries("blocks") < temporaries("xla") / 4
+
+
+def test_blocks_take_structured_masks_only():
+  x = jnp.zeros((1, 4, 1, 8))
+  with pytest.raises(InputError, match=r"decoder\.attention: 'blocks' takes no boolean mask"):
+    attention.attend(x, x, x, mask=jnp.ones((1, 1, 4, 4), bool), implementation="blocks")
+  with pytest.raises(InputError, match=r"'blocks' needs as many keys as queries, not 4 and 1; use 'auto' or 'xla'"):
+    attention.attend(x[:, :1], x, x, implementation="blocks")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocks"])
+def test_hidden_slots_stay_finite_and_keep_the_dtype(implementation):
   # Scores of a thousand: exp of them, or of their difference to a slot that isn't seen, would overflow.
   query = jnp.full((1, 6, 1, 4), 40.0, jnp.bfloat16).at[:, 2].set(-40.0)
 
   def summed(query):
-    out = attention.attend(query, query, query, mask=attention.HiddenSlots(3))
+    out = attention.attend(query, query, query, mask=attention.HiddenSlots(3), implementation=implementation)
     return out.astype(jnp.float32).sum(), out
 
   (_, out), gradient = jax.jit(jax.value_and_grad(summed, has_aux=True))(query)
@@ -153,10 +213,21 @@ def test_auto_chooses(monkeypatch, backend, capability, dtype, head_size, masked
   assert seen["is_causal"] is not masked
 
 
+@pytest.mark.parametrize(("length", "chosen"), [(127, "xla"), (128, "blocks")])
+def test_a_cpu_computes_long_rows_in_blocks(length, chosen):
+  x = np.zeros((1, length, 1, 8), np.float32)
+  choose = attention.choose_implementation
+  assert choose(x, x, mask=None, implementation="auto", interpret=False) == chosen
+  assert choose(x, x, mask=attention.HiddenSlots(1), implementation="auto", interpret=False) == chosen
+  assert choose(x, x, mask=np.ones((1, 1, length, length), bool), implementation="auto", interpret=False) == "xla"
+  with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+    assert choose(x, x, mask=None, implementation="auto", interpret=False) == "xla"
+
+
 def test_cudnn_where_it_cannot_run_is_refused(monkeypatch):
   x = jnp.zeros((1, 2, 1, 8), jnp.bfloat16)
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
   with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' needs an NVIDIA GPU.*'cpu'"):
     attention.attend(x, x, x, implementation="cudnn")
-  with pytest.raises(InputError, match=r"decoder\.attention: 'flash' is not one of auto, xla, cudnn"):
+  with pytest.raises(InputError, match=r"decoder\.attention: 'flash' is not one of auto, xla, blocks, cudnn"):
     attention.attend(x, x, x, implementation="flash")
