@@ -357,7 +357,7 @@ def test_data_parallel_sums_the_gradient_once(tmp_path):
 def test_sizes_that_do_not_divide_are_told_before_anything_is_compiled(tmp_path):
   flags = (f"--config={cli.write_config(tmp_path)}", "--topology=v5e:2x2")
   assert "don't make up 4 devices" in cli.complaint("compile", *flags, "--config.parallelism.fsdp=3")
-  assert "8 windows don't divide over 32 devices" in cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
+  assert "8 is not divisible by 32 devices" in cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
   said = cli.complaint("compile", *flags, "--config.parallelism.fsdp=2", "--decode_batch=6")
   assert said == "--decode_batch: 6 rows don't divide over 4 devices; give a multiple of that"
 
