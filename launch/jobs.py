@@ -42,7 +42,7 @@ def setup_steps(machine: Machine, job: Job, node: str, worker: str = "all") -> l
   """The steps that install a checkout on workers."""
   return [
     Step("Copy the checkout's last commit to the workers.", commands.copy(machine, node, worker, job.archive)),
-    Step("Unpack it.", commands.ssh(machine, node, worker, commands.UNPACK)),
+    Step("Unpack the archive on the workers.", commands.ssh(machine, node, worker, commands.UNPACK)),
     Step(
       "Install Python 3.11 and the pinned versions in a venv next to the checkout; this takes some minutes.",
       commands.ssh(machine, node, worker, commands.on_worker(machine, "install", job.extras)),

@@ -564,7 +564,7 @@ def test_programs_report_bad_input_in_one_line(tmp_path, workdir):
     "train", "--config=experiments/quickstart.py:app", run
   )
   assert "method.pauses: -1" in cli.complaint("train", f"--config={config}", run, "--config.method.pauses=-1")
-  assert "left over" in cli.complaint("train", f"--config={config}", run, "extra")
+  assert "arguments: 'extra' is unexpected" in cli.complaint("train", f"--config={config}", run, "extra")
   assert not (tmp_path / "run").exists()
   assert "contains no run" in cli.complaint("evaluate", f"--workdir={tmp_path}/nothing")
   assert "--checkpoint: 'newest'" in cli.complaint("evaluate", f"--workdir={workdir}", "--checkpoint=newest")
@@ -573,10 +573,10 @@ def test_programs_report_bad_input_in_one_line(tmp_path, workdir):
   )
   assert "--omega: '1:1' is invalid for 3 slots" in cli.complaint("evaluate", f"--workdir={workdir}", "--omega=1:1")
   assert "split: 'tset' is not in" in cli.complaint("evaluate", f"--workdir={workdir}", "--split=tset")
-  assert f"--store: {cli.ROOT}/nowhere is not there" in cli.complaint(
+  assert f"--store: {cli.ROOT}/nowhere does not exist" in cli.complaint(
     "evaluate", f"--workdir={workdir}", "--store=nowhere"
   )
-  assert "--limit: -1 is negative" in cli.complaint("evaluate", f"--workdir={workdir}", "--limit=-1")
+  assert "--limit: -1 must not be negative" in cli.complaint("evaluate", f"--workdir={workdir}", "--limit=-1")
 
 
 def test_an_unsupported_kernel_is_rejected_before_anything_is_written(tmp_path):

@@ -235,7 +235,7 @@ def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
   [
     ("evaluate", ["--init_from={folders}/hf"], "--config: not given"),
     ("evaluate", ["--workdir={folders}/plain", "--init_from={folders}/hf", "--config={root}/experiments/reviews.py"],
-     "--workdir: both are given"),
+     "--workdir: --init_from is also given"),
     ("generate", ["--prompt=a"], "--workdir: not given; give the run's folder as --workdir"),
     ("generate", ["--prompt=a", "--init_from={folders}/none"], "none: no such folder or file"),
     ("generate", ["--prompt=a", "--init_from={folders}/hf", "--checkpoint=best"], "is no run, and has no checkpoints"),

@@ -474,7 +474,7 @@ def test_uncommitted_changes_are_listed(cloud, tmp_path):
   (mine / "constraints.txt").write_text("jax==0\n")
   (mine / "new.py").write_text("")
   _, err = cloud.run("train", f"--checkout={mine}", expect=2)
-  assert "--checkout: 1 files have changes that the last commit" in err
+  assert "--checkout: 1 files have changes that are not in the last commit" in err
   assert "(constraints.txt)" in err
   assert cloud.calls() == []
   _, err = cloud.run("train", f"--checkout={mine}", "--allow_dirty")

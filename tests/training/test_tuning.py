@@ -317,7 +317,7 @@ def test_a_run_from_a_run(base_run, tmp_path, monkeypatch):
     ({"precision__params": "float16"}, r"precision\.params: 'float16' must be one of float32, bfloat16"),
     (
       {"tuning__weights": "all", "precision__params": "bfloat16"},
-      r"precision\.params: 'bfloat16' must be float32 where tuning\.weights = 'all'",
+      r"precision\.params: 'bfloat16' must be float32 if tuning\.weights = 'all'",
     ),
   ],
 )
