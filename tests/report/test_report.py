@@ -596,7 +596,7 @@ def test_bad_input(workdirs, program, tmp_path):
   assert "contains no run" in refused(workdir=tmp_path)
   assert "contains no run" in refused(compare=f"{run},{tmp_path}")
   assert "split: 'tset' is not in" in refused(workdir=run, split="tset")
-  assert "--limit: -1 is negative" in refused(workdir=run, limit=-1)
+  assert "--limit: -1 must not be negative" in refused(workdir=run, limit=-1)
   assert "--checkpoint: 'newest'" in refused(workdir=run, checkpoint="newest")
   assert "--text: it needs text, but --text_windows is 0" in refused(workdir=run, text="true", text_windows=0)
   assert "same run twice" in refused(compare=f"{run},{run}", output=tmp_path / "out")
