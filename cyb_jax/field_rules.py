@@ -1,4 +1,4 @@
-"""Which values the fields of a config accept: one rule both checks a value and describes the accepted values."""
+"""Rules for the values of config fields: a rule checks a value and describes the accepted values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cyb_jax.errors import InputError, is_seed
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What a field's value must be.
+  """A rule for a field's value.
 
   Attributes:
-    accepts: whether a value is valid.
-    wanted: what would be accepted, after 'must be'.
+    accepts: value -> whether it is valid.
+    wanted: a description of the accepted values that can follow 'must be'.
   """
 
   accepts: Callable[[Any], bool]
@@ -27,11 +27,11 @@ def _is_finite(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-AT_LEAST_1 = Rule(lambda value: _is_whole(value) and value >= 1, "at least 1")
+AT_LEAST_1 = Rule(lambda value: _is_integer(value) and value >= 1, "at least 1")
 NOT_NEGATIVE = Rule(lambda value: _is_finite(value) and value >= 0, "not negative")
 POSITIVE = Rule(lambda value: _is_finite(value) and value > 0, "positive")
 SHARE = Rule(lambda value: _is_finite(value) and 0 <= value <= 1, "in [0, 1]")
@@ -43,42 +43,42 @@ SWITCH = Rule(lambda value: isinstance(value, bool), "True or False")
 
 
 def not_negative(zero: str) -> Rule:
-  """A finite number that is not negative; `zero`: what the value 0 means, such as 'clips nothing'."""
+  """Accepts finite numbers that are not negative; `zero` describes the meaning of 0, such as 'means no clipping'."""
   return Rule(NOT_NEGATIVE.accepts, f"{NOT_NEGATIVE.wanted}; 0 {zero}")
 
 
 def whole_number(minimum: int = 0, *, note: str = "") -> Rule:
-  """A whole number of at least `minimum`; `note` is added to the description."""
-  return Rule(lambda value: _is_whole(value) and value >= minimum, f"a whole number of at least {minimum}{note}")
+  """Accepts integers of at least `minimum`; `note` is added to the description."""
+  return Rule(lambda value: _is_integer(value) and value >= minimum, f"a whole number of at least {minimum}{note}")
 
 
 def one_of(*accepted: str, wanted: str = "") -> Rule:
-  """One of these texts; `wanted`: another description of them."""
+  """Accepts one of these strings; `wanted` replaces their description."""
   return Rule(lambda value: value in accepted, wanted or f"one of {', '.join(accepted)}")
 
 
 def checked_later(wanted: str) -> Rule:
-  """A rule that accepts every value, for fields that are checked where more is known; `wanted` describes them."""
+  """Accepts every value, for fields whose check needs other information; `wanted` describes the accepted values."""
   return Rule(lambda value: True, wanted)
 
 
 def or_none(rule: Rule, none: str) -> Rule:
-  """What a rule accepts, or None; `none`: what None means, such as 'for no cap'."""
+  """Accepts None and the values that a rule accepts; `none` describes the meaning of None, such as 'for no cap'."""
   return Rule(lambda value: value is None or rule.accepts(value), f"{rule.wanted}, or None {none}")
 
 
 def check_fields(group: str, holder: object, rules: Mapping[str, Rule], *, prefix: str = "") -> None:
-  """Checks the attributes of an object by the rules of a group of the config.
+  """Checks the attributes of an object by the rules of a config group.
 
   Args:
-    group: of the config.
-    holder: has the attributes.
-    rules: by the field of the config.
-    prefix: what the names of the fields have in addition to those of the attributes.
+    group: the name of the config group.
+    holder: the object with the attributes.
+    rules: the rules by field name.
+    prefix: a prefix of field names that the names of the attributes lack.
 
   Raises:
-    InputError: an attribute breaks its rule. The message names 'group.field', the value, and what would be accepted;
-      the first broken rule is reported.
+    InputError: an attribute violates its rule. The message names 'group.field', the value, and the accepted values;
+      only the first violation is reported.
   """
   for name, rule in rules.items():
     value = getattr(holder, name.removeprefix(prefix))
@@ -87,7 +87,7 @@ def check_fields(group: str, holder: object, rules: Mapping[str, Rule], *, prefi
 
 
 def _written(value: Any) -> str:
-  """A value in a message; lists as a config writes them."""
+  """A value in a message; lists have the form that they have in a config."""
   if not isinstance(value, tuple):
     return repr(value)
   return repr(("," if any(isinstance(x, str) for x in value) else ":").join(map(str, value)))

@@ -1,4 +1,4 @@
-"""Strict JSON: what is written has no nan and no infinity, what is read has no string that UTF-8 cannot represent."""
+"""Strict JSON: `dumps` writes neither nan nor infinities, and `loads` rejects strings that UTF-8 cannot represent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-# The escape of a surrogate, which may be a lone one.
+# The escape of a surrogate, which may be unpaired.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -26,40 +26,40 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-  r"""Returns `json.loads` of a text, whose strings are all representable in UTF-8.
+  r"""Returns `json.loads` of a text, all of whose strings are representable in UTF-8.
 
-  JSON may escape one half of a surrogate pair, which Python accepts and no encoder does.
+  A JSON text may contain the escape of an unpaired surrogate, which Python accepts but cannot encode.
 
   Args:
     text: a JSON text; bytes are UTF-8.
 
   Raises:
-    ValueError: it is no JSON, no UTF-8, nested too deep, or has a lone surrogate. The caller knows the file and the
-      line, and names them.
+    ValueError: the text is not JSON, not UTF-8, nested too deeply, or has a lone surrogate. Callers add the file and
+      the line.
 
   Example:
     >>> loads(b'{"text": "caf\\u00e9"}')
     {'text': 'café'}
     >>> loads(b'{"text": "caf\\ud83d"}')
     Traceback (most recent call last):
-    ValueError: 'caf\ud83d' in 'text' has a lone surrogate, which is no character
+    ValueError: 'caf\ud83d' in 'text' has a lone surrogate, which is not a character
   """
   try:
     decoded = text.decode() if isinstance(text, bytes) else text
     value = json.loads(decoded)
   except UnicodeDecodeError as error:
-    raise ValueError(f"no UTF-8 at byte {error.start} ({error.reason})") from error
+    raise ValueError(f"not UTF-8 at byte {error.start} ({error.reason})") from error
   except json.JSONDecodeError as error:
-    raise ValueError(f"no JSON: {error.msg} at character {error.pos}") from error
+    raise ValueError(f"invalid JSON: {error.msg} at character {error.pos}") from error
   except RecursionError as error:
-    raise ValueError("it is nested too deep") from error
+    raise ValueError("nested too deeply") from error
   if isinstance(text, str) or _SURROGATE.search(decoded):
     _check_characters(value, "")
   return value
 
 
 def _check_characters(value: Any, place: str) -> None:
-  """Raises ValueError if a string of the value, or a key, has a lone surrogate; `place` is the key or index of it."""
+  """Raises ValueError if a string or key in the value has a lone surrogate; `place` is the value's key or index."""
   if isinstance(value, dict):
     for key, item in value.items():
       _check_characters(key, "a key")
@@ -72,7 +72,8 @@ def _check_characters(value: Any, place: str) -> None:
       value.encode()
     except UnicodeEncodeError as error:
       around = value[max(0, error.start - 20) : error.start + 1]
-      raise ValueError(f"{around!r}{place and f' in {place}'} has a lone surrogate, which is no character") from error
+      where = f" in {place}" if place else ""
+      raise ValueError(f"{around!r}{where} has a lone surrogate, which is not a character") from error
 
 
 def _finite(value: Any) -> Any:

@@ -1,14 +1,14 @@
-"""The three Catch-Your-Breath losses and the cross-entropy at the last slot: pure, unreduced, one number per token.
+"""The three Catch-Your-Breath losses and the cross-entropy at the last slot: pure functions with one loss per token.
 
 With s the stopping-time distribution and t_i the probability of the target at slot i (`stopping.SlotScores`):
 
     CYB     = -log sum_i s_i gamma_i t_i
-    CYB-AP  = CYB with a given omega (the distribution of the step budget) and gamma (a discount)
+    CYB-AP  = CYB with an omega (the distribution of the step budget) and a gamma (a discount)
     CYB-VA  = -sum_i s_i log t_i + KL(s || rho)
     CYB-DP  = CYB + alpha KL(rho || s)
 
 All are exact: nothing is sampled and no gradient is stopped. Reference: "Catch Your Breath", arXiv 2510.13879.
-This module needs jax and `stopping` alone.
+This module depends only on jax and `stopping`.
 
 Dimensions: ... any leading shape (tokens), W slots.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
-if TYPE_CHECKING:  # the core needs jax alone when it runs
+if TYPE_CHECKING:  # at run time, the core needs only jax
   from jaxtyping import Array, ArrayLike, Float
 
 
@@ -35,7 +35,7 @@ def discount(
       none: 1      linear: 1 - (i-1)(1-g0)      exponential: g0^(i-1)         i = 1..W
 
   Args:
-    kind: one of the three.
+    kind: the kind of discount.
     num_slots: W.
     start: g0, the discount of the first pause, in [0, 1].
 
@@ -43,7 +43,7 @@ def discount(
     f64[W], each in [0, 1].
 
   Raises:
-    ValueError: on another kind, if g0 is outside [0, 1], or if a linear discount is negative at the last slot.
+    ValueError: `kind` is unknown, g0 is outside [0, 1], or a linear discount is negative at the last slot.
 
   Example:
     >>> print(discount("linear", 4, 0.9))
@@ -57,12 +57,12 @@ def discount(
   if kind == "exponential":
     return start**pauses
   if kind != "linear":
-    raise ValueError(f"gamma: kind {kind!r} is none of 'none', 'linear', 'exponential'")
+    raise ValueError(f"gamma: kind {kind!r} is unknown; give 'none', 'linear' or 'exponential'")
   gamma = 1.0 - pauses * (1.0 - start)
   if gamma[-1] < -1e-9:
     raise ValueError(
-      f"gamma: linear:{start:g} falls to {gamma[-1]:g} at slot {num_slots}; {num_slots} slots take"
-      f" {1 - 1 / (num_slots - 1):g} or more"
+      f"gamma: linear:{start:g} falls to {gamma[-1]:g} at slot {num_slots}; for {num_slots} slots, give at least"
+      f" {1 - 1 / (num_slots - 1):g}"
     )
   return np.maximum(gamma, 0.0)
 
@@ -78,15 +78,15 @@ def cyb(
 
   Args:
     scores: f32[..., W] each.
-    omega: [W] or [..., W], the distribution of the step budget: non-negative, normalised here; may be traced. None:
-      0:..:0:1, the budget is always W steps.
-    gamma: [W] or [..., W], the discount, in [0, 1]; may be traced. None: all ones.
+    omega: [W] or [..., W], the distribution of the step budget: non-negative, normalised here; may be traced. None
+      means 0:..:0:1, so the budget is always W steps.
+    gamma: [W] or [..., W], the discount, in [0, 1]; may be traced. None means all ones.
 
   Returns:
     f32[...], nats; infinite where every slot that can be read has gamma 0.
 
   Raises:
-    ValueError: on a wrong length, or on concrete values out of range.
+    ValueError: the last axis has the wrong length, or concrete values are out of range.
 
   References:
     "Catch Your Breath", https://arxiv.org/abs/2510.13879
@@ -125,7 +125,7 @@ def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, "
     f32[...], nats.
 
   Raises:
-    ValueError: on a wrong length, or on concrete values that are not positive.
+    ValueError: the last axis has the wrong length, or concrete values are not positive.
 
   References:
     "Catch Your Breath", https://arxiv.org/abs/2510.13879
@@ -138,8 +138,8 @@ def cyb_va(scores: SlotScores, rho: Float[ArrayLike, "... W"]) -> Float[Array, "
   """
   rho = normalize(rho, scores.log_target.shape[-1], name="rho", positive=True, dtype=scores.log_target.dtype)
   log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer)
-  # s log s -> 0 as s -> 0. Where log s is -inf (d is exactly 0 or 1) the term is left out before the product is formed,
-  # because 0 * inf is nan.
+  # s log s -> 0 as s -> 0. Where log s is -inf (d is exactly 0 or 1), the term is omitted before the product is
+  # computed, because 0 * inf is nan.
   reached = log_stopping > -jnp.inf
   log_stopping = jnp.where(reached, log_stopping, 0.0)
   terms = jnp.exp(log_stopping) * (log_stopping - jnp.log(rho) - scores.log_target)
@@ -160,7 +160,7 @@ def cyb_dp(scores: SlotScores, rho: Float[ArrayLike, "... W"], alpha: Float[Arra
     f32[...], nats; infinite where s_i is 0 and rho_i is not.
 
   Raises:
-    ValueError: on a wrong length, on concrete values of rho out of range, or on a concrete negative alpha.
+    ValueError: the last axis of rho has the wrong length, or concrete values of rho or alpha are out of range.
 
   References:
     "Catch Your Breath", https://arxiv.org/abs/2510.13879
@@ -186,7 +186,7 @@ def last_slot_cross_entropy(scores: SlotScores) -> Float[Array, "..."]:
 
       -log t_W
 
-  It equals CYB with d = 1 at every slot before the last. Scores of the last slot alone are enough.
+  It equals CYB with d = 1 at every slot before the last. Only the scores of the last slot are used.
 
   Args:
     scores: f32[..., W] each, W >= 1.
@@ -214,8 +214,8 @@ def _log_discount(gamma: ArrayLike, num_slots: int, dtype: jnp.dtype) -> Array:
   if not isinstance(gamma, jax.core.Tracer):
     values = np.asarray(gamma, np.float64)
     if not ((values >= 0) & (values <= 1)).all():
-      raise ValueError(f"gamma: {values.tolist()} must lie in [0, 1]")
+      raise ValueError(f"gamma: {values.tolist()} must be in [0, 1]")
     if (values.max(-1) <= 0).any():
-      raise ValueError(f"gamma: {values.tolist()} is all zero; at least one slot needs weight")
+      raise ValueError(f"gamma: {values.tolist()} is all zero; give at least one positive value")
   gamma = jnp.asarray(gamma, dtype)
   return jnp.where(gamma > 0, jnp.log(jnp.where(gamma > 0, gamma, 1.0)), -jnp.inf)

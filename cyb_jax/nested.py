@@ -10,9 +10,9 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
   """Yields (path, old value, new value) for every leaf in which two nested mappings differ, sorted by path.
 
   Args:
-    old: a mapping whose values may be mappings again.
-    new: another one; a name that one of them lacks has the value None.
-    path: of the two in the whole, names joined by dots.
+    old: a mapping whose values may be mappings.
+    new: another mapping; a name that one of the two lacks has the value None.
+    path: the path of `old` and `new` in larger mappings, names joined by dots.
   """
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     for name in sorted({*old, *new}):

@@ -1,4 +1,4 @@
-r"""How lists of options and of weighted sources are written in one string.
+r"""The syntax of options and of weighted sources in a single string.
 
     key=value,key=value                     options; `\,` is a comma inside a value
     reviews:0.7,jsonl(pattern=x.jsonl):0.3  sources with options and weights; also `\(`, `\)` and `\:`
@@ -23,9 +23,9 @@ class Item:
   """One source of a mixture.
 
   Attributes:
-    name: as written.
-    options: by name.
-    weight: above 0; the weights of a mixture need not sum to 1.
+    name: the name of a task, or the path of a token store.
+    options: the options by name.
+    weight: the weight, above 0; the weights of a mixture need not sum to 1.
   """
 
   name: str
@@ -37,8 +37,8 @@ def parse_options(field: str, text: str) -> dict[str, str]:
   r"""The options in 'key=value,key=value'.
 
   Args:
-    field: that holds the text, for errors.
-    text: '' holds none.
+    field: the field or flag whose value is the text, for errors.
+    text: the text; '' contains no options.
 
   Raises:
     InputError: a part has no '=' or no key, or a key occurs twice.
@@ -52,7 +52,7 @@ def parse_options(field: str, text: str) -> dict[str, str]:
     key, equals, value = part.partition("=")
     key = key.strip()
     if not equals or not key:
-      raise InputError(rf"{field}: {part!r} is not of the form key=value; a comma inside a value is written \,")
+      raise InputError(rf"{field}: {part!r} is not of the form key=value; write a comma inside a value as \,")
     if key in options:
       raise InputError(f"{field}: {key!r} is given twice, as {options[key]!r} and {_plain(value)!r}; give it once")
     options[key] = _plain(value)
@@ -60,14 +60,14 @@ def parse_options(field: str, text: str) -> dict[str, str]:
 
 
 def parse_mixture(field: str, text: str) -> tuple[Item, ...]:
-  """The sources in 'name:weight,name(key=value,...):weight'; a weight that is left out is 1.
+  """The sources in 'name:weight,name(key=value,...):weight'; an omitted weight is 1.
 
   Args:
-    field: that holds the text, for errors.
-    text: at least one source.
+    field: the field or flag whose value is the text, for errors.
+    text: the text; it must contain at least one source.
 
   Raises:
-    InputError: a part is no source, a bracket is not closed, a weight is not above 0, or a source occurs twice.
+    InputError: a part is not a source, brackets do not match, a weight is not above 0, or a source occurs twice.
 
   Example:
     >>> [(item.name, item.weight) for item in parse_mixture("data.mixture", "c4_en:0.7,jsonl(pattern=a.jsonl):0.3")]
@@ -77,26 +77,26 @@ def parse_mixture(field: str, text: str) -> tuple[Item, ...]:
   for part in _parts(field, text):
     match = re.fullmatch(r"(?s)((?:\\.|[^\\()])+?)(?:\((.*)\))?(?::([^:()]*))?", part.strip())
     if not match or (match[2] is None and re.search(r"(?<!\\)[()]", part)):
-      raise InputError(f"{field}: {part!r} is no source; write name:weight or name(key=value,...):weight")
+      raise InputError(f"{field}: {part!r} is not a source; write name:weight or name(key=value,...):weight")
     name, weight = match[1], match[3]
     if match[2] is None and weight is not None and not _number(weight):
-      name, weight = f"{name}:{weight}", None  # seqio:NAME, or the address of a bucket, without a weight
+      name, weight = f"{name}:{weight}", None  # seqio:NAME, or the URL of a bucket, without a weight
     item = Item(_plain(name.strip()), parse_options(field, match[2] or ""), _weight(field, part, weight))
     if any(item.name == other.name and item.options == other.options for other in items):
-      raise InputError(f"{field}: {item.name!r} occurs twice with the same options; give it once, with one weight")
+      raise InputError(f"{field}: {item.name!r} occurs twice with the same options; give it once")
     items.append(item)
   if not items:
-    raise InputError(f"{field}: {text!r} names no source; write name:weight,name:weight")
+    raise InputError(f"{field}: {text!r} contains no source; write name:weight,name:weight")
   return tuple(items)
 
 
 def written_options(options: Mapping[str, str]) -> str:
-  """The text from which `parse_options` reads the same options."""
+  """The inverse of `parse_options`: the options as a text."""
   return ",".join(f"{key}={_escaped(value)}" for key, value in options.items())
 
 
 def written_mixture(items: Iterable[Item]) -> str:
-  """The text from which `parse_mixture` reads the same sources."""
+  """The inverse of `parse_mixture`: the sources as a text."""
   return ",".join(_written(item) for item in items)
 
 
@@ -110,7 +110,7 @@ def _weight(field: str, part: str, text: str | None) -> float:
     return 1.0
   weight = float(text) if _number(text) else math.nan
   if not (math.isfinite(weight) and weight > 0):
-    raise InputError(f"{field}: the weight {text!r} of {part!r} is not above 0; give a weight above 0, or leave it out")
+    raise InputError(f"{field}: the weight {text!r} of {part!r} is not above 0; give a weight above 0, or omit it")
   return weight
 
 
@@ -123,7 +123,7 @@ def _number(text: str) -> bool:
 
 
 def _parts(field: str, text: str) -> Iterator[str]:
-  """The parts between commas that are neither escaped nor inside brackets, without empty ones.
+  """The nonempty parts between commas that are neither escaped nor inside brackets.
 
   Raises:
     InputError: brackets do not match.
@@ -140,7 +140,7 @@ def _parts(field: str, text: str) -> Iterator[str]:
       part += character
     escaped = character == "\\" and not escaped
   if depth:
-    raise InputError(rf"{field}: the brackets in {text!r} do not match; a bracket inside a value is written \( or \)")
+    raise InputError(rf"{field}: the brackets in {text!r} do not match; write a bracket inside a value as \( or \)")
   if part.strip():
     yield part
 

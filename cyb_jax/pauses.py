@@ -2,7 +2,7 @@
 
 Every real token is followed by K pauses, so it has W = K + 1 slots: slot 0 is the token itself, slots 1..K are
 `<pause_1>`..`<pause_K>` (slots are counted from 0 in code; the paper counts from 1). All slots of a token predict the
-next real token. Arrays keep the slots as a separate axis; attention alone flattens it. This module needs jax alone.
+next real token. Arrays have a separate axis of slots, which only attention flattens. This module depends only on jax.
 
 Worked example with T = 2 tokens "a b" and K = 2 pauses each; the ids of the pauses are p = V and q = V + 1:
 
@@ -26,8 +26,8 @@ packed, one token after the other, into rows of a fixed number of slots, so that
 
     W_n = 2, 1, 3, 1 in a row of 6 slots    a p b c p q      the fourth token does not fit and has weight 0
 
-In pause-training (`lengths_at_random`, `lengths_behind_prefixes`) only some tokens have pauses, and all pauses have the
-same id. W_n is the number of slots there too, and the slots are packed in the same way.
+In pause-training (`lengths_at_random`, `lengths_after_prefixes`), only some tokens have pauses, and all pauses have the
+same id. W_n is again the number of slots of a token, and the slots are packed in the same way.
 
 Dimensions: B batch, T tokens, W slots per token, S slots of a row: T*W flattened, or the size of a packed row.
 """
@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:  # the core needs jax alone when it runs
+if TYPE_CHECKING:  # at run time, the core needs only jax
   from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 Visibility = Literal["visible", "hidden"]
@@ -74,7 +74,7 @@ def interleave(tokens: Int[Array, "B T"], num_pauses: int, first_pause_id: int) 
     `Slots`, each array i32[B, T, K + 1].
 
   Raises:
-    ValueError: if `num_pauses` is negative or tokens has no two axes.
+    ValueError: `num_pauses` is negative, or `tokens` does not have two axes.
 
   Example:
     >>> interleave(jnp.array([[5, 7]]), 2, 100).ids.tolist()
@@ -84,9 +84,9 @@ def interleave(tokens: Int[Array, "B T"], num_pauses: int, first_pause_id: int) 
   """
   tokens = jnp.asarray(tokens)
   if tokens.ndim != 2:
-    raise ValueError(f"tokens: shape {tokens.shape}, but [batch, tokens] is needed")
+    raise ValueError(f"tokens: shape {tokens.shape} must have two axes, [batch, tokens]")
   if num_pauses < 0:
-    raise ValueError(f"num_pauses: {num_pauses} is negative")
+    raise ValueError(f"num_pauses: {num_pauses} must not be negative")
   batch, length = tokens.shape
   pauses = first_pause_id + jnp.arange(num_pauses, dtype=jnp.int32)
   ids = jnp.concatenate(
@@ -145,23 +145,23 @@ def attention_mask(
   Args:
     length: T.
     num_slots: W.
-    visibility: 'visible': plain causal, the form of the paper; 'hidden': a pause is a key only for the later slots of
-      its own token.
-    segment_ids: i32[B, T], see `document_ids`; None: attention crosses documents.
-    packing: the places of the slots in their row, see `pack`; None: all W slots of every token, in order.
+    visibility: 'visible': plain causal attention, as in the paper; 'hidden': a pause is a key only for the later slots
+      of its own token.
+    segment_ids: i32[B, T], see `document_ids`; None means that attention crosses documents.
+    packing: the places of the slots in their row, see `pack`; None means all W slots of every token, in order.
 
   Returns:
-    bool[1 or B, 1, S, S]; None where the mask is plain causal, which attention kernels implement without a mask.
+    bool[1 or B, 1, S, S]; None if the mask is plain causal, which attention kernels implement without a mask.
 
   Raises:
-    ValueError: on another visibility.
+    ValueError: `visibility` is unknown.
 
   Example:
     >>> attention_mask(2, 2, visibility="hidden")[0, 0].astype(int).tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
   """
   if visibility not in ("visible", "hidden"):
-    raise ValueError(f"visibility: {visibility!r} is none of 'visible', 'hidden'")
+    raise ValueError(f"visibility: {visibility!r} is unknown; give 'visible' or 'hidden'")
   hidden = visibility == "hidden" and num_slots > 1
   if segment_ids is None and not hidden:
     return None
@@ -221,7 +221,7 @@ def pack(lengths: Int[Array, "B T"], num_slots: int, row_slots: int) -> Packing:
   place = jnp.arange(row_slots, dtype=jnp.int32)
   token = jax.vmap(lambda ends: jnp.searchsorted(ends, place, side="right"))(ends)
   token = jnp.minimum(token, lengths.shape[1] - 1).astype(jnp.int32)
-  # Clipped, because the difference exceeds W - 1 at places after the last slot of a row.
+  # At places after the last slot of a row, the difference exceeds W - 1.
   slot = jnp.minimum(place - jnp.take_along_axis(starts, token, -1), num_slots - 1)
   places = starts[..., None] + jnp.minimum(jnp.arange(num_slots), lengths[..., None] - 1)
   return Packing(token=token, slot=slot, places=jnp.minimum(places, row_slots - 1), kept=ends <= row_slots)
@@ -232,7 +232,7 @@ def draw_lengths(
 ) -> Int[Array, "B T"]:
   """Returns W_n ~ Cat(shares), the number of slots of each token (recipe *sampled*).
 
-  The draw of a row depends on `rng` and on the tokens of the row alone, so it is the same on every device and in every
+  The draw for a row depends only on `rng` and on the tokens of the row, so it is the same on every device and in every
   batch that contains the row.
 
   Args:
@@ -252,15 +252,15 @@ def draw_lengths(
 
 
 def lengths_at_random(rng: Array, tokens: Int[Array, "B T"], num_pauses: int) -> Int[Array, "B T"]:
-  """Returns the number of slots of each token where a fixed number of pauses is at random places of its row.
+  """Returns the number of slots of each token if a fixed number of pauses is inserted at random places of each row.
 
   All orders of the pauses and of the tokens after the first token are equally likely; pauses may be adjacent. The draw
-  of a row depends on `rng` and on the tokens of the row alone.
+  for a row depends only on `rng` and on the tokens of the row.
 
   Args:
     rng: a jax.random key.
     tokens: i32[B, T].
-    num_pauses: the number of pauses of each row.
+    num_pauses: the number of pauses in each row.
 
   Returns:
     i32[B, T], at least 1 each; the sum of a row is T + num_pauses.
@@ -279,36 +279,36 @@ def lengths_at_random(rng: Array, tokens: Int[Array, "B T"], num_pauses: int) ->
   return jax.vmap(draw)(row_keys(rng, tokens))
 
 
-def lengths_behind_prefixes(
-  weights: Float[Array, "B T"], num_pauses: int, most: int
+def lengths_after_prefixes(
+  weights: Float[Array, "B T"], num_pauses: int, max_prefixes: int
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-  """Returns the number of slots of each token where pauses are between prefixes and the targets that follow them.
+  """Returns the number of slots of each token if pauses are inserted between prefixes and their targets.
 
-  A prefix is a run of tokens whose targets have weight 0; it ends with the token whose target is the first one with a
-  weight. A row that begins with a target with a weight has its prefix, if any, in the row before; that prefix gets no
+  A prefix is a run of tokens whose targets have weight 0, and the token after them, whose target is the first one with
+  a positive weight. If the first target of a row has a positive weight, its prefix is in the previous row and gets no
   pauses.
 
   Args:
     weights: f32[B, T], the loss weights of the targets.
     num_pauses: the number of pauses after each prefix.
-    most: the number of prefixes of a row, from its start, that get pauses.
+    max_prefixes: the number of prefixes of a row, from its start, that get pauses.
 
   Returns:
     i32[B, T], the number of slots; and bool[B, T], False from the end of the first prefix that gets no pauses.
 
   Example:
-    >>> lengths, given = lengths_behind_prefixes(jnp.array([[1.0, 0, 0, 1, 1, 0, 1]]), 2, 1)
+    >>> lengths, given = lengths_after_prefixes(jnp.array([[1.0, 0, 0, 1, 1, 0, 1]]), 2, 1)
     >>> lengths.tolist(), given.tolist()
     ([[1, 1, 1, 3, 1, 1, 1]], [[True, True, True, True, True, True, False]])
   """
-  learnt = weights > 0
-  ends = learnt & ~jnp.pad(learnt[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-  given = jnp.cumsum(ends, -1) <= most
+  is_target = weights > 0
+  ends = is_target & ~jnp.pad(is_target[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  given = jnp.cumsum(ends, -1) <= max_prefixes
   return jnp.where(ends & given, num_pauses + 1, 1).astype(jnp.int32), given
 
 
 def row_keys(rng: Array, tokens: Int[Array, "B T"]) -> Array:
-  """Returns a random key for every row, key[B], that depends on `rng` and on the tokens of the row alone.
+  """Returns a random key for every row, key[B], that depends only on `rng` and on the tokens of the row.
 
   Args:
     rng: a jax.random key.
@@ -327,9 +327,9 @@ def row_keys(rng: Array, tokens: Int[Array, "B T"]) -> Array:
 
 
 def packed_row_slots(shares: Float[ArrayLike, "W"], length: int) -> int:
-  """Returns the size S of a packed row for W_n ~ Cat(shares): the mean of the row's slots and four standard deviations.
+  """Returns the size S of a packed row for W_n ~ Cat(shares): the mean number of slots plus four standard deviations.
 
-  About one row in 30,000 has more slots. S is at most T*W; it is exact where one number of slots has the whole share.
+  About one row in 30,000 has more slots. S is at most T*W; it is exact if one number of slots has probability 1.
 
   Args:
     shares: [W], the probabilities of 1..W slots; concrete and normalised.

@@ -1,16 +1,16 @@
-"""From hidden states to `SlotScores` without materialising the logits.
+"""Computes `SlotScores` from hidden states without materialising the logits.
 
-Three numbers of the V logits of a slot are needed: z_y of the target, z_dk of `<don't know>`, and l, the log-sum-exp
-over the vocabulary. The dense computation stores f32[slots, V] twice (value and gradient). Here a scan goes over chunks
-of slots, each with the full vocabulary, and the backward pass computes the logits of each chunk again. The gradient is
-exact and written by hand: with p = softmax(z) and cotangents g of (z_y, l),
+Only three numbers are needed of the V logits of a slot: z_y of the target, z_dk of `<don't know>`, and l, the
+log-sum-exp over the vocabulary. A dense computation would store f32[slots, V] twice (value and gradient). This module
+instead scans over chunks of slots, each with the full vocabulary, and the backward pass recomputes the logits of each
+chunk. The gradient is exact and written by hand: with p = softmax(z) and cotangents g of (z_y, l),
 
     dz = g_l p + g_y onehot(y),    dh = dz U,    dU = sum over chunks of dz^T h.
 
-Under a mesh of devices (`partitioning.rules`), each device computes with its own slots and its own rows of the
-unembedding. The logits never leave their device and the scan does not communicate. After the scan three numbers of
-every slot (the largest logit, the sum of exponentials, z_y) and dh are reduced over the parts of the vocabulary, and dU
-is reduced over the parts of the batch.
+Under a mesh of devices (`partitioning.rules`), each device processes its own slots and its own rows of the unembedding.
+The logits stay on their device, and the scan does not communicate. After the scan, three numbers of every slot (the
+largest logit, the sum of exponentials, z_y) and dh are reduced over the parts of the vocabulary, and dU is reduced over
+the parts of the batch.
 
 Dimensions: ... leading shape (batch, tokens), W slots, D model, V vocabulary rows, N slots flattened, G shards, C slots
 of a shard in a chunk, J chunks.
@@ -32,7 +32,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from cyb_jax.partitioning.rules import constrain, current_mesh, mesh_axes, parts, spec, target_platform
 from cyb_jax.stopping import Form, SlotScores, prior_shift
 
-if TYPE_CHECKING:  # the core needs jax alone when it runs
+if TYPE_CHECKING:  # at run time, the core needs only jax
   from jaxtyping import Array, Float, Int
 
 # Logits of one chunk: enough for full matrix tiles, and few enough for several copies in any device's memory; on a CPU,
@@ -56,37 +56,35 @@ def slot_scores(
   dont_know_bias: Float[Array, ""] | float = 0.0,
   frozen: bool = False,
 ) -> SlotScores:
-  """Returns the scores of every slot: of its target, of abstaining and of answering.
+  """Returns the scores of every slot: the log-probabilities of the target, of abstaining and of answering.
 
-  Matrix products have operands of the dtype of `hidden`, to which `unembedding` is cast, and sums in f32.
+  Matrix products have operands of the dtype of `hidden`, to which `unembedding` is cast, and accumulate in f32.
 
   Args:
     hidden: [..., W, D], the hidden states after the final norm.
     unembedding: [V, D].
-    targets: int[...], the token that all W slots are to predict. An id that is no row (an ignored label such as -100)
-      gives a finite, meaningless score, so that a loss weight of 0 removes it; a row that is no token gives -inf.
+    targets: int[...], the target token of all W slots. An id without a row (an ignored label such as -100) has a
+      finite, meaningless score, which a loss weight of 0 removes; a row that is not a token has the score -inf.
     dont_know: f32[D], a separate output row for `<don't know>`; or an int, the row of `unembedding` that is
-      `<don't know>` and so no token; or None for a model that cannot abstain: d = 0 exactly (log d = -inf, log a = 0).
+      `<don't know>` and not a token; or None for a model that cannot abstain: d = 0 (log d = -inf, log a = 0).
     form: 'token': `<don't know>` competes with the vocabulary; 'unit': it is a separate logistic unit.
-    prior: psi'(dk) in (0, 1), see `stopping.prior_shift`; None: no shift.
-    soft_cap: c in z <- c tanh(z / c). It applies to all logits, in token form also to z_dk, before any shift.
-    slots: static; the slots to compute out of W, for instance (-1,) for the last one; the others are not computed.
-      None: all.
-    chunk_size: the number of slots of a shard in a chunk; None: at least 128, for 256 MiB of f32 logits
-      (on a CPU 2 MiB).
-    shards: the number of devices that the first axis is split over, under jit with a sharded batch. The gradient of the
-      unembedding is then summed on each device and reduced once, not once a chunk. Under a mesh (`jax.set_mesh`) the
-      number of parts of the mesh replaces it.
-    vocab_size: the number of rows of `unembedding` that are tokens; the rows after them are padding and have
-      probability 0. None: V.
+    prior: psi'(dk) in (0, 1), see `stopping.prior_shift`; None means no shift.
+    soft_cap: c in z <- c tanh(z / c). It applies to all logits, and in the token form also to z_dk, before any shift.
+    slots: static; the indices of the slots that are computed, for instance (-1,) for the last; None means all slots.
+    chunk_size: the number of slots of a shard in a chunk; None means at least 128, with 256 MiB of
+      f32 logits (on a CPU 2 MiB).
+    shards: the number of devices over which the first axis is split, under jit with a sharded batch. The gradient of
+      the unembedding is then summed on each device and reduced once, instead of once per chunk. Under a mesh
+      (`jax.set_mesh`), the number of parts of the mesh replaces this argument.
+    vocab_size: the number of token rows of `unembedding`; later rows are padding with probability 0. None means V.
     dont_know_bias: a scalar in nats that is added to z_dk after the soft cap (the bias of the unit form).
-    frozen: static; whether `unembedding` is not trained. Its gradient by the tokens' logits is then not computed.
+    frozen: static; whether `unembedding` is not trained. Its gradient through the tokens' logits is then not computed.
 
   Returns:
     `SlotScores` of f32[..., len(slots)].
 
   Raises:
-    ValueError: on shapes that do not match, a row or slot that does not exist, or a prior outside (0, 1).
+    ValueError: shapes do not match, a row or slot does not exist, or the prior is outside (0, 1).
 
   Example:
     >>> hidden, unembedding = jnp.zeros((2, 5, 3, 8)), jnp.zeros((10, 8))  # uniform logits: 2 rows, 5 tokens, 3 slots
@@ -112,7 +110,7 @@ def slot_scores(
 
 
 def _num_tokens(hidden: Array, unembedding: Array, targets: Array, vocab_size: int | None) -> int:
-  """Returns how many rows of the unembedding are tokens, after checking that all shapes match."""
+  """Checks that all shapes match; returns the number of rows of the unembedding that are tokens."""
   width, rows = hidden.shape[-1], unembedding.shape[0]
   tokens = rows if vocab_size is None else vocab_size
   if unembedding.shape[1] != width:
@@ -125,12 +123,12 @@ def _num_tokens(hidden: Array, unembedding: Array, targets: Array, vocab_size: i
 
 
 def _excluded_row(dont_know: object, tokens: int) -> int | None:
-  """Returns the row of the unembedding that is `<don't know>`; None where it is not one of its rows."""
-  if not isinstance(dont_know, numbers.Integral):  # an integer of numpy is one too
+  """Returns the row of the unembedding that is `<don't know>`; None if `<don't know>` is not one of its rows."""
+  if not isinstance(dont_know, numbers.Integral):  # includes numpy integers
     return None
   row = int(dont_know)
   if not 0 <= row < tokens:
-    raise ValueError(f"dont_know: {row} is not a row of a vocabulary of {tokens}")
+    raise ValueError(f"dont_know: {row} is not a row of the vocabulary; give 0 to {tokens - 1}")
   return row
 
 
@@ -139,7 +137,7 @@ def _chosen_slots(hidden: Float[Array, "... W D"], slots: Sequence[int] | None) 
     return hidden
   num_slots = hidden.shape[-2]
   if not slots or not all(-num_slots <= slot < num_slots for slot in slots):
-    raise ValueError(f"slots: {tuple(slots)} must name some of {num_slots} slots")
+    raise ValueError(f"slots: {tuple(slots)} must be a nonempty list of indices of {num_slots} slots")
   return jnp.stack([hidden[..., slot, :] for slot in slots], -2)
 
 
@@ -149,7 +147,7 @@ class TokenScores:
   """Scores of every token at a slot, for decoding.
 
   Attributes:
-    log_probs: f32[..., V], the log-probability of every token, given that the slot answers; exp of it sums to one.
+    log_probs: f32[..., V], log-probabilities of all tokens, given that the slot answers; the probabilities sum to one.
     log_dont_know: f32[...], log d.
     log_answer: f32[...], log(1 - d).
   """
@@ -170,7 +168,7 @@ def token_scores(
   vocab_size: int | None = None,
   dont_know_bias: Float[Array, ""] | float = 0.0,
 ) -> TokenScores:
-  """Returns the scores of every token, dense and with the gradient of jax; the arguments are those of `slot_scores`.
+  """Returns dense scores of every token, with jax's automatic gradient; see `slot_scores` for the arguments.
 
   `log_probs` has `vocab_size` columns, without the padding rows of the unembedding. `dont_know` is a separate row, or
   None for a model that cannot abstain.
@@ -184,7 +182,7 @@ def token_scores(
   table = constrain(unembedding.astype(hidden.dtype), "vocab", None)
   logits = _cap(jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=_sum_dtype(hidden)), soft_cap)
   if tokens < len(unembedding):
-    # Masked, not sliced: a slice of the rows would be copied, and under a mesh moved between devices.
+    # A slice of the rows would be copied, and moved between devices under a mesh, so the rows are masked instead.
     logits = jnp.where(_columns(logits) < tokens, logits, -jnp.inf)
   logits = constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
   log_normalizer = jax.nn.logsumexp(logits, -1)
@@ -205,9 +203,9 @@ def token_scores(
 def _dont_know_logit(
   hidden: Float[Array, "... D"], row: Float[Array, "D"], form: Form, soft_cap: float | None
 ) -> Float[Array, "..."]:
-  """Returns z_dk, with the soft cap in token form."""
-  # A sum of products in f32, not a matrix product: no operand is rounded to bf16 or TF32, and the gradient of the row,
-  # a sum over all slots, is summed in f32 too.
+  """Returns z_dk; in the token form, the soft cap is applied."""
+  # A sum of products in f32 is used instead of a matrix product: no operand is rounded to bf16 or TF32, and the
+  # gradient of the row, a sum over all slots, is also accumulated in f32.
   dtype = _sum_dtype(hidden)
   logit = (hidden.astype(dtype) * row.astype(dtype)).sum(-1)
   return _cap(logit, soft_cap) if form == "token" else logit
@@ -219,12 +217,12 @@ def _cap(logits: Array, soft_cap: float | None) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-  """How the N slots of an array are divided into chunks: [N, ...] is padded and reshaped to [G, C, J, ...].
+  """The division of the N slots of an array into chunks: [N, ...] is padded and reshaped to [G, C, J, ...].
 
   Attributes:
     shape: the leading shape whose product is N.
     shards: G.
-    per_shard: the number of slots of a shard before padding to whole chunks.
+    per_shard: the number of slots of a shard before padding to a multiple of the chunk size.
     chunk_size: C.
     chunks: J.
   """
@@ -253,9 +251,9 @@ class _Tiling:
     return cls(shape, shards, per_shard, chunk_size, chunks=-(-per_shard // chunk_size))
 
   def split(self, x: Array) -> Array:
-    """Returns an array with the leading axes `shape`, any others following, as [G, C, J, ...]."""
-    # The rows are padded, because a smaller last chunk would be a second, slower program. Each shard has its own
-    # padding, so that no row moves to another device.
+    """Reshapes an array with the leading axes `shape` to [G, C, J, ...]."""
+    # The rows are padded, because a smaller last chunk would need a second, slower program. Each shard has its own
+    # padding, so no row moves to another device.
     rest = x.shape[len(self.shape) :]
     x = _padded(x.reshape(math.prod(self.shape), *rest), self.shards * self.per_shard).reshape(
       self.shards, self.per_shard, *rest
@@ -264,7 +262,7 @@ class _Tiling:
     return x.reshape(self.shards, self.chunk_size, self.chunks, *rest)
 
   def join(self, x: Array) -> Array:
-    """Returns an array [G, C, J] with the shape `shape`: the inverse of `split`."""
+    """Reshapes an array [G, C, J] to `shape`: the inverse of `split`."""
     return x.reshape(self.shards, -1)[:, : self.per_shard].reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
 
 
@@ -275,13 +273,13 @@ def _padded(x: Array, length: int) -> Array:
 def _row(unembedding: Float[Array, "V D"], index: int) -> Float[Array, "D"]:
   if current_mesh() is None:
     return unembedding[index]
-  # Indexing a table that is split over devices would gather all of it; this sum reduces one row.
+  # Indexing a table that is split over devices would gather the entire table; this sum reduces one row.
   number = jax.lax.broadcasted_iota(jnp.int32, unembedding.shape, 0)
   return jnp.where(number == index, unembedding, 0).sum(0)
 
 
 def _sum_dtype(hidden: Array) -> jnp.dtype:
-  """Returns f32, or f64 where the tests compute in the 64-bit mode of jax."""
+  """Returns f32, or f64 in tests that use the 64-bit mode of jax."""
   return jnp.promote_types(hidden.dtype, jnp.float32)
 
 
@@ -290,10 +288,10 @@ class _Readout:
   """The static part of a readout.
 
   Attributes:
-    tokens: the rows from this one on are padding; None: there is no padding.
-    excluded: a row that is no token; None: there is none.
+    tokens: the number of rows before the padding; None if there is no padding.
+    excluded: a row that is not a token; None if there is no such row.
     soft_cap, frozen: see `slot_scores`.
-    mesh: the mesh that the readout is spread over; None: there is none.
+    mesh: the mesh over which the readout is sharded, or None.
   """
 
   tokens: int | None
@@ -309,7 +307,7 @@ class _Readout:
 
     Args:
       chunk: hidden states.
-      table: rows of the unembedding; the logits of those that are no tokens are -inf.
+      table: rows of the unembedding; the logits of rows that are not tokens are -inf.
       first: the number of the first of these rows.
     """
     logits = jnp.einsum("gcd,vd->gcv", chunk, table, preferred_element_type=_sum_dtype(chunk))
@@ -325,10 +323,10 @@ class _Readout:
     return logits, slope, column
 
   def spread(self, function: Callable[..., Any], of_slots: Sequence[Array], table: Array, *, gives_table: bool) -> Any:
-    """Calls `function(self, spec of the table, *of_slots, table)` on what each device has; without a mesh, on all.
+    """Calls `function(self, spec of the table, *of_slots, table)` on the shards of each device, or without a mesh.
 
-    The width of the unembedding, which is split over fsdp, is gathered before the call. The gradient of the table,
-    which `function` returns second with `gives_table`, is scattered after it: once, not once a chunk.
+    The width of the unembedding, which is split over fsdp, is gathered before the call. With `gives_table`, the second
+    result of `function` is the gradient of the table, which is scattered once after the call, not once per chunk.
     """
     if self.mesh is None:
       return function(self, PartitionSpec(None, None), *of_slots, table)
@@ -366,7 +364,8 @@ def _chunked_backward(
   readout: _Readout, residuals: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array | None, None]:
   hidden, unembedding, targets, log_normalizer = residuals
-  # The cast is here, so that the gradient of an f32 unembedding is summed and returned in f32 under bf16 activations.
+  # The cast is inside the custom gradient, so the gradient of an f32 unembedding is accumulated and returned in f32
+  # even if activations are bf16.
   table = unembedding.astype(hidden.dtype)
   of_slots = (hidden, targets, log_normalizer, *cotangents)
   d_hidden, d_unembedding = readout.spread(_read_backward, of_slots, table, gives_table=True)
@@ -377,7 +376,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _first_row(rows: PartitionSpec, table: Array) -> Int[Array, ""] | int:
-  """Returns the number of the first row of the part of the unembedding that this device has."""
+  """Returns the number of the first row of this device's part of the unembedding."""
   return 0 if rows[0] is None else jax.lax.axis_index(rows[0]) * len(table)
 
 
@@ -390,14 +389,14 @@ def _read(
   def read(_: None, j: Array) -> tuple[None, tuple[Array, Array]]:
     chunk, target = (jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False) for x in (hidden, targets))
     logits, _slope, column = readout.logits(chunk, table, first)
-    # A masked sum, not a gather: it is fused, and each part of a vocabulary that is split contributes its own term.
+    # A masked sum is used instead of a gather: it is fused, and each part of a split vocabulary contributes its term.
     target_logit = jnp.where(column == target[..., None], logits, 0.0).sum(-1)
     return None, (target_logit, jax.nn.logsumexp(logits, axis=-1))
 
   _, outputs = jax.lax.scan(read, None, jnp.arange(hidden.shape[2]))
   target_logit, log_normalizer = (jnp.moveaxis(x, 0, 2) for x in outputs)  # [J, G, C] -> [G, C, J]
   if rows[0] is not None:
-    # One part of the vocabulary may consist of padding (l = -inf there), but not all parts.
+    # A part of the vocabulary may consist of padding only (l = -inf), but not all parts do.
     largest = jax.lax.pmax(log_normalizer, rows[0])
     total, target_logit = jax.lax.psum((jnp.exp(log_normalizer - largest), target_logit), rows[0])
     log_normalizer = largest + jnp.log(total)
@@ -414,7 +413,7 @@ def _read_backward(
   normalizer_cotangent: Array,
   table: Array,
 ) -> tuple[Float[Array, "G C J D"], Float[Array, "V D"] | None]:
-  """Returns (dh, dU); dU is f32, or None where the unembedding is frozen."""
+  """Returns (dh, dU); dU is f32, or None if the unembedding is frozen."""
   first = _first_row(rows, table)
 
   def read(carry: tuple[Array, Array | None], j: Array) -> tuple[tuple[Array, Array | None], None]:

@@ -1,4 +1,4 @@
-"""A trained run, loaded from its folder."""
+"""Loads a trained run from its work directory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class Run:
   """A trained run, ready to use: `run.method.evaluate(run.params, batch)`.
 
   Attributes:
-    config: frozen.
-    method: built over the tokenizer's vocabulary.
-    params: f32, on the default device or the mesh that was asked for.
-    tokenizer: encode and decode.
-    step: of the checkpoint.
-    meta: of the checkpoint: `train_tokens`, `train_slots`, `train_flops`, the token store's `store` fingerprint.
-    imported: whether the parameters are those of another project's model, as it was trained there.
+    config: the frozen config.
+    method: the method, built for the tokenizer's vocabulary.
+    params: the parameters, f32, on the default device or on the given mesh.
+    tokenizer: the tokenizer.
+    step: the step of the checkpoint.
+    meta: the JSON object of the checkpoint: `train_tokens`, `train_slots`, `train_flops`, and the fingerprint of the
+      token store, `store`.
+    imported: whether the parameters were imported and have not been trained by this project.
   """
 
   config: Config
@@ -44,7 +45,7 @@ class Run:
 
   @property
   def boundaries(self) -> tokenizers.TextBoundaries:
-    """The ids that precede a text, and those that end a generated text."""
+    """The ids that precede a text, and the ids that end a generated text."""
     return tokenizers.text_boundaries(self.tokenizer, imported=self.imported)
 
 
@@ -54,15 +55,18 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
   Args:
     workdir: the run's folder.
     checkpoint: a step, 'last', or 'best' (the lowest validation loss).
-    mesh: of the devices that hold the parameters; None: the default device.
+    mesh: the mesh over which the parameters are sharded; None means the default device.
 
   Raises:
-    InputError: no run, no such checkpoint, or a damaged one. A damaged newest one is passed over with a warning.
+    InputError: there is no run or no such checkpoint, or the checkpoint is damaged. For 'last', damaged checkpoints are
+      skipped with a warning.
   """
   config = configs.freeze(configs.migrated(read_config(workdir)))
   with storage.starting(workdir):
     if not storage.names(storage.place(workdir) / "checkpoints"):
-      raise InputError(f"checkpoints: {workdir} holds no finished checkpoint")
+      raise InputError(
+        f"checkpoints: {workdir} contains no finished checkpoint; give the work directory of a run that has saved one"
+      )
     tokenizer = load_tokenizer(workdir)
   method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else data_shards(mesh))
   checkpoints = checkpoints_in(workdir, read_only=True)
@@ -72,7 +76,7 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
     try:
       return Run(config, method, checkpoints.restore_params(step, abstract), tokenizer, step, checkpoints.meta(step))
     except Exception:
-      # A training that writes to this folder may have deleted the checkpoint meanwhile; then there is a newer one.
+      # A training run may have deleted the checkpoint in the meantime; then there is a newer checkpoint.
       if step in checkpoints.steps():
         raise
 
@@ -81,14 +85,14 @@ def load_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
   """The tokenizer of a run.
 
   Raises:
-    InputError: there is none that can be read.
+    InputError: the run has no readable tokenizer.
   """
   with storage.starting(workdir), storage.local_folder(storage.place(workdir) / "tokenizer") as folder:
     return tokenizers.load(folder)
 
 
 def abstract_params(method: Method, mesh: jax.sharding.Mesh | None) -> PyTree:
-  """Shapes, dtypes and shardings of a method's parameters; `mesh` None: on the default device."""
+  """Shapes, dtypes and shardings of a method's parameters; without a mesh, they are on the default device."""
   boxed = jax.eval_shape(method.init, jax.random.key(0))
   shapes = nn.unbox(boxed)
   if mesh is None:
@@ -100,19 +104,19 @@ def abstract_params(method: Method, mesh: jax.sharding.Mesh | None) -> PyTree:
 
 
 def with_absolute_paths(source: Mapping[str, Any]) -> dict[str, Any]:
-  """A nested config in which all paths are absolute: a run's folder may be read from any working directory."""
+  """A nested config with absolute paths, because a run may be read from any working directory."""
   return configs.with_paths(source, storage.absolute, tasks.with_absolute_paths)
 
 
 def config_record(config: Config) -> ConfigRecord:
-  """A config as a run's folder records and compares it.
+  """A config in the form in which a work directory records and compares it.
 
-  A run of an earlier version has no difference in fields that `config` leaves open, see `as_started`.
+  Fields that `config` does not set are not compared with a run of an earlier version; see `as_started`.
   """
   source = with_absolute_paths(config.source)
 
   def differences(recorded: Mapping[str, Any]) -> list[str]:
-    # Version 0.1 recorded paths as they were given.
+    # Version 0.1 did not make paths absolute.
     recorded = with_absolute_paths(recorded)
     return configs.differences(configs.migrated(recorded), configs.continued(source, recorded))
 
@@ -120,9 +124,9 @@ def config_record(config: Config) -> ConfigRecord:
 
 
 def as_started(config: Config, workdir: str | os.PathLike) -> Config:
-  """The config with which the run in a folder is continued; the config itself where the folder holds no run.
+  """The config with which the run in a folder is continued; `config` itself if the folder contains no run.
 
-  Fields that the config leaves open, and whose defaults have changed since the run was started, are those of the run;
+  If `config` does not set a field whose default has changed since the run was started, the field has the run's value;
   see `configs.continued`.
 
   Raises:
@@ -137,19 +141,19 @@ def as_started(config: Config, workdir: str | os.PathLike) -> Config:
 
 
 def open_recorded_store(meta: dict[str, Any] | None, given: str = "") -> TokenStore | None:
-  """The token store that a run was trained on, without its source; the fingerprint decides which one it is.
+  """Opens the token store on which a run was trained; the fingerprint identifies it, and its source is not needed.
 
   Args:
-    meta: of the run's newest checkpoint; None: the run has none yet.
-    given: a folder that must hold the store if it holds one; '': the folder that is recorded.
+    meta: the JSON object of the run's newest checkpoint; None if there is no checkpoint.
+    given: a folder that is searched first; if it is a token store, it must be the run's store. '' means none.
 
   Returns:
-    The store; None where none is recorded, or it does not exist any more and must be prepared again.
+    The store; None if no store is recorded, or if it no longer exists and must be prepared again.
 
   Raises:
-    InputError: the given folder holds another store.
+    InputError: the given folder is another store.
   """
-  # A pretrained model that a run starts from was trained on an unknown store.
+  # The token store of a pretrained model from which a run starts is unknown.
   if meta is None or "store" not in meta:
     return None
   for path in dict.fromkeys(filter(None, (given, meta["store_path"]))):

@@ -2,12 +2,12 @@
 
 A token has W slots. At slot i the model abstains with probability d_i (it emits `<don't know>`) and answers with
 probability a_i = 1 - d_i; given that it answers, the target has probability t_i. The step budget is i steps with
-probability omega_i. The answer is read at the first slot that answers, or else at the last slot of the budget. The slot
-at which it is read therefore has the distribution
+probability omega_i. The answer is read at the first slot that answers, or at the last slot of the budget if no slot
+answers before. The slot at which it is read therefore has the distribution
 
     s_i = (omega_i + a_i * Omega_{>i}) * prod_{j<i} d_j,        Omega_{>i} = sum_{j>i} omega_j,
 
-which sums to one ("Catch Your Breath", arXiv 2510.13879). This module needs jax alone.
+which sums to one ("Catch Your Breath", arXiv 2510.13879). This module depends only on jax.
 
 Dimensions: ... any leading shape (tokens), W slots, V vocabulary entries.
 """
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:  # the core needs jax alone when it runs
+if TYPE_CHECKING:  # at run time, the core needs only jax
   from jaxtyping import Array, ArrayLike, Float, Int
 
 Form = Literal["token", "unit"]
@@ -57,13 +57,13 @@ class SlotScores:
     dont_know_id: int,
     prior: float | None = None,
   ) -> SlotScores:
-    """Returns the scores of dense logits in which `<don't know>` is one of the V columns.
+    """Returns the scores of dense logits; one of the V columns is `<don't know>`.
 
         log d = z_dk - lse(z),   log a = lse(z without dk) - lse(z),   log t = z_y - lse(z without dk)
 
     Args:
       logits: [..., W, V], any float dtype; the computation is in f32 or wider.
-      targets: int[...], the token that every slot is to predict; no target may equal `dont_know_id`.
+      targets: int[...], the target token of all slots; no target may equal `dont_know_id`.
       dont_know_id: the column of `<don't know>`; negative values count from the end.
       prior: psi'(dk), the probability of abstaining under uniform logits; None leaves the logits as they are.
 
@@ -71,7 +71,7 @@ class SlotScores:
       `SlotScores` of f32[..., W].
 
     Raises:
-      ValueError: if `dont_know_id` is not a column, or the prior is not inside (0, 1).
+      ValueError: `dont_know_id` is not a column, or the prior is not inside (0, 1).
 
     Example:
       >>> scores = SlotScores.from_logits(jnp.zeros((5, 4, 11)), jnp.zeros(5, int), dont_know_id=10, prior=0.9)
@@ -103,7 +103,7 @@ class SlotScores:
     form: Form = "token",
     shift: Float[ArrayLike, ""] = 0.0,
   ) -> SlotScores:
-    """Returns scores from the three numbers of a slot that a readout computes from its logits.
+    """Returns scores from the three numbers that a readout computes for a slot.
 
     Args:
       target_logit: f32[..., W], z_y, the logit of the target.
@@ -117,7 +117,7 @@ class SlotScores:
       `SlotScores` of f32[..., W].
 
     Raises:
-      ValueError: on another form.
+      ValueError: `form` is unknown.
 
     Example:
       >>> zero = jnp.zeros(2)
@@ -129,7 +129,7 @@ class SlotScores:
     if form == "token":
       log_odds = log_odds - log_normalizer
     elif form != "unit":
-      raise ValueError(f"form: {form!r} is none of 'token', 'unit'")
+      raise ValueError(f"form: {form!r} is unknown; give 'token' or 'unit'")
     return cls(
       log_target=target_logit - log_normalizer,
       # Both are log-sigmoids, because each one is accurate where the other one is close to 0.
@@ -143,19 +143,19 @@ def prior_shift(form: Form, prior: float | None, vocabulary: int) -> float:
 
       token form: log(psi' (V - 1) / (1 - psi'))        unit form: log(psi' / (1 - psi'))
 
-  The token form is the log-ratio psi'/psi of `<don't know>` relative to that of the other entries, where psi is uniform
-  and psi' is the prior, uniform over the other entries.
+  The token form is the logarithm of psi'(dk)/psi(dk) divided by psi'(v)/psi(v) for another entry v, where psi is the
+  uniform distribution and psi' is the prior, which is uniform over the other entries.
 
   Args:
     form: 'token' or 'unit'.
-    prior: psi'(dk), inside (0, 1); None gives 0.
+    prior: psi'(dk), inside (0, 1); for None, the shift is 0.
     vocabulary: V, the number of entries including `<don't know>`; the unit form ignores it.
 
   Returns:
     The shift in nats.
 
   Raises:
-    ValueError: if the prior is not inside (0, 1), or `<don't know>` is the only entry.
+    ValueError: the prior is not inside (0, 1), or `<don't know>` is the only entry.
 
   Example:
     >>> round(prior_shift("token", 0.5, 11), 3), prior_shift("unit", 0.5, 11)
@@ -164,12 +164,12 @@ def prior_shift(form: Form, prior: float | None, vocabulary: int) -> float:
   if prior is None:
     return 0.0
   if not 0.0 < prior < 1.0:
-    raise ValueError(f"prior: {prior} is not inside (0, 1)")
+    raise ValueError(f"prior: {prior} must be inside (0, 1)")
   odds = math.log(prior) - math.log1p(-prior)
   if form == "unit":
     return odds
   if vocabulary < 2:
-    raise ValueError(f"vocabulary: {vocabulary} leaves no entry next to <don't know>")
+    raise ValueError(f"vocabulary: {vocabulary} must be at least 2, one entry in addition to <don't know>")
   return odds + math.log(vocabulary - 1)
 
 
@@ -186,18 +186,19 @@ def normalize(
       weights_i / sum_j weights_j
 
   Args:
-    weights: [W] or [..., W], non-negative, not all zero, not necessarily normalised; may be traced. None: 0:..:0:1.
+    weights: [W] or [..., W], non-negative, not all zero, not necessarily normalised; may be traced. None means
+      0:..:0:1.
     num_slots: W.
     name: the name of the weights in error messages.
-    positive: whether a zero is an error. A weight that is zero only after the conversion to `dtype` is an error too.
+    positive: whether a zero is an error. A weight that is zero after the conversion to `dtype` is also an error.
     dtype: the dtype of the result.
 
   Returns:
     `dtype`[W] or [..., W]; sums to one over the last axis.
 
   Raises:
-    ValueError: if the last axis does not have length W. For concrete values also if a value is negative or not finite,
-      if their sum is not finite, if all are zero, or if one is zero with `positive`; traced values are not checked.
+    ValueError: the last axis does not have length W. For concrete values also: a value is negative or not finite, their
+      sum is not finite, all values are zero, or one value is zero with `positive`. Traced values are not checked.
 
   Example:
     >>> print(normalize((1, 0, 3), 3, name="omega"))
@@ -213,11 +214,11 @@ def normalize(
     with np.errstate(over="ignore"):
       total = values.sum(-1)
     if not np.isfinite(total).all() or (values < 0).any():
-      raise ValueError(f"{name}: {_show(values)} must be finite and not negative, and so must be the sum")
+      raise ValueError(f"{name}: {_show(values)} must be finite and not negative, with a finite sum")
     if (values.sum(-1) <= 0).any():
-      raise ValueError(f"{name}: {_show(values)} is all zero; at least one slot needs weight")
+      raise ValueError(f"{name}: {_show(values)} is all zero; give at least one positive weight")
     values = (values / values.sum(-1, keepdims=True)).astype(dtype)
-    # Numbers below the smallest normal number count as zero, because a compiled program may flush them to zero.
+    # Subnormal numbers count as zero, because a compiled program may flush them to zero.
     if positive and (values < np.finfo(dtype).tiny).any():
       raise ValueError(f"{name}: {_show(np.asarray(weights, np.float64))} must be positive at every slot")
     return jnp.asarray(values)
@@ -243,11 +244,12 @@ def log_stopping_distribution(
   Args:
     log_dont_know: f32[..., W], log d.
     log_answer: f32[..., W], log a.
-    omega: [W] or [..., W], the distribution of the step budget, see `normalize`. None: the budget is always W steps.
+    omega: [W] or [..., W], the distribution of the step budget, see `normalize`; None means that the budget is always W
+      steps.
 
   Returns:
-    f32[..., W], nats; -inf where s_i is exactly 0. exp of it sums to one over W. Gradients are finite where the value
-    is finite.
+    f32[..., W], nats; -inf where s_i is exactly 0. Its exponentials sum to one over W. Gradients are finite where the
+    value is finite.
 
   Raises:
     ValueError: see `normalize`.
@@ -264,19 +266,20 @@ def log_stopping_distribution(
   """
   num_slots = log_dont_know.shape[-1]
   omega = normalize(omega, num_slots, name="omega", dtype=log_dont_know.dtype)
-  # The exclusive sum from the right shifts the inclusive one: total - cumsum has rounding where Omega_{>i} is 0.
+  # The exclusive sum from the right is a shifted inclusive sum: total - cumsum would have rounding errors where
+  # Omega_{>i} is 0.
   tail = jnp.flip(jnp.cumsum(jnp.flip(omega, -1), -1), -1)
   tail = jnp.concatenate([tail[..., 1:], jnp.zeros_like(tail[..., :1])], -1)
   log_omega, may_end = _safe_log(omega)
   log_tail, may_go_on = _safe_log(tail)
-  # Each branch has finite operands only, so that no gradient contains -inf - (-inf); the last `where` sets the value.
+  # All branches have only finite operands, so no gradient contains -inf - (-inf); the last `where` sets the value.
   stop = jnp.where(
     may_end & may_go_on,
     _log_add(log_omega, log_answer + log_tail),
     jnp.where(may_end, log_omega, log_answer + log_tail),
   )
   stop = jnp.where(may_end | may_go_on, stop, -jnp.inf)
-  # This exclusive sum shifts its terms too: with log d = -inf a difference of sums would be nan.
+  # This exclusive sum also shifts its terms: with log d = -inf, a difference of sums would be nan.
   waited = jnp.concatenate([jnp.zeros_like(log_dont_know[..., :1]), log_dont_know[..., :-1]], -1)
   return jnp.cumsum(waited, -1) + stop
 
@@ -313,7 +316,7 @@ def expected_pauses(log_stopping: Float[Array, "... W"]) -> Float[Array, "..."]:
 
 
 def hard_slot(log_dont_know: Float[Array, "... W"], threshold: Float[ArrayLike, ""] = 0.5) -> Int[Array, "..."]:
-  """Returns the index of the first slot with d <= `threshold`; where there is none, the index of the last slot.
+  """Returns the index of the first slot with d <= `threshold`, or the index of the last slot if there is none.
 
   Args:
     log_dont_know: f32[..., W], log d.

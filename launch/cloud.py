@@ -1,4 +1,4 @@
-"""One machine as the cloud describes it: its states, its workers, its deletion."""
+"""The state of a machine in the cloud, its workers, and its deletion."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from processes import Done, Interrupts, run
 
 UNKNOWN = "UNKNOWN"
 GONE = "NOT_FOUND"
-# Of a queued resource, and what they mean for whoever waits.
+# The states of a queued resource, with descriptions for the log.
 MEANING = {
-  "CREATING": "the request has arrived",
-  "ACCEPTED": "it stands in the queue",
-  "WAITING_FOR_RESOURCES": "it stands in the queue until there is capacity; nothing is billed yet",
-  "PROVISIONING": "its machines are being made",
-  "ACTIVE": "it is there, and billed from now on",
-  "FAILED": "it could not be had",
-  "SUSPENDING": "it is being taken away",
-  "SUSPENDED": "it was taken away",
-  "DELETING": "it is being deleted",
-  GONE: "it isn't there",
-  UNKNOWN: "the cloud doesn't say",
+  "CREATING": "the request was received",
+  "ACCEPTED": "the request is in the queue",
+  "WAITING_FOR_RESOURCES": "the request is in the queue until there is capacity; it is not billed yet",
+  "PROVISIONING": "the machines are being created",
+  "ACTIVE": "the machines are ready, and billed from now on",
+  "FAILED": "the machines could not be created",
+  "SUSPENDING": "the machines are being preempted",
+  "SUSPENDED": "the machines were preempted",
+  "DELETING": "the machines are being deleted",
+  GONE: "it does not exist",
+  UNKNOWN: "the state is unknown",
 }
 LOST = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING", GONE)
 NODE_LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", GONE)
 
 
 class LostError(Exception):
-  """The machine was taken away, or can't be used: another one is needed."""
+  """The machine was preempted or is unusable, so another one is needed."""
 
 
 class RefusedError(Exception):
-  """The cloud won't have what it was asked for, however often."""
+  """The cloud rejects the request permanently."""
 
 
 class FailedError(Exception):
-  """What runs on the workers fails, and would on others."""
+  """A command fails on all workers, and would fail on other machines."""
 
 
 class GaveUpError(Exception):
-  """Tried often enough."""
+  """The limit of retries was reached."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """How often, and how long; seconds. Each is a flag."""
+  """Numbers of attempts, and times in seconds. Each field is a flag."""
 
   max_retries: int = 20
   max_crashes: int = 2
@@ -73,7 +73,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-  """One host of one slice; its label stands before its lines."""
+  """A host of a slice; its label is the prefix of its log lines."""
 
   node: str
   index: int
@@ -81,10 +81,12 @@ class Worker:
 
 
 class Cloud:
-  """One machine, as the cloud has it.
+  """A machine in the cloud.
 
   Args:
-    interrupts: end whatever waits.
+    machine: the machine.
+    limits: the limits of attempts and times.
+    interrupts: the signals that interrupt waiting.
   """
 
   def __init__(self, machine: Machine, limits: Limits, interrupts: Interrupts):
@@ -98,34 +100,35 @@ class Cloud:
     if done.code:
       if GONE in done.err:
         return GONE, {}
-      return UNKNOWN, {"said": done.said()}
+      return UNKNOWN, {"message": done.message()}
     try:
       return "", json.loads(done.out)
     except ValueError:
-      return UNKNOWN, {"said": f"no JSON: {done.out[:80]!r}"}
+      return UNKNOWN, {"message": f"not JSON: {done.out[:80]!r}"}
 
   def state(self) -> tuple[str, dict[str, Any]]:
-    """The queued resource's state, GONE or UNKNOWN; and all that is said of it."""
+    """(the state of the queued resource, GONE or UNKNOWN; the cloud's description)."""
     problem, found = self._described(commands.describe(self.machine))
     return problem or found.get("state", {}).get("state", UNKNOWN), found
 
   def node(self, node: str) -> tuple[str, dict[str, Any]]:
-    """A node's state, GONE or UNKNOWN; and all that is said of it."""
+    """(the state of a node, GONE or UNKNOWN; the cloud's description)."""
     problem, found = self._described(commands.describe_node(self.machine, node))
     return problem or found.get("state", UNKNOWN), found
 
-  def why(self, found: dict[str, Any]) -> str:
-    """What a description says went wrong; '' where it says nothing."""
-    said = found.get("state", {}).get("failedData", {}).get("error", {}).get("message", "") or found.get("said", "")
-    return f" ({said})" if said else ""
+  def reason(self, found: dict[str, Any]) -> str:
+    """The error message in a description, in brackets; '' if there is none."""
+    error = found.get("state", {}).get("failedData", {}).get("error", {})
+    message = error.get("message", "") or found.get("message", "")
+    return f" ({message})" if message else ""
 
   def check(self) -> None:
-    """Raises LostError where the machine isn't there any more."""
+    """Raises LostError if the machine no longer exists."""
     state, found = self.state()
     if state in LOST:
-      raise LostError(f"{self.machine.name} is {state}: {MEANING[state]}{self.why(found)}")
+      raise LostError(f"{self.machine.name} is {state}: {MEANING[state]}{self.reason(found)}")
     if state == UNKNOWN:
-      logging.warning("the cloud doesn't say how %s is%s", self.machine.name, self.why(found))
+      logging.warning("the state of %s is unknown%s", self.machine.name, self.reason(found))
       return
     for node in self.machine.nodes:
       state, _ = self.node(node)
@@ -133,10 +136,13 @@ class Cloud:
         raise LostError(f"node {node} is {state}")
 
   def wait(self, on_state: Callable[[str], None]) -> None:
-    """Returns when it is ACTIVE.
+    """Waits until the machine is ACTIVE.
+
+    Args:
+      on_state: called with each new state.
 
     Raises:
-      LostError: it failed, or has gone.
+      LostError: the request failed, or no longer exists.
     """
     last = ""
     while True:
@@ -144,17 +150,17 @@ class Cloud:
       if state != last:
         on_state(state)
         logging.info(
-          "%s: %s: %s%s", self.machine.name, state, MEANING.get(state, "a state of the cloud's own"), self.why(found)
+          "%s: %s: %s%s", self.machine.name, state, MEANING.get(state, "an unknown state"), self.reason(found)
         )
         last = state
       if state == "ACTIVE":
         return
       if state in LOST:
-        raise LostError(f"{self.machine.name} is {state}: {MEANING[state]}{self.why(found)}")
+        raise LostError(f"{self.machine.name} is {state}: {MEANING[state]}{self.reason(found)}")
       self.interrupts.pause(self.limits.poll_seconds)
 
   def workers(self) -> list[Worker]:
-    """The hosts of all nodes, by the addresses that the cloud gives."""
+    """The hosts of all nodes; the cloud's list of addresses determines their number."""
     workers = []
     for i, node in enumerate(self.machine.nodes):
       state, found = self.node(node)
@@ -166,7 +172,7 @@ class Cloud:
     return workers
 
   def present(self) -> list[str]:
-    """What there still is, or might be: what the cloud doesn't say counts as there."""
+    """The resources that exist or may exist: a resource in an unknown state is included."""
     left = []
     state, _ = self.state()
     if state != GONE:
@@ -178,10 +184,10 @@ class Cloud:
     return left
 
   def delete(self) -> list[str]:
-    """Deletes the queued resource and its nodes, and looks until they have gone.
+    """Deletes the queued resource and its nodes, and waits until they are deleted.
 
     Returns:
-      What is left.
+      The resources that remain.
     """
     left = self.present()
     for attempt in range(self.limits.delete_attempts):
@@ -189,29 +195,29 @@ class Cloud:
         break
       if attempt:
         self.interrupts.pause(self.backoff(attempt))
-      asked = []
+      deletions = []
       if left[0].startswith("queued resource"):
         if "DELETING" not in left[0]:
-          asked.append(commands.delete(self.machine))
+          deletions.append(commands.delete(self.machine))
       else:
-        asked += [
+        deletions += [
           commands.delete_node(self.machine, n) for n in self.machine.nodes if any(f"node {n} " in x for x in left)
         ]
-      worked = True
-      for words in asked:
+      succeeded = True
+      for words in deletions:
         logging.info("deleting: %s", commands.shell(words))
         done = self.call(words, seconds=self.limits.delete_seconds)
         if done.code and GONE not in done.err:
-          logging.warning("it can't be deleted: %s", done.said())
-          worked = False
+          logging.warning("the deletion failed: %s", done.message())
+          succeeded = False
       until = time.monotonic() + self.limits.delete_seconds
-      while (left := self.present()) and worked and time.monotonic() < until:
-        # A node that outlives its queued resource is deleted by itself.
+      while (left := self.present()) and succeeded and time.monotonic() < until:
+        # A node that remains after its queued resource was deleted must be deleted separately.
         if not left[0].startswith("queued resource") and not any("DELETING" in x for x in left):
           break
         self.interrupts.pause(self.limits.poll_seconds)
     return left
 
   def backoff(self, attempt: int) -> float:
-    """Seconds to wait before attempt 1, 2, ...: doubled each time, up to a limit."""
+    """The seconds to wait before attempt 1, 2, and so on; they double each time, up to a limit."""
     return min(self.limits.backoff_seconds * 2 ** (attempt - 1), self.limits.backoff_limit_seconds)

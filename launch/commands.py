@@ -1,4 +1,7 @@
-"""The commands that make, fill, use and delete a TPU: nothing is run here, so that what is printed is what is run."""
+"""The commands that create, set up, use and delete a TPU.
+
+This module runs nothing, so the runbook prints exactly the commands that are run.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# The image that belongs to each generation (https://cloud.google.com/tpu/docs/runtimes).
+# The image of each generation (https://cloud.google.com/tpu/docs/runtimes).
 IMAGES = {
   "v2": "tpu-ubuntu2204-base",
   "v3": "tpu-ubuntu2204-base",
@@ -19,10 +22,10 @@ IMAGES = {
   "v5p": "v2-alpha-tpuv5",
   "v6e": "v2-alpha-tpuv6e",
 }
-# The number in a type counts chips here, and TensorCores, two a chip, elsewhere.
+# The number in the name of these types counts chips; in other types, it counts TensorCores, two per chip.
 COUNTS_CHIPS = ("v5litepod", "v6e")
 CHIPS_PER_HOST = 4
-# Where one host has all chips of the type up to here.
+# Types with at most this number of chips have a single host.
 CHIPS_OF_ONE_HOST = {"v5litepod": 8, "v6e": 8}
 
 SERVICE_HOME = "/opt/cyb"
@@ -30,7 +33,7 @@ SERVICE_HOME = "/opt/cyb"
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A command, and why it is run."""
+  """A command with an explanation."""
 
   why: str
   words: Sequence[str]
@@ -41,7 +44,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """A queued resource and the TPU nodes (slices) that it stands for; all of it comes from flags of the same names."""
+  """A queued resource with its TPU nodes (slices); the fields are values of flags of the same names."""
 
   name: str
   zone: str
@@ -63,7 +66,7 @@ class Machine:
 
   @property
   def nodes(self) -> list[str]:
-    """What the slices are called: a single one like the queued resource, several with a number behind it."""
+    """The names of the nodes: the name of the queued resource, followed by a number if there are several."""
     return [self.name] if self.slices == 1 else [f"{self.name}-{i}" for i in range(self.slices)]
 
   def where(self) -> list[str]:
@@ -71,15 +74,15 @@ class Machine:
 
 
 def family(accelerator: str) -> str:
-  """'v5litepod' of 'v5litepod-16'."""
+  """The part of an accelerator type before the number, such as 'v5litepod' for 'v5litepod-16'."""
   return accelerator.partition("-")[0]
 
 
 def hosts(accelerator: str) -> int:
-  """How many workers a type has, by its name; once it is there, its own list of addresses says so.
+  """The number of workers of an accelerator type, derived from its name; of an existing node, see `Cloud.workers`.
 
   Args:
-    accelerator: such as v4-32 (32 TensorCores, 16 chips, 4 hosts) or v5litepod-16 (16 chips, 4 hosts).
+    accelerator: a type such as v4-32 (32 TensorCores, 16 chips, 4 hosts) or v5litepod-16 (16 chips, 4 hosts).
   """
   number = int(accelerator.rpartition("-")[2])
   kind = family(accelerator)
@@ -90,7 +93,7 @@ def hosts(accelerator: str) -> int:
 
 
 def shell(words: Sequence[str]) -> str:
-  """A command as one line for a shell; quotes stand around a flag's value, not around the flag."""
+  """A command as one line for a shell; of a flag, only the value is quoted."""
 
   def quoted(word: str) -> str:
     flag = re.match(r"--[a-z][\w.-]*=", word)
@@ -104,12 +107,13 @@ def _queued(verb: str, machine: Machine) -> list[str]:
 
 
 def create(machine: Machine, *, source: str = "", flags_file: str = "", extras: str = "") -> list[str]:
-  """Asks for the machine.
+  """The command that requests the machine.
 
   Args:
-    source: the archive's gs:// address, where the startup script installs it.
-    flags_file: what holds the flags of cyb-train then, one a line.
-    extras: what it installs then.
+    machine: the machine.
+    source: with the startup script, the gs:// URL of the archive that it installs.
+    flags_file: with the startup script, the file of the flags of cyb-train, one per line.
+    extras: with the startup script, the extras that it installs.
   """
   words = _queued("create", machine)
   words += [f"--accelerator-type={machine.type}", f"--runtime-version={machine.image or IMAGES[family(machine.type)]}"]
@@ -132,7 +136,7 @@ def create(machine: Machine, *, source: str = "", flags_file: str = "", extras: 
   if machine.startup:
     startup = ROOT / "launch" / "startup.sh"
     words.append(f"--metadata-from-file=startup-script={startup},cyb-flags={flags_file}")
-    # Another separator than the comma, which stands between the extras.
+    # The separator is |, because the list of extras contains commas.
     words.append(f"--metadata=^|^cyb-source={source}|cyb-extras={extras}")
   return [*words, "--quiet"]
 
@@ -146,7 +150,7 @@ def describe_node(machine: Machine, node: str) -> list[str]:
 
 
 def delete(machine: Machine) -> list[str]:
-  """Deletes the queued resource with its nodes: without --force, one that has nodes can't be deleted."""
+  """The command that deletes the queued resource with its nodes, which requires --force."""
   return [*_queued("delete", machine), "--force", "--quiet"]
 
 
@@ -155,7 +159,7 @@ def delete_node(machine: Machine, node: str) -> list[str]:
 
 
 def archive(checkout: pathlib.Path, path: pathlib.Path) -> list[str]:
-  """What git tracks, so that runs, venvs and caches stay here."""
+  """The command that packs the tracked files of a checkout, without runs, venvs and caches."""
   return ["git", "-C", str(checkout), "archive", "--format=tar.gz", f"--output={path}", "HEAD"]
 
 
@@ -164,13 +168,13 @@ def to_bucket(path: pathlib.Path, source: str) -> list[str]:
 
 
 def copy(machine: Machine, node: str, worker: str, path: pathlib.Path) -> list[str]:
-  """The archive to workers: 'all', or a number."""
+  """The command that copies the archive to a worker; `worker` is a number or 'all'."""
   words = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(path), f"{node}:cyb_jax.tar.gz", *machine.where()]
   return [*words, f"--worker={worker}", *(["--tunnel-through-iap"] if machine.iap else []), "--quiet"]
 
 
 def ssh(machine: Machine, node: str, worker: str, command: str = "") -> list[str]:
-  """A command on workers: 'all', or a number; without one, a shell on that worker."""
+  """The command that runs a command on a worker, or opens a shell if it is ''; `worker` is a number or 'all'."""
   words = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *machine.where(), f"--worker={worker}"]
   if machine.iap:
     words.append("--tunnel-through-iap")
@@ -181,7 +185,7 @@ UNPACK = "rm -rf cyb_jax && mkdir cyb_jax && tar -xzf cyb_jax.tar.gz -C cyb_jax"
 
 
 def on_worker(machine: Machine, verb: str, *words: str) -> str:
-  """A verb of worker.sh, as the shell of a worker reads it."""
+  """The command line that runs a command of worker.sh in the shell of a worker."""
   script = "cyb_jax/launch/worker.sh"
   program = ["sudo", "bash", f"{SERVICE_HOME}/{script}"] if machine.startup else ["bash", script]
   return shell([*program, verb, *words])

@@ -1,4 +1,4 @@
-"""The logs of workers, followed over connections that may break."""
+"""Follows the logs of workers over connections that may break."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from commands import Machine
 from jobs import follow_words
 from processes import Process
 
-# Of the last line of a worker's log; the exit code follows.
+# The prefix of the last line of a worker's log, before the exit code.
 EXIT_MARK = "cyb-launch: exit "
 
 
 class Follower:
-  """A worker's log, read line by line over connections that may break; nothing is shown twice, nothing is left out.
+  """Reads a worker's log line by line over connections that may break; each line is emitted exactly once.
 
   Args:
-    emit: is given each line.
+    machine: the machine of the worker.
+    worker: the worker.
+    emit: called with each line.
   """
 
   def __init__(self, machine: Machine, worker: Worker, emit: Callable[[str], None]):
@@ -31,7 +33,7 @@ class Follower:
     self.forget()
 
   def forget(self) -> None:
-    """Before it trains again: how it ended is to be told anew."""
+    """Resets the state before training is started again."""
     self.exit: str | None = None
     self._process: Process | None = None
     self._begun = self._retry = 0.0
@@ -47,7 +49,7 @@ class Follower:
     self._emit(line)
 
   def tend(self, reconnect_seconds: float) -> bool:
-    """Connects where it isn't connected; whether a connection has just broken."""
+    """Connects if there is no connection; returns whether a connection has just broken."""
     now = time.monotonic()
     if self._process is None:
       if now >= self._retry and self.exit is None:
@@ -66,7 +68,7 @@ class Follower:
     self._retry = now + reconnect_seconds
     if self.silent_since is None:
       self.silent_since = now
-    logging.warning("%s: its log broke off (%s); connecting again", self.worker.label, done.said())
+    logging.warning("%s: the connection broke (%s); connecting again", self.worker.label, done.message())
     return True
 
   def close(self) -> None:
@@ -76,8 +78,8 @@ class Follower:
 
 
 def show(label: str, line: str) -> None:
-  """A worker's line, at once and whole."""
-  # A terminal that has been closed must not end what looks after a machine.
+  """Writes a line of a worker to standard error."""
+  # An error of a closed terminal must not end the supervision of a machine.
   with contextlib.suppress(OSError):
     sys.stderr.write(f"{label} | {line}\n")
     sys.stderr.flush()

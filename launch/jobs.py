@@ -1,4 +1,4 @@
-"""What is trained, and the commands that bring it onto workers and start it."""
+"""A training job, and the commands that install and start it on workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from commands import Machine, Step
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is trained, from what."""
+  """A training job: the flags of cyb-train, and the checkout that is installed."""
 
   flags: Sequence[str] = ()
   checkout: pathlib.Path = commands.ROOT
@@ -31,7 +31,7 @@ class Job:
     return self.cache / "cyb-flags.txt"
 
   def clear(self) -> None:
-    """Removes what was made to be uploaded."""
+    """Removes the files that were created for the upload."""
     with contextlib.suppress(OSError):
       for path in (self.archive, self.flags_file):
         path.unlink(missing_ok=True)
@@ -39,12 +39,12 @@ class Job:
 
 
 def setup_steps(machine: Machine, job: Job, node: str, worker: str = "all") -> list[Step]:
-  """What brings a checkout onto workers."""
+  """The steps that install a checkout on workers."""
   return [
-    Step("The checkout's last commit to the workers.", commands.copy(machine, node, worker, job.archive)),
-    Step("Unpack it there.", commands.ssh(machine, node, worker, commands.UNPACK)),
+    Step("Copy the checkout's last commit to the workers.", commands.copy(machine, node, worker, job.archive)),
+    Step("Unpack the archive on the workers.", commands.ssh(machine, node, worker, commands.UNPACK)),
     Step(
-      "Python 3.11 and the pinned versions, in a venv beside it; takes some minutes.",
+      "Install Python 3.11 and the pinned versions in a venv next to the checkout; this takes some minutes.",
       commands.ssh(machine, node, worker, commands.on_worker(machine, "install", job.extras)),
     ),
   ]
@@ -52,7 +52,7 @@ def setup_steps(machine: Machine, job: Job, node: str, worker: str = "all") -> l
 
 def run_step(machine: Machine, job: Job, node: str, worker: str = "all") -> Step:
   return Step(
-    "Train on every worker, in a tmux session that outlives the connection; where one trains already, nothing happens.",
+    "Start training on every worker that does not train yet, in a tmux session that outlives the connection.",
     commands.ssh(machine, node, worker, commands.on_worker(machine, "run", *job.flags)),
   )
 

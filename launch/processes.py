@@ -1,4 +1,4 @@
-"""Commands of others as processes of ours: with a limit, line by line, and with Ctrl-C in our hands."""
+"""Runs commands as child processes, with a time limit, output by line, and own handling of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from collections.abc import Callable, Sequence
 
 from absl import logging
 
-# How often a process is looked at; seconds.
+# The time between two checks of a process, in seconds.
 TICK = 0.02
 TIMED_OUT = 124
 
 
 class Interrupted(Exception):
-  """Ctrl-C, or a signal that asks for the same."""
+  """The program was interrupted by Ctrl-C or a signal of the same meaning."""
 
 
 class Interrupts:
-  """Counts the signals that ask us to end, from where it is entered on; who waits asks `check`.
+  """A context that counts the signals that interrupt the program; code that waits calls `check`.
 
-  A signal raises nothing by itself, so that no command is left half way that would leave a machine behind.
+  A signal itself raises nothing, so a command that creates or deletes a machine is never interrupted in the middle.
   """
 
   def __init__(self) -> None:
     self._count = 0
-    self._told = 0
+    self._raised = 0
 
   def __enter__(self) -> Interrupts:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-      # Under nohup a hangup is ignored, and stays so.
+      # Under nohup, SIGHUP is ignored, and remains ignored.
       if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, self._note)
     return self
 
   def __exit__(self, *_: object) -> None:
-    pass  # The handlers stay until we exit: a late Ctrl-C must not cut short what is said last.
+    pass  # The handlers remain until the process exits, so that a late Ctrl-C does not suppress the final output.
 
   def _note(self, number: int, _: object) -> None:
     self._count += 1
 
   def pending(self) -> bool:
-    return self._count > self._told
+    return self._count > self._raised
 
   def check(self) -> None:
-    """Raises Interrupted where a signal has come since this last did."""
+    """Raises Interrupted if a signal has arrived since this method last raised it."""
     if self.pending():
-      self._told = self._count
+      self._raised = self._count
       raise Interrupted
 
   def pause(self, seconds: float) -> None:
-    """Sleeps, and wakes up for a signal."""
+    """Sleeps; raises Interrupted when a signal arrives."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
       self.check()
@@ -66,25 +66,25 @@ class Interrupts:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-  """How a command has ended: its exit code (124: it took too long), its standard output, its standard error."""
+  """The result of a command: its exit code (124 after a timeout), its standard output, and its standard error."""
 
   code: int
   out: str
   err: str
 
-  def said(self) -> str:
-    """The line of an error that says most: the last that names one, else the last."""
+  def message(self) -> str:
+    """The most informative line of the output: the last line with an error, or else the last line."""
     lines = [line.strip() for line in (self.err + "\n" + self.out).splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR") or "error" in line.lower()]
     return (errors or lines or [f"exit code {self.code}"])[-1]
 
 
 class Process:
-  """A command that runs in a group of its own, so that Ctrl-C doesn't reach it.
+  """A command that runs in its own process group, so that Ctrl-C does not interrupt it.
 
   Args:
     words: the command.
-    on_line: is given every line that it writes, as it comes, from another thread; None: they are kept.
+    on_line: called in another thread with every line that the command writes; None means that the output is stored.
   """
 
   def __init__(self, words: Sequence[str], on_line: Callable[[str], None] | None = None):
@@ -103,9 +103,9 @@ class Process:
       self._reader.start()
 
   def _read(self, on_line: Callable[[str], None]) -> None:
-    # As bytes: a carriage return within a line makes no new one, or lines would be counted differently here and there.
+    # Lines are read as bytes, in which a carriage return does not end a line, so they are counted like on the worker.
     for line in self._process.stdout:
-      # A line that was cut off comes whole when it is asked for again.
+      # An incomplete line is read again after the next connection.
       if line.endswith(b"\n"):
         on_line(line[:-1].decode(errors="replace"))
 
@@ -113,7 +113,7 @@ class Process:
     return self._process.poll() is None
 
   def done(self) -> Done:
-    """How it has ended; waits for what it wrote to be read."""
+    """Waits until the command has ended and its output was read; returns the result."""
     code = self._process.wait()
     if self._reader:
       self._reader.join(timeout=5)
@@ -125,7 +125,7 @@ class Process:
     return Done(code, *texts)
 
   def kill(self) -> None:
-    """Ends it and whatever it has started."""
+    """Ends the command and its child processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
       if not self.running():
         return
@@ -146,10 +146,11 @@ def run(
   """Runs a command.
 
   Args:
-    interrupts: end it, and raise Interrupted.
-    seconds: how long it may take.
-    watch: is called again and again meanwhile; what it raises ends the command, and is raised.
-    to_the_end: a first signal waits for the command, and raises Interrupted then; a second one ends it.
+    words: the command.
+    interrupts: the signals that end the command and raise Interrupted.
+    seconds: the time limit.
+    watch: called repeatedly while the command runs; an exception that it raises ends the command, and is propagated.
+    to_the_end: whether the first signal raises Interrupted only after the command has ended; a second signal ends it.
   """
   process = Process(words)
   until = time.monotonic() + seconds
@@ -162,9 +163,7 @@ def run(
         interrupted = True
         with contextlib.suppress(Interrupted):
           interrupts.check()
-        logging.warning(
-          "interrupted; waiting for an answer to `%s`, so that nothing is left behind", " ".join(words[:6])
-        )
+        logging.warning("interrupted; waiting until `%s` has ended, so that no resources are left", " ".join(words[:6]))
       if time.monotonic() > until:
         process.kill()
         return Done(TIMED_OUT, "", f"no answer in {seconds:g} seconds")

@@ -1,4 +1,4 @@
-"""The commands of launch/tpu.py in order, when all goes well: for a person to read, or to follow by hand."""
+"""The commands of launch/tpu.py in order, if there are no failures: to read, or to follow by hand."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jobs import Job
 
 
 def runbook(command: str, machine: Machine, job: Job) -> list[Step]:
-  """What a command of launch/tpu.py runs.
+  """The steps of a command of launch/tpu.py.
 
   Args:
     command: one of its commands.
-    machine: what it asks for.
-    job: what is trained there.
+    machine: the machine.
+    job: the training job.
   """
   archive = _pack(job)
   upload = [step for node in machine.nodes for step in jobs.setup_steps(machine, job, node)]
@@ -44,9 +44,9 @@ def runbook(command: str, machine: Machine, job: Job) -> list[Step]:
 
 def _pack(job: Job) -> list[Step]:
   return [
-    Step("A folder for the archive.", ["mkdir", "-p", str(job.cache)]),
+    Step("Create a folder for the archive.", ["mkdir", "-p", str(job.cache)]),
     Step(
-      "Pack the checkout's last commit, so that runs, venvs and caches stay here.",
+      "Pack the checkout's last commit, without runs, venvs and caches.",
       commands.archive(job.checkout, job.archive),
     ),
   ]
@@ -56,9 +56,9 @@ def _create(command: str, machine: Machine, job: Job) -> list[Step]:
   steps = []
   if machine.startup and command in ("train", "create"):
     steps = [
-      Step("Lay it where the machine finds it.", commands.to_bucket(job.archive, job.source)),
+      Step("Copy the archive to the bucket.", commands.to_bucket(job.archive, job.source)),
       Step(
-        "The flags of cyb-train, one a line, for the machine's metadata.",
+        "Write the flags of cyb-train, one per line, for the machine's metadata.",
         ["printf", r"%s\n", *job.flags, ">", str(job.flags_file)],
       ),
     ]
@@ -67,18 +67,24 @@ def _create(command: str, machine: Machine, job: Job) -> list[Step]:
     if machine.type
     else []
   )
-  steps.append(Step("Ask for the machine. No room or no quota: wait, longer each time, and ask again.", words))
+  steps.append(
+    Step("Request the machine. Without capacity or quota: wait, longer each time, and request it again.", words)
+  )
   return steps
 
 
 def _queue(machine: Machine) -> list[Step]:
   return [
     Step(
-      "Until its state.state is ACTIVE, which is billed. FAILED, SUSPENDED: delete it (the last steps) and ask again.",
+      "Wait until state.state is ACTIVE, which is billed. If it is FAILED or SUSPENDED, delete it (the last steps) and"
+      " request it again.",
       commands.describe(machine),
     ),
     *(
-      Step("Its state is READY; it has as many workers as networkEndpoints.", commands.describe_node(machine, node))
+      Step(
+        "Check that the node's state is READY; its networkEndpoints are its workers.",
+        commands.describe_node(machine, node),
+      )
       for node in machine.nodes
     ),
   ]
@@ -86,11 +92,11 @@ def _queue(machine: Machine) -> list[Step]:
 
 def _follow(machine: Machine) -> list[Step]:
   several = machine.slices * commands.hosts(machine.type) if machine.type else 0
-  also = f", and so for the other workers, {several} in all" if several > 1 else ""
+  also = f"; likewise for each of the {several} workers" if several > 1 else ""
   return [
     Step(
-      f"Follow the log{also}. It ends with the exit code: 0 done; 2 bad input; 1 a crash: start it again; 75"
-      " interrupted and saved: start it again, on another machine if this one is taken away.",
+      f"Follow the log{also}. The last line is the exit code: 0 done; 2 bad input; 1 a crash: start training again; 75"
+      " interrupted and saved: start training again, on another machine if this one is preempted.",
       jobs.follow_words(machine, machine.nodes[0], int(flags.FLAGS.worker or 0)),
     )
   ]
@@ -100,21 +106,22 @@ def _log(machine: Machine) -> list[Step]:
   args = flags.FLAGS
   words = commands.on_worker(machine, "log", str(args.lines))
   return [
-    Step("The end of the log.", commands.ssh(machine, node, args.worker or "all", words)) for node in machine.nodes
+    Step("Print the end of the log.", commands.ssh(machine, node, args.worker or "all", words))
+    for node in machine.nodes
   ]
 
 
 def _shell(machine: Machine, job: Job) -> list[Step]:
   args = flags.FLAGS
   words = commands.ssh(machine, machine.nodes[args.slice], args.worker or "0", commands.shell(job.flags))
-  return [Step("A shell there.", words)]
+  return [Step("Open a shell on the worker.", words)]
 
 
 def _stop(machine: Machine) -> list[Step]:
   words = commands.on_worker(machine, "stop", str(max(1, round(flags.FLAGS.stop_seconds))))
   return [
     Step(
-      "SIGTERM: training saves and exits with 75; the machine stays, and is billed.",
+      "Send SIGTERM: training saves and exits with 75; the machine remains, and is billed.",
       commands.ssh(machine, node, "all", words),
     )
     for node in machine.nodes
@@ -123,7 +130,10 @@ def _stop(machine: Machine) -> list[Step]:
 
 def _delete(machine: Machine) -> list[Step]:
   return [
-    Step("Delete it with its nodes, or it goes on being billed.", commands.delete(machine)),
-    Step("It has gone when this says NOT_FOUND.", commands.describe(machine)),
-    *(Step("So has its node.", commands.describe_node(machine, node)) for node in machine.nodes),
+    Step("Delete the machine with its nodes, which are billed until then.", commands.delete(machine)),
+    Step("Check that the machine is deleted: the answer is NOT_FOUND.", commands.describe(machine)),
+    *(
+      Step("Check that the node is deleted: the answer is NOT_FOUND.", commands.describe_node(machine, node))
+      for node in machine.nodes
+    ),
   ]

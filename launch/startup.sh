@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The startup script of a TPU VM: installs a checkout from a bucket and trains, as a service that outlives crashes and
-# reboots. It is run as root at every boot and does again only what is missing. The machine's own metadata says what to
-# do (launch/tpu.py --runner=startup writes it):
+# The startup script of a TPU VM: installs a checkout from a bucket and trains, as a service that is restarted after
+# crashes and reboots. It runs as root at every boot and repeats only missing steps. Its settings are in the machine's
+# metadata, which launch/tpu.py --runner=startup writes:
 #
-#   cyb-source   gs://BUCKET/PATH.tar.gz, what `git archive` wrote
-#   cyb-flags    the flags of cyb-train, one on each line
-#   cyb-extras   what to install beside the package itself; tpu,reviews where it isn't given
+#   cyb-source   gs://BUCKET/PATH.tar.gz, an archive of `git archive`
+#   cyb-flags    the flags of cyb-train, one per line
+#   cyb-extras   the extras to install; the default is tpu,reviews
 #
-# Exit codes: 0 and 2 (done; bad input) end it for good, reboots included. 75 (interrupted, saved) and 1 (a crash) are
-# started again, three times in an hour at most. What the machine may read and write is its service account's; there are
-# no secrets here.
+# After exit codes 0 (done) and 2 (bad input), training is not started again, even after a reboot. After 75 (interrupted
+# and saved) and 1 (a crash), it is started again, at most three times per hour. The machine has the permissions of its
+# service account; the script contains no secrets.
 set -euo pipefail
 
 home="${CYB_HOME:-/opt/cyb}"
@@ -25,7 +25,7 @@ mkdir -p "$run"
 touch "$run/service" "$run/log"
 chmod 755 "$home" "$run"
 exec > >(tee -a "$run/log") 2>&1
-# Whoever follows the log is told that nothing more will come.
+# An exit code ends `worker.sh follow`, which would otherwise wait for more lines.
 failed() {
   echo "startup.sh: line $1 failed"
   echo 1 >"$run/exit"
@@ -36,26 +36,26 @@ trap 'failed $LINENO' ERR
 source="$(attribute cyb-source)"
 flags="$(attribute cyb-flags)"
 extras="$(attribute cyb-extras || echo tpu,reviews)"
-asked="$source $extras $flags"
+request="$source $extras $flags"
 
-if [[ -e "$run/asked" && "$(<"$run/asked")" == "$asked" ]]; then
+if [[ -e "$run/request" && "$(<"$run/request")" == "$request" ]]; then
   case "$(cat "$run/exit" 2>/dev/null)" in
     0 | 2)
-      echo "startup.sh: it has ended with exit code $(<"$run/exit"); nothing to do"
+      echo "startup.sh: training has ended with exit code $(<"$run/exit"); nothing to do"
       exit 0
       ;;
   esac
   if [[ -e "$run/stopped" ]]; then
-    echo 'startup.sh: it was stopped by hand; nothing to do'
+    echo 'startup.sh: training was stopped by hand; nothing to do'
     exit 0
   fi
 else
   systemctl stop cyb-train 2>/dev/null || true
-  rm -rf "$run/asked" "$run/stopped" "$root"
+  rm -rf "$run/request" "$run/stopped" "$root"
 fi
 rm -f "$run/exit"
 
-if [[ ! -e "$run/asked" ]]; then
+if [[ ! -e "$run/request" ]]; then
   echo "startup.sh: installing $source"
   gcloud storage cp "$source" "$home/cyb_jax.tar.gz"
   mkdir -p "$root"
@@ -77,9 +77,9 @@ RestartSec=30
 TimeoutStopSec=600
 UNIT
   systemctl daemon-reload
-  # Last: what was cut short before is done again.
-  printf '%s' "$asked" >"$run/asked"
+  # This file is written last, so an interrupted installation is repeated.
+  printf '%s' "$request" >"$run/request"
 fi
 systemctl reset-failed cyb-train 2>/dev/null || true
 systemctl start --no-block cyb-train
-echo 'startup.sh: cyb-train is started'
+echo 'startup.sh: cyb-train was started'

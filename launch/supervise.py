@@ -1,8 +1,8 @@
-"""Sees a training through: asks for a machine, waits, installs, runs, follows; again where it is taken away.
+"""Supervises training: requests a machine, waits, installs, runs, follows; after a preemption, it starts again.
 
 create -> queue -> upload -> run -> follow -> done, deleted
    ^        |         |       |       |
-   +--------+---------+-------+-------+   taken away: delete, wait, again (at most max_retries times in a row)
+   +--------+---------+-------+-------+   preempted: delete, wait, repeat (at most max_retries times in a row)
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from follow import Follower
 from jobs import Job, run_step, setup_steps
 from processes import Done, Interrupted
 
-# What asking again won't cure.
+# Errors that are permanent.
 _REFUSED = re.compile(
   r"INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|unrecognized arguments|does not have permission|invalid choice"
   r"|Invalid value|do not currently have an active account|was not found or access|is not supported|SERVICE_DISABLED"
 )
-_NO_ROOM = re.compile(
+_NO_CAPACITY = re.compile(
   r"RESOURCE_EXHAUSTED|quota (?:limit|'|.*exceeded|.*exhausted)|capacity|stockout|\b429\b", re.IGNORECASE
 )
-# The connection rather than what was run over it.
+# Errors of the connection, not of the command that was run over it.
 _CONNECTION = re.compile(
   r"return code \[255\]|Connection (?:closed|refused|reset|timed out)|no answer in|unusable", re.I
 )
 
 
 class Supervisor:
-  """Does what `train` does, and its parts.
+  """Runs the command `train`, and the commands that are parts of it.
 
   Args:
-    keep: leave the machine behind.
+    cloud: the machine.
+    job: the training job.
+    keep: whether the machine is not deleted.
   """
 
   def __init__(self, cloud: Cloud, job: Job, *, keep: bool = False):
@@ -51,52 +53,52 @@ class Supervisor:
     self.counts = {"retries": 0, "machines_lost": 0, "crashes": 0}
     self.states: list[str] = []
     self._in_a_row = 0
-    self._asked = False
+    self._requested = False
     self._trains = False
     self._begun = 0.0
-    self._crashes = 0  # in a row
-    self._looked = 0.0
+    self._crashes = 0  # consecutive
+    self._checked = 0.0
 
-  # Parts, each a command of its own.
+  # Parts of `train`; each is also a command.
 
   def create(self) -> None:
-    """Asks for the machine, once.
+    """Requests the machine once.
 
     Raises:
-      RefusedError: asking again won't help.
-      LostError: it may.
+      RefusedError: the error is permanent.
+      LostError: another request may succeed.
     """
     done = self.cloud.call(self.create_words(), to_the_end=True)
     if done.code == 0 or "ALREADY_EXISTS" in done.err:
       return
-    if _REFUSED.search(done.err) and not _NO_ROOM.search(done.err):
-      raise RefusedError(done.said())
-    raise LostError(("no room: " if _NO_ROOM.search(done.err) else "") + done.said())
+    if _REFUSED.search(done.err) and not _NO_CAPACITY.search(done.err):
+      raise RefusedError(done.message())
+    raise LostError(("no capacity: " if _NO_CAPACITY.search(done.err) else "") + done.message())
 
   def create_words(self) -> list[str]:
     job = self.job
     return commands.create(self.machine, source=job.source, flags_file=str(job.flags_file), extras=job.extras)
 
   def pack(self) -> None:
-    """Packs the checkout's HEAD; for a startup script, lays it into the bucket."""
+    """Packs the checkout's HEAD; for a startup script, also copies the archive to the bucket."""
     self.job.cache.mkdir(parents=True, exist_ok=True)
     steps = [Step("pack", commands.archive(self.job.checkout, self.job.archive))]
     if self.machine.startup:
       self.job.flags_file.write_text("".join(f"{flag}\n" for flag in self.job.flags))
-      steps.append(Step("lay into the bucket", commands.to_bucket(self.job.archive, self.job.source)))
+      steps.append(Step("copy to the bucket", commands.to_bucket(self.job.archive, self.job.source)))
     for step in steps:
       for attempt in range(self.limits.ssh_attempts):
         done = self.cloud.call(step.words, seconds=self.limits.step_seconds)
         if not done.code:
           break
-        logging.warning("`%s`: %s", commands.shell(step.words), done.said())
+        logging.warning("`%s`: %s", commands.shell(step.words), done.message())
         if attempt + 1 < self.limits.ssh_attempts:
           self.interrupts.pause(self.limits.reconnect_seconds)
       else:
-        raise FailedError(f"`{commands.shell(step.words)}`: {done.said()}")
+        raise FailedError(f"`{commands.shell(step.words)}`: {done.message()}")
 
   def upload(self) -> None:
-    """The checkout onto all workers, and installed there."""
+    """Copies the checkout to all workers, and installs it."""
     for i in range(3):
       self.everywhere(lambda node, worker, i=i: setup_steps(self.machine, self.job, node, worker)[i])
 
@@ -104,17 +106,18 @@ class Supervisor:
     self.everywhere(lambda node, worker: run_step(self.machine, self.job, node, worker))
 
   def everywhere(self, step: Callable[[str, str], Step], *, seconds: float | None = None) -> list[str]:
-    """A command on all workers at once; where that fails, on each by itself, so that one that fails is tried again.
+    """Runs a step on all workers at once; if this fails, on each worker separately, with several attempts.
 
     Args:
-      step: makes it, of a node and a worker ('all', or a number).
+      step: (node, worker) -> the step; the worker is a number or 'all'.
+      seconds: the time limit of a command; None means `step_seconds`.
 
     Returns:
-      What they printed, for each node or worker that was asked.
+      The output of each command: one for each node, or one for each worker.
 
     Raises:
-      LostError: the machine has gone, or some worker can't be used.
-      FailedError: it fails on all of them, and not for the connection.
+      LostError: the machine no longer exists, or a worker is unusable.
+      FailedError: the step fails on all workers, and the connection is not the reason.
     """
     options = {"seconds": seconds or self.limits.step_seconds, "watch": self.watch}
     printed = []
@@ -126,7 +129,7 @@ class Supervisor:
         printed.append(done.out)
         continue
       workers = [w for w in self.workers if w.node == node]
-      logging.warning("%s: %s; each of its %d workers by itself", node, done.said(), len(workers))
+      logging.warning("%s: %s; trying each of its %d workers separately", node, done.message(), len(workers))
       failed: dict[str, Done] = {}
       for worker in workers:
         for attempt in range(self.limits.ssh_attempts):
@@ -137,35 +140,39 @@ class Supervisor:
           if not done.code:
             printed.append(done.out)
             break
-          logging.warning("%s: %s (attempt %d of %d)", worker.label, done.said(), attempt + 1, self.limits.ssh_attempts)
+          logging.warning(
+            "%s: %s (attempt %d of %d)", worker.label, done.message(), attempt + 1, self.limits.ssh_attempts
+          )
         else:
           failed[worker.label] = done
           if len(failed) < len(workers):
-            # One is enough to need another machine; whether all fail alike is worth knowing.
+            # A single failure means that another machine is needed. The other workers are still tried, because a
+            # failure of all workers has another cause.
             continue
       if failed:
         label, done = next(iter(failed.items()))
-        message = f"{label}: {first.why} {done.said()}"
+        message = f"{label}: {first.why} {done.message()}"
         if len(failed) == len(workers) and not _CONNECTION.search(done.err):
           raise FailedError(message)
         raise LostError(message)
     return printed
 
   def watch(self) -> None:
-    """Looks after the machine now and then."""
+    """Checks the machine every `poll_seconds`."""
     now = time.monotonic()
-    if now - self._looked >= self.limits.poll_seconds:
+    if now - self._checked >= self.limits.poll_seconds:
       self.cloud.check()
-      self._looked = time.monotonic()
+      self._checked = time.monotonic()
 
   def follow(self, emit: Callable[[str, str], None], workers: Sequence[Worker] | None = None) -> dict[str, str]:
-    """Shows the workers' logs until all have ended.
+    """Emits the workers' logs until training has ended on all workers.
 
     Args:
-      emit: is given a worker's label and a line.
+      emit: called with a worker's label and a line.
+      workers: the workers that are followed; None means all.
 
     Returns:
-      How each has ended: an exit code, 'none', or either with ' stopped' behind it.
+      The exit code of each worker or 'none', possibly followed by ' stopped'.
     """
     chosen = self.workers if workers is None else workers
     if [f.worker for f in self.followers] != list(chosen):
@@ -186,15 +193,15 @@ class Supervisor:
           break
         for follower in self.followers:
           if follower.exit is None and now - (follower.silent_since or now) > self.limits.unreachable_seconds:
-            raise LostError(f"{follower.worker.label} can't be reached any more")
+            raise LostError(f"{follower.worker.label} is unreachable")
         if bad_since is None and any(f.exit not in (None, "0") for f in self.followers):
           bad_since = now
         if bad_since is not None and now - bad_since > self.limits.straggler_seconds:
           late = [f.worker.label for f in self.followers if f.exit is None]
           if halted:
-            raise LostError(f"{', '.join(late)}: can't be stopped")
+            raise LostError(f"{', '.join(late)}: training can't be stopped")
           logging.warning(
-            "%s: still there %g s after another worker has ended; stopping", ", ".join(late), now - bad_since
+            "%s: still running %g s after another worker has ended; stopping", ", ".join(late), now - bad_since
           )
           self.halt()
           halted, bad_since = True, time.monotonic()
@@ -205,28 +212,28 @@ class Supervisor:
     return {f.worker.label: f.exit for f in self.followers}
 
   def halt(self, verb: str = "halt") -> list[str]:
-    """Stops the training, so that it saves; what the workers say then."""
+    """Stops training, which saves; returns the output of the workers."""
     seconds = self.limits.stop_seconds
     step = lambda node, worker: Step(  # noqa: E731
-      "Stop it; it saves first.",
+      "Stop training, which saves first.",
       commands.ssh(self.machine, node, worker, commands.on_worker(self.machine, verb, f"{max(1, round(seconds))}")),
     )
-    said = self.everywhere(step, seconds=seconds + self.limits.call_seconds)
-    return [line for text in said for line in text.splitlines()]
+    outputs = self.everywhere(step, seconds=seconds + self.limits.call_seconds)
+    return [line for text in outputs for line in text.splitlines()]
 
-  # The whole.
+  # The command `train`.
 
   def train(self, emit: Callable[[str, str], None]) -> dict[str, Any]:
-    """All of it, until it is done, has failed too often, or is interrupted; nothing is left behind then, unless `keep`.
+    """Trains until the run is done, has failed too often, or is interrupted; then deletes the machine, unless `keep`.
 
     Returns:
       `state` (finished, failed, bad_input, gave_up, refused, interrupted, stopped), `reason`, `exit_codes` by worker,
-      counts, `evaluation` (what cyb-train printed last), and `left`, what couldn't be deleted.
+      counts, `evaluation` (the last output of cyb-train), and `left`, the resources that couldn't be deleted.
     """
     codes: dict[str, str] = {}
     try:
       try:
-        state, reason, codes = self._see_through(emit)
+        state, reason, codes = self._run_until_done(emit)
       except RefusedError as error:
         state, reason = "refused", str(error)
       except FailedError as error:
@@ -240,7 +247,7 @@ class Supervisor:
       if reason:
         logging.info("%s: %s", state, reason)
     except BaseException:
-      # Whatever it was, it mustn't leave a machine behind.
+      # Even after an unexpected error, the machine must be deleted.
       self._leave("crashed")
       raise
     left = self._leave(state)
@@ -256,7 +263,7 @@ class Supervisor:
       "delete": commands.shell(commands.delete(self.machine)) if left else None,
     }
 
-  def _see_through(self, emit: Callable[[str, str], None]) -> tuple[str, str, dict[str, str]]:
+  def _run_until_done(self, emit: Callable[[str, str], None]) -> tuple[str, str, dict[str, str]]:
     packed = False
     while True:
       try:
@@ -266,7 +273,7 @@ class Supervisor:
         self._acquire()
         self.workers = self.cloud.workers()
         logging.info("%s has %d workers", self.machine.name, len(self.workers))
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         if not self.machine.startup:
           self.upload()
         while True:
@@ -275,24 +282,24 @@ class Supervisor:
             self.start()
           codes = self.follow(emit)
           self._trains = False
-          said = ", ".join(f"{label} {code}" for label, code in codes.items())
+          listed = ", ".join(f"{label} {code}" for label, code in codes.items())
           verdict = judge(codes.values())
-          logging.info("training has ended: %s (exit codes: %s)", verdict, said)
+          logging.info("training has ended: %s (exit codes: %s)", verdict, listed)
           if verdict != "again":
             if verdict == "crashed":
-              self._count_crash(said)
+              self._count_crash(listed)
             else:
-              return verdict, "" if verdict == "finished" else f"exit codes: {said}", codes
+              return verdict, "" if verdict == "finished" else f"exit codes: {listed}", codes
           else:
-            # It may be the first sign that the machine is being taken away.
+            # This may be the first sign of a preemption of the machine.
             until = time.monotonic() + self.limits.grace_seconds
             while time.monotonic() < until:
               self.cloud.check()
               self.interrupts.pause(min(self.limits.poll_seconds, self.limits.grace_seconds))
-            self._count_retry(f"it was interrupted, and the machine is still there (exit codes: {said})")
+            self._count_retry(f"training was interrupted, and the machine still exists (exit codes: {listed})")
           self.cloud.check()
           if self.machine.startup:
-            raise LostError("its service has ended")
+            raise LostError("the service on the machine has ended")
           self.halt()
       except LostError as lost:
         logging.warning("%s", lost)
@@ -304,42 +311,44 @@ class Supervisor:
         self._count_retry(str(lost))
 
   def _acquire(self) -> None:
-    """The machine, created or found, ACTIVE."""
+    """Creates the machine or uses an existing one, and waits until it is ACTIVE."""
     state, found = self.cloud.state()
     if state in LOST and state != GONE:
-      logging.info("%s is there, but %s: %s", self.machine.name, state, MEANING[state])
-      self._asked = True
+      logging.info("%s exists, but it is %s: %s", self.machine.name, state, MEANING[state])
+      self._requested = True
       self._delete_for_another()
       state = GONE
     if state == GONE:
-      self._asked = True
-      logging.info("asking for %s: %s", self.machine.type, commands.shell(self.create_words()))
+      self._requested = True
+      logging.info("requesting %s: %s", self.machine.type, commands.shell(self.create_words()))
       try:
         self.create()
       except RefusedError:
-        self._asked = False
+        self._requested = False
         raise
     elif state == UNKNOWN:
-      if _REFUSED.search(found.get("said", "")):
-        raise RefusedError(found["said"])
-      raise LostError(f"the cloud doesn't say whether {self.machine.name} is there{self.cloud.why(found)}")
+      if _REFUSED.search(found.get("message", "")):
+        raise RefusedError(found["message"])
+      raise LostError(f"it is unknown whether {self.machine.name} exists{self.cloud.reason(found)}")
     else:
-      there = found.get("tpu", {}).get("nodeSpec", [{}])[0].get("node", {}).get("acceleratorType", self.machine.type)
-      if there != self.machine.type:
+      kind = found.get("tpu", {}).get("nodeSpec", [{}])[0].get("node", {}).get("acceleratorType", self.machine.type)
+      if kind != self.machine.type:
         raise RefusedError(
-          f"--name: {self.machine.name} is there already, as a {there}; take another name, or delete it"
+          f"--name: {self.machine.name} already exists with type {kind}; give another name, or delete it"
         )
-      self._asked = True
-      logging.info("%s is there already and is taken; it will be deleted in the end unless --keep", self.machine.name)
+      self._requested = True
+      logging.info(
+        "%s already exists and is used; it will be deleted at the end unless --keep is given", self.machine.name
+      )
     self.cloud.wait(self.states.append)
 
-  def _count_retry(self, why: str) -> None:
+  def _count_retry(self, reason: str) -> None:
     if self._begun and time.monotonic() - self._begun > self.limits.healthy_seconds:
       self._in_a_row = 0
     self._begun = 0.0
     if self._in_a_row >= self.limits.max_retries:
       raise GaveUpError(
-        f"after {self.counts['retries']} retries, {self._in_a_row} of them in a row (--max_retries): {why}"
+        f"after {self.counts['retries']} retries, {self._in_a_row} of them in a row (--max_retries): {reason}"
       )
     self._in_a_row += 1
     self.counts["retries"] += 1
@@ -347,39 +356,39 @@ class Supervisor:
     logging.info("retry %d of %d in a row, in %g s", self._in_a_row, self.limits.max_retries, seconds)
     self.interrupts.pause(seconds)
 
-  def _count_crash(self, said: str) -> None:
+  def _count_crash(self, listed: str) -> None:
     self.counts["crashes"] += 1
     if self._begun and time.monotonic() - self._begun > self.limits.healthy_seconds:
       self._crashes = 0
     self._crashes += 1
-    # A service has begun again by itself before it ends.
+    # A service restarts after crashes, so when it ends, the limit of restarts was reached.
     if self.machine.startup or self._crashes > self.limits.max_crashes:
-      raise FailedError(f"training crashed {self._crashes} times in a row (--max_crashes; exit codes: {said})")
-    logging.info("crash %d in a row; %d are begun again", self._crashes, self.limits.max_crashes)
+      raise FailedError(f"training crashed {self._crashes} times in a row (--max_crashes; exit codes: {listed})")
+    logging.info("consecutive crash %d; training is restarted at most %d times", self._crashes, self.limits.max_crashes)
     self.interrupts.pause(self.limits.backoff_seconds)
 
   def _delete_for_another(self) -> None:
     left = self.cloud.delete()
     if left:
-      raise GaveUpError(f"can't be deleted: {', '.join(left)}")
+      raise GaveUpError(f"the deletion failed: {', '.join(left)}")
 
   def _stop_first(self) -> None:
-    """So that what was trained since the last checkpoint isn't lost; a second Ctrl-C goes on at once."""
+    """Stops training, so that it saves; a second Ctrl-C ends the wait."""
     if not self._trains:
       return
-    logging.info("interrupted; training is stopped and saved first, then the machine is deleted (again: delete it now)")
+    logging.info("interrupted; training saves first, and then the machine is deleted (Ctrl-C again deletes it now)")
     try:
       logging.info("stopped: %s", ", ".join(self.halt()))
     except Interrupted:
       logging.warning("interrupted again: deleting now")
     except (LostError, FailedError) as error:
-      logging.warning("it can't be stopped: %s", error)
+      logging.warning("training can't be stopped: %s", error)
 
   def _leave(self, state: str) -> list[str]:
-    """Deletes the machine, unless it is to stay; what is left that shouldn't be."""
+    """Deletes the machine, unless it is kept; returns the resources that couldn't be deleted."""
     name, delete = self.machine.name, commands.shell(commands.delete(self.machine))
     self.job.clear()
-    if not self._asked:
+    if not self._requested:
       return []
     if self.keep or state == "stopped":
       logging.warning("%s is kept, and billed; delete it with: %s", name, delete)
@@ -388,17 +397,17 @@ class Supervisor:
     try:
       left = self.cloud.delete()
     except Interrupted:
-      logging.warning("interrupted while deleting; it is looked at once more")
+      logging.warning("interrupted during the deletion; checking once more")
       with contextlib.suppress(Interrupted):
         left = self.cloud.present()
     if left:
-      logging.error("left, and billed: %s; delete it with: %s", ", ".join(left), delete)
+      logging.error("not deleted, and billed: %s; delete it with: %s", ", ".join(left), delete)
     else:
-      logging.info("%s and its nodes have gone; nothing is billed", name)
+      logging.info("%s and its nodes are deleted; nothing is billed", name)
     return left
 
   def _evaluation(self) -> Any:
-    """What cyb-train printed last, on the first worker."""
+    """The last output of cyb-train on the first worker, if it is a JSON object; otherwise None."""
     try:
       found = json.loads(self.followers[0].last)
     except (IndexError, ValueError):
@@ -407,17 +416,17 @@ class Supervisor:
 
 
 def judge(codes: Sequence[str]) -> str:
-  """What the workers' exit codes mean together: finished, bad_input, stopped, again, or crashed."""
+  """The meaning of the workers' exit codes: finished, bad_input, stopped, again, or crashed."""
   codes = list(codes)
   if any(code.endswith("stopped") for code in codes):
     return "stopped"
   if all(code == "0" for code in codes):
     return "finished"
-  # A host that only lost the others, or was stopped with them, says nothing of the input; one alone that says so may
-  # have met what the others would not.
+  # Exit codes of hosts that lost the others or were stopped with them do not contradict bad input. If other hosts
+  # crashed or finished, exit code 2 of a single host may have had a temporary cause.
   if all(code in ("2", "134", "75", "none") for code in codes) and "2" in codes:
     return "bad_input"
-  # 75: interrupted, and saved; none: its session has gone without a word, as when a machine boots again.
+  # 75 means interrupted and saved; none means that the session ended without an exit code, for example by a reboot.
   if all(code in ("0", "75", "none") for code in codes):
     return "again"
   return "crashed"

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Trains on Cloud TPUs: asks for a machine, installs this checkout on it, trains, follows, and deletes it in the end.
+"""Trains on Cloud TPUs: requests a machine, installs this checkout, trains, follows the logs, and deletes the machine.
 
 python launch/tpu.py train --name=NAME --zone=ZONE --type=v5litepod-16 --spot -- FLAGS OF cyb-train
-python launch/tpu.py train ... --dry_run -- FLAGS     the commands, to be read or followed by hand; nothing is run
-python launch/tpu.py create|queue|upload|run|logs|stop|delete|status|ssh --name=NAME --zone=ZONE     its parts
+python launch/tpu.py train ... --dry_run -- FLAGS     prints the commands, to read or to follow by hand; runs nothing
+python launch/tpu.py create|queue|upload|run|logs|stop|delete|status|ssh --name=NAME --zone=ZONE     single steps
 
-Needs gcloud (logged in), git and absl-py; no jax. Exit codes: 0 done; 1 it failed, or something is left that is
-billed; 2 bad input; 75 interrupted or stopped, to be continued with the same command. The last line of standard output
-is one JSON object; logs, the workers' among them, go to standard error.
+The program needs gcloud (logged in), git and absl-py, but not jax. Exit codes: 0 done; 1 failed, or billed resources
+remain; 2 bad input; 75 interrupted or stopped, so the same command continues. The last line of standard output is one
+JSON object; logs, including the workers' logs, go to standard error.
 """
 
 from __future__ import annotations
@@ -54,28 +54,26 @@ def _git(checkout: pathlib.Path, *words: str) -> str:
       ["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
   except OSError as error:
-    raise InputError(f"git: can't be run ({error.strerror})") from None
+    raise InputError(f"git: it can't be run ({error.strerror}); install git") from None
   if done.returncode:
     raise InputError(
-      f"--checkout: {checkout} isn't a git checkout with a commit ({done.stderr.strip().splitlines()[-1:]})"
+      f"--checkout: {checkout} is not a git checkout with a commit ({done.stderr.strip().splitlines()[-1:]}); give one"
     )
   return done.stdout
 
 
 def _commit(checkout: pathlib.Path) -> str:
-  """The commit that will be trained; uncommitted changes are an error, untracked files a warning."""
+  """The commit that is trained; uncommitted changes are an error, and untracked files cause a warning."""
   commit = _git(checkout, "rev-parse", "HEAD").strip()
   lines = _git(checkout, "status", "--porcelain").splitlines()
   changed = [line[3:] for line in lines if not line.startswith("??")]
   untracked = [line[3:] for line in lines if line.startswith("??")]
   if changed:
     some = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-    message = (
-      f"--checkout: {len(changed)} files have changes that the last commit, {commit[:12]}, doesn't hold ({some})"
-    )
+    message = f"--checkout: {len(changed)} files have changes that are not in the last commit, {commit[:12]} ({some})"
     if not (flags.FLAGS.allow_dirty or flags.FLAGS.dry_run):
-      raise InputError(f"{message}; commit them, or --allow_dirty to train without them")
-    logging.warning("%s; it is trained without them", message)
+      raise InputError(f"{message}; commit them, or give --allow_dirty to train without them")
+    logging.warning("%s; the last commit is trained without them", message)
   if untracked:
     logging.warning("%d untracked files are not uploaded: %s", len(untracked), ", ".join(untracked[:5]))
   for needed in ("launch/worker.sh", "constraints.txt"):
@@ -112,7 +110,7 @@ def _show_runbook(command: str, machine: Machine, job: Job) -> None:
     slices = f"{machine.slices} slices, " if machine.slices > 1 else ""
     title += f", {machine.type} ({slices}{machine.slices * commands.hosts(machine.type)} hosts)"
   steps = [f"# {title}. Nothing was run.", *map(str, runbook(command, machine, job))]
-  # A redirection is the shell's, no word of the command.
+  # A redirection must not be quoted like the words of the command.
   sys.stdout.write("\n\n".join(steps).replace(" '>' ", " > ") + "\n")
 
 
@@ -156,7 +154,7 @@ def _status(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
         done = cloud.call(
           commands.ssh(cloud.machine, worker.node, str(worker.index), commands.on_worker(cloud.machine, "state"))
         )
-        result["training"][worker.label] = done.out.strip() if not done.code else f"can't be asked ({done.said()})"
+        result["training"][worker.label] = done.out.strip() if not done.code else f"unreachable ({done.message()})"
   return result, 0
 
 
@@ -191,7 +189,7 @@ def _logs(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
   _with_workers(supervisor)
   chosen = [w for w in supervisor.workers if args.worker is None or w.index == int(args.worker)]
   if not chosen:
-    raise InputError(f"--worker: {args.worker}, but there are {len(supervisor.workers)} workers, from 0")
+    raise InputError(f"--worker: {args.worker} must be in 0..{len(supervisor.workers) - 1}")
 
   def emit(label: str, line: str) -> None:
     sys.stdout.write(f"{label} | {line}\n")
@@ -205,7 +203,7 @@ def _logs(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
       words = commands.on_worker(supervisor.machine, "log", str(args.lines))
       done = supervisor.cloud.call(commands.ssh(supervisor.machine, worker.node, str(worker.index), words))
       *lines, last = done.out.splitlines() or [""]
-      codes[worker.label] = last.removeprefix(follow.EXIT_MARK) if not done.code else f"can't be asked ({done.said()})"
+      codes[worker.label] = last.removeprefix(follow.EXIT_MARK) if not done.code else f"unreachable ({done.message()})"
       for line in lines:
         emit(worker.label, line)
   return {"name": supervisor.machine.name, "exit_codes": codes}, 0
@@ -215,14 +213,14 @@ def _stop(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
   _with_workers(supervisor)
   said = supervisor.halt("stop")
   delete = commands.shell(commands.delete(supervisor.machine))
-  logging.warning("%s is still there, and billed; delete it with: %s", supervisor.machine.name, delete)
+  logging.warning("%s still exists, and is billed; delete it with: %s", supervisor.machine.name, delete)
   return {"name": supervisor.machine.name, "state": "stopped", "workers": said}, 0
 
 
 def _delete(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
   left = supervisor.cloud.delete()
   if left:
-    logging.error("left, and billed: %s", ", ".join(left))
+    logging.error("not deleted, and billed: %s", ", ".join(left))
   return {
     "name": supervisor.machine.name,
     "state": "left" if left else "gone",
@@ -244,20 +242,20 @@ _PARTS: dict[str, Callable[[Supervisor], tuple[dict[str, Any], int]]] = {
 
 
 def main(argv: Sequence[str], rest: Sequence[str]) -> int:
-  """Does what a command says.
+  """Runs a command.
 
   Args:
-    argv: the program, and the command.
-    rest: what stands behind `--`.
+    argv: the name of the program, and the command.
+    rest: the words after `--`.
 
   Returns:
     The exit code.
   """
   command = argv[1] if len(argv) > 1 else ""
   if command not in COMMANDS:
-    raise InputError(f"command: {command!r} is none of {', '.join(COMMANDS)}")
+    raise InputError(f"command: {command!r} is unknown; give one of {', '.join(COMMANDS)}")
   if len(argv) > 2:
-    raise InputError(f"arguments: {' '.join(argv[2:])!r} are left over; flags of cyb-train go behind --")
+    raise InputError(f"arguments: {' '.join(argv[2:])!r} is unexpected; give flags of cyb-train after --")
   options.check(command, rest)
   machine, job = _machine(), _job(command, rest)
   if flags.FLAGS.dry_run:
@@ -265,7 +263,7 @@ def main(argv: Sequence[str], rest: Sequence[str]) -> int:
     return 0
   if shutil.which("gcloud") is None:
     raise InputError(
-      "gcloud: not found on PATH; install the Google Cloud CLI (https://cloud.google.com/sdk), or --dry_run"
+      "gcloud: not found on PATH; install the Google Cloud CLI (https://cloud.google.com/sdk), or give --dry_run"
     )
   if command == "ssh":
     words = runbook("ssh", machine, job)[0].words
@@ -281,7 +279,7 @@ def main(argv: Sequence[str], rest: Sequence[str]) -> int:
       return _complain(str(error), EXIT_FAILED)
     except Interrupted:
       logging.warning(
-        "interrupted; %s is as it was, and billed if it is there; `status` tells, `delete` deletes", machine.name
+        "interrupted; %s was not changed, and is billed if it exists; see `status` and `delete`", machine.name
       )
       return EXIT_INTERRUPTED
   sys.stderr.flush()

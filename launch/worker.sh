@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What is done on a worker, by launch/tpu.py over ssh, by launch/startup.sh, or by hand. It lies in the checkout that it
-# installs.
+# The commands that run on a worker, called by launch/tpu.py over ssh, by launch/startup.sh, or by hand. The script is
+# part of the checkout that it installs.
 #
-#   worker.sh install EXTRAS         a venv beside the checkout, with the pinned versions; again: nothing new
-#   worker.sh run FLAGS              cyb-train with these flags, in a tmux session that outlives the connection
-#   worker.sh follow [LINE]          its log from that line on, until it ends; then one line with its exit code
-#   worker.sh log [LINES]            the end of its log, and the state
-#   worker.sh state                  running, none, or the exit code; "stopped" behind it where stop was asked for
-#   worker.sh stop [SECONDS]         SIGTERM, so that it saves and exits with 75; SIGKILL after so many seconds
-#   worker.sh halt [SECONDS]         the same, without leaving word that it was meant to stay stopped
-#   worker.sh program FLAGS          only writes what `run` would run (for the service of launch/startup.sh)
+#   worker.sh install EXTRAS         installs the pinned versions in a venv next to the checkout; may be repeated
+#   worker.sh run FLAGS              runs cyb-train with these flags, in a tmux session that outlives the connection
+#   worker.sh follow [LINE]          prints the log from this line until training ends, then a line with the exit code
+#   worker.sh log [LINES]            prints the end of the log, and the state
+#   worker.sh state                  prints running, none, or the exit code; then "stopped" if stop was called
+#   worker.sh stop [SECONDS]         sends SIGTERM, so that training saves and exits with 75; SIGKILL after SECONDS
+#   worker.sh halt [SECONDS]         like stop, but the state does not become "stopped"
+#   worker.sh program FLAGS          only writes the script that `run` runs (for the service of launch/startup.sh)
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -17,7 +17,7 @@ venv="$(dirname "$root")/cyb_venv"
 run="$(dirname "$root")/cyb_run"
 poll="${CYB_POLL:-1}"
 
-# A service where startup.sh has left its mark, else a tmux session.
+# Training is a service if startup.sh has created the file `service`, and otherwise a tmux session.
 alive() {
   if [[ -e "$run/service" ]]; then
     case "$(systemctl show --property=ActiveState --value cyb-train)" in
@@ -37,12 +37,12 @@ state() {
 
 install() {
   if alive; then
-    echo 'it trains already; nothing is installed under it'
+    echo 'training is in progress; nothing is installed'
     return
   fi
-  # On a machine's first boot its own updates hold apt for minutes.
+  # On the first boot of a machine, its updates lock apt for some minutes.
   local apt=(sudo apt-get -o DPkg::Lock::Timeout=600 -qq)
-  # The base images' own python3 is older than 3.11.
+  # The python3 of the base images is older than 3.11.
   if ! command -v python3.11 >/dev/null; then
     sudo add-apt-repository -y ppa:deadsnakes/ppa
     "${apt[@]}" update
@@ -58,12 +58,12 @@ program() {
   {
     echo '#!/usr/bin/env bash'
     printf 'cd %q || exit 1\n' "$root"
-    # Told to stop, it waits for what it runs, which saves.
+    # On a signal, the script waits for cyb-train, which saves.
     echo 'trap : TERM INT HUP'
     printf 'echo $$ > %q\n' "$run/pid"
     printf '%q ' "$venv/bin/cyb-train" "$@"
     printf '>> %q 2>&1\n' "$run/log"
-    # Whole or not at all: who follows reads it.
+    # The file is renamed, so that `follow` never reads an incomplete exit code.
     # shellcheck disable=SC2016
     printf 'code=$?\necho "$code" > %q && mv %q %q\nexit "$code"\n' "$run/exit.new" "$run/exit.new" "$run/exit"
   } >"$run/train.sh"
@@ -71,7 +71,7 @@ program() {
 
 start() {
   if alive; then
-    echo 'it trains already'
+    echo 'training is already in progress'
     return
   fi
   rm -f "$run/exit" "$run/stopped" "$run/service"
@@ -84,7 +84,7 @@ follow() {
   local next="$1" last going
   while :; do
     going=''
-    # A service that has not come so far yet will: its machine is still being set up.
+    # A service without an exit code has not started yet, because its machine is still being set up.
     if alive || [[ -e "$run/service" && ! -e "$run/exit" ]]; then going=1; fi
     last=0
     [[ ! -e "$run/log" ]] || last="$(wc -l <"$run/log")"
@@ -109,7 +109,7 @@ signal() {
 halt() {
   local tries="$1"
   if alive; then
-    # A service that is stopped isn't started again, whatever code it ends with.
+    # systemd does not restart a stopped service, regardless of its exit code.
     if [[ -e "$run/service" ]]; then sudo systemctl stop --no-block cyb-train; else signal TERM; fi
     while alive && ((tries > 0)); do
       sleep "$poll"
@@ -141,7 +141,7 @@ case "$verb" in
   halt) halt "${1:-300}" ;;
   *)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" >&2
-    echo "error: ${verb:-no verb}: none of install, run, follow, log, state, stop, halt, program" >&2
+    echo "error: command: '$verb' is unknown; give install, run, follow, log, state, stop, halt or program" >&2
     exit 2
     ;;
 esac

@@ -3,10 +3,10 @@
 import os
 import pathlib
 
-# jax 0.9.2 - 0.10.2 deadlocks with forced CPU devices unless the thread pool has twice as many threads; read before the
-# backend starts.
+# jax 0.9.2 - 0.10.2 deadlocks with forced CPU devices unless the thread pool has twice as many threads; the variable
+# is read before the backend starts.
 os.environ.setdefault("NPROC", "32")
-# Compiling is most of what the tests do: a quick compiler halves their time, and a cache keeps what it has done.
+# Most of the tests' time is compilation: a fast compilation mode halves it, and a cache keeps compiled programs.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,14 +25,14 @@ settings.load_profile("cyb_jax")
 
 @pytest.fixture
 def exact():
-  """Matrix products in full f32, as the parity tests ask."""
+  """Matrix products in full f32, which the parity tests require."""
   with jax.default_matmul_precision("highest"):
     yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-  """Token stores of tests are prepared in a folder of their own, once a session."""
+  """Token stores of tests are prepared in a separate folder, once per session."""
   before = os.environ.get("XDG_CACHE_HOME")
   os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
   yield

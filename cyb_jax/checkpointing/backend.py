@@ -1,4 +1,4 @@
-"""What a checkpoint manager needs of the place where checkpoints are stored."""
+"""The interface between the checkpoint manager and the storage of checkpoints."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from cyb_jax.storage import Place
 
 
 class Backend(Protocol):
-  """Stores checkpoints in a folder, each under its step's name from the moment that it is whole.
+  """Stores checkpoints in a folder. A checkpoint has its step's name from the moment when it is complete.
 
-  Host 0 alone calls the methods that write.
+  Only host 0 calls the methods that write.
 
   Attributes:
-    retries: how often TensorStore repeats a failed request here; None: as it does by default.
+    retries: TensorStore's settings for repeating failed requests; None means the defaults.
   """
 
   retries: Mapping[str, Any] | None
 
   def steps(self) -> list[int]:
-    """The steps of the finished checkpoints, damaged ones among them, ascending."""
+    """The steps of the finished checkpoints, including damaged ones, ascending."""
     ...
 
   def claim(self) -> None:
-    """Makes this run the one that writes here, where nothing can be locked."""
+    """Registers this run as the only writer, if the storage has no locks."""
     ...
 
   def tidy(self) -> None:
-    """Deletes what killed runs have left of saves and deletions."""
+    """Deletes the remains of saves and deletions of killed runs."""
     ...
 
   def is_saved(self, step: int) -> bool:
-    """Whether a step needs no further save."""
+    """Whether the step has a finished checkpoint."""
     ...
 
   def prepare(self, step: int) -> None:
-    """Makes way for a save."""
+    """Prepares the folder for a save of this step."""
     ...
 
   def written_to(self, step: int) -> Place:
@@ -44,7 +44,7 @@ class Backend(Protocol):
     ...
 
   def commit(self, step: int) -> None:
-    """Turns a save whose files are written into a finished checkpoint, at one moment.
+    """Atomically turns a save whose files are written into a finished checkpoint.
 
     Raises:
       StorageError: another run has claimed the folder.
@@ -52,23 +52,23 @@ class Backend(Protocol):
     ...
 
   def delete(self, step: int) -> None:
-    """Deletes a checkpoint; a deletion that is interrupted leaves nothing that looks like a checkpoint."""
+    """Deletes a checkpoint; the remains of an interrupted deletion are not taken for a checkpoint."""
     ...
 
   def discard(self) -> None:
-    """Deletes the files of a save that has failed, where they may be what fills the disk."""
+    """Deletes the files of a failed save if they may be the reason that the disk is full."""
     ...
 
   def surviving(self, known: Iterable[int]) -> list[int]:
     """The steps of the finished checkpoints after a failed save, ascending.
 
     Args:
-      known: the steps that this run knows of, for a store that has just failed and is not asked again.
+      known: the steps that this run knows of, for a bucket that has just failed and is not queried again.
     """
     ...
 
   def close(self, *, failed: bool) -> None:
-    """Deletes what is no longer needed at the end of a run.
+    """Deletes temporary files at the end of a run.
 
     Args:
       failed: whether a save has failed.

@@ -1,14 +1,14 @@
-"""Checkpoints in a bucket, where folders can't be renamed and nothing can be locked.
+"""Checkpoints in a bucket, which supports neither renames of folders nor locks.
 
     DIRECTORY/12/               a checkpoint: orbax's folders, and checksums.json
-    DIRECTORY/owner.json        the run that has started last, and alone may write here
-    DIRECTORY/damaged/          the quarantine of checkpoints that a run has found damaged when it was continued
+    DIRECTORY/owner.json        the run that was started last; only this run may write
+    DIRECTORY/damaged/          the quarantine: checkpoints that were found damaged when a run was continued
 
-A checkpoint is saved under its own name, and is one from the moment that checksums.json appears. That file is written
-last and deleted first; any other folder with a step's name is what a killed run has left of a save or a deletion. The
-checksums are those that the bucket reports of the objects that it has received, so that nothing is read to find damage.
+A checkpoint is saved under its final name and is finished when checksums.json appears. That file is written last and
+deleted first; a folder with a step's name but without checksums.json is the remains of a save or a deletion of a killed
+run. The bucket reports the checksums of the objects that it has received, so files need not be read to find damage.
 
-A run that was started before the last one finds another owner at its next save, and ends.
+If another run was started later, a run finds another owner at its next save, and ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cyb_jax.checkpointing.integrity import CHECKSUMS
 from cyb_jax.errors import StorageError
 
 _OWNER = "owner.json"
-# By default TensorStore would try for a quarter of an hour, where gcsfs gives up after half a minute.
+# By default TensorStore would retry for a quarter of an hour, whereas gcsfs gives up after half a minute.
 RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "32s"}
 
 
@@ -36,7 +36,7 @@ class BucketBackend:
   """Implements `Backend` in a bucket.
 
   Args:
-    directory: of the checkpoints.
+    directory: the folder of the checkpoints.
   """
 
   def __init__(self, directory: epath.Path):
@@ -60,11 +60,11 @@ class BucketBackend:
         storage.remove_tree(self._directory / name)
 
   def is_saved(self, step: int) -> bool:
-    # An earlier run that has lost its claim may have left checksums.json and nothing else.
+    # An earlier run that has lost its claim may have left only checksums.json.
     return step in self.steps() and not integrity.damage(self._directory / str(step), quick=True)
 
   def prepare(self, step: int) -> None:
-    # An earlier run that has lost its claim, and has not noticed yet, may have written there.
+    # An earlier run that has lost its claim without having noticed it yet may have written there.
     storage.remove_tree(self.written_to(step))
 
   def written_to(self, step: int) -> epath.Path:
@@ -74,7 +74,8 @@ class BucketBackend:
     folder = self.written_to(step)
     files = storage.files(folder)
     listed = {name: (files.size(name), f"md5:{files.digest(name, 'md5')}") for name in files}
-    # Not earlier: a run that claims the folder deletes unfinished saves, and the list is of the files before that.
+    # The claim is checked after the files are listed: a run that claims the folder deletes unfinished saves, so the
+    # list of a run that still has the claim is complete.
     self._check_claim()
     storage.atomic_write(folder / CHECKSUMS, json.dumps(listed, indent=1))
 
@@ -84,13 +85,13 @@ class BucketBackend:
     storage.remove_tree(folder)
 
   def discard(self) -> None:
-    """Nothing: a bucket isn't full, and one that has just failed isn't asked again."""
+    """Does nothing: a bucket doesn't become full, and a bucket that has just failed isn't queried again."""
 
   def surviving(self, known: Iterable[int]) -> list[int]:
     return sorted(known)
 
   def close(self, *, failed: bool) -> None:
-    """Nothing: the next start deletes what is unfinished."""
+    """Does nothing: the next start deletes unfinished saves."""
 
   def _check_claim(self) -> None:
     try:
@@ -99,6 +100,6 @@ class BucketBackend:
       owner = "nobody"
     if owner != self._owner:
       raise StorageError(
-        f"{self._directory}: another run has taken over here ({owner}), and goes on from the newest checkpoint; this"
-        " one ends"
+        f"{self._directory}: another run has taken over this folder ({owner}) and continues from the newest checkpoint;"
+        " this run ends"
       )

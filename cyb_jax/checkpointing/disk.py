@@ -1,11 +1,11 @@
-"""Checkpoints on a disk, which can rename a folder.
+"""Checkpoints on a disk, which supports atomic renames of folders.
 
     DIRECTORY/12/               a checkpoint: orbax's folders, and checksums.json
-    DIRECTORY/unfinished/       saves and deletions under way; the next start deletes the remains of a killed run
-    DIRECTORY/damaged/          the quarantine of checkpoints that a run has found damaged when it was continued
+    DIRECTORY/unfinished/       saves and deletions in progress; the next start deletes the remains of a killed run
+    DIRECTORY/damaged/          the quarantine: checkpoints that were found damaged when a run was continued
 
-A checkpoint gets its step's name only when it is whole, and loses that name before it is deleted. All of its files are
-flushed to the disk before it appears.
+A checkpoint is renamed to its step only when it is complete, and renamed again before it is deleted. All of its files
+are flushed to the disk before the first rename.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DiskBackend:
   """Implements `Backend` on a disk.
 
   Args:
-    directory: of the checkpoints; made with the first save.
+    directory: the folder of the checkpoints; the first save creates it.
   """
 
   retries = None
@@ -40,7 +40,7 @@ class DiskBackend:
     return sorted(int(name) for name in storage.names(self._directory) if name.isdecimal())
 
   def claim(self) -> None:
-    """Nothing: a run locks its work directory."""
+    """Does nothing: a run locks its work directory."""
 
   def tidy(self) -> None:
     shutil.rmtree(self._unfinished, ignore_errors=True)
@@ -84,7 +84,7 @@ class DiskBackend:
     return self.steps()
 
   def close(self, *, failed: bool) -> None:
-    if failed:  # orbax may have continued for a while with the files that it had begun
+    if failed:  # orbax may have continued to write its files after the failure
       self.discard()
     with contextlib.suppress(OSError):
       self._unfinished.rmdir()

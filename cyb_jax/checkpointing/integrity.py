@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files, the damage that they reveal, and the quarantine of damaged checkpoints."""
+"""Detects damaged checkpoints by the checksums of their files, and moves them to a quarantine folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from absl import logging
 from cyb_jax import storage
 from cyb_jax.errors import StorageError
 
-# A checkpoint's list of its files: {name: [size in bytes, hexadecimal sha256 or 'md5:' and a hexadecimal MD5 digest]}.
+# The list of a checkpoint's files: {name: [size in bytes, hexadecimal sha256, or 'md5:' and a hexadecimal MD5 digest]}.
 CHECKSUMS = "checksums.json"
 HASHING_THREADS = 8
-# The name of the quarantine's folder.
+# The name of the quarantine folder.
 _DAMAGED = "damaged"
 
 
@@ -33,18 +33,18 @@ class _Entry(NamedTuple):
 
 
 def damage(folder: storage.Place, *, quick: bool = False) -> str | None:
-  """What is wrong with a checkpoint, by the checksums that were written with it.
+  """Compares a checkpoint with the checksums that were written with it.
 
   Args:
-    folder: of the checkpoint.
-    quick: compares the sizes of all files, but the checksums only of files outside of the state, which is large.
+    folder: the folder of the checkpoint.
+    quick: compare the sizes of all files, but not the checksums of the files of the state, which is large.
 
   Returns:
-    None where nothing is wrong; else the first file that is missing, truncated or altered, such as
+    None if no damage is found; otherwise a description of the first file that is missing, truncated or altered, such as
     'state/manifest.ocdbt is 12 bytes, not 282'.
 
   Raises:
-    StorageError: the bucket fails, so that nothing is known.
+    StorageError: the bucket failed, so the files could not be compared.
   """
   try:
     _check(folder, quick)
@@ -54,17 +54,17 @@ def damage(folder: storage.Place, *, quick: bool = False) -> str | None:
 
 
 def fingerprint(folder: storage.Place) -> str:
-  """The identity of a checkpoint: the digest of the checksums of all its files, sha256, hexadecimal."""
+  """The identity of a checkpoint: the hexadecimal sha256 of the checksums of all its files."""
   return hashlib.sha256(storage.read_bytes(folder / CHECKSUMS)).hexdigest()
 
 
 def quarantine(directory: storage.Place, damaged: Mapping[int, str], newest: int) -> None:
-  """Moves damaged checkpoints to the folder `damaged`, with a warning for each.
+  """Moves damaged checkpoints to the folder `damaged`, and logs a warning for each.
 
   Args:
-    directory: of all checkpoints.
-    damaged: what is wrong with a checkpoint, by its step.
-    newest: the step of the newest whole checkpoint.
+    directory: the folder of all checkpoints.
+    damaged: descriptions of the damage, by step.
+    newest: the step of the newest undamaged checkpoint.
   """
   for step, found in sorted(damaged.items(), reverse=True):
     place, count = directory / _DAMAGED / str(step), 1
@@ -123,5 +123,5 @@ def _check_digest(files: storage.Files, name: str, entry: _Entry) -> None:
 
 
 def _kind(digest: str) -> tuple[storage.Digest, str]:
-  """The kind and the digits of a digest in CHECKSUMS: 'md5:...' where a bucket has reported it, else a sha256."""
+  """The kind and the digits of a digest in CHECKSUMS: 'md5:...' if a bucket has reported it, otherwise a sha256."""
   return ("md5", digest.removeprefix("md5:")) if digest.startswith("md5:") else ("sha256", digest)

@@ -1,9 +1,8 @@
-"""The checkpoints of a run: saved in the background, found, and restored.
+"""The checkpoints of a run: saving in the background, selection, and restoring.
 
-A checkpoint holds the train state, a small JSON object (`meta`), the validation loss at its step if there was a
-validation, and the checksums of its files. It appears under its step's name only when it is whole, and loses that name
-before it is deleted, so that nothing that an interruption leaves could be taken for a checkpoint: see `disk` and
-`bucket`.
+A checkpoint contains the train state, a small JSON object (`meta`), the validation loss at its step if there was a
+validation, and the checksums of its files. It has its step's name only while it is complete, so the remains of an
+interrupted save or deletion are never taken for a checkpoint; see `disk` and `bucket`.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ class Restored:
 class Checkpoints:
   """The checkpoints in a folder; saves run in the background, one at a time.
 
-  Only one object that isn't `read_only` may use a folder at a time (a run locks its folder). It first inspects the
-  existing checkpoints: damaged ones are moved to the quarantine with a warning, so that the run continues from the
-  newest whole one.
+  Only one object that isn't `read_only` may use a folder at a time (a run locks its folder). It first checks the
+  existing checkpoints: damaged ones are moved to the quarantine with a warning, so the run continues from the newest
+  undamaged one.
 
   Args:
-    directory: on a disk, made when the first checkpoint is saved; or gs://bucket/folder.
-    keep: how many of the newest are kept, in addition to the one with the lowest validation loss.
-    read_only: for evaluation, also while a training writes here: nothing is written or tidied.
-    cluster: the hosts that write together, all of them to this folder; host 0 alone tidies and commits.
+    directory: a folder on a disk, which the first save creates; or gs://bucket/folder.
+    keep: number of newest checkpoints that are kept, in addition to the checkpoint with the lowest validation loss.
+    read_only: nothing is written or deleted; for evaluation, possibly while a training run writes to the folder.
+    cluster: the hosts that write together to this folder; only host 0 commits saves and deletes remains.
 
   Raises:
     InputError: there are checkpoints, and all of them are damaged; nothing was changed.
-    StorageError: the bucket fails, or another run has claimed it.
+    StorageError: the bucket failed, or another run has claimed it.
   """
 
   def __init__(self, directory: str | os.PathLike, *, keep: int = 1, read_only: bool = False, cluster: Cluster = ALONE):
@@ -66,10 +65,10 @@ class Checkpoints:
     self._reader = Reader(self._backend.retries)
     self._keep, self._read_only = keep, read_only
     self._saving: tuple[int, Future[None]] | None = None
-    self._failed = False  # whether the caller has seen an error, which orbax may raise once more
+    self._failed = False  # whether the caller has received an error, which orbax may raise again
     if read_only:
       return
-    # The main thread and the background thread each need a channel.
+    # The main thread and the background thread need separate channels.
     self._hosts, self._commit_hosts = cluster.channel("checkpoints"), cluster.channel("checkpoints/commit")
     if self._hosts.index == 0:
       self._backend.claim()
@@ -81,34 +80,37 @@ class Checkpoints:
     self._background = ThreadPoolExecutor(1, thread_name_prefix="cyb-checkpoint")
 
   def steps(self) -> list[int]:
-    """The steps of the finished checkpoints, damaged ones among them, ascending."""
+    """The steps of the finished checkpoints, including damaged ones, ascending."""
     return self._backend.steps()
 
   def damage(self, step: int, *, quick: bool = False) -> str | None:
-    """What is wrong with the checkpoint of one of `steps()`; see `integrity.damage`."""
+    """The damage of the checkpoint of one of `steps()`, or None; see `integrity.damage`."""
     return integrity.damage(self._folder(step), quick=quick)
 
   def fingerprint(self, step: int) -> str:
-    """The identity of a checkpoint: sha256, hexadecimal."""
+    """The identity of a checkpoint, a hexadecimal sha256."""
     return integrity.fingerprint(self._folder(step))
 
   def find(self, which: int | Literal["last", "best"], *, quick: bool = False) -> int:
-    """The step of a checkpoint that isn't damaged.
+    """The step of an undamaged checkpoint.
 
     Args:
-      which: a step; 'last', the newest whole one, with a warning where a newer one is damaged; or 'best', the one with
-        the lowest validation loss.
+      which: a step; or 'last', the newest undamaged checkpoint, with a warning if a newer one is damaged; or 'best',
+        the checkpoint with the lowest validation loss.
       quick: see `integrity.damage`; damaged checkpoints cause no warning.
 
     Raises:
-      InputError: there is no checkpoint, or not the one that was asked for, or it is damaged.
+      InputError: there is no checkpoint, or the requested checkpoint does not exist or is damaged.
     """
     while True:
       steps = self.steps()
       if not steps:
-        raise InputError(f"checkpoints: {self.directory} holds no finished checkpoint")
+        raise InputError(
+          f"checkpoints: {self.directory} contains no finished checkpoint; give the work directory of a run that has"
+          " saved one"
+        )
       inspection = self._inspect(steps)
-      # A training that writes to this folder may delete a checkpoint during the inspection; then there are newer ones.
+      # A training run may delete a checkpoint of this folder during the inspection; then there are newer checkpoints.
       try:
         chosen = inspection.choose(which, quick=quick)
       except FileNotFoundError:
@@ -121,7 +123,7 @@ class Checkpoints:
     if chosen is None:
       raise inspection.all_damaged()
     if chosen in damaged:
-      raise InputError(f"checkpoint: {chosen} in {self.directory} is damaged: {damaged[chosen]}; take another one")
+      raise InputError(f"checkpoint: {chosen} in {self.directory} is damaged: {damaged[chosen]}; give another step")
     if not quick:
       for step in sorted(damaged, reverse=True):
         logging.warning(
@@ -130,16 +132,16 @@ class Checkpoints:
     return chosen
 
   def save(self, step: int, state: PyTree, meta: dict[str, Any], *, loss: float | None = None) -> None:
-    """Starts to save; returns when the state was copied, and may be donated.
+    """Starts a save; returns when the state has been copied and may be donated.
 
     Raises:
-      StorageError: the disk fails this save, or has failed the one before.
-      Exception: any other error of the save before this one.
+      StorageError: the disk or the bucket failed during this save or the previous save.
+      Exception: any other error of the previous save.
     """
     self.wait()
     if self._hosts.broadcast(self._hosts.index == 0 and self._backend.is_saved(step)):
       return
-    # A loss that isn't finite must not compete: nan would win.
+    # A loss that isn't finite is ignored, because comparisons with nan would select it as the lowest.
     loss = loss if loss is not None and math.isfinite(loss) else None
     with self._errors_of_save(step):
       if self._hosts.index == 0:
@@ -149,7 +151,7 @@ class Checkpoints:
     self._saving = step, self._background.submit(self._finish, step, loss)
 
   def wait(self) -> None:
-    """Returns when the last save is whole; raises the error that it failed with, as `save` does."""
+    """Returns when the last save is complete; raises its error if it failed, as `save` does."""
     if self._saving is None:
       return
     (step, done), self._saving = self._saving, None
@@ -157,21 +159,21 @@ class Checkpoints:
       done.result()
 
   def check(self) -> None:
-    """Raises the error that the last save has failed with by now, if any; doesn't wait."""
+    """Raises the error of the last save if it has already failed; doesn't wait."""
     if self._saving is not None and self._saving[1].done():
       self.wait()
 
   def restore(self, step: int, abstract: PyTree) -> Restored:
-    """The checkpoint of a step, on the devices and in the layout that `abstract` asks for.
+    """Restores the checkpoint of a step with the shardings of `abstract`.
 
     Args:
-      step: one of `steps()`, found whole before; it isn't inspected again.
+      step: one of `steps()` whose checkpoint is known to be undamaged; it isn't checked again.
       abstract: a tree of ShapeDtypeStruct with shardings.
 
     Raises:
-      InputError: the checkpoint holds other arrays than `abstract`.
+      InputError: the checkpoint and `abstract` have different arrays, shapes or dtypes.
     """
-    # Compared here, because orbax would cast another dtype silently and read a part of another shape.
+    # The check is needed, because orbax would silently cast to another dtype and read a part of a larger array.
     saved, wanted = _arrays(self._shapes(step)), _arrays(abstract)
     if saved != wanted:
       name = min(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
@@ -185,18 +187,18 @@ class Checkpoints:
     return Restored(step, state, meta)
 
   def read(self, step: int) -> Restored:
-    """The checkpoint of a step with all of its arrays, whatever they are: numpy arrays in nested dicts."""
+    """The checkpoint of a step with all of its arrays, as numpy arrays in nested dicts."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), self._shapes(step))
     restored = self.restore(step, abstract)
     return dataclasses.replace(restored, state=jax.device_get(restored.state))
 
   def restore_params(self, step: int, abstract: PyTree) -> PyTree:
-    """The parameters alone, without reading the optimizer's state.
+    """Restores the parameters without reading the optimizer state.
 
     Args:
-      step: one of `steps()`, found whole before; it isn't inspected again.
-      abstract: a tree of ShapeDtypeStruct with shardings, of the parameters.
+      step: one of `steps()` whose checkpoint is known to be undamaged; it isn't checked again.
+      abstract: the parameters, as a tree of ShapeDtypeStruct with shardings.
     """
     with self._reading(step):
       return self._reader.read_params(self._folder(step), abstract)
@@ -206,7 +208,7 @@ class Checkpoints:
     return self._json(step, "meta")
 
   def close(self) -> None:
-    """Ends the background thread; raises the error of the last save, if the caller has not seen it yet."""
+    """Ends the background thread; raises the error of the last save if it has not been raised yet."""
     if self._read_only:
       return
     try:
@@ -225,7 +227,7 @@ class Checkpoints:
     return Inspection(self.directory, steps, self.damage, self._loss)
 
   def _quarantine_damaged(self) -> None:
-    """Moves damaged checkpoints away, so that their steps can be saved again and none of them becomes the best."""
+    """Moves damaged checkpoints to the quarantine, so their steps can be saved again and none can become the best."""
     steps = self.steps()
     if not steps:
       return
@@ -237,7 +239,7 @@ class Checkpoints:
     integrity.quarantine(self.directory, inspection.damaged, newest)
 
   def _finish(self, step: int, loss: float | None) -> None:
-    """In the background: when all hosts have written their parts, host 0 commits them and deletes old checkpoints."""
+    """Runs in the background: when all hosts have written their parts, host 0 commits and deletes old checkpoints."""
     self._writer.wait()
     if self._commit_hosts.index == 0:
       self._backend.commit(step)
@@ -254,7 +256,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _errors_of_save(self, step: int) -> Iterator[None]:
-    """Errors inside that come from the disk or the bucket become a StorageError about the save of a step."""
+    """Converts errors of the disk or the bucket inside the `with` block to a StorageError about the save of a step."""
     try:
       yield
     except Exception as error:
@@ -266,18 +268,20 @@ class Checkpoints:
         self._backend.discard()
       steps = self._backend.surviving(self._losses)
       before = (
-        f"that of step {steps[-1]} is there, and the same command goes on from it" if steps else "there is none before"
+        f"the same command continues from the checkpoint of step {steps[-1]}"
+        if steps
+        else "there is no earlier checkpoint"
       )
       raise StorageError(f"checkpoint {step} can't be saved in {self.directory}: {cause}; {before}") from error
 
   def _loss(self, step: int) -> float | None:
-    """The validation loss of a checkpoint, where it has one."""
+    """The validation loss of a checkpoint, or None."""
     if not storage.names(self._folder(step) / "validation"):
       return None
     return self._json(step, "validation")["loss"]
 
   def _json(self, step: int, item: str) -> dict[str, Any]:
-    # Not by orbax, whose hosts wait for each other at every read: host 0 inspects checkpoints alone.
+    # Orbax is not used here, because it synchronizes the hosts at every read, and host 0 inspects checkpoints alone.
     with self._reading(step):
       return json.loads(storage.read_bytes(self._folder(step) / item / "metadata"))
 
@@ -290,7 +294,7 @@ class Checkpoints:
 
 
 def _arrays(tree: PyTree) -> dict[str, str]:
-  """'f32[2, 3]' and the like, by path; the same for a state and for the shapes of a saved one."""
+  """Descriptions such as 'float32[2, 3]' by path; they are equal for a state and for the shapes of a saved state."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint, to files and back: the one module that imports orbax."""
+"""Writes and reads the arrays of checkpoints; the only module that imports orbax."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from cyb_jax.storage import Place
 
-# The largest amount of arrays that is on its way to or from files at once; orbax's own limit for a standard checkpoint.
+# The limit of arrays that are read or written concurrently; orbax's own limit for a standard checkpoint.
 _CONCURRENT_GB = 96
 
 
@@ -21,12 +21,12 @@ class Writer:
   """Writes checkpoints in the background, one at a time.
 
   Args:
-    retries: how often TensorStore repeats a request to a bucket that fails (its context resource
-      `gcs_request_retries`); None: as often as it does by default.
+    retries: TensorStore's settings for repeating failed requests to a bucket (its context resource
+      `gcs_request_retries`); None means the defaults.
   """
 
   def __init__(self, retries: Mapping[str, Any] | None = None):
-    # Where folders can't be made in the background, orbax would wait for them for minutes.
+    # If creating folders in the background failed, orbax would wait for them for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
       handler_registry=_handlers(retries), composite_options=ocp.CompositeOptions(async_options=options)
@@ -34,13 +34,13 @@ class Writer:
     self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
 
   def start(self, folder: Place, state: PyTree, meta: Mapping[str, Any], loss: float | None) -> None:
-    """Starts to write; returns when the state was copied.
+    """Starts to write; returns when the state has been copied.
 
     Args:
-      folder: must not exist.
+      folder: the folder of the checkpoint, which must not exist.
       state: a tree of arrays.
-      meta: JSON.
-      loss: of the validation at this step; None: there was none.
+      meta: a JSON object.
+      loss: the validation loss at this step; None if there was no validation.
     """
     items = {"state": ocp.args.PyTreeSave(state), "meta": ocp.args.JsonSave(meta)}
     if loss is not None:
@@ -48,11 +48,11 @@ class Writer:
     self._checkpointer.save(folder, args=ocp.args.Composite(**items))
 
   def wait(self) -> None:
-    """Returns when the files are written; raises the error that stopped them."""
+    """Returns when the files are written; raises the error if writing failed."""
     self._checkpointer.wait_until_finished()
 
   def close(self) -> None:
-    """Ends the threads; may raise the last error once more."""
+    """Ends the threads; may raise the last error again."""
     self._checkpointer.close()
 
 
@@ -60,7 +60,7 @@ class Reader:
   """Reads checkpoints.
 
   Args:
-    retries: as of `Writer`.
+    retries: see `Writer`.
   """
 
   def __init__(self, retries: Mapping[str, Any] | None = None):
@@ -75,19 +75,19 @@ class Reader:
     """The state and the meta object of a checkpoint.
 
     Args:
-      folder: of the checkpoint.
-      abstract: a tree of ShapeDtypeStruct with shardings, as the state is to be.
+      folder: the folder of the checkpoint.
+      abstract: the state, as a tree of ShapeDtypeStruct with shardings.
     """
     state = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
     restored = self._restore(folder, state=state, meta=ocp.args.JsonRestore())
     return restored["state"], restored["meta"]
 
   def read_params(self, folder: Place, abstract: PyTree) -> PyTree:
-    """The parameters alone, without reading the optimizer's state.
+    """The parameters; the optimizer state is not read.
 
     Args:
-      folder: of the checkpoint.
-      abstract: a tree of ShapeDtypeStruct with shardings, of the parameters.
+      folder: the folder of the checkpoint.
+      abstract: the parameters, as a tree of ShapeDtypeStruct with shardings.
     """
     wanted = ocp.args.PyTreeRestore(
       item={"params": abstract},
@@ -105,7 +105,7 @@ class Reader:
 
 
 def _handlers(retries: Mapping[str, Any] | None) -> ocp.CheckpointHandlerRegistry:
-  """The handlers of a checkpoint's items, all of them named, or orbax would warn of unknown ones."""
+  """The handlers of a checkpoint's items; orbax would log warnings for items without a handler."""
   registry = ocp.DefaultCheckpointHandlerRegistry()
   state = _StateHandler(retries)
   registry.add("state", ocp.args.PyTreeSave, state)
@@ -118,7 +118,7 @@ def _handlers(retries: Mapping[str, Any] | None) -> ocp.CheckpointHandlerRegistr
 
 
 class _StateHandler(ocp.PyTreeCheckpointHandler):
-  """Reads and writes a tree of arrays as orbax's standard handler does, with a choice of `retries`."""
+  """Reads and writes a tree of arrays like orbax's standard handler, with configurable `retries`."""
 
   def __init__(self, retries: Mapping[str, Any] | None):
     self._resources = None if retries is None else {"gcs_request_retries": dict(retries)}
@@ -127,7 +127,7 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 
   @classmethod
   def typestr(cls) -> str:
-    """The name that is recorded in a checkpoint: that of the standard handler, which reads the same files."""
+    """The name that is recorded in a checkpoint: the name of the standard handler, which reads the same files."""
     return ocp.StandardCheckpointHandler.typestr()
 
   def finalize(self, directory: epath.Path) -> None:
@@ -135,8 +135,8 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
     if self._resources is None:
       super().finalize(directory)
       return
-    # Orbax makes the TensorStore context of the merge itself, and offers no way to change it. The public function takes
-    # one.
+    # Orbax itself creates the TensorStore context of the merge and offers no way to change it, so the public function
+    # that takes a context is called instead.
     context = ts.Context(self._resources, parent=ocp.type_handlers.get_ts_context(use_ocdbt=True))
     asyncio.run(ocp.type_handlers.merge_ocdbt_per_process_files(directory, ts_context=context, use_zarr3=False))
 
@@ -150,11 +150,11 @@ def _type_handlers(resources: Mapping[str, Any]) -> ocp.type_handlers.TypeHandle
 
 
 class _TypeHandler(ocp.type_handlers.TypeHandler):
-  """A type handler of orbax that uses context resources of our own: orbax hands the context to it with each leaf.
+  """Wraps a type handler of orbax and adds context resources to the TensorStore context of each leaf.
 
   Args:
-    handler: of orbax.
-    resources: of a TensorStore context.
+    handler: the type handler of orbax.
+    resources: resources of a TensorStore context.
   """
 
   def __init__(self, handler: ocp.type_handlers.TypeHandler, resources: Mapping[str, Any]):
@@ -178,7 +178,8 @@ class _TypeHandler(ocp.type_handlers.TypeHandler):
     return await self._handler.deserialize(self._with_resources(infos), args)
 
   def _with_resources(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence[ocp.type_handlers.ParamInfo]:
-    # Leaves that share a context must go on sharing one, with its cache. A child inherits its parent's resources.
+    # Leaves that share a context, and thereby its cache, must share the new context. A child context inherits its
+    # parent's resources.
     children: dict[int, ts.Context] = {}
     for info in infos:
       parent = info.ts_context

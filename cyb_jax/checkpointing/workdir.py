@@ -1,14 +1,13 @@
-"""The folder of a run: its files, who may continue it, and what is recorded there.
+"""The work directory of a run: its files, its lock, and the checks before a run starts or continues there.
 
-config.json      the config that it was started with
+config.json      the config with which the run was started
 tokenizer/       a copy of the token store's tokenizer
-metrics.jsonl    one JSON object in each line
-checkpoints/     one folder for each step that is kept
+metrics.jsonl    one JSON object per line
+checkpoints/     one folder for each checkpoint
 evaluation.json  the last evaluation
-.lock            locked by the training that runs here
+.lock            the lock of the training process
 
-The folder is on a disk, or in a bucket (gs://bucket/folder), where nothing can be locked: see
-`cyb_jax.checkpointing.bucket`.
+The folder is on a disk, or in a bucket (gs://bucket/folder), which has no locks: see `cyb_jax.checkpointing.bucket`.
 """
 
 from __future__ import annotations
@@ -32,12 +31,11 @@ from cyb_jax.errors import InputError, reading, storage_cause
 
 @dataclasses.dataclass(frozen=True)
 class ConfigRecord:
-  """A run's config, as far as its folder needs it.
+  """A run's config, in the form that this module needs.
 
   Attributes:
-    text: of config.json.
-    differences: takes the nested dict of another config.json, and returns one line for each field whose difference
-      changes results.
+    text: the text of config.json.
+    differences: the nested dict of another config.json -> one line for each field whose difference changes results.
   """
 
   text: str
@@ -61,15 +59,15 @@ class Fingerprinted(Protocol):
 
 
 def checkpoints_in(workdir: str | os.PathLike, **options: Any) -> Checkpoints:
-  """The checkpoints of a run; `options` are those of `Checkpoints`."""
+  """The checkpoints of a run; `options` are arguments of `Checkpoints`."""
   return Checkpoints(storage.place(workdir) / "checkpoints", **options)
 
 
 def check_workdir(workdir: str | os.PathLike, config: ConfigRecord) -> None:
-  """Checks that a config may run in a folder; nothing that is written for this remains.
+  """Checks that a config may run in a folder; files that are written for this check are deleted.
 
   Raises:
-    InputError: the folder holds a run of another config, or can't be written to.
+    InputError: the folder contains a run of another config, or can't be written to.
   """
   path = storage.place(workdir)
   if storage.in_bucket(path):
@@ -80,35 +78,35 @@ def check_workdir(workdir: str | os.PathLike, config: ConfigRecord) -> None:
     changed = config.differences(read_config(path))
     if changed:
       raise InputError(
-        f"workdir: {workdir} holds a run of another config ({'; '.join(changed[:4])}{'; ...' if changed[4:] else ''});"
-        " take another folder, or the run's own config"
+        f"workdir: {workdir} contains a run of another config"
+        f" ({'; '.join(changed[:4])}{'; ...' if changed[4:] else ''}); give another folder, or the run's own config"
       )
   if not storage.in_bucket(path):
     _check_writable(path)
 
 
 def _check_writable(path: storage.Place) -> None:
-  """Checks that the folder exists or can be made on the disk, and can be written to."""
+  """Checks that a folder on a disk exists or can be created, and can be written to."""
   existing = path
   while not existing.exists():
     existing = existing.parent
   if not existing.is_dir():
-    raise InputError(f"workdir: {existing} is a file, a folder is needed")
+    raise InputError(f"workdir: {existing} is a file; give a folder")
   try:
-    # An attempt is made, because some file systems refuse whatever the permissions are.
+    # The check is an attempt, because some file systems reject writes regardless of the permissions.
     tempfile.TemporaryFile(dir=existing).close()
   except OSError as error:
-    raise InputError(f"workdir: can't write in {existing} ({error.strerror}); take another folder") from None
+    raise InputError(f"workdir: can't write in {existing} ({error.strerror}); give another folder") from None
 
 
 class Lock:
-  """The exclusive right to train in a folder, for a `with` block. The system ends the lock of a process that dies.
+  """The exclusive right to train in a folder, for a `with` block. The operating system releases it if the process dies.
 
-  In a bucket nothing is locked: there the run that starts last continues, and an earlier one ends at its next
+  In a bucket there are no locks: the run that was started last continues, and an earlier run ends at its next
   checkpoint.
 
-  A folder that no run has used yet is locked when its first file is to be written, by `hold`, so that a start that is
-  refused leaves nothing behind.
+  A folder that no run has used yet is locked by `hold` when its first file is written, so a start that fails before
+  leaves no files.
 
   Args:
     workdir: the run's folder; it may not exist yet.
@@ -125,7 +123,7 @@ class Lock:
   def __enter__(self) -> Lock:
     if self._in_bucket:
       return self
-    # Where the file can't be opened, `check_workdir` raises an error that explains it.
+    # If the file can't be opened, `check_workdir` raises an error with the reason.
     with contextlib.suppress(OSError):
       self._lock(os.open(self._workdir / ".lock", os.O_RDWR))
     return self
@@ -136,7 +134,7 @@ class Lock:
     self._file = None
 
   def hold(self) -> bool:
-    """Locks the folder, which must exist; returns whether it was not locked by this object before."""
+    """Locks the folder, which must exist; returns False if this object has already locked it."""
     if self._file is not None or self._in_bucket:
       return False
     self._lock(os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o666))
@@ -148,29 +146,31 @@ class Lock:
     except BlockingIOError:
       os.close(file)
       raise InputError(
-        f"workdir: another run is training in {self._workdir}; wait for it to end, or take another folder"
+        f"workdir: another run is training in {self._workdir}; wait for its end, or give another folder"
       ) from None
     except OSError as error:  # some network file systems have no locks
-      logging.warning("%s can't be locked (%s): see that only one run trains there", self._workdir, error.strerror)
+      logging.warning(
+        "%s can't be locked (%s): make sure that only one run trains there", self._workdir, error.strerror
+      )
     self._file = file
 
 
 def start_workdir(
   workdir: str | os.PathLike, config: ConfigRecord, tokenizer: Saveable, lock: Lock, meta: dict[str, Any] | None
 ) -> storage.Place:
-  """Makes the folder and writes the files that don't change; see `check_workdir` for the checks before.
+  """Creates the folder and writes the files that don't change; call `check_workdir` first.
 
   Args:
     workdir: the run's folder.
-    config, tokenizer: of the run.
-    lock: of the folder; held from here on.
+    config, tokenizer: config and tokenizer of the run.
+    lock: the lock of the folder; it is held when this function returns.
     meta: the value that `newest_meta` returned.
 
   Returns:
     The folder's path.
 
   Raises:
-    InputError: the folder can't be written to, or another run trains there, or has trained there since `newest_meta`.
+    InputError: the folder can't be written to, or another run trains there or has trained there since `newest_meta`.
   """
   path = storage.place(workdir)
   try:
@@ -179,7 +179,7 @@ def start_workdir(
     if lock.hold():
       check_workdir(workdir, config)
       if newest_meta(path) != meta:
-        raise InputError(f"workdir: another run has trained in {workdir} just now; start again to continue it")
+        raise InputError(f"workdir: another run has just trained in {workdir}; start again to continue it")
     for name in ("config.json", "metrics.jsonl"):  # files that only a run writes
       for leftover in () if storage.in_bucket(path) else path.glob(f"{name}.*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -193,14 +193,14 @@ def start_workdir(
 
 
 def newest_meta(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """The JSON object of a run's newest whole checkpoint; None where the run has no checkpoint.
+  """The JSON object of a run's newest undamaged checkpoint; None if the run has no checkpoint.
 
   Raises:
     InputError: all checkpoints are damaged.
   """
   with storage.starting(workdir):
     checkpoints = checkpoints_in(workdir, read_only=True)
-    # The state, which may be large, isn't read for this.
+    # With quick=True, the state, which may be large, isn't read.
     return checkpoints.meta(checkpoints.find("last", quick=True)) if checkpoints.steps() else None
 
 
@@ -209,12 +209,12 @@ def check_fingerprint(store: Fingerprinted, meta: dict[str, Any] | None) -> None
 
   Args:
     store: the token store.
-    meta: of a checkpoint of the run; None: it has none.
+    meta: the JSON object of a checkpoint of the run; None if there is no checkpoint.
   """
   if meta is not None and meta.get("store", store.fingerprint) != store.fingerprint:
     raise InputError(
       f"data.store: {store.path} has fingerprint {store.fingerprint[:12]}, but the run was trained on"
-      f" {meta['store'][:12]}; give it the store that it started with"
+      f" {meta['store'][:12]}; give the store on which the run was started"
     )
 
 
@@ -224,10 +224,10 @@ def write_evaluation(workdir: str | os.PathLike, record: dict[str, Any]) -> None
 
 
 def is_run(path: str | os.PathLike) -> bool:
-  """Whether a folder is that of a run, rather than a Hugging Face folder, which has a config.json too.
+  """Whether a folder is the work directory of a run. A Hugging Face folder also has a config.json, but is not one.
 
   Raises:
-    InputError: nothing in the folder may be read.
+    InputError: the folder can't be read.
   """
   folder = storage.place(path)
   try:
@@ -249,17 +249,19 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """The nested dict in config.json.
 
   Raises:
-    InputError: the folder holds no run.
+    InputError: the folder contains no run.
   """
   path = storage.place(workdir) / "config.json"
   with storage.starting(workdir):
     text = storage.read_bytes(path).decode() if storage.exists(path) else None
   if text is None:
-    raise InputError(f"workdir: {workdir} holds no run (there is no config.json)")
+    raise InputError(f"workdir: {workdir} contains no run (no config.json); give the work directory of a run")
   try:
     found = json.loads(text)
   except json.JSONDecodeError as error:
-    raise InputError(f"workdir: {path} is not JSON ({error})") from None
+    raise InputError(f"workdir: {path} is not JSON ({error}); restore the file") from None
   if isinstance(found, dict) and "architectures" in found:
-    raise InputError(f"workdir: {workdir} holds no run, but a Hugging Face folder's model; name it as --init_from")
+    raise InputError(
+      f"workdir: {workdir} contains a Hugging Face model, not a run; give it as --init_from, or give a run"
+    )
   return found

@@ -1,1 +1,1 @@
-"""The `cyb-*` programs, one thin module each."""
+"""The `cyb-*` programs; each has a thin module."""

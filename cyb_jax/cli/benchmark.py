@@ -1,14 +1,14 @@
-"""Measures, and prints JSON.
+"""Runs a benchmark and prints the measurements as JSON.
 
 cyb-benchmark readout [--slots=131072 --width=768 --vocabulary=50304]   memory against a dense readout, and time
-cyb-benchmark data [--store=DIR]                                        tokens/s that batches are read at
+cyb-benchmark data [--store=DIR]                                        tokens/s of reading batches
 cyb-benchmark train --config=experiments/NAME.py [--variant=baseline]   tokens/s, MFU, memory of the training step
 cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
 cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests/s of downstream scoring, batched or not
-cyb-benchmark faults [--kills=100]                                      one run killed so often, against one left alone
+cyb-benchmark faults [--kills=100]                                      a run that is killed, against an undisturbed run
 cyb-benchmark sharding [--devices=8]                                    a step on every mesh, against one device
 
-`cyb-benchmark NAME --help` shows the flags of one.
+`cyb-benchmark NAME --help` shows the flags of a benchmark.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cyb_jax.benchmarks import data, decode, faults, readout, scoring, sharding,
 from cyb_jax.cli import launching
 from cyb_jax.errors import InputError, did_you_mean
 
-# Each with the flags that it alone has.
+# By name: the function that defines the benchmark's own flags, and the function that runs it.
 BENCHMARKS = {
   "readout": (readout.define_flags, readout.readout),
   "data": (data.define_flags, data.data),

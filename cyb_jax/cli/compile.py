@@ -1,9 +1,9 @@
-"""Compiles a config's training step, evaluation and decoding for a TPU slice, without a TPU, and says what they take.
+"""Compiles a config's training step, evaluation and decoding for a TPU slice, without a TPU, and reports their costs.
 
 cyb-compile --config=experiments/NAME.py --topology=v5e:4x4 [--steps=train,evaluate,decode] [--config.a.b=...]
 
-Exit code 1: something needs more memory than a chip has. The JSON says by how much, and what would help (--verify: if
-it really does).
+The exit code is 1 if a step needs more memory than a chip has. The JSON then has the excess and the changes that would
+help; with --verify, each change is compiled to check that it helps.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def define_flags() -> None:
   )
   flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v6e:8x8, v4:2x2x2, v5p:2x2x2, ...")
   flags.DEFINE_list(
-    "steps", list(STEPS), "What is compiled: some of train, evaluate, decode; by default what the method has."
+    "steps", list(STEPS), "The steps that are compiled: some of train, evaluate, decode; by default all of the method."
   )
   flags.DEFINE_integer(
-    "decode_batch", 0, "Rows that are decoded together; 0: 8, or as many as devices that have rows of their own."
+    "decode_batch", 0, "The batch size of decoding; 0: 8, or the number of data shards if it is larger."
   )
-  flags.DEFINE_bool("verify", False, "Compile each change that is advised where memory is short, too.")
-  command_line.define_path("hlo", "", "A folder: the optimised HLO of each step is written there.")
+  flags.DEFINE_bool("verify", False, "If memory is short, also compile each change that is advised.")
+  command_line.define_path("hlo", "", "A folder for the optimised HLO of each step; '': it isn't written.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  topology = flag_values.required_flag("topology", "name the slice, such as v5e:4x4")
+  topology = flag_values.required_flag("topology", "give the slice, such as v5e:4x4")
   unknown = [step for step in args.steps if step not in STEPS]
   if unknown or not args.steps:
     raise InputError(f"--steps: {','.join(args.steps)!r} must be some of {','.join(STEPS)}")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     try:
       os.makedirs(args.hlo, exist_ok=True)
     except OSError as error:
-      raise InputError(f"--hlo: {args.hlo} can't be written to: {error.strerror}") from None
+      raise InputError(f"--hlo: {args.hlo} can't be written to ({error.strerror}); give another folder") from None
   from cyb_jax.compilation import steps
 
   chosen = list(args.steps)
@@ -65,25 +65,25 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     source, topology, chosen, decode_batch=args.decode_batch, hlo=args.hlo, verify=args.verify
   )
   if not result["fits"]:
-    raise Failed(_refusal(result), result)
+    raise Failed(_excess_message(result), result)
   return result
 
 
-def _refusal(result: dict[str, Any]) -> str:
+def _excess_message(result: dict[str, Any]) -> str:
   parts = []
   for step in STEPS:
     if step in result and not result[step]["fits"]:
       over = result[step]["over_bytes"]
-      parts.append(f"{step} is over by {over / 2**30:.2f} GiB" if over is not None else f"{step} doesn't fit")
+      parts.append(f"{step} needs {over / 2**30:.2f} GiB more" if over is not None else f"{step} doesn't fit")
   return (
-    f"{result['topology']} has {result['hbm_bytes'] / 2**30:.2f} GiB a chip: {', '.join(parts)}; what helps, most"
-    f" first: {', '.join(change['change'] for change in result['advice'])}"
+    f"{result['topology']} has {result['hbm_bytes'] / 2**30:.2f} GiB per chip: {', '.join(parts)}; changes that help,"
+    f" most effective first: {', '.join(change['change'] for change in result['advice'])}"
   )
 
 
 def run() -> None:
   """Console script."""
-  # Before the flags are parsed: config files import jax.
+  # The environment must be set before the flags are parsed, because config files import jax.
   topologies.set_environment()
   define_flags()
   launching.launch(main)

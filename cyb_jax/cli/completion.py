@@ -1,8 +1,8 @@
 """Scripts that complete the command line of a program in bash, zsh and fish.
 
-A script lists what is known when it is made: the program's flags, the fields of the config after `--config.`, the
-experiments after `--config=`, and their settings after the colon. It starts no program while the user types. The values
-of other flags are completed as paths.
+A script contains the program's flags, the fields of the config after `--config.`, the experiments after `--config=`,
+and their settings after the colon, as they are when the script is generated. Completion therefore starts no program.
+The values of other flags are completed as paths.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from cyb_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """What a program's command line may contain.
+  """The words of a program's command line.
 
   Attributes:
     flags: by part of the program, '' for the program itself: flags such as '--workdir=' or '--dry_run', with their
       help.
-    fields: flags such as '--config.train.steps=', with the meaning of the field; none where the program has no config.
-    experiments: such as 'experiments/quickstart.py'.
+    fields: flags such as '--config.train.steps=', with the meaning of the field; empty if the program has no config.
+    experiments: config files such as 'experiments/quickstart.py'.
     settings: by experiment, the words that may follow its colon.
   """
 
@@ -86,7 +86,7 @@ def _experiments() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
   from cyb_jax.studies.settings import PAUSE_RUNS, SETTINGS
 
   files = tuple(f"experiments/{name}" for name in command_line.experiment_files())
-  # The runs of pause-training are no settings.
+  # The names of pause-training's runs are not in SETTINGS.
   return files, {file: PAUSE_RUNS if file.endswith("pause_training.py") else tuple(SETTINGS) for file in files}
 
 
@@ -103,7 +103,7 @@ def _by_settings(words: Words) -> dict[tuple[str, ...], list[str]]:
 
 
 def _cases(words: Words, case: str) -> str:
-  """The settings of each experiment as branches of a shell's `case`; `case` formats one, of a pattern and settings."""
+  """The settings of each experiment as branches of a shell's `case`; the template `case` formats a branch."""
   return "\n".join(
     case.format(pattern=" | ".join(patterns), settings=" ".join(settings))
     for settings, patterns in _by_settings(words).items()
@@ -131,7 +131,7 @@ _BASH = """# Completion of {program} in bash: eval "$({program} --completion=bas
       esac ;;
   esac
   COMPREPLY=($(compgen -W "$candidates" -- "$word"))
-  # Bash replaces only what follows the last = or : of the word.
+  # Bash replaces only the part of the word after the last = or :.
   [[ $COMP_WORDBREAKS == *=* ]] && breaks+='='
   [[ $COMP_WORDBREAKS == *:* ]] && breaks+=':'
   if [[ -n $breaks && $word == *[$breaks]* ]]; then

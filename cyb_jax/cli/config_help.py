@@ -16,17 +16,17 @@ from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.studies import settings
 
 WIDTH = 100
-# The value of the flag where it has none.
+# The value of `--config_help` without a value.
 ALL = "all"
 
 
 def config_help(config: Mapping[str, Any], wanted: str = ALL) -> str:
   """The documentation of the fields of a config, as text of at most `WIDTH` columns.
 
-  Nothing is validated, read or compiled, so that a config with a wrong value is described too.
+  Nothing is validated, read or compiled, so a config with an invalid value can also be described.
 
   Args:
-    config: a nested dict, as of `configs.to_dict`; the options of its method alone are described.
+    config: a nested dict, such as the result of `configs.to_dict`; only the options of its method are described.
     wanted: a group such as 'optimizer', a field such as 'optimizer.learning_rate', or `ALL`.
 
   Raises:
@@ -37,22 +37,22 @@ def config_help(config: Mapping[str, Any], wanted: str = ALL) -> str:
   chosen = [field for field in reference if wanted in (ALL, field.group, field.path)]
   if not chosen:
     hint = did_you_mean(wanted, [*groups, *(field.path for field in reference)], listed=groups)
-    raise InputError(f"--config_help: {wanted!r} is no group and no field of the config; {hint}")
+    raise InputError(f"--config_help: {wanted!r} is not a group or a field of the config; {hint}")
   parts = []
   for group in dict.fromkeys(field.group for field in chosen):
     if group:
       parts.append(textwrap.fill(f"{group}: {groups[group]}", WIDTH))
-    parts += [_described(field, config) for field in chosen if field.group == group]
+    parts += [_describe(field, config) for field in chosen if field.group == group]
   return "\n\n".join(parts) + "\n"
 
 
 def _method(config: Mapping[str, Any]) -> str:
-  """The name of the method whose options the config has; that of 'deeper@ap' is the plain model."""
+  """The name of the method whose options the config has; for 'deeper@ap', it is the plain model."""
   name = config["method"]["name"]
   return settings.SETTINGS[settings.PLAIN]["name"] if settings.parse_match(str(name)) else name
 
 
-def _described(field: FieldDoc, config: Mapping[str, Any]) -> str:
+def _describe(field: FieldDoc, config: Mapping[str, Any]) -> str:
   facts = f"{field.type}; here {_here(field, config)}; default {field.default}; accepted: {field.allowed}"
   lines = [f"  --config.{field.path}"]
   for text in (facts, field.meaning):
@@ -64,7 +64,7 @@ def _here(field: FieldDoc, config: Mapping[str, Any]) -> str:
   """The value of a field in a config, with the value that an unset field of the decoder gets."""
   values = config.get(field.group, {}) if field.group else config
   if field.name not in values:
-    return field.default  # an option of the method that is not set
+    return field.default  # an unset option of the method
   value = values[field.name]
   if field.group != "decoder" or value is not None:
     return repr(value)
@@ -72,10 +72,10 @@ def _here(field: FieldDoc, config: Mapping[str, Any]) -> str:
   if field.name == "vocab_size":
     return "None (the size of the tokenizer's vocabulary)"
   if preset not in PRESETS:
-    return "None (that of init_from)"
+    return "None (the value of init_from)"
   return f"None ({getattr(PRESETS[preset], field.name)!r}, of the preset {preset!r})"
 
 
 def show_config_help(config: Any, wanted: str) -> str:
-  """`config_help` of a ConfigDict; None: of the config that experiments start from."""
+  """`config_help` of a ConfigDict; None means the config that experiments start from."""
   return config_help(configs.to_dict(configs.default() if config is None else config), wanted)

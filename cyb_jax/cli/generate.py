@@ -1,12 +1,12 @@
-"""Continues prompts with a trained run, at its own pace; the text is shown while it is generated, a dot for each pause.
+"""Continues prompts with a trained run; the text is shown while it is generated, with a dot for each pause.
 
 cyb-generate --workdir=DIR --prompt='The film' [--prompt=...] [--mode=self_paced|constant|none]
 cyb-generate --init_from=WEIGHTS --prompt='The film'
 cyb-generate --init_from=WEIGHTS --chat --prompt='Say hi.'
 
-A prompt of a model that was trained here is text, whatever it spells. In a prompt of a model of another project, the
-name of a special entry such as <|im_start|> is that entry, as in transformers. With --chat, a prompt is a user's
-message: it is text, and the template writes the special entries around it.
+For a model that was trained by this project, a prompt is encoded as plain text. For an imported model, the name of a
+special entry such as <|im_start|> in a prompt is encoded as that entry, as in transformers. With --chat, a prompt is a
+user's message: it is encoded as plain text, and the template adds the special entries.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ _DEFAULT_NEW = 64
 
 def define_flags() -> None:
   models.define_model_flags()
-  flags.DEFINE_multi_string("prompt", [], "A text to continue, as a document begins; once for each row.")
+  flags.DEFINE_multi_string("prompt", [], "The beginning of a text to continue; may be given several times.")
   flags.DEFINE_bool(
     "chat", False, "Whether each prompt is a user's message, which the chat template of the model's tokenizer renders."
   )  # fmt: skip
-  flags.DEFINE_string("system", None, "The system's message before each prompt, with --chat; not given: none.")
+  flags.DEFINE_string("system", None, "With --chat, the system message before each prompt; not given: none.")
   flags.DEFINE_integer(
-    "max_new_tokens", None, "Tokens to generate at most; not given: what fits into the context, at most"
+    "max_new_tokens", None, "The largest number of generated tokens; not given: the rest of the context, but at most"
     f" {_DEFAULT_NEW}."
   )  # fmt: skip
   flags.DEFINE_string(
-    "mode", "", "How slots are run. self_paced: one slot at a time, and the pauses that the model requests stay in"
-    " the context; constant: a token and all its pauses in one forward pass, as in"
-    " training; none: no pauses. '': what suits the method."
+    "mode", "", "How slots are computed. self_paced: one slot at a time; only the pauses that the model requests are in"
+    " the context; constant: a token and all its pauses in one forward pass, as in training; none: without pauses. '':"
+    " the default of the method."
   )  # fmt: skip
   flags.DEFINE_string(
-    "read", "sample", "When to answer: sample (pause with probability d), threshold (pause where d is above"
-    " --threshold), or, in mode constant, mixture (of all slots)."
+    "read", "sample", "When the model answers. sample: it pauses with probability d; threshold: it pauses if d is above"
+    " --threshold; mixture (mode constant only): the token is drawn from the mixture of all slots."
   )  # fmt: skip
-  flags.DEFINE_float("threshold", 0.5, "With --read=threshold, the model pauses where d is above this value.")
-  flags.DEFINE_integer("max_pauses", None, "Pauses a token, at most those of training; not given: those.")
-  flags.DEFINE_integer("pause_budget", None, "Pauses that a row may request in total (mode self_paced).")
+  flags.DEFINE_float("threshold", 0.5, "With --read=threshold, the model pauses if d is above this value.")
+  flags.DEFINE_integer("max_pauses", None, "The largest number of pauses per token; not given: as in training.")
+  flags.DEFINE_integer("pause_budget", None, "The total number of pauses that a row may request (mode self_paced).")
   flags.DEFINE_string("omega", "", "The distribution of the step budget: max_pauses + 1 weights such as 1:1:1:1.")
   flags.DEFINE_string(
     "prompt_pauses", "", "Whether the prompt's tokens are followed by their pauses: all or none. '': all in mode"
-    " constant, none else."
+    " constant, none in other modes."
   )  # fmt: skip
-  flags.DEFINE_float("temperature", 1.0, "The temperature of the token distribution; 0: the likeliest token.")
-  flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens are drawn; 0: all.")
-  flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that make up this probability are drawn.")
-  flags.DEFINE_integer("seed", 0, "The seed of the first row; each further row has the next number.")
+  flags.DEFINE_float("temperature", 1.0, "The temperature of the token distribution; 0: the most likely token.")
+  flags.DEFINE_integer("top_k", 0, "Tokens are sampled from the k most likely tokens; 0: from all tokens.")
+  flags.DEFINE_float("top_p", 1.0, "Tokens are sampled from the most likely tokens with this total probability.")
+  flags.DEFINE_integer("seed", 0, "The seed of the first row; the seeds of the other rows are the following numbers.")
   flags.DEFINE_multi_string(
-    "stop", [], "A text that ends a row; may be given several times. It may have the names of special entries, such as"
+    "stop", [], "A text that ends a row; may be given several times. It may contain names of special entries, such as"
     " <|im_end|>."
   )  # fmt: skip
   flags.DEFINE_bool("stream", True, "Whether the text is shown while it is generated.")
@@ -70,11 +70,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
   if not args.prompt:
-    raise InputError("--prompt: not given; give a text to go on from")
+    raise InputError("--prompt: not given; give a text to continue")
   if args.system is not None and not args.chat:
-    raise InputError(f"--system: {args.system!r} is the system's message of a chat; give --chat too")
+    raise InputError(f"--system: {args.system!r} is the system message of a chat; give --chat too")
   if any(not stop for stop in args.stop):
-    raise InputError("--stop: an empty text would end every row at once; leave it out")
+    raise InputError("--stop: '' would end every row immediately; give a nonempty text")
   check_seed("--seed", args.seed)
   check_seed(f"--seed: of row {len(args.prompt)}", args.seed + len(args.prompt) - 1)
   from cyb_jax.generation import Sampler, default_mode
@@ -87,36 +87,36 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   chosen = sampler.options
   if _pauses_follow_every_token(run) and chosen.mode == "self_paced" and chosen.prompt_pauses != "all":
     logging.info(
-      "the model was trained with pauses after every token; --prompt_pauses=all puts them after the prompt's tokens too"
+      "the model was trained with pauses after every token; --prompt_pauses=all also inserts them in the prompt"
     )
   return _generate(run, sampler, prompts, new)
 
 
 def _encoded_prompts(run: Run) -> list[list[int]]:
-  """The tokens of `--prompt`, one list a row.
+  """The tokens of `--prompt`, one list per row.
 
   Raises:
-    InputError: a prompt that is empty, has characters that the vocabulary lacks, or fills the whole context; or a chat
-      with a model whose tokenizer has no chat template.
+    InputError: a prompt is empty, has characters that the vocabulary lacks, or fills the context; or `--chat` is set
+      and the tokenizer has no chat template.
   """
   if flags.FLAGS.chat and run.tokenizer.chat_template is None:
     raise InputError(
-      "--chat: the model's tokenizer has no chat template; leave --chat out, or give an instruct model, or a run whose"
+      "--chat: the model's tokenizer has no chat template; omit --chat, or give an instruct model, or a run whose"
       " data.tokenizer has one"
     )
   texts, context = flags.FLAGS.prompt, run.config.data.sequence_length
   prompts = []
   for text in texts:
     if not text:
-      raise InputError("--prompt: '' is empty; give a text to go on from")
+      raise InputError("--prompt: '' is empty; give a text to continue")
     prompts.append(_encoded_message(run, text) if flags.FLAGS.chat else _encoded_text(run, text))
   for text, prompt in zip(texts, prompts):
     if not prompt:
-      raise InputError(f"--prompt: {text!r} has no tokens, and the model none that begins a text; give another text")
+      raise InputError(f"--prompt: {text!r} has no tokens, and the model has no start token; give another text")
     if len(prompt) >= context:
       raise InputError(
-        f"--prompt: {text[:30]!r}... has {len(prompt)} tokens, {_included()} included, but the run was"
-        f" trained on {context} (data.sequence_length); give at most {context - 1}"
+        f"--prompt: {text[:30]!r}... has {len(prompt)} tokens, including {_included()}, but the context has"
+        f" {context} (data.sequence_length); give at most {context - 1}"
       )
   return prompts
 
@@ -125,7 +125,7 @@ def _encoded_text(run: Run, text: str) -> list[int]:
   """The tokens of a text to continue."""
   from cyb_jax.data import tokenizers
 
-  # A document begins with a token of its own in training here; an imported model has one if its tokenizer adds it.
+  # In training, a document begins with a start token; an imported model gets one if its tokenizer adds it.
   return run.boundaries.begun(tokenizers.encode_whole(run.tokenizer, text, "--prompt", special=run.imported))
 
 
@@ -138,39 +138,39 @@ def _encoded_message(run: Run, text: str) -> list[int]:
   if flags.FLAGS.system is not None:
     tokenizers.check_encodable(run.tokenizer, flags.FLAGS.system, "--system")
     messages.insert(0, {"role": "system", "content": flags.FLAGS.system})
-  # Chats are rendered without a clock in training here, and every document begins with a start token; a model of
-  # another project gets what its template writes, and nothing else.
+  # As in training, chats are rendered without a clock, and every document begins with a start token. An imported model
+  # gets exactly the output of its template.
   ids = tokenizers.encode_chat(run.tokenizer, messages, clock=run.imported)
   return ids if run.imported else run.boundaries.begun(ids)
 
 
 def _included() -> str:
-  return "those of the chat template" if flags.FLAGS.chat else "the one that begins a document"
+  return "the tokens of the chat template" if flags.FLAGS.chat else "the start token"
 
 
 def _new_tokens(run: Run, shortest: int) -> int:
-  """How many tokens are generated at most.
+  """The largest number of generated tokens.
 
   Args:
     run: the model.
-    shortest: tokens of the shortest prompt.
+    shortest: the number of tokens of the shortest prompt.
 
   Raises:
-    InputError: more than fits into the context.
+    InputError: `--max_new_tokens` exceeds the context.
   """
   context, given = run.config.data.sequence_length, flags.FLAGS.max_new_tokens
   free = context - shortest
   new = min(free, _DEFAULT_NEW) if given is None else given
   if new > free:
     raise InputError(
-      f"--max_new_tokens: {new} after a prompt of {shortest} tokens are more than the {context} that the run was"
-      f" trained on (data.sequence_length); give at most {free}"
+      f"--max_new_tokens: {new} after a prompt of {shortest} tokens exceeds the context of {context} tokens"
+      f" (data.sequence_length); give at most {free}"
     )
   return new
 
 
 def _sampling_options(mode: str) -> SamplingOptions:
-  """What the flags ask for, in a mode of generation."""
+  """The options of the sampler that the flags specify, for a mode of generation."""
   from cyb_jax.generation import SamplingOptions
 
   args = flags.FLAGS
@@ -189,14 +189,14 @@ def _sampling_options(mode: str) -> SamplingOptions:
 
 
 def _pauses_follow_every_token(run: Run) -> bool:
-  """Whether every token of the training texts is followed by pauses that later tokens attend to."""
+  """Whether every token of the training text is followed by pauses to which later tokens attend."""
   from cyb_jax.generation.abilities import trained_with_all_pauses
 
   return trained_with_all_pauses(run.method) and not run.method.hides_pauses
 
 
 def _generate(run: Run, sampler: Sampler, prompts: list[list[int]], new: int) -> dict[str, Any]:
-  """Generates, shows the text where `--stream` is set, and returns the JSON object."""
+  """Generates, shows the text if `--stream` is set, and returns the JSON object."""
   import jax
 
   from cyb_jax.data import tokenizers
@@ -208,10 +208,10 @@ def _generate(run: Run, sampler: Sampler, prompts: list[list[int]], new: int) ->
   options = {"max_new_tokens": new, "seeds": args.seed, "context": run.config.data.sequence_length}
   with jax.default_matmul_precision(run.config.precision.matmul):
     logging.info("compiling for %d rows", len(prompts))
-    # Zero iterations compile the loop without generating anything.
+    # Zero iterations compile the loop without generating tokens.
     jax.block_until_ready(sampler.advance(run.params, sampler.start(run.params, prompts, **options), 0))
-    # A message ends before the reply; other text goes on.
-    shown = _Shown([f"{text}\n" if args.chat else text for text in args.prompt], rows) if args.stream else None
+    # The reply to a message begins on a new line; other text is continued on the same line.
+    shown = _Display([f"{text}\n" if args.chat else text for text in args.prompt], rows) if args.stream else None
     start = time.perf_counter()
     generated = sampler.generate(
       run.params,
@@ -242,8 +242,8 @@ def _generate(run: Run, sampler: Sampler, prompts: list[list[int]], new: int) ->
   }
 
 
-class _Shown:
-  """Shows rows on standard output: the first one while it is generated, then each of the others as a whole."""
+class _Display:
+  """Writes rows to standard output: the first row while it is generated, and the other rows at the end."""
 
   def __init__(self, prompts: Sequence[str], rows: Sequence[Continuation]):
     from cyb_jax.generation import PAUSE_MARK, printable

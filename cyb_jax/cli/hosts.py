@@ -1,4 +1,4 @@
-"""One program on several hosts."""
+"""Runs a program on several hosts."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from absl import flags, logging
 from cyb_jax.cli.launching import report_error
 from cyb_jax.errors import EXIT_CRASH, Interrupted
 
-if TYPE_CHECKING:  # imported where it is used, so that errors of flags are reported at once
+if TYPE_CHECKING:  # imported on use, so that errors in flags are reported quickly
   from cyb_jax.distributed.cluster import Cluster
 
 
 def define_host_flags() -> None:
-  """The flags of a program that several hosts run as one; see `on_hosts`."""
+  """Defines the flags of a program that runs on several hosts; see `on_hosts`."""
   flags.DEFINE_string(
-    "coordinator", "", "Where hosts meet: HOST:PORT of process 0; auto: what jax finds by itself (TPU pods, Slurm, Open"
-    " MPI, Kubernetes); none: this process is alone. Not given: auto on TPU VMs, else none."
+    "coordinator", "", "The address at which hosts connect. HOST:PORT: of process 0; auto: the address that jax detects"
+    " (TPU pods, Slurm, Open MPI, Kubernetes); none: a single process. Not given: auto on TPU VMs, none elsewhere."
   )  # fmt: skip
-  flags.DEFINE_integer("num_processes", -1, "With --coordinator=HOST:PORT: how many processes there are.")
-  flags.DEFINE_integer("process_id", -1, "With --coordinator=HOST:PORT: which of them this is, from 0.")
-  flags.DEFINE_integer("join_timeout", 300, "Seconds that hosts wait for each other at the start.")
-  flags.DEFINE_integer("heartbeat", 60, "Seconds after which a host that says nothing counts as lost.")
+  flags.DEFINE_integer("num_processes", -1, "With --coordinator=HOST:PORT: the number of processes.")
+  flags.DEFINE_integer("process_id", -1, "With --coordinator=HOST:PORT: the number of this process, from 0.")
+  flags.DEFINE_integer("join_timeout", 300, "Seconds for which hosts wait for each other at the start.")
+  flags.DEFINE_integer("heartbeat", 60, "Seconds after which a host without heartbeat is considered lost.")
 
 
 def on_hosts(main: Callable[[Cluster], dict[str, Any] | None]) -> dict[str, Any] | None:
-  """Runs a program's work on all hosts that the flags name, and ends them together.
+  """Connects the hosts that the flags specify, runs a function on all of them, and ends them together.
 
   Args:
-    main: takes the cluster; jax must not have been used before.
+    main: the function, which takes the cluster; jax must not have been used before.
 
   Returns:
-    The result of `main`, on host 0; None on the others.
+    The result of `main` on host 0; None on the other hosts.
   """
   from cyb_jax.distributed.cluster import Meeting, join
   from cyb_jax.distributed.watchdog import lost_hosts
@@ -44,7 +44,7 @@ def on_hosts(main: Callable[[Cluster], dict[str, Any] | None]) -> dict[str, Any]
   names = [field.name for field in dataclasses.fields(Meeting)]
   cluster = join(Meeting(**{name: args[name].value for name in names}))
   if cluster.index:
-    logging.set_verbosity(logging.WARNING)  # host 0 logs what all hosts do
+    logging.set_verbosity(logging.WARNING)  # all hosts do the same, so only host 0 logs progress
   try:
     with lost_hosts(cluster.count):
       result = main(cluster)

@@ -1,8 +1,8 @@
-"""How all programs start and end: flags, logs, the JSON line, exit codes.
+"""The start and the end of all programs: flags, logs, the JSON line, exit codes.
 
-A program prints one JSON object on standard output, alone on the last line; logs go to standard error. Exit codes: 0;
-1 a crash; a disk that fails, a run that diverges, a check that doesn't hold (one line, no traceback); 2 bad input, one
-line and no traceback; 75 interrupted, saved, to be continued.
+A program prints one JSON object as the last line of standard output; logs go to standard error. Exit codes: 0 success;
+1 a crash, or, with one line and no traceback, a failing disk, a diverging run or a failed check; 2 bad input, with one
+line and no traceback; 75 interrupted and saved, so the same command continues.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from cyb_jax.errors import (
 def launch(
   main: Callable[[Sequence[str]], dict[str, Any] | None], *, parts: Mapping[str, Callable[[], None]] | None = None
 ) -> None:
-  """Runs a program: parses the flags, calls `main`, prints the JSON object that it returns, exits.
+  """Runs a program: parses the flags, calls `main`, prints the JSON object that it returns, and exits.
 
   Args:
-    main: takes argv without the flags, returns the object to print, or None. The docstring of its module is the
-      description that `--help` prints.
-    parts: where the first argument names a part of the program: the functions that define the flags of each part.
+    main: a function that takes argv without the flags, and returns the object to print, or None. `--help` prints the
+      docstring of its module.
+    parts: for a program whose first argument names a part of it: the functions that define the flags of each part.
   """
   _set_up_logging()
   parts = parts or {}
   words = 1 if parts else 0
-  # Before the flags are parsed, since the name of the part decides which there are.
+  # The flags depend on the part, so its flags are defined before the command line is parsed.
   for name in [word for word in sys.argv[1:] if word in parts][:1]:
     parts[name]()
   define_program_flags(described(main, sys.argv, parts), program_name(main), parts)
@@ -54,7 +54,7 @@ def launch(
     try:
       if len(argv) > 1 + words:
         left = " ".join(argv[1 + words :])
-        raise InputError(f"arguments: {left!r} are left over; every option is a flag, --name=value")
+        raise InputError(f"arguments: {left!r} is unexpected; give options as flags, --name=value")
       result = main(argv)
     except Failed as error:
       result, code = error.result, report_error(error)
@@ -73,10 +73,10 @@ def launch(
 
 
 def report_error(error: BaseException) -> int | None:
-  """Writes the one line that a program ends with to standard error.
+  """Writes the final line of a failed program to standard error.
 
   Returns:
-    The exit code; None: a crash, which has a traceback.
+    The exit code; None for a crash, which has a traceback.
   """
   if isinstance(error, InputError):
     return _complain(str(error))
@@ -87,7 +87,8 @@ def report_error(error: BaseException) -> int | None:
     logging.info("%s", error)
     return EXIT_INTERRUPTED
   if isinstance(error, BrokenPipeError):
-    # The reader has closed the pipe, as `head` does; what is left in the buffer would be written again at exit.
+    # The reader has closed the pipe, as `head` does. Standard output is redirected, because Python would write the rest
+    # of its buffer to the pipe at exit and raise again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_CRASH
   return None
@@ -97,9 +98,9 @@ def _set_up_logging() -> None:
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold(logging.INFO)
   logging.use_absl_handler()
-  # Other packages log warnings only; orbax would log forty lines a checkpoint.
+  # Other packages may log only warnings; orbax would log forty lines per checkpoint.
   python_logging.getLogger("jax").setLevel(python_logging.WARNING)
-  # Only orbax uses asyncio, and it raises what it logs.
+  # Only orbax uses asyncio, and it also raises the errors that it logs.
   python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
   logging.get_absl_handler().addFilter(_is_ours_or_warning)
   sys.unraisablehook = _unraisable_hook(sys.unraisablehook)
@@ -107,18 +108,18 @@ def _set_up_logging() -> None:
 
 
 def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
-  # The package's own folder, not its name: a checkout may be called cyb_jax and contain a virtual environment.
+  # The full path of the package is compared, because a checkout named cyb_jax may contain a virtual environment.
   ours = str(pathlib.Path(__file__).parents[1]) + os.sep
   # The program itself may be a script of the experiments.
   if record.pathname.startswith(ours) or os.path.abspath(record.pathname) == os.path.abspath(sys.argv[0]):
     return True
-  # When a save fails, orbax logs a traceback in each of its threads and raises the error too.
+  # When a save fails, orbax logs a traceback in each of its threads in addition to raising the error.
   raised = record.exc_info is not None and f"{os.sep}orbax{os.sep}" in record.pathname
   return record.levelno >= python_logging.WARNING and not raised
 
 
 def _unraisable_hook(report: Callable[[Any], None]) -> Callable[[Any], None]:
-  """A hook for exceptions that can't be raised; it ignores those of orbax's event loop after a failed save."""
+  """A hook for unraisable exceptions that ignores the exceptions of orbax's event loop after a failed save."""
 
   def hook(unraisable: Any) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -128,7 +129,7 @@ def _unraisable_hook(report: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  # A config file is executed while flags are parsed, so any exception may occur here; its cause is the input.
+  # A config file is executed while flags are parsed, so any exception can occur here; it is always caused by the input.
   try:
     return flags.FLAGS(command_line.with_optional_values(command_line.with_installed_config(argv)))
   except Exception as error:
@@ -137,7 +138,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _complain(message: str) -> int:
   lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-  # Errors of a config file arrive as a formatted traceback, whose last line is the error itself.
+  # Errors in a config file have a formatted traceback as their message; its last line is the error itself.
   line = lines[-1] if lines and "Traceback" in message else " ".join(lines)
   for prefix in ("cyb_jax.errors.InputError: ", "InputError: "):
     line = line.removeprefix(prefix)

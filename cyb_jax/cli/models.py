@@ -1,4 +1,4 @@
-"""The model that a program uses: that of a trained run, or of weights that a run could start from."""
+"""The model that a program uses: a trained run, or pretrained weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cyb_jax import command_line
 from cyb_jax.cli import flag_values
 from cyb_jax.errors import InputError
 
-if TYPE_CHECKING:  # imported where they are used, so that errors of flags are reported at once
+if TYPE_CHECKING:  # imported on use, so that errors in flags are reported quickly
   from jax.sharding import Mesh
 
   from cyb_jax.configs import Config
@@ -22,21 +22,22 @@ if TYPE_CHECKING:  # imported where they are used, so that errors of flags are r
 
 
 def define_run_flags() -> None:
-  """The flags that name a run."""
+  """Defines the flags that specify a run."""
   command_line.define_path("workdir", None, "The run's folder.")
   flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
 
 
 def define_model_flags() -> None:
-  """The flags of a program that takes a trained run, or weights that a run could start from; see `load_model`."""
+  """Defines the flags of a program that takes a trained run or pretrained weights; see `load_model`."""
   define_run_flags()
   command_line.define_path(
-    "init_from", "", "In place of --workdir, weights that a run could start from: converted weights, a Hugging Face"
-    " folder, a GGUF file. Nothing is written there."
+    "init_from", "", "Instead of --workdir, pretrained weights: converted weights, a Hugging Face folder, or a GGUF"
+    " file. No files are written there."
   )  # fmt: skip
-  flags.DEFINE_string("tokenizer", "", "The tokenizer of --init_from, where it contains none or another one is wanted.")
+  flags.DEFINE_string("tokenizer", "", "A tokenizer that replaces the tokenizer of --init_from; '': no replacement.")
   flags.DEFINE_integer(
-    "pauses", None, "Pauses between a prompt and its continuation, of methods that have them; not given: method.pauses."
+    "pauses", None, "The number of pauses between a prompt and its continuation, for methods that insert them there;"
+    " not given: method.pauses."
   )  # fmt: skip
 
 
@@ -46,21 +47,21 @@ def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
 
 
 def open_model(config: Config | None = None) -> Callable[[Mesh | None], Run]:
-  """Checks that there is a model at `--workdir` or `--init_from`, without reading its parameters.
+  """Checks that `--workdir` or `--init_from` contains a model, without reading its parameters.
 
   Args:
-    config: of a run that would start from `--init_from`; None: the method is that of the weights themselves.
+    config: the config of a run that starts from `--init_from`; None means the method of the weights themselves.
 
   Returns:
-    A function that loads the model; it takes the mesh where the parameters go, None: the default device.
+    A function that loads the model onto a mesh; for None, onto the default device.
 
   Raises:
-    InputError: neither flag, both, or nothing that can be read.
+    InputError: neither or both of the flags are given, or the model can't be read.
   """
   args = flags.FLAGS
   if bool(args.workdir) == bool(args.init_from):
-    found = "both are given" if args.workdir else "not given"
-    raise InputError(f"--workdir: {found}; name the run's folder, or --init_from, weights that a run could start from")
+    found = "--init_from is also given" if args.workdir else "not given"
+    raise InputError(f"--workdir: {found}; give the run's folder as --workdir, or pretrained weights as --init_from")
   checkpoint = flag_values.checkpoint_flag()
   from cyb_jax import configs, runs
   from cyb_jax.checkpointing.workdir import read_config
@@ -69,7 +70,7 @@ def open_model(config: Config | None = None) -> Callable[[Mesh | None], Run]:
 
   if args.workdir:
     if args.tokenizer:
-      raise InputError(f"--tokenizer: {args.tokenizer!r} goes with --init_from; a run has its own")
+      raise InputError(f"--tokenizer: {args.tokenizer!r} requires --init_from; omit it for a run")
     configs.freeze(configs.migrated(read_config(args.workdir)))
     load = functools.partial(runs.load, args.workdir, checkpoint)
   else:

@@ -5,10 +5,11 @@
     cyb-prepare --task=c4_en --workers=16 --output=gs://bucket/c4 --shard=3/32   # the third of 32 hosts
     cyb-prepare --verify=books                                           # checks every byte of a store
 
-The last line of standard output is one JSON object: what the store holds and where it is; for a shard that isn't the
-last one, how many pieces are whole. `timing` has the tokens per second of a core, and the hours that C4 would take.
+The last line of standard output is one JSON object: the path of the store and its counts; or, if pieces of other shards
+are missing, the number of complete pieces. `timing` has the tokens per second of a core, and the hours that C4 would
+take.
 
-Whatever dies, the same command continues; the store is the same for any number of workers and shards.
+After a failure, the same command continues; the store does not depend on the numbers of workers and shards.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from cyb_jax.data import TASKS, Prepared, default_tokenizer, open_token_store, p
 from cyb_jax.data.tokenizers import num_threads
 from cyb_jax.errors import Failed, InputError
 
-# Tokens of English C4 with a vocabulary of 32,000, to which `timing` is extrapolated.
+# The number of tokens of English C4 with a vocabulary of 32,000; `timing` is extrapolated to it.
 _C4_TOKENS = 156e9
 _C4_HOSTS = (1, 32)
-_TELLING_TOKENS = 10_000_000
+_EXTRAPOLATED_TOKENS = 10_000_000
 _COUNTS = ("tokens", "weighted_tokens", "documents", "bytes", "duplicates_dropped")
 
 
 def define_flags() -> None:
   flags.DEFINE_string("task", None, f"The task to prepare: {', '.join(TASKS)}, or seqio:NAME.")
   flags.DEFINE_string(
-    "tokenizer", None, "The tokenizer: 'bytes', 'sentencepiece:N', a .model or .gguf file, or a Hugging Face folder; by"
-    " default sentencepiece:8192, for the synthetic tasks bytes."
+    "tokenizer", None, "The tokenizer: 'bytes', 'sentencepiece:N', a .model or .gguf file, or a Hugging Face folder."
+    " The default is sentencepiece:8192, or bytes for the synthetic tasks."
   )  # fmt: skip
-  command_line.define_path("output", None, "The store's folder; by default one in the user's cache folder.")
-  flags.DEFINE_integer("limit", None, "The number of documents of each split that are prepared at most.")
+  command_line.define_path("output", None, "The store's folder; by default a folder in the user's cache folder.")
+  flags.DEFINE_integer("limit", None, "The largest number of documents of each split that are prepared.")
   flags.DEFINE_integer("workers", 1, "The number of processes that tokenize; 1: threads of this process.")
   flags.DEFINE_string(
-    "shard", "1/1", "The part of the work, as i/n: this is the i-th of n hosts, which all write to the same"
-    " --output; the last one to be done finishes the store."
+    "shard", "1/1", "This host's part of the work, as i/n: the i-th of n hosts, which all write to the same --output;"
+    " the host that finishes last builds the store."
   )  # fmt: skip
   flags.DEFINE_multi_string("option", [], "An option of the task, as key=value.")
   command_line.define_path("verify", None, "Check every byte of the store in this folder instead of preparing one.")
@@ -99,22 +100,23 @@ def main(argv: list[str]) -> dict[str, Any]:
 def _speed(prepared: Prepared) -> dict[str, Any]:
   """The measured speed, and the hours that C4 would take on hosts like this one.
 
-  Pieces are processed on all cores of all hosts, at their cost in CPU time. One host finishes the store, with as many
-  workers as here; that time is only reported for stores large enough that its constant part doesn't dominate.
+  The estimate assumes that pieces are processed on all cores of all hosts, at the measured CPU time per token, and that
+  one host builds the store with the same number of workers as here. The latter time is only reported if the store is so
+  large that the constant part of the time doesn't dominate.
   """
   if not prepared.cpu_seconds or not prepared.tokens:
     return {}
   cores = num_threads()
-  of_core = prepared.tokens / prepared.cpu_seconds
-  hours = {f"pieces_{n}_hosts": round(_C4_TOKENS / (of_core * cores * n) / 3600, 2) for n in _C4_HOSTS}
+  per_core = prepared.tokens / prepared.cpu_seconds
+  hours = {f"pieces_{n}_hosts": round(_C4_TOKENS / (per_core * cores * n) / 3600, 2) for n in _C4_HOSTS}
   splits = prepared.description["splits"].values() if prepared.description else ()
   tokens = sum(split["tokens"] for split in splits)
-  if prepared.finish_seconds and tokens >= _TELLING_TOKENS:
+  if prepared.finish_seconds and tokens >= _EXTRAPOLATED_TOKENS:
     hours["finish"] = round(_C4_TOKENS / (tokens / prepared.finish_seconds) / 3600, 2)
   return {
     "piece_seconds": round(prepared.piece_seconds, 3),
     "finish_seconds": round(prepared.finish_seconds, 3),
-    "tokens_per_second_per_core": round(of_core),
+    "tokens_per_second_per_core": round(per_core),
     "cores": cores,
     "workers": prepared.workers,
     "c4_hours": hours,

@@ -1,4 +1,4 @@
-"""The flags that all programs have, which end them at once: --help, --version and --completion."""
+"""The flags that all programs have, which print a text and exit: --help, --version and --completion."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def define_program_flags(description: str, program: str, parts: Mapping[str, Cal
   flags.DEFINE_flag(_EndingFlag("version", "Print the version of cyb_jax.", version_text))
 
   def completion(shell: str) -> str:
-    # Imported where it is used: it lists the fields of the config, which imports jax.
+    # Imported on use, because it lists the fields of the config, which imports jax.
     from cyb_jax.cli.completion import script
 
     return script(shell, program, parts)
@@ -86,13 +86,13 @@ def help_text(description: str, values: flags.FlagValues = flags.FLAGS) -> str:
   if command_line.takes_config(values):
     lines += [
       "  --config.GROUP.FIELD=VALUE",
-      "      Changes a field of the config; cyb-train --config_help describes all.",
+      "      Changes a field of the config; cyb-train --config_help describes all fields.",
     ]
   return "\n".join(lines) + "\n"
 
 
 def described(main: Callable[..., Any], argv: Sequence[str], parts: Mapping[str, Callable[[], None]]) -> str:
-  """The docstring of the program's module; of its part, where `argv` names one."""
+  """The docstring of the program's module, or of the module of the part that `argv` names."""
   for word in argv[1:]:
     if word in parts:
       return sys.modules[parts[word].__module__].__doc__ or ""
@@ -100,7 +100,7 @@ def described(main: Callable[..., Any], argv: Sequence[str], parts: Mapping[str,
 
 
 def program_name(main: Callable[..., Any]) -> str:
-  """'cyb-train', however the program was started: as a console script, or with `python -m cyb_jax.cli.train`."""
+  """The program's name, such as 'cyb-train', also if it was started with `python -m cyb_jax.cli.train`."""
   module = main.__module__
   if module == "__main__":
     spec = sys.modules["__main__"].__spec__

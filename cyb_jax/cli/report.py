@@ -1,4 +1,4 @@
-"""Reports on a run, or compares several: one HTML file, its figures, and the numbers in them.
+"""Reports on a run, or compares several runs: writes an HTML file, its figures, and a JSON file of the numbers.
 
 cyb-report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
 cyb-report --compare=DIR,DIR,... [--output=DIR]
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
   from cyb_jax.runs import Run
 
 
-# The keys of statistics.json. A file that lacks one was written by another version.
+# The keys of statistics.json. A file that lacks a key was written by another version.
 _PARTS = {
   "num_slots", "tokens", "perplexity", "latency", "training_latency", "calibration", "curves", "self_paced", "types",
   "autoregressive", "word_position", "word_class", "frequency", "difficulty", "groups",
 }  # fmt: skip
 
 
-# Reading token by token takes longer than reading a window at once.
+# Evaluating token by token takes longer than evaluating a window at once, so the number of windows is limited.
 _SELF_PACED_WINDOWS = 256
-_OF_SELF_PACED = ("perplexity", "constant_perplexity", "mean_pauses", "context_pauses", "tokens")
+_SELF_PACED_KEYS = ("perplexity", "constant_perplexity", "mean_pauses", "context_pauses", "tokens")
 
 
 def define_flags() -> None:
   models.define_run_flags()
   splits.define_reading_flags()
-  command_line.define_paths("compare", None, "Instead of --workdir: folders of runs, which are compared.")
-  command_line.define_path("output", None, "The report's folder; unset: WORKDIR/report, or report with --compare.")
-  flags.DEFINE_integer("text_windows", 3, "Windows of text that are shown in colour, evenly spaced over the split.")
-  flags.DEFINE_bool("text", False, "Print the coloured text too.")
+  command_line.define_paths("compare", None, "Instead of --workdir: the folders of runs to compare.")
+  command_line.define_path("output", None, "The report's folder; not given: WORKDIR/report, or report with --compare.")
+  flags.DEFINE_integer("text_windows", 3, "The number of text windows shown in colour, evenly spaced over the split.")
+  flags.DEFINE_bool("text", False, "Also print the coloured text.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   args = flags.FLAGS
   flag_values.check_not_negative("limit", "batch_size", "text_windows")
   if args.compare and args.workdir:
-    raise InputError(f"--compare: {','.join(args.compare)!r} is set, and --workdir = {args.workdir!r} too; give one")
+    raise InputError(f"--compare: {','.join(args.compare)!r}, but --workdir = {args.workdir!r} is also given; give one")
   if args.compare:
     return _compare(list(args.compare))
-  return _report(flag_values.required_flag("workdir", "name the run's folder, or several with --compare"))
+  return _report(flag_values.required_flag("workdir", "give the run's folder, or several with --compare"))
 
 
 def _report(workdir: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _report(workdir: str) -> dict[str, Any]:
 
   args = flags.FLAGS
   if args.text and not args.text_windows:
-    raise InputError("--text: set, but --text_windows is 0; show at least one")
+    raise InputError("--text: it needs text, but --text_windows is 0; give --text_windows of at least 1")
   read_config(workdir)  # a folder without a run is reported first
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
   mesh = splits.reading_mesh()
@@ -101,13 +101,13 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
 
   args = flags.FLAGS
   if len(workdirs) < 2:
-    raise InputError(f"--compare: {workdirs[0]!r} is one folder; give at least two, with commas between them")
+    raise InputError(f"--compare: {workdirs[0]!r} is a single folder; give at least two, separated by commas")
   if args.text:
-    raise InputError("--text: set, but --compare shows no text; report on one run with --workdir")
+    raise InputError("--text: --compare shows no text; omit --text, or report on one run with --workdir")
   for workdir in workdirs:
     read_config(workdir)
   folder = output.check_output(args.output or "report")
-  # Errors that follow from configs and checkpoints are reported before anything is computed.
+  # Errors in configs and checkpoints are reported before anything is computed.
   unread = [_candidate(workdir, read=False) for workdir in workdirs]
   comparison.check_comparable(unread)
   comparison.group_runs(unread)
@@ -132,18 +132,18 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   }
 
 
-def _kept(workdir: str) -> storage.Place:
+def _report_folder(workdir: str) -> storage.Place:
   return storage.place(workdir) / "report"
 
 
 def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   """A run with its statistics.
 
-  Statistics in its own report's folder are used again where they are of the same checkpoint, split and limit.
+  Statistics in the folder of its own report are reused if they have the same checkpoint, split and limit.
 
   Args:
     workdir: the run's folder.
-    read: whether the statistics are needed; else they are empty.
+    read: whether the statistics are read; otherwise they are empty.
   """
   from cyb_jax import configs, jsonl, runs
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
@@ -161,16 +161,16 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
     mesh = splits.reading_mesh()
     run = runs.load(workdir, step, mesh)
     statistics = _statistics(run, mesh, splits.open_store(run.config, run.meta), checkpoint)
-    path = _kept(workdir) / "statistics.json"
-    # A report folder that exists without these statistics belongs to another page; they are then computed again later.
+    path = _report_folder(workdir) / "statistics.json"
+    # An existing report folder without these statistics belongs to another report; the statistics are then not saved.
     try:
       storage.make_new(path.parent)
       storage.atomic_write(path, jsonl.dumps(statistics, indent=2) + "\n")
     except FileExistsError:
       pass
     except OSError as error:
-      logging.warning("%s can't be written, and is computed again next time: %s", path, error.strerror or error)
-  # Metrics up to the checkpoint, which need not be the last one.
+      logging.warning("%s can't be written, so it will be computed again: %s", path, error.strerror or error)
+  # The checkpoint may not be the last one, so only metrics up to its step are used.
   rows = (row for row in read_metrics(workdir) if row["split"] == "validation" and row["step"] <= step)
   validation = [row for row in rows if row.get("omega") is None]
   vocab_size = runs.load_tokenizer(workdir).vocab_size
@@ -179,8 +179,11 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
 
 
 def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
-  """statistics.json of a run's own report; None where it isn't of this checkpoint (a fingerprint) and of the split and
-  limit of the flags.
+  """The statistics.json of a run's own report, if its checkpoint, split and limit match; otherwise None.
+
+  Args:
+    workdir: the run's folder.
+    checkpoint: the fingerprint of the checkpoint; split and limit are those of the flags.
   """
   import json
 
@@ -189,22 +192,22 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
 
   limit = flags.FLAGS.limit or None
   try:
-    found = json.loads(storage.read_bytes(_kept(workdir) / "statistics.json"))
+    found = json.loads(storage.read_bytes(_report_folder(workdir) / "statistics.json"))
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
     method = configs.freeze(configs.migrated(read_config(workdir))).build_method()
-    paced = found["num_slots"] > 1 and _reads_at_own_pace(method)
+    paced = found["num_slots"] > 1 and _is_self_paced(method)
     same &= not paced or found["self_paced"] is not None
     # A limit that excludes no window is recorded as None.
     same &= found["limit"] == limit or (found["limit"] is None and limit >= found["windows"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
   if same:
-    logging.info("statistics.json of %s is of the same checkpoint and text: it is used again", workdir)
+    logging.info("statistics.json of %s has the same checkpoint, split and limit, so it is reused", workdir)
   return found if same else None
 
 
-def _reads_at_own_pace(method: Method) -> bool:
-  """Whether a method decides for each token how many slots it takes, and can be read so."""
+def _is_self_paced(method: Method) -> bool:
+  """Whether a method decides the number of slots of each token, and can be evaluated in a self-paced context."""
   from cyb_jax.methods import Adaptive, CachedDecoding
 
   return isinstance(method, Adaptive) and isinstance(method, CachedDecoding)
@@ -234,7 +237,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
       limit=args.limit or None,
       **options,
     )
-    if run.method.num_slots > 1 and _reads_at_own_pace(run.method):
+    if run.method.num_slots > 1 and _is_self_paced(run.method):
       windows = min(found["windows"], _SELF_PACED_WINDOWS)
       paced = evaluate_split(
         Evaluator(run.method, mesh, context="self_paced"),
@@ -245,7 +248,7 @@ def _statistics(run: Run, mesh: Mesh, store: TokenStore, checkpoint: str) -> dic
         limit=windows,
         **options,
       )
-      found["self_paced"] = {"windows": windows} | {name: paced[name] for name in _OF_SELF_PACED}
+      found["self_paced"] = {"windows": windows} | {name: paced[name] for name in _SELF_PACED_KEYS}
     found["autoregressive"] = read_autoregressively(
       Evaluator(run.method, mesh),
       run.params,

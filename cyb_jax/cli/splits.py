@@ -1,4 +1,4 @@
-"""The split of a token store that a program reads."""
+"""The flags and functions of programs that read a split of a token store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from absl import flags
 from cyb_jax import command_line
 from cyb_jax.errors import InputError
 
-if TYPE_CHECKING:  # imported where they are used, so that errors of flags are reported at once
+if TYPE_CHECKING:  # imported on use, so that errors in flags are reported quickly
   from jax.sharding import Mesh
 
   from cyb_jax.configs import Config
@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # imported where they are used, so that errors of flags are r
 
 
 def define_reading_flags() -> None:
-  """The flags of a program that reads a split."""
+  """Defines the flags of a program that reads a split."""
   flags.DEFINE_string("split", "validation", "The split that is read: validation, test or train.")
-  flags.DEFINE_integer("limit", 0, "The number of windows at most; 0: the whole split.")
-  flags.DEFINE_integer("batch_size", 0, "The number of windows at a time; 0: as in training.")
-  command_line.define_path("store", "", "The token store, where it has moved since the training.")
+  flags.DEFINE_integer("limit", 0, "The largest number of windows that are read; 0: all windows of the split.")
+  flags.DEFINE_integer("batch_size", 0, "The number of windows in a batch; 0: as in training.")
+  command_line.define_path("store", "", "The token store, if it was moved after training.")
 
 
 def reading_mesh() -> Mesh:
@@ -35,11 +35,11 @@ def reading_mesh() -> Mesh:
 
 
 def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
-  """The token store that a run was trained on, from the recorded path or from the flag `--store`.
+  """Opens the token store on which a run was trained, at the recorded path or at the path of the flag `--store`.
 
   Args:
-    config: of the run.
-    meta: of its checkpoint.
+    config: the config of the run.
+    meta: the JSON object of the run's checkpoint.
   """
   from cyb_jax.checkpointing.workdir import check_fingerprint
   from cyb_jax.training.run_data import open_recorded_or_new_store
@@ -47,7 +47,7 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
   given = flags.FLAGS.store
   if given:
     if not os.path.exists(given):
-      raise InputError(f"--store: {given} is not there")
+      raise InputError(f"--store: {given} does not exist; give the folder of the run's token store")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=given))
   store = open_recorded_or_new_store(config, meta)
   check_fingerprint(store, meta)
@@ -55,7 +55,7 @@ def open_store(config: Config, meta: dict[str, Any]) -> TokenStore:
 
 
 def rows_at_once(config: Config, mesh: Mesh) -> int:
-  """The batch's size by the flag `--batch_size`, rounded up to a multiple of the number of data shards."""
+  """The batch size of the flag `--batch_size`, rounded up to a multiple of the number of data shards."""
   from cyb_jax.partitioning.mesh import data_shards
 
   shards = data_shards(mesh)

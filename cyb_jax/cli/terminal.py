@@ -12,7 +12,7 @@ def shows_colour() -> bool:
 
 
 def show(text: str) -> None:
-  """Writes text to standard output at once; characters that its encoding lacks are replaced."""
+  """Writes text to standard output and flushes it; characters that its encoding lacks are replaced."""
   encoding = sys.stdout.encoding or "utf-8"
   sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
   sys.stdout.flush()

@@ -1,9 +1,9 @@
-"""Trains a run, or continues it, and evaluates it.
+"""Starts or continues a training run, and evaluates it at the end.
 
 cyb-train --config=experiments/quickstart.py --workdir=DIR [--config.train.steps=100]
-cyb-train --config=experiments/quickstart.py --dry_run      what a run would take; nothing is written
-cyb-train --config=experiments/quickstart.py --config_help  every field of the config; --config_help=optimizer: a group
-cyb-train --list_experiments --list_settings                what --config=experiments/NAME.py:SETTING may be
+cyb-train --config=experiments/quickstart.py --dry_run      the costs of a run; nothing is written
+cyb-train --config=experiments/quickstart.py --config_help  all fields of the config; --config_help=optimizer: a group
+cyb-train --list_experiments --list_settings                the values of --config=experiments/NAME.py:SETTING
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ def define_flags() -> None:
     "config", None, "The config file: experiments/NAME.py, or experiments/NAME.py:ARGUMENTS."
   )
   command_line.define_path("workdir", None, "The run's folder; an interrupted run in it is continued.")
-  flags.DEFINE_integer("profile", 0, "Trace so many steps, after ten, into WORKDIR/profile (TensorBoard, Perfetto).")
+  flags.DEFINE_integer(
+    "profile", 0, "The number of steps, after the first ten, that are traced into WORKDIR/profile (TensorBoard,"
+    " Perfetto)."
+  )  # fmt: skip
   flags.DEFINE_boolean(
-    "dry_run", False, "Print what a run takes, parameters, memory and FLOPs, and write nothing; needs no workdir."
+    "dry_run", False, "Print the costs of a run (parameters, memory and FLOPs), and write nothing; needs no workdir."
   )
   flags.DEFINE_string(
-    "config_help", "", "Describe the fields of the config: type, value here, default, accepted values, meaning. Of a"
-    " group or a field with --config_help=optimizer or --config_help=optimizer.learning_rate. Without --config the"
-    " values are those that experiments start from."
+    "config_help", "", "Describe the fields of the config: type, value, default, accepted values, meaning."
+    " --config_help=optimizer or --config_help=optimizer.learning_rate describes only a group or a field. Without"
+    " --config, the values are the defaults of the experiments."
   )  # fmt: skip
-  flags.DEFINE_boolean("list_experiments", False, "List the config files of the experiments, and what each of them is.")
-  flags.DEFINE_boolean("list_settings", False, "List the settings that experiments take, as in experiments/NAME.py:ap.")
+  flags.DEFINE_boolean("list_experiments", False, "List the config files of the experiments with descriptions.")
+  flags.DEFINE_boolean("list_settings", False, "List the settings of the experiments, as in experiments/NAME.py:ap.")
   hosts.define_host_flags()
 
 
@@ -51,10 +54,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     from cyb_jax.studies.resolution import resolve
 
     return training.dry_run(resolve(source, flags.FLAGS.workdir))
-  workdir = flag_values.required_flag("workdir", "name the run's folder")
+  workdir = flag_values.required_flag("workdir", "give the run's folder")
   profile = flags.FLAGS.profile
   if profile < 0:
-    raise InputError(f"--profile: {profile} is negative")
+    raise InputError(f"--profile: {profile} must not be negative")
 
   def train(cluster: Cluster) -> dict[str, Any]:
     from cyb_jax import training
@@ -67,7 +70,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _describes() -> bool:
-  """Prints what a flag asks for in place of training; whether there was such a flag."""
+  """Prints the lists and descriptions that flags request instead of training; returns whether there was such a flag."""
   args = flags.FLAGS
   if args.list_experiments:
     terminal.show(listings.experiments())

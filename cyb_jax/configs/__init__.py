@@ -1,4 +1,4 @@
-"""The configuration of a run: an ml_collections ConfigDict outside, frozen dataclasses inside."""
+"""The config of a run: users edit an ml_collections ConfigDict, which is converted to frozen dataclasses."""
 
 from cyb_jax.configs.differences import differences, filled
 from cyb_jax.configs.methods_group import all_options, written_method

@@ -9,18 +9,18 @@ from cyb_jax import nested
 from cyb_jax.configs import methods_group
 from cyb_jax.configs.parsing import default
 
-# Fields in which the runs that share a work directory may differ: they change where and how fast a run computes, not
-# its results.
+# A run may be continued with other values of these fields: they affect where and how fast it computes, but not its
+# results.
 _OPERATIONAL = (
   "parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.tensorboard", "train.max_skipped",
 )  # fmt: skip
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """The fields in which two nested configs differ, as 'a.b: old -> new'; those that change no result are left out.
+  """The fields in which two nested configs differ, as 'a.b: old -> new', without fields that do not affect results.
 
-  A field that one of them doesn't have is at its default: an older version may have written it. So is an option that
-  only one of two methods has.
+  A missing field has its default, because an older version may have written the config. The same holds for an option
+  that only one of two methods has.
   """
   old, new = (_with_tokenizer_of_store(filled(source)) for source in (old, new))
   options = methods_group.defaults(old["method"]["name"]) | methods_group.defaults(new["method"]["name"])
@@ -29,13 +29,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def filled(source: Mapping[str, Any]) -> dict[str, Any]:
-  """A nested config with the defaults of all fields that it does not set; those of its method are the method's own."""
+  """A nested config in which all missing fields have their defaults, including the options of its method."""
   defaults = {name: group for name, group in default().to_dict().items() if name != "method"}
   return _filled(source, defaults) | {"method": methods_group.filled(source.get("method", {}))}
 
 
 def _with_tokenizer_of_store(source: dict[str, Any]) -> dict[str, Any]:
-  """The config, in which a tokenizer that is data.store's own is no path: the store may be moved."""
+  """The config with a constant instead of the path of data.store's own tokenizer, so the store may be moved."""
   data = source["data"]
   if not (isinstance(data, Mapping) and data["store"] and data["tokenizer"] == data["store"]):
     return source

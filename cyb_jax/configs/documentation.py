@@ -1,8 +1,8 @@
 """Every field of a config: its type, default, meaning and accepted values.
 
-The meanings are those of the `Attributes` sections of the dataclasses, and the accepted values are those of the rules
-that check them (`cyb_jax.field_rules`), so that neither is written twice. `--config_help` of the programs prints this
-reference, and the documentation's reference of the fields is generated from it.
+The meanings are taken from the `Attributes` sections of the dataclasses, and the accepted values from the rules that
+check them (`cyb_jax.field_rules`), so neither is duplicated. `--config_help` prints this reference, and the
+documentation's reference is generated from it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cyb_jax.decoder import PRESETS, DecoderConfig
 from cyb_jax.decoder.config import RULES as DECODER_RULES
 from cyb_jax.decoder.config import SIZES
 
-# The accepted values of fields that no rule describes.
+# The accepted values of fields without a rule, by type.
 _OF_TYPE = {"bool": "True or False", "int": "a whole number", "float": "a finite number", "str": "any text"}
-# The group of the fields that are in no group.
+# The group of the fields outside all groups.
 TOP = ""
 
 
@@ -35,13 +35,13 @@ class FieldDoc:
   """The documentation of one field.
 
   Attributes:
-    group: 'optimizer' for example; `TOP`, which is '', for `init_from`.
-    name: of the field in its group.
-    type: 'int', 'float or None', or for a list of numbers 'floats a:b:c'.
-    default: as Python writes it, such as '0.001' or "'cosine'".
-    meaning: one line, without line breaks.
-    allowed: the accepted values, as they would follow 'must be'.
-    methods: the names of the methods that have this option, in the order of the registry; () outside of the group
+    group: the name of the group, such as 'optimizer'; `TOP`, which is '', for `init_from`.
+    name: the name of the field in its group.
+    type: 'int', 'float or None', or, for a list of numbers, 'floats a:b:c'.
+    default: the Python literal, such as '0.001' or "'cosine'".
+    meaning: a description without line breaks.
+    allowed: the accepted values, in a form that can follow 'must be'.
+    methods: the names of the methods that have this option, in the order of the registry; () outside the group
       `method`, and for `method.name`, which all methods have.
   """
 
@@ -63,9 +63,9 @@ def field_reference(method: str | None = None) -> list[FieldDoc]:
   """The documentation of every field of a config, in the order of the groups.
 
   Args:
-    method: only the options of this method are in the group `method`; None: the options of all methods. An option that
-      several methods have is listed once for each distinct type, default, meaning or set of accepted values, with the
-      names of the methods that share it.
+    method: the method whose options are in the group `method`; None means the options of all methods. An option of
+      several methods is listed once for each distinct type, default, meaning or set of accepted values, with the names
+      of the methods that share it.
 
   Raises:
     InputError: there is no method of this name.
@@ -85,15 +85,15 @@ def field_reference(method: str | None = None) -> list[FieldDoc]:
 
 
 def groups() -> dict[str, str]:
-  """The groups of a config with the meaning of each, in the order of `field_reference`; `TOP` is not among them."""
+  """The groups of a config with their meanings, in the order of `field_reference`, without `TOP`."""
   meanings = attribute_meanings(Config)
   return {name: meanings[name] for name in ("method", "decoder", *GROUPS)}
 
 
 def attribute_meanings(documented: type) -> dict[str, str]:
-  """The meaning of each attribute in the `Attributes` sections of a class and its bases, each on one line.
+  """The meaning of each attribute in the `Attributes` sections of a class and its bases, each in one line.
 
-  A class's own section goes before those of its bases.
+  The section of a class has precedence over the sections of its bases.
   """
   found: dict[str, str] = {}
   for base in reversed(documented.__mro__):
@@ -134,7 +134,7 @@ def _fields(group: str, documented: type, rules: Mapping[str, Any]) -> list[Fiel
 
 
 def _method_fields(method: str | None) -> list[FieldDoc]:
-  """`method.name`, and the options of one method or of all, sorted by name."""
+  """`method.name`, and the options of one method or of all methods, sorted by name."""
   chosen = [methods.config_class(name) for name in (methods.METHODS if method is None else [method])]
   having: dict[FieldDoc, list[str]] = {}
   for config in chosen:
@@ -145,8 +145,8 @@ def _method_fields(method: str | None) -> list[FieldDoc]:
     name="name",
     type="str",
     default="'cyb'",
-    meaning="the method that is trained; a plain model of the same cost as a setting is deeper@SETTING or"
-    " wider@SETTING, for example deeper@ap.",
+    meaning="the method that is trained; deeper@SETTING or wider@SETTING, for example deeper@ap, is a plain model of"
+    " the same cost as a setting.",
     allowed=f"one of {', '.join(methods.METHODS)}",
   )
   options = [dataclasses.replace(field, methods=tuple(names)) for field, names in having.items()]
@@ -160,8 +160,7 @@ def _decoder_fields() -> list[FieldDoc]:
     name="preset",
     type="str",
     default="'tiny'",
-    meaning="the sizes and the style of the decoder, by name; each other field of this group that is set overrides"
-    " that of the preset.",
+    meaning="the name of a preset of the decoder's fields; the other fields of this group override it.",
     allowed=f"one of {', '.join(PRESETS)}, or '' for the decoder of init_from",
   )
   found = [preset]
@@ -172,11 +171,11 @@ def _decoder_fields() -> list[FieldDoc]:
     if field.name not in SIZES:
       meaning += f" Without a preset: {field.default}."
     elif field.name == "vocab_size":
-      meaning += " Not set: the tokenizer's entries, rounded up to a multiple of 128."
-    # Here None leaves the preset's value; "no cap" can't be written.
+      meaning += " None: the number of the tokenizer's entries, rounded up to a multiple of 128."
+    # In this group None means the preset's value, so "no cap" can't be specified.
     allowed = field.allowed.partition(", or None")[0]
     found.append(
-      dataclasses.replace(field, default="None", meaning=meaning, allowed=f"{allowed}; None: that of the preset")
+      dataclasses.replace(field, default="None", meaning=meaning, allowed=f"{allowed}; None: the preset's value")
     )
   return found
 

@@ -1,4 +1,4 @@
-"""Lists of numbers as a config writes them: '0:0:0:1'."""
+"""Lists of numbers in the form that they have in a config: '0:0:0:1'."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cyb_jax.errors import InputError
 from cyb_jax.losses import discount
 
-# Shapes of a discount over the slots, written 'linear:g0'.
+# Shapes of a discount over the slots; their form is 'linear:g0'.
 _DISCOUNTS = ("linear", "exponential")
 
 
@@ -17,16 +17,16 @@ def parse_weights(path: str, value: Any, num_slots: int, *, discounts: bool = Fa
   """One weight for each slot.
 
   Args:
-    path: of the field, for the message.
-    value: 'a:b:c', numbers, or '' or None where the field has its default.
+    path: the path of the field, for the message.
+    value: 'a:b:c', a sequence of numbers, or '' or None for the default.
     num_slots: W.
-    discounts: whether 'linear:g0' and 'exponential:g0' are accepted too, see `cyb_jax.losses.discount`.
+    discounts: whether 'linear:g0' and 'exponential:g0' are also accepted, see `cyb_jax.losses.discount`.
 
   Returns:
-    The weights; None: the default. How many there are is checked by the method.
+    The weights; None means the default. The method checks their number.
 
   Raises:
-    InputError: the value is none of these.
+    InputError: the value is invalid.
   """
   if value is None or value == "":
     return None
@@ -50,18 +50,18 @@ def parse_weights(path: str, value: Any, num_slots: int, *, discounts: bool = Fa
 
 
 def parse_whole_numbers(path: str, value: Any, example: str) -> tuple[int, ...] | None:
-  """Whole numbers.
+  """A list of integers.
 
   Args:
-    path: of the field, for the message.
-    value: 'a:b', numbers, or '' or None where the field has its default.
-    example: of the field's values, for the message.
+    path: the path of the field, for the message.
+    value: 'a:b', a sequence of integers, or '' or None for the default.
+    example: an example of a valid value, for the message.
 
   Returns:
-    The numbers; None: the default.
+    The numbers; None means the default.
 
   Raises:
-    InputError: the value is none of these.
+    InputError: the value is invalid.
   """
   if value is None or value == "":
     return None
@@ -73,11 +73,11 @@ def parse_whole_numbers(path: str, value: Any, example: str) -> tuple[int, ...] 
 
 
 def written(values: Iterable[float] | None) -> str:
-  """A list as a config writes it, from which the same numbers are read; None: ''."""
+  """A list in the form that it has in a config, which preserves the numbers; '' for None."""
   return "" if values is None else ":".join(map(_written, values))
 
 
 def _written(value: float) -> str:
-  """The number with six digits, or with as many as it takes to read the same number from it."""
+  """The number with six digits, or with as many digits as are needed to represent it exactly."""
   short = f"{value:g}"
   return short if float(short) == value else repr(float(value))

@@ -1,8 +1,8 @@
-"""The group `method` of a config: which method is trained, with which options.
+"""The group `method` of a config: the name and the options of the method.
 
-The group holds `name` and the options of all methods, unset. An option that is not set has the default of its method;
-an option that a method does not have must not be set. In a ConfigDict an unset option is None, except
-`dont_know_prior`, where None means "no shift": unset it is NaN. In config.json options that are not set are left out.
+In a ConfigDict, the group has `name` and the options of all methods, initially unset. An unset option has the default
+of the method; options of other methods must not be set. An unset option is None, except `dont_know_prior`, for which
+None means "no shift" and NaN means unset. A config.json omits unset options.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cyb_jax.configs.typed import typed
 from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.methods import MethodConfig
 
-# Options for which None is a value, in addition to being unset.
+# Options for which None is a value and does not mean unset.
 _NONE_IS_A_VALUE = ("dont_know_prior",)
-# What version 0.1 wrote into config.json for every method, whether it had the option or not.
+# Version 0.1 wrote these options into config.json for every method, even if the method did not have them.
 _WRITTEN_BY_0_1: dict[str, Any] = {
   "loss": "ap", "pauses": 0, "omega": "", "gamma": "", "rho": "", "alpha": 0.0, "recipe": "constant",
   "slot_budget": 0.0, "policy_floor": 0.1, "dont_know": "token", "dont_know_prior": 0.9,
@@ -36,7 +36,7 @@ _WRITTEN_BY_0_1: dict[str, Any] = {
 
 
 def all_options() -> dict[str, type]:
-  """The options of all methods, with the type that a ConfigDict holds them in; lists are text, such as '0:0:0:1'."""
+  """The options of all methods with their types in a ConfigDict; lists are strings such as '0:0:0:1'."""
   options: dict[str, type] = {}
   for name in methods.METHODS:
     for field, hint in _hints(name).items():
@@ -46,11 +46,11 @@ def all_options() -> dict[str, type]:
 
 
 def default_method() -> dict[str, Any]:
-  """The values of the group `method` that experiments start from: `cyb`, with nothing set."""
+  """The default values of the group `method`: `cyb`, with all options unset."""
   values: dict[str, Any] = {"name": "cyb"}
   for name, kind in all_options().items():
     if name in _NONE_IS_A_VALUE:
-      # A reference of this type accepts None too.
+      # A FieldReference of this type also accepts None.
       values[name] = config_dict.FieldReference(math.nan, field_type=kind)
     else:
       values[name] = config_dict.placeholder(kind)
@@ -58,7 +58,7 @@ def default_method() -> dict[str, Any]:
 
 
 def without_unset(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The options that are set, of the group in a ConfigDict."""
+  """The options of the group in a ConfigDict that are set."""
 
   def is_unset(name: str, value: Any) -> bool:
     if name in _NONE_IS_A_VALUE:
@@ -69,14 +69,14 @@ def without_unset(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_method(values: Mapping[str, Any], elsewhere: Collection[str] = ()) -> MethodConfig:
-  """The method's own dataclass, from the options that are set.
+  """The method's config dataclass, from the options that are set.
 
   Args:
-    values: of the group.
-    elsewhere: the fields of other groups, for the hint at an unknown option.
+    values: the values of the group.
+    elsewhere: the fields of other groups, for the hint in an error about an unknown option.
 
   Raises:
-    InputError: an unknown method, an option that it does not have, or a value that can't be read or is refused.
+    InputError: the method is unknown, does not have an option, or a value is invalid.
   """
   values = without_unset(values)
   name = values.pop("name", "cyb")
@@ -91,13 +91,13 @@ def parse_method(values: Mapping[str, Any], elsewhere: Collection[str] = ()) -> 
     if _kinds(hint)[0] is tuple:
       value = _parse_list(option, value, hint, num_slots)
       if value is None:
-        continue  # '' is the default
+        continue  # '' means the default
     parsed[option] = typed(f"method.{option}", value, hint)
   return methods.configure(name, **parsed)
 
 
 def written_method(method: MethodConfig) -> dict[str, Any]:
-  """The name and all options of a method as a ConfigDict has them: lists as 'a:b', '' where there is none."""
+  """The name and all options of a method, with the values that they have in a ConfigDict: lists are 'a:b', or ''."""
   values: dict[str, Any] = {"name": method.name}
   hints = _hints(method.name)
   for field in dataclasses.fields(method):
@@ -107,7 +107,7 @@ def written_method(method: MethodConfig) -> dict[str, Any]:
 
 
 def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The group of a config.json without what version 0.1 wrote of options that the method does not have."""
+  """The group of a config.json without the options of other methods that version 0.1 wrote."""
   name = values.get("name", "cyb")
   if name not in methods.METHODS:
     return dict(values)
@@ -120,7 +120,7 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def defaults(name: str) -> dict[str, Any]:
-  """The options of a method at their defaults, as a config.json has them; none for the name of no method."""
+  """The defaults of a method's options in the form that they have in a config.json; empty for an unknown method."""
   if name not in methods.METHODS:
     return {}
   hints = _hints(name)
@@ -131,7 +131,7 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def filled(values: Mapping[str, Any]) -> dict[str, Any]:
-  """The group of a config.json with the defaults of the method's options that are not set."""
+  """The group of a config.json in which all missing options have their defaults."""
   name = values.get("name", "cyb")
   return {"name": name} | defaults(name) | without_unset(migrated(values))
 
@@ -144,20 +144,20 @@ def _hints(name: str) -> dict[str, Any]:
 
 
 def _kinds(hint: Any) -> list[Any]:
-  """int for `int`, tuple and NoneType for `tuple[float, ...] | None`."""
+  """The types of a type hint: int for `int`; tuple and NoneType for `tuple[float, ...] | None`."""
   kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
   return [typing.get_origin(kind) or kind for kind in kinds]
 
 
 def _num_slots(name: str, values: Mapping[str, Any]) -> int:
-  """W, for the messages about lists with a number for each slot."""
+  """W, for messages about lists with one number for each slot."""
   (default,) = [f.default for f in dataclasses.fields(methods.config_class(name)) if f.name == "pauses"] or [0]
   pauses = values.get("pauses", default)
   return pauses + 1 if isinstance(pauses, int) and pauses >= 0 else 1
 
 
 def _parse_list(option: str, value: Any, hint: Any, num_slots: int) -> tuple[float, ...] | tuple[int, ...] | None:
-  """A list of numbers; None where its text is that of the default."""
+  """A list of numbers; None if the value is the default."""
   path = f"method.{option}"
   (of_tuple,) = [kind for kind in _members(hint) if typing.get_origin(kind) is tuple]
   if typing.get_args(of_tuple)[0] is int:
@@ -173,16 +173,17 @@ def _members(hint: Any) -> Iterator[Any]:
 
 
 def _is_last_slot(omega: tuple[float, ...] | None, num_slots: int) -> bool:
-  """Whether omega spells out its default: all weight on the last slot."""
+  """Whether omega equals its default: all weight is on the last slot."""
   return omega is not None and len(omega) == num_slots and omega[-1] > 0 and not any(omega[:-1])
 
 
 def _hint(name: str, option: str, own: list[str], elsewhere: Collection[str]) -> str:
-  """What to do about an option that a method does not have; `elsewhere`: the fields of other groups."""
+  """A hint for an option that a method does not have; `elsewhere` has the fields of other groups."""
   having = [other for other in methods.METHODS if option in _hints(other)]
   if having:
     return (
-      f"method {name!r} has no such option; it has {', '.join(sorted(own)) or 'none'} ({', '.join(having)} have it)"
+      f"method {name!r} has no such option; it accepts {', '.join(sorted(own)) or 'none'} (methods with this option:"
+      f" {', '.join(having)})"
     )
   accepted = [f"method.{field}" for field in (*own, "name")]
   return did_you_mean(f"method.{option}", [*accepted, *elsewhere], written=str, listed=[*own, "name"])

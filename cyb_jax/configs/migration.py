@@ -1,12 +1,12 @@
-"""A config.json of an earlier version, read as a config of this version.
+"""Converts a config.json of an earlier version to a config of this version.
 
-`format` in config.json counts the changes of the meaning of an absent field. Where it is less than `FORMAT`, or absent,
-each field that has been added or whose default has changed since then gets the value that the run was started with, so
-that the run is loaded, and continued, as it was.
+`format` in config.json counts the changes of the meaning of a missing field. If it is less than `FORMAT`, or missing,
+each field that was added or whose default has changed since then gets the value with which the run was started. The run
+is therefore loaded and continued without changes.
 
-- Format 1 has no `tuning.new_rows`: rows that `init_from` had not got started as with 'mean'.
-- In format 1 `thoughtbubbles` without `method.fork_layers` forks before the layers 3, 7 and 11 of 12, and in proportion
-  in every other decoder.
+- Format 1 has no `tuning.new_rows`: rows that `init_from` lacks were initialised as with 'mean'.
+- In format 1, `thoughtbubbles` without `method.fork_layers` forks before layers 3, 7 and 11 of 12, and at proportional
+  layers in other decoders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMAT = 2
 
 
 def migrated(recorded: Mapping[str, Any]) -> dict[str, Any]:
-  """The nested dict of a config.json as a config of this version, which has no `format`."""
+  """Converts the nested dict of a config.json to a config of this version, which has no field `format`."""
   source = {name: value for name, value in recorded.items() if name != "format"}
   if isinstance(source.get("method"), Mapping):
     source["method"] = methods_group.migrated(source["method"])
@@ -35,14 +35,14 @@ def migrated(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def continued(source: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-  """The config with which a run is continued that an earlier version may have started.
+  """The config with which a run of this or an earlier version is continued.
 
-  A field whose default has changed since then, and which the config leaves at its default, gets the run's value: the
-  command that has started a run also continues it.
+  If the default of a field has changed since the run was started, and the config has the default, the field gets the
+  run's value: the command that has started a run also continues it.
 
   Args:
-    source: nested dict; options of the method that are not set are absent.
-    recorded: that of the run's config.json.
+    source: the nested dict of the config, without unset options of the method.
+    recorded: the nested dict of the run's config.json.
   """
   result, run = dict(source), migrated(recorded)
   method, of_run = (x.get("method", {}) for x in (source, run))
@@ -55,12 +55,12 @@ def continued(source: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[st
   return result
 
 
-# Of groups other than `method`, which have a value for each field.
+# Defaults of fields in groups other than `method`, in which unset fields have their defaults.
 _DEFAULTS = {("tuning", "new_rows"): "auto"}
 
 
 def _earlier_values(source: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
-  """What absent fields, by group and name, meant in format 1."""
+  """The values that missing fields had in format 1, by group and name."""
   values: dict[tuple[str, str], Any] = {}
   if source.get("init_from"):
     values["tuning", "new_rows"] = "mean"

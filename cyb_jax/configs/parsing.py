@@ -1,7 +1,7 @@
-"""From a ConfigDict, or the nested dict of a config.json, to a `Config`.
+"""Converts a ConfigDict, or the nested dict of a config.json, to a `Config`.
 
-`default()` is the ConfigDict that every file in `experiments/` starts from and that flags override; `freeze` turns it
-into a `Config`, validated whole, before anything is compiled or written. Both are pure: they read no file.
+`default()` is the ConfigDict that every file in `experiments/` modifies and that flags override; `freeze` converts it
+to a `Config` and validates it before anything is compiled or written. Both are pure: they read no files.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def default() -> ml_collections.ConfigDict:
 
 
 def field_paths() -> list[str]:
-  """All fields of a config, 'optimizer.learning_rate' for example, with the options of all methods; and the groups."""
+  """The groups and all fields of a config, 'optimizer.learning_rate' for example, with the options of all methods."""
   names: dict[str, Sequence[str]] = {"method": ["name", *methods_group.all_options()]}
   names |= {name: [field.name for field in dataclasses.fields(group)] for name, group in GROUPS.items()}
   names["decoder"] = ["preset", *DECODER_FIELDS]
@@ -66,13 +66,13 @@ def field_paths() -> list[str]:
 
 
 def _plain_type(annotation: Any) -> type:
-  """The one type of `int`, `float | None`, ... given as a type or, with postponed annotations, as its source."""
+  """The type in an annotation such as `int` or `float | None`, which may be postponed and therefore a string."""
   name = str(annotation).split("|")[0].strip()
   return {"int": int, "float": float, "bool": bool, "str": str}[name]
 
 
 def to_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """A nested dict of plain values; options of the method that are not set are left out."""
+  """A nested dict of plain values, without unset options of the method."""
   if not isinstance(config, ml_collections.ConfigDict):
     return copy.deepcopy(dict(config))
   values = config.to_dict()
@@ -87,16 +87,16 @@ def to_json(config: Config) -> str:
 
 
 def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-  """Frozen dataclasses from a ConfigDict (or the nested dict of a config.json), validated whole.
+  """Converts a ConfigDict, or the nested dict of a config.json, to validated frozen dataclasses.
 
-  Names such as 'deeper@ap', and a decoder that is that of `init_from`, are resolved before; see
-  `cyb_jax.studies.resolution`.
+  Names such as 'deeper@ap', and the decoder of `init_from`, must be resolved before; see `cyb_jax.studies.resolution`.
 
   Raises:
-    InputError: one line that names the field, the value, and what would be accepted.
+    InputError: a field is unknown or its value is invalid; the message names the field, the value, and the accepted
+      values.
   """
   source = to_dict(config)
-  source.pop("format", None)  # what is written by this version needs no migration
+  source.pop("format", None)  # a config of this version needs no migration
   _check_names("", source, ["method", *GROUPS, "decoder", "init_from"])
   method = source.get("method", {})
   _check_names("method.", method, list(method) if isinstance(method, Mapping) else [])
@@ -117,7 +117,7 @@ def freeze(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def _group(name: str, group: type, values: Any) -> Any:
-  """The dataclass of a group's values."""
+  """The dataclass of a group with these values."""
   _check_names(f"{name}.", values, [field.name for field in dataclasses.fields(group)])
   hints = typing.get_type_hints(group)
   return group(**{field: typed(f"{name}.{field}", value, hints[field]) for field, value in values.items()})

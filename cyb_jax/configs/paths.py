@@ -1,4 +1,4 @@
-"""The fields of a config that hold paths."""
+"""The config fields whose values are paths."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from cyb_jax.errors import InputError
 from cyb_jax.option_syntax import Item, parse_mixture, parse_options, written_mixture, written_options
 
-# Values of data.tokenizer that are no paths.
+# Values of data.tokenizer that are not paths.
 _NO_FILE = re.compile(r"|bytes|sentencepiece:.*")
 
 
 def with_paths(
   source: Mapping[str, Any], spelling: Callable[[str], str], options: Callable[[Mapping[str, str]], dict[str, str]]
 ) -> dict[str, Any]:
-  """A nested config in which each path is replaced by another spelling of it; other values stay as they are.
+  """A nested config in which each path is replaced by the result of a function; other values are unchanged.
 
-  The paths are `init_from`, `data.store`, `data.tokenizer` where that is a file or folder, some of `data.options`, and
-  the stores and options in `data.mixture`.
+  The paths are `init_from`, `data.store`, `data.tokenizer` if it is a file or folder, some of `data.options`, and the
+  stores and options in `data.mixture`.
 
   Args:
     source: see `configs.freeze`; it need not be valid.
-    spelling: another spelling of a path, such as the absolute one; of '' it is ''.
-    options: a task's options -> the same with other spellings of their paths.
+    spelling: path -> the path that replaces it, such as the absolute path; it must map '' to ''.
+    options: a task's options -> the options with replaced paths.
   """
   changed = dict(source)
   if isinstance(changed.get("init_from"), str):
@@ -47,7 +47,7 @@ def with_paths(
 def _options(text: str, spelled: Callable[[Mapping[str, str]], dict[str, str]]) -> str:
   try:
     given = parse_options("data.options", text)
-  except InputError:  # it is reported when the config is frozen
+  except InputError:  # the error is reported when the config is frozen
     return text
   changed = spelled(given)
   return text if changed == given else written_options(changed)

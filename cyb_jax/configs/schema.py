@@ -1,6 +1,6 @@
-"""The groups of a run's configuration as frozen dataclasses.
+"""The groups of a run's config as frozen dataclasses.
 
-`parsing` makes them of a ConfigDict, `validation` checks their values.
+`parsing` creates them from a ConfigDict, and `validation` checks their values.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class DataConfig:
   """The text that is read.
 
   Attributes:
-    task: the name of the task that the text is read from (`cyb_jax.data.tasks`), or 'seqio:NAME'.
-    tokenizer: the tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of one
-      (`data.open_tokenizer`), or '': that of `init_from`. On the command line the tokenizer of a `store` that is
-      prepared is taken, unless this field is set there too.
-    store: the folder of the token store, which is prepared if it is missing; '': one in the user's cache folder.
-    options: the options of the task, as 'key=value,key=value'; a comma inside a value is written '\\,'.
-    mixture: several sources by weight in place of `task`, as 'c4_en:0.7,jsonl(pattern=x.jsonl):0.3'; a source is a task
-      with its options, or the folder of a token store.
+    task: the name of the task from which text is read (`cyb_jax.data.tasks`), or 'seqio:NAME'.
+    tokenizer: the tokenizer: 'sentencepiece:SIZE' (trained on the task), 'bytes', the path of a tokenizer
+      (`data.open_tokenizer`), or '' for the tokenizer of `init_from`. If `store` is a prepared store, programs use its
+      tokenizer, unless this field is also set on the command line.
+    store: the folder of the token store, which is prepared if it is missing; '': a folder in the user's cache folder.
+    options: the options of the task, as 'key=value,key=value'; a comma inside a value is '\\,'.
+    mixture: several sources with weights instead of `task`, as 'c4_en:0.7,jsonl(pattern=x.jsonl):0.3'; a source is a
+      task with its options, or the folder of a token store.
     sequence_length: T, the number of real tokens in a window.
     batch_size: the number of windows in a step, over all devices and hosts.
-    fraction: the share of the training windows that is used; the windows don't depend on the seed.
+    fraction: the fraction of the training windows that is used; the selection doesn't depend on the seed.
     document_mask: whether attention is restricted to the token's own document.
     seed: the seed of the order of windows.
   """
@@ -59,16 +59,17 @@ class OptimizerConfig:
     rate_over_width: whether the rate is divided by d_model (the paper's form).
     schedule: how the rate changes: 'cosine' (to the final rate), 'wsd' (constant, then linear to the final rate) or
       'constant'; each after a linear warm-up.
-    warmup_fraction: the share of the steps that is warm-up.
-    decay_fraction: the share of the steps, at the end, in which the rate decays (wsd).
-    final_fraction: the final rate as a fraction of the highest one.
+    warmup_fraction: the fraction of the steps that is warm-up.
+    decay_fraction: the fraction of the steps, at the end, in which the rate decays (wsd).
+    final_fraction: the final rate as a fraction of the highest rate.
     beta1: the decay of Adam's first moment.
     beta2: the decay of Adam's second moment.
     epsilon: the constant in the denominator of Adam's update.
-    weight_decay: the decay of the matrices, times the learning rate; norms, biases, embeddings and output rows have
-      none.
+    weight_decay: the weight decay of matrices, which is multiplied by the learning rate; norms, biases, embeddings and
+      output rows have no weight decay.
     clip_norm: the global gradient norm is clipped to this value; 0: no clipping.
-    accumulate: the batch is processed in this many parts, one after another; the gradient is that of the whole batch.
+    accumulate: the number of parts of the batch that are processed one after another; the gradient is the gradient of
+      the entire batch.
   """
 
   learning_rate: float = 2e-3
@@ -90,19 +91,19 @@ class TrainConfig:
   """The length of training, and when metrics, validations and checkpoints are written.
 
   Attributes:
-    steps: the number of training steps; 0: as many as `epochs` take.
-    epochs: the number of passes over the used windows, where `steps` is 0.
+    steps: the number of training steps; 0: the number of steps of `epochs` epochs.
+    epochs: the number of passes over the used windows, if `steps` is 0.
     seed: the seed of the initialisation and of the methods' random draws.
     log_every: the number of steps between two lines of metrics.
     eval_every: the number of steps between two validations; 0: only at the end.
-    eval_limit: the number of windows of a validation during training; 0: the whole split.
-    last_eval_limit: the number of windows of the evaluation at the end; 0: the whole split, which comparisons require.
+    eval_limit: the number of windows of a validation during training; 0: all windows.
+    last_eval_limit: the number of windows of the evaluation at the end; 0: all windows, which comparisons require.
     checkpoint_every: the number of steps between two checkpoints; 0: only at the end.
-    keep: how many of the newest checkpoints are kept, in addition to the best one.
+    keep: the number of newest checkpoints that are kept, in addition to the best one.
     tensorboard: whether event files for TensorBoard are written.
-    max_skipped: the run stops after this many steps in a row whose loss or gradient isn't finite. Fewer are skipped:
-      they are not applied, but counted and logged.
-    collapse_warning: a warning is logged when the mean probability of stopping at one slot is above this value.
+    max_skipped: the run stops after this many consecutive steps whose loss or gradient isn't finite. Fewer such steps
+      are skipped: they are not applied, but counted and logged.
+    collapse_warning: a warning is logged when the mean probability of stopping at one slot exceeds this value.
   """
 
   steps: int = 0
@@ -121,14 +122,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-  """How a step is divided among devices.
+  """The division of a step among devices.
 
   Attributes:
-    strategy: how the step is compiled: 'jit', over a mesh; or 'pmap', which is data-parallel only.
-    data: the number of devices on the mesh axis that splits the batch; -1: all that the other axes leave.
+    strategy: the transformation of the step: 'jit', over a mesh; or 'pmap', which is only data-parallel.
+    data: the number of devices on the mesh axis that splits the batch; -1: all devices divided by fsdp x tensor.
     fsdp: the number of devices on the axis that splits the batch and the parameters.
     tensor: the number of devices on the axis that splits heads, mlp and vocabulary.
-    chunk_size: the number of slots that the readout processes at once, per device; 0: as many as give 256 MiB of f32
+    chunk_size: the number of slots that the readout processes at once, per device; 0: as many as have 256 MiB of f32
       logits.
   """
 
@@ -141,12 +142,12 @@ class ParallelismConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-  """Number formats. Trained parameters and the optimizer's state are f32.
+  """Number formats. Trained parameters and the optimizer state are f32.
 
   Attributes:
-    activations: the number format of activations: 'float32', 'bfloat16', or 'auto': bfloat16 on accelerators, float32
-      on CPUs.
-    params: the number format of the decoder's parameters: 'float32'; or 'bfloat16', where they aren't trained
+    activations: the number format of activations: 'float32', 'bfloat16', or 'auto', which is bfloat16 on accelerators
+      and float32 on CPUs.
+    params: the number format of the decoder's parameters: 'float32'; or 'bfloat16', if they aren't trained
       (`tuning.weights`).
     matmul: the precision of f32 matrix products: 'default', 'high' or 'highest'.
   """
@@ -158,19 +159,20 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningConfig:
-  """Which parameters are trained. The others have neither gradient nor optimizer state.
+  """The selection of the trained parameters. The other parameters have neither gradient nor optimizer state.
 
   Attributes:
     weights: the parameters that are trained: 'all'; 'lora': adapters of the decoder's matrices, and the new rows; or
-      'new': the new rows only, which are the method's own parameters outside of the decoder: those of the pauses and of
+      'new': only the new rows, which are the method's parameters outside the decoder, such as the rows of pauses and of
       `<don't know>`.
     lora_rank: the inner size of the adapters, see `cyb_jax.decoder.LoraConfig`.
     lora_alpha: the output of an adapter is multiplied by lora_alpha / lora_rank.
     lora_targets: the matrices that have an adapter, in every layer.
     new_rate: a factor on the learning rate of the new rows.
-    new_rows: the initial values of the rows of pauses and of `<don't know>` that the model of `init_from` doesn't have:
-      'zero', plus noise; 'unused', entries of the vocabulary that no text uses; 'draws' around the mean of the
-      embeddings; 'mean', unused entries or else that mean; 'auto' picks one of them (`cyb_jax.interop.new_rows`).
+    new_rows: the initial values of the rows of pauses and of `<don't know>` that the model of `init_from` lacks:
+      'zero': zeros plus noise; 'unused': unused entries of the vocabulary; 'draws': samples around the mean of the
+      embeddings; 'mean': unused entries, or that mean if there are none; 'auto': one of these
+      (`cyb_jax.interop.new_rows`).
   """
 
   weights: str = "all"
@@ -187,27 +189,27 @@ class TuningConfig:
     return LoraConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=targets)
 
 
-# Fields of DecoderConfig that other groups of the config decide.
+# Fields of DecoderConfig that are determined by other groups of the config.
 _ELSEWHERE = ("dtype", "param_dtype", "lora")
 DECODER_FIELDS = {f.name: f for f in dataclasses.fields(DecoderConfig) if f.name not in _ELSEWHERE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """The config of a run, frozen and valid.
+  """The frozen and validated config of a run.
 
   Attributes:
-    method: which method is trained, and its options.
-    decoder: the preset's name, '' for none, and the fields of `DecoderConfig` that override it.
+    method: the method that is trained, and its options.
+    decoder: the name of the preset, or '' for none, and the fields of `DecoderConfig` that override it.
     data: the text that is read.
     optimizer: AdamW and its schedule.
     train: the length of training, and when metrics, validations and checkpoints are written.
-    parallelism: how a step is divided among devices.
+    parallelism: the division of a step among devices.
     precision: number formats.
-    tuning: which parameters are trained.
-    init_from: what training starts from: a run's folder or the weights of other projects
-      (`cyb_jax.interop.pretrained`); '': fresh parameters.
-    source: the nested dict that this was frozen from, which is the content of config.json.
+    tuning: the selection of the trained parameters.
+    init_from: the initial parameters: a run's folder or the weights of other projects (`cyb_jax.interop.pretrained`);
+      '': newly initialised parameters.
+    source: the nested dict from which this config was created; it is the content of config.json.
   """
 
   method: MethodConfig
@@ -224,11 +226,12 @@ class Config:
   def decoder_config(self, vocab_size: int | None = None) -> DecoderConfig:
     """The decoder for a vocabulary.
 
-    Its tables have `decoder.vocab_size` rows; where that isn't set, the size of the vocabulary rounded up to a multiple
-    of 128, so that they can be sharded. None: the preset's own size (for counting and compiling without a tokenizer).
+    Its tables have `decoder.vocab_size` rows. If that isn't set, they have the size of the vocabulary rounded up to a
+    multiple of 128, so that they can be sharded. For `vocab_size` None, they have the preset's size (for counting and
+    compiling without a tokenizer).
 
     Raises:
-      InputError: the vocabulary doesn't fit into decoder.vocab_size.
+      InputError: the vocabulary has more than decoder.vocab_size entries.
     """
     fields = {k: v for k, v in self.decoder.items() if k != "preset" and v is not None}
     rows = fields.get("vocab_size")
@@ -236,32 +239,32 @@ class Config:
       if rows is None:
         fields["vocab_size"] = -(-vocab_size // 128) * 128
       elif rows < vocab_size:
-        raise InputError(f"decoder.vocab_size: {rows} rows, but the tokenizer has {vocab_size} entries")
+        raise InputError(
+          f"decoder.vocab_size: {rows}, but the tokenizer has {vocab_size} entries; give at least this number"
+        )
     lora = self.tuning.lora if self.tuning.weights == "lora" else None
     fields |= dict(lora=lora, dtype=self.activation_dtype, param_dtype=self.precision.params)
     if self.decoder["preset"]:
       return preset(self.decoder["preset"], **fields)
     for size in SIZES:
       if size not in fields:
-        raise InputError(
-          f"decoder.{size}: not set; set it, or name a decoder.preset, or leave the decoder to that of init_from"
-        )
+        raise InputError(f"decoder.{size}: not set; set it, or set decoder.preset, or set init_from to use its decoder")
     return DecoderConfig(**fields)
 
   @property
   def tokenizer(self) -> str:
-    """The name of the tokenizer: `data.tokenizer`, or where that is '', `init_from`.
+    """The spec of the tokenizer: `data.tokenizer`, or `init_from` if `data.tokenizer` is ''.
 
     Raises:
       InputError: neither is given.
     """
     if not (self.data.tokenizer or self.init_from):
-      raise InputError("data.tokenizer: '' is the tokenizer of init_from, which isn't given; give either")
+      raise InputError("data.tokenizer: '' means the tokenizer of init_from, which isn't set; set one of them")
     return self.data.tokenizer or self.init_from
 
   @property
   def evaluation_rows(self) -> int:
-    """Windows that evaluation reads at a time: as many as training processes at once."""
+    """The number of windows in a batch of evaluation: as many as training processes at once."""
     return self.data.batch_size // self.optimizer.accumulate
 
   @property
@@ -271,11 +274,11 @@ class Config:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
   def build_method(self, vocab_size: int | None = None, *, data_shards: int = 1) -> Method:
-    """The method over a vocabulary.
+    """The method for a vocabulary.
 
     Args:
-      vocab_size: of the vocabulary, see `decoder_config`.
-      data_shards: devices that a batch is split over, under jit.
+      vocab_size: the size of the vocabulary, see `decoder_config`.
+      data_shards: the number of devices over which a batch is split, under jit.
     """
     return methods.build(
       self.method,
@@ -291,5 +294,5 @@ class Config:
     return parse_options("data.options", self.data.options)
 
   def mixture(self) -> tuple[Item, ...]:
-    """The sources of `data.mixture`; none if it is ''."""
+    """The sources of `data.mixture`; empty if it is ''."""
     return parse_mixture("data.mixture", self.data.mixture) if self.data.mixture else ()

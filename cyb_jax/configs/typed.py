@@ -1,4 +1,4 @@
-"""Values of a config, as the types of their fields."""
+"""Checks the types of config values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cyb_jax.errors import InputError
 
 
 def typed(path: str, value: Any, hint: Any) -> Any:
-  """The value, as the type of its field; a float field accepts an int.
+  """Checks that a value has the type of its field, and returns it; a float field also accepts an int.
 
   Args:
-    path: of the field, for the message.
-    value: as it was given.
+    path: the path of the field, for the message.
+    value: the value.
     hint: a type, or a union of types.
 
   Raises:
-    InputError: the value is of another type, or a float that is not finite.
+    InputError: the value has another type, or is a float that is not finite.
   """
   accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
   accepted = tuple(typing.get_origin(kind) or kind for kind in accepted)

@@ -1,4 +1,4 @@
-"""Checks of a config's values that need no data: ranges of the fields, and what two fields require of each other."""
+"""Checks of a config's values that need no data: ranges of fields, and combinations of fields."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cyb_jax.field_rules import (
 from cyb_jax.methods import WEIGHTS
 from cyb_jax.methods.parameters import new_parameters
 
-# The first rule that is broken is the one that is reported.
+# Only the first violated rule is reported.
 RULES: dict[str, dict[str, Rule]] = {
   "data": {
     "task": checked_later("the name of a task, which cyb-prepare --help lists, or seqio:NAME"),
-    "tokenizer": checked_later("sentencepiece:SIZE, bytes, a path, or '' for that of init_from"),
-    "store": checked_later("a folder, or '' for one in the user's cache"),
+    "tokenizer": checked_later("sentencepiece:SIZE, bytes, a path, or '' for the tokenizer of init_from"),
+    "store": checked_later("a folder, or '' for a folder in the user's cache"),
     "options": checked_later("key=value,key=value, or '' for none"),
-    "mixture": checked_later("SOURCE:WEIGHT,SOURCE:WEIGHT, or '' for data.task alone"),
+    "mixture": checked_later("SOURCE:WEIGHT,SOURCE:WEIGHT, or '' for only data.task"),
     "sequence_length": AT_LEAST_1,
     "batch_size": AT_LEAST_1,
     "document_mask": SWITCH,
@@ -47,13 +47,13 @@ RULES: dict[str, dict[str, Rule]] = {
     "beta2": DECAY,
     "epsilon": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
-    "clip_norm": not_negative("clips nothing"),
+    "clip_norm": not_negative("means no clipping"),
     "rate_over_width": SWITCH,
     "accumulate": Rule(AT_LEAST_1.accepts, "at least 1 and a divisor of data.batch_size"),
   },
   "train": {
-    "steps": not_negative("takes train.epochs"),
-    "epochs": not_negative("trains nothing and evaluates what training would start from"),
+    "steps": not_negative("means train.epochs"),
+    "epochs": not_negative("means that the initial parameters are evaluated without training"),
     "log_every": AT_LEAST_1,
     "max_skipped": AT_LEAST_1,
     "keep": AT_LEAST_1,
@@ -67,8 +67,8 @@ RULES: dict[str, dict[str, Rule]] = {
   },
   "parallelism": {
     "strategy": one_of("jit", "pmap", wanted="'jit' or 'pmap'"),
-    "data": Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for what is left"),
-    "chunk_size": not_negative("picks a size"),
+    "data": Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for the remaining devices"),
+    "chunk_size": not_negative("means automatic"),
     "fsdp": AT_LEAST_1,
     "tensor": AT_LEAST_1,
   },
@@ -78,19 +78,19 @@ RULES: dict[str, dict[str, Rule]] = {
     "params": one_of("float32", "bfloat16"),
   },
   "tuning": {
-    **{name: checked_later(rule.wanted) for name, rule in LORA_RULES.items()},  # by LoraConfig
+    **{name: checked_later(rule.wanted) for name, rule in LORA_RULES.items()},  # LoraConfig checks them
     "weights": one_of(*WEIGHTS, wanted="'all', 'lora' or 'new'"),
-    "new_rate": not_negative("leaves the new rows as they start"),
+    "new_rate": not_negative("means that the new rows are not trained"),
     "new_rows": one_of("auto", "zero", "unused", "draws", "mean"),
   },
 }
 
 
 def validate(config: Config) -> None:
-  """Checks everything that is known before the data is read.
+  """Checks everything that can be checked before the data is read.
 
   Raises:
-    InputError: one line that names the field, the value, and what would be accepted.
+    InputError: a value is invalid; the message names the field, the value, and the accepted values.
   """
   for group, rules in RULES.items():
     check_fields(group, getattr(config, group), rules)
@@ -110,7 +110,7 @@ def _check_mixture(config: Config) -> None:
   config.mixture()
   for name in ("store", "options"):
     if config.data.mixture and getattr(config.data, name):
-      wanted = "'' where data.mixture is given; name stores and options inside the mixture"
+      wanted = "'' if data.mixture is set; give stores and options inside the mixture"
       raise _invalid(config, "data", name, wanted)
 
 
@@ -135,18 +135,18 @@ def _check_pmap(config: Config) -> None:
 
 def _check_tuning(config: Config) -> None:
   tuning, params = config.tuning, config.precision.params
-  tuning.lora  # noqa: B018 - it checks its fields, used or not
+  tuning.lora  # noqa: B018 - the property checks its fields
   trains = config.train.steps > 0 or config.train.epochs > 0
   if params == "bfloat16" and tuning.weights == "all" and trains:
-    wanted = "float32 where tuning.weights = 'all': small updates would be rounded away"
+    wanted = "float32 if tuning.weights = 'all', because small updates would be lost in rounding"
     raise _invalid(config, "precision", "params", wanted)
   if tuning.new_rows == "zero" and getattr(config.method, "pause_input", "pause") != "token+pause":
-    wanted = "another of them, unless method.pause_input = 'token+pause': a pause's input would be noise alone"
+    wanted = "another option unless method.pause_input = 'token+pause', because the inputs of pauses would be noise"
     raise _invalid(config, "tuning", "new_rows", wanted)
   if tuning.weights != "all" and not config.init_from:
     raise InputError(
-      f"init_from: '' with tuning.weights = {tuning.weights!r}, which leaves the decoder's weights as they start, and"
-      " random ones can't be taught so; name the model to start from, or take tuning.weights = 'all'"
+      f"init_from: '' with tuning.weights = {tuning.weights!r}, so the decoder would keep its random initial weights;"
+      " give a pretrained model, or tuning.weights = 'all'"
     )
 
 
@@ -155,5 +155,5 @@ def _check_method(config: Config) -> None:
   method.validate_data(None, config.data.sequence_length)
   if config.tuning.weights == "new" and not any(method.is_trained((name,)) for name in new_parameters(method.init)):
     raise InputError(
-      f"tuning.weights: 'new', but method {method.name!r} with these options has no new rows; take 'lora' or 'all'"
+      f"tuning.weights: 'new', but method {method.name!r} with these options has no new rows; give 'lora' or 'all'"
     )

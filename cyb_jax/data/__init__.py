@@ -1,4 +1,4 @@
-"""Text to tokens to batches. Only reading TFDS and SeqIO tasks of the user's own needs TensorFlow."""
+"""From text to tokens to batches. TensorFlow is needed only to read TFDS datasets and the user's own SeqIO tasks."""
 
 from cyb_jax.data.batches import Batch, Permutation, Prefetch, TrainBatches, evaluation_batches, with_segment_ids
 from cyb_jax.data.mixture_batches import MixtureBatches

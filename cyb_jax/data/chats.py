@@ -1,4 +1,4 @@
-"""Chats as text with weights: the turns of the assistant are learnt, everything else is context."""
+"""Chats as weighted text: the assistant's turns have weight 1, and everything else is context with weight 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cyb_jax.data.tasks import Document
 from cyb_jax.data.tokenizers import Tokenizer, render_chat
 from cyb_jax.errors import InputError
 
-# No special entry has more characters.
+# An upper bound of the number of characters in a special entry.
 _LONGEST_ENTRY = 256
 
 
@@ -18,33 +18,34 @@ def template_digest(tokenizer: Tokenizer | None) -> str:
   """Hexadecimal sha256 of a tokenizer's chat template, which the tokenizer's own digest does not cover.
 
   Args:
-    tokenizer: None: one that is trained on the task's text.
+    tokenizer: the tokenizer; None means one that is trained on the task's text, which has no chat template.
 
   Raises:
-    InputError: it has no chat template.
+    InputError: the tokenizer has no chat template.
   """
   if tokenizer is None or tokenizer.chat_template is None:
     raise InputError(
-      "data.options.messages_key: the tokenizer has no chat template; give as data.tokenizer, or init_from, an instruct"
-      " model's folder whose tokenizer_config.json has chat_template, or its GGUF file"
+      "data.options.messages_key: the tokenizer has no chat template; set data.tokenizer or init_from to the folder of"
+      " an instruct model whose tokenizer_config.json has chat_template, or to its GGUF file"
     )
   return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
 
 
 def rendered(tokenizer: Tokenizer, document: Document) -> Document:
-  """A chat as the text of the tokenizer's template, with weight 1 on what the assistant writes.
+  """Renders a chat with the tokenizer's chat template; the assistant's turns have weight 1.
 
-  An assistant's turn is what the template adds to the turns before it and the beginning of an answer
-  (`add_generation_prompt`), with the special entry that ends the turn; white space after that entry has weight 0, since
-  generation has stopped before it. Templates get no clock, so that the text is the same on every day.
+  The text of an assistant's turn is the difference between two renderings: the chat up to and including this turn,
+  and the chat before it with `add_generation_prompt`. It includes the special entry that ends the turn. White space
+  after that entry has weight 0, because generation stops before it. Templates cannot read the clock, so the text does
+  not depend on the date.
 
   Args:
-    tokenizer: with a chat template.
-    document: with `messages`.
+    tokenizer: a tokenizer with a chat template.
+    document: a document with `messages`.
 
   Raises:
-    InputError: the template refuses the messages, or writes earlier turns in another way once later ones follow, so
-      that the turns cannot be found; the message names file and row.
+    InputError: the template rejects the messages, or renders a turn differently when later turns follow, so the turn
+      cannot be located; the message names the file and the row.
   """
   messages = document.messages or ()
   try:
@@ -54,15 +55,15 @@ def rendered(tokenizer: Tokenizer, document: Document) -> Document:
       if message["role"] == "assistant":
         if number == 0:
           raise InputError(
-            "messages: the chat begins with the assistant, so that where its turn begins cannot be found; put a turn of"
+            "messages: the chat begins with a turn of the assistant, whose beginning cannot be located; put a turn of"
             " the user or the system before it"
           )
         before = render_chat(tokenizer, messages[:number], True, clock=False)
         after = render_chat(tokenizer, messages[: number + 1], clock=False)
         if not (text.startswith(after) and after.startswith(before)):
           raise InputError(
-            f"messages: the chat template writes turn {number + 1} in another way once later turns follow, so that its"
-            " tokens cannot be found; split the chat after each assistant's turn, or take another template"
+            f"messages: the chat template renders turn {number + 1} differently when later turns follow, so its tokens"
+            " cannot be located; split the chat after each of the assistant's turns, or use another template"
           )
         end = _end_of_turn(tokenizer, after)
         weights[len(before.encode()) : len(after[:end].encode())] = 1
@@ -72,7 +73,7 @@ def rendered(tokenizer: Tokenizer, document: Document) -> Document:
 
 
 def _end_of_turn(tokenizer: Tokenizer, text: str) -> int:
-  """Where a turn at the end of a text ends: before white space that follows a special entry."""
+  """The index at which the last turn of a text ends: before white space that follows a special entry."""
   stripped = text.rstrip()
   # Special entries decode to no text.
   last = tokenizer.encode_with_special(stripped[-_LONGEST_ENTRY:])[-1:]

@@ -1,4 +1,4 @@
-"""Files of a token store whose digests are checked part by part while they are read."""
+"""Files of a token store whose digests are checked chunk by chunk while they are read."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from etils import epath
 
 from cyb_jax.storage.streams import Output, read, read_parts
 
-# Every part of this many bytes has its own digest, so that a part can be read and checked alone.
+# Every chunk of this many bytes has its own digest, so a chunk can be read and checked without the rest of the file.
 CHUNK_BYTES = 4 << 20
 
 
 def parts(path: epath.Path) -> Iterator[bytes]:
-  """A file in parts of `CHUNK_BYTES`."""
+  """The content of a file in parts of `CHUNK_BYTES`."""
   return read_parts(path, CHUNK_BYTES)
 
 
 class Sink:
-  """Writes a file in parts, and computes its digests.
+  """Writes a file in parts and computes its digests.
 
   Args:
-    file: from `cyb_jax.storage.streams.new_file`.
-    chunked: whether every `CHUNK_BYTES` of the file have a digest, for `Chunked`; otherwise the whole file has one.
+    file: the result of `cyb_jax.storage.streams.new_file`.
+    chunked: whether every `CHUNK_BYTES` of the file get a digest, for `Chunked`; otherwise the file gets a single one.
   """
 
   def __init__(self, file: Output, *, chunked: bool = False):
@@ -53,8 +53,8 @@ class Sink:
   def close(self) -> dict[str, Any]:
     """The description of the file: `bytes`, and hexadecimal `sha256`.
 
-    `sha256` is the digest of the whole file, or a list of the digests of its chunks of `chunk_bytes` bytes, of which
-    the last one may be shorter.
+    `sha256` is the digest of the file, or a list of the digests of its chunks of `chunk_bytes` bytes. The last chunk
+    may be shorter.
     """
     if not self._chunked:
       return {"bytes": self._size, "sha256": self._whole.hexdigest()}
@@ -72,14 +72,14 @@ class Damaged(Exception):
 
 
 class Chunked:
-  """A file that `Sink` has written, read in parts that are checked; the chunk that was read last is kept.
+  """Reads a file that `Sink` has written and checks each chunk; the last chunk is cached.
 
   Args:
-    path: of the file.
+    path: path of the file.
     described: the value that `Sink.close` returned.
 
   Raises:
-    Damaged: when a part is read that is missing or altered.
+    Damaged: a chunk that is read is missing or altered.
   """
 
   def __init__(self, path: epath.Path, described: dict[str, Any]):
@@ -107,5 +107,5 @@ class Chunked:
     except FileNotFoundError:
       raise Damaged(f"{os.fspath(self.path)} is missing") from None
     if len(content) != end - begin or hashlib.sha256(content).hexdigest() != self._digests[number]:
-      raise Damaged(f"{os.fspath(self.path)} isn't what was written")
+      raise Damaged(f"{os.fspath(self.path)} was altered after it was written")
     return content

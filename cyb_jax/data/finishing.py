@@ -1,4 +1,4 @@
-"""Makes a store of pieces that are whole: the order of its documents, its shards, its description, its place."""
+"""Builds a store from complete pieces: orders the documents, writes shards and description, and publishes the store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
 from cyb_jax.storage import streams
 
-# Copying fewer takes less time than to start a process.
+# Copying fewer tokens than this takes less time than starting a process.
 _TOKENS_WORTH_A_PROCESS = 1 << 26
 
 Digests = dict[tuple[str, int], dict[str, str]]
@@ -27,18 +27,18 @@ Digests = dict[tuple[str, int], dict[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class StoreBuilder:
-  """Makes the store of a plan.
+  """Builds the store of a plan.
 
   Attributes:
-    plan: what is prepared.
+    plan: the plan.
     pieces: all pieces of the task.
     tokenizer: the store's tokenizer.
     saved_tokenizer: a local folder that `tokenizer.save` has written.
     output: the folder of the shards, on the disk or in the bucket of the store.
-    made_of: represents everything that decides the content of a shard.
-    run: (jobs, number of processes, report) -> (job, result) as they are done; see `workers.run`.
-    processes: at most so many copy shards.
-    progress: logs what is done.
+    made_of: a digest of everything that determines the content of a shard.
+    run: (jobs, number of processes, report) -> (job, result) of each job when it is done; see `workers.run`.
+    processes: the largest number of processes that copy shards.
+    progress: logs the progress.
   """
 
   plan: Plan
@@ -52,17 +52,17 @@ class StoreBuilder:
   progress: Progress
 
   def build(self, documents: Sequence[int]) -> dict[str, Any]:
-    """Makes the store; returns its description.
+    """Builds the store and returns its description.
 
     Args:
-      documents: number of documents of each piece, without empty ones.
+      documents: number of nonempty documents of each piece.
 
     Raises:
       InputError: train has no text.
-      Damaged: a file of a piece is not what was written.
-      StorageError, ChildProcessError: the disk fails, or a worker died.
+      Damaged: a file of a piece was altered.
+      StorageError, ChildProcessError: the disk failed, or a worker died.
     """
-    self.progress.say(f"merging {len(self.pieces)} pieces")
+    self.progress.log(f"merging {len(self.pieces)} pieces")
     streams.make_folder(self.output)
     with streams.scratch_folder(self.plan.folder) as scratch:
       splits = self._lay_out(documents, scratch)
@@ -72,7 +72,7 @@ class StoreBuilder:
     return description
 
   def _lay_out(self, documents: Sequence[int], scratch: Path) -> dict[str, merging.Split]:
-    """Drops duplicates and writes which tokens each shard is made of."""
+    """Drops duplicates and writes, for each shard, the list of the token runs that it consists of."""
     plan, task = self.plan, self.plan.task
     groups = dict.fromkeys(piece.group for piece in self.pieces)
     splits_of = {group: task.splits_of(group) for group in groups}
@@ -90,20 +90,20 @@ class StoreBuilder:
     )
     for split in emptied:
       if split != "train":
-        self.progress.say(f"all {emptied[split]:,} documents of {split} are copies of others; the split is left out")
+        self.progress.log(f"all {emptied[split]:,} documents of {split} are duplicates; the split is omitted")
     if "train" not in splits:
       streams.remove(plan.folder)
       if "train" in emptied:
         raise InputError(
-          f"data.task={task.name!r}: all {emptied['train']:,} documents of train occur in a held-out split too"
-          f" ({', '.join(splits)}), which keeps what occurs in both, so that train is empty; give more varied text or"
-          f" other held-out splits; options {task.options}"
+          f"data.task={task.name!r}: all {emptied['train']:,} documents of train also occur in a held-out split"
+          f" ({', '.join(splits)}), and such documents are dropped from train, so train is empty; give more varied text"
+          f" or other held-out splits; options {task.options}"
         )
       raise InputError(f"data.task={task.name!r}: no text in train; options {task.options}")
     return splits
 
   def _copy(self, splits: dict[str, merging.Split], scratch: Path) -> Digests:
-    """Writes the shards; their digests by split and number."""
+    """Writes the shards; returns their digests by split and number."""
     jobs = [
       {
         "split": split,
@@ -128,13 +128,13 @@ class StoreBuilder:
     """The content of store.json."""
     described = {}
     for split, laid in splits.items():
-      shards = [_described(split, n, shard, digests[split, n]) for n, shard in enumerate(laid.shards)]
+      shards = [_shard_entry(split, n, shard, digests[split, n]) for n, shard in enumerate(laid.shards)]
       described[split] = laid.counts | {"shards": shards}
     description = self.plan.recipe | {"tokenizer": self.tokenizer.describe(), "splits": described}
     return description | {"fingerprint": stores.fingerprint(description)}
 
   def _publish(self, description: dict[str, Any]) -> None:
-    """Writes the tokenizer and then the description, without which there is no store, and moves the store in place."""
+    """Writes the tokenizer and then the description, which makes the folder a store, and moves it to its path."""
     for name in tokenizers.files(self.tokenizer.describe()):
       streams.write(self.output / name, (self.saved_tokenizer / name).read_bytes())
     streams.write_json(self.output / stores.DESCRIPTION, description)
@@ -143,10 +143,10 @@ class StoreBuilder:
         if name.startswith("."):  # a scratch file of a process that was killed
           streams.remove(self.output / name)
       os.rename(self.output, self.plan.path)
-    self.progress.say(f"prepared {os.fspath(self.plan.path)}")
+    self.progress.log(f"prepared {os.fspath(self.plan.path)}")
 
 
-def _described(split: str, number: int, laid: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
+def _shard_entry(split: str, number: int, laid: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
   """A shard's entry in the description."""
   stem = f"{split}-{number:05d}"
   entry = {"file": f"{stem}.tokens", "tokens": laid["tokens"], "sha256": digests["tokens"]}

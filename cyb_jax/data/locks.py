@@ -1,7 +1,7 @@
-"""Mutual exclusion of processes: a lock of the system on a local disk, a lease in a bucket.
+"""Mutual exclusion of processes: a lock of the operating system on a local disk, a lease in a bucket.
 
-The system releases the lock of a process that dies. An object of a bucket remains: its holder signs it every few
-seconds, and a process that finds a lease that is no longer signed takes it over.
+The operating system releases the lock of a process that dies, but an object in a bucket remains. The holder of a lease
+therefore renews it every few seconds, and another process takes over a lease that is no longer renewed.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from etils import epath
 
 from cyb_jax.storage import in_bucket, streams
 
-_SECONDS_BETWEEN_SIGNS = 10.0
+_SECONDS_BETWEEN_RENEWALS = 10.0
 _SECONDS_UNTIL_DEAD = 45.0
 
 
 class Busy(Exception):
-  """Another process holds the lock; the message names it if it is known."""
+  """Another process holds the lock; the message names the process if it is known."""
 
 
 @contextlib.contextmanager
 def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[None]:
-  """Holds a lock for as long as the block.
+  """Holds a lock inside the `with` block.
 
   Args:
-    path: the lock's file; its folder must exist. One that can be read but not written to, such as another user's, can
-      be locked too.
-    wait: the line that is logged before the call waits for another process; '': it doesn't wait. It never waits for the
-      end of a lease in a bucket.
-    shared: whether other processes may hold the lock too if they share it. Without effect in a bucket.
+    path: the lock file; its folder must exist. Read permission is enough, so the file may belong to another user.
+    wait: the line that is logged before the call waits for another process; if it is '', the call doesn't wait. The
+      call never waits for the end of a lease in a bucket.
+    shared: whether other processes that also pass `shared=True` may hold the lock at the same time. It has no effect
+      in a bucket.
 
   Raises:
-    Busy: another process holds it.
-    OSError: the file can be neither written to nor read.
+    Busy: another process holds the lock.
+    OSError: the file can be neither written nor read.
   """
   if in_bucket(path):
     with _leased(path):
@@ -59,12 +59,14 @@ def held(path: epath.Path, *, wait: str = "", shared: bool = False) -> Iterator[
       logging.info("%s", wait)
       fcntl.flock(file, mode)
     except OSError as error:  # some network file systems have no locks
-      logging.warning("%s can't be locked (%s): see that no other process does the same", path, error.strerror)
+      logging.warning(
+        "%s can't be locked (%s): make sure that no other process writes there at the same time", path, error.strerror
+      )
     yield
 
 
 def opened(path: epath.Path) -> IO[str]:
-  """The lock's file, open; it is made where it does not exist."""
+  """Opens a lock file; the file is created if it does not exist."""
   try:
     return open(path, "a")
   except OSError as error:
@@ -78,11 +80,16 @@ def opened(path: epath.Path) -> IO[str]:
 
 @contextlib.contextmanager
 def _leased(path: epath.Path) -> Iterator[None]:
-  """Holds a lease; one whose holder has stopped to sign is taken over."""
+  """Holds a lease; a lease that its holder no longer renews is taken over."""
   mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
   found = streams.read_json(path)
   if found is not None:
-    logging.info("%s is held by process %s on %s; watching whether it lives", path, found.get("pid"), found.get("host"))
+    logging.info(
+      "%s is held by process %s on %s; checking whether that process is alive",
+      path,
+      found.get("pid"),
+      found.get("host"),
+    )
     deadline = time.monotonic() + _SECONDS_UNTIL_DEAD
     while time.monotonic() < deadline:
       time.sleep(_SECONDS_UNTIL_DEAD / 30)
@@ -92,17 +99,17 @@ def _leased(path: epath.Path) -> Iterator[None]:
       if now != found:
         raise Busy(f"process {now.get('pid')} on {now.get('host')}")
   stop = threading.Event()
-  streams.write_json(path, mine | {"signs": 0})
+  streams.write_json(path, mine | {"renewals": 0})
 
-  def sign():
-    signs = 0
-    while not stop.wait(_SECONDS_BETWEEN_SIGNS):
-      signs += 1
-      # A bucket that fails here fails the work as well, or has recovered by then.
+  def renew():
+    renewals = 0
+    while not stop.wait(_SECONDS_BETWEEN_RENEWALS):
+      renewals += 1
+      # If the bucket fails here and does not recover, the block inside the lease fails with an error of its own.
       with contextlib.suppress(Exception):
-        streams.write_json(path, mine | {"signs": signs})
+        streams.write_json(path, mine | {"renewals": renewals})
 
-  thread = threading.Thread(target=sign, daemon=True)
+  thread = threading.Thread(target=renew, daemon=True)
   thread.start()
   try:
     yield

@@ -1,12 +1,12 @@
 """Merges pieces into a store's shards, in the order of the source and without duplicates.
 
-Two passes over the pieces' indices and one over their tokens; none of them holds more than a part in memory:
+Two passes over the pieces' indices and one over their tokens; each pass keeps only a part of its input in memory:
 
-1. The documents' digests are distributed to files by their value. Equal digests are in one file, where all but the
-   first in the store's order are marked as copies.
-2. The indices are merged by the documents' positions, without the copies. This gives the position of each document's
-   tokens in the store, and the shards' .documents are written.
-3. Each shard copies its tokens and their annotations independently, in several processes.
+1. The documents' digests are distributed to files by value, so equal digests are in the same file. In each group of
+   equal digests, all but the first in the store's order are marked as duplicates.
+2. The indices are merged by the documents' positions, without the duplicates. This determines the position of each
+   document's tokens in the store, and the shards' .documents files are written.
+3. Several processes copy the tokens and annotations of the shards, each shard independently of the others.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from cyb_jax.data import pieces as piece_files
 from cyb_jax.data.pieces import ROW
 from cyb_jax.storage import streams
 
-# Rows of indices in memory at once: of digests, and of each of the pieces that are read at a time.
+# Rows in memory at once: of digests that are sorted, and of the index of each open piece.
 _SORTED_ROWS = 1 << 22
 _READ_ROWS = 1 << 15
-# Pieces that are open at once; more than the files that tf.data interleaves.
+# The number of pieces that are open at once; it exceeds the number of files that tf.data interleaves.
 _OPEN_PIECES = 24
 _DIGEST = np.dtype([("digest", "<u8", (2,)), ("order", "<u8"), ("ordinal", "<u8")])
-# Part of a shard: tokens [begin, end) of a piece's split.
+# A run is a part of a shard: the tokens [begin, end) of a piece's split.
 _RUN = np.dtype([("piece", "<u8"), ("begin", "<u8"), ("end", "<u8")])
 _SPLIT_BITS = np.uint64(56)
-_NOWHERE = 1 << 63  # after all positions
+_AFTER_ALL = 1 << 63  # greater than every position
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-  """All pieces of a task, whole.
+  """All pieces of a task, each of them complete.
 
   Attributes:
-    folder: that contains them.
-    pieces: as the task defines them.
-    documents: number of documents of each, without empty ones.
-    splits: of the task, train first.
+    folder: the folder of their files.
+    pieces: the pieces, as the task defines them.
+    documents: number of nonempty documents of each piece.
+    splits: the splits of the task, train first.
     splits_of: the splits that the documents of a group belong to, by group.
   """
 
@@ -68,7 +68,7 @@ class Pieces:
       raise chunks.Damaged(f"{path} is missing") from None
 
   def rows(self, number: int) -> Iterator[np.ndarray]:
-    """ROW[at most _READ_ROWS]: the index of a piece, in parts."""
+    """The index of a piece, in parts of ROW[at most _READ_ROWS]."""
     index = self.open(number, "index")
     for begin in range(0, index.size, _READ_ROWS * ROW.itemsize):
       end = min(begin + _READ_ROWS * ROW.itemsize, index.size)
@@ -76,9 +76,9 @@ class Pieces:
 
 
 def find_duplicates(pieces: Pieces, scratch: Path) -> np.ndarray:
-  """bool[documents], on disk: whether a document, by its number over all pieces, is a copy of one before it.
+  """bool[documents], on disk, by document number over all pieces: whether the document duplicates an earlier one.
 
-  The first one in the store's order is kept; in this order, held-out splits precede train.
+  Of equal documents, the first in the store's order is kept; in this order, held-out splits precede train.
   """
   total = sum(pieces.documents)
   files = max(1, math.ceil(total / _SORTED_ROWS))
@@ -93,9 +93,9 @@ def find_duplicates(pieces: Pieces, scratch: Path) -> np.ndarray:
         digests["order"] = (ranks[rows["split"]] << _SPLIT_BITS) | piece.positions(rows["number"])
         digests["ordinal"] = np.arange(ordinal, ordinal + len(rows))
         ordinal += len(rows)
-        of = ((digests["digest"][:, 0] >> np.uint64(32)) * np.uint64(files)) >> np.uint64(32)
+        bucket = ((digests["digest"][:, 0] >> np.uint64(32)) * np.uint64(files)) >> np.uint64(32)
         for i, file in enumerate(buckets):
-          file.write(digests[of == i].tobytes() if files > 1 else digests.tobytes())
+          file.write(digests[bucket == i].tobytes() if files > 1 else digests.tobytes())
   copies = np.memmap(scratch / "copies", np.bool_, "w+", shape=(max(total, 1),))
   for i in range(files):
     path = scratch / f"digests-{i}"
@@ -113,8 +113,8 @@ class Split:
   """The shards of a split.
 
   Attributes:
-    counts: of the split, for the description.
-    shards: for each, its number of tokens and the entry of its .documents.
+    counts: the counts of the split, for the store's description.
+    shards: for each shard, its number of tokens and the entry of its .documents file.
   """
 
   counts: dict[str, int]
@@ -131,11 +131,11 @@ def lay_out(
   weighted: bool,
   shard_tokens: int,
 ) -> tuple[dict[str, Split], dict[str, int]]:
-  """Writes the .documents of all shards, and the lists of token runs that `write_shard` copies.
+  """Writes the .documents files of all shards, and the lists of token runs that `write_shard` copies.
 
   Args:
-    pieces: of the task.
-    copies: from `find_duplicates`.
+    pieces: the pieces of the task.
+    copies: the result of `find_duplicates`.
     output: the store's folder.
     scratch: a folder on a local disk.
     start: number of start tokens before each document.
@@ -143,20 +143,20 @@ def lay_out(
     shard_tokens: number of tokens in a shard.
 
   Returns:
-    the splits that have documents, by name; and the number of documents of each split whose documents are all copies.
+    the splits that have documents, by name; and, for each split whose documents are all duplicates, their number.
   """
   result: dict[str, Split] = {}
   emptied: dict[str, int] = {}
   bases = np.cumsum([0, *pieces.documents])
   for group, splits in pieces.splits_of.items():
     with contextlib.ExitStack() as stack:
-      streams = [_Stream(split, output, scratch, start, shard_tokens, stack) for split in splits]
+      streams = [_SplitLayout(split, output, scratch, start, shard_tokens, stack) for split in splits]
       for number, ordinals, rows in _merged(pieces, group, bases):
         copied = copies[ordinals]
         for split, stream in zip(splits, streams, strict=True):
-          of = rows["split"] == pieces.splits.index(split)
-          stream.duplicates += int((of & copied).sum())
-          kept = of & ~copied
+          in_split = rows["split"] == pieces.splits.index(split)
+          stream.duplicates += int((in_split & copied).sum())
+          kept = in_split & ~copied
           if kept.any():
             stream.add(number[kept], rows[kept])
       for split, stream in zip(splits, streams, strict=True):
@@ -164,22 +164,22 @@ def lay_out(
           result[split] = stream.close(weighted)
         elif stream.duplicates:
           emptied[split] = stream.duplicates
-  found = sum(of.counts["documents"] + of.counts["duplicates_dropped"] for of in result.values())
+  found = sum(split.counts["documents"] + split.counts["duplicates_dropped"] for split in result.values())
   found += sum(emptied.values())
   assert found == sum(pieces.documents), f"{found} documents of {sum(pieces.documents)} were laid out"
   return {split: result[split] for split in pieces.splits if split in result}, emptied
 
 
 def _merged(pieces: Pieces, group: str, bases: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """(piece, number over all pieces, ROW), each [N], of the documents of a group in order, in parts."""
+  """(piece, document number over all pieces, ROW), each [N], of the documents of a group in order, in parts."""
   numbers = [number for number, piece in enumerate(pieces.pieces) if piece.group == group]
   waiting = collections.deque(sorted(numbers, key=lambda number: pieces.pieces[number].start))
-  reading: list[_Reading] = []
+  reading: list[_PieceReader] = []
   while waiting or reading:
-    # All documents before this position are loaded.
-    bound = min((r.bound for r in reading), default=_NOWHERE)
+    # All documents at positions below the bound are loaded.
+    bound = min((r.bound for r in reading), default=_AFTER_ALL)
     while waiting and pieces.pieces[waiting[0]].start < bound and len(reading) < _OPEN_PIECES:
-      reading.append(_Reading(pieces, waiting.popleft(), bases))
+      reading.append(_PieceReader(pieces, waiting.popleft(), bases))
       bound = min(bound, reading[-1].bound)
     if waiting:
       bound = min(bound, pieces.pieces[waiting[0]].start)
@@ -190,12 +190,12 @@ def _merged(pieces: Pieces, group: str, bases: np.ndarray) -> Iterator[tuple[np.
       yield tuple(np.concatenate(column)[order] for column in list(zip(*parts, strict=True))[1:])
 
 
-class _Reading:
+class _PieceReader:
   """A piece whose index is being read.
 
   Attributes:
-    bound: all its documents before this position are loaded.
-    done: whether no document is left.
+    bound: all of the piece's documents at positions below this one are loaded.
+    done: whether all documents have been taken.
   """
 
   def __init__(self, pieces: Pieces, number: int, bases: np.ndarray):
@@ -210,11 +210,11 @@ class _Reading:
     self._rows = next(self._parts, np.zeros(0, ROW))
     self._left -= len(self._rows)
     self._positions = self._piece.positions(self._rows["number"])
-    self.bound = int(self._positions[-1]) + 1 if self._left else _NOWHERE
+    self.bound = int(self._positions[-1]) + 1 if self._left else _AFTER_ALL
     self.done = not len(self._rows)
 
   def take(self, bound: int) -> tuple[np.ndarray, ...]:
-    """(position, piece, number over all pieces, ROW), each [N], of those before `bound`."""
+    """(position, piece, document number over all pieces, ROW), each [N], of the documents before `bound`."""
     count = int(np.searchsorted(self._positions, np.uint64(bound)))
     ordinals = np.arange(self._ordinal, self._ordinal + count)
     taken = self._positions[:count], np.full(count, self._number), ordinals, self._rows[:count]
@@ -225,21 +225,21 @@ class _Reading:
     return taken
 
 
-class _Stream:
-  """The stream of a split while it is laid out."""
+class _SplitLayout:
+  """Assigns the documents of a split to its shards, and counts them."""
 
   def __init__(self, split: str, output: epath.Path, scratch: Path, start: int, shard_tokens: int, stack):
     self.documents = self.duplicates = 0
     self._split, self._output, self._scratch = split, output, scratch
     self._start, self._shard_tokens = start, shard_tokens
-    self._tokens = 1  # the end token that a stream begins with
+    self._tokens = 1  # a split's stream begins with an end token
     self._sums = np.zeros(3, np.int64)
     self._shards: list[dict[str, Any]] = []
     self._open = stack.enter_context(contextlib.ExitStack())
     self._close_shard = lambda: None
 
   def add(self, numbers: np.ndarray, rows: np.ndarray) -> None:
-    """Appends documents, at least one: the piece of each, and its ROW."""
+    """Appends at least one document, given the piece and the ROW of each, [N]."""
     lengths = rows["tokens"].astype(np.int64)
     offsets = rows["offset"].astype(np.int64)
     ends = self._tokens + np.cumsum(lengths)
@@ -305,28 +305,29 @@ def write_shard(
   end_id: int,
   made_of: str,
 ) -> dict[str, str]:
-  """Copies a shard's tokens and annotations from the pieces; a shard that is whole already is not copied again.
+  """Copies a shard's tokens and annotations from the pieces; a shard that is already complete is not copied again.
 
   Args:
-    pieces: of the task; their `documents` aren't needed.
+    pieces: the pieces of the task; their `documents` aren't needed.
     output: the store's folder.
-    split, number: which shard.
-    runs: its file written by `lay_out`.
+    split, number: the split and the number of the shard.
+    runs: the shard's list of token runs, which `lay_out` has written.
     kinds: 'tokens', and the names of the annotations.
-    dtype, end_id: of the tokens.
-    made_of: represents everything that decides its content.
+    dtype: the dtype of the tokens.
+    end_id: the end token.
+    made_of: a digest of everything that determines the shard's content.
 
   Returns:
     hexadecimal sha256 by kind.
 
   Raises:
-    Damaged: a file of a piece is not what was written.
+    Damaged: a file of a piece was altered.
   """
   done = pieces.folder / f"shard-{split}-{number:05d}.json"
   record = streams.read_json(done)
   paths = {kind: output / f"{split}-{number:05d}.{kind}" for kind in kinds}
   files = record["files"] if isinstance(record, dict) and record.get("made_of") == made_of else {}
-  if files and all(_is_whole(paths[kind], files[kind]) for kind in kinds):
+  if files and all(_is_complete(paths[kind], files[kind]) for kind in kinds):
     return {kind: files[kind]["sha256"] for kind in kinds}
   files = {}
   for kind in kinds:
@@ -355,7 +356,7 @@ def _copy(pieces, path, split, number, runs, kind, dtype, end_id) -> dict[str, A
     return sink.close()
 
 
-def _is_whole(path: epath.Path, described: dict[str, Any]) -> bool:
+def _is_complete(path: epath.Path, described: dict[str, Any]) -> bool:
   if streams.size_of(path) != described["bytes"]:
     return False
   digest = hashlib.sha256()

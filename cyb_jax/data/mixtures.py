@@ -1,11 +1,11 @@
-"""Mixtures: several token stores, read by weight in training and one after the other in evaluation.
+"""Mixtures: several token stores, sampled by weight in training and read one after the other in evaluation.
 
-A mixture is a folder like a token store, with a store.json that describes its sources in place of shards, the tokenizer
-that all of them have, and sources.json with the paths of their stores, which its fingerprint does not cover.
+A mixture is a folder that resembles a token store. Its store.json describes sources instead of shards, it contains the
+tokenizer that all sources share, and sources.json has the paths of the sources' stores. The fingerprint does not cover
+sources.json.
 
-`mixture_batches` reads them in training.
-
-In evaluation the splits of the sources are one stream, so that all tokens of all sources count equally.
+In training, `mixture_batches` reads the sources. In evaluation, a split is the concatenation of the sources' splits,
+so all tokens of all sources have equal weight.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _COUNTS = ("documents", "bytes", "duplicates_dropped")
 
 
 class MixtureStore(TokenStore):
-  """The token stores of a mixture as one; see `TokenStore`.
+  """The token stores of a mixture as a single store; see `TokenStore`.
 
-  Each split is the streams of its sources joined: the end token that begins a later stream is the one that ends the
-  stream before.
+  A split concatenates the streams of its sources. The end token that closes one stream is also the end token with which
+  the next stream begins.
 
   Attributes:
-    sources: in the mixture's order.
+    sources: the sources in the mixture's order.
   """
 
   def __init__(self, path: Path, description: dict[str, Any], sources: Sequence[Source]):
@@ -79,7 +79,7 @@ class MixtureStore(TokenStore):
       if kind == "tokens" or store.has_annotation(split, kind):
         parts = list(store.maps(split, kind)[0])
       else:
-        # Every token of a store without weights is learnt; without difficulties, none is known.
+        # In a store without weights, every token has weight 1. Difficulty 0 means unknown.
         parts = [np.broadcast_to(np.uint8(kind == "weights"), (store.num_tokens(split),))]
       if number:
         parts[0] = parts[0][1:]
@@ -88,21 +88,21 @@ class MixtureStore(TokenStore):
 
 
 def open_token_store(path: str | os.PathLike, *, verify: bool | Literal["auto"] = "auto") -> TokenStore:
-  """Opens the store of a task, or that of a mixture with all its sources.
+  """Opens the store of a task, or the store of a mixture with all its sources.
 
   Args:
-    path: its folder, see `TokenStore.open`.
+    path: the store's folder; see `TokenStore.open`.
     verify: see `TokenStore.open`.
 
   Raises:
-    InputError, StorageError: see `TokenStore.open`; a source of a mixture is missing, or another store is in its place.
+    InputError, StorageError: as `TokenStore.open`; or a source of the mixture is missing or is a different store.
   """
   description = stores.read_description(path)
   if "mixture" not in description:
     return TokenStore.open(path, verify=verify)
   path = Path(path)
   if tokenizers.load(path).describe() != description["tokenizer"]:
-    raise InputError(f"data.store: {path} holds another tokenizer than it was prepared with; prepare it again")
+    raise InputError(f"data.store: {path} has a different tokenizer than it was prepared with; prepare it again")
   places = streams.read_json(epath.Path(path / _SOURCES)) or {}
   sources = []
   for entry in description["mixture"]:
@@ -114,8 +114,8 @@ def open_token_store(path: str | os.PathLike, *, verify: bool | Literal["auto"] 
     store = open_token_store(place, verify=verify)
     if store.fingerprint != entry["fingerprint"]:
       raise InputError(
-        f"data.store: {path}: {place} holds another store than the source {entry['name']!r} that the mixture was"
-        " prepared with; prepare the mixture again"
+        f"data.store: {path}: the store in {place} is not the source {entry['name']!r} with which the mixture was"
+        " prepared; prepare the mixture again"
       )
     sources.append(Source(entry["name"], entry["weight"], store))
   return MixtureStore(path, description, sources)
@@ -134,15 +134,15 @@ def prepare_mixture(
   """Prepares the sources of a mixture that are not prepared yet, and writes the mixture's folder.
 
   Args:
-    items: its sources: tasks with their options, or folders of token stores.
-    tokenizer: as for `preparation.prepare`; 'sentencepiece:N' is trained on text of all tasks by their weights. Sources
-      that are token stores must have been prepared with it.
-    output: the mixture's folder on a local disk; None: one in the user's cache folder.
+    items: the sources: tasks with their options, or folders of token stores.
+    tokenizer: as for `preparation.prepare`; 'sentencepiece:N' is trained on text of all tasks in proportion to their
+      weights. Sources that are token stores must have been prepared with this tokenizer.
+    output: the mixture's folder on a local disk; None means a folder in the user's cache folder.
     limit, progress, workers: as for `preparation.prepare`, for each source that is a task.
-    write: False: nothing is written, and the result is None if anything is missing.
+    write: if False, nothing is written, and the result is None if anything is missing.
 
   Raises:
-    InputError: an unknown source, stores of another tokenizer, or what `preparation.prepare` raises.
+    InputError: a source is unknown, a store has a different tokenizer, or `preparation.prepare` raises it.
   """
   names = _unique_names(items)
   opened: dict[int, TokenStore] = {}
@@ -168,7 +168,7 @@ def prepare_mixture(
   total = sum(item.weight for item in items)
   sources = [Source(name, item.weight / total, opened[number]) for number, (name, item) in enumerate(zip(names, items))]
   period([source.weight for source in sources])
-  description = _described(sources)
+  description = _describe(sources)
   default = stores.default_cache() / "stores" / f"mixture-{description['fingerprint'][:16]}"
   path = Path(absolute(output)) if output else default
   if write:
@@ -177,10 +177,10 @@ def prepare_mixture(
 
 
 def check_sources(items: Sequence[Item]) -> None:
-  """Checks that every source is a known task with known options, or the folder of a store; nothing is read.
+  """Checks that every source is a known task with known options, or the folder of a store; no text is read.
 
   Raises:
-    InputError: one is not.
+    InputError: a source is neither.
   """
   for name, item in zip(_unique_names(items), items):
     with of_source(name):
@@ -192,7 +192,7 @@ def _is_folder(item: Item) -> bool:
   """Whether a source is the folder of a token store.
 
   Raises:
-    InputError: the name is a path, and no token store is there; or a store has options.
+    InputError: the name is a path without a token store, or options are given for a store.
   """
   if item.name in tasks.TASKS or item.name.startswith("seqio:"):
     return False
@@ -200,7 +200,7 @@ def _is_folder(item: Item) -> bool:
     if item.options:
       raise InputError(f"{item.name!r} is a token store, which has no options; give its name alone")
     if "mixture" in stores.read_description(absolute(item.name)):
-      raise InputError(f"{item.name!r} is a mixture; name its sources, with the weights that they shall have")
+      raise InputError(f"{item.name!r} is a mixture; give its sources and their weights instead")
     return True
   if os.sep in item.name:
     raise InputError(f"there is no token store in {item.name!r}; prepare one with cyb-prepare")
@@ -208,7 +208,7 @@ def _is_folder(item: Item) -> bool:
 
 
 def _unique_names(items: Sequence[Item]) -> list[str]:
-  """A short name for each source: that of its task or folder, with a number where several have the same."""
+  """A short name for each source: the name of its task or folder, numbered if several sources have the same name."""
   names: list[str] = []
   for item in items:
     base = re.sub(r"[^\w.-]+", "_", os.path.basename(item.name.rstrip("/")))
@@ -218,14 +218,14 @@ def _unique_names(items: Sequence[Item]) -> list[str]:
 
 
 def _tokenizer_of(opened: Sequence[TokenStore], spec: str) -> str:
-  """The path of the tokenizer that all these stores have.
+  """The path of the tokenizer that all these stores share.
 
   Args:
-    opened: at least one.
-    spec: the tokenizer that is asked for.
+    opened: at least one store.
+    spec: the spec of the required tokenizer.
 
   Raises:
-    InputError: a store has another tokenizer.
+    InputError: a store has a different tokenizer.
   """
   wanted = None
   if not tokenizers.trained_pieces(spec):
@@ -240,14 +240,18 @@ def _tokenizer_of(opened: Sequence[TokenStore], spec: str) -> str:
       )
     if spec != found["tokenizer_from"] and wanted != found["tokenizer"]["sha256"]:
       raise InputError(
-        f"data.tokenizer: {spec!r}, but the token store {store.path} of data.mixture was made with"
+        f"data.tokenizer={spec!r}: the token store {store.path} of data.mixture was prepared with"
         f" {found['tokenizer_from'][:24]}; give that tokenizer, or another store"
       )
   return os.fspath(first.path)
 
 
 def _trained(items: Sequence[Item], spec: str, limit: int | None, *, write: bool) -> str | None:
-  """The folder of the tokenizer that is trained on text of all sources by their weights; None: there is none yet."""
+  """The folder of the tokenizer trained on text of all sources in proportion to their weights.
+
+  Returns:
+    the path; None if the tokenizer is not trained yet and `write` is False.
+  """
   opened = []
   for name, item in zip(_unique_names(items), items):
     with of_source(name):
@@ -269,7 +273,7 @@ def _trained(items: Sequence[Item], spec: str, limit: int | None, *, write: bool
   return os.fspath(folder)
 
 
-def _described(sources: Sequence[Source]) -> dict[str, Any]:
+def _describe(sources: Sequence[Source]) -> dict[str, Any]:
   """The content of the mixture's store.json."""
   entries = [
     {"name": source.name, "weight": source.weight, "fingerprint": source.store.fingerprint} for source in sources
@@ -297,16 +301,16 @@ def _described(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def _write(path: Path, description: Mapping[str, Any], sources: Sequence[Source]) -> None:
-  """Writes the mixture's folder, unless it is there; the description last, without which there is no store."""
+  """Writes the mixture's folder if it is missing; the description, which makes the folder a store, is written last."""
   places = {source.name: os.fspath(source.store.path) for source in sources}
   if stores.is_store(path):
     found = stores.read_description(path)
     if found["fingerprint"] != description["fingerprint"]:
-      raise InputError(f"output={os.fspath(path)!r}: it holds another store; give another folder, or remove it")
+      raise InputError(f"output={os.fspath(path)!r}: it contains a different store; give another folder, or remove it")
     if streams.read_json(epath.Path(path / _SOURCES)) == places:
       return
   elif path.exists() and any(path.iterdir()):
-    raise InputError(f"output={os.fspath(path)!r}: it exists and is no token store; give another folder")
+    raise InputError(f"output={os.fspath(path)!r}: it exists and is not a token store; give another folder")
   path.mkdir(parents=True, exist_ok=True)
   first = sources[0].store
   for name in tokenizers.files(description["tokenizer"]):

@@ -1,8 +1,8 @@
-"""One piece of a task's source, tokenized into files of its own.
+"""A piece of a task's source, tokenized into separate files.
 
-piece-000012.json               its counts and the digests of its files; written last: without it, the piece is missing
-piece-000012.index              a ROW for each document that isn't empty, in order
-piece-000012.train.tokens       the tokens of its documents of a split, in order, each with its start and end tokens
+piece-000012.json               counts, and the digests of the other files; written last: it marks the piece as complete
+piece-000012.index              a ROW for each nonempty document, in order
+piece-000012.train.tokens       the tokens of the split's documents in order, each with its start and end tokens
 piece-000012.train.difficulty   the annotations of these tokens
 """
 
@@ -24,10 +24,10 @@ from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
 from cyb_jax.storage import streams
 
-_BATCH_BYTES = 4 << 20  # text tokenized at once
+_BATCH_BYTES = 4 << 20  # of text that is tokenized in one call
 
-# A document: the digest of its text, the offset of its tokens among those of its piece and split, its number in the
-# piece (empty documents are counted too), its number of tokens, and so on.
+# A document: `digest` of its text, `offset` of its tokens among the tokens of its piece and split, its `number` in the
+# piece (empty documents are counted too), and its numbers of tokens and bytes.
 ROW = np.dtype(
   [
     ("digest", "<u8", (2,)),
@@ -44,14 +44,15 @@ ROW = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """Documents as tokens; N documents, S tokens in all.
+  """The tokens of N documents, S tokens in total.
 
   Attributes:
-    tokens: uint16 or uint32[S], for each document the start token if there is one, its tokens, and the end token.
-    lengths: int64[N], number of tokens of each.
-    bytes: int64[N], number of bytes of UTF-8 of each; of a chat, of its text.
+    tokens: uint16 or uint32[S]; for each document, the start token if there is one, its tokens, and the end token.
+    lengths: int64[N], each document's number of tokens.
+    bytes: int64[N], each document's number of UTF-8 bytes; for a chat, the bytes of its rendered text.
     annotations: uint8[S] by name.
-    weighted_tokens, weighted_bytes: int64[N], number of those that are to be learnt; 0 without weights.
+    weighted_tokens, weighted_bytes: int64[N], each document's numbers of tokens and bytes of weight 1; 0 if the
+      documents have no weights.
   """
 
   tokens: np.ndarray
@@ -63,17 +64,17 @@ class Encoded:
 
 
 class Encoder:
-  """Turns documents into tokens and their annotations.
+  """Encodes documents as tokens with annotations.
 
   Args:
     tokenizer: any tokenizer.
-    annotations: those of the task's documents.
+    annotations: the annotations of the task's documents.
 
   Attributes:
-    tokenizer: as given.
+    tokenizer: the tokenizer.
     start: the tokens before each document: one, or none.
-    annotations: those of the tokens, which include weights if there is a start token or documents are chats.
-    dtype: of the tokens.
+    annotations: the annotations of the tokens; they include weights if there is a start token or documents are chats.
+    dtype: the dtype of the tokens.
   """
 
   def __init__(self, tokenizer: Tokenizer, annotations: Sequence[str]):
@@ -84,14 +85,14 @@ class Encoder:
     self.dtype = token_dtype(tokenizer.vocab_size)
 
   def encode(self, documents: Sequence[tasks.Document]) -> Encoded:
-    """Tokens of some documents, at least one."""
+    """Encodes at least one document."""
     chat = any(document.messages for document in documents)
     if chat:
       documents = [chats.rendered(self.tokenizer, document) for document in documents]
     texts = [document.text for document in documents]
     if chat:
       encoded, spans = map(list, zip(*map(self._encode_chat, texts)))
-    # Only documents with a prompt need to know where their tokens are, which takes longer.
+    # Locating tokens in the text takes longer, and only documents with a prompt need it.
     elif "weights" in self.annotations and any(document.weights is not None for document in documents):
       encoded, spans = map(list, zip(*self.tokenizer.encode_spans(texts)))
     else:
@@ -117,8 +118,8 @@ class Encoder:
     return Encoded(tokens, lengths, sizes, annotations, weighted_tokens, weighted_bytes)
 
   def _encode_chat(self, text: str) -> tuple[list[int], np.ndarray]:
-    """(ids, spans) of a chat, without the start token and the separator that its template may write at its ends: every
-    document gets them.
+    """(ids, spans) of a chat, without the start token and the separator that the template may write at its ends:
+    `encode` adds them to every document.
     """
     ids, spans = self.tokenizer.encode_spans_with_special(text)
     first = len(self.start) if self.start and ids[:1] == self.start else 0
@@ -126,34 +127,34 @@ class Encoder:
     return ids[first:last], spans[first:last]
 
   def _difficulties(self, document: tasks.Document, ids: list[int]) -> np.ndarray:
-    """uint8[start + tokens + 1]: the largest difficulty among a token's bytes; 0 for the start and the end."""
+    """uint8[start + tokens + 1]: the largest difficulty among a token's bytes; 0 for the start and end tokens."""
     sizes = np.array([len(self.tokenizer.decode([token]).encode()) for token in ids])
     if sizes.sum() != len(document.difficulty):
       raise InputError(
-        "data.tokenizer: it does not give the text back exactly, so its tokens' difficulties are unknown; "
-        "take 'bytes' or 'sentencepiece:N'"
+        "data.tokenizer: decoding does not reproduce the text exactly, so the tokens' difficulties are unknown; "
+        "give 'bytes' or 'sentencepiece:N'"
       )
     starts = np.cumsum(sizes) - sizes
     hardest = np.maximum.reduceat(document.difficulty, starts)
     return np.concatenate([np.zeros(len(self.start)), hardest, [0]]).astype(np.uint8)
 
   def _weights(self, document: tasks.Document, ids: list[int], spans: np.ndarray | None) -> np.ndarray:
-    """uint8[start + tokens + 1]; the start has weight 0, the end the weight of the last byte.
+    """uint8[start + tokens + 1]; the start token has weight 0, the end token has the weight of the last byte.
 
-    A token has weight if any byte of it has: one across the border between a prompt and an answer is learnt, as it is
-    scored (`tokenizers.tokens_with`).
+    A token has weight 1 if any of its bytes has weight 1. A token across the border between a prompt and an answer is
+    therefore a target, as it is in scoring (`tokenizers.tokens_with`).
     """
     if document.weights is None:
       weights, last = np.ones(len(ids), np.uint8), 1
     else:
       weights, last = tokenizers.tokens_with(spans, document.weights > 0), document.weights[-1]
       if document.messages and ids and not self.tokenizer.decode(ids[-1:]):
-        last = 0  # a special entry has ended the turn, and the text that is generated
+        last = 0  # the special entry at the end of the turn already ends the generated text
     return np.concatenate([np.zeros(len(self.start)), weights, [last]]).astype(np.uint8)
 
 
 def record_path(folder: epath.Path, number: int) -> epath.Path:
-  """The file whose existence means that a piece is whole."""
+  """The file whose existence means that a piece is complete."""
   return folder / f"piece-{number:06d}.json"
 
 
@@ -163,12 +164,12 @@ def file_path(folder: epath.Path, number: int, name: str) -> epath.Path:
 
 
 def read_record(folder: epath.Path, number: int, made_of: str) -> dict[str, Any] | None:
-  """The record of a piece that is whole; None if it is missing, is made of something else, or a file has another size.
+  """The record of a complete piece; None if it is missing, has another `made_of`, or a file has the wrong size.
 
   Args:
-    folder: of the pieces.
-    number: of the piece.
-    made_of: as given to `write`.
+    folder: the folder of the pieces.
+    number: the number of the piece.
+    made_of: the value that was passed to `write`.
   """
   record = streams.read_json(record_path(folder, number))
   if not isinstance(record, dict) or record.get("made_of") != made_of:
@@ -193,16 +194,18 @@ def write(
   """Tokenizes a piece.
 
   Args:
-    folder: the folder of its files.
-    number, piece: which piece.
-    task, encoder: of the store.
-    made_of: represents everything that decides its content, for `read_record`.
-    limit: number of documents of each split, empty ones included; None: all.
-    report: called with the numbers of documents and tokens done so far.
+    folder: the folder of the pieces' files.
+    number: the number of the piece.
+    task: the task.
+    piece: the piece.
+    encoder: the encoder of the store.
+    made_of: a digest of everything that determines the piece's content, for `read_record`.
+    limit: the largest number of documents of each split, including empty ones; None means all.
+    report: called with the numbers of documents and tokens that are done.
 
   Returns:
-    its record, as from `read_record`: `documents`, `tokens`, `files`, and `cpu_seconds` and `seconds` since the first
-    document was read.
+    the piece's record, as `read_record` returns it: `documents`, `tokens`, `files`, and `cpu_seconds` and `seconds`
+    since the first document was read.
   """
   with contextlib.ExitStack() as stack:
     splits = task.splits
@@ -210,7 +213,7 @@ def write(
     batch: list[tuple[int, int, tasks.Document]] = []
     size, began = 0, None
     for place, split, document in _limited(task.read(piece), task.splits_of(piece.group), limit):
-      # Opening the source takes seconds, once, and is not a cost of the documents.
+      # The seconds that opening the source takes are not a cost of the documents.
       began = began or (time.process_time(), time.perf_counter())
       if not document.text:
         continue
@@ -239,12 +242,12 @@ def write(
 def _limited(
   documents: Iterable[tuple[str, tasks.Document]], splits: Sequence[str], limit: int | None
 ) -> Iterator[tuple[int, str, tasks.Document]]:
-  """(number in the piece, split, document) of the first `limit` documents of each split; None: of all.
+  """(number in the piece, split, document) of the first `limit` documents of each split.
 
   Args:
     documents: (split, document) of a piece, in order.
-    splits: those that the piece has documents of.
-    limit: at least 1, or None.
+    splits: the splits that the piece's documents belong to.
+    limit: at least 1; None means all documents.
   """
   read = dict.fromkeys(splits, 0)
   for number, (split, document) in enumerate(documents):
@@ -256,7 +259,7 @@ def _limited(
 
 
 class _Writer:
-  """The files of a piece while they are written; each is opened when it gets its first content."""
+  """Writes the files of a piece; each file is opened when its first content is written."""
 
   def __init__(self, folder, number, splits, encoder: Encoder, stack: contextlib.ExitStack):
     self.documents = self.tokens = 0
@@ -277,14 +280,14 @@ class _Writer:
     rows["tokens"], rows["bytes"] = encoded.lengths, encoded.bytes
     rows["weighted_tokens"], rows["weighted_bytes"] = encoded.weighted_tokens, encoded.weighted_bytes
     rows["number"], rows["split"] = [number for number, _, _ in batch], [split for _, split, _ in batch]
-    of_token = np.repeat(rows["split"], encoded.lengths)
+    token_splits = np.repeat(rows["split"], encoded.lengths)
     for split in np.unique(rows["split"]).tolist():
-      of = rows["split"] == split
-      ends = self._offsets[split] + np.cumsum(encoded.lengths[of])
-      rows["offset"][of] = ends - encoded.lengths[of]
+      mask = rows["split"] == split
+      ends = self._offsets[split] + np.cumsum(encoded.lengths[mask])
+      rows["offset"][mask] = ends - encoded.lengths[mask]
       self._offsets[split] = int(ends[-1])
       for kind, values in (("tokens", encoded.tokens), *encoded.annotations.items()):
-        self._sink(f"{self._splits[split]}.{kind}").write(values[of_token == split])
+        self._sink(f"{self._splits[split]}.{kind}").write(values[token_splits == split])
     self._sink("index").write(rows)
     self.documents += len(batch)
     self.tokens += len(encoded.tokens)

@@ -1,4 +1,4 @@
-"""What a preparation makes: the task, the tokenizer, the recipe that a store's description records, and its path."""
+"""The plan of a preparation: task, tokenizer, the recipe that the store's description records, and the store's path."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from cyb_jax.errors import InputError
 from cyb_jax.storage import in_bucket, streams
 from cyb_jax.storage.paths import unchecked_place
 
-# The version of the rule by which tokens get the weights of their bytes. It is part of the name of a store in the cache
-# alone: a store that was prepared by an earlier version stays what it is, and is not taken for a new one.
+# The version of the rule that derives token weights from byte weights. It is only part of a store's name in the cache,
+# so a store that an earlier version has prepared there is neither changed nor reused.
 _WEIGHTS_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is to be prepared, and where.
+  """What is prepared, and where.
 
   Attributes:
     task: the opened task.
     tokenizer: the tokenizer's spec.
-    given: the tokenizer; None: it has to be trained.
+    given: the tokenizer; None means that it has to be trained.
     recipe: the part of the store's description that is known before the preparation.
-    limit: number of documents of each split, or None.
+    limit: the largest number of documents of each split; None means all.
     path: the store's folder.
   """
 
@@ -54,10 +54,10 @@ class Plan:
     limit: int | None,
     shard_tokens: int,
   ) -> Plan:
-    """The plan of `prepare`'s arguments.
+    """Makes the plan from the arguments of `prepare`.
 
     Raises:
-      InputError: an unknown task or option, a source that is missing, an unusable tokenizer, or a limit below 1.
+      InputError: a task or option is unknown, a source is missing, the tokenizer is unusable, or `limit` is below 1.
     """
     if limit is not None and limit < 1:
       raise InputError(f"limit={limit}: give at least 1 document, or none for all")
@@ -85,29 +85,30 @@ class Plan:
     return self.path.parent / f".{self.path.name}.pieces.partial"
 
   def require_recipe(self, found: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Checks that what is found at the store's path has this plan's recipe.
+    """Checks that the store or the pieces at the store's path have this plan's recipe.
 
     Args:
-      found: the recipe that is found.
-      what: what has that recipe, for the error.
-      remedy: what the user can do, for the error.
+      found: the recipe that was found at the path.
+      what: the noun for the error message: 'a store' or 'pieces of a store'.
+      remedy: the remedy for the error message.
 
     Raises:
-      InputError: it has another one.
+      InputError: the recipes differ.
     """
-    # Earlier versions recorded paths as they were given.
+    # Earlier versions did not make paths absolute.
     options = tasks.with_absolute_paths(found.get("options") or {})
     for name, value in self.recipe.items():
       if (options if name == "options" else found.get(name)) != value:
         raise InputError(
-          f"output={os.fspath(self.path)!r}: it holds {what} with {name}={found.get(name)!r}, not {value!r}; {remedy}"
+          f"output={os.fspath(self.path)!r}: it contains {what} with {name}={found.get(name)!r}, not {value!r};"
+          f" {remedy}"
         )
 
   def existing_store(self) -> dict[str, Any] | None:
-    """The description of the store at the path; None if there is nothing yet.
+    """The description of the store at the path; None if the path does not exist yet.
 
     Raises:
-      InputError: the path holds another store, or something that is no store.
+      InputError: the path contains a different store, or is not a store.
     """
     path = self.path
     if stores.is_store(path):
@@ -117,35 +118,35 @@ class Plan:
         stores.TokenStore.open(path)
       logging.info("%s is prepared already", path)
       return found
-    # In a bucket, the shards of a store that is not finished yet are at its path.
+    # In a bucket, the shards of an unfinished store are already at the store's path.
     started = in_bucket(path) and streams.size_of(self.folder / "plan.json") is not None
     if not started and (streams.names(path) if in_bucket(path) or path.is_dir() else path.exists()):
-      raise InputError(f"output={os.fspath(path)!r}: it exists and is no token store; give another folder")
+      raise InputError(f"output={os.fspath(path)!r}: it exists and is not a token store; give another folder")
     return None
 
   def record(self, pieces: int) -> None:
-    """Writes plan.json into the folder of the pieces, or compares the plan with the one that is there.
+    """Writes plan.json into the folder of the pieces, or compares this plan with an existing plan.json.
 
     Args:
       pieces: number of pieces of the task.
 
     Raises:
-      InputError: the pieces there are of another recipe, or divided in another way.
+      InputError: the existing pieces have a different recipe or a different number.
     """
     file = self.folder / "plan.json"
     if streams.read_json(file) is None:
       streams.write_json(file, self.recipe | {"pieces": pieces})
     found = streams.read_json(file) or {}
-    remedy = f"give the same, another output, or remove {os.fspath(self.folder)}"
+    remedy = f"give the same value or another output, or remove {os.fspath(self.folder)}"
     self.require_recipe(found, "pieces of a store", remedy)
     if found.get("pieces") != pieces:
       raise InputError(
-        f"output={os.fspath(self.path)!r}: it is prepared in {found.get('pieces')} pieces, and this version makes"
-        f" {pieces}; {remedy}"
+        f"output={os.fspath(self.path)!r}: it is being prepared in {found.get('pieces')} pieces, but this version"
+        f" divides the task into {pieces}; {remedy}"
       )
 
 
 def _default_path(recipe: dict[str, Any], tokenizer: str) -> Path:
-  """A folder in the user's cache, named by what the store holds."""
+  """A folder in the user's cache, named by the store's recipe."""
   name = re.sub(r"[^\w.-]+", "_", f"{recipe['task']}-{os.path.basename(tokenizer)}")
   return stores.default_cache() / "stores" / f"{name}-{stores.digest(recipe)[:16]}"

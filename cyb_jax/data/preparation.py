@@ -1,16 +1,15 @@
-"""Prepares a task's tokens: piece by piece, in any order, by any number of processes and hosts, and then as one store.
+"""Prepares a task's tokens piece by piece, in any number of processes and hosts, and merges the pieces into a store.
 
     .NAME.pieces.partial/       next to the store's path; it is removed when the store is complete
-      plan.json                 what is prepared: a process that prepares something else there is refused
-      tokenizer/                a tokenizer that is trained for the task, written by the first process that has it
+      plan.json                 the recipe and the number of pieces; a process with a different plan is rejected
+      tokenizer/                the tokenizer that was trained on the task, written by the first process that has one
       piece-000012.*            see pieces.py
-      shard-train-00003.json    the digests of a shard that is whole
+      shard-train-00003.json    the digests of a complete shard
       store/                    the shards, on a local disk; in a bucket they are written to the store's path
 
-A task's pieces depend on its source alone, and so does the order of the documents. The store is therefore the same
-whichever process prepares which piece, and after a failure only the missing parts are prepared. Shards do not know of
-each other: of n shards, shard i prepares the pieces p with p mod n = i, and the one that finds all pieces whole makes
-the store.
+A task's pieces and the order of its documents depend on the source alone. The store is therefore independent of which
+process prepares which piece, and after a failure only the missing parts are prepared. Hosts do not communicate: of n
+hosts, host i prepares the pieces p with p mod n = i - 1, and a host that finds all pieces complete builds the store.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from cyb_jax.data.store import SHARD_TOKENS, TokenStore
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.storage import in_bucket, streams
 
-# A piece that is damaged is prepared again; if that does not help, the disk is at fault.
+# A damaged piece is prepared again; if this fails repeatedly, the disk is faulty.
 _ATTEMPTS = 3
 
 
@@ -49,12 +48,12 @@ class Prepared:
 
   Attributes:
     path: the store's folder.
-    description: the content of store.json; None: some pieces of other shards are missing.
-    pieces: number of pieces of the task; 0 if the store existed already.
-    pieces_done: number of pieces that are whole.
-    tokens, cpu_seconds: of the pieces of this shard, including those of earlier calls.
-    piece_seconds: seconds that this call spent on pieces, some of which may have been whole before.
-    finish_seconds: seconds that this call spent on the store; 0: another process made it.
+    description: the content of store.json; None if some pieces of other shards are missing.
+    pieces: number of pieces of the task; 0 if the store already existed.
+    pieces_done: number of complete pieces.
+    tokens, cpu_seconds: totals over the pieces of this shard, including pieces of earlier calls.
+    piece_seconds: seconds that this call spent on pieces; pieces of earlier calls take no time.
+    finish_seconds: seconds that this call spent on building the store; 0 if another process has built it.
     workers: number of processes.
   """
 
@@ -81,32 +80,33 @@ def prepare(
   workers: int = 1,
   write: bool = True,
 ) -> TokenStore | None:
-  """Prepares a task's tokens, or opens them if they are prepared already.
+  """Prepares a task's tokens, or opens an existing store.
 
-  The store appears when it is whole. A second call for the same path waits for the first, and a call after one that was
-  killed prepares the missing parts. Exact duplicates of a document are dropped over the whole task; of two in different
-  splits, the one in train is dropped.
+  The store appears at its path when it is complete. A concurrent call for the same path waits for the first call, and a
+  call after one that was killed prepares the missing parts. Exact duplicates of a document are dropped across all
+  splits of the task; if two copies are in different splits, the copy in train is dropped.
 
   Args:
-    task: a name of `tasks.TASKS`, or 'seqio:NAME'.
-    tokenizer: 'sentencepiece:N' (N pieces trained on the task's train split), or a spec for `open_tokenizer`.
-    output: the store's folder, on a local disk or in a bucket; None: a folder in the user's cache that is named by what
-      the store holds.
+    task: a name in `tasks.TASKS`, or 'seqio:NAME'.
+    tokenizer: 'sentencepiece:N' (a model of N pieces is trained on the task's train split), or a spec for
+      `open_tokenizer`.
+    output: the store's folder, on a local disk or in a bucket; None means a folder in the user's cache whose name
+      contains a digest of the recipe.
     options: the task's options.
-    limit: at most so many documents are read of each split.
+    limit: the largest number of documents that are read of each split; None means all.
     progress: whether progress is logged every few seconds.
-    shard_tokens: tokens in a file at most.
-    workers: processes that tokenize. The store does not depend on their number.
-    write: False: a store that is prepared already is opened, and nothing is written.
+    shard_tokens: the largest number of tokens in a file.
+    workers: number of processes that tokenize. The store does not depend on it.
+    write: if False, an existing store is opened, and nothing is written.
 
   Returns:
     the open store; None if it is missing and `write` is False.
 
   Raises:
-    InputError: an unknown task or option, an unusable tokenizer, a source that is missing or empty, an output that
-      holds something else or cannot be written.
-    StorageError: the disk is full, or the bucket fails; parts that are whole are kept.
-    ChildProcessError: a worker died; parts that are whole are kept.
+    InputError: a task or option is unknown, the tokenizer is unusable, a source is missing or empty, or the output has
+      other content or cannot be written.
+    StorageError: the disk is full, or the bucket failed; complete parts are kept.
+    ChildProcessError: a worker died; complete parts are kept.
   """
   plan = Plan.make(task, tokenizer, output, options, limit, shard_tokens)
   if write:
@@ -131,14 +131,15 @@ def prepare_shard(
   workers: int = 1,
   shard: tuple[int, int] = (1, 1),
 ) -> Prepared:
-  """One host's share of `prepare`: the pieces of a shard, and the store if all other pieces are whole.
+  """One host's part of `prepare`: the pieces of a shard, and the store if all other pieces are complete.
 
   Args:
-    shard: (i, n): the i-th of n, from 1 on. All write to the same `output`, which all must be able to read.
-    task, tokenizer, output, options, limit, progress, shard_tokens, workers: see `prepare`; the same for all.
+    shard: (i, n), shard i of n, counted from 1. All shards write to the same `output`, which all hosts must be able to
+      read.
+    task, tokenizer, output, options, limit, progress, shard_tokens, workers: see `prepare`; equal for all shards.
 
   Raises:
-    InputError: as `prepare`; another shard has other arguments, or another process prepares this shard.
+    InputError: as `prepare`; or another shard has different arguments, or another process prepares this shard.
     StorageError, ChildProcessError: as `prepare`.
   """
   plan = Plan.make(task, tokenizer, output, options, limit, shard_tokens)
@@ -152,7 +153,7 @@ def _prepare(plan: Plan, shard: tuple[int, int], processes: int, progress: bool)
   if processes < 1:
     raise InputError(f"--workers={processes}: give at least 1")
   path, folder = plan.path, plan.folder
-  # A store appears when it is whole: opening it needs no lock, which a read-only folder would refuse.
+  # A store appears when it is complete, so opening it needs no lock. A lock would fail in a read-only folder.
   if (existing := plan.existing_store()) is not None:
     if shards == 1:
       _remove_leftovers(plan)
@@ -162,25 +163,24 @@ def _prepare(plan: Plan, shard: tuple[int, int], processes: int, progress: bool)
       _make_folder(path)
       waiting = f"{path} is being prepared by another process; waiting for it"
       stack.enter_context(locks.held(_lock_file(path), wait=waiting, shared=shards > 1))
-      if (existing := plan.existing_store()) is not None:  # the other process has made it
+      if (existing := plan.existing_store()) is not None:  # the other process has built it
         return Prepared(path, existing)
     streams.make_folder(folder)
     try:
       stack.enter_context(locks.held(folder / f"shard-{number}-of-{shards}.lock"))
     except locks.Busy as error:
       raise InputError(
-        f"--shard={number}/{shards}: {error} is preparing this shard of {os.fspath(path)}; wait for it, or take another"
+        f"--shard={number}/{shards}: {error} is preparing this shard of {os.fspath(path)}; wait for it, or give another"
       ) from None
     local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cyb-prepare.")))
     try:
       return _Preparation(plan, local, processes, Progress(plan.recipe["task"], progress)).run(shard)
     except BaseException as error:
-      # A folder without a single whole piece is of no use to the next call, and neither are the pieces of a source that
-      # has to be changed.
+      # The next call cannot use a folder without any complete piece, nor the pieces of a source that must be corrected.
       with contextlib.suppress(StorageError):
         names = streams.names(folder) if shards == 1 else ()
-        whole = any(re.fullmatch(r"piece-\d+\.json", name) for name in names)
-        if shards == 1 and (not whole or isinstance(error, InputError)):
+        has_pieces = any(re.fullmatch(r"piece-\d+\.json", name) for name in names)
+        if shards == 1 and (not has_pieces or isinstance(error, InputError)):
           streams.remove(folder)
       raise
 
@@ -191,7 +191,7 @@ def _lock_file(path: epath.Path) -> epath.Path:
 
 
 def _remove_leftovers(plan: Plan) -> None:
-  """Removes the pieces that a process has left which was killed right after its last step, where that is possible."""
+  """Removes, if possible, the pieces of a process that was killed after it built the store and before it cleaned up."""
   if not streams.names(plan.folder):
     return
   with contextlib.suppress(OSError, locks.Busy), contextlib.ExitStack() as stack:
@@ -201,19 +201,19 @@ def _remove_leftovers(plan: Plan) -> None:
 
 
 def _make_folder(path: epath.Path) -> None:
-  """Makes the folder around a store's path and the file of its lock.
+  """Creates the parent folder of a store's path, and the lock file.
 
   Raises:
-    InputError: they cannot be written.
+    InputError: the folder cannot be written.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The lock may be another user's, which can be locked all the same; the folder must accept new files.
+    # A lock file of another user can be locked without write permission, but the folder must accept new files.
     tempfile.TemporaryFile(dir=path.parent).close()
     locks.opened(_lock_file(path)).close()
   except OSError as error:
     raise InputError(
-      f"output={os.fspath(path)!r}: cannot be written ({error.strerror}); give a folder that can"
+      f"output={os.fspath(path)!r}: cannot be written ({error.strerror}); give a writable folder"
     ) from error
 
 
@@ -221,10 +221,10 @@ class _Preparation:
   """One process's part of a preparation, with its workers.
 
   Args:
-    plan: what is prepared.
+    plan: the plan.
     local: an empty folder on a local disk.
     processes: number of workers.
-    progress: logs what is done.
+    progress: logs the progress.
   """
 
   def __init__(self, plan: Plan, local: Path, processes: int, progress: Progress):
@@ -256,10 +256,10 @@ class _Preparation:
     plan = self._plan
     pieces = tokenizers.trained_pieces(plan.tokenizer)
     folder = self._folder / "tokenizer"
-    return task_tokenizer.shared_tokenizer(plan.task, pieces, plan.limit, folder, local, self._progress.say)
+    return task_tokenizer.shared_tokenizer(plan.task, pieces, plan.limit, folder, local, self._progress.log)
 
   def run(self, shard: tuple[int, int]) -> Prepared:
-    """Prepares the pieces of a shard, and the store if all pieces are whole then."""
+    """Prepares the pieces of a shard; if all pieces of the task are complete then, also builds the store."""
     number, shards = shard
     start = time.perf_counter()
     records = self._do_pieces([p for p in range(len(self._pieces)) if p % shards == number - 1])
@@ -276,35 +276,35 @@ class _Preparation:
       workers=self._processes,
     )
     if len(found) < len(self._pieces):
-      self._progress.say(f"{len(found)} of {len(self._pieces)} pieces are whole; the others are other shards'")
+      self._progress.log(f"{len(found)} of {len(self._pieces)} pieces are complete; the others belong to other shards")
       return done
     start = time.perf_counter()
-    # The process of another shard may have found all pieces whole at the same time.
+    # The process of another shard may have found all pieces complete at the same time.
     try:
-      with locks.held(self._folder / "finish.lock", wait="another process finishes the store; waiting for it"):
+      with locks.held(self._folder / "finish.lock", wait="another process is building the store; waiting for it"):
         documents = [found[p]["documents"] for p in range(len(self._pieces))]
         description = self._plan.existing_store() or self._build(documents)
         streams.remove(self._folder)
     except locks.Busy as error:
-      self._progress.say(f"{error} finishes the store")
+      self._progress.log(f"{error} is building the store")
       return done
     return dataclasses.replace(done, description=description, finish_seconds=time.perf_counter() - start)
 
   def _record(self, number: int) -> dict[str, Any] | None:
-    """The record of a piece that is whole, without its files; None if it is not."""
+    """The record of a complete piece, without its files; None if the piece is incomplete."""
     found = piece_files.read_record(self._folder, number, self._made_of[number])
-    # The digests of its files may be many; they are read again when they are needed.
+    # The files may have many digests, so they are not kept in memory; they are read again when they are needed.
     return found and {name: value for name, value in found.items() if name != "files"}
 
   def _do_pieces(self, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Prepares the pieces that are not whole; the records of all of them by number."""
+    """Prepares the incomplete ones among these pieces; returns the records of all of these pieces by number."""
     records = {number: record for number in numbers if (record := self._record(number))}
     left = [number for number in numbers if number not in records]
     if records and left:
-      self._progress.say(f"{len(records)} of {len(numbers)} pieces are whole already")
+      self._progress.log(f"{len(records)} of {len(numbers)} pieces are already complete")
     jobs = [
       {"number": p, "piece": dataclasses.asdict(self._pieces[p]), "made_of": self._made_of[p]}
-      for p in sorted(left, key=lambda p: -self._pieces[p].size)  # longest first, so that the workers end together
+      for p in sorted(left, key=lambda p: -self._pieces[p].size)  # longest first, so that the workers finish together
     ]
     self._progress.start(len(left), sum(self._pieces[p].size for p in left))
     for job, record in self._run_jobs(jobs, self._processes, self._progress.report):
@@ -313,7 +313,7 @@ class _Preparation:
     return records
 
   def _build(self, documents: Sequence[int]) -> dict[str, Any]:
-    """Makes the store; pieces that turn out to be damaged are prepared again."""
+    """Builds the store; pieces that turn out to be damaged are prepared again."""
     for _ in range(_ATTEMPTS):
       try:
         return self._builder.build(documents)
@@ -324,4 +324,4 @@ class _Preparation:
         logging.warning("%s; its piece is prepared again", error)
         streams.remove(piece_files.record_path(self._folder, int(found[1])))
         self._do_pieces([int(found[1])])
-    raise StorageError(f"{os.fspath(self._folder)}: pieces are damaged again and again; is the disk well?")
+    raise StorageError(f"{os.fspath(self._folder)}: pieces were damaged {_ATTEMPTS} times in a row; check the disk")

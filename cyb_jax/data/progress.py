@@ -11,10 +11,10 @@ _UNITS_OF_TIME = (("h", 3600), ("min", 60), ("s", 1))
 
 
 class Progress:
-  """Logs what is being done.
+  """Logs the progress of a preparation.
 
   Args:
-    task: name of the task, which begins each line.
+    task: name of the task, with which each line begins.
     enabled: whether anything is logged.
   """
 
@@ -23,35 +23,35 @@ class Progress:
     self._last = time.monotonic()
     self.start(0, 0)
 
-  def say(self, line: str) -> None:
+  def log(self, line: str) -> None:
     """Logs a line."""
     if self._enabled:
       logging.info("%s: %s", self._task, line)
 
   def start(self, count: int, size: int, unit: str = "pieces") -> None:
-    """Begins a phase: `count` parts, `size` in all, named `unit`."""
+    """Begins a phase of `count` parts, which are named `unit` and have the total size `size`."""
     self._count, self._size, self._unit = count, size, unit
     self._start = time.monotonic()
     self._done = self._done_size = self._documents = self._tokens = 0
     self._running: dict[int, tuple[int, int]] = {}
 
   def report(self, worker: int, documents: int, tokens: int) -> None:
-    """Takes the documents and tokens that a worker has done of its part so far."""
+    """Records the numbers of documents and tokens of its current part that a worker has done."""
     self._running[worker] = documents, tokens
-    self._log()
+    self._log_progress()
 
   def finish_part(self, documents: int, tokens: int, size: int) -> None:
-    """Takes the documents, the tokens and the size of a part that is whole.
+    """Records the numbers of documents and tokens, and the size, of a completed part.
 
-    The reports of all workers are dropped, since it is not known which worker did the part; the others report again
-    within seconds.
+    The reports of all workers are dropped, because it is unknown which worker completed the part; the other workers
+    report again within seconds.
     """
     self._done, self._done_size = self._done + 1, self._done_size + size
     self._documents, self._tokens = self._documents + documents, self._tokens + tokens
     self._running.clear()
-    self._log(last=self._done == self._count)
+    self._log_progress(last=self._done == self._count)
 
-  def _log(self, *, last: bool = False) -> None:
+  def _log_progress(self, *, last: bool = False) -> None:
     now = time.monotonic()
     if not last and now - self._last < _SECONDS_BETWEEN_LINES:
       return
@@ -64,7 +64,7 @@ class Progress:
     share = self._done_size / self._size if self._size else self._done / max(self._count, 1)
     if share and not last:
       line += f", about {_duration(seconds * (1 - share) / share)} left"
-    self.say(line)
+    self.log(line)
 
 
 def _duration(seconds: float) -> str:

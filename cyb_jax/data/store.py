@@ -1,18 +1,18 @@
-"""The token store: a task's tokens, prepared once, memory-mapped, read by window number.
+"""The token store: a task's tokens, prepared once, memory-mapped, and read by window number.
 
 A store is a folder:
 
-    store.json                 its description; the fingerprint covers everything else in it, and so every file's hash
+    store.json                 the description; its fingerprint covers all its other fields, including the file hashes
     tokenizer.json             the tokenizer; its model is in tokenizer.model or huggingface.json
     train-00000.tokens         little-endian uint16 (uint32 beyond 65,536 ids)
     train-00000.documents      little-endian uint64: the position in its split of each document that begins here
-    train-00000.difficulty     uint8 for each token, if the task knows it
-    train-00000.weights        uint8, 0 or 1, for each token, if not every token is to be learnt
+    train-00000.difficulty     uint8 for each token, if the task defines difficulties
+    train-00000.weights        uint8, 0 or 1, for each token, if some tokens have weight 0
 
-The stream of a split is `end doc1 end doc2 end ... docN end`. Divided into windows that overlap by one token, every
-token of every document, and every closing end, is a target exactly once. If a pretrained model was trained to see a
-token of its own before each text (the tokenizer's start_id), this token follows each end, with weight 0: it is read,
-and never learnt.
+The stream of a split is `end doc1 end doc2 end ... docN end`. It is divided into windows that overlap by one token, so
+every token of every document, and the end token after every document, is a target exactly once. If a pretrained model
+was trained with a start token before each text (the tokenizer's start_id), this token follows each end token. It has
+weight 0: it is an input but never a target of the loss.
 
 Letters: N rows, T tokens of a window.
 """
@@ -41,23 +41,23 @@ from cyb_jax.storage.paths import absolute, unchecked_place
 FORMAT = 1
 DESCRIPTION = "store.json"
 SHARD_TOKENS = 1 << 28
-_VERIFIED_BYTES = 8 << 30  # larger stores are opened with their sizes checked only
+_VERIFIED_BYTES = 8 << 30  # for larger stores, only the file sizes are checked
 _SECONDS_BETWEEN_LINES = 5.0
 _WINDOWS_AT_ONCE = 4096
-# The annotations of tokens that a store may have, one byte for each token.
+# The annotations that a store may have, one byte for each token.
 ANNOTATIONS = ("difficulty", "weights")
 
 
 class TokenStore:
-  """A prepared store, open for reading; needs no TensorFlow.
+  """A prepared store, open for reading. TensorFlow is not needed.
 
   Attributes:
-    path: its folder, on a local disk.
+    path: the store's folder, on a local disk.
     description: the content of store.json.
-    fingerprint: hexadecimal sha256 over the description.
-    vocab_size, end_id: of its tokenizer.
-    splits: names of the splits that hold documents, train first.
-    maps: (split, 'tokens' or an annotation) -> its memory-mapped shards, and their borders: int64[shards + 1].
+    fingerprint: hexadecimal sha256 of the description.
+    vocab_size, end_id: the vocabulary size and the end token of the tokenizer.
+    splits: names of the splits that have documents, train first.
+    maps: (split, 'tokens' or an annotation) -> the memory-mapped shards, and their borders, int64[shards + 1].
   """
 
   def __init__(self, path: Path, description: dict[str, Any]):
@@ -73,16 +73,16 @@ class TokenStore:
 
   @classmethod
   def open(cls, path: str | os.PathLike, *, verify: bool | Literal["auto"] = "auto") -> TokenStore:
-    """Opens a store of one task and checks it; `mixtures.open_token_store` opens mixtures too.
+    """Opens the store of one task and checks it; `mixtures.open_token_store` also opens mixtures.
 
     Args:
-      path: its folder. One in a bucket is copied to the user's cache folder first, once.
-      verify: whether every file is hashed: True, False (only sizes are checked), or 'auto': if the store has at most
-        8 GiB.
+      path: the store's folder. A store in a bucket is first copied to the user's cache folder, unless a copy exists.
+      verify: whether every file is hashed: True, False (only sizes are checked), or 'auto' (True if the store has at
+        most 8 GiB).
 
     Raises:
-      InputError: there is no store, or it is of another format, truncated or altered; the message names the file.
-      StorageError: the bucket fails, or the disk of the copy.
+      InputError: there is no store, or it has another format, or is truncated or altered; the message names the file.
+      StorageError: the bucket or the disk of the copy failed.
     """
     if in_bucket(path):
       path = _local_copy(unchecked_place(path), read_description(path))
@@ -100,20 +100,20 @@ class TokenStore:
           if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise InputError(f"data.store: {path / name} was altered; prepare the store again")
     if tokenizers.load(path).describe() != description["tokenizer"]:
-      raise InputError(f"data.store: {path} holds another tokenizer than it was prepared with; prepare it again")
+      raise InputError(f"data.store: {path} has a different tokenizer than it was prepared with; prepare it again")
     return cls(path, description)
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
-    """The tokenizer that made the tokens."""
+    """The tokenizer that encoded the text."""
     return tokenizers.load(self.path)
 
   def num_tokens(self, split: str) -> int:
-    """Number of tokens in a split's stream, including the first and all closing end tokens."""
+    """Number of tokens in a split's stream, including the first end token and the end token after each document."""
     return self._split(split)["tokens"]
 
   def has_weights(self, split: str) -> bool:
-    """Whether some of a split's tokens are read but not learnt."""
+    """Whether some of a split's tokens have weight 0: they are inputs but not targets of the loss."""
     return self.has_annotation(split, "weights")
 
   def has_annotation(self, split: str, kind: str) -> bool:
@@ -122,17 +122,17 @@ class TokenStore:
 
   @property
   def task(self) -> str:
-    """The name of the task whose tokens these are."""
+    """The name of the store's task."""
     return self.description["task"]
 
   def has_prefixes(self, split: str) -> bool:
-    """Whether more tokens than those that begin documents are not learnt: the task has prefixes and targets."""
+    """Whether tokens other than start tokens have weight 0, so that documents consist of prefixes and targets."""
     starts = self.tokenizer.adds_start and self.tokenizer.start_id != self.end_id
     begins = self._split(split)["documents"] * starts
     return self.has_weights(split) and self.num_tokens(split) - 1 - self.num_targets(split) > begins
 
   def prefixes(self, split: str, sequence_length: int) -> np.ndarray:
-    """int64[windows]: how often, in each window, a target of weight 1 follows one of weight 0."""
+    """int64[windows]: the number of times, in each window, that a target of weight 1 follows a target of weight 0."""
     windows = self.num_windows(split, sequence_length)
     counts = np.zeros(windows, np.int64)
     if self.has_weights(split):
@@ -147,20 +147,20 @@ class TokenStore:
     return self._split(split).get("weighted_tokens", self.num_tokens(split) - 1)
 
   def num_bytes(self, split: str) -> int:
-    """Number of bytes of UTF-8 that the targets of weight 1 represent, for bits per byte."""
+    """Number of UTF-8 bytes that the targets of weight 1 represent, for bits per byte."""
     return self._split(split).get("weighted_bytes", self._split(split)["bytes"])
 
   def num_windows(self, split: str, sequence_length: int) -> int:
-    """Number of windows of `sequence_length` targets that cover a split; the last one may be partial."""
+    """Number of windows of `sequence_length` targets that cover a split; the last window may be partial."""
     if sequence_length < 1:
       raise InputError(f"data.sequence_length={sequence_length}: give at least 1")
     return -(-(self.num_tokens(split) - 1) // sequence_length)
 
   def require(self, split: str, sequence_length: int) -> None:
-    """Checks that a split fills one window.
+    """Checks that a split fills at least one window.
 
     Raises:
-      InputError: it has fewer than sequence_length + 1 tokens.
+      InputError: the split has fewer than sequence_length + 1 tokens.
     """
     tokens = self.num_tokens(split)
     if tokens < sequence_length + 1:
@@ -170,16 +170,16 @@ class TokenStore:
       )
 
   def windows(self, split: str, indices: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads windows; window j is the tokens [j T, j T + T], both ends included.
+    """Reads windows; window j consists of the tokens j T to j T + T, inclusive.
 
     Args:
       split: name of a split.
-      indices: int[N], each at least 0. A window past the last one is all padding.
+      indices: int[N], the window numbers, each at least 0. A window after the last one consists of padding only.
       sequence_length: T.
 
     Returns:
-      tokens: int32[N, T + 1], padded with end_id beyond the stream's end; inputs are [:, :-1], targets [:, 1:].
-      weights: float32[N, T], 1 for a target within the stream that is to be learnt, 0 for others and beyond.
+      tokens: int32[N, T + 1], padded with end_id after the end of the stream; inputs are [:, :-1], targets [:, 1:].
+      weights: float32[N, T], the weights of the targets, 0 or 1; 0 after the end of the stream.
     """
     starts = _starts(indices, sequence_length)
     tokens = self._gather(split, "tokens", starts, sequence_length + 1, self.end_id, np.int32)
@@ -190,7 +190,7 @@ class TokenStore:
     return tokens, weights
 
   def difficulty(self, split: str, indices: np.ndarray, sequence_length: int) -> np.ndarray | None:
-    """uint8[N, T]: the difficulty of each target of the windows, 0 beyond the end; None if the task knows none."""
+    """uint8[N, T]: the difficulty of each target of the windows, 0 after the end; None if the task defines none."""
     if not self.has_annotation(split, "difficulty"):
       return None
     starts = _starts(indices, sequence_length) + 1
@@ -209,7 +209,7 @@ class TokenStore:
       raise InputError(f"split={split!r}: the store {self.path} has {', '.join(self.splits)}") from None
 
   def _open_maps(self, split: str, kind: str) -> tuple[list[np.ndarray], np.ndarray]:
-    """The memory-mapped shards of a split, and the borders between them: int64[shards + 1]."""
+    """The memory-mapped shards of a split, and the borders between them, int64[shards + 1]."""
     shards = self._split(split)["shards"]
     if kind == "tokens":
       maps = [np.memmap(self.path / shard["file"], self._dtype, "r") for shard in shards]
@@ -220,11 +220,11 @@ class TokenStore:
     return [np.asarray(part) for part in maps], borders
 
   def _gather(self, split, kind, starts, length, padding, dtype) -> np.ndarray:
-    """dtype[N, length]: the stream from each start on, `padding` beyond its end."""
+    """dtype[N, length]: `length` values of the stream from each start; `padding` after the end of the stream."""
     maps, borders = self.maps(split, kind)
     rows = np.full((len(starts), length), padding, dtype)
     shards = np.searchsorted(borders, starts, side="right") - 1
-    # One slice is copied for each row. This takes a few percent longer than a plain memory copy for T in the hundreds,
+    # One slice is copied for each row. For T in the hundreds, this takes a few percent longer than a plain memory copy
     # and is faster than fancy indexing of a strided view.
     for row, start, shard in zip(rows, starts.tolist(), shards.tolist(), strict=True):
       done = 0
@@ -244,18 +244,19 @@ def default_cache() -> Path:
 
 
 def is_store(path: str | os.PathLike) -> bool:
-  """Whether a folder, on a local disk or in a bucket, holds a token store.
+  """Whether a folder, on a local disk or in a bucket, is a token store.
 
   Raises:
-    StorageError: the bucket fails.
+    StorageError: the bucket failed.
   """
   return streams.size_of(unchecked_place(path) / DESCRIPTION) is not None
 
 
 def tokenizer_spec(path: str | os.PathLike) -> str:
-  """The spec of the tokenizer of a store, as the config field data.tokenizer has it.
+  """The spec of a store's tokenizer, as a value of the config field data.tokenizer.
 
-  It is 'sentencepiece:N' if the tokenizer was trained for the store, or 'bytes', or the store's folder, which holds it.
+  It is 'sentencepiece:N' if the tokenizer was trained for the store, 'bytes', or the store's folder, which contains the
+  tokenizer.
 
   Args:
     path: the store's folder, on a local disk or in a bucket.
@@ -270,9 +271,9 @@ def tokenizer_spec(path: str | os.PathLike) -> str:
 
 
 def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
-  """The folder of the copy of a bucket's store in the user's cache; files that are missing there are copied."""
+  """Copies a store from a bucket to the user's cache, unless the copy is complete; returns the folder of the copy."""
   copy = default_cache() / "copies" / description["fingerprint"]
-  if (copy / DESCRIPTION).is_file():  # it is whole: nothing is written, where that may be impossible
+  if (copy / DESCRIPTION).is_file():  # a complete copy may be on a read-only disk, so nothing is written
     return copy
   copy.mkdir(parents=True, exist_ok=True)
   with locks.held(unchecked_place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
@@ -284,8 +285,8 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
     free = shutil.disk_usage(copy).free
     if total > free:
       raise StorageError(
-        f"data.store: the copy of {os.fspath(path)} in {copy} needs {total:,} bytes more, and {free:,} are free;"
-        " XDG_CACHE_HOME names another place"
+        f"data.store: copying {os.fspath(path)} to {copy} needs {total:,} more bytes, and {free:,} are free; set"
+        " XDG_CACHE_HOME to a folder on a larger disk"
       )
     last = time.monotonic()
     for name in tokenizers.files(description["tokenizer"]):
@@ -302,8 +303,8 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
             logging.info("copying %s to %s: %.1f of %.1f GB", path, copy, done / 1e9, total / 1e9)
         if digest.hexdigest() != sha256:
           raise InputError(
-            f"data.store: {os.fspath(path / name)} isn't the {size} bytes that the store was prepared with; prepare it"
-            " again"
+            f"data.store: {os.fspath(path / name)} differs from the {size} bytes of the prepared store; prepare the"
+            " store again"
           )
     streams.write(epath.Path(copy / DESCRIPTION), streams.read(path / DESCRIPTION))
   return copy
@@ -317,7 +318,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def _starts(indices: np.ndarray, sequence_length: int) -> np.ndarray:
   indices = np.asarray(indices, np.int64)
   if indices.ndim != 1 or (indices < 0).any():
-    raise ValueError(f"window numbers must be int[N] from 0 on, not {indices}")
+    raise ValueError(f"window numbers must be int[N] and at least 0, not {indices}")
   return indices * sequence_length
 
 
@@ -327,12 +328,12 @@ def canonical(value: Any) -> bytes:
 
 
 def digest(value: Any) -> str:
-  """Hexadecimal sha256 over a value as JSON."""
+  """Hexadecimal sha256 of a value as JSON."""
   return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def fingerprint(description: dict[str, Any]) -> str:
-  """Hexadecimal sha256 over a description, without its fingerprint."""
+  """Hexadecimal sha256 of a description without its fingerprint."""
   return digest({k: v for k, v in description.items() if k != "fingerprint"})
 
 
@@ -340,26 +341,26 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
   """The content of store.json of a store on a local disk or in a bucket.
 
   Raises:
-    InputError: it is missing, of another format, or altered.
+    InputError: the file is missing, has another format, or was altered.
   """
   file = unchecked_place(path) / DESCRIPTION
   try:
     description = json.loads(streams.read(file) if in_bucket(path) else file.read_bytes())
   except OSError as error:
     raise InputError(
-      f"data.store: {os.fspath(file)} cannot be read ({error.strerror or 'it is not there'}); prepare one with"
+      f"data.store: {os.fspath(file)} cannot be read ({error.strerror or 'no such file'}); prepare a store with"
       " cyb-prepare"
     ) from error
   except ValueError as error:
-    raise InputError(f"data.store: {os.fspath(file)} is no JSON ({error}); prepare the store again") from error
+    raise InputError(f"data.store: {os.fspath(file)} is not valid JSON ({error}); prepare the store again") from error
   if not isinstance(description, dict) or description.get("format") != FORMAT:
     found = description.get("format") if isinstance(description, dict) else None
     raise InputError(
-      f"data.store: {os.fspath(file)} has format {found!r}, this version reads {FORMAT}; prepare the store again"
+      f"data.store: {os.fspath(file)} has format {found!r}, but this version reads {FORMAT}; prepare the store again"
     )
   if description.get("fingerprint") != fingerprint(description):
     raise InputError(
-      f"data.store: {os.fspath(file)} was altered: its fingerprint does not fit; prepare the store again"
+      f"data.store: {os.fspath(file)} was altered: its fingerprint does not match; prepare the store again"
     )
   return description
 

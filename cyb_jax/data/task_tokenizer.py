@@ -15,37 +15,37 @@ from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
 from cyb_jax.storage import streams
 
-# SentencePiece is trained on at most `_SAMPLE_BYTES` of text: the documents with the smallest hash among the first
-# `_SAMPLED_BYTES`.
+# SentencePiece is trained on at most `_SAMPLE_BYTES` of text: the documents with the smallest hashes within the first
+# `_SAMPLED_BYTES` of text.
 _SAMPLE_BYTES = 4 << 20
 _SAMPLED_BYTES = 256 << 20
 
 
 def shared_tokenizer(
-  task: tasks.Task, pieces: int, limit: int | None, folder: epath.Path, local: Path, say: Callable[[str], None]
+  task: tasks.Task, pieces: int, limit: int | None, folder: epath.Path, local: Path, log: Callable[[str], None]
 ) -> Tokenizer:
-  """The tokenizer of a task's text: the one in a folder that all shards see, or else a trained one, written there.
+  """Reads the tokenizer of a task's text from a folder that all shards share, or trains one and writes it there.
 
-  Every process that finds none trains one: equal text gives an equal model, and waiting would take as long. If two
-  models differ in spite of that, all processes use the one that is written first from their next start on, and pieces
-  made with the other are prepared again.
+  Every process that finds no tokenizer trains one: equal text gives an equal model, and waiting would take as long. If
+  two models nevertheless differ, all processes use the first one that was written when they start again, and pieces
+  that were encoded with the other one are prepared again.
 
   Args:
-    task: its split train is read.
-    pieces: of the SentencePiece model.
-    limit: number of documents that are used at most, or None.
+    task: the task, whose train split is read.
+    pieces: number of pieces of the SentencePiece model.
+    limit: the largest number of documents that are used; None means all.
     folder: the folder of the tokenizer; it need not exist.
     local: an existing folder on a local disk for copies.
-    say: logs a line.
+    log: logs a line.
 
   Raises:
-    InputError: train has no text, or too little for so many pieces.
+    InputError: train has no text, or too little text for this number of pieces.
   """
   with contextlib.suppress(InputError):
-    return _read(folder, _made(local, "found"))
-  say(f"training a SentencePiece model of {pieces} pieces")
+    return _read(folder, _new_folder(local, "found"))
+  log(f"training a SentencePiece model of {pieces} pieces")
   trained = train_on_tasks([(task, 1.0)], pieces, limit)
-  own = _made(local, "trained")
+  own = _new_folder(local, "trained")
   trained.save(own)
   streams.make_folder(folder)
   for name in tokenizers.files(trained.describe()):
@@ -54,15 +54,15 @@ def shared_tokenizer(
 
 
 def train_on_tasks(sources: Sequence[tuple[tasks.Task, float]], pieces: int, limit: int | None) -> Tokenizer:
-  """A SentencePiece model of the text of one or several tasks.
+  """Trains a SentencePiece model on the text of one or more tasks.
 
   Args:
-    sources: tasks and their weights: shares of the text that it is trained on.
-    pieces: of the model.
-    limit: number of documents of each task that are used at most, or None.
+    sources: tasks and their weights; the amount of a task's text is proportional to its weight.
+    pieces: number of pieces of the model.
+    limit: the largest number of documents of each task that are used; None means all.
 
   Raises:
-    InputError: a task has no text in train, or all have too little for so many pieces.
+    InputError: a task has no text in train, or there is too little text for this number of pieces.
   """
   total = sum(weight for _, weight in sources)
   texts: list[str] = []
@@ -80,21 +80,22 @@ def _read(folder: epath.Path, copy: Path) -> Tokenizer:
   return tokenizers.load(copy)
 
 
-def _made(parent: Path, name: str) -> Path:
+def _new_folder(parent: Path, name: str) -> Path:
   folder = parent / name
   folder.mkdir()
   return folder
 
 
 def sample(documents: Iterable[tasks.Document], size_limit: int) -> list[str]:
-  """About `size_limit` bytes of text to train a tokenizer on: the first documents' texts with the smallest hashes.
+  """About `size_limit` bytes of text for training a tokenizer: the texts with the smallest hashes near the beginning.
 
-  The first documents alone could be of one kind, if a corpus is sorted; a draw from all would have to read all.
+  The very first documents could be of a single kind if a corpus is sorted, and a sample of all documents would require
+  reading the entire corpus.
   """
   heap: list[tuple[int, str]] = []
   kept = seen = 0
   for document in documents:
-    # The first 8 bytes of the digest decide the split, so the others are used here.
+    # The first 8 bytes of the digest determine the split, so the other bytes are used here.
     digest = int.from_bytes(tasks.text_digest(document.text)[8:], "little")
     heapq.heappush(heap, (-digest, document.text))
     size = len(document.text.encode())

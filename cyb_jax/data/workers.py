@@ -1,8 +1,7 @@
-"""The work of a preparation, in this process or in worker processes that read and write one JSON object a line.
+"""Runs the jobs of a preparation, in this process or in worker processes that exchange JSON lines with it.
 
-A worker process reads the settings that all its jobs share, and then its jobs, each when the one before is done; it
-answers with progress, a result or an error. It ends with its input, and so with the process that started it, even if
-that one is killed.
+A worker process reads the settings that all its jobs share, and then one job after the other. It answers a job with
+progress, a result or an error. It exits at the end of its input, so it also exits if the parent process is killed.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from cyb_jax.storage.paths import unchecked_place
 _SECONDS_BETWEEN_REPORTS = 1.0
 # The variables that limit the threads of tokenizers, OpenMP and TensorFlow.
 _THREADS = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-# Errors that a worker passes on; for any other error it writes the traceback and dies.
+# Errors that a worker sends to its parent; for any other error it writes the traceback and exits.
 _ERRORS = {"InputError": InputError, "StorageError": StorageError, "Damaged": chunks.Damaged}
 
 Report = Callable[[int, int], None]
 
 
 class Work:
-  """Does the jobs of a preparation in one process.
+  """Runs jobs of a preparation in this process.
 
   Args:
-    shared: JSON: `task`, `options`, `limit`; `tokenizer`, a local folder; `folder` of the pieces, `output` of the
-      shards.
-    task: the opened task; None: it is opened here.
+    shared: the settings that all jobs share, as JSON: `task`, `options` and `limit`; `tokenizer`, a local folder;
+      `folder`, the folder of the pieces; `output`, the folder of the shards.
+    task: the opened task; None means that it is opened here.
   """
 
   def __init__(self, shared: dict[str, Any], task: tasks.Task | None = None):
@@ -57,11 +56,11 @@ class Work:
     """Writes a piece or a shard.
 
     Args:
-      job: JSON: `made_of`; `number` and `piece`, or `split`, `number` and `runs`.
+      job: a JSON object with `made_of`, and either `number` and `piece`, or `split`, `number` and `runs`.
       report: called with the numbers of documents and tokens of a piece that are done.
 
     Returns:
-      JSON: the record of the piece without its files, or the digests of `merging.write_shard`.
+      a JSON object: the record of the piece without its files, or the digests of `merging.write_shard`.
     """
     folder, made_of = self._folder, job["made_of"]
     if "piece" in job:
@@ -71,10 +70,10 @@ class Work:
       )
       return {name: value for name, value in record.items() if name != "files"}
     split, kinds = job["split"], ("tokens", *self._encoder.annotations)
-    whole = merging.Pieces(folder, (), (), (), {})
+    files = merging.Pieces(folder, (), (), (), {})
     encoder = self._encoder
     return merging.write_shard(
-      whole, self._output, split, job["number"], Path(job["runs"]), kinds,
+      files, self._output, split, job["number"], Path(job["runs"]), kinds,
       dtype=encoder.dtype, end_id=encoder.tokenizer.separator_id, made_of=made_of,
     )  # fmt: skip
 
@@ -85,14 +84,14 @@ def run(
   """(job, result) of each job when it is done.
 
   Args:
-    work: does the jobs in this process, if there is only one worker.
+    work: runs the jobs in this process if there is only one worker.
     shared: the argument of `Work` in worker processes.
-    jobs: JSON.
-    workers: number of processes; no more than there are jobs are started.
-    report: called with the number of the worker, and the documents and tokens of its job that are done.
+    jobs: the jobs, as JSON objects.
+    workers: the largest number of processes; there are at most as many as jobs.
+    report: called with the number of the worker, and the numbers of documents and tokens of its job that are done.
 
   Raises:
-    InputError, StorageError, Damaged: raised by a job.
+    InputError, StorageError, Damaged: a job raised it.
     ChildProcessError: a worker died.
   """
   workers = min(workers, len(jobs))
@@ -126,7 +125,7 @@ def run(
 def _start(workers: int) -> subprocess.Popen:
   threads = str(max(1, tokenizers.num_threads() // workers))
   env = os.environ | dict.fromkeys(_THREADS, threads)
-  # The worker must find the modules of the user's tasks as this process does.
+  # The worker must find the modules of the user's tasks in the same places as this process.
   env |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
   command = [sys.executable, "-c", "from cyb_jax.data import workers; workers.main()"]
   return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
@@ -141,16 +140,16 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _serve(number, process, shared, waiting, lock, events) -> None:
-  """Sends a process its jobs and passes on its answers."""
+  """Sends jobs to a worker process and puts its answers into the queue."""
   job = None
   with contextlib.suppress(OSError, ValueError):
-    _say(process.stdin, shared)
+    _send(process.stdin, shared)
     while True:
       with lock:
         job = next(waiting, None)
       if job is None:
         return
-      _say(process.stdin, job)
+      _send(process.stdin, job)
       for line in process.stdout:
         kind, value = json.loads(line)
         events.put((kind, number, job, value))
@@ -162,22 +161,22 @@ def _serve(number, process, shared, waiting, lock, events) -> None:
         break
   code = process.wait()
   name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-  hint = ": out of memory? give fewer --workers" if code == -signal.SIGKILL else ""
-  text = f"a worker died of {name}{hint}; the pieces that are whole are kept, and the same command continues"
+  hint = " (possibly out of memory: give fewer --workers)" if code == -signal.SIGKILL else ""
+  text = f"a worker died with {name}{hint}; complete pieces are kept, and the same command continues the preparation"
   events.put(("died", number, job, text))
 
 
-def _say(file, value: Any) -> None:
+def _send(file, value: Any) -> None:
   file.write(json.dumps(value) + "\n")
   file.flush()
 
 
 def main() -> None:
   """The program of a worker process."""
-  # Standard output is for answers only; anything that libraries print goes to standard error.
+  # Standard output carries answers only; the output of libraries goes to standard error.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent ends this one
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends SIGINT to all processes; the parent ends this one
   lines: queue.Queue[str] = queue.Queue()
 
   def read():
@@ -198,7 +197,7 @@ def main() -> None:
       traceback.print_exc()
       sys.stderr.flush()
       os._exit(1)
-    _say(answers, answer)
+    _send(answers, answer)
 
 
 def _reporter(answers) -> Report:
@@ -208,6 +207,6 @@ def _reporter(answers) -> Report:
     nonlocal last
     if time.monotonic() - last >= _SECONDS_BETWEEN_REPORTS:
       last = time.monotonic()
-      _say(answers, ("progress", (documents, tokens)))
+      _send(answers, ("progress", (documents, tokens)))
 
   return report

@@ -1,5 +1,6 @@
-"""Several processes that train as one.
+"""Training with several processes.
 
-`cluster` joins them, `channel` carries messages between them, `agreement` checks that they run the same, and `watchdog`
-ends them together. A process is called a host here, whether or not it has a machine to itself.
+`cluster` connects the processes, `channel` sends messages between them, `agreement` checks that they run the same
+program and config, and `watchdog` ends them together. In this package, a process is called a host, even if several
+processes share a machine.
 """

@@ -1,4 +1,4 @@
-"""What all hosts must have in common, and the check that they have it."""
+"""Checks that all hosts have the same facts, such as code version and config, and see the same folder."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from cyb_jax import __version__, nested
 from cyb_jax.distributed.channel import Channel
 from cyb_jax.errors import InputError
 
-# How long hosts wait for each other's facts when they start.
+# The number of seconds for which hosts wait for each other's facts when they start.
 _AGREE_SECONDS = 60
 
 
 def agree(
-  channel: Channel, facts: Mapping[str, Any], *, seconds: float | None = _AGREE_SECONDS, what: str = "what they run"
+  channel: Channel, facts: Mapping[str, Any], *, seconds: float | None = _AGREE_SECONDS, what: str = "their settings"
 ) -> None:
   """Checks that all hosts have the same facts.
 
   Args:
-    channel: between the hosts.
-    facts: JSON values, which may be nested dicts; named as the user knows them.
-    seconds, what: as in `Channel.gather`.
+    channel: the channel between the hosts.
+    facts: JSON values, possibly nested dicts; their names appear in the error message.
+    seconds, what: see `Channel.gather`.
 
   Raises:
-    InputError: the facts differ. It is raised on all hosts alike.
+    InputError: the facts differ. It is raised on all hosts.
     HostLostError: a host hasn't sent its facts in time.
   """
   first, *others = channel.gather(dict(facts), seconds=seconds, what=what)
@@ -40,16 +40,16 @@ def agree(
     if different:
       more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
       listed = "; ".join(f"{path} is {a!r} on host 0, but {b!r} on host {host}" for path, a, b in different[:3])
-      raise InputError(f"hosts: {listed}{more}; start all hosts with the same")
+      raise InputError(f"hosts: {listed}{more}; start all hosts with the same code, flags and environment")
 
 
 def same_folder(channel: Channel, folder: Any, *, seconds: float = 20.0) -> None:
-  """Checks that all hosts see host 0's folder under a path.
+  """Checks that a path is the same folder on all hosts.
 
   Args:
-    channel: between the hosts.
-    folder: a path on a disk; host 0 may write there.
-    seconds: how long a shared file system may take to show a new file.
+    channel: the channel between the hosts.
+    folder: a path on a disk; host 0 must have write permission.
+    seconds: the time that a shared file system may take to show a new file.
 
   Raises:
     InputError: some hosts don't see it.
@@ -64,19 +64,19 @@ def same_folder(channel: Channel, folder: Any, *, seconds: float = 20.0) -> None
   until = time.monotonic() + seconds
   while not (seen := _exists(mark)) and time.monotonic() < until:
     time.sleep(0.2)
-  blind = [host for host, sees in enumerate(channel.gather(seen)) if not sees]
+  missing = [host for host, sees in enumerate(channel.gather(seen)) if not sees]
   if channel.index == 0:
     mark.unlink()
-  if blind:
-    numbers = ", ".join(map(str, blind))
+  if missing:
+    numbers = ", ".join(map(str, missing))
     raise InputError(
-      f"workdir: {folder} on host {numbers} isn't the folder of host 0; give one that all hosts share, such as"
+      f"workdir: {folder} on host {numbers} isn't the folder of host 0; give a folder that all hosts share, such as"
       " gs://BUCKET/FOLDER"
     )
 
 
 def own_facts() -> dict[str, str]:
-  """The facts that hosts of one cluster must share, whatever they run."""
+  """The facts that all hosts of a cluster must share, independently of the config."""
   return {
     "cyb_jax": f"{__version__}, source {code_version()}",
     "jax": jax.__version__,
@@ -85,7 +85,7 @@ def own_facts() -> dict[str, str]:
 
 
 def code_version() -> str:
-  """A digest of the package's own source, since two checkouts of one version may differ."""
+  """A digest of the package's source, because two checkouts of the same version may differ."""
   package = pathlib.Path(__file__).parents[1]
   digest = hashlib.sha256()
   for path in sorted(package.rglob("*.py")):
@@ -95,5 +95,5 @@ def code_version() -> str:
 
 def _exists(path: Any) -> bool:
   with contextlib.suppress(OSError):
-    os.listdir(path.parent)  # a network file system looks again only when the folder is listed
+    os.listdir(path.parent)  # listing the folder refreshes the cache of a network file system
   return path.exists()

@@ -1,6 +1,6 @@
 """Short messages between hosts, through the key-value store of jax's coordination service, which runs in process 0.
 
-Arrays are never sent this way. This is the one module that reaches jax's private client of the service.
+Arrays are never sent this way. This is the only module that uses jax's private client of the service.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import jax
 
 from cyb_jax.errors import HostLostError
 
-# A message of this many turns ago has been read by all hosts, because they call a channel in step.
+# All hosts make the same calls on a channel, so a message that is this many turns old has been read by all of them.
 _TURNS_KEPT = 10_000
 # The longest single request to the service, in seconds.
 _REQUEST_SECONDS = 10.0
 
 
 class KeyValueStore:
-  """Texts by key, visible to all hosts.
+  """A mapping of keys to texts that all hosts share.
 
   Args:
-    client: of jax's coordination service.
+    client: a client of jax's coordination service.
   """
 
   def __init__(self, client: Any):
@@ -46,18 +46,18 @@ class KeyValueStore:
     self._client.key_value_delete(key)
 
   def entries(self, folder: str) -> list[tuple[str, str]]:
-    """The keys in a folder, and their texts; raises jax.errors.JaxRuntimeError where host 0 can't be reached."""
+    """The keys in a folder, and their texts; raises jax.errors.JaxRuntimeError if host 0 can't be reached."""
     return self._client.key_value_dir_get(folder)
 
   def wait(self, key: str, until: float | None) -> str | None:
-    """The text of a key, as soon as a host has written it.
+    """Waits until a key exists, and returns its text.
 
     Args:
-      key: of the text.
-      until: a time of `time.monotonic`; None: as long as host 0 lives.
+      key: the key.
+      until: the deadline, a time of `time.monotonic`; None means no deadline while host 0 can be reached.
 
     Returns:
-      The text; None where the key does not exist at that time.
+      The text; None if the key does not exist at the deadline.
 
     Raises:
       HostLostError: host 0 can't be reached.
@@ -68,20 +68,21 @@ class KeyValueStore:
         return self._client.blocking_key_value_get(key, int(1000 * min(left, _REQUEST_SECONDS)) + 1)
       except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-          raise HostLostError(f"hosts: host 0, where they meet, can't be reached ({first_line(error)})") from None
+          raise HostLostError(f"hosts: the coordinator, host 0, can't be reached ({first_line(error)})") from None
         if until is not None and time.monotonic() >= until:
           return None
 
 
 class Channel:
-  """Messages between the hosts, in an order that is the same on all of them.
+  """Messages between the hosts, in the same order on all hosts.
 
-  All hosts make the same calls on a channel, one after the other. Every thread needs a channel of its own.
+  All hosts must make the same calls on a channel in the same order. Every thread needs its own channel.
 
   Args:
-    store: of the hosts; None: there is one host.
-    index, count: of this host, and of all.
-    name: of the channel, unique among them.
+    store: the key-value store of the hosts; None if there is only one host.
+    index: the number of this host.
+    count: the number of hosts.
+    name: the name of the channel, which must be unique.
   """
 
   def __init__(self, store: KeyValueStore | None = None, index: int = 0, count: int = 1, name: str = "main"):
@@ -89,15 +90,15 @@ class Channel:
     self._turns = itertools.count()
 
   def gather(self, value: Any, *, seconds: float | None = None, what: str = "") -> list[Any]:
-    """The values of all hosts, by their numbers.
+    """The values of all hosts, in the order of their numbers.
 
     Args:
-      value: of this host; JSON.
-      seconds: how long this host waits for the others; None: as long as they live.
-      what: what the values are, for the error message.
+      value: the value of this host, as JSON.
+      seconds: the time for which this host waits for the others; None means no limit.
+      what: a description of the values for the error message.
 
     Raises:
-      HostLostError: a host has given no value in time.
+      HostLostError: a host hasn't sent its value in time.
     """
     if self._store is None:
       return [value]
@@ -108,12 +109,12 @@ class Channel:
     missing = ", ".join(str(host) for host, text in enumerate(texts) if text is None)
     if missing:
       raise HostLostError(
-        f"hosts: {missing} of {self.count} haven't said {what} within {seconds:.0f} seconds; see their logs"
+        f"hosts: {missing} of {self.count} haven't sent {what} within {seconds:.0f} seconds; see their logs"
       )
     return [json.loads(text) for text in texts if text is not None]
 
   def broadcast(self, value: Any = None) -> Any:
-    """The value of host 0; the values of the others are ignored."""
+    """The value of host 0; the values of the other hosts are ignored."""
     if self._store is None:
       return value
     key = self._next()

@@ -1,7 +1,6 @@
-"""Several processes that train as one, each with devices of its own: how they find each other, stop at the same step,
-and end together.
+"""Connects the processes of a run, each with its own devices, and makes them stop at the same step and end together.
 
-The work directory is whole however they end, and the same command on all hosts continues.
+However the processes end, the work directory remains usable, and the same command on all hosts continues the run.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from cyb_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Meeting:
-  """Where hosts meet.
+  """The settings with which hosts connect.
 
   Attributes:
-    coordinator: 'HOST:PORT' of host 0; 'auto', the address that jax finds by itself (TPU pods, Slurm, Open MPI,
-      Kubernetes); 'none', this process is alone; '': 'auto' on a TPU VM, else 'none'.
-    num_processes, process_id: with 'HOST:PORT'; -1: not given.
-    join_timeout: how many seconds hosts wait for each other.
-    heartbeat: the number of seconds after which a silent host counts as lost.
+    coordinator: 'HOST:PORT' of host 0; or 'auto' for the address that jax detects (TPU pods, Slurm, Open MPI,
+      Kubernetes); or 'none' for a single process; or '', which means 'auto' on a TPU VM and 'none' elsewhere.
+    num_processes, process_id: required with 'HOST:PORT'; -1 means not given.
+    join_timeout: the number of seconds for which hosts wait for each other.
+    heartbeat: the number of seconds after which a host without heartbeat is considered lost.
   """
 
   coordinator: str = ""
@@ -42,17 +41,17 @@ class Meeting:
   heartbeat: int = 60
 
   def check(self) -> None:
-    """Raises InputError where the fields don't fit each other."""
+    """Raises InputError if the fields are inconsistent or out of range."""
     host, colon, port = self.coordinator.rpartition(":")
     if self.coordinator in ("", "auto", "none"):
       for name in ("num_processes", "process_id"):
         if getattr(self, name) != -1:
           raise InputError(
-            f"--{name}: {getattr(self, name)} goes with --coordinator=HOST:PORT, which is"
+            f"--{name}: {getattr(self, name)} requires --coordinator=HOST:PORT, but --coordinator is"
             f" {self.coordinator or 'not given'!r}"
           )
     elif not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-      raise InputError(f"--coordinator: {self.coordinator!r} is none of HOST:PORT, 'auto' and 'none'")
+      raise InputError(f"--coordinator: {self.coordinator!r} is invalid; give HOST:PORT, 'auto' or 'none'")
     else:
       self._check_numbers()
     for name in ("join_timeout", "heartbeat"):
@@ -63,22 +62,23 @@ class Meeting:
     if self.num_processes < 1:
       raise InputError(
         f"--num_processes: {'not given' if self.num_processes == -1 else self.num_processes}; with"
-        f" --coordinator={self.coordinator} it says how many processes there are, at least 1"
+        f" --coordinator={self.coordinator}, give the number of processes, at least 1"
       )
     if not 0 <= self.process_id < self.num_processes:
       raise InputError(
-        f"--process_id: {'not given' if self.process_id == -1 else self.process_id}; give each process a number of"
-        f" its own from 0 to {self.num_processes - 1}"
+        f"--process_id: {'not given' if self.process_id == -1 else self.process_id}; give each process a different"
+        f" number from 0 to {self.num_processes - 1}"
       )
 
 
 class Cluster(Channel):
-  """All hosts of a run; see `join`. As a channel it is for the main thread.
+  """All hosts of a run; see `join`. It is also the channel of the main thread.
 
   Args:
-    store: of the hosts; None: there is one host.
-    index, count: of this host, and of all.
-    reporter: reports an end of this process that comes from outside.
+    store: the key-value store of the hosts; None if there is only one host.
+    index: the number of this host.
+    count: the number of hosts.
+    reporter: prints the reason if this process is killed.
   """
 
   def __init__(
@@ -89,7 +89,7 @@ class Cluster(Channel):
     self._channels: collections.Counter[str] = collections.Counter()
 
   def channel(self, name: str) -> Channel:
-    """A channel for another thread; all hosts ask for it by the same name."""
+    """A channel for another thread; all hosts must pass the same name."""
     self._channels[name] += 1
     return Channel(self._store, self.index, self.count, f"{name}/{self._channels[name]}")
 
@@ -98,35 +98,35 @@ class Cluster(Channel):
     agreement.agree(self, facts, **options)
 
   def same_folder(self, folder: Any, **options: Any) -> None:
-    """Checks that all hosts see host 0's folder under a path; see `agreement.same_folder`."""
+    """Checks that a path is the same folder on all hosts; see `agreement.same_folder`."""
     agreement.same_folder(self, folder, **options)
 
-  def stops(self, asked: bool) -> bool:
-    """Whether all hosts stop at this call, because one of them was asked to stop before it.
+  def stops(self, requested: bool) -> bool:
+    """Whether all hosts stop at this call, because a stop was requested on one of them.
 
     Args:
-      asked: whether this host was asked.
+      requested: whether a stop was requested on this host.
     """
     if self._watchdog is None:
-      return asked
-    if asked:
+      return requested
+    if requested:
       self._watchdog.request_stop()
-    # Host 0 decides, because hosts that look at different times would stop at different steps.
+    # Host 0 decides, because hosts that check at different times would stop at different steps.
     return self.broadcast(self._watchdog.stop_requested)
 
   def leave(self) -> None:
-    """Ends a run that has succeeded or was interrupted, on all hosts alike."""
+    """Disconnects this host after a run that has ended on all hosts: it has succeeded or was interrupted."""
     if self._watchdog is not None:
       self._watchdog.leave()
       jax.distributed.shutdown()
       self._watchdog.dismiss_reporter()
 
   def abandon(self, message: str, code: int) -> None:
-    """Tells the other hosts why this one ends, and ends its process at once; returns where there is one host.
+    """Announces to the other hosts why this host ends, and exits at once; returns if there is only one host.
 
     Args:
-      message: one line.
-      code: the exit code, for all hosts.
+      message: the reason, one line.
+      code: the exit code of all hosts.
     """
     if self._watchdog is not None:
       self._watchdog.abandon(message, code)
@@ -136,10 +136,10 @@ ALONE = Cluster()
 
 
 def join(meeting: Meeting) -> Cluster:
-  """Meets the other hosts, before anything else of jax is used.
+  """Connects this process with the other hosts; must be called before any other use of jax.
 
   Raises:
-    InputError: the fields of `meeting` don't fit each other, or no host can be met.
+    InputError: the fields of `meeting` are invalid, or no host can be reached.
   """
   meeting.check()
   where = meeting.coordinator or ("auto" if _is_tpu_vm() else "none")
@@ -150,12 +150,12 @@ def join(meeting: Meeting) -> Cluster:
     named = {"coordinator_address": where, "num_processes": meeting.num_processes, "process_id": meeting.process_id}
     if meeting.num_processes == 1:
       return ALONE
-    logging.info("host %d of %d: meeting the others at %s", meeting.process_id, meeting.num_processes, where)
+    logging.info("host %d of %d: connecting to %s", meeting.process_id, meeting.num_processes, where)
   reporter = ExitReporter(
-    f"the hosts haven't met at {where} within {meeting.join_timeout} seconds (--join_timeout): either host 0 can't be"
-    " reached there, or not all of them were started"
+    f"the hosts haven't connected to {where} within {meeting.join_timeout} seconds (--join_timeout): either host 0"
+    " can't be reached at this address, or not all hosts were started"
   )
-  # jax's preemption service would take SIGTERM for itself; the training loop stops all hosts in its own way.
+  # jax's preemption service would handle SIGTERM, but the training loop has its own way to stop all hosts.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
@@ -164,33 +164,35 @@ def join(meeting: Meeting) -> Cluster:
   except (ValueError, RuntimeError) as error:
     reporter.dismiss()
     if meeting.coordinator == "":
-      logging.warning("no other hosts were found (%s); give --coordinator where there are some", first_line(error))
+      logging.warning("no other hosts were found (%s); if there are any, give --coordinator", first_line(error))
       return _checked_alone()
-    raise InputError(f"--coordinator: {where!r} leads nowhere: {first_line(error)}") from None
+    raise InputError(
+      f"--coordinator: {where!r} can't be reached ({first_line(error)}); give HOST:PORT of host 0"
+    ) from None
   index, count = jax.process_index(), jax.process_count()
   if count == 1:
     reporter.dismiss()
     return ALONE
   reporter.set_message(
-    "this process was ended from outside; most likely another host has died or can't be reached. What was saved is"
-    " whole: start all hosts again with the same command to continue"
+    "this process was killed; most likely another host has died or can't be reached. The saved checkpoints are intact:"
+    " start all hosts again with the same command to continue"
   )
   logging.info("host %d of %d: %d of %d devices", index, count, jax.local_device_count(), jax.device_count())
   return Cluster(KeyValueStore.of_jax(), index, count, reporter)
 
 
 def _checked_alone() -> Cluster:
-  """ALONE, where jax sees the devices of this host only."""
+  """Returns ALONE; raises InputError if jax sees devices of other hosts."""
   if jax.process_count() > 1:
     raise InputError(
-      f"--coordinator: not given, but the devices of {jax.process_count()} hosts are seen; give HOST:PORT of host 0,"
+      f"--coordinator: not given, but jax sees the devices of {jax.process_count()} hosts; give HOST:PORT of host 0,"
       " with --num_processes and --process_id"
     )
   return ALONE
 
 
 def _is_tpu_vm() -> bool:
-  """Whether jax will use TPUs here."""
+  """Whether jax will use TPUs on this machine."""
   if importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS", "tpu") not in ("", "tpu"):
     return False
   return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))

@@ -1,7 +1,7 @@
-"""How the end of one host becomes the end of all of them, each with one line that gives the reason.
+"""Ends all hosts when one host ends; each host prints one line with the reason.
 
-A host that fails announces its end before it leaves. A host that dies without an announcement is missed by jax's
-coordination service within the heartbeat, and the service then ends the others.
+A host that fails announces this before it exits. If a host dies without an announcement, jax's coordination service
+notices the missing heartbeat and aborts the other hosts.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from cyb_jax.errors import HostLostError
 _POLL_SECONDS = 0.5
 _ENDED = "cyb_jax/ended"
 _STOP = "cyb_jax/stop"
-# How the runtime's errors name a connection that has failed.
+# Words that identify a failed connection in errors of the runtime.
 _TRANSPORT = ("Gloo", "NCCL", "UNAVAILABLE", "Connection", "heartbeat", "DEADLINE")
 
 
 class Watchdog:
-  """A thread that watches for other hosts' announcements: that they end, or that they were asked to stop.
+  """A thread that polls the other hosts' announcements of their end and of stop requests.
 
   Args:
-    store: of the hosts.
-    index: of this host.
-    reporter: reports an end of this process that comes from outside; None: nothing does.
+    store: the key-value store of the hosts.
+    index: the number of this host.
+    reporter: prints the reason if this process is killed; None means that nothing is printed.
 
   Attributes:
-    stop_requested: whether this host was asked to stop; on host 0, whether any was.
+    stop_requested: whether a stop was requested on this host; on host 0, whether it was requested on any host.
   """
 
   def __init__(self, store: KeyValueStore, index: int, reporter: ExitReporter | None = None):
@@ -47,32 +47,32 @@ class Watchdog:
     threading.Thread(target=self._watch, name="cyb-hosts", daemon=True).start()
 
   def request_stop(self) -> None:
-    """Announces that this host was asked to stop."""
+    """Announces that a stop was requested on this host."""
     if not self.stop_requested:
       self.stop_requested = True
       self._store.set(f"{_STOP}/{self._index}", "1")
 
   def leave(self) -> None:
-    """From now on, other hosts' ends are ignored, because this host is ending too."""
+    """Makes the watchdog ignore the end of other hosts from now on, because this host is also ending."""
     self._leaving.set()
 
   def dismiss_reporter(self) -> None:
-    """From now on, an end of this process from outside is not reported."""
+    """Makes the reporter print nothing if this process is killed from now on."""
     if self._reporter is not None:
       self._reporter.dismiss()
 
   def abandon(self, message: str, code: int) -> None:
-    """Announces why this host ends, and ends its process at once.
+    """Announces why this host ends, and exits at once.
 
     Args:
-      message: one line.
-      code: the exit code, for all hosts.
+      message: the reason, one line.
+      code: the exit code of all hosts.
     """
     self.leave()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._store.set(f"{_ENDED}/{self._index}", json.dumps([message, code]))
     if self._index == 0:
-      # The others read the announcement from this process, and would otherwise only notice that it has gone.
+      # The other hosts read the announcement from this process, so it must not exit before they have read it.
       time.sleep(4 * _POLL_SECONDS)
     self._exit(code)
 
@@ -80,7 +80,7 @@ class Watchdog:
     self.dismiss_reporter()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: jax would wait for the others at the end, and the main thread may be in a step that never ends.
+    # sys.exit would not work: jax would wait for the other hosts, and the main thread may be in a step that never ends.
     os._exit(code)
 
   def _watch(self) -> None:
@@ -89,9 +89,10 @@ class Watchdog:
         ended = dict(self._store.entries(_ENDED))
         stop = self._index == 0 and self._store.entries(_STOP)
       except jax.errors.JaxRuntimeError:
-        continue  # where host 0 has gone for good, jax ends this process
+        continue  # if host 0 has died, jax ends this process
       if stop and not self.stop_requested:
-        logging.warning("host %s was asked to stop: finishing the step, then saving", stop[0][0].rpartition("/")[2])
+        host = stop[0][0].rpartition("/")[2]
+        logging.warning("a stop was requested on host %s: finishing the step, then saving", host)
         self.stop_requested = True
       for key, text in ended.items():
         host = int(key.rpartition("/")[2])
@@ -102,9 +103,9 @@ class Watchdog:
 
 
 class ExitReporter:
-  """A process that outlives this one and then prints one line, where this process is ended from outside.
+  """A child process that prints one line if this process is killed.
 
-  jax aborts a process whose cluster has lost a host, and leaves only a stack trace.
+  When a cluster loses a host, jax aborts the processes of the other hosts, which print only a stack trace.
 
   Args:
     message: the line.
@@ -142,22 +143,24 @@ if message:
 
 @contextlib.contextmanager
 def lost_hosts(count: int) -> Iterator[None]:
-  """Where there are several hosts, a connection error of the runtime inside most likely means that another has died.
+  """Converts a connection error of the runtime inside the `with` block to an error about a lost host.
+
+  If there are several hosts, the most likely cause of a connection error is that another host has died.
 
   Args:
-    count: how many hosts there are.
+    count: the number of hosts.
 
   Raises:
-    HostLostError: in place of the runtime's error.
+    HostLostError: the runtime raised a connection error, and there are several hosts.
   """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if count == 1 or not any(word in str(error) for word in _TRANSPORT):
       raise
-    # By the end of this wait, a host that has failed may have announced why.
+    # During this wait, a host that has failed can announce the reason, and the watchdog then ends this process.
     time.sleep(4 * _POLL_SECONDS)
     raise HostLostError(
-      f"hosts: another host has died or can't be reached ({first_line(error)}). What was saved is whole: start all"
-      " hosts again with the same command to continue"
+      f"hosts: another host has died or can't be reached ({first_line(error)}). The saved checkpoints are intact: start"
+      " all hosts again with the same command to continue"
     ) from error

@@ -42,7 +42,7 @@ from cyb_jax.methods.interface import Batch, DataFacts, EvalOutput, MethodCosts,
 from cyb_jax.methods.objectives.last import LastSlot
 from cyb_jax.methods.options import MethodConfig
 from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
-from cyb_jax.pauses import Packing, lengths_at_random, lengths_behind_prefixes, pack
+from cyb_jax.pauses import Packing, lengths_after_prefixes, lengths_at_random, pack
 
 _TOKENS_PER_PREFIX = 32
 # Evaluation draws too, the same for the same text.
@@ -186,7 +186,7 @@ class PauseTraining(CachedSlotMethod):
 
   def _behind_prefixes(self, batch: Batch) -> tuple[Int[Array, "B T"], Array]:
     weights = batch["weights"]
-    return lengths_behind_prefixes(weights, self.config.pauses, self._most_prefixes(weights.shape[1]))
+    return lengths_after_prefixes(weights, self.config.pauses, self._most_prefixes(weights.shape[1]))
 
   def _evaluate_packed(
     self, params: Params, batch: Batch, lengths: Int[Array, "B T"], row_slots: int

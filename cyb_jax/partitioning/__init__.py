@@ -1,5 +1,4 @@
-"""How arrays are split over devices: `rules` is the one table from logical axes to mesh axes, `mesh` builds meshes and
-places parameters and batches on them.
+"""Sharding of arrays over devices: `rules` maps logical axes to mesh axes, and `mesh` builds meshes and shardings.
 
-The core imports `cyb_jax.partitioning.rules`, which needs jax alone, so nothing is imported here.
+The core imports `cyb_jax.partitioning.rules`, which needs only jax, so this file imports nothing.
 """

@@ -1,4 +1,4 @@
-"""Values of arrays whose shards are on several hosts."""
+"""Fetches arrays whose shards are on several hosts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.device_get(tree)
   from jax.experimental import multihost_utils
 
-  def whole(x: Any) -> Any:
+  def gathered(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return jax.device_get(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
-  return jax.tree.map(whole, tree)
+  return jax.tree.map(gathered, tree)

@@ -50,11 +50,11 @@ def make_mesh(config: MeshSizes, devices: Sequence[jax.Device] | None = None) ->
   """Returns a mesh with the axes `data`, `fsdp` and `tensor`.
 
   Args:
-    config: the sizes of the axes; data = -1 takes the devices that the other axes leave.
-    devices: the devices of the mesh; None: all devices.
+    config: the sizes of the axes; data = -1 means the number of devices divided by fsdp x tensor.
+    devices: the devices of the mesh; None means all devices.
 
   Raises:
-    InputError: if the product of the sizes is not the number of devices.
+    InputError: the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [config.data, config.fsdp, config.tensor]
@@ -63,15 +63,15 @@ def make_mesh(config: MeshSizes, devices: Sequence[jax.Device] | None = None) ->
     sizes[0] = len(devices) // rest
   if math.prod(sizes) != len(devices):
     raise InputError(
-      f"parallelism: data = {config.data}, fsdp = {config.fsdp}, tensor = {config.tensor} don't make up"
-      f" {len(devices)} devices; data x fsdp x tensor must (data = -1 takes what the others leave)"
+      f"parallelism: data = {config.data}, fsdp = {config.fsdp}, tensor = {config.tensor}; give sizes with data x fsdp"
+      f" x tensor = {len(devices)}, the number of devices (data = -1 uses all devices)"
     )
   # Explicit axes, the default of jax.make_mesh, fail at Linen's embedding gather.
   return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
 def data_shards(mesh: Mesh) -> int:
-  """Returns the number of parts that the mesh splits a batch into."""
+  """Returns the number of parts into which the mesh splits a batch."""
   return parts("batch", mesh)
 
 
@@ -80,11 +80,11 @@ def check_batch(batch_size: int, shards: int) -> None:
   if batch_size % shards:
     below = batch_size // shards * shards
     near = f"{below} or {below + shards}" if below else f"{shards}"
-    raise InputError(f"data.batch_size: {batch_size} windows don't divide over {shards} devices; try {near}")
+    raise InputError(f"data.batch_size: {batch_size} is not divisible by {shards} devices; give {near}")
 
 
 def warn_of_replicated_axes(config: DecoderSizes, mesh: Mesh) -> None:
-  """Logs a warning for each mesh axis that does not divide a size that it should split, and so leaves it unsplit."""
+  """Logs a warning for each mesh axis that does not divide a size, so that the corresponding arrays are not split."""
   names = {
     "num_heads": "heads",
     "num_kv_heads": "kv_heads",
@@ -94,12 +94,12 @@ def warn_of_replicated_axes(config: DecoderSizes, mesh: Mesh) -> None:
   }
   for axis in AXES[1:]:
     over = {field: name for field, name in names.items() if axis in mesh_axes(name, mesh)}
-    whole = [field for field, name in over.items() if getattr(config, field) % parts(name, mesh)]
-    if whole:
-      sizes = ", ".join(f"decoder.{field} = {getattr(config, field)}" for field in whole)
-      rest = "; they all do the same work" if axis == "tensor" and len(whole) == len(over) else ""
+    unsplit = [field for field, name in over.items() if getattr(config, field) % parts(name, mesh)]
+    if unsplit:
+      sizes = ", ".join(f"decoder.{field} = {getattr(config, field)}" for field in unsplit)
+      rest = ", and they repeat the same computation" if axis == "tensor" and len(unsplit) == len(over) else ""
       logging.warning(
-        "parallelism.%s = %d doesn't divide %s: on each of these devices that is whole%s",
+        "parallelism.%s = %d doesn't divide %s: these axes are replicated on the devices%s",
         axis, mesh.shape[axis], sizes, rest,
       )  # fmt: skip
 
@@ -110,21 +110,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def host_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-  """Returns int64[R]: the rows of a batch that the devices of this host hold, ascending.
+  """Returns int64[R]: the rows of a batch on the devices of this host, ascending.
 
-  With tensor parallelism several hosts may hold the same row.
+  With tensor parallelism, several hosts may have the same row.
   """
   places = sharding.addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places]))
 
 
 def owned_rows(sharding: NamedSharding, batch_size: int, host: int) -> np.ndarray:
-  """Returns bool[R]: for each of the `host_rows` of this host, whether no host with a lower number holds it.
+  """Returns bool[R]: for each of the `host_rows` of this host, whether no host with a lower number has the row.
 
   Every row is therefore owned by exactly one host.
   """
   first: dict[int, int] = {}
-  # jax has no type for its devices, so a checker knows none of their attributes.
+  # jax's devices have no static type, so a type checker knows none of their attributes.
   places: Mapping[Any, Any] = sharding.devices_indices_map((batch_size,))
   for device, (rows,) in places.items():
     for row in range(*rows.indices(batch_size)):
@@ -136,7 +136,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dic
   """Returns a batch as global arrays on the devices.
 
   Args:
-    batch: the rows of this host, see `host_rows`; every array has the leading axis R.
+    batch: the rows of this host (see `host_rows`); the first axis of every array has size R.
     sharding: see `batch_sharding`.
   """
   shards = parts("batch", sharding.mesh)
@@ -158,7 +158,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dic
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of an array that every device holds completely."""
+  """Returns the sharding of an array that is replicated on all devices."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -169,7 +169,7 @@ def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
   Args:
     boxed: arrays or shapes, boxed as `nn.LogicallyPartitioned`; leaves without a box are replicated.
-    mesh: from `make_mesh`.
+    mesh: the mesh.
 
   Returns:
     The unboxed tree, with a NamedSharding at every leaf.

@@ -1,13 +1,13 @@
-"""How arrays are sharded over a mesh of devices: one table from logical axes to mesh axes.
+"""The sharding of arrays over a mesh of devices: a single table from logical axes to mesh axes.
 
-The core imports this module, so it needs jax alone.
+The core imports this module, so it needs only jax.
 
 Mesh axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads, mlp and
 vocabulary.
 
-The computed values are the same under every mesh. Code that is traced under a mesh (`jax.set_mesh`) constrains the
-sharding of its activations with `constrain`, and XLA inserts the communication. The readout alone communicates
-explicitly, because it needs less communication than XLA would insert.
+The computed values do not depend on the mesh. Code that is traced under a mesh (`jax.set_mesh`) constrains the sharding
+of its activations with `constrain`, and XLA inserts the communication. Only the readout communicates explicitly,
+because it needs less communication than XLA would insert.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Rows of activations are split over both axes that split the batch. The model width of parameters is split over fsdp,
-# that of activations is not. The axes that run in parallel inside a layer are split over tensor, in parameters and in
-# activations. Logical axes that are not in the table (layers, norms) are replicated.
+# The batch axis of activations is split over data and fsdp. The model width is split over fsdp in parameters, but not
+# in activations. The parallel axes of a layer are split over tensor, in parameters and in activations. Logical axes
+# that are not in the table (layers, norms) are replicated.
 RULES: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
   "batch_of_data": ("data",),  # activations that are gathered over fsdp, where the parameters are split
@@ -35,9 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def current_mesh() -> AbstractMesh | None:
-  """Returns the mesh of the current trace, or None where there is no mesh or only one device.
+  """Returns the mesh of the current trace, or None if there is no mesh or only one device.
 
-  Inside pmap and shard_map the result is None, because arrays there are local to one device.
+  Inside pmap and shard_map the result is None, because their arrays are local to one device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -55,12 +55,12 @@ def target_platform() -> str:
 
 
 def mesh_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-  """Returns the mesh axes that split a logical axis, without mesh axes of size 1; None is split by no axis."""
+  """Returns the mesh axes of size above 1 that split a logical axis; no mesh axis splits an axis named None."""
   return tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)
 
 
 def parts(name: str | None, mesh: Mesh | AbstractMesh) -> int:
-  """Returns the number of parts that a mesh splits a logical axis into, provided that its size is a multiple of it."""
+  """Returns the number of parts into which a mesh splits a logical axis whose size is a multiple of this number."""
   return math.prod(mesh.shape[axis] for axis in mesh_axes(name, mesh))
 
 
@@ -81,16 +81,16 @@ def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | Abstrac
   placed: list[str | tuple[str, ...] | None] = []
   for size, name in zip(shape, names):
     axes = mesh_axes(name, mesh)
-    whole = not axes or size % parts(name, mesh)
-    placed.append(None if whole else axes if len(axes) > 1 else axes[0])
+    unsplit = not axes or size % parts(name, mesh)
+    placed.append(None if unsplit else axes if len(axes) > 1 else axes[0])
   return PartitionSpec(*placed)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Returns an activation with the sharding that `spec` gives under the mesh of the current trace.
+  """Constrains an activation to the sharding of `spec` under the mesh of the current trace.
 
   Args:
-    x: the activation; it is returned unchanged where there is no mesh.
+    x: the activation; it is returned unchanged if there is no mesh.
     *names: the logical axes of its first axes, see `spec`.
   """
   mesh = current_mesh()

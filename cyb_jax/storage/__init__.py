@@ -1,9 +1,9 @@
-"""Files and folders on a disk, or in a bucket of Google Cloud Storage (`gs://bucket/folder`), by the same functions.
+"""One interface to files and folders on a disk and in a Google Cloud Storage bucket (`gs://bucket/folder`).
 
-A bucket has neither folders nor renames nor locks. It guarantees that an object appears whole or not at all, that every
-reader sees a finished write at once, and it reports the size and the MD5 digest of each object that it has received.
-Buckets are reached through gcsfs (`pip install 'cyb_jax[gcs]'`), never through TensorFlow. A request that fails for a
-moment is repeated for about half a minute. A failure that lasts longer becomes a StorageError with the bucket's answer.
+A bucket has no folders, no renames and no locks. It guarantees that writing an object is atomic and that every reader
+immediately sees a finished write, and it reports the size and the MD5 digest of each object that it has received.
+Buckets are accessed through gcsfs (`pip install 'cyb_jax[gcs]'`), never through TensorFlow. A failing request is
+repeated for about half a minute. If it still fails, a StorageError with the bucket's answer is raised.
 """
 
 from cyb_jax.storage.bucket import check_bucket, remove_objects, upload_folder

@@ -1,6 +1,6 @@
-"""Files and folders in a bucket, through gcsfs. `cyb_jax.storage.files` describes the functions that `disk` has too.
+"""Files and folders in a bucket, through gcsfs. `cyb_jax.storage.files` documents the functions that `disk` also has.
 
-The questions of epath, such as `is_dir`, are not used: epath reports a bucket that refuses as an empty one.
+Methods of epath such as `is_dir` are not used, because epath treats a bucket without access permission as empty.
 """
 
 from __future__ import annotations
@@ -38,28 +38,29 @@ def file_system() -> Any:
     import fsspec
     import gcsfs  # noqa: F401
   except ImportError:
-    raise InputError("gs://: the package gcsfs is not installed; pip install 'cyb_jax[gcs]'") from None
-  # gcsfs logs a traceback of each request that fails, and raises the same error as well.
+    raise InputError("gs://: the package gcsfs is not installed; run pip install 'cyb_jax[gcs]'") from None
+  # gcsfs logs a traceback of each failed request in addition to raising the error.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-  # With a cache of listings, the writes of other machines would never be seen.
+  # With a cache of listings, writes of other machines would never become visible.
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
   return fsspec.filesystem("gcs")
 
 
 @contextlib.contextmanager
 def _requests(path: str | os.PathLike) -> Iterator[Any]:
-  """The file system, for requests about a path; their errors name the path."""
+  """The file system for requests about a path; errors inside the `with` block name the path."""
   with bucket_errors(os.fspath(path)):
     yield file_system()
 
 
 def check_bucket(path: str | os.PathLike) -> None:
-  """Checks that objects can be written to and deleted from a folder in a bucket, by trying it; nothing remains.
+  """Checks that objects can be written to a folder in a bucket and deleted from it.
 
-  An attempt is made because an account can get its rights in many ways.
+  The function writes and deletes an object, because an account can have its permissions in many ways.
 
   Raises:
-    InputError: the bucket does not exist, refuses, or can't be reached.
+    InputError: the bucket does not exist or denies access.
+    StorageError: the bucket can't be reached.
   """
   name = f"{os.fspath(path).rstrip('/')}/.probe"
   bucket = name.removeprefix(SCHEME).partition("/")[0]
@@ -67,8 +68,8 @@ def check_bucket(path: str | os.PathLike) -> None:
     try:
       file_system().pipe_file(name, b"")
     except FileNotFoundError:
-      raise InputError(f"{path}: there is no bucket {SCHEME}{bucket}; make it first, or name another one") from None
-    with contextlib.suppress(FileNotFoundError):  # another program that starts may have deleted the probe
+      raise InputError(f"{path}: there is no bucket {SCHEME}{bucket}; create it first, or give another one") from None
+    with contextlib.suppress(FileNotFoundError):  # another program that is starting may have deleted the object
       file_system().rm_file(name)
 
 
@@ -133,7 +134,7 @@ def remove_tree(folder: epath.Path, *, missing_ok: bool) -> None:
 
 
 def remove_objects(objects: list[epath.Path]) -> None:
-  """Deletes objects; one that does not exist is no error."""
+  """Deletes objects; objects that do not exist are ignored."""
 
   def remove(path: epath.Path) -> None:
     with contextlib.suppress(FileNotFoundError), _requests(path) as bucket:
@@ -157,7 +158,7 @@ def move_tree(source: epath.Path, target: epath.Path, last: str) -> None:
 
 
 class BucketFiles:
-  """The files in a folder of a bucket, as they were when this object was made."""
+  """The files in a folder of a bucket at the time when this object was created."""
 
   def __init__(self, folder: epath.Path):
     self._folder = folder
@@ -189,7 +190,7 @@ def _objects(folder: epath.Path) -> dict[str, dict[str, Any]]:
   prefix = os.fspath(folder).removeprefix(SCHEME).rstrip("/") + "/"
   with _requests(folder) as bucket:
     found = bucket.find(os.fspath(folder), detail=True)
-  # A web console makes an empty object for each folder.
+  # The web console of Google Cloud creates an empty object for each folder.
   return {
     name.removeprefix(prefix): described
     for name, described in found.items()

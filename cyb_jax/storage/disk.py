@@ -1,4 +1,4 @@
-"""Files and folders on a disk. `cyb_jax.storage.files` describes the functions."""
+"""Files and folders on a disk. `cyb_jax.storage.files` documents the functions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def move_tree(source: pathlib.Path, target: pathlib.Path, last: str) -> None:
 
 
 def flush_folder(folder: pathlib.Path) -> None:
-  """Writes a folder's own entries to the disk, which the system otherwise does at an unknown later time."""
+  """Flushes a folder's directory entries to the disk; the system would do this at an unknown later time."""
   number = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(number)
@@ -71,7 +71,7 @@ def flush_folder(folder: pathlib.Path) -> None:
 
 
 class DiskFiles:
-  """The files in a folder on a disk, as they are at each call."""
+  """The files in a folder on a disk at the time of each call."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder

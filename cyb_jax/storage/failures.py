@@ -1,4 +1,4 @@
-"""Errors of disks and buckets become this package's errors, each a single line."""
+"""Converts errors of disks and buckets to errors of this package, whose messages are single lines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cyb_jax.storage.paths import in_bucket
 
 @contextlib.contextmanager
 def starting(path: str | os.PathLike) -> Iterator[None]:
-  """For the start of a program: a bucket's refusal inside becomes an error about `path`.
+  """Converts errors of a bucket inside the `with` block, at the start of a program, to an error about `path`.
 
-  FileNotFoundError passes through.
+  FileNotFoundError is not converted.
 
   Raises:
-    InputError: the bucket refuses, for a reason that lasts.
-    StorageError: the bucket fails, for a reason that may be over by the next start.
+    InputError: the bucket denies access, or has another permanent error.
+    StorageError: the bucket has an error that may be temporary.
   """
   try:
     yield
@@ -35,7 +35,7 @@ def starting(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bucket_errors(what: str) -> Iterator[None]:
-  """Errors of a bucket inside become a StorageError about `what`; FileNotFoundError passes through."""
+  """Converts a bucket's errors inside the `with` block to a StorageError about `what`, except FileNotFoundError."""
   try:
     yield
   except FileNotFoundError:
@@ -49,17 +49,17 @@ def bucket_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def access(path: str | os.PathLike, verb: str) -> Iterator[None]:
-  """Errors of a disk or a bucket inside become a StorageError in one line; FileNotFoundError passes through.
+  """Converts errors of a disk or a bucket inside the `with` block to a StorageError, except FileNotFoundError.
 
-  Only the access itself may be inside, because clients of buckets raise errors of many kinds.
+  The block should contain only the access itself, because clients of buckets raise errors of many types.
 
   Args:
-    path: of the file.
-    verb: what is done with it: 'read' or 'written'.
+    path: the path of the file.
+    verb: 'read' or 'written', for the error message.
 
   Raises:
     InputError: the client for buckets is not installed.
-    StorageError: the disk or the bucket fails.
+    StorageError: the disk or the bucket failed.
   """
   try:
     yield
@@ -67,7 +67,7 @@ def access(path: str | os.PathLike, verb: str) -> Iterator[None]:
     raise
   except ImportError as error:
     raise InputError(
-      f"{os.fspath(path)}: the package gcsfs is not installed ({error}); pip install 'cyb_jax[gcs]'"
+      f"{os.fspath(path)}: the package gcsfs is not installed ({error}); run pip install 'cyb_jax[gcs]'"
     ) from error
   except Exception as error:
     if not isinstance(error, OSError) and not in_bucket(path):
@@ -75,5 +75,5 @@ def access(path: str | os.PathLike, verb: str) -> Iterator[None]:
     reason = storage_cause(error) if isinstance(error, OSError) and error.errno else bucket_cause(error)
     reason = reason or " ".join(str(error).split())[:200] or type(error).__name__
     raise StorageError(
-      f"{os.fspath(path)} can't be {verb}: {reason}; what is whole is kept, and the same command continues"
+      f"{os.fspath(path)} can't be {verb}: {reason}; finished files are kept, and the same command continues"
     ) from error

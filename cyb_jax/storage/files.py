@@ -1,4 +1,4 @@
-"""One set of functions for files and folders on a disk and in a bucket."""
+"""Functions for files and folders that are on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -16,40 +16,42 @@ Digest: TypeAlias = Literal["sha256", "md5"]
 
 
 class Files(Protocol):
-  """The files in a folder, by their paths in it: sizes and checksums."""
+  """The files in a folder, by their paths relative to the folder."""
 
   def __iter__(self) -> Iterator[str]:
-    """The paths, sorted."""
+    """The relative paths, sorted."""
     ...
 
   def size(self, name: str) -> int:
-    """In bytes; FileNotFoundError where the file does not exist."""
+    """The size of a file in bytes; raises FileNotFoundError if it does not exist."""
     ...
 
   def digest(self, name: str, kind: Digest, *, flush: bool = False) -> str:
-    """Hexadecimal. A bucket reports the MD5 digest of an object; for all other digests the whole file is read.
+    """The hexadecimal digest of a file.
+
+    A bucket reports the MD5 digest of an object; to compute any other digest, the file is read.
 
     Args:
-      name: of the file.
-      kind: of the digest.
+      name: the relative path of the file.
+      kind: the kind of the digest.
       flush: whether a file on a disk is also flushed to the disk.
     """
     ...
 
 
 def place(path: str | os.PathLike) -> Place:
-  """The path of a file or folder, absolute.
+  """The absolute path of a file or folder.
 
   Raises:
-    InputError: the path is in an unknown store, it names no bucket, or the client for buckets is not installed.
+    InputError: the URL scheme is unknown, the URL has no bucket, or the client for buckets is not installed.
   """
   name = os.fspath(path)
   if not in_bucket(name):
     if "://" in name:
-      raise InputError(f"{name}: neither a folder on a disk nor gs://bucket/folder")
+      raise InputError(f"{name}: unsupported URL; give a path on a disk or gs://bucket/folder")
     return pathlib.Path(absolute(path)).absolute()
   if not name.removeprefix(SCHEME).strip("/"):
-    raise InputError(f"{name}: no bucket is named; write gs://bucket/folder")
+    raise InputError(f"{name}: the bucket is missing; give gs://bucket/folder")
   bucket.file_system()
   from etils import epath
 
@@ -62,12 +64,12 @@ def _store(path: str | os.PathLike) -> Any:
 
 
 def files(folder: Place) -> Files:
-  """The files in a folder. Of a bucket, the list is that of the time of this call."""
+  """The files in a folder. In a bucket, the list is determined at the time of this call."""
   return _store(folder).files(folder)
 
 
 def names(folder: Place) -> list[str]:
-  """The names of the files and folders in a folder, sorted; empty where the folder does not exist."""
+  """The names of the files and folders in a folder, sorted; empty if the folder does not exist."""
   return _store(folder).names(folder)
 
 
@@ -77,32 +79,33 @@ def exists(path: Place) -> bool:
 
 
 def read_bytes(path: Place) -> bytes:
-  """The content of a file; FileNotFoundError where it does not exist."""
+  """The content of a file; raises FileNotFoundError if it does not exist."""
   return _store(path).read_bytes(path)
 
 
 def atomic_write(path: Place, content: str | bytes) -> None:
-  """Replaces a file, whole or not at all, whatever process dies and whoever else writes it at the same time."""
+  """Replaces a file atomically, even if the process dies or another process writes the file at the same time."""
   _store(path).atomic_write(path, content.encode() if isinstance(content, str) else content)
 
 
 def make_new(folder: Place) -> None:
-  """Makes a folder; FileExistsError where it exists. In a bucket, a folder appears with its first file."""
+  """Creates a folder; raises FileExistsError if it exists. In a bucket, a folder appears with its first file."""
   _store(folder).make_new(folder)
 
 
 def local_folder(folder: Place) -> contextlib.AbstractContextManager[pathlib.Path]:
   """A folder on a disk with the files of `folder`, for a `with` block.
 
-  It is `folder` itself, or a copy of a folder in a bucket.
+  It is `folder` itself, or a temporary copy if `folder` is in a bucket.
   """
   return _store(folder).local_folder(folder)
 
 
 def new_folder(folder: Place) -> contextlib.AbstractContextManager[pathlib.Path]:
-  """A folder on a disk to write files to, for a `with` block.
+  """A folder on a disk to which the `with` block can write files.
 
-  It is `folder` itself, made if it does not exist, or a temporary one whose files are uploaded at the end of the block.
+  It is `folder` itself, which is created if it does not exist; or, if `folder` is in a bucket, a temporary folder whose
+  files are uploaded at the end of the block.
   """
   return _store(folder).new_folder(folder)
 
@@ -115,7 +118,7 @@ def remove_tree(folder: Place, *, missing_ok: bool = True) -> None:
 def move_tree(source: Place, target: Place, last: str) -> None:
   """Renames a folder.
 
-  In a bucket the objects are moved one by one, and the one named `last` at the end, so that an interrupted move can be
-  recognised and nothing is lost.
+  In a bucket, the objects are moved one by one, and the object `last` is moved at the end, so an interrupted move can
+  be detected and no object is lost.
   """
   _store(source).move_tree(source, target, last)

@@ -12,9 +12,9 @@ from cyb_jax.errors import InputError
 if TYPE_CHECKING:
   from etils import epath
 
-# epath and gcsfs read these variables at their first use. Without the first, epath would import TensorFlow wherever it
-# is installed. Without the second, gcsfs would first query each bucket's layout, over another protocol and with another
-# permission.
+# epath and gcsfs read these variables at their first use. Without the first variable, epath would import TensorFlow if
+# it is installed. Without the second, gcsfs would first query each bucket's layout, which needs another protocol and
+# another permission.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
@@ -24,18 +24,18 @@ SCHEME = "gs://"
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-  """Whether a path names something in a bucket."""
+  """Whether a path is in a bucket."""
   return os.fspath(path).startswith(SCHEME)
 
 
 def absolute(path: str | os.PathLike) -> str:
-  """The absolute spelling of a path that a user gives, in a flag, a field of a config or an argument.
+  """Converts a path that a user gives, in a flag, a config field or an argument, to an absolute path.
 
-  Every such path passes through this function, so that all programs expand `~` alike, and so that two spellings of a
-  path are one. The path may be a glob pattern, and need not exist.
+  Every such path is passed to this function, so all programs expand `~` in the same way, and different spellings of a
+  path become equal. The path may be a glob pattern, and need not exist.
 
   Args:
-    path: of a file or folder; '' and addresses such as gs://bucket/folder are returned as they are.
+    path: the path of a file or folder; '' and URLs such as gs://bucket/folder are returned unchanged.
 
   Raises:
     InputError: the path begins with `~NAME`, and there is no such user.
@@ -47,12 +47,12 @@ def absolute(path: str | os.PathLike) -> str:
   name = os.fspath(path)
   if not name or "://" in name:
     return name
-  whole = pathlib.Path(os.path.expanduser(name))
-  if name.startswith("~") and not whole.is_absolute():
-    user = whole.parts[0]
-    raise InputError(f"{name}: no user has the home folder {user}; write ./{name} where a file has this name")
-  parts = whole.absolute().parts
-  # Where a folder is a symbolic link, `..` is not the folder that is written before it.
+  expanded = pathlib.Path(os.path.expanduser(name))
+  if name.startswith("~") and not expanded.is_absolute():
+    user = expanded.parts[0]
+    raise InputError(f"{name}: no user has the home folder {user}; give ./{name} if this is the name of a file")
+  parts = expanded.absolute().parts
+  # After a symbolic link, `..` is not the folder that precedes the link in the path, so such parts are resolved.
   upward = max((i + 1 for i, part in enumerate(parts) if part == ".."), default=0)
   if any(re.search(r"[*?\[]", part) for part in parts[:upward]):
     upward = 0
@@ -60,9 +60,9 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 def unchecked_place(path: str | os.PathLike) -> epath.Path:
-  """The path of a file or folder, absolute.
+  """The absolute path of a file or folder, without checks.
 
-  Nothing is checked. Where the client for buckets is missing, the first access fails.
+  If the client for buckets is missing, the first access to a bucket fails.
   """
   from etils import epath
 

@@ -1,7 +1,8 @@
-"""Large files that are written and read in parts, and the small files next to them, on a disk or in a bucket.
+"""Reads and writes large files in parts, and small files at once, on a disk or in a bucket.
 
-Every error names its file, and says that the same command continues: see `cyb_jax.storage.failures.access`. An object
-of a bucket appears whole when it is closed. A file on a disk is written under a temporary name and renamed at the end.
+Every error names its file and states that the same command continues; see `cyb_jax.storage.failures.access`. Writes are
+atomic: an object in a bucket appears when it is closed, and a file on a disk is written under a temporary name and then
+renamed.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ class Output:
 
   def write(self, content: bytes | memoryview) -> None:
     with access(self.path, "written"):
-      # Files in a bucket accept nothing but bytes.
+      # Files in a bucket accept only bytes.
       self._file.write(bytes(content) if in_bucket(self.path) else content)
 
 
 @contextlib.contextmanager
 def new_file(path: epath.Path) -> Iterator[Output]:
-  """A file to write, which appears when it is whole.
+  """A new file that the `with` block writes; it appears when it is complete.
 
   Raises:
-    StorageError: the disk or the bucket fails.
+    StorageError: the disk or the bucket failed.
   """
   with contextlib.ExitStack() as stack:
     if in_bucket(path):
@@ -49,7 +50,7 @@ def new_file(path: epath.Path) -> Iterator[Output]:
       with access(path, "written"):
         stack.close()
       return
-    # Two processes that write the same file each write a temporary one of their own.
+    # Processes that write the same file concurrently have different temporary files.
     scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
       with access(path, "written"):
@@ -66,22 +67,22 @@ def new_file(path: epath.Path) -> Iterator[Output]:
 
 
 def write(path: epath.Path, content: bytes) -> None:
-  """Writes a file, whole."""
+  """Writes a file atomically."""
   with new_file(path) as file:
     file.write(content)
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a JSON file, whole."""
+  """Writes a JSON file atomically."""
   write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read(path: epath.Path, begin: int = 0, end: int | None = None) -> bytes:
-  """The bytes [begin, end) of a file, or fewer where the file ends before.
+  """The bytes [begin, end) of a file, or fewer if the file is shorter.
 
   Raises:
     FileNotFoundError: the file does not exist.
-    StorageError: the disk or the bucket fails.
+    StorageError: the disk or the bucket failed.
   """
   with access(path, "read"), path.open("rb") as file:
     if begin:
@@ -90,7 +91,7 @@ def read(path: epath.Path, begin: int = 0, end: int | None = None) -> bytes:
 
 
 def read_json(path: epath.Path) -> Any:
-  """The value in a JSON file; None where the file does not exist or is not JSON."""
+  """The value in a JSON file; None if the file does not exist or is not JSON."""
   try:
     return json.loads(read(path))
   except (FileNotFoundError, ValueError):
@@ -98,7 +99,7 @@ def read_json(path: epath.Path) -> Any:
 
 
 def read_parts(path: epath.Path, part_bytes: int) -> Iterator[bytes]:
-  """A file in parts of `part_bytes`, of which the last one may be shorter."""
+  """The content of a file in parts of `part_bytes`; the last part may be shorter."""
   with contextlib.ExitStack() as stack:
     with access(path, "read"):
       file = stack.enter_context(path.open("rb"))
@@ -111,9 +112,9 @@ def read_parts(path: epath.Path, part_bytes: int) -> Iterator[bytes]:
 
 
 def size_of(path: epath.Path) -> int | None:
-  """The size of a file in bytes; None where it does not exist."""
+  """The size of a file in bytes; None if it does not exist."""
   try:
-    with access(path, "read"), contextlib.suppress(NotADirectoryError):  # a file is in the place of its folder
+    with access(path, "read"), contextlib.suppress(NotADirectoryError):  # the path of the folder is a file
       return int(path.stat().length if in_bucket(path) else os.stat(path).st_size)
   except FileNotFoundError:
     pass
@@ -121,7 +122,7 @@ def size_of(path: epath.Path) -> int | None:
 
 
 def names(path: epath.Path) -> list[str]:
-  """The names of the files and folders in a folder, sorted; empty where the folder does not exist."""
+  """The names of the files and folders in a folder, sorted; empty if the folder does not exist."""
   try:
     with access(path, "read"):
       return sorted(found.name for found in path.iterdir()) if in_bucket(path) else sorted(os.listdir(path))
@@ -130,7 +131,7 @@ def names(path: epath.Path) -> list[str]:
 
 
 def make_folder(path: epath.Path) -> None:
-  """Makes a folder and its parents, where they do not exist."""
+  """Creates a folder and its parents if they do not exist."""
   with access(path, "written"):
     path.mkdir(parents=True, exist_ok=True)
 
@@ -143,6 +144,6 @@ def remove(path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(near: epath.Path) -> Iterator[Path]:
-  """A temporary folder on a disk, for a `with` block: in `near` where that is on a disk."""
+  """A temporary folder on a disk, for a `with` block; it is inside `near` if `near` is on a disk."""
   with tempfile.TemporaryDirectory(prefix="scratch.", dir=None if in_bucket(near) else near) as folder:
     yield Path(folder)

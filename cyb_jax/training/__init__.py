@@ -1,6 +1,6 @@
-"""Training: preflight checks, the trainer and its hooks, the step, the two ways to run it, and its costs in advance.
+"""Training: preflight checks, the trainer and its hooks, the step, the strategies that run it, and estimates of costs.
 
-The names are imported when they are first used, so that a program that needs one module does not import all others.
+Names are imported on first use, so a program that needs one module does not import all others.
 """
 
 from __future__ import annotations

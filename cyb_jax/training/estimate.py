@@ -1,6 +1,6 @@
-"""The costs of a run before it starts: parameters, memory and FLOPs, by component.
+"""Estimates the costs of a run before it starts: parameters, memory and FLOPs, by component.
 
-The training step is compiled for the devices of this process from shapes alone. No state is allocated, and nothing is
+The training step is compiled for the devices of this process from shapes. No state is allocated, and nothing is
 written.
 """
 
@@ -33,15 +33,15 @@ from cyb_jax.training.strategies import Strategy
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-  """A run on some devices, as shapes.
+  """A run on given devices, described by shapes.
 
   Attributes:
-    config: the run's.
-    mesh: the devices.
-    method: of a training step.
+    config: the config of the run.
+    mesh: the mesh of the devices.
+    method: the method of a training step.
     evaluated: the method of an evaluation, see `layout.methods_of_run`.
-    strategy: the run's.
-    batch: shapes and dtypes of a whole training batch.
+    strategy: the strategy of the run.
+    batch: shapes and dtypes of a global training batch.
   """
 
   config: Config
@@ -55,16 +55,16 @@ class Outline:
 def outline(
   config: Config, vocab_size: int | None, *, steps: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Outline:
-  """Lays a run out over devices, all by default; nothing is allocated or compiled.
+  """Computes the outline of a run on devices, by default all devices; nothing is allocated or compiled.
 
   Args:
-    config: validated.
-    vocab_size: None: the number of the decoder's rows.
-    steps: the length of the schedule; changes no shape.
-    devices: may be descriptions of devices that this machine does not have, see `cyb_jax.compilation`.
+    config: the validated config.
+    vocab_size: the size of the vocabulary; None means the number of rows of the decoder's tables.
+    steps: the length of the schedule; it does not affect shapes.
+    devices: the devices, which may be descriptions of devices that this machine lacks, see `cyb_jax.compilation`.
 
   Raises:
-    InputError: sizes that don't fit each other or the devices.
+    InputError: sizes are incompatible with each other or with the devices.
   """
   mesh = mesh_of_run(config, devices)
   method, evaluated = methods_of_run(config, vocab_size, mesh)
@@ -73,28 +73,28 @@ def outline(
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-  """The costs of a run of this config on these devices.
+  """Estimates the costs of a run with this config on the devices of this process.
 
   Returns:
-    - `vocabulary`: its `size` (None: unknown), the source of the size (`from`), and the `rows` of the tables.
-    - `steps`: of the run, and their source `steps_from`; None where they depend on data that is not prepared.
+    - `vocabulary`: its `size` (None if unknown), the source of the size (`from`), and the `rows` of the tables.
+    - `steps`: the number of steps of the run, and its source `steps_from`; None if it depends on unprepared data.
     - `parameters`: see `count_parameters`.
-    - `memory`: of the training step, see `memory_of`.
-    - `flops`: `per_token`, per real token: `forward` (of an evaluation) and `train` (a step), each counted as the
-      `model`'s and as `executed` (see `cyb_jax.costs.flops`), by component; `per_step` and `run`, of the training
-      steps.
-    - `advice`: what would help where the device's memory doesn't suffice, else None.
+    - `memory`: the memory of the training step, see `memory_of`.
+    - `flops`: `per_token`, the FLOPs per real token of `forward` (an evaluation) and `train` (a training step), each as
+      `model` and as `executed` FLOPs (see `cyb_jax.costs.flops`), by component; `per_step` and `run`, the FLOPs of a
+      training step and of all steps.
+    - `advice`: changes that would help if the device's memory is insufficient, otherwise None.
     - `timing`: `compile_seconds`.
 
   Raises:
-    InputError: sizes that don't fit each other, the devices or the data.
+    InputError: sizes are incompatible with each other, the devices or the data.
   """
-  mesh_of_run(config)  # errors of the batch come before those of the data
+  mesh_of_run(config)  # errors in the batch size are reported before errors in the data
   try:
     if config.init_from:
       pretrained.open_pretrained(config.init_from)
   except InputError as error:
-    logging.warning("%s; shapes are those of the config", error)
+    logging.warning("%s; the shapes of the config are used", error)
   store = find_store(config)
   vocab_size, vocabulary_from = vocabulary(config, store)
   steps, steps_from = _steps(config, store)
@@ -123,7 +123,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 
 
 def _compiled(run: Outline) -> jax.stages.Compiled | None:
-  """The compiled training step; None where the compiler refuses a step that the device has too little memory for."""
+  """The compiled training step; None if compilation fails because the device has too little memory."""
   with jax.default_matmul_precision(run.config.precision.matmul):
     try:
       return run.strategy.compile_abstract(run.batch)
@@ -135,7 +135,7 @@ def _compiled(run: Outline) -> jax.stages.Compiled | None:
 
 
 def _work(config: Config, method: Method, steps: int | None) -> dict[str, Any]:
-  """`per_step` and `run`: tokens and slots that training processes."""
+  """`per_step` and `run`: the numbers of tokens and slots that training processes."""
   data = config.data
   per_step = {
     "tokens": data.batch_size * data.sequence_length,
@@ -168,18 +168,18 @@ def memory_of(
 
   Args:
     state: shapes, dtypes and shardings of the global state.
-    method: the run's.
-    batch: shapes and dtypes of the whole batch.
-    shards: the number of parts that the batch is split into.
-    program: the compiled step; None: it doesn't compile.
+    method: the method of the run.
+    batch: shapes and dtypes of the global batch.
+    shards: the number of parts into which the batch is split.
+    program: the compiled step; None if it doesn't compile.
     device: the device whose limit is reported.
 
   Returns:
-    - `parameters`, `moments` (all of the optimizer's state), `batch`, `temporaries` (XLA's intermediate values) and
-      `other` (metrics, counters, results that replace no argument): their sum is `peak`.
-    - `gradients`: of the trained parameters; a part of `temporaries`.
+    - `parameters`, `moments` (the optimizer state), `batch`, `temporaries` (XLA's intermediate values) and `other`
+      (metrics, counters, results that replace no argument): their sum is `peak`.
+    - `gradients`: the gradients of the trained parameters; a part of `temporaries`.
     - `limit`: the device's memory for programs.
-    A number is None where the backend does not report it.
+    A number is None if the backend does not report it.
   """
   parts = {
     "parameters": bytes_per_device(state.params),
@@ -201,7 +201,7 @@ def memory_of(
 def costs_per_token(method: Method, length: int) -> dict[str, dict[str, dict[str, float]]]:
   """FLOPs per real token of a window of `length` tokens, by component and in `total`.
 
-  `forward` (of an evaluation) and `train` (of a step) each have those of the `model` and those `executed`.
+  `forward` (an evaluation) and `train` (a training step) each have `model` FLOPs and `executed` FLOPs.
   """
   costs = method.costs(length)
   return {
@@ -226,11 +226,11 @@ def _advice(config: Config, memory: Mapping[str, int | None], devices: int, *, r
   peak, limit = memory["peak"], memory["limit"]
   if not refused and (peak is None or limit is None or peak <= limit):
     return None
-  held = memory["parameters"] + memory["moments"] + memory["gradients"]
-  found = [knob.description for knob in knobs(config, held, peak, devices)]
+  state = memory["parameters"] + memory["moments"] + memory["gradients"]
+  found = [knob.description for knob in knobs(config, state, peak, devices)]
   needs = f"needs {peak:,} bytes" if peak is not None else "doesn't compile"
-  room = f"has {limit:,}" if limit is not None else "has too little memory for it"
-  return f"the step {needs} and each device {room}; what helps, most first: {', '.join(found)}"
+  available = f"has {limit:,}" if limit is not None else "has too little memory for it"
+  return f"the step {needs} and each device {available}; changes that help, most effective first: {', '.join(found)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +238,8 @@ class Knob:
   """A change of a config that reduces the memory of a step.
 
   Attributes:
-    description: the change in words.
-    fields: the values to try by field, 'a.b'; empty where the change would make another experiment.
+    description: a description of the change.
+    fields: the new values by field, 'a.b'; empty if the change would change the experiment.
   """
 
   description: str
@@ -247,18 +247,18 @@ class Knob:
 
 
 def knobs(config: Config, held: int, peak: int | None, devices: int) -> list[Knob]:
-  """The changes that help a step for which a device has too little memory, the most effective first.
+  """The changes that reduce the memory of a step, the most effective first.
 
   Args:
-    config: of the step.
+    config: the config of the step.
     held: bytes of parameters, optimizer state and gradients on a device.
-    peak: bytes that the step needs on a device; None: unknown.
+    peak: bytes that the step needs on a device; None if unknown.
     devices: the number of devices.
   """
   data, optimizer, parallelism = config.data, config.optimizer, config.parallelism
   jit = parallelism.strategy == "jit"
   shards = devices // parallelism.tensor
-  # The next number of parts with which every shard still has whole windows.
+  # The next larger number of parts that divides the windows of a shard.
   windows = data.batch_size // shards
   parts = next((n for n in range(optimizer.accumulate + 1, windows + 1) if windows % n == 0), None)
   activations = [
@@ -269,7 +269,7 @@ def knobs(config: Config, held: int, peak: int | None, devices: int) -> list[Kno
     ),
     (Knob("a smaller data.batch_size or data.sequence_length"), True),
   ]
-  # With f32 activations a program makes f32 copies of bfloat16 weights.
+  # With f32 activations, a program creates f32 copies of bfloat16 weights.
   shrinks = config.precision.params == "float32" and config.activation_dtype == "bfloat16"
   state = [
     (Knob("tuning.weights = 'lora'"), config.tuning.weights == "all"),

@@ -1,6 +1,6 @@
-"""What a run does around its steps: metrics, validation, checkpoints, a profiler trace, interruption.
+"""The hooks of the training loop: metrics, validation, checkpoints, a profiler trace, interruption.
 
-The trainer calls the hooks after each step in a fixed order (`Trainer._hooks`). Each of them knows its own period.
+The trainer calls the hooks after each step in a fixed order (`Trainer._hooks`). Each hook has its own period.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from cyb_jax.training.step import Totals
 from cyb_jax.training.strategies import Strategy, with_new_totals
 from cyb_jax.training.throughput import Lap, Throughput
 
-# Steps before the trace: by then everything is compiled and batches are read ahead.
+# The number of steps before the trace, after which everything is compiled and batches are prefetched.
 _PROFILE_AFTER = 10
 
 
 class Profiler:
-  """Traces `steps` steps into WORKDIR/profile, after the first ten; as a context it ends the trace with the run.
+  """Traces `steps` steps into WORKDIR/profile, after the first ten; at the end of its context, it ends the trace.
 
   Args:
     folder: the work directory.
-    steps: 0: no trace.
+    steps: the number of steps; 0 means no trace.
   """
 
   def __init__(self, folder: storage.Place, steps: int):
@@ -64,11 +64,11 @@ class Profiler:
 
 
 class DivergenceCheck:
-  """Ends a run in which too many steps in a row were not applied.
+  """Ends a run in which too many consecutive steps were not applied.
 
   Args:
-    strategy: the run's.
-    max_skipped: this many steps in a row end the run.
+    strategy: the strategy of the run.
+    max_skipped: the number of consecutive steps that ends the run.
     folder: the work directory, for the message.
   """
 
@@ -76,47 +76,47 @@ class DivergenceCheck:
     self._strategy, self._max_skipped, self._folder = strategy, max_skipped, folder
 
   def __call__(self, step: int, skipped_in_a_row: jax.Array) -> int:
-    """The number of the latest steps that were not applied.
+    """The number of consecutive steps until now that were not applied.
 
     Args:
       step: the number of the step.
-      skipped_in_a_row: of the state after it.
+      skipped_in_a_row: the counter in the state after the step.
 
     Raises:
-      DivergedError: there are `max_skipped` of them; the checkpoints are from before.
+      DivergedError: `max_skipped` consecutive steps were not applied; the checkpoints are older than these steps.
     """
     in_a_row = int(self._strategy.global_state(skipped_in_a_row))
     if in_a_row >= self._max_skipped:
       raise DivergedError(
         f"step {step}: the loss or the gradient of the last {in_a_row} steps isn't finite (train.max_skipped ="
-        f" {self._max_skipped}); none of them was applied, and the checkpoints in {self._folder} are from"
-        " before. A lower optimizer.learning_rate may do"
+        f" {self._max_skipped}); none of these steps was applied, and the checkpoints in {self._folder} are older. A"
+        " lower optimizer.learning_rate may help"
       )
     return in_a_row
 
 
 class CollapseWarning:
-  """Warns once when one slot receives almost all of the stopping distribution.
+  """Warns once when almost all of the stopping distribution's mass is on one slot.
 
   Args:
-    threshold: warns above this share.
-    decides: whether the method learns when to stop; other methods get no warning.
+    threshold: the share of the mass above which the warning is logged.
+    is_adaptive: whether the method learns when to stop; other methods cause no warning.
   """
 
-  def __init__(self, threshold: float, *, decides: bool):
-    self._threshold, self._decides = threshold, decides
+  def __init__(self, threshold: float, *, is_adaptive: bool):
+    self._threshold, self._is_adaptive = threshold, is_adaptive
     self._warned = False
 
   def __call__(self, step: int, latency: list[float]) -> None:
-    """Looks at the mean stopping distribution over the slots; a line below the threshold re-arms the warning."""
+    """Checks the mean stopping distribution; after a value below the threshold, the warning can be logged again."""
     share, slot = max((share, slot) for slot, share in enumerate(latency))
-    # Where no step was applied the shares are nan, which is never above the threshold.
-    if not self._decides or len(latency) == 1 or not share > self._threshold:
+    # If no step was applied, the shares are nan, which is never above the threshold.
+    if not self._is_adaptive or len(latency) == 1 or not share > self._threshold:
       self._warned = False
     elif not self._warned:
       logging.warning(
         "step %d: the stopping distribution has collapsed: %.1f%% of the answers are read after %d pauses. Token+pause"
-        " inputs (method.pause_input), a lower rate or the DP loss may keep it open",
+        " inputs (method.pause_input), a lower learning rate or the DP loss may prevent this",
         step,
         100 * share,
         slot,
@@ -134,12 +134,12 @@ class _Pending:
 
 
 class SourceCounts:
-  """How much of each source of a mixture a run has read.
+  """Counts the windows that a run has read from each source of a mixture.
 
   Args:
-    batches: of the run; a run over one store reports nothing.
+    batches: the batches of the run; nothing is reported for a run over a single store.
     sequence_length: T.
-    step: the last step before this process.
+    step: the step at which this process starts.
   """
 
   def __init__(self, batches: TrainBatches | MixtureBatches, sequence_length: int, step: int):
@@ -148,7 +148,7 @@ class SourceCounts:
     self._epochs = self._batches.epochs(step) if self._batches else {}
 
   def __call__(self, step: int) -> dict[str, Any]:
-    """The fields of a line of metrics; logs the sources that have begun again since the line before.
+    """The fields of a line of metrics; logs the sources that have started a new epoch since the previous line.
 
     Returns:
       `sources`: by name, `tokens` (in the windows that all hosts have read since step 0) and `epochs`.
@@ -158,7 +158,7 @@ class SourceCounts:
     windows, epochs = self._batches.read_windows(step), self._batches.epochs(step)
     for name, times in epochs.items():
       if int(times) > int(self._epochs[name]):
-        logging.info("source %s: all its windows have been read (%dx); it begins again, in a new order", name, times)
+        logging.info("source %s: epoch %d is complete; the next epoch begins, in a new order", name, times)
     self._epochs = epochs
     return {
       "sources": {name: {"tokens": windows[name] * self._sequence_length, "epochs": epochs[name]} for name in windows}
@@ -166,17 +166,17 @@ class SourceCounts:
 
 
 class Metrics:
-  """Writes a line of metrics every `train.log_every` steps, and at the last one.
+  """Writes a line of metrics every `train.log_every` steps, and at the last step.
 
-  The numbers of step n are fetched when step n + 1 is under way, so that the device never waits for the host.
+  The numbers of step n are fetched after step n + 1 is dispatched, so the device never waits for the host.
 
   Args:
-    strategy: the run's.
+    strategy: the strategy of the run.
     schedule: the learning rate by step.
-    log: receives the lines.
-    throughput: measures from line to line.
-    divergence, collapse: are called after each line.
-    sources: counts what is read of each source.
+    log: the log to which lines are written.
+    throughput: measures the time between lines.
+    divergence, collapse: checks that are called after each line.
+    sources: counts the windows that are read from each source.
   """
 
   def __init__(
@@ -195,22 +195,22 @@ class Metrics:
     self._pending: _Pending | None = None
 
   def write_previous(self, run: Progress) -> None:
-    """Writes the line of the step before, now that the next step is under way."""
+    """Writes the pending line of the previous step; called after the next step was dispatched."""
     if run.is_first and not run.is_last:
-      # The first call compiles: the throughput of the first line is measured after it.
+      # The first step includes compilation, so the throughput of the first line is measured after it.
       jax.block_until_ready(run.state.step)
       self._throughput.restart(run.step)
     self.flush(run)
 
   def collect(self, run: Progress) -> None:
-    """Takes the totals of the steps since the last line."""
+    """Collects the totals of the steps since the last line, if a line is due."""
     if run.is_last or run.is_due(run.plan.config.train.log_every):
-      # A copy of the count: the next step donates its state.
+      # The counter is copied, because the next step donates its state.
       self._pending = _Pending(run.step, run.state.totals, run.state.skipped_in_a_row + 0)
       run.state = with_new_totals(self._strategy, run.state)
 
   def flush(self, run: Progress) -> None:
-    """Writes the line that is pending, if there is one; waits for its numbers.
+    """Writes the pending line, if there is one; waits for its numbers.
 
     Raises:
       DivergedError: see `DivergenceCheck`.
@@ -227,7 +227,9 @@ class Metrics:
     logging.info("%s", _progress_line(pending.step, run.plan.steps, row, lap))
     if row["skipped"]:
       numbers = ", ".join(map(str, row["skipped_steps"])) + ", ..." * (row["skipped"] > len(row["skipped_steps"]))
-      logging.warning("%d steps were not applied, their loss or gradient isn't finite: %s", row["skipped"], numbers)
+      logging.warning(
+        "%d steps were not applied, because their loss or gradient isn't finite: %s", row["skipped"], numbers
+      )
     self._divergence(pending.step, pending.skipped_in_a_row)
     self._collapse(pending.step, row["latency"])
 
@@ -244,42 +246,42 @@ def _progress_line(step: int, steps: int, row: dict[str, Any], lap: Lap) -> str:
       f" {left} left"
     )
   if row["dropped_tokens"]:
-    line += f"  ({row['dropped_tokens']} tokens didn't fit)"
+    line += f"  ({row['dropped_tokens']} tokens dropped)"
   return line
 
 
 class Interruption:
-  """Ends a run, on all hosts after the same step, when a signal has arrived on any of them.
+  """Ends a run on all hosts after the same step if any host has received a signal.
 
   Args:
-    cluster: the hosts that train together.
-    signals: of this host.
-    checkpoints: the run's.
+    cluster: the hosts of the run.
+    signals: the signals of this host.
+    checkpoints: the checkpoints of the run.
   """
 
   def __init__(self, cluster: Cluster, signals: StopSignals, checkpoints: Checkpoints):
     self._cluster, self._signals, self._checkpoints = cluster, signals, checkpoints
 
-  def ask(self, run: Progress) -> None:
-    """Sets `run.stopping` where any host has a signal; the answer is the same on all hosts."""
+  def check(self, run: Progress) -> None:
+    """Sets `run.stopping` if any host has received a signal; the result is the same on all hosts."""
     run.stopping = run.stopping or self._cluster.stops(bool(self._signals.received))
 
   def end(self, run: Progress) -> None:
-    """Raises Interrupted where the run stops before its last step, when its checkpoint is written."""
+    """If the run stops before its last step, waits for the checkpoint and raises Interrupted."""
     if run.stopping and not run.is_last:
       self._checkpoints.wait()
       received = self._signals.received
-      cause = f"signal {received[0]}" if received else "another host was asked to stop"
+      cause = f"signal {received[0]}" if received else "a stop was requested on another host"
       raise Interrupted(f"{cause}: saved at step {run.step} of {run.plan.steps}; the same command continues")
 
 
 class Validation:
-  """Evaluates on the validation split every `train.eval_every` steps, and at the last one.
+  """Evaluates on the validation split every `train.eval_every` steps, and at the last step.
 
   Args:
     evaluate: `Trainer.evaluate`.
-    log: receives the records.
-    interruption: is asked again after an evaluation, which may take long.
+    log: the log to which records are written.
+    interruption: checked again after an evaluation, which may take a long time.
   """
 
   def __init__(self, evaluate: Callable[..., dict[str, Any]], log: MetricsLog | NoLog, interruption: Interruption):
@@ -293,21 +295,21 @@ class Validation:
     record = self._evaluate(run, train.last_eval_limit if run.is_last else train.eval_limit)
     run.loss = record["loss"]
     if run.is_last and 0 < train.eval_every < run.step and train.eval_limit != train.last_eval_limit:
-      # The best checkpoint is the best on the same windows.
+      # Checkpoints are compared by their losses on the same windows.
       run.loss = self._evaluate(run, train.eval_limit, autoregressive=False)["loss"]
     self._log.write(record)
     logging.info("step %d: validation perplexity %.3f", run.step, record["perplexity"])
-    self._interruption.ask(run)
+    self._interruption.check(run)
 
 
 class Saver:
   """Saves a checkpoint every `train.checkpoint_every` steps, at the last step, and before the run is interrupted.
 
   Args:
-    checkpoints: the run's.
-    strategy: the run's.
-    log: is flushed before each save.
-    divergence: is asked before each save.
+    checkpoints: the checkpoints of the run.
+    strategy: the strategy of the run.
+    log: flushed before each save.
+    divergence: checked before each save.
   """
 
   def __init__(
@@ -316,7 +318,7 @@ class Saver:
     self._checkpoints, self._strategy, self._log, self._divergence = checkpoints, strategy, log, divergence
 
   def check_previous(self, run: Progress) -> None:
-    """Raises the error of the save in the background, if it has failed; looks every `train.log_every` steps."""
+    """Raises the error of the save in the background if it has failed; checked every `train.log_every` steps."""
     if run.is_last or run.is_due(run.plan.config.train.log_every):
       self._checkpoints.check()
 
@@ -327,20 +329,20 @@ class Saver:
     meta = run.meta()
     in_a_row = self._divergence(run.step, run.state.skipped_in_a_row)
     if in_a_row and not (run.stopping or run.is_last):
-      # These parameters may be the reason why the steps fail, and must not replace earlier checkpoints.
-      logging.warning("step %d: not saved, since the last %d steps were not applied", run.step, in_a_row)
+      # The current parameters may be the reason for the failed steps, so they must not replace earlier checkpoints.
+      logging.warning("step %d: not saved, because the last %d steps were not applied", run.step, in_a_row)
     else:
       self._log.flush()
       self._checkpoints.save(run.step, self._strategy.global_state(run.state), meta, loss=run.loss)
 
 
-class Pause:
-  """Runs the hooks that hold up the steps: validation, then the checkpoint.
+class BlockingHooks:
+  """Runs the hooks that block the training loop: validation, and then the checkpoint.
 
-  The pending line of metrics is written first, so that its timing does not include the pause.
+  The pending line of metrics is written first, so its timing does not include these hooks.
 
   Args:
-    metrics, throughput, validation, saver, interruption: the run's.
+    metrics, throughput, validation, saver, interruption: the hooks of the run.
   """
 
   def __init__(
@@ -355,7 +357,7 @@ class Pause:
     self._metrics.flush(run)
     if self._validation.is_due(run):
       self._validation(run)
-    if self._saver.is_due(run):  # a signal may have arrived during the validation
+    if self._saver.is_due(run):  # a signal may have arrived during validation
       self._saver(run)
     self._interruption.end(run)
     self._throughput.restart(run.step)

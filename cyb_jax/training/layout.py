@@ -1,4 +1,4 @@
-"""How a run is laid out over devices: its mesh, its methods, its strategy."""
+"""The layout of a run on devices: its mesh, its methods, its strategy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cyb_jax.training.strategies import Strategy, build_strategy
 
 
 def mesh_of_run(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of a run over the devices, all by default.
+  """The mesh of a run over devices, by default all devices.
 
   Raises:
-    InputError: the sizes of the mesh don't fit the devices, or the batch can't be split evenly.
+    InputError: the sizes of the mesh don't match the number of devices, or the batch can't be split evenly.
   """
   mesh = make_mesh(config.parallelism, devices)
   check_batch(config.data.batch_size, data_shards(mesh) * config.optimizer.accumulate)
@@ -28,11 +28,11 @@ def mesh_of_run(config: Config, devices: Sequence[jax.Device] | None = None) -> 
 def methods_of_run(config: Config, vocab_size: int | None, mesh: Mesh) -> tuple[Method, Method]:
   """(method of a training step, method of an evaluation); they have the same parameters.
 
-  They differ under pmap: a step then sees one device's part of the batch, while an evaluation always runs under jit.
+  They differ under pmap: a training step then gets one device's part of the batch, but an evaluation runs under jit.
 
   Args:
-    config: the run's.
-    vocab_size: None: the number of the decoder's rows.
+    config: the config of the run.
+    vocab_size: the size of the vocabulary; None means the number of rows of the decoder's tables.
     mesh: see `mesh_of_run`.
   """
   evaluated = config.build_method(vocab_size, data_shards=data_shards(mesh))
@@ -42,12 +42,12 @@ def methods_of_run(config: Config, vocab_size: int | None, mesh: Mesh) -> tuple[
 
 
 def strategy_of_run(config: Config, method: Method, mesh: Mesh, steps: int) -> Strategy:
-  """The strategy of a run of so many steps.
+  """The strategy of a run.
 
   Args:
-    config: the run's.
-    method: of a training step, see `methods_of_run`.
+    config: the config of the run.
+    method: the method of a training step, see `methods_of_run`.
     mesh: see `mesh_of_run`.
-    steps: the length of the schedule; changes no shape.
+    steps: the length of the schedule; it does not affect shapes.
   """
   return build_strategy(config, method, optimizer_of(config, method, steps), mesh)

@@ -18,21 +18,21 @@ from cyb_jax import jsonl, storage
 from cyb_jax.errors import StorageError, writing
 from cyb_jax.training.step import Totals
 
-# The shortest time between two uploads to a bucket.
+# The shortest time between two uploads to a bucket, in seconds.
 _UPLOAD_SECONDS = 30.0
 
 
 def summarize(totals: Totals) -> dict[str, Any]:
-  """The fields of a line of metrics: means over the steps of `totals`, nan where no step was applied.
+  """The fields of a line of metrics: means over the steps of `totals`, or nan if no step was applied.
 
   Returns:
     `loss` (nats per token, the training objective), `perplexity` (of the targets, under the training omega), `latency`
     (mean of s), `mean_pauses`, `slots_per_token`, `gradient_norm` (mean over steps, before clipping), `tokens`,
     `dropped_tokens` (tokens whose slots did not fit into their row), `skipped` (the number of steps that were not
-    applied) and `skipped_steps` (the numbers of the first 16 of those steps).
+    applied) and `skipped_steps` (the numbers of the first 16 of these steps).
   """
   host = {k: np.asarray(v, np.float64) for k, v in vars(totals).items()}
-  # A batch may have no token of positive weight. Where no step was applied, the means are undefined.
+  # A batch may have no token of positive weight. If no step was applied, the means are undefined.
   tokens = max(float(host["tokens"]), 1.0) if host["steps"] else math.nan
   latency = host["stopping"] / tokens
   return {
@@ -50,7 +50,7 @@ def summarize(totals: Totals) -> dict[str, Any]:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a run's metrics.jsonl, without lines that can't be read: a kill may leave the last line incomplete."""
+  """The rows of a run's metrics.jsonl, without invalid lines: if a run was killed, the last line may be incomplete."""
   path = storage.place(workdir) / "metrics.jsonl"
   rows = []
   lines = storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else []
@@ -59,19 +59,19 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
       rows.append(json.loads(line))
     except json.JSONDecodeError:
       if number < len(lines):
-        logging.warning("%s: line %d can't be read; it is left out", path, number)
+        logging.warning("%s: line %d is invalid and is skipped", path, number)
   return rows
 
 
 class MetricsLog:
-  """Writes metrics.jsonl, one object a line, and TensorBoard events.
+  """Writes metrics.jsonl, one object per line, and TensorBoard events.
 
-  Objects in a bucket can't be appended to. For a bucket both are kept in a local folder and uploaded as whole files:
-  before each checkpoint, at the end, and otherwise at most every half minute.
+  Because objects in a bucket can't be appended to, both are written to a local folder and the complete files are
+  uploaded: before each checkpoint, at the end, and otherwise at most every half minute.
 
   Args:
     workdir: the run's folder.
-    resume_step: the step that the run continues from; later lines are dropped, since the run will write them again.
+    resume_step: the step from which the run continues; later lines are dropped, because the run writes them again.
     tensorboard: whether event files are written.
   """
 
@@ -88,7 +88,7 @@ class MetricsLog:
       self._drop_after(resume_step)
       if self._scratch is not None and storage.exists(self._path):
         (folder / "metrics.jsonl").write_bytes(storage.read_bytes(self._path))
-      # Unbuffered: a line is written in one piece, and closing the file does not retry a line that the disk refused.
+      # Without a buffer, a line is written at once, and closing the file does not retry a failed write.
       self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
     with writing(str(self._workdir / "tensorboard")):
       self._events = _EventFile(folder / "tensorboard", resume_step) if tensorboard else None
@@ -102,11 +102,11 @@ class MetricsLog:
     """Appends a line. Values that depend on the clock belong under `timing`.
 
     Raises:
-      StorageError: the disk fails. A run that continues drops an incomplete line.
+      StorageError: the disk failed. When the run is continued, it drops an incomplete line.
     """
     with writing(f"{self._path} (step {row['step']})"):
       line = memoryview(jsonl.dumps(dict(row)).encode() + b"\n")
-      while line:  # a disk that becomes full writes a part of the line
+      while line:  # if the disk becomes full, only a part of the line is written
         line = line[self._file.write(line) :]
     if self._events is not None:
       with writing(f"TensorBoard's events (step {row['step']})"):
@@ -115,14 +115,14 @@ class MetricsLog:
       try:
         self._upload()
       except StorageError as error:  # no checkpoint depends on these lines yet
-        logging.warning("%s; it is tried again", error)
+        logging.warning("%s; the upload will be repeated", error)
         self._uploaded = time.monotonic()
 
   def flush(self) -> None:
-    """Syncs the lines to the disk, or uploads them to the bucket; to be called before each checkpoint.
+    """Syncs the lines to the disk, or uploads them to the bucket; call it before each checkpoint.
 
     Raises:
-      StorageError: the disk or the bucket fails.
+      StorageError: the disk or the bucket failed.
     """
     with writing(str(self._path)):
       os.fsync(self._file.fileno())
@@ -131,7 +131,7 @@ class MetricsLog:
 
   def _upload(self) -> None:
     self._refused = True
-    with writing(f"{self._path} or the events beside it"):
+    with writing(f"{self._path} or TensorBoard's events"):
       storage.upload_folder(self._scratch.name, self._workdir)
     self._uploaded, self._refused = time.monotonic(), False
 
@@ -143,8 +143,8 @@ class MetricsLog:
     if self._scratch is None:
       return
     with self._scratch:
-      # A bucket that has just refused an upload is not asked again. An error here is only logged, so that it does not
-      # replace the error that ends the run: the lines before the last checkpoint are in the bucket already.
+      # After a failed upload, no further upload is tried. An error is only logged, so it does not replace the error
+      # that ends the run; the lines before the last checkpoint are already in the bucket.
       try:
         if not self._refused:
           self._upload()
@@ -153,7 +153,7 @@ class MetricsLog:
 
 
 class NoLog:
-  """Has the methods of `MetricsLog` and writes nothing: only host 0 writes the metrics of a run."""
+  """A log that writes nothing, with the methods of `MetricsLog`: only host 0 writes the metrics of a run."""
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Does nothing."""
@@ -176,7 +176,7 @@ class _EventFile:
     name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{step}"
     self._records = RecordWriter((directory / name).open("wb"))
     self._event = event_pb2.Event
-    # TensorBoard then drops the events that an interrupted run wrote after this step.
+    # These events make TensorBoard drop the events that an interrupted run has written after this step.
     start = self._event(wall_time=time.time(), step=step + 1, file_version="brain.Event:2")
     self._records.write(start.SerializeToString())
     restart = self._event(wall_time=time.time(), step=step + 1)
@@ -207,7 +207,7 @@ def _flat(prefix: str, value: Any):
 
 
 def format_seconds(seconds: float) -> str:
-  """'42s', '3m10s', '2h05m'."""
+  """A duration in the form '42s', '3m10s' or '2h05m'."""
   seconds = round(seconds)
   if seconds < 60:
     return f"{seconds}s"

@@ -17,13 +17,13 @@ from cyb_jax.methods import Method, OwnRates
 def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
   """The learning rate by step, from 0.
 
-  A linear warm-up reaches the highest rate at update w = max(1, warmup_fraction * steps). Update k has k/w of that
-  rate, so that no update has rate 0. The configured form follows and reaches the final rate at the last update.
+  A linear warm-up reaches the highest rate at update w = max(1, warmup_fraction * steps). Update k <= w has k/w of that
+  rate, so no update has rate 0. The configured schedule follows and reaches the final rate at the last update.
 
   Args:
     config: the config's group `optimizer`.
     steps: the number of steps of the run.
-    width: d_model, which divides the rate if `rate_over_width` is set.
+    width: d_model; the rate is divided by it if `rate_over_width` is set.
   """
   peak = config.learning_rate / (width if config.rate_over_width else 1)
   final = peak * config.final_fraction
@@ -46,14 +46,14 @@ def schedule(config: OptimizerConfig, steps: int, width: int) -> optax.Schedule:
 def decayed(params: PyTree) -> PyTree:
   """A tree of bools: whether a parameter has weight decay.
 
-  Matrices have it, those of adapters included; norms, biases, embeddings and output rows have none.
+  Matrices, including the matrices of adapters, have weight decay; norms, biases, embeddings and output rows do not.
   """
   names = [jax.tree_util.DictKey(name) for name in ("kernel", *LEAVES)]
   return jax.tree_util.tree_map_with_path(lambda path, _: any(name in path for name in names), params)
 
 
 def optimizer_of(config: Config, method: Method, steps: int) -> optax.GradientTransformation:
-  """The optimizer of a run of so many steps."""
+  """The optimizer of a run with this number of steps."""
   factors = method.rate_factors if isinstance(method, OwnRates) else {}
   width = method.decoder.config.d_model
   return make_optimizer(config.optimizer, steps, width, new_rate=config.tuning.new_rate, factors=factors)
@@ -67,16 +67,16 @@ def make_optimizer(
   new_rate: float = 1.0,
   factors: Mapping[str, float] = types.MappingProxyType({}),
 ) -> optax.GradientTransformation:
-  """Clipping, Adam, decoupled weight decay, schedule.
+  """Gradient clipping, Adam with decoupled weight decay, and the schedule.
 
-  Clipping uses the global norm, over all trained parameters, of the gradient of the mean loss per token of the whole
-  batch.
+  The norm for clipping is the global norm, over all trained parameters, of the gradient of the mean loss per token of
+  the global batch.
 
   Args:
     config: the config's group `optimizer`.
     steps, width: see `schedule`.
-    new_rate: a factor on the rate of the parameters that are not the decoder's.
-    factors: further factors on the rate of some of them, by name; see `methods.OwnRates`.
+    new_rate: a factor on the learning rate of the parameters outside the decoder.
+    factors: further factors on the learning rate of some of these parameters, by name; see `methods.OwnRates`.
   """
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
   parts.append(

@@ -1,4 +1,4 @@
-"""All checks of a run, and all that its hosts agree on, before the first byte is written in its work directory."""
+"""The checks of a run, including the agreement of its hosts, before anything is written in its work directory."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class RunPlan:
   """A run that has passed its checks.
 
   Attributes:
-    config: validated.
-    cluster: the hosts that train together.
-    mesh: all devices.
-    method: of a training step.
+    config: the validated config.
+    cluster: the hosts of the run.
+    mesh: the mesh of all devices.
+    method: the method of a training step.
     evaluated: the method of an evaluation, see `layout.methods_of_run`.
     store: the token store.
-    steps: the number of steps of the whole run.
-    meta: the JSON object of the newest checkpoint; None: there is no checkpoint.
-    start: `init_from`, opened; None: the run has a checkpoint, or starts from fresh parameters.
+    steps: the total number of steps of the run.
+    meta: the JSON object of the newest checkpoint; None if there is no checkpoint.
+    start: the opened `init_from`; None if the run has a checkpoint or starts from newly initialised parameters.
     profile: the number of steps to trace.
   """
 
@@ -59,7 +59,7 @@ class RunPlan:
 
 
 def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, cluster: Cluster) -> RunPlan:
-  """Checks a run; all hosts call this.
+  """Checks a run; all hosts must call this function.
 
   A token store that does not exist yet is prepared. Nothing is written in the work directory.
 
@@ -67,7 +67,7 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
     config, workdir, profile, cluster: see `trainer.train`.
 
   Raises:
-    InputError: bad input, or hosts that differ.
+    InputError: the input is invalid, or the hosts differ.
   """
   check_names(config)
   _agree(config, workdir, profile, cluster)
@@ -87,21 +87,21 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
 
 
 def _agree(config: Config, workdir: str | os.PathLike, profile: int, cluster: Cluster) -> None:
-  """Whether all hosts have the same config and a work directory that this config may run in."""
+  """Checks that all hosts have the same config, and that it may run in the work directory."""
   source = json.loads(configs.to_json(config))
-  # Hosts may keep their stores in different folders; the contents are compared when the stores are open. But hosts must
-  # agree on whether data.store is set, since then all of them wait for host 0 to open it.
+  # Hosts may have their stores in different folders; the contents are compared when the stores are open. However, they
+  # must agree on whether data.store is set, because all hosts then wait until host 0 has opened it.
   source["data"] |= {"store": "a folder" if config.data.store else ""}
   cluster.agree({"config": source, "workdir": str(workdir), **own_facts()})
   if profile and storage.in_bucket(workdir):
-    raise InputError(f"--profile: {profile}, but no trace can be written to {workdir}; take a folder on a disk")
-  if cluster.index == 0:  # other hosts would find the same, and some file systems allow one writer at a time
+    raise InputError(f"--profile: {profile}, but no trace can be written to {workdir}; give a --workdir on a disk")
+  if cluster.index == 0:  # the result is the same on all hosts, and some file systems allow only one writer at a time
     check_workdir(workdir, runs.config_record(config))
   cluster.barrier()
 
 
 def _check_start(config: Config) -> Pretrained | None:
-  """Checks a run that has no checkpoint before its token store is prepared; returns `init_from`, opened."""
+  """Checks a run without a checkpoint before its token store is prepared; returns the opened `init_from`."""
   start = pretrained.open_pretrained(config.init_from) if config.init_from else None
   config.decoder_config(trained_pieces(config.tokenizer))
   if not config.data.store:
@@ -110,11 +110,11 @@ def _check_start(config: Config) -> Pretrained | None:
 
 
 def _open_store(config: Config, meta: dict[str, Any] | None, cluster: Cluster) -> TokenStore:
-  """The run's token store, the same on all hosts; one that is missing is prepared."""
+  """Opens the run's token store, which must be the same on all hosts; a missing store is prepared."""
   with _host_0_first(cluster) if config.data.store else contextlib.nullcontext():
     store = open_recorded_or_new_store(config, meta)
   check_fingerprint(store, meta)
-  # Hosts may each prepare a store, which takes them different times.
+  # Hosts may prepare separate stores, for which they need different times, so there is no time limit.
   trained = None if meta is None else meta["train_tokens"]
   cluster.agree({"token store": store.fingerprint, "tokens trained on": trained}, seconds=None)
   return store
@@ -122,7 +122,7 @@ def _open_store(config: Config, meta: dict[str, Any] | None, cluster: Cluster) -
 
 @contextlib.contextmanager
 def _host_0_first(cluster: Cluster) -> Iterator[None]:
-  """Other hosts run the block after host 0 has: host 0 prepares a store that all hosts share."""
+  """The other hosts run the `with` block after host 0, which prepares a store that all hosts share."""
   if cluster.index:
     cluster.barrier()
   yield
@@ -132,10 +132,10 @@ def _host_0_first(cluster: Cluster) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _DeclaredData:
-  """The data of a task that is not prepared yet, as the task declares it; see `methods.DataFacts`."""
+  """The properties of an unprepared task's data, as the task declares them; see `methods.DataFacts`."""
 
   task: str
-  partly_learnt: bool
+  partly_weighted: bool
   splits: tuple[str, ...] = ()
 
   @classmethod
@@ -143,25 +143,25 @@ class _DeclaredData:
     """The data of a config.
 
     Raises:
-      InputError: an unknown option, or a value of the wrong kind.
+      InputError: an option is unknown, or a value has the wrong type.
     """
     sources = [(item.name, item.options) for item in config.mixture()] or [(config.data.task, config.task_options())]
-    # A source that is a store is checked when it is open.
+    # A source that is a token store is checked when it is opened.
     partly = any("/" in name or has_targets(name, options) for name, options in sources)
     return cls(config.data.mixture or config.data.task, partly)
 
   def has_prefixes(self, split: str) -> bool:
     del split
-    return self.partly_learnt
+    return self.partly_weighted
 
   def prefixes(self, split: str, sequence_length: int) -> np.ndarray:
     raise LookupError(f"{self.task} has no split {split} of {sequence_length} tokens yet")
 
 
 def _check_attention(config: Config, method: Method, mesh: Mesh) -> None:
-  """Raises InputError if the attention kernel that the config names does not support this run.
+  """Raises InputError if the configured attention kernel does not support this run.
 
-  A kernel finds out when it is traced, so that the loss is traced here, before anything is written.
+  A kernel checks its arguments when it is traced, so the loss is traced here, before anything is written.
   """
   if method.decoder.config.attention in ("auto", "xla"):
     return

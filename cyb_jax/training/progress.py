@@ -1,4 +1,4 @@
-"""How far a run has come: the state that the training loop and its hooks share."""
+"""The progress of a run: the state that the training loop and its hooks share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cyb_jax.training.step import TrainState
 
 
 class Progress:
-  """The position of a run.
+  """The progress of a run.
 
   Attributes:
-    plan: the run's.
-    state: after `step` steps, in the strategy's layout.
+    plan: the plan of the run.
+    state: the train state after `step` steps, in the strategy's layout.
     first: the number of the first step that this process runs.
-    step: the number of the latest step; steps count from 1.
+    step: the number of the latest step; steps are counted from 1.
     tokens: the number of tokens of positive weight that this host has counted.
     stopping: whether all hosts stop after this step.
-    loss: the validation loss of this step by which the best checkpoint is chosen; None: no validation at this step.
+    loss: the validation loss of this step, by which the best checkpoint is selected; None without a validation.
   """
 
   def __init__(self, plan: RunPlan, start: Start):
@@ -33,7 +33,7 @@ class Progress:
 
   @property
   def is_first(self) -> bool:
-    """Whether this is the first step of this process, which is compiled."""
+    """Whether this is the first step of this process, at which the step is compiled."""
     return self.step == self.first
 
   @property
@@ -42,17 +42,17 @@ class Progress:
     return self.step == self.plan.steps
 
   def is_due(self, every: int) -> bool:
-    """Whether a period of so many steps ends at this step; a period of 0 never ends."""
+    """Whether a period of `every` steps ends at this step; a period of 0 never ends."""
     return every > 0 and self.step % every == 0
 
   def begin_step(self, tokens: int) -> None:
-    """The next step begins, with a batch of which this host counts so many tokens."""
+    """Begins the next step, with the number of tokens of its batch that this host counts."""
     self.step += 1
     self.tokens += tokens
     self.stopping, self.loss, self._meta = False, None, None
 
   def meta(self) -> dict[str, Any]:
-    """The JSON object of a checkpoint at this step; all hosts call this at the same step."""
+    """The JSON object of a checkpoint at this step; all hosts must call it at the same step."""
     if self._meta is None:
       data, method, store = self.plan.config.data, self.plan.method, self.plan.store
       windows, costs = self.step * data.batch_size, method.costs(data.sequence_length)

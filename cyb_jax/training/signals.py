@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: at once while nothing would be lost, else after the step that is under way."""
+"""Signals that stop a run: immediately before the first step is done, and otherwise after the current step."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from absl import logging
 
 from cyb_jax.errors import Interrupted
 
-# How long the main thread has for ending by itself before the process is ended.
+# The number of seconds that the main thread has to exit before the process is ended.
 _GRACE_SECONDS = 2.0
 
 
 class StopSignals:
-  """A context in which SIGTERM and SIGINT are recorded; a second signal of the same kind ends the process as usual.
+  """A context in which SIGTERM and SIGINT are recorded; a second signal of the same kind has its usual effect.
 
-  While `at_once` is set, a signal raises Interrupted in the main thread. Python runs no signal handler while the main
-  thread compiles a program, which may take minutes. Where the caller owns the process, a thread therefore ends it.
+  While `at_once` is set, a signal raises Interrupted in the main thread. However, Python runs no signal handlers while
+  the main thread compiles a program, which may take minutes. A thread therefore ends the process if the caller owns it.
 
   Args:
-    end: ends the process; takes the reason, one line. It is called in a thread, where the main thread has not left the
-      context within two seconds of a signal. None: the process is not the caller's, in a notebook for example.
+    end: a function that ends the process, given the reason, one line. It is called in a thread if the main thread has
+      not left the context within two seconds after a signal. None if the caller does not own the process, for example
+      in a notebook.
 
   Attributes:
-    at_once: whether the run may end at once, because it has done nothing yet that would be lost.
-    received: the numbers of the signals that have arrived, in their order.
+    at_once: whether the run may end immediately, because no work would be lost.
+    received: the numbers of the signals that have arrived, in order.
   """
 
   def __init__(self, end: Callable[[str], None] | None = None) -> None:
@@ -41,7 +42,7 @@ class StopSignals:
     self._wakeup: tuple[int, int] | None = None
 
   def __enter__(self) -> StopSignals:
-    # Only the main thread may set handlers; in other threads, such as a notebook's, other code handles signals.
+    # Only the main thread may set handlers; in other threads, for example of a notebook, other code handles signals.
     with contextlib.suppress(ValueError):
       for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._record)
@@ -59,7 +60,7 @@ class StopSignals:
       os.close(written)
 
   def _start_thread(self, end: Callable[[str], None]) -> None:
-    """Starts the thread that ends the process; the interpreter notifies it of signals whatever the main thread does."""
+    """Starts the thread that ends the process; the interpreter notifies it of signals even if no handler can run."""
     read, written = os.pipe()
     os.set_blocking(written, False)
     self._wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False), written
@@ -68,18 +69,18 @@ class StopSignals:
   def _watch(self, read: int, end: Callable[[str], None]) -> None:
     while numbers := os.read(read, 16):
       for number in numbers:
-        # A step may begin during the wait; then the run ends after this step.
+        # If a step begins during the wait, the run ends after this step.
         if number in self._previous and self.at_once and not self._left.wait(_GRACE_SECONDS) and self.at_once:
-          end(_nothing_lost(number))
+          end(_early_end_message(number))
     os.close(read)
 
   def _record(self, number: int, _frame: object) -> None:
     self.received.append(number)
     signal.signal(number, self._previous[number])
     if self.at_once:
-      raise Interrupted(_nothing_lost(number))
+      raise Interrupted(_early_end_message(number))
     logging.warning("signal %d: finishing the step, then saving", number)
 
 
-def _nothing_lost(number: int) -> str:
-  return f"signal {number}: ended before the first step was done, so that nothing is lost; the same command continues"
+def _early_end_message(number: int) -> str:
+  return f"signal {number}: ended before the first step was done, so nothing is lost; the same command continues"

@@ -1,4 +1,4 @@
-"""The state that a run continues or starts from."""
+"""The state from which a run starts or continues."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cyb_jax.training.strategies import Strategy
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """Where the training loop begins.
+  """The state with which the training loop begins.
 
   Attributes:
-    state: in the strategy's layout.
-    step: the number of steps so far.
-    tokens: the number of tokens of positive weight so far, as this host counts them.
+    state: the train state, in the strategy's layout.
+    step: the number of completed steps.
+    tokens: the number of tokens of positive weight in these steps that this host counts.
   """
 
   state: TrainState
@@ -41,12 +41,12 @@ def restore_or_start(
   checkpoints: Checkpoints,
   read: Callable[[int], dict[str, Any]],
 ) -> Start:
-  """The state of the newest checkpoint, or a fresh one; `cyb_jax.interop.pretrained` has the order of precedence.
+  """The state of the newest checkpoint, or a new state; `cyb_jax.interop.pretrained` documents the precedence.
 
   Args:
-    plan: the run's.
-    strategy, evaluator, checkpoints: the run's.
-    read: reads this host's rows of the batch of a step.
+    plan: the plan of the run.
+    strategy, evaluator, checkpoints: the run's strategy, evaluator and checkpoints.
+    read: step -> this host's rows of its batch.
   """
   steps = plan.cluster.broadcast(plan.cluster.index == 0 and checkpoints.steps())
   if not steps:
@@ -56,7 +56,7 @@ def restore_or_start(
     return Start(_calibrated(strategy.init(params), plan, strategy, evaluator, read), 0, 0)
   meta = checkpoints.meta(steps[-1])
   restored = checkpoints.restore(steps[-1], strategy.abstract())
-  # Each host counts the tokens that it reads; host 0 also has the count of the checkpoint.
+  # Each host counts the tokens that it reads; the count of the checkpoint is added on host 0 only.
   tokens = meta["train_tokens"] if plan.cluster.index == 0 else 0
   return Start(strategy.place(restored.state), restored.step, tokens)
 
@@ -64,7 +64,7 @@ def restore_or_start(
 def _calibrated(
   state: TrainState, plan: RunPlan, strategy: Strategy, evaluator: Evaluator, read: Callable[[int], dict[str, Any]]
 ) -> TrainState:
-  """A fresh state, whose parameters the method adjusts to the first batches if `calibration_batches` is set."""
+  """A new state; if `calibration_batches` is set, the method adjusts the parameters to the first batches."""
   method = plan.evaluated
   if not isinstance(method, Calibrated):
     return state
@@ -80,13 +80,13 @@ def _calibrated(
 
 
 def log_size(plan: RunPlan, strategy: Strategy) -> None:
-  """Logs how large the run is: parameters, memory, steps and FLOPs."""
+  """Logs the size of the run: parameters, memory, steps and FLOPs."""
   data, method, abstract = plan.config.data, plan.method, strategy.abstract()
   counts, costs = count_parameters(method), method.costs(data.sequence_length)
   trained = f" ({counts['trained']:,} trained)" if counts["trained"] < counts["total"] else ""
   logging.info(
-    "%s: %s parameters%s, %s MiB of parameters and optimizer state a device; %d steps of %d x %d tokens, %d slots"
-    " each, %s MFLOPs a token (%s as executed), on %d %s",
+    "%s: %s parameters%s, %s MiB of parameters and optimizer state per device; %d steps of %d x %d tokens, %d slots"
+    " per token, %s MFLOPs per token (%s executed), on %d %s",
     method.name,
     f"{counts['total']:,}",
     trained,

@@ -1,8 +1,8 @@
 """The training step: one pure function, run by jit over a mesh or by pmap.
 
-The loss of a batch is the sum over tokens of weight times loss, divided by the sum of weights over the whole batch, on
-any number of devices. Sums and counts are reduced, never means: a mean of device means is another loss where devices
-hold different numbers of tokens.
+The loss of a batch is the sum over tokens of weight times loss, divided by the sum of weights over the global batch, on
+any number of devices. Sums and counts are reduced, never means: if devices have different numbers of tokens, the mean
+of the devices' means is a different loss.
 
 Dimensions: B batch, T tokens, W slots.
 """
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from cyb_jax.methods import Batch, Method
 from cyb_jax.methods.parameters import trained_part, with_trained
 
-# Between two lines of metrics the numbers of so many skipped steps are kept; further ones are only counted.
+# The number of skipped steps whose numbers are recorded between two lines of metrics; further ones are only counted.
 _SKIPS_REMEMBERED = 16
 
 
@@ -34,16 +34,16 @@ class Totals:
   Only `skipped` and `skipped_steps` include steps that were not applied.
 
   Attributes:
-    steps: f32[].
+    steps: f32[], number of steps.
     tokens: f32[], sum of weights.
     loss: f32[], sum of the training objective, nats.
     log_likelihood: f32[], sum of the targets' log-probabilities, nats.
-    stopping: f32[W], sum of s.
+    stopping: f32[W], sum of the stopping distributions s.
     slots: f32[], sum of the tokens' numbers of slots.
     dropped: f32[], sum of weights of tokens whose slots did not fit into their row; `tokens` does not include them.
     gradient_norm: f32[], sum over steps, before clipping.
     skipped: i32[], number of steps that were not applied because their loss or gradient was not finite.
-    skipped_steps: i32[16], the numbers of the first of those steps, then 0.
+    skipped_steps: i32[16], the numbers of the first of these steps, padded with 0.
   """
 
   steps: Float[Array, ""]
@@ -73,13 +73,13 @@ class Totals:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that a step changes.
+  """The state that a step updates.
 
   Attributes:
-    step: i32[], number of steps so far.
-    skipped_in_a_row: i32[], number of the latest steps that were not applied.
+    step: i32[], number of completed steps.
+    skipped_in_a_row: i32[], number of consecutive steps until now that were not applied.
     params: the method's parameters.
-    opt_state: optax's state of the trained parameters (`Method.is_trained`).
+    opt_state: the optimizer state of the trained parameters (`Method.is_trained`).
     totals: see `Totals`.
   """
 
@@ -93,13 +93,13 @@ class TrainState:
 def init_state(
   method: Method, optimizer: optax.GradientTransformation, seed: int, params: PyTree | None = None
 ) -> TrainState:
-  """A fresh state; parameters and the optimizer's moments are boxed with their logical axes.
+  """A new state; parameters and the optimizer's moments are boxed with their logical axes.
 
-  The seed's stream 0 initialises the parameters; step k draws from stream k + 1.
+  Stream 0 of the seed initialises the parameters; step k uses stream k + 1.
 
   Args:
     method, optimizer, seed: see `train_step`.
-    params: replace the fresh parameters. They are bare arrays, and so is the state then.
+    params: unboxed arrays that replace the newly initialised parameters; the state is then also unboxed.
   """
   if params is None:
     params = method.init(jax.random.fold_in(jax.random.key(seed), 0))
@@ -113,7 +113,7 @@ def init_state(
 
 
 def unbox(state: TrainState) -> TrainState:
-  """The state with bare arrays."""
+  """The state with unboxed arrays."""
   return jax.tree.map(
     lambda x: x.value if isinstance(x, nn.Partitioned) else x, state, is_leaf=lambda x: isinstance(x, nn.Partitioned)
   )
@@ -130,22 +130,23 @@ def train_step(
   max_skipped: int = 1,
   axis_name: str | None = None,
 ) -> TrainState:
-  """One step. Only trained parameters have a gradient; the others pass through.
+  """One training step. Only trained parameters have a gradient; the other parameters are unchanged.
 
   A step whose loss or gradient is not finite changes neither parameters nor moments. It is counted, and the next step
-  takes the next batch at the rate that the schedule has for it. After `max_skipped` such steps in a row no further step
-  is applied, so that the trainer, which reads the count only now and then, finds the last good state.
+  uses the next batch and the next learning rate of the schedule. After `max_skipped` such consecutive steps, no further
+  step is applied: the trainer, which reads the counter only periodically, then finds the last good state.
 
   Args:
-    state: bare arrays.
-    batch: [B, T] each; under pmap this device's part.
-    method: turns params and batch into losses.
+    state: the state, with unboxed arrays.
+    batch: arrays [B, T]; under pmap, this device's part.
+    method: computes losses from parameters and a batch.
     optimizer: see `optimizer.make_optimizer`.
-    seed: of the method's random draws. The key of a step depends on seed and step alone; all devices have the same key.
-    accumulate: number of parts of the batch that are processed one after the other; divides B. The gradient is that of
-      the whole batch.
+    seed: the seed of the method's random draws. The key of a step depends only on seed and step; all devices have the
+      same key.
+    accumulate: number of parts of the batch that are processed one after the other; it divides B. The gradient is the
+      gradient of the entire batch.
     max_skipped: see above.
-    axis_name: pmap's axis; None under jit, where XLA places the reductions.
+    axis_name: the axis of pmap; None under jit, where XLA inserts the reductions.
 
   Returns:
     The new state, with this step's sums added to its totals.
@@ -159,7 +160,7 @@ def train_step(
   gradient, aux = _accumulated(jax.grad(sums, has_aux=True), trained, batch, accumulate)
   if axis_name is not None:
     gradient, aux = jax.lax.psum((gradient, aux), axis_name)
-  # A batch without a token of positive weight has a gradient of zero rather than nan.
+  # The gradient of a batch without a token of positive weight is zero instead of nan.
   count = jnp.maximum(aux["tokens"], 1.0)
   gradient = jax.tree.map(lambda g: g / count, gradient)
   norm = optax.global_norm(gradient)
@@ -178,7 +179,7 @@ def train_step(
 def _loss_sums(
   method: Method, params: PyTree, batch: Batch, rng: Array, step: Int[Array, ""]
 ) -> tuple[Array, dict[str, Array]]:
-  """(f32[] sum of the weighted loss, the sums that `Totals` has of a batch)."""
+  """(the sum of the weighted loss, f32[]; the sums of a batch by their names in `Totals`)."""
   losses = method.loss(params, batch, rng, step)
   given = weights = batch["weights"]
   if losses.kept is not None:
@@ -189,7 +190,7 @@ def _loss_sums(
     "tokens": weights.sum(),
     "loss": loss,
     "log_likelihood": (losses.log_likelihood * weights).sum(),
-    # Not an einsum: accelerators would round a matrix product.
+    # An einsum is not used, because accelerators would round the operands of a matrix product.
     "stopping": (losses.stopping * weights[..., None]).sum((0, 1)),
     "slots": (slots * weights).sum(),
     "dropped": (given - weights).sum(),
@@ -200,7 +201,7 @@ def _accumulated(gradient_of: Callable[..., PyTree], trained: PyTree, batch: Bat
   """The sum of `gradient_of(trained, part)` over the parts of a batch, which are processed one after the other."""
   if accumulate == 1:
     return gradient_of(trained, batch)
-  # Row i goes to part i % accumulate: the batch axis stays the major one, so that sharded rows stay on their devices.
+  # Row i is in part i % accumulate. The batch axis remains the major axis, so sharded rows stay on their devices.
   parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
   shapes = jax.eval_shape(gradient_of, trained, jax.tree.map(lambda x: x[0], parts))
   start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -217,7 +218,7 @@ def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 def _choose_moments(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-  """As `_choose`, except that the schedule counts skipped steps too: it must reach its end at the end of the run."""
+  """Like `_choose`, but the schedule also counts skipped steps, so that it ends at the last step of the run."""
 
   def is_schedule(state: Any) -> bool:
     return isinstance(state, optax.ScaleByScheduleState)
@@ -229,7 +230,7 @@ def _choose_moments(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyT
 
 def _add_step(totals: Totals, applied: Bool[Array, ""], step: Int[Array, ""], sums: dict[str, Array]) -> Totals:
   added = {name: getattr(totals, name) + jnp.where(applied, value, 0.0) for name, value in sums.items()}
-  # An index beyond the last element drops the update.
+  # An update with an index after the last element is dropped.
   place = jnp.where(applied, len(totals.skipped_steps), totals.skipped)
   return Totals(
     skipped=totals.skipped + ~applied,

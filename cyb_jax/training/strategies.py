@@ -1,7 +1,7 @@
-"""The two ways to run the training step: jit over a mesh, and pmap.
+"""The two strategies for running the training step: jit over a mesh, and pmap.
 
-Each strategy keeps the state in its own layout. The global state, which is the same under every strategy, is what is
-saved, restored and evaluated.
+Each strategy has its own layout of the state. The global state, which does not depend on the strategy, is saved,
+restored and evaluated.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Tree = TypeVar("Tree")
 
 
 class Strategy(abc.ABC):
-  """How a run keeps its state and runs its steps.
+  """The layout of a run's state, and the execution of its steps.
 
   Args:
-    config: the run's.
-    method: turns params and batch into losses.
+    config: the config of the run.
+    method: computes losses from parameters and a batch.
     optimizer: see `optimizer.make_optimizer`.
-    mesh: the devices.
+    mesh: the mesh of the devices.
   """
 
   _step: Any  # the compiled or the jitted step, (state, batch) -> state
@@ -63,15 +63,15 @@ class Strategy(abc.ABC):
 
   @abc.abstractmethod
   def init(self, params: PyTree | None = None) -> TrainState:
-    """A fresh state in this strategy's layout; the same numbers under every strategy and mesh.
+    """A new state in this strategy's layout; its values do not depend on the strategy and the mesh.
 
     Args:
-      params: replace the fresh parameters; donated. Their shardings are those of `abstract`.
+      params: parameters that replace the newly initialised ones, with the shardings of `abstract`; they are donated.
     """
 
   @abc.abstractmethod
   def abstract(self) -> TrainState:
-    """Shapes, dtypes and shardings of the global state, to restore a checkpoint into."""
+    """Shapes, dtypes and shardings of the global state, with which a checkpoint is restored."""
 
   @abc.abstractmethod
   def place(self, state: TrainState) -> TrainState:
@@ -79,7 +79,7 @@ class Strategy(abc.ABC):
 
   @abc.abstractmethod
   def global_state(self, state: Tree) -> Tree:
-    """The global state, which is saved and evaluated; any part of the state may be given alone."""
+    """The global state, which is saved and evaluated; the argument may be any part of the state."""
 
   @abc.abstractmethod
   def params(self, state: TrainState) -> PyTree:
@@ -90,7 +90,7 @@ class Strategy(abc.ABC):
     return host_rows(self._batch_sharding, batch_size)
 
   def owned_rows(self, batch_size: int) -> np.ndarray:
-    """bool[R]: whether this host, rather than another one that reads the same row, counts each of its `rows`."""
+    """bool[R]: whether this host counts each of its `rows`; of all hosts that read a row, exactly one counts it."""
     return owned_rows(self._batch_sharding, batch_size, jax.process_index())
 
   @abc.abstractmethod
@@ -103,13 +103,13 @@ class Strategy(abc.ABC):
       return self._step(state, batch)
 
   def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-    """Compiles the step before its first call; from then on `step` runs this program and accepts these shapes alone."""
+    """Compiles the step before its first call; `step` then runs this program and accepts only these shapes."""
     with self._mesh_context():
       self._step = self._step.lower(state, batch).compile()
     return self._step
 
   def compile_abstract(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
-    """Compiles the step for a whole batch of these shapes; no array is needed."""
+    """Compiles the step for a global batch of these shapes; no arrays are needed."""
     state, batch = self._abstract_arguments(batch)
     with self._mesh_context():
       return self._step.lower(state, batch).compile()
@@ -124,11 +124,11 @@ class Strategy(abc.ABC):
 
   @abc.abstractmethod
   def _abstract_arguments(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[TrainState, Batch]:
-    """Shapes of the step's arguments, for a whole batch of the given shapes."""
+    """Shapes of the step's arguments, for a global batch of the given shapes."""
 
 
 class JitStrategy(Strategy):
-  """jit over a mesh with axes data, fsdp and tensor; XLA places the collectives."""
+  """jit over a mesh with axes data, fsdp and tensor; XLA inserts the collectives."""
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
     super().__init__(config, method, optimizer, mesh)
@@ -180,7 +180,7 @@ class JitStrategy(Strategy):
 class PmapStrategy(Strategy):
   """pmap: every device has a copy of the state and a part of the batch; psum reduces the sums.
 
-  Arrays in this layout have a leading axis of this host's devices.
+  Arrays in this layout have a leading axis over this host's devices.
   """
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
@@ -212,7 +212,7 @@ class PmapStrategy(Strategy):
     return spread(jnp.arange(len(self._local)), tree)
 
   def global_state(self, state: Tree) -> Tree:
-    # The devices' copies are equal bit for bit, since all devices apply the same reduced gradient.
+    # The devices' copies are bitwise equal, because all devices apply the same reduced gradient.
     def joined(x: jax.Array) -> jax.Array:
       copies = [shard.data.reshape(x.shape[1:]) for shard in x.addressable_shards]
       return jax.make_array_from_single_device_arrays(x.shape[1:], self._replicated, copies)

@@ -1,4 +1,4 @@
-"""Speed of a run: tokens, slots and FLOPs per second, and the share of the time that is spent waiting for data."""
+"""The throughput of a run: tokens, slots and FLOPs per second, and the fraction of the time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cyb_jax.training.preflight import RunPlan
 
 @dataclasses.dataclass(frozen=True)
 class Lap:
-  """What was measured between two times at which numbers were ready.
+  """A measurement between two times at which the results of steps were ready.
 
   Attributes:
-    steps: how many steps ran.
-    seconds: how long they took.
-    data_wait: the share of the seconds in which the trainer waited for data.
-    tokens_per_second, slots_per_second: None where no step ran.
-    mfu: model FLOPs utilisation; 0 where no step ran; None where the device's peak is unknown.
+    steps: the number of steps.
+    seconds: the duration of these steps.
+    data_wait: the fraction of the time in which the trainer waited for data.
+    tokens_per_second, slots_per_second: the rates; None if there was no step.
+    mfu: model FLOPs utilisation; 0 if there was no step; None if the device's peak rate is unknown.
   """
 
   steps: int
@@ -42,11 +42,11 @@ class Lap:
 
 
 class Throughput:
-  """Measures between the times at which numbers were ready, since steps are dispatched long before they run.
+  """Measures between the times at which results of steps were ready, because steps are dispatched long before they run.
 
   Args:
-    plan: the run's.
-    ahead: the source of the trainer's batches.
+    plan: the plan of the run.
+    ahead: the prefetched batches of the trainer.
     step: the last step before the measurement.
   """
 
@@ -61,16 +61,16 @@ class Throughput:
     self.restart(step)
 
   def restart(self, step: int) -> None:
-    """Starts a lap after `step`, whose numbers are ready."""
+    """Starts a lap after `step`, whose results are ready."""
     self._step, self._ready, self._waited = step, time.perf_counter(), self._ahead.waited
 
   def lap(self, step: int) -> Lap:
-    """The lap that ends at `step`, whose numbers are ready; the next lap starts."""
+    """The lap that ends at `step`, whose results are ready; the next lap starts."""
     now, waited = time.perf_counter(), self._ahead.waited
     seconds = max(now - self._ready, 1e-9)
     steps, data_wait = step - self._step, min(1.0, (waited - self._waited) / seconds)
     self._step, self._ready, self._waited = step, now, waited
-    # No step ran where the lap started at this step, the first one, which was compiled.
+    # There is no step in a lap that started at this step, the first one, which includes compilation.
     rate = steps * self._tokens_per_step / seconds if steps else None
     flops = self._flops_per_token * (rate or 0.0)
     return Lap(

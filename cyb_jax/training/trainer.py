@@ -1,7 +1,7 @@
-"""From a config to a trained run: data, method, state, steps, checkpoints, metrics, the last evaluation.
+"""Trains a run from a config: data, method, state, steps, checkpoints, metrics, and the last evaluation.
 
-A run is a function of its config and its token store. It may be killed at any time: the same call continues it, and
-in the end parameters, optimizer state, data order and metrics.jsonl (except for `timing`) are the same, bit for bit.
+A run is a function of its config and its token store. It may be killed at any time: the same call continues it, and the
+final parameters, optimizer state, data order and metrics.jsonl (except `timing`) are bitwise equal.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ def train(
   cluster: Cluster = ALONE,
   owns_process: bool = False,
 ) -> dict[str, Any]:
-  """Trains, or continues to train, and evaluates.
+  """Starts or continues a run, and evaluates it at the end.
 
   Args:
-    config: validated.
-    workdir: the run's folder; it is made here, when all checks have passed.
-    profile: how many steps to trace into WORKDIR/profile, after the first ten.
-    cluster: the hosts that train together; all of them call this.
-    owns_process: whether this call may end the process, with exit code 75: on a signal that arrives while the first
-      step is compiled. Else such a signal takes effect when the compilation is done.
+    config: the validated config.
+    workdir: the run's folder; it is created after all checks have passed.
+    profile: the number of steps, after the first ten, that are traced into WORKDIR/profile.
+    cluster: the hosts of the run; all of them must call this function.
+    owns_process: whether this function may end the process, with exit code 75, if a signal arrives while the first step
+      is being compiled. Otherwise such a signal takes effect after the compilation.
 
   Returns:
-    The last evaluation, as evaluation.json has it.
+    The last evaluation, which is the content of evaluation.json.
 
   Raises:
-    InputError: bad input; nothing was written.
+    InputError: the input is invalid; nothing was written.
     Interrupted: a signal has stopped the run; everything is saved, or no step was done yet.
-    StorageError: the disk has failed, for instance because it is full; earlier checkpoints are whole.
-    DivergedError: `train.max_skipped` steps in a row were not finite; earlier checkpoints are good.
+    StorageError: the disk or the bucket failed, for instance because it is full; earlier checkpoints are intact.
+    DivergedError: `train.max_skipped` consecutive steps were not finite; earlier checkpoints are intact.
   """
   end = functools.partial(_end_process, cluster) if owns_process else None
   with StopSignals(end) as signals:
@@ -89,10 +89,10 @@ def _train(
 
 
 def _end_process(cluster: Cluster, message: str) -> None:
-  """Ends the process as `Interrupted` does, and other hosts with it.
+  """Ends the process with the exit code of `Interrupted`, and ends the other hosts.
 
-  Not by leaving it: the main thread may be in the compiler, other hosts wait for this one, and the interpreter crashes
-  on its way out where lowering was interrupted.
+  A normal exit is impossible: the main thread may be in the compiler, other hosts wait for this host, and the
+  interpreter crashes at exit if lowering was interrupted.
   """
   logging.info("%s", message)
   logging.flush()
@@ -102,7 +102,7 @@ def _end_process(cluster: Cluster, message: str) -> None:
 
 
 def _start_workdir(plan: RunPlan, workdir: str | os.PathLike, lock: Lock | None) -> storage.Place:
-  """The work directory, to which host 0 has written the run's config and tokenizer."""
+  """Writes the run's config and tokenizer to the work directory, on host 0; returns the work directory."""
   folder = storage.place(workdir)
   if lock is not None:
     folder = start_workdir(workdir, runs.config_record(plan.config), plan.store.tokenizer, lock, plan.meta)
@@ -116,9 +116,9 @@ class Trainer:
   """Runs the steps of a plan.
 
   Args:
-    plan: from `preflight`.
+    plan: the result of `preflight`.
     folder: the work directory.
-    signals: that ask the run to stop; while they may end it at once, no step was done yet.
+    signals: the signals that stop the run; `at_once` is cleared when the first step is dispatched.
   """
 
   def __init__(self, plan: RunPlan, folder: storage.Place, signals: StopSignals):
@@ -130,7 +130,7 @@ class Trainer:
     self._evaluator = Evaluator(plan.evaluated, plan.mesh)
 
   def run(self) -> dict[str, Any]:
-    """Continues to the last step; returns the record of the last evaluation."""
+    """Runs all remaining steps; returns the record of the last evaluation."""
     plan, cluster = self.plan, self.plan.cluster
     checkpoints = checkpoints_in(self.folder, keep=plan.config.train.keep, cluster=cluster)
     with contextlib.closing(checkpoints):
@@ -169,28 +169,28 @@ class Trainer:
   def _hooks(
     self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints
   ) -> tuple[Hook, ...]:
-    """What follows each step, in its order; hooks that wait for other hosts do so in the same order on all of them."""
+    """The hooks after each step, in order; hooks that wait for other hosts are in the same order on all hosts."""
     plan, strategy, config = self.plan, self._strategy, self.plan.config
     rate = schedule(config.optimizer, plan.steps, plan.method.decoder.config.d_model)
     throughput = Throughput(plan, ahead, run.step)
     divergence = hooks.DivergenceCheck(strategy, config.train.max_skipped, self.folder)
-    collapse = hooks.CollapseWarning(config.train.collapse_warning, decides=isinstance(plan.method, Adaptive))
+    collapse = hooks.CollapseWarning(config.train.collapse_warning, is_adaptive=isinstance(plan.method, Adaptive))
     sources = hooks.SourceCounts(open_batches(config, plan.store), config.data.sequence_length, run.step)
     metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse, sources)
     interruption = hooks.Interruption(plan.cluster, self._signals, checkpoints)
     validation = hooks.Validation(self.evaluate, log, interruption)
     saver = hooks.Saver(checkpoints, strategy, log, divergence)
-    pause = hooks.Pause(metrics, throughput, validation, saver, interruption)
-    return metrics.write_previous, interruption.ask, saver.check_previous, metrics.collect, pause
+    blocking = hooks.BlockingHooks(metrics, throughput, validation, saver, interruption)
+    return metrics.write_previous, interruption.check, saver.check_previous, metrics.collect, blocking
 
   def evaluate(self, run: Progress, limit: int, *, autoregressive: bool = True) -> dict[str, Any]:
-    """The record of the validation split at the run's step.
+    """Evaluates the validation split at the current step; returns the record.
 
     Args:
-      run: how far the run has come.
-      limit: the number of windows; 0: all of the split.
-      autoregressive: whether the evaluation at the last step also reads some windows token by token, where the method
-        is not causal.
+      run: the progress of the run.
+      limit: the number of windows; 0 means all windows.
+      autoregressive: whether the evaluation at the last step of a non-causal method also evaluates some windows token
+        by token.
     """
     meta = run.meta()
     return evaluate_split(
@@ -206,7 +206,7 @@ class Trainer:
     )
 
   def _save_untrained(self, run: Progress, log: MetricsLog | NoLog, checkpoints: Checkpoints) -> None:
-    """Evaluates and saves the state of a run of 0 steps, unless that was done before."""
+    """Evaluates and saves the state of a run of 0 steps, unless it is already saved."""
     cluster = self.plan.cluster
     if cluster.broadcast(cluster.index == 0 and checkpoints.steps()):
       return
@@ -215,13 +215,13 @@ class Trainer:
     checkpoints.save(0, self._strategy.global_state(run.state), run.meta(), loss=record["loss"])
 
   def _open_log(self, step: int) -> MetricsLog | NoLog:
-    """The log of host 0, which continues after a step; other hosts write none."""
+    """The log, which continues after a step, on host 0; a log that writes nothing on the other hosts."""
     if self.plan.cluster.index:
       return NoLog()
     return MetricsLog(self.folder, step, tensorboard=self.plan.config.train.tensorboard)
 
   def _last_evaluation(self) -> dict[str, Any] | None:
-    """The evaluation at the last step, if metrics.jsonl has it; a finished run repeats nothing."""
+    """The evaluation at the last step in metrics.jsonl, or None; a finished run does not repeat its evaluation."""
     for row in reversed(read_metrics(self.folder)):
       if row["split"] == "validation" and row["step"] == self.plan.steps:
         return row

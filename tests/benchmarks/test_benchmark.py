@@ -192,7 +192,7 @@ def test_a_store_is_read_and_must_fit(tmp_path):
   with pytest.raises(InputError, match=r"decoder\.vocab_size: 64 rows, but the tokenizer has 257"):
     steps._Contender(configs.freeze(config), str(store.path), 0)
   config.data.batch_size = 12
-  with pytest.raises(InputError, match=r"data\.batch_size: 12 windows don't divide over 8 devices"):
+  with pytest.raises(InputError, match=r"data\.batch_size: 12 is not divisible by 8 devices"):
     steps._Contender(configs.freeze(config), "", 0)
 
 
@@ -204,7 +204,7 @@ def test_bad_input(tmp_path):
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
   assert "--devices: -1 is negative" in cli.complaint("benchmark", "sharding", "--devices=-1")
   message = cli.complaint("benchmark", "sharding", "--devices=3")
-  assert message == "data.batch_size: 16 windows don't divide over 3 devices; try 15 or 18"
+  assert message == "data.batch_size: 16 is not divisible by 3 devices; give 15 or 18"
   config = f"--config={cli.write_config(tmp_path)}"
   assert "--config: not given" in cli.complaint("benchmark", "train")
   assert "--steps: 1 must be at least 2" in cli.complaint("benchmark", "train", config, "--steps=1")

@@ -1,4 +1,4 @@
-"""Runs in a bucket (gs://): what a fake one is made to do to them, and that they come out the same as on a disk."""
+"""Runs in a simulated bucket (gs://) with failures: they are equal to runs on a disk."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ from cyb_jax.training import metrics
 
 gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install 'cyb_jax[gcs]'")
 
-# Of orbax's threads, when a save has failed.
+# Exceptions in orbax's threads after a failed save.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 STATE = {"params": jnp.arange(4.0), "step": jnp.zeros((), jnp.int32)}
@@ -51,7 +51,7 @@ def put_folder(bucket, folder, prefix):
 
 
 def fetch(bucket, prefix, folder):
-  """What lies in the bucket, as a person would copy it to a disk."""
+  """Copies the content of the bucket to a disk."""
   for name, content in bucket.contents(prefix + "/").items():
     path = folder / name.removeprefix(prefix + "/")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def fetch(bucket, prefix, folder):
 # --- programs
 
 
-# Which process reads the config is said; and gcsfs doesn't wait before it tries again.
+# Only one process reads the config, and gcsfs doesn't wait before it repeats a request.
 MORE = """
 import asyncio, os, pathlib, types
 import gcsfs
@@ -75,7 +75,7 @@ gcsfs.retry.asyncio = types.SimpleNamespace(sleep=lambda _: sleep(0.01))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A config file, and a run of it on a disk: 40 steps, a checkpoint every 6."""
+  """A config file, and its run on a disk: 40 steps, a checkpoint every 6 steps."""
   folder = tmp_path_factory.mktemp("programs")
   path = cli.write_config(folder)
   path.write_text(path.read_text() + MORE.format(path=str(folder / "pid")))
@@ -88,13 +88,13 @@ def flags(folder):
 
 
 @pytest.mark.slow
-def test_killed_refused_and_continued(folder, bucket, tmp_path):
-  """Killed in mid-save and in mid-run, cut off, refused, made to wait; the run is that of a disk, bit for bit."""
+def test_killed_rejected_and_continued(folder, bucket, tmp_path):
+  """After kills during and between saves, lost connections, denials and delays, the run equals a run on a disk."""
   train = ("train", *flags(folder), "--workdir=gs://runs/a/run")
   env = bucket.environment
 
   def before(method, matching, there, act):
-    """Acts at the first request of a method whose name matches, once an object is there."""
+    """Acts at the first request of a method whose name matches, once an object exists."""
 
     def trouble(asked, name, length):
       del length
@@ -110,7 +110,7 @@ def test_killed_refused_and_continued(folder, bucket, tmp_path):
   def kill():
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
 
-  # In the middle of the second save.
+  # During the second save.
   before("POST", "checkpoints/12/commit_success.txt", "12/state/commit_success.txt", kill)
   code, _, err = cli.forked(*train, env=env)
   assert code == -signal.SIGKILL, err[-3000:]
@@ -127,10 +127,10 @@ def test_killed_refused_and_continued(folder, bucket, tmp_path):
 
   before("POST", "metrics.jsonl", "24/checksums.json", bucket.refuse)
   line = cli.complaint(*train, expect=1, env=env)
-  # Whichever needs it first, the lines or the checkpoint that is under way.
+  # The error may be in the upload of metrics or in the save, whichever needs the bucket first.
   assert re.match(r"(gs://runs/a/run/metrics.jsonl|checkpoint 30 .*): the bucket can't be reached \(Co", line)
   bucket.trouble = None
-  line = cli.complaint(*train, expect=1, env=env)  # by now there's no start either
+  line = cli.complaint(*train, expect=1, env=env)  # the bucket now also rejects the start
   assert line == "gs://runs/a/run: the bucket can't be reached (Connection refused)"
   bucket.open()
   assert steps()[-1] in (24, 30)
@@ -138,8 +138,8 @@ def test_killed_refused_and_continued(folder, bucket, tmp_path):
   bucket.trouble = lambda method, name, _: 403 if method == "POST" and "/36/state/ocdbt" in name else None
   line = cli.complaint(*train, expect=1, env=env)
   assert line == (
-    "checkpoint 36 can't be saved in gs://runs/a/run/checkpoints: the bucket refuses this account (HTTP 403); that of"
-    " step 30 is there, and the same command goes on from it"
+    "checkpoint 36 can't be saved in gs://runs/a/run/checkpoints: the bucket denies access to this account (HTTP 403);"
+    " the same command continues from the checkpoint of step 30"
   )
 
   waits = [buckets.troubles([503], "POST", pattern) for pattern in ("/36/state/ocdbt", "/40/meta/", "metrics.jsonl")]
@@ -154,19 +154,19 @@ def test_killed_refused_and_continued(folder, bucket, tmp_path):
   assert json.loads(bucket.contents()["a/run/evaluation.json"]) == evaluation
   assert not bucket.names("a/run/.")
   assert len(bucket.names("a/run/tensorboard/events.out.tfevents.")) >= 3
-  # Read where it lies.
+  # The run is evaluated in the bucket.
   found, _ = cli.run("evaluate", "--workdir=gs://runs/a/run", "--limit=4", env=env)
   expected, _ = cli.run("evaluate", f"--workdir={folder / 'whole'}", "--limit=4")
   assert found == expected
   assert json.loads(bucket.contents()["a/run/evaluation.json"]) == found
 
 
-def test_a_start_that_is_refused(folder, bucket):
+def test_a_rejected_start(folder, bucket):
   bucket.trouble = lambda *_: 403
   line = cli.complaint("train", *flags(folder), "--workdir=gs://runs/b", env=bucket.environment)
-  assert line == "gs://runs/b: the bucket refuses this account (HTTP 403)"
+  assert line == "gs://runs/b: the bucket denies access to this account (HTTP 403)"
   line = cli.complaint("evaluate", "--workdir=gs://runs/b", env=bucket.environment)
-  assert line == "gs://runs/b: the bucket refuses this account (HTTP 403)"
+  assert line == "gs://runs/b: the bucket denies access to this account (HTTP 403)"
 
 
 # --- in this process
@@ -179,7 +179,7 @@ def config():
 
 @pytest.fixture
 def impatient(monkeypatch):
-  """gcsfs doesn't wait before it tries again."""
+  """gcsfs doesn't wait before it repeats a request."""
   sleep = asyncio.sleep
   monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: sleep(0)))
 
@@ -187,16 +187,16 @@ def impatient(monkeypatch):
 @pytest.mark.parametrize(
   ("status", "message"),
   [
-    (401, r"the bucket wants to know who asks \(HTTP 401\); sign in, gcloud auth application-default login"),
-    (403, r"the bucket refuses this account \(HTTP 403\)"),
-    (418, r"the bucket doesn't do what it is asked \(HTTP 418\)"),
-    (503, r"the bucket doesn't do what it is asked \(HTTP 503\)"),
+    (401, r"the bucket requires authentication \(HTTP 401\); run gcloud auth application-default login"),
+    (403, r"the bucket denies access to this account \(HTTP 403\)"),
+    (418, r"the bucket rejected the request \(HTTP 418\)"),
+    (503, r"the bucket rejected the request \(HTTP 503\)"),
     ("cut", r"the bucket can't be reached \(.*not completed"),
   ],
 )
-def test_what_a_bucket_says_at_the_start(bucket, config, impatient, status, message):
+def test_answers_of_a_bucket_at_the_start(bucket, config, impatient, status, message):
   bucket.trouble = lambda *_: status
-  # What may be over by the next start is no bad input.
+  # A failure that may be temporary is not bad input.
   kind = StorageError if status in (503, "cut") else InputError
   with pytest.raises(kind, match=f"^gs://runs/run: {message}"):
     training.train(config, "gs://runs/run")
@@ -204,19 +204,19 @@ def test_what_a_bucket_says_at_the_start(bucket, config, impatient, status, mess
 
 
 def test_no_bucket(bucket, config):
-  with pytest.raises(InputError, match=r"gs://other/run: there is no bucket gs://other; make it first"):
+  with pytest.raises(InputError, match=r"gs://other/run: there is no bucket gs://other; create it first"):
     training.train(config, "gs://other/run")
-  with pytest.raises(InputError, match=r"gs://: no bucket is named"):
+  with pytest.raises(InputError, match=r"gs://: the bucket is missing"):
     training.train(config, "gs://")
   with pytest.raises(InputError, match=r"--profile: 3, but no trace can be written to gs://runs/run"):
     training.train(config, "gs://runs/run", profile=3)
-  with pytest.raises(InputError, match=r"workdir: gs://runs/none holds no run"):
+  with pytest.raises(InputError, match=r"workdir: gs://runs/none contains no run"):
     runs.load("gs://runs/none")
   assert not is_run("gs://runs/none")
 
 
-def test_a_run_that_was_copied_into_a_bucket(folder, bucket):
-  """Its checksums are of another kind, and hold there too."""
+def test_a_run_that_was_copied_to_a_bucket(folder, bucket):
+  """Its checksums are of another kind, and are also checked in the bucket."""
   put_folder(bucket, folder / "whole", "copied")
   there, here = cyb_jax.load("gs://runs/copied"), cyb_jax.load(folder / "whole")
   assert there.step == here.step == 40
@@ -225,7 +225,7 @@ def test_a_run_that_was_copied_into_a_bucket(folder, bucket):
   found = pretrained.open_pretrained("gs://runs/copied")
   assert found.kind == "run"
   assert found.tokenizer.describe() == here.tokenizer.describe()
-  # Flipped in place: of the same size.
+  # A byte is changed; the size is unchanged.
   name = max(bucket.names("copied/checkpoints/40/state"), key=lambda name: len(bucket.contents()[name]))
   content = bytearray(bucket.contents()[name])
   content[len(content) // 2] ^= 1
@@ -250,9 +250,9 @@ def test_checkpoints(saved, bucket):
   assert (saved.find("last"), saved.find("best")) == (5, 2)
   assert saved.meta(4) == {"tokens": 40}
   np.testing.assert_array_equal(saved.read(4).state["params"], np.arange(4.0) + 4)
-  # Nothing is left of what was deleted.
+  # Nothing remains of deleted checkpoints.
   assert {name.split("/")[1] for name in bucket.names("c/")} == {"2", "4", "5", "owner.json"}
-  # To find damage, no byte of the state is read.
+  # No byte of the state is read to find damage.
   bucket.requests.clear()
   assert saved.damage(5) is None
   assert all(name.endswith(("checksums.json", "c/5/")) for _, name in bucket.requests)
@@ -265,21 +265,24 @@ def test_damage(saved, bucket):
     content = bucket.contents()[name]
     flipped = bytes([content[0] ^ 1]) + content[1:]
     short = name.removeprefix("c/5/")
-    for other, told in ((flipped, "was altered"), (content + b" ", f"is {len(content) + 1} bytes, not {len(content)}")):
+    for other, damage in (
+      (flipped, "was altered"),
+      (content + b" ", f"is {len(content) + 1} bytes, not {len(content)}"),
+    ):
       bucket.put(name, other)
       if short != "checksums.json":
-        assert saved.damage(5) == f"{short} {told}"
+        assert saved.damage(5) == f"{short} {damage}"
     del bucket.objects[name]
     assert saved.damage(5) == f"{short} is missing"
     bucket.put(name, content)
   assert saved.damage(5) is None
 
 
-def test_a_bucket_that_refuses_is_neither_empty_nor_damaged(saved, bucket):
+def test_a_bucket_that_denies_access_is_neither_empty_nor_damaged(saved, bucket):
   before = bucket.contents()
   bucket.trouble = lambda *_: 403
   for ask in (saved.steps, lambda: saved.damage(5), lambda: saved.find("last"), lambda: saved.meta(5)):
-    with pytest.raises(StorageError, match=r"gs://runs/c.*: the bucket refuses this account \(HTTP 403\)"):
+    with pytest.raises(StorageError, match=r"gs://runs/c.*: the bucket denies access to this account \(HTTP 403\)"):
       ask()
   with pytest.raises(StorageError, match="HTTP 403"):
     Checkpoints("gs://runs/c")
@@ -290,15 +293,15 @@ def test_a_bucket_that_refuses_is_neither_empty_nor_damaged(saved, bucket):
   assert {name: content for name, content in bucket.contents().items() if name != "c/owner.json"} == before
 
 
-def test_what_killed_runs_leave(saved, bucket):
-  """Half a save and half a deletion go; what is damaged is set aside whole."""
+def test_remains_of_killed_runs(saved, bucket):
+  """Incomplete saves and deletions are deleted; damaged checkpoints are moved to the quarantine completely."""
   bucket.put("c/7/state/manifest.ocdbt", b"half")
   del bucket.objects["c/4/checksums.json"]
   del bucket.objects["c/5/state/manifest.ocdbt"]
   damaged = {name.removeprefix("c/5/"): content for name, content in bucket.contents("c/5/").items()}
   reader = Checkpoints("gs://runs/c", read_only=True)
   assert reader.steps() == [2, 5]
-  assert bucket.names("c/7/")  # a training may be at it
+  assert bucket.names("c/7/")  # a training run may be writing
   again = Checkpoints("gs://runs/c", keep=2)
   assert again.steps() == [2]
   assert not bucket.names("c/4/") + bucket.names("c/5/") + bucket.names("c/7/")
@@ -312,12 +315,12 @@ def test_what_killed_runs_leave(saved, bucket):
   again.close()
 
 
-def test_a_damaged_one_whose_move_was_cut_short(saved, bucket):
+def test_a_damaged_checkpoint_whose_move_was_interrupted(saved, bucket):
   del bucket.objects["c/5/state/manifest.ocdbt"]
   bucket.trouble = lambda method, name, _: 403 if method == "POST" and name == "c/5/meta/metadata" else None
   with pytest.raises(StorageError):
     Checkpoints("gs://runs/c")
-  assert "c/5/checksums.json" in bucket.names()  # so that the rest is no unfinished save
+  assert "c/5/checksums.json" in bucket.names()  # so the rest is not taken for an unfinished save
   bucket.trouble = None
   Checkpoints("gs://runs/c").close()
   assert not bucket.names("c/5/")
@@ -326,7 +329,7 @@ def test_a_damaged_one_whose_move_was_cut_short(saved, bucket):
 
 @pytest.fixture
 def few_retries(monkeypatch):
-  """TensorStore gives up early; by default it would try for longer than a test may last."""
+  """Makes TensorStore give up early; by default it would retry for longer than a test may last."""
   monkeypatch.setattr(backend, "RETRIES", {"max_retries": 3, "initial_delay": "0.01s", "max_delay": "0.01s"})
 
 
@@ -335,8 +338,8 @@ def few_retries(monkeypatch):
   [("ocdbt.process_0/d/", 503), ("ocdbt.process_0/d/", "refused"), ("d/", 503)],
   ids=["arrays-503", "arrays-refused", "merge-503"],
 )
-def test_a_bucket_that_fails_in_mid_save(bucket, impatient, few_retries, part, trouble):
-  """While TensorStore writes: the arrays, or the index of all processes' arrays."""
+def test_a_bucket_that_fails_during_a_save(bucket, impatient, few_retries, part, trouble):
+  """The bucket fails while TensorStore writes the arrays, or the index of all processes' arrays."""
   checkpoints = Checkpoints("gs://runs/c")
   checkpoints.save(1, STATE, {})
   checkpoints.wait()
@@ -351,7 +354,9 @@ def test_a_bucket_that_fails_in_mid_save(bucket, impatient, few_retries, part, t
   bucket.trouble = fail
   start = time.monotonic()
   checkpoints.save(2, STATE, {})
-  with pytest.raises(StorageError, match=r"checkpoint 2 can't be saved .*: the bucket .*; that of step 1 is there"):
+  with pytest.raises(
+    StorageError, match=r"checkpoint 2 can't be saved .*: the bucket .*; the same command continues from"
+  ):
     checkpoints.wait()
   assert time.monotonic() - start < 10
   checkpoints.close()
@@ -369,7 +374,9 @@ def test_a_bucket_that_fails_while_a_checkpoint_is_read(saved, bucket, impatient
 def test_a_second_run_takes_over(saved, bucket):
   later = Checkpoints("gs://runs/c", keep=2)
   saved.save(6, STATE, {})
-  with pytest.raises(StorageError, match=r"gs://runs/c: another run has taken over here \(.*process \d+.*\), and goes"):
+  with pytest.raises(
+    StorageError, match=r"gs://runs/c: another run has taken over this folder \(.*process \d+.*\) and continues"
+  ):
     saved.wait()
   assert later.steps() == [2, 4, 5]
   later.close()
@@ -392,7 +399,7 @@ def test_metrics(bucket, monkeypatch):
   log.write(row | {"step": 4})
   bucket.trouble = lambda *_: 403
   start = time.monotonic()
-  log.close()  # warns
+  log.close()  # logs a warning
   assert time.monotonic() - start < 5
   bucket.trouble = None
   assert [row["step"] for row in metrics.read_metrics("gs://runs/run")] == [1, 2, 4]
@@ -412,7 +419,7 @@ def test_a_report_in_a_bucket(bucket):
 
 def test_folders(bucket, tmp_path):
   folder = storage.place("gs://runs/a")
-  bucket.put("a/", b"")  # as a console makes a folder
+  bucket.put("a/", b"")  # like the web console creates a folder
   bucket.put("ab/x", b"")
   assert storage.names(folder) == list(storage.files(folder)) == []
   with storage.new_folder(folder) as local:
@@ -428,7 +435,7 @@ def test_folders(bucket, tmp_path):
   (tmp_path / "large").write_bytes(bytes(2**20) * 11)
   for kind in ("md5", "sha256"):
     assert files.digest("large", kind) == storage.files(tmp_path).digest("large", kind)
-  storage.upload_folder(tmp_path, folder / "up")  # in pieces
+  storage.upload_folder(tmp_path, folder / "up")  # in parts
   assert bucket.contents()["a/up/large"] == bytes(2**20) * 11
   storage.remove_tree(folder)
   assert bucket.names() == ["a/", "ab/x"]

@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what is found, what is refused, what an interrupted save leaves."""
+"""Checkpoints: which are kept, found and rejected, and the remains of interrupted saves."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def test_the_newest_and_the_best_are_kept(saved):
   assert saved.find("last") == 5
   assert saved.find("best") == 2
   assert saved.find(4) == 4
-  with pytest.raises(InputError, match=r"checkpoint: 3 is not there; there are 2, 4, 5"):
+  with pytest.raises(InputError, match=r"checkpoint: there is no checkpoint 3; give one of 2, 4, 5"):
     saved.find(3)
 
 
@@ -53,14 +53,14 @@ def test_restore(saved):
     ({"step": STATE["step"]}, r"params is float32\[4\], but this config has no such array"),
   ],
 )
-def test_another_state_is_refused(saved, other, message):
+def test_another_state_is_rejected(saved, other, message):
   with pytest.raises(InputError, match=message):
     saved.restore(5, abstract(**other))
 
 
-def test_none_and_no_best(tmp_path):
+def test_no_checkpoint_and_no_best(tmp_path):
   empty = Checkpoints(tmp_path / "empty")
-  with pytest.raises(InputError, match="holds no finished checkpoint"):
+  with pytest.raises(InputError, match="contains no finished checkpoint"):
     empty.find("last")
   empty.save(1, STATE, {})
   empty.wait()
@@ -69,14 +69,14 @@ def test_none_and_no_best(tmp_path):
   empty.close()
 
 
-def test_an_unfinished_save_is_not_seen(saved):
-  # What a kill leaves in mid-save, and in the middle of a deletion: folders under other names.
+def test_an_unfinished_save_is_ignored(saved):
+  # A kill during a save or a deletion leaves folders with other names.
   (saved.directory / "6.orbax-checkpoint-tmp").mkdir()
   (saved.directory / "unfinished" / "6" / "state").mkdir(parents=True)
   (saved.directory / "unfinished" / "4.deleted" / "state").mkdir(parents=True)
   again = Checkpoints(saved.directory, read_only=True)
   assert again.steps() == [2, 4, 5]
-  assert (saved.directory / "unfinished" / "6").exists()  # a training may be at it
+  assert (saved.directory / "unfinished" / "6").exists()  # a training run may be writing
   again.close()
   Checkpoints(saved.directory, keep=2).close()
   assert not (saved.directory / "unfinished").exists()
@@ -86,7 +86,7 @@ def files(folder):
   return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def test_any_damage_to_any_file_is_seen(saved):
+def test_any_damage_to_any_file_is_detected(saved):
   folder = saved.directory / "2"
   names = [str(p.relative_to(folder)) for p in files(folder)]
   assert len(names) > 10
@@ -100,7 +100,7 @@ def test_any_damage_to_any_file_is_seen(saved):
       path.write_bytes(flipped)
       found = saved.damage(2)
       assert found is not None, (name, place)
-      if name != "checksums.json":  # of which any file may seem the wrong one
+      if name != "checksums.json":  # any of these files may be reported
         assert found == f"{name} was altered"
         assert (saved.damage(2, quick=True) is None) == name.startswith("state/")
     path.write_bytes(whole[:-1])
@@ -116,21 +116,23 @@ def damage(checkpoints, step):
   max(files(checkpoints.directory / str(step) / "state"), key=lambda p: p.stat().st_size).unlink()
 
 
-def test_a_damaged_one_is_not_found(saved):
+def test_a_damaged_checkpoint_is_not_selected(saved):
   damage(saved, 5)
   assert saved.find("last") == 4
   assert saved.find("best") == 2
-  with pytest.raises(InputError, match=r"checkpoint: 5 in .* is damaged: state/.* is missing; take another one"):
+  with pytest.raises(InputError, match=r"checkpoint: 5 in .* is damaged: state/.* is missing; give another step"):
     saved.find(5)
   damage(saved, 2)
   with pytest.raises(InputError, match=r"checkpoint: 2 in .* is damaged: state/"):
     saved.find("best")
   damage(saved, 4)
-  with pytest.raises(InputError, match=r"checkpoints: all in .* are damaged \(5: state/.*; 4: state/.*; 2: state/"):
+  with pytest.raises(
+    InputError, match=r"checkpoints: all checkpoints in .* are damaged \(5: state/.*; 4: state/.*; 2: state/"
+  ):
     saved.find("last")
 
 
-def test_damaged_ones_make_room(saved):
+def test_damaged_checkpoints_are_moved(saved):
   """Their steps can be saved again, and none of them is kept as the best."""
   for step in (2, 5):
     damage(saved, step)
@@ -149,7 +151,7 @@ def test_damaged_ones_make_room(saved):
   assert sorted(p.name for p in (saved.directory / "damaged").iterdir()) == ["2", "5", "5.1"]
 
 
-def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(saved, monkeypatch):
+def test_an_interrupted_deletion_leaves_no_partial_checkpoint(saved, monkeypatch):
   from cyb_jax.checkpointing import disk
 
   def killed(folder, **_):
@@ -165,8 +167,8 @@ def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(saved, monkeypat
   assert all(saved.damage(step) is None for step in saved.steps())
 
 
-def test_what_is_deleted_while_it_is_read_is_no_damage(saved, monkeypatch):
-  """A training goes on while its newest checkpoint is looked at."""
+def test_deletion_during_reading_is_not_damage(saved, monkeypatch):
+  """A training run continues while its newest checkpoint is checked."""
   reader = Checkpoints(saved.directory, read_only=True)
   look = Checkpoints.damage
 

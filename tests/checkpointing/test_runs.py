@@ -1,4 +1,4 @@
-"""Whole runs: what the folder holds, resume after a kill and a signal bit for bit, evaluation, bad input."""
+"""Complete runs: the work directory, bit-exact resume after kills and signals, evaluation, bad input."""
 
 import json
 import os
@@ -45,15 +45,15 @@ def test_the_folder(workdir):
   metrics = rows(workdir)
   assert [r["step"] for r in metrics if r["split"] == "train"] == [3, 6, 9, 12]
   assert [r["step"] for r in metrics if r["split"] == "validation"] == [6, 12]
-  # The newest two, and the one of the best validation is among them.
+  # The newest two, including the one of the best validation.
   assert checkpoints_in(workdir, read_only=True).steps() == [10, 12]
 
 
-def test_evaluation_has_every_key(workdir):
+def test_evaluation_has_all_keys(workdir):
   record = json.loads((workdir / "evaluation.json").read_text())
   assert KEYS <= set(record)
   store = training.open_store(configs.freeze(read_config(workdir)))
-  # The whole split, once: every token but the first end is a target.
+  # The entire split, once: every token except the first end token is a target.
   assert record["tokens"] == store.num_tokens("validation") - 1
   assert record["slots"] == 3 * 16 * store.num_windows("validation", 16)
   assert record["train_tokens"] == 12 * 8 * 16
@@ -80,7 +80,7 @@ def test_load(workdir):
 
 
 @pytest.mark.slow
-def test_evaluation_is_deterministic_whatever_the_batch(workdir):
+def test_evaluation_does_not_depend_on_the_batch_size(workdir):
   first = json.loads((workdir / "evaluation.json").read_text())
   copy = workdir.parent / "copy"
   shutil.copytree(workdir, copy)
@@ -122,8 +122,8 @@ def final_state(workdir):
 def undisturbed(tmp_path_factory):
   folder = tmp_path_factory.mktemp("undisturbed")
   record, err = cli.run("train", f"--config={cli.write_config(folder)}", f"--workdir={folder}/run")
-  # 257 bytes make 384 rows of 16; a layer of 2560 and three norms; two pauses and <don't know>. Three arrays of f32.
-  assert "cyb: 8,800 parameters, 0.1 MiB of parameters and optimizer state a device; 40 steps of 8 x 16 tokens" in err
+  # 257 bytes need 384 rows of 16; a layer of 2560 and three norms; two pauses and <don't know>. Three arrays of f32.
+  assert "cyb: 8,800 parameters, 0.1 MiB of parameters and optimizer state per device; 40 steps of 8 x 16 tokens" in err
   return folder / "run", record
 
 
@@ -162,7 +162,7 @@ def test_stop_and_resume_is_bit_exact(tmp_path, undisturbed, number, code):
   assert_trees_equal(ours.state, theirs.state)
 
 
-# In the place of a compiler: a C function that takes minutes, and that no signal interrupts.
+# Replaces the compiler: a C function that takes minutes and is not interrupted by signals.
 _COMPILES_LONG = """
 import hashlib, pathlib
 from cyb_jax.training import strategies
@@ -176,7 +176,7 @@ strategies.JitStrategy.step = step
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_step_compiles_ends_at_once(tmp_path, number):
+def test_a_signal_during_compilation_ends_immediately(tmp_path, number):
   path, marker = cli.write_config(tmp_path), tmp_path / "compiling"
   path.write_text(path.read_text() + _COMPILES_LONG.format(marker=str(marker)))
   process = cli.Forked("train", f"--config={path}", f"--workdir={tmp_path}/run")
@@ -189,12 +189,12 @@ def test_a_signal_while_the_step_compiles_ends_at_once(tmp_path, number):
   code, out, err = process.wait(60)
   assert (code, out) == (75, "")
   assert time.monotonic() - start < 30
-  assert f"signal {number}: ended before the first step was done, so that nothing is lost" in err
+  assert f"signal {number}: ended before the first step was done, so nothing is lost" in err
   assert "Traceback" not in err
   assert checkpoints_in(tmp_path / "run", read_only=True).steps() == []
 
 
-def test_a_signal_during_the_checks_ends_at_once(tmp_path, monkeypatch):
+def test_a_signal_during_the_checks_ends_immediately(tmp_path, monkeypatch):
   def interrupted(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -205,8 +205,8 @@ def test_a_signal_during_the_checks_ends_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_jit_and_pmap_continue_each_other(tmp_path):
-  """The strategy is no part of what a run is: a checkpoint of one is taken up by the other."""
+def test_jit_and_pmap_continue_each_others_runs(tmp_path):
+  """The result of a run does not depend on the strategy, so one strategy continues a checkpoint of the other."""
   config = tiny_config(pauses=1)
   config.train.update(steps=10, checkpoint_every=5, eval_every=0)
   whole = training.train(configs.freeze(config), tmp_path / "jit")
@@ -244,7 +244,7 @@ def test_every_method_trains_and_evaluates(tmp_path, method, undefined):
   if method.get("name") == "tbys":
     assert record["latency"] == [0.0, 0.0, 1.0]
     refusal = cli.complaint("evaluate", f"--workdir={tmp_path}/run", "--omega=1:1:1")
-    assert "method 'tbys' doesn't decide when it stops" in refusal
+    assert "method 'tbys' has no stopping decision" in refusal
     assert record["slot_perplexity"][-1] == pytest.approx(record["perplexity"], rel=1e-5)
   if method.get("name") == "baseline":
     assert record["perplexity"] == pytest.approx(record["loss_perplexity"], rel=1e-5)
@@ -262,7 +262,7 @@ def test_document_mask_and_accumulation_train(tmp_path):
   assert masked["perplexity"] != plain["perplexity"]
 
 
-def test_no_steps_evaluates_the_start(tmp_path, workdir):
+def test_zero_steps_evaluate_the_initial_parameters(tmp_path, workdir):
   config = tiny_config(pauses=2)
   config.train.update(steps=0, epochs=0.0)
   config.init_from = str(workdir)
@@ -274,7 +274,7 @@ def test_no_steps_evaluates_the_start(tmp_path, workdir):
   assert record["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-6)
 
 
-def test_init_from_keeps_what_the_run_has_not(tmp_path, workdir):
+def test_init_from_keeps_new_parameters(tmp_path, workdir):
   config = tiny_config(pauses=1)
   config.train.update(steps=0, epochs=0.0)
   config.init_from = str(workdir)
@@ -313,20 +313,20 @@ def test_a_signal_during_validation_saves(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_numbers_that_are_not_finite_stop_the_run(tmp_path, caplog):
+def test_nonfinite_numbers_stop_the_run(tmp_path, caplog):
   config = tiny_config(pauses=1)
   config.optimizer.update(learning_rate=1e30, clip_norm=0.0, warmup_fraction=0.0, schedule="constant")
   config.train.update(eval_every=0, checkpoint_every=1, max_skipped=4)
   with pytest.raises(DivergedError, match=r"step 5: the loss or the gradient of the last 4 steps isn't finite"):
     training.train(configs.freeze(config), tmp_path / "run")
-  assert "steps were not applied, their loss or gradient isn't finite: 2, 3" in caplog.text
+  assert "steps were not applied, because their loss or gradient isn't finite: 2, 3" in caplog.text
   assert [(row["skipped"], row["skipped_steps"]) for row in rows(tmp_path / "run")] == [(2, [2, 3])]
-  # What was saved is from before, and is not pushed out.
+  # Older checkpoints are not replaced.
   assert checkpoints_in(tmp_path / "run", read_only=True).steps() == [1]
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_ends_in_one_line(tmp_path):
+def test_a_diverging_run_ends_with_one_line(tmp_path):
   rate = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0", "--config.train.max_skipped=2"]
   result, err = cli.run("train", f"--config={cli.write_config(tmp_path)}", f"--workdir={tmp_path}/run", *rate, expect=1)
   assert result is None
@@ -335,8 +335,8 @@ def test_a_run_that_diverges_ends_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_best_is_the_best_on_the_same_windows(tmp_path):
-  """Losses over a few windows in mid-run and over all of them at the end can't be compared."""
+def test_the_best_checkpoint_is_selected_on_equal_windows(tmp_path):
+  """Losses over a few windows during training and over all windows at the end are not comparable."""
   config = tiny_config(pauses=1)
   config.train.update(steps=10, eval_every=5, eval_limit=1, checkpoint_every=5)
   training.train(configs.freeze(config), tmp_path / "run")
@@ -348,7 +348,7 @@ def test_the_best_is_the_best_on_the_same_windows(tmp_path):
   assert checkpoints.find("best") == min(limited, key=limited.get)
 
 
-def test_metrics_that_were_removed_are_no_reason_to_fail(tmp_path):
+def test_removed_metrics_are_not_an_error(tmp_path):
   config = tiny_config(pauses=1)
   config.train.update(steps=2, eval_every=0, last_eval_limit=3)
   first = training.train(configs.freeze(config), tmp_path / "run")
@@ -365,7 +365,7 @@ def test_profile(tmp_path):
 
 
 @pytest.mark.slow
-def test_collapse_is_warned_of(tmp_path, monkeypatch):
+def test_collapse_causes_a_warning(tmp_path, monkeypatch):
   from cyb_jax.training import hooks
 
   warnings = []
@@ -377,7 +377,7 @@ def test_collapse_is_warned_of(tmp_path, monkeypatch):
   assert "after 1 pauses" in warning
 
 
-# Bad input: one clear error, nothing written.
+# Bad input: one clear error, and nothing is written.
 
 
 def refused(tmp_path, message, **changes):
@@ -424,7 +424,8 @@ def test_truncated_and_altered_stores(tmp_path, store):
 def test_no_validation_split(tmp_path):
   for i in range(3):
     (tmp_path / f"{i}.txt").write_text(f"{i} words " * 100)
-  refused(tmp_path, r"data.task: 'text_files' gave no validation split: .*train has 3", data__task="text_files",
+  refused(tmp_path, r"data.task: 'text_files' has no document in the validation split.*train has 3",
+    data__task="text_files",
           data__options=f"pattern={tmp_path}/*.txt")  # fmt: skip
 
 
@@ -433,13 +434,13 @@ def test_batch_larger_than_an_epoch(tmp_path, store):
           data__batch_size=8000)  # fmt: skip
 
 
-def test_a_workdir_that_is_no_folder(tmp_path, monkeypatch):
+def test_a_workdir_that_is_not_a_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   monkeypatch.setattr(storage.bucket, "file_system", storage.bucket.file_system.__wrapped__)
   for name, message in (
-    ("s3://bucket/run", "s3://bucket/run: neither a folder on a disk nor gs://bucket/folder"),
-    ("gs://bucket/run", r"gs://: the package gcsfs is not installed; pip install 'cyb_jax\[gcs\]'"),
+    ("s3://bucket/run", "s3://bucket/run: unsupported URL; give a path on a disk or gs://bucket/folder"),
+    ("gs://bucket/run", r"gs://: the package gcsfs is not installed; run pip install 'cyb_jax\[gcs\]'"),
   ):
     with pytest.raises(InputError, match=message):
       training.train(configs.freeze(tiny_config()), name)
@@ -458,7 +459,7 @@ def test_sequence_longer_than_the_data(tmp_path, store):
 
 
 def test_batch_not_divisible_by_devices(tmp_path, store):
-  refused(tmp_path, r"data.batch_size: 12 windows don't divide over 8 devices; try 8 or 16", data__store=str(store),
+  refused(tmp_path, r"data.batch_size: 12 is not divisible by 8 devices; give 8 or 16", data__store=str(store),
           data__batch_size=12)  # fmt: skip
 
 
@@ -471,14 +472,14 @@ def test_workdir_of_another_config(workdir):
   assert (workdir / "config.json").read_bytes() == before
 
 
-def test_no_right_to_write(tmp_path):
-  # A place where root may not write either.
+def test_no_write_permission(tmp_path):
+  # A folder in which root can't write either.
   if not pathlib.Path("/proc").is_dir():
     pytest.skip("needs /proc")
   with pytest.raises(InputError, match=r"workdir: can't write in /proc"):
     training.train(configs.freeze(tiny_config()), "/proc/nowhere/run")
   (tmp_path / "file").write_text("")
-  with pytest.raises(InputError, match=r"workdir: .*file is a file, a folder is needed"):
+  with pytest.raises(InputError, match=r"workdir: .*file is a file; give a folder"):
     training.train(configs.freeze(tiny_config()), tmp_path / "file" / "run")
 
 
@@ -514,8 +515,8 @@ def write_text(path, seed):
 
 
 @pytest.mark.slow
-def test_a_run_outlives_its_source(tmp_path):
-  """Neither a changed text nor its loss touches a run: it goes on, and is evaluated, with the store that it has."""
+def test_a_run_does_not_need_its_source(tmp_path):
+  """A changed text or its deletion does not affect a run: it continues and is evaluated with its store."""
   text = tmp_path / "a.txt"
   write_text(text, 0)
   config = text_config(text)
@@ -540,7 +541,7 @@ def test_init_from_another_tokenizer(tmp_path):
   assert not (tmp_path / "b").exists()
 
 
-def test_programs_complain_in_one_line(tmp_path, workdir):
+def test_programs_report_bad_input_in_one_line(tmp_path, workdir):
   config = cli.write_config(tmp_path)
   run = f"--workdir={tmp_path}/run"
   assert "--config: not given" in cli.complaint("train", run)
@@ -553,7 +554,7 @@ def test_programs_complain_in_one_line(tmp_path, workdir):
   )
   assert "nothing.py" in cli.complaint("train", "--config=nothing.py", run, "--config.train.steps=1")
   assert "nothing.py" in cli.complaint("train", "--config=nothing.py", run)
-  # Found from another folder, in either form: what is missing is the next thing.
+  # From another folder, the config is found in both forms; the error is about the missing flag.
   for flags in (("--config=experiments/quickstart.py",), ("--config", "experiments/quickstart.py:tbys3")):
     assert "--workdir: not given" in cli.complaint("train", *flags, cwd=tmp_path)
   broken = tmp_path / "broken.py"
@@ -563,22 +564,22 @@ def test_programs_complain_in_one_line(tmp_path, workdir):
     "train", "--config=experiments/quickstart.py:app", run
   )
   assert "method.pauses: -1" in cli.complaint("train", f"--config={config}", run, "--config.method.pauses=-1")
-  assert "left over" in cli.complaint("train", f"--config={config}", run, "extra")
+  assert "arguments: 'extra' is unexpected" in cli.complaint("train", f"--config={config}", run, "extra")
   assert not (tmp_path / "run").exists()
-  assert "holds no run" in cli.complaint("evaluate", f"--workdir={tmp_path}/nothing")
+  assert "contains no run" in cli.complaint("evaluate", f"--workdir={tmp_path}/nothing")
   assert "--checkpoint: 'newest'" in cli.complaint("evaluate", f"--workdir={workdir}", "--checkpoint=newest")
-  assert "checkpoint: 11 is not there; there are 10, 12" in cli.complaint(
+  assert "checkpoint: there is no checkpoint 11; give one of 10, 12" in cli.complaint(
     "evaluate", f"--workdir={workdir}", "--checkpoint=11"
   )
-  assert "--omega: '1:1' won't do for 3 slots" in cli.complaint("evaluate", f"--workdir={workdir}", "--omega=1:1")
+  assert "--omega: '1:1' is invalid for 3 slots" in cli.complaint("evaluate", f"--workdir={workdir}", "--omega=1:1")
   assert "split: 'tset' is not in" in cli.complaint("evaluate", f"--workdir={workdir}", "--split=tset")
-  assert f"--store: {cli.ROOT}/nowhere is not there" in cli.complaint(
+  assert f"--store: {cli.ROOT}/nowhere does not exist" in cli.complaint(
     "evaluate", f"--workdir={workdir}", "--store=nowhere"
   )
-  assert "--limit: -1 is negative" in cli.complaint("evaluate", f"--workdir={workdir}", "--limit=-1")
+  assert "--limit: -1 must not be negative" in cli.complaint("evaluate", f"--workdir={workdir}", "--limit=-1")
 
 
-def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_written(tmp_path):
+def test_an_unsupported_kernel_is_rejected_before_anything_is_written(tmp_path):
   config = tiny_config()
   config.decoder.attention = "splash"
   with pytest.raises(InputError, match=r"decoder.attention: 'splash' needs a TPU, this program is for 'cpu'"):

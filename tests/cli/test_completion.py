@@ -1,4 +1,4 @@
-"""The scripts of `--completion`, run by the shells themselves where they are installed."""
+"""The scripts of `--completion`, run by the shells if they are installed."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ WORDS = completion.Words(
   experiments=("experiments/quickstart.py", "experiments/pause_training.py"),
   settings={"experiments/quickstart.py": ("ap", "ap1", "tbys3"), "experiments/pause_training.py": ("finetune_pause",)},
 )
-# The word under the cursor, and how it is completed.
+# The word before the cursor, and its completions.
 COMPLETED = {
   "--work": ["--workdir="],
   "--config.opt": ["--config.optimizer.learning_rate="],
@@ -46,7 +46,7 @@ def in_bash(script, line, breaks=" =:"):
 def test_bash(word):
   script = completion._bash("cyb-train", WORDS)
   assert in_bash(script, f"cyb-train --dry_run {word}", breaks=" ") == COMPLETED[word]
-  # Where = and : break words, the shell wants what follows the last one.
+  # If = and : separate words, the shell expects only the part after the last one.
   cut = max(word.rfind("="), word.rfind(":")) + 1
   assert in_bash(script, f"cyb-train --dry_run {word}") == [full[cut:] for full in COMPLETED[word]]
 
@@ -59,7 +59,7 @@ def test_fish(word):
   assert {line.removesuffix("=") for line in found} >= set(expected)
 
 
-# The functions of zsh's completion system, which exist only while a line is edited.
+# The functions of zsh's completion system exist only while a line is edited.
 _ZSH_STUBS = """
 compdef() { }
 compset() { }
@@ -75,7 +75,7 @@ def test_zsh(word):
   )
   found = shell("zsh", "-f", text=text)
   cut = max(word.rfind("="), word.rfind(":")) + 1
-  # zsh itself keeps the candidates that begin with the word.
+  # zsh itself selects the candidates that begin with the word.
   assert [line for line in found if line.startswith(word[cut:])] == [full[cut:] for full in COMPLETED[word]]
 
 

@@ -1,4 +1,4 @@
-"""What programs say about themselves: --help, --version, --config_help, --list_experiments and --list_settings."""
+"""Descriptions of programs: --help, --version, --config_help, --list_experiments and --list_settings."""
 
 import importlib
 import re
@@ -20,11 +20,11 @@ PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "co
 
 
 @pytest.mark.parametrize("program", [*PROGRAMS, *(f"benchmark {part}" for part in benchmark.BENCHMARKS)])
-def test_every_flag_has_a_meaning(program):
+def test_every_flag_has_a_description(program):
   name, _, part = program.partition(" ")
   define = benchmark.BENCHMARKS[part][0] if part else importlib.import_module(f"cyb_jax.cli.{name}").define_flags
   for flag in cli.flags_of(define).values():
-    # A sentence or a phrase that can be understood without the code.
+    # A sentence or a phrase that is understandable without the code.
     assert len((flag.help or "").split()) >= 3, flag.name
     assert not flag.help.startswith("Of "), flag.name
     assert flag.help[0].isupper(), flag.name
@@ -32,7 +32,7 @@ def test_every_flag_has_a_meaning(program):
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "benchmark"])
 def test_help_of_an_installed_program(program):
-  """Each describes itself with examples and lists its flags."""
+  """Each program prints a description with examples, and lists its flags."""
   code, out, err = cli.forked(program, "--help")
   assert (code, err) == (0, "")
   description, _, listed = out.partition("\nflags:\n")
@@ -48,7 +48,7 @@ def test_help_of_an_installed_program(program):
     )
 
 
-def test_help_of_cyb_benchmark_names_its_parts():
+def test_help_of_cyb_benchmark_lists_its_parts():
   _, out, _ = cli.forked("benchmark", "--help")
   for part in benchmark.BENCHMARKS:
     assert f"cyb-benchmark {part} " in out
@@ -102,7 +102,7 @@ def test_config_help_has_type_value_default_rule_and_meaning():
   assert "data." not in config_help.config_help(config, "optimizer").replace("data.batch_size", "")
 
 
-def test_config_help_of_a_config_that_is_not_valid():
+def test_config_help_of_an_invalid_config():
   config = configs.to_dict(
     command_line.override(configs.default(), ["optimizer.learning_rate=-1", "method.name=deeper@ap"])
   )

@@ -1,4 +1,4 @@
-"""cyb-generate as a user starts it; from ids to text."""
+"""cyb-generate, run as a program; conversion of ids to text."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def workdir(tmp_path_factory):
   return folder
 
 
-def test_it_speaks_with_marked_pauses(workdir):
+def test_generated_text_has_marked_pauses(workdir):
   process = cli.start(
     "generate", f"--workdir={workdir}", "--prompt=a=1", "--prompt=b", "--max_new_tokens=9", "--seed=2"
   )
@@ -46,7 +46,7 @@ def test_it_speaks_with_marked_pauses(workdir):
   assert text.startswith("a=1")
   assert text.count(PAUSE_MARK) == in_all > 0
   first, second = result["text"]
-  # Lines as splitlines has them: an untrained model says whatever.
+  # Lines are split by splitlines, because an untrained model generates arbitrary characters.
   assert text.replace(PAUSE_MARK, "") == "\n".join(printable(f"a=1{first}\n\nb{second}\n").splitlines())
 
 
@@ -60,7 +60,7 @@ def test_flags(workdir):
     "--nostream",
   ]
   constant, _ = cli.run("generate", *mixture)
-  assert constant["tokens"] == 16 - 4  # what fits into the context
+  assert constant["tokens"] == 16 - 4  # the rest of the context
   assert constant["slots"] == 3 * constant["tokens"]
   (whole,) = constant["text"]
   ends = whole[3:5]
@@ -74,22 +74,22 @@ def test_flags(workdir):
   [
     ([], "--prompt: not given"),
     (["--prompt="], "--prompt: '' is empty"),
-    (["--prompt=abcdefghijklmnopqrst"], "has 21 tokens, the one that begins a document included, but the run was"),
+    (["--prompt=abcdefghijklmnopqrst"], "has 21 tokens, including the start token, but the context has"),
     (["--prompt=abcdef", "--max_new_tokens=40"], "--max_new_tokens: 40 after a prompt of 7 tokens"),
     (["--prompt=\udcff"], "--prompt: the vocabulary can't encode '\\udcff' (U+DCFF)"),
     (["--prompt=a", "--max_pauses=5"], "max_pauses: 5 must lie in 0..2"),
     (["--prompt=a", "--omega=1:x"], "--omega: '1:x'"),
-    (["--prompt=a", "--stop="], "--stop: an empty text"),
-    (["--prompt=a", "--workdir=/nowhere"], "holds no run"),
+    (["--prompt=a", "--stop="], "--stop: '' would end every row"),
+    (["--prompt=a", "--workdir=/nowhere"], "contains no run"),
     (["--prompt=a", "--workdir="], "--workdir: not given"),
-    # What needs no model is checked before one is opened.
+    # Checks that need no model are done before a model is opened.
     (["--prompt=a", "--workdir=/nowhere", "--mode=slow"], "mode: 'slow' is none of self_paced, constant, none"),
     (["--prompt=a", "--workdir=/nowhere", "--temperature=-1"], "temperature: -1.0 must be finite"),
-    (["--prompt=a", "--workdir=/nowhere", "--seed=-1"], "--seed: -1 must lie in [0, 2^32)"),
-    (["--prompt=a", "--workdir=/nowhere", "--seed=4294967296"], "--seed: 4294967296 must lie in [0, 2^32)"),
+    (["--prompt=a", "--workdir=/nowhere", "--seed=-1"], "--seed: -1 must be in [0, 2^32)"),
+    (["--prompt=a", "--workdir=/nowhere", "--seed=4294967296"], "--seed: 4294967296 must be in [0, 2^32)"),
     (
       ["--prompt=a", "--prompt=b", "--workdir=/nowhere", "--seed=4294967295"],
-      "--seed: of row 2: 4294967296 must lie in [0, 2^32)",
+      "--seed: of row 2: 4294967296 must be in [0, 2^32)",
     ),
   ],
 )
@@ -97,7 +97,7 @@ def test_bad_input(flags, words, workdir):
   assert words in cli.complaint("generate", f"--workdir={workdir}", *flags)
 
 
-def test_text_as_it_comes():
+def test_text_is_streamed():
   tokenizer = ByteTokenizer()
   said = list("né 1.2.".encode())
   row = Continuation(tokenizer, [tokenizer.separator_id, 97], stops=["2.", "1.2"])
@@ -112,18 +112,18 @@ def test_text_as_it_comes():
   assert free.rest() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_what_a_terminal_would_obey_is_shown():
+def test_control_characters_are_made_visible():
   assert printable("a\x1b[2Jé\n\t\x07\u202e") == "a<U+001B>[2Jé\n\t<U+0007><U+202E>"
 
 
-def test_what_an_encoding_has_not_got_is_replaced(monkeypatch):
+def test_characters_that_an_encoding_lacks_are_replaced(monkeypatch):
   shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
   monkeypatch.setattr(sys, "stdout", shown)
   terminal.show(f"a{PAUSE_MARK}b")
   assert shown.buffer.getvalue() == b"a?b"
 
 
-def test_a_reader_that_goes_away():
+def test_a_closed_pipe():
   program = "from cyb_jax.cli import launching, terminal; launching.launch(lambda argv: terminal.show('x' * 10**6))"
   pipe = subprocess.PIPE
   with subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, env=cli.environment()) as process:
@@ -132,7 +132,7 @@ def test_a_reader_that_goes_away():
   assert process.returncode == 1
 
 
-def test_what_a_vocabulary_cannot_encode():
+def test_characters_that_a_vocabulary_lacks():
   tokenizer = train_sentencepiece(["the cat sat on the mat, the cat that sat"] * 30, 272)
   assert encode_whole(tokenizer, "the cat é", "--prompt") == tokenizer.encode("the cat é")  # by its bytes
   plain = type(tokenizer)(_without_bytes())

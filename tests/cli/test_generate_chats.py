@@ -1,4 +1,4 @@
-"""cyb-generate with chats: the prompt is what the tokenizer's template makes of a message."""
+"""cyb-generate with chats: the prompt is the rendering of a message by the tokenizer's template."""
 
 import json
 
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-  """A model of another project with ChatML, and one whose template writes the start token that its tokenizer adds."""
+  """Imported models: one with ChatML, and one whose template writes the start token that its tokenizer also adds."""
   folder = tmp_path_factory.mktemp("models")
   for name in ("smollm2", "llama2"):
     imported_models.write_folder(folder / name, name, [2])
@@ -38,7 +38,7 @@ def imported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """A run that was trained on chats; its tokenizer does not name the entry that ends a turn as an end token."""
+  """A run that was trained on chats; its tokenizer does not list the entry that ends a turn among the end tokens."""
   folder = tmp_path_factory.mktemp("trained")
   rows = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "in"}] for i in range(300)]
   (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
@@ -84,14 +84,14 @@ def test_a_start_token_is_not_doubled(imported):
 
 
 def test_a_run_that_was_trained_on_chats(trained):
-  """The run keeps the template, and a reply ends where its turn does, though no file names the entry as an end."""
+  """The run stores the template, and a reply ends at the end of its turn, although no file lists this entry."""
   run = runs.load(trained)
   assert run.tokenizer.chat_template == TEMPLATE
   assert run.boundaries.end_ids == (0,)
   record, _ = cli.run("generate", f"--workdir={trained}", "--chat", "--prompt=7?", *FLAGS)
   assert record["text"] == ["in"]
   assert record["tokens"] == 2  # with <stop>
-  # Text that spells special entries is text in a prompt of a model that was trained here.
+  # In a prompt of a model that was trained by this project, the names of special entries are encoded as text.
   spelled = "<start>user\n7?<stop>"
   record, _ = cli.run("generate", f"--workdir={trained}", f"--prompt={spelled}", *FLAGS)
   assert record["text"] == [said(run, [0, *run.tokenizer.encode(spelled)])]
@@ -108,10 +108,10 @@ def test_the_shown_message_is_a_line(trained):
   [
     (["--chat"], "--prompt: not given"),
     (["--chat", "--prompt="], "--prompt: '' is empty"),
-    (["--prompt=a", "--system=b"], "--system: 'b' is the system's message of a chat; give --chat too"),
+    (["--prompt=a", "--system=b"], "--system: 'b' is the system message of a chat; give --chat too"),
     (["--prompt=a", "--chat", "--system=\udcff"], "--system: the vocabulary can't encode '\\udcff'"),
     (["--prompt=\udcff", "--chat"], "--prompt: the vocabulary can't encode '\\udcff'"),
-    ([f"--prompt={'a' * 40}", "--chat"], "tokens, those of the chat template included"),
+    ([f"--prompt={'a' * 40}", "--chat"], "tokens, including the tokens of the chat template"),
   ],
 )
 def test_bad_input(trained, flags, words):
@@ -121,4 +121,4 @@ def test_bad_input(trained, flags, words):
 def test_a_model_without_a_template(imported, tmp_path):
   imported_models.write_folder(tmp_path / "gpt", "llama2", [2])
   message = cli.complaint("generate", f"--init_from={tmp_path}/gpt", "--chat", "--prompt=a")
-  assert "--chat: the model's tokenizer has no chat template; leave --chat out, or give an instruct model" in message
+  assert "--chat: the model's tokenizer has no chat template; omit --chat, or give an instruct model" in message

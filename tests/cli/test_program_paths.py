@@ -17,8 +17,8 @@ from cyb_jax.studies.options import Options
 from cyb_jax.studies.resolution import resolve
 
 PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "compile", "study")
-# Flags that hold text and no path. --tokenizer may also be a name, so that whoever opens the tokenizer expands it; the
-# study's --config is expanded like that of the other programs (`command_line.installed`).
+# Flags whose value is text and not a path. --tokenizer may also be a name, so the code that opens it expands the path.
+# The study's --config is expanded like that of the other programs (`command_line.installed`).
 NO_PATHS = {
   "batch_sizes", "checkpoint", "config_help", "context", "coordinator", "dtype", "equal", "fields", "from",
   "kept_pauses", "like", "mode", "omega", "option", "plan", "prompt", "prompt_pauses", "rates", "read", "reference",
@@ -28,7 +28,7 @@ NO_PATHS = {
 
 
 @pytest.mark.parametrize("program", [*PROGRAMS, *benchmark.BENCHMARKS])
-def test_every_flag_that_holds_a_path_expands_it(program):
+def test_every_flag_for_a_path_expands_it(program):
   if program in benchmark.BENCHMARKS and program not in PROGRAMS:
     define = benchmark.BENCHMARKS[program][0]
   else:
@@ -69,7 +69,7 @@ def test_the_programs_in_the_home_folder(tmp_path):
   assert "no user has the home folder ~nosuchuser" in cli.complaint("generate", "--workdir=~nosuchuser/x", **how)
 
 
-def test_what_a_run_records_is_found_from_anywhere(tmp_path, monkeypatch):
+def test_a_runs_recorded_paths_are_found_from_any_folder(tmp_path, monkeypatch):
   here, there = tmp_path / "here", tmp_path / "there"
   here.mkdir(), there.mkdir()
   monkeypatch.chdir(here)
@@ -87,11 +87,11 @@ def test_what_a_run_records_is_found_from_anywhere(tmp_path, monkeypatch):
   assert list(there.iterdir()) == []
 
 
-def test_two_spellings_of_a_path_are_one_run(tmp_path, monkeypatch):
+def test_two_spellings_of_a_path_are_the_same_run(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   source = tiny_config(pauses=1)
   source.data.update(task="text_files", options="pattern=books/*.txt", tokenizer="my.model")
-  relative = configs.to_dict(source)  # as version 0.1 recorded it
+  relative = configs.to_dict(source)  # in the form that version 0.1 recorded
   source.data.update(options=f"pattern={tmp_path}/books/*.txt", tokenizer=f"{tmp_path}/my.model")
   assert runs.config_record(configs.freeze(source)).differences(relative) == []
   monkeypatch.chdir("/")
@@ -108,10 +108,10 @@ def test_a_relative_store_of_version_0_1_is_not_prepared_again(tmp_path, monkeyp
   assert training.run_data.open_recorded_or_new_store(config, meta).fingerprint == store.fingerprint
   (tmp_path / "there").mkdir()
   monkeypatch.chdir(tmp_path / "there")
-  with pytest.raises(InputError, match=rf"records the relative path 's', and {tmp_path}/there/s holds no token store"):
+  with pytest.raises(InputError, match=rf"records the relative path 's', and {tmp_path}/there/s is not a token store"):
     training.run_data.open_recorded_or_new_store(config, meta)
   assert list((tmp_path / "there").iterdir()) == []
-  # The fingerprint finds the store where the recorded path is still right.
+  # The fingerprint identifies the store if the recorded path is still valid.
   found = training.run_data.open_recorded_or_new_store(config, meta | {"store_path": str(tmp_path / "s")})
   assert found.path == tmp_path / "s"
 
@@ -143,7 +143,7 @@ def test_every_path_of_a_config(tmp_path, monkeypatch):
   assert study.identity["fields"] == [f"data.store={tmp_path}/s"]
 
 
-def test_a_relative_and_an_absolute_pattern_are_one_task(tmp_path, monkeypatch):
+def test_a_relative_and_an_absolute_pattern_are_the_same_task(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "books").mkdir()
   (tmp_path / "books" / "a.txt").write_text("one\ntwo\nthree\n" * 3)
@@ -153,7 +153,7 @@ def test_a_relative_and_an_absolute_pattern_are_one_task(tmp_path, monkeypatch):
   assert tasks[0].options["pattern"] == f"{tmp_path}/books/*.txt"
 
 
-def test_a_store_of_version_0_1_with_a_relative_pattern_still_fits(tmp_path, monkeypatch):
+def test_a_store_of_version_0_1_with_a_relative_pattern_is_accepted(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(400)))
   options = {"pattern": "a.txt", "unit": "line"}

@@ -1,4 +1,4 @@
-"""A token store that a command line names brings its own tokenizer, unless the user sets another one."""
+"""A token store in a command line determines the tokenizer, unless the user sets another tokenizer."""
 
 import shutil
 
@@ -34,46 +34,46 @@ def stores(tmp_path_factory, model):
 
 
 def named(*fields, tokenizer="sentencepiece:320"):
-  """The config of a command line; the experiment names a tokenizer."""
+  """The config of a command line; the experiment sets a tokenizer."""
   config = tiny_config(pauses=1)
   config.data.tokenizer = tokenizer
   return command_line.override(config, fields)
 
 
 @pytest.mark.parametrize(("name", "spec"), [("trained", "sentencepiece:310"), ("bytes", "bytes"), ("file", None)])
-def test_the_store_brings_its_tokenizer(stores, name, spec):
+def test_the_store_determines_the_tokenizer(stores, name, spec):
   path = str(stores / name)
   config = resolve(named(f"data.store={path}"))
   assert config.data.tokenizer == (spec or path)
   store = training.open_store(config)
   size = {"trained": 310, "bytes": 257, "file": 290}[name]
   assert store.vocab_size == training.vocabulary(config)[0] == training.vocabulary(config, store)[0] == size
-  # What config.json then says is the same run again, whatever the experiment's default is.
+  # The recorded config.json describes the same run, independently of the experiment's default.
   again = resolve(named(f"data.store={path}", tokenizer="sentencepiece:321"))
   assert runs.config_record(again).differences(dict(config.source)) == []
 
 
-def test_a_tokenizer_that_the_user_sets_stays(stores, model):
+def test_a_tokenizer_that_the_user_sets_is_kept(stores, model):
   path = stores / "trained"
   given = resolve(named(f"data.store={path}", "data.tokenizer=sentencepiece:320"))
   assert given.data.tokenizer == "sentencepiece:320"
-  with pytest.raises(InputError, match=r"data\.tokenizer: 'sentencepiece:320' .* was made with sentencepiece:310"):
+  with pytest.raises(InputError, match=r"data\.tokenizer: 'sentencepiece:320' .* was prepared with sentencepiece:310"):
     training.open_store(given)
   same = resolve(named(f"data.store={stores / 'file'}", f"data.tokenizer={model}"))
   assert same.data.tokenizer == str(model)
   assert training.open_store(same).vocab_size == 290
 
 
-def test_where_there_is_no_store_the_experiment_decides(stores, tmp_path):
+def test_without_a_store_the_experiments_tokenizer_is_used(stores, tmp_path):
   assert named(f"data.store={tmp_path / 'new'}").data.tokenizer == "sentencepiece:320"
   assert named().data.tokenizer == "sentencepiece:320"
-  # '' is the tokenizer of init_from, and of the store where nothing is started from.
+  # '' means the tokenizer of init_from, or of the store if there is no init_from.
   store = f"data.store={stores / 'bytes'}"
   assert named(store, "init_from=/weights", tokenizer="").data.tokenizer == ""
   assert named(store, tokenizer="").data.tokenizer == "bytes"
 
 
-def test_a_store_that_was_moved_is_the_same_run(stores, tmp_path):
+def test_a_moved_store_is_the_same_run(stores, tmp_path):
   source = named(f"data.store={stores / 'file'}")
   fingerprint = training.open_store(resolve(source)).fingerprint
   shutil.copytree(stores / "file", tmp_path / "moved")
@@ -94,9 +94,12 @@ def test_the_program(stores, tmp_path):
   ))  # fmt: skip
   store = f"--config.data.store={stores / 'trained'}"
   flags = (f"--config={path}", store, f"--workdir={tmp_path / 'run'}")
-  _, err = cli.run("train", *flags, "--profile=-1", expect=2)  # it ends after the config was read
-  assert f"data.tokenizer: 'sentencepiece:310', that of {stores / 'trained'}, in place of 'sentencepiece:320'" in err
-  assert "was made with sentencepiece:310" in cli.complaint(
+  _, err = cli.run("train", *flags, "--profile=-1", expect=2)  # the program ends after the config was read
+  assert (
+    f"data.tokenizer: using 'sentencepiece:310', the tokenizer of {stores / 'trained'}, instead of 'sentencepiece:320'"
+    in err
+  )
+  assert "was prepared with sentencepiece:310" in cli.complaint(
     "train", *flags, "--config.data.tokenizer=sentencepiece:320"
   )
   assert not (tmp_path / "run").exists()

@@ -356,8 +356,8 @@ def test_data_parallel_sums_the_gradient_once(tmp_path):
 @needs_libtpu
 def test_sizes_that_do_not_divide_are_told_before_anything_is_compiled(tmp_path):
   flags = (f"--config={cli.write_config(tmp_path)}", "--topology=v5e:2x2")
-  assert "don't make up 4 devices" in cli.complaint("compile", *flags, "--config.parallelism.fsdp=3")
-  assert "8 windows don't divide over 32 devices" in cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
+  assert "x tensor = 4, the number of devices" in cli.complaint("compile", *flags, "--config.parallelism.fsdp=3")
+  assert "8 is not divisible by 32 devices" in cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
   said = cli.complaint("compile", *flags, "--config.parallelism.fsdp=2", "--decode_batch=6")
   assert said == "--decode_batch: 6 rows don't divide over 4 devices; give a multiple of that"
 
@@ -371,7 +371,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps(tmp_path):
   assert result["decode"]["memory"]["peak"] >= needed
   assert result["decode"]["over_bytes"] >= needed - result["hbm_bytes"] > 0
   assert result["decode"]["refused"].startswith("RESOURCE_EXHAUSTED")
-  assert "error: v5e:2x2 has 15.75 GiB a chip: decode is over by" in err
+  assert "error: v5e:2x2 has 15.75 GiB per chip: decode needs" in err
   smaller, fsdp = result["advice"]
   assert smaller == {"change": "a smaller --decode_batch", "flags": None}
   assert fsdp["change"] == "parallelism.fsdp = 4"

@@ -1,4 +1,4 @@
-"""Configs: defaults freeze, every bad field is one clear error, lists are written with colons."""
+"""Configs: defaults are valid, every invalid field is one clear error, lists have colons as separators."""
 
 import json
 
@@ -18,7 +18,7 @@ def frozen(**changes):
   return configs.freeze(config)
 
 
-def test_default_freezes_and_survives_json():
+def test_default_is_valid_and_survives_json():
   config = frozen()
   assert config.method.pauses == 3
   assert config.method.omega is None
@@ -26,16 +26,16 @@ def test_default_freezes_and_survives_json():
   assert again == config
 
 
-def test_lists_are_written_with_colons():
+def test_lists_have_colons_as_separators():
   assert frozen(method__omega="1:0:0:1").method.omega == (1.0, 0.0, 0.0, 1.0)
-  # What it is where it isn't set; VA and DP take no other.
+  # The default if it isn't set; VA and DP accept no other value.
   assert frozen(method__omega="0:0:0:2").method.omega is None
   assert frozen(method__gamma="linear:0.9").method.gamma == pytest.approx((1.0, 0.9, 0.8, 0.7))
   assert frozen(method__gamma="exponential:0.5").method.gamma == pytest.approx((1.0, 0.5, 0.25, 0.125))
   assert frozen(method__omega="").method.omega is None
 
 
-def test_no_prior_shift_can_be_asked_for():
+def test_no_prior_shift_can_be_requested():
   assert frozen(method__dont_know_prior=None).method.dont_know_prior is None
 
 
@@ -106,20 +106,20 @@ def test_unknown_fields_and_types(source, message):
     configs.freeze(source)
 
 
-def test_whole_numbers_do_for_fractions():
+def test_integers_are_accepted_for_floats():
   config = configs.freeze({"train": {"epochs": 2}})
   assert config.train.epochs == 2.0
 
 
-def test_vocabulary_is_rounded_up_to_shard():
+def test_vocabulary_is_rounded_up_for_sharding():
   config = frozen()
   assert config.decoder_config(1000).vocab_size == 1024
   assert config.decoder_config(1024).vocab_size == 1024
-  with pytest.raises(InputError, match=r"decoder\.vocab_size: 512 rows, but the tokenizer has 1000"):
+  with pytest.raises(InputError, match=r"decoder\.vocab_size: 512, but the tokenizer has 1000"):
     frozen(decoder__vocab_size=512).decoder_config(1000)
 
 
-def test_differences_leave_out_what_changes_no_result():
+def test_differences_omit_fields_that_do_not_affect_results():
   a, b = configs.default(), configs.default()
   b.parallelism.strategy = "pmap"
   b.train.keep = 5
@@ -129,7 +129,7 @@ def test_differences_leave_out_what_changes_no_result():
 
 
 @pytest.mark.parametrize("setting", settings.SETTINGS)
-def test_every_setting_freezes(setting):
+def test_every_setting_is_valid(setting):
   config = configs.default()
   settings.apply(config, setting, "tiny", "1x1")
   frozen = configs.freeze(config)
@@ -166,8 +166,8 @@ def test_parse_fills_in():
   assert settings.parse(None, setting="ap", size="tiny", regime="1x1") == ("ap", "tiny", "1x1")
 
 
-def test_configs_that_fine_tune():
-  """Their decoder is that of init_from: here it is given."""
+def test_configs_for_fine_tuning():
+  """Their decoder is the decoder of init_from, which is set here."""
   from experiments import smollm2_c4, smollm2_reviews
 
   for module, argument in ((smollm2_reviews, "ap,lora"), (smollm2_c4, "dp_early"), (smollm2_c4, "pretrained")):
@@ -177,7 +177,7 @@ def test_configs_that_fine_tune():
     assert config.tokenizer == "somewhere"
     assert config.tuning.weights == ("lora" if argument == "ap,lora" else "all")
     assert config.build_method().num_slots == (1 if argument == "pretrained" else 4)
-    # Ours start d at one half; that of the paper has its prior, and no calibration. Neither holds d.
+    # The default initial d is one half; the paper's setting has its prior and no calibration. Neither fixes d.
     options = getattr(config.method, "dont_know_prior", None), getattr(config.method, "calibration_batches", 0)
     assert options == {"ap,lora": (0.5, 4), "dp_early": (0.9, 0), "pretrained": (None, 0)}[argument]
     assert getattr(config.method, "stopping_warmup", 0) == 0
@@ -189,7 +189,7 @@ def test_configs_that_fine_tune():
 
 @pytest.mark.parametrize("name", ["quickstart", "reviews", "finetune_reviews", "c4", "gemma2b_c4"])
 @pytest.mark.parametrize("setting", ["baseline", "ap", "va_early", "pretrained"])
-def test_experiments_freeze(name, setting):
+def test_experiments_are_valid(name, setting):
   import importlib
 
   module = importlib.import_module(f"experiments.{name}")
@@ -202,8 +202,8 @@ def test_experiments_freeze(name, setting):
 
 
 @pytest.mark.parametrize("setting", ["baseline", "tbys3", "ap", "dp_early"])
-def test_the_papers_run_traces(setting):
-  """Forward and backward of the 2B model at full length, by shapes alone."""
+def test_the_papers_run_can_be_traced(setting):
+  """Forward and backward pass of the 2B model at full length, with shapes only."""
   import jax
   import jax.numpy as jnp
   from flax import linen as nn
@@ -230,11 +230,11 @@ def test_the_papers_run():
   assert config.decoder_config().d_model == 2048
   twice = configs.freeze(gemma2b_c4.get_config("ap,,2x1"))
   assert twice.train.steps == 50_000
-  # Two passes: as many windows as half of the steps read.
+  # Two passes: half of the steps read all windows once.
   assert twice.data.fraction * gemma2b_c4.WINDOWS == pytest.approx(25_000 * 256)
 
 
-def test_lists_of_whole_numbers():
+def test_lists_of_integers():
   config = configs.default()
   assert (config.method.jacobi, config.method.fork_layers) == (None, None)
   config.method.update(name="ponderlm2", pauses=1, jacobi="")
@@ -242,7 +242,7 @@ def test_lists_of_whole_numbers():
   config.method.jacobi = "1:4"
   frozen = configs.freeze(config)
   assert frozen.method.jacobi == (1, 4)
-  # Written again it is the same.
+  # The written list is equal.
   config.method.update(configs.written_method(frozen.method))
   assert configs.freeze(config).method == frozen.method
   config.method.jacobi = "2.5:3"

@@ -1,4 +1,4 @@
-"""The reference of the fields of a config: none is missing, and each has a meaning and accepted values."""
+"""The reference of config fields: it is complete, and each field has a meaning and accepted values."""
 
 import dataclasses
 from typing import ClassVar
@@ -26,7 +26,7 @@ def test_every_field_has_a_meaning_and_accepted_values(field):
   assert field.default
   assert field.allowed
   assert "\n" not in field.meaning + field.allowed
-  # A reader of the command line sees neither the code's files nor a meaning that continues the name of the field.
+  # Readers of the command line don't know the code's files, and a meaning must not continue the name of the field.
   assert "this file" not in field.meaning
   assert not field.meaning.startswith("of ")
 
@@ -41,7 +41,7 @@ def test_every_field_of_a_config_is_listed():
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_a_method_has_its_own_options_only(name):
+def test_a_method_has_only_its_own_options(name):
   fields = [field for field in field_reference(name) if field.group == "method"]
   assert [field.name for field in fields] == ["name", *methods.option_names(name)]
   assert all(field.methods == (name,) for field in fields[1:])
@@ -60,14 +60,14 @@ def test_hand_values():
     type="float",
     default="1.0",
     meaning="the global gradient norm is clipped to this value; 0: no clipping.",
-    allowed="not negative; 0 clips nothing",
+    allowed="not negative; 0 means no clipping",
   )
   assert found["method.jacobi"].type == "ints a:b:c"
   assert found["method.jacobi"].default == "'2:3'"
   assert found["method.pauses"].default == "1"
   assert by_path("ponderlm3")["method.pauses"].default == "3"
   assert by_path("cyb")["method.dont_know_prior"].type == "float or None"
-  assert found["decoder.soft_cap"].allowed == "positive; None: that of the preset"
+  assert found["decoder.soft_cap"].allowed == "positive; None: the preset's value"
   assert found["init_from"].group == ""
 
 

@@ -1,4 +1,4 @@
-"""The group `method`: options that are unset or None, set by flags, of other methods, and of version 0.1."""
+"""The group `method`: unset options and None, flags, options of other methods, and configs of version 0.1."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from cyb_jax.studies import settings
 
 ON_POLICY = {"recipe": "on_policy"}
 VA = {"loss": "va", "rho": "1:2:3:4"}
-# Of each option: the text of a flag that isn't its default, the value, and the other options that it needs.
+# For each option: a flag's text other than the default, the value, and the other options that it requires.
 BY_FLAG = {
   "alpha": ("0.5", 0.5, VA | {"loss": "dp"}),
   "calibration_batches": ("3", 3, {}),
@@ -49,7 +49,7 @@ OWN = [(name, option) for name in methods.METHODS for option in methods.option_n
 
 
 def by_flags(**options):
-  """A frozen config whose method is set on a command line."""
+  """A frozen config whose method is set by flags."""
   fields = [f"method.{option}={value}" for option, value in options.items()]
   return configs.freeze(command_line.override(configs.default(), fields))
 
@@ -58,7 +58,7 @@ def from_json(config):
   return configs.freeze(json.loads(configs.to_json(config)))
 
 
-def test_nothing_is_set_by_default():
+def test_all_options_are_unset_by_default():
   config = configs.default()
   assert list(configs.to_dict(config)["method"]) == ["name"]
   assert set(config.method) == {"name", *BY_FLAG} == {"name", *configs.all_options()}
@@ -69,40 +69,40 @@ def test_nothing_is_set_by_default():
     assert json.loads(configs.to_json(frozen))["method"] == {"name": name}
 
 
-def test_unset_and_none_are_two_priors():
+def test_unset_and_none_are_different_priors():
   unset, none = configs.default(), configs.default()
   none.method.dont_know_prior = None
   unset, none = configs.freeze(unset), configs.freeze(none)
   assert (unset.method.dont_know_prior, none.method.dont_know_prior) == (0.9, None)
-  # In config.json the one is absent, the other null; both come back as they were.
+  # In config.json, an unset option is missing and None is null; both are preserved.
   written = [json.loads(configs.to_json(config))["method"] for config in (unset, none)]
   assert written == [{"name": "cyb"}, {"name": "cyb", "dont_know_prior": None}]
   assert [from_json(config).method for config in (unset, none)] == [unset.method, none.method]
   assert configs.differences(unset.source, none.source) == ["method.dont_know_prior: 0.9 -> None"]
   assert configs.differences(none.source, from_json(none).source) == []
-  # Set again, it is what it was set to; and what is written out is what is read.
+  # An option that is set again has the new value; and the written form is read back.
   config = configs.default()
   config.method.update(configs.written_method(none.method))
   assert configs.freeze(config).method == none.method
   config.method.dont_know_prior = 0.5
   assert configs.freeze(config).method.dont_know_prior == 0.5
-  # The constant shares start where this prior puts them, or alike.
+  # The initial constant shares are those of this prior, or equal.
   config = configs.default()
   config.method.update(name="constant_stop", dont_know_prior=None)
   assert from_json(configs.freeze(config)).method == methods.configure("constant_stop", dont_know_prior=None)
 
 
-def test_a_flag_sets_the_prior_to_numbers_alone():
-  """As of every number in a config: None is for config files."""
+def test_a_flag_can_only_set_the_prior_to_a_number():
+  """This holds for all numbers in a config: None can only be set in config files."""
   assert by_flags(dont_know_prior=0.5).method.dont_know_prior == 0.5
   with pytest.raises(InputError, match=r"--config\.method\.dont_know_prior=None: could not convert"):
     by_flags(dont_know_prior=None)
 
 
 @pytest.mark.parametrize(("name", "option"), OWN)
-def test_every_option_is_set_by_a_flag(name, option):
+def test_every_option_can_be_set_by_a_flag(name, option):
   text, value, needed = BY_FLAG[option]
-  # The lists are of four slots; of a method whose default is another number of them none is set.
+  # Lists have four values, so methods with another default number of slots are skipped.
   frozen = by_flags(name=name, **{option: text}, **needed)
   assert getattr(frozen.method, option) == value
   (default,) = [field.default for field in dataclasses.fields(frozen.method) if field.name == option]
@@ -113,13 +113,13 @@ def test_every_option_is_set_by_a_flag(name, option):
   ]
 
 
-def test_a_switch_needs_no_value():
+def test_a_boolean_flag_needs_no_value():
   config = command_line.override(configs.default(), ["method.pause_offset"])
   assert configs.freeze(config).method.pause_offset is True
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_options_of_other_methods_are_refused(name):
+def test_options_of_other_methods_are_rejected(name):
   own = methods.option_names(name)
   for option in set(BY_FLAG) - set(own):
     having = ", ".join(other for other in methods.METHODS if option in methods.option_names(other))
@@ -127,7 +127,7 @@ def test_options_of_other_methods_are_refused(name):
       by_flags(name=name, **{option: BY_FLAG[option][0]})
     assert str(info.value) == (
       f"config.method.{option}: unknown field; method {name!r} has no such option;"
-      f" it has {', '.join(own) or 'none'} ({having} have it)"
+      f" it accepts {', '.join(own) or 'none'} (methods with this option: {having})"
     )
     with pytest.raises(InputError, match=rf"^method\.{option}: unknown field; .* has no such option\. It has: "):
       methods.configure(name, **{option: 1})
@@ -140,7 +140,7 @@ def test_options_of_no_method():
     command_line.override(configs.default(), ["method.omgea=1"])
 
 
-# What version 0.1 wrote: every option of every method.
+# The options that version 0.1 wrote for every method.
 WRITTEN = {
   "name": "cyb", "loss": "ap", "pauses": 3, "omega": "", "gamma": "", "rho": "", "alpha": 0.0, "recipe": "constant",
   "slot_budget": 0.0, "policy_floor": 0.1, "dont_know": "token", "dont_know_prior": 0.9, "calibration_batches": 0,
@@ -148,7 +148,7 @@ WRITTEN = {
   "pause_shared": False, "pause_positions": "token", "pause_places": "random", "pause_fraction": 0.1, "jacobi": "2:3",
   "router_penalty": 0.0, "prune_below": 1e-4, "fork_layers": "", "stream_budget": 2.0, "combine": "probabilities",
 }  # fmt: skip
-# Of each setting: what its config.json held that isn't above; and a field that another run has, with both values.
+# For each setting: further content of its config.json; and a field in which another run differs, with both values.
 OLD = {
   "baseline": ({"name": "baseline", "pauses": 0}, ("name", "baseline", "tbys")),
   "tbys3": ({"name": "tbys"}, ("pause_offset", False, True)),
@@ -163,7 +163,7 @@ OLD = {
 
 @pytest.fixture(params=OLD)
 def old(request, tmp_path):
-  """(the ConfigDict of a setting today, the work directory of its run under version 0.1, another run's field)."""
+  """(the current ConfigDict of a setting, the work directory of its run under version 0.1, another run's field)."""
   changed, other = OLD[request.param]
   config = configs.default()
   settings.apply(config, request.param, "tiny", "1x1")
@@ -178,12 +178,12 @@ def test_configs_of_version_0_1_load(old):
   assert len(source["method"]) == 27
   loaded = configs.freeze(configs.migrated(source))
   today = configs.freeze(config)
-  if today.method.name == "thoughtbubbles":  # which forked before other layers then
+  if today.method.name == "thoughtbubbles":  # which forked before other layers in version 0.1
     assert (loaded.method.fork_layers, today.method.fork_layers) == ((1, 2), None)
     today = dataclasses.replace(today, method=dataclasses.replace(today.method, fork_layers=(1, 2)))
   assert loaded.method == today.method
   assert dataclasses.replace(loaded, source=today.source) == today
-  # What is written of it holds the method's own options alone.
+  # Only the method's own options are written.
   assert set(json.loads(configs.to_json(loaded))["method"]) == {"name", *methods.option_names(today.method.name)}
   assert from_json(loaded).method == today.method
 
@@ -191,29 +191,29 @@ def test_configs_of_version_0_1_load(old):
 def test_runs_of_version_0_1_are_continued(old):
   config, folder, (option, before, after) = old
   check_workdir(folder, runs.config_record(configs.freeze(config)))
-  # Nor does it matter what the defaults are spelled out as.
+  # The result is the same if defaults are set explicitly.
   config.method.update(configs.written_method(configs.freeze(config).method))
   check_workdir(folder, runs.config_record(configs.freeze(config)))
-  # But another run is another run.
+  # A run with another field is a different run.
   if option == "name":
     config.method = configs.default().method
   config.method[option] = after
   with pytest.raises(InputError) as info:
     check_workdir(folder, runs.config_record(configs.freeze(config)))
-  assert f"holds a run of another config (method.{option}: {before!r} -> {after!r});" in str(info.value)
+  assert f"contains a run of another config (method.{option}: {before!r} -> {after!r});" in str(info.value)
 
 
-def test_an_option_that_a_run_of_version_0_1_had_is_not_dropped():
-  """Only defaults of options that the method doesn't have are."""
+def test_an_option_that_a_run_of_version_0_1_had_is_kept():
+  """Only defaults of options that the method doesn't have are dropped."""
   source = configs.to_dict(configs.default()) | {"method": WRITTEN | {"name": "baseline", "pauses": 0, "alpha": 0.5}}
   with pytest.raises(InputError, match=r"config\.method\.alpha: unknown field; method 'baseline' has no such option"):
     configs.freeze(configs.migrated(source))
-  # Of a method of no name that is known nothing is.
+  # For an unknown method, nothing is dropped.
   assert configs.migrated(source | {"method": {"name": "x", "alpha": 0.0}})["method"] == {"name": "x", "alpha": 0.0}
 
 
-def test_another_method_is_told_by_its_name():
-  """What only one of two methods has is compared where it isn't that method's default."""
+def test_another_method_is_reported_by_its_name():
+  """Options that only one of two methods has are compared with that method's defaults."""
   assert configs.differences({"method": {"name": "baseline"}}, {"method": {"name": "cyb"}}) == [
     "method.name: 'baseline' -> 'cyb'"
   ]

@@ -1,4 +1,4 @@
-"""Runs of earlier versions: an absent field means what it meant when the run was started."""
+"""Runs of earlier versions: a missing field has the meaning that it had when the run was started."""
 
 import json
 
@@ -10,12 +10,12 @@ from cyb_jax.errors import InputError
 
 
 def recorded(config):
-  """config.json of a frozen config, as a dict."""
+  """The config.json of a frozen config, as a dict."""
   return json.loads(configs.to_json(config))
 
 
 def earlier(written, *fields):
-  """The same, as an earlier version has written it: without these fields, 'group.name'."""
+  """The config.json that an earlier version would have written: without these fields, 'group.name'."""
   written = {group: dict(values) if isinstance(values, dict) else values for group, values in written.items()}
   del written["format"]
   for field in fields:
@@ -24,25 +24,25 @@ def earlier(written, *fields):
   return written
 
 
-def test_a_config_json_of_this_version_means_what_it_says():
+def test_a_config_json_of_this_version_is_not_changed():
   config = configs.freeze(tiny_config(pauses=2))
   assert recorded(config)["format"] == 2
   assert configs.migrated(recorded(config)) == dict(config.source)
   assert runs.config_record(config).differences(recorded(config)) == []
 
 
-def test_new_rows_of_an_earlier_run_started_from_the_mean():
+def test_new_rows_of_an_earlier_run_were_initialised_with_the_mean():
   config = tiny_config(pauses=2)
   config.init_from = "somewhere"
   frozen = configs.freeze(config)
   old = earlier(recorded(frozen), "tuning.new_rows")
   assert configs.migrated(old)["tuning"]["new_rows"] == "mean"
-  # Another start is another run, but a command that leaves it open continues this one.
+  # Another value is a different run, but a command that does not set the field continues this run.
   assert runs.config_record(frozen).differences(old) == []
   config.tuning.new_rows = "draws"
   other = runs.config_record(configs.freeze(config))
   assert other.differences(old) == ["tuning.new_rows: 'mean' -> 'draws'"]
-  # A run from fresh parameters has no such rows: the field stays as it is.
+  # A run without init_from has no such rows, so the field is unchanged.
   config.update(init_from="")
   config.tuning.new_rows = "auto"
   frozen = configs.freeze(config)
@@ -53,7 +53,7 @@ def test_new_rows_of_an_earlier_run_started_from_the_mean():
   ("decoder", "forks"),
   [({"num_layers": 4}, "1:3:4"), ({"preset": "gpt2_124m"}, "3:7:11"), ({"num_layers": 24}, "6:14:22")],
 )
-def test_streams_of_an_earlier_run_fork_where_they_did(decoder, forks):
+def test_streams_of_an_earlier_run_fork_at_the_same_layers(decoder, forks):
   config = configs.default()
   config.method.name = "thoughtbubbles"
   config.decoder.update(decoder)
@@ -67,7 +67,7 @@ def test_streams_of_an_earlier_run_fork_where_they_did(decoder, forks):
   assert runs.config_record(configs.freeze(config)).differences(old) == [f"method.fork_layers: {forks!r} -> '2'"]
 
 
-def test_a_router_of_an_earlier_run_was_free_from_the_start():
+def test_a_router_of_an_earlier_run_was_trained_from_the_start():
   config = configs.default()
   config.method.name = "ponderlm3"
   method = configs.freeze(configs.migrated(earlier(recorded(configs.freeze(config))))).method
@@ -81,7 +81,7 @@ def test_a_router_of_an_earlier_run_was_free_from_the_start():
     ("zero", {"pause_input": "pause"}, r"tuning.new_rows: 'zero' must be another"),
   ],
 )
-def test_starts_that_are_refused(choice, method, message):
+def test_rejected_starts(choice, method, message):
   config = tiny_config(pauses=2, **method)
   config.tuning.new_rows = choice
   with pytest.raises(InputError, match=message):
@@ -89,7 +89,7 @@ def test_starts_that_are_refused(choice, method, message):
 
 
 def test_the_command_that_has_started_a_run_continues_it(tmp_path):
-  """A folder as an earlier version left it; its config.json is then one of this version, and still the run's own."""
+  """The folder is from an earlier version; its config.json is converted to this version with the run's own values."""
   plain = tiny_config(name="baseline")
   plain.train.update(steps=1, eval_every=0)
   training.train(configs.freeze(plain), tmp_path / "plain")

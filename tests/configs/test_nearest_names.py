@@ -1,4 +1,4 @@
-"""Names that don't exist get the nearest right one: fields across groups, flags, config files, settings."""
+"""Hints for unknown names: fields across groups, flags, config files, settings."""
 
 import cli
 import pytest

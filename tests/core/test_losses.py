@@ -1,4 +1,4 @@
-"""The losses: hand values, the float64 reference, the bounds between them, gradients, edges, errors."""
+"""The losses: hand values, a float64 reference, the bounds between them, gradients, edge cases, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +90,10 @@ def test_bounds(seed, num_slots, alpha):
   assert (losses.cyb_dp(scores, rho, alpha) >= losses.cyb(scores) - 1e-5).all()
 
 
-def test_va_is_least_where_s_is_proportional_to_rho_times_t():
+def test_va_is_minimal_if_s_is_proportional_to_rho_times_t():
   t, rho = np.array([0.1, 0.6, 0.3]), np.array([0.5, 0.2, 0.3])
   s = rho * t / (rho * t).sum()
-  # The d that gives this s: s_1 = a_1, s_2 = d_1 a_2.
+  # The d for which s has these values: s_1 = a_1, s_2 = d_1 a_2.
   d = np.array([1 - s[0], 1 - s[1] / (1 - s[0]), 0.5])
   scores = from_probabilities(t, d)
   np.testing.assert_allclose(losses.cyb_va(scores, rho), -np.log((rho * t).sum()), rtol=1e-6)
@@ -132,7 +132,7 @@ def test_never_answering_is_tbys_and_always_answering_is_slot_one():
   ],
 )
 def test_gradients_by_finite_differences(loss):
-  """Through the logits, in f64, so that the differences can be trusted."""
+  """Through the logits, in f64, so that the differences are accurate."""
   with jax.enable_x64(True):
     rng = np.random.default_rng(1)
     logits = jnp.asarray(rng.normal(0, 2, (4, 6)))
@@ -205,7 +205,7 @@ def test_traced_parameters_and_leading_shapes():
   np.testing.assert_allclose(jax.jit(losses.cyb_va)(scores, gamma + 0.1), losses.cyb_va(scores, gamma + 0.1), rtol=1e-5)
   np.testing.assert_allclose(jax.jit(losses.cyb_dp)(scores, omega, 0.1), losses.cyb_dp(scores, omega, 0.1), rtol=1e-5)
   assert losses.cyb(scores).shape == (2, 3)
-  # Omega per token: one-hot at the second slot is a token that has two slots.
+  # A one-hot omega at the second slot means that the token has two slots.
   short = SlotScores(*(x[..., :2] for x in jax.tree.leaves(scores)))
   per_token = jnp.broadcast_to(jnp.array([0.0, 1.0, 0.0, 0.0]), (2, 3, 4))
   np.testing.assert_allclose(losses.cyb(scores, per_token), losses.cyb(short), rtol=1e-6)
@@ -219,7 +219,7 @@ def test_discounts():
   for arguments, message in [
     (("linear", 4, 0.5), "falls to -0.5"),
     (("exponential", 4, 1.1), r"1.1 is not in \[0, 1\]"),
-    (("cosine", 4, 0.5), "none of"),
+    (("cosine", 4, 0.5), "is unknown; give"),
   ]:
     with pytest.raises(ValueError, match=message):
       losses.discount(*arguments)
@@ -234,7 +234,7 @@ def test_bad_parameters():
     (lambda: losses.cyb_dp(scores, [1.0, 1.0, 1.0], float("inf")), "alpha: inf"),
     (lambda: losses.cyb_dp(scores, [0.0, 0.0, 0.0], 0.1), "rho: 0:0:0 is all zero"),
     (lambda: losses.cyb_dp(scores, [1.0, 1.0, 1.0], -0.1), "alpha: -0.1"),
-    (lambda: losses.cyb(scores, gamma=[1.0, 1.0, 1.5]), "gamma: .*must lie in"),
+    (lambda: losses.cyb(scores, gamma=[1.0, 1.0, 1.5]), "gamma: .*must be in"),
     (lambda: losses.cyb(scores, gamma=[1.0]), "gamma: shape"),
     (lambda: losses.cyb(scores, gamma=[0.0, 0.0, 0.0]), "gamma: .*all zero"),
   ]:
@@ -250,7 +250,7 @@ def test_f32_scores_give_f32_losses_in_64_bit_mode():
     assert losses.cyb_dp(scores, [1, 2, 1], 0.1).dtype == jnp.float32
 
 
-def test_losses_see_the_distribution_they_are_defined_by():
+def test_losses_use_the_distribution_of_their_definition():
   scores = scores_of(*random_logits(5, 4))
   log_s = log_stopping_distribution(scores.log_dont_know, scores.log_answer, [1, 2, 3, 4])
   direct = -jnp.log((jnp.exp(log_s) * jnp.exp(scores.log_target)).sum(-1))

@@ -1,4 +1,4 @@
-"""Options and mixtures in one string: hand-made cases, a round trip, and what is refused."""
+"""Options and mixtures in one string: hand-written cases, round trips, and invalid input."""
 
 import pytest
 from hypothesis import given
@@ -43,18 +43,18 @@ def test_mixtures(text):
   assert parse_mixture("f", text) == tuple(Item(*item) for item in MIXTURES[text])
 
 
-# A backslash before a special character cannot be written: the escape would be read instead.
+# A backslash before a special character cannot be represented: it would be an escape.
 values = st.text(alphabet="ab/.,():= ", max_size=8)
 options = st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), values, max_size=3)
 
 
 @given(options)
-def test_written_options_are_read_back(options):
+def test_written_options_round_trip(options):
   assert parse_options("f", written_options(options)) == options
 
 
 @given(st.lists(st.tuples(st.sampled_from(["imdb", "/a,b(c)", "gs://x/y"]), options), min_size=1, unique_by=str))
-def test_a_written_mixture_is_read_back(sources):
+def test_a_written_mixture_round_trips(sources):
   items = tuple(Item(name, given, 0.5 + number) for number, (name, given) in enumerate(sources))
   assert parse_mixture("f", written_mixture(items)) == items
 
@@ -62,7 +62,7 @@ def test_a_written_mixture_is_read_back(sources):
 @pytest.mark.parametrize(
   ("text", "part"),
   [
-    ("", "names no source"),
+    ("", "contains no source"),
     ("a:0", "'0' of 'a:0' is not above 0"),
     ("a:-1", "'-1'"),
     ("a(x=1):nan", "'nan'"),
@@ -73,13 +73,13 @@ def test_a_written_mixture_is_read_back(sources):
     ("a(b=1,b=2)", "'b' is given twice"),
   ],
 )
-def test_what_is_no_mixture_is_refused(text, part):
+def test_invalid_mixtures_are_rejected(text, part):
   with pytest.raises(InputError, match="f: ") as caught:
     parse_mixture("f", text)
   assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["a", "=1", "a=1,b"])
-def test_what_is_no_option_is_refused(text):
+def test_invalid_options_are_rejected(text):
   with pytest.raises(InputError, match="not of the form key=value"):
     parse_options("f", text)

@@ -1,4 +1,4 @@
-"""Layout, positions and masks against tables written by hand (the worked example of pauses.py)."""
+"""Layout, positions and masks against hand-written tables (the worked example of pauses.py)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,20 +39,20 @@ def test_interleave_by_hand():
   assert slots.ids.dtype == slots.positions.dtype == jnp.int32
 
 
-def test_no_pauses_is_the_plain_sequence():
+def test_without_pauses_it_is_the_plain_sequence():
   slots = pauses.interleave(jnp.array([[5, 7]]), 0, 100)
   np.testing.assert_array_equal(slots.ids, [[[5], [7]]])
   assert pauses.attention_mask(2, 1, visibility="hidden") is None
 
 
 def test_masks_by_hand():
-  assert pauses.attention_mask(2, 3) is None  # plain causal: the attention kernel's own
+  assert pauses.attention_mask(2, 3) is None  # plain causal: the attention kernel implements it
   np.testing.assert_array_equal(pauses.attention_mask(2, 3, visibility="hidden")[0, 0], HIDDEN)
   one_document = pauses.attention_mask(2, 3, segment_ids=jnp.zeros((1, 2), jnp.int32))
   np.testing.assert_array_equal(one_document[0, 0], VISIBLE)
 
 
-def test_documents_do_not_see_each_other():
+def test_documents_do_not_attend_to_each_other():
   segment_ids = pauses.document_ids(jnp.array([[4, 0, 6], [4, 5, 6]]), end_id=0)
   np.testing.assert_array_equal(segment_ids, [[0, 1, 1], [0, 0, 0]])
   mask = pauses.attention_mask(3, 2, segment_ids=segment_ids)

@@ -1,4 +1,4 @@
-"""The chunked readout against a dense float64 one: values, gradients, odd sizes, caps, masks, memory."""
+"""The chunked readout against a dense float64 readout: values, gradients, odd sizes, caps, masks, memory."""
 
 import re
 
@@ -14,7 +14,7 @@ from cyb_jax.stopping import SlotScores
 
 
 def dense(hidden, unembedding, targets, dont_know, form="token", prior=None, soft_cap=None, vocab_size=None, bias=0.0):
-  """All logits at once, in the dtype of the inputs; `<don't know>` as the last column (token form)."""
+  """All logits at once, in the dtype of the inputs; `<don't know>` is the last column (token form)."""
   words = hidden @ unembedding.T
   dk = words[..., dont_know] if isinstance(dont_know, int) else hidden @ dont_know
   if soft_cap:
@@ -47,7 +47,7 @@ def problem(seed, leading=(2, 3), slots=4, width=8, vocabulary=13):
 
 
 def weighted(scores, seed=0):
-  """A number that depends on all three scores of every slot, differently."""
+  """A number that depends on all three scores of every slot, with different coefficients."""
   leaves = jax.tree.leaves(scores)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   return sum((x * jax.random.normal(k, x.shape, jnp.float32)).sum() for x, k in zip(leaves, keys))
@@ -114,7 +114,7 @@ def test_any_shape(seed, leading, slots, vocabulary, chunk_size):
 
 
 @pytest.mark.parametrize("shards", [2, 5])
-def test_shards_change_nothing(shards, exact):
+def test_the_result_does_not_depend_on_shards(shards, exact):
   hidden, unembedding, targets, row = problem(7)
 
   def run(**options):
@@ -127,7 +127,7 @@ def test_shards_change_nothing(shards, exact):
 
 
 def test_a_sharded_batch_is_reduced_once():
-  """Over eight devices nothing is sent inside the loop over chunks, and the unembedding's gradient once behind it."""
+  """The loop over chunks does not communicate, and the unembedding's gradient is reduced once after it."""
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -152,7 +152,7 @@ def test_a_sharded_batch_is_reduced_once():
 
 
 def test_equals_from_logits(exact):
-  """The row form and dense logits with one more column are the same thing."""
+  """The row form equals dense logits with one more column."""
   hidden, unembedding, targets, row = problem(2)
   logits = hidden @ np.concatenate([unembedding, row[None]]).T
   dense_scores = SlotScores.from_logits(logits, targets, -1, prior=0.9)
@@ -202,7 +202,7 @@ def flops(**options):
   return compiled.cost_analysis()["flops"]
 
 
-def test_unused_slots_cost_nothing():
+def test_unused_slots_are_not_computed():
   assert flops(slots=(-1,)) < 0.3 * flops()
 
 
@@ -225,7 +225,7 @@ def test_without_dont_know():
 
 
 def test_bf16_gradient_of_f32_unembedding_is_summed_in_f32():
-  """Many small contributions to one row: lost if the sum over chunks were kept in bf16."""
+  """Many small contributions to one row, which would be lost if the sum over chunks were in bf16."""
   hidden = jnp.full((4096, 1, 2), 0.01, jnp.bfloat16)
   unembedding = jnp.zeros((2, 2))
   targets = jnp.zeros(4096, jnp.int32)
@@ -251,7 +251,7 @@ def test_bf16_gradient_of_the_dont_know_row_is_summed_in_f32():
   np.testing.assert_allclose(gradient, exact, rtol=2e-2, atol=2e-2)
 
 
-def test_numpy_integers_name_a_row():
+def test_numpy_integers_are_valid_rows():
   hidden, unembedding, targets, _ = problem(9)
   for a, b in zip(
     jax.tree.leaves(slot_scores(hidden, unembedding, targets, np.int64(0))),
@@ -275,7 +275,7 @@ def memory(leading=(32, 1024, 4), width=768, vocabulary=50304):
 
 @pytest.mark.parametrize("leading", [(32, 1024, 4), (131072, 1), (131071, 1)])
 def test_memory_is_bounded(leading):
-  """131,072 slots x 768 x 50,304 in f32: dense logits and their gradient alone would take about 50 GiB."""
+  """131,072 slots x 768 x 50,304 in f32: dense logits and their gradient would take about 50 GiB."""
   assert memory(leading) <= 2 * 2**30
 
 
@@ -299,8 +299,8 @@ def test_errors():
 
 @pytest.mark.parametrize("form", ["token", "unit"])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-def test_every_word_of_a_slot_is_what_its_target_is(form, soft_cap, exact):
-  """`token_scores` against `slot_scores`, each word the target once; rows that only pad are no words."""
+def test_scores_of_all_tokens_equal_scores_of_targets(form, soft_cap, exact):
+  """`token_scores` against `slot_scores` with each token as the target; padding rows are not tokens."""
   rng = np.random.default_rng(0)
   hidden = jnp.asarray(rng.normal(size=(3, 2, 8)), jnp.float32)
   unembedding = jnp.asarray(rng.normal(size=(11, 8)), jnp.float32)

@@ -25,15 +25,15 @@ def log_distribution(d, omega=None):
 
 
 def test_hand_values():
-  # 0:0:1, d = (1/2, 1/4, -): 1/2, then 1/2 * 3/4, then 1/2 * 1/4 whatever the last d is.
+  # 0:0:1, d = (1/2, 1/4, -): 1/2, then 1/2 * 3/4, then 1/2 * 1/4 for any last d.
   s = jnp.exp(log_distribution([0.5, 0.25, 0.7]))
   np.testing.assert_allclose(s, [0.5, 0.375, 0.125], rtol=1e-6)
-  # 1:0:1: half of the worlds end at once; in the others the model decides at slots 1 and 2.
+  # 1:0:1: with probability 1/2 the budget is one step; otherwise the model decides at slots 1 and 2.
   s = jnp.exp(log_distribution([0.5, 0.25, 0.7], jnp.array([1.0, 0.0, 1.0])))
   np.testing.assert_allclose(s, [0.5 + 0.5 * 0.5, 0.5 * 0.5 * 0.75, 0.5 * 0.5 * 0.25], rtol=1e-6)
 
 
-def test_world_that_ends_early():
+def test_a_step_budget_below_w():
   s = jnp.exp(log_distribution([0.5, 0.5, 0.5, 0.5], [0, 1, 0, 0]))
   np.testing.assert_allclose(s, [0.5, 0.5, 0.0, 0.0], rtol=1e-6)
 
@@ -68,7 +68,7 @@ def test_traced_and_per_token_omega_equal_static(omega):
 @pytest.mark.parametrize("omega", [None, [1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 1, 1]])
 @pytest.mark.parametrize("d", [0.0, 1e-30, 1.0])
 def test_values_and_gradients_at_the_edges(omega, d):
-  """d exactly 0 and exactly 1: s stays a distribution, and what is differentiated has a finite gradient."""
+  """d is exactly 0 and exactly 1: s is still a distribution, and gradients are finite."""
   d = jnp.full((3,), d, jnp.float32)
   log_s = log_distribution(d, omega)
   np.testing.assert_allclose(jnp.exp(log_s).sum(), 1.0, rtol=1e-6)
@@ -152,7 +152,7 @@ def test_bf16_logits_are_scored_in_f32():
   assert {x.dtype for x in jax.tree.leaves(scores)} == {jnp.dtype("float32")}
 
 
-def test_readers():
+def test_functions_of_the_distribution():
   log_s = jnp.log(jnp.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]))
   np.testing.assert_allclose(expected_pauses(log_s), [0.75, 0.0])
   d = jnp.array([[0.9, 0.5, 0.1], [0.9, 0.9, 0.9], [0.2, 0.9, 0.9]])
@@ -173,7 +173,7 @@ def test_scores_are_a_pytree():
     ([1.0, -1.0, 1.0], "not negative"),
     ([0.0, 0.0, 0.0], "all zero"),
     ([1.0, float("nan"), 1.0], "finite"),
-    ([1e308, 1e308, 1.0], "so must be the sum"),
+    ([1e308, 1e308, 1.0], "with a finite sum"),
     (1.0, r"shape \(\)"),
   ],
 )

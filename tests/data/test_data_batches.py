@@ -1,4 +1,4 @@
-"""Batches: each window once an epoch, the same on any number of hosts, at any step."""
+"""Batches: each window once per epoch, independent of the number of hosts, resumable at any step."""
 
 import itertools
 import time
@@ -48,7 +48,7 @@ def test_permutation_of_a_huge_range():
   assert abs(permuted.mean() / size - 0.5) < 0.02
 
 
-def test_permutation_looks_shuffled():
+def test_permutation_looks_random():
   size = 10007
   x = np.arange(size)
   orders = [Permutation(size, f"{seed}:0")(x) for seed in range(8)]
@@ -58,14 +58,14 @@ def test_permutation_looks_shuffled():
     assert np.mean(np.diff(order) == 1) < 0.005
   for one, two in itertools.combinations(orders, 2):
     assert np.mean(one == two) < 0.002
-  # Every order of three is as likely as any other.
+  # Each of the six orders of three elements is equally likely.
   counts = np.unique([Permutation(3, f"{s}")(np.arange(3)) @ [9, 3, 1] for s in range(3000)], return_counts=True)[1]
   assert len(counts) == 6
   assert counts.min() > 400
 
 
 def test_golden_order():
-  # A run that resumes under a newer version must go on in the same order: these may never change.
+  # A run that is resumed by a newer version must continue in the same order, so these values must never change.
   assert Permutation(1000, "0:0")(np.arange(6)).tolist() == [513, 592, 286, 613, 134, 632]
 
 
@@ -81,7 +81,7 @@ def test_every_window_once_an_epoch(store, batch_size):
   assert not np.array_equal(seen[1], seen[2])
 
 
-def test_seeds_differ_in_order_only(store):
+def test_seeds_change_only_the_order(store):
   def used(seed, fraction):
     batches = TrainBatches(store, sequence_length=T, batch_size=1, seed=seed, fraction=fraction)
     return [int(batches.windows(step)[0]) for step in range(batches.windows_per_epoch)]
@@ -92,7 +92,7 @@ def test_seeds_differ_in_order_only(store):
   assert third != other
   assert set(third) == set(other) < set(half)
   assert len(used(0, 1e-9)) == 1
-  # A share is drawn from all over the data.
+  # A fraction is sampled from the entire data.
   assert 0.35 < np.mean(third) / n < 0.65
 
 
@@ -154,14 +154,14 @@ def test_bad_sizes(store):
   ):
     with pytest.raises(InputError, match=message):
       batches(**changed)
-  # Before the first batch is asked for.
+  # The error is raised before the first batch is requested.
   with pytest.raises(InputError, match="dev"):
     evaluation_batches(store, "dev", sequence_length=T, batch_size=4)
   with pytest.raises(InputError, match="limit=0"):
     evaluation_batches(store, "test", sequence_length=T, batch_size=4, limit=0)
 
 
-def test_prefetch_reads_in_order_and_ahead(store):
+def test_prefetch_reads_in_order_and_ahead_of_the_consumer(store):
   batches = TrainBatches(store, sequence_length=T, batch_size=4, seed=0)
   with Prefetch(batches, start=7, stop=12) as ahead:
     read = list(ahead)
@@ -169,14 +169,14 @@ def test_prefetch_reads_in_order_and_ahead(store):
   for step, batch in enumerate(read, 7):
     np.testing.assert_array_equal(batch["tokens"], batches(step)["tokens"])
 
-  asked = []
-  ahead = Prefetch(lambda step: asked.append(step) or step, start=3)
+  requested = []
+  ahead = Prefetch(lambda step: requested.append(step) or step, start=3)
   assert next(ahead) == 3
   deadline = time.monotonic() + 10
-  while len(asked) < 4 and time.monotonic() < deadline:
+  while len(requested) < 4 and time.monotonic() < deadline:
     time.sleep(0.01)
   time.sleep(0.05)
-  assert asked == [3, 4, 5, 6]  # two ready and one that waits for room
+  assert requested == [3, 4, 5, 6]  # two batches are ready, and one waits for a free slot
   ahead.close()
   ahead.close()
   assert not ahead._thread.is_alive()
@@ -184,7 +184,7 @@ def test_prefetch_reads_in_order_and_ahead(store):
     next(ahead)
 
 
-def test_prefetch_raises_where_the_reader_did():
+def test_prefetch_raises_the_readers_error():
   def read(step):
     if step == 2:
       raise InputError("the disk is gone")

@@ -1,4 +1,4 @@
-"""Chats as training data: the assistant's turns are learnt, token by token, and nothing else."""
+"""Chats as training data: exactly the tokens of the assistant's turns have weight 1."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ CHATML = (
   "{% for m in messages %}{{ '<start>' + m.role + '\n' + m.content + '<stop>' + '\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
 )
-# Without special entries around turns; the start of the text is written by the template.
+# A template without special entries around turns; it writes the start token itself.
 PLAIN = (
   "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
   "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -42,8 +42,8 @@ def tokenizer(template=CHATML, **settings):
   return HuggingFaceTokenizer(plain.content, separator_id=0, special_tokens=names, **settings)
 
 
-def learnt(tokenizer, chat, where="x, line 1"):
-  """(text of every token, whether it has weight), without the start token and with the separator."""
+def weighted(tokenizer, chat, where="x, line 1"):
+  """(text of every token, whether it has weight 1), without the start token and with the separator."""
   encoder = Encoder(tokenizer, ("messages",))
   encoded = encoder.encode([Document(json.dumps(chat), messages=tuple(chat), where=where)])
   names = [tokenizer.piece(token) for token in encoded.tokens.tolist()]
@@ -51,8 +51,8 @@ def learnt(tokenizer, chat, where="x, line 1"):
   return list(zip(names, encoded.annotations["weights"].tolist())), encoded
 
 
-def test_the_assistants_turns_are_learnt_token_by_token():
-  rows, encoded = learnt(tokenizer(), CHAT)
+def test_the_assistants_turns_have_weight_token_by_token():
+  rows, encoded = weighted(tokenizer(), CHAT)
   spelt = "".join(name for name, _ in rows)
   assert spelt.startswith("<start>system")
   runs = [""]
@@ -61,7 +61,7 @@ def test_the_assistants_turns_are_learnt_token_by_token():
       runs[-1] += name
     elif runs[-1]:
       runs.append("")
-  # The entry that ends a turn is learnt, the line end after it is not, and neither is the separator of documents.
+  # The entry that ends a turn has weight 1; the line end after it and the separator of documents have weight 0.
   byte_names = "".join(tokenizer().piece(token) for token in tokenizer().encode("Yes, ñ?"))
   assert [run for run in runs if run] == [f"{byte_names}<stop>", "out<stop>"]
   assert rows[-1] == ("<end>", 0)
@@ -70,28 +70,28 @@ def test_the_assistants_turns_are_learnt_token_by_token():
 
 
 def test_a_template_without_special_entries_and_with_a_start():
-  # Each document gets the start token once, though the template writes it too.
-  rows, _ = learnt(tokenizer(PLAIN, start_id=1, adds_start=True), CHAT[1:3])
+  # Each document has a single start token, although the template also writes one.
+  rows, _ = weighted(tokenizer(PLAIN, start_id=1, adds_start=True), CHAT[1:3])
   assert rows[0] == ("<start>", 0)
   assert [name for name, _ in rows].count("<start>") == 1
-  # The line end is all that ends the turn, so it is learnt, and the separator after it.
+  # Only the line end marks the end of the turn, so it has weight 1, and so has the separator after it.
   assert rows[-1] == ("<end>", 1)
   assert rows[-2][1] == 1
   assert sum(weight for _, weight in rows) == len(tokenizer().encode("Yes, ñ?\n")) + 1
 
 
 @pytest.mark.parametrize("line_end", ["", "\n"])
-def test_the_separator_after_a_turns_end_is_not_learnt(line_end):
-  """Generation has stopped before it, whether or not the template ends the turn's line."""
-  rows, _ = learnt(tokenizer(CHATML.replace("'\n' }}{% endfor", f"'{line_end}' }}}}{{% endfor")), CHAT[1:3])
+def test_the_separator_after_the_end_of_a_turn_has_no_weight(line_end):
+  """Generation stops before it, whether or not the template writes a line end after the turn."""
+  rows, _ = weighted(tokenizer(CHATML.replace("'\n' }}{% endfor", f"'{line_end}' }}}}{{% endfor")), CHAT[1:3])
   assert rows[-1] == ("<end>", 0)
   assert [name for name, weight in rows if weight][-1] == "<stop>"
 
 
-def test_a_separator_that_the_template_writes_is_not_doubled():
-  """Where the end of a turn is the separator, it is learnt once, as the end of the document."""
-  rows, _ = learnt(tokenizer(CHATML.replace("'<stop>' + '\n'", "'<end>'")), CHAT[1:3])
-  assert [name for name, _ in rows].count("<end>") == 2  # of the user's turn and of the assistant's
+def test_a_separator_from_the_template_is_not_doubled():
+  """If the end of a turn is the separator, it is a target once, as the end of the document."""
+  rows, _ = weighted(tokenizer(CHATML.replace("'<stop>' + '\n'", "'<end>'")), CHAT[1:3])
+  assert [name for name, _ in rows].count("<end>") == 2  # at the end of the user's turn and of the assistant's turn
   assert rows[-1] == ("<end>", 1)
   assert rows[-2] == ("?", 1)
 
@@ -108,23 +108,23 @@ def test_a_message_that_calls_tools_may_have_no_content():
   assert bytes(np.frombuffer(text.text.encode(), np.uint8)[text.weights > 0]) == b"call f<stop>"
 
 
-def test_a_chat_that_begins_with_the_assistant_is_refused_with_the_reason():
+def test_a_chat_that_begins_with_the_assistant_is_rejected():
   document = Document("", messages=tuple(CHAT[2:]), where="chats.jsonl, line 7")
-  with pytest.raises(InputError, match=r"line 7: messages: the chat begins with the assistant"):
+  with pytest.raises(InputError, match=r"line 7: messages: the chat begins with a turn of the assistant"):
     rendered(tokenizer(), document)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
+def test_a_template_that_changes_earlier_turns_is_rejected():
   rewriting = "{% for m in messages %}{{ m.role if loop.last else 'old' }}: {{ m.content }}\n{% endfor %}"
   document = Document("", messages=tuple(CHAT), where="chats.jsonl, line 7")
-  with pytest.raises(InputError, match=r"messages_key: chats.jsonl, line 7: .*turn 3 in another way"):
+  with pytest.raises(InputError, match=r"messages_key: chats.jsonl, line 7: .*renders turn 3 differently"):
     rendered(tokenizer(rewriting), document)
   refusing = "{{ raise_exception('roles must alternate') }}"
   with pytest.raises(InputError, match=r"chats.jsonl, line 7: .*roles must alternate"):
     rendered(tokenizer(refusing), document)
 
 
-def test_the_text_is_the_same_on_every_day():
+def test_the_text_does_not_depend_on_the_date():
   dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}"
   dated += "{% for m in messages %} {{ m.content }}{% endfor %}"
   assert rendered(tokenizer(dated), Document("", messages=tuple(CHAT[3:]))).text == "2024 in out"
@@ -150,8 +150,8 @@ def test_a_jsonl_of_chats_is_prepared(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["sentencepiece:300", "bytes"])
-def test_a_tokenizer_without_a_template_is_refused_before_anything_is_read(tmp_path, spec):
-  (tmp_path / "chats.jsonl").write_text("this is no JSON, and is not read\n")
+def test_a_tokenizer_without_a_template_is_rejected_before_data_is_read(tmp_path, spec):
+  (tmp_path / "chats.jsonl").write_text("this is not JSON, and is not read\n")
   options = {"pattern": f"{tmp_path}/chats.jsonl", "messages_key": "messages"}
   with pytest.raises(InputError, match="no chat template"):
     prepare("jsonl", spec, tmp_path / "store", options=options)

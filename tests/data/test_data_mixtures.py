@@ -1,4 +1,4 @@
-"""Mixtures: the source of each example, the stream that evaluation reads, what is recorded, and what is refused."""
+"""Mixtures: the source of each example, the evaluation stream, the recorded values, and invalid input."""
 
 import collections
 import json
@@ -17,7 +17,7 @@ T, B = 16, 4
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-  """Three stores over bytes, with 400, 90 and 30 documents; the last one is learnt from its answers alone."""
+  """Three byte-level stores with 400, 90 and 30 documents; the last store has weights."""
   folder = tmp_path_factory.mktemp("stores")
   for name, task, documents in (
     ("a", "synthetic_sums", 400),
@@ -37,7 +37,7 @@ def mixture(stores, tmp_path, weights=(0.5, 0.3, 0.2), names="abc"):
   ("weights", "counts"),
   [([0.7, 0.3], [182, 78]), ([1.0], [256]), ([0.5, 0.25, 0.25], [128, 64, 64]), ([1 / 3, 2 / 3], [86, 172])],
 )
-def test_a_period_has_whole_shares(weights, counts):
+def test_a_period_has_integer_shares(weights, counts):
   assert period(weights) == counts
 
 
@@ -61,23 +61,25 @@ def test_examples_are_of_their_sources_by_weight_and_each_window_is_read_once_an
     for source, number in zip(sources, numbers):
       seen[source][int(number)] += 1
     if step % 97 == 0 or step == steps - 1:
-      counts = [sum(of.values()) for of in seen]
+      counts = [sum(counted.values()) for counted in seen]
       assert batches.read_windows(step + 1) == dict(zip("abc", counts))
-      # In every 260 examples there are 130, 78 and 52.
+      # Every 260 examples contain 130, 78 and 52 examples of the sources.
       examples = (step + 1) * B
       assert all(abs(count - examples * w) < 40 for count, w in zip(counts, (0.5, 0.3, 0.2)))
   for periods in (1, 7):
     assert batches.read_windows(periods * 260 // B) == {"a": periods * 130, "b": periods * 78, "c": periods * 52}
-  for of, size, epochs in zip(seen, windows, batches.epochs(steps).values()):
-    assert set(of) <= set(range(size))
-    assert max(of.values()) - min(of[i] for i in range(size)) <= 1  # no window is read twice before all are read once
-    assert epochs == sum(of.values()) / size
-  assert batches.epochs(steps)["c"] > 2  # the small source began again
+  for counted, size, epochs in zip(seen, windows, batches.epochs(steps).values()):
+    assert set(counted) <= set(range(size))
+    assert (
+      max(counted.values()) - min(counted[i] for i in range(size)) <= 1
+    )  # all windows are read once before any twice
+    assert epochs == sum(counted.values()) / size
+  assert batches.epochs(steps)["c"] > 2  # the small source has started a new epoch
 
 
 @pytest.mark.parametrize("weights", [(0.7123, 0.2, 0.0877), (0.71, 0.19, 0.1)])
 def test_every_epoch_of_a_source_has_each_window_once(stores, tmp_path, weights):
-  """Also where the pattern is longer than an epoch: a source's examples are numbered as they are read."""
+  """Also if the pattern is longer than an epoch, because a source's examples are numbered in reading order."""
   store = mixture(stores, tmp_path, weights)
   batches = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=0)
   size = store.sources[2].store.num_windows("train", T)
@@ -90,22 +92,22 @@ def test_every_epoch_of_a_source_has_each_window_once(stores, tmp_path, weights)
     assert sorted(read[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-def test_a_mixture_that_is_prepared_needs_no_writing(stores, tmp_path):
+def test_a_prepared_mixture_is_opened_without_writing(stores, tmp_path):
   path = mixture(stores, tmp_path).path
   before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
   mixture(stores, tmp_path)
   assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
-def test_a_source_smaller_than_its_share_of_a_batch_or_a_window_is_refused(stores, tmp_path):
+def test_a_source_smaller_than_its_part_of_a_batch_or_a_window_is_rejected(stores, tmp_path):
   store = mixture(stores, tmp_path, (0.02, 0.02, 0.96))
-  with pytest.raises(InputError, match=r"source 'c': data.batch_size=512: about 492 examples .* only \d+ windows"):
+  with pytest.raises(InputError, match=r"source 'c': data.batch_size=512: .* about 492 examples .*only \d+ windows"):
     MixtureBatches(store.sources, sequence_length=T, batch_size=512, seed=0)
   with pytest.raises(InputError, match=r"source 'c': data.sequence_length=5000"):
     MixtureBatches(store.sources, sequence_length=5000, batch_size=1, seed=0)
 
 
-def test_a_batch_depends_on_seed_and_step_alone_and_holds_its_rows(stores, tmp_path):
+def test_a_batch_depends_only_on_seed_and_step_and_contains_its_rows(stores, tmp_path):
   store = mixture(stores, tmp_path)
   whole = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=0)
   again = MixtureBatches(store.sources, sequence_length=T, batch_size=B, seed=0, rows=np.array([2, 0]))
@@ -125,7 +127,7 @@ def test_a_batch_depends_on_seed_and_step_alone_and_holds_its_rows(stores, tmp_p
   assert any((whole(step)["tokens"] != other(step)["tokens"]).any() for step in range(3))
 
 
-def test_evaluation_reads_the_streams_of_all_sources_as_one(stores, tmp_path):
+def test_evaluation_concatenates_the_streams_of_all_sources(stores, tmp_path):
   store = mixture(stores, tmp_path)
   end, parts, weights, starts, difficulty = [256], [], [], [], []
   for source in store.sources:
@@ -150,7 +152,7 @@ def test_evaluation_reads_the_streams_of_all_sources_as_one(stores, tmp_path):
   assert sum(batch["weights"].sum() for batch in batches) == store.num_targets("validation")
 
 
-def test_a_mixture_is_opened_again_and_notices_another_store_in_a_sources_place(stores, tmp_path):
+def test_a_reopened_mixture_detects_a_replaced_source(stores, tmp_path):
   store = mixture(stores, tmp_path)
   opened = open_token_store(store.path, verify=True)
   assert opened.fingerprint == store.fingerprint
@@ -163,14 +165,14 @@ def test_a_mixture_is_opened_again_and_notices_another_store_in_a_sources_place(
     opened.source("d")
   places = json.loads((store.path / "sources.json").read_text())
   (store.path / "sources.json").write_text(json.dumps(places | {"a": places["b"]}))
-  with pytest.raises(InputError, match="another store than the source 'a'"):
+  with pytest.raises(InputError, match="is not the source 'a'"):
     open_token_store(store.path)
   (store.path / "sources.json").write_text(json.dumps(places | {"a": str(tmp_path / "gone")}))
   with pytest.raises(InputError, match="its source 'a' is not in"):
     open_token_store(store.path)
 
 
-def test_a_mixture_of_tasks_trains_one_tokenizer_on_all_of_them(tmp_path, monkeypatch):
+def test_a_mixture_of_tasks_trains_one_tokenizer_on_all_tasks(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   for name, letters in (("x", "abc"), ("y", "uvw")):
     rng = np.random.default_rng(len(name) + ord(name))
@@ -183,7 +185,7 @@ def test_a_mixture_of_tasks_trains_one_tokenizer_on_all_of_them(tmp_path, monkey
   assert [source.name for source in store.sources] == ["jsonl", "jsonl-2"]
   assert [source.weight for source in store.sources] == [0.75, 0.25]
   assert store.vocab_size == 300
-  for letter in "abcuvw":  # both alphabets have pieces of their own, where other letters have their bytes
+  for letter in "abcuvw":  # both alphabets have pieces; other letters are encoded as bytes
     assert store.tokenizer.piece(store.tokenizer.encode(letter)[0]) == letter
   again = prepare_mixture(items, "sentencepiece:300", write=False)
   assert (again.fingerprint, again.path) == (store.fingerprint, store.path)
@@ -198,7 +200,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_source_that_is_not_there_is_refused(stores, tmp_path, case):
+def test_a_missing_source_is_rejected(stores, tmp_path, case):
   names, part = REFUSED[case]
   text = ",".join(str(stores / name) if name[0] == "a" else name for name in names)
   with pytest.raises(InputError, match=part):
@@ -206,25 +208,23 @@ def test_a_source_that_is_not_there_is_refused(stores, tmp_path, case):
   assert not (tmp_path / "mixture").exists()
 
 
-def test_a_mixture_is_no_source(stores, tmp_path):
+def test_a_mixture_is_not_a_source(stores, tmp_path):
   inner = mixture(stores, tmp_path)
-  with pytest.raises(InputError, match="is a mixture; name its sources"):
+  with pytest.raises(InputError, match="is a mixture; give its sources"):
     prepare_mixture([Item(str(inner.path), {}, 1.0)], "bytes", tmp_path / "outer")
 
 
-def test_stores_of_different_tokenizers_are_refused(stores, tmp_path):
+def test_stores_of_different_tokenizers_are_rejected(stores, tmp_path):
   prepare("synthetic_sums", "sentencepiece:299", tmp_path / "d", options={"documents": 50})
   items = [Item(str(stores / "a"), {}, 1.0), Item(str(tmp_path / "d"), {}, 1.0)]
   with pytest.raises(InputError, match="different tokenizers"):
     prepare_mixture(items, "bytes", tmp_path / "mixture")
-  with pytest.raises(
-    InputError, match=r"data.tokenizer: 'sentencepiece:300', but the token store .*/a of data.mixture"
-  ):
+  with pytest.raises(InputError, match=r"data.tokenizer='sentencepiece:300': the token store .*/a of data.mixture"):
     prepare_mixture(items[:1], "sentencepiece:300", tmp_path / "mixture")
   assert not (tmp_path / "mixture").exists()
 
 
-def test_a_source_that_runs_out_is_logged_once(stores, tmp_path, caplog):
+def test_the_end_of_a_sources_epoch_is_logged_once(stores, tmp_path, caplog):
   from cyb_jax.training.hooks import SourceCounts
 
   batches = MixtureBatches(mixture(stores, tmp_path).sources, sequence_length=T, batch_size=B, seed=0)
@@ -236,9 +236,9 @@ def test_a_source_that_runs_out_is_logged_once(stores, tmp_path, caplog):
     counts(once)
     counts(once + 1)
   assert [record.getMessage() for record in caplog.records] == [
-    "source c: all its windows have been read (1x); it begins again, in a new order"
+    "source c: epoch 1 is complete; the next epoch begins, in a new order"
   ]
   assert line["sources"]["c"]["tokens"] == batches.read_windows(once - 1)["c"] * T
-  # A run that resumes there says it again only for what it reads itself.
+  # A resumed run logs only the epochs that it completes itself.
   assert SourceCounts(batches, T, once)(once)["sources"]["c"]["epochs"] >= 1
   assert len(caplog.records) == 1

@@ -1,4 +1,4 @@
-"""Preparing in pieces: the same store whoever does which of them, whatever dies, in memory that doesn't grow."""
+"""Preparation in pieces: the store does not depend on processes and failures, and memory does not grow."""
 
 import collections
 import dataclasses
@@ -49,7 +49,7 @@ C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-  """Many pieces of little text; chunks and buckets that a few documents fill."""
+  """Many pieces of little text; chunks and buckets of a few documents."""
   monkeypatch.setattr(files, "_SPAN_BYTES", (1500, 1500))
   monkeypatch.setattr(synthetic, "_PIECE_DOCUMENTS", 40)
   monkeypatch.setattr(finishing, "_TOKENS_WORTH_A_PROCESS", 1000)
@@ -60,7 +60,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def lines():
-  # Copies within a piece, across pieces, and of what is held out; empty ones between.
+  # Duplicates within a piece, across pieces and of held-out documents, with empty documents between them.
   return [f"line {i * 7 % 331} " + "x" * (i * 7 % 331 % 17) for i in range(500)] + ["", "line 3 xxx", ""] * 3
 
 
@@ -74,7 +74,7 @@ def options(tmp_path_factory, lines):
 
 
 def stream_of(lines, split):
-  """A split's stream by hand: held-out splits keep their copies, and no line is in two splits."""
+  """The stream of a split, computed directly: held-out splits keep their copies, and no line is in two splits."""
   stream, documents = [END], 0
   for line in dict.fromkeys(line for line in lines if line):
     if tasks.split_of(tasks.text_digest(line)) == split:
@@ -93,8 +93,8 @@ def whole(tmp_path, options):
   return contents(tmp_path / "whole")
 
 
-def test_stores_of_other_versions_stay(whole):
-  """These bytes are those of the version that read a task in one go: they may never change."""
+def test_stores_of_other_versions_are_unchanged(whole):
+  """These digests are from a version that read a task in one pass; they must never change."""
   splits = json.loads(whole["store.json"])["splits"]
   assert (
     hashlib.sha256(canonical(splits)).hexdigest() == "f4651b620c2b237fe2cacff3a0a66f5bc90e7151ea656e237c9a9118a6de6be9"
@@ -114,7 +114,7 @@ def test_many_pieces_make_the_stream(tmp_path, lines, options):
     assert [stream[i - 1] for i in starts] == [END] * documents
     assert len(set(starts.tolist())) == documents
   assert {len(shard["sha256"]) for shard in store.description["splits"]["train"]["shards"]} == {64}
-  assert len(store.description["splits"]["train"]["shards"]) > 4  # and so documents lie over their borders
+  assert len(store.description["splits"]["train"]["shards"]) > 4  # so documents cross their borders
   dropped = sum(split["duplicates_dropped"] for split in store.description["splits"].values())
   assert dropped == len([line for line in lines if line]) - len({line for line in lines if line})
   assert [path.name for path in tmp_path.glob(".*.partial")] == []
@@ -144,7 +144,7 @@ def test_the_same_store_from_processes(tmp_path, options, whole):
 
 @pytest.mark.parametrize(("task", "tokenizer"), [("synthetic_lookups", "sentencepiece:298"), ("hellaswag", "bytes")])
 def test_annotations_follow_the_tokens(tmp_path, monkeypatch, task, tokenizer):
-  """Difficulties, and weights, with a tokenizer that is trained by whoever comes first."""
+  """Difficulties and weights, with a tokenizer that the first process trains."""
   options = {"documents": 130, "max_difficulty": 3}
   if task == "hellaswag":
     docs = [{"query": f"question {i % 90}", "choices": ["no", f"yes {i % 90}"], "gold": 1} for i in range(120)]
@@ -167,11 +167,11 @@ def test_annotations_follow_the_tokens(tmp_path, monkeypatch, task, tokenizer):
     assert values[values > 0].tolist() == np.concatenate(expected).tolist()
 
 
-def test_files_are_interleaved_as_tensorflow_does_it():
+def test_files_are_interleaved_like_in_tensorflow():
   tf = pytest.importorskip("tensorflow")
   rng = np.random.default_rng(0)
   for total, cycle, highest in ((5, 2, 40), (23, 4, 70)):
-    # Files that are empty, or end with a turn, among them.
+    # Includes files that are empty, or that end at the end of a turn.
     lengths = [int(n) for n in np.where(rng.random(total) < 0.3, rng.integers(0, 4, total) * 16, rng.integers(highest))]
     found = c4.interleaved_pieces("train", lengths, cycle)
     rows = [
@@ -192,7 +192,7 @@ def test_files_are_interleaved_as_tensorflow_does_it():
 
 
 @pytest.mark.skipif(not C4.is_dir(), reason="no prepared C4 sample next to the checkout")
-def test_pieces_of_c4_are_what_tfds_reads_whole():
+def test_pieces_of_c4_equal_the_documents_of_tfds():
   task = open_task("c4_en", {"data_dir": str(C4)})
   pieces = [piece for piece in task.pieces() if piece.group == "train"]
   assert len(pieces) == 8
@@ -204,7 +204,7 @@ def test_pieces_of_c4_are_what_tfds_reads_whole():
 
 
 def test_interleaved_pieces_are_merged(tmp_path, monkeypatch):
-  """As a TFDS source: 20 files, read 16 at once in turns of 16 documents."""
+  """Like a TFDS source: 20 files, of which 16 are read at once in turns of 16 documents."""
   lengths = [int(n) for n in np.random.default_rng(1).integers(0, 70, 20)]
   found = c4.interleaved_pieces("train", lengths)
   texts = {}
@@ -245,7 +245,7 @@ def test_spans_cover_each_byte_once(sizes, unit):
     assert all(size == 10 for _, size in spans[:-1])
 
 
-def test_lines_belong_to_the_span_that_they_begin_in(tmp_path):
+def test_a_line_belongs_to_the_span_in_which_it_begins(tmp_path):
   path = tmp_path / "x"
   path.write_bytes(b"ab\n\ncdefgh\ni\n\n\nlast")
   content = path.read_bytes()
@@ -263,7 +263,7 @@ def test_lines_belong_to_the_span_that_they_begin_in(tmp_path):
 
 
 def killed_in_mid_shard(tmp_path, options, signal_to):
-  """Folder of pieces of a process that was killed while it wrote its third piece; how many are whole."""
+  """(the folder of a process that was killed while it wrote its third piece, number of complete pieces)."""
   code = """
 import json, sys, time
 from cyb_jax.data import pieces, prepare_shard
@@ -296,19 +296,19 @@ prepare_shard('text_files', 'bytes', sys.argv[1], options=json.loads(sys.argv[2]
   return folder, sorted(path.name for path in folder.glob("piece-*.json"))
 
 
-def test_a_killed_shard_does_the_rest(tmp_path, options, whole):
+def test_after_a_kill_only_missing_pieces_are_prepared(tmp_path, options, whole):
   folder, done = killed_in_mid_shard(tmp_path, options, signal.SIGKILL)
   assert len(done) == 2
-  assert list(folder.glob(".piece-*.tmp"))  # of the third
+  assert list(folder.glob(".piece-*.tmp"))  # of the third piece
   before = {name: (folder / name).stat().st_mtime_ns for name in done}
-  # One of the two has lost a byte meanwhile: its size tells, and it is done again.
+  # One of the two complete pieces has lost a byte; it is detected by its size and prepared again.
   tokens = folder / done[0].replace(".json", ".train.tokens")
   tokens.write_bytes(tokens.read_bytes()[:-1])
   arguments = {"options": options, "shard_tokens": SHARD}
   assert prepare_shard("text_files", "bytes", tmp_path / "s", shard=(1, 2), **arguments).description is None
   after = {name: (folder / name).stat().st_mtime_ns for name in done}
   assert [after[name] != before[name] for name in done] == [True, False]
-  # In another division, and without one.
+  # With another number of shards, and without shards.
   prepare_shard("text_files", "bytes", tmp_path / "s", shard=(2, 3), **arguments)
   prepare("text_files", "bytes", tmp_path / "s", **arguments)
   assert contents(tmp_path / "s") == whole
@@ -316,7 +316,7 @@ def test_a_killed_shard_does_the_rest(tmp_path, options, whole):
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "index", "json"])
-def test_a_damaged_piece_is_done_again(tmp_path, options, whole, name):
+def test_a_damaged_piece_is_prepared_again(tmp_path, options, whole, name):
   prepare_shard("text_files", "bytes", tmp_path / "s", options=options, shard_tokens=SHARD, shard=(1, 2))
   path = tmp_path / ".s.pieces.partial" / f"piece-000002.{name}"
   content = bytearray(path.read_bytes())
@@ -328,7 +328,7 @@ def test_a_damaged_piece_is_done_again(tmp_path, options, whole, name):
   assert contents(tmp_path / "s") == whole
 
 
-def test_a_shard_that_is_whole_is_not_copied_again(tmp_path, monkeypatch, options, whole):
+def test_a_complete_shard_is_not_copied_again(tmp_path, monkeypatch, options, whole):
   calls = []
   copy = merging._copy
 
@@ -347,7 +347,7 @@ def test_a_shard_that_is_whole_is_not_copied_again(tmp_path, monkeypatch, option
   assert contents(tmp_path / "s") == whole
 
 
-def test_shards_of_different_things(tmp_path, options):
+def test_shards_with_different_arguments(tmp_path, options):
   def shard(number, tokenizer="bytes", **changed):
     changed = {"options": options, "shard_tokens": SHARD} | changed
     return prepare_shard("text_files", tokenizer, tmp_path / "s", shard=(number, 2), **changed)
@@ -367,7 +367,7 @@ def test_shards_of_different_things(tmp_path, options):
     shard(2, limit=5)
 
 
-def test_one_process_a_shard(tmp_path, options):
+def test_one_process_per_shard(tmp_path, options):
   folder = tmp_path / ".s.pieces.partial"
   folder.mkdir()
   with locks.held(unchecked_place(folder / "shard-1-of-2.lock")):
@@ -402,7 +402,7 @@ def test_the_program_in_two_shards(tmp_path):
   timing = second["timing"]
   assert timing["workers"] == 2
   assert timing["tokens_per_second_per_core"] > 0
-  assert set(timing["c4_hours"]) == {"pieces_1_hosts", "pieces_32_hosts"}  # too little for more
+  assert set(timing["c4_hours"]) == {"pieces_1_hosts", "pieces_32_hosts"}  # too little text for the last step
 
 
 def test_projected_hours(monkeypatch):
@@ -413,7 +413,7 @@ def test_projected_hours(monkeypatch):
   )  # fmt: skip
   speed = program._speed(prepared)
   assert speed["tokens_per_second_per_core"] == 2_000_000
-  # 156e9 tokens at 8e6 a second and host; the store at 1e7 a second.
+  # 156e9 tokens at 8e6 per second and host; building the store at 1e7 per second.
   assert speed["c4_hours"] == {"pieces_1_hosts": 5.42, "pieces_32_hosts": 0.17, "finish": 4.33}
   assert "finish" not in program._speed(dataclasses.replace(prepared, description=None))["c4_hours"]
   assert program._speed(dataclasses.replace(prepared, tokens=0)) == {}
@@ -428,7 +428,7 @@ def test_a_worker_that_dies(tmp_path, monkeypatch, options):
     return process
 
   monkeypatch.setattr(workers, "_start", dying)
-  with pytest.raises(ChildProcessError, match=r"SIGKILL: out of memory\? .* the same command continues"):
+  with pytest.raises(ChildProcessError, match=r"SIGKILL \(possibly out of memory.* the same command continues"):
     prepare("text_files", "bytes", tmp_path / "s", options=options, workers=2)
   assert not (tmp_path / "s").exists()
 
@@ -455,7 +455,7 @@ print(found[1] - found[0])
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-  """Twenty times the documents. A digest of each in a set would be 9 MB more, their tokens 20 MB."""
+  """A corpus with 20 times the documents. A set of their digests would take 9 MB more, and their tokens 20 MB."""
   done = subprocess.run(
     [sys.executable, "-c", _MEASURED, str(tmp_path)], capture_output=True, text=True, env=cli.environment(), timeout=120
   )
@@ -463,11 +463,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
   assert float(done.stdout) < 5
 
 
-# Buckets.
+# With several buckets.
 
 
 class _Bucket(MemoryFileSystem):
-  """gs:// in memory; `trouble` is asked with (what, path) before each access, and may raise."""
+  """An in-memory gs://; `trouble` is called with (operation, path) before each access, and may raise."""
 
   protocol = ("gcs", "gs")
   store: dict = {}  # noqa: RUF012
@@ -513,7 +513,7 @@ def test_the_tokenizer_of_a_store_in_a_bucket(tmp_path, bucket):
     prepare("synthetic_lookups", spec, f"gs://b/{name}", options={"documents": 64})
   assert [stores.tokenizer_spec(f"gs://b/{name}") for name in "sbt"] == ["gs://b/s", "bytes", "sentencepiece:310"]
   assert tokenizers.open_tokenizer("gs://b/s").describe() == model.describe()
-  with pytest.raises(InputError, match=r"data\.tokenizer='gs://b/nothing': no token store in a bucket"):
+  with pytest.raises(InputError, match=r"data\.tokenizer='gs://b/nothing': there is no token store at this path"):
     tokenizers.open_tokenizer("gs://b/nothing")
 
 
@@ -526,9 +526,9 @@ def test_a_store_in_a_bucket(tmp_path, monkeypatch, bucket, options, whole):
   assert objects(bucket, "b/deep/s") == whole
   assert objects(bucket, "b/deep/.s.pieces.partial") == {}
   assert done.description["fingerprint"] == json.loads(whole["store.json"])["fingerprint"]
-  assert not (tmp_path / "cache" / "cyb_jax" / "copies").exists()  # who prepares needn't have it
+  assert not (tmp_path / "cache" / "cyb_jax" / "copies").exists()  # preparing does not need a local copy
 
-  # Opening copies it, whole; the second time nothing is read but what it is.
+  # Opening copies the store; the second time, only its description is read.
   reads = []
   bucket.trouble = lambda mode, path: reads.append(path)
   store = TokenStore.open("gs://b/deep/s")
@@ -540,7 +540,7 @@ def test_a_store_in_a_bucket(tmp_path, monkeypatch, bucket, options, whole):
   assert prepare("text_files", "bytes", "gs://b/deep/s", **arguments).path == store.path
 
 
-def test_a_copy_that_breaks_off(tmp_path, monkeypatch, bucket, options, whole):
+def test_an_interrupted_copy(tmp_path, monkeypatch, bucket, options, whole):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   bucket.store.update({f"/b/s/{name}": _file(content) for name, content in whole.items()})
   reads = []
@@ -551,7 +551,7 @@ def test_a_copy_that_breaks_off(tmp_path, monkeypatch, bucket, options, whole):
       raise OSError("503 Backend Error")
 
   bucket.trouble = breaking
-  with pytest.raises(StorageError, match=r"gs://b/s/train-00002\.tokens can't be read: 503 Backend Error; what is"):
+  with pytest.raises(StorageError, match=r"gs://b/s/train-00002\.tokens can't be read: 503 Backend Error; finished"):
     TokenStore.open("gs://b/s")
   before = list(reads)
   reads.extend([""] * 30)
@@ -559,11 +559,11 @@ def test_a_copy_that_breaks_off(tmp_path, monkeypatch, bucket, options, whole):
   again = set(before) & set(reads[len(before) + 30 :])
   assert not any(name.endswith(("train-00000.tokens", "train-00001.tokens")) for name in again)
 
-  # What isn't what was prepared is not opened.
+  # A copy that differs from the prepared store is not opened.
   shutil.rmtree(tmp_path / "cache")
   bucket.trouble = None
   bucket.store["/b/s/train-00001.tokens"] = _file(b"!" * len(whole["train-00001.tokens"]))
-  with pytest.raises(InputError, match=r"gs://b/s/train-00001\.tokens isn't the"):
+  with pytest.raises(InputError, match=r"gs://b/s/train-00001\.tokens differs from the"):
     TokenStore.open("gs://b/s")
   with pytest.raises(InputError, match=r"gs://b/nothing/store\.json cannot be read"):
     TokenStore.open("gs://b/nothing")
@@ -575,8 +575,8 @@ def _file(content):
   return MemoryFile(None, "/", content)
 
 
-def test_a_bucket_that_errors_loses_nothing(bucket, options, whole):
-  """At each kind of write, one after the other, the same call goes on from there."""
+def test_a_failing_bucket_loses_nothing(bucket, options, whole):
+  """The bucket fails at each kind of write in turn; the same call continues."""
   seen = set()
   arguments = {"options": options, "shard_tokens": SHARD}
 
@@ -592,7 +592,7 @@ def test_a_bucket_that_errors_loses_nothing(bucket, options, whole):
     try:
       prepare_shard("text_files", "bytes", "gs://b/s", **arguments)
     except StorageError as error:
-      assert "503 Backend Error; what is whole is kept, and the same command continues" in str(error)  # noqa: PT017
+      assert "503 Backend Error; finished files are kept, and the same command continues" in str(error)  # noqa: PT017
       assert "gs://b/" in str(error)  # noqa: PT017
       failures += 1
   bucket.trouble = None
@@ -600,27 +600,27 @@ def test_a_bucket_that_errors_loses_nothing(bucket, options, whole):
   assert objects(bucket, "b/s") == whole
 
 
-def test_a_bucket_with_something_else(bucket, options):
+def test_a_bucket_with_other_content(bucket, options):
   bucket.store["/b/s/thesis.tex"] = _file(b"years of work")
-  with pytest.raises(InputError, match=r"gs://b/s.*no token store"):
+  with pytest.raises(InputError, match=r"gs://b/s.*not a token store"):
     prepare_shard("text_files", "bytes", "gs://b/s", options=options)
   assert objects(bucket, "b") == {"s/thesis.tex": b"years of work"}
 
 
 def test_leases_in_a_bucket(monkeypatch, bucket, options):
   monkeypatch.setattr(locks, "_SECONDS_UNTIL_DEAD", 0.6)
-  monkeypatch.setattr(locks, "_SECONDS_BETWEEN_SIGNS", 0.1)
+  monkeypatch.setattr(locks, "_SECONDS_BETWEEN_RENEWALS", 0.1)
   lock = unchecked_place("gs://b/.s.pieces.partial/shard-1-of-2.lock")
   with locks.held(lock), pytest.raises(InputError, match=rf"--shard=1/2: process {os.getpid()} on "):
     prepare_shard("text_files", "bytes", "gs://b/s", options=options, shard=(1, 2))
   assert streams.size_of(lock) is None
-  # One of a process that is dead is taken over.
+  # The lease of a dead process is taken over.
   streams.write_json(lock, {"host": "h", "pid": 1, "token": "t", "signs": 3})
   assert prepare_shard("text_files", "bytes", "gs://b/s", options=options, shard=(1, 2)).description is None
 
 
 def test_errors_of_a_local_disk(tmp_path, monkeypatch, options, whole):
-  """The disk is full while a piece is written: one line, and what is whole stays."""
+  """The disk is full while a piece is written: the error is one line, and complete pieces are kept."""
   write, calls = streams.Output.write, []
 
   def full(self, content):
@@ -631,7 +631,7 @@ def test_errors_of_a_local_disk(tmp_path, monkeypatch, options, whole):
     write(self, content)
 
   monkeypatch.setattr(streams.Output, "write", full)
-  with pytest.raises(StorageError, match=r"can't be written: the disk is full; what is whole is kept") as caught:
+  with pytest.raises(StorageError, match=r"can't be written: the disk is full; finished files are kept") as caught:
     prepare("text_files", "bytes", tmp_path / "s", options=options, shard_tokens=SHARD)
   assert "\n" not in str(caught.value)
   assert not list((tmp_path / ".s.pieces.partial").glob(".*.tmp"))

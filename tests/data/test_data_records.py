@@ -1,4 +1,4 @@
-"""The sources jsonl, parquet, hf and compressed text files: what they read, where the loss is, and what they refuse."""
+"""The sources jsonl, parquet, hf and compressed text files: documents, weights, and invalid input."""
 
 import bz2
 import gzip
@@ -77,7 +77,7 @@ def digests(store):
 
 
 @pytest.mark.parametrize("task", ["jsonl", "parquet", "hf"])
-def test_the_documents_are_the_rows_however_they_are_divided(task, corpus, small):
+def test_the_documents_are_the_rows_for_any_division(task, corpus, small):
   opened = open_task(task, corpus[task])
   assert len(opened.pieces()) > 3
   read = [document.text for piece in opened.pieces() for _, document in opened.read(piece)]
@@ -118,7 +118,7 @@ print(*sorted({"tensorflow", "seqio", "torch"} & set(sys.modules)))
 
 def test_worker_processes_read_rows_without_tensorflow(tmp_path, corpus, small):
   whole = prepare("jsonl", "bytes", tmp_path / "whole", options=corpus["jsonl"], shard_tokens=5000)
-  # Worker processes divide the source as their parent does: with the sizes of the package.
+  # Worker processes must divide the source like their parent, so the sizes of the package are used.
   arguments = [sys.executable, "-c", _WORKERS, "jsonl", json.dumps(corpus["jsonl"]), str(tmp_path / "two")]
   done = subprocess.run(arguments, capture_output=True, text=True, check=True)
   fingerprint, imported = done.stdout.split("\n")[:2]
@@ -142,16 +142,16 @@ def test_a_compressed_file_is_never_divided(small):
   assert [part for part, _ in files.spans(whole_files=False)] == [[0, 0, 1, 0], [1, 0, 3, 0]]
 
 
-def test_of_a_prompt_and_its_answer_the_answer_alone_is_learnt(tmp_path):
+def test_only_the_answer_of_a_prompt_and_answer_has_weight(tmp_path):
   (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json_lines({"q": q, "a": a} for q, a in PAIRS)))
   options = {"pattern": f"{tmp_path}/x.jsonl.gz", "prompt_key": "q", "answer_key": "a"}
   store = prepare("jsonl", "bytes", tmp_path / "store", options=options)
   assert has_targets("jsonl", options)
   assert not has_targets("jsonl", {"text_key": "q"})
   tokens, weights = store.windows("train", np.array([0]), store.num_tokens("train") - 1)
-  learnt = "".join(chr(t) if t < END else "|" for t in tokens[0, 1:][weights[0] > 0])
+  weighted = "".join(chr(t) if t < END else "|" for t in tokens[0, 1:][weights[0] > 0])
   kept = [pair for pair in PAIRS if "".join(pair) in {d.text for d in open_task("jsonl", options).documents("train")}]
-  assert learnt == "".join(f"{answer}|" for _, answer in kept)
+  assert weighted == "".join(f"{answer}|" for _, answer in kept)
 
 
 def test_a_separator_is_written_between_prompt_and_answer():
@@ -162,7 +162,7 @@ def test_a_separator_is_written_between_prompt_and_answer():
   assert document.weights.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_files_of_their_own_are_the_held_out_splits(tmp_path):
+def test_separate_files_are_the_held_out_splits(tmp_path):
   for name in ("train", "validation"):
     (tmp_path / f"{name}.jsonl").write_bytes(json_lines({"text": f"{name} {i}"} for i in range(50)))
   options = {"pattern": f"{tmp_path}/train.jsonl", "validation_pattern": f"{tmp_path}/validation.jsonl"}
@@ -173,13 +173,13 @@ def test_files_of_their_own_are_the_held_out_splits(tmp_path):
 
 BAD_ROWS = {
   "missing": ({"txt": "x"}, {}, ["text_key='text'", "line 3", "did you mean 'txt'?"]),
-  "null": ({"text": None}, {}, ["text_key='text'", "line 3", "None is no text"]),
-  "number": ({"text": 7}, {}, ["line 3", "7 is no text"]),
+  "null": ({"text": None}, {}, ["text_key='text'", "line 3", "None is not a string"]),
+  "number": ({"text": 7}, {}, ["line 3", "7 is not a string"]),
   "list": (["x"], {}, ["line 3 is ['x']", "an object with keys"]),
   "surrogate": ({"text": "half \ud800"}, {}, ["line 3", "lone surrogate"]),
   "answer": ({"text": "q", "a": ""}, {"prompt_key": "text", "answer_key": "a"}, ["line 3", "the answer is empty"]),
   "lone": ({"text": "q", "a": "\udc00"}, {"prompt_key": "text", "answer_key": "a"}, ["line 3", "lone surrogate"]),
-  "chat": ({"text": "x", "m": "hello"}, {"messages_key": "m"}, ["line 3", "no list of"]),
+  "chat": ({"text": "x", "m": "hello"}, {"messages_key": "m"}, ["line 3", "not a nonempty list of"]),
   "turns": (
     {"text": "x", "m": [{"role": "user", "content": "x"}]}, {"messages_key": "m"}, ["line 3", "no turn of the role"]
   ),
@@ -203,19 +203,19 @@ def test_a_bad_row_is_one_error_with_file_and_row(tmp_path, case):
   assert all(part in message for part in [str(path), *parts]), message
 
 
-def test_a_bad_line_in_the_middle_of_a_divided_file_has_its_number(tmp_path, small):
+def test_a_bad_line_in_a_divided_file_is_reported_with_its_number(tmp_path, small):
   lines = json_lines({"text": text} for text in TEXTS).splitlines(keepends=True)
   lines[222] = b"{'text': 1}\n"
   (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
   task = open_task("jsonl", {"pattern": f"{tmp_path}/x.jsonl"})
-  with pytest.raises(InputError, match=r"x.jsonl, line 223 is no JSON object"):
+  with pytest.raises(InputError, match=r"x.jsonl, line 223 is not a JSON object"):
     [list(task.read(piece)) for piece in task.pieces()]
 
 
-def test_a_bad_row_of_a_table_has_its_number(tmp_path, small):
+def test_a_bad_row_of_a_table_is_reported_with_its_number(tmp_path, small):
   write_parquet(tmp_path / "x.parquet", {"text": [*TEXTS[:99], None, "x"]}, row_group_size=30)
   task = open_task("parquet", {"pattern": f"{tmp_path}/x.parquet"})
-  with pytest.raises(InputError, match=r"x.parquet, row 100: None is no text"):
+  with pytest.raises(InputError, match=r"x.parquet, row 100: None is not a string"):
     [list(task.read(piece)) for piece in task.pieces()]
 
 
@@ -227,9 +227,9 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, task, suffix):
   content = PACKERS[suffix](json_lines(rows) if task == "jsonl" else "\n".join(r["text"] for r in rows).encode())
   path = tmp_path / f"x.txt{suffix}"
   path.write_bytes(content[: len(content) // 2])
-  with pytest.raises(InputError, match=rf"x.txt{suffix}.*is damaged or cut off"):
+  with pytest.raises(InputError, match=rf"x.txt{suffix}.*is damaged or truncated"):
     prepare(task, "bytes", tmp_path / "store", options={"pattern": str(path)})
-  # Nothing half-written but the lock.
+  # No incomplete files remain, except the lock.
   assert {p.name for p in tmp_path.iterdir()} <= {path.name, ".store.lock"}
 
 
@@ -249,7 +249,7 @@ NOT_TEXT = {
 
 
 @pytest.mark.parametrize("name", NOT_TEXT)
-def test_text_files_refuses_what_is_no_text_and_names_the_source(tmp_path, name):
+def test_text_files_rejects_other_formats_and_names_the_right_task(tmp_path, name):
   content, part = NOT_TEXT[name]
   (tmp_path / name).write_bytes(content)
   with pytest.raises(InputError) as caught:
@@ -265,19 +265,19 @@ def test_prose_that_begins_with_a_brace_is_text(tmp_path):
 
 REFUSED = {
   "pattern": ("jsonl", {}, None, "pattern=''"),
-  "array": ("jsonl", {}, b'[{"text": "x"}]', "one JSON array"),
-  "same": ("jsonl", {"prompt_key": "q", "answer_key": "q"}, b"{}\n", "it is prompt_key too"),
-  "both": ("jsonl", {"text_key": "a", "messages_key": "b"}, b"{}\n", "text_key is given too"),
+  "array": ("jsonl", {}, b'[{"text": "x"}]', "a single JSON array"),
+  "same": ("jsonl", {"prompt_key": "q", "answer_key": "q"}, b"{}\n", "prompt_key is the same"),
+  "both": ("jsonl", {"text_key": "a", "messages_key": "b"}, b"{}\n", "text_key is also given"),
   "prompt": ("jsonl", {"prompt_key": "a"}, b"{}\n", "give answer_key too"),
-  "separator": ("jsonl", {"separator": "x"}, b"{}\n", "needs prompt_key"),
+  "separator": ("jsonl", {"separator": "x"}, b"{}\n", "give prompt_key and answer_key"),
   "option": ("jsonl", {"textkey": "x"}, b"{}\n", "no such option"),
-  "no_parquet": ("parquet", {}, b"text", "no Parquet file"),
-  "empty": ("parquet", {}, b"", "no Parquet file"),
+  "no_parquet": ("parquet", {}, b"text", "not a Parquet file"),
+  "empty": ("parquet", {}, b"", "not a Parquet file"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_source_that_cannot_be_read_is_refused_before_anything_is_read(tmp_path, case):
+def test_an_unreadable_source_is_rejected_before_data_is_read(tmp_path, case):
   task, options, content, part = REFUSED[case]
   if content is not None:
     (tmp_path / "x").write_bytes(content)
@@ -286,21 +286,21 @@ def test_a_source_that_cannot_be_read_is_refused_before_anything_is_read(tmp_pat
     open_task(task, options)
 
 
-def test_a_table_without_rows_or_without_the_column_is_refused(tmp_path):
+def test_a_table_without_rows_or_without_the_column_is_rejected(tmp_path):
   write_parquet(tmp_path / "empty.parquet", {"text": pyarrow.array([], pyarrow.string())})
-  with pytest.raises(InputError, match=r"empty.parquet: no rows in these Parquet files"):
+  with pytest.raises(InputError, match=r"empty.parquet: these Parquet files have no rows"):
     open_task("parquet", {"pattern": f"{tmp_path}/empty.parquet"})
   write_parquet(tmp_path / "full.parquet", {"body": ["x"]})
   with pytest.raises(InputError, match=r"text_key='text': .*full.parquet has no such column; there are body"):
     open_task("parquet", {"pattern": f"{tmp_path}/full.parquet"})
-  # A file of another schema among many.
+  # One of many files has another schema.
   write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
   task = open_task("parquet", {"pattern": f"{tmp_path}/[af]*.parquet"})
   with pytest.raises(InputError, match=r"full.parquet has no such column"):
     [list(task.read(piece)) for piece in task.pieces()]
 
 
-def test_a_dataset_that_is_not_there_is_one_error(tmp_path, corpus):
+def test_a_missing_dataset_is_one_error(tmp_path, corpus):
   with pytest.raises(InputError, match=r"validation_split='dev': the dataset has no split 'dev'; it has train"):
     open_task("hf", corpus["hf"] | {"validation_split": "dev"})
   (tmp_path / "nothing").mkdir()
@@ -309,7 +309,7 @@ def test_a_dataset_that_is_not_there_is_one_error(tmp_path, corpus):
   with pytest.raises(InputError, match="it is a file; give its folder"):
     open_task("hf", {"dataset": f"{tmp_path}/folder/train.jsonl"})
   (tmp_path / "nothing" / "state.json").write_text("{}")
-  with pytest.raises(InputError, match="save_to_disk has written it"):
+  with pytest.raises(InputError, match="it was written by save_to_disk"):
     open_task("hf", {"dataset": f"{tmp_path}/nothing"})
   with pytest.raises(InputError, match="has no revisions"):
     open_task("hf", corpus["hf"] | {"revision": "main"})
@@ -317,21 +317,21 @@ def test_a_dataset_that_is_not_there_is_one_error(tmp_path, corpus):
     list(open_task("hf", corpus["hf"] | {"text_key": "bodies"}).documents("train"))
 
 
-def test_a_text_of_a_table_that_is_no_utf8_has_its_row(tmp_path):
+def test_a_string_of_a_table_that_is_not_utf8_is_reported_with_its_row(tmp_path):
   raw = pyarrow.array([b"right", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
   write_parquet(tmp_path / "x.parquet", {"text": raw})
   task = open_task("parquet", {"pattern": f"{tmp_path}/x.parquet"})
-  with pytest.raises(InputError, match=r"x.parquet, row 2: a text is no UTF-8"):
+  with pytest.raises(InputError, match=r"x.parquet, row 2: a string is not UTF-8"):
     list(task.read(task.pieces()[0]))
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
   (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines([{"text": "x"}, {"text": "y"}]))
   task = open_task("jsonl", {"pattern": f"{tmp_path}/x.jsonl"})
   assert [document.text for _, document in task.read(task.pieces()[0])] == ["x", "y"]
 
 
-def test_after_a_bad_row_nothing_is_left_and_the_mended_file_is_prepared(tmp_path, small):
+def test_after_a_bad_row_nothing_remains_and_the_corrected_file_is_prepared(tmp_path, small):
   path = tmp_path / "x.jsonl"
   path.write_bytes(json_lines([*({"text": text} for text in TEXTS), {"text": None}]))
   with pytest.raises(InputError, match="line 301"):
@@ -356,7 +356,7 @@ def test_line_numbers_count_from_one(tmp_path):
     assert list(task_files.lines(file, 1, None)) == [(2, b"bb\n"), (5, b"\n"), (6, b"c")]
 
 
-def test_what_occurs_in_two_splits_stays_in_the_held_out_one(tmp_path):
+def test_a_document_in_two_splits_remains_in_the_held_out_split(tmp_path):
   rows = {"train": [f"train {i}" for i in range(40)] + ["both"], "validation": ["both", "own"], "test": ["both", "own"]}
   for split, texts in rows.items():
     (tmp_path / f"{split}.jsonl").write_bytes(json_lines({"text": text} for text in texts))
@@ -364,15 +364,15 @@ def test_what_occurs_in_two_splits_stays_in_the_held_out_one(tmp_path):
   options = {name: f"{tmp_path}/{split}.jsonl" for name, split in patterns.items()}
   splits = prepare("jsonl", "bytes", tmp_path / "store", options=options).description["splits"]
   counts = {split: (of["documents"], of["duplicates_dropped"]) for split, of in splits.items()}
-  # All of test occurs in validation too, which keeps it, so that there is no test split.
+  # All documents of test also occur in validation, which keeps them, so there is no test split.
   assert counts == {"train": (40, 1), "validation": (2, 0)}
 
 
-def test_a_split_whose_documents_all_occur_elsewhere_is_one_error(tmp_path):
+def test_a_train_split_of_duplicates_is_one_error(tmp_path):
   for split in ("train", "validation"):
     (tmp_path / f"{split}.jsonl").write_bytes(json_lines({"text": f"text {i % 5}"} for i in range(500)))
   options = {"pattern": f"{tmp_path}/train.jsonl", "validation_pattern": f"{tmp_path}/validation.jsonl"}
-  with pytest.raises(InputError, match=r"all 500 documents of train occur in a held-out split too \(validation\)"):
+  with pytest.raises(InputError, match=r"all 500 documents of train also occur in a held-out split \(validation\)"):
     prepare("jsonl", "bytes", tmp_path / "store", options=options)
   assert not (tmp_path / "store").exists()
   assert not (tmp_path / ".store.pieces.partial").exists()

@@ -1,4 +1,4 @@
-"""The token store: no token lost, no half store read, every damage named."""
+"""The token store: no token is lost, no incomplete store is read, all damage is reported."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_a_store_by_hand(tmp_path):
 
 @pytest.mark.parametrize("length", [1, 7, 100, 333, 5000])
 def test_windows_lose_no_token(prepared, lines, length):
-  assert len(prepared.description["splits"]["train"]["shards"]) > 50  # of 100 tokens: windows cross many borders
+  assert len(prepared.description["splits"]["train"]["shards"]) > 50  # of 100 tokens, so windows cross many borders
   for split in prepared.splits:
     stream = stream_of(lines, split)
     assert prepared.num_tokens(split) == len(stream)
@@ -88,7 +88,7 @@ def test_duplicates_are_counted(prepared):
   assert sum(split["duplicates_dropped"] for split in prepared.description["splits"].values()) == 2
 
 
-def test_held_out_copies_stay_and_train_copies_go(tmp_path, monkeypatch):
+def test_held_out_copies_are_kept_and_train_copies_dropped(tmp_path, monkeypatch):
   texts = {"train": ["a", "b"], "validation": ["b"]}
   source = tasks.Source(tuple(texts), lambda group, part: texts[group])
   monkeypatch.setattr(tasks, "open_task", lambda *_: tasks.Task("own", {}, {}, (), lambda: source))
@@ -99,7 +99,7 @@ def test_held_out_copies_stay_and_train_copies_go(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece:300"])
-def test_difficulties_stand_beside_their_tokens(tmp_path, tokenizer):
+def test_difficulties_match_their_tokens(tmp_path, tokenizer):
   options = {"documents": 200, "max_difficulty": 4}
   store = prepare("synthetic_lookups", tokenizer, tmp_path / "s", options=options, shard_tokens=999)
   indices = np.arange(store.num_windows("test", 32))
@@ -114,7 +114,7 @@ def test_difficulties_stand_beside_their_tokens(tmp_path, tokenizer):
   assert all(answer in "0123456789" for answer in answers)
 
 
-def test_sentencepiece_stores_are_equal_every_time(tmp_path, options):
+def test_sentencepiece_stores_are_reproducible(tmp_path, options):
   first, second = (prepare("text_files", "sentencepiece:280", tmp_path / name, options=options) for name in "ab")
   assert first.fingerprint == second.fingerprint
   model = tmp_path / "a" / "tokenizer.model"
@@ -125,7 +125,7 @@ def test_sentencepiece_stores_are_equal_every_time(tmp_path, options):
   assert text.startswith("line 0 line 1 xline 2 xx")
 
 
-def test_wide_vocabularies_take_four_bytes():
+def test_large_vocabularies_take_four_bytes():
   assert store_module.token_dtype(1 << 16) == np.dtype("<u2")
   assert store_module.token_dtype((1 << 16) + 1) == np.dtype("<u4")
 
@@ -142,17 +142,17 @@ def test_the_default_place(tmp_path, monkeypatch, options):
   assert store.path.name.startswith("text_files-bytes-")
   changed = (store.path / "store.json").stat().st_mtime_ns
   assert prepare("text_files", "bytes", options=options).path == store.path
-  assert (store.path / "store.json").stat().st_mtime_ns == changed  # opened, not written again
+  assert (store.path / "store.json").stat().st_mtime_ns == changed  # the store was opened and not written again
   assert prepare("text_files", "bytes", options=options, limit=5).path != store.path
   assert [p.name for p in store.path.parent.glob(".*.partial")] == []
 
 
-def test_an_output_that_holds_something_else(tmp_path, prepared, options):
+def test_an_output_with_other_content(tmp_path, prepared, options):
   with pytest.raises(InputError, match="limit=None, not 3"):
     prepare("text_files", "bytes", prepared.path, options=options, limit=3, shard_tokens=100)
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-  with pytest.raises(InputError, match="no token store"):
+  with pytest.raises(InputError, match="not a token store"):
     prepare("text_files", "bytes", tmp_path / "mine", options=options)
   assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
@@ -188,14 +188,14 @@ def test_bad_arguments(tmp_path, prepared, options):
     prepared.require("train", tokens)
 
 
-def test_a_store_that_is_not_there(tmp_path):
+def test_a_missing_store(tmp_path):
   with pytest.raises(InputError, match=r"store\.json cannot be read"):
     TokenStore.open(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["train-00001.tokens", "train-00001.documents", "store.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["altered", "truncated", "removed"])
-def test_a_damaged_file_is_named(tmp_path, prepared, name, damage):
+def test_a_damaged_file_is_reported(tmp_path, prepared, name, damage):
   shutil.copytree(prepared.path, tmp_path / "s")
   path = tmp_path / "s" / name
   content = bytearray(path.read_bytes())
@@ -211,21 +211,21 @@ def test_a_damaged_file_is_named(tmp_path, prepared, name, damage):
     with pytest.raises(InputError, match=name):
       TokenStore.open(tmp_path / "s", verify=verify)
   if damage == "altered" and name.startswith("train"):
-    TokenStore.open(tmp_path / "s", verify=False)  # sizes alone cannot tell
+    TokenStore.open(tmp_path / "s", verify=False)  # the size is unchanged, so only the digest detects it
   else:
     with pytest.raises(InputError, match=name):
       TokenStore.open(tmp_path / "s", verify=False)
 
 
-def test_another_format_is_refused(tmp_path, prepared):
+def test_another_format_is_rejected(tmp_path, prepared):
   shutil.copytree(prepared.path, tmp_path / "s")
   (tmp_path / "s" / "store.json").write_text('{"format": 99}')
-  with pytest.raises(InputError, match="format 99, this version reads 1"):
+  with pytest.raises(InputError, match="format 99, but this version reads 1"):
     TokenStore.open(tmp_path / "s")
 
 
-def test_a_killed_prepare_leaves_nothing_to_read(tmp_path):
-  # The child stops where its train split is half written, and is killed there.
+def test_a_killed_preparation_leaves_no_readable_store(tmp_path):
+  # The child process stops when its train split is half written, and is killed there.
   code = """
 import sys, time
 from cyb_jax.data import pieces, prepare, progress
@@ -282,7 +282,7 @@ def test_the_program(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-# Where the test runs as root, which no permission stops, the child becomes another user after its imports.
+# If the tests run as root, whom permissions do not restrict, the child changes its user after the imports.
 _OF_ANOTHER_USER = """
 import os, sys
 from cyb_jax.data import TokenStore, locks, preparation, prepare, store, workers
@@ -307,7 +307,7 @@ def _by_another_user(path, *how):
 
 @pytest.fixture
 def public():
-  """A folder that other users may enter; pytest's are closed to them."""
+  """A folder that other users may enter, unlike the folders of pytest."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     path.chmod(0o755)
@@ -316,7 +316,7 @@ def public():
 
 
 @pytest.mark.parametrize("left", ["lock", "pieces", "nothing"])
-def test_a_store_in_a_folder_that_cannot_be_written_is_opened(public, left):
+def test_a_store_in_a_read_only_folder_is_opened(public, left):
   path = public / "s"
   fingerprint = prepare("synthetic_sums", "bytes", path, options={"documents": 60}).fingerprint
   if left == "pieces":
@@ -328,7 +328,7 @@ def test_a_store_in_a_folder_that_cannot_be_written_is_opened(public, left):
   assert _by_another_user(path, "read_only") == fingerprint
 
 
-def test_the_lock_of_another_user_is_locked_all_the_same(public):
+def test_the_lock_of_another_user_can_be_locked(public):
   public.chmod(0o777)
   (public / ".s.lock").touch()
   (public / ".s.lock").chmod(0o444)
@@ -336,9 +336,9 @@ def test_the_lock_of_another_user_is_locked_all_the_same(public):
   assert found == prepare("synthetic_sums", "bytes", public / "s", options={"documents": 60}).fingerprint
 
 
-def test_a_whole_copy_of_a_bucket_is_opened_without_a_lock(tmp_path, monkeypatch, prepared):
+def test_a_complete_copy_of_a_bucket_is_opened_without_a_lock(tmp_path, monkeypatch, prepared):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   copy = tmp_path / "cyb_jax" / "copies" / prepared.fingerprint
   shutil.copytree(prepared.path, copy)
-  (copy / ".lock").mkdir()  # a lock that nobody can open
+  (copy / ".lock").mkdir()  # a lock that cannot be opened
   assert store_module._local_copy(unchecked_place("gs://b/s"), prepared.description) == copy

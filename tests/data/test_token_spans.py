@@ -1,4 +1,4 @@
-"""Which tokens belong to a continuation or an answer, where a token may lie across the border."""
+"""Determines the tokens of a continuation or an answer, where a token may span the border."""
 
 import io
 
@@ -17,20 +17,20 @@ TEXTS = ["Answer: A", "Q: é日本?\nAnswer:  B", "日", "a▁b ▁", " x", "", 
 
 @pytest.fixture(scope="module")
 def answer():
-  """'Answer' and 'Ans' are entries, 'wer' is not."""
+  """'Answer' and 'Ans' are entries, but 'wer' is not."""
   return bpe([("A", "n"), ("An", "s"), ("w", "e"), ("Ans", "we"), ("Answe", "r")])
 
 
 @pytest.fixture(scope="module")
 def byte_level():
-  """Byte-level BPE; the two first bytes of 日, ': A' and the last byte of é with a space after it are entries."""
+  """Byte-level BPE; the first two bytes of 日, ': A', and the last byte of é with a following space are entries."""
   merges = [("æ", "Ĺ"), ("Ġ", "A"), (":", "ĠA"), ("©", "Ġ")]
   return bpe(merges, bytes_=True)
 
 
 @pytest.fixture(scope="module")
 def prefixed():
-  """A SentencePiece model that puts a space before every text, as Llama's does."""
+  """A SentencePiece model that puts a space before every text, like Llama's."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(["Answer: A", "Answer: B", "the Answer"] * 50), model_writer=model, vocab_size=290,
@@ -47,7 +47,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def normalizing():
-  """A SentencePiece model that changes texts: a ligature becomes two letters, spaces become one."""
+  """A SentencePiece model that normalizes text: a ligature becomes two letters, several spaces become one."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(["Answer: fine", "the fi Answer"] * 50), model_writer=model, vocab_size=290,
@@ -73,13 +73,13 @@ def test_the_rule_by_hand():
   assert starts == [0, 0, 0, 1, 1, 3, 4]
   assert tokens_with(spans, np.array([0, 0, 1, 0, 0, 0], bool)).tolist() == [True, False, False, False]
   assert tokens_with(spans, np.array([0, 0, 0, 0, 1, 0], bool)).tolist() == [False, True, True, False]
-  # A token after the text has the weight of its end, and an empty text has no tokens.
+  # A token after the text has the weight of the last byte, and an empty text has no tokens.
   assert tokens_with(np.array([[0, 1], [1, 2]]), np.array([True])).tolist() == [True, True]
   assert continuation_start(np.zeros((0, 2), int), 0, 0) == 0
 
 
 def test_a_token_across_the_border(answer):
-  """'Ans' and 'wer' make one token, which belongs to 'wer'."""
+  """'Ans' and 'wer' form one token, which belongs to 'wer'."""
   assert pieces(answer, answer.encode("Ans")) == ["Ans"]
   ((context, continuation),) = encode_pairs(answer, [("Ans", "wer")])
   assert (context, pieces(answer, continuation)) == ([], ["Answer"])
@@ -87,12 +87,12 @@ def test_a_token_across_the_border(answer):
   assert (pieces(answer, context), pieces(answer, continuation)) == (["Ans"], ["Answer", "we"])
 
 
-def test_the_context_alone_has_more_tokens(answer):
-  """'Answe' alone ends in a token that no prefix of the whole text has; the counts of its tokens mislead."""
+def test_the_context_encoded_separately_has_more_tokens(answer):
+  """'Answe' encoded separately ends with a token that no prefix of the text has, so its token count misleads."""
   tokenizer = bpe([("b", "c"), ("a", "bc")])
   assert (len(tokenizer.encode("aab")), pieces(tokenizer, tokenizer.encode("aabc"))) == (3, ["a", "abc"])
   assert encode_pairs(tokenizer, [("aab", "c")]) == [(tokenizer.encode("a"), tokenizer.encode("abc"))]
-  # Without a merge across the border both ways are equal.
+  # Without a merge across the border, both ways are equal.
   assert encode_pairs(answer, [("Ans", "Ans")]) == [(answer.encode("Ans"), answer.encode("Ans"))]
 
 
@@ -106,7 +106,7 @@ def test_characters_across_tokens(byte_level):
   assert parted("", "日") == (0, 2)
   # ': A' is one token.
   assert parted("日:", " A日") == (2, 3)
-  # The last byte of é and the space are one token: the space begins the continuation, and that token is its first.
+  # The last byte of é and the space are one token: the space begins the continuation, and this token is its first.
   assert len(byte_level.encode("é ")) == 2
   assert parted("é", " ") == (1, 1)
 
@@ -116,12 +116,12 @@ def test_a_space_before_the_text(prefixed):
   assert prefixed.decode([*context, *continuation]) == "Answer: A"
   assert pieces(prefixed, continuation) == ["▁A"]
   assert encode_pairs(prefixed, [("", "Answer")]) == [([], prefixed.encode("Answer"))]
-  # The text's own characters are bytes behind the added space.
+  # The text's own characters are encoded as bytes after the added space.
   assert pieces(prefixed, prefixed.encode("日")) == ["▁", "<0xE6>", "<0x97>", "<0xA5>"]
   assert encode_pairs(prefixed, [("日", "日")]) == [(prefixed.encode("日"), prefixed.encode("日")[1:])]
 
 
-def test_a_model_that_changes_the_text(normalizing):
+def test_a_model_that_normalizes_text(normalizing):
   text = "  ﬁne  Answer"
   ((ids, spans),) = normalizing.encode_spans([text])
   assert ids == normalizing.encode("fine Answer")
@@ -132,8 +132,8 @@ def test_a_model_that_changes_the_text(normalizing):
 
 
 @pytest.mark.parametrize("name", ["prefixed", "trained"])
-def test_counted_spans_are_the_librarys(name, request):
-  """The spans that are counted from the pieces, against the library's alignment."""
+def test_counted_spans_equal_the_librarys_spans(name, request):
+  """The spans that are computed from the lengths of pieces, against the library's alignment."""
   tokenizer = named(name, request)
   for text in TEXTS:
     ids = tokenizer.encode(text)
@@ -146,7 +146,7 @@ def test_counted_spans_are_the_librarys(name, request):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_spans_cover_the_text(name, request):
-  """The ids are those of `encode`; the spans ascend, none is empty, and together they have every byte once or more."""
+  """The ids equal those of `encode`; the spans ascend, are not empty, and cover every byte."""
   tokenizer = named(name, request)
   texts = ["AnsAnswer", "wer", ""] if name == "answer" else TEXTS
   for text, (ids, spans) in zip(texts, tokenizer.encode_spans(texts), strict=True):
@@ -159,13 +159,13 @@ def test_spans_cover_the_text(name, request):
 
 @pytest.mark.parametrize("name", ["byte_level", "trained", "bytes"])
 def test_borders_against_the_bytes_of_the_tokens(name, request):
-  """The reference counts bytes: the first token with which the text is longer than the context."""
+  """The reference counts bytes: it finds the first token at which the text is longer than the context."""
   tokenizer = named(name, request)
   names = {} if name != "byte_level" else {i: entry for entry, i in tokenizer.content["model"]["vocab"].items()}
 
   def num_bytes(token):
     if name == "byte_level":
-      return len(names[token])  # its entries spell a byte by a character
+      return len(names[token])  # its entries represent a byte by a character
     piece = tokenizer.piece(token)
     if name == "bytes" or piece.startswith("<0x"):
       return 1
@@ -183,7 +183,7 @@ def test_borders_against_the_bytes_of_the_tokens(name, request):
 
 
 def weights_of(tokenizer, *parts):
-  """The weights of the tokens of a document, and of its end; `parts` are (text, weight)."""
+  """The weights of the tokens of a document, and of its end token; `parts` are (text, weight)."""
   text = "".join(part for part, _ in parts)
   weights = np.concatenate([np.full(len(part.encode()), weight, np.uint8) for part, weight in parts])
   encoded = Encoder(tokenizer, ("weights",)).encode([Document(text, weights=weights)])
@@ -191,18 +191,18 @@ def weights_of(tokenizer, *parts):
   return encoded.annotations["weights"].tolist()
 
 
-def test_an_answer_that_begins_in_the_prompts_last_token_is_learnt(answer, byte_level):
+def test_an_answer_that_begins_in_the_prompts_last_token_has_weight(answer, byte_level):
   assert weights_of(answer, ("Ans", 0), ("wer", 1)) == [1, 1]
   assert weights_of(byte_level, ("日:", 0), (" A", 1)) == [0, 0, 1, 1]
-  # A token with an answer's end and the next prompt's beginning is learnt too: else the answer would be lost.
+  # A token with an answer's end and the next prompt's beginning also has weight 1; otherwise the answer would be lost.
   assert weights_of(byte_level, (":", 0), (" A", 1), ("é", 0), (" ", 0)) == [1, 0, 0, 0]
   assert weights_of(byte_level, ("é", 1), (" é", 0)) == [1, 1, 0, 0, 0]
-  # All bytes of a character that several tokens encode.
+  # All bytes of a character of several tokens have weight 1.
   assert weights_of(byte_level, ("日", 0), ("日", 1), ("日", 0)) == [0, 0, 1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_weights_begin_where_a_continuation_does(name, request):
+def test_weights_begin_at_the_continuation(name, request):
   tokenizer = named(name, request)
   for text in ["AnsAnswer", "wer"] if name == "answer" else filter(None, TEXTS):
     for border in range(len(text)):

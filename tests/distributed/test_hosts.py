@@ -1,4 +1,4 @@
-"""Several processes that train as one, on the loopback: what they compute, what they refuse, and how they end."""
+"""Training with several processes on the loopback interface: results, invalid input, and how the processes end."""
 
 import json
 import pathlib
@@ -46,7 +46,7 @@ class FakeClient:
 
 
 def on_threads(count, body):
-  """What each host's `body(channel)` returns or raises."""
+  """The result or the exception of `body(channel)` for each host."""
   client, results = FakeClient(), [None] * count
 
   def run(index):
@@ -65,9 +65,9 @@ def on_threads(count, body):
 
 def test_texts_reach_every_host():
   def body(channel):
-    told = [channel.gather({"host": channel.index}), channel.broadcast(10 + channel.index)]
+    received = [channel.gather({"host": channel.index}), channel.broadcast(10 + channel.index)]
     channel.barrier()
-    return [*told, channel.gather(channel.index)]
+    return [*received, channel.gather(channel.index)]
 
   everybody = [[{"host": 0}, {"host": 1}, {"host": 2}], 10, [0, 1, 2]]
   assert on_threads(3, body) == [everybody] * 3
@@ -77,18 +77,21 @@ def test_texts_reach_every_host():
   assert not ALONE.stops(False)
 
 
-def test_what_differs_is_named_on_all_hosts():
+def test_differences_are_reported_on_all_hosts():
   def body(channel):
     steps = 5 if channel.index == 2 else 6
     agree(channel, {"config": {"train": {"steps": steps, "seed": 0}}, "jax": "1"})
 
   errors = on_threads(3, body)
-  expected = "hosts: config.train.steps is 6 on host 0, but 5 on host 2; start all hosts with the same"
+  expected = (
+    "hosts: config.train.steps is 6 on host 0, but 5 on host 2; start all hosts with the same code, flags and"
+    " environment"
+  )
   assert [str(error) for error in errors] == [expected] * 3
   assert on_threads(3, lambda channel: agree(channel, {"a": [1, None]})) == [None] * 3
 
 
-def test_a_host_that_says_nothing_is_named():
+def test_a_host_that_sends_nothing_is_reported():
   def body(channel):
     if channel.index != 1:
       agree(channel, {}, seconds=0.2)
@@ -96,12 +99,12 @@ def test_a_host_that_says_nothing_is_named():
   first, second, third = on_threads(3, body)
   assert second is None
   for error in (first, third):
-    assert isinstance(error, HostLostError)  # it may have come by the next start
-    assert str(error) == "hosts: 1 of 3 haven't said what they run within 0 seconds; see their logs"
+    assert isinstance(error, HostLostError)  # the folder may be shared at the next start
+    assert str(error) == "hosts: 1 of 3 haven't sent their settings within 0 seconds; see their logs"
 
 
-def test_folders_that_are_not_one(tmp_path):
-  """Disks of their own under the same path, as it would be on two machines."""
+def test_folders_that_are_not_shared(tmp_path):
+  """Separate folders with the same path, like on two machines."""
   folders = [tmp_path / name for name in "abc"]
   for folder in folders:
     folder.mkdir()
@@ -114,31 +117,34 @@ def test_folders_that_are_not_one(tmp_path):
 @pytest.mark.parametrize(
   ("meeting", "message"),
   [
-    (dict(coordinator="somewhere"), "--coordinator: 'somewhere' is none of HOST:PORT"),
+    (dict(coordinator="somewhere"), "--coordinator: 'somewhere' is invalid; give HOST:PORT"),
     (dict(coordinator="a:b"), "--coordinator: 'a:b'"),
     (dict(coordinator="a:99999"), "--coordinator: 'a:99999'"),
     (dict(coordinator="a:1"), "--num_processes: not given"),
     (dict(coordinator="a:1", num_processes=0), "--num_processes: 0"),
-    (dict(coordinator="a:1", num_processes=2), "--process_id: not given; give each process a number .* from 0 to 1"),
+    (
+      dict(coordinator="a:1", num_processes=2),
+      "--process_id: not given; give each process a different number from 0 to 1",
+    ),
     (dict(coordinator="a:1", num_processes=2, process_id=2), "--process_id: 2"),
-    (dict(num_processes=2), "--num_processes: 2 goes with --coordinator=HOST:PORT"),
-    (dict(coordinator="none", process_id=1), "--process_id: 1 goes with --coordinator=HOST:PORT"),
+    (dict(num_processes=2), "--num_processes: 2 requires --coordinator=HOST:PORT"),
+    (dict(coordinator="none", process_id=1), "--process_id: 1 requires --coordinator=HOST:PORT"),
     (dict(heartbeat=0), "--heartbeat: 0"),
     (dict(join_timeout=-5), "--join_timeout: -5"),
   ],
 )
-def test_flags_that_do_not_fit(meeting, message):
+def test_incompatible_flags(meeting, message):
   with pytest.raises(InputError, match=message):
     Meeting(**meeting).check()
 
 
-def test_a_digest_tells_checkouts_apart():
+def test_a_digest_distinguishes_checkouts():
   assert len(code_version()) == 16
   assert code_version() == code_version()
 
 
-def test_every_row_of_a_batch_is_some_hosts_own():
-  """Two hosts of four devices each, told by their numbers: on one axis, and across both."""
+def test_every_row_of_a_batch_is_owned_by_one_host():
+  """Two hosts of four devices each, distinguished by their numbers: on one axis, and across both axes."""
 
   class Device:
     def __init__(self, device):
@@ -147,7 +153,7 @@ def test_every_row_of_a_batch_is_some_hosts_own():
   devices = np.array([Device(device) for device in jax.devices()])
 
   class Spread:
-    """A batch's sharding over such devices, as one host sees it."""
+    """The sharding of a batch over such devices, from the view of one host."""
 
     def __init__(self, host, shape):
       real = batch_sharding(Mesh(np.array(jax.devices()).reshape(shape), AXES))
@@ -162,7 +168,7 @@ def test_every_row_of_a_batch_is_some_hosts_own():
   for shape, first, second in (
     ((8, 1, 1), range(8), range(8, 16)),
     ((2, 2, 2), range(8), range(8, 16)),
-    ((1, 1, 8), range(16), range(16)),  # tensor parallelism over both: each reads everything
+    ((1, 1, 8), range(16), range(16)),  # tensor parallelism over both hosts: each host reads all rows
   ):
     rows = [host_rows(Spread(host, shape), 16).tolist() for host in (0, 1)]
     assert rows == [list(first), list(second)]
@@ -170,7 +176,7 @@ def test_every_row_of_a_batch_is_some_hosts_own():
     assert sorted(own[0] + own[1]) == list(range(16))
 
 
-# What follows starts processes.
+# The following tests start processes.
 
 
 def free_port():
@@ -180,7 +186,7 @@ def free_port():
 
 
 def start(program, count, *flags, devices=2, own=None, join=60, only=None):
-  """The processes of a cluster; `own`: flags of each host alone; `only`: the hosts that are started."""
+  """The processes of a cluster; `own`: flags of each host; `only`: the hosts that are started."""
   port = free_port()
   count_flag = f" --xla_force_host_platform_device_count={devices}"
   env = {"XLA_FLAGS": cli.environment()["XLA_FLAGS"] + count_flag, "NPROC": "32"}
@@ -194,11 +200,11 @@ def start(program, count, *flags, devices=2, own=None, join=60, only=None):
 
 
 def ended(processes, expect):
-  """(the JSON object of host 0, the errors of each) of processes that end with `expect`."""
+  """(the JSON object of host 0, the errors of each host) of processes that end with exit code `expect`."""
   results = [process.wait(120) for process in processes]
   codes = [code for code, _, _ in results]
   assert codes == [expect] * len(processes), "\n".join(err[-3000:] for _, _, err in results)
-  # Gloo, which connects CPUs, has words of its own; of ours host 0 alone speaks.
+  # Gloo, which connects CPUs, writes lines of its own; of this package, only host 0 logs.
   spoken = [[line for line in out.splitlines() if line.startswith("{")] for _, out, _ in results]
   assert not any(spoken[1:])
   return json.loads(spoken[0][-1]) if spoken[0] else None, [err for _, _, err in results]
@@ -233,14 +239,14 @@ def assert_close(found, expected):
   for row, other in zip(found, expected):
     assert row.keys() == other.keys()
     for name, value in row.items():
-      if name != "calibration" and isinstance(value, float | list):  # ranks jump where values are close
+      if name != "calibration" and isinstance(value, float | list):  # ranks change where values are close
         np.testing.assert_allclose(value, other[name], rtol=1e-5, atol=1e-6, err_msg=name)
       elif name != "calibration":
         assert value == other[name], name
 
 
-def test_two_hosts_are_one(alone, together, flags):
-  """The validation split's last batch is uneven, too."""
+def test_two_hosts_equal_one(alone, together, flags):
+  """The last batch of the validation split is also uneven."""
   assert_close(rows(together[0]), rows(alone[0]))
   assert_close([together[1]], [alone[1]])
   evaluation = [f"--workdir={together[0]}", "--split=test", "--batch_size=6"]
@@ -263,8 +269,8 @@ def stepped(workdir, step):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_any_number_of_hosts(alone, flags, tmp_path):
-  """Asked to stop on one host, all stop at the same step; and another number of them, and pmap, continue."""
+def test_a_run_continues_with_any_number_of_hosts(alone, flags, tmp_path):
+  """A stop request on one host stops all at the same step; another number of hosts, and pmap, continue the run."""
   slow = [*flags, f"--workdir={tmp_path}"]
   over = "--config.parallelism"
   for count, devices, more in ((2, 2, (f"{over}.strategy=pmap",)), (4, 1, (f"{over}.fsdp=2", f"{over}.tensor=2"))):
@@ -273,15 +279,15 @@ def test_a_run_goes_on_with_any_number_of_hosts(alone, flags, tmp_path):
     until(lambda before=before: (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > before)
     processes[-1].kill(signal.SIGTERM)
     _, errors = ended(processes, 75)
-    assert "another host was asked to stop: saved at step" in errors[0]
+    assert "a stop was requested on another host: saved at step" in errors[0]
   ended(start("train", 1, *slow, devices=4), 0)
   assert_close(rows(tmp_path), rows(alone[0]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "moment"), [(1, "step"), (0, "save")])
-def test_a_killed_host_ends_all_and_the_run_goes_on(together, flags, tmp_path, victim, moment):
-  """Bit for bit what it would have been."""
+def test_a_killed_host_ends_all_and_the_run_continues(together, flags, tmp_path, victim, moment):
+  """The continued run is bitwise equal to an undisturbed one."""
   flags = [*flags, f"--workdir={tmp_path}"]
   processes = start("train", 2, *flags)
   unfinished = tmp_path / "checkpoints" / "unfinished"
@@ -301,7 +307,7 @@ def test_a_killed_host_ends_all_and_the_run_goes_on(together, flags, tmp_path, v
 
 
 def last_words(process):
-  """The last line of a process that has ended; where it was aborted, another one writes that, right behind it."""
+  """The last line of a process that has ended; if it was aborted, another process writes it shortly afterwards."""
   until(lambda: process.texts()[1].strip().splitlines()[-1].startswith("error: "), seconds=20)
   return process.texts()[1].strip().splitlines()[-1]
 
@@ -314,12 +320,15 @@ def arrays(workdir):
 
 
 @pytest.mark.slow
-def test_what_does_not_go_together_is_refused(flags, tmp_path):
-  """Another config on one host, other folders, one host alone: a line that says so on all, and nothing is written."""
+def test_inconsistent_hosts_are_rejected(flags, tmp_path):
+  """A different config, different folders, a missing host: all hosts report it in one line, and nothing is written."""
   workdir = f"--workdir={tmp_path / 'run'}"
   other = start("train", 2, *flags, workdir, own=[(), ("--config.train.seed=1",)])
   _, errors = ended(other, 2)
-  expected = "hosts: config.train.seed is 0 on host 0, but 1 on host 1; start all hosts with the same"
+  expected = (
+    "hosts: config.train.seed is 0 on host 0, but 1 on host 1; start all hosts with the same code, flags and"
+    " environment"
+  )
   assert all(expected in err for err in errors)
   assert not (tmp_path / "run").exists()
 
@@ -335,4 +344,4 @@ def test_what_does_not_go_together_is_refused(flags, tmp_path):
   code, _, _ = lonely.wait(60)
   assert code not in (0, 75)
   assert time.monotonic() - clock < 40
-  assert "haven't met at localhost:" in last_words(lonely)
+  assert "haven't connected to localhost:" in last_words(lonely)

@@ -196,7 +196,7 @@ def test_text_of_methods_that_go_by_a_rule(options, mode, read, width):
 
 
 def test_a_seed_out_of_range_is_refused_at_once(adapter):
-  with pytest.raises(InputError, match=r"seed: 4294967296 must lie in"):
+  with pytest.raises(InputError, match=r"seed: 4294967296 must be in"):
     adapter(seed=2**32)
 
 
@@ -627,8 +627,8 @@ def test_hidden_labels_online(target, right):
       r"line 3: 'a\\ud800' in 'question' has a lone surrogate",
     ),
     (b'{"doc_id": 1}', "line 3: KeyError"),
-    (b"no json", "line 3: no JSON: Expecting value at character 0"),
-    (b'"\xff"', "line 3: no UTF-8 at byte 1"),
+    (b"no json", "line 3: invalid JSON: Expecting value at character 0"),
+    (b'"\xff"', "line 3: not UTF-8 at byte 1"),
   ],
 )
 def test_lines_that_are_no_document(tmp_path, broken, message):
@@ -677,7 +677,7 @@ def test_bad_tasks(data, names, message):
 def test_the_model_is_checked_before_the_documents_of_a_task_are_fetched(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
   assert "MambaForCausalLM" in cli.complaint("evaluate", f"--init_from={tmp_path}", "--tasks=piqa")
-  assert "holds no run" in cli.complaint("evaluate", f"--workdir={tmp_path / 'nothing'}", "--tasks=piqa")
+  assert "contains no run" in cli.complaint("evaluate", f"--workdir={tmp_path / 'nothing'}", "--tasks=piqa")
 
 
 def test_bad_task_data(tmp_path, data, monkeypatch):
@@ -733,8 +733,8 @@ def test_the_program(workdir, data):
     (["--tasks=piqq"], "--tasks: 'piqq' is unknown"),
     (["--tasks="], "--tasks: none given"),
     (["--tasks=piqa", "--task_data=/nowhere"], "--task_data: /nowhere is not there"),
-    (["--tasks=piqa", "--omega=1:1:1"], "--omega: '1:1:1' is of a split"),
-    (["--task_data=/x"], "--task_data: '/x' is of downstream tasks"),
+    (["--tasks=piqa", "--omega=1:1:1"], "--omega: '1:1:1' applies to a split"),
+    (["--task_data=/x"], "--task_data: '/x' applies to downstream tasks"),
   ],
 )
 def test_bad_flags(workdir, options, message):

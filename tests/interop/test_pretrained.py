@@ -235,20 +235,20 @@ def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
   [
     ("evaluate", ["--init_from={folders}/hf"], "--config: not given"),
     ("evaluate", ["--workdir={folders}/plain", "--init_from={folders}/hf", "--config={root}/experiments/reviews.py"],
-     "--workdir: both are given"),
-    ("generate", ["--prompt=a"], "--workdir: not given; name the run's folder, or --init_from"),
+     "--workdir: --init_from is also given"),
+    ("generate", ["--prompt=a"], "--workdir: not given; give the run's folder as --workdir"),
     ("generate", ["--prompt=a", "--init_from={folders}/none"], "none: no such folder or file"),
     ("generate", ["--prompt=a", "--init_from={folders}/hf", "--checkpoint=best"], "is no run, and has no checkpoints"),
-    ("generate", ["--prompt=a", "--workdir={folders}/plain", "--tokenizer=bytes"], "--tokenizer: 'bytes' goes with"),
+    ("generate", ["--prompt=a", "--workdir={folders}/plain", "--tokenizer=bytes"], "--tokenizer: 'bytes' requires"),
     ("train", ["--config={root}/experiments/smollm2_reviews.py", "--workdir={tmp}/x"], "init_from: not given, and"),
     ("convert", ["--output={tmp}/x"], "--from, --to: give one of them"),
-    ("convert", ["--from=torch", "--output={tmp}/x"], "--from: 'torch' is none of hf, gguf, llama2c"),
+    ("convert", ["--from=torch", "--output={tmp}/x"], "--from: 'torch' is unknown; give one of hf, gguf, llama2c"),
     ("convert", ["--from=gguf", "--input={folders}/hf", "--output={tmp}/x"], "is of kind 'huggingface'"),
-    ("convert", ["--from=hf", "--input={folders}/hf", "--output={folders}/hf"], "is there already; take another"),
+    ("convert", ["--from=hf", "--input={folders}/hf", "--output={folders}/hf"], "already exists; give another"),
     ("convert", ["--from=hf", "--input={folders}/hf", "--output={tmp}/x", "--checkpoint=3"], "--checkpoint: '3'"),
-    ("convert", ["--to=hf", "--workdir={folders}/hf", "--output={tmp}/x"], "hf holds no run"),
+    ("convert", ["--to=hf", "--workdir={folders}/hf", "--output={tmp}/x"], "hf contains a Hugging Face model"),
     ("convert", ["--to=hf", "--workdir={folders}/plain", "--output={tmp}/x", "--dtype=int8"], "--dtype: 'int8'"),
-    ("convert", ["--to=hf", "--workdir={folders}/plain", "--input=/y", "--output={tmp}/x"], "--input: '/y' has no use"),
+    ("convert", ["--to=hf", "--workdir={folders}/plain", "--input=/y", "--output={tmp}/x"], "has no effect"),
   ],
 )  # fmt: skip
 def test_bad_flags(program, flags, words, folders, tmp_path):
@@ -262,11 +262,11 @@ def test_bad_starts(folders):
   with pytest.raises(InputError, match=r"init_from: not given, and decoder.preset = '' is the decoder of that"):
     resolve(config)
   config.decoder.d_model = 16
-  with pytest.raises(InputError, match=r"decoder.vocab_size: not set; .* leave the decoder to that of init_from"):
+  with pytest.raises(InputError, match=r"decoder.vocab_size: not set; .* set init_from to use its decoder"):
     resolve(config)
   config = tiny_config(pauses=1)
   config.data.tokenizer = ""
-  with pytest.raises(InputError, match=r"data.tokenizer: '' is the tokenizer of init_from, which isn't given"):
+  with pytest.raises(InputError, match=r"data.tokenizer: '' means the tokenizer of init_from, which isn't set"):
     training.train(configs.freeze(config), folders / "no")
   config = started(folders / "hf", pauses=1)
   config.decoder.norm_epsilon = 1e-3

@@ -108,8 +108,8 @@ def test_another_methods_option_is_refused(name):
       configs.freeze(config)
     having = ", ".join(other for other in METHODS if option in option_names(other))
     assert str(refused.value) == (
-      f"config.method.{option}: unknown field; method {name!r} has no such option; it has {', '.join(own) or 'none'}"
-      f" ({having} have it)"
+      f"config.method.{option}: unknown field; method {name!r} has no such option; it accepts"
+      f" {', '.join(own) or 'none'} (methods with this option: {having})"
     )
 
 
@@ -167,6 +167,6 @@ def test_what_is_no_plain_decoder_is_not_exported(monkeypatch, tmp_path):
   run = types.SimpleNamespace(method=tiny("looped"))
   monkeypatch.setattr("cyb_jax.runs.load", lambda *_: run)
   monkeypatch.setattr("cyb_jax.cli.flag_values.checkpoint_flag", lambda: None)
-  with pytest.raises(InputError, match=r"--workdir: somewhere is of method 'looped', which is no plain decoder"):
+  with pytest.raises(InputError, match=r"--workdir: the method of somewhere is 'looped', which is not a plain decoder"):
     convert._export("somewhere", tmp_path / "out")
   assert not (tmp_path / "out").exists()

@@ -239,7 +239,7 @@ def test_flops_count_what_is_read():
     ({"name": "cyb", "pauses": 1, "omega": (1.0,)}, r"method.omega: shape \(1,\), but there are 2 slots"),
     ({"name": "cyb", "pauses": 1, "omega": (1.0, -1.0)}, r"method.omega: 1:-1 must be finite and not negative"),
     ({"name": "cyb", "pauses": 1, "omega": (0.0, 0.0)}, r"method.omega: 0:0 is all zero"),
-    ({"name": "cyb", "pauses": 1, "gamma": (1.0, 2.0)}, r"method.gamma: .* must lie in \[0, 1\]"),
+    ({"name": "cyb", "pauses": 1, "gamma": (1.0, 2.0)}, r"method.gamma: .* must be in \[0, 1\]"),
     ({"name": "cyb", "pauses": 1, "alpha": 0.1}, r"method.alpha: 0.1 is set, but method.loss = 'ap'"),
     ({"name": "cyb", "pauses": 1, "loss": "va"}, r"method.rho: not set, but method.loss = 'va' needs 2"),
     ({"name": "cyb", "pauses": 1, "loss": "va", "rho": (1.0, 0.0)}, r"method.rho: 1:0 must be positive"),

@@ -25,7 +25,7 @@ from cyb_jax.generation import Sampler, SamplingOptions, Scorer
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh
-from cyb_jax.pauses import lengths_at_random, lengths_behind_prefixes, pack
+from cyb_jax.pauses import lengths_after_prefixes, lengths_at_random, pack
 from cyb_jax.studies import settings
 from cyb_jax.training.metrics import read_metrics
 
@@ -115,7 +115,7 @@ def test_places_are_drawn_alike():
 
 def test_prefixes_by_hand():
   def lengths(weights, most=9):
-    found = lengths_behind_prefixes(jnp.array([weights], jnp.float32), 3, most)
+    found = lengths_after_prefixes(jnp.array([weights], jnp.float32), 3, most)
     return [x.tolist()[0] for x in found]
 
   # Targets of weight begin twice; the first row's begin before it.

@@ -678,4 +678,4 @@ def test_through_the_programs(workdir):
   assert result["slots"] == 3 + sum(result["pauses"][0])
   _, err = refused.communicate(timeout=300)
   assert refused.returncode == 2
-  assert f"--context: 'self_paced', but method {workdir.name!r} has no pauses that it could go without" in err
+  assert f"--context: 'self_paced', but method {workdir.name!r} has no pauses that it can omit" in err

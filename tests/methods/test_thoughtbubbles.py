@@ -544,4 +544,4 @@ def test_programs(tmp_path):
   config.train.update(steps=1)
   assert training.train(configs.freeze(config), tmp_path / "copies")["autoregressive"] is None
   refused = cli.complaint("evaluate", f"--workdir={tmp_path}/copies", "--autoregressive_windows=3")
-  assert refused == "--autoregressive_windows: 3, but method 'copy_k' is causal; leave it out"
+  assert refused == "--autoregressive_windows: 3, but method 'copy_k' is causal; omit it"

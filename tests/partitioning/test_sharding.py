@@ -1,5 +1,5 @@
-"""Every mesh against one device: losses, metrics, gradients, parameters; what lies where, and what is sent; checkpoints
-that move between meshes, to pmap and back.
+"""Every mesh against one device: losses, metrics, gradients, parameters; shardings and communication; checkpoints that
+are moved between meshes, to pmap and back.
 """
 
 import functools
@@ -31,7 +31,7 @@ def slow(*values):
   return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-# data, fsdp, tensor. Two kv heads divide over two devices alone, four heads over four.
+# data, fsdp, tensor. Two kv heads can only be split over two devices, and four heads over four.
 MESHES = {
   "2-2-2": (2, 2, 2),
   "8-1-1": (8, 1, 1),
@@ -44,7 +44,7 @@ MESHES = {
 
 
 def build(method=None, **parts):
-  """A frozen config. Adam's first moments are the gradients, and no parameter moves by the sign of a small one."""
+  """A frozen config whose first moments equal the gradients, and whose updates are continuous in small gradients."""
   method = method or {}
   if "pauses" in option_names(method.get("name", "cyb")):
     method = {"pauses": 2} | method
@@ -57,7 +57,7 @@ def build(method=None, **parts):
   return configs.freeze(config)
 
 
-# Each stands for several: what goes by different ways may be looked at in one step.
+# Each variant combines several features whose computations are independent.
 VARIANTS = {
   "ap": build(),
   "dp, hidden pauses, untied, odd vocabulary, capped": build(
@@ -83,7 +83,7 @@ VARIANTS = {
 
 
 def over(config, name):
-  """The config over a mesh by its name, or by pmap."""
+  """The config for a mesh, given by name, or for pmap."""
   if name == "pmap":
     return with_part(config, "parallelism", strategy="pmap")
   data, fsdp, tensor = MESHES.get(name, (1, 1, 1))
@@ -104,7 +104,7 @@ def take(strategy, state, steps):
   return state
 
 
-# Adapters have all their gradients from the second step on.
+# All gradients of adapters are nonzero from the second step on.
 _STEPS = (5, 6)
 
 
@@ -115,7 +115,7 @@ def one_device(variant):
 
 
 def assert_same(state, whole):
-  """To 1e-5 of the largest number of each array."""
+  """Relative to the largest value of each array, with tolerance 1e-5."""
 
   def same(a, b):
     a, b = np.asarray(a), np.asarray(b)
@@ -139,7 +139,7 @@ def check(variant, mesh):
 
 
 @pytest.mark.parametrize("mesh", ["2-2-2", "pmap", *slow("1-2-4", "8-1-1", "1-8-1", "4-2-1", "4-1-2", "1-1-8")])
-def test_every_mesh_takes_the_step_of_one_device(mesh):
+def test_the_step_on_every_mesh_equals_one_device(mesh):
   check("ap", mesh)
 
 
@@ -148,20 +148,20 @@ _QUICK = list(VARIANTS)[1:4]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_takes_the_step_of_one_device(variant):
+def test_the_step_of_every_variant_equals_one_device(variant):
   check(variant, "2-2-2")
 
 
 @pytest.mark.parametrize("mesh", slow("1-1-8", "1-8-1", "pmap"))
 @pytest.mark.parametrize("variant", _QUICK)
-def test_every_variant_on_the_longest_meshes_and_by_pmap(variant, mesh):
+def test_every_variant_on_the_largest_meshes_and_with_pmap(variant, mesh):
   check(variant, mesh)
 
 
 def test_bytes_on_each_device():
-  """By hand: over which axes each array is split."""
+  """By hand: the axes over which each array is split."""
   config = VARIANTS["dp, hidden pauses, untied, odd vocabulary, capped"]
-  # V = 29 divides over nothing; D = 16, N = 4, G = 2, H = 8, F = 32.
+  # V = 29 is not divisible; D = 16, N = 4, G = 2, H = 8, F = 32.
   for name, (_, fsdp, tensor) in MESHES.items():
     abstract = strategy_of(over(config, name)).abstract()
     heads, kv_heads = (n // tensor if n % tensor == 0 else n for n in (4, 2))
@@ -172,12 +172,12 @@ def test_bytes_on_each_device():
     assert bytes_per_device(abstract.params) == 4 * (tables + layer + 16 + own), name
     moments = [optax.tree.get(abstract.opt_state, x) for x in ("mu", "nu")]
     assert bytes_per_device(moments) == 2 * bytes_per_device(abstract.params)
-  # Where rows are filled up, to 128 here, they divide.
+  # With padded rows, here 128, the vocabulary is divisible.
   abstract = strategy_of(over(VARIANTS["ap"], "2-2-2")).abstract()
   assert abstract.params["decoder"]["embedding"].sharding.spec == P("tensor", "fsdp")
 
 
-def test_the_state_is_where_it_is_said_to_be():
+def test_the_state_has_its_declared_shardings():
   strategy = strategy_of(over(VARIANTS["ap"], "2-2-2"))
   state = strategy.init()
   for part in ("params", "opt_state"):
@@ -190,7 +190,7 @@ def test_the_state_is_where_it_is_said_to_be():
 
 
 def collectives(text):
-  """(computation, bytes of its largest array, line) of everything that a program sends."""
+  """(computation, bytes of its largest array, line) of every communication of a program."""
   sent, computation = [], ""
   for line in text.splitlines():
     if line and not line[0].isspace():
@@ -203,7 +203,7 @@ def collectives(text):
   return sent
 
 
-def test_a_step_sends_nothing_in_the_loop_over_chunks_and_never_logits():
+def test_the_loop_over_chunks_does_not_communicate_and_logits_are_never_sent():
   vocabulary, rows = 2000, 2048
   config = with_part(over(VARIANTS["ap"], "2-2-2"), "parallelism", chunk_size=64)
   mesh = make_mesh(config.parallelism)
@@ -212,17 +212,17 @@ def test_a_step_sends_nothing_in_the_loop_over_chunks_and_never_logits():
   batch = random_batch(0, 16, 64)
   program = strategy.compile_abstract({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()})
   text = program.as_text()
-  # 4 x 64 x 3 slots of a device are twelve chunks, forwards and backwards.
+  # 4 x 64 x 3 slots of a device are twelve chunks, in the forward and the backward pass.
   assert len(re.findall(r'known_trip_count":\{"n":"12"', text)) == 2
   sent = collectives(text)
-  # Scalars, weights and hidden states: the loops' bodies are computations of their own.
+  # Scalars, weights and hidden states: the bodies of loops are separate computations.
   assert {computation for computation, *_ in sent} == {"ENTRY"}
   chunk = 64 * rows // 2 * 4
   table = rows // 2 * 16 * 4
   hidden = 4 * 64 * 3 * 16 * 4
   assert hidden < table < chunk
   largest = [line for _, size, line in sent if size > hidden]
-  # The table's width is gathered once, and nothing else is as large.
+  # The width of the table is gathered once, and no other communication is as large.
   assert len(largest) == 1
   assert "all-gather" in largest[0]
   assert f"f32[{rows // 2},16]" in largest[0]
@@ -243,7 +243,7 @@ def laid(mesh, *shapes):
 @pytest.mark.parametrize("dont_know", ["row", 3])
 @pytest.mark.slow
 def test_readout(mesh, dont_know, exact):
-  """With filled-up rows, and parts of the vocabulary without a word; values and all gradients."""
+  """With padded rows, and with parts of the vocabulary without tokens; values and all gradients."""
   mesh = make_mesh(ParallelismConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]))
   hidden, unembedding, targets, row = problem()
   targets[0, 0] = -100  # ignored
@@ -269,8 +269,8 @@ def test_readout(mesh, dont_know, exact):
   assert_trees_close(spread, whole, rtol=1e-5, atol=2e-5)
 
 
-def test_scores_of_all_words(exact):
-  """No table moves: of each part of the words only the sums."""
+def test_scores_of_all_tokens(exact):
+  """The table is not moved: only sums over parts of the vocabulary are communicated."""
   mesh = make_mesh(ParallelismConfig(data=2, fsdp=1, tensor=4))
   hidden, unembedding, _, row = problem(vocabulary=4096)
   score = jax.jit(lambda h, u, r: readout.token_scores(h, u, r, vocab_size=4093, prior=0.9))
@@ -282,10 +282,10 @@ def test_scores_of_all_words(exact):
   assert whole.log_probs.shape == (8, 4093)
   assert_trees_close(spread, whole, rtol=1e-5, atol=1e-5)
   sent = [size for _, size, _ in collectives(best.as_text())]
-  assert max(sent) <= 8 * 16 * 4  # hidden states, of which the words' logits are 64 times as many
+  assert max(sent) <= 8 * 16 * 4  # hidden states; their logits are 64 times as large
 
 
-def test_ids_that_are_none_give_nan_over_a_mesh():
+def test_invalid_ids_give_nan_on_a_mesh():
   config = VARIANTS["ap"]
   mesh = make_mesh(over(config, "2-2-2").parallelism)
   method = config.build_method(VOCABULARY)
@@ -318,7 +318,7 @@ def test_inside_pmap_and_shard_map_there_is_no_mesh():
   assert [mesh is None for mesh in seen] == [True, False, True, True]
 
 
-def test_where_arrays_lie():
+def test_placement_of_arrays():
   mesh = make_mesh(ParallelismConfig(data=2, fsdp=2, tensor=2))
   names = ("batch", None, "heads", None)
   assert placement.spec((8, 5, 4, 8), names, mesh) == P(("data", "fsdp"), None, "tensor", None)
@@ -332,38 +332,38 @@ def test_where_arrays_lie():
   [
     (
       {"num_kv_heads": 1}, "1-1-8",
-      "parallelism.tensor = 8 doesn't divide decoder.num_heads = 4, decoder.num_kv_heads = 1: on each of these devices"
-      " that is whole",
+      "parallelism.tensor = 8 doesn't divide decoder.num_heads = 4, decoder.num_kv_heads = 1: these axes are replicated"
+      " on the devices",
     ),
     (
       {"num_heads": 2, "num_kv_heads": 1, "mlp_size": 33, "vocab_size": VOCABULARY}, "1-1-8",
       "parallelism.tensor = 8 doesn't divide decoder.num_heads = 2, decoder.num_kv_heads = 1, decoder.mlp_size = 33,"
-      " decoder.vocab_size = 29: on each of these devices that is whole; they all do the same work",
+      " decoder.vocab_size = 29: these axes are replicated on the devices, and they repeat the same computation",
     ),
-    ({"d_model": 20}, "1-8-1", "parallelism.fsdp = 8 doesn't divide decoder.d_model = 20: on each of these devices"),
+    ({"d_model": 20}, "1-8-1", "parallelism.fsdp = 8 doesn't divide decoder.d_model = 20: these axes are replicated"),
     ({}, "2-2-2", None),
   ],
 )  # fmt: skip
-def test_what_stays_whole_is_told(fields, mesh, message, caplog):
+def test_replicated_axes_cause_a_warning(fields, mesh, message, caplog):
   strategy_of(over(build(decoder=fields), mesh))
-  told = [record.getMessage() for record in caplog.records if "doesn't divide" in record.getMessage()]
-  assert len(told) == bool(message)
-  assert all(text.startswith(message) for text in told)
+  messages = [record.getMessage() for record in caplog.records if "doesn't divide" in record.getMessage()]
+  assert len(messages) == bool(message)
+  assert all(text.startswith(message) for text in messages)
 
 
 def test_meshes():
   assert make_mesh(ParallelismConfig(fsdp=2)).shape == {"data": 4, "fsdp": 2, "tensor": 1}
-  with pytest.raises(InputError, match="data = 3, fsdp = 1, tensor = 1 don't make up 8 devices"):
+  with pytest.raises(InputError, match="data = 3, fsdp = 1, tensor = 1; give sizes with data x fsdp x tensor = 8"):
     make_mesh(ParallelismConfig(data=3))
   with pytest.raises(InputError, match="fsdp = 3"):
     make_mesh(ParallelismConfig(fsdp=3))
-  with pytest.raises(InputError, match=r"data.batch_size: 12 windows don't divide over 8 devices; try 8 or 16"):
+  with pytest.raises(InputError, match=r"data.batch_size: 12 is not divisible by 8 devices; give 8 or 16"):
     check_batch(12, 8)
 
 
 @pytest.mark.parametrize("meshes", slow(("2-2-2", "pmap", "1-2-4"), ("1-8-1", "one", "8-1-1", "1-1-8")))
-def test_checkpoints_move(meshes, tmp_path):
-  """From mesh to mesh, to pmap and back, two steps on each: the arrays are the same bits, and training goes on."""
+def test_checkpoints_move_between_meshes(meshes, tmp_path):
+  """From mesh to mesh, to pmap and back, with two steps on each: arrays are bitwise equal, and training continues."""
   checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9)
   config, state = VARIANTS["ap"], None
   for number, mesh in enumerate(meshes):
@@ -389,7 +389,7 @@ def test_checkpoints_move(meshes, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_of_sharded_parameters(exact):
-  """In place, on the mesh where they trained; and as they are on one device."""
+  """On the mesh of training, and on one device."""
   config = VARIANTS["ap"]
   strategy = strategy_of(over(config, "2-2-2"))
   params = strategy.init().params

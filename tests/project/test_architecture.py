@@ -1,12 +1,13 @@
-"""The architecture as a test: which package may import which, what third-party code is imported where, and how large
-modules and functions may be.
+"""The architecture as a test: permitted imports between packages and of third-party code, and sizes of modules and
+functions.
 
-The modules are parsed, never imported, so the check takes a second; `python tests/project/test_architecture.py [ROOT]`
-prints every violation (`make lint` runs it). A unit is a package of `cyb_jax` or a single module at its top.
+The modules are parsed but never imported, so the check takes a second; `python tests/project/test_architecture.py
+[ROOT]` prints every violation (`make lint` runs it). A unit is a package of `cyb_jax` or a top-level module.
 
-An import counts wherever it is executed: at the top of a module, inside a function (a lazy import is an import too), or
-as `importlib.import_module("literal")`. Imports under `if TYPE_CHECKING:` are not executed; they give names to
-annotations only, can form no circle, and are not counted.
+An import counts wherever it is executed: at the top of a module, inside a function (a lazy import is also an import),
+or as `importlib.import_module("literal")`. Imports under `if TYPE_CHECKING:` are not executed; they are used only in
+annotations, cannot form a circle, and are not counted.
+
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from collections.abc import Iterator, Mapping
 PACKAGE = "cyb_jax"
 ROOT = pathlib.Path(__file__).parents[2]
 
-# A module has fewer lines than this, a function at most so many, from its `def` to its end, docstring included.
+# A module has fewer lines than this; a function has at most this many lines, from `def` to its end, with docstring.
 MODULE_LINES = 450
 FUNCTION_LINES = 60
 
-# What each unit may import. Every row names units of earlier rows only, so no circle of units is possible.
+# The units that each unit may import. Every row names only units of earlier rows, so no circle of units is possible.
 CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
@@ -67,21 +68,21 @@ ALLOWED: dict[str, set[str]] = {
 # Names of the package itself that any module may import without depending on it.
 FACTS = {f"{PACKAGE}.__version__"}
 
-# (module, imported module): why an import against the table is right.
+# (module, imported module): the reason for an import that the table does not allow.
 UPWARD = {
   ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the program that is measured; loaded once, then run in forks",
 }
 
-# Third-party packages that one unit alone imports.
+# Third-party packages that only one unit imports.
 OWNERS = {"seqio": "data", "tensorflow": "data", "tensorflow_datasets": "data", "orbax": "checkpointing"}
 
-# (unit, private third-party module): why it must be imported all the same.
+# (unit, private third-party module): the reason for the import.
 PRIVATE = {
   ("distributed", "jax._src.distributed"): "jax offers no public access to the key-value store of its coordinator",
   ("evaluation", "lm_eval.tasks._yaml_loader.load_yaml"): "lm_eval has no public reader of a task's file",
 }
 
-# Modules of MODULE_LINES or more, and functions of more than FUNCTION_LINES, that are right as they are: why.
+# Modules of MODULE_LINES or more, and functions of more than FUNCTION_LINES, that are permitted, with reasons.
 LARGE_MODULES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
   "cyb_jax.readout.slot_scores": "fifteen lines of signature and forty of documentation for 14 public arguments",
@@ -122,7 +123,7 @@ class Package:
     self.imports = [found for name, tree in self.trees.items() for found in _imports(name, tree)]
 
   def resolve(self, name: str) -> str | None:
-    """The module of this package that a dotted name belongs to; None: it is third-party code."""
+    """The module of this package that a dotted name belongs to; None for third-party code."""
     if name.split(".")[0] != PACKAGE:
       return None
     while name not in self.trees and "." in name:
@@ -178,7 +179,7 @@ def _ancestors(module: str) -> list[str]:
 
 
 def unit(module: str) -> str:
-  """The package or top module of `cyb_jax` that a module belongs to."""
+  """The package or top-level module of `cyb_jax` that a module belongs to."""
   return f"{module}.".split(".")[1] or PACKAGE
 
 
@@ -193,12 +194,12 @@ def circles(package: Package) -> list[str]:
 
 
 def _inner(edges: Mapping[str, Mapping[str, int]], component: set[str]) -> list[tuple[str, str, int]]:
-  """The edges inside of a component: (importing module, imported module, line)."""
+  """The edges inside a component: (importing module, imported module, line)."""
   return [(name, to, line) for name in sorted(component) for to, line in edges[name].items() if to in component]
 
 
 def _components(edges: Mapping[str, Mapping[str, int]]) -> list[set[str]]:
-  """Strongly connected components (Kosaraju): depth-first order of the graph, then depth-first of the reversed one."""
+  """Strongly connected components (Kosaraju): depth-first order of the graph, then a search of the reversed graph."""
 
   def reach(start: str, graph: Mapping[str, list[str]], seen: set[str]) -> list[str]:
     seen.add(start)
@@ -226,7 +227,7 @@ def _components(edges: Mapping[str, Mapping[str, int]]) -> list[set[str]]:
 
 
 def directions(package: Package) -> list[str]:
-  """Imports of a unit that `ALLOWED` does not list, and units that it does not know."""
+  """Imports of a unit that `ALLOWED` does not list, and units that `ALLOWED` does not contain."""
   found = [f"{name}: no row of ALLOWED" for name in sorted({unit(module) for module in package.trees} - set(ALLOWED))]
   for each in package.imports:
     source, target = unit(each.module), package.resolve(each.name)
@@ -238,7 +239,7 @@ def directions(package: Package) -> list[str]:
 
 
 def third_party(package: Package) -> list[str]:
-  """Third-party packages that are imported outside of their unit, and private modules of third parties."""
+  """Third-party packages that are imported outside their unit, and private modules of third-party packages."""
   found = []
   for each in package.imports:
     top = each.name.split(".")[0]
@@ -257,7 +258,7 @@ def sizes(
   large_modules: Mapping[str, str] = LARGE_MODULES,
   long_functions: Mapping[str, str] = LONG_FUNCTIONS,
 ) -> list[str]:
-  """Modules and functions that are too large and not excepted, and exceptions that are not needed any more."""
+  """Modules and functions that are too large without an exception, and exceptions that are no longer needed."""
   lines = {name: len(source.splitlines()) for name, source in package.sources.items()}
   lengths = {name: length for module, tree in package.trees.items() for name, length in _functions(module, tree)}
   large = {name: number for name, number in lines.items() if number >= MODULE_LINES}
@@ -271,7 +272,7 @@ def sizes(
 
 
 def _functions(prefix: str, node: ast.AST) -> Iterator[tuple[str, int]]:
-  """(dotted name, number of lines) of every function, also of those inside classes and functions."""
+  """(dotted name, number of lines) of every function, including functions inside classes and functions."""
   for child in ast.iter_child_nodes(node):
     if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
       name = f"{prefix}.{child.name}"
@@ -286,7 +287,7 @@ CHECKS = (circles, directions, third_party, sizes)
 
 
 def main(root: pathlib.Path) -> int:
-  """Writes all violations to standard output; the number of them, at most 1, is the exit code."""
+  """Writes all violations to standard output; the exit code is 1 if there are any."""
   package = Package(root)
   found = [line for check in CHECKS for line in sorted(check(package))]
   sys.stdout.writelines(f"{line}\n" for line in found)
@@ -294,7 +295,7 @@ def main(root: pathlib.Path) -> int:
   return int(bool(found))
 
 
-# The tests of this tree, and of small trees with one violation each.
+# Tests of this repository, and of small trees with one violation each.
 
 
 def test_no_import_circle():
@@ -314,7 +315,7 @@ def test_modules_and_functions_are_small():
 
 
 def test_the_table_goes_downwards():
-  """Every unit imports only units that come before it, `cli` and the package itself being last."""
+  """Every unit imports only units that precede it; `cli` and the package itself are last."""
   above: set[str] = set()
   for name, allowed in ALLOWED.items():
     assert allowed <= above, (name, allowed - above)
@@ -331,7 +332,7 @@ def _tree(folder: pathlib.Path, **modules: str) -> Package:
   return Package(folder)
 
 
-def test_a_circle_is_found_where_it_is_lazy_and_where_a_package_closes_it(tmp_path):
+def test_a_lazy_circle_and_a_circle_through_a_package_are_found(tmp_path):
   lazy = _tree(tmp_path / "1", data__a="from cyb_jax.data import b", data__b="def f():\n  import cyb_jax.data.a")
   assert circles(lazy) == [
     "import circle: cyb_jax.data.a:1 -> cyb_jax.data.b, cyb_jax.data.b:2 -> cyb_jax.data.a",
@@ -358,7 +359,7 @@ def test_upward_imports_and_unknown_units_are_found(tmp_path):
   ]
 
 
-def test_third_parties_in_the_wrong_place_are_found(tmp_path):
+def test_third_party_packages_in_the_wrong_place_are_found(tmp_path):
   package = _tree(
     tmp_path,
     data__a="import seqio\nimport importlib\nimportlib.import_module('orbax.checkpoint')",

@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 
 
 def registered(monkeypatch, block, config):
-  """The method of a block of code, registered as the guide says."""
+  """The method of a code block, registered like in the guide."""
   module = types.ModuleType("method_of_the_guide")
   monkeypatch.setitem(sys.modules, module.__name__, module)
   exec(block, module.__dict__)

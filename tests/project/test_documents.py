@@ -40,7 +40,7 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("path", documents.PAGES, ids=documents.name_of)
-def test_links_lead_somewhere(path):
+def test_links_are_valid(path):
   for target, anchor in documents.links(path):
     found = (path.parent / target).resolve() if target else path
     assert found.exists(), target
@@ -54,7 +54,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def split(words, programs):
-  """(the program's name, its other words), as the table of programs has them."""
+  """(the program's name, its other words), from the table of programs."""
   if words[:2] == ["python", "-m"] and words[2].startswith("cyb_jax.cli."):
     words = [words[2].replace("cyb_jax.cli.", "cyb-"), *words[3:]]
   if words[0] == "cyb-benchmark":
@@ -63,7 +63,7 @@ def split(words, programs):
 
 
 def check(words, programs):
-  """Fails unless a command would be accepted, as far as that needs no files."""
+  """Fails unless a command would be accepted, as far as this can be checked without files."""
   name, rest = split(words, programs)
   assert name in programs, f"there is no program {name}"
   fields, source = [], None
@@ -99,7 +99,7 @@ def test_commands_would_be_accepted(path, programs, monkeypatch):
       assert re.search(rf"^{words[1]}:", (cli.ROOT / "Makefile").read_text(), re.MULTILINE), words
 
 
-def test_commands_that_are_wrong_are_found(programs, monkeypatch):
+def test_invalid_commands_are_found(programs, monkeypatch):
   monkeypatch.chdir(cli.ROOT)
   config = "--config=experiments/reviews.py:ap"
   with pytest.raises(AssertionError, match="there is no program cyb-trian"):
@@ -114,7 +114,7 @@ def test_commands_that_are_wrong_are_found(programs, monkeypatch):
     check(["cyb-train", config, "--config.data.sequence_length=0"], programs)
 
 
-def test_the_reference_names_everything(reference, programs):
+def test_the_reference_is_complete(reference, programs):
   fields = reference.PARTS["fields"]()
   frozen = configs.to_dict(configs.default())
   for group, values in frozen.items():
@@ -133,7 +133,7 @@ def test_the_reference_names_everything(reference, programs):
     assert f"| `{name}` |" in text
 
 
-def test_text_of_the_reference_is_no_html(reference):
+def test_text_of_the_reference_is_not_parsed_as_html(reference):
   assert reference.text("rows of <pause>, `<dont_know>` and 2 * W") == r"rows of &lt;pause>, `<dont_know>` and 2 \* W"
   assert reference.table(["a"], [["x|y"]]).splitlines()[-1] == r"| x\|y |"
 
@@ -199,7 +199,7 @@ def build(folder, output):
   pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed; pip install '.[docs]'")
   env = cli.environment() | {"NO_MKDOCS_2_WARNING": "1"}
   env["PYTHONPATH"] = f"{folder}:{env['PYTHONPATH']}"
-  # With --quiet mkdocs doesn't count warnings, and passes.
+  # With --quiet, mkdocs doesn't count warnings and succeeds.
   command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={output}"]
   return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, check=False)
 
@@ -210,7 +210,7 @@ def test_the_site_builds_strictly(tmp_path):
   assert done.returncode == 0, done.stderr
   page = (tmp_path / "site" / "reference" / "fields.html").read_text()
   assert "optimizer.learning_rate" in page
-  # Nothing is fetched when a page is opened.
+  # Nothing is fetched from other hosts when a page is opened.
   assert not re.search(
     r'<(?:script|link|img)[^>]*(?:src|href)="https?:', (tmp_path / "site" / "index.html").read_text()
   )

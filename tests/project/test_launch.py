@@ -1,4 +1,4 @@
-"""launch/: the real programs against a cloud in a folder (tests/fake_cloud.py); no test can reach a real one."""
+"""launch/: the real programs against a simulated cloud (tests/support/fake_cloud.py); no test can reach a real one."""
 
 import json
 import os
@@ -31,18 +31,18 @@ MACHINE = ("--name=cyb", "--zone=us-west4-a", "--type=v5litepod-16", "--spot")
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-  """A checkout of its own, with nothing uncommitted."""
+  """A separate checkout without uncommitted changes."""
   folder = tmp_path_factory.mktemp("checkout")
   shutil.copytree(LAUNCH, folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
   (folder / "constraints.txt").write_text("")
-  for words in (("init", "-q"), ("add", "."), ("commit", "-qm", "all of it")):
+  for words in (("init", "-q"), ("add", "."), ("commit", "-qm", "all files")):
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=folder, check=True)
   return folder
 
 
 @pytest.fixture(autouse=True)
-def _heeds_ctrl_c():
-  """A suite that runs in the background was told not to, and its children are as it is."""
+def _handle_ctrl_c():
+  """Restores the default handlers: a background shell job ignores SIGINT, and child processes inherit this."""
   before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
   before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   yield
@@ -51,12 +51,12 @@ def _heeds_ctrl_c():
 
 
 class Cloud(FakeCloud):
-  """launch/tpu.py before a cloud in a folder."""
+  """Runs launch/tpu.py against a simulated cloud."""
 
   def __init__(self, folder, checkout):
     super().__init__(folder)
     self.checkout, self.started = checkout, 0
-    # Were the real gcloud ever called, it would know no account, no project and no way out.
+    # If the real gcloud were called, it would have no account, no project and no network access.
     self.env = {k: v for k, v in os.environ.items() if not k.startswith("CLOUDSDK_")} | {
       "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
       "HOME": str(folder / "home"),
@@ -69,10 +69,10 @@ class Cloud(FakeCloud):
       "CLOUDSDK_PROXY_PORT": "9",
     }
     for path in (self.env["PATH"], f"{folder / 'worker-bin'}:{self.env['PATH']}"):
-      assert str(folder) in shutil.which("gcloud", path=path), "the fake isn't first"
+      assert str(folder) in shutil.which("gcloud", path=path), "the simulated gcloud isn't first on PATH"
 
   def start(self, command, *words, flags=MACHINE, training=TRAINING):
-    """launch/tpu.py, running."""
+    """Starts launch/tpu.py; returns the process."""
     rest = ("--", *training) if training else ()
     line = [sys.executable, str(self.checkout / "launch" / "tpu.py"), command, *flags, *QUICK, *words, *rest]
     self.started += 1
@@ -84,7 +84,7 @@ class Cloud(FakeCloud):
     return process
 
   def ends(self, process, expect=0):
-    """(the JSON object of the last line, standard error) of what `start` has started."""
+    """(the JSON object of the last line, standard error) of a process that `start` has started."""
     out, _ = process.communicate(timeout=60)
     err = process.log.read_text()
     assert process.returncode == expect, f"exit code {process.returncode}\n{err[-6000:]}"
@@ -98,7 +98,7 @@ class Cloud(FakeCloud):
   def waits_for(self, condition, seconds=30):
     until = time.monotonic() + seconds
     while not condition():
-      assert time.monotonic() < until, f"it never came to it: {self.told()}"
+      assert time.monotonic() < until, f"the condition did not become true: {self.calls()}"
       time.sleep(0.02)
 
   def trains(self):
@@ -119,10 +119,10 @@ def worker_lines(err, label):
   return [line.removeprefix(f"{label} | ") for line in err.splitlines() if line.startswith(f"{label} | ")]
 
 
-def test_all_goes_well(cloud):
+def test_a_run_without_failures(cloud):
   cloud.plays(states=[["ACCEPTED", "WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]])
   result, err = cloud.run("train")
-  assert cloud.told() == ["create", *SETUP, "delete"]
+  assert cloud.calls() == ["create", *SETUP, "delete"]
   assert cloud.is_empty()
   assert result == {
     "name": "cyb",
@@ -145,39 +145,39 @@ def test_all_goes_well(cloud):
   assert not list(cloud.folder.glob("cache/*/*"))
 
 
-def test_no_room_is_asked_for_again(cloud):
+def test_a_request_without_capacity_is_repeated(cloud):
   cloud.plays(create=["quota", "capacity"], states=[["FAILED"], ["ACTIVE"]])
   result, err = cloud.run("train")
-  assert cloud.told() == ["create", "create", "create", "delete", "create", *SETUP, "delete"]
+  assert cloud.calls() == ["create", "create", "create", "delete", "create", *SETUP, "delete"]
   assert (result["retries"], result["machines_lost"]) == (3, 0)
   assert "Quota limit" in err
-  assert "no room for it" in err
-  # Each wait is twice as long as the one before.
+  assert "no capacity left" in err
+  # Each wait is twice as long as the previous one.
   assert re.findall(r"in a row, in ([\d.]+) s", err) == ["0.01", "0.02", "0.04"]
   assert cloud.is_empty()
 
 
-def test_it_gives_up(cloud):
+def test_it_gives_up_after_max_retries(cloud):
   cloud.plays(create=["quota"] * 9)
   result, _ = cloud.run("train", "--max_retries=2", expect=1)
-  assert cloud.told() == ["create"] * 3
+  assert cloud.calls() == ["create"] * 3
   assert (result["state"], result["left"]) == ("gave_up", [])
   assert "--max_retries" in result["reason"]
   assert "Quota limit" in result["reason"]
 
 
-def test_what_is_denied_is_not_asked_for_again(cloud):
+def test_a_denied_request_is_not_repeated(cloud):
   cloud.plays(create=["denied"])
   result, _ = cloud.run("train", expect=2)
-  assert cloud.told() == ["create"]
+  assert cloud.calls() == ["create"]
   assert "tpu.nodes.create" in result["reason"]
 
 
 @pytest.mark.parametrize("how", ["SUSPENDED", "PREEMPTED", "VANISHED", "FAILED"])
-def test_a_machine_that_is_taken_away_is_replaced(cloud, how):
+def test_a_preempted_machine_is_replaced(cloud, how):
   cloud.plays(train=[f"force {how}", "0"])
   result, err = cloud.run("train")
-  assert cloud.told() == ["create", *SETUP, "delete", "create", *SETUP, "delete"]
+  assert cloud.calls() == ["create", *SETUP, "delete", "create", *SETUP, "delete"]
   assert (result["state"], result["machines_lost"], result["retries"]) == ("finished", 1, 1)
   assert {"SUSPENDED": "is SUSPENDED", "VANISHED": "NOT_FOUND"}.get(how, how) in err
   # The same command continues from the bucket.
@@ -186,54 +186,54 @@ def test_a_machine_that_is_taken_away_is_replaced(cloud, how):
   assert cloud.is_empty()
 
 
-def test_it_gives_up_on_machines_that_are_always_taken_away(cloud):
+def test_it_gives_up_if_all_machines_are_preempted(cloud):
   cloud.plays(train=["force SUSPENDED"])
   result, _ = cloud.run("train", "--max_retries=1", expect=1)
   assert (result["state"], result["machines_lost"]) == ("gave_up", 2)
   assert cloud.is_empty()
 
 
-def test_training_for_long_sets_the_retries_back(cloud):
+def test_long_training_resets_the_retries(cloud):
   cloud.plays(train=["force SUSPENDED", "force SUSPENDED", "0"])
   result, _ = cloud.run("train", "--max_retries=1", "--healthy_seconds=0")
   assert (result["state"], result["retries"]) == ("finished", 2)
 
 
 @pytest.mark.parametrize("match", ["scp", "install"])
-def test_taken_away_before_it_trains(cloud, match):
+def test_a_preemption_before_training(cloud, match):
   cloud.plays(ssh=[{"match": match, "times": 1, "do": "force SUSPENDED"}])
   result, _ = cloud.run("train")
   before = SETUP[: SETUP.index(f"{match} all") + 1]
-  assert cloud.told() == ["create", *before, "delete", "create", *SETUP, "delete"]
+  assert cloud.calls() == ["create", *before, "delete", "create", *SETUP, "delete"]
   assert result["machines_lost"] == 1
   assert cloud.is_empty()
 
 
-def test_one_worker_that_fails_is_tried_again_alone(cloud):
+def test_a_failing_worker_is_retried_separately(cloud):
   cloud.plays(ssh=[{"match": "install", "worker": "1", "times": 2, "do": "fail"}])
   result, err = cloud.run("train")
-  assert cloud.told() == ["create", *SETUP[:3], "install 0", "install 1", "install 1", "run all", "delete"]
+  assert cloud.calls() == ["create", *SETUP[:3], "install 0", "install 1", "install 1", "run all", "delete"]
   assert re.search(r"w1: .*\[255\].*attempt 1 of 3", err)
   assert (result["state"], result["retries"]) == ("finished", 0)
 
 
-def test_one_worker_that_always_fails_needs_another_machine(cloud):
+def test_a_worker_that_always_fails_needs_another_machine(cloud):
   cloud.plays(ssh=[{"match": "install", "worker": "1", "times": 4, "do": "fail"}])
   result, _ = cloud.run("train")
   tried = ["install 0", "install 1", "install 1", "install 1"]
-  assert cloud.told() == ["create", *SETUP[:3], *tried, "delete", "create", *SETUP, "delete"]
+  assert cloud.calls() == ["create", *SETUP[:3], *tried, "delete", "create", *SETUP, "delete"]
   assert (result["state"], result["machines_lost"]) == ("finished", 1)
 
 
-def test_an_installation_that_fails_everywhere_ends_it(cloud):
+def test_an_installation_that_fails_on_all_workers_is_an_error(cloud):
   cloud.plays(ssh=[{"match": "install", "do": "exit 1"}])
   result, _ = cloud.run("train", "--ssh_attempts=2", expect=1)
   assert result["state"] == "failed"
-  assert cloud.told().count("create") == 1
+  assert cloud.calls().count("create") == 1
   assert cloud.is_empty()
 
 
-def test_a_worker_that_hangs_is_given_up(cloud):
+def test_a_hanging_worker_is_abandoned(cloud):
   cloud.plays(
     ssh=[{"match": "unpack", "times": 0, "do": ""}, {"match": "tar", "worker": "0", "times": 1, "do": "hang"}]
   )
@@ -242,32 +242,32 @@ def test_a_worker_that_hangs_is_given_up(cloud):
   assert result["state"] == "finished"
 
 
-def test_a_log_that_breaks_off_is_taken_up_where_it_was(cloud):
+def test_an_interrupted_log_continues_at_the_next_line(cloud):
   cloud.plays(train=["slow"], ssh=[{"match": "follow", "worker": "1", "times": 2, "do": "drop"}])
   result, err = cloud.run("train")
   for label in ("w0", "w1"):
     lines = worker_lines(err, label)
     assert lines == ["start 1", *(f"step {i}" for i in range(1, 7)), '{"perplexity": 2.5}']
-  assert "w1: its log broke off" in err
+  assert "w1: the connection broke" in err
   assert result["state"] == "finished"
 
 
-def test_a_worker_out_of_reach_needs_another_machine(cloud):
+def test_an_unreachable_worker_needs_another_machine(cloud):
   cloud.plays(train=["wait,wait", "0"], ssh=[{"match": "follow", "worker": "1", "machines": 1, "do": "fail"}])
   result, err = cloud.run("train", "--unreachable_seconds=0.3")
-  assert "w1 can't be reached any more" in err
+  assert "w1 is unreachable" in err
   assert (result["state"], result["machines_lost"]) == ("finished", 1)
   assert cloud.is_empty()
 
 
-def test_a_crash_is_started_again_on_the_same_machine(cloud):
+def test_after_a_crash_training_restarts_on_the_same_machine(cloud):
   cloud.plays(train=["1", "134", "0"])
   result, _ = cloud.run("train", "--max_crashes=2")
-  assert cloud.told() == ["create", *SETUP, "halt all", "run all", "halt all", "run all", "delete"]
+  assert cloud.calls() == ["create", *SETUP, "halt all", "run all", "halt all", "run all", "delete"]
   assert (result["state"], result["crashes"]) == ("finished", 2)
 
 
-def test_crashes_have_an_end(cloud):
+def test_the_number_of_crashes_is_limited(cloud):
   cloud.plays(train=["1"])
   result, _ = cloud.run("train", "--max_crashes=1", expect=1)
   assert (result["state"], result["crashes"]) == ("failed", 2)
@@ -275,37 +275,37 @@ def test_crashes_have_an_end(cloud):
   assert cloud.is_empty()
 
 
-def test_bad_input_is_not_tried_again(cloud):
+def test_bad_input_is_not_retried(cloud):
   cloud.plays(train=["2"])
   result, _ = cloud.run("train", expect=2)
   assert (result["state"], result["exit_codes"]) == ("bad_input", {"w0": "2", "w1": "2"})
-  assert cloud.told() == ["create", *SETUP, "delete"]
+  assert cloud.calls() == ["create", *SETUP, "delete"]
 
 
-def test_interrupted_on_a_machine_that_stays_it_is_continued_there(cloud):
+def test_interrupted_training_continues_on_a_machine_that_is_not_preempted(cloud):
   cloud.plays(train=["75", "0"])
   result, _ = cloud.run("train")
-  assert cloud.told() == ["create", *SETUP, "halt all", "run all", "delete"]
+  assert cloud.calls() == ["create", *SETUP, "halt all", "run all", "delete"]
   assert (result["state"], result["retries"], result["crashes"]) == ("finished", 1, 0)
 
 
-def test_a_worker_that_goes_on_alone_is_stopped(cloud):
+def test_a_straggler_is_stopped(cloud):
   cloud.plays(train=["1,wait", "0"])
   result, err = cloud.run("train", "--straggler_seconds=0.3")
-  assert cloud.told() == ["create", *SETUP, "halt all", "halt all", "run all", "delete"]
+  assert cloud.calls() == ["create", *SETUP, "halt all", "halt all", "run all", "delete"]
   assert "saved" in worker_lines(err, "w1")
   assert result["state"] == "finished"
 
 
-def test_deletion_is_tried_until_it_works(cloud):
+def test_deletion_is_repeated_until_it_succeeds(cloud):
   cloud.plays(delete=["fail", "fail", "leave the node"])
   result, _ = cloud.run("train")
-  assert cloud.told()[-4:] == ["delete", "delete", "delete", "delete node"]
+  assert cloud.calls()[-4:] == ["delete", "delete", "delete", "delete node"]
   assert result["left"] == []
   assert cloud.is_empty()
 
 
-def test_what_cannot_be_deleted_is_named(cloud):
+def test_resources_that_cannot_be_deleted_are_listed(cloud):
   cloud.plays(delete_default="fail")
   result, err = cloud.run("train", "--delete_attempts=2", expect=1)
   assert result["state"] == "finished"
@@ -330,7 +330,7 @@ def test_ctrl_c_leaves_nothing_billed(cloud, phase):
   process = cloud.start("train", *(["--backoff_seconds=30"] if phase == "backoff" else []))
   marks = {"queue": "create", "follow": "run all", "backoff": "create"}
   sign = marks.get(phase, phase if phase == "create" else f"{phase} all")
-  cloud.waits_for(lambda: sign in cloud.told())
+  cloud.waits_for(lambda: sign in cloud.calls())
   if phase == "follow":
     cloud.waits_for(cloud.trains)
   elif phase in ("queue", "backoff"):
@@ -338,31 +338,31 @@ def test_ctrl_c_leaves_nothing_billed(cloud, phase):
   process.send_signal(signal.SIGINT)
   result, _ = cloud.ends(process, expect=75)
   assert (result["state"], result["left"]) == ("interrupted", [])
-  assert cloud.is_empty() if phase != "backoff" else "delete" not in cloud.told()
-  # Where it trains it saves first.
-  assert cloud.told()[-2:] == ["halt all", "delete"] if phase == "follow" else "halt all" not in cloud.told()
+  assert cloud.is_empty() if phase != "backoff" else "delete" not in cloud.calls()
+  # If training is in progress, it saves first.
+  assert cloud.calls()[-2:] == ["halt all", "delete"] if phase == "follow" else "halt all" not in cloud.calls()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_that_asks_to_end_is_a_ctrl_c(cloud, number):
+def test_other_signals_are_handled_like_ctrl_c(cloud, number):
   cloud.plays(states=[["WAITING_FOR_RESOURCES"]])
   process = cloud.start("train")
-  cloud.waits_for(lambda: "create" in cloud.told())
+  cloud.waits_for(lambda: "create" in cloud.calls())
   process.send_signal(number)
   result, _ = cloud.ends(process, expect=75)
   assert result["state"] == "interrupted"
   assert cloud.is_empty()
 
 
-def test_ctrl_c_with_keep_leaves_it_training(cloud):
+def test_ctrl_c_with_keep_does_not_stop_training(cloud):
   cloud.plays(train=["wait"])
   process = cloud.start("train", "--keep")
   cloud.waits_for(cloud.trains)
   process.send_signal(signal.SIGINT)
   _, err = cloud.ends(process, expect=75)
-  assert cloud.told() == ["create", *SETUP]
+  assert cloud.calls() == ["create", *SETUP]
   assert "cyb is kept, and billed; delete it with: gcloud compute tpus queued-resources delete cyb" in err
-  # The same command takes it up again, without touching what runs.
+  # The same command continues to supervise the running training.
   cloud.plays(train=["wait"])
   process = cloud.start("train")
   cloud.waits_for(lambda: "w0 | step 3" in process.log.read_text())
@@ -371,28 +371,28 @@ def test_ctrl_c_with_keep_leaves_it_training(cloud):
   assert worker_lines(err, "w0")[:2] == ["start 1", "step 1"]
   assert "start 2" not in err
   assert "75" in err
-  assert cloud.told().count("create") == 1
+  assert cloud.calls().count("create") == 1
   assert cloud.is_empty()
 
 
-def test_a_second_ctrl_c_says_what_is_left(cloud):
+def test_a_second_ctrl_c_lists_the_remaining_resources(cloud):
   cloud.plays(states=[["WAITING_FOR_RESOURCES"]], delete=["hang"])
   process = cloud.start("train", "--delete_seconds=60")
-  cloud.waits_for(lambda: "create" in cloud.told())
+  cloud.waits_for(lambda: "create" in cloud.calls())
   process.send_signal(signal.SIGINT)
-  cloud.waits_for(lambda: "delete" in cloud.told())
+  cloud.waits_for(lambda: "delete" in cloud.calls())
   process.send_signal(signal.SIGINT)
   result, err = cloud.ends(process, expect=1)
   assert result["left"] == ["queued resource cyb (WAITING_FOR_RESOURCES)"]
   assert f"delete it with: {result['delete']}" in err
 
 
-def test_a_second_ctrl_c_waits_for_no_training(cloud):
+def test_a_second_ctrl_c_does_not_wait_for_training(cloud):
   cloud.plays(train=["stubborn"])
   process = cloud.start("train", "--stop_seconds=60")
   cloud.waits_for(cloud.trains)
   process.send_signal(signal.SIGINT)
-  cloud.waits_for(lambda: "halt all" in cloud.told())
+  cloud.waits_for(lambda: "halt all" in cloud.calls())
   process.send_signal(signal.SIGINT)
   result, _ = cloud.ends(process, expect=75)
   assert result["state"] == "interrupted"
@@ -402,13 +402,13 @@ def test_a_second_ctrl_c_waits_for_no_training(cloud):
 def test_two_slices(cloud):
   cloud.plays(train=["slow"])
   result, err = cloud.run("train", "--slices=2")
-  assert cloud.told() == ["create", *(step for step in SETUP for _ in range(2)), "delete"]
+  assert cloud.calls() == ["create", *(step for step in SETUP for _ in range(2)), "delete"]
   assert list(result["exit_codes"]) == ["s0w0", "s0w1", "s1w0", "s1w1"]
   assert worker_lines(err, "s1w1")[-2:] == ["step 6", '{"perplexity": 2.5}']
   assert cloud.is_empty()
 
 
-def test_its_parts_one_by_one(cloud):
+def test_the_commands_one_by_one(cloud):
   cloud.plays(train=["wait"], states=[["ACCEPTED", "ACCEPTED", "ACTIVE"]])
   parts = dict(training=())
   assert cloud.run("create", **parts)[0] == {"name": "cyb", "state": "ACCEPTED"}
@@ -437,7 +437,7 @@ def test_its_parts_one_by_one(cloud):
   assert ssh.stdout == "$WORKER is here\n"
   stopped, err = cloud.run("stop", **parts)
   assert stopped["workers"] == ["75 stopped", "75 stopped"]
-  assert "still there, and billed" in err
+  assert "still exists, and is billed" in err
   process = cloud.start("logs", "--follow", **parts)
   out, _ = process.communicate(timeout=20)
   assert "w0 | saved" in out
@@ -450,7 +450,7 @@ def test_its_parts_one_by_one(cloud):
   cloud.run("run", expect=1)
 
 
-def test_stopped_from_elsewhere_the_machine_stays(cloud):
+def test_stop_in_another_terminal_keeps_the_machine(cloud):
   cloud.plays(train=["wait"])
   process = cloud.start("train")
   cloud.waits_for(cloud.trains)
@@ -461,29 +461,29 @@ def test_stopped_from_elsewhere_the_machine_stays(cloud):
   assert not cloud.is_empty()
 
 
-def test_a_machine_of_another_type_is_not_taken(cloud):
+def test_an_existing_machine_of_another_type_is_not_used(cloud):
   cloud.run("create", training=())
   result, _ = cloud.run("train", "--type=v6e-8", expect=2)
-  assert "is there already, as a v5litepod-16" in result["reason"]
+  assert "already exists with type v5litepod-16" in result["reason"]
   assert not cloud.is_empty()
 
 
-def test_uncommitted_changes_are_named(cloud, tmp_path):
+def test_uncommitted_changes_are_listed(cloud, tmp_path):
   mine = tmp_path / "changed"
   shutil.copytree(cloud.checkout, mine)
   (mine / "constraints.txt").write_text("jax==0\n")
   (mine / "new.py").write_text("")
   _, err = cloud.run("train", f"--checkout={mine}", expect=2)
-  assert "--checkout: 1 files have changes that the last commit" in err
+  assert "--checkout: 1 files have changes that are not in the last commit" in err
   assert "(constraints.txt)" in err
-  assert cloud.told() == []
+  assert cloud.calls() == []
   _, err = cloud.run("train", f"--checkout={mine}", "--allow_dirty")
   assert "1 untracked files are not uploaded: new.py" in err
   _, err = cloud.run("train", f"--checkout={tmp_path / 'home'}", expect=2)
-  assert "isn't a git checkout" in err
+  assert "is not a git checkout" in err
 
 
-# What is printed.
+# Printed commands.
 
 
 RUNBOOK = """\
@@ -514,7 +514,7 @@ gcloud compute tpus tpu-vm describe cyb --zone=us-west4-a --format=json
 
 def printed(cloud, *words, command="train", **options):
   out, _ = cloud.run(command, "--dry_run", *words, **options)
-  assert cloud.told() == []
+  assert cloud.calls() == []
   return out.replace(str(cloud.checkout), "CHECKOUT").replace(str(cloud.folder / "cache"), "CACHE")
 
 
@@ -526,11 +526,11 @@ def test_the_runbook(cloud):
   assert all(re.fullmatch(r"# [A-Z].{10,}\.", why) for why in whys)
 
 
-def test_the_runbook_is_what_is_run(cloud):
+def test_the_runbook_has_the_commands_that_are_run(cloud):
   cloud.plays(hosts=4)
   wanted = [shlex.split(line)[1:] for line in printed(cloud).splitlines() if line.startswith("gcloud")]
   cloud.run("train")
-  done = cloud.asked
+  done = cloud.recorded
   wanted = [[w.replace("CACHE", str(cloud.folder / "cache")) for w in words] for words in wanted]
   assert all(words in done for words in wanted)
   looks = ("--format=json", "follow 1")
@@ -551,7 +551,7 @@ def test_the_runbook_is_what_is_run(cloud):
     ("v6e-16", "v2-alpha-tpuv6e", 4),
   ],
 )
-def test_an_image_and_hosts_belong_to_each_type(accelerator, image, hosts):
+def test_image_and_hosts_of_each_type(accelerator, image, hosts):
   sys.path.insert(0, str(LAUNCH))
   try:
     import commands
@@ -562,7 +562,7 @@ def test_an_image_and_hosts_belong_to_each_type(accelerator, image, hosts):
   assert f"--runtime-version={image}" in words
 
 
-def test_every_flag_of_the_machine_is_passed_on(cloud):
+def test_all_flags_of_the_machine_are_passed_to_gcloud(cloud):
   line = printed(
     cloud,
     *("--nospot", "--reserved", "--project=my-project", "--network=net", "--subnetwork=sub", "--internal_ips", "--iap"),
@@ -600,49 +600,54 @@ def test_the_runbook_of_a_startup_script(cloud):
   assert "--command='sudo bash /opt/cyb/cyb_jax/launch/worker.sh follow 1'" in out
 
 
-# Command, flags, what stands behind --, the complaint.
+# Command, flags, words after --, message.
 BAD = [
-  ("", (), (), "command: '' is none of train, create, queue"),
-  ("trian", (), (), "command: 'trian' is none of train"),
-  ("train", ("more",), TRAINING, "arguments: 'more' are left over"),
+  ("", (), (), "command: '' is unknown; give one of train, create, queue"),
+  ("trian", (), (), "command: 'trian' is unknown; give one of train"),
+  ("train", ("more",), TRAINING, "arguments: 'more' is unexpected"),
   ("train", ("--nmae=x",), TRAINING, "Unknown command line flag 'nmae'"),
   ("train", ("--name=",), TRAINING, "--name: not given"),
-  ("train", ("--name=Cyb_1",), TRAINING, "--name: 'Cyb_1' is none: at most 63 lower-case"),
+  ("train", ("--name=Cyb_1",), TRAINING, "--name: 'Cyb_1' is invalid; give at most 63 lower-case"),
   ("train", ("--name=" + "a" * 64,), TRAINING, "--name: "),
-  ("train", ("--name=" + "a" * 62, "--slices=2"), TRAINING, "is too long with the number of a slice"),
+  ("train", ("--name=" + "a" * 62, "--slices=2"), TRAINING, "is too long, because the numbers of slices"),
   ("train", ("--zone=",), TRAINING, "--zone: not given"),
-  ("train", ("--zone=us-central2",), TRAINING, "--zone: 'us-central2' isn't a zone such as us-central2-b"),
-  ("train", ("--type=",), TRAINING, "--type: not given; such as v4-8, v5litepod-8, v5p-8, v6e-8"),
-  ("train", ("--type=v5e",), TRAINING, "--type: 'v5e' is no accelerator type"),
-  ("train", ("--type=v9-8",), TRAINING, "--image: not given, and none is known for --type=v9-8"),
-  ("train", ("--reserved",), TRAINING, "--spot: True together with --reserved"),
-  ("train", ("--project=x",), TRAINING, "--project: 'x' isn't a project's id"),
-  ("train", ("--labels=a",), TRAINING, "--labels: 'a' isn't key=value"),
-  ("train", ("--tags=A",), TRAINING, "--tags: 'A' isn't names in lower case"),
-  ("train", ("--service_account=me",), TRAINING, "--service_account: 'me' isn't the account's email"),
-  ("train", ("--subnetwork=s",), TRAINING, "--subnetwork: given without --network"),
-  ("train", ("--queue_for=6",), TRAINING, "--queue_for: '6' isn't a duration"),
-  ("train", ("--poll_seconds=-1",), TRAINING, "--poll_seconds: -1.0 is negative"),
-  ("train", ("--delete_attempts=0",), TRAINING, "--delete_attempts: 0, but there must be one"),
+  ("train", ("--zone=us-central2",), TRAINING, "--zone: 'us-central2' is invalid; give a zone such as us-central2-b"),
+  ("train", ("--type=",), TRAINING, "--type: not given; give a type such as v4-8, v5litepod-8, v5p-8, v6e-8"),
+  ("train", ("--type=v5e",), TRAINING, "--type: 'v5e' is invalid; give an accelerator type"),
+  ("train", ("--type=v9-8",), TRAINING, "--image: not given, and --type=v9-8 has no default"),
+  ("train", ("--reserved",), TRAINING, "--spot: --reserved is also given"),
+  ("train", ("--project=x",), TRAINING, "--project: 'x' is invalid; give a project's id"),
+  ("train", ("--labels=a",), TRAINING, "--labels: 'a' is invalid; give key=value"),
+  ("train", ("--tags=A",), TRAINING, "--tags: 'A' is invalid; give lower-case names"),
+  ("train", ("--service_account=me",), TRAINING, "--service_account: 'me' is invalid; give the account's email"),
+  ("train", ("--subnetwork=s",), TRAINING, "--subnetwork: 's' requires --network"),
+  ("train", ("--queue_for=6",), TRAINING, "--queue_for: '6' is invalid; give a duration"),
+  ("train", ("--poll_seconds=-1",), TRAINING, "--poll_seconds: -1.0 must not be negative"),
+  ("train", ("--delete_attempts=0",), TRAINING, "--delete_attempts: 0 must be at least 1"),
   ("train", ("--runner=docker",), TRAINING, "flag --runner=docker"),
-  ("train", (), (), "--: nothing behind it"),
-  ("train", (), TRAINING[1:], "--config: not among the flags of cyb-train"),
-  ("train", (), TRAINING[:1], "--workdir: not among the flags of cyb-train"),
-  ("train", (), (TRAINING[0], "--workdir", "gs://bucket"), "--workdir: 'gs://bucket' isn't gs://BUCKET/FOLDER"),
+  ("train", (), (), "--: no flags of cyb-train"),
+  ("train", (), TRAINING[1:], "--config: not given; give it among the flags of cyb-train"),
+  ("train", (), TRAINING[:1], "--workdir: not given; give it among the flags of cyb-train"),
+  (
+    "train",
+    (),
+    (TRAINING[0], "--workdir", "gs://bucket"),
+    "--workdir: 'gs://bucket' is invalid; give gs://BUCKET/FOLDER",
+  ),
   (
     "train",
     (),
     (TRAINING[0], "--workdir=/r"),
-    "lies on the disk of a machine that may be taken away at any time; give gs:",
+    "is on the disk of a machine that may be preempted at any time; give gs:",
   ),
-  ("train", ("--nospot",), (TRAINING[0], "--workdir=/r"), "'/r' lies on the disk of a machine of 4 hosts"),
-  ("stop", (), TRAINING, "behind --, but `stop` trains nothing"),
-  ("logs", ("--worker=a",), (), "--worker: 'a' isn't a worker's number"),
+  ("train", ("--nospot",), (TRAINING[0], "--workdir=/r"), "'/r' is on the disk of a machine of 4 hosts"),
+  ("stop", (), TRAINING, "after --, but `stop` does not train"),
+  ("logs", ("--worker=a",), (), "--worker: 'a' is invalid; give the number of a worker"),
 ]
 
 
 def test_bad_flags_are_one_line(cloud):
-  """In one process that forks for each: most of the time would go into their starts."""
+  """Each command runs in a fork of one process, because starting Python for each would take most of the time."""
   code = f"""
     import json, os, sys
     sys.path.insert(0, {str(cloud.checkout / "launch")!r})
@@ -673,10 +678,10 @@ def test_bad_flags_are_one_line(cloud):
     assert (cloud.folder / f"{i}-out").read_text() == ""
     (line,) = [x for x in (cloud.folder / f"{i}-err").read_text().splitlines() if x.startswith("error: ")]
     assert message in line
-  assert cloud.told() == []
+  assert cloud.calls() == []
 
 
-def test_a_local_work_directory_where_that_is_meant(cloud):
+def test_a_local_work_directory_that_is_allowed(cloud):
   here = (TRAINING[0], "--workdir=/r")
   assert "--workdir=/r" in printed(cloud, "--nospot", "--type=v4-8", training=here)
   assert "--workdir=/r" in printed(cloud, "--allow_local_workdir", training=here)
@@ -691,7 +696,7 @@ def test_without_gcloud(cloud, tmp_path):
   assert "gcloud: not found on PATH" in err
 
 
-def test_a_laptop_needs_no_jax(cloud):
+def test_jax_is_not_needed(cloud):
   code = f"""
     import sys
     for name in ("jax", "flax", "numpy", "cyb_jax", "ml_collections"):
@@ -731,7 +736,7 @@ esac
 
 
 def boots(cloud, archive):
-  """A boot of a machine with launch/startup.sh, as root would run it."""
+  """Boots a machine with launch/startup.sh, which is run like by root."""
   (cloud.folder / "units").mkdir(exist_ok=True)
   for name, text in (("systemctl", SYSTEMCTL), ("curl", CURL), ("gcloud", 'cp "$3" "$4"')):
     script(cloud.folder / "worker-bin" / name, text)
@@ -750,13 +755,13 @@ def boots(cloud, archive):
   )
 
 
-def test_the_startup_script_does_only_what_is_missing(cloud, tmp_path):
+def test_the_startup_script_runs_only_missing_steps(cloud, tmp_path):
   run = cloud.folder / "opt" / "cyb_run"
   starts, installs = cloud.folder / "starts-cyb-0", cloud.folder / "pip"
   archive = tmp_path / "source.tar.gz"
   cloud.plays(train=["75", "1", "0", "2"])
 
-  # A source that isn't there: whoever follows the log is told.
+  # The source does not exist; an exit code is written for processes that follow the log.
   done = boots(cloud, archive)
   assert done.returncode == 1
   assert (run / "exit").read_text() == "1\n"
@@ -772,16 +777,16 @@ def test_the_startup_script_does_only_what_is_missing(cloud, tmp_path):
   unit = (cloud.folder / "units" / "cyb-train.service").read_text()
   assert "Restart=on-failure" in unit
   assert "RestartPreventExitStatus=2" in unit
-  # Interrupted, then crashed: it goes on at the next boot, with nothing installed again.
+  # After an interruption and after a crash, training continues at the next boot without another installation.
   for n in (2, 3):
     boots(cloud, archive)
     assert int(starts.read_text()) == n
   assert len(installs.read_text().splitlines()) == 1
-  # Done: nothing more at any boot.
+  # When training is done, nothing is started at later boots.
   assert (run / "exit").read_text() == "0\n"
   boots(cloud, archive)
   assert int(starts.read_text()) == 3
-  # Another source is another training; bad input ends it for good too.
+  # Another source starts another training; after bad input, it is not started again.
   other = archive.rename(tmp_path / "other.tar.gz")
   boots(cloud, other)
   assert int(starts.read_text()) == 4
@@ -790,11 +795,11 @@ def test_the_startup_script_does_only_what_is_missing(cloud, tmp_path):
   assert int(starts.read_text()) == 4
 
 
-def test_with_the_startup_script_the_machine_does_it_all(cloud):
+def test_training_with_the_startup_script(cloud):
   cloud.plays(ssh=[{"match": "follow", "do": "ends 0"}])
   result, _ = cloud.run("train", "--runner=startup")
-  assert cloud.told() == ["storage", "create", "delete"]
-  (create,) = [words for words in cloud.asked if "create" in words]
+  assert cloud.calls() == ["storage", "create", "delete"]
+  (create,) = [words for words in cloud.recorded if "create" in words]
   (flags,) = re.findall(r"cyb-flags=(\S+)", " ".join(create))
   assert pathlib.Path(flags).name == "cyb-flags.txt"
   assert list((cloud.folder / "bucket").glob("bucket/cyb_jax-source/*.tar.gz"))
@@ -806,7 +811,7 @@ def test_with_the_startup_script_the_machine_does_it_all(cloud):
   ("code", "job", "requeued"),
   [(0, "", False), (1, "", False), (2, "", False), (75, "JobState=RUNNING", True), (75, "JobState=CANCELLED", False)],
 )
-def test_slurm_queues_again_what_was_interrupted(tmp_path, code, job, requeued):
+def test_slurm_requeues_an_interrupted_job(tmp_path, code, job, requeued):
   for name, text in (
     ("srun", f'echo "$@" >"{tmp_path}/srun"; exit {code}'),
     ("scontrol", f'echo "{job}"; echo "$@" >>"{tmp_path}/scontrol"'),
@@ -824,7 +829,7 @@ def test_slurm_queues_again_what_was_interrupted(tmp_path, code, job, requeued):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_sound(path):
+def test_scripts_pass_shellcheck(path):
   subprocess.run(["bash", "-n", str(path)], check=True)
   if shutil.which("shellcheck") is None:
     pytest.skip("shellcheck isn't installed; only the syntax was checked")
@@ -837,8 +842,8 @@ def described(name):
   return yaml.safe_load((LAUNCH / name).read_text())
 
 
-def test_the_examples_name_what_there_is():
-  """Every flag is one of cyb-train, every config and field is there."""
+def test_the_examples_use_existing_flags_and_fields():
+  """Every flag is a flag of cyb-train, and every config and field exists."""
   jobset = described("gke_jobset.yaml")
   (job,) = jobset["spec"]["replicatedJobs"]
   spec = job["template"]["spec"]
@@ -881,8 +886,8 @@ def test_the_examples_name_what_there_is():
     assert re.search(rf"--(\[no\])?{flag}\b", known), f"cyb-train has no --{flag}"
 
 
-def test_the_image_brings_what_is_installed():
-  """What launch/Dockerfile copies is there, and enough to build the package."""
+def test_the_image_contains_the_package():
+  """The files that launch/Dockerfile copies exist and are sufficient to build the package."""
   text = (LAUNCH / "Dockerfile").read_text()
   copied = [word for line in re.findall(r"^COPY (.*)", text, re.MULTILINE) for word in line.split()[:-1]]
   assert all((ROOT / path).exists() for path in copied)
@@ -890,7 +895,7 @@ def test_the_image_brings_what_is_installed():
   assert 'ENTRYPOINT ["cyb-train"]' in text
 
 
-def test_readme_names_what_there_is():
+def test_the_readme_mentions_existing_files_and_flags():
   readme = (LAUNCH / "README.md").read_text()
   for path in re.findall(r"`(?:launch/)?([\w.]+\.(?:py|sh|yaml))`", readme):
     assert (LAUNCH / path).exists() or (ROOT / path).exists(), path

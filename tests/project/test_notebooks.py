@@ -39,7 +39,7 @@ def source(cell):
 
 
 def pinned():
-  """{name: version} of constraints.txt, without those that hang on the Python."""
+  """{name: version} of constraints.txt, without packages that depend on the Python version."""
   lines = (cli.ROOT / "constraints.txt").read_text().splitlines()
   return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#") and ";" not in line)
 
@@ -59,7 +59,7 @@ def test_notebooks_have_no_metadata_of_a_machine(path):
     assert set(cell["metadata"]) <= {"tags"}
     assert re.fullmatch(r"[a-z][a-z-]+", cell["id"]), "a name, so that it stays"
   assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
-  # As json and Jupyter write it, so that saving it unchanged is no change.
+  # The format of json and Jupyter, so that saving an unchanged notebook changes nothing.
   assert path.read_text() == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -105,7 +105,7 @@ def test_notebooks_name_what_exists():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_install_nothing_over_the_runtimes_own_jax(path):
+def test_notebooks_do_not_replace_the_runtimes_jax(path):
   install = next(source(cell) for cell in cells(path) if cell["id"] == "install")
   assert install.count('"install"') == install.count('"--no-deps"') == 1
   assert re.search(r'^assert (importlib\.metadata\.)?version\("jax"\) == own_jax$', install, re.MULTILINE)

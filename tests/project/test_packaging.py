@@ -1,4 +1,4 @@
-"""What is installed, what is imported, what the launch script would do."""
+"""The installed files, the imports, and the metadata of the package."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def test_all_packages_are_listed():
   assert set(listed) == found | {"cyb_jax.experiments"}
 
 
-def test_version_and_marker_of_types():
+def test_version_and_py_typed_marker():
   import cyb_jax
 
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -117,8 +117,8 @@ def test_the_hosted_workflow_runs_what_ci_runs():
     assert f"Programming Language :: Python :: {version}" in project["classifiers"]
 
 
-def test_the_core_needs_jax_alone():
-  """With everything else that the package depends on made unimportable."""
+def test_the_core_needs_only_jax():
+  """All other dependencies of the package are made unimportable."""
   code = (
     "import sys\n"
     "for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'etils', 'jaxtyping', 'seqio', 'tensorflow'):\n"
@@ -130,7 +130,7 @@ def test_the_core_needs_jax_alone():
   assert done.returncode == 0, done.stderr
 
 
-def test_public_names_are_imported_when_they_are_used():
+def test_public_names_are_imported_on_use():
   code = (
     "import sys, cyb_jax\n"
     "assert 'jax' not in sys.modules\n"
@@ -164,8 +164,8 @@ def test_training_from_a_store_needs_no_tensorflow(tmp_path):
   assert int(done.stdout) == store.num_tokens("validation") - 1
 
 
-def test_nothing_is_fetched_or_made_at_import(tmp_path):
-  """No program room touches the network, the disk or a device when it is imported."""
+def test_imports_do_not_fetch_or_create_anything(tmp_path):
+  """No module uses the network, the disk or a device when it is imported."""
   code = (
     "import socket, sys\n"
     "def no(*a, **k): raise OSError('network at import')\n"

@@ -29,7 +29,7 @@ SHORT = [
   "--config.train.steps=2", "--config.train.eval_every=0", "--config.train.last_eval_limit=4",
   "--config.train.tensorboard=False", "--config.data.sequence_length=32", "--config.data.batch_size=2",
 ]  # fmt: skip
-# Flags that print a text and end the program.
+# Flags that print a text and exit.
 TEXTS = ("--config_help", "--list_")
 
 
@@ -96,7 +96,7 @@ def write_texts(folder):
 
 
 def write_model(folder):
-  """An instruct model in place of models/smollm2."""
+  """An instruct model instead of models/smollm2."""
   path = imported_models.write_folder(folder / "models" / "smollm2", next(iter(imported_models.MODELS)), [0])
   settings = json.loads((path / "tokenizer_config.json").read_text())
   settings["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -119,7 +119,7 @@ def test_first_run(tmp_path):
   assert rates == [1e-3, 2e-3]
 
 
-def test_make_quickstart_is_what_the_tutorial_shows():
+def test_make_quickstart_runs_the_commands_of_the_tutorial():
   makefile = (cli.ROOT / "Makefile").read_text()
   recipe = re.search(r"^quickstart: setup\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
   recipe = re.sub(r"\$\(BIN\)/python -m cyb_jax\.cli\.", "cyb-", recipe).replace("$(WORKDIR)", "runs/quickstart")
@@ -151,7 +151,7 @@ def test_fine_tuning(tmp_path):
   assert exported
 
 
-def test_the_launch_of_the_tpu_tutorial():
+def test_the_launch_command_of_the_tpu_tutorial():
   (words,) = [words for words in documents.commands(TUTORIALS / "tpu.md") if words[:1] == ["python"]]
   assert words[1:4] == ["launch/tpu.py", "train", "--dry_run"]
   words = [word.replace("BUCKET", "bucket") for word in words[1:]]
@@ -213,7 +213,7 @@ def test_code_with_a_run(path, block, runs, monkeypatch):
 
 
 def test_all_code_is_executed():
-  """A new block needs a test here."""
+  """A new code block needs a test here."""
   counts = {documents.name_of(path): len(documents.blocks(path, "python")) for path in documents.PAGES}
   assert {name: count for name, count in counts.items() if count} == {
     "README.md": 2, "docs/adding_a_method.md": 2, "docs/guides/evaluation.md": 1, "docs/guides/generation.md": 1,

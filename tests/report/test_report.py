@@ -592,13 +592,13 @@ def test_bad_input(workdirs, program, tmp_path):
   run = workdirs / "a"
   assert "--workdir: not given" in refused()
   assert "give one" in refused(workdir=run, compare=f"{run},{run}")
-  assert "is one folder; give at least two" in refused(compare=run)
-  assert "holds no run" in refused(workdir=tmp_path)
-  assert "holds no run" in refused(compare=f"{run},{tmp_path}")
+  assert "is a single folder; give at least two" in refused(compare=run)
+  assert "contains no run" in refused(workdir=tmp_path)
+  assert "contains no run" in refused(compare=f"{run},{tmp_path}")
   assert "split: 'tset' is not in" in refused(workdir=run, split="tset")
-  assert "--limit: -1 is negative" in refused(workdir=run, limit=-1)
+  assert "--limit: -1 must not be negative" in refused(workdir=run, limit=-1)
   assert "--checkpoint: 'newest'" in refused(workdir=run, checkpoint="newest")
-  assert "--text: set, but --text_windows is 0" in refused(workdir=run, text="true", text_windows=0)
+  assert "--text: it needs text, but --text_windows is 0" in refused(workdir=run, text="true", text_windows=0)
   assert "same run twice" in refused(compare=f"{run},{run}", output=tmp_path / "out")
   empty = tmp_path / "empty"
   empty.mkdir()

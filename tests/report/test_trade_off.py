@@ -194,7 +194,7 @@ def test_a_method_that_decides_nothing_has_no_pace_of_its_own():
   assert comparison.compare(groups)["groups"][0]["self_paced_cost"] is None
   # Nor is it read so for its report.
   built = {name: build(configure(name), TINY) for name in METHODS}
-  assert [name for name, method in built.items() if report._reads_at_own_pace(method)] == ["cyb", "cyb_looped"]
+  assert [name for name, method in built.items() if report._is_self_paced(method)] == ["cyb", "cyb_looped"]
 
 
 def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():

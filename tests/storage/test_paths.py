@@ -1,4 +1,4 @@
-"""The absolute spelling of paths, by hand."""
+"""Absolute paths, by hand."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.storage.paths import unchecked_place
 
 
-def test_the_absolute_spelling(tmp_path, monkeypatch):
+def test_absolute_paths(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("HOME", "/home/ann")
   here = str(tmp_path)
@@ -20,18 +20,18 @@ def test_the_absolute_spelling(tmp_path, monkeypatch):
     assert storage.absolute(path) == path
   assert str(storage.place("~/x")) == str(unchecked_place("~/x")) == "/home/ann/x"
   with pytest.raises(
-    InputError, match=r"~nosuchuser/x: no user has the home folder ~nosuchuser; write \./~nosuchuser/x"
+    InputError, match=r"~nosuchuser/x: no user has the home folder ~nosuchuser; give \./~nosuchuser/x"
   ):
     storage.absolute("~nosuchuser/x")
 
 
-def test_a_folder_above(tmp_path, monkeypatch):
+def test_parent_folders(tmp_path, monkeypatch):
   (tmp_path / "a" / "deep").mkdir(parents=True)
   (tmp_path / "b").mkdir()
   (tmp_path / "b" / "link").symlink_to(tmp_path / "a" / "deep")
   monkeypatch.chdir(tmp_path / "b")
   assert storage.absolute("../a/*.txt") == f"{tmp_path}/a/*.txt"
-  # The folder above a link is that of the folder that it leads to.
+  # The parent of a symbolic link's target is meant.
   assert storage.absolute("link/../x") == f"{tmp_path}/a/x"
   assert storage.absolute("link/x") == f"{tmp_path}/b/link/x"
   assert storage.absolute("*/../x") == f"{tmp_path}/b/*/../x"

@@ -352,7 +352,7 @@ def damaged(change):
 @pytest.mark.parametrize(
   ("write", "message"),
   [
-    (lambda path: path.write_text("{"), r"is damaged \(no JSON: .*\); restore it from the repository"),
+    (lambda path: path.write_text("{"), r"is damaged \(invalid JSON: .*\); restore it from the repository"),
     (lambda path: path.write_text("[]"), r"is damaged \(it is no object\)"),
     (lambda path: path.write_text('{"plan": "tiny"}'), r"is damaged \(it has no 'identity'\)"),
     (lambda path: path.mkdir(), r"can't be read \(Is a directory\)"),
@@ -396,14 +396,14 @@ def test_bad_results(write, message, tmp_path):
   [
     (["--plan=scrach"], "--plan: 'scrach' is unknown; did you mean 'scratch'?"),
     (["--plan="], "--plan: '' is unknown; there are scratch, finetune"),
-    (["--plan=scratch", "--seeds=3"], "--seeds: the plan 'scratch' fixes it; leave it out, or leave out --plan"),
+    (["--plan=scratch", "--seeds=3"], "--seeds: the plan 'scratch' fixes it; omit it, or omit --plan"),
     (["--plan=scratch", "--settings=ap"], "--settings: the plan 'scratch' fixes it"),
     (["--plan=scratch", "--smoke"], "--smoke: the plan 'scratch' fixes it"),
     (["--plan=scratch", "--nosearch"], "--search: the plan 'scratch' fixes it"),
     (["--plan=scratch", "--jobs=0"], "--jobs: 0 must be at least 1"),
-    (["--plan=scratch", "--status", "--table"], "--table: --status is given too"),
-    (["--status", "--workdir=x"], "--status: goes with --plan"),
-    (["--results=x.json", "--workdir=x"], "--results: goes with --plan"),
+    (["--plan=scratch", "--status", "--table"], "--table: --status is also given"),
+    (["--status", "--workdir=x"], "--status: it requires --plan"),
+    (["--results=x.json", "--workdir=x"], "--results: it requires --plan"),
   ],
 )
 def test_bad_flags(words, message, monkeypatch, tmp_path):

@@ -45,18 +45,18 @@ class Bucket:
   def environment(self):
     url = f"http://127.0.0.1:{self.port}"
     nobody = {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "FSSPEC_GCS_TOKEN": "anon"}
-    # Whoever imports gcsfs first: there's no gRPC here.
+    # gcsfs must not use gRPC, whichever module imports it first.
     plain = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
     return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url} | nobody | plain
 
   def open(self):
-    """Accepts connections; after `refuse`, again."""
+    """Accepts connections; also after `refuse`."""
     handler = type("Handler", (_Handler,), {"bucket": self})
     self._server = _Server(("127.0.0.1", self.port), handler, self._connections)
     threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
   def refuse(self):
-    """Ends all connections and refuses new ones."""
+    """Closes all connections and refuses new ones."""
     server, self._server = self._server, None
     server.shutdown()
     server.server_close()
@@ -67,7 +67,7 @@ class Bucket:
         continue
 
   def clear(self):
-    """As it was at first, and open."""
+    """Resets the bucket to its initial state, accepting connections."""
     with self.lock:
       self.objects.clear()
       self.requests.clear()
@@ -108,7 +108,7 @@ class Bucket:
 
 
 def troubles(statuses, method="", matching=""):
-  """A `trouble` that takes the statuses one after the other, for requests of a method (any) whose name matches."""
+  """A `trouble` that returns the statuses one after the other, for requests of a method (or any) whose name matches."""
   left = list(statuses)
 
   def trouble(asked, name, length):
@@ -120,7 +120,7 @@ def troubles(statuses, method="", matching=""):
 
 @functools.cache
 def serving():
-  """The one bucket, open; this process's own requests go to it too."""
+  """The bucket, accepting connections; requests of this process are also sent to it."""
   import fsspec
 
   bucket = Bucket()
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
   do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _do
 
   def _refused(self, name, query):
-    """Whether a precondition doesn't hold: 412, or 304 for reading what one has."""
+    """The status for a failed precondition: 412, or 304 if the reader already has the object; otherwise None."""
     generation = self.bucket.objects.get(name, (b"", 0))[1]
     if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation:
       return 412

@@ -1,8 +1,8 @@
-"""A cloud in a folder: what `gcloud` would do, to processes and folders of this machine instead of TPUs.
+"""A simulated cloud: `gcloud` creates processes and folders on this machine instead of TPUs.
 
-The `gcloud` that it puts on PATH only asks this process over the loopback, since starting another Python for each call
-would take most of the time. A worker is a home folder; what is run there over ssh is really run, by bash, beside a tmux
-and a python3.11 that are as fake.
+The `gcloud` on PATH only sends its arguments to this process over the loopback interface, because starting Python for
+each call would take most of the time. A worker is a home folder. Commands that are sent to it over ssh are really run,
+by bash, with a simulated tmux and python3.11.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 
-# Each line of an answer begins with what it is: output, output without an end of line, an error, or the exit code.
+# The first character of each line of an answer is its kind: output, output without a line end, error, or exit code.
 GCLOUD = """
 exec 3<>"/dev/tcp/127.0.0.1/{port}"
 printf '%s\\0' "$#" "$@" >&3
@@ -46,7 +46,7 @@ case $1 in
 esac
 """
 
-# In place of Python on a worker: its venv's pip installs a cyb-train that does what the scenario says.
+# Replaces Python on a worker; the pip of its venv installs a cyb-train that follows the scenario.
 PYTHON = """
 case "$*" in
   '-m venv '*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -89,11 +89,11 @@ def script(path, text):
 
 
 class Refusal(Exception):
-  """What gcloud says before it ends with an error."""
+  """The message with which gcloud fails."""
 
 
 class Call:
-  """One call of gcloud: its words, and the way back."""
+  """A call of gcloud: its words, and the connection for the answer."""
 
   def __init__(self, connection):
     self._connection = connection
@@ -102,7 +102,7 @@ class Call:
     file = connection.makefile("rb")
     read = lambda: b"".join(iter(lambda: file.read(1), b"\0")).decode()  # noqa: E731
     self.words = [read() for _ in range(int(read()))]
-    # Whoever asks closes the connection when it is killed.
+    # If the calling process is killed, its connection is closed.
     threading.Thread(target=self._wait, args=(file,), daemon=True).start()
 
   def _wait(self, file):
@@ -110,7 +110,7 @@ class Call:
       file.read(1)
     self.gone.set()
 
-  def say(self, kind, text):
+  def send(self, kind, text):
     with self._lock, contextlib.suppress(OSError):
       self._connection.sendall(f"{kind}{text}\n".encode())
 
@@ -126,15 +126,15 @@ class Call:
 
 
 class FakeCloud:
-  """All there is, and what will happen to it.
+  """The resources of the cloud, and the scenario of events.
 
   Args:
-    folder: an empty one.
+    folder: an empty folder.
   """
 
   def __init__(self, folder):
     self.folder = pathlib.Path(folder)
-    self.queued, self.nodes, self.made, self.asked = {}, {}, 0, []
+    self.queued, self.nodes, self.made, self.recorded = {}, {}, 0, []
     self._taken = {}
     self._lock = threading.RLock()
     cloud = self
@@ -146,10 +146,10 @@ class FakeCloud:
         try:
           code = cloud.answer(call) or 0
         except Refusal as refusal:
-          call.say("e", f"ERROR: (gcloud.{'.'.join(call.words[:4])}) {refusal}")
+          call.send("e", f"ERROR: (gcloud.{'.'.join(call.words[:4])}) {refusal}")
           code = 1
         finally:
-          call.say("x", code)
+          call.send("x", code)
           with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RDWR)
 
@@ -170,13 +170,13 @@ class FakeCloud:
       self._remove_node(node)
 
   def plays(self, train=("0",), **scenario):
-    """What will happen.
+    """Sets the scenario.
 
     Args:
-      train: what each start of cyb-train does, the last again and again: an exit code, wait, stubborn, slow, or
-        'force STATE'; with commas between them, by worker.
-      scenario: hosts; create and delete, outcomes of each call; states, of each machine, told one by one, the last
-        again and again; ssh, rules.
+      train: the behaviour of each start of cyb-train, of which the last is repeated: an exit code, wait, stubborn,
+        slow, or 'force STATE'; or the behaviours of the workers, separated by commas.
+      scenario: `hosts`, the number of workers; `create` and `delete`, the outcomes of calls; `states`, the states of
+        each machine, which are reported one by one and of which the last is repeated; `ssh`, rules.
     """
     self.scenario = {"hosts": 2, "create": [], "delete": [], "delete_default": "ok", "states": [["ACTIVE"]], "ssh": []}
     assert scenario.keys() <= self.scenario.keys()
@@ -191,7 +191,7 @@ class FakeCloud:
 
   def answer(self, call):
     with self._lock:
-      self.asked.append(call.words)
+      self.recorded.append(call.words)
     if call.words[0] == "storage":
       bucket = self.folder / "bucket" / call.words[-1].removeprefix("gs://")
       bucket.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ class FakeCloud:
       nodes = [call.flag("node-id")] if count == 1 else [f"{call.flag('node-prefix')}-{i}" for i in range(count)]
       states = self.scenario["states"]
       states = list(states[min(self.made, len(states) - 1)])
-      self.queued[name] = {"type": call.flag("accelerator-type"), "nodes": nodes, "states": states, "there": False}
+      self.queued[name] = {"type": call.flag("accelerator-type"), "nodes": nodes, "states": states, "exists": False}
       self.made += 1
 
   def _queued_resources_describe(self, call):
@@ -247,18 +247,18 @@ class FakeCloud:
         if forced not in ("PREEMPTED", "VANISHED"):
           now = forced
           resource["states"] = [now]
-      if now == "ACTIVE" and not resource["there"]:
-        resource["there"] = True
+      if now == "ACTIVE" and not resource["exists"]:
+        resource["exists"] = True
         for node in resource["nodes"]:
           self.nodes[node] = {"state": "READY", "hosts": self.scenario["hosts"]}
           for worker in range(self.scenario["hosts"]):
             (self.folder / "homes" / node / str(worker)).mkdir(parents=True)
     found = {"name": f"projects/p/locations/z/queuedResources/{name}", "state": {"state": now}}
     if now == "FAILED":
-      found["state"]["failedData"] = {"error": {"code": 8, "message": "no room for it"}}
+      found["state"]["failedData"] = {"error": {"code": 8, "message": "no capacity left"}}
     node = {"acceleratorType": resource["type"]}
     found["tpu"] = {"nodeSpec": [{"nodeId": n, "node": node} for n in resource["nodes"]]}
-    call.say("o", json.dumps(found))
+    call.send("o", json.dumps(found))
 
   def _tpu_vm_describe(self, call):
     (node,) = call.positional()
@@ -267,7 +267,7 @@ class FakeCloud:
     found = self.nodes[node]
     endpoints = [{"ipAddress": f"10.0.0.{i}", "port": 8470} for i in range(found["hosts"])]
     found = {"name": node, "state": found["state"], "health": "HEALTHY", "networkEndpoints": endpoints}
-    call.say("o", json.dumps(found))
+    call.send("o", json.dumps(found))
 
   def _queued_resources_delete(self, call):
     (name,) = call.positional()
@@ -297,12 +297,12 @@ class FakeCloud:
     for pid in home.glob("*/tmux.pid"):
       with contextlib.suppress(ProcessLookupError, ValueError):
         os.killpg(int(pid.read_text()), signal.SIGKILL)
-    # What still dies may write once more.
+    # A process that is being killed may write again.
     while home.exists():
       shutil.rmtree(home, ignore_errors=True)
 
   def _rule(self, worker, what):
-    """What the scenario has in store for a command on a worker."""
+    """The scenario's behaviour of a command on a worker; '' means that it is run."""
     with self._lock:
       for i, rule in enumerate(self.scenario["ssh"]):
         used = self._taken.get(f"rule {i}", 0)
@@ -315,7 +315,7 @@ class FakeCloud:
   def _on_worker(self, call, node, worker, what, run):
     do = self._rule(worker, what)
     if do == "fail":
-      call.say("e", f"ERROR: (gcloud...) [/usr/bin/ssh] exited with return code [255]. (worker {worker})")
+      call.send("e", f"ERROR: (gcloud...) [/usr/bin/ssh] exited with return code [255]. (worker {worker})")
       return 255
     if do.startswith("force "):
       (self.folder / "force").write_text(do.split()[1])
@@ -323,10 +323,10 @@ class FakeCloud:
       call.hang()
       return 255
     if do.startswith("ends "):
-      call.say("o", f"cyb-launch: exit {do.split()[1]}")
+      call.send("o", f"cyb-launch: exit {do.split()[1]}")
       return 0
     if do.startswith("exit "):
-      call.say("e", "the command failed")
+      call.send("e", "the command failed")
       return int(do.split()[1])
     home = self.folder / "homes" / node / worker
     return run(home, worker, do)
@@ -371,11 +371,11 @@ class FakeCloud:
           text=True,
           start_new_session=True,
         )
-      except FileNotFoundError:  # its machine has just gone
+      except FileNotFoundError:  # the machine was just deleted
         return 255
 
       def end():
-        # Not once it has ended: what it has left running is to go on.
+        # After the command has ended, its background processes must continue.
         if process.poll() is None:
           with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -384,12 +384,12 @@ class FakeCloud:
       if do == "drop":
         threading.Timer(0.4, end).start()
       for line in process.stdout:
-        call.say("o", line.rstrip("\n"))
+        call.send("o", line.rstrip("\n"))
       code = process.wait()
       if code < 0:
-        # In the middle of a line.
-        call.say("p", "ste")
-        call.say("e", "ERROR: (gcloud...) [/usr/bin/ssh] exited with return code [255].")
+        # The connection breaks in the middle of a line.
+        call.send("p", "ste")
+        call.send("e", "ERROR: (gcloud...) [/usr/bin/ssh] exited with return code [255].")
       return code if code >= 0 else 255
 
     return self._workers(call, node, command, run)
@@ -404,10 +404,10 @@ class FakeCloud:
 
     return self._workers(call, node, "scp", run)
 
-  def told(self):
-    """What was asked, in order, in a few words each, but for looks and logs."""
-    told = []
-    for words in list(self.asked):
+  def calls(self):
+    """Short descriptions of the calls in order, without `describe` and `follow`."""
+    calls = []
+    for words in list(self.recorded):
       verb = words[3] if words[0] == "compute" else words[0]
       command = "".join(w for w in words if w.startswith("--command="))
       if verb == "ssh":
@@ -418,9 +418,9 @@ class FakeCloud:
         verb = "delete node"
       worker = "".join(w.removeprefix("--worker=") for w in words if w.startswith("--worker="))
       if verb not in ("describe", "follow"):
-        told.append(f"{verb} {worker}".strip())
-    return told
+        calls.append(f"{verb} {worker}".strip())
+    return calls
 
   def is_empty(self):
-    """Nothing is billed, and nothing runs."""
+    """Whether nothing is billed and nothing runs."""
     return not self.queued and not self.nodes and not list(self.folder.glob("homes/*"))

@@ -1,4 +1,4 @@
-"""What a run is said to take, against what it takes: bytes of arrays, XLA's memory and operations; nothing written."""
+"""Estimated costs against actual costs: bytes of arrays, XLA's memory and operations; nothing is written."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from cyb_jax.training import estimate
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-  """Empty folders for whatever might be written."""
+  """Empty folders for files that might be written."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
@@ -44,7 +44,7 @@ def build(config):
 
 
 def on_a_device(tree):
-  """Bytes of real arrays there."""
+  """The bytes of real arrays on a device."""
   here = jax.devices()[0]
   return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == here)
 
@@ -57,7 +57,7 @@ def on_a_device(tree):
     pytest.param({"strategy": "pmap"}, id="pmap"),
   ],
 )
-def test_what_it_says_is_what_is_used(parallelism):
+def test_estimates_equal_actual_costs(parallelism):
   config = tuned()
   config.parallelism.update(parallelism)
   config.precision.params = "bfloat16"
@@ -72,13 +72,13 @@ def test_what_it_says_is_what_is_used(parallelism):
   assert parameters["total"] == sum(x.size for x in jax.tree.leaves(global_state.params))
   tokens = jax.numpy.zeros((8, 16), "int32")
   batch = strategy.shard_batch({"tokens": tokens, "targets": tokens, "weights": jax.numpy.ones((8, 16))})
-  # pmap splits what it is given when it is called.
+  # pmap splits its arguments when it is called.
   assert memory["batch"] == on_a_device(batch) // (8 if "strategy" in parallelism else 1)
   program = strategy.compile(state, batch)
   assert memory["peak"] == program_memory(program).peak
   assert memory["temporaries"] == program.memory_analysis().temp_size_in_bytes > memory["gradients"] > 0
   assert memory["peak"] == sum(memory[name] for name in ("parameters", "moments", "batch", "temporaries", "other"))
-  # Metrics, the step's number, a result or two: no array of the model is among it.
+  # Metrics, the step counter and a few results; no array of the model is included.
   assert 0 <= memory["other"] < 1024
   assert (said["steps"], said["per_step"]) == (12, {"tokens": 128, "slots": 384})
   assert said["run"] == {"tokens": 12 * 128, "slots": 12 * 384}
@@ -90,7 +90,7 @@ def test_by_hand_and_nothing_is_written(elsewhere):
   adapters = 2 * (2 * (16 + 16))  # rank 2, query and value
   new = {"pauses": 2 * 16, "dont_know": 16 + 1 + 1}
   expected = {"embedding": 384 * 16, "layers": 2560 + 3 * 16, "lora": adapters, **new}
-  # Of the new ones the calibrated offset isn't trained.
+  # The calibrated offset is a new parameter that isn't trained.
   assert said["parameters"] == {
     "total": sum(expected.values()), "trained": adapters + sum(new.values()) - 1, **expected,
   }  # fmt: skip
@@ -102,21 +102,21 @@ def test_by_hand_and_nothing_is_written(elsewhere):
   assert said["flops"]["per_step"]["model"] == 128 * train["total"]
   assert said["flops"]["run"]["model"] == 12 * 128 * train["total"]
   assert said["advice"] is None
-  assert said["memory"]["limit"] is None  # CPUs don't tell
+  assert said["memory"]["limit"] is None  # CPUs don't report it
   assert sorted(os.listdir(elsewhere)) == ["here"]
   assert os.listdir(elsewhere / "here") == []
 
 
 @pytest.mark.parametrize("weights", [pytest.param("all", marks=pytest.mark.slow), "lora"])
-def test_executed_operations_are_xlas(weights):
-  """Within 5%: the whole step, whose norms, softmax and optimizer aren't counted by hand."""
+def test_executed_operations_equal_xlas_count(weights):
+  """Within 5%: the entire step, including norms, softmax and optimizer, which aren't counted by hand."""
   config = tiny_config(pauses=2)
   config.decoder.update(d_model=128, num_heads=2, head_size=64, mlp_size=384, vocab_size=512)
   config.data.sequence_length = 64
   config = configs.freeze(lora(config, lora_rank=32, lora_targets="query,key,value,out,gate,up,down", weights=weights))
   method, strategy = build(config)
   counted = strategy.compile_abstract(training.abstract_batch(config, 8)).cost_analysis()["flops"] * len(jax.devices())
-  # One chunk of logits: XLA unrolls its scan and doesn't compute them again.
+  # There is only one chunk of logits, so XLA unrolls its scan and doesn't recompute the logits.
   said = method.costs(64).train_executed.total - method.costs(64).forward.readout
   assert 8 * 64 * said == pytest.approx(counted, rel=0.05)
 
@@ -133,7 +133,7 @@ def test_the_program(elsewhere):
   assert "batch_size" in cli.complaint("train", f"--config={config}", "--dry_run", "--config.optimizer.accumulate=3")
 
 
-def test_where_the_vocabulary_comes_from(elsewhere):
+def test_source_of_the_vocabulary(elsewhere):
   config = tiny_config()
   config.data.update(tokenizer="sentencepiece:300", task="text_files", options="pattern=nothing*.txt")
 
@@ -153,7 +153,7 @@ def test_where_the_vocabulary_comes_from(elsewhere):
   assert vocabulary() == (257, f"the token store in {store.path}")
 
 
-def test_steps_of_epochs_are_known_where_the_data_is():
+def test_steps_of_epochs_are_known_if_the_data_is_prepared():
   config = tiny_config()
   config.data.update(task="synthetic_sums", options="documents=40")
   config.train.update(steps=0, epochs=2.0)
@@ -164,19 +164,19 @@ def test_steps_of_epochs_are_known_where_the_data_is():
   found = training.find_store(frozen)
   assert found.path == prepared.path
   steps, source = estimate._steps(frozen, found)
-  # As many as two passes over all windows fill.
+  # The number of steps of two passes over all windows.
   assert steps == -(-2 * found.num_windows("train", 16) // 8)
   assert str(found.path) in source
 
 
-def test_advice_names_what_helps():
+def test_advice_lists_changes_that_help():
   config = tuned()
   config.precision.activations = "bfloat16"
   config = configs.freeze(config)
   memory = {"parameters": 60, "moments": 10, "gradients": 5, "temporaries": 20, "peak": 100, "limit": 99}
   said = estimate._advice(config, memory, 4, refused=False)
   assert said.startswith("the step needs 100 bytes and each device has 99; ")
-  # Most of it is parameters, of which most are frozen already.
+  # Most of the memory is parameters, most of which are already frozen.
   assert said.index("precision.params = 'bfloat16'") < said.index("parallelism.fsdp = 4") < said.index("decoder.remat")
   assert "tuning.weights" not in said
   with_float32 = with_part(config, "precision", activations="float32")
@@ -195,7 +195,7 @@ def test_advice_names_what_helps():
 def test_a_batch_that_cannot_be_split():
   config = tiny_config()
   config.data.batch_size = 12
-  with pytest.raises(InputError, match=r"data\.batch_size: 12 windows don't divide over 8 devices"):
+  with pytest.raises(InputError, match=r"data\.batch_size: 12 is not divisible by 8 devices"):
     training.dry_run(configs.freeze(config))
 
 
@@ -208,7 +208,7 @@ def test_a_batch_that_cannot_be_split():
     ("data.tokenizer=sentencepiece:many", "data.tokenizer='sentencepiece:many': give a number of pieces"),
   ],
 )
-def test_names_of_the_data_are_checked_before_anything_is_compiled(tmp_path, monkeypatch, field, message):
+def test_names_of_the_data_are_checked_before_compilation(tmp_path, monkeypatch, field, message):
   changed = command_line.override(tiny_config(pauses=1), [field])
   monkeypatch.setattr("cyb_jax.training.estimate._compiled", lambda run: pytest.fail("it is compiled"))
   config = configs.freeze(changed)

@@ -1,4 +1,4 @@
-"""A run that is killed, or whose disk fails or damages it, comes out the same; what can't be mended is said."""
+"""Runs that are killed, or whose disk fails or is damaged, have the same results; permanent errors are reported."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from cyb_jax.checkpointing.workdir import Lock, checkpoints_in
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.training import run_data, trainer
 
-# Of orbax's threads, when a save has failed.
+# Exceptions in orbax's threads after a failed save.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -37,7 +37,7 @@ def test_kills():
   assert result["phases"].keys() == PHASES.keys()
   assert sum(result["phases"].values()) == result["kills"] == 3
   assert "--kills: 0 must be at least 1" in cli.complaint("benchmark", "faults", "--kills=0")
-  assert "--kills_seed: -1 must lie in" in cli.complaint("benchmark", "faults", "--kills_seed=-1")
+  assert "--kills_seed: -1 must be in" in cli.complaint("benchmark", "faults", "--kills_seed=-1")
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def warnings(monkeypatch):
   return seen
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(copy, config, whole, warnings):
+def test_a_damaged_newest_checkpoint_is_skipped(copy, config, whole, warnings):
   flip(largest_file(copy / "checkpoints" / "12" / "state"))
   assert cyb_jax.load(copy).step == 10
   assert any("checkpoint 12" in w and "was altered; 10 is used instead" in w for w in warnings)
@@ -132,25 +132,27 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copy, config, whole, warning
   (copy / "evaluation.json").unlink()
   training.train(config, copy)
   assert first_difference(whole, copy) is None
-  # Moved, not deleted.
+  # It is moved, not deleted.
   assert sorted(contents(copy / "checkpoints" / "damaged" / "12").values()) == sorted(before.values())
   assert any("it was moved to" in w and "damaged/12; 10 is used instead" in w for w in warnings)
 
 
-def test_no_silent_start_from_scratch(copy, config):
+def test_a_run_never_silently_restarts(copy, config):
   for step in ("10", "12"):
     largest_file(copy / "checkpoints" / step / "state").unlink()
   before = contents(copy / "checkpoints")
   for _ in range(2):
-    with pytest.raises(InputError, match=r"checkpoints: all in .* are damaged \(12: state/.* is missing; 10: state/"):
+    with pytest.raises(
+      InputError, match=r"checkpoints: all checkpoints in .* are damaged \(12: state/.* is missing; 10: state/"
+    ):
       training.train(config, copy)
-  with pytest.raises(InputError, match=r"checkpoints: all in .* are damaged"):
+  with pytest.raises(InputError, match=r"checkpoints: all checkpoints in .* are damaged"):
     cyb_jax.load(copy)
   assert contents(copy / "checkpoints") == before
 
 
-def test_a_start_that_was_killed(tmp_path, config, whole):
-  """Half of a tokenizer, of a file, of a line, of a save and of a deletion is no hindrance."""
+def test_a_killed_start(tmp_path, config, whole):
+  """Incomplete files, folders, saves and deletions of a killed start do not prevent a restart."""
   folder = tmp_path / "run"
   (folder / "tokenizer").mkdir(parents=True)
   (folder / "tokenizer" / "tokenizer.json").write_text("{")
@@ -165,13 +167,13 @@ def test_a_start_that_was_killed(tmp_path, config, whole):
   assert {p.name for p in (folder / "checkpoints").iterdir()} == {"10", "12"}
 
 
-def test_a_second_run_in_a_folder_is_refused(copy, config, tmp_path):
+def test_a_second_run_in_a_folder_is_rejected(copy, config, tmp_path):
   with Lock(copy):
     before = contents(copy)
-    with pytest.raises(InputError, match=r"workdir: another run is training in .*run; wait for it to end"):
+    with pytest.raises(InputError, match=r"workdir: another run is training in .*run; wait for its end"):
       training.train(config, copy)
-    assert cyb_jax.load(copy).step == 12  # readers don't care
-    # And in a process of its own, whatever its config is.
+    assert cyb_jax.load(copy).step == 12  # readers are not affected by the lock
+    # It is also rejected in a separate process, for any config.
     flags = f"--config={cli.write_config(tmp_path)}", f"--workdir={copy}"
     assert "another run is training in" in cli.complaint("train", *flags)
     assert contents(copy) == before
@@ -179,7 +181,7 @@ def test_a_second_run_in_a_folder_is_refused(copy, config, tmp_path):
 
 
 def test_two_runs_that_start_together(tmp_path, config, monkeypatch):
-  """Both have seen an empty place; the second to write is refused, whether the first still runs or has ended."""
+  """Both have seen an empty folder; the second to write is rejected, whether the first still runs or has ended."""
   folder = tmp_path / "run"
   prepared = run_data.open_store
 
@@ -206,12 +208,12 @@ def test_two_runs_that_start_together(tmp_path, config, monkeypatch):
 
   shutil.rmtree(folder)
   monkeypatch.setattr(run_data, "open_store", other_ends)
-  with pytest.raises(InputError, match=r"another run has trained in .* just now; start again to continue it"):
+  with pytest.raises(InputError, match=r"another run has just trained in .*; start again to continue it"):
     training.train(config, folder)
   assert cyb_jax.load(folder).step == 12
 
 
-def test_an_altered_shard_stops_a_run_before_it_goes_on(copy, config, tmp_path):
+def test_an_altered_shard_stops_a_run_before_it_continues(copy, config, tmp_path):
   store = pathlib.Path(config.data.store)
   shutil.copytree(store, tmp_path / "kept")
   shutil.rmtree(copy / "checkpoints" / "12")
@@ -228,7 +230,7 @@ def test_an_altered_shard_stops_a_run_before_it_goes_on(copy, config, tmp_path):
 
 @contextlib.contextmanager
 def largest_files(size):
-  """Files may not grow beyond so many bytes, as on a disk that is full; here for root and users alike."""
+  """Limits the size of files, which simulates a full disk for root and other users."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
   try:
@@ -238,7 +240,7 @@ def largest_files(size):
 
 
 def disturbed_at(monkeypatch, step, disturb):
-  """Calls `disturb` when the validation of a step begins, and what was saved before is whole."""
+  """Calls `disturb` when the validation of a step begins and the previous save is complete."""
   whole = trainer.Trainer.evaluate
 
   def evaluate(self, run, *arguments, **options):
@@ -251,12 +253,15 @@ def disturbed_at(monkeypatch, step, disturb):
   monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
 
 
-def test_a_save_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
+def test_a_save_that_fails_on_a_full_disk(tmp_path, config, whole, monkeypatch):
   folder = tmp_path / "run"
   with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
-    # Enough for lines of metrics and for the small files of a checkpoint, not for the arrays.
+    # Sufficient for lines of metrics and for the small files of a checkpoint, but not for the arrays.
     disturbed_at(patch, 6, lambda: limits.enter_context(largest_files(4096)))
-    with pytest.raises(StorageError, match=r"checkpoint 10 .*: files may not grow so large here; that of step 5 is"):
+    with pytest.raises(
+      StorageError,
+      match=r"checkpoint 10 .*: the file exceeds the size limit .*; the same command continues from",
+    ):
       training.train(config, folder)
   # Orbax may have gone on for a while with what it had begun; that goes at the next start.
   assert {p.name for p in (folder / "checkpoints").iterdir()} - {"unfinished"} == {"5"}
@@ -266,12 +271,14 @@ def test_a_save_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_line_of_metrics_that_the_disk_refuses(tmp_path, config, whole, monkeypatch):
+def test_a_line_of_metrics_that_fails_on_a_full_disk(tmp_path, config, whole, monkeypatch):
   folder = tmp_path / "run"
   with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
     metrics = folder / "metrics.jsonl"
     disturbed_at(patch, 6, lambda: limits.enter_context(largest_files(metrics.stat().st_size + 9)))
-    with pytest.raises(StorageError, match=r"metrics.jsonl \(step 6\) can't be written: files may not grow so large"):
+    with pytest.raises(
+      StorageError, match=r"metrics.jsonl \(step 6\) can't be written: the file exceeds the size limit"
+    ):
       training.train(config, folder)
   assert not metrics.read_text().endswith("\n")
   training.train(config, folder)
@@ -306,7 +313,7 @@ def test_a_full_disk(tmp_path, config, whole, monkeypatch):
     with monkeypatch.context() as patch:
       disturbed_at(patch, 6, fill)
       with pytest.raises(
-        StorageError, match=r"checkpoint 10 can't be saved in .*: the disk is full; that of step 5 is"
+        StorageError, match=r"checkpoint 10 can't be saved in .*: the disk is full; the same command continues from"
       ):
         training.train(config, folder)
     (folder / "filler").unlink()
@@ -327,21 +334,25 @@ def test_a_folder_that_becomes_read_only(tmp_path, config, whole, monkeypatch):
         (checkpoints / "unfinished").chmod(0o555)
         stack.callback(checkpoints.chmod, 0o755)
         stack.callback((checkpoints / "unfinished").chmod, 0o755)
-      else:  # whom permissions don't stop
+      else:  # permissions don't restrict this user
         stack.enter_context(mounted("--bind", "-r", loop_checkpoints, loop_checkpoints))
 
     disturbed_at(patch, 6, forbid)
-    with pytest.raises(StorageError, match=r"checkpoint 10 can't be saved in .*(read-only|denied); that of step 5 is"):
+    with pytest.raises(
+      StorageError, match=r"checkpoint 10 can't be saved in .*(read-only|denied); the same command continues from"
+    ):
       training.train(config, folder)
   training.train(config, folder)
   assert first_difference(whole, folder) is None
 
 
-def test_a_token_store_that_the_disk_refuses(tmp_path):
+def test_a_token_store_that_fails_on_a_full_disk(tmp_path):
   def prepare():
     return data.prepare("synthetic_lookups", "bytes", tmp_path / "store", options={"documents": 64})
 
-  wanted = r"piece-.* can't be written: files may not grow so large here; what is whole is kept, and the same command"
+  wanted = (
+    r"piece-.* can't be written: the file exceeds the size limit .*; finished files are kept, and the same command"
+  )
   with largest_files(500), pytest.raises(StorageError, match=wanted):
     prepare()
   assert not (tmp_path / "store").exists()
@@ -349,7 +360,7 @@ def test_a_token_store_that_the_disk_refuses(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == [".store.lock", "store"]
 
 
-def test_programs_say_it_in_one_line(tmp_path, config):
+def test_programs_report_a_full_disk_in_one_line(tmp_path, config):
   """Exit code 1, and no traceback."""
   store = f"--config.data.store={config.data.store}"
   flags = f"--config={cli.write_config(tmp_path)}", f"--workdir={tmp_path}/run", store
@@ -366,11 +377,13 @@ def test_programs_say_it_in_one_line(tmp_path, config):
   assert "Traceback" not in process.stderr
   (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
   assert "checkpoint 6 can't be saved in" in line
-  assert line.endswith("files may not grow so large here; there is none before")
+  assert line.endswith(
+    "the file exceeds the size limit of the file system or the process; there is no earlier checkpoint"
+  )
 
 
 def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
-  """By the next save, by wait, or by close: once, as they are."""
+  """The next save, wait or close raises the unchanged error once."""
 
   def broken(*_, **__):
     raise ZeroDivisionError("broken")

@@ -1,4 +1,4 @@
-"""The hooks of the training loop, each alone: periods, warnings, signals and timing by hand."""
+"""The hooks of the training loop, tested separately: periods, warnings, signals and timing by hand."""
 
 import contextlib
 import hashlib
@@ -60,28 +60,28 @@ def test_periods():
 
 
 @pytest.mark.parametrize(
-  ("step", "asked", "calls"),
+  ("step", "requested", "calls"),
   [
     (1, False, []),
     (4, False, ["flush", "evaluate", "write", "stops", "restart"]),
     (5, False, ["flush", "meta", "check", "flush", "save", "restart"]),
-    # A signal during the validation: saved, then ended.
+    # A signal during validation: the run is saved and then ends.
     (4, True, ["flush", "evaluate", "write", "stops", "meta", "check", "flush", "save", "wait"]),
   ],
 )
-def test_a_pause_runs_what_is_due_in_its_order(step, asked, calls):
+def test_blocking_hooks_run_in_order_when_they_are_due(step, requested, calls):
   run = progress(step - 1)
   run.begin_step(tokens=1)
   seen = []
-  record = Recorder(seen, evaluate={"loss": 1.0, "perplexity": 2.0}, stops=asked, check=0)
+  record = Recorder(seen, evaluate={"loss": 1.0, "perplexity": 2.0}, stops=requested, check=0)
   run.meta = lambda: seen.append("meta")
   run.state = types.SimpleNamespace(skipped_in_a_row=None)
-  interruption = hooks.Interruption(record, types.SimpleNamespace(received=[15] * asked), record)
+  interruption = hooks.Interruption(record, types.SimpleNamespace(received=[15] * requested), record)
   validation = hooks.Validation(record.evaluate, record, interruption)
   strategy = types.SimpleNamespace(global_state=lambda state: state)
   saver = hooks.Saver(record, strategy, record, record.check)
-  pause = hooks.Pause(record, record, validation, saver, interruption)
-  if asked:
+  pause = hooks.BlockingHooks(record, record, validation, saver, interruption)
+  if requested:
     with pytest.raises(Interrupted, match="signal 15: saved at step 4 of 12"):
       pause(run)
   else:
@@ -89,15 +89,15 @@ def test_a_pause_runs_what_is_due_in_its_order(step, asked, calls):
   assert seen == calls
 
 
-def test_collapse_is_warned_of_once_until_it_has_passed(monkeypatch):
+def test_collapse_causes_one_warning_until_it_is_over(monkeypatch):
   warnings = []
   monkeypatch.setattr(hooks.logging, "warning", lambda text, *args: warnings.append(args[:3]))
-  warn = hooks.CollapseWarning(0.9, decides=True)
+  warn = hooks.CollapseWarning(0.9, is_adaptive=True)
   for step, share in enumerate((0.95, 0.96, 0.5, float("nan"), 0.97), start=1):
     warn(step, [1 - share, share])
   assert warnings == [(1, pytest.approx(95.0), 1), (5, pytest.approx(97.0), 1)]
-  hooks.CollapseWarning(0.9, decides=False)(6, [0.0, 1.0])
-  hooks.CollapseWarning(0.9, decides=True)(6, [1.0])
+  hooks.CollapseWarning(0.9, is_adaptive=False)(6, [0.0, 1.0])
+  hooks.CollapseWarning(0.9, is_adaptive=True)(6, [1.0])
   assert len(warnings) == 2
 
 
@@ -109,14 +109,14 @@ def test_divergence_is_counted_and_ends_the_run():
     check(8, jnp.int32(3))
 
 
-def test_signals_are_recorded_once_and_handlers_come_back():
+def test_signals_are_recorded_once_and_handlers_are_restored():
   arrived = []
   before = signal.signal(signal.SIGTERM, lambda number, _frame: arrived.append(number))
   try:
     with StopSignals() as signals:
       os.kill(os.getpid(), signal.SIGTERM)
       assert (signals.received, arrived) == ([signal.SIGTERM], [])
-      os.kill(os.getpid(), signal.SIGTERM)  # the second one is the earlier handler's
+      os.kill(os.getpid(), signal.SIGTERM)  # the second signal calls the earlier handler
       assert (signals.received, arrived) == ([signal.SIGTERM], [signal.SIGTERM])
     os.kill(os.getpid(), signal.SIGTERM)
     assert arrived == [signal.SIGTERM] * 2
@@ -124,7 +124,7 @@ def test_signals_are_recorded_once_and_handlers_come_back():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_ends_a_run_at_once_while_nothing_would_be_lost():
+def test_a_signal_ends_a_run_immediately_while_nothing_would_be_lost():
   before = signal.getsignal(signal.SIGTERM)
   with StopSignals() as signals:
     signals.at_once = True
@@ -136,7 +136,7 @@ def test_a_signal_ends_a_run_at_once_while_nothing_would_be_lost():
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_thread_ends_the_process_while_the_main_thread_compiles(monkeypatch, at_once):
-  """The main thread is in a C function, where Python runs no signal handler."""
+  """The main thread is in a C function, so Python runs no signal handlers."""
   monkeypatch.setattr(signals_module, "_GRACE_SECONDS", 0.05)
   ended = []
   wakeup = signal.set_wakeup_fd(-1)
@@ -144,7 +144,7 @@ def test_a_thread_ends_the_process_while_the_main_thread_compiles(monkeypatch, a
     signals.at_once = at_once
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     start = time.monotonic()
-    while time.monotonic() < start + 0.5:  # one call, which a signal does not interrupt
+    while time.monotonic() < start + 0.5:  # a single call, which signals do not interrupt
       hashlib.pbkdf2_hmac("sha256", b"", b"", 1 if ended else 1_000_000)
   assert signals.received == [signal.SIGTERM]
   assert signal.set_wakeup_fd(wakeup) == -1
@@ -175,14 +175,14 @@ def test_throughput_by_hand(monkeypatch):
   assert (speed.lap(10).tokens_per_second, speed.lap(10).slots_per_second) == (None, None)
 
 
-def test_sizes_of_vocabularies():
+def test_durations():
   assert tokenizers.vocabulary_size("sentencepiece:300") == 300
   assert tokenizers.vocabulary_size("bytes") == 257
   with pytest.raises(InputError):
     tokenizers.vocabulary_size("nowhere.model")
 
 
-def test_the_package_imports_its_modules_when_they_are_used():
+def test_the_package_imports_its_modules_on_use():
   code = (
     "import sys, cyb_jax.training as training\n"
     "assert not any(name.startswith('cyb_jax.training.') for name in sys.modules)\n"

@@ -1,4 +1,4 @@
-"""Schedules by hand, and what is decayed."""
+"""Schedules by hand, and the selection of decayed parameters."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ BASE = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, final_fraction=0.
 
 
 def rates(steps, width=64, **options):
-  """[steps + 1], by the number of the update, from 1; entry 0 would be the rate before the first."""
+  """[steps + 1] rates by the number of the update, from 1; entry 0 would be the rate before the first update."""
   rate = schedule(dataclasses.replace(BASE, **options), steps, width)
   return np.array([rate(update - 1) for update in range(steps + 1)])
 
@@ -51,7 +51,7 @@ def test_few_steps(name, steps):
   assert got.max() <= 1.0
 
 
-def test_matrices_decay_and_nothing_else_does():
+def test_only_matrices_have_weight_decay():
   _, params = build(name="cyb", pauses=2, dont_know="unit", pause_offset=True)
   flags = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(decayed(params))}
   assert {k for k, v in flags.items() if v} == {k for k in flags if k.endswith("['kernel']")}

@@ -1,4 +1,4 @@
-"""Text of the user's own: every form trains by the options of the tutorial, and a mixture resumes bit for bit."""
+"""The user's own text: every format can be used with the options of the tutorial, and a mixture resumes bit-exactly."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_text_trains(form, tmp_path, monkeypatch):
+def test_every_format_of_text_trains(form, tmp_path, monkeypatch):
   write_texts(tmp_path)
   monkeypatch.chdir(tmp_path)
   task, options, tokenizer = FORMS[form]
@@ -70,8 +70,8 @@ def test_every_form_of_text_trains(form, tmp_path, monkeypatch):
   assert record["tokens"] == store.num_targets("validation")
   partly = form in ("answers", "chats")
   assert store.has_prefixes("train") == partly
-  learnt, tokens = read_metrics(tmp_path / "run")[0]["tokens"], 2 * 8 * 16
-  assert (learnt < tokens / 2) if partly else learnt == tokens
+  weighted, tokens = read_metrics(tmp_path / "run")[0]["tokens"], 2 * 8 * 16
+  assert (weighted < tokens / 2) if partly else weighted == tokens
 
 
 def mixed(tmp_path, **train):
@@ -82,7 +82,7 @@ def mixed(tmp_path, **train):
   return config
 
 
-def test_a_mixture_trains_reports_its_sources_and_resumes_bit_for_bit(tmp_path):
+def test_a_mixture_trains_reports_its_sources_and_resumes_bit_exactly(tmp_path):
   write_texts(tmp_path)
   config = configs.freeze(mixed(tmp_path))
   record = training.train(config, tmp_path / "whole")
@@ -134,10 +134,10 @@ def test_evaluation_finds_the_mixture_from_another_folder_without_its_sources(tm
     (["data.mixture=imdb_review:1,synthetic_sums:1"], "data.task='imdb_review'"),
     (["data.mixture=/nowhere/store:1"], "there is no token store in '/nowhere/store'"),
     (["data.mixture=jsonl(text_keys=x)"], "no such option"),
-    (["data.task=jsonl", "data.options=text_key=a,messages_key=b"], "text_key is given too"),
+    (["data.task=jsonl", "data.options=text_key=a,messages_key=b"], "text_key is also given"),
   ],
 )
-def test_sources_are_checked_before_anything_is_read(fields, part):
+def test_sources_are_checked_before_data_is_read(fields, part):
   config = tiny_config()
   config.data.options = ""
   with pytest.raises(InputError, match=part):
@@ -152,7 +152,7 @@ def test_sources_are_checked_before_anything_is_read(fields, part):
     (["data.mixture=synthetic_sums", "data.store=/x"], "data.store"),
   ],
 )
-def test_a_mixture_that_contradicts_other_fields_is_refused(fields, part):
+def test_a_mixture_that_contradicts_other_fields_is_rejected(fields, part):
   config = tiny_config()
   config.data.options = ""
   with pytest.raises(InputError, match=part):

@@ -1,4 +1,4 @@
-"""Every setting of the paper trains and evaluates: the reviews in the slow run, smaller things in the quick one."""
+"""All settings of the paper can be trained and evaluated: the slow test uses reviews, the fast ones smaller data."""
 
 import pathlib
 
@@ -45,8 +45,8 @@ def test_c4_prepares_and_trains_from_the_sample(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_regimes_pass_over_their_thirds(tmp_path):
-  """1x1 reads a third once, 2x1 the same third twice, 1x3 everything once: the steps say so."""
+def test_regimes_read_their_fractions_of_the_data(tmp_path):
+  """1x1 reads a third once, 2x1 reads the same third twice, and 1x3 reads everything once, which the steps show."""
   from experiments import reviews
 
   steps = {}

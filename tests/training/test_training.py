@@ -1,4 +1,4 @@
-"""The step: accumulation, rows of unequal weight; determinism; metrics. Meshes are in test_sharding."""
+"""The step: accumulation, rows of unequal weight; determinism; metrics. Meshes are tested in test_sharding."""
 
 import dataclasses
 import functools
@@ -45,14 +45,14 @@ MESHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
-def test_compiled_ahead_it_is_the_same_step(name):
+def test_a_step_compiled_ahead_of_time_is_equal(name):
   options, devices = MESHES[name]
   config = with_part(CONFIG, "parallelism", **options)
   assert_trees_equal(run(config, devices=devices, ahead=True), run(config, devices=devices))
 
 
 def gradient_step(config, *, devices=1):
-  """Parameters after one step of plain gradient descent, so that they show the gradient itself."""
+  """Parameters after one step of plain gradient descent, which show the gradient itself."""
   mesh = make_mesh(config.parallelism, jax.devices()[:devices])
   method = config.build_method(VOCABULARY)
   strategy = build_strategy(config, method, optax.sgd(1.0), mesh)
@@ -62,7 +62,7 @@ def gradient_step(config, *, devices=1):
 
 
 @pytest.mark.parametrize("accumulate", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
-def test_accumulation_is_the_large_batch(accumulate):
+def test_accumulation_equals_the_large_batch(accumulate):
   whole = gradient_step(CONFIG)
   parts = gradient_step(with_part(CONFIG, "optimizer", accumulate=accumulate))
   assert_trees_close(parts.params, whole.params, rtol=1e-6, atol=1e-6)
@@ -85,7 +85,7 @@ def state_of(params, optimizer):
 
 
 def test_loss_is_sum_over_count():
-  """Against the definition: every token has the same weight, wherever it lies."""
+  """By definition, every token has the same weight in any row."""
   method, params = build(name="cyb", pauses=1)
   batch = random_batch(2, 4, 6, uneven=True)
 
@@ -171,7 +171,7 @@ def test_metrics_of_no_step_are_undefined():
   ("where", "accumulate"),
   [("loss", 1), ("loss", 2), ("gradient", 1), pytest.param("gradient", 2, marks=pytest.mark.slow)],
 )
-def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
+def test_nonfinite_steps_are_counted_but_not_applied(where, accumulate):
   method, params = build(name="cyb", pauses=1)
   loss = method.loss
 
@@ -180,7 +180,7 @@ def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
     on = (step >= 1) & (step < 3)
     if where == "loss":
       return dataclasses.replace(out, loss=out.loss + jnp.where(on, jnp.inf, 0.0))
-    # At 0 a square root is finite, and its gradient isn't.
+    # At 0, a square root is finite, but its gradient isn't.
     return dataclasses.replace(out, loss=out.loss + jnp.sqrt(jnp.where(on, 0 * params["dont_know"].sum(), 1.0)))
 
   method.loss = broken
@@ -193,7 +193,7 @@ def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
   assert int(first.skipped_in_a_row) == 0
   bad = step(step(first, batches[1]), batches[2])
   assert_trees_equal((bad.params, bad.opt_state[0]), (first.params, first.opt_state[0]))
-  # The schedule goes by steps.
+  # The schedule depends on the step.
   assert (int(first.opt_state[1].count), int(bad.opt_state[1].count)) == (1, 3)
   assert (int(bad.step), int(bad.skipped_in_a_row), int(bad.totals.skipped)) == (3, 2, 2)
   assert bad.totals.skipped_steps.tolist()[:3] == [2, 3, 0]
@@ -204,7 +204,7 @@ def test_what_is_not_finite_is_not_applied_but_counted(where, accumulate):
 
 
 @pytest.mark.slow
-def test_after_so_many_in_a_row_nothing_is_applied_any_more():
+def test_after_max_skipped_consecutive_steps_nothing_is_applied():
   method, params = build(name="cyb", pauses=1)
   loss = method.loss
   method.loss = lambda params, batch, rng, step: dataclasses.replace(
@@ -217,18 +217,18 @@ def test_after_so_many_in_a_row_nothing_is_applied_any_more():
     state = step(state, random_batch(k))
   assert int(state.skipped_in_a_row) == 22
   assert_trees_equal(state.params, params)
-  # More than are remembered are counted all the same.
+  # More steps than are recorded are still counted.
   assert int(state.totals.skipped) == 22
   assert state.totals.skipped_steps.tolist() == list(range(1, 17))
 
 
-def test_metrics_log_drops_what_comes_again(tmp_path):
+def test_metrics_log_drops_lines_that_are_repeated(tmp_path):
   log = MetricsLog(tmp_path, 0, tensorboard=True)
   for step in (2, 4, 6):
     log.write({"split": "train", "step": step, "loss": float("nan"), "timing": {"seconds": 1.0}})
   log.close()
   with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"split": "train", "st')  # torn by a kill
+    file.write('{"split": "train", "st')  # incomplete after a kill
   MetricsLog(tmp_path, 4, tensorboard=False).close()
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [2, 4]
@@ -236,7 +236,7 @@ def test_metrics_log_drops_what_comes_again(tmp_path):
   assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
-def test_tensorboard_reads_what_was_written(tmp_path):
+def test_tensorboard_reads_the_events(tmp_path):
   from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
   log = MetricsLog(tmp_path, 0, tensorboard=True)

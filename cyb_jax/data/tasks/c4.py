@@ -1,4 +1,4 @@
-"""`c4_en`: the English C4, as TFDS has prepared it."""
+"""`c4_en`: the English part of C4, prepared by TFDS."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def _open(options: Mapping[str, Any]):
       return Source(tuple(documents), read, parts, provider=lambda: task({split: split for split in documents}))
     return Source(("train",), read, parts, hash_splits=True)
 
-  # A sample of C4 and all of it may have the same version; the counts distinguish them.
+  # A sample of C4 and the complete C4 may have the same version; the counts distinguish them.
   return {"tfds": f"c4/en:{version}", "documents": documents}, source
 
 
 def _newest_version(options: Mapping[str, Any]) -> epath.Path:
-  """The folder of the newest version of c4/en that is prepared."""
+  """The folder of the newest prepared version of c4/en."""
   place = options["data_dir"] or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
   folder = epath.Path(absolute(place)) / "c4" / "en"
   versions = []
@@ -54,7 +54,7 @@ def _newest_version(options: Mapping[str, Any]) -> epath.Path:
   if not versions:
     raise InputError(
       f"data.options.data_dir={place!r}: no prepared c4/en in it; set data_dir or TFDS_DATA_DIR to a TFDS folder "
-      "that holds one (tfds build c4/en)"
+      "that contains one (tfds build c4/en)"
     )
   return folder / max(versions, key=lambda name: [int(part) for part in name.split(".")])
 
@@ -62,13 +62,13 @@ def _newest_version(options: Mapping[str, Any]) -> epath.Path:
 def interleaved_pieces(group: str, lengths: Sequence[int], cycle: int = 16, block: int = 16) -> list[Piece]:
   """The files of a group, in the order in which TFDS reads their documents (tf.data's interleave).
 
-  `cycle` files are read at once, in turns of `block` documents. A file that ends in a turn, even with no document
-  left, ends that turn, and the next file takes its place one round later.
+  `cycle` files are read at once, `block` documents per turn. The turn in which a file turns out to be exhausted ends,
+  even if it has yielded no document, and the next file takes the place of that file one round later.
 
   Args:
     group: a split of TFDS.
     lengths: the number of documents in each file.
-    cycle, block: of tf.data's interleave; the defaults are those of TFDS.
+    cycle, block: arguments of tf.data's interleave; the defaults are the values of TFDS.
   """
   free = [(0, place) for place in range(cycle)]
   result = []

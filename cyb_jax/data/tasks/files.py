@@ -1,7 +1,7 @@
-"""The files of a task: which ones a pattern matches, their identity, their compression, and their division into spans.
+"""The files of a task: the match of a pattern, their identity, their compression, and their division into spans.
 
-Compression is known by a file's suffix (.gz, .bz2, .xz, .zst). A compressed file is read from its beginning only, so it
-is never divided.
+The suffix of a file (.gz, .bz2, .xz, .zst) determines its compression. A compressed file can only be read from its
+beginning, so it is never divided.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from etils import epath
 from cyb_jax.errors import InputError
 from cyb_jax.storage import absolute, streams
 
-# Files of up to this many bytes in all are identified by their contents, others by their names and sizes.
+# Files of up to this many bytes in total are identified by their contents, others by their names and sizes.
 _HASHED_BYTES = 256 << 20
 _READ_BYTES = 4 << 20
-# A span is 1/1024 of all bytes, within these limits: small corpora keep several workers busy, and large ones do not
-# leave thousands of spans to merge.
+# A span is 1/1024 of all bytes, within these limits: small corpora still keep several workers busy, and large corpora
+# do not have many thousands of spans to merge.
 _SPAN_BYTES = 8 << 20, 256 << 20
 _SPANS = 1024
-# The beginnings of so many files are looked at to recognise their format.
+# The format is detected from the beginnings of at most this many files.
 _INSPECTED_FILES = 10_000
 _INSPECTED_BYTES = 1 << 16
 
@@ -53,7 +53,7 @@ _DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 def compression(path: str | os.PathLike) -> str | None:
-  """'gzip', 'bzip2', 'xz' or 'zstd' by the suffix of a path; None: the file is not compressed."""
+  """'gzip', 'bzip2', 'xz' or 'zstd' by the suffix of a path; None if the file is not compressed."""
   return _SUFFIXES.get(os.path.splitext(os.fspath(path))[1].lower())
 
 
@@ -61,7 +61,7 @@ def matching(option: str, pattern: str) -> list[epath.Path]:
   """The files that a pattern matches, sorted by path.
 
   Args:
-    option: the name of the option that holds the pattern, for errors.
+    option: the name of the option whose value is the pattern, for errors.
     pattern: a path or a glob, on a local disk or in a bucket; `~` is expanded.
 
   Raises:
@@ -72,7 +72,7 @@ def matching(option: str, pattern: str) -> list[epath.Path]:
   # Only pathlib supports `**`, only epath supports buckets.
   kind = epath.Path if "://" in pattern else Path
   if kind is epath.Path and "**" in pattern:
-    raise InputError(f"data.options.{option}={pattern!r}: ** is not possible in a bucket; give * for each folder")
+    raise InputError(f"data.options.{option}={pattern!r}: ** is unsupported in a bucket; give * for each folder")
   # A glob needs a folder to start from: the part of the pattern before its first wildcard.
   parts = kind(absolute(pattern)).parts
   fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
@@ -91,7 +91,7 @@ class Files:
   Attributes:
     option: the option that names them, for errors.
     paths: their paths.
-    sizes: bytes of each.
+    sizes: bytes of each file.
   """
 
   option: str
@@ -105,7 +105,7 @@ class Files:
     return cls(option, paths, [path.stat().length for path in paths])
 
   def identity(self) -> dict[str, Any]:
-    """Their number, their bytes, and a digest of names, sizes and, up to 256 MiB in all, contents."""
+    """The number of files, their total bytes, and a digest of names, sizes and, up to 256 MiB in total, contents."""
     hash_contents = sum(self.sizes) <= _HASHED_BYTES
     digest = hashlib.blake2b(digest_size=16)
     for path, size in zip(self.paths, self.sizes, strict=True):
@@ -122,7 +122,7 @@ class Files:
     return spans(self.sizes, divisible, min(max(sum(self.sizes) // _SPANS, lowest), highest))
 
   def parts(self, span: list[int] | None) -> Iterator[tuple[epath.Path, int, int | None]]:
-    """(path, first byte, end) of each file in a span of `spans`; end None: up to the file's end."""
+    """(path, first byte, end byte) of each file in a span of `spans`; end None means the file's end."""
     first, begin, last, end = span or (0, 0, len(self.paths), 0)
     for number in range(first, min(last + 1, len(self.paths))):
       start, stop = begin if number == first else 0, end if number == last else None
@@ -130,14 +130,13 @@ class Files:
         yield self.paths[number], start, stop
 
   def inspect(self, refuse: Callable[[epath.Path, bytes], str | None]) -> None:
-    """Looks at the beginnings of the first files.
+    """Checks the beginnings of the first files.
 
     Args:
-      refuse: (path, the first bytes, decompressed) -> why the file cannot be read by this task and what would do, or
-        None.
+      refuse: (path, the first bytes, decompressed) -> why this task cannot read the file, with a remedy; or None.
 
     Raises:
-      InputError: with the first reason that `refuse` gives, or for a file that cannot be decompressed.
+      InputError: `refuse` returns a reason for a file, or a file cannot be decompressed.
     """
     for path in self.paths[:_INSPECTED_FILES]:
       with opened(self.option, path) as file, undamaged(self.option, path):
@@ -165,20 +164,19 @@ def opened(option: str, path: epath.Path) -> Iterator[IO[bytes]]:
         file = stack.enter_context({"gzip": gzip, "bzip2": bz2, "xz": lzma}[kind].open(file))
     except OSError as error:
       raise InputError(
-        f"data.options.{option}: {os.fspath(path)} cannot be opened ({error.strerror or error}); give files that can be"
-        " read"
+        f"data.options.{option}: {os.fspath(path)} cannot be opened ({error.strerror or error}); give readable files"
       ) from error
     yield file
 
 
 @contextlib.contextmanager
 def undamaged(option: str, path: epath.Path, where: Callable[[], str] = lambda: "") -> Iterator[None]:
-  """Converts the errors of a decompressor inside the block to an InputError that names the file.
+  """Converts a decompressor's errors inside the `with` block to InputErrors that name the file.
 
   Args:
-    option: that names the file.
-    path: of the file.
-    where: () -> the place in the file, such as ', line 7', for the message.
+    option: the option that names the file.
+    path: the path of the file.
+    where: () -> the position in the file, such as ', line 7', for the message.
   """
   try:
     yield
@@ -188,20 +186,20 @@ def undamaged(option: str, path: epath.Path, where: Callable[[], str] = lambda: 
       raise
     reason = " ".join(str(error).split()) or type(error).__name__
     raise InputError(
-      f"data.options.{option}: {os.fspath(path)}{where()}: the {kind} file is damaged or cut off ({reason}); fetch it"
+      f"data.options.{option}: {os.fspath(path)}{where()}: the {kind} file is damaged or truncated ({reason}); fetch it"
       " again"
     ) from error
 
 
 def format_of(path: epath.Path, head: bytes) -> str | None:
-  """The format of a file that is no plain text: 'JSON', 'Parquet', 'Arrow', 'zip', 'gzip', ...; None: plain text.
+  """The format of a file: 'JSON', 'Parquet', 'Arrow', 'zip', a compression such as 'gzip', or None for plain text.
 
-  A file holds JSON if its name says so, or if its first two lines are JSON objects; of a first line that is longer than
-  `head`, the beginning decides.
+  A file is taken for JSON if it has a suffix of JSON files, or if its first two lines are JSON objects. If the first
+  line is longer than `head`, the beginning of that line decides.
 
   Args:
-    path: of the file.
-    head: its first bytes, decompressed.
+    path: path of the file.
+    head: the first bytes of the file, decompressed.
   """
   for magic, kind in _MAGIC.items():
     if head.startswith(magic):
@@ -227,9 +225,9 @@ def _is_object(line: bytes) -> bool:
 
 
 def lines(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
-  """(position, line) of the lines that begin in the bytes [start, stop) of a file; stop None: up to its end."""
+  """(position, line) of the lines that begin in the bytes [start, stop) of a file; stop None means the file's end."""
   if start:
-    # A line that begins exactly at `start` belongs to the range: the byte before it ends the line before.
+    # A line that begins exactly at `start` belongs to the range, so reading starts one byte earlier, at a line end.
     file.seek(start - 1)
     start += len(file.readline()) - 1
   for line in file:
@@ -240,7 +238,7 @@ def lines(file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[int, 
 
 
 def line_number(path: epath.Path, position: int) -> int:
-  """The number, from 1 on, of the line that begins at a position of a file that is not compressed."""
+  """The number, counted from 1, of the line that begins at a position of an uncompressed file."""
   count = 1
   with path.open("rb") as file:
     while position > 0 and (part := file.read(min(position, 1 << 20))):
@@ -254,12 +252,12 @@ def spans(sizes: Sequence[int], divisible: Sequence[bool], span_bytes: int) -> I
 
   Args:
     sizes: bytes of each file.
-    divisible: of each file, whether a span may end inside it.
-    span_bytes: of a span.
+    divisible: for each file, whether a span may end inside it.
+    span_bytes: the target number of bytes of a span.
 
   Yields:
-    [first file, byte in it, last file, byte in it] and the number of bytes. A span ends before the byte in its last
-    file; byte 0 excludes that file.
+    [first file, byte in it, last file, byte in it] and the number of bytes. The byte in the last file is exclusive: 0
+    excludes that file.
   """
   first, begin, size = 0, 0, 0
   for number, length in enumerate(sizes):

@@ -1,9 +1,9 @@
-"""`hf`: a dataset of the Hugging Face Hub, or a local folder of one; see `records` for what a row holds.
+"""`hf`: a dataset on the Hugging Face Hub, or a local folder of a dataset; see `records` for the content of a row.
 
-A folder is written with a / or ./ or ~ before it, so that it is not taken for a name on the Hub.
+The path of a folder begins with /, . or ~, which distinguishes it from a name on the Hub.
 
-The package datasets reads it (https://huggingface.co/docs/datasets), from its cache on the local disk, or row by row
-from the network (`streaming=yes`).
+The package datasets reads the dataset (https://huggingface.co/docs/datasets), from its cache on the local disk, or row
+by row from the network (`streaming=yes`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.storage import absolute
 
 _PIECE_ROWS = 1 << 16
-# Options: the splits of the dataset that are train, validation and test.
+# By option: the split for which the option names a split of the dataset.
 _SPLITS = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
 
 
@@ -32,9 +32,9 @@ def _open(options: Mapping[str, Any]):
   streaming = one_of(options, "streaming", ("no", "yes")) == "yes"
   name = options["dataset"]
   if not name:
-    raise InputError("data.options.dataset='': give the name of a dataset on the Hub, or the path of a folder of one")
+    raise InputError("data.options.dataset='': give the name of a dataset on the Hub, or the path of a local folder")
   if importlib.util.find_spec("datasets") is None:
-    raise InputError("data.task='hf': it needs the package datasets; pip install 'cyb_jax[hf]'")
+    raise InputError("data.task='hf': it needs the package datasets; run pip install 'cyb_jax[hf]'")
   dataset = _located(name, options["subset"], options["revision"], streaming)
   splits = _chosen_splits(options, dataset.split_names())
   rows = _Rows(dataset, form, splits)
@@ -48,10 +48,10 @@ class _Dataset:
 
   Attributes:
     path: its name on the Hub, or its folder.
-    subset: its configuration; '': the default one.
-    revision: of the Hub; None: of a folder.
+    subset: its configuration; '' means the default configuration.
+    revision: its revision on the Hub; None for a folder.
     streaming: whether its rows are read from the network.
-    identity: what it is, as JSON: name and commit, or a digest of a folder's files.
+    identity: identifies its content, as JSON: name and commit, or a digest of a folder's files.
   """
 
   path: str
@@ -78,7 +78,7 @@ class _Dataset:
 
 
 class _FromHub:
-  """Converts the errors of the package datasets inside the block to InputErrors that name the dataset."""
+  """Converts the errors of the package datasets inside the `with` block to InputErrors that name the dataset."""
 
   def __init__(self, path: str):
     self._path = path
@@ -91,7 +91,7 @@ class _FromHub:
       reason = " ".join(str(error).split())[:200] or type(error).__name__
       raise InputError(
         f"data.options.dataset={self._path!r}: the package datasets cannot load it ({reason}); give the name of a"
-        " dataset on the Hub that this account may read, or a folder, and its subset and revision"
+        " dataset on the Hub that this account may read, or a folder, and check subset and revision"
       ) from error
 
 
@@ -108,8 +108,8 @@ def _located(name: str, subset: str, revision: str, streaming: bool) -> _Dataset
       )
     if any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
       raise InputError(
-        f"data.options.dataset={name!r}: save_to_disk has written it; write it with to_parquet, and give"
-        " data.task='parquet'"
+        f"data.options.dataset={name!r}: it was written by save_to_disk, which is unsupported; write it with"
+        " to_parquet, and give data.task='parquet'"
       )
     pattern = f"{folder}/**/*"
     return _Dataset(str(folder), subset, None, streaming, Files.find("dataset", pattern).identity())
@@ -117,16 +117,16 @@ def _located(name: str, subset: str, revision: str, streaming: bool) -> _Dataset
 
   with _FromHub(name):
     builder = datasets.load_dataset_builder(name, subset or None, revision=revision or None)
-  # The hash of a dataset on the Hub is its commit: later calls, also of other processes, read the same.
+  # The hash of a dataset on the Hub is its commit, so later calls and other processes read the same revision.
   commit = builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else revision or None
   return _Dataset(name, subset, commit, streaming, {"hub": name, "revision": commit or builder.hash})
 
 
 def _chosen_splits(options: Mapping[str, Any], found: list[str]) -> dict[str, str]:
-  """The dataset's splits by the split that they become.
+  """Maps train, validation and test to the names of the dataset's splits.
 
   Raises:
-    InputError: a split that is named is not there, or there is no split train and none is named.
+    InputError: the dataset lacks a split that an option names, or it lacks train and no option names another split.
   """
   chosen = {}
   for option, split in _SPLITS.items():
@@ -145,9 +145,9 @@ class _Rows:
   """Documents of a dataset.
 
   Attributes:
-    dataset: where they are.
-    form: what a row holds.
-    splits: the dataset's splits by the split that they become.
+    dataset: the dataset.
+    form: the keys of a row.
+    splits: maps train, validation and test to the names of the dataset's splits.
   """
 
   dataset: _Dataset
@@ -155,7 +155,7 @@ class _Rows:
   splits: dict[str, str]
 
   def pieces(self, group: str) -> list[Piece]:
-    """See `Source.parts`; a part is a range of rows, or one file of a streamed dataset."""
+    """See `Source.parts`; a part is a range of rows, or a file of a streamed dataset."""
     rows = self.dataset.load(self.splits[group])
     if self.dataset.streaming:
       return consecutive_pieces(group, (([i, rows.num_shards], 0) for i in range(rows.num_shards)))
@@ -167,7 +167,7 @@ class _Rows:
     """See `Source.read`."""
     split = self.splits[group]
     rows, where, first = self.dataset.load(split), f"{self.dataset.path}, split {split}", 0
-    # Columns that are not needed may be images, which would be decoded.
+    # Other columns may contain images, which would be decoded.
     known = rows.column_names
     if known is not None and set(self.form.keys) <= set(known):
       rows = rows.select_columns(self.form.keys)

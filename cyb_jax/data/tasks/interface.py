@@ -1,4 +1,4 @@
-"""The interface of tasks: documents, the pieces of a source, and what a kind of task has to define."""
+"""The interface of tasks: documents, pieces and sources, and the definition of a kind of task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from cyb_jax.data.tasks import seqio_tasks
 from cyb_jax.errors import InputError
 
-# An upper bound of the documents of a piece. 2^20 such pieces leave 8 bits of 64 for the number of the split.
+# An upper bound of the documents of a piece. With 2^20 pieces, 8 of 64 bits remain for the number of the split.
 _PIECE_POSITIONS = 1 << 36
 
 
@@ -22,12 +22,13 @@ class Document:
   """One document.
 
   Attributes:
-    text: all of it.
-    difficulty: uint8[bytes of UTF-8], the difficulty of predicting each byte, or None where it is not known.
-    weights: uint8[bytes of UTF-8], 1 for bytes to be learnt and 0 for bytes that are context only, or None where all
-      are learnt. The end of the document has the weight of its last byte.
-    messages: the messages of a chat, which become text when they are tokenized; `text` is their JSON. None: no chat.
-    where: of a chat, a value whose `str` names its file and row, for errors.
+    text: the text.
+    difficulty: uint8[bytes of UTF-8], the difficulty of predicting each byte, or None if it is unknown.
+    weights: uint8[bytes of UTF-8], 1 for bytes that are targets of the loss and 0 for bytes that are context only, or
+      None if all bytes have weight 1. The end token of the document has the weight of its last byte.
+    messages: the messages of a chat, which are rendered when they are tokenized; `text` is their JSON. None if the
+      document is not a chat.
+    where: for a chat, a value whose `str` names its file and row, for errors.
   """
 
   text: str
@@ -41,13 +42,13 @@ class Document:
 class Piece:
   """A fixed part of a task's source.
 
-  Document k of the piece has the position `start + k // block * stride + k % block` in its group. Positions order the
-  documents of a group: no two are equal, and all are below 2^56.
+  Document k of the piece has the position `start + k // block * stride + k % block` in its group. Positions define the
+  order of the documents of a group; they are distinct and below 2^56.
 
   Attributes:
-    group: the source's own split that contains it.
-    part: which part of the group, in the source's own numbers; None: all.
-    size: how much there is to read, in documents or bytes; 0: unknown. Only used for estimates of time.
+    group: the source's own split that contains the piece.
+    part: the part of the group, in the source's own numbering; None means the entire group.
+    size: the amount to read, in documents or bytes; 0 means unknown. It is only used for time estimates.
     start, block, stride: see above.
   """
 
@@ -66,7 +67,7 @@ class Piece:
 
 
 def consecutive_pieces(group: str, parts: Iterable[tuple[list[int], int]]) -> list[Piece]:
-  """The pieces of a group, each of which follows the one before; from (part, size) of each."""
+  """The pieces of a group, given the (part, size) of each, in the order of their documents."""
   return [Piece(group, part, size, start=number * _PIECE_POSITIONS) for number, (part, size) in enumerate(parts)]
 
 
@@ -76,10 +77,11 @@ class Source:
 
   Attributes:
     groups: the source's own splits.
-    read: (group, part) -> the documents of a part of a group in order; part None: of the whole group.
+    read: (group, part) -> the documents of a part of a group in order; part None means the entire group.
     parts: group -> its pieces.
-    hash_splits: whether the documents of train are divided into train, validation and, if it is no group, test by hash.
-    provider: () -> the SeqIO task or mixture that has the same documents; None: one is made from `read`.
+    hash_splits: whether the documents of train are divided by hash into train, validation and, unless there is a group
+      test, test.
+    provider: () -> the SeqIO task or mixture that has the same documents; None means that it is created from `read`.
   """
 
   groups: tuple[str, ...]
@@ -98,7 +100,7 @@ class Source:
     """(split, document) of a piece, in order.
 
     Raises:
-      InputError: a document has a character that UTF-8 does not represent, or what `read` raises.
+      InputError: a document has a character that UTF-8 cannot represent, or `read` raises it.
     """
     for number, document in enumerate(self.read(piece.group, piece.part), 1):
       if isinstance(document, str):
@@ -109,7 +111,7 @@ class Source:
         part = "" if piece.part is None else f", part {piece.part},"
         raise InputError(
           f"data.task: document {number} of {piece.group}{part} has a lone surrogate"
-          f" ({document.text[max(0, error.start - 20) : error.start + 1]!r}), which is no character; leave it out"
+          f" ({document.text[max(0, error.start - 20) : error.start + 1]!r}), which is not a character; remove it"
         ) from error
       split = piece.group
       if self.hash_splits and split == "train":
@@ -119,14 +121,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class TaskKind:
-  """What a task defines before its options are given.
+  """The definition of a task, independent of the values of its options.
 
   Attributes:
-    defaults: the options with their default values, whole numbers or strings.
+    defaults: the options with their default values, integers or strings.
     open: all options by name -> (identity, () -> source); see `Task`. It finds the source without reading it, and
-      raises InputError for a value that is invalid or a source that is missing.
+      raises InputError for an invalid value or a missing source.
     annotations: see `Task`; or a function of the options that returns them.
-    tokenizer: the tokenizer spec that is used if the user names none.
+    tokenizer: the tokenizer spec that is used if the user gives none.
   """
 
   defaults: Mapping[str, Any]
@@ -144,10 +146,11 @@ class Task:
   """A task with the values of all its options.
 
   Attributes:
-    name: as the user writes it.
+    name: the name that the user gives.
     options: every option with its value.
-    identity: what the text is, as JSON: versions and digests, no paths. Equal identities mean equal documents.
-    annotations: which values of `Document` accompany the text: 'difficulty', 'weights', 'messages', or none.
+    identity: identifies the text, as JSON: versions and digests without paths. Equal identities mean equal documents.
+    annotations: the attributes of `Document` that the task sets in addition to the text: a subset of 'difficulty',
+      'weights' and 'messages'.
   """
 
   name: str
@@ -175,10 +178,10 @@ class Task:
     return self.source.splits
 
   def documents(self, split: str) -> Iterator[Document]:
-    """The documents of a split, whole and in the source's order.
+    """The documents of a split in the source's order.
 
     Raises:
-      InputError: the source cannot be read, has no text feature, or holds text that is not UTF-8.
+      InputError: the source cannot be read, has no text feature, or contains text that is not UTF-8.
     """
     (group,) = (group for group in self.source.groups if split in self.splits_of(group))
     return (document for found, document in self.read(Piece(group)) if found == split)
@@ -187,7 +190,8 @@ class Task:
     """The pieces of the source; they depend on the source alone.
 
     Args:
-      limit: the number of documents wanted of each split; if given, each of the source's own splits is one piece.
+      limit: the largest number of documents of each split; if it is given, each of the source's own splits is one
+        piece.
     """
     if limit is not None:
       return [Piece(group) for group in self.source.groups]

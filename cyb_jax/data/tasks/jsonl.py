@@ -1,4 +1,4 @@
-"""`jsonl`: files of JSON lines, one object a line, compressed or not; see `records` for what a line holds."""
+"""`jsonl`: files with one JSON object per line, compressed or uncompressed; see `records` for the content of a line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cyb_jax.data.tasks.interface import Document, Piece, Source, TaskKind, cons
 from cyb_jax.data.tasks.records import DEFAULTS, RecordForm
 from cyb_jax.errors import InputError
 
-# The options that name the files of each split. Without files of its own, validation and test are taken from train.
+# The options that name the files of each split. A split without files is taken from train.
 PATTERNS = {"pattern": "train", "validation_pattern": "validation", "test_pattern": "test"}
 
 
@@ -42,15 +42,15 @@ def _open(options: Mapping[str, Any]):
 
 
 def _refusal(path: epath.Path, head: bytes) -> str | None:
-  """Why a file cannot be read as JSON lines, and what would do; None: it can be."""
+  """Why a file cannot be read as JSON lines, with a remedy; None if it can be read."""
   if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-    return "holds one JSON array; write its objects one a line (jq -c '.[]' FILE)"
+    return "contains a single JSON array; write one object per line (jq -c '.[]' FILE)"
   found = format_of(path, head)
   if found == "Parquet":
-    return "holds Parquet; give data.task='parquet'"
+    return "is a Parquet file; give data.task='parquet'"
   if found in (None, "JSON"):
-    return None  # a line that is no JSON is reported with its number when it is read
-  return f"is {found}, and its name does not say so; give it the suffix .gz, .bz2, .xz or .zst, or extract it"
+    return None  # a line that is not JSON is reported with its number when it is read
+  return f"has the format {found}, but not its suffix; give it the suffix .gz, .bz2, .xz or .zst, or extract it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _JsonLines:
 
   Attributes:
     files: by split.
-    form: what a line holds.
+    form: the keys of an object.
   """
 
   files: dict[str, Files]
@@ -89,12 +89,12 @@ class _JsonLines:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-  """The place of a line, written out only for an error: its number may have to be counted.
+  """The position of a line. It is converted to text only for an error, because the line number may have to be counted.
 
   Attributes:
-    path: of the file.
-    position: of the line's first byte, decompressed.
-    count: its number among the lines that were read.
+    path: the path of the file.
+    position: the position of the line's first byte in the decompressed file.
+    count: the line's number among the lines that were read.
   """
 
   path: epath.Path
@@ -103,7 +103,7 @@ class _Line:
 
   @property
   def number(self) -> int:
-    """The number of the line in its file, from 1 on."""
+    """The number of the line in its file, counted from 1."""
     # A compressed file is always read from its beginning.
     return self.count if compression(self.path) else line_number(self.path, self.position)
 
@@ -115,12 +115,12 @@ def _parsed(option: str, line: bytes, place: _Line) -> Any:
   """The value of a line.
 
   Raises:
-    InputError: it is no JSON, no UTF-8, or has half a character.
+    InputError: the line is not JSON, is not UTF-8, or contains an unpaired surrogate.
   """
   try:
     return jsonl.loads(line)
   except ValueError as error:
-    raise InputError(f"data.options.{option}: {place} is no JSON object ({error}); give one object a line") from error
+    raise InputError(f"data.options.{option}: {place} is not a JSON object ({error}); give one per line") from error
 
 
 KIND = TaskKind(

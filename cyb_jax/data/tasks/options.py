@@ -9,9 +9,9 @@ from typing import Any
 from cyb_jax.errors import InputError
 from cyb_jax.storage import absolute
 
-# Options that say where a source is, not what it contains; they are not part of a store's recipe.
+# Options that locate a source and do not affect its content; they are not part of a store's recipe.
 PLACES = ("data_dir", "path", "dataset", "streaming")
-# Options that hold a path, or a pattern of paths; see `cyb_jax.storage.absolute`.
+# Options whose value is a path, or a pattern of paths; see `cyb_jax.storage.absolute`.
 _PATHS = ("pattern", "validation_pattern", "test_pattern", "data_dir", "path")
 
 
@@ -19,13 +19,13 @@ def settle(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | No
   """Every option of a task with its value.
 
   Args:
-    task: its name, for errors.
-    defaults: values by name, whole numbers or strings.
-    given: values that the user gives; a string is converted to the whole number that it spells, a path is made
+    task: the name of the task, for errors.
+    defaults: default values by name, integers or strings.
+    given: values that the user gives; a string is converted to an integer if the default is one, and a path is made
       absolute.
 
   Raises:
-    InputError: an unknown option, or a value of the wrong kind.
+    InputError: an option is unknown, or a value has the wrong type.
   """
   settled = dict(defaults)
   for name, value in dict(given or {}).items():
@@ -41,12 +41,12 @@ def settle(task: str, defaults: Mapping[str, Any], given: Mapping[str, Any] | No
 
 
 def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-  """The options with absolute paths, so that two spellings of a path are one task."""
+  """The options with absolute paths, so that different spellings of a path define the same task."""
   return {name: absolute(value) if _is_path(name, value) else value for name, value in options.items()}
 
 
 def _is_path(name: str, value: Any) -> bool:
-  # A dataset is a name on the Hugging Face Hub unless it is written like a path.
+  # A dataset is a name on the Hugging Face Hub unless it has the form of a path.
   return name in _PATHS or (name == "dataset" and is_folder(value))
 
 
@@ -64,10 +64,10 @@ def _whole_number(name: str, value: Any, default: int) -> int:
 
 
 def one_of(options: Mapping[str, Any], name: str, accepted: tuple[str, ...]) -> str:
-  """The value of an option that has to be one of `accepted`.
+  """The value of an option, which must be one of `accepted`.
 
   Raises:
-    InputError: it is none of them.
+    InputError: the value is not accepted.
   """
   if options[name] not in accepted:
     raise InputError(f"data.options.{name}={options[name]!r}: give {' or '.join(map(repr, accepted))}")

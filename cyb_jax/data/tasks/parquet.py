@@ -1,4 +1,4 @@
-"""`parquet`: Parquet files; see `records` for what a row holds. Only the columns that are needed are read."""
+"""`parquet`: Parquet files; see `records` for the content of a row. Only the needed columns are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cyb_jax.data.tasks.jsonl import PATTERNS, patterned_files
 from cyb_jax.data.tasks.records import DEFAULTS, RecordForm
 from cyb_jax.errors import InputError, did_you_mean
 
-# Row groups are read together up to so many bytes, as Parquet counts them before compression.
+# Row groups are read together up to this many bytes before compression, according to Parquet's metadata.
 _PIECE_BYTES = 64 << 20
 _READ_ROWS = 1024
 
@@ -42,24 +42,24 @@ class _Tables:
 
   Attributes:
     files: in the order in which they are read.
-    form: what a row holds.
+    form: the keys of a row.
   """
 
   files: Files
   form: RecordForm
 
   def check(self) -> None:
-    """Looks at the first file, and at all files for rows.
+    """Checks the columns of the first file, and that some file has rows.
 
     Raises:
-      InputError: the first file lacks a key, or no file has a row.
+      InputError: the first file lacks a column, or no file has a row.
     """
     with self._opened(0) as table:
       self._check_columns(0, table)
     if not any(sum(self._row_counts(number)) for number in range(len(self.files.paths))):
       names = ", ".join(os.fspath(path) for path in self.files.paths[:3])
       raise InputError(
-        f"data.options.{self.files.option}: {names}: no rows in these Parquet files; give files with text"
+        f"data.options.{self.files.option}: {names}: these Parquet files have no rows; give files with text"
       )
 
   @functools.cached_property
@@ -73,7 +73,7 @@ class _Tables:
     return found
 
   def pieces(self, group: str) -> list[Piece]:
-    """See `Source.parts`; a part is [first row group, the one after the last], counted over all files."""
+    """See `Source.parts`; a part is [first row group, last row group + 1], numbered over all files."""
     parts: list[tuple[list[int], int]] = []
     first, size = 0, 0
     for number, (_, _, length) in enumerate(self._groups, 1):
@@ -106,7 +106,7 @@ class _Tables:
     """The rows of a batch, which follow `before` rows of the file.
 
     Raises:
-      InputError: a text is no UTF-8.
+      InputError: a string is not UTF-8.
     """
     try:
       return batch.to_pylist()
@@ -116,7 +116,7 @@ class _Tables:
           batch.slice(number, 1).to_pylist()
         except UnicodeDecodeError as error:
           raise InputError(
-            f"data.options.{self.files.option}: {path}, row {before + number + 1}: a text is no UTF-8"
+            f"data.options.{self.files.option}: {path}, row {before + number + 1}: a string is not UTF-8"
             f" ({error.reason}); convert it"
           ) from error
       raise
@@ -131,7 +131,7 @@ class _Tables:
     """A file, open for reading.
 
     Raises:
-      InputError: it is damaged, or no Parquet file.
+      InputError: the file is damaged, or is not a Parquet file.
     """
     import pyarrow
     from pyarrow import parquet
@@ -143,7 +143,7 @@ class _Tables:
     except (pyarrow.ArrowException, OSError) as error:
       reason = " ".join(str(error).split())[:200]
       raise InputError(
-        f"data.options.{self.files.option}: {os.fspath(path)}: it is damaged or no Parquet file ({reason}); fetch it"
+        f"data.options.{self.files.option}: {os.fspath(path)} is damaged or not a Parquet file ({reason}); fetch it"
         " again, or give data.task='jsonl' or 'text_files' for other formats"
       ) from error
 

@@ -1,8 +1,8 @@
-"""Documents of rows: what a JSON object, a row of a Parquet file or of a dataset becomes.
+"""Converts rows to documents; a row is a JSON object, a row of a Parquet file, or a row of a dataset.
 
-A row holds a text (`text_key`), a prompt and its answer (`prompt_key`, `answer_key`: the loss is on the answer alone),
-or a chat (`messages_key`: the loss is on the assistant's turns alone). A chat is a list of
-{"role": ..., "content": ...}; it becomes text when it is tokenized, by the chat template of the tokenizer.
+A row contains a text (`text_key`), a prompt and its answer (`prompt_key`, `answer_key`: the loss is on the answer
+alone), or a chat (`messages_key`: the loss is on the assistant's turns alone). A chat is a list of
+{"role": ..., "content": ...}; the tokenizer's chat template renders it when it is tokenized.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ DEFAULTS = {"text_key": "", "prompt_key": "", "answer_key": "", "messages_key": 
 
 @dataclasses.dataclass(frozen=True)
 class RecordForm:
-  r"""Which keys of a row hold its document.
+  r"""The keys of a row that contain its document.
 
   Attributes:
-    text_key: of the whole text; 'text' if no key is given.
-    prompt_key, answer_key: of the prompt and the answer; only the answer is learnt.
-    messages_key: of a chat; only the assistant's turns are learnt.
-    separator: written between prompt and answer; `\n` and `\t` are a line break and a tab.
+    text_key: key of the text; 'text' if no key is given.
+    prompt_key, answer_key: keys of the prompt and the answer; only the answer has weight 1.
+    messages_key: key of a chat; only the assistant's turns have weight 1.
+    separator: the text between prompt and answer; `\n` and `\t` are a line break and a tab.
 
   Raises:
-    InputError: keys of different forms are given, a prompt without an answer, or a separator without a prompt.
+    InputError: keys of different forms are given, or prompt_key without answer_key, or a separator without a prompt.
   """
 
   text_key: str = ""
@@ -48,13 +48,13 @@ class RecordForm:
     given = [name for name in ("text_key", "prompt_key", "messages_key") if getattr(self, name)]
     if len(given) > 1:
       raise InputError(
-        f"data.options.{given[1]}={getattr(self, given[1])!r}: {given[0]} is given too; give text_key, prompt_key and"
-        " answer_key, or messages_key"
+        f"data.options.{given[1]}={getattr(self, given[1])!r}: {given[0]} is also given; give only text_key, or only"
+        " prompt_key and answer_key, or only messages_key"
       )
     if self.prompt_key and self.prompt_key == self.answer_key:
-      raise InputError(f"data.options.answer_key={self.answer_key!r}: it is prompt_key too; give two keys")
+      raise InputError(f"data.options.answer_key={self.answer_key!r}: prompt_key is the same; give two different keys")
     if self.separator and not self.prompt_key:
-      raise InputError(f"data.options.separator={self.separator!r}: it needs prompt_key and answer_key")
+      raise InputError(f"data.options.separator={self.separator!r}: give prompt_key and answer_key too")
     if not given:
       object.__setattr__(self, "text_key", "text")
     escapes = {"\\n": "\n", "\\t": "\t"}
@@ -86,7 +86,7 @@ class RecordForm:
       where: its `str` names file and row, for errors.
 
     Raises:
-      InputError: a key is missing, its value is of another type, an answer is empty, or a chat has no assistant's turn.
+      InputError: a key is missing, a value has the wrong type, an answer is empty, or a chat has no assistant's turn.
     """
     if self.messages_key:
       return self._chat(self._value("messages_key", row, where), where)
@@ -95,15 +95,15 @@ class RecordForm:
     prompt, answer = self._text("prompt_key", row, where), self._text("answer_key", row, where)
     if not answer:
       raise InputError(
-        f"data.options.answer_key={self.answer_key!r}: {where}: the answer is empty, so that nothing would be learnt;"
-        " remove the row"
+        f"data.options.answer_key={self.answer_key!r}: {where}: the answer is empty, so the row has no targets; remove"
+        " the row"
       )
     return answer_document(prompt + self.separator, answer)
 
   def _value(self, option: str, row: Any, where: object) -> Any:
     key = getattr(self, option)
     if not isinstance(row, Mapping):
-      raise InputError(f"data.options.{option}={key!r}: {where} is {_shown(row)}, where an object with keys is needed")
+      raise InputError(f"data.options.{option}={key!r}: {where} is {_shown(row)}, but must be an object with keys")
     if key not in row:
       raise InputError(
         f"data.options.{option}={key!r}: {where} has no such key; {did_you_mean(key, sorted(map(str, row)))}"
@@ -121,17 +121,17 @@ class RecordForm:
     fault = _chat_fault(messages)
     if fault:
       raise InputError(f"data.options.messages_key={self.messages_key!r}: {where}: {fault}")
-    # Tables fill the keys that a message lacks with None.
+    # In tables, keys that a message lacks have the value None.
     given = ({key: value for key, value in message.items() if value is not None} for message in messages)
     chat = [{"content": ""} | message for message in given]
     return Document(json.dumps(chat, ensure_ascii=False, sort_keys=True), messages=tuple(chat), where=where)
 
 
 def _chat_fault(messages: Any) -> str | None:
-  """What is wrong with a chat, and what would do; None: nothing."""
+  """Why a value is not a chat, with a remedy; None if it is one."""
   needed = '{"role": ..., "content": ...}'
   if not isinstance(messages, list) or not messages:
-    return f"{_shown(messages)} is no list of {needed}"
+    return f"{_shown(messages)} is not a nonempty list of {needed}"
   for number, message in enumerate(messages, 1):
     if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
       return f"message {number} is {_shown(message)}; give {needed}"
@@ -141,21 +141,21 @@ def _chat_fault(messages: Any) -> str | None:
       return f"the content of message {number}: {fault}"
   if all(message["role"] != "assistant" for message in messages):
     return (
-      "the chat has no turn of the role 'assistant', so that nothing would be learnt; remove the row, or name that role"
+      "the chat has no turn of the role 'assistant', so it has no targets; remove the row, or rename the role to"
       " 'assistant'"
     )
   return None
 
 
 def text_fault(value: Any) -> str | None:
-  """Why a value is no text, and what would do; None: it is one."""
+  """Why a value is not a string, with a remedy; None if it is one."""
   if isinstance(value, str):
     return None
-  return f"{_shown(value)} is no text; give a key whose value is a string in every row"
+  return f"{_shown(value)} is not a string; give a key whose value is a string in every row"
 
 
 def answer_document(prompt: str, answer: str) -> Document:
-  """The document of a prompt and its answer, whose answer alone has weight.
+  """The document of a prompt and its answer; only the answer has weight 1.
 
   White space at the end of the prompt belongs to the answer, as in lm-evaluation-harness.
   """

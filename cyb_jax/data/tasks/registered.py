@@ -9,7 +9,7 @@ from cyb_jax.data.tasks.interface import Source, TaskKind
 
 
 def registered_name(task: str) -> str | None:
-  """NAME of a task `seqio:NAME`; None for any other task."""
+  """The NAME in `seqio:NAME`; None for any other task."""
   prefix, _, name = task.partition(":")
   return name if prefix == "seqio" and name else None
 
@@ -27,12 +27,12 @@ def _source(name: str, module: str) -> Source:
   provider = seqio_tasks.registered_task(name, module)
   if hasattr(provider, "tasks"):
     logging.warning(
-      "data.task='seqio:%s': a mixture of SeqIO ends with the first of its tasks that has no document left; the others'"
-      " remaining documents are not read. data.mixture reads every task whole: seqio:TASK:weight,seqio:TASK:weight",
+      "data.task='seqio:%s': a SeqIO mixture ends when the first of its tasks is exhausted; the remaining documents of"
+      " the other tasks are not read. data.mixture reads all documents: seqio:TASK:weight,seqio:TASK:weight",
       name,
     )
 
-  # Each split is one piece: its preprocessors may do something else to a part of the data than to all of it.
+  # Each split is one piece, because the task's preprocessors may depend on the data outside a part.
   def read(group, part):
     del part
     return seqio_tasks.documents_of(f"seqio:{name}", provider, group)

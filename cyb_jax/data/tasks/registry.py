@@ -23,14 +23,14 @@ TASKS: dict[str, TaskKind] = {
 
 
 def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-  """Completes a task's options and finds its source, without reading it.
+  """Completes a task's options and finds its source, without reading the source.
 
   Args:
     name: one of `TASKS`, or 'seqio:NAME' for a SeqIO task or mixture that the user has registered.
-    options: values by name; a string is converted to the number that it spells.
+    options: values by name; a string is converted to a number where the option is one.
 
   Raises:
-    InputError: an unknown task or option, a value of the wrong kind, or a source that is missing.
+    InputError: the task or an option is unknown, a value has the wrong type, or the source is missing.
   """
   kind = _kind(name)
   settled = settle(name, kind.defaults, options)
@@ -39,10 +39,10 @@ def open_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
 
 
 def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """Every option of a task with its value, without looking for its source.
+  """Every option of a task with its value; the source is not searched.
 
   Raises:
-    InputError: an unknown task or option, a value of the wrong kind, or options that exclude each other.
+    InputError: the task or an option is unknown, a value has the wrong type, or options are incompatible.
   """
   kind = _kind(name)
   settled = settle(name, kind.defaults, options)
@@ -51,14 +51,14 @@ def settle_options(name: str, options: Mapping[str, Any] | None = None) -> dict[
 
 
 def has_targets(name: str, options: Mapping[str, Any] | None = None) -> bool:
-  """Whether only a part of each of a task's documents has weight: answers, or an assistant's turns.
+  """Whether only a part of each document has weight 1: the answer, or the assistant's turns.
 
   Args:
-    name: of a task; an unknown one has none.
-    options: those that the user gives.
+    name: name of a task; the result is False for an unknown task.
+    options: the options that the user gives.
 
   Raises:
-    InputError: an unknown option, or a value of the wrong kind.
+    InputError: an option is unknown, or a value has the wrong type.
   """
   if name not in TASKS:
     return False
@@ -68,7 +68,7 @@ def has_targets(name: str, options: Mapping[str, Any] | None = None) -> bool:
 
 
 def default_tokenizer(task: str) -> str:
-  """The tokenizer spec for a task if the user names none."""
+  """The tokenizer spec for a task if the user gives none."""
   return TASKS[task].tokenizer if task in TASKS else TaskKind.tokenizer
 
 
@@ -85,18 +85,18 @@ def _kind(name: str) -> TaskKind:
 def register(options: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[str, ...]:
   """Registers every task with SeqIO as `cyb_NAME`; a second call changes nothing.
 
-  The registered tasks yield `targets`, a string: a whole document. `text_files` needs a pattern, and is registered
-  only with one. A task whose source is missing is not registered, unless it is named in `options`.
+  The registered tasks yield `targets`, a string that contains a complete document. `text_files` is registered only if
+  its option `pattern` is given. A task whose source is missing is skipped, unless it is a key of `options`.
 
   Args:
-    options: options by task, such as {'text_files': {'pattern': 'books/*.txt'}}. A task that is named here replaces
-      the one that is registered already.
+    options: options by task, such as {'text_files': {'pattern': 'books/*.txt'}}. A task that is a key of `options`
+      replaces a registered task of the same name.
 
   Returns:
-    the names of all `cyb_` tasks that are registered now.
+    the names of all registered `cyb_` tasks.
 
   Raises:
-    InputError: an unknown task, or one in `options` whose options or source are invalid.
+    InputError: a task is unknown, or a task in `options` has invalid options or an invalid source.
   """
   seqio = seqio_tasks.import_seqio()
   options = options or {}

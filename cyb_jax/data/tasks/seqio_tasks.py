@@ -1,4 +1,4 @@
-"""SeqIO and TFDS: imported when documents are read by them or given to them, and nowhere else in the package."""
+"""The interface to SeqIO and TFDS: no other module imports them, and this module imports them only on use."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 from cyb_jax.errors import InputError
 
-# Documents cross between Python and TensorFlow in blocks: crossing costs far more than a document.
+# Documents are transferred between Python and TensorFlow in blocks, because a transfer costs far more than a document.
 _BLOCK_BYTES = 1 << 20
 _BLOCK_DOCUMENTS = 64
-# The features that may hold a document's text; the first one that is there does.
+# The features that may contain a document's text, in order of precedence.
 _TEXT_FEATURES = ("targets", "text", "targets_pretokenized")
 
 
@@ -31,8 +31,8 @@ def import_seqio():
       return importlib.import_module("seqio")
   except ImportError as error:
     raise InputError(
-      f'data.task: reading a task needs seqio and TensorFlow ({error}); pip install "cyb_jax", '
-      "or give a store that is prepared already"
+      f'data.task: reading a task needs seqio and TensorFlow ({error}); run pip install "cyb_jax", '
+      "or set data.store to a prepared store"
     ) from error
 
 
@@ -40,7 +40,7 @@ def import_seqio():
 def _quiet_stderr() -> Iterator[None]:
   """Discards the messages about missing drivers that the C++ part of TensorFlow writes while it is loaded.
 
-  It writes to the file descriptor before it reads any log level. Exceptions of Python are not affected.
+  The C++ part writes to the file descriptor before it reads any log level. Python exceptions are not affected.
   """
   sys.stderr.flush()
   kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -58,14 +58,14 @@ def documents_of(name: str, provider: Any, split: str) -> Iterator[str]:
   """The texts of a split of a SeqIO task or mixture.
 
   Args:
-    name: of the task, for errors.
+    name: name of the task, for errors.
     provider: the SeqIO task or mixture.
     split: one of its splits.
 
   Raises:
-    InputError: no feature holds text, or a text is not UTF-8.
+    InputError: no feature contains text, or a text is not UTF-8.
   """
-  # By default SeqIO keeps a small dataset in memory and repeats a mixture without end. A mixture draws from its tasks
+  # By default SeqIO caches a small dataset in memory and repeats a mixture endlessly. A mixture samples from its tasks
   # at random, so it needs the seed.
   dataset = provider.get_dataset(
     sequence_length=None, split=split, shuffle=False, seed=0, num_epochs=1, try_in_mem_cache=False
@@ -74,7 +74,8 @@ def documents_of(name: str, provider: Any, split: str) -> Iterator[str]:
   names = [name for name in _TEXT_FEATURES if name in specs and specs[name].dtype.name == "string"]
   if not names:
     raise InputError(
-      f"data.task={name!r}: features {sorted(specs)} hold no text; one of {', '.join(_TEXT_FEATURES)} must be a string"
+      f"data.task={name!r}: features {sorted(specs)} contain no text; one of {', '.join(_TEXT_FEATURES)} must be a"
+      " string"
     )
   blocks = dataset.map(lambda example: example[names[0]]).batch(_BLOCK_DOCUMENTS)
   for number, text in enumerate(itertools.chain.from_iterable(_unwrapped(blocks.as_numpy_iterator()))):
@@ -82,12 +83,12 @@ def documents_of(name: str, provider: Any, split: str) -> Iterator[str]:
       yield text.decode()
     except UnicodeDecodeError as error:
       raise InputError(
-        f"data.task={name!r}: document {number} of {split} is no UTF-8 at byte {error.start}; convert it"
+        f"data.task={name!r}: document {number} of {split} is not UTF-8 at byte {error.start}; convert it"
       ) from error
 
 
 def _unwrapped(examples: Iterable[Any]) -> Iterator[Any]:
-  """`examples`; an InputError that TensorFlow has wrapped into an error of its own is raised as an InputError."""
+  """Yields `examples`; an InputError that TensorFlow has wrapped in an error of its own is raised as an InputError."""
   import tensorflow as tf
 
   try:
@@ -102,12 +103,13 @@ def _unwrapped(examples: Iterable[Any]) -> Iterator[Any]:
 def task_of_documents(
   name: str, splits: Sequence[str], documents: Callable[[str], Iterable[Any]], annotations: Sequence[str]
 ):
-  """A SeqIO task whose examples are {'targets': a whole document}, and a string of one byte for each byte of the
-  document for every name in `annotations`.
+  """A SeqIO task whose examples have a feature `targets`, a complete document, and a feature for each annotation.
+
+  The feature of an annotation is a string with one byte for each byte of the document.
 
   Args:
-    name: of the task.
-    splits: of the task.
+    name: name of the task.
+    splits: names of the splits.
     documents: split -> objects with the text and uint8 arrays as attributes, such as `Document`.
     annotations: names of the arrays, such as 'weights'.
   """
@@ -117,7 +119,7 @@ def task_of_documents(
   names = ("targets", *annotations)
 
   def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None):
-    del shuffle_files, seed  # documents come in the source's order; the store's reader shuffles
+    del shuffle_files, seed  # documents are in the source's order; the store's reader shuffles windows
 
     def blocks():
       block, size = {name: [] for name in names}, 0
@@ -134,21 +136,21 @@ def task_of_documents(
     signature = dict.fromkeys(names, tf.TensorSpec([None], tf.string))
     return tf.data.Dataset.from_generator(blocks, output_signature=signature).unbatch()
 
-  # SeqIO accepts \w only.
+  # SeqIO accepts only names of the characters \w.
   registered = "cyb_" + re.sub(r"\W", "_", name)
   data = seqio.FunctionDataSource(dataset_fn, splits=splits)
   return seqio.Task(registered, source=data, output_features={"targets": _text_feature()}, preprocessors=[])
 
 
 def tfds_task(name: str, tfds: str, data_dir: str | None, splits: Mapping[str, str], **options: Any):
-  """A SeqIO task over a TFDS dataset: {'targets': a whole document}.
+  """A SeqIO task over a TFDS dataset; its feature `targets` is a complete document.
 
   Args:
-    name: of the task.
+    name: name of the task.
     tfds: name and version of the dataset.
-    data_dir: folder of TFDS; None: its default.
-    splits: slices of TFDS by the name of the split.
-    options: of `seqio.TfdsDataSource`.
+    data_dir: folder of TFDS; None means the default of TFDS.
+    splits: TFDS slices by split name.
+    options: further arguments of `seqio.TfdsDataSource`.
   """
   seqio = import_seqio()
 
@@ -160,7 +162,7 @@ def tfds_task(name: str, tfds: str, data_dir: str | None, splits: Mapping[str, s
 
 
 def _text_feature():
-  """The feature of a string that is not tokenized."""
+  """A feature for strings that SeqIO does not tokenize."""
   import seqio
   import tensorflow as tf
 
@@ -171,8 +173,8 @@ def registered_task(name: str, module: str):
   """The SeqIO task or mixture that a user has registered.
 
   Args:
-    name: in the registry of SeqIO.
-    module: the Python module that registers it; '': none has to be imported.
+    name: its name in the registry of SeqIO.
+    module: the Python module that registers it; '' if no module has to be imported.
 
   Raises:
     InputError: the module cannot be imported, or there is no such task or mixture.
@@ -182,11 +184,13 @@ def registered_task(name: str, module: str):
     try:
       importlib.import_module(module)
     except ImportError as error:
-      raise InputError(f"data.options.module={module!r}: it cannot be imported ({error})") from error
+      raise InputError(
+        f"data.options.module={module!r}: it cannot be imported ({error}); give a module on the Python path"
+      ) from error
   try:
     return seqio.get_mixture_or_task(name)
   except ValueError as error:
     raise InputError(
-      f'data.task="seqio:{name}": SeqIO knows no such task or mixture; name the module that registers it in '
-      "data.options.module"
+      f'data.task="seqio:{name}": SeqIO has no such task or mixture; set data.options.module to the module that '
+      "registers it"
     ) from error

@@ -1,4 +1,7 @@
-"""Generated tasks whose answers need a known number of steps: `synthetic_lookups`, `_sums` and `_questions`."""
+"""Generated tasks whose answers need a known number of steps.
+
+The tasks are `synthetic_lookups`, `synthetic_sums` and `synthetic_questions`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from cyb_jax.errors import InputError, check_seed
 
 _PIECE_DOCUMENTS = 4096
 
-# (generator of random numbers, lowest and highest difficulty) -> a text, and (position, difficulty) of its answers.
+# (random number generator, lowest and highest difficulty) -> a text, and the (position, difficulty) of its answers.
 Write = Callable[[np.random.Generator, int, int], tuple[str, list[tuple[int, int]]]]
 
 
@@ -23,11 +26,11 @@ class _Generator:
   """A generated source.
 
   Attributes:
-    write: makes one document.
-    lowest, highest: difficulties of its answers.
-    seed: of the task.
-    counts: documents by split.
-    answers_only: whether only the answers are learnt.
+    write: generates one document.
+    lowest, highest: bounds of the difficulty of its answers.
+    seed: seed of the task.
+    counts: number of documents by split.
+    answers_only: whether only the answers have weight 1.
   """
 
   write: Write
@@ -76,17 +79,17 @@ def _kind(name: str, write: Write, *, answers_only: bool = False) -> TaskKind:
 def write_lookups(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
   """One document of `synthetic_lookups`, and the (position, difficulty m) of its answers.
 
-  A context of 24 letters with a digit each is followed by three questions. The answer to a question is the sum, modulo
-  10, of the digits of its m letters. No letter is in two questions, so that no answer helps with another.
+  A context assigns a digit to each of 24 letters; three questions follow. The answer to a question is the sum, modulo
+  10, of the digits of its m letters. The questions have no letters in common, so no answer helps with another.
 
       b=3 q=7 a=1 ... ?qa=8 ?b=3 ?..=5
   """
   letters = rng.permutation(list(string.ascii_lowercase))[:24]
   digits = rng.integers(0, 10, 24)
   text = " ".join(f"{letter}={digit}" for letter, digit in zip(letters, digits, strict=True))
-  asked, answers = iter(rng.permutation(24)), []
+  remaining, answers = iter(rng.permutation(24)), []
   for steps in rng.integers(lowest, highest + 1, 3):
-    chosen = [next(asked) for _ in range(steps)]
+    chosen = [next(remaining) for _ in range(steps)]
     text += f" ?{''.join(letters[i] for i in chosen)}={sum(digits[i] for i in chosen) % 10}"
     answers.append((len(text) - 1, int(steps)))
   return text, answers
@@ -95,8 +98,8 @@ def write_lookups(rng: np.random.Generator, lowest: int, highest: int) -> tuple[
 def write_question(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
   """One document of `synthetic_questions`, and the (position, difficulty m) of its answer.
 
-  Eight letters with a digit each are followed by one question, of which only the answer is learnt: the sum, modulo 10,
-  of the digits of its m letters.
+  A context assigns a digit to each of eight letters; one question follows. Only its answer has weight 1: the sum,
+  modulo 10, of the digits of the question's m letters.
 
       b=3 q=7 a=1 ... ?qa=8
   """
@@ -112,9 +115,9 @@ def write_question(rng: np.random.Generator, lowest: int, highest: int) -> tuple
 def write_sums(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
   """One document of `synthetic_sums`, and the (position, difficulty m) of its answers.
 
-  Two chains of definitions modulo 10 are shuffled together. Each begins with a digit; each further definition is a sum
-  that needs the one before. One question follows for each chain, m sums away from its digit; a second question would be
-  easier, given the answer to the first.
+  The definitions of two chains, modulo 10, are shuffled together. The first definition of a chain is a digit; every
+  further definition is a sum that needs the previous one. One question about each chain follows, m sums away from its
+  digit; a second question about a chain would be easier, given the answer to the first.
 
       c=b+9 x=4 a=3 b=a+4 ... ?c=6 ?x=4
   """

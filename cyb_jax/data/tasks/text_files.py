@@ -1,4 +1,4 @@
-"""`text_files`: the user's text files, each a document, or each of their lines."""
+"""`text_files`: the user's text files; each file, or each line, is a document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cyb_jax.data.tasks.interface import Piece, Source, TaskKind, consecutive_pi
 from cyb_jax.data.tasks.options import one_of
 from cyb_jax.errors import InputError
 
-# What reads the formats that are no plain text.
+# The tasks that read formats other than plain text.
 _TASKS = {"JSON": "jsonl", "Parquet": "parquet", "Arrow": "hf"}
 
 
@@ -27,15 +27,15 @@ def _open(options: Mapping[str, Any]):
 
 
 def _refusal(path: epath.Path, head: bytes) -> str | None:
-  """Why a file cannot be read as plain text, and what would read it; None: it can be."""
+  """Why a file cannot be read as plain text, with a remedy; None if it can be read."""
   found = format_of(path, head)
   if found is None:
     return None
   if found in _TASKS:
-    return f"holds {found}, which text_files would read as plain text; give data.task={_TASKS[found]!r}"
+    return f"contains {found}, which text_files would read as plain text; give data.task={_TASKS[found]!r}"
   if found == "zip":
     return "is a zip archive; extract its files"
-  return f"is compressed ({found}), but its name does not say so; give it the suffix .gz, .bz2, .xz or .zst"
+  return f"is compressed ({found}), but lacks the suffix; give it the suffix .gz, .bz2, .xz or .zst"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _TextFiles:
 
   Attributes:
     files: in the order in which they are read.
-    by_line: whether each line is a document; else each file is one.
+    by_line: whether each line is a document; otherwise each file is one.
   """
 
   files: Files
@@ -63,14 +63,14 @@ class _TextFiles:
   def _documents(self, path: epath.Path, start: int, stop: int | None) -> Iterator[str]:
     """The documents that begin in the bytes [start, stop) of a file."""
     try:
-      # Bytes are read, so that the ends of lines are kept as they are.
+      # Reading in binary mode preserves the line ends.
       with opened("pattern", path) as file, undamaged("pattern", path):
         if self.by_line:
           yield from (line.rstrip(b"\r\n").decode() for _, line in lines(file, start, stop))
         else:
           yield file.read().decode()
     except UnicodeDecodeError as error:
-      raise InputError(f"data.options.pattern: {os.fspath(path)} is no UTF-8 ({error.reason}); convert it") from error
+      raise InputError(f"data.options.pattern: {os.fspath(path)} is not UTF-8 ({error.reason}); convert it") from error
 
 
 KIND = TaskKind({"pattern": "", "unit": "file"}, _open)

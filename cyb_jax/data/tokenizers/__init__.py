@@ -1,11 +1,11 @@
 """Tokenizers: plain objects that need neither TensorFlow nor SeqIO.
 
-A tokenizer turns text into ids in [0, vocab_size) and back. One id, `separator_id`, closes a document; no text,
-whatever it spells, ever encodes to it.
+A tokenizer encodes text to ids in [0, vocab_size) and decodes ids to text. One id, `separator_id`, ends a document; no
+text ever encodes to it.
 
-`interface` has the protocol; `byte`, `sentencepiece` and `huggingface` implement it; `huggingface_folder`, `gguf` and
-`llama2c` read tokenizers of pretrained models; `registry` opens a tokenizer by its spec; `spans` decides which tokens
-belong to a part of a text; `chat` renders chats by the template that a tokenizer carries.
+`interface` defines the protocol; `byte`, `sentencepiece` and `huggingface` implement it; `huggingface_folder`, `gguf`
+and `llama2c` read tokenizers of pretrained models; `registry` opens a tokenizer by its spec; `spans` determines which
+tokens belong to a part of a text; `chat` renders chats with a tokenizer's chat template.
 """
 
 from cyb_jax.data.tokenizers.byte import ByteTokenizer

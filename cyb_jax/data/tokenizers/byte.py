@@ -1,4 +1,4 @@
-"""The tokenizer of the bytes of UTF-8."""
+"""The tokenizer whose tokens are UTF-8 bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cyb_jax.errors import InputError
 
 
 class ByteTokenizer:
-  """The 256 bytes of UTF-8 and one end token: 257 ids; see `Tokenizer` for the methods."""
+  """The 256 byte values and one end token, 257 ids in total; see `Tokenizer` for the methods."""
 
   vocab_size = 257
   separator_id = start_id = 256
@@ -72,4 +72,4 @@ class ByteTokenizer:
   def write_huggingface(
     self, directory: str | os.PathLike, added: Sequence[tuple[int, str]] = (), *, starts: bool | None = None
   ) -> None:
-    raise InputError("data.tokenizer='bytes': transformers has no such tokenizer; export a run with another one")
+    raise InputError("data.tokenizer='bytes': transformers has no such tokenizer; export a run with another tokenizer")

@@ -1,4 +1,4 @@
-"""Chats as text and as ids, by the template that a tokenizer carries."""
+"""Renders and encodes chats with a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def render_chat(
 ) -> str:
   """The text of a chat.
 
-  The template is rendered as `apply_chat_template` of transformers renders it: in Jinja's sandbox, without the line
-  end after a block and the spaces before one, with `raise_exception`, `tojson`, `strftime_now`, loop controls and the
-  special tokens (`bos_token`, `eos_token`, `pad_token`, `unk_token`). Parts inside `{% generation %}` are rendered as
-  they are. A template that calls `strftime_now` gives another text on another day.
+  The template is rendered like in `apply_chat_template` of transformers: in Jinja's sandbox, without the line end after
+  a block and the spaces before a block, with `raise_exception`, `tojson`, `strftime_now`, loop controls and the special
+  tokens (`bos_token`, `eos_token`, `pad_token`, `unk_token`). The content of `{% generation %}` blocks is rendered
+  without the tags. If a template calls `strftime_now`, the text depends on the date.
 
-  `Tokenizer.encode_with_special` encodes the text; it already contains all start and end tokens of the chat.
+  `Tokenizer.encode_with_special` encodes the text, which already contains all start and end tokens of the chat.
   `encode_chat` renders and encodes messages that must not spell special tokens.
 
   Args:
-    tokenizer: with a `chat_template`.
-    messages: mappings with `role`, `content`, and whatever else the template reads, in the order of the chat.
+    tokenizer: a tokenizer with a `chat_template`.
+    messages: mappings with `role`, `content`, and any other keys that the template reads, in the order of the chat.
     add_generation_prompt: whether the text ends where the assistant's next message begins.
-    clock: whether templates may call `strftime_now`; without it, the text is the same on every day, and templates that
-      test whether it is defined use a date of their own.
+    clock: whether `strftime_now` is defined; if not, the text does not depend on the date, and templates that test for
+      `strftime_now` use a fixed date.
 
   Raises:
     InputError: the tokenizer has no template, the package jinja2 is not installed, or the template is invalid or
-      refuses the messages.
+      rejects the messages.
 
   Example:
     >>> from cyb_jax.data.tokenizers import ByteTokenizer
@@ -69,21 +69,23 @@ def render_chat(
     )
   except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
     reason = " ".join(str(error).split())[:200]
-    raise InputError(f"messages: the tokenizer's chat template refuses them ({reason})") from error
+    raise InputError(
+      f"messages: the tokenizer's chat template rejects them ({reason}); give messages that the template accepts"
+    ) from error
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, clock: bool = True) -> list[int]:
   """The ids of a chat, up to the beginning of the assistant's next message.
 
-  They are those of `render_chat` and `encode_with_special`, except that the name of a special entry in a message is
-  encoded as text, so that no message can end its own turn; transformers encodes it as the special entry. No start token
-  is added to what the template writes.
+  The ids are equal to the encoding of `render_chat` by `encode_with_special`, with one exception: the name of a special
+  entry in a message is encoded as text, so no message can end its own turn; transformers encodes it as the special
+  entry. No start token is added to the output of the template.
 
   Args:
     tokenizer, messages, clock: see `render_chat`.
 
   Raises:
-    InputError: see `render_chat`; or the vocabulary lacks a character.
+    InputError: as `render_chat`; or the vocabulary lacks a character.
   """
   pattern, spelled = special_pattern(tokenizer), []
 
@@ -110,15 +112,17 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, 
   return ids
 
 
-# They enclose the number of a special entry's name in a message. Both are surrogates, which no text has.
+# These characters enclose the number of a special entry's name in a message. Both are surrogates, which no valid text
+# contains.
 _OPEN, _CLOSE = "\ud800", "\ud801"
 
 
 def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-  """The special entry that the template writes after an assistant's message, one id.
+  """The special entry that the template writes after an assistant's message: one id, or none.
 
-  Some tokenizers do not name it among the tokens that end a text, but a model that was trained on such chats ends its
-  messages with it. There is none where the template writes no special entry there, or refuses a chat of two messages.
+  Some tokenizers do not list this entry among the tokens that end a text, but a model that was trained on such chats
+  ends its messages with it. The result is empty if the template writes no special entry there, or if it rejects a chat
+  of two messages.
   """
   messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
   try:
@@ -136,9 +140,9 @@ def _compiled(source: str, clock: bool) -> jinja2.Template:
     import jinja2.ext
     import jinja2.sandbox
   except ImportError as error:
-    raise InputError("chat_template: rendering it needs the package jinja2; pip install 'cyb_jax[pretrained]'") from (
-      error
-    )
+    raise InputError(
+      "chat_template: rendering it needs the package jinja2; run pip install 'cyb_jax[pretrained]'"
+    ) from error
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(), jinja2.ext.loopcontrols]
   )
@@ -149,12 +153,12 @@ def _compiled(source: str, clock: bool) -> jinja2.Template:
   try:
     return environment.from_string(source)
   except jinja2.TemplateError as error:
-    raise InputError(f"chat_template: it is no valid Jinja template ({error}); fetch the tokenizer again") from error
+    raise InputError(f"chat_template: it is not a valid Jinja template ({error}); fetch the tokenizer again") from error
 
 
 @functools.cache
 def _generation_extension() -> type[jinja2.ext.Extension]:
-  """The block `{% generation %}`, by which templates mark what the assistant writes; its content is kept."""
+  """The block `{% generation %}`, with which templates mark the assistant's text; its content is rendered."""
   import jinja2.ext
 
   class Generation(jinja2.ext.Extension):
@@ -174,7 +178,7 @@ def _to_json(
   separators: tuple[str, str] | None = None,
   sort_keys: bool = False,
 ) -> str:
-  """Jinja's own filter escapes characters of HTML."""
+  """JSON without the HTML escapes of Jinja's own `tojson` filter."""
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

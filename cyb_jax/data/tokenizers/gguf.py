@@ -21,7 +21,7 @@ _PREFIX = "tokenizer.ggml."
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2_SPLIT = _BYTE_LEVEL | {"use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
-# The tokens after which llama.cpp ends a text: of the sequence, of a turn, of a message.
+# The tokens after which llama.cpp ends a text: end of sequence, end of turn, end of message.
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TEMPLATE_TOKENS = {
   "bos_token": "bos_token_id",
@@ -29,7 +29,7 @@ _TEMPLATE_TOKENS = {
   "pad_token": "padding_token_id",
   "unk_token": "unknown_token_id",
 }
-# llama.cpp's values for a model of SentencePiece whose file lacks them.
+# llama.cpp's defaults for SentencePiece models whose file lacks these keys.
 _SENTENCEPIECE_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 _ADDED = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
 
@@ -49,8 +49,8 @@ class _PreTokenizer:
   Attributes:
     steps: the pre-tokenizers of a tokenizer.json.
     normalizer: the type of the normalizer, or None.
-    ignore_merges: whether a part that is an entry as a whole is not merged.
-    adds_start: whether the start token is added where the file does not say so.
+    ignore_merges: whether a part that equals an entry becomes this entry without merges.
+    adds_start: whether the start token is added if the file does not specify it.
   """
 
   steps: tuple[dict[str, Any], ...]
@@ -77,15 +77,18 @@ def open_gguf(path: Path, rows: int | None) -> Tokenizer:
 
   Args:
     path: the file.
-    rows: of the embedding; None: the vocab_size in the file, if it has one.
+    rows: number of rows of the embedding; None means the vocab_size in the file, if there is one.
 
   Raises:
-    InputError: no GGUF file, no tokenizer in it, one of an unknown kind, no end token, or rows that don't fit.
+    InputError: the file is not a GGUF file, its tokenizer is missing, of an unknown kind or without an end token, or
+      `rows` does not match.
   """
   metadata = gguf_metadata.read_metadata(path)
   found = {key[len(_PREFIX) :]: value for key, value in metadata.items() if key.startswith(_PREFIX)}
   if "model" not in found or not isinstance(found.get("tokens"), list) or not found["tokens"]:
-    raise InputError(f"{path}: no tokenizer in it (tokenizer.ggml.model, .tokens); give a GGUF file with one")
+    raise InputError(
+      f"{path}: it contains no tokenizer (tokenizer.ggml.model, .tokens); give a GGUF file with a tokenizer"
+    )
   if rows is None:
     rows = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
   types = found.setdefault("token_type", [PieceType.NORMAL] * len(found["tokens"]))
@@ -96,7 +99,9 @@ def open_gguf(path: Path, rows: int | None) -> Tokenizer:
   ids = {name: i for i, name in enumerate(found["tokens"])}
   end = next((ids[name] for name in DOCUMENT_JOINERS if name in ids), found.get("eos_token_id"))
   if end is None or not 0 <= end < len(ids):
-    raise InputError(f"{path}: no end token: tokenizer.ggml.eos_token_id is {end}; give a GGUF file that names one")
+    raise InputError(
+      f"{path}: no end token: tokenizer.ggml.eos_token_id is {end}; give a GGUF file with a valid eos_token_id"
+    )
   template = metadata.get("tokenizer.chat_template")
   special_tokens = _special_tokens(path, found, template if isinstance(template, str) else None)
   if found["model"] == "gpt2":
@@ -107,7 +112,7 @@ def open_gguf(path: Path, rows: int | None) -> Tokenizer:
 
 
 def _special_tokens(path: Path, found: dict[str, Any], template: str | None) -> SpecialTokens:
-  """The special tokens that the metadata name."""
+  """The special tokens that the metadata specifies."""
   tokens = found["tokens"]
   numbers = {name: found[name] for name in (*_END_TOKENS, *_TEMPLATE_TOKENS.values()) if found.get(name) is not None}
   for name, number in numbers.items():
@@ -130,8 +135,8 @@ def _byte_level(
   if pre is None:
     pre = "default"
     logging.warning(
-      "%s: tokenizer.ggml.pre is missing, so text is taken to be cut as GPT-2 cuts it; if this model cuts it"
-      " otherwise, give its tokenizer.json",
+      "%s: tokenizer.ggml.pre is missing, so text is split by the pre-tokenizer of GPT-2; if this model uses another"
+      " pre-tokenizer, give its tokenizer.json",
       path,
     )
   if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
@@ -181,10 +186,10 @@ def _byte_level_content(found: dict[str, Any], pre_tokenizer: _PreTokenizer) -> 
 def _sentencepiece(
   path: Path, found: dict[str, Any], end: int, special_tokens: SpecialTokens, rows: int | None
 ) -> Tokenizer:
-  """BPE in the manner of Llama 2."""
+  """SentencePiece BPE with the settings of Llama 2."""
   scores = found.get("scores")
   if not isinstance(scores, list) or len(scores) != len(found["token_type"]):
-    raise InputError(f"{path}: tokenizer.ggml.scores are missing, or not one for each token; fetch it again")
+    raise InputError(f"{path}: tokenizer.ggml.scores must have one value for each token; fetch it again")
   start = found["bos_token_id"]
   pieces = list(zip(found["tokens"], scores, found["token_type"]))
   dummy_prefix = bool(found.get("add_space_prefix", True))

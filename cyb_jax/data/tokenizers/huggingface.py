@@ -1,7 +1,7 @@
 """Tokenizers of the package tokenizers (tokenizer.json).
 
-No text, whatever it spells, encodes to a special id, except to the unknown one where the vocabulary can't encode a
-character; and special ids decode to no text. All other text is encoded as the package does.
+No text encodes to a special id, except to the unknown id for characters that the vocabulary lacks, and special ids
+decode to no text. All other text is encoded in the same way as by the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cyb_jax.data.tokenizers.interface import character_places, checked_rows, is
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
-# The tokens that join the documents a model was trained on, whatever token ends its chats.
+# The tokens that separate the documents in a model's training data, regardless of the token that ends its chats.
 DOCUMENT_JOINERS = ("<|endoftext|>", "<|end_of_text|>")
 
 
@@ -32,13 +32,13 @@ class HuggingFaceTokenizer:
 
   Args:
     content: the content of a tokenizer.json.
-    separator_id: the token that joins documents.
-    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: separator_id.
-    rows: number of rows of the model's embedding; None: the number of entries.
+    separator_id: the token that separates documents.
+    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None means separator_id.
+    rows: number of rows of the model's embedding; None means the number of entries.
     name: prefix of error messages: the file.
 
   Raises:
-    InputError: the package can't read the content, ids aren't in the vocabulary, or the rows don't fit.
+    InputError: the package can't read the content, ids aren't in the vocabulary, or `rows` does not match.
   """
 
   def __init__(
@@ -86,7 +86,7 @@ class HuggingFaceTokenizer:
 
   @functools.cached_property
   def _with_special(self):
-    """The library's tokenizer of the content as it is, which finds special entries in a text."""
+    """The library's tokenizer of the unmodified content, which recognizes special entries in a text."""
     disabled: dict[str, Any] = dict.fromkeys(("post_processor", "truncation", "padding"))
     content = self.content | disabled | {"added_tokens": self.content.get("added_tokens") or []}
     built = build(content, self._name)
@@ -123,7 +123,7 @@ class HuggingFaceTokenizer:
     name = self._names.get(int(token), f"<row_{token}>")
     if token in self._special or not self._byte_level:
       return name
-    # Added entries are spelt as text, the model's own entries as bytes.
+    # The names of added entries are text; the names of the model's own entries encode bytes.
     shown = byte_level.visible(name.encode()) if token in self._added else byte_level.printable(name)
     return name if shown is None else shown
 
@@ -158,23 +158,23 @@ class HuggingFaceTokenizer:
     start = self.start_id if starts else None
     content, changed = self.content, {}
     if first_added(content, self._name) != start:
-      # `describe` is that of the content as it was; the reader needs that back.
+      # `describe` refers to the original content, so the reader has to restore the original component.
       changed = {"post_processor": content.get("post_processor")}
       content = content | {"post_processor": None if start is None else start_template(self._names[start], start)}
     write_folder(content, self._names, self, directory, added, starts=starts, changed=changed)
 
 
 def _spans(row: Any, text: str) -> Int[np.ndarray, "N 2"]:
-  """See `Tokenizer.encode_spans`; from the library's encoding of a text, whose offsets count characters."""
+  """The spans of `Tokenizer.encode_spans`, from the library's encoding of a text, whose offsets count characters."""
   first, end = np.array(row.offsets, np.int64).reshape(-1, 2).T
   return character_places(text)[np.stack([first, np.maximum(end, first + 1)], 1)]
 
 
 def entry_names(content: Mapping[str, Any], where: str) -> dict[int, str]:
-  """The names of the model's entries and of the added ones by id, ascending.
+  """The names of the model's entries and of the added entries by id, ascending.
 
   Raises:
-    InputError: `content` is not that of a tokenizer.json; the message begins with `where`.
+    InputError: `content` is not the content of a tokenizer.json; the message begins with `where`.
   """
   try:
     vocabulary = content["model"]["vocab"]
@@ -183,11 +183,11 @@ def entry_names(content: Mapping[str, Any], where: str) -> dict[int, str]:
     names |= {int(entry["id"]): entry["content"] for entry in content.get("added_tokens") or ()}
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise InputError(
-      f"{where}: it holds no tokenizer of the package tokenizers (model.vocab); give a tokenizer.json"
+      f"{where}: it contains no tokenizer of the package tokenizers (model.vocab); give a tokenizer.json"
     ) from error
   odd = next((name for name in names.values() if not isinstance(name, str)), None)
   if odd is not None:
-    raise InputError(f"{where}: an entry is {odd!r}, where a text is needed; fetch it again")
+    raise InputError(f"{where}: an entry is {odd!r}, but must be a string; fetch it again")
   return dict(sorted(names.items()))
 
 
@@ -206,7 +206,7 @@ def component_types(component: Any) -> set[str]:
 
 
 def build(content: Mapping[str, Any], where: str):
-  """The library's tokenizer of a tokenizer.json; it does not look for special entries in a text.
+  """The library's tokenizer of a tokenizer.json; it does not recognize special entries in a text.
 
   Raises:
     InputError: the package tokenizers is not installed, or cannot read the content.
@@ -214,27 +214,29 @@ def build(content: Mapping[str, Any], where: str):
   try:
     import tokenizers
   except ImportError as error:
-    raise InputError(f"{where}: reading it needs the package tokenizers; pip install 'cyb_jax[pretrained]'") from error
+    raise InputError(
+      f"{where}: reading it needs the package tokenizers; run pip install 'cyb_jax[pretrained]'"
+    ) from error
   try:
     # The library raises plain Exceptions.
     built = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
     raise InputError(
-      f"{where}: the package tokenizers can't read it ({reason}); give a whole tokenizer.json"
+      f"{where}: the package tokenizers can't read it ({reason}); give a complete tokenizer.json"
     ) from error
   built.encode_special_tokens = True
   for entry in content["added_tokens"]:
     if built.token_to_id(entry["content"]) != entry["id"]:
       raise InputError(
-        f"{where}: added_tokens give {entry['content']!r} the id {entry['id']}, but the entries before it leave"
-        f" {built.token_to_id(entry['content'])}; give a whole tokenizer.json"
+        f"{where}: added_tokens assign the id {entry['id']} to {entry['content']!r}, but the package tokenizers assigns"
+        f" {built.token_to_id(entry['content'])}; give a complete tokenizer.json"
       )
   return built
 
 
 def first_added(content: Mapping[str, Any], where: str) -> int | None:
-  """The id that the library puts before a text by itself; None if it adds none."""
+  """The id that the library itself puts before a text; None if it adds none."""
   if component_types(content.get("post_processor")) <= {"", "ByteLevel"}:
     return None
   built = build(dict(content) | {"added_tokens": content.get("added_tokens") or [], "truncation": None}, where)
@@ -245,11 +247,11 @@ def first_added(content: Mapping[str, Any], where: str) -> int | None:
 def _without_special(
   content: Mapping[str, Any], names: Mapping[int, str], special: set[int], where: str
 ) -> dict[str, Any]:
-  """The content of a tokenizer.json for which no text encodes to the special ids, and nothing is padded or truncated.
+  """The content of a tokenizer.json for which no text encodes to the special ids, without padding and truncation.
 
-  The library can skip the search for special entries in a text, but its model may still spell them: a unigram model
-  holds '</s>' like any other piece. Here their names contain a space, which no part of a text contains when it
-  reaches the model.
+  The library can be configured not to recognize special entries in a text, but its model may still produce them: in a
+  unigram model, '</s>' is a piece like any other. The special entries are therefore renamed to names that contain a
+  space, which no part of a text contains when it reaches the model.
   """
   renamed = {names[i]: f"{names[i]} {names[i]}" for i in special}
   model = dict(content["model"])
@@ -272,13 +274,13 @@ def _without_special(
 
 def _list(value: Any, field: str, where: str) -> list:
   if not isinstance(value, list):
-    raise InputError(f"{where}: {field} is {value!r}, where a list is needed; fetch it again")
+    raise InputError(f"{where}: {field} is {value!r}, but must be a list; fetch it again")
   return value
 
 
 def _pair(merge: Any, where: str) -> Sequence[str]:
-  """The two pieces of a merge, in the older form (one text) or the newer one."""
+  """The two pieces of a merge, in the older format (one string) or the newer one (two strings)."""
   pair = merge.split(" ", 1) if isinstance(merge, str) else merge
   if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(piece, str) for piece in pair)):
-    raise InputError(f"{where}: model.merges holds {merge!r}, where two pieces are needed; fetch it again")
+    raise InputError(f"{where}: model.merges contains {merge!r}, which is not a pair of pieces; fetch it again")
   return pair

@@ -1,4 +1,4 @@
-"""Writes tokenizers in the form that transformers loads: tokenizer.json and tokenizer_config.json."""
+"""Writes tokenizers in the format that transformers loads: tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def write_folder(
   """Writes tokenizer.json and tokenizer_config.json.
 
   Args:
-    content: of tokenizer.json.
+    content: the content of tokenizer.json.
     names: the names of its entries by id.
     tokenizer: the tokenizer that the content represents.
     directory: an existing folder.
     added: (id, name) of special entries to append; the ids ascend, and none is in the vocabulary. The library numbers
       its entries without gaps, so a gap is filled with entries named `<row_N>`.
     starts: whether the content puts the tokenizer's start token before a text.
-    changed: components of the tokenizer's own content in place of which `content` has others.
+    changed: the tokenizer's original components that `content` replaces.
 
   Raises:
-    InputError: an id or a name is taken.
+    InputError: an id or a name is already in use.
   """
   content = dict(content)
   entries, taken = list(content.get("added_tokens") or ()), set(names.values())
   free = max(names) + 1
   for number, name in added:
     if number < free or name in taken:
-      raise InputError(f"{name}: the entry {number} of the vocabulary, or the name, is taken; free is {free} and above")
+      raise InputError(f"{name}: the id {number} or the name is already in use; give a new name and at least {free}")
     filled = ((i, f"<row_{i}>") for i in range(free, number))
     entries += [added_token(i, text, special=True) for i, text in (*filled, (number, name))]
     taken.add(name)
@@ -58,8 +58,8 @@ def write_folder(
   start = names[tokenizer.start_id]
   if starts:
     settings.setdefault("bos_token", start)
-  # transformers puts the token that is named here before a text, if it is to add one. A start token that is another
-  # than the chat template's bos_token is left to the content.
+  # If add_bos_token is set, transformers puts bos_token before a text. If the start token differs from the chat
+  # template's bos_token, the content adds it instead.
   if not starts or settings["bos_token"] == start:
     settings["add_bos_token"] = starts
   if special.chat_template is not None:

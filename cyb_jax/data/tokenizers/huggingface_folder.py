@@ -1,4 +1,4 @@
-"""Opens the tokenizer of a Hugging Face folder; several files of the folder may name its end and start tokens."""
+"""Opens the tokenizer of a Hugging Face folder; several files of the folder may specify its end and start tokens."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
-# Entries that our exports add and no tokenizer has; they are removed when an export is opened.
+# Entries that exports of this package append to a tokenizer; they are removed when an export is opened.
 _APPENDED = re.compile(r"<pause_\d+>|<dont_know>|<row_\d+>")
-# In the order in which they are believed.
+# In order of precedence.
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _MODEL_FILES = ("generation_config.json", "config.json")
 _SETTINGS_FILES = (*_TOKENIZER_FILES, *_MODEL_FILES)
@@ -35,16 +35,16 @@ _TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
   """The tokenizer of a Hugging Face folder.
 
-  Where files of the folder disagree about a token, tokenizer_config.json has precedence over special_tokens_map.json,
-  generation_config.json and config.json, in this order. A generated text ends at each of the end tokens that the
-  tokenizer's files and generation_config.json name (where the latter names none: config.json).
+  If files of the folder disagree about a token, tokenizer_config.json has precedence over special_tokens_map.json,
+  generation_config.json and config.json, in this order. A generated text ends at any of the end tokens that the
+  tokenizer's files and generation_config.json specify (or config.json, if generation_config.json specifies none).
 
   Args:
     path: the folder, or a tokenizer.json in it.
-    rows: of the embedding; None: vocab_size of config.json, if it has one.
+    rows: number of rows of the embedding; None means vocab_size of config.json, if there is one.
 
   Raises:
-    InputError: no tokenizer, damaged files, no end token, or rows that don't fit.
+    InputError: the tokenizer is missing, a file is damaged, there is no end token, or `rows` does not match.
   """
   folder = path if path.is_dir() else path.parent
   file = folder / "tokenizer.json" if path.is_dir() else path
@@ -71,7 +71,7 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
       name=os.fspath(folder / MODEL_FILE),
     )
   if exported and exported.get("kind") == "huggingface":
-    # An export of version 0.1 has more rows than entries: those that pad its tables.
+    # An export of version 0.1 has more rows than entries, because its tables are padded.
     rows = exported["vocab_size"]
     tokens = {name: exported[name] for name in ("start_id", "adds_start")} | {"separator_id": exported["end_id"]}
   else:
@@ -82,14 +82,14 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
 def _document_tokens(
   content: Mapping[str, Any], ids: Mapping[str, int], settings: _Settings, file: Path
 ) -> dict[str, Any]:
-  """The end and start tokens that the folder's files name."""
+  """The end and start tokens that the folder's files specify."""
   end = next((ids[name] for name in DOCUMENT_JOINERS if name in ids), None)
   if end is None:
     end = settings.token("eos", ids)
   if end is None:
     raise InputError(
-      f"{file}: no end token: no {DOCUMENT_JOINERS[0]} in it, and no eos_token in the files beside it; name one in"
-      " tokenizer_config.json"
+      f"{file}: no end token: it has no {DOCUMENT_JOINERS[0]}, and no other file of the folder has eos_token; set"
+      " eos_token in tokenizer_config.json"
     )
   start, adds = settings.token("bos", ids), settings.flag("add_bos_token")
   if adds is None:
@@ -117,14 +117,14 @@ def _open_sentencepiece(folder: Path, settings: _Settings, rows: int | None) -> 
 
 
 class _Settings:
-  """The JSON files of a folder that name special tokens and sizes."""
+  """The JSON files of a folder that specify special tokens and sizes."""
 
   def __init__(self, folder: Path):
     self._files = {folder / name: _read_json(folder / name) for name in _SETTINGS_FILES if (folder / name).exists()}
     self._template_path = folder / _TEMPLATE_FILE
 
   def number(self, file: str, key: str) -> int | None:
-    """An integer of one file; None if there is none."""
+    """The integer with a key in one file; None if there is none."""
     values = [content.get(key) for path, content in self._files.items() if path.name == file]
     return values[0] if values and isinstance(values[0], int) else None
 
@@ -139,12 +139,12 @@ class _Settings:
     return found if isinstance(found, dict) and all(name in found for name in wanted) else None
 
   def special_tokens(self, ids: Mapping[str, int]) -> SpecialTokens:
-    """The special tokens that the files name; `ids` are the vocabulary's.
+    """The special tokens that the files specify; `ids` has the ids of the vocabulary by name.
 
     Raises:
-      InputError: the vocabulary has no such token, or the chat template is no text.
+      InputError: the vocabulary has no such token, or the chat template is not a string.
     """
-    # transformers adds a padding token that the vocabulary lacks to it; here it has no row, and is left out.
+    # transformers adds a missing padding token to the vocabulary. Here it would have no row, so it is left out.
     pad = self._tokens("pad", ids, _TOKENIZER_FILES, missing_ok=True) or self._tokens("pad", ids, _MODEL_FILES)
     end_ids = self._tokens("eos", ids, _TOKENIZER_FILES)
     end_ids += self._tokens("eos", ids, _MODEL_FILES[:1]) or self._tokens("eos", ids, _MODEL_FILES[1:])
@@ -176,15 +176,15 @@ class _Settings:
       if isinstance(template, str):
         return template
       if template is not None:
-        raise InputError(f"{path}: chat_template is {template!r}, where a text is needed; fetch it again")
+        raise InputError(f"{path}: chat_template is {template!r}, but must be a string; fetch it again")
     return None
 
   def _of(self, names: Sequence[str]) -> dict[Path, dict[str, Any]]:
-    """The contents of these files, as far as they exist."""
+    """The contents of the files with these names, by path; missing files are omitted."""
     return {path: content for path, content in self._files.items() if path.name in names}
 
   def _tokens(self, role: str, ids: Mapping[str, int], files: Sequence[str], missing_ok: bool = False) -> list[int]:
-    """The ids of a role's tokens in the first of these files that names one; empty if none does."""
+    """The ids of a role's tokens in the first of these files that specifies one; empty if none does."""
     entries = set(ids.values())
     for path, content in self._of(files).items():
       named, number = _text(content.get(f"{role}_token")), content.get(f"{role}_token_id")
@@ -203,7 +203,7 @@ class _Settings:
     return []
 
   def token(self, role: str, ids: Mapping[str, int]) -> int | None:
-    """The id of the token of a role, 'eos' or 'bos'; None if no file names it.
+    """The id of the token of a role, 'eos' or 'bos'; None if no file specifies it.
 
     Raises:
       InputError: the vocabulary has no such token.
@@ -212,7 +212,7 @@ class _Settings:
 
 
 def _text(token: Any) -> Any:
-  """The text of a token, which files give as it is or as an object."""
+  """The text of a token, which is a string or an object in the files."""
   return token.get("content") if isinstance(token, dict) else token
 
 
@@ -222,9 +222,9 @@ def _read_json(path: Path) -> dict[str, Any]:
   except OSError as error:
     raise InputError(f"{path}: it can't be read ({error.strerror}); give a tokenizer.json") from error
   except ValueError as error:
-    raise InputError(f"{path}: it is no JSON, or not whole ({error}); fetch it again") from error
+    raise InputError(f"{path}: it is not JSON, or is truncated ({error}); fetch it again") from error
   if not isinstance(content, dict):
-    raise InputError(f"{path}: a JSON {type(content).__name__}, not an object; fetch it again")
+    raise InputError(f"{path}: it contains a JSON {type(content).__name__}, not an object; fetch it again")
   return content
 
 
@@ -236,9 +236,9 @@ def _without_appended(
   Pauses and don't-know entries follow all rows of the model; entries named `<row_N>` fill the gap before them.
 
   Args:
-    content: of a tokenizer.json.
-    names: of its entries by id.
-    rows: of the embedding, or None.
+    content: the content of a tokenizer.json.
+    names: the names of its entries by id.
+    rows: number of rows of the embedding, or None.
     exported: the exported tokenizer's description, or None.
   """
   added = content.get("added_tokens") or []

@@ -1,6 +1,7 @@
-"""The tokenizer.bin of llama2.c: the pieces of Llama 2's SentencePiece model, or of a model that is trained alike.
+"""The tokenizer.bin of llama2.c: the pieces of Llama 2's SentencePiece model, or of a similarly trained model.
 
-An int32, the length of the longest piece; then for each piece a float32 score, its int32 length in bytes, its bytes.
+The file contains an int32, the length of the longest piece; then, for each piece, its float32 score, its int32 length
+in bytes, and its bytes.
 
 Format: https://github.com/karpathy/llama2.c/blob/master/tokenizer.py
 """
@@ -17,7 +18,7 @@ from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.sentencepiece_model import PieceType, bpe_model
 from cyb_jax.errors import InputError
 
-# The longest piece that a file may announce, in bytes: a larger number means another kind of file.
+# The largest value of the header, in bytes: a larger number means another kind of file.
 _LONGEST_PIECE = 1 << 16
 _CONTROL_NAMES = {"\n<s>\n": "<s>", "\n</s>\n": "</s>"}
 _UNKNOWN_ID, _BOS_ID, _EOS_ID = 0, 1, 2
@@ -26,15 +27,15 @@ _UNKNOWN_ID, _BOS_ID, _EOS_ID = 0, 1, 2
 def open_llama2c(path: Path, rows: int | None) -> Tokenizer:
   """The tokenizer of a tokenizer.bin.
 
-  The models of llama2.c are trained on documents that each follow the begin token, and see no end token: the begin
-  token is both start_id and separator_id.
+  The models of llama2.c are trained on documents that are preceded by the begin token and have no end token, so the
+  begin token is both start_id and separator_id.
 
   Args:
     path: the file.
-    rows: of the embedding, or None.
+    rows: number of rows of the embedding; None means the number of pieces.
 
   Raises:
-    InputError: the file has another format or is truncated, or the rows don't fit.
+    InputError: the file has another format or is truncated, or `rows` does not match.
   """
   pieces = [_typed(number, piece, score) for number, (piece, score) in enumerate(_read(path))]
   model = bpe_model(pieces, _BOS_ID, _EOS_ID, os.fspath(path), dummy_prefix=True)
@@ -60,13 +61,14 @@ def _read(path: Path) -> list[tuple[str, float]]:
       raise ValueError(f"{len(pieces)} pieces")
   except (struct.error, ValueError) as error:
     raise InputError(
-      f"{path}: it is no tokenizer.bin of llama2.c, or ends too early ({error}, at byte {offset} of {len(content)})"
+      f"{path}: it is not a tokenizer.bin of llama2.c, or is truncated ({error}, at byte {offset} of {len(content)});"
+      " fetch it again"
     ) from error
   return pieces
 
 
 def _typed(number: int, piece: str, score: float) -> tuple[str, float, int]:
-  """(piece, score, PieceType): the file has no types, so the id and the spelling decide."""
+  """(piece, score, PieceType): the file has no types, so the id and the spelling determine the type."""
   if number == _UNKNOWN_ID:
     return piece, score, PieceType.UNKNOWN
   if number in (_BOS_ID, _EOS_ID):

@@ -1,4 +1,4 @@
-"""Opens tokenizers: by the spec of the config field data.tokenizer, or from a folder that `Tokenizer.save` wrote."""
+"""Opens tokenizers: by a spec, the value of the config field data.tokenizer, or from a folder of `Tokenizer.save`."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _PICKLE_SUFFIXES = (".pt", ".pkl", ".pth")
 
 
 def trained_pieces(spec: str) -> int | None:
-  """The number of pieces in a spec `sentencepiece:N` (train one on the task), or None for any other spec.
+  """The number N of pieces in a spec `sentencepiece:N`, which is trained on the task; None for any other spec.
 
   Raises:
-    InputError: N is no number from 1 to 9999999.
+    InputError: N is not an integer from 1 to 9999999.
   """
   if not spec.startswith("sentencepiece:"):
     return None
   match = re.fullmatch(r"sentencepiece:([1-9]\d{0,6})", spec)
   if not match:
-    raise InputError(f"data.tokenizer={spec!r}: give a number of pieces, as in 'sentencepiece:8192'")
+    raise InputError(f"data.tokenizer={spec!r}: give a number of pieces from 1 to 9999999, as in 'sentencepiece:8192'")
   return int(match[1])
 
 
 def vocabulary_size(spec: str, rows: int | None = None) -> int:
-  """The number of entries of the vocabulary that `spec` names; nothing is trained.
+  """The vocabulary size of the tokenizer that `spec` names; no tokenizer is trained.
 
   Args:
     spec: 'sentencepiece:N', or a spec of `open_tokenizer`.
@@ -55,17 +55,17 @@ def vocabulary_size(spec: str, rows: int | None = None) -> int:
 
 
 def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenizer:
-  """The tokenizer named by `spec`.
+  """Opens the tokenizer that `spec` names.
 
   Args:
     spec: 'bytes', or the path of a SentencePiece `.model` file, a Hugging Face folder or its tokenizer.json, a GGUF
-      file, llama2.c's tokenizer.bin, a run, or a folder that `save` wrote, such as a token store; this one may be in a
-      bucket.
+      file, llama2.c's tokenizer.bin, a run, or a folder that `save` has written, such as a token store. A token store
+      may be in a bucket.
     rows: number of rows of a pretrained model's embedding, if it is known; it becomes the tokenizer's `vocab_size`.
 
   Raises:
-    InputError: any other spec, including one that has to be trained ('sentencepiece:8192'); a damaged file; rows that
-      don't fit.
+    InputError: the spec has another form, for example of a tokenizer that has to be trained ('sentencepiece:8192'); a
+      file is damaged; or `rows` does not match.
   """
   spec = os.fspath(spec)
   with reading(f"data.tokenizer={spec!r}"):
@@ -78,11 +78,13 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
 
 
 def _open_in_bucket(spec: str, rows: int | None) -> Tokenizer:
-  """The tokenizer of a store in a bucket; no more of the store is read."""
+  """The tokenizer of a store in a bucket; other files of the store are not read."""
   folder = unchecked_place(spec)
   description = streams.read_json(folder / DESCRIPTION_FILE)
   if not isinstance(description, dict) or "kind" not in description:
-    raise InputError(f"data.tokenizer={spec!r}: no token store in a bucket; give one, or a folder on a disk")
+    raise InputError(
+      f"data.tokenizer={spec!r}: there is no token store at this path; give a token store in a bucket, or a local path"
+    )
   with tempfile.TemporaryDirectory() as scratch:
     for name in files(description):
       (Path(scratch) / name).write_bytes(streams.read(folder / name))
@@ -95,7 +97,7 @@ def _open_bytes(rows: int | None) -> Tokenizer:
 
 
 def _open_file(spec: str, path: Path, rows: int | None) -> Tokenizer:
-  """The tokenizer of a file, whose format is known by its first bytes or its suffix."""
+  """The tokenizer of a file, whose format is detected from its first bytes or its suffix."""
   try:
     with open(path, "rb") as file:
       head = file.read(8)
@@ -109,14 +111,14 @@ def _open_file(spec: str, path: Path, rows: int | None) -> Tokenizer:
   if path.suffix == ".json":
     return _open_folder(path.parent, rows) if _is_description(path) else open_huggingface(path, rows)
   if head[:2] in _PICKLE_OR_ZIP or path.suffix in _PICKLE_SUFFIXES:
-    raise InputError(f"data.tokenizer={spec!r}: a pickle or an archive, which isn't read; give a tokenizer.json")
+    raise InputError(f"data.tokenizer={spec!r}: pickles and archives are unsupported; give a tokenizer.json")
   if path.suffix == ".bin":
     return open_llama2c(path, rows)
   return SentencePieceTokenizer(path.read_bytes(), rows=rows, name=f"data.tokenizer={spec!r}")
 
 
 def _open_folder(path: Path, rows: int | None) -> Tokenizer:
-  """The tokenizer of a run, of an export of one, of a folder that `save` wrote, or of a Hugging Face folder."""
+  """The tokenizer of a run, of an exported run, of a folder that `save` has written, or of a Hugging Face folder."""
   for folder in (path / "tokenizer", path / EXPORTED, path):
     if _is_description(folder / DESCRIPTION_FILE):
       tokenizer = load(folder)
@@ -138,10 +140,10 @@ def _is_description(path: Path) -> bool:
 
 
 def load(directory: str | os.PathLike) -> Tokenizer:
-  """The tokenizer that `save` wrote into a folder.
+  """The tokenizer that `Tokenizer.save` has written into a folder.
 
   Raises:
-    InputError: there is none, or its model is not the one that is described.
+    InputError: the folder has no tokenizer, or the model does not match the description.
   """
   description_path = os.path.join(directory, DESCRIPTION_FILE)
   try:
@@ -149,31 +151,33 @@ def load(directory: str | os.PathLike) -> Tokenizer:
       description = json.load(file)
     kind = description["kind"]
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{description_path}: no readable description of a tokenizer; save one there") from error
+    raise InputError(
+      f"{description_path}: it is missing or not a description of a tokenizer; give a folder with a saved tokenizer"
+    ) from error
   special_tokens = SpecialTokens.from_json(description.pop(SPECIAL_TOKENS, {}), description_path)
   if kind == "bytes":
     tokenizer: Tokenizer = ByteTokenizer()
-  elif kind in list(MODEL_FILES):  # the kind may be any JSON, also unhashable
+  elif kind in list(MODEL_FILES):  # the kind may be any JSON value, including unhashable ones
     tokenizer = _load_model(Path(directory), description, special_tokens)
   else:
     raise InputError(
-      f'{description_path}: kind {kind!r}; this version reads "bytes", "sentencepiece" and "huggingface"'
+      f'{description_path}: kind {kind!r} is unknown; this version reads "bytes", "sentencepiece" and "huggingface"'
     )
   if tokenizer.describe() != description:
-    raise InputError(f"{description_path}: it does not describe the tokenizer beside it; restore both files")
+    raise InputError(f"{description_path}: it does not match the tokenizer's model; restore both files")
   return tokenizer
 
 
 def _load_model(
   directory: Path, description: Mapping[str, Any], special_tokens: SpecialTokens, rows: int | None = None
 ) -> Tokenizer:
-  """The tokenizer whose model is stored in a folder, with the settings of a description.
+  """The tokenizer whose model is in a folder, with the settings of a description.
 
   Args:
     directory: the folder.
-    description: of kind 'sentencepiece' or 'huggingface'.
-    special_tokens: that are stored next to the description.
-    rows: of the embedding; None: the described vocab_size.
+    description: a description of kind 'sentencepiece' or 'huggingface'.
+    special_tokens: the special tokens, which are stored with the description.
+    rows: number of rows of the embedding; None means the vocab_size of the description.
   """
   file = directory / MODEL_FILES[description["kind"]]
   make: Callable[..., Tokenizer] = _MAKERS[description["kind"]]
@@ -186,10 +190,12 @@ def _load_model(
   except InputError:
     raise
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{file}: no readable model of the tokenizer described beside it; restore both files") from error
+    raise InputError(
+      f"{file}: the tokenizer's model is missing or damaged; restore this file and {DESCRIPTION_FILE}"
+    ) from error
 
 
-# Kind: (bytes of the model's file, settings) -> tokenizer.
+# By kind: (bytes of the model's file, settings) -> tokenizer.
 _MAKERS: dict[str, Callable[..., Tokenizer]] = {
   "sentencepiece": SentencePieceTokenizer,
   "huggingface": lambda model, **settings: HuggingFaceTokenizer(json.loads(model), **settings),

@@ -29,13 +29,13 @@ from cyb_jax.data.tokenizers.sentencepiece_model import with_control
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
 from cyb_jax.errors import InputError
 
-# The trainer divides its sentences into this many partial sums, so the number changes the last bits of the model. It is
-# a constant rather than the machine's core count: equal text gives an equal model on every machine.
+# The trainer computes this many partial sums over its sentences, so the number affects the last bits of the model. It
+# is a constant rather than the machine's core count, so that equal text gives an equal model on every machine.
 _TRAINER_THREADS = 2
-# Longer lines are cut for training, because the trainer's time grows with the square of a sentence.
+# Longer lines are cut for training, because the trainer's time is quadratic in the length of a sentence.
 _LONGEST_SENTENCE = 1000
-# Words of more characters are rare where words are separated by spaces. The trainer counts equal words once, so that
-# text without spaces takes it many times longer: half a mebibyte takes it a quarter of a minute.
+# Longer words are rare in text with spaces. The trainer processes equal words once, so text without spaces takes many
+# times longer: half a mebibyte takes a quarter of a minute.
 _LONG_WORD = 200
 _LONG_WORDS_BYTES = 1 << 19
 
@@ -45,17 +45,19 @@ class SentencePieceTokenizer:
 
   Args:
     model: the serialised model (the bytes of a `.model` file).
-    rows: number of rows of a pretrained model's embedding; None: the number of pieces.
-    separator_id: the token that a pretrained model joins its documents by; None: the end-of-sentence piece.
-    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None: separator_id.
+    rows: number of rows of a pretrained model's embedding; None means the number of pieces.
+    separator_id: the token that separates documents in the training data of a pretrained model; None means the
+      end-of-sentence piece.
+    start_id, adds_start, special_tokens: see `Tokenizer`; start_id None means separator_id.
     name: prefix of error messages: the file.
 
   Attributes:
-    model: as given.
+    model: the serialised model.
     bos_id: the begin-of-sentence piece, or None.
 
   Raises:
-    InputError: the bytes are no SentencePiece model, the model has no end-of-sentence piece, or the rows don't fit.
+    InputError: the bytes are not a SentencePiece model, the model has no end-of-sentence piece, or `rows` does not
+      match.
   """
 
   def __init__(
@@ -69,7 +71,7 @@ class SentencePieceTokenizer:
     special_tokens: SpecialTokens | None = None,
     name: str = "data.tokenizer",
   ):
-    import sentencepiece  # imported late: programs without a SentencePiece model run where it isn't installed
+    import sentencepiece  # imported here, because programs that use no SentencePiece model do not need the package
 
     self.model = bytes(model)
     try:
@@ -77,10 +79,10 @@ class SentencePieceTokenizer:
       self._pieces = int(processor.vocab_size())
     except (RuntimeError, TypeError, ValueError) as error:
       raise InputError(
-        f"{name}: {len(self.model)} bytes that are no SentencePiece model; give a .model file"
+        f"{name}: the file ({len(self.model)} bytes) is not a SentencePiece model; give a .model file"
       ) from error
     if separator_id is None and processor.eos_id() < 0:
-      raise InputError(f"{name}: the SentencePiece model has no </s> piece (eos_id -1); train it with one")
+      raise InputError(f"{name}: the SentencePiece model has no </s> piece (eos_id -1); give a model that has one")
     self.separator_id = int(processor.eos_id()) if separator_id is None else separator_id
     self.start_id, self.adds_start = self.separator_id if start_id is None else start_id, adds_start
     self.bos_id = int(processor.bos_id()) if processor.bos_id() >= 0 else None
@@ -88,18 +90,21 @@ class SentencePieceTokenizer:
     self.vocab_size = checked_rows(name, self._pieces, rows)
     for role, token in (("end", self.separator_id), ("start", self.start_id)):
       if not 0 <= token < self._pieces or token == processor.unk_id():
-        raise InputError(f"{name}: the {role} token {token} is the unknown one, or not among its {self._pieces} pieces")
+        raise InputError(
+          f"{name}: the {role} token {token} is the unknown token or is not among the {self._pieces} pieces; give the"
+          " right id"
+        )
     self.special_tokens = special_tokens or SpecialTokens()
     self.special_tokens.check(range(self._pieces).__contains__, name)
     self.chat_template = self.special_tokens.chat_template
     everything = list(range(self._pieces))
     self._unused = [i for i, piece in enumerate(processor.id_to_piece(everything)) if is_unused(piece)]
-    self._processor = self._without_text_for(processor, (*self._unused, self.separator_id, self.start_id))
+    self._processor = self._with_control_pieces(processor, (*self._unused, self.separator_id, self.start_id))
     self._control = {i for i, control in enumerate(self._processor.is_control(everything)) if control}
     self._escape = self._space_symbol()
 
-  def _without_text_for(self, processor, ids: Sequence[int]):
-    """A processor for which these pieces are control pieces, so that no text encodes to one."""
+  def _with_control_pieces(self, processor, ids: Sequence[int]):
+    """A processor for which these pieces are control pieces, so no text encodes to them."""
     import sentencepiece
 
     if all(processor.is_control(list(ids))):
@@ -109,8 +114,8 @@ class SentencePieceTokenizer:
   def _space_symbol(self) -> list[int] | None:
     """Ids of the three bytes of U+2581; None if parts of a text cannot be encoded separately.
 
-    SentencePiece writes a space as U+2581, so a U+2581 of the text would decode to a space; its three bytes decode to
-    U+2581. A model that puts a space before every text cannot encode parts of one.
+    SentencePiece represents a space as U+2581, so a U+2581 in the text would decode to a space; its three byte pieces
+    decode to U+2581. A model that puts a space before every text cannot encode the parts of a text separately.
     """
     ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
     prefixed = self._processor.encode("x", out_type=str)[0].startswith("▁")
@@ -140,7 +145,7 @@ class SentencePieceTokenizer:
 
   @functools.cached_property
   def _special_entries(self) -> tuple[dict[str, int], re.Pattern[str] | None]:
-    """(ids by name, a group that finds the names in a text; None: there are no special entries)."""
+    """(ids by name, a pattern whose group matches the names); the pattern is None if there are no special entries."""
     pattern = special_pattern(self)
     ids = {name: i for i, name in self.special_names().items()}
     return ids, pattern and re.compile(f"({pattern.pattern})")
@@ -156,13 +161,13 @@ class SentencePieceTokenizer:
   def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
     encoded = self.encode_batch(texts)
     spans = [self._counted_spans(ids, text) for ids, text in zip(encoded, texts, strict=True)]
-    asked = [number for number, found in enumerate(spans) if found is None]
-    for number, found in zip(asked, self._library_spans([texts[number] for number in asked])):
+    missing = [number for number, found in enumerate(spans) if found is None]
+    for number, found in zip(missing, self._library_spans([texts[number] for number in missing])):
       spans[number] = found
     return list(zip(encoded, spans))
 
   def _counted_spans(self, ids: Sequence[int], text: str) -> Int[np.ndarray, "N 2"] | None:
-    """The spans of a text, from the bytes of its pieces; None if they are not the bytes of the text."""
+    """The spans of a text, from the lengths of its pieces; None if their sum is not the length of the text."""
     if self._piece_bytes is None:
       return None
     prefix, lengths = self._piece_bytes
@@ -174,9 +179,9 @@ class SentencePieceTokenizer:
 
   @functools.cached_property
   def _piece_bytes(self) -> tuple[int, Int[np.ndarray, "P"]] | None:
-    """(bytes that are put before a text, int64[P], the bytes of each piece); None if the model changes texts.
+    """(number of bytes put before a text, the number of bytes of each piece, int64[P]).
 
-    An unknown piece has more bytes than any text.
+    The result is None if the model normalizes texts. The unknown piece is assigned more bytes than any text has.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -193,17 +198,17 @@ class SentencePieceTokenizer:
     return int(spec.add_dummy_prefix), np.array(lengths, np.int64)
 
   def _library_spans(self, texts: Sequence[str]) -> Iterator[Int[np.ndarray, "N 2"]]:
-    """The spans of texts, from the library; its alignment knows what normalization has changed, and takes longer."""
+    """The spans of texts, from the library, whose alignment accounts for normalization and takes longer."""
     from sentencepiece import sentencepiece_pb2
 
-    # Where encode separates a text at each U+2581, the parts are encoded here.
+    # If `encode` splits a text at each U+2581, the parts are encoded here too.
     parts = [text.split("▁") if self._escape is not None else [text] for text in texts]
-    flat = [part for of in parts for part in of]
+    flat = [part for row in parts for part in row]
     encoded = iter(self._processor.encode(flat, out_type="serialized_proto", num_threads=num_threads()))
-    for text, of in zip(texts, parts, strict=True):
+    for text, row in zip(texts, parts, strict=True):
       spans: list[tuple[int, int]] = []
       offset = 0
-      for number, part in enumerate(of):
+      for number, part in enumerate(row):
         if number and self._escape is not None:
           spans += [(offset, offset + len("▁".encode()))] * len(self._escape)
           offset += len("▁".encode())
@@ -237,7 +242,7 @@ class SentencePieceTokenizer:
     result = {"kind": "sentencepiece", "vocab_size": self.vocab_size, "end_id": self.separator_id}
     digest = hashlib.sha256(self.model)
     settings = {"start_id": self.start_id, "adds_start": self.adds_start}
-    # A model without further settings is described by its file alone: this is the format of the first version.
+    # The description of a model with default settings depends on its file alone, as in the first version.
     plain = result | settings == result | {"end_id": self._own_end, "start_id": self._own_end, "adds_start": True}
     if not plain or self.vocab_size != self._pieces:
       result |= settings
@@ -254,7 +259,7 @@ class SentencePieceTokenizer:
     starts = self.adds_start if starts is None else starts
     content, names = huggingface_content(self.model, self.separator_id, self.start_id, starts)
     write_folder(content, names, self, directory, added, starts=starts)
-    # With the model, `open_tokenizer` opens the folder as a SentencePieceTokenizer again.
+    # Because of this file, `open_tokenizer` opens the folder as a SentencePieceTokenizer again.
     self._write_model(directory)
 
   def _write_model(self, directory: str | os.PathLike) -> None:
@@ -263,10 +268,10 @@ class SentencePieceTokenizer:
 
 
 def _with_characters(spans: Int[np.ndarray, "N 2"], text: str) -> Int[np.ndarray, "N 2"]:
-  """The spans, extended to whole characters; an empty one becomes the character at its place.
+  """Extends spans to complete characters; an empty span becomes the character at its position.
 
-  The library gives all of a character to the last of the tokens that encode it. The others have the empty span before
-  it, and so has a space that is put before a text.
+  The library assigns a character to the last of the tokens that encode it. The other tokens have an empty span before
+  the character, and so does a space that the tokenizer puts before a text.
   """
   places = character_places(text)
   first = np.searchsorted(places, spans[:, 0], "right") - 1
@@ -275,7 +280,7 @@ def _with_characters(spans: Int[np.ndarray, "N 2"], text: str) -> Int[np.ndarray
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-  """Lines of texts, long ones cut; of those with long words, only the first `_LONG_WORDS_BYTES`."""
+  """Lines of texts; long lines are cut, and only the first `_LONG_WORDS_BYTES` of lines with long words are kept."""
   left = _LONG_WORDS_BYTES
   for text in texts:
     for line in text.split("\n"):
@@ -289,12 +294,12 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceTokenizer:
-  """Trains a unigram model of exactly `pieces` pieces, whose decoded text always equals the encoded text.
+  """Trains a unigram model of exactly `pieces` pieces; decoding always reproduces the encoded text.
 
   The same texts in the same order give the same model, byte for byte, on any number of cores.
 
   Raises:
-    InputError: the texts are too few for so many pieces, or the pieces too few for the characters.
+    InputError: there is too little text for the number of pieces, or there are fewer pieces than characters.
   """
   import sentencepiece
 
@@ -321,10 +326,10 @@ def train_sentencepiece(texts: Iterable[str], pieces: int) -> SentencePieceToken
       minloglevel=2,
     )
   except RuntimeError as error:
-    # Later sentences name flags of the library.
+    # The rest of the message mentions flags of the library.
     reason = " ".join(str(error).split("] ")[-1].split()).partition(". Increase")[0]
     raise InputError(
-      f"data.tokenizer='sentencepiece:{pieces}': the task's text does not allow it: {reason or 'too little text'}; "
-      "take another number of pieces, or 'bytes'"
+      f"data.tokenizer='sentencepiece:{pieces}': training on the task's text failed ({reason or 'too little text'}); "
+      "give another number of pieces, or 'bytes'"
     ) from error
   return SentencePieceTokenizer(model.getvalue())

@@ -1,4 +1,4 @@
-"""SentencePiece models in the format of the package tokenizers (tokenizer.json)."""
+"""Converts SentencePiece models to the format of the package tokenizers (tokenizer.json)."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from cyb_jax.data.tokenizers.huggingface_export import added_token, start_templa
 from cyb_jax.data.tokenizers.sentencepiece_model import PieceType
 from cyb_jax.errors import InputError
 
-# The score that keeps a piece out of every text.
+# A score so low that no text is encoded with the piece.
 _NEVER = -1000.0
 
 
 def huggingface_content(
   model: bytes, separator_id: int, start_id: int, adds_start: bool
 ) -> tuple[dict[str, Any], dict[int, str]]:
-  """A SentencePiece model as a tokenizer.json of the package tokenizers, and the names of its entries by id.
+  """The content of a tokenizer.json for a SentencePiece model, and the names of its entries by id.
 
-  It encodes as the model does, with two exceptions: a U+2581 of the text counts as a space; and a model that puts a
-  space before every text also puts one after each user-defined piece.
+  The result encodes like the model, with two exceptions: a U+2581 in the text becomes a space; and if the model puts a
+  space before every text, the result also puts one after each user-defined piece.
 
   Args:
     model: the serialised model.
     separator_id, start_id, adds_start: see `Tokenizer`.
 
   Raises:
-    InputError: a model of words or characters, one that puts its spaces after words, or one in which a text could not
-      be kept from spelling a byte.
+    InputError: the model is a word or character model, puts spaces after words, or does not allow `_byte_splitter`.
   """
   from sentencepiece import sentencepiece_model_pb2
 
   proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   if proto.trainer_spec.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
-    raise InputError("data.tokenizer: a SentencePiece model with spaces behind words can't be written for transformers")
+    raise InputError(
+      "data.tokenizer: SentencePiece models with spaces after words can't be written for transformers; export a run"
+      " with another tokenizer"
+    )
   names = {i: piece.piece for i, piece in enumerate(proto.pieces)}
   types = [piece.type for piece in proto.pieces]
   special = {i for i, kind in enumerate(types) if kind in (PieceType.UNKNOWN, PieceType.CONTROL)} | {
@@ -56,11 +58,11 @@ def huggingface_content(
 
 
 def _model(proto, kinds) -> dict[str, Any]:
-  """The component `model`; `kinds` holds the numbers of the model types."""
+  """The component `model`; `kinds` has the numbers of the model types."""
   unknown = next((i for i, piece in enumerate(proto.pieces) if piece.type == PieceType.UNKNOWN), None)
   fallback = proto.trainer_spec.byte_fallback
   if proto.trainer_spec.model_type == kinds.UNIGRAM:
-    # No text may encode to a byte piece by its spelling, or to a special piece.
+    # No text may encode to a byte piece by its name, or to a special piece.
     textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
     vocabulary = [[piece.piece, piece.score if piece.type in textual else _NEVER] for piece in proto.pieces]
     return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": fallback}
@@ -77,15 +79,18 @@ def _model(proto, kinds) -> dict[str, Any]:
       "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
       "merges": _merges(proto),
     }
-  raise InputError("data.tokenizer: only SentencePiece models of type unigram and bpe can be written for transformers")
+  raise InputError(
+    "data.tokenizer: only SentencePiece models of type unigram and bpe can be written for transformers; export a run"
+    " with another tokenizer"
+  )
 
 
 def _byte_splitter(proto, kinds) -> dict[str, Any] | None:
-  """The component `pre_tokenizer` that keeps a text such as `<0x41>` from being read as the byte that is named so.
+  """The component `pre_tokenizer`, which prevents the text `<0x41>` from being encoded as the byte piece of that name.
 
-  The library's unigram models find byte pieces in a text like any other piece, whatever their scores are: an unknown
-  character costs more than the piece of the lowest score. The text is therefore split inside such a name, where no
-  piece of text could span the split.
+  The library's unigram models match byte pieces in a text like any other piece, regardless of their scores: an unknown
+  character costs more than the piece with the lowest score. The text is therefore split inside such a name, at a
+  position that no piece of text can span.
   """
   if proto.trainer_spec.model_type != kinds.UNIGRAM or not proto.trainer_spec.byte_fallback:
     return None
@@ -93,13 +98,16 @@ def _byte_splitter(proto, kinds) -> dict[str, Any] | None:
   for split, pattern in (("<0", "<(?=0x[0-9A-F]{2}>)"), ("0x", "<0(?=x[0-9A-F]{2}>)")):
     if not any(split in piece for piece in textual):
       return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "MergedWithPrevious", "invert": False}
-  raise InputError("data.tokenizer: a SentencePiece model with pieces '<0' and '0x' can't be written for transformers")
+  raise InputError(
+    "data.tokenizer: SentencePiece models with pieces '<0' and '0x' can't be written for transformers; export a run"
+    " with another tokenizer"
+  )
 
 
 def _merges(proto) -> list[list[str]]:
-  """The pairs that a BPE model of SentencePiece joins, in the order in which it joins them.
+  """The pairs that a BPE model of SentencePiece merges, in the order of its merges.
 
-  It joins the pair that makes the piece of the highest score, however the piece is split into two.
+  The model merges the pair whose piece has the highest score, for any split of the piece into two.
   """
   textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
   scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in textual}

@@ -1,4 +1,4 @@
-"""SentencePiece models as protocol buffers: their piece types, and models that are built or changed here."""
+"""SentencePiece models as protocol buffers: their piece types, and functions that build or modify them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PieceType(enum.IntEnum):
 
 
 def with_control(model: bytes, ids: Iterable[int]) -> bytes:
-  """The model with these pieces as control pieces, which no text encodes to."""
+  """The model in which these pieces are control pieces, to which no text encodes."""
   from sentencepiece import sentencepiece_model_pb2
 
   proto = sentencepiece_model_pb2.ModelProto.FromString(model)
@@ -39,7 +39,7 @@ def bpe_model(pieces: Sequence[tuple[str, float, int]], bos: int, eos: int, wher
     dummy_prefix: whether a space is put before every text.
 
   Raises:
-    InputError: there is not exactly one unknown piece, or bos or eos is no piece.
+    InputError: there is not exactly one unknown piece, or bos or eos is out of range.
   """
   from sentencepiece import sentencepiece_model_pb2
 
@@ -50,8 +50,8 @@ def bpe_model(pieces: Sequence[tuple[str, float, int]], bos: int, eos: int, wher
   unknown = [i for i, (_, _, kind) in enumerate(pieces) if kind == PieceType.UNKNOWN]
   if len(unknown) != 1 or not (0 <= bos < len(pieces) and 0 <= eos < len(pieces)):
     raise InputError(
-      f"{where}: {len(unknown)} unknown tokens, bos {bos} and eos {eos} among {len(pieces)} entries make no"
-      " SentencePiece model; it takes one unknown token, and both others among the entries"
+      f"{where}: it has {len(unknown)} unknown tokens, bos {bos}, eos {eos} and {len(pieces)} entries; a SentencePiece"
+      " model needs one unknown token, and bos and eos among the entries"
     )
   spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
   spec.vocab_size = len(pieces)

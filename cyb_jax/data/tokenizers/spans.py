@@ -1,8 +1,9 @@
-"""Which tokens of a text belong to a part of it, where tokens may lie across the part's border.
+"""Determines which tokens of a text belong to a part of it; a token may span the border of the part.
 
-A text is a context and a continuation, or a prompt and an answer. It is always encoded as a whole: the tokens of its
-parts, encoded separately, may be others and more. One rule, `tokens_with`, then decides which tokens belong to the
-continuation: those that have any byte of it. A token across the border so belongs to the continuation.
+A text consists of a context and a continuation, or of a prompt and an answer. The two parts are always encoded
+together, because encoding them separately may give different tokens. A single rule, `tokens_with`, then determines
+which tokens belong to the continuation: the tokens that contain any byte of it. A token that spans the border therefore
+belongs to the continuation.
 
 Letters: N tokens of a text, S bytes of it.
 """
@@ -18,11 +19,11 @@ from cyb_jax.data.tokenizers.interface import Tokenizer
 
 
 def tokens_with(spans: Int[np.ndarray, "N 2"], marked: Bool[np.ndarray, "S"]) -> Bool[np.ndarray, "N"]:
-  """bool[N], which tokens have a marked byte.
+  """bool[N]: whether each token contains a marked byte.
 
   Args:
-    spans: of `Tokenizer.encode_spans`; a token that is placed after the text has the text's last byte.
-    marked: of each byte of the text.
+    spans: the result of `Tokenizer.encode_spans`; a span after the text is taken for the text's last byte.
+    marked: whether each byte of the text is marked.
   """
   if not len(marked):
     return np.zeros(len(spans), bool)
@@ -32,10 +33,10 @@ def tokens_with(spans: Int[np.ndarray, "N 2"], marked: Bool[np.ndarray, "S"]) ->
 
 
 def continuation_start(spans: Int[np.ndarray, "N 2"], border: int, size: int) -> int:
-  """The index of the first token that has a byte of the continuation; N if there is none.
+  """The index of the first token that contains a byte of the continuation; N if there is none.
 
   Args:
-    spans: of `Tokenizer.encode_spans`, of the whole text.
+    spans: the result of `Tokenizer.encode_spans` for the context and the continuation.
     border: the number of bytes of the context.
     size: S.
   """
@@ -48,7 +49,7 @@ def encode_pairs(
 ) -> list[tuple[list[int], list[int]]]:
   """(ids of the context, ids of the continuation) of each pair of texts, which are encoded together.
 
-  No start token is added. Where a token across the border begins the text, the context has no ids.
+  No start token is added. If the first token spans the border, the context has no ids.
 
   Args:
     tokenizer: any tokenizer.

@@ -1,4 +1,4 @@
-"""Special tokens of a model's texts and chats, next to the separator that joins documents in training."""
+"""Special tokens of a model's texts and chats, in addition to the separator of documents in training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-  """The special tokens that a model's files name; none of them changes how a text is encoded.
+  """The special tokens that a model's files specify; they do not affect the encoding of a text.
 
   Attributes:
-    bos_id: the token that begins a text or a chat; None: the files name none. Whether it precedes a text that is given
-      alone is `Tokenizer.adds_start`.
-    end_ids: the tokens that end a generated text, the tokenizer's own eos first; empty: the separator of documents.
-    pad_id: the token that fills rows; None: the files name none.
-    chat_template: a Jinja template of chats, see `chat.render_chat`; None: the files contain none.
+    bos_id: the token that begins a text or a chat; None if the files specify none. `Tokenizer.adds_start` determines
+      whether it precedes a text that is not the continuation of another text.
+    end_ids: the tokens that end a generated text, the tokenizer's own eos first; empty means the separator.
+    pad_id: the padding token; None if the files specify none.
+    chat_template: a Jinja template of chats, see `chat.render_chat`; None if the files contain none.
     names: the texts of special tokens by the names that a chat template reads: `bos_token`, `eos_token`, `pad_token`,
-      `unk_token`. A token that the tokenizer's own files do not name is absent, even if the model's files number it.
+      `unk_token`. A token without a name in the tokenizer's own files is absent, even if the model's files have its id.
   """
 
   bos_id: int | None = None
@@ -40,7 +40,7 @@ class SpecialTokens:
     """Checks that all ids are entries of a vocabulary.
 
     Args:
-      entries: whether an id has an entry.
+      entries: id -> whether the vocabulary has an entry with this id.
       name: prefix of the error message: the file.
 
     Raises:
@@ -57,10 +57,10 @@ class SpecialTokens:
 
   @classmethod
   def from_json(cls, values: Any, where: str) -> SpecialTokens:
-    """Reads what `to_json` returned.
+    """Converts the result of `to_json` back.
 
     Raises:
-      InputError: another form; the message begins with `where`.
+      InputError: the values are invalid; the message begins with `where`.
     """
     kinds = {"bos_id": int, "end_ids": list, "pad_id": int, "chat_template": str, "names": dict}
     valid = isinstance(values, Mapping) and values.keys() <= kinds.keys()
@@ -74,31 +74,31 @@ class SpecialTokens:
 
 @dataclasses.dataclass(frozen=True)
 class TextBoundaries:
-  """The ids before and after a text, as a model has learned them.
+  """The ids before and after a text in a model's training data.
 
   Attributes:
-    start: the ids before a text that is given alone: one, or none.
-    end_ids: the ids of which each ends a generated text; at least one.
+    start: the ids before a text that is not the continuation of another text: one, or none.
+    end_ids: each of these ids ends a generated text; there is at least one.
   """
 
   start: tuple[int, ...]
   end_ids: tuple[int, ...]
 
   def begun(self, ids: Sequence[int]) -> list[int]:
-    """The ids of a text after those of `start`, which are not repeated where the text itself spells them."""
+    """The ids of a text with `start` before them, unless the text itself begins with `start`."""
     return list(ids) if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
 
 
 def text_boundaries(tokenizer: Tokenizer, *, imported: bool) -> TextBoundaries:
-  """The boundaries of the texts of a model.
+  """The boundaries of a model's texts.
 
-  Training in this project puts a start token before every document and the separator after it, whatever tokens the
-  tokenizer's files name for chats. A model of another project, as it was trained there, gets a start token only if its
-  tokenizer adds one, and its text ends at the tokens that its files name.
+  Training in this project puts a start token before every document and the separator after it, regardless of the tokens
+  that the tokenizer's files specify for chats. An imported model gets a start token only if its tokenizer adds one, and
+  its texts end at the tokens that its files specify.
 
   Args:
-    tokenizer: of the model.
-    imported: whether the model is one of another project that has not been trained here.
+    tokenizer: the model's tokenizer.
+    imported: whether the model was imported and has not been trained by this project.
   """
   named = tokenizer.special_tokens.end_ids
   if imported:

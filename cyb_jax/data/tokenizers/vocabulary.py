@@ -1,4 +1,4 @@
-"""Tokenizers as vocabularies of SeqIO."""
+"""Tokenizers as SeqIO vocabularies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cyb_jax.data.tokenizers.interface import Tokenizer
 def seqio_vocabulary(tokenizer: Tokenizer):
   """`tokenizer` as a `seqio.Vocabulary`, for SeqIO preprocessors; its EOS is `separator_id`.
 
-  SeqIO pads with id 0, which every tokenizer here uses for something else (a byte, or <unk>): mask by length, not by
-  id. The call imports seqio, and with it TensorFlow.
+  SeqIO pads with id 0, which is a byte or <unk> in the tokenizers of this package, so mask by length and not by id. The
+  call imports seqio and thereby TensorFlow.
   """
   return _vocabulary_class()(tokenizer)
 
