@@ -8,7 +8,7 @@ from cyb_jax.decoder.rope import apply_rope, rope_factors
 from cyb_jax.errors import InputError
 from cyb_jax.pauses import attention_mask
 
-# One compilation in place of one per operation.
+# One compilation instead of one per operation.
 _attend = jax.jit(attention.attend)
 
 
@@ -26,7 +26,7 @@ def test_apply_rope_by_hand():
   assert apply_rope(heads, cosine, sine)[0, 0, 0].tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
 
 
-def test_rotated_products_depend_on_the_distance_alone():
+def test_rotated_products_depend_only_on_the_distance():
   query, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)), jnp.float32)
 
   @jax.jit
@@ -41,7 +41,7 @@ def test_rotated_products_depend_on_the_distance_alone():
   assert abs(product(7, 4) - product(7, 5)) > 1e-2
 
 
-def test_rope_keeps_far_positions_apart_in_bfloat16():
+def test_rope_distinguishes_large_positions_in_bfloat16():
   heads = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
   rotated = apply_rope(heads, *rope_factors(jnp.array([[2048, 2049]]), 4, 1e4))
   assert rotated.dtype == jnp.bfloat16
@@ -64,7 +64,7 @@ def test_groups_are_neighbours():
   assert _attend(query, value, value)[0, 0, :, 0].tolist() == [10, 10, 20, 20]
 
 
-def test_mask_hides_and_stands_alone():
+def test_a_boolean_mask_replaces_the_causal_mask():
   query, key, value = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 3, 2, 4)), jnp.float32)
   causal = np.tril(np.ones((3, 3), bool))[None, None]
   np.testing.assert_allclose(_attend(query, key, value, mask=causal), _attend(query, key, value), rtol=1e-6)
@@ -73,7 +73,7 @@ def test_mask_hides_and_stands_alone():
   np.testing.assert_allclose(out[:, 1], value[:, 1], rtol=1e-6)
   changed = _attend(query, key, value.at[:, 1].set(100.0), mask=mask)
   np.testing.assert_array_equal(out[:, 2], changed[:, 2])
-  # Nothing is added to a mask: one that is not causal is taken at its word.
+  # Causality is not added to a mask: a mask that is not causal is used unchanged.
   seeing = _attend(query, key, value, mask=np.ones((1, 1, 3, 3), bool))
   assert abs(seeing[:, 0] - value[:, 0]).max() > 0.1
 
@@ -82,7 +82,7 @@ def test_mask_hides_and_stands_alone():
   ("tokens", "width", "heads", "groups", "with_segment_ids"),
   [(5, 4, 2, 2, False), (7, 3, 6, 2, True), (1, 2, 1, 1, False), (4, 1, 2, 1, True), (33, 2, 3, 1, True)],
 )
-def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_segment_ids, exact):
+def test_hidden_slots_equal_the_dense_mask(tokens, width, heads, groups, with_segment_ids, exact):
   rng = np.random.default_rng(tokens)
   shape = (2, tokens * width)
   query, weight = jnp.asarray(rng.normal(size=(2, *shape, heads, 8)), jnp.float32)
@@ -103,7 +103,7 @@ def test_hidden_slots_are_the_dense_mask(tokens, width, heads, groups, with_segm
 
 
 def test_hidden_slots_stay_finite_and_keep_the_dtype():
-  # Scores of a thousand: exp of them, or of their difference to a slot that isn't seen, would overflow.
+  # Scores of a thousand: their exponentials, or those of their differences to a hidden slot, would overflow.
   query = jnp.full((1, 6, 1, 4), 40.0, jnp.bfloat16).at[:, 2].set(-40.0)
 
   def summed(query):
@@ -116,9 +116,9 @@ def test_hidden_slots_stay_finite_and_keep_the_dtype():
   assert np.isfinite(gradient.astype(jnp.float32)).all()
 
 
-def test_hidden_slots_have_no_cudnn():
+def test_cudnn_refuses_hidden_slots():
   x = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
-  with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' has no hidden slots"):
+  with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' does not support hidden slots"):
     attention.attend(x, x, x, mask=attention.HiddenSlots(2), implementation="cudnn")
 
 
@@ -153,7 +153,7 @@ def test_auto_chooses(monkeypatch, backend, capability, dtype, head_size, masked
   assert seen["is_causal"] is not masked
 
 
-def test_cudnn_where_it_cannot_run_is_refused(monkeypatch):
+def test_cudnn_is_refused_on_a_platform_without_it(monkeypatch):
   x = jnp.zeros((1, 2, 1, 8), jnp.bfloat16)
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
   with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' needs an NVIDIA GPU.*'cpu'"):
