@@ -1,4 +1,4 @@
-"""The evaluator against a slow reference, one token at a time; rank correlation by hand; padding counts for nothing."""
+"""The evaluator against a slow reference, one token at a time; rank correlation by hand; padding has no effect."""
 
 import jax
 import numpy as np
