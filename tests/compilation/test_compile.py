@@ -1,4 +1,4 @@
-"""Compilation for TPUs: values from the compiler's text and messages, computed by hand; and the compiler, if installed."""
+"""Compilation for TPUs: the parsed text and messages of the compiler, and the compiler itself if installed."""
 
 import importlib
 import importlib.util
