@@ -303,17 +303,20 @@ def test_difference_in_nats():
   [
     (
       lambda c: c.statistics.update(split="test"),
-      "a and b can't be compared: split is 'validation' there and 'test' here",
+      "a and b can't be compared: split is 'validation' in the first and 'test' in the second",
     ),
-    (lambda c: c.statistics.update(limit=5), "limit is None there and 5 here"),
-    (lambda c: c.source["data"].update(sequence_length=32), "data.sequence_length is 16 there and 32 here"),
+    (lambda c: c.statistics.update(limit=5), "limit is None in the first and 5 in the second"),
+    (
+      lambda c: c.source["data"].update(sequence_length=32),
+      "data.sequence_length is 16 in the first and 32 in the second",
+    ),
     (
       lambda c: c.meta.update(store="e" * 64),
-      "the fingerprint of data.store is 'ffffffffffff' there and 'eeeeeeeeeeee'",
+      "the fingerprint of data.store is 'ffffffffffff' in the first and 'eeeeeeeeeeee'",
     ),
     (
       lambda c: (c.meta.update(store="e"), c.source["data"].update(tokenizer="sentencepiece:100")),
-      "data.tokenizer is 'bytes' there and 'sentencepiece:100' here",
+      "data.tokenizer is 'bytes' in the first and 'sentencepiece:100' in the second",
     ),
     (lambda c: c.statistics["groups"]["tokens"].pop(), "groups.tokens"),
   ],
