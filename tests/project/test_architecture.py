@@ -1,12 +1,11 @@
-"""The architecture as a test: which package may import which, what third-party code is imported where, and how large
-modules and functions may be.
+"""The architecture as a test: permitted imports between packages, owners of third-party packages, and the sizes of
+modules and functions.
 
 The modules are parsed, never imported, so the check takes a second; `python tests/project/test_architecture.py [ROOT]`
-prints every violation (`make lint` runs it). A unit is a package of `cyb_jax` or a single module at its top.
-
-An import counts wherever it is executed: at the top of a module, inside a function (a lazy import is an import too), or
-as `importlib.import_module("literal")`. Imports under `if TYPE_CHECKING:` are not executed; they give names to
-annotations only, can form no circle, and are not counted.
+prints every violation (`make lint` runs it). A unit is a package of `cyb_jax` or a single top-level module. || An
+import counts wherever it is executed: at the top of a module, inside a function (a lazy import), or as
+`importlib.import_module("literal")`. Imports under `if TYPE_CHECKING:` are not executed: they only provide names for
+annotations, cannot form a circle, and do not count.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from collections.abc import Iterator, Mapping
 PACKAGE = "cyb_jax"
 ROOT = pathlib.Path(__file__).parents[2]
 
-# A module has fewer lines than this, a function at most so many, from its `def` to its end, docstring included.
+# The upper bounds (exclusive for modules) of the lines of a module, and of a function from its `def` to its end,
+# including the docstring.
 MODULE_LINES = 450
 FUNCTION_LINES = 60
 
-# What each unit may import. Every row names units of earlier rows only, so no circle of units is possible.
+# The units that each unit may import. Every row names units of earlier rows only, so that no circle of units is
+# possible.
 CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
@@ -61,27 +62,27 @@ ALLOWED: dict[str, set[str]] = {
   "compilation": PROGRAMS | {"studies"},
   "benchmarks": PROGRAMS | {"studies"},
   "cli": PROGRAMS | {"studies", "compilation", "benchmarks"},
-  # The package itself loads `load` and `losses` on demand.
+  # The package loads `load` and `losses` on demand.
   PACKAGE: RUN | {"interop"},
 }
-# Names of the package itself that any module may import without depending on it.
+# Names of the package that any module may import without a dependency on it.
 FACTS = {f"{PACKAGE}.__version__"}
 
-# (module, imported module): why an import against the table is right.
+# (module, imported module): the reason for an import that the table does not permit.
 UPWARD = {
-  ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the program that is measured; loaded once, then run in forks",
+  ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the measured program; loaded once, then run in forks",
 }
 
-# Third-party packages that one unit alone imports.
+# Third-party packages that only one unit may import.
 OWNERS = {"seqio": "data", "tensorflow": "data", "tensorflow_datasets": "data", "orbax": "checkpointing"}
 
-# (unit, private third-party module): why it must be imported all the same.
+# (unit, private third-party module): the reason for importing it.
 PRIVATE = {
   ("distributed", "jax._src.distributed"): "jax offers no public access to the key-value store of its coordinator",
   ("evaluation", "lm_eval.tasks._yaml_loader.load_yaml"): "lm_eval has no public reader of a task's file",
 }
 
-# Modules of MODULE_LINES or more, and functions of more than FUNCTION_LINES, that are right as they are: why.
+# Permitted modules of MODULE_LINES or more, and functions of more than FUNCTION_LINES: the reason.
 LARGE_MODULES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
   "cyb_jax.readout.slot_scores": "fifteen lines of signature and forty of documentation for 14 public arguments",
@@ -94,8 +95,8 @@ class Import:
 
   Attributes:
     module: the dotted name of the importing module.
-    line: where.
-    name: the dotted name of what is imported; for `from a import b` it is `a.b`, whatever b is.
+    line: the line of the import.
+    name: the dotted name of the imported object; for `from a import b` it is `a.b`, whether b is a module or not.
   """
 
   module: str
@@ -107,7 +108,7 @@ class Import:
 
 
 class Package:
-  """The parsed modules of a package, and what they import.
+  """The parsed modules of a package, and their imports.
 
   Args:
     root: the folder that contains the folder `cyb_jax`.
@@ -122,7 +123,7 @@ class Package:
     self.imports = [found for name, tree in self.trees.items() for found in _imports(name, tree)]
 
   def resolve(self, name: str) -> str | None:
-    """The module of this package that a dotted name belongs to; None: it is third-party code."""
+    """The module of this package that defines a dotted name; None: third-party code."""
     if name.split(".")[0] != PACKAGE:
       return None
     while name not in self.trees and "." in name:
@@ -178,7 +179,7 @@ def _ancestors(module: str) -> list[str]:
 
 
 def unit(module: str) -> str:
-  """The package or top module of `cyb_jax` that a module belongs to."""
+  """The package or top-level module of `cyb_jax` that contains a module."""
   return f"{module}.".split(".")[1] or PACKAGE
 
 
@@ -193,7 +194,7 @@ def circles(package: Package) -> list[str]:
 
 
 def _inner(edges: Mapping[str, Mapping[str, int]], component: set[str]) -> list[tuple[str, str, int]]:
-  """The edges inside of a component: (importing module, imported module, line)."""
+  """The edges within a component: (importing module, imported module, line)."""
   return [(name, to, line) for name in sorted(component) for to, line in edges[name].items() if to in component]
 
 
@@ -226,7 +227,7 @@ def _components(edges: Mapping[str, Mapping[str, int]]) -> list[set[str]]:
 
 
 def directions(package: Package) -> list[str]:
-  """Imports of a unit that `ALLOWED` does not list, and units that it does not know."""
+  """Imports of a unit that `ALLOWED` does not list, and units without a row."""
   found = [f"{name}: no row of ALLOWED" for name in sorted({unit(module) for module in package.trees} - set(ALLOWED))]
   for each in package.imports:
     source, target = unit(each.module), package.resolve(each.name)
@@ -238,7 +239,7 @@ def directions(package: Package) -> list[str]:
 
 
 def third_party(package: Package) -> list[str]:
-  """Third-party packages that are imported outside of their unit, and private modules of third parties."""
+  """Third-party packages that are imported outside of their owner, and private modules of third parties."""
   found = []
   for each in package.imports:
     top = each.name.split(".")[0]
@@ -257,7 +258,7 @@ def sizes(
   large_modules: Mapping[str, str] = LARGE_MODULES,
   long_functions: Mapping[str, str] = LONG_FUNCTIONS,
 ) -> list[str]:
-  """Modules and functions that are too large and not excepted, and exceptions that are not needed any more."""
+  """Modules and functions that are too large and not excepted, and unnecessary exceptions."""
   lines = {name: len(source.splitlines()) for name, source in package.sources.items()}
   lengths = {name: length for module, tree in package.trees.items() for name, length in _functions(module, tree)}
   large = {name: number for name, number in lines.items() if number >= MODULE_LINES}
@@ -271,7 +272,7 @@ def sizes(
 
 
 def _functions(prefix: str, node: ast.AST) -> Iterator[tuple[str, int]]:
-  """(dotted name, number of lines) of every function, also of those inside classes and functions."""
+  """(dotted name, number of lines) of every function, including those inside classes and functions."""
   for child in ast.iter_child_nodes(node):
     if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
       name = f"{prefix}.{child.name}"
@@ -286,7 +287,7 @@ CHECKS = (circles, directions, third_party, sizes)
 
 
 def main(root: pathlib.Path) -> int:
-  """Writes all violations to standard output; the number of them, at most 1, is the exit code."""
+  """Writes all violations to standard output; returns the exit code: 1 if there are violations, else 0."""
   package = Package(root)
   found = [line for check in CHECKS for line in sorted(check(package))]
   sys.stdout.writelines(f"{line}\n" for line in found)
@@ -294,18 +295,18 @@ def main(root: pathlib.Path) -> int:
   return int(bool(found))
 
 
-# The tests of this tree, and of small trees with one violation each.
+# Tests of this tree, and of small trees with one violation each.
 
 
 def test_no_import_circle():
   assert circles(Package(ROOT)) == []
 
 
-def test_packages_import_only_what_their_row_allows():
+def test_packages_import_only_permitted_units():
   assert directions(Package(ROOT)) == []
 
 
-def test_third_party_packages_have_one_importer_and_no_private_module_is_imported():
+def test_third_party_packages_have_one_importer_and_private_modules_none():
   assert third_party(Package(ROOT)) == []
 
 
@@ -313,8 +314,8 @@ def test_modules_and_functions_are_small():
   assert sizes(Package(ROOT)) == []
 
 
-def test_the_table_goes_downwards():
-  """Every unit imports only units that come before it, `cli` and the package itself being last."""
+def test_the_table_of_imports_is_ordered():
+  """Every unit imports only units of earlier rows; the last rows are `cli` and the package itself."""
   above: set[str] = set()
   for name, allowed in ALLOWED.items():
     assert allowed <= above, (name, allowed - above)
@@ -322,7 +323,7 @@ def test_the_table_goes_downwards():
 
 
 def _tree(folder: pathlib.Path, **modules: str) -> Package:
-  """A package of modules; `a__b` is the module b of the package a."""
+  """A package from the sources of its modules; `a__b` is the module b of the package a."""
   for name, source in {"__init__": "", **modules}.items():
     path = folder / PACKAGE / f"{name.replace('__', '/') if name != '__init__' else name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,7 +332,7 @@ def _tree(folder: pathlib.Path, **modules: str) -> Package:
   return Package(folder)
 
 
-def test_a_circle_is_found_where_it_is_lazy_and_where_a_package_closes_it(tmp_path):
+def test_circles_through_lazy_imports_and_packages_are_found(tmp_path):
   lazy = _tree(tmp_path / "1", data__a="from cyb_jax.data import b", data__b="def f():\n  import cyb_jax.data.a")
   assert circles(lazy) == [
     "import circle: cyb_jax.data.a:1 -> cyb_jax.data.b, cyb_jax.data.b:2 -> cyb_jax.data.a",
@@ -358,7 +359,7 @@ def test_upward_imports_and_unknown_units_are_found(tmp_path):
   ]
 
 
-def test_third_parties_in_the_wrong_place_are_found(tmp_path):
+def test_third_party_imports_outside_of_their_owner_are_found(tmp_path):
   package = _tree(
     tmp_path,
     data__a="import seqio\nimport importlib\nimportlib.import_module('orbax.checkpoint')",

@@ -1,4 +1,4 @@
-"""The code of docs/ is executed."""
+"""Executes the code of docs/."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 
 
 def registered(monkeypatch, block, config):
-  """The method of a block of code, registered as the guide says."""
+  """The method of a code block, registered as the guide describes."""
   module = types.ModuleType("method_of_the_guide")
   monkeypatch.setitem(sys.modules, module.__name__, module)
   exec(block, module.__dict__)

@@ -1,4 +1,4 @@
-"""Every example in a docstring of the package is executed, and every public name of the core has one."""
+"""Every example in a docstring of the package is executed, and every public name of the core has an example."""
 
 import doctest
 import importlib
@@ -21,12 +21,12 @@ def _module_name(path):
 
 
 MODULES = [_module_name(path) for path in sorted(ROOT.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
-# The folder that the examples take their run from.
+# The folder with the run that the examples use.
 RUN = "runs/ap"
 
 
 class _Checker(doctest.OutputChecker):
-  """Accepts any output of an example that shows none, such as generated text: the example has to run."""
+  """Accepts any output of an example without an expected output, such as generated text."""
 
   def check_output(self, want, got, optionflags):
     return not want or super().check_output(want, got, optionflags)
@@ -53,7 +53,7 @@ def examples(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_run(name, request, monkeypatch):
+def test_examples_are_executed(name, request, monkeypatch):
   found = examples(name)
   if any(RUN in test.docstring for test in found):
     monkeypatch.chdir(request.getfixturevalue("folder"))
@@ -83,7 +83,7 @@ def test_every_public_name_of_the_core_has_an_example(name):
   assert "SlotScores" not in public or {"SlotScores", "SlotScores.from_logits"} <= with_example
 
 
-def test_a_wrong_output_is_found_and_a_missing_one_is_not(tmp_path):
+def test_a_wrong_output_fails_but_an_omitted_output_does_not(tmp_path):
   text = ">>> 1 + 1\n3\n\n>>> 'any output'\n"
   test = doctest.DocTestParser().get_doctest(text, {}, "text", os.devnull, 0)
   runner = doctest.DocTestRunner(checker=_Checker(), verbose=False)

@@ -40,7 +40,7 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("path", documents.PAGES, ids=documents.name_of)
-def test_links_lead_somewhere(path):
+def test_links_have_targets(path):
   for target, anchor in documents.links(path):
     found = (path.parent / target).resolve() if target else path
     assert found.exists(), target
@@ -54,7 +54,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def split(words, programs):
-  """(the program's name, its other words), as the table of programs has them."""
+  """(name of the program, remaining words), with names as in the table of programs."""
   if words[:2] == ["python", "-m"] and words[2].startswith("cyb_jax.cli."):
     words = [words[2].replace("cyb_jax.cli.", "cyb-"), *words[3:]]
   if words[0] == "cyb-benchmark":
@@ -63,7 +63,7 @@ def split(words, programs):
 
 
 def check(words, programs):
-  """Fails unless a command would be accepted, as far as that needs no files."""
+  """Fails unless the program would accept a command; only checks that need no files."""
   name, rest = split(words, programs)
   assert name in programs, f"there is no program {name}"
   fields, source = [], None
@@ -92,7 +92,7 @@ def check_config(source, fields):
   namespace = {"__name__": "config"}
   exec((cli.ROOT / path).read_text(), namespace)
   config = command_line.override(namespace["get_config"](argument), fields)
-  # Of a pretrained model, which isn't there.
+  # The flags of a pretrained model, which does not exist here.
   config.decoder.preset = config.decoder.preset or "tiny"
   config.data.tokenizer = config.data.tokenizer or "bytes"
   configs.freeze(config)
@@ -103,14 +103,14 @@ def test_commands_would_be_accepted(path, programs, monkeypatch):
   monkeypatch.chdir(cli.ROOT)
   for words in documents.commands(path):
     of_ours = words[0].startswith("cyb-") or (len(words) > 2 and words[2].startswith("cyb_jax.cli."))
-    # The method of the guide isn't registered here; test_docs.py registers it.
+    # The guide's method is not registered here; test_docs.py registers it.
     if of_ours and "--config.method.name=fading_slots" not in words:
       check(words, programs)
     elif words[0] == "make":
       assert re.search(rf"^{words[1]}:", (cli.ROOT / "Makefile").read_text(), re.MULTILINE), words
 
 
-def test_commands_that_are_wrong_are_found(programs, monkeypatch):
+def test_invalid_commands_are_found(programs, monkeypatch):
   monkeypatch.chdir(cli.ROOT)
   config = "--config=experiments/reviews.py:ap"
   with pytest.raises(AssertionError, match="there is no program cyb-trian"):
@@ -125,7 +125,7 @@ def test_commands_that_are_wrong_are_found(programs, monkeypatch):
     check(["cyb-train", config, "--config.data.sequence_length=0"], programs)
 
 
-def test_the_reference_names_everything(reference, programs):
+def test_the_reference_is_complete(reference, programs):
   fields = reference.PARTS["fields"]()
   frozen = configs.to_dict(configs.default())
   for group, values in frozen.items():
@@ -144,7 +144,7 @@ def test_the_reference_names_everything(reference, programs):
     assert f"| `{name}` |" in text
 
 
-def test_text_of_the_reference_is_no_html(reference):
+def test_text_of_the_reference_is_escaped(reference):
   assert reference.text("rows of <pause>, `<dont_know>` and 2 * W") == r"rows of &lt;pause>, `<dont_know>` and 2 \* W"
   assert reference.table(["a"], [["x|y"]]).splitlines()[-1] == r"| x\|y |"
 
@@ -210,7 +210,7 @@ def build(folder, output):
   pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed; pip install '.[docs]'")
   env = cli.environment() | {"NO_MKDOCS_2_WARNING": "1"}
   env["PYTHONPATH"] = f"{folder}:{env['PYTHONPATH']}"
-  # With --quiet mkdocs doesn't count warnings, and passes.
+  # With --quiet mkdocs does not count warnings, and the build would pass.
   command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={output}"]
   return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, check=False)
 
@@ -221,7 +221,7 @@ def test_the_site_builds_strictly(tmp_path):
   assert done.returncode == 0, done.stderr
   page = (tmp_path / "site" / "reference" / "fields.html").read_text()
   assert "optimizer.learning_rate" in page
-  # Nothing is fetched when a page is opened.
+  # A page must not load anything from the network.
   assert not re.search(
     r'<(?:script|link|img)[^>]*(?:src|href)="https?:', (tmp_path / "site" / "index.html").read_text()
   )

@@ -1,4 +1,4 @@
-"""The tutorials and the Python code of README and guides are executed, with small models and little data."""
+"""Executes the tutorials and the Python code of README and guides, with small models and little data."""
 
 import gzip
 import json
@@ -29,12 +29,12 @@ SHORT = [
   "--config.train.steps=2", "--config.train.eval_every=0", "--config.train.last_eval_limit=4",
   "--config.train.tensorboard=False", "--config.data.sequence_length=32", "--config.data.batch_size=2",
 ]  # fmt: skip
-# Flags that print a text and end the program.
+# Flags that print text and end the program.
 TEXTS = ("--config_help", "--list_")
 
 
 def fast(words):
-  """The fast variant of a command."""
+  """A fast variant of a command."""
   words = [word.replace("imdb_reviews:", "synthetic_lookups(documents=64):") for word in words]
   program, rest = words[0], words[1:]
   if program == "cyb-train":
@@ -53,10 +53,10 @@ def fast(words):
 
 
 def execute(tutorial, folder, skipped=()):
-  """Runs the commands of a tutorial in order. `skipped`: how those begin that are left out, each of them once or more.
+  """Runs the commands of a tutorial in order. `skipped`: the prefixes of commands to leave out, each of which must
+  occur.
 
-  Returns:
-    The JSON object of each program's last line.
+  Returns: ||   The JSON object of each program's last line.
   """
   results, left = [], set(skipped)
   for words in documents.commands(TUTORIALS / f"{tutorial}.md"):
@@ -78,7 +78,7 @@ def execute(tutorial, folder, skipped=()):
 
 
 def write_texts(folder):
-  """The files that the tutorial on own text reads."""
+  """Writes the files that the tutorial on own text reads."""
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
 
@@ -96,7 +96,7 @@ def write_texts(folder):
 
 
 def write_model(folder):
-  """An instruct model in place of models/smollm2."""
+  """Writes an instruct model in place of models/smollm2."""
   path = imported_models.write_folder(folder / "models" / "smollm2", next(iter(imported_models.MODELS)), [0])
   settings = json.loads((path / "tokenizer_config.json").read_text())
   settings["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -119,7 +119,7 @@ def test_first_run(tmp_path):
   assert rates == [1e-3, 2e-3]
 
 
-def test_make_quickstart_is_what_the_tutorial_shows():
+def test_make_quickstart_equals_the_tutorial():
   makefile = (cli.ROOT / "Makefile").read_text()
   recipe = re.search(r"^quickstart: setup\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
   recipe = re.sub(r"\$\(BIN\)/python -m cyb_jax\.cli\.", "cyb-", recipe).replace("$(WORKDIR)", "runs/quickstart")
@@ -213,7 +213,7 @@ def test_code_with_a_run(path, block, runs, monkeypatch):
 
 
 def test_all_code_is_executed():
-  """A new block needs a test here."""
+  """A new code block needs a test in this module."""
   counts = {documents.name_of(path): len(documents.blocks(path, "python")) for path in documents.PAGES}
   assert {name: count for name, count in counts.items() if count} == {
     "README.md": 2, "docs/adding_a_method.md": 2, "docs/guides/evaluation.md": 1, "docs/guides/generation.md": 1,

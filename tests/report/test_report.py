@@ -615,7 +615,7 @@ def test_bad_input(workdirs, program, tmp_path):
   config["data"]["sequence_length"] = 8
   (other / "config.json").write_text(json.dumps(config))
   message = refused(compare=f"{run},{other}", output=tmp_path / "out")
-  assert "data.sequence_length is 16 there and 8 here" in message
+  assert "data.sequence_length is 16 in the first and 8 in the second" in message
   assert not program.calls
   assert not (tmp_path / "out").exists()
   assert not (empty / "report").exists()

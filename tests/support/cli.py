@@ -1,5 +1,5 @@
-"""Programs as a user starts them, in a process of their own, on one device; most of them forked from one that has made
-their imports."""
+"""Runs programs like a user, in a separate process with one device; most are forked from a process with finished
+imports."""
 
 import atexit
 import functools
@@ -29,9 +29,8 @@ def get_config(argument=""):
 
 def environment():
   env = {k: v for k, v in os.environ.items() if k != "NPROC"}
-  flags = (
-    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"  # without conftest's eight devices
-  )
+  # Without the eight devices of conftest.
+  flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
   path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
   return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}
 
@@ -51,7 +50,7 @@ def start(program, *flags, cwd=ROOT):
   return subprocess.Popen(command(program, *flags), stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=cwd)
 
 
-# Most of a process's time is its imports: this one has made them, and forks for each command line.
+# Imports take most of the time of a process. This server has finished its imports and forks for each command line.
 _SERVER = """
 import importlib, json, os, sys, time, traceback, warnings
 import jax, orbax.checkpoint
@@ -112,7 +111,7 @@ def _ask(**asked):
 
 
 class Forked:
-  """A program in a process that has its imports already."""
+  """A program in a process forked after its imports."""
 
   def __init__(self, program, *flags, cwd=ROOT, env=None):
     self._folder = tempfile.TemporaryDirectory()
@@ -138,12 +137,12 @@ class Forked:
 
 
 def forked(program, *flags, cwd=ROOT, env=None):
-  """(exit code, standard output, standard error) of a program, in a process that has its imports already."""
+  """(exit code, standard output, standard error) of a program, in a process forked after its imports."""
   return Forked(program, *flags, cwd=cwd, env=env).wait()
 
 
 def run(program, *flags, expect=0, cwd=ROOT, env=None):
-  """(the JSON object of the last line, standard error) of a program that ends with `expect`."""
+  """(the JSON object of the last line, standard error) of a program that must exit with the code `expect`."""
   code, out, err = forked(program, *flags, cwd=cwd, env=env)
   assert code == expect, f"exit code {code}\n{err[-4000:]}"
   lines = out.strip().splitlines()
@@ -151,7 +150,7 @@ def run(program, *flags, expect=0, cwd=ROOT, env=None):
 
 
 def complaint(program, *flags, expect=2, cwd=ROOT, env=None):
-  """The one line that a program ends with on bad input, or whatever else ends it with `expect`."""
+  """The error line of a program on invalid input; the program must exit with the code `expect`."""
   result, err = run(program, *flags, expect=expect, cwd=cwd, env=env)
   assert result is None
   assert "Traceback" not in err
@@ -160,7 +159,7 @@ def complaint(program, *flags, expect=2, cwd=ROOT, env=None):
 
 
 def flags_of(define):
-  """The flags that a function defines, which are removed again."""
+  """The flags that a function defines; they are removed afterwards."""
   before = set(flags.FLAGS)
   define()
   new = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - before}

@@ -17,12 +17,12 @@ def name_of(path):
 
 
 def blocks(path, language):
-  """The blocks of code in a language."""
+  """The code blocks in a language."""
   return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def commands(path):
-  """The commands of the blocks `sh`, each a list of words; assignments before the program are left out."""
+  """The commands of the `sh` blocks, each a list of words, without assignments before the program."""
   found = []
   for block in blocks(path, "sh"):
     for line in block.replace("\\\n", " ").splitlines():
@@ -35,12 +35,12 @@ def commands(path):
 
 
 def prose(path):
-  """The text without blocks of code."""
+  """The text without code blocks."""
   return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def links(path):
-  """The targets of the links and pictures that aren't addresses: (file, anchor)."""
+  """The targets of links and pictures, except URLs: (file, anchor)."""
   found = re.findall(r"\]\(([^)\s]+)\)", prose(path))
   return [target.partition("#")[::2] for target in found if not re.match(r"[a-z]+:", target)]
 

