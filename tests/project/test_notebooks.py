@@ -1,4 +1,4 @@
-"""The notebooks are executed with other parameters, and stored without outputs."""
+"""The notebooks: executed whole, as they are but for their parameters, and kept without outputs."""
 
 import ast
 import json
@@ -8,7 +8,7 @@ import cli
 import pytest
 
 NOTEBOOKS = sorted((cli.ROOT / "notebooks").glob("*.ipynb"))
-# Replacements for the parameters of a notebook; an expression over its variables, and the expected value at the end.
+# What stands in the place of a notebook's parameters; an expression over its variables, and what it must be in the end.
 PARAMETERS = {
   "losses_only": "fast, repository = True, ''",
   "self_paced": "fast, repository, workdir, report = True, '', 'run', False",
@@ -34,7 +34,7 @@ def source(cell):
 
 
 def pinned():
-  """{name: version} of constraints.txt, without packages that depend on the version of Python."""
+  """{name: version} of constraints.txt, without those that hang on the Python."""
   lines = (cli.ROOT / "constraints.txt").read_text().splitlines()
   return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#") and ";" not in line)
 
@@ -44,7 +44,7 @@ def test_every_notebook_is_executed():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_stored_without_outputs(path):
+def test_notebooks_are_kept_without_outputs(path):
   notebook = json.loads(path.read_text())
   assert notebook["metadata"] == {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -56,12 +56,12 @@ def test_notebooks_are_stored_without_outputs(path):
     if cell["cell_type"] == "code":
       assert (cell["outputs"], cell["execution_count"]) == ([], None)
   assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
-  # The format of json and Jupyter, so that saving an unchanged notebook changes nothing.
+  # As json and Jupyter write it, so that saving it unchanged is no change.
   assert path.read_text() == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_keep_the_jax_of_the_runtime(path):
+def test_notebooks_install_nothing_over_the_runtimes_own_jax(path):
   install = next(source(cell) for cell in cells(path) if cell["id"] == "install")
   assert install.count('"install"') == install.count('"--no-deps"') == 1
   assert re.search(r'^assert (importlib\.metadata\.)?version\("jax"\) == own_jax$', install, re.MULTILINE)
@@ -73,7 +73,7 @@ def test_notebooks_keep_the_jax_of_the_runtime(path):
 
 
 def execute(name, folder, *replaced):
-  """The value of the expression for a notebook after its execution; `replaced`: a replacement in its parameters."""
+  """What the expression over a notebook's variables is after it; `replaced`: in its parameters, by what."""
   nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; pip install '.[test]'")
   nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; pip install '.[test]'")
   notebook = nbformat.read(cli.ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -88,7 +88,7 @@ def execute(name, folder, *replaced):
   return ast.literal_eval(result.outputs[-1]["data"]["text/plain"])
 
 
-# The notebook that trains is slow.
+# The one that trains takes a while.
 RUN = [name if name == "losses_only" else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED]
 
 

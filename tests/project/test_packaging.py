@@ -1,4 +1,4 @@
-"""The installed package, its imports, and the address of the notebooks."""
+"""What is installed, what is imported, what the launch script would do."""
 
 import json
 import os
@@ -28,13 +28,13 @@ def python(code, **options):
   )
 
 
-def test_all_packages_are_packaged():
+def test_all_rooms_are_packaged():
   listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
   found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "cyb_jax").rglob("__init__.py")}
   assert set(listed) == found | {"cyb_jax.experiments"}
 
 
-def test_version_and_py_typed():
+def test_version_and_marker_of_types():
   import cyb_jax
 
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -42,14 +42,14 @@ def test_version_and_py_typed():
   assert (ROOT / "cyb_jax" / "py.typed").exists()
 
 
-def test_version_licence_and_address_are_consistent():
+def test_one_version_one_licence_and_one_address():
   yaml = pytest.importorskip("yaml")
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
   assert citation["version"] == project["version"]
   assert citation["license"] == project["license"]
   assert citation["references"][0]["url"] == project["urls"]["Paper"]
-  # The address from which the notebooks install the package; '' while the project has none.
+  # The address that the notebooks are installed from; '' while the project has none.
   repository = project["urls"].get("Repository", "")
   for path in (ROOT / "notebooks").glob("*.ipynb"):
     text = "".join("".join(cell["source"]) + "\n" for cell in json.loads(path.read_text())["cells"])
@@ -63,7 +63,7 @@ def test_pre_commit_runs_the_pinned_ruff():
   assert [hook["additional_dependencies"] for hook in local["hooks"]] == [[ruff], [ruff]]
 
 
-def test_the_hosted_workflow_runs_the_commands_of_ci():
+def test_the_hosted_workflow_runs_what_ci_runs():
   yaml = pytest.importorskip("yaml")
   jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
   steps = [step.get("run") for job in jobs.values() for step in job["steps"]]
@@ -75,7 +75,7 @@ def test_the_hosted_workflow_runs_the_commands_of_ci():
 
 
 def test_the_core_needs_jax_alone():
-  """All other dependencies of the package are made unimportable."""
+  """With everything else that the package depends on made unimportable."""
   code = (
     "import sys\n"
     "for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'etils', 'jaxtyping', 'seqio', 'tensorflow'):\n"
@@ -87,7 +87,7 @@ def test_the_core_needs_jax_alone():
   assert done.returncode == 0, done.stderr
 
 
-def test_public_names_are_imported_lazily():
+def test_public_names_are_imported_when_they_are_used():
   code = (
     "import sys, cyb_jax\n"
     "assert 'jax' not in sys.modules\n"
@@ -121,8 +121,8 @@ def test_training_from_a_store_needs_no_tensorflow(tmp_path):
   assert int(done.stdout) == store.num_tokens("validation") - 1
 
 
-def test_an_import_has_no_side_effects(tmp_path):
-  """No module of a program accesses the network, the disk or a device on import."""
+def test_nothing_is_fetched_or_made_at_import(tmp_path):
+  """No program room touches the network, the disk or a device when it is imported."""
   code = (
     "import socket, sys\n"
     "def no(*a, **k): raise OSError('network at import')\n"
@@ -140,7 +140,7 @@ def test_an_import_has_no_side_effects(tmp_path):
 
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_checkout(tmp_path):
-  """Builds the wheel, installs it into a separate folder with this venv's dependencies, and runs it from elsewhere."""
+  """Built, installed into a folder of its own beside this venv's dependencies, and run from elsewhere."""
   subprocess.run(
     [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
   )
@@ -164,8 +164,8 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
   ).stdout  # fmt: skip
 
 
-def test_documents_have_no_absolute_paths():
-  """No document contains an absolute home or build folder of a machine."""
+def test_no_figure_of_this_machine_in_the_files():
+  """No absolute home or build folder slips into a document."""
   for path in [
     *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").glob("*"), *(ROOT / "launch").glob("*"),
   ]:  # fmt: skip
