@@ -73,7 +73,7 @@ UPWARD = {
   ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the measured program; loaded once, then run in forks",
 }
 
-# Third-party packages that only one unit may import.
+# Third-party packages that one unit alone imports.
 OWNERS = {"seqio": "data", "tensorflow": "data", "tensorflow_datasets": "data", "orbax": "checkpointing"}
 
 # (unit, private third-party module): the reason for importing it.
