@@ -134,7 +134,7 @@ class Server:
     logs = [self._folder / f"{self._count}.{host}.log" for host in range(hosts)]
     self._count += 1
     own = [[f"--process_id={host}"] if hosts > 1 else [] for host in range(hosts)]
-    self.ask(
+    self.send(
       {"start": [{"flags": given + own[i], "log": str(logs[i]), "environment": environment} for i in range(hosts)]}
     )
     life = Life(self, workdir, logs)
@@ -143,7 +143,7 @@ class Server:
     finally:
       life.kill_now()
 
-  def ask(self, request: dict[str, Any]) -> Any:
+  def send(self, request: dict[str, Any]) -> Any:
     self._process.stdin.write(json.dumps(request) + "\n")
     self._process.stdin.flush()
     answer = self._process.stdout.readline()
@@ -229,14 +229,14 @@ class Life:
 
   def _kill(self, host: int) -> int:
     if self._codes[host] is None:
-      self._codes[host] = self._server.ask({"kill": True, "host": host})
+      self._codes[host] = self._server.send({"kill": True, "host": host})
     return self._codes[host]
 
   def _wait_for_all(self) -> None:
     """Waits until the remaining hosts have exited."""
     died = time.perf_counter()
     for host in range(len(self._logs)):
-      while self._codes[host] is None and not self._server.ask({"kill": False, "host": host}):
+      while self._codes[host] is None and not self._server.send({"kill": False, "host": host}):
         if time.perf_counter() - died > HEARTBEAT + _MARGIN:
           raise RuntimeError(f"host {host} still runs {HEARTBEAT + _MARGIN:.0f} s after host {self.victim} was killed")
         time.sleep(0.01)
@@ -247,7 +247,7 @@ class Life:
     if time.perf_counter() - self._born > _LONGEST_LIFE:
       raise RuntimeError(f"a training has run for {_LONGEST_LIFE:.0f} s\n{self._tail()}")
     self._read()
-    return not all(self._server.ask({"kill": False, "host": host}) for host in range(len(self._logs)))
+    return not all(self._server.send({"kill": False, "host": host}) for host in range(len(self._logs)))
 
   def _check(self) -> None:
     self.kill_now()

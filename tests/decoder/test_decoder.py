@@ -441,24 +441,24 @@ def test_slots_run_on_a_cache_equal_slots_run_together(style, scan_layers, exact
   """Slots run in pieces; rows hold different numbers of slots; one slot is dropped; the first entries are hidden."""
   decoder, params = _make(**_STYLES[style])
   inputs, positions = _normal(0, 2, 6, 12), jnp.array([[0, 0, 1, 1, 2, 2]] * 2)
-  whole = _apply(decoder, params, inputs, positions)
+  full = _apply(decoder, params, inputs, positions)
   if scan_layers:
     decoder = Decoder(dataclasses.replace(decoder.config, scan_layers=True))
     params = {"params": _stack(params["params"], 2)}
   extend = functools.partial(_apply, decoder, params, method="extend")
   close = {"rtol": 1e-4, "atol": 1e-4}
   hidden, cache = extend(inputs[:, :4], positions[:, :4], empty_cache(decoder.config, 2, 7), None)
-  np.testing.assert_allclose(hidden, whole[:, :4], **close)
+  np.testing.assert_allclose(hidden, full[:, :4], **close)
   hidden, _ = extend(inputs[:, 4:], positions[:, 4:], cache, jnp.array([4, 4]))
-  np.testing.assert_allclose(hidden, whole[:, 4:], **close)
+  np.testing.assert_allclose(hidden, full[:, 4:], **close)
   # The second row drops its fourth slot and runs another one at the same index.
   rows, places = jnp.arange(2), jnp.array([4, 3])
   hidden, cache = extend(inputs[rows, places][:, None], positions[rows, places][:, None], cache, places)
-  np.testing.assert_allclose(hidden[:, 0], whole[rows, places], **close)
+  np.testing.assert_allclose(hidden[:, 0], full[rows, places], **close)
   # Only the entries from index 2 on are seen.
   hidden, _ = extend(inputs[:, 5:], positions[:, 5:], cache, jnp.array([5, 4]), first=jnp.array([2, 2]))
   # The cached keys and values of deeper layers still depend on the hidden entries.
-  assert not np.allclose(hidden[0, 0], whole[0, 5], atol=1e-2)
+  assert not np.allclose(hidden[0, 0], full[0, 5], atol=1e-2)
   with pytest.raises(ValueError, match="cache: capacity 7 is too small for 8 new slots"):
     extend(jnp.zeros((2, 8, 12)), jnp.zeros((2, 8), int), cache, None)
 

@@ -204,7 +204,7 @@ def loss_of_decoder(monkeypatch, attend, **fields):
   """A function of (params, inputs), of a decoder on hidden slots, and arguments for it.
 
   Args:
-    attend: in place of `attention.attend`: a config cannot say that kernels are to be interpreted.
+    attend: replaces `attention.attend`, because no config field selects interpreted kernels.
   """
   monkeypatch.setattr(attention, "attend", attend)
   decoder = Decoder(dataclasses.replace(TINY, attention="splash", **fields))
@@ -310,8 +310,8 @@ mesh = Mesh(np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis
 
 def compiled(size, mask, implementation, segment_ids=None):
   def loss(query, key, value, segment_ids):
-    told = mask if segment_ids is None else attention.HiddenSlots(mask.num_slots, segment_ids)
-    return attention.attend(query, key, value, mask=told, implementation=implementation).astype(jnp.float32).sum()
+    full_mask = mask if segment_ids is None else attention.HiddenSlots(mask.num_slots, segment_ids)
+    return attention.attend(query, key, value, mask=full_mask, implementation=implementation).astype(jnp.float32).sum()
 
   def shape(heads, axis):
     spec = NamedSharding(mesh, PartitionSpec("data", None, axis))

@@ -58,18 +58,18 @@ def scripted_batches(odds, target, *, rows=4, length=8, documents=50, seed=0):
   group = np.sort(rng.integers(0, documents, len(odds)))
   with np.errstate(divide="ignore"):
     log_target = np.log(target).astype(np.float32)
-  whole = -(-len(odds) // (rows * length)) * rows * length
+  padded_size = -(-len(odds) // (rows * length)) * rows * length
   arrays = {
     "tokens": tokens[:-1], "targets": tokens[1:], "weights": np.ones(len(odds), np.float32),
     "group": group.astype(np.int32), "odds": odds.astype(np.float32), "log_target": log_target,
   }  # fmt: skip
-  arrays = {k: np.concatenate([v, np.zeros((whole - len(v), *v.shape[1:]), v.dtype)]) for k, v in arrays.items()}
+  arrays = {k: np.concatenate([v, np.zeros((padded_size - len(v), *v.shape[1:]), v.dtype)]) for k, v in arrays.items()}
   context = Words(ByteTokenizer()).context
   stream = np.concatenate([np.full(context, 256), arrays["tokens"]])
-  arrays["before"] = np.lib.stride_tricks.sliding_window_view(stream, context)[:whole]
+  arrays["before"] = np.lib.stride_tricks.sliding_window_view(stream, context)[:padded_size]
   shaped = {k: v.reshape(-1, rows, length, *v.shape[1:]) for k, v in arrays.items()}
   shaped["before"] = shaped["before"][:, :, 0]
-  return [{k: v[n] for k, v in shaped.items()} for n in range(whole // (rows * length))]
+  return [{k: v[n] for k, v in shaped.items()} for n in range(padded_size // (rows * length))]
 
 
 def told_statistics(batches, sample=None, *, documents=50, devices=1, num_slots=3):
@@ -330,8 +330,8 @@ def test_a_word_of_several_pieces_and_across_windows():
     found, positions, _ = words.mark(before, ids[None, cut:-1], ids[None, cut + 1 :])
     # "wasnt" is another word, and the last word is not in the window.
     assert (np.flatnonzero(found[0] == wasn) + cut).tolist() == [1] * (cut <= 1)
-    whole = words.mark(np.zeros((1, words.context), int), ids[None, :-1], ids[None, 1:])[1]
-    np.testing.assert_array_equal(positions[0], whole[0, cut:])
+    complete = words.mark(np.zeros((1, words.context), int), ids[None, :-1], ids[None, 1:])[1]
+    np.testing.assert_array_equal(positions[0], complete[0, cut:])
 
 
 def test_corners_by_hand():
@@ -416,13 +416,13 @@ def slow_tokens(method, params, store):
   batch = {"tokens": tokens, "targets": targets, "weights": np.ones(tokens.shape, np.float32)}
 
   @jax.jit
-  def say(params, batch):
+  def predict(params, batch):
     reading = method.evaluate(params, batch)
     words = method.decoder.apply({"params": params["decoder"]}, method="unembedding")
     return reading, as_trained(method, params, batch, reading), method.hidden(params, batch), words
 
   with jax.default_matmul_precision("highest"):
-    reading, trained, hidden, words = say(params, batch)
+    reading, trained, hidden, words = predict(params, batch)
   best = (np.asarray(hidden, np.float64) @ np.asarray(words, np.float64)[: store.vocab_size].T).argmax(-1)
   scores = reading.scores
   t, d = (np.exp(np.asarray(x, np.float64)) for x in (scores.log_target, scores.log_dont_know))

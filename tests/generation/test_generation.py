@@ -52,7 +52,7 @@ def generate(method, params, prompts=PROMPTS, *, new=6, seeds=0, end_id=None, **
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def whole(method, params, tokens, lengths):
+def uncached_scores(method, params, tokens, lengths):
   """The training forward over one row, given the number of slots of each token: the scores of each token's slots,
   f32[T, W, V] and so on; slots after a token's last slot repeat it.
   """
@@ -70,36 +70,36 @@ def padded(tokens, lengths, size=16):
   return jnp.array(tokens + fill), jnp.array(lengths + [1] * len(fill))
 
 
-def run_again(method, params, prompt, lengths, said, slots):
+def run_again(method, params, prompt, lengths, generated, slots):
   """The scores of slot number `slots` - 1 of the last token, from a run of the complete prefix."""
-  tokens = prompt + said
+  tokens = prompt + generated
   with jax.default_matmul_precision("highest"):
-    scores = whole(method, params, *padded(tokens, [*lengths, slots]))
+    scores = uncached_scores(method, params, *padded(tokens, [*lengths, slots]))
   return jax.tree.map(lambda x: np.asarray(x[len(tokens) - 1, slots - 1]), scores)
 
 
 def slow_self_paced(method, params, prompt, new, in_prompt, draw=None, seed=0):
   """Token by token and slot by slot; greedy, or with the sampler's own draws."""
   lengths = [in_prompt] * (len(prompt) - 1)
-  said, pauses, log_probs = [], [], []
+  generated, pauses, log_probs = [], [], []
   for count in range(new):
     for slot in range(method.num_slots):
-      scores = run_again(method, params, prompt, lengths, said, slot + 1)
+      scores = run_again(method, params, prompt, lengths, generated, slot + 1)
       key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), slot)
       if draw:
-        asks = jax.random.uniform(jax.random.fold_in(key, 1)) < np.exp(scores.log_dont_know)
+        abstains = jax.random.uniform(jax.random.fold_in(key, 1)) < np.exp(scores.log_dont_know)
       else:
-        asks = scores.log_dont_know > np.log(0.5)
-      if slot == method.num_slots - 1 or not asks:
+        abstains = scores.log_dont_know > np.log(0.5)
+      if slot == method.num_slots - 1 or not abstains:
         break
     word = scores.log_probs.argmax()
     if draw:
       word = jax.random.categorical(jax.random.fold_in(key, 2), scores.log_probs / draw)
-    said.append(int(word))
+    generated.append(int(word))
     pauses.append(slot)
     log_probs.append(float(scores.log_probs[word]))
     lengths.append(slot + 1)
-  return said, pauses, log_probs
+  return generated, pauses, log_probs
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -107,8 +107,8 @@ def test_self_paced_equals_a_slow_loop(variant):
   method, params = model(variant)
   got = generate(method, params, read="threshold", temperature=0)
   for row, prompt in enumerate(PROMPTS):
-    said, pauses, log_probs = slow_self_paced(method, params, prompt, 6, 1)
-    assert (got.tokens[row], got.pauses[row]) == (said, pauses)
+    generated, pauses, log_probs = slow_self_paced(method, params, prompt, 6, 1)
+    assert (got.tokens[row], got.pauses[row]) == (generated, pauses)
     np.testing.assert_allclose(got.log_probs[row], log_probs, atol=1e-5)
   in_all = [pause for row in got.pauses for pause in row]
   assert len(set(in_all)) == 3  # otherwise the test shows nothing
@@ -122,8 +122,8 @@ def test_sampled_self_paced_with_pauses_in_the_prompt():
   method, params = model(scan=True)
   got = generate(method, params, temperature=0.7, prompt_pauses="all", seeds=[11, 12, 13, 14], new=4)
   for row, prompt in enumerate(PROMPTS):
-    said, pauses, log_probs = slow_self_paced(method, params, prompt, 4, 3, draw=0.7, seed=11 + row)
-    assert (got.tokens[row], got.pauses[row]) == (said, pauses)
+    generated, pauses, log_probs = slow_self_paced(method, params, prompt, 4, 3, draw=0.7, seed=11 + row)
+    assert (got.tokens[row], got.pauses[row]) == (generated, pauses)
     np.testing.assert_allclose(got.log_probs[row], log_probs, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_other_rows_and_padding_change_nothing(mode):
 def exact(method, params, prompt, omega=None):
   """Pr(pauses, token) of the next token, f64[W, V], from the complete prefix."""
   lengths = [method.num_slots] * len(prompt)
-  scores = whole(method, params, *padded(prompt, lengths))
+  scores = uncached_scores(method, params, *padded(prompt, lengths))
   scores = jax.tree.map(lambda x: np.asarray(x[len(prompt) - 1], np.float64), scores)
   d = np.exp(scores.log_dont_know)
   omega = np.eye(len(d))[-1] if omega is None else np.array(omega) / np.sum(omega)
@@ -278,7 +278,7 @@ def test_tokens_that_may_be_drawn():
   greedy = generate(method, params, [[1, 2]], seeds=0, mode="none", temperature=0, new=1)
   best = exact(method, params, [1, 2])[0]
   # In mode none the prompt has no pauses: only the first slot of the same model.
-  scores = whole(method, params, *padded([1, 2], [1, 1]))
+  scores = uncached_scores(method, params, *padded([1, 2], [1, 1]))
   best = np.asarray(scores.log_probs)[1, 0]
   order = np.argsort(-best)
   assert greedy.tokens[0][0] == order[0]
@@ -307,18 +307,18 @@ def test_rows_end_independently():
   assert [len(row) for row in bounded.tokens] == [8, 5, 7, 2]
   assert bounded.tokens[3] == free.tokens[3][:2]
   # Stopped by the caller in mid-chunk; later tokens are cut off, and the callback gets the tokens in pieces.
-  told = {}
+  streamed = {}
   programs = _advance._cache_size()
 
-  def tell(row, tokens, pauses):
-    told.setdefault(row, []).extend(zip(tokens, pauses))
+  def receive(row, tokens, pauses):
+    streamed.setdefault(row, []).extend(zip(tokens, pauses))
 
   stopped = generate(
-    method, params, seeds=5, new=12, stop=lambda row, said: 4 if row == 2 and len(said) > 4 else None, callback=tell,
-    chunk=3,
+    method, params, seeds=5, new=12, chunk=3, callback=receive,
+    stop=lambda row, generated: 4 if row == 2 and len(generated) > 4 else None,
   )  # fmt: skip
   assert stopped.tokens == [*free.tokens[:2], free.tokens[2][:4], free.tokens[3]]
-  assert told == {row: list(zip(stopped.tokens[row], stopped.pauses[row])) for row in range(4)}
+  assert streamed == {row: list(zip(stopped.tokens[row], stopped.pauses[row])) for row in range(4)}
   assert stopped.slots[2] == 4 + sum(free.pauses[2][:4])
   assert _advance._cache_size() == programs  # the callback does not cause a compilation
 

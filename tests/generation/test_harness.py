@@ -67,13 +67,13 @@ def adapter(run):
 
 def test_likelihoods_equal_the_scorer(run, adapter):
   lm = adapter()
-  asked = [
+  requested = [
     ("ab ", "c", "one"),  # the space at the end of the context becomes the start of the continuation
     ("ab", " c", "one"),
     ("", "abc", "two"),
     ("x" * 60, "yz", "two"),
   ]
-  got = lm.loglikelihood([instance("loglikelihood", *pair, task=task) for *pair, task in asked])
+  got = lm.loglikelihood([instance("loglikelihood", *pair, task=task) for *pair, task in requested])
   with jax.default_matmul_precision(run.config.precision.matmul):
     scores = scoring.Scorer(run.method, run.params, context=48, start_id=END).score(
       [([END, 97, 98], [32, 99])] * 2 + [([], [97, 98, 99]), ([120] * 47, [121, 122])]
@@ -132,7 +132,7 @@ def test_an_imported_model_gets_a_start_token_if_its_tokenizer_adds_one(run):
 
 
 def test_rolling_likelihoods(run, adapter):
-  text = "a long text that runs on behind the context of the model, in windows"
+  text = "a long text that runs on beyond the context of the model, in windows"
   lm = adapter(overlap=8)
   (got,) = lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
   (score,) = scoring.Scorer(run.method, run.params, context=48, start_id=END).score_rolling([list(text.encode())], 8)
@@ -140,7 +140,7 @@ def test_rolling_likelihoods(run, adapter):
   assert lm.spent["some_task"].tokens == len(text)
 
 
-def said_alone(run, prompt, new, **options):
+def generate_alone(run, prompt, new, **options):
   sampler = Sampler(run.method, SamplingOptions(**{"mode": "constant", "read": "mixture"} | options))
   return sampler.generate(run.params, [[END, *prompt.encode()]], max_new_tokens=new, end_id=END, context=48)
 
@@ -154,14 +154,14 @@ def test_text_equals_the_sampler(run, adapter, mode):
   options = {"until": [], "max_new_tokens": 8, "temperature": 0.0}  # the harness has several names for this option
   got = lm.generate_until([instance("generate_until", prompt, options) for prompt in prompts])
   way = {"mode": "self_paced", "read": "threshold"} if mode else {}
-  alone = [said_alone(run, prompt, 8, temperature=0, **way) for prompt in prompts]
-  assert got == [ByteTokenizer().decode(said.tokens[0]) for said in alone]
+  alone = [generate_alone(run, prompt, 8, temperature=0, **way) for prompt in prompts]
+  assert got == [ByteTokenizer().decode(generation.tokens[0]) for generation in alone]
   spent = lm.spent["some_task"]
-  assert spent.tokens == sum(len(said.tokens[0]) for said in alone)
-  assert spent.pauses == sum(sum(said.pauses[0]) for said in alone)
+  assert spent.tokens == sum(len(generation.tokens[0]) for generation in alone)
+  assert spent.pauses == sum(sum(generation.pauses[0]) for generation in alone)
   # The prompt's last token is one of the tokens that run to generate the first token.
   slots = 1 if mode else run.method.num_slots
-  assert spent.slots == sum(slots * len(prompt) + sum(said.slots) for prompt, said in zip(prompts, alone))
+  assert spent.slots == sum(slots * len(prompt) + sum(generation.slots) for prompt, generation in zip(prompts, alone))
   assert spent.flops > 0
 
 
@@ -181,9 +181,9 @@ def test_text_of_methods_with_a_fixed_rule(options, mode, read, width):
   run = untrained(**options)
   lm = CybLM(run=run)
   got = lm.generate_until([instance("generate_until", "ab", {"max_gen_toks": 4})])
-  said = said_alone(run, "ab", 4, mode=mode, read=read, temperature=0)
-  assert got == [ByteTokenizer().decode(said.tokens[0])]
-  count = len(said.tokens[0])
+  generation = generate_alone(run, "ab", 4, mode=mode, read=read, temperature=0)
+  assert got == [ByteTokenizer().decode(generation.tokens[0])]
+  count = len(generation.tokens[0])
   hidden = "pause_visibility" in options
   before = 2 if hidden else 2 * width
   assert lm.spent["some_task"].slots == before + width * count
@@ -201,18 +201,18 @@ def test_a_seed_out_of_range_is_refused_at_once(adapter):
 
 
 def test_text_ends_at_a_stop_string_and_sampled_text_depends_on_the_seed(run, adapter):
-  whole = said_alone(run, "ab", 8, temperature=0)
-  text = ByteTokenizer().decode(whole.tokens[0])
+  full = generate_alone(run, "ab", 8, temperature=0)
+  text = ByteTokenizer().decode(full.tokens[0])
   stop = text[3]
 
-  def ask(lm, **options):
+  def texts_of(lm, **options):
     return lm.generate_until([instance("generate_until", "ab", {"max_gen_toks": 8} | options)] * 2)
 
-  assert ask(adapter(), until=stop)[0] == text[: text.index(stop)]
-  first, second = ask(adapter(), do_sample=True, temperature=1.5, until=[])
+  assert texts_of(adapter(), until=stop)[0] == text[: text.index(stop)]
+  first, second = texts_of(adapter(), do_sample=True, temperature=1.5, until=[])
   assert first != second  # repeats of a request are independent draws
-  assert ask(adapter(), do_sample=True, temperature=1.5, until=[]) == [first, second]
-  assert ask(adapter(seed=5), do_sample=True, temperature=1.5, until=[])[0] != first
+  assert texts_of(adapter(), do_sample=True, temperature=1.5, until=[]) == [first, second]
+  assert texts_of(adapter(seed=5), do_sample=True, temperature=1.5, until=[])[0] != first
 
 
 def test_a_stop_string_that_is_a_special_entry(run):
@@ -232,8 +232,8 @@ def test_a_stop_string_that_is_a_special_entry(run):
 
   options = lm._sampling({})
   lm._samplers[options] = Known(run.method, options)
-  asked = [{"until": until, "max_gen_toks": 8} for until in (["<|im_end|>"], ["Q:", "<|im_end|>a"], ["x"])]
-  texts = lm.generate_until([instance("generate_until", "ab", options) for options in asked])
+  requested = [{"until": until, "max_gen_toks": 8} for until in (["<|im_end|>"], ["Q:", "<|im_end|>a"], ["x"])]
+  texts = lm.generate_until([instance("generate_until", "ab", options) for options in requested])
   assert texts == ["ab", "ab", "ababab"]
 
 
@@ -249,17 +249,17 @@ class Recorded:
   pacing = None
 
   def __init__(self):
-    self.asked, self.end_ids = [], None
+    self.requested, self.end_ids = [], None
 
   def score(self, ids):
-    self.asked += ids
+    self.requested += ids
     return [scoring.Score()] * len(ids)
 
   def score_rolling(self, ids, overlap):
     return self.score(ids)
 
   def generate(self, params, prompts, *, end_id, **options):
-    self.asked, self.end_ids = prompts, end_id
+    self.requested, self.end_ids = prompts, end_id
     return Generation([[0]] * len(prompts), [[0]] * len(prompts), [[]] * len(prompts), [0], 0, 0)
 
 
@@ -279,12 +279,12 @@ def recorded(run, template=CHATML, imported=False, **options):
 
 def asked_of(lm, record, context, continuation):
   """The ids of a scored pair, of a complete text, and of a prompt."""
-  record.asked = []
+  record.requested = []
   lm.loglikelihood([instance("loglikelihood", context, continuation)])
   lm.loglikelihood_rolling([instance("loglikelihood_rolling", context)])
-  pair, whole = record.asked
+  pair, full = record.requested
   lm.generate_until([instance("generate_until", context, {"max_gen_toks": 4})])
-  return pair, whole, record.asked[0]
+  return pair, full, record.requested[0]
 
 
 def test_names_of_special_entries_in_the_texts_of_a_task(run):
@@ -311,14 +311,14 @@ def test_chats_of_the_harness(run):
   assert lm.apply_chat_template(chat, add_generation_prompt=False) == text + "Yes "
   encoded = [0, *lm.run.tokenizer.encode_with_special(text)]
   lm.generate_until([instance("generate_until", text, {"max_gen_toks": 4})])
-  assert record.asked[0] == encoded
+  assert record.requested[0] == encoded
   assert record.end_ids == [0, 2]
   other, _ = recorded(run, template=CHATML + " ")
   bare, _ = recorded(run, template=None)
   assert len({lm.tokenizer_name, other.tokenizer_name, bare.tokenizer_name}) == 3  # the harness caches them separately
-  for ask in (lambda: bare.chat_template(True), lambda: bare.apply_chat_template(chat)):
+  for texts_of in (lambda: bare.chat_template(True), lambda: bare.apply_chat_template(chat)):
     with pytest.raises(InputError, match="no chat template"):
-      ask()
+      texts_of()
   with pytest.raises(InputError, match="apply_chat_template: 'rag', but a tokenizer has one template"):
     lm.chat_template("rag")
 
@@ -327,8 +327,8 @@ def test_a_prompt_is_cut_to_fit_the_new_tokens(run, adapter):
   long = "0123456789" * 10
   got = adapter().generate_until([instance("generate_until", long, {"max_gen_toks": 8})])
   sampler = Sampler(run.method, SamplingOptions(mode="constant", read="mixture", temperature=0))
-  said = sampler.generate(run.params, [list(long.encode()[-40:])], max_new_tokens=8, end_id=END)
-  assert got == [ByteTokenizer().decode(said.tokens[0])]
+  generation = sampler.generate(run.params, [list(long.encode()[-40:])], max_new_tokens=8, end_id=END)
+  assert got == [ByteTokenizer().decode(generation.tokens[0])]
   # More new tokens than the context: half of the context is generated.
   (half,) = adapter().generate_until([instance("generate_until", "ab", {"max_gen_toks": 100})])
   assert len(half) <= 24
@@ -491,7 +491,7 @@ def test_choices(data, name, gold, first):
 
 
 @pytest.mark.parametrize(
-  ("name", "prompt", "said", "expected"),
+  ("name", "prompt", "generation", "expected"),
   [
     (
       "squad", "Title: T\n\nBackground: Some\nlines.\n\nQuestion: How old?\n\nAnswer:",
@@ -508,9 +508,9 @@ def test_choices(data, name, gold, first):
     ),
   ],
 )  # fmt: skip
-def test_answers(data, name, prompt, said, expected):
+def test_answers(data, name, prompt, generation, expected):
   prompts = set()
-  for text, values in said.items():
+  for text, values in generation.items():
 
     def predict(request, text=text):
       prompts.add(request.args[0])

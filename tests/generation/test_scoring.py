@@ -130,9 +130,9 @@ def test_other_requests_change_nothing(name, exact):
   tight = scorer(name, slots=40, row_slots=40).score(requests()[::-1])[::-1]
   mesh = make_mesh(ParallelismConfig(), jax.devices()[:2])
   spread = scorer(name, mesh=mesh, slots=100).score(requests())
-  whole = scorer(name)
+  alone_scorer = scorer(name)
   for number, request in enumerate(requests()):
-    (alone,) = whole.score([request])
+    (alone,) = alone_scorer.score([request])
     for score in (together[number], tight[number], spread[number]):
       assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
       assert (score.greedy, score.tokens) == (alone.greedy, alone.tokens)
@@ -141,15 +141,15 @@ def test_other_requests_change_nothing(name, exact):
 @pytest.mark.slow
 def test_the_most_likely_continuation_is_greedy_in_any_batch(exact):
   method, params = model("visible")
-  said = []
+  greedy = []
   for _ in range(4):  # token by token, from the evaluation of the complete row
-    hidden = method.hidden(params, {"tokens": jnp.array([[7, 3, *said]])})[0, -1]
+    hidden = method.hidden(params, {"tokens": jnp.array([[7, 3, *greedy]])})[0, -1]
     words = method.token_scores(params, hidden, jnp.arange(3))
     d = np.exp(np.asarray(words.log_dont_know))
     s = np.array([1 - d[0], d[0] * (1 - d[1]), d[0] * d[1]])
-    said.append(int((s[:, None] * np.exp(words.log_probs)).sum(0).argmax()))
-  other = [(said[0] + 1) % VOCABULARY, *said[1:]]
-  company = [([7, 3], said), ([7, 3], other), ([7, 3], said[:2]), *requests()]
+    greedy.append(int((s[:, None] * np.exp(words.log_probs)).sum(0).argmax()))
+  other = [(greedy[0] + 1) % VOCABULARY, *greedy[1:]]
+  company = [([7, 3], greedy), ([7, 3], other), ([7, 3], greedy[:2]), *requests()]
   assert [score.greedy for score in scorer("visible").score(company)[:3]] == [True, False, True]
   assert [scorer("visible").score([request])[0].greedy for request in company[:3]] == [True, False, True]
 
@@ -188,8 +188,8 @@ def test_costs_by_hand(name, of_context):
   if name == "visible":
     keys = sum(range(1, 19))
     # The same window in the costs of the training forward, with all slots read.
-    whole = flops.forward_cost(config, tokens=6, slots=3, slots_read=3).total * 6
-    assert cost(slots=18, keys=keys, slots_read=18) == pytest.approx(whole)
+    full_cost = flops.forward_cost(config, tokens=6, slots=3, slots_read=3).total * 6
+    assert cost(slots=18, keys=keys, slots_read=18) == pytest.approx(full_cost)
   else:
     keys = 1 + 2 + 3 + sum(tokens + slot for tokens in (4, 5, 6) for slot in range(3))
   assert alone.flops == pytest.approx(cost(slots=alone.slots, keys=keys, slots_read=9))
@@ -198,11 +198,11 @@ def test_costs_by_hand(name, of_context):
 
 def test_many_branches_are_split_into_several_rows(exact):
   branches = np.random.default_rng(1).integers(1, VOCABULARY, (120, 5)).tolist()
-  whole = scorer("visible").score([([1, 2, 3], tokens) for tokens in branches])
-  assert len({score.slots for score in whole}) > 1 or sum(s.slots for s in whole) > 120 * 12 + 9
+  scores = scorer("visible").score([([1, 2, 3], tokens) for tokens in branches])
+  assert len({score.slots for score in scores}) > 1 or sum(s.slots for s in scores) > 120 * 12 + 9
   for number in (0, 60, 119):
     total, _, _ = one_by_one("visible", [1, 2, 3], branches[number])
-    assert whole[number].log_likelihood == pytest.approx(total, abs=1e-5)
+    assert scores[number].log_likelihood == pytest.approx(total, abs=1e-5)
 
 
 @pytest.mark.parametrize("length", [0, 1, 12, 13, 24, 31])
@@ -211,11 +211,11 @@ def test_rolling_windows(length, overlap, exact):
   """Every token is scored once, after as much context as the definition gives."""
   text = np.random.default_rng(2).integers(1, VOCABULARY, length).tolist()
   (score,) = scorer("baseline").score_rolling([text], overlap)
-  whole, expected, scored = [START, *text], 0.0, 1
-  while scored < len(whole):
+  sequence, expected, scored = [START, *text], 0.0, 1
+  while scored < len(sequence):
     fresh = CONTEXT if scored == 1 else CONTEXT + 1 - overlap
-    end = min(len(whole), scored + fresh)
-    window = whole[max(0, end - CONTEXT - 1) : end]
+    end = min(len(sequence), scored + fresh)
+    window = sequence[max(0, end - CONTEXT - 1) : end]
     new = end - scored
     expected += one_by_one("baseline", window[:-new], window[-new:])[0]
     scored = end
@@ -259,9 +259,9 @@ def test_bad_requests():
 @pytest.mark.slow
 def test_the_benchmark_measures_three_ways_of_scoring(tmp_path):
   method, params = build(name="cyb", pauses=1)
-  asked = benchmark._requests("hellaswag", 6, VOCABULARY)
-  assert [context == asked[0][0] for context, _ in asked] == [True] * 4 + [False] * 2
-  batched, one_by_one, padded = (way() for way in benchmark._ways(method, params, asked).values())
+  requested = benchmark._requests("hellaswag", 6, VOCABULARY)
+  assert [context == requested[0][0] for context, _ in requested] == [True] * 4 + [False] * 2
+  batched, one_by_one, padded = (way() for way in benchmark._ways(method, params, requested).values())
   np.testing.assert_allclose(batched, one_by_one, atol=1e-4)
   np.testing.assert_allclose(batched, padded, atol=1e-4)
   config = cli.write_config(tmp_path)

@@ -135,11 +135,11 @@ def test_generation_ends_at_any_end_token(folders):
   run = pretrained.load(str(folders / "smollm2"))
   sampler = Sampler(run.method, SamplingOptions(mode="none", temperature=0))
   for ends in (golden["end_ids"], [290, *range(3, 15), golden["end_ids"][1]], golden["end_ids"][1]):
-    said = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16, end_id=ends)
+    generation = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16, end_id=ends)
     first = next(i for i, token in enumerate(golden["free_ids"]) if token in np.atleast_1d(ends))
-    assert said.tokens == [golden["free_ids"][: first + 1]]
-  said = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16)
-  assert said.tokens == [golden["free_ids"]]
+    assert generation.tokens == [golden["free_ids"][: first + 1]]
+  generation = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16)
+  assert generation.tokens == [golden["free_ids"]]
 
 
 @pytest.mark.parametrize("name", GOLDENS)

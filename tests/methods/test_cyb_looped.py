@@ -181,9 +181,9 @@ def test_skipped_loops_are_filled_from_the_last_loop_that_ran(exact):
       if loop < count:
         np.testing.assert_allclose(found[0, token, loop], decoder.finish(x)[token], rtol=1e-4, atol=1e-5)
   # The exit has an effect on later tokens: their states differ from those of a forward pass without exits.
-  whole = np.asarray(method.hidden(params, {"tokens": tokens}))
-  np.testing.assert_allclose(found[0, 0, :2], whole[0, 0, :2], rtol=1e-4, atol=1e-5)
-  assert np.abs(found[0, 4, 2] - whole[0, 4, 2]).max() > 1e-3
+  full = np.asarray(method.hidden(params, {"tokens": tokens}))
+  np.testing.assert_allclose(found[0, 0, :2], full[0, 0, :2], rtol=1e-4, atol=1e-5)
+  assert np.abs(found[0, 4, 2] - full[0, 4, 2]).max() > 1e-3
 
 
 @pytest.mark.slow
@@ -251,8 +251,8 @@ def test_text_of_the_sampler(mode, exact):
   """Greedy text against tokens that are decoded by hand, each at its own loop."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
   options = SamplingOptions(mode=mode, read="threshold", temperature=0.0)
-  said = Sampler(method, options).generate(params, [[3, 4, 5], [7]], max_new_tokens=4)
-  for prompt, tokens, pauses in zip([[3, 4, 5], [7]], said.tokens, said.pauses):
+  generation = Sampler(method, options).generate(params, [[3, 4, 5], [7]], max_new_tokens=4)
+  for prompt, tokens, pauses in zip([[3, 4, 5], [7]], generation.tokens, generation.pauses):
     text, slots_of = list(prompt), [3] * (len(prompt) - 1)
     for token, paused in zip(tokens, pauses):
       run = 3 if mode == "constant" else paused + 1
@@ -295,9 +295,9 @@ def one_device():
 
 def check_text(method, params):
   """Text is generated self-paced, and requests have the likelihood of a forward pass over the complete text."""
-  said = Sampler(method).generate(params, [[3, 4], [5]], max_new_tokens=3)
-  assert [len(row) for row in said.tokens] == [3, 3]
-  assert said.slots == [len(row) + sum(pauses) for row, pauses in zip(said.tokens, said.pauses)]
+  generation = Sampler(method).generate(params, [[3, 4], [5]], max_new_tokens=3)
+  assert [len(row) for row in generation.tokens] == [3, 3]
+  assert generation.slots == [len(row) + sum(pauses) for row, pauses in zip(generation.tokens, generation.pauses)]
   requests = [([3, 4, 5], [6, 7]), ([3, 4, 5], [8, 2]), ([9], [1, 2, 3, 5])]
   texts = np.array([[*context, *continuation] for context, continuation in requests])
   output = jax.jit(method.evaluate)(params, {"tokens": texts[:, :-1], "targets": texts[:, 1:]})

@@ -121,10 +121,10 @@ def test_generation_runs_the_prefix_once(scan, exact):
   """With keys and values of every pass; against a run of the complete prefix for every token."""
   method, params = build(dataclasses.replace(TINY, scan_layers=scan), name="looped", pauses=1)
   prompt, new = [5, 1, 7], 4
-  said = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(
+  generation = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(
     params, [prompt, [2]], max_new_tokens=new
   )
-  for start, words in zip((prompt, [2]), said.tokens):
+  for start, words in zip((prompt, [2]), generation.tokens):
     tokens = list(start)
     for _ in range(new):
       hidden = method.hidden(params, {"tokens": jnp.array([tokens + [0] * (8 - len(tokens))])})[0, len(tokens) - 1, 0]

@@ -77,9 +77,11 @@ def test_heads_are_initially_almost_equal():
 
 def test_greedy_text_follows_the_mixture(exact):
   method, params = model(heads=2)
-  said = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(params, [[3, 4]], max_new_tokens=3)
+  generation = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(
+    params, [[3, 4]], max_new_tokens=3
+  )
   text = [3, 4]
-  for token in said.tokens[0]:
+  for token in generation.tokens[0]:
     words, _ = slow(method, params, np.array(text))
     assert words[-1].argmax() == token
     text.append(token)

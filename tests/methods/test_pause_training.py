@@ -69,9 +69,10 @@ def by_hand(method, params, tokens, targets, counts, cut, segment_ids=None):
     stream += [int(token), *[PAUSE] * int(counts[i])]
     numbers += [0 if segment_ids is None else int(segment_ids[i])] * (1 + int(counts[i]))
     places.append(len(stream) - 1)
-  said = logits(method, params, stream[:cut], None if segment_ids is None else numbers[:cut])
+  slot_logits = logits(method, params, stream[:cut], None if segment_ids is None else numbers[:cut])
   return [
-    -log_softmax(said[place])[target] if place < cut else None for place, target in zip(places, targets, strict=True)
+    -log_softmax(slot_logits[place])[target] if place < cut else None
+    for place, target in zip(places, targets, strict=True)
   ]
 
 
@@ -297,7 +298,7 @@ PROMPTS = [[5], [1, 7, 2, 9], [8, 6, 0, 11, 12, 13, 2]]
 @pytest.mark.parametrize("pauses", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_text_generated_after_pauses_equals_a_slow_loop(pauses, exact):
   method, params = model("random", pauses=pauses)
-  said = Sampler(method, SamplingOptions(mode="none", temperature=0)).generate(params, PROMPTS, max_new_tokens=4)
+  generation = Sampler(method, SamplingOptions(mode="none", temperature=0)).generate(params, PROMPTS, max_new_tokens=4)
   for row, prompt in enumerate(PROMPTS):
     stream, tokens, log_probs = [*prompt, *[PAUSE] * pauses], [], []
     for _ in range(4):
@@ -305,10 +306,10 @@ def test_text_generated_after_pauses_equals_a_slow_loop(pauses, exact):
       tokens.append(int(of_vocabulary.argmax()))
       log_probs.append(of_vocabulary.max())
       stream.append(tokens[-1])
-    assert said.tokens[row] == tokens
-    np.testing.assert_allclose(said.log_probs[row], log_probs, atol=1e-5)
-    assert said.pauses[row] == [pauses, 0, 0, 0]
-    assert said.slots[row] == 4 + pauses
+    assert generation.tokens[row] == tokens
+    np.testing.assert_allclose(generation.log_probs[row], log_probs, atol=1e-5)
+    assert generation.pauses[row] == [pauses, 0, 0, 0]
+    assert generation.slots[row] == 4 + pauses
 
 
 @pytest.mark.slow
@@ -337,8 +338,8 @@ def test_scores_after_pauses_equal_a_slow_loop(exact):
   for (context, continuation), score in zip(requests, scores, strict=True):
     context = (context or [0])[-(13 - len(continuation)) :]
     stream = [*context, *[PAUSE] * 3, *continuation]
-    said = logits(method, params, stream)[len(context) + 2 : -1]
-    words = [log_softmax(row) for row in said]
+    slot_logits = logits(method, params, stream)[len(context) + 2 : -1]
+    words = [log_softmax(row) for row in slot_logits]
     expected = sum(row[word] for row, word in zip(words, continuation, strict=True))
     np.testing.assert_allclose(score.log_likelihood, expected, rtol=1e-5)
     assert score.greedy == all(row.argmax() == word for row, word in zip(words, continuation, strict=True))
@@ -498,8 +499,8 @@ def test_pretrained_then_fine_tuned(tmp_path):
   assert (fewer["pauses"], fewer["inference_slots"]) == (0, 1)
   assert fewer["perplexity"] != record["perplexity"]
   assert json.loads((second / "evaluation.json").read_text())["perplexity"] == record["perplexity"]
-  said, _ = cli.run("generate", f"--workdir={second}", "--prompt=a=1 ?a=", "--max_new_tokens=3", "--pauses=5")
-  assert said["pauses"][0][0] == 5
+  result, _ = cli.run("generate", f"--workdir={second}", "--prompt=a=1 ?a=", "--max_new_tokens=3", "--pauses=5")
+  assert result["pauses"][0][0] == 5
   cli.run("report", f"--workdir={second}")
   assert (second / "report" / "index.html").exists()
   # A run without pauses may start from a pause run, and a pause run may start from that run; its pause is then drawn

@@ -277,19 +277,21 @@ def test_generation_equals_the_reference(name):
   assert default_mode(method) == "constant"
   below = options.get("prune_below", 0.0)
   with jax.default_matmul_precision("highest"):
-    said = Sampler(method, SamplingOptions(mode="constant", temperature=0)).generate(params, PROMPTS, max_new_tokens=4)
+    generation = Sampler(method, SamplingOptions(mode="constant", temperature=0)).generate(
+      params, PROMPTS, max_new_tokens=4
+    )
   slow, kept = Slow(method, params), set()
   for row, prompt in enumerate(PROMPTS):
-    states = slow.sequential(prompt + said.tokens[row][:-1], below)[len(prompt) - 1 :]
+    states = slow.sequential(prompt + generation.tokens[row][:-1], below)[len(prompt) - 1 :]
     for number, of_token in enumerate(states):
       words = slow.read(of_token, below)
-      assert words.argmax() == said.tokens[row][number]
-      assert said.log_probs[row][number] == pytest.approx(words.max(), abs=1e-4)
-      assert said.pauses[row][number] == np.isfinite(of_token[:, 0]).sum() - 1
-      kept.add(said.pauses[row][number])
-    assert said.slots[row] == 4 + sum(said.pauses[row])
+      assert words.argmax() == generation.tokens[row][number]
+      assert generation.log_probs[row][number] == pytest.approx(words.max(), abs=1e-4)
+      assert generation.pauses[row][number] == np.isfinite(of_token[:, 0]).sum() - 1
+      kept.add(generation.pauses[row][number])
+    assert generation.slots[row] == 4 + sum(generation.pauses[row])
   assert (len(kept) > 1) is (name == "ponderlm3")  # otherwise the test shows nothing
-  assert said.iterations == 4
+  assert generation.iterations == 4
 
 
 @pytest.mark.parametrize(
@@ -519,17 +521,17 @@ def test_cost_by_hand():
   config = DecoderConfig(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
   two = methods.build(configure(name="ponderlm2", pauses=2, jacobi=(1, 2)), config)
   # T = 3: passes over 1 and 2 slots per token, with keys 2 and 3.5; J + 1 passes over 3 slots, with keys 5.
-  grown, whole = (156 + 32 * 2) + 2 * (156 + 32 * 3.5), 3 * (156 + 32 * 5)
-  assert two.costs(3).forward.total == grown + 3 * whole + 3 * 28
-  assert two.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * whole + 28))
+  grown, full = (156 + 32 * 2) + 2 * (156 + 32 * 3.5), 3 * (156 + 32 * 5)
+  assert two.costs(3).forward.total == grown + 3 * full + 3 * 28
+  assert two.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * full + 28))
   assert two.costs(3).train_slots == 3 * (1 + 2 + 2.5 * 3)
   assert two.costs(3).forward_slots == 3 * (1 + 2 + 3 * 3)
-  assert two.costs(3).inference.total == whole + 28
+  assert two.costs(3).inference.total == full + 28
   three = methods.build(configure(name="ponderlm3", pauses=2, jacobi=(1, 2), prune_below=0.0), config)
   # The router, 2 D W = 12, after the first pass and after each pass over all slots.
-  assert three.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * whole + 28 + 3.5 * 12))
-  assert three.costs(3).forward.total == grown + 3 * whole + 4 * 28 + 4 * 12
-  assert three.costs(3).inference.total == whole + 28 + 12
+  assert three.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * full + 28 + 3.5 * 12))
+  assert three.costs(3).forward.total == grown + 3 * full + 4 * 28 + 4 * 12
+  assert three.costs(3).inference.total == full + 28 + 12
   # 2 of 3 slots kept: keys 3.5.
   assert three.costs(3, slots=2.0).inference.total == 2 * (156 + 32 * 3.5) + 28 + 12
   with pytest.raises(ValueError, match=r"slots: 2.0, but a token's latent thoughts are all run"):
@@ -671,10 +673,10 @@ def test_programs(workdir, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_through_the_programs(workdir):
-  said = cli.start("generate", f"--workdir={workdir}", "--prompt=a=1", "--max_new_tokens=3", "--nostream")
+  process = cli.start("generate", f"--workdir={workdir}", "--prompt=a=1", "--max_new_tokens=3", "--nostream")
   refused = cli.start("evaluate", f"--workdir={workdir}", "--context=self_paced")
-  out, err = said.communicate(timeout=300)
-  assert said.returncode == 0, err
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
   result = json.loads(out.strip().splitlines()[-1])
   assert (result["mode"], result["tokens"]) == ("constant", 3)
   assert result["slots"] == 3 + sum(result["pauses"][0])

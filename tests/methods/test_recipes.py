@@ -233,8 +233,8 @@ def test_gradients_of_packed_rows_by_differences(options, exact):
   # In the direction of the gradient, where a difference is most informative.
   norm = optax.global_norm(gradient)
   h = 1e-2 / norm
-  ahead, behind = (jax.tree.map(lambda p, g, s=s: p + s * h * g, params, gradient) for s in (1, -1))
-  assert float(objective(ahead) - objective(behind)) == pytest.approx(float(2 * h * norm**2), rel=2e-2)
+  plus, minus = (jax.tree.map(lambda p, g, s=s: p + s * h * g, params, gradient) for s in (1, -1))
+  assert float(objective(plus) - objective(minus)) == pytest.approx(float(2 * h * norm**2), rel=2e-2)
 
 
 @SLOW
@@ -334,22 +334,22 @@ def test_the_floor_keeps_every_slot_trained():
 @pytest.mark.slow
 def test_evaluation_draws_by_text_and_drops_no_token(exact):
   method, params = build(**SAMPLED)
-  whole = random_batch(6, 8, 7)
+  complete = random_batch(6, 8, 7)
   mesh = make_mesh(configs.ParallelismConfig(), jax.devices()[:1])
   evaluator = Evaluator(method, mesh)
-  once = evaluator(params, [whole])
-  parts = evaluator(params, [{k: v[i : i + 3] for k, v in whole.items()} for i in (0, 3, 5)][:2])
-  again = evaluator(params, [{k: v[:6] for k, v in whole.items()}])
+  once = evaluator(params, [complete])
+  parts = evaluator(params, [{k: v[i : i + 3] for k, v in complete.items()} for i in (0, 3, 5)][:2])
+  again = evaluator(params, [{k: v[:6] for k, v in complete.items()}])
   assert once["tokens"] == 56
   np.testing.assert_allclose(parts["training_omega"]["perplexity"], again["training_omega"]["perplexity"], rtol=1e-6)
   # All slots allowed: the constant layout.
   plain, _ = build(name="cyb", pauses=2)
-  assert once["perplexity"] == pytest.approx(evaluate(plain, params, whole)["perplexity"], rel=1e-6)
+  assert once["perplexity"] == pytest.approx(evaluate(plain, params, complete)["perplexity"], rel=1e-6)
   # Drawn: against slots laid out one by one.
-  lengths = np.asarray(draw_lengths(jax.random.key(0), whole["tokens"], jnp.array([0.25, 0.5, 0.25])))
+  lengths = np.asarray(draw_lengths(jax.random.key(0), complete["tokens"], jnp.array([0.25, 0.5, 0.25])))
   nats, s_sum, loss = [], np.zeros(3), []
   for b in range(8):
-    for t, d in slow_row(method, params, whole["tokens"][b], whole["targets"][b], lengths[b]):
+    for t, d in slow_row(method, params, complete["tokens"][b], complete["targets"][b], lengths[b]):
       t, d = np.array(t), np.array(d)
       s = reference.stopping(d, 1 - d)
       nats.append(-np.log((s * t).sum()))
@@ -387,8 +387,8 @@ def test_on_policy_is_also_evaluated_in_its_own_contexts(exact):
   plain, _ = build(name="cyb", pauses=2)
   assert got["perplexity"] == pytest.approx(evaluate(plain, params, batch)["perplexity"], rel=1e-6)
   scores = plain.slot_scores(params, batch)
-  asked = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
-  shares = 0.9 * asked + 0.1 / 3  # with the floor of training
+  own_stopping = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
+  shares = 0.9 * own_stopping + 0.1 / 3  # with the floor of training
   lengths = np.asarray(draw_lengths(jax.random.key(0), batch["tokens"], shares))
   nats = []
   for b in range(4):

@@ -177,7 +177,7 @@ DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [0] * 7, [0, 1, 1, 1, 1, 2, 2], [0]
 VARIANTS = {
   "three forks": {"fork_layers": (1, 2, 3)},
   "segment_ids, summed states": {"fork_layers": (2, 3), "stream_budget": 1.4, "combine": "states"},
-  "room for all": {"fork_layers": (1, 3), "stream_budget": 4.0},
+  "budget for all": {"fork_layers": (1, 3), "stream_budget": 4.0},
 }
 
 
@@ -211,7 +211,7 @@ def test_against_lists_of_streams(variant, exact):
   np.testing.assert_array_equal(reading.loss, -reading.scores.log_target[..., 0])
   # The tested events occurred; with a budget for all streams nothing was dropped.
   for name in ("forced", "ended", "dropped"):
-    assert (sum(seen[name] for seen in happened) > 0) is (variant != "room for all"), name
+    assert (sum(seen[name] for seen in happened) > 0) is (variant != "budget for all"), name
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS)[:2])
@@ -298,8 +298,8 @@ def test_gradients_by_differences_of_the_reference(exact):
     total = []
     for step in (1e-6, -1e-6):
       moved = {name: jax.tree.map(lambda x, v, step=step: x + step * v, exactly[name], way[name]) for name in names}
-      said = [(row, slow(method, exactly | moved, *of_row)[0]) for row, *of_row in rows_of(batch)]
-      total.append(-sum(x @ batch["weights"][row, : len(x)] for row, x in said))
+      slow_losses = [(row, slow(method, exactly | moved, *of_row)[0]) for row, *of_row in rows_of(batch)]
+      total.append(-sum(x @ batch["weights"][row, : len(x)] for row, x in slow_losses))
     expected = (total[0] - total[1]) / 2e-6
     along = sum(np.vdot(a, b) for name in names for a, b in zip(*map(jax.tree.leaves, (found[name], way[name]))))
     np.testing.assert_allclose(along, expected, rtol=2e-3)
@@ -318,11 +318,11 @@ def test_evaluated_over_eight_devices(exact):
   mesh = make_mesh(ParallelismConfig(tensor=2, fsdp=2), jax.devices())
   placed = jax.device_put(params, shardings(jax.eval_shape(method.init, jax.random.key(0)), mesh))
   found = Evaluator(plain(**one), mesh).autoregressive(placed, [batch])
-  said = {
+  found_by_name = {
     "perplexity": method.autoregressive_log_likelihood(params, batch),
     "blockwise_perplexity": -method.evaluate(params, batch).loss,
   }
-  for name, log_likelihood in said.items():
+  for name, log_likelihood in found_by_name.items():
     expected = np.exp(-(np.asarray(log_likelihood) * batch["weights"]).sum() / batch["weights"].sum())
     assert found[name] == pytest.approx(expected, rel=1e-5)
   assert found["perplexity"] != pytest.approx(found["blockwise_perplexity"], rel=1e-4)
@@ -348,8 +348,8 @@ def test_copies_against_lists_of_streams(exact):
       run_layer(decoder[f"layers_{layer}"], streams, batch["segment_ids"][row])
     for t, target in enumerate(batch["targets"][row]):
       for copy in range(3):
-        said = rms_norm(streams[3 * t + copy]["x"], decoder["final_norm"]["scale"])
-        logits = decoder["embedding"][:VOCABULARY] @ said
+        state = rms_norm(streams[3 * t + copy]["x"], decoder["final_norm"]["scale"])
+        logits = decoder["embedding"][:VOCABULARY] @ state
         expected = logits[target] - np.logaddexp.reduce(logits)
         np.testing.assert_allclose(reading.scores.log_target[row, t, copy], expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(method.loss(params, batch, jax.random.key(0)).loss, -reading.scores.log_target[..., -1])
@@ -359,7 +359,7 @@ def test_copies_against_lists_of_streams(exact):
 def test_copies_decode_as_in_training(exact):
   method, params = build(TINY, "copy_k", pauses=2)
   batch = random_batch(4, 2, 5)
-  whole = method.hidden(params, batch).reshape(2, 15, -1)
+  full = method.hidden(params, batch).reshape(2, 15, -1)
   cache = empty_cache(method.cache_config, 2, 15)
   order = jnp.broadcast_to(jnp.arange(15), (2, 15))
   found = []
@@ -369,11 +369,11 @@ def test_copies_decode_as_in_training(exact):
     first = jnp.full(2, start) if start else None
     hidden, cache = method.extend(params, SlotInputs(tokens, places % 3, places // 3), cache, first)
     found.append(hidden)
-  np.testing.assert_allclose(jnp.concatenate(found, 1), whole, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(jnp.concatenate(found, 1), full, rtol=1e-4, atol=1e-5)
   tokens = jnp.repeat(batch["tokens"], 3, 1)
   mask = (order[0][:, None] >= order[0])[None, None]
   slots = method.hidden_slots(params, SlotInputs(tokens, order % 3, order // 3), mask)
-  np.testing.assert_allclose(slots, whole, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(slots, full, rtol=1e-4, atol=1e-5)
 
 
 # Costs.

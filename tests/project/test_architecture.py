@@ -164,7 +164,7 @@ def _imports(module: str, tree: ast.Module) -> Iterator[Import]:
       case ast.ImportFrom(level=0, module=str(source), names=names):
         yield from (Import(module, node.lineno, f"{source}.{alias.name}") for alias in names)
       case ast.ImportFrom(names=names):
-        raise ValueError(f"{module}:{node.lineno}: a relative import; write the package's whole name")
+        raise ValueError(f"{module}:{node.lineno}: a relative import; write the package's full name")
       case ast.Call(
         func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"), args=[ast.Constant(value=v)]
       ):

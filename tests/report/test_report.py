@@ -106,15 +106,15 @@ def test_equal_numbers_give_equal_files():
   assert first == again != other
 
 
-@pytest.mark.parametrize(("slots", "decides", "said"), [(1, False, 9), (3, False, 6)])
-def test_methods_without_slots_or_decisions_state_what_is_missing(slots, decides, said):
+@pytest.mark.parametrize(("slots", "decides", "count"), [(1, False, 9), (3, False, 6)])
+def test_methods_without_slots_or_decisions_state_what_is_missing(slots, decides, count):
   config = tiny_config(name="baseline") if slots == 1 else tiny_config(name="tbys", pauses=slots - 1)
   statistics = example(slots, decides=decides)
   text, pictures = single.build(configs.freeze(config).source, META, statistics, [], [])
   found = Page(text)
   assert len(found.all("section")) == 9
   absent = [attributes for tag, attributes in found.tags if tag == "p" and attributes.get("class") == "absent"]
-  assert len(absent) == said
+  assert len(absent) == count
   assert "perplexity.png" in pictures
   assert ("latency.png" in pictures) == (slots > 1)
   assert not any(name.startswith("density") for name in pictures)
@@ -581,9 +581,9 @@ def test_compare_through_main(workdirs, program, tmp_path):
   assert numbers["groups"][0]["train_tokens"] == [12 * 8 * 16] * 2
   assert numbers["groups"][0]["train_slots"] == [3 * 12 * 8 * 16] * 2
   # Stored in the work directories, and reused.
-  asked = len(program.calls)
+  calls_before = len(program.calls)
   program(compare=",".join(names), output=tmp_path / "report")
-  assert len(program.calls) <= asked + 1  # a's report may have other windows, so its statistics are not changed
+  assert len(program.calls) <= calls_before + 1  # a's report may have other windows, so its statistics are not changed
 
 
 def test_bad_input(workdirs, program, tmp_path):

@@ -265,9 +265,9 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
 def test_a_killed_study_continues(tmp_path, monkeypatch):
   options = PINNED | {"steps": 60, "test": True}
   study = (tmp_path, QUICKSTART, ["baseline", "tbys1"], ["2e-3"])
-  whole = installed(monkeypatch)
-  expected = run_study(tmp_path / "whole", *study[1:], **options)
-  assert len(whole.calls) == 8
+  uninterrupted = installed(monkeypatch)
+  expected = run_study(tmp_path / "uninterrupted", *study[1:], **options)
+  assert len(uninterrupted.calls) == 8
   before = []
   for _ in range(7):
     programs = installed(monkeypatch, dies=1)
@@ -278,7 +278,7 @@ def test_a_killed_study_continues(tmp_path, monkeypatch):
   assert run_study(*study, **options) == expected
   before += programs.calls
   assert [(name, given["workdir"].removeprefix(str(tmp_path))) for name, given in before] == [
-    (name, given["workdir"].removeprefix(str(tmp_path / "whole"))) for name, given in whole.calls
+    (name, given["workdir"].removeprefix(str(tmp_path / "uninterrupted"))) for name, given in uninterrupted.calls
   ]
 
 

@@ -128,9 +128,9 @@ def run(plan, folder, path, jobs=1):
 
 
 def test_a_killed_study_continues_from_its_results_file(tmp_path, monkeypatch):
-  whole = installed(monkeypatch)
-  assert run(TINY, tmp_path / "whole", tmp_path / "whole.json", jobs=2)["missing"] == 0
-  assert sorted(whole.keys(tmp_path / "whole")) == sorted(KEYS)
+  uninterrupted = installed(monkeypatch)
+  assert run(TINY, tmp_path / "uninterrupted", tmp_path / "uninterrupted.json", jobs=2)["missing"] == 0
+  assert sorted(uninterrupted.keys(tmp_path / "uninterrupted")) == sorted(KEYS)
   trained, path = [], tmp_path / "results.json"
   for number in range(len(KEYS)):
     # A new folder each time: the finished runs are known from the file.
@@ -144,8 +144,8 @@ def test_a_killed_study_continues_from_its_results_file(tmp_path, monkeypatch):
       }  # fmt: skip
     trained += programs.keys(tmp_path / str(number))
   assert trained == KEYS
-  assert without_seconds(path) == without_seconds(tmp_path / "whole.json")
-  assert table(TINY, path) == table(TINY, tmp_path / "whole.json")
+  assert without_seconds(path) == without_seconds(tmp_path / "uninterrupted.json")
+  assert table(TINY, path) == table(TINY, tmp_path / "uninterrupted.json")
   programs = installed(monkeypatch)
   run(TINY, tmp_path / "again", path)
   assert not programs.trained
