@@ -221,7 +221,7 @@ def train_pass_cost(
       last: tuple[str, ...] = () if scaled else ("down", "out") if config.parallel_residual else ("down",)
       matrices += once.matrices - slots * layers * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
-      # Of an adapter B A at the end of a layer, only the product with B is not recomputed: the gradient of B needs A x.
+      # If an adapter B A ends a layer, only its product with B is not recomputed: the gradient of B needs A x.
       rank = 0 if config.lora is None else config.lora.rank
       spared = sum(rank * config.d_model for name in last if name in _adapters(config))
       adapters += once.adapters - slots * layers * 2 * spared

@@ -23,7 +23,7 @@ PERPLEXITY: tuple[tuple[str, tuple[float | None, ...]], ...] = (
   ("CYB-AP 0:0:0:1, gamma 1", (11.657, 11.344, 11.311, 11.129)),
 )
 
-# At 1x1: perplexity, and the mean of s over 0, 1, 2 and 3 pauses, of self-stops only.
+# Regime 1x1: perplexity, and the mean of s after 0, 1, 2 and 3 pauses, for self-stops only.
 VARIANTS: tuple[tuple[str, float, tuple[float, ...]], ...] = (
   ("AP 0:0:0:1 gamma 1", 11.657, (0.578, 0.154, 0.127, 0.141)),
   ("AP 0:0:0:1 gamma .99", 11.704, (0.781, 0.127, 0.063, 0.029)),

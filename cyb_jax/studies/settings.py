@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
   # The initial model is evaluated without training: no pauses, no steps.
   "pretrained": {"name": "baseline"},
   "baseline": {"name": "baseline"},
-  # With the initialisation of PonderLM-2.
+  # The initialisation is that of PonderLM-2.
   "baseline_small": {"name": "baseline"},
   **{f"tbys{k}": {"name": "tbys", "pauses": k} for k in (1, 2, 3)},
   "ap": _cyb(),

@@ -250,7 +250,7 @@ def test_no_square_array_is_stored_for_the_backward_pass(monkeypatch, remat):
   def squares(attend):
     loss, args = loss_of_decoder(monkeypatch, attend, remat=remat)
     kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(loss, *args)[1], *args))
-    # Of 20 slots, of 10 tokens, and of blocks of 128.
+    # The axes of 20 slots, of 10 tokens, and of blocks of 128.
     return [x.shape for x in kept if sum(size in (10, 20, 128, 256) for size in x.shape) > 1]
 
   assert squares(interpreted) == []

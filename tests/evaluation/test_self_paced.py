@@ -92,9 +92,7 @@ def test_a_model_that_always_pauses_gives_the_constant_evaluation(exact):
 
 
 def test_the_likelihood_is_exact_in_expectation(exact):
-  """Over all texts of three tokens from a vocabulary of three, after a first token, in all contexts that may precede
-  them.
-  """
+  """Sums over all texts of three tokens from a vocabulary of three, after a first token, and over all contexts."""
   method = methods.build(configure("cyb", pauses=1, dont_know_prior=None), TINY, vocab_size=3)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
   # Far from uniform: s, t and the effect of pauses on later tokens all differ.

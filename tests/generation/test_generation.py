@@ -171,7 +171,7 @@ def test_other_rows_and_padding_change_nothing(mode):
     alone = generate(method, params, [prompt], mode=mode, seeds=[row + 1], end_id=END, new=8)
     assert (alone.tokens[0], alone.pauses[0]) == (together.tokens[row], together.pauses[row])
     np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-5)
-  # With another padding of the prompts, and in another order.
+  # The prompts have other padding and another order.
   long = [2] * 20
   shuffled = generate(method, params, [long, *PROMPTS[::-1]], mode=mode, seeds=[9, 4, 3, 2, 1], end_id=END, new=8)
   assert shuffled.tokens[1:] == together.tokens[::-1]

@@ -148,7 +148,7 @@ def generate_alone(run, prompt, new, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["", "self_paced"])
 def test_text_equals_the_sampler(run, adapter, mode):
-  """By default with all pauses of training, including those of the prompt."""
+  """The default mode runs all pauses of training, including those of the prompt."""
   lm = adapter(batch_size=2, mode=mode)
   prompts = ["ab", "a much longer prompt", "xyz"]
   options = {"until": [], "max_new_tokens": 8, "temperature": 0.0}  # the harness has several names for this option
@@ -499,7 +499,7 @@ def test_choices(data, name, gold, first):
     ),
     (
       "coqa", "Story s0.\n\nQ: Q0?\n\nA: yes\n\nQ: Q1?\n\nA:",
-      # Of three answers, each left out once: "white cat" has another answer like it, "dog" does not.
+      # Each of the three answers is left out once: "white cat" equals another answer, "dog" does not.
       {" white cat": (1.0, 1.0), " A dog!\nmore": (2 / 3, 2 / 3)}, ("em,none", "f1,none"),
     ),
     (

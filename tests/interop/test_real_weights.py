@@ -95,7 +95,7 @@ here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 shapes = jax.eval_shape(lambda key: nn.unbox(init_params(Decoder(source.decoder), key)), jax.random.key(0))
 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 params = jax.block_until_ready(interop.load_decoder(source, shapes))
-# Not getrusage, which counts what the parent had when it forked.
+# getrusage would include the parent's memory at the fork.
 (peak,) = (1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(peak / sum(4 * x.size for x in jax.tree.leaves(params)))
 """

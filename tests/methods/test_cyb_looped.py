@@ -232,7 +232,7 @@ def test_self_paced_evaluation_fills_skipped_loops(documents, exact):
 
 
 def test_states_of_slots_in_any_order(exact):
-  """As in the scoring of requests: a context of one slot per token, then tokens with all slots."""
+  """The order of scoring: a context of one slot per token, then tokens with all slots."""
   method, params = build(name="cyb_looped", pauses=1)
   tokens = random_batch(7, 1, 4)["tokens"]
   slots = np.array([[0, 0, 0, 1, 0, 1]])

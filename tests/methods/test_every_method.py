@@ -91,7 +91,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_another_methods_option_is_refused(name):
-  """By `configure` and in a config; the hint names the method's own options and the methods that have the option."""
+  """`configure` and a config reject it; the hint names the options of the method and the methods with the option."""
   assert set(VALUES) == set(configs.all_options())
   own = option_names(name)
   for option, value in VALUES.items():
@@ -115,7 +115,7 @@ def test_another_methods_option_is_refused(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_written_config_is_read_unchanged(name):
-  """With the options of each of its settings, with its defaults, and with numbers that have no short decimal form."""
+  """The options of each setting of the method, its defaults, and numbers without a short decimal form."""
   found = [configure(name)]
   for setting, fields in settings.SETTINGS.items():
     if fields["name"] == name:

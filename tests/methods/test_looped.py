@@ -118,7 +118,7 @@ def test_cost_by_hand():
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.slow
 def test_generation_runs_the_prefix_once(scan, exact):
-  """With keys and values of every pass; against a run of the complete prefix for every token."""
+  """The cache has the keys and values of every pass; the reference runs the complete prefix for every token."""
   method, params = build(dataclasses.replace(TINY, scan_layers=scan), name="looped", pauses=1)
   prompt, new = [5, 1, 7], 4
   generation = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(

@@ -449,7 +449,7 @@ def test_combinations_of_pretraining_and_fine_tuning_freeze():
   from experiments import pause_training
 
   assert "experiments/pause_training.py" in pause_training.__doc__
-  # As resolved where a run starts: decoder and tokenizer come from the run that it starts from.
+  # A run resolves its decoder and its tokenizer from `init_from`.
   start = {"init_from": "somewhere", "decoder": {"preset": "tiny"}}
   made = {run: configs.freeze(pause_training.get_config(run).to_dict() | start) for run in settings.PAUSE_RUNS}
   assert {run: (config.method.pause_places, config.method.pauses) for run, config in made.items()} == {

@@ -287,7 +287,7 @@ def test_forks_of_negligible_weight_equal_the_baseline(exact):
 
 
 def test_gradients_by_differences_of_the_reference(exact):
-  """With rematerialised layers."""
+  """The layers are rematerialised."""
   method, params = build(dataclasses.replace(THREE, remat="full"), **VARIANTS["three forks"])
   batch = batch_of("three forks")
   found = gradient_of(method)(params, batch)

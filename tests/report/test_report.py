@@ -441,7 +441,7 @@ def test_pages_that_are_too_large_are_refused():
 
 
 def test_the_training_objective_is_shown_next_to_the_perplexity():
-  """With a discount, a penalty or a bound in the loss, and with another omega: in the report and in the comparison."""
+  """The report and the comparison show losses with a discount, a penalty or a bound, and losses with another omega."""
   statistics = example(nats=3.0)
   statistics["perplexity"] |= {"loss": 23.45, "training": 21.23}
   rows = [{"split": "validation", "step": 1, "perplexity": 20.0, "loss_perplexity": 24.56}]
