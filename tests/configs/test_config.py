@@ -257,7 +257,7 @@ def test_lists_of_whole_numbers():
       {"name": "pause_training", "pauses": 0, "pause_fraction": 0.003},
       r"method\.pause_fraction: 0\.003 of a window of 128",
     ),
-    ({"name": "thoughtbubbles", "stream_budget": 1.001}, r"method\.stream_budget: 1\.001 streams a token"),
+    ({"name": "thoughtbubbles", "stream_budget": 1.001}, r"method\.stream_budget: 1\.001 streams per token"),
   ],
 )
 def test_windows_too_short_for_the_method(method, message):

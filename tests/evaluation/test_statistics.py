@@ -655,5 +655,5 @@ def test_a_missing_split_is_refused():
   store = training.open_store(config)
   with pytest.raises(InputError, match=r"split: 'dev' .* it has train, test, validation"):
     statistics_of_split(types.SimpleNamespace(context=1), {}, store, config, split="dev", step=0)
-  with pytest.raises(InputError, match="limit: 0; give at least 1"):
+  with pytest.raises(InputError, match="limit: 0 must be at least 1 window"):
     statistics_of_split(types.SimpleNamespace(context=1), {}, store, config, split="test", step=0, limit=0)

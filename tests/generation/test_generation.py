@@ -335,7 +335,7 @@ def test_other_numbers_do_not_recompile():
   ("options", "message"),
   [
     ({"mode": "slow"}, "mode: 'slow' is not one of self_paced, constant, none"),
-    ({"read": "mixture"}, "take mode 'constant'"),
+    ({"read": "mixture"}, "use mode 'constant'"),
     ({"max_pauses": 3}, "max_pauses: 3 must be in 0..2"),
     ({"omega": (1.0, 1.0)}, "give max_pauses + 1 = 3 weights"),
     ({"temperature": -1.0}, "temperature: -1.0"),
@@ -361,7 +361,7 @@ def test_bad_options(options, message):
     ([[1, VOCABULARY]], {}, f"prompt: number 1 has the id {VOCABULARY}"),
     ([[1, 2, 3]], {"context": 3}, "prompt: number 1 has 3 tokens, but the context is 3"),
     ([[1]], {"new": 0}, "max_new_tokens: 0"),
-    ([[1]], {"seeds": [1, 2]}, "seeds: 2 of them"),
+    ([[1]], {"seeds": [1, 2]}, "seeds: 2 seeds for 1 prompts"),
     ([[1]], {"seeds": -1}, "seed: -1"),
   ],
 )

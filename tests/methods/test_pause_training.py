@@ -428,7 +428,9 @@ def test_bad_options(options, message):
 
 
 def test_mode_constant_is_refused():
-  with pytest.raises(InputError, match=r"mode: 'constant' gives all tokens the same pauses, but method 'pause_trai"):
+  with pytest.raises(
+    InputError, match=r"mode: 'constant' runs the same pauses after every token, but method 'pause_tr"
+  ):
     Sampler(model()[0], SamplingOptions(mode="constant"))
 
 

@@ -534,7 +534,7 @@ def test_cost_by_hand():
   assert three.costs(3).inference.total == full + 28 + 12
   # 2 of 3 slots kept: keys 3.5.
   assert three.costs(3, slots=2.0).inference.total == 2 * (156 + 32 * 3.5) + 28 + 12
-  with pytest.raises(ValueError, match=r"slots: 2.0, but a token's latent thoughts are all run"):
+  with pytest.raises(ValueError, match=r"slots: 2.0, but all latent thoughts of a token run"):
     two.costs(3, slots=2.0)
 
 
@@ -594,9 +594,12 @@ def test_scanned_layers(exact):
   ("options", "message"),
   [
     (dict(name="ponderlm2", pauses=0), r"method.pauses: 0 must be a whole number of at least 1"),
-    (dict(name="ponderlm2", pauses=1, jacobi=(3, 2)), r"method.jacobi: '3:2' must be two numbers, the fewest"),
-    (dict(name="ponderlm2", pauses=1, jacobi=(3,)), r"method.jacobi: '3' must be two numbers"),
-    (dict(name="ponderlm2", pauses=1, jacobi=(-1, 2)), r"method.jacobi: '-1:2' must be two numbers"),
+    (
+      dict(name="ponderlm2", pauses=1, jacobi=(3, 2)),
+      r"method.jacobi: '3:2' must be the minimum and the maximum number of passes",
+    ),
+    (dict(name="ponderlm2", pauses=1, jacobi=(3,)), r"method.jacobi: '3' must be the minimum"),
+    (dict(name="ponderlm2", pauses=1, jacobi=(-1, 2)), r"method.jacobi: '-1:2' must be the minimum"),
     (dict(name="ponderlm2", pauses=1, router_penalty=0.1), r"method.router_penalty: .*'ponderlm2' has no such option"),
     (dict(name="ponderlm3", pauses=1, router_penalty=-1.0), r"method.router_penalty: -1.0 must be not negative"),
     (dict(name="ponderlm3", pauses=1, full_depth=1.5), r"method.full_depth: 1.5 must be in \[0, 1\]"),

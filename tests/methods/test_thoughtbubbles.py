@@ -539,7 +539,7 @@ def test_programs(tmp_path):
   statistics = json.loads((tmp_path / "run" / "report" / "statistics.json").read_text())
   assert statistics["autoregressive"]["windows"] == 4
   page = (tmp_path / "run" / "report" / "index.html").read_text()
-  assert "each token from those before it" in page
+  assert "Autoregressive perplexity" in page
   config.method = tiny_config(name="copy_k", pauses=1).method
   config.train.update(steps=1)
   assert training.train(configs.freeze(config), tmp_path / "copies")["autoregressive"] is None

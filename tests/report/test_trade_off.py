@@ -111,8 +111,8 @@ def test_non_causal_methods_are_compared_by_their_autoregressive_perplexity():
   assert [row[:4] for row in cells] == [("1", "bubbles", "0.1", "22.00 (20.00)"), ("2", "plain", "0.2", "21.00")]
   assert [(row[-5], row[-2]) for row in cells] == [("90", "30M (1M)"), ("100", "1M")]
   section = side_by_side.trade_offs([ahead, plain])
-  assert "look ahead" in section.body
-  assert "look ahead" not in side_by_side.trade_offs([plain]).body
+  assert "non-causal methods" in section.body
+  assert "non-causal methods" not in side_by_side.trade_offs([plain]).body
 
 
 def test_a_self_paced_context_is_a_separate_point():
@@ -213,4 +213,4 @@ def test_non_causal_methods_are_left_out_of_blockwise_sections():
   assert [(d["a"], d["b"]) for d in numbers["differences"]] == [("CYB-AP", "baseline")]
   assert {e["a"] for e in numbers["efficiency"]["train_tokens"]} == {"CYB-AP", "baseline"}
   text, _ = side_by_side.build(groups, numbers)
-  assert text.count("in which they look ahead: thoughtbubbles.") == 3
+  assert text.count("the methods are non-causal: thoughtbubbles.") == 3
