@@ -316,7 +316,7 @@ def test_scores_equal_those_of_the_reference(name, exact):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"mode": "self_paced"}, r"mode: 'self_paced', but method 'ponderlm2' always runs .*; take 'constant'"),
+    ({"mode": "self_paced"}, r"mode: 'self_paced', but method 'ponderlm2' always runs .*; use 'constant'"),
     ({"mode": "none"}, r"mode: 'none', but method 'ponderlm2' always runs"),
     ({"mode": "constant", "max_pauses": 1}, r"max_pauses: 1, but method 'ponderlm2' always runs .*, 2 of them"),
     ({"mode": "constant", "prompt_pauses": "none"}, r"prompt_pauses: 'none', but method 'ponderlm2'"),
