@@ -1,9 +1,9 @@
-"""Every setting of the paper on C4, from scratch, on whatever part of `c4/en` TFDS has on disk.
+"""Every setting of the paper on C4, from scratch, on the part of `c4/en` that TFDS finds on disk.
 
     TFDS_DATA_DIR=DIR python -m cyb_jax.cli.train --config=experiments/c4.py:SETTING,SIZE,REGIME --workdir=DIR
     TFDS_DATA_DIR=DIR python -m cyb_jax.cli.train --config=experiments/c4.py:ap,gpt2_124m,1x1 --workdir=runs/c4-ap
 
-SETTING, SIZE, REGIME as in reviews.py. For the whole of C4, give a step budget in place of epochs
+SETTING, SIZE and REGIME are as in reviews.py. For the complete C4, set a number of steps instead of epochs
 (--config.train.steps=...) and prepare the tokens first (python -m cyb_jax.cli.prepare --task=c4_en --output=DIR, then
 --config.data.store=DIR).
 """
@@ -29,7 +29,7 @@ def get_config(argument: str = ""):
   config.train.checkpoint_every = 1000
   large = size in ("llama_1b", "gemma1_2b", "gemma1_7b")
   if large:
-    # One layer is compiled, and of each only its input is kept; a chip works on a few windows at once.
+    # Compiles one layer, saves only the input of each layer, and processes a few windows per chip at a time.
     config.decoder.scan_layers = True
     config.optimizer.accumulate = 4
   if not small:

@@ -1,4 +1,4 @@
-"""Methods side by side under one budget, or several: the program `cyb-study`, which describes its flags and outputs.
+"""Compares methods under one budget or several: the program `cyb-study`, which documents its flags and outputs.
 
 python experiments/compare.py --workdir=runs/compare --jobs=2
 """

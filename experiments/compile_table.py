@@ -1,11 +1,11 @@
-"""What runs take on TPU slices, compiled without any: the table in launch/README.md.
+"""The memory and compute of runs on TPU slices, compiled without a TPU: the table in launch/README.md.
 
     python experiments/compile_table.py --output=runs/compile_table.jsonl
 
-Compiles every row below with cyb-compile, each in a process of its own, and prints a table in Markdown and, on the last
-line, JSON. Rows that --output holds already are not compiled again: an interrupted table goes on, minutes a row; delete
-the file after changes of the code. --only=gemma compiles the rows whose name or topology holds that word, and prints
-those that are there.
+Compiles every row below with cyb-compile, each in its own process, and prints a table in Markdown and, on the last
+line, JSON. Rows that --output already contains are not compiled again, so that an interrupted table continues. A row
+takes minutes. Delete the file after changes of the code. --only=gemma compiles and prints only the rows whose name or
+topology contains this word.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Row:
   """A compilation.
 
   Attributes:
-    name: of the run.
-    config: its file, with arguments.
-    topology: the slice.
-    overrides: 'a.b=value' each.
+    name: the name of the run.
+    config: the config file of the run, with arguments.
+    topology: the TPU slice.
+    overrides: config fields, each 'a.b=value'.
   """
 
   name: str
@@ -48,7 +48,8 @@ class Row:
     return {"config": self.config, "topology": self.topology, "overrides": list(self.overrides)}
 
 
-# A slice's chips, and how many windows of the paper's run it works on at once: the mesh is all fsdp.
+# The number of chips of a slice, and the number of windows of the paper's run per chip and pass. All chips are on the
+# fsdp axis of the mesh.
 _GEMMA_SLICES = {"v5p:2x2x2": (8, 2), "v6e:4x4": (16, 1), "v5e:4x4": (16, 1), "v5e:8x8": (64, 1)}
 _GEMMA_SETTINGS = {
   "baseline": "baseline",
@@ -63,10 +64,10 @@ _SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x2": 8, "v6e:4x4": 16}
 
 
 def all_rows() -> list[Row]:
-  """The table's."""
+  """The rows of the table."""
   rows = []
   for topology, chips in _SLICES.items():
-    # Sixteen windows are no work for 64 chips.
+    # The 16 windows of the config don't divide over 64 chips.
     batch = (f"data.batch_size={chips}",) if chips > 16 else ()
     rows.append(Row("quickstart", "experiments/quickstart.py:ap", topology, batch))
   for topology in _SLICES:
@@ -83,42 +84,44 @@ def all_rows() -> list[Row]:
 
 
 def define_flags() -> None:
-  command_line.define_path("output", None, "A file of JSON lines, one for each row; those in it aren't compiled again.")
-  flags.DEFINE_string("only", "", "Only rows whose name or topology holds this word; '': all.")
-  flags.DEFINE_bool("compile", True, "Whether rows that are missing are compiled; else only those there are shown.")
+  command_line.define_path(
+    "output", None, "A file of JSON lines, one for each row; rows in the file are not compiled again."
+  )
+  flags.DEFINE_string("only", "", "Only rows whose name or topology contains this word; '': all.")
+  flags.DEFINE_bool("compile", True, "Whether missing rows are compiled; if not, only the existing rows are shown.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   args = flags.FLAGS
-  path = pathlib.Path(flag_values.required_flag("output", "name the file of JSON lines that rows are kept in"))
+  path = pathlib.Path(flag_values.required_flag("output", "name the file of JSON lines that stores the rows"))
   if not path.parent.is_dir():
-    raise InputError(f"--output: {path.parent} is not there; make the folder first")
+    raise InputError(f"--output: {path.parent} does not exist; create the folder first")
   rows = [row for row in all_rows() if args.only.lower() in f"{row.name} {row.topology}".lower()]
   if not rows:
-    raise InputError(f"--only: no row's name or topology holds {args.only!r}")
-  there = fill(path, rows, compiles=args.compile)
-  terminal.show(table(there) + "\n")
-  fit = sorted({row.name for row, result in there if result["train"]["fits"]})
-  return {"rows": len(there), "missing": len(rows) - len(there), "training_fits": fit}
+    raise InputError(f"--only: no row's name or topology contains {args.only!r}")
+  filled = fill(path, rows, compiles=args.compile)
+  terminal.show(table(filled) + "\n")
+  fit = sorted({row.name for row, result in filled if result["train"]["fits"]})
+  return {"rows": len(filled), "missing": len(rows) - len(filled), "training_fits": fit}
 
 
 def fill(path: pathlib.Path, rows: Sequence[Row], *, compiles: bool = True) -> list[tuple[Row, dict[str, Any]]]:
-  """Rows with what they take, from the file; those that it hasn't got are compiled and added to it.
+  """Rows with their results from the file; missing rows are compiled and appended to the file.
 
   Args:
-    path: of JSON lines; need not be there.
-    rows: in the order of the result.
-    compiles: whether; else rows that are missing are left out.
+    path: a file of JSON lines, which is created if it does not exist.
+    rows: the rows, in the order of the result.
+    compiles: whether missing rows are compiled; if not, they are left out.
 
   Raises:
-    Failed: a compilation has failed, other than for memory.
+    Failed: a compilation failed for a reason other than memory.
   """
   found = _read(path)
   for row in rows if compiles else ():
     if _key(row) not in found:
       found[_key(row)] = _compiled(row)
-      # The line begins anew: an interruption may have left a part of one.
+      # Starts with a newline because an interruption may have left an incomplete line.
       with path.open("a") as file:
         file.write("\n" + jsonl.dumps(row.key | {"name": row.name, "result": found[_key(row)]}) + "\n")
   return [(row, found[_key(row)]) for row in rows if _key(row) in found]
@@ -133,7 +136,7 @@ def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
   for line in path.read_text().splitlines() if path.exists() else ():
     try:
       record = json.loads(line)
-    except ValueError:  # cut off when the table was interrupted
+    except ValueError:  # truncated by an interruption
       continue
     found[json.dumps({name: record[name] for name in ("config", "topology", "overrides")})] = record["result"]
   return found
@@ -145,16 +148,16 @@ def _compiled(row: Row) -> dict[str, Any]:
   done = subprocess.run([sys.executable, "-m", "cyb_jax.cli.compile", *options], capture_output=True, text=True)
   lines = done.stdout.strip().splitlines()
   if done.returncode not in (0, EXIT_CRASH) or not lines:
-    said = done.stderr.strip().splitlines()[-1:]
-    raise Failed(f"cyb-compile {' '.join(options)} ended with {done.returncode}: {''.join(said)}", row.key)
+    message = "".join(done.stderr.strip().splitlines()[-1:])
+    raise Failed(f"cyb-compile {' '.join(options)} exited with code {done.returncode}: {message}", row.key)
   return json.loads(lines[-1])
 
 
 def table(rows: Sequence[tuple[Row, dict[str, Any]]]) -> str:
-  """Markdown; a line for each row."""
+  """A Markdown table with one line for each row."""
   head = (
-    "run", "slice", "mesh", "accumulate", "GiB a chip has", "train", "evaluate", "decode", "GFLOPs a token",
-    "FLOPs a byte", "GB sent a chip", "seconds a step", "bound by",
+    "run", "slice", "mesh", "accumulate", "GiB per chip", "train", "evaluate", "decode", "GFLOPs per token",
+    "FLOPs per byte", "GB sent per chip", "seconds per step", "bound by",
   )  # fmt: skip
   lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
   for row, result in rows:
@@ -191,7 +194,7 @@ def _needed(record: dict[str, Any] | None) -> str:
 
 
 def run() -> None:
-  """What is run as a script."""
+  """Runs the script."""
   define_flags()
   launching.launch(main)
 

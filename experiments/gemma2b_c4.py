@@ -1,21 +1,21 @@
-"""The paper's run, as far as published: Gemma 1 2B on C4, 2,048 real tokens, 25k steps of 256 windows (arXiv
-2510.13879).
+"""The paper's run, as far as it is published (arXiv 2510.13879): Gemma 1 2B on C4, 2,048 real tokens per window, 25k
+steps of 256 windows.
 
     python -m cyb_jax.cli.train --config=experiments/gemma2b_c4.py:SETTING --workdir=DIR \
         --config.init_from=GEMMA --config.data.store=DIR \
         --config.parallelism.fsdp=CHIPS --config.optimizer.learning_rate=RATE
 
-CHIPS: of the slice, over all of which parameters and AdamW's moments (28 GiB) are shared out. The batch is worked on in
-16 parts (`optimizer.accumulate`): then 8 chips of v5p, or 16 of v5e or v6e, hold every setting; launch/README.md has
-what each takes. On 64 chips: --config.optimizer.accumulate=4.
+CHIPS: the number of chips of the slice; parameters and AdamW's moments (28 GiB) are sharded over all of them. The batch
+is processed in 16 parts (`optimizer.accumulate`), so that every setting fits on 8 chips of v5p, and on 16 of v5e or
+v6e; launch/README.md has the memory of each setting. On 64 chips: --config.optimizer.accumulate=4.
 
-GEMMA: the Hugging Face folder of google/gemma-2b, fetched after its licence was accepted; pauses and <don't know> start
-from its `<unused*>` entries, as the paper has it. RATE: one of RATES below, swept per setting and chosen on validation;
-it is divided by d_model = 2048. Published: the cosine schedule with linear
-warm-up, the rates, min = max/100, the batch, the steps, the windows. Ours, because nothing is published: AdamW
-0.9/0.95 with weight decay 0.1 but none on norms and embeddings, 1% warm-up, clipping at 1, bf16 activations over f32
-parameters. A second argument is left out: the size is gemma1_2b. The third is the data regime. Pauses are the
-paper's: an embedding of their own alone, always visible.
+GEMMA: the Hugging Face folder of google/gemma-2b, downloaded after accepting its licence; pauses and <don't know> are
+initialised from its `<unused*>` entries, as in the paper. RATE: one of RATES below, swept per setting and chosen on
+validation; it is divided by d_model = 2048. Published: the cosine schedule with linear warm-up, the rates, min =
+max/100, the batch size, the number of steps, the window length. Our choice, because nothing is published: AdamW
+0.9/0.95 with weight decay 0.1 except on norms and embeddings, 1% warm-up, clipping at 1, bf16 activations and f32
+parameters. The size is gemma1_2b without a second argument. The third argument is the data regime. Pauses are those of
+the paper: the input is the pause embedding alone, and pauses are always visible.
 """
 
 from cyb_jax import configs
@@ -23,7 +23,7 @@ from cyb_jax.studies import settings
 
 RATES = (1e-2, 5e-3, 1e-3, 5e-4, 5e-5, 1e-5, 1e-6)
 STEPS = 25_000
-# C4 has about 156e9 tokens, 76e6 windows of 2,048: 2x1 passes twice over the part that 1x1 passes over once.
+# C4 has about 156e9 tokens, 76e6 windows of 2,048. Regime 2x1 passes twice over the part that 1x1 passes over once.
 WINDOWS = 156e9 / 2048
 
 
@@ -43,9 +43,9 @@ def get_config(argument: str = ""):
   config.optimizer.rate_over_width = True
   config.optimizer.final_fraction = 0.01
   config.optimizer.warmup_fraction = 0.01
-  # Eight chips work on two windows each at once, sixteen on one; 64 take 4.
+  # 8 chips process two windows each at a time, 16 chips one; 64 chips need accumulate=4.
   config.optimizer.accumulate = 16
-  # The gradient of 256,000 rows goes through memory once a chunk: with larger ones a step moves a fifth less.
+  # The gradient of 256,000 rows is read and written once per chunk; larger chunks reduce HBM traffic by a fifth.
   config.parallelism.chunk_size = 1024
   config.decoder.remat = "full"
   config.decoder.scan_layers = True

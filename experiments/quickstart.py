@@ -1,13 +1,14 @@
 """A tiny self-paced model on film reviews, in minutes on two CPU cores.
 
-CYB-AP with up to 3 pauses, pauses that carry their token's embedding (recommended from scratch), on a part of the
-reviews.
+The default is CYB-AP with up to 3 pauses, on a part of the reviews. The pauses' inputs include the embedding of their
+token, which is recommended for training from scratch.
 
     python -m cyb_jax.cli.train --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m cyb_jax.cli.train --config=experiments/quickstart.py:baseline --workdir=runs/quickstart-baseline
 
-Any setting of experiments/README.md can stand in the place of `baseline`. `make quickstart` runs `dp_early_strong`: in
-so few steps from scratch AP, the paper's best, collapses to the last slot, and shows little of where a model pauses.
+Any setting of experiments/README.md can replace `baseline`. `make quickstart` runs `dp_early_strong`: in so few steps
+from scratch AP, the paper's best setting, collapses to the last slot, so that the report would show few differences
+between tokens.
 """
 
 from cyb_jax import configs

@@ -1,9 +1,10 @@
-"""The paper's experiment in small: SmolLM2-135M fine-tuned on C4 (arXiv 2510.13879 has Gemma 2B).
+"""A small version of the paper's experiment: SmolLM2-135M fine-tuned on C4 (arXiv 2510.13879 uses Gemma 2B).
 
     cyb-train --config=experiments/smollm2_c4.py:SETTING --config.init_from=WEIGHTS --workdir=DIR
 
-WEIGHTS and SETTING as in smollm2_reviews.py. As in the paper: windows of 2,048 tokens, a cosine schedule down to a
-hundredth of the rate, and no calibrated start; but 4,000 steps of 32 windows in place of 25,000 of 256.
+WEIGHTS and SETTING are as in smollm2_reviews.py. As in the paper: windows of 2,048 tokens, a cosine schedule down to a
+hundredth of the learning rate, and no calibration of d. Unlike the paper: 4,000 steps of 32 windows instead of 25,000
+of 256.
 """
 
 from cyb_jax import configs

@@ -1,14 +1,15 @@
-"""Teaches SmolLM2-135M to pause, on film reviews: all of its weights, or LoRA.
+"""Fine-tunes SmolLM2-135M to pause on film reviews: all weights, or LoRA.
 
     cyb-train --config=experiments/smollm2_reviews.py:SETTING --config.init_from=WEIGHTS --workdir=DIR
     cyb-train --config=experiments/smollm2_reviews.py:ap,lora --config.init_from=WEIGHTS --workdir=DIR
 
-WEIGHTS: a Hugging Face folder of SmolLM2-135M, its GGUF file, or what cyb-convert has made of either. The decoder is as
-found there, and any other that can be read will do. SETTING as in reviews.py; `lora` trains adapters of rank 8 on
-queries and values and the rows that the model hasn't got, in place of all weights: for a CPU, or a small device.
+WEIGHTS: a Hugging Face folder of SmolLM2-135M, its GGUF file, or a folder that cyb-convert has written. The decoder's
+shape is read from there; other models of the supported formats also work. SETTING is as in reviews.py. `lora` trains
+adapters of rank 8 on queries and values and the new rows (pauses and <don't know>) instead of all weights, for a CPU or
+a small device.
 
-A confident model starts with d far below the prior that it was given, so that d is calibrated to a prior of 0.5, which
-is ours and not the paper's, see finetune_reviews.py.
+In a confident model, d starts far below the prior. It is therefore calibrated to a prior of 0.5, which differs from the
+paper; see finetune_reviews.py.
 """
 
 from cyb_jax import configs

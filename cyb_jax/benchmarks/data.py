@@ -1,4 +1,4 @@
-"""The token store: how fast batches are read."""
+"""Benchmark of the token store: the speed of reading batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def define_flags() -> None:
 
 
 def data() -> dict[str, Any]:
-  """Tokens per second of `TrainBatches` in one thread."""
+  """Measures the tokens per second of `TrainBatches` in one thread."""
   import pathlib
   import tempfile
 

@@ -1,13 +1,13 @@
-"""Decoding: the speed of generation, by mode and batch size.
+"""Benchmark of decoding: the speed of generation, by mode and batch size.
 
 A step is one iteration of the sampler's loop: in mode self_paced one slot of every row, in mode constant all W slots of
 a token. For each mode and batch size the time from the prompts to N new tokens is measured, and the time to the first
-token; the modes take turns (A B C A B C ...), so that a drifting machine is fair to all. They are compared with what a
-decoder without a cache runs for one token: the training forward over as many tokens as the row has in the end.
+token. The modes alternate (A B C A B C and so on), so that drift of the machine affects all equally. They are compared
+with a decoder without a cache, which runs the training forward over all tokens of the row for each new token.
 
-A step is bound by memory bandwidth rather than by arithmetic: every parameter and the whole cache are read once, for a
-few slots. `bytes_per_step` counts that, and `bandwidth_share` sets it against what a large product of a matrix with a
-vector reads on the same device; it is above 1 where a small model stays in the processor's own cache.
+A step is bound by memory bandwidth, not by arithmetic: every parameter and the full cache are read once, for a few
+slots. `bytes_per_step` counts these bytes, and `bandwidth_share` is their rate relative to a large matrix-vector
+product on the same device; it exceeds 1 if a small model stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _READ_COLUMNS = 1024
 
 def define_flags() -> None:
   models.define_flags()
-  flags.DEFINE_list("batch_sizes", "1,8,32", "Rows that are decoded together.")
-  flags.DEFINE_integer("prompt_tokens", 32, "Tokens of each prompt, drawn evenly.")
-  flags.DEFINE_integer("new_tokens", 32, "Tokens that each row generates.")
-  flags.DEFINE_string("read", "sample", "When to answer: sample or threshold.")
+  flags.DEFINE_list("batch_sizes", "1,8,32", "The numbers of rows that are decoded together.")
+  flags.DEFINE_integer("prompt_tokens", 32, "The number of tokens of each prompt, drawn uniformly.")
+  flags.DEFINE_integer("new_tokens", 32, "The number of tokens that each row generates.")
+  flags.DEFINE_string("read", "sample", "The rule of reading a token: sample or threshold.")
   timing.define_flags()
 
 
@@ -40,7 +40,7 @@ def decode() -> dict[str, Any]:
   """A row for each batch size and mode, and their ratios.
 
   Raises:
-    InputError: bad input; nothing was compiled.
+    InputError: the input is invalid; nothing was compiled.
   """
   args = flags.FLAGS
   repeats = timing.repeats()
@@ -91,13 +91,13 @@ def _batch_sizes() -> list[int]:
   if not batch_sizes or min(batch_sizes) < 1:
     raise InputError(f"--batch_sizes: {','.join(args.batch_sizes)!r} must be whole numbers of at least 1")
   if args.read not in ("sample", "threshold"):
-    raise InputError(f"--read: {args.read!r} is none of 'sample', 'threshold'")
+    raise InputError(f"--read: {args.read!r} is not one of 'sample', 'threshold'")
   models.check_flags()
   return batch_sizes
 
 
 def _modes(method: Any) -> tuple[str, ...]:
-  """The modes that differ. Methods without pauses, or whose thoughts all run one after the other, have only one."""
+  """The distinct modes. Methods without pauses, or with latent thoughts, have only one."""
   from cyb_jax.generation import default_mode
   from cyb_jax.generation.abilities import is_recurrent
 
@@ -114,22 +114,22 @@ def _measure(
   args = flags.FLAGS
   drawn = np.random.default_rng(0).integers(0, method.vocab_size, (size, args.prompt_tokens))
   prompts = [row.tolist() for row in drawn]
-  speakers = {mode: _Speaker(method, params, prompts, mode, args.read, args.new_tokens) for mode in _modes(method)}
+  generators = {mode: _Generator(method, params, prompts, mode, args.read, args.new_tokens) for mode in _modes(method)}
   logging.info("batch size %d: compiled", size)
-  again = _whole_forward(method, params, size, args.prompt_tokens + args.new_tokens)
-  functions: list[Callable[[], float]] = [again]
-  for speaker in speakers.values():
-    functions += [speaker.first_token, speaker.all_tokens]
+  uncached = _uncached_forward(method, params, size, args.prompt_tokens + args.new_tokens)
+  functions: list[Callable[[], float]] = [uncached]
+  for generator in generators.values():
+    functions += [generator.first_token, generator.all_tokens]
   rerun, *times = timing.in_turn(functions, repeats)
   rows = [
-    {"batch_size": size, "mode": mode, **speaker.describe(first, whole, bandwidth)}
-    for (mode, speaker), first, whole in zip(speakers.items(), times[::2], times[1::2])
+    {"batch_size": size, "mode": mode, **generator.describe(first, total, bandwidth)}
+    for (mode, generator), first, total in zip(generators.items(), times[::2], times[1::2])
   ]
   return rows, _ratios(size, {row["mode"]: row for row in rows}, statistics.median(rerun))
 
 
 def _ratios(size: int, by_mode: dict[str, dict[str, Any]], rerun_seconds: float) -> dict[str, Any]:
-  """How the modes compare with each other, and a token with the seconds of a decoder without a cache."""
+  """The ratios between the modes, and between a decoder without a cache and a cached token."""
   last = by_mode.get("constant") or by_mode["none"]
   ratio = {"batch_size": size, "rerun_over_cached_token": rerun_seconds / last["seconds_per_token"]}
   if len(by_mode) > 1:
@@ -139,8 +139,8 @@ def _ratios(size: int, by_mode: dict[str, dict[str, Any]], rerun_seconds: float)
   return ratio
 
 
-class _Speaker:
-  """One mode at one batch size; compiled when it is made."""
+class _Generator:
+  """One mode at one batch size; compiled on construction."""
 
   def __init__(self, method: Any, params: Any, prompts: list[list[int]], mode: str, read: str, new: int):
     import jax
@@ -151,7 +151,7 @@ class _Speaker:
     self._params, self._prompts, self._new = params, prompts, new
     self._steps = new * method.num_slots
     self.all_tokens()
-    self._done = jax.block_until_ready(self._said)
+    self._done = jax.block_until_ready(self._state)
 
   def first_token(self) -> float:
     """Seconds from the prompts to the first token of all rows."""
@@ -166,11 +166,11 @@ class _Speaker:
 
     start = time.perf_counter()
     state = self._sampler.start(self._params, self._prompts, max_new_tokens=self._new, context=context)
-    self._said = self._sampler.advance(self._params, state, self._steps)
-    jax.block_until_ready(self._said.num_generated)
+    self._state = self._sampler.advance(self._params, state, self._steps)
+    jax.block_until_ready(self._state.num_generated)
     return time.perf_counter() - start
 
-  def describe(self, first: list[float], whole: list[float], bandwidth: float) -> dict[str, Any]:
+  def describe(self, first: list[float], total: list[float], bandwidth: float) -> dict[str, Any]:
     """A row of the result, from the seconds of each round."""
     from cyb_jax.generation.pacing import Constant
 
@@ -179,9 +179,9 @@ class _Speaker:
     pacing = self._sampler.pacing
     constant = isinstance(pacing, Constant)
     slots = tokens * pacing.layout.num_slots if constant else tokens + pauses
-    seconds, iterations = statistics.median(whole), int(state.iterations)
-    # The first step runs in both; what is between them is steps alone.
-    between = [(b - a) for a, b in zip(first, whole)]
+    seconds, iterations = statistics.median(total), int(state.iterations)
+    # Both times include the prefill and the first step, so their difference is the time of the other steps.
+    between = [(b - a) for a, b in zip(first, total)]
     steps = iterations - (1 if constant else 1 + int(state.pauses[:, 0].max()))
     per_step = statistics.median(between) / steps if steps else seconds
     moved = _bytes(self._params) + state.cache.nbytes
@@ -199,8 +199,10 @@ class _Speaker:
     }
 
 
-def _whole_forward(method: Any, params: Any, rows: int, tokens: int) -> Callable[[], float]:
-  """Seconds of what a decoder without a cache runs for one token: all slots of all tokens, one token read."""
+def _uncached_forward(method: Any, params: Any, rows: int, tokens: int) -> Callable[[], float]:
+  """A function that measures the seconds of a decoder without a cache for one token: all slots of all tokens run, and
+  one token is read.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -221,7 +223,7 @@ def _whole_forward(method: Any, params: Any, rows: int, tokens: int) -> Callable
 
 
 def _read_bandwidth(repeats: int) -> float:
-  """Bytes a second that a product of a large matrix with a vector reads."""
+  """The bytes per second that a large matrix-vector product reads."""
   import jax
   import jax.numpy as jnp
 

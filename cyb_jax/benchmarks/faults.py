@@ -1,7 +1,7 @@
-"""Kills a training again and again, and compares its result with that of an undisturbed one, bit for bit.
+"""Kills a training repeatedly, and compares its result with an undisturbed training, bit for bit.
 
-Every life is the training program in a process of its own, which dies of SIGKILL; or in several that train as one, of
-which one dies so, and the others end by themselves.
+Every life is a training program in its own process, which is killed by SIGKILL; or several processes that train
+together, one of which is killed and the others then exit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ml_collections import config_flags
 from cyb_jax.benchmarks import lives
 from cyb_jax.errors import Failed, InputError, check_seed
 
-# The phases in which a life is killed, and the share of the kills in each.
+# The phases in which a life is killed, and the share of kills in each phase.
 PHASES = {"start_up": 0.2, "step": 0.25, "save": 0.35, "evaluation": 0.2}
 
-# Lives get forward some thirty steps each; the rest is for the last one, which is left alone.
+# A life advances by about thirty steps; the remaining steps are run by the last life, which is not killed.
 _STEPS_PER_KILL = 70
 _SCHEDULE = {
   "log_every": 1,
@@ -47,22 +47,22 @@ _TINY = {
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("kills", 100, "How often the run is killed.")
-  flags.DEFINE_integer("hosts", 1, "How many processes train together; at each kill one of them dies.")
-  flags.DEFINE_integer("devices", 0, "CPU devices of each process; 0: what it finds.")
-  flags.DEFINE_integer("kills_seed", 0, "Where the moments are drawn from.")
-  config_flags.DEFINE_config_file("config", None, "What is trained, if not a tiny model on generated text.")
+  flags.DEFINE_integer("kills", 100, "The number of kills.")
+  flags.DEFINE_integer("hosts", 1, "The number of processes that train together; each kill kills one of them.")
+  flags.DEFINE_integer("devices", 0, "The number of CPU devices of each process; 0: the devices of the machine.")
+  flags.DEFINE_integer("kills_seed", 0, "The seed of the random moments of the kills.")
+  config_flags.DEFINE_config_file("config", None, "The config to train; without it, a tiny model on generated text.")
 
 
 def faults() -> dict[str, Any]:
   """Trains undisturbed; trains again with `--kills` SIGKILLs at random moments; compares the two folders.
 
-  Compared are config.json, the tokenizer, metrics.jsonl but for `timing` (a line for every step, so that another batch
-  would show), evaluation.json, and all arrays and the meta object of every checkpoint that was kept.
+  The comparison covers config.json, the tokenizer, metrics.jsonl except `timing` (with a line for every step, so that a
+  different batch is detected), evaluation.json, and all arrays and the meta object of every kept checkpoint.
 
   Raises:
-    Failed: they differ, or the run ended before all kills; the result names the first difference.
-    InputError: bad flags, or a config that the program refuses.
+    Failed: the folders differ, or the run ended before all kills; the result names the first difference.
+    InputError: a flag is invalid, or the program refuses the config.
   """
   kills, hosts = _checked_flags()
   check_seed("--kills_seed", flags.FLAGS.kills_seed)
@@ -71,18 +71,18 @@ def faults() -> dict[str, Any]:
   with tempfile.TemporaryDirectory(prefix="cyb-faults-") as scratch:
     folder = pathlib.Path(scratch)
     config = _write_config(folder, steps=_STEPS_PER_KILL * kills)
-    whole, broken = folder / "undisturbed", folder / "killed"
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
     durations = lives.Durations()
     with lives.server(folder) as server:
       logging.info("training undisturbed")
-      with _life(server, config, whole) as life:
+      with _life(server, config, undisturbed) as life:
         life.end(durations)
       undisturbed_seconds = time.perf_counter() - start
       logging.info("undisturbed: %d steps in %.0f s", _STEPS_PER_KILL * kills, undisturbed_seconds)
-      phases, victims = _kill_again_and_again(server, config, broken, rng, durations)
-      with _life(server, config, broken) as life:
+      phases, victims = _kill_repeatedly(server, config, killed, rng, durations)
+      with _life(server, config, killed) as life:
         life.end()
-    difference = first_difference(whole, broken)
+    difference = first_difference(undisturbed, killed)
     restarts = sum(phases.values())
     result = {
       "benchmark": "faults",
@@ -103,7 +103,7 @@ def faults() -> dict[str, Any]:
   if difference is not None:
     raise Failed(f"faults: after {restarts} kills the run differs: {difference}", result)
   if restarts < kills:
-    raise Failed(f"faults: the run ended after {restarts} kills of {kills}", result)
+    raise Failed(f"faults: the run ended after {restarts} of {kills} kills", result)
   return result
 
 
@@ -117,26 +117,26 @@ def _checked_flags() -> tuple[int, int]:
 
 
 def _life(server: lives.Server, config: pathlib.Path, workdir: pathlib.Path) -> Any:
-  """A life of a run that trains as the flags say."""
+  """A life of a run with the flags' number of hosts and devices."""
   return server.life(config, workdir, hosts=flags.FLAGS.hosts, devices=flags.FLAGS.devices)
 
 
-def _kill_again_and_again(
+def _kill_repeatedly(
   server: lives.Server,
   config: pathlib.Path,
   workdir: pathlib.Path,
   rng: np.random.Generator,
   durations: lives.Durations,
 ) -> tuple[dict[str, int], list[int]]:
-  """Kills a run `--kills` times, or until it ends by itself.
+  """Kills a run `--kills` times, or until it is complete.
 
   Returns:
-    How many lives ended in each phase; and how often each host was the one that was killed.
+    The number of lives that ended in each phase; and the number of kills of each host.
   """
   kills = flags.FLAGS.kills
   phases, victims = dict.fromkeys(PHASES, 0), [0] * flags.FLAGS.hosts
   for number in range(kills):
-    # The first life dies before there is anything to continue.
+    # The first life is killed before there is a checkpoint.
     wanted = str(rng.choice(list(PHASES), p=list(PHASES.values()))) if number else "start_up"
     with _life(server, config, workdir) as life:
       died_in = life.kill(wanted, rng, durations)
@@ -145,44 +145,45 @@ def _kill_again_and_again(
     phases[died_in] += 1
     victims[life.victim] += 1
     durations.add("outlived", life.outlived)
-    logging.info("kill %d of %d: host %d, in mid-%s", number + 1, kills, life.victim, died_in.replace("_", "-"))
+    logging.info("kill %d of %d: host %d, during %s", number + 1, kills, life.victim, died_in.replace("_", "-"))
   return phases, victims
 
 
 def _durations(durations: lives.Durations, hosts: int) -> dict[str, float | None]:
-  """The seconds of the result that were measured in the lives."""
+  """The durations in the result, measured in the lives."""
   return {
     "start_up_seconds": durations.median("start_up"),
     "save_seconds": durations.median("save"),
     "evaluation_seconds": durations.median("evaluation"),
-    # How long the remaining hosts took to end.
+    # The seconds until the remaining hosts exited.
     "outlived_seconds": durations.median("outlived") if hosts > 1 else None,
     "outlived_seconds_most": durations.most("outlived") if hosts > 1 else None,
   }
 
 
-def first_difference(whole: pathlib.Path, other: pathlib.Path) -> str | None:
-  """Where two runs' folders differ first, but for what depends on the clock; None where they don't."""
+def first_difference(reference: pathlib.Path, other: pathlib.Path) -> str | None:
+  """The first difference between two runs' folders, except times; None if they are equal."""
   from cyb_jax.checkpointing.workdir import checkpoints_in
   from cyb_jax.training.metrics import read_metrics
 
   files = ["config.json", "evaluation.json"]
-  files += sorted(str(path.relative_to(whole)) for path in (whole / "tokenizer").iterdir())
+  files += sorted(str(path.relative_to(reference)) for path in (reference / "tokenizer").iterdir())
   for name in files:
-    if not (other / name).exists() or (whole / name).read_bytes() != (other / name).read_bytes():
+    if not (other / name).exists() or (reference / name).read_bytes() != (other / name).read_bytes():
       return name
-  ours, theirs = ([{k: v for k, v in row.items() if k != "timing"} for row in read_metrics(x)] for x in (whole, other))
+  folders = (reference, other)
+  ours, theirs = ([{k: v for k, v in row.items() if k != "timing"} for row in read_metrics(x)] for x in folders)
   for number, (a, b) in enumerate(zip(ours, theirs), start=1):
     if a != b:
       return f"metrics.jsonl, line {number}, {next(k for k in a | b if a.get(k) != b.get(k))}"
   if len(ours) != len(theirs):
     return f"metrics.jsonl: {len(theirs)} lines, not {len(ours)}"
-  ours, theirs = (checkpoints_in(x, read_only=True) for x in (whole, other))
+  ours, theirs = (checkpoints_in(x, read_only=True) for x in folders)
   if ours.steps() != theirs.steps():
     return f"checkpoints: {theirs.steps()}, not {ours.steps()}"
   for step in ours.steps():
     for checkpoints in (ours, theirs):
-      checkpoints.find(step)  # it isn't damaged
+      checkpoints.find(step)  # raises if it is damaged
     a, b = ours.read(step), theirs.read(step)
     if a.meta != b.meta:
       return f"checkpoint {step}: meta"
@@ -201,7 +202,7 @@ def _leaves(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _write_config(folder: pathlib.Path, steps: int) -> pathlib.Path:
-  """A config file for the program: what `--config` gives, or the tiny one, on this benchmark's schedule."""
+  """Writes a config file for the program: the config of `--config` or the tiny one, with this benchmark's schedule."""
   from cyb_jax import configs
 
   source = flags.FLAGS.config

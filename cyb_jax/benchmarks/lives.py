@@ -1,7 +1,7 @@
-"""Trainings in processes of their own, watched and killed from outside: what benchmarks of faults and hosts start.
+"""Trainings in separate processes that are watched and killed from outside, for benchmarks of faults and hosts.
 
-They are forked from a server that has imported everything but started no backend, so that a life costs a second instead
-of the ten that imports take. A life is a training by one process or, on the loopback, by several that train as one.
+They are forked from a server that has imported all modules but started no backend, so that a life starts in one second
+instead of ten. A life is a training by one process, or by several processes that train together over the loopback.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import numpy as np
 
 from cyb_jax.errors import EXIT_BAD_INPUT, InputError
 
-# A life that is to be killed at a step has at most so many before.
+# The maximum number of steps of a life before it is killed at a step.
 _MOST_STEPS_BEFORE_A_KILL = 80
 _LONGEST_LIFE = 1200.0
-# Seconds that the hosts that are left may take beyond the heartbeat.
+# The seconds beyond the heartbeat within which the remaining hosts must exit.
 _MARGIN = 30.0
 HEARTBEAT = 10
 
 
 class Durations:
-  """How long the phases last, in seconds: kills are spread over that."""
+  """The durations of the phases in seconds; kills are spread over them."""
 
   def __init__(self) -> None:
     self._seen: dict[str, list[float]] = {"start_up": [], "save": [], "evaluation": [], "outlived": []}
@@ -49,8 +49,8 @@ class Durations:
 
 @contextlib.contextmanager
 def server(folder: pathlib.Path) -> Iterator[Server]:
-  """The server; logs and compiled programs go to the folder."""
-  # Compiled programs are kept between lives, and apart from the user's: a kill may tear what is being written there.
+  """The server; logs and compiled programs are written to the folder."""
+  # Compiled programs are cached between lives, but not in the user's cache, because a kill may damage a file.
   cache = {
     "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -62,11 +62,11 @@ def server(folder: pathlib.Path) -> Iterator[Server]:
     try:
       yield Server(process, folder)
     finally:
-      process.stdin.close()  # which ends it
+      process.stdin.close()  # the server then exits
 
 
 def serve() -> None:
-  """The server: starts, watches and kills training programs as its standard input says, a JSON object a line."""
+  """Starts, watches and kills training programs on requests from standard input, one JSON object per line."""
   import jax  # noqa: F401
 
   # Imported before the forks, so that a life does not spend its time on imports.
@@ -92,7 +92,7 @@ def serve() -> None:
         pids.append(pid)
       answer = pids
     elif request["kill"]:
-      # Nobody has waited for it yet, so that the number can't be another process's.
+      # No one has waited for the process yet, so its id can't belong to another process.
       pid = pids[request["host"]]
       os.kill(pid, signal.SIGKILL)
       answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -104,7 +104,7 @@ def serve() -> None:
 
 
 class Server:
-  """The server as seen from here; one life at a time."""
+  """The client of the server; one life at a time."""
 
   def __init__(self, process: subprocess.Popen[str], folder: pathlib.Path):
     self._process, self._folder, self._count = process, folder, 0
@@ -113,17 +113,17 @@ class Server:
   def life(
     self, config: pathlib.Path, workdir: pathlib.Path, *flags: str, hosts: int = 1, devices: int = 0
   ) -> Iterator[Life]:
-    """A training of the config in the folder, begun or continued; it doesn't outlive the `with` block.
+    """A training of the config in the folder, new or continued; it is killed at the end of the `with` block.
 
     Args:
-      config, workdir, flags: of the program.
-      hosts: how many processes train together.
-      devices: CPU devices that each of them has; 0: what it finds.
+      config, workdir, flags: the arguments of the program.
+      hosts: the number of processes that train together.
+      devices: the number of CPU devices of each process; 0: the devices of the machine.
     """
     given = [f"--config={config}", f"--workdir={workdir}", *flags]
     environment = {}
     if devices:
-      # As many threads as JAX 0.9.2 to 0.10.2 need not to deadlock on devices of this kind.
+      # JAX 0.9.2 to 0.10.2 deadlocks on such devices with fewer threads.
       count = f"--xla_force_host_platform_device_count={devices}"
       environment = {"NPROC": "32", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}"}
     if hosts > 1:
@@ -134,7 +134,7 @@ class Server:
     logs = [self._folder / f"{self._count}.{host}.log" for host in range(hosts)]
     self._count += 1
     own = [[f"--process_id={host}"] if hosts > 1 else [] for host in range(hosts)]
-    self.ask(
+    self.send(
       {"start": [{"flags": given + own[i], "log": str(logs[i]), "environment": environment} for i in range(hosts)]}
     )
     life = Life(self, workdir, logs)
@@ -143,7 +143,7 @@ class Server:
     finally:
       life.kill_now()
 
-  def ask(self, request: dict[str, Any]) -> Any:
+  def send(self, request: dict[str, Any]) -> Any:
     self._process.stdin.write(json.dumps(request) + "\n")
     self._process.stdin.flush()
     answer = self._process.stdout.readline()
@@ -153,7 +153,7 @@ class Server:
 
 
 class Life:
-  """One training, watched from outside through its files."""
+  """One training, which is watched from outside through its files."""
 
   def __init__(self, server: Server, workdir: pathlib.Path, logs: list[pathlib.Path]):
     self._server, self._logs = server, logs
@@ -167,7 +167,7 @@ class Life:
     self._evaluating = False
 
   def end(self, durations: Durations | None = None) -> None:
-    """Lets it live; raises RuntimeError if it fails."""
+    """Waits until the training ends; raises RuntimeError if it fails."""
     since: dict[str, float] = {}
     while self._alive():
       now = time.perf_counter()
@@ -183,16 +183,16 @@ class Life:
     self._check()
 
   def kill(self, wanted: str, rng: np.random.Generator, durations: Durations) -> str | None:
-    """Kills it at a random moment of a phase.
+    """Kills the training at a random moment of a phase.
 
-    Of several hosts one is killed, `victim`; the others must end by themselves, and the last of them takes `outlived`
+    With several hosts one host, `victim`, is killed; the others must exit, and the last of them takes `outlived`
     seconds.
 
     Returns:
-      The phase that it died in, which may be the next one already; None if the run was finished before.
+      The phase in which it was killed, which may be the phase after `wanted`; None if the run was already finished.
     """
     steps = int(rng.integers(1, _MOST_STEPS_BEFORE_A_KILL + 1))
-    # A bit longer than the phase lasts, so that its end is met too.
+    # Slightly longer than the phase, so that kills at its end occur too.
     delay = rng.random() * (0.3 if wanted == "step" else 1.1 * (durations.median(wanted) or 1.0))
     conditions = {
       "start_up": lambda: True,
@@ -218,27 +218,27 @@ class Life:
     self._read()
     if not self._steps:
       return "start_up"
-    if self._evaluating:  # behind which the save before may still be running
+    if self._evaluating:  # the previous save may still be running
       return "evaluation"
     return "save" if self._saving() else "step"
 
   def kill_now(self) -> None:
-    """Kills what of it isn't dead."""
+    """Kills all processes that are alive."""
     for host in range(len(self._logs)):
       self._kill(host)
 
   def _kill(self, host: int) -> int:
     if self._codes[host] is None:
-      self._codes[host] = self._server.ask({"kill": True, "host": host})
+      self._codes[host] = self._server.send({"kill": True, "host": host})
     return self._codes[host]
 
   def _wait_for_all(self) -> None:
-    """Until the hosts that are left have ended by themselves."""
+    """Waits until the remaining hosts have exited."""
     died = time.perf_counter()
     for host in range(len(self._logs)):
-      while self._codes[host] is None and not self._server.ask({"kill": False, "host": host}):
+      while self._codes[host] is None and not self._server.send({"kill": False, "host": host}):
         if time.perf_counter() - died > HEARTBEAT + _MARGIN:
-          raise RuntimeError(f"host {host} still runs {HEARTBEAT + _MARGIN:.0f} s after host {self.victim} has died")
+          raise RuntimeError(f"host {host} still runs {HEARTBEAT + _MARGIN:.0f} s after host {self.victim} was killed")
         time.sleep(0.01)
     self.outlived = time.perf_counter() - died
     self.kill_now()
@@ -247,7 +247,7 @@ class Life:
     if time.perf_counter() - self._born > _LONGEST_LIFE:
       raise RuntimeError(f"a training has run for {_LONGEST_LIFE:.0f} s\n{self._tail()}")
     self._read()
-    return not all(self._server.ask({"kill": False, "host": host}) for host in range(len(self._logs)))
+    return not all(self._server.send({"kill": False, "host": host}) for host in range(len(self._logs)))
 
   def _check(self) -> None:
     self.kill_now()
@@ -255,10 +255,10 @@ class Life:
       if code == EXIT_BAD_INPUT:
         raise InputError(self._tail(host).rpartition("error: ")[2].strip())
       if code != 0:
-        raise RuntimeError(f"a training has ended by itself with exit code {code}\n{self._tail(host)}")
+        raise RuntimeError(f"a training exited with code {code}\n{self._tail(host)}")
 
   def _read(self) -> None:
-    """Reads on in the log, that of host 0."""
+    """Reads new lines of the log of host 0."""
     if self._lines is None and self._logs[0].exists():
       self._lines = self._logs[0].open()
     for line in self._lines or ():

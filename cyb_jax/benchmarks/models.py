@@ -1,4 +1,4 @@
-"""The model that is measured: a trained run's, or a config's with fresh parameters."""
+"""The measured model: the model of a trained run, or of a config with fresh parameters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cyb_jax.errors import InputError
 
 def define_flags() -> None:
   config_flags.DEFINE_config_file(
-    "config", None, "A config file, experiments/NAME.py, of a model with fresh parameters; or give --workdir."
+    "config", None, "A config file, experiments/NAME.py, for a model with fresh parameters; or give --workdir."
   )
-  command_line.define_path("workdir", None, "A trained run, which pauses where it has learned to.")
-  flags.DEFINE_integer("vocabulary", 0, "With --config: entries of the vocabulary; 0: as the config or preset says.")
+  command_line.define_path("workdir", None, "A trained run, which pauses as it was trained to.")
+  flags.DEFINE_integer("vocabulary", 0, "With --config: the vocabulary size; 0: the size of the config or preset.")
 
 
 def check_flags() -> None:
-  """Raises InputError unless one of --workdir and --config is given."""
+  """Raises InputError unless exactly one of --workdir and --config is given."""
   if bool(flags.FLAGS.workdir) == (flags.FLAGS.config is not None):
-    raise InputError("--workdir: give it, or --config, and not both")
+    raise InputError("--workdir: give either --workdir or --config")
 
 
 def source() -> str:

@@ -1,4 +1,4 @@
-"""The readout: XLA's temporary memory, and its time, against a dense one."""
+"""Benchmark of the readout: XLA's temporary memory and time, compared with a dense readout."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from cyb_jax.errors import InputError
 def define_flags() -> None:
   flags.DEFINE_integer("slots", 131072, "The number of slots that are read.")
   flags.DEFINE_integer("width", 768, "The width of the hidden states, d_model.")
-  flags.DEFINE_integer("vocabulary", 50304, "Rows of the unembedding.")
-  flags.DEFINE_integer("timed_slots", 1024, "Slots of the timed runs, which a dense one must fit too.")
+  flags.DEFINE_integer("vocabulary", 50304, "The number of rows of the unembedding.")
+  flags.DEFINE_integer("timed_slots", 1024, "The number of slots of the timed runs; a dense readout of them must fit.")
   timing.define_flags()
 
 
 def readout() -> dict[str, Any]:
-  """XLA's temporary memory for value and gradient at full size; the time of both at a size that a dense one fits."""
+  """Measures XLA's temporary memory for value and gradient at full size, and the time of both readouts at a smaller
+  size, for which a dense readout fits into memory.
+  """
   args, repeats = flags.FLAGS, timing.repeats()
   for name in ("slots", "timed_slots", "width", "vocabulary"):
     value, unit = args[name].value, 4 if name.endswith("slots") else 1
@@ -55,7 +57,7 @@ def readout() -> dict[str, Any]:
 
 
 def _readouts() -> dict[str, Callable[..., Any]]:
-  """The sum of all scores, read out in chunks and densely; functions of (hidden, unembedding, dk row, targets)."""
+  """Functions (hidden, unembedding, dk row, targets) -> the sum of all scores, read out in chunks or densely."""
   import jax
   import jax.numpy as jnp
 
@@ -75,7 +77,7 @@ def _readouts() -> dict[str, Callable[..., Any]]:
 
 
 def _arguments(slots: int) -> tuple[Any, ...]:
-  """Shapes of what a readout takes: hidden f32[slots / 4, 4, D], unembedding f32[V, D], dk row f32[D], targets i32."""
+  """The shapes of the arguments: hidden f32[slots / 4, 4, D], unembedding f32[V, D], dk row f32[D], targets i32."""
   import jax
   import jax.numpy as jnp
 
@@ -89,7 +91,7 @@ def _arguments(slots: int) -> tuple[Any, ...]:
 
 
 def _values(slots: int) -> list[Any]:
-  """Arrays of these shapes: normal ones of deviation 0.02, and targets that are all 0."""
+  """Arrays of these shapes: normal numbers with a standard deviation of 0.02, and targets of 0."""
   import jax
   import jax.numpy as jnp
 
@@ -101,7 +103,7 @@ def _values(slots: int) -> list[Any]:
 
 
 def _compiled(function: Callable[..., Any], slots: int) -> Any:
-  """Value and gradient of a readout of so many slots."""
+  """The compiled value and gradient of a readout of `slots` slots."""
   import jax
 
   return jax.jit(jax.value_and_grad(function, (0, 1, 2))).lower(*_arguments(slots)).compile()

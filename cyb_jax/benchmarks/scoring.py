@@ -1,15 +1,15 @@
-"""Scoring: requests a second of downstream tasks, batched against one by one.
+"""Benchmark of scoring: requests per second of downstream tasks, batched and one by one.
 
-Two sets of requests are drawn, of the lengths that two tasks have. LAMBADA's: a context of about 85 tokens, and a word
-of one to three. HellaSwag's: a context of about 60 tokens, and four endings of about 28. Three ways take turns (A B C
-A B C ...), so that a drifting machine is fair to all:
+Two sets of requests are drawn, with lengths as in two tasks: LAMBADA, with a context of about 85 tokens and a word of
+one to three tokens; and HellaSwag, with a context of about 60 tokens and four endings of about 28 tokens. Three ways
+alternate (A B C A B C and so on), so that drift of the machine affects all equally:
 
-- batched: `Scorer.score` of the whole set;
-- one_by_one: the same of one request after the other, each compiled for its length;
-- padded: the method's output of one request after the other, as evaluation reads windows: padded to the set's longest
-  request, and all of it read out.
+- batched: `Scorer.score` of the complete set;
+- one_by_one: `Scorer.score` of one request after the other, each compiled for its length;
+- padded: the method's evaluation of one request after the other, padded to the longest request of the set, with a
+  readout of all tokens.
 
-Of each the wall-clock seconds are taken, and the processor's, which other programs on the machine disturb less.
+Both wall-clock and processor time are measured; other programs on the machine affect the latter less.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "row_slots",
     0,
-    "With batches, the number of slots of a row, see `Scorer`; 1: as long as their requests; 0: what costs least.",
+    "With batches, the number of slots of a row, see `Scorer`; 1: the length of the request; 0: the cheapest length.",
   )
-  flags.DEFINE_list("like", list(_LIKE), "Sets: " + ", ".join(_LIKE))
+  flags.DEFINE_list("like", list(_LIKE), "The sets of requests, some of " + ", ".join(_LIKE) + ".")
   timing.define_flags()
 
 
 def scoring() -> dict[str, Any]:
-  """A row for each set and way, and how many times faster the batch is.
+  """A row for each set and way, and the speed-up of batches.
 
   Raises:
-    InputError: bad input; nothing was compiled.
+    InputError: the input is invalid; nothing was compiled.
   """
   args = flags.FLAGS
   repeats = timing.repeats()
   if args.requests < 1:
     raise InputError(f"--requests: {args.requests} must be at least 1")
   if args.row_slots < 0:
-    raise InputError(f"--row_slots: {args.row_slots} is negative")
+    raise InputError(f"--row_slots: {args.row_slots} must not be negative")
   for name in args.like:
     if name not in _LIKE:
-      raise InputError(f"--like: {name!r} is none of {', '.join(_LIKE)}")
+      raise InputError(f"--like: {name!r} is not one of {', '.join(_LIKE)}")
   models.check_flags()
 
   import jax

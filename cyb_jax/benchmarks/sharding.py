@@ -1,4 +1,4 @@
-"""One training step on every mesh of the devices at hand, and by pmap, against one device."""
+"""Compares one training step on every mesh of the available devices, and with pmap, with a step on one device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5
 
-# With kv heads that don't divide over all meshes, and several chunks of the readout.
+# The kv heads don't divide over all meshes, and the readout has several chunks.
 _TINY = {
   "method": {"pauses": 2, "pause_input": "token+pause"},
   "decoder": {"num_layers": 1, "d_model": 32, "num_heads": 8, "num_kv_heads": 2, "head_size": 8, "mlp_size": 64},
@@ -32,26 +32,27 @@ _TINY = {
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("devices", 0, "So many CPU devices are made of this machine; 0: those that are there.")
-  flags.DEFINE_integer("vocabulary", 0, "Entries of the vocabulary; 0: 1,000.")
-  config_flags.DEFINE_config_file("config", None, "What takes the step, if not a tiny model.")
+  flags.DEFINE_integer("devices", 0, "The number of simulated CPU devices; 0: the devices of the machine.")
+  flags.DEFINE_integer("vocabulary", 0, "The vocabulary size; 0: 1,000.")
+  config_flags.DEFINE_config_file("config", None, "The config of the step; without it a tiny model.")
 
 
 def sharding() -> dict[str, Any]:
-  """The same step, of random tokens, in f32 with exact matrix products.
+  """Runs the same step on random tokens, in f32 with exact matrix products.
 
   Returns:
-    `devices`, `tolerance`, `within` (of all rows), `rows`, `timing`. A row has `strategy`, the mesh (`data`, `fsdp`,
-    `tensor`), `loss_deviation` and `gradient_deviation`, the largest deviations from one device, relative, a
-    gradient's to the largest number of its array; `parameter_bytes` and `moment_bytes` on each device; `within`.
+    `devices`, `tolerance`, `within` (for all rows), `rows`, `timing`. A row has `strategy`, the mesh (`data`, `fsdp`,
+    `tensor`), `loss_deviation` and `gradient_deviation`, the largest relative deviations from one device (of a
+    gradient, relative to the largest number of its array), `parameter_bytes` and `moment_bytes` on each device, and
+    `within`.
 
   Raises:
-    Failed: a deviation above the tolerance.
-    InputError: bad flags; a batch that the devices don't share evenly.
+    Failed: a deviation exceeds the tolerance.
+    InputError: a flag is invalid, or the batch does not divide over the devices.
   """
   count, vocabulary = flags.FLAGS.devices, flags.FLAGS.vocabulary or 1000
   if count < 0:
-    raise InputError(f"--devices: {count} is negative")
+    raise InputError(f"--devices: {count} must not be negative")
   if vocabulary < 2:
     raise InputError(f"--vocabulary: {vocabulary} must be at least 2")
   if count:
@@ -64,12 +65,12 @@ def sharding() -> dict[str, Any]:
   config = _config()
   devices = len(jax.devices())
   if count and devices != count:
-    raise InputError(f"--devices: {count}, but jax has started with {devices}")
+    raise InputError(f"--devices: {count}, but jax has already started with {devices} devices")
   check_batch(config.data.batch_size, devices * config.optimizer.accumulate)
-  whole = _step(config, vocabulary, {}, jax.devices()[:1])
-  rows = [whole.row({}, whole)]
+  reference = _step(config, vocabulary, {}, jax.devices()[:1])
+  rows = [reference.row({}, reference)]
   for mesh in _meshes(devices):
-    rows.append(_step(config, vocabulary, mesh, jax.devices()).row(mesh, whole))
+    rows.append(_step(config, vocabulary, mesh, jax.devices()).row(mesh, reference))
     logging.info("%s", rows[-1])
   result = {
     "benchmark": "sharding",
@@ -82,13 +83,13 @@ def sharding() -> dict[str, Any]:
   }
   if not result["within"]:
     largest = max(max(row["loss_deviation"], row["gradient_deviation"]) for row in rows)
-    raise Failed(f"sharding: a deviation of {largest:.1e} from one device, above {TOLERANCE:g}", result)
+    raise Failed(f"sharding: a deviation of {largest:.1e} from one device exceeds {TOLERANCE:g}", result)
   return result
 
 
 def _make_devices(count: int) -> None:
-  """CPU devices, as many as wanted; before jax's backend starts."""
-  # With fewer threads than twice the devices jax before 0.11 hangs.
+  """Creates simulated CPU devices; must be called before jax's backend starts."""
+  # jax before 0.11 deadlocks with fewer threads than twice the number of devices.
   os.environ["NPROC"] = str(max(32, 4 * count))
   import jax
 
@@ -107,13 +108,13 @@ def _config() -> Config:
   else:
     config = command_line.config_flag()
   config.precision.update(activations="float32", params="float32", matmul="highest")
-  # Clipping would be of a norm that deviates too; without it the first moments are the gradient.
+  # The clipped norm would deviate too; without clipping the first moments are proportional to the gradient.
   config.optimizer.clip_norm = 0.0
   return resolve(config)
 
 
 def _meshes(devices: int) -> Iterator[dict[str, Any]]:
-  """What `parallelism` is to have: every shape of a mesh, then pmap."""
+  """The fields of `parallelism`: every shape of a mesh, then pmap."""
   divisors = [n for n in range(1, devices + 1) if devices % n == 0]
   for tensor in divisors:
     for fsdp in divisors:
@@ -123,7 +124,7 @@ def _meshes(devices: int) -> Iterator[dict[str, Any]]:
 
 
 class _Step:
-  """What a step leaves, on the host."""
+  """The results of a step on the host."""
 
   def __init__(self, state: TrainState, abstract: TrainState):
     import jax
@@ -136,22 +137,22 @@ class _Step:
     moments = [optax.tree.get(abstract.opt_state, name) for name in ("mu", "nu")]
     self.parameter_bytes, self.moment_bytes = bytes_per_device(abstract.params), bytes_per_device(moments)
 
-  def row(self, mesh: dict[str, Any], whole: _Step) -> dict[str, Any]:
-    loss = abs(self.loss / whole.loss - 1)
-    gradient = _deviation(self.gradient, whole.gradient)
+  def row(self, mesh: dict[str, Any], reference: _Step) -> dict[str, Any]:
+    loss = abs(self.loss / reference.loss - 1)
+    gradient = _deviation(self.gradient, reference.gradient)
     return {
       **({"strategy": "jit", "data": 1, "fsdp": 1, "tensor": 1} | mesh),
       "loss_deviation": loss,
       "gradient_deviation": gradient,
       "parameter_bytes": self.parameter_bytes,
       "moment_bytes": self.moment_bytes,
-      # Not a number is not within.
+      # nan is not within the tolerance.
       "within": max(loss, gradient) <= TOLERANCE and loss == loss and gradient == gradient,
     }
 
 
-def _deviation(tree: PyTree, whole: PyTree) -> float:
-  """The largest over all arrays of the largest deviation, relative to the largest number of the array."""
+def _deviation(tree: PyTree, reference: PyTree) -> float:
+  """The maximum over all arrays of the largest deviation, relative to the largest number of the array."""
   import jax
   import numpy as np
 
@@ -159,7 +160,7 @@ def _deviation(tree: PyTree, whole: PyTree) -> float:
     largest = np.abs(b).max()
     return float(np.abs(a - b).max() / largest) if largest else float(np.abs(a).max())
 
-  return max(jax.tree.leaves(jax.tree.map(of, tree, whole)))
+  return max(jax.tree.leaves(jax.tree.map(of, tree, reference)))
 
 
 def _step(config: Config, vocabulary: int, mesh: dict[str, Any], devices: list[jax.Device]) -> _Step:

@@ -1,4 +1,4 @@
-"""Times taken side by side, so that a machine that drifts, or that others use too, is fair to all."""
+"""Alternating time measurements, so that drift of the machine and other programs affect all candidates equally."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("repeats", 5, "How often each time is taken; medians are printed.")
+  flags.DEFINE_integer("repeats", 5, "The number of measurements of each time; medians are printed.")
 
 
 def repeats() -> int:
   """The flag `--repeats`.
 
   Raises:
-    InputError: it is less than 1.
+    InputError: the value is less than 1.
   """
   if flags.FLAGS.repeats < 1:
     raise InputError(f"--repeats: {flags.FLAGS.repeats} must be at least 1")
@@ -30,10 +30,10 @@ def repeats() -> int:
 
 
 def in_turn(functions: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
-  """What each function returns in each round, called in turn: A B C A B C ...
+  """The results of each function in each round; the functions are called in turn: A B C A B C and so on.
 
   Returns:
-    One list a function, of `rounds` results.
+    One list of `rounds` results for each function.
   """
   results: list[list[T]] = [[] for _ in functions]
   for _ in range(rounds):
@@ -43,7 +43,7 @@ def in_turn(functions: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
 
 
 def side_by_side(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-  """Median seconds of each, taken in turn; one run of each before."""
+  """The median seconds of each function, called in turn after one warm-up call of each."""
 
   def timed(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
@@ -63,10 +63,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio(base: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-  """(median, lowest, highest) of base / other, round by round: how many times faster `other` is.
+  """(median, lowest, highest) of base / other over the rounds: the speed-up of `other`.
 
   Args:
-    base, other: seconds of each round, in the order in which they were taken.
+    base, other: the seconds of each round, in order.
   """
   rounds = [a / b for a, b in zip(base, other, strict=True)]
   return statistics.median(rounds), min(rounds), max(rounds)

@@ -1,18 +1,19 @@
-"""The training step: how fast, how much of the device's peak, how much memory; configs measured side by side.
+"""Benchmark of the training step: speed, share of the device's peak, and memory, of several configs side by side.
 
-What runs is what cyb-train runs: its step under its strategy (jit or pmap), with its optimizer and its donation, on
-batches that a thread reads ahead. Nothing is synchronised for the clock's sake:
+The step is that of cyb-train, under its strategy (jit or pmap), with its optimizer and donation, on batches that a
+thread reads ahead. There is no additional synchronisation for the measurement:
 
-    dispatch   s1 s2 s3 s4 s5 s6 ...        the host is up to two steps ahead of the device
-    wait for         s1 s2 s3 s4 ...        after the dispatch of step k + 2, for step k
+    dispatch   s1 s2 s3 s4 s5 s6        the host is up to two steps ahead of the device
+    wait for         s1 s2 s3 s4        after the dispatch of step k + 2, for step k
 
-The time of a step is the time between the moments at which the step before it and it were seen to be ready. What is
-waited for is one number that a small program copies out of the new state, since the state itself is donated to the
-next step. So a step's time holds whatever keeps the device from the next one: slow dispatch, late batches.
+The time of a step is the difference between the moments at which the previous step and this step are observed to be
+ready. The host waits for one number that a small program copies from the new state, because the state itself is donated
+to the next step. So a step's time includes everything that delays the device: slow dispatch and late batches.
 
-Rows take turns, a block of steps each (A B C A B C ...), so that a drifting machine is fair to all; their states lie on
-the devices together. A block's first step starts the clock, and two more follow those that are timed, so that every one
-of them is waited for with later ones under way. A block of each comes before all others: first runs allocate.
+The rows alternate, with one block of steps each (A B C A B C and so on), so that drift of the machine affects all
+equally; all their states are on the devices at the same time. The first step of a block starts the clock, and two more
+steps follow the timed ones, so that later steps are in flight when the host waits for a timed step. Before all timed
+blocks there is one block of each row, because first executions allocate memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from cyb_jax import command_line
 from cyb_jax.benchmarks import timing, variants
 from cyb_jax.errors import InputError
 
-if TYPE_CHECKING:  # imported where it is used, so that --help is quick
+if TYPE_CHECKING:  # otherwise imported where it is used, so that --help is fast
   import ml_collections
 
   from cyb_jax.configs import Config
@@ -51,29 +52,29 @@ def define_flags() -> None:
   flags.DEFINE_multi_string(
     "variant",
     [],
-    "A variant that is measured next to the config itself: a setting, whose method replaces the config's ('baseline',"
-    " 'tbys3', 'ap'), fields ('method.pauses=1,method.pause_visibility=hidden'), or a setting and fields"
+    "A variant that is measured in addition to the config itself: a setting, whose method replaces the config's"
+    " ('baseline', 'tbys3', 'ap'), fields ('method.pauses=1,method.pause_visibility=hidden'), or a setting and fields"
     " ('tbys3,data.batch_size=8'). May be given several times.",
   )
-  command_line.define_path("store", "", "A token store; '': that of data.store, or else random tokens.")
+  command_line.define_path("store", "", "A token store; '': the store of data.store, or random tokens.")
   flags.DEFINE_integer(
     "vocabulary",
     0,
-    "Entries of the random tokens' vocabulary; 0: decoder.vocab_size, or what data.tokenizer says, or the preset's.",
+    "The vocabulary size of random tokens; 0: decoder.vocab_size, or the size of data.tokenizer or of the preset.",
   )
-  flags.DEFINE_integer("steps", 20, "Timed steps in a block.")
-  flags.DEFINE_integer("blocks", 5, "Blocks of steps, taken in turn with those of the variants.")
+  flags.DEFINE_integer("steps", 20, "The number of timed steps in a block.")
+  flags.DEFINE_integer("blocks", 5, "The number of blocks of steps, alternating with those of the variants.")
   flags.DEFINE_float(
-    "peak_tflops", 0.0, "What a device does at best, 1e12 operations a second; 0: what is known of it."
+    "peak_tflops", 0.0, "The peak rate of a device, in 1e12 operations per second; 0: the known rate of the device."
   )
-  command_line.define_path("profile", "", "A folder: some more steps of row N (from 0) are traced into FOLDER/N.")
+  command_line.define_path("profile", "", "Profile folder: additional steps of row N (from 0) are traced to FOLDER/N.")
 
 
 def train() -> dict[str, Any]:
   """A row for the config and for each variant.
 
   Raises:
-    InputError: bad input; nothing was compiled or written.
+    InputError: the input is invalid; nothing was compiled or written.
   """
   args = flags.FLAGS
   for name, least in (("steps", 2), ("blocks", 1), ("vocabulary", 0), ("peak_tflops", 0)):
@@ -83,8 +84,8 @@ def train() -> dict[str, Any]:
 
   import jax
 
-  # What is timed is compilation, not a look-up in a cache that an earlier run has filled. JAX asks once, at its first
-  # compilation, whatever that is.
+  # Times compilation, not a look-up in a cache that an earlier run has filled. JAX reads this option only once, at its
+  # first compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   names, contenders = ["", *args.variant], _contenders(source)
   if args.profile:
@@ -119,7 +120,7 @@ def train() -> dict[str, Any]:
 
 
 def _contenders(source: ml_collections.ConfigDict) -> list[_Contender]:
-  """The config itself, and its variants by the flag `--variant`."""
+  """The config itself, and its variants from the flag `--variant`."""
   from cyb_jax.studies.resolution import resolve
 
   args = flags.FLAGS
@@ -136,7 +137,7 @@ def _contenders(source: ml_collections.ConfigDict) -> list[_Contender]:
 
 
 def _in_turn(contenders: Sequence[_Contender]) -> list[list[Block]]:
-  """The timed blocks of each, taken in turn after one block of each that isn't timed."""
+  """The timed blocks of each contender, in turn, after one untimed block of each."""
   args = flags.FLAGS
   for contender in contenders:
     contender.block(args.steps)
@@ -146,7 +147,7 @@ def _in_turn(contenders: Sequence[_Contender]) -> list[list[Block]]:
 def _ratios(
   names: Sequence[str], contenders: Sequence[_Contender], blocks: Sequence[Sequence[Block]]
 ) -> list[dict[str, Any]]:
-  """How many times the tokens per second of the config itself each of them has, block by block."""
+  """The tokens per second of each contender relative to the config itself, over the blocks."""
   per_token = [[x.median / contender.tokens for x in mine] for contender, mine in zip(contenders, blocks)]
   ratios = []
   for name, mine in zip(names, per_token):
@@ -156,12 +157,12 @@ def _ratios(
 
 
 class RandomTokens:
-  """Batches of tokens drawn evenly, by step number, as `data.TrainBatches` gives those of a store.
+  """Batches of uniformly drawn tokens, by step number, with the interface of `data.TrainBatches`.
 
   Args:
-    vocab_size: of the tokens; token 0 ends documents.
+    vocab_size: the vocabulary size; token 0 ends documents.
     sequence_length: T.
-    rows: this host's.
+    rows: the number of rows of this host.
   """
 
   end_id = 0
@@ -180,8 +181,8 @@ class Block:
   """The times of a block of steps.
 
   Attributes:
-    seconds: of each step.
-    waited: seconds that the host has waited for batches meanwhile.
+    seconds: the time of each step.
+    waited: the seconds that the host waited for batches during the block.
   """
 
   seconds: tuple[float, ...]
@@ -193,12 +194,12 @@ class Block:
 
 
 def run_block(step: Callable[[], Any], steps: int, waited: Callable[[], float]) -> Block:
-  """Times steps that are dispatched ahead; see the module.
+  """Times steps that are dispatched ahead; see the docstring of the module.
 
   Args:
     step: dispatches a step and returns an array that is ready when the step is done.
-    steps: how many are timed; three more are run.
-    waited: seconds waited for batches so far.
+    steps: the number of timed steps; three more steps are run.
+    waited: returns the total seconds waited for batches.
   """
   under_way: collections.deque[Any] = collections.deque()
   ready: list[float] = []
@@ -209,15 +210,15 @@ def run_block(step: Callable[[], Any], steps: int, waited: Callable[[], float]) 
       under_way.popleft().block_until_ready()
       ready.append(time.perf_counter())
       waits.append(waited())
-  under_way.pop().block_until_ready()  # the device is the next row's
+  under_way.pop().block_until_ready()  # the next row then uses the device
   return Block(tuple(np.diff(ready).tolist()), waits[-1] - waits[0])
 
 
 class _Contender:
-  """A config under test. Entering it compiles its step and lays its state on the devices.
+  """A measured config. Entering the context compiles its step and creates its state on the devices.
 
   Raises:
-    InputError: sizes that don't fit each other, the devices or the store.
+    InputError: sizes are incompatible with each other, the devices or the store.
   """
 
   def __init__(self, config: Config, store: str, vocabulary: int):
@@ -234,7 +235,7 @@ class _Contender:
     self._read, vocab_size = _open_batches(config, store, vocabulary)
     local = config.parallelism.strategy == "pmap"
     self.method = config.build_method(vocab_size, data_shards=1 if local else shards)
-    # The schedule's length changes no cost.
+    # The length of the schedule does not affect the cost.
     optimizer = optimizer_of(config, self.method, config.train.steps or 1000)
     self._strategy = build_strategy(config, self.method, optimizer, self._mesh)
     self._mark = jax.jit(lambda step: step + 1)
@@ -242,7 +243,7 @@ class _Contender:
 
   @property
   def tokens(self) -> int:
-    """In a batch."""
+    """The number of tokens in a batch."""
     return self.config.data.batch_size * self.config.data.sequence_length
 
   def __enter__(self) -> _Contender:
@@ -273,7 +274,7 @@ class _Contender:
     return self._mark(self._state.step)
 
   def describe(self, blocks: Sequence[Block], peak: float | None, *, alone: bool) -> dict[str, Any]:
-    """The row; `peak`: operations per second of a device, None: what is known; `alone`: no other row ran before."""
+    """The row; `peak`: the peak rate of a device, None: the known rate; `alone`: whether this is the only row."""
     import jax
 
     from cyb_jax.costs.flops import peak_flops
@@ -318,17 +319,19 @@ class _Contender:
 
 
 def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable[[int], dict[str, np.ndarray]], int]:
-  """What reads a step's batch, and its vocabulary's size."""
+  """The function that reads a step's batch, and the vocabulary size."""
   from cyb_jax.data import TokenStore, TrainBatches, with_segment_ids
 
   data = config.data
   if store and not pathlib.Path(store).exists():
-    raise InputError(f"--store: {store} is not there")
+    raise InputError(f"--store: {store} does not exist; give the folder of a token store")
   store = store or data.store
   if store:
     opened = TokenStore.open(store)
     if vocabulary:
-      raise InputError(f"--vocabulary: {vocabulary} is set, but the token store has its own, {opened.vocab_size}")
+      raise InputError(
+        f"--vocabulary: {vocabulary} is set, but the token store has {opened.vocab_size} entries; leave it out"
+      )
     vocab_size, end_id = opened.vocab_size, opened.end_id
     batches = TrainBatches(
       opened,
@@ -346,7 +349,7 @@ def _open_batches(config: Config, store: str, vocabulary: int) -> tuple[Callable
 
 
 def _own_vocabulary(config: Config) -> int:
-  """How many entries a run of this config would have, as far as that is known without its data."""
+  """The vocabulary size of a run of this config, as far as it is known without its data."""
   from cyb_jax.data.tokenizers import ByteTokenizer, trained_pieces
 
   spec = config.data.tokenizer

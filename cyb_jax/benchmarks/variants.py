@@ -1,8 +1,8 @@
-"""Variants of a config, as the flag `--variant` writes them.
+"""Variants of a config in the syntax of the flag `--variant`.
 
 ap                                   a setting: its method replaces the config's
-tbys3,data.batch_size=8              a setting, and fields that are changed after it
-method.pauses=1,method.loss=va       fields alone: the rest of the method stays the config's
+tbys3,data.batch_size=8              a setting, and fields that are changed afterwards
+method.pauses=1,method.loss=va       only fields: the other options of the method are the config's
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from cyb_jax.errors import InputError
 if TYPE_CHECKING:
   import ml_collections
 
-# A field's name has a dot, a setting's has none.
+# The name of a field has a dot; the name of a setting does not.
 _FIELD = re.compile(r"\w+(\.\w+)*=")
 _SETTING = re.compile(r"[\w@/]+")
 
 
 def split(variant: str) -> tuple[str | None, list[str]]:
-  """'ap,a.b=1,c.d=x,y' as ('ap', ['a.b=1', 'c.d=x,y']): a comma separates two fields where a field's name follows.
+  """Splits 'ap,a.b=1,c.d=x,y' into ('ap', ['a.b=1', 'c.d=x,y']): a comma before a field's name separates two fields.
 
   Returns:
     The setting, None if the first part is a field; and the fields. The setting's name is not checked.
 
   Raises:
-    InputError: a part that is neither the name of a setting, at the beginning, nor field=value.
+    InputError: a part is neither field=value nor, at the beginning, the name of a setting.
   """
   first, comma, rest = variant.partition(",")
   setting = first if _SETTING.fullmatch(first) else None
@@ -42,17 +42,19 @@ def split(variant: str) -> tuple[str | None, list[str]]:
 
 
 def with_setting(source: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
-  """A copy of a config whose method is that of a setting of `cyb_jax.studies.settings`, and nothing of its own.
+  """A copy of a config whose method is replaced completely by that of a setting of `cyb_jax.studies.settings`.
 
   Raises:
-    InputError: there is no such setting, or it changes more than the method.
+    InputError: the setting does not exist, or changes more than the method.
   """
   from cyb_jax import configs
   from cyb_jax.studies import settings
 
   settings.check(name)
   if name not in settings.SETTINGS:
-    raise InputError(f"setting {name!r} changes the decoder too; give the config of it, experiments/NAME.py:{name}")
+    raise InputError(
+      f"setting {name!r} also changes the decoder; give its config instead, --config=experiments/NAME.py:{name}"
+    )
   changed = copy.deepcopy(source)
   changed.method = configs.default().method
   changed.method.update(settings.SETTINGS[name])

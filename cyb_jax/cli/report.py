@@ -67,7 +67,7 @@ def _report(workdir: str) -> dict[str, Any]:
 
   args = flags.FLAGS
   if args.text and not args.text_windows:
-    raise InputError("--text: it needs text, but --text_windows is 0; give --text_windows of at least 1")
+    raise InputError("--text: set, but --text_windows is 0; give --text_windows of at least 1")
   read_config(workdir)  # a folder without a run is reported first
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
   mesh = splits.reading_mesh()

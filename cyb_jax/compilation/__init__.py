@@ -1,3 +1,3 @@
-"""Compiling for TPUs on a machine without any: the memory and the time that a run's programs need there."""
+"""Compilation for TPUs on a machine without TPUs: the memory and the time that a run's programs need."""
 
 STEPS = ("train", "evaluate", "decode")

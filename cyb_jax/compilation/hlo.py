@@ -1,6 +1,6 @@
-"""The text of a compiled program, its optimised HLO, as computations of instructions.
+"""Parser of the text of a compiled program, its optimised HLO, into computations of instructions.
 
-Text of HLO: https://openxla.org/xla/operation_semantics; `S(1)` in a layout is another memory than HBM.
+Format of HLO: https://openxla.org/xla/operation_semantics; `S(1)` in a layout is a memory other than HBM.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Array:
   """The shape of an array.
 
   Attributes:
-    bytes: without the padding of its tiles.
-    in_hbm: whether it is in HBM.
+    bytes: the size without the padding of tiles.
+    in_hbm: whether the array is in HBM.
   """
 
   bytes: int
@@ -33,16 +33,16 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line.
+  """An instruction, one line of the text.
 
   Attributes:
-    name: in its computation.
-    opcode: 'all-reduce', 'fusion', ...
-    arrays: of its result, a tuple's one after the other.
+    name: its name within the computation.
+    opcode: such as 'all-reduce' or 'fusion'.
+    arrays: the arrays of its result; a tuple has several.
     operands: names of instructions of the same computation.
-    rest: the attributes.
-    root: whether its result is the computation's.
-    literal: of a constant or a parameter, what its parentheses contain.
+    rest: the text of the attributes.
+    root: whether its result is the result of the computation.
+    literal: the text in the parentheses of a constant or a parameter.
   """
 
   name: str
@@ -68,7 +68,7 @@ class Instruction:
 
 
 class Computation:
-  """Instructions by name, in their order."""
+  """The instructions of a computation by name, in order."""
 
   def __init__(self, instructions: list[Instruction]):
     self.instructions = {instruction.name: instruction for instruction in instructions}
@@ -98,7 +98,7 @@ class Computation:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """Computations by name, and the name of the one that the program begins with."""
+  """The computations by name, and the name of the entry computation."""
   computations: dict[str, Computation] = {}
   name, entry, lines = None, "", []
   for line in text.splitlines():
@@ -114,7 +114,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     elif _INSTRUCTION.match(line):
       lines.append(line)
     elif lines:
-      # Attributes may go on for some lines, those of kernels do.
+      # Attributes, for example those of kernels, may continue on further lines.
       lines[-1] += " " + line
   return computations, entry
 
@@ -130,12 +130,12 @@ def _instruction(name: str, text: str, *, root: bool) -> Instruction:
 
 
 def _closing(text: str) -> int:
-  """The index at which the parenthesis that a text begins with is closed."""
+  """The index of the parenthesis that closes the one at the start of a text."""
   depth = 0
-  for place, letter in enumerate(text):
+  for index, letter in enumerate(text):
     depth += (letter == "(") - (letter == ")")
     if not depth:
-      return place
+      return index
   raise ValueError(f"no closing parenthesis in {text[:80]!r}")
 
 

@@ -1,7 +1,7 @@
-"""How often a loop of an optimised HLO runs.
+"""The number of trips of a loop in an optimised HLO.
 
-The number of trips is that of `known_trip_count`, where XLA has written it; else it is derived from a counter in the
-loop's carry that is compared with a constant and raised by a constant.
+It is `known_trip_count` if XLA has written this attribute. Otherwise it is derived from a counter in the loop's carry
+that is compared with a constant and incremented by a constant.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ class Loops:
   """The loops of a program.
 
   Args:
-    computations: all of the program's, by name.
+    computations: all computations of the program, by name.
   """
 
   def __init__(self, computations: Mapping[str, Computation]):
     self._computations = computations
 
   def trips(self, computation: Computation, loop: Instruction) -> int | None:
-    """How often the body of a `while` of this computation runs; None: it isn't known."""
+    """The number of times that the body of a `while` of this computation runs; None: unknown."""
     found = re.search(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*:\s*"?(\d+)', loop.rest)
     if found:
       return int(found[1])
@@ -75,7 +75,7 @@ class Loops:
     return found.operands[index] if found.opcode == "tuple" else None
 
   def _step(self, body: Computation, index: int) -> int | None:
-    """By how much a trip raises an element of the carry."""
+    """The increment of an element of the carry per trip."""
     name = self._element(body, body.root.name, index)
     if name is None:
       return None
@@ -100,7 +100,7 @@ class Loops:
 
 
 def _plain(computation: Computation, name: str) -> Instruction:
-  """The instruction that made a value, before it was copied, converted or given another name."""
+  """The instruction that computes a value, before copies, conversions and changes of shape."""
   found = computation[name]
   while found.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape"):
     found = computation[found.operands[0]]

@@ -6,8 +6,8 @@ import re
 
 import jax
 
-# 'Ran out of memory on HBM, the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G).', in
-# which arguments and results are counted too; 'Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.'
+# 'Ran out of memory on HBM, the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G).',
+# which includes arguments and results; 'Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.'
 _REFUSALS = (
   re.compile(r"memory required[^(]*\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
   re.compile(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm"),
@@ -17,8 +17,9 @@ CLASSES = ("arguments", "output", "temporaries", "aliased", "generated_code", "p
 
 
 def memory_by_class(program: jax.stages.Compiled) -> dict[str, int]:
-  """Bytes on each device, by CLASSES: `aliased` is what `output` takes over from `arguments`; `peak` is all of it
-  together, that counted once.
+  """Bytes on each device, by CLASSES.
+
+  `aliased` is the part of `output` that reuses `arguments`; `peak` is the total, in which the aliased part counts once.
   """
   found = program.memory_analysis()
   values = {
@@ -32,8 +33,9 @@ def memory_by_class(program: jax.stages.Compiled) -> dict[str, int]:
 
 
 def refused_bytes(message: str) -> tuple[int | None, int | None]:
-  """(bytes that a program needs, bytes that programs may use), of the compiler's message that memory doesn't suffice;
-  None where it doesn't tell. It rounds to hundredths of its units.
+  """(bytes that a program needs, bytes that programs may use), from the compiler's out-of-memory message.
+
+  None if the message does not have the number. The message rounds to hundredths of its units.
   """
   for pattern in _REFUSALS:
     found = pattern.search(message)

@@ -1,4 +1,4 @@
-"""The programs of a run that are compiled for described chips: the training step, the evaluation of a batch, and one
+"""The programs of a run that are compiled for a TPU topology: the training step, the evaluation of a batch, and one
 iteration of the sampler's loop.
 """
 
@@ -24,9 +24,9 @@ from cyb_jax.methods import CachedDecoding, Decoding, Method
 from cyb_jax.partitioning.mesh import data_shards, make_mesh, replicated
 from cyb_jax.training.estimate import Outline
 
-# Rows that are decoded together where the flags don't say, or as many as there are devices with rows of their own.
+# The default number of rows that are decoded together, unless the batch is split into more parts.
 _DECODED_ROWS = 8
-# Of the kernels of splash attention, matrix products for each of the forward pass; XLA makes two.
+# Matrix products in the backward pass of attention per product of the forward pass: splash attention, and XLA.
 _KERNEL_BACKWARD, _XLA_BACKWARD = 7 / 2, 2
 
 
@@ -36,10 +36,10 @@ class Program:
 
   Attributes:
     compile: compiles the program.
-    devices: how many the program runs on.
-    flops: executed in all devices together, given whether attention is a kernel.
-    tokens: how many a run of the program processes.
-    about: more keys of its record.
+    devices: the number of devices that run the program.
+    flops: the executed FLOPs of all devices together, given whether attention is a kernel.
+    tokens: the number of tokens that one execution processes.
+    about: further keys of its record.
   """
 
   compile: Callable[[], jax.stages.Compiled]
@@ -91,10 +91,10 @@ def evaluate(run: Outline) -> Program:
 
 
 def decode(run: Outline, rows: int) -> Program:
-  """One iteration of the sampler's loop; its cache holds a window of tokens with all their pauses.
+  """One iteration of the sampler's loop; the cache holds a window of tokens with all their pauses.
 
-  Where parameters are sharded over the mesh they stay so, and rows are split over the batch's axes; else one device
-  decodes.
+  If parameters are sharded over the mesh, they stay sharded, and rows are split over the batch's axes; otherwise one
+  device decodes.
   """
   config, method, mesh = run.config, run.evaluated, run.mesh
   if not isinstance(method, Decoding):
@@ -104,7 +104,7 @@ def decode(run: Outline, rows: int) -> Program:
   shards = data_shards(mesh) if sharded else 1
   rows = rows or max(_DECODED_ROWS, shards)
   if rows % shards:
-    raise InputError(f"--decode_batch: {rows} rows don't divide over {shards} devices; give a multiple of that")
+    raise InputError(f"--decode_batch: {rows} rows don't divide over {shards} devices; give a multiple of {shards}")
   length = config.data.sequence_length
   capacity = sampler.pacing.layout.capacity(0, length)
   at_once = sampler.pacing.slots_per_iteration
@@ -114,14 +114,14 @@ def decode(run: Outline, rows: int) -> Program:
       with jax.set_mesh(mesh):
         return sampler.compile_abstract(_params(run), rows, length, functools.partial(_rows_over, mesh))
     here = SingleDeviceSharding(mesh.devices.flat[0])
-    # A mesh of one device tells what is compiled for.
+    # A mesh of one device sets the platform of the compilation.
     one = make_mesh(configs.ParallelismConfig(), [mesh.devices.flat[0]])
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), _params(run))
     with jax.set_mesh(one):
       return sampler.compile_abstract(params, rows, length, lambda axis: here)
 
   def cost(kernel: bool) -> float:
-    del kernel  # a few queries against a cache are XLA's
+    del kernel  # attention of a few queries against a cache always uses XLA
     slots = rows * at_once
     read = rows * sampler.pacing.states_read_per_iteration
     return flops.slot_flops(method.cache_config, slots=slots, keys=slots * capacity, slots_read=read)
@@ -130,15 +130,15 @@ def decode(run: Outline, rows: int) -> Program:
     "rows": rows,
     "capacity": capacity,
     "slots_at_once": at_once,
-    "parameters": "sharded as in training" if sharded else "whole on one device",
+    "parameters": "sharded as in training" if sharded else "complete on one device",
   }
   return Program(compiled, mesh.size if sharded else 1, cost, rows, about)
 
 
 def _kernel_keys(method: Method, tokens: int) -> float:
-  """The keys that the kernels multiply a query with, as a share of those that XLA does."""
+  """The number of keys that the kernels multiply with a query, relative to XLA's attention."""
   if not isinstance(method, CachedDecoding) or method.layer_passes != 1:
-    return 1.0  # several passes over rows of different lengths have no single share: they are counted as XLA's
+    return 1.0  # several passes over rows of different lengths have no single ratio, so XLA's attention is assumed
   if method.hides_pauses:
     return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
   slots = method.costs(tokens).train_slots
@@ -146,12 +146,12 @@ def _kernel_keys(method: Method, tokens: int) -> float:
 
 
 def _under(run: Outline):
-  """The mesh that jit is traced under; pmap makes its own."""
+  """The mesh context for tracing under jit; pmap creates its own mesh."""
   return jax.set_mesh(run.mesh) if run.config.parallelism.strategy == "jit" else contextlib.nullcontext()
 
 
 def _params(run: Outline) -> PyTree:
-  """The parameters to be read: where training has them, or everywhere."""
+  """The abstract parameters, sharded as in training; replicated with pmap."""
   everywhere = replicated(run.mesh)
   local = run.config.parallelism.strategy == "pmap"
   return jax.tree.map(

@@ -8,11 +8,11 @@ from cyb_jax.compilation.traffic import Traffic
 from cyb_jax.costs.flops import Chip
 
 MODEL = (
-  "step_seconds is a roofline, a lower bound that nothing was measured for: the longest of executed FLOPs over the"
-  " chip's peak in bfloat16, HBM bytes over its bandwidth, and bytes sent to other chips over the bandwidth of all of"
-  " its links, as data sheets give them, each perfectly overlapped with the others. FLOPs are analytic, of matrix"
-  " products. HBM bytes are operands and results of the optimised HLO's instructions, those kept on the chip left out,"
-  " a kernel's operands once. Bytes sent are those of rings. Loop bodies count as often as they run."
+  "step_seconds is a roofline, a lower bound that is not measured: the longest of executed FLOPs over the chip's peak"
+  " in bfloat16, HBM bytes over its bandwidth, and bytes sent to other chips over the bandwidth of all of its links,"
+  " with numbers from data sheets and perfect overlap. FLOPs are analytic and count matrix products. HBM bytes are the"
+  " operands and results of the optimised HLO's instructions, except arrays that stay on the chip; a kernel's operands"
+  " count once. Bytes sent are those of ring algorithms. Loop bodies count as often as they run."
 )
 
 
@@ -21,7 +21,7 @@ class Roofline:
   """Seconds of a step, on each device.
 
   Attributes:
-    compute, hbm, interconnect: of each alone.
+    compute, hbm, interconnect: the seconds of each resource alone.
   """
 
   compute: float
@@ -40,7 +40,7 @@ class Roofline:
 
 
 def roofline(chip: Chip, flops: float, traffic: Traffic) -> Roofline:
-  """Of a program that needs so many operations on a device."""
+  """The roofline of a program with `flops` operations on each device."""
   return Roofline(
     compute=flops / chip.peak_flops,
     hbm=traffic.hbm_bytes / chip.hbm_bandwidth,

@@ -1,7 +1,7 @@
-"""The programs of a run, compiled for chips that are described only: the training step, the evaluation of a batch, and
-the sampler's step.
+"""Compiles the programs of a run for a TPU topology: the training step, the evaluation of a batch, and the sampler's
+step.
 
-No data, tokenizer or weights are needed: shapes are the config's.
+No data, tokenizer or weights are needed, because the shapes follow from the config.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cyb_jax.training.estimate import Knob, Outline
 
 
 def for_tpu(source: Mapping[str, Any]) -> Config:
-  """Freezes a nested config as a TPU would, whatever this process runs on: 'auto' means bfloat16.
+  """Freezes a nested config as on a TPU, on any platform: 'auto' means bfloat16.
 
   Raises:
     InputError: see `studies.resolution.resolve`.
@@ -54,28 +54,29 @@ def compile_steps(
   hlo: str = "",
   verify: bool = False,
 ) -> dict[str, Any]:
-  """Compiles for a topology, and reports the memory and the time that the programs need there.
+  """Compiles for a topology, and reports the memory and the time that the programs need.
 
   Args:
     source: a nested config.
-    topology: 'v5e:4x4' and the like, see `topologies.SLICES`.
+    topology: such as 'v5e:4x4', see `topologies.SLICES`.
     steps: some of STEPS.
-    decode_batch: rows that are decoded together; 0: eight, or as many as the batch is split into, if that is more.
-    hlo: a folder that the optimised HLO of each step is written into, NAME.txt; '': none.
-    verify: whether advice is compiled too, change by change.
+    decode_batch: the number of rows that are decoded together; 0: eight, or the number of parts of the batch if it is
+      larger.
+    hlo: the folder for the optimised HLO of each step, NAME.txt; '': not written.
+    verify: whether the advice is also compiled, change by change.
 
   Returns:
-    What the program prints; see docs/guides/distributed.md.
+    The object that the program prints; see docs/guides/distributed.md.
 
   Raises:
-    InputError: bad input; nothing was compiled.
+    InputError: the input is invalid; nothing was compiled.
   """
-  # What is timed is compilation, not a look-up in a cache. JAX asks once, at its first compilation, whatever that is.
+  # Compilation is timed, not a cache look-up. JAX reads this option only once, at its first compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   config = for_tpu(source)
   devices = open_topology(topology)
   chip = flops.chip(devices[0])
-  # Where the tokenizer isn't there its size may not be known: then shapes are the decoder's own.
+  # Without the tokenizer its size may be unknown; the shapes are then those of the decoder config.
   vocab_size, vocabulary_from = training.vocabulary(config)
   run = training.outline(config, vocab_size, devices=devices)
   records, seconds = _compiled(run, chip, steps, decode_batch, hlo)
@@ -106,13 +107,13 @@ def compile_steps(
 def _compiled(
   run: Outline, chip: Chip, steps: Sequence[str], decode_batch: int, hlo: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-  """The record of each step, and the seconds that its compilation took."""
+  """The record of each step, and the seconds of its compilation."""
   kinds = {
     "train": functools.partial(programs.train, run),
     "evaluate": functools.partial(programs.evaluate, run),
     "decode": functools.partial(programs.decode, run, decode_batch),
   }
-  # All of them are made before the first is compiled: bad input is reported at once.
+  # All programs are created before the first is compiled, so that invalid input is reported at once.
   made = {step: kinds[step]() for step in steps}
   records, seconds = {}, {}
   for step, program in made.items():
@@ -125,7 +126,7 @@ def _compiled(
 
 
 def _described(run: Outline, vocabulary_from: str) -> dict[str, Any]:
-  """What a run is and costs, whichever of its programs are compiled."""
+  """The keys of the result about the run itself, independent of the compiled programs."""
   config, method = run.config, run.method
   length = config.data.sequence_length
   tokens = config.data.batch_size * length
@@ -157,11 +158,12 @@ def _record(program: Program, chip: Chip, path: str | None) -> dict[str, Any]:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     needed, limit = refused_bytes(str(error))
-    room = limit or chip.hbm_bytes
+    usable = limit or chip.hbm_bytes
     memory = dict.fromkeys(CLASSES) | {"peak": needed}
-    over = None if needed is None else needed - room
+    over = None if needed is None else needed - usable
     reason = str(error).strip().splitlines()[0]
-    return {"fits": False, "memory": memory, "hbm_bytes": room, "over_bytes": over, "refused": reason, **program.about}
+    refusal = {"fits": False, "memory": memory, "hbm_bytes": usable, "over_bytes": over, "refused": reason}
+    return refusal | program.about
   text = compiled.as_text()
   if path is not None:
     with open(path, "w") as file:
@@ -198,14 +200,14 @@ def _log_line(step: str, record: Mapping[str, Any], chip: Chip, seconds: float) 
 
 
 def _advice(run: Outline, records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Changes that would help, the most effective first; `flags`: the flags, where flags suffice."""
+  """Changes that reduce memory, the most effective first; `flags`: the flags for a change, None if it needs more."""
   over = {step: record for step, record in records.items() if not record["fits"]}
   peak = max((record["memory"]["peak"] or 0 for record in over.values()), default=0) or None
   state = run.strategy.abstract()
   held = bytes_per_device((state.params, state.opt_state))
   held += bytes_per_device(trained_part(state.params, run.method.is_trained))
   knobs = training.knobs(run.config, held, peak, run.mesh.size)
-  if set(over) == {"decode"}:  # no part of the batch is worked on, nothing is kept for a gradient
+  if set(over) == {"decode"}:  # decoding has no gradients and no accumulation
     knobs = [Knob("a smaller --decode_batch"), *(knob for knob in knobs if "parallelism.fsdp" in knob.fields)]
   return [
     {"change": knob.description, "flags": [f"--config.{name}={value}" for name, value in knob.fields.items()] or None}
@@ -216,7 +218,7 @@ def _advice(run: Outline, records: Mapping[str, Mapping[str, Any]]) -> list[dict
 def _verified(
   source: Mapping[str, Any], result: Mapping[str, Any], topology: str, decode_batch: int
 ) -> list[dict[str, Any]]:
-  """The advice, with whether the steps that don't fit do fit after each change that flags can make, compiled alone."""
+  """The advice, with whether the steps fit after each single change that flags can make."""
   over = [step for step in STEPS if step in result and not result[step]["fits"]]
   tried = []
   for change in result["advice"]:

@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from its optimised HLO: between devices, and from and to memory.
+"""The traffic of a compiled program between devices and to memory, from its optimised HLO.
 
-XLA's own cost analysis counts the body of a loop once, and doesn't report collectives. Here each instruction counts as
-often as it runs: a loop's body times its trips, where they are known (`loops`); once where they aren't.
+XLA's own cost analysis counts the body of a loop once and does not report collectives. Here each instruction counts as
+often as it runs: a loop's body counts its number of trips if it is known (`loops`), otherwise once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from cyb_jax.compilation.loops import Loops
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# Instructions that move nothing: other names for existing arrays, and instructions that are counted elsewhere.
+# Instructions without traffic: aliases of existing arrays, and instructions that are counted elsewhere.
 _FREE = frozenset({
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
   "replica-id", "iota", "while", "conditional", "call", "async-start", "async-update", "async-done", "copy-done",
   "slice-done", "dynamic-slice-done", "dynamic-update-slice-done",
 })  # fmt: skip
-# Asynchronous copies, whose result is a tuple of what is written and what is read: the index of what is written.
+# Asynchronous copies have a tuple of the written and the read array as result: the index of the written array.
 _WRITTEN = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
 _COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
 
@@ -32,9 +32,9 @@ class Collective:
 
   Attributes:
     kind: one of KINDS.
-    bytes: of the whole that a group of devices gathers, reduces, scatters or exchanges, as one device holds it.
-    group: devices that take part in one.
-    times: how often it runs.
+    bytes: the size of the full array that a group of devices gathers, reduces, scatters or exchanges, per device.
+    group: the number of participating devices.
+    times: the number of executions.
   """
 
   kind: str
@@ -44,7 +44,7 @@ class Collective:
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends each time, at least: in a ring n - 1 of n parts, of an all-reduce twice."""
+    """The minimum bytes that a device sends per execution: n - 1 of n parts in a ring, twice in an all-reduce."""
     if self.kind == "collective-permute":
       return self.bytes
     passes = 2 if self.kind == "all-reduce" else 1
@@ -53,14 +53,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What a program moves, on each device.
+  """The traffic of a program on each device.
 
   Attributes:
-    collectives: all of them.
-    hbm_bytes: read and written by the instructions outside fusions: their operands and results, where they are in HBM;
-      of an operand that is sliced or gathered from what is read, of one that is updated in place what is written. A
-      kernel's operands count once, however often it reads them.
-    open_loops: loops whose number of trips isn't known; they were taken to run once.
+    collectives: all collectives.
+    hbm_bytes: bytes that instructions outside of fusions read from and write to HBM: their operands and results in HBM.
+      For an operand that is sliced or gathered from, only the read part counts; for an operand that is updated in
+      place, only the written part. A kernel's operands count once, even if it reads them several times.
+    open_loops: the number of loops with an unknown number of trips, which count once.
   """
 
   collectives: tuple[Collective, ...]
@@ -69,11 +69,11 @@ class Traffic:
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends."""
+    """The total number of bytes that a device sends."""
     return sum(collective.sent * collective.times for collective in self.collectives)
 
   def by_kind(self) -> dict[str, dict[str, float]]:
-    """For each of KINDS `count`, `bytes` and `sent_bytes`, of all of its runs."""
+    """`count`, `bytes` and `sent_bytes` of all executions, for each of KINDS."""
     result = {kind: {"count": 0, "bytes": 0, "sent_bytes": 0.0} for kind in KINDS}
     for collective in self.collectives:
       sums = result[collective.kind]
@@ -84,7 +84,7 @@ class Traffic:
 
 
 def traffic(text: str) -> Traffic:
-  """What the program of an optimised HLO text moves."""
+  """The traffic of a program, from the text of its optimised HLO."""
   return _Walk(text).result()
 
 
@@ -111,7 +111,7 @@ class _Walk:
         self.open_loops += trips is None
         self._run(instruction.attribute("body"), times * (1 if trips is None else trips))
       elif instruction.opcode == "conditional":
-        # Whichever is taken: they are few and small, and all count.
+        # All branches count, because conditionals are few and small.
         for branch in _branches(instruction):
           self._run(branch, times)
       elif instruction.opcode in ("call", "async-start"):
@@ -123,8 +123,11 @@ class _Walk:
       self.hbm_bytes += times * self._moved(computation, instruction)
 
   def _fused(self, name: str, times: int) -> None:
-    """The collectives in a fusion, which TPUs have: an all-reduce of which each device keeps its part; and ones that
-    are executed in parts by several fusions, which count as one."""
+    """Counts the collectives in a fusion on TPUs.
+
+    An all-reduce whose result is scattered counts as a reduce-scatter, and a collective that several fusions execute in
+    parts counts once.
+    """
     computation = self.computations[name]
     for instruction in computation:
       if instruction.opcode == "fusion":
@@ -137,7 +140,7 @@ class _Walk:
         if channel is None or "chain_id" not in instruction.rest:
           self.collectives.append(found)
         elif channel not in self.chained or times < self.chained[channel].times:
-          # Begun before a loop, it may be continued inside.
+          # A collective that begins before a loop may continue inside it.
           self.chained[channel] = found
 
   def _collective(self, computation: Computation, instruction: Instruction, times: int) -> Collective:
@@ -147,7 +150,7 @@ class _Walk:
     return Collective(kind, size * group if kind == "all-gather" else size, group, times)
 
   def _moved(self, computation: Computation, instruction: Instruction) -> int:
-    """Bytes of HBM that it reads and writes."""
+    """The bytes of HBM that the instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in _FREE or (opcode.endswith("-done") and _COLLECTIVE.match(opcode)):
       return 0
@@ -187,7 +190,7 @@ class _Walk:
     return moved
 
   def _read(self, inside: Computation, value: Instruction) -> int:
-    """Bytes of a fusion's operand that are read: all, unless it is only sliced, gathered from or updated in place."""
+    """The bytes of a fusion's operand that are read: all, unless it is only sliced, gathered or updated in place."""
     read = 0
     for user in inside.users[value.name]:
       first = user.operands[0] == value.name and user.operands.count(value.name) == 1
@@ -206,24 +209,25 @@ class _Walk:
 
 
 def _group(rest: str) -> int | None:
-  """Devices in a group; None: all, or the text doesn't give it."""
+  """The number of devices in a group; None: all devices, or unknown."""
   if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
     return found[1].count(",") + 1
   if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
     return int(found[2])
   if found := re.search(r"replica_groups=\w*\[([^\]]*)\]\s*\{([^}]*)\}", rest):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-    # Of a part of an axis, 'a':(before)size, the size.
+    # A part of an axis is written 'a':(before)size.
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
     return math.prod(int(part) if part else sizes[name] for name, part in axes)
   return None
 
 
 def _moved_by_copy(start: Instruction, source: Instruction) -> int:
-  """Bytes of HBM that an asynchronous copy or slice reads and writes: what is written, where source and result are in
-  HBM each."""
-  place = _WRITTEN[start.opcode]
-  written = start.arrays[place : place + 1]
+  """The bytes of HBM that an asynchronous copy or slice reads and writes: the size of the written array, for each of
+  source and result that is in HBM.
+  """
+  index = _WRITTEN[start.opcode]
+  written = start.arrays[index : index + 1]
   size = sum(array.bytes for array in written)
   return size * (sum(x.in_hbm for x in written) + sum(x.in_hbm for x in source.arrays))
 

@@ -1,1 +1,1 @@
-"""What models cost: floating-point operations, parameters and memory; and what chips can do."""
+"""Compute cost of models (floating-point operations, parameters and memory) and the peak rates of chips."""

@@ -1,12 +1,12 @@
 """The floating-point operations of a decoder, counted by hand, because XLA counts the body of a scan once.
 
-Matrix products alone are counted; a multiplication and an addition are two operations. Norms, activations and softmax
+Only matrix products are counted; a multiplication and an addition are two operations. Norms, activations and softmax
 are a few percent at most. There are two counts:
 
-- the model's: causal attention counts only the keys that a query attends to. This is what the method needs on any
-  machine, and what model FLOPs utilisation is computed from (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
+- model: causal attention counts only the keys that a query attends to. The method needs these operations on any
+  machine, and model FLOPs utilisation is computed from them (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
   appendix B).
-- executed: what the compiled program computes. XLA's attention computes the full square and masks half of it (with
+- executed: the operations of the compiled program. XLA's attention computes the full square and masks half of it (with
   hidden slots only the blocks of `decoder.attention.HiddenSlots`); rematerialised layers run twice; the backward pass
   of the readout computes the logits again.
 
@@ -25,11 +25,11 @@ from cyb_jax.decoder import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Peak rates of a device, as JAX counts devices; None where a number is not known.
+  """Peak rates of a device, as JAX counts devices; None for an unknown number.
 
   Attributes:
     peak_flops: dense bfloat16 operations per second.
-    hbm_bytes: the device memory that programs may use, which is the data sheet's without the part the runtime reserves.
+    hbm_bytes: device memory that programs may use, which is the data sheet's figure minus the runtime's reserve.
     hbm_bandwidth: bytes per second between the chip and its memory.
     link_bandwidth: bytes per second that the chip can send over all links to other chips together; this is half of the
       number that data sheets call bidirectional.
@@ -41,7 +41,7 @@ class Chip:
   link_bandwidth: float | None = None
 
 
-# hbm_bytes is from the error of libtpu 0.0.42 for a program that needs more. The other columns:
+# hbm_bytes is from the error that libtpu 0.0.42 reports for a program that needs more. Sources of the other columns:
 # - https://docs.cloud.google.com/tpu/docs/v4; its six links of 50e9: Jouppi et al. 2023, https://arxiv.org/abs/2304.01433
 # - https://docs.cloud.google.com/tpu/docs/v5e, https://docs.cloud.google.com/tpu/docs/v5p (4800 Gbit/s),
 #   https://docs.cloud.google.com/tpu/docs/v6e
@@ -60,7 +60,7 @@ _TPUS = {
 }
 # https://www.nvidia.com/en-us/data-center/
 _GPUS = {"H100": Chip(989e12), "H200": Chip(989e12), "A100": Chip(312e12)}
-# Slower boards, and parts of a board, whose names contain the names above.
+# Slower boards, and partitions of a board, whose names contain the names above.
 _SLOWER = ("PCIe", "NVL", "MIG")
 
 
@@ -73,7 +73,7 @@ class Cost:
     attention: attention weights and weighted values.
     readout: the logits.
     adapters: the matrices of LoRA.
-    routing: the routers of methods that have them.
+    routing: the routers of methods that have routers.
   """
 
   matrices: float = 0.0
@@ -104,17 +104,18 @@ def forward_cost(
   """Returns the operations of one forward pass, per real token.
 
   Each of the S = T*W slots is multiplied by all matrices (2 operations per parameter) and attends to keys: 4 N H
-  operations per key, half for the weights and half for the values. It has (S + 1)/2 keys on average, or S as executed;
-  with hidden slots (T + 1)/2 tokens and (W - 1)/2 slots of its own token, or T + W - 1 as executed. A slot that is read
-  out costs 2 D V.
+  operations per key, half for the weights and half for the values. A slot has (S + 1)/2 keys on average, or S as
+  executed; with hidden slots it has (T + 1)/2 first slots and (W - 1)/2 slots of its own token, or T + W - 1 keys as
+  executed. A slot that is read out costs 2 D V.
 
   Args:
     config: the decoder. An embedding lookup costs nothing.
     tokens: T, real tokens in a window.
-    slots: W, slots per token; a fraction where a row has a fixed number of slots.
+    slots: W, slots per token; fractional if a row has a fixed number of slots.
     slots_read: the number of a token's slots that are read out.
-    hidden: whether slots after the first of a token are keys for the slots of that token only.
-    executed: whether to count what the program computes. XLA's attention is assumed; cuDNN's skips the masked half.
+    hidden: whether the slots after the first slot of a token are keys for the slots of that token only.
+    executed: whether to count the operations of the compiled program. XLA's attention is assumed; cuDNN's attention
+      skips the masked half.
   """
   return pass_cost(config, slots=slots, keys=_keys(tokens, slots, hidden, executed), slots_read=slots_read)
 
@@ -128,9 +129,9 @@ def pass_cost(
   layers: int | None = None,
   routing: float = 0.0,
 ) -> Cost:
-  """Returns the operations, per real token, of slots that go through layers once.
+  """Returns the operations, per real token, of slots that pass through layers once.
 
-  A method whose slots go through the layers several times adds several costs.
+  A method whose slots pass through the layers several times adds several costs.
 
   Args:
     config: the decoder.
@@ -153,7 +154,7 @@ def pass_cost(
 def causal_keys(length: float, executed: bool = False) -> float:
   """Returns the average number of keys of a slot in a row of `length` slots.
 
-  A slot attends to itself and to the slots before it; as executed, XLA computes the full square.
+  A slot attends to itself and to the slots before it. As executed, XLA computes the full square.
   """
   return length if executed else (length + 1) / 2
 
@@ -171,13 +172,13 @@ def train_cost(
   """Returns the operations of one training step, per real token.
 
   Each product of the forward pass has two products in the backward pass, for the gradients of its two factors. A matrix
-  that is not trained has one, the gradient of its input, because the pauses are trained through all layers. As
-  executed, recomputation counts too: the logits; with `remat` 'full' the layers without the products that end them,
-  because no gradient needs the results of these; with `remat` 'dots' attention.
+  that is not trained has one, for the gradient of its input, because the pauses are trained through all layers. As
+  executed, recomputation counts too: the logits; with `remat` 'full' the layers except their last products, whose
+  results no gradient needs; with `remat` 'dots' attention.
 
   Args:
     config, tokens, slots, slots_read, hidden, executed: as in `forward_cost`.
-    frozen: whether the decoder's parameters are not trained, while its adapters are.
+    frozen: whether the decoder's parameters are frozen while its adapters are trained.
   """
   return train_pass_cost(
     config,
@@ -201,12 +202,12 @@ def train_pass_cost(
   frozen: bool = False,
   scaled: bool = False,
 ) -> Cost:
-  """Returns `train_cost` of slots that go through layers once; the other arguments are those of `pass_cost`.
+  """Returns `train_cost` of slots that pass through layers once; see `pass_cost` for the other arguments.
 
   Args:
     executed, frozen: as in `train_cost`.
     scaled: whether the updates of the residual stream are multiplied by a factor that has a gradient
-      (`Decoder.run_layers`). The gradient then needs the results of the products that end layers too.
+      (`Decoder.run_layers`). The gradient then also needs the results of the last products of layers.
   """
   layers = config.num_layers if layers is None else layers
   once = pass_cost(config, slots=slots, keys=keys, slots_read=slots_read, layers=layers, routing=routing)
@@ -220,7 +221,7 @@ def train_pass_cost(
       last: tuple[str, ...] = () if scaled else ("down", "out") if config.parallel_residual else ("down",)
       matrices += once.matrices - slots * layers * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
-      # In an adapter B A that ends a layer only the product with B is not recomputed: the gradient of B needs A x.
+      # If an adapter B A ends a layer, only its product with B is not recomputed: the gradient of B needs A x.
       rank = 0 if config.lora is None else config.lora.rank
       spared = sum(rank * config.d_model for name in last if name in _adapters(config))
       adapters += once.adapters - slots * layers * 2 * spared
@@ -234,8 +235,8 @@ def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: 
 
   Args:
     config: the decoder.
-    slots: the number of slots that go through the layers.
-    keys: the number of keys of all slots together.
+    slots: the number of slots that pass through the layers.
+    keys: the total number of keys of all slots.
     slots_read: the number of slots that are read out.
   """
   matrices = 2 * (sum(_matrices(config).values()) + sum(_adapters(config).values()))
@@ -243,7 +244,7 @@ def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: 
 
 
 def chip(device: jax.Device) -> Chip | None:
-  """Returns the peak rates of a device; None where they are not known."""
+  """Returns the peak rates of a device; None if they are unknown."""
   kind = device.device_kind
   if any(word in kind for word in _SLOWER):
     return None
@@ -254,7 +255,7 @@ def chip(device: jax.Device) -> Chip | None:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Returns the peak rate of a device in dense bfloat16 operations per second; None where it is not known."""
+  """Returns the peak rate of a device in dense bfloat16 operations per second; None if it is unknown."""
   found = chip(device)
   return None if found is None else found.peak_flops
 

@@ -1,5 +1,5 @@
-"""The memory of a run: parameters by component, the bytes of arrays on each device by their shardings, and the memory
-of compiled programs as XLA reports it.
+"""Memory of a run: parameters by component, the bytes of sharded arrays on each device, and the memory of compiled
+programs as reported by XLA.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cyb_jax.decoder.lora import LEAVES
 
 
 class Parametrized(Protocol):
-  """The part of `methods.Method` that decides which parameters there are."""
+  """The part of `methods.Method` that determines the parameters."""
 
   def init(self, rng: jax.Array, /) -> PyTree: ...
   def is_trained(self, path: tuple[str, ...], /) -> bool: ...
 
 
 def count_parameters(method: Parametrized) -> dict[str, int]:
-  """Returns numbers of parameters, computed from shapes without allocating them.
+  """Returns the number of parameters by component, computed from shapes without allocating them.
 
   The keys are `total`; `trained`; the components `embedding` (with an untied output table), `layers` (with the final
   norm), `lora`, `pauses` and `dont_know`; and every other top-level parameter of the method under its own name.
@@ -74,12 +74,12 @@ class ProgramMemory:
 
   @property
   def peak(self) -> int:
-    """The sum of both."""
+    """The sum of `kept` and `temporaries`."""
     return self.kept + self.temporaries
 
 
 def program_memory(program: jax.stages.Compiled) -> ProgramMemory | None:
-  """Returns the memory that XLA reports for a program; None where the backend does not report it."""
+  """Returns the memory that XLA reports for a program; None if the backend does not report it."""
   memory = program.memory_analysis()
   if memory is None:
     return None

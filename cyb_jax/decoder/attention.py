@@ -19,11 +19,11 @@ from cyb_jax.decoder.config import ATTENTION_IMPLEMENTATIONS
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.rules import current_mesh, target_platform
 
-# The kernels work in blocks of at least 128 slots; in a shorter row most of a block is padding.
+# The kernels work in blocks of at least 128 slots; most of a block is padding if the row is shorter.
 _SHORTEST_SPLASH = 128
 # Shorter rows have few attention weights, which XLA computes as fast.
 _SHORTEST_BLOCKS = 128
-# A block of larger heads does not fit into vector memory.
+# A block of heads larger than this does not fit into vector memory.
 _LARGEST_SPLASH_HEAD = 256
 
 
@@ -113,8 +113,8 @@ def attend(
       (cuDNN: without a mask; 'blocks': rows of 128 slots or more, on one device), else 'xla'. The choice is made while
       tracing; the platform is that of the mesh in whose context the call is traced (`jax.set_mesh`, pmap), else
       `jax.default_backend()`.
-    weights: weights of the keys; they need XLA's attention and a mask other than `HiddenSlots`. None: all keys weigh
-      the same.
+    weights: weights of the keys; they require XLA's attention and a mask other than `HiddenSlots`. None: all keys have
+      the same weight.
     interpret: run 'splash' as plain JAX operations, on any device; for tests.
 
   Returns:
@@ -168,9 +168,9 @@ def _attend_weighted(
   weights: KeyWeights,
 ) -> Float[Array, "B S N H"]:
   if implementation not in ("auto", "xla"):
-    raise InputError(f"decoder.attention: {implementation!r} takes no weights of keys; use 'auto' or 'xla'")
+    raise InputError(f"decoder.attention: {implementation!r} does not support key weights; use 'auto' or 'xla'")
   if isinstance(mask, HiddenSlots):
-    raise ValueError("mask: HiddenSlots takes no weights of keys; give a boolean one")
+    raise ValueError("mask: HiddenSlots does not support key weights; use a boolean mask")
   if weights.value is not None:
     value = value * weights.value[:, :, None, None].astype(value.dtype)
   # A bias that depends on the key alone broadcasts over queries and heads; the softmax adds it in float32.
@@ -204,7 +204,7 @@ def choose_implementation(
   elif implementation == "cudnn":
     objection = _cudnn_objection(query.dtype, query.shape[-1])
     if isinstance(mask, HiddenSlots):
-      objection = "has no hidden slots"
+      objection = "does not support hidden slots"
   elif implementation == "splash":
     objection = _splash_objection(query, key, mask, interpret)
   elif _splash_objection(query, key, mask, interpret) is None and query.shape[1] >= _SHORTEST_SPLASH:
@@ -214,7 +214,7 @@ def choose_implementation(
     fits = query.shape[1] >= _SHORTEST_BLOCKS and current_mesh() is None
     return "blocks" if fits and _structure_objection(query, key, mask) is None else "xla"
   else:
-    # cuDNN turns a mask into a dense bias and skips no work; XLA is then as fast and takes every shape.
+    # cuDNN turns a mask into a dense bias and skips no work; XLA is then as fast and supports every shape.
     fits = mask is None and _cudnn_objection(query.dtype, query.shape[-1]) is None
     return "cudnn" if fits else "xla"
   if objection is not None:
@@ -224,7 +224,9 @@ def choose_implementation(
 
     uneven = splash.uneven(query)
     if uneven is not None:
-      logging.log_first_n(logging.WARNING, "attention is XLA's, and holds all its weights: %s", 1, uneven)
+      logging.log_first_n(
+        logging.WARNING, "XLA's attention replaces the splash kernel and holds all attention weights: %s", 1, uneven
+      )
       return "xla"
   return implementation
 
@@ -267,7 +269,7 @@ def _attend_hidden(
 def _structure_objection(query: Float[Array, "B S N H"], key: Float[Array, "B C G H"], mask: Mask) -> str | None:
   """Why kernels that take structured masks alone cannot run here, or None."""
   if not (mask is None or isinstance(mask, SegmentMask | HiddenSlots)):
-    return "takes no boolean mask (of hidden pauses in packed rows, of trees of answers)"
+    return "supports no boolean mask (packed rows with hidden pauses and answer trees need one)"
   if query.shape[1] != key.shape[1]:
     return f"needs as many keys as queries, not {key.shape[1]} and {query.shape[1]}"
   return None
@@ -303,7 +305,7 @@ def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:
     return f"needs bfloat16 activations, not {jnp.dtype(dtype).name}"
   try:
     capability = float(jax.local_devices()[0].compute_capability)
-  except (AttributeError, ValueError):  # the platform of an AMD GPU is 'gpu' too
+  except (AttributeError, ValueError):  # AMD GPUs also have the platform 'gpu'
     return "needs an NVIDIA GPU"
   if capability < 8.0:
     return f"needs compute capability 8.0 or newer, not {capability}"

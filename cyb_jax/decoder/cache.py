@@ -1,8 +1,8 @@
-"""Keys and values of slots that have run, so that later slots need not run them again.
+"""Keys and values of slots that have run, so that these slots are not run again for later slots.
 
-Every row of the cache has C entries, with indices 0 .. C-1, and is filled from the front, each row to its own end.
-Entries behind a row's end are never seen, and later slots overwrite them: to drop the last slot of a row, the caller
-writes the next slot at the same index.
+Every row of the cache has C entries, with indices 0 .. C-1, and is filled from the front; rows may hold different
+numbers of slots. Entries after the last slot of a row are never seen, and later slots overwrite them: to drop the last
+slot of a row, the caller writes the next slot at the same index.
 
     capacity 6, two rows      k0 k1 k2  .  .  .      the first row's next slot is written at index 3,
                               k0 k1 k2 k3 k4  .      the second row's at index 5
@@ -36,17 +36,17 @@ class Cache:
 
   @property
   def capacity(self) -> int:
-    """C, entries of a row."""
+    """C, the number of entries of a row."""
     return jax.tree.leaves(self.keys)[0].shape[-3]
 
   @property
   def nbytes(self) -> int:
-    """Bytes of all layers."""
+    """The bytes of all layers together."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
 def empty_cache(config: DecoderConfig, batch_size: int, capacity: int) -> Cache:
-  """A cache that holds no slot, in the dtype of activations."""
+  """An empty cache, in the dtype of activations."""
   shape = (batch_size, capacity, config.num_kv_heads, config.head_size)
   dtype = jnp.dtype(config.dtype)
   if config.scan_layers:

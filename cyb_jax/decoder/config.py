@@ -1,4 +1,4 @@
-"""The configuration of a decoder and of its adapters, validated when it is made.
+"""The configuration of a decoder and of its adapters; the dataclasses validate their fields on construction.
 
 Letters: D model, V vocabulary, N heads, G kv heads, H head size, L layers, F mlp.
 """
@@ -49,7 +49,7 @@ LORA_RULES: dict[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-  """Which matrices have a low-rank adapter, and its size; see `lora.adapt`.
+  """The matrices that have a low-rank adapter, and the size of the adapters; see `lora.adapt`.
 
   Attributes:
     rank: the inner size of A and B.
@@ -95,22 +95,22 @@ class DecoderConfig:
     parallel_residual: whether a layer is x + attention(norm x) + mlp(norm' x), as in Pythia.
     rope_base: the base of the wavelengths of RoPE.
     rope_fraction: RoPE rotates this fraction of each head, from its start; the rotated part of head_size is even.
-    tied_embeddings: whether the embedding table is the unembedding too.
+    tied_embeddings: whether the embedding table is also the unembedding.
     scale_embeddings: whether inputs are multiplied by sqrt(D), as in Gemma; with initializer 'small' by sqrt(2.5 D).
     soft_cap: the bound of the logits, which become soft_cap * tanh(logits / soft_cap) in the readout;
       None: no bound.
     initializer: the standard deviations of the initial weights: 'normal', 'scaled' or 'small', see `init_params`.
     dtype: the number format of activations and matrix products; norms, softmax and RoPE are computed in float32.
-    param_dtype: the number format of the parameters; 'bfloat16' suits frozen ones only, whose small updates would be
-      rounded away.
+    param_dtype: the number format of the parameters; 'bfloat16' suits frozen parameters only, because it rounds small
+      updates away.
     attention: the implementation of attention: 'auto', 'xla', 'blocks', 'cudnn' or 'splash', see `attention.attend`.
-    remat: what the backward pass computes again: 'none', nothing; 'full', all but the layers' inputs; 'dots', all but
-      the layers' inputs and the matrix products outside of attention.
+    remat: what the backward pass recomputes: 'none', nothing; 'full', everything except the layers' inputs; 'dots',
+      everything except the layers' inputs and the matrix products outside of attention.
     scan_layers: whether one layer is compiled and scanned over parameters that are stacked on a leading axis 'layers'.
     lora: low-rank adapters of some matrices, see lora.py; None: none.
 
   Raises:
-    InputError: a field is out of its range, or two do not go together; the message names `decoder.field`.
+    InputError: a field is out of its range, or two fields are incompatible; the message names `decoder.field`.
   """
 
   vocab_size: int
@@ -151,16 +151,16 @@ class DecoderConfig:
       wanted = f"a fraction of at most 1 that gives an even part of decoder.head_size = {self.head_size}"
       raise _bad("rope_fraction", self.rope_fraction, wanted)
     if self.attention == "cudnn" and self.dtype == "float32":
-      raise _bad("attention", self.attention, "auto or xla, or decoder.dtype = bfloat16 (cuDNN wants that)")
+      raise _bad("attention", self.attention, "auto or xla, or decoder.dtype = bfloat16 (which cuDNN requires)")
     if self.lora is not None and "gate" in self.lora.targets and not self.gated_mlp:
       raise InputError(
-        f"tuning.lora_targets: {','.join(self.lora.targets)!r} names 'gate', but this decoder has none"
-        " (decoder.gated_mlp is False); leave it out"
+        f"tuning.lora_targets: {','.join(self.lora.targets)!r} names 'gate', but this decoder has no gate"
+        " (decoder.gated_mlp is False); leave 'gate' out"
       )
 
   @property
   def rotated_size(self) -> int:
-    """How many numbers of each head RoPE rotates."""
+    """The number of elements of each head that RoPE rotates."""
     return round(self.rope_fraction * self.head_size)
 
 

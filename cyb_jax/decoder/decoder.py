@@ -1,7 +1,7 @@
 """A decoder-only transformer; each supported model family is one of its configurations.
 
-The decoder knows nothing of pauses. Its inputs are embedded already and come with their positions and, where plain
-causal order is not meant, a mask. It returns hidden states, which the caller reads out.
+The decoder knows nothing about pauses. The caller passes embedded inputs, their positions and, unless attention is
+plainly causal, a mask. The decoder returns hidden states, which the caller reads out.
 
 Letters: B batch, T tokens, W slots, S = T*W flattened, Q new slots of a row, C cache entries, D model, V vocabulary,
 N heads, G kv heads, H head size, L layers, F mlp.
@@ -87,19 +87,19 @@ class Decoder(nn.Module):
     """Rows of the embedding table, times sqrt(D) with `scale_embeddings`.
 
     Args:
-      tokens: i32[...] in [0, V). An id of V or more gives NaN and not another token's row.
+      tokens: i32[...] in [0, V). An id of V or more gives a row of NaN, not the row of another token.
 
     Returns:
       [..., D] in the dtype of activations.
     """
-    # Over fsdp each device looks all ids up in its part of the table's width, and the rows are exchanged. Without the
-    # constraints XLA gathers the whole table in f32, and reduces a gradient of that size.
+    # With fsdp each device looks up all ids in its part of the table's width, and the devices exchange rows. Without
+    # the constraints XLA gathers the full table in f32 and reduces a gradient of that size.
     rows = jnp.take(self.embedding, constrain(tokens, "batch_of_data"), axis=0)
     rows = constrain(self.scale_inputs(rows), "batch_of_data", *(None,) * (tokens.ndim - 1), "embed")
     return constrain(rows, "batch")
 
   def scale_inputs(self, rows: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Rows of any input table (pauses have their own) as the layers take them: scaled and cast."""
+    """Scales and casts the rows of an input table (the embedding table, or the pauses' own) for the first layer."""
     dtype = jnp.dtype(self.config.dtype)
     rows = rows.astype(dtype)
     if self.config.scale_embeddings:
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
     """All layers and the final norm.
 
     Args:
-      inputs: [B, S, D], embedded (and scaled) already; cast to the dtype of activations.
+      inputs: [B, S, D], embedded and scaled; cast to the dtype of activations.
       positions: i32[B or 1, S], the rotary positions; pauses repeat their token's position.
       mask: None is causal attention in the order of S; otherwise boolean [B or 1, 1, S, S], True where the query (third
         axis) may see the key (fourth), causality included, or a structured mask, `SegmentMask` or `HiddenSlots`.
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
       positions: i32[B, Q], the rotary positions.
       cache: see `Cache`; meant to be donated.
       start: i32[B], the cache index of each row's first new slot; the entries before that index are seen. None: all
-        rows are empty, and the new slots see each other alone.
+        rows are empty, and the new slots see only each other.
       first: i32[B], entries before this index are not seen; None: all are seen.
       query_key_offset: as in `__call__`.
 
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
   ) -> tuple[Float[Array, "B Q D"], Cache]:
     """`extend` without the final norm.
 
-    Arguments and results are those of `extend`, except:
+    The arguments and results are the same as in `extend`, except:
       hidden: [B, Q, D], the residual stream.
       key_weights: weights of all C cache entries, or of the Q new slots if `start` is None.
 
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
     """
     count, capacity = hidden.shape[1], cache.capacity
     if count > capacity:
-      raise ValueError(f"cache: {capacity} places, but {count} slots are to be written")
+      raise ValueError(f"cache: capacity {capacity} is too small for {count} new slots; it must be at least {count}")
     mask = None if start is None else cache_mask(start, count, capacity, first)
     return self.run_layers(
       hidden,
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
     return self.final_norm(hidden)
 
   def unembedding(self) -> Float[Array, "V D"]:
-    """The output table, in the dtype of parameters: the embedding table itself if they are tied."""
+    """The output table, in the dtype of parameters: the embedding table itself if the two are tied."""
     return self.embedding if self.config.tied_embeddings else self.output_embedding
 
   def initialize(self) -> None:
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
 
 
 def init_params(decoder: Decoder, rng: Array) -> PyTree:
-  """Fresh parameters, all of them in one call.
+  """Initialises all parameters.
 
   - 'normal': every matrix and both tables normal of standard deviation 0.02, divided by sqrt(2 L) for the
     projections that write to the residual stream (attention out, mlp down). GPT-2: Radford et al. 2019,
@@ -275,8 +275,8 @@ def init_params(decoder: Decoder, rng: Array) -> PyTree:
     section 2.3, and https://github.com/openai/gpt-2/blob/master/src/model.py
   - 'scaled': every matrix truncated normal of standard deviation 1/sqrt(fan in); the output table of deviation
     1/sqrt(D), so that logits start at about 1; an untied embedding so that inputs start at 1, with and without
-    scale_embeddings. A tied table has the output's deviation (and inputs start at 1 with scale_embeddings). Fan-in
-    scaling and unit inputs are PaLM's: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5.
+    scale_embeddings. A tied table has the deviation of the output table (and inputs start at 1 with scale_embeddings).
+    Fan-in scaling and unit inputs follow PaLM: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5.
   - 'small': every matrix and both tables truncated normal of standard deviation sqrt(2/(5 D)), divided by sqrt(2 L)
     for the projections that write to the residual stream. Nguyen and Salazar 2019, https://arxiv.org/abs/1910.05895;
     PonderLM-2 uses this initialiser, https://arxiv.org/abs/2509.23184

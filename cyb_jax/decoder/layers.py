@@ -37,7 +37,7 @@ CachedLayer = tuple[Float[Array, "B C G H"], Float[Array, "B C G H"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerContext:
-  """What all layers of a pass share; a scan over layers broadcasts it.
+  """The inputs that all layers of a pass share; a scan over layers broadcasts them.
 
   Attributes:
     rope: (cosine, sine), f32[B or 1, S, R/2] each, from `rope.rope_factors`.
@@ -45,8 +45,8 @@ class LayerContext:
     query_key_offset: [S, D] or [B, S, D] in the dtype of activations, added to the normed input of the query and key
       projections; None: 0.
     start: i32[B], the cache index of each row's first new slot. None: either no cache is used, or the cache is empty
-      and the new slots see each other alone.
-    key_weights: weights of the keys; None: all keys weigh the same.
+      and the new slots see only each other.
+    key_weights: weights of the keys; None: all keys have the same weight.
     update_scale: [B, S, 1] in the dtype of activations, a factor of both updates of the residual stream; None: 1.
   """
 
@@ -126,9 +126,9 @@ class Attention(nn.Module):
     start = jnp.zeros(len(key), jnp.int32) if context.start is None else context.start
     cached = write(cached[0], key, start), write(cached[1], value, start)
     if context.start is None:
-      # The cache was empty, so the new slots see each other alone, and any implementation fits.
+      # The cache was empty, so the new slots see only each other, and every implementation supports that.
       return self.out(attend(key, value, implementation=self.config.attention)), cached
-    # A few queries against all cache entries, most of which are masked: XLA's attention alone supports that.
+    # A few queries against all cache entries, most of which are masked: only XLA's attention supports that.
     return self.out(attend(*cached, mask=context.mask, implementation="xla")), cached
 
 

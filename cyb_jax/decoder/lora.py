@@ -1,8 +1,7 @@
 """Low-rank adapters of a decoder's matrices: y = x W + (alpha / rank) (x A) B, where W is frozen (LoRA, Hu et al. 2021,
 https://arxiv.org/abs/2106.09685, section 4.1).
 
-B starts at zero, so that an adapted decoder initially equals the decoder without adapters. A and B are f32 whatever the
-dtype of W is.
+B starts at zero, so that an adapted decoder initially equals the decoder without adapters. A and B are always f32.
 """
 
 from __future__ import annotations

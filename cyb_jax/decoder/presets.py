@@ -1,4 +1,4 @@
-"""Decoders by name, and how many parameters a decoder has."""
+"""Decoder configurations by name, and the number of parameters of a decoder."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
   "medium": DecoderConfig(
     vocab_size=8192, num_layers=8, d_model=512, num_heads=8, num_kv_heads=8, head_size=64, mlp_size=1536
   ),
-  # GPT-2's width and depth. RoPE stands in for its 1024 learned positions, so pauses can share one and there
-  # are 123,653,376 parameters in place of 124,439,808. It cannot take GPT-2's own weights.
+  # GPT-2's width and depth. RoPE replaces its 1024 learned positions, so a pause can share the position of its
+  # token. There are 123,653,376 parameters instead of 124,439,808, and GPT-2's own weights do not fit.
   "gpt2_124m": DecoderConfig(
     vocab_size=50257, num_layers=12, d_model=768, num_heads=12, num_kv_heads=12, head_size=64, mlp_size=3072,
     **_GPT_STYLE,
@@ -79,25 +79,25 @@ PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
 
 
 def preset(name: str, **overrides: object) -> DecoderConfig:
-  """The configuration of that name, with some fields replaced.
+  """Returns the configuration of that name, with some fields replaced.
 
   Args:
     name: a key of PRESETS.
     **overrides: fields of DecoderConfig.
 
   Raises:
-    InputError: no such preset, no such field, or an invalid value.
+    InputError: the preset or a field does not exist, or a value is invalid.
   """
   if name not in PRESETS:
     raise InputError(f"decoder.preset: {name!r} is unknown; {did_you_mean(name, PRESETS)}")
   fields = [field.name for field in dataclasses.fields(DecoderConfig)]
   for field, value in overrides.items():
     if field not in fields:
-      raise InputError(f"decoder.{field}: no such field, got {value!r}; {did_you_mean(field, fields)}")
+      raise InputError(f"decoder.{field}: unknown field, got {value!r}; {did_you_mean(field, fields)}")
   return dataclasses.replace(PRESETS[name], **overrides)
 
 
 def num_params(config: DecoderConfig) -> int:
-  """Parameters of a decoder, a tied table counted once; from shapes, nothing is allocated."""
+  """The number of parameters of a decoder, computed from shapes without allocating them; a tied table counts once."""
   shapes = jax.eval_shape(functools.partial(init_params, Decoder(config)), jax.random.key(0))
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

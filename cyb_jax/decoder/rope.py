@@ -15,12 +15,12 @@ def rope_factors(
 ) -> tuple[Float[Array, "B S R/2"], Float[Array, "B S R/2"]]:
   """Cosine and sine of the rotary angles, positions * base^(-2i/R) for i = 0 .. R/2-1.
 
-  Positions are an argument and are not counted from the order of the slots, because a pause has the position of its
-  token. Angles are float32 whatever the dtype of activations is: bfloat16 cannot distinguish position 257 from 258.
+  Positions are an argument and do not follow from the order of the slots, because a pause has the position of its
+  token. Angles are always float32: bfloat16 cannot distinguish position 257 from 258.
 
   Args:
     positions: i32[B, S], or f32[B, S] for positions between whole numbers.
-    rotated_size: R, even: how many of a head's H numbers are rotated.
+    rotated_size: R, even: the number of elements of a head, out of H, that are rotated.
     base: the longest wavelength is close to 2 pi base.
 
   Returns:
@@ -34,10 +34,10 @@ def rope_factors(
 def apply_rope(
   heads: Float[Array, "B S N H"], cosine: Float[Array, "B S R/2"], sine: Float[Array, "B S R/2"]
 ) -> Float[Array, "B S N H"]:
-  """Rotates the first R numbers of every head; the others are unchanged.
+  """Rotates the first R elements of every head; the others are unchanged.
 
-  Number i is paired with number i + R/2, as in NeoX, Pythia, Gemma and the Hugging Face Llama (the RoFormer paper pairs
-  neighbours; the two conventions differ by a permutation of the projections' columns). With R = 4 of H = 6:
+  Element i is paired with element i + R/2, as in NeoX, Pythia, Gemma and the Hugging Face Llama (the RoFormer paper
+  pairs neighbours; the two conventions differ by a permutation of the projections' columns). With R = 4 of H = 6:
 
       heads    x0 x1 x2 x3 x4 x5
       pairs    (x0, x2) is rotated by angle 0, (x1, x3) by angle 1; x4 and x5 are unchanged

@@ -24,9 +24,10 @@ from cyb_jax.partitioning.rules import RULES
 
 _BATCH_AXES, (_HEADS_AXIS,) = RULES["batch"], RULES["heads"]
 _LANES = 128
-# Every block of n queries reads the keys once, which is n operations per byte: from n = 600 on no chip waits for memory
-# (v6e; 240 on v5e). A block of 1,024 still fits into vector memory at head size 256, in float32 too. Hidden slots need
-# few blocks, most of them at the mask's edge: blocks of half the side waste half as much on hidden keys.
+# Every block of n queries reads the keys once, which is n operations per byte: with n of at least 600 on v6e (240 on
+# v5e) the kernel is not bound by memory. A block of 1,024 still fits into vector memory at head size 256, even in
+# float32. Hidden slots need few blocks, most of them at the mask's edge: blocks of half the side waste half as much
+# computation on hidden keys.
 _LARGEST, _LARGEST_HIDDEN = 1024, 512
 
 
@@ -41,14 +42,14 @@ def attend(
 ) -> Float[Array, "B S N H"]:
   """softmax(q k^T / sqrt(H)) v, causal in the order of the slots.
 
-  Under a mesh (`jax.set_mesh`) the batch is split over data and fsdp and the heads over tensor, if the mesh has these
-  axes and XLA partitions them: inside pmap or shard_map they are split already. If the kv heads do not divide over
-  tensor, each device takes the kv heads that its heads read.
+  Under a mesh (`jax.set_mesh`) the batch is split over the axes data and fsdp and the heads over the axis tensor, if
+  the mesh has these axes and XLA partitions them; inside pmap or shard_map the arrays are already split. If the kv
+  heads do not divide over tensor, each device gets the kv heads that its heads read.
 
   Args:
     query: [B, S, N, H]; it is scaled in float32 and rounded back to its dtype.
     key, value: [B, S, G, H].
-    num_slots: W; 1: every slot sees those before it. Otherwise other tokens see a token's first slot alone, see
+    num_slots: W; 1: every slot sees the slots before it. Otherwise other tokens see only the first slot of a token, see
       `attention.HiddenSlots`.
     segment_ids: i32[B, T]; tokens with different ids do not see each other. No blocks are skipped because of them.
     interpret: run the kernels as plain JAX operations, on any device; for tests.
@@ -61,7 +62,7 @@ def attend(
   if not batch_axes and heads_axis is None:
     return run(query, key, value, segment_ids)
   if heads_axis is not None:
-    # Head n reads kv head n // (N / G). The kv heads are repeated until each device's part holds those that it reads.
+    # Head n reads kv head n // (N / G). The kv heads are repeated until each device holds the kv heads that it reads.
     groups, parts = key.shape[2], jax.sharding.get_abstract_mesh().shape[heads_axis]
     key, value = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (key, value))
   heads, rows = PartitionSpec(batch_axes, None, heads_axis), PartitionSpec(batch_axes)
@@ -76,7 +77,7 @@ def attend(
 
 
 def uneven(query: Float[Array, "B S N H"]) -> str | None:
-  """Why the shape cannot be split over the mesh in whose context the call is traced, or None."""
+  """Why the shape cannot be split over the mesh that is current while tracing, or None."""
   batch_axes, heads_axis = _axes()
   shape = jax.sharding.get_abstract_mesh().shape
   shards = math.prod(shape[axis] for axis in batch_axes)
@@ -88,14 +89,14 @@ def uneven(query: Float[Array, "B S N H"]) -> str | None:
 
 
 def executed_keys(length: int, num_slots: int = 1) -> float:
-  """How many keys the kernels of `attend` multiply a slot's query with, averaged over the S slots of a row.
+  """The number of keys that the kernels of `attend` multiply with a slot's query, averaged over the S slots of a row.
 
-  The kernels compute whole blocks, parts of which the mask then hides, and the padding of the last blocks. The forward
-  kernel computes 2 products with so many keys (weights and values), the two backward kernels compute 7.
+  The kernels compute complete blocks, parts of which the mask then hides, and the padding of the last blocks. The
+  forward kernel computes 2 products with that many keys (weights and values); the two backward kernels compute 7.
 
   Args:
     length: S.
-    num_slots: W of hidden slots; 1: every slot sees those before it.
+    num_slots: W of hidden slots; 1: every slot sees the slots before it.
   """
   block = _block(length, num_slots)
   rows = -(-length // block)
@@ -111,16 +112,16 @@ def executed_keys(length: int, num_slots: int = 1) -> float:
 
 
 def _axes() -> tuple[tuple[str, ...], str | None]:
-  """The axes of the current mesh over which the batch is split, and the one over which the heads are split."""
+  """The axes of the current mesh over which the batch is split, and the axis over which the heads are split."""
   mesh = jax.sharding.get_abstract_mesh()
   free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
   return tuple(axis for axis in _BATCH_AXES if axis in free), _HEADS_AXIS if _HEADS_AXIS in free else None
 
 
 def _block(length: int, num_slots: int) -> int:
-  """The side of a block: a multiple of the lanes, such that the fewest blocks of equal size cover the row."""
-  whole, largest = (length, _LARGEST) if num_slots == 1 else (-(-length // num_slots), _LARGEST_HIDDEN)
-  return _round_up(-(-whole // -(-whole // largest)), _LANES)
+  """The side of a block: a multiple of the lanes, chosen so that the fewest blocks of equal size cover the row."""
+  size, largest = (length, _LARGEST) if num_slots == 1 else (-(-length // num_slots), _LARGEST_HIDDEN)
+  return _round_up(-(-size // -(-size // largest)), _LANES)
 
 
 def _round_up(size: int, step: int) -> int:
@@ -139,7 +140,7 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
     mask = masks.CausalMask((rows, rows))
   else:
     # The keys are the tokens' first slots, then all slots. In the order of the slots every block below the diagonal
-    # would hold some first slots; with the first slots apart, the other slots need only the blocks on the diagonal.
+    # would hold some first slots; with the first slots separate, the other slots need only the blocks on the diagonal.
     firsts = _round_up(length // num_slots, block)
     key, value = (jnp.concatenate((_pad(x[:, ::num_slots], firsts), x), 1) for x in (key, value))
     if segment_ids is not None:
@@ -170,7 +171,7 @@ def _pad(x: Array, length: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _HiddenMask(masks.Mask):
-  """Hidden slots: rows are slots; columns are the tokens' first slots, padded to whole blocks, then all slots.
+  """Hidden slots: rows are slots; columns are the tokens' first slots, padded to full blocks, then all slots.
 
   T = 2, W = 3, the first slots padded to 4:
 
@@ -182,8 +183,8 @@ class _HiddenMask(masks.Mask):
          second  1  1 . .    . . .   . 1 .
          third   1  1 . .    . . .   . 1 1
 
-  The kernels compute the mask for every weight. Each row's token and slot are packed into one number, because dividing
-  by W in the kernels would cost more than the softmax.
+  The kernels compute the mask for every attention weight. Each row's token and slot are packed into one integer,
+  because dividing by W in the kernels would cost more than the softmax.
   """
 
   rows: int
@@ -206,8 +207,8 @@ class _HiddenMask(masks.Mask):
   def __call__(self, rows, columns):
     bits = self.num_slots.bit_length()
     token, slot = rows >> bits, rows & ((1 << bits) - 1)
-    behind = columns - self.firsts - token * self.num_slots
-    return (columns <= token) | ((behind > 0) & (behind <= slot))
+    key_slot = columns - self.firsts - token * self.num_slots
+    return (columns <= token) | ((key_slot > 0) & (key_slot <= slot))
 
   def __getitem__(self, index) -> np.ndarray:
     rows, columns = index

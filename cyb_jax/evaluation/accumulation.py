@@ -1,4 +1,4 @@
-"""Sums over batches in whole numbers: on the devices in int32, taken over by the host in int64 before they overflow."""
+"""Integer sums over batches: int32 on the devices, moved to int64 on the host before they overflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from cyb_jax.evaluation import fixed_point
 from cyb_jax.methods import Batch
 
-# After how many numbers in one sum the host takes over what the devices have summed.
+# The number of addends of one sum after which the sums of the devices are moved to the host.
 _FLUSH_NUMBERS = fixed_point.MOST // 2
 
 Sums = dict[str, Any]
@@ -26,8 +26,8 @@ class Accumulator:
 
   Args:
     contributions: (params, ..., batch) -> a tree of int32.
-    everywhere: the sharding of the sums.
-    most: how many numbers a token adds to one of the sums at most.
+    everywhere: the sharding of the sums, which are replicated.
+    most: the maximum number of addends of a token in one of the sums.
   """
 
   def __init__(self, contributions: Callable[..., Sums], everywhere: NamedSharding, most: int):
@@ -36,7 +36,7 @@ class Accumulator:
     def add(sums: Sums, *args: Any) -> Sums:
       return jax.tree.map(jnp.add, sums, contributions(*args))
 
-    # In place: the table of types may be large.
+    # The sums are donated, because the table of types may be large.
     self._add = jax.jit(add, donate_argnums=0, out_shardings=everywhere)
 
   def __call__(self, batches: Iterable[Batch], params: PyTree, *args: Any) -> Sums:
@@ -47,15 +47,15 @@ class Accumulator:
     for batch in batches:
       added = batch["tokens"].size * self._most
       if pending + added > _FLUSH_NUMBERS and sums is not None:
-        total, sums, pending = _taken_over(total, sums), None, 0
+        total, sums, pending = _moved_to_host(total, sums), None, 0
       if sums is None:
         shapes = jax.eval_shape(self._contributions, *args, batch)
         sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self._everywhere), shapes)
       sums = self._add(sums, *args, batch)
       pending += added
-    return _taken_over(total, sums)
+    return _moved_to_host(total, sums)
 
 
-def _taken_over(total: Sums | None, sums: Sums) -> Sums:
+def _moved_to_host(total: Sums | None, sums: Sums) -> Sums:
   sums = jax.tree.map(lambda x: np.asarray(x, np.int64), sums)
   return sums if total is None else jax.tree.map(np.add, total, sums)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals from sums over groups of documents: resampling them is one matrix product.
+"""Bootstrap intervals from sums over groups of documents; resampling the groups is one matrix product.
 
 Dimensions: R resamples, G groups.
 """
@@ -10,21 +10,21 @@ from collections.abc import Callable
 import numpy as np
 
 GROUPS = 1024
-"""Documents are divided into at most so many groups; document n is in group n modulo G."""
+"""The maximum number of groups of documents; document n is in group n modulo G."""
 
 _RESAMPLES = 1000
 _SEED = 0
 
 
 def interval(sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[float] | None:
-  """The middle 95% of a statistic over resampled groups; the same bits for the same sums.
+  """The central 95% interval of a statistic over resampled groups; bit-identical for equal sums.
 
   Args:
-    sums: f64[G, ...], of each group; the statistic is a function of their totals.
-    statistic: f64[R, ...] totals -> f64[R]; nan where it is undefined.
+    sums: f64[G, ...], the sums of each group; the statistic is a function of their totals.
+    statistic: f64[R, ...] totals -> f64[R]; nan if it is undefined.
 
   Returns:
-    [low, high]; None for fewer than two groups, or where no resample has a value.
+    [low, high]; None for fewer than two groups, or if the statistic is undefined for all resamples.
   """
   groups = len(sums)
   if groups < 2:

@@ -1,8 +1,8 @@
-"""Sums that lose nothing: numbers in units of 2^-30 of their bound, added byte by byte in int32.
+"""Exact sums: numbers in units of 2^-30 of their bound, added byte by byte in int32.
 
-Whole numbers add up to the same bits in whatever order, over whatever batches and devices; a long sum of f32 on an
-accelerator does not, and it drops addends that are small against it. The four bytes of a number are summed apart, so
-that int32 holds 8 million of them (`MOST`) before the host has to take over in int64.
+The sum of integers is bit-identical for every order of addition, batch size and number of devices; a long sum of f32
+numbers on an accelerator is not, and it loses addends that are small relative to the sum. The four bytes of a number
+are summed separately, so that int32 holds the sum of 8 million numbers (`MOST`) before the host continues in int64.
 
 Dimensions: B batch, T tokens.
 """
@@ -14,36 +14,36 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 MOST = (1 << 31) // 255
-"""How many numbers may be added in int32."""
+"""The number of addends that int32 sums can hold."""
 
 _ONE = 1 << 30
-_PLACES = np.array([1, 1 << 8, 1 << 16, 1 << 24], np.int64)
+_BYTE_WEIGHTS = np.array([1, 1 << 8, 1 << 16, 1 << 24], np.int64)
 
 
 def fixed(x: Float[Array, "..."], bound: float) -> Int[Array, "... 4"]:
-  """The bytes, lowest first, of x in units of bound / 2^30; the highest one carries the sign.
+  """The bytes, lowest first, of x in units of bound / 2^30; the highest byte carries the sign.
 
   Args:
-    x: f32, within [-bound, bound]; what is beyond is cut, and nan is 0.
-    bound: a power of two, so that f32 loses nothing.
+    x: f32, clipped to [-bound, bound]; nan becomes 0.
+    bound: a power of two, so that scaling is exact in f32.
   """
   return _bytes(_units(x, bound))
 
 
 def total(x: Float[Array, "B T ..."], real: Bool[Array, "B T"], bound: float) -> Int[Array, "... 4"]:
-  """`fixed(x)` summed over the tokens that are real."""
+  """`fixed(x)` summed over the real tokens."""
   return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 1)), fixed(x, bound), 0).sum((0, 1))
 
 
 def value(sums: np.ndarray, bound: float) -> np.ndarray:
   """f64[...]: the sum that int64[..., 4] represents."""
-  return (sums * _PLACES).sum(-1) * (bound / _ONE)
+  return (sums * _BYTE_WEIGHTS).sum(-1) * (bound / _ONE)
 
 
 def moments(x: Float[Array, "..."], bound: float) -> Int[Array, "... 17"]:
-  """What count, sum and sum of squares are made of, exactly.
+  """The exact integer parts of count, sum and sum of squares.
 
-  The square of a number of 30 bits has 60: it is put together from the products of its halves.
+  The square of a 30-bit number has 60 bits: it is composed of the products of its halves.
 
   Args:
     x: f32, within [0, bound].
@@ -56,9 +56,7 @@ def moments(x: Float[Array, "..."], bound: float) -> Int[Array, "... 17"]:
 
 
 def mean_and_variance(sums: np.ndarray, bound: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(count int64[...], mean f64[...], variance f64[...], that of the numbers themselves) of int64[..., 17]; nan where
-  there is none.
-  """
+  """(count int64[...], mean f64[...], population variance f64[...]) from sums int64[..., 17]; nan if the count is 0."""
   count = sums[..., 0]
   x, high, mixed, low = (value(sums[..., i : i + 4], _ONE) for i in (1, 5, 9, 13))
   with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,34 +1,34 @@
-"""From the sums of `pause_sums` to the numbers of statistics.json; all of it on the host, in float64.
+"""The record of statistics.json from the sums of `pause_sums`; computed on the host in float64.
 
-The record holds, everything under the default omega, which allows every token all its slots; a token's pauses are the
-expected number of them, sum_i (i - 1) s_i. What is undefined is None: with W = 1 all but the keys marked *, and what
-concerns d for a method that isn't adaptive.
+All keys are under the default omega, which allows every token all its slots, unless stated otherwise; the pauses of a
+token are their expected number, sum_i (i - 1) s_i. Undefined keys are None: with W = 1 all keys except those marked *,
+and all keys about d for a method that is not adaptive.
 
 * `tokens`, `documents`, `num_slots`.
-* `perplexity`: `mixture` exp(mean of -log sum_i s_i t_i), or that of the state that slots are fused into, and its
-  `interval`, `mean_of_logs` exp(mean of -sum_i s_i log t_i), `oracle` the best slot of each token, `hard` the first
-  with d <= 1/2, `slots` each alone; * `loss` exp(mean of the training objective), which has the discount, the penalty
-  or the bound of CYB's variants; `training` as `mixture`, under the omega and the recipe of training, where they are
-  others.
+* `perplexity`: `mixture` exp(mean of -log sum_i s_i t_i), or the perplexity of the fused state, and its `interval`;
+  `mean_of_logs` exp(mean of -sum_i s_i log t_i); `oracle` from the best slot of each token; `hard` from the first slot
+  with d <= 1/2; `slots` of each slot; * `loss` exp(mean of the training objective), which includes the discount, the
+  penalty or the bound of CYB's variants; `training` like `mixture`, under the omega and recipe of training if they
+  differ.
 `latency`, `training_latency`: `mean` of s, `mean_pauses`, `histogram` (`edges`, `counts`) of the tokens' pauses; the
-  latter under the omega and the recipe of training, where they are others.
-`calibration`: for each step i < W, d_i against what step i + 1 brings: `spearman` of d_i with t_{i+1} - t_i and its
+  latter under the omega and recipe of training if they differ.
+`calibration`: for each step i < W, d_i against the gain of step i + 1: `spearman` of d_i with t_{i+1} - t_i and its
   `interval`; `density` (`decision_edges`, `gain_edges`, `counts` [64][64]); `reliability`, by even bins of d, the share
-  of tokens with t_{i+1} > t_i; `deciles`, by rank of d, the mean gain, in `gain_nats` that of log t (the range of a
-  decile is known to the width of a bin of `ranks`).
-`curves`: perplexity against mean pauses, read at the first slot with d <= `threshold`, or under a `budget` of steps
-  imposed through omega: all of i steps, or of i and i + 1 in equal shares.
-`self_paced`, * `autoregressive`: None; other evaluations fill them in.
-`types`: of input tokens, see `token_types.summarize`; `paper`: the words that the paper lists, after a space, at their
-  last piece.
-`word_position`, `word_class` (by the lexicon of the package textblob; None without it; of words that are one piece),
-  `frequency` (by how often the type occurs here): pauses of the input tokens.
-* `difficulty`: by that of the target, perplexity; and with W > 1 pauses, and how often the most probable token is the
-  target.
+  of tokens with t_{i+1} > t_i; `deciles`, by rank of d, the mean gain of t, and of log t in `gain_nats` (the range of a
+  decile is known to within a bin of `ranks`).
+`curves`: perplexity against mean pauses, read at the first slot with d <= `threshold`, or under a step `budget` set
+  through omega: always i steps, or i and i + 1 in equal shares.
+`self_paced`, * `autoregressive`: None; other evaluations set them.
+`types`: the types of input tokens, see `token_types.summarize`; `paper`: the words that the paper lists, after a space,
+  at their last piece.
+`word_position`, `word_class` (by the lexicon of the package textblob; None without it; only words of one piece),
+  `frequency` (by the number of occurrences of the type in the split): pauses of the input tokens.
+* `difficulty`: perplexity by difficulty of the target; with W > 1 also pauses, and the rate at which the most probable
+  token is the target.
 * `groups`: nats and tokens of documents by number modulo G <= 1,024, for paired bootstraps.
 
-Intervals are the middle 95% of 1,000 resamples of these groups, which are the documents themselves up to 1,024 of them;
-ranks are those in the whole split in every resample.
+Intervals are the central 95% of 1,000 resamples of these groups; a split with at most 1,024 documents has one document
+per group. Every resample uses the ranks in the complete split.
 
 Dimensions: W slots, K = W - 1 pauses, G groups of documents, N thresholds.
 """
@@ -57,12 +57,12 @@ from cyb_jax.evaluation.pause_sums import (
 
 
 def of_first_pass(sums: Sums, num_slots: int, documents: int, groups: int) -> dict[str, Any]:
-  """All keys of the record, those that need the table of types or a second pass still None.
+  """All keys of the record; the keys that need the table of types or a second pass are None.
 
   Args:
-    sums: of `pause_sums.first_pass`.
+    sums: the sums of `pause_sums.first_pass`.
     num_slots: W.
-    documents: how many have a target among the tokens.
+    documents: the number of documents that have a target among the tokens.
     groups: G.
   """
   tokens = int(sums["tokens"].sum())
@@ -85,9 +85,9 @@ def of_decisions(first: Sums, second: Sums, edges: np.ndarray, thresholds: np.nd
   """`calibration` and `curves` of an adaptive method with W > 1.
 
   Args:
-    first, second: sums of the two passes.
-    edges: f32[K, bins - 1], of the bins of the odds of d.
-    thresholds: f32[N], on the odds of d.
+    first, second: the sums of the two passes.
+    edges: f32[K, bins - 1], the edges of the bins of the odds of d.
+    thresholds: f32[N], thresholds on the odds of d.
     groups: G.
   """
   tokens, num_slots = int(first["tokens"].sum()), len(edges) + 1
@@ -120,7 +120,7 @@ def _perplexity(sums: Sums, groups: int) -> dict[str, Any]:
 
 
 def _exp_mean(totals: np.ndarray) -> np.ndarray:
-  # A resample may consist of groups without a token.
+  # A resample may consist of groups without tokens.
   with np.errstate(invalid="ignore", divide="ignore"):
     return np.exp(totals[:, 0] / totals[:, 1])
 
@@ -156,7 +156,7 @@ def _difficulty(sums: Sums, num_slots: int) -> list[dict[str, Any]]:
 
 
 def _calibration(first: Sums, second: Sums, counts: np.ndarray, edges: np.ndarray, groups: int) -> list[dict[str, Any]]:
-  """For each step; `counts` int64[K, bins] and `edges` f32[K, bins - 1] are those of the odds of d."""
+  """The calibration of each step; `counts` int64[K, bins] and `edges` f32[K, bins - 1] are of the odds of d."""
   tokens = np.broadcast_to(first["tokens"][:, None, None], (*second["ranks"].shape[:2], 1))
   products = np.concatenate([tokens, value(second["ranks"], SHARE)], -1)[:groups]
   steps = []
@@ -183,11 +183,11 @@ def _calibration(first: Sums, second: Sums, counts: np.ndarray, edges: np.ndarra
 def _reliability(sums: Sums, step: int) -> list[dict[str, Any]]:
   rows = []
   for level in range(RELIABILITY_BINS):
-    place = step * RELIABILITY_BINS + level
-    if count := int(sums["count"][place]):
+    index = step * RELIABILITY_BINS + level
+    if count := int(sums["count"][index]):
       row = {"low": level / RELIABILITY_BINS, "high": (level + 1) / RELIABILITY_BINS, "count": count}
-      row["decision"] = float(value(sums["decision"][place], SHARE) / count)
-      rows.append(row | {"better": float(sums["better"][place] / count)})
+      row["decision"] = float(value(sums["decision"][index], SHARE) / count)
+      rows.append(row | {"better": float(sums["better"][index] / count)})
   return rows
 
 
@@ -196,12 +196,12 @@ def _decile_rows(sums: Sums, step: int, counts: np.ndarray, edges: np.ndarray) -
   decile, rows = ranks.deciles(counts), []
   for number in range(DECILES):
     bins = np.flatnonzero((decile == number) & (counts > 0))
-    place = step * DECILES + number
-    if count := int(sums["count"][place]):
+    index = step * DECILES + number
+    if count := int(sums["count"][index]):
       row = {"low": float(borders[bins[0]]), "high": float(borders[bins[-1] + 1]), "count": count}
       for name, bound in (("decision", SHARE), ("gain", SHARE), ("gain_nats", NATS)):
-        row[name] = float(value(sums[name][place], bound) / count)
-      rows.append(row | {"better": float(sums["better"][place] / count)})
+        row[name] = float(value(sums[name][index], bound) / count)
+      rows.append(row | {"better": float(sums["better"][index] / count)})
   return rows
 
 

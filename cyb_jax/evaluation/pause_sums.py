@@ -1,6 +1,6 @@
-"""What pause statistics sum on the devices, in whole numbers (`fixed_point`): one batch in, one tree of i32 sums out.
+"""The sums of pause statistics on the devices, as integers (`fixed_point`): a batch gives a tree of i32 sums.
 
-In a first pass everything that needs no ranks; in a second pass, of an adaptive method, the products of ranks.
+A first pass sums everything that needs no ranks; a second pass, for adaptive methods, sums products of ranks.
 
 Dimensions: B batch, T tokens, W slots, K = W - 1 pauses, G groups of documents, N thresholds.
 """
@@ -24,35 +24,35 @@ from cyb_jax.evaluation.token_types import bins_per_pause
 from cyb_jax.methods import Batch, EvalOutput, Method
 from cyb_jax.stopping import expected_pauses, hard_slot, log_stopping_distribution
 
-# Bounds of what is summed. A token of more than 1,024 nats counts as one of 1,024, and so does one of nan.
+# Bounds of the addends. A token of more than 1,024 nats, or of nan, counts as 1,024 nats.
 NATS = 1024.0
 SHARE = 1.0
-HISTOGRAM_BINS = 20  # a pause
+HISTOGRAM_BINS = 20  # per pause
 DENSITY_BINS = 64
 RELIABILITY_BINS = 20
 DECILES = 10
-DIFFICULTIES = 256  # a token store keeps a difficulty in one byte
+DIFFICULTIES = 256  # a token store stores a difficulty in one byte
 
 
 def pauses_bound(num_slots: int) -> float:
-  """A power of two that no number of pauses exceeds, the bound of their `fixed_point` sums."""
+  """A power of two that is at least the maximum number of pauses, the bound of their `fixed_point` sums."""
   return float(1 << (num_slots - 2).bit_length())
 
 
 def budgets(num_slots: int) -> np.ndarray:
-  """f64[2 W - 1, W]: all of i steps, and i and i + 1 in equal shares, in between."""
-  whole = np.eye(num_slots)
-  between = (whole[1:] + whole[:-1]) / 2
-  return np.concatenate([np.stack([whole[:-1], between], 1).reshape(-1, num_slots), whole[-1:]])
+  """f64[2 W - 1, W]: the step budgets of always i steps, and between them those of i and i + 1 in equal shares."""
+  fixed_steps = np.eye(num_slots)
+  between = (fixed_steps[1:] + fixed_steps[:-1]) / 2
+  return np.concatenate([np.stack([fixed_steps[:-1], between], 1).reshape(-1, num_slots), fixed_steps[-1:]])
 
 
 def decisions(method: Method, params: PyTree, batch: Batch) -> Float[Array, "2 B T K"]:
-  """The odds of d_i in nats, and t_{i+1} - t_i."""
+  """The log-odds of d_i in nats, and t_{i+1} - t_i."""
   return jnp.stack(_pairs(method.evaluate(params, batch)))
 
 
 def _pairs(reading: EvalOutput) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
-  """The odds of d_i, nats, which still differ where d is almost 1; and t_{i+1} - t_i."""
+  """The log-odds of d_i in nats, which still differ where d is almost 1; and t_{i+1} - t_i."""
   scores = reading.scores
   target = jnp.exp(scores.log_target)
   return (scores.log_dont_know - scores.log_answer)[..., :-1], target[..., 1:] - target[..., :-1]
@@ -60,15 +60,15 @@ def _pairs(reading: EvalOutput) -> tuple[Float[Array, "B T K"], Float[Array, "B 
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluated:
-  """A batch and what the method says about it.
+  """A batch and the method's evaluation of it.
 
   Attributes:
-    output: of `Method.evaluate`, all slots allowed.
-    real: which tokens count.
-    nats: -log likelihood of each target, with 1,024 where that isn't finite.
-    finite: where it is finite.
+    output: the result of `Method.evaluate` with all slots allowed.
+    real: which tokens have weight.
+    nats: -log likelihood of each target; 1,024 where it is not finite.
+    finite: where the log-likelihood is finite.
     stopping: s.
-    level: the difficulty of each target, 256 for tokens that don't count; None where it isn't known.
+    level: the difficulty of each target, 256 for tokens without weight; None if it is unknown.
   """
 
   method: Method
@@ -92,7 +92,7 @@ class _Evaluated:
     return cls(method, params, batch, output, real, nats, finite, jnp.exp(output.log_stopping), level)
 
   def by_difficulty(self, values: Int[Array, "B T ..."]) -> Int[Array, "256 ..."]:
-    """Sums of the values by difficulty of the target."""
+    """The sums of the values by difficulty of the target."""
     return _added(self.level, DIFFICULTIES, values)
 
 
@@ -104,15 +104,15 @@ def first_pass(
   thresholds: Float[Array, "N"] | None,
   batch: Batch,
 ) -> Sums:
-  """Everything that needs no ranks.
+  """The sums that need no ranks.
 
   Args:
-    method: evaluated once, and once more as trained if it is trained under another omega or recipe.
-    num_rows: rows of the table of token types, see `batch["rows"]`.
+    method: evaluated once, and once more as trained if training has another omega or recipe.
+    num_rows: the number of rows of the table of token types, see `batch["rows"]`.
     params: bare arrays.
-    edges: bins of (odds of d, gain) by step; None where the method isn't adaptive.
-    thresholds: on the odds of d; None likewise.
-    batch: see `PauseStatistics.__call__`, with `rows` in place of `before`.
+    edges: edges of the bins of (odds of d, gain) by step; None if the method is not adaptive.
+    thresholds: thresholds on the odds of d; None if the method is not adaptive.
+    batch: see `PauseStatistics.__call__`, with `rows` instead of `before`.
   """
   found = _Evaluated.of(method, params, batch)
   sums = _likelihood_sums(found)
@@ -139,9 +139,9 @@ def first_pass(
 
 
 def _likelihood_sums(found: _Evaluated) -> Sums:
-  """Nats of the ways in which slots are read, of all tokens and, as the method reads them, by group of documents."""
+  """The nats of all tokens for each way of reading slots, and the method's nats by group of documents."""
   real, log_target, stopping = found.real, found.output.scores.log_target, found.stopping
-  # A slot that is never read counts for nothing, even one that gives the target no probability at all.
+  # A slot that is never read has no effect, even if it gives the target no probability.
   mean_of_logs = -jnp.where(stopping > 0, stopping * log_target, 0.0).sum(-1)
   group = jnp.where(real, found.batch["group"], GROUPS)
   sums = {
@@ -160,12 +160,12 @@ def _likelihood_sums(found: _Evaluated) -> Sums:
 
 
 def _type_sums(found: _Evaluated, pauses: Float[Array, "B T"], num_rows: int) -> Sums:
-  """Histograms and moments of the pauses by row of the table of types; how often each type is a word of a class."""
+  """Histograms and moments of the pauses by row of the table of types, and each type's count as a word of a class."""
   rows = jnp.where(found.real[..., None], found.batch["rows"], num_rows)
   bins = bins_per_pause(num_rows, found.method.num_slots - 1)
   most = (found.method.num_slots - 1) * bins
   nearest = jnp.clip(jnp.round(pauses * bins).astype(jnp.int32), 0, most)
-  # Words of a class: those whose last row is one of the table's.
+  # Words of a class are the tokens whose last row is in the table.
   alone = jnp.where(rows[..., -1] < num_rows, found.batch["tokens"], num_rows)
   parts = fixed_point.moments(pauses, pauses_bound(found.method.num_slots))
   return {
@@ -176,7 +176,7 @@ def _type_sums(found: _Evaluated, pauses: Float[Array, "B T"], num_rows: int) ->
 
 
 def _answer_sums(found: _Evaluated, pauses: Float[Array, "B T"]) -> Sums:
-  """By difficulty of the target: pauses, s, and how often the most probable token is the target."""
+  """By difficulty of the target: pauses, s, and the number of tokens whose most probable token is the target."""
   correct, accuracy = _correct(found)
   return {
     "pauses": found.by_difficulty(fixed(pauses, pauses_bound(found.method.num_slots))),
@@ -201,7 +201,7 @@ def _decision_sums(
   edges: Float[Array, "2 K bins-1"],
   thresholds: Float[Array, "N"],
 ) -> Sums:
-  """How well d forecasts the next slot's gain, and the likelihoods at other thresholds and under other budgets."""
+  """Sums for the calibration of d against the next slot's gain, and likelihoods at other thresholds and budgets."""
   scores = reading.scores
   odds, gain = _pairs(reading)
   real_steps = jnp.broadcast_to(real[..., None], odds.shape)
@@ -225,14 +225,14 @@ def _decision_sums(
       "better": _added(level, levels, better),
     },
   }
-  # A token is read at slot i under all thresholds from the lowest odds so far up to the lowest before. So the slots
-  # read under a threshold are the last one, and a step back for each i whose lowest odds so far are no more than it.
+  # Under a threshold a token is read at the first slot whose odds do not exceed it. With m_i the minimum of the odds up
+  # to slot i, this is the last slot minus the number of slots i with m_i <= threshold.
   lowest = jax.lax.cummin(odds, axis=odds.ndim - 1)
-  place = jnp.where(real_steps, jnp.searchsorted(thresholds, lowest), len(thresholds))
+  index = jnp.where(real_steps, jnp.searchsorted(thresholds, lowest), len(thresholds))
   saved = scores.log_target[..., 1:] - scores.log_target[..., :-1]
   sums["threshold"] = {
-    "nats": _added(place, len(thresholds), fixed(saved, NATS)),
-    "steps": _added(place, len(thresholds), jnp.ones_like(place)),
+    "nats": _added(index, len(thresholds), fixed(saved, NATS)),
+    "steps": _added(index, len(thresholds), jnp.ones_like(index)),
   }
 
   def under(omega: Float[Array, "W"]) -> tuple[Array, Array]:
@@ -259,9 +259,9 @@ def second_pass(
   Args:
     method: evaluated once.
     params: bare arrays.
-    edges: bins of (odds of d, gain) by step.
-    centred: the rank of each bin, `ranks.centred`.
-    deciles: of the bins of d, `ranks.deciles`.
+    edges: edges of the bins of (odds of d, gain) by step.
+    centred: the rank of each bin, from `ranks.centred`.
+    deciles: the decile of each bin of d, from `ranks.deciles`.
     batch: as in `first_pass`.
   """
   reading = method.evaluate(params, batch)
@@ -287,7 +287,7 @@ def second_pass(
 
 
 def _correct(found: _Evaluated) -> tuple[Int[Array, "B T W"], Float[Array, "B T"]]:
-  """Whether each slot's most probable token is the target, 1 or 0; and how likely the token that is read is it."""
+  """Whether each slot's most probable token is the target, 1 or 0; and the expected accuracy of the read slot."""
   method, params = found.method, found.params
   hidden = method.hidden(params, found.batch)
   slots = jnp.broadcast_to(jnp.arange(hidden.shape[-2]), hidden.shape[1:-1])
@@ -299,7 +299,7 @@ def _correct(found: _Evaluated) -> tuple[Int[Array, "B T W"], Float[Array, "B T"
     fused = method.mixture_log_probs(params, hidden)[0].argmax(-1) == targets if is_fused else None
     return by_slot.astype(jnp.int32), fused
 
-  # Row by row: the dense token distributions of a batch may not fit into memory.
+  # Row by row, because the dense token distributions of a batch may not fit into memory.
   correct, fused = jax.lax.map(row, (hidden, found.batch["targets"]))
   return correct, (found.stopping * correct).sum(-1) if fused is None else fused.astype(jnp.float32)
 
@@ -309,12 +309,12 @@ def _bins(edges: Float[Array, "K bins-1"], x: Float[Array, "B T K"]) -> Int[Arra
 
 
 def _added(index: Int[Array, "*n"], size: int, values: Int[Array, "*n ..."]) -> Int[Array, "size ..."]:
-  """Sums of the values by index; an index of `size` counts for nothing."""
+  """Sums of the values by index; values with index `size` are dropped."""
   zeros = jnp.zeros((size, *values.shape[index.ndim :]), jnp.int32)
   return zeros.at[index].add(values, mode="drop")
 
 
 def _counted(row: Int[Array, "*n"], rows: int, column: Int[Array, "*n"], columns: int) -> Int[Array, "rows columns"]:
-  """How often each pair occurs; a row of `rows` counts for nothing."""
+  """The number of occurrences of each pair (row, column); pairs with row `rows` are dropped."""
   row, column = jnp.broadcast_arrays(row, column)
   return jnp.zeros((rows, columns), jnp.int32).at[row, column].add(1, mode="drop")

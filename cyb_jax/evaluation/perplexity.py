@@ -1,5 +1,4 @@
-"""Perplexity and its relatives over a split: every real token scored once, the same tokens for every
-method.
+"""Perplexity and related metrics over a split: every real token is scored once, and all methods score the same tokens.
 
 Dimensions: B batch, T tokens, W slots.
 """
@@ -25,25 +24,26 @@ from cyb_jax.partitioning import arrays
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards, host_rows, shard_batch
 from cyb_jax.stopping import hard_slot, log_stopping_distribution
 
-# Ranks need all values at once: at 4M tokens and W = 4 they take 100 MB. Of a larger split the first tokens are taken.
+# Ranks need all values in memory: 4M tokens with W = 4 take 100 MB. For a larger split only the first tokens are used.
 _CALIBRATION_TOKENS = 4_000_000
-# Before the names of the sums of a method's extra metrics.
+# The prefix of the names of a method's extra metrics among the sums.
 _EXTRA = "extra/"
 
 
 class Evaluator:
-  """Evaluates a method's parameters; compiled once, used for any number of splits.
+  """Evaluates a method's parameters; compiles once for any number of splits.
 
   Args:
-    method: what is evaluated.
-    mesh: the batch is spread over it.
+    method: the method.
+    mesh: the mesh over which batches are sharded.
     omega: W weights, the step budget of this evaluation; None: every token may use all W slots.
-    context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': only by
-      those that the model requests, see `evaluation.self_paced`.
-    kept: of a self-paced context, how the slots that stay are drawn: 'posterior' or 'stopping', see there.
+    context: 'constant': every token is followed by all its pauses, as in training; 'self_paced': only by the pauses
+      that the model requests, see `evaluation.self_paced`.
+    kept: how the slots that stay in a self-paced context are drawn: 'posterior' or 'stopping', see
+      `evaluation.self_paced`.
 
   Attributes:
-    shards: into how many parts a batch is split.
+    shards: the number of shards of a batch.
   """
 
   def __init__(
@@ -55,9 +55,11 @@ class Evaluator:
     kept: str = "posterior",
   ):
     if context == "self_paced" and not is_self_paced(method):
-      raise InputError(f"context: 'self_paced', but method {method.name!r} has no pauses that it could go without")
+      raise InputError(
+        f"context: 'self_paced', but method {method.name!r} can't run with fewer than all pauses; use 'constant'"
+      )
     if kept not in KEPT:
-      raise InputError(f"kept: {kept!r} is none of {', '.join(map(repr, KEPT))}")
+      raise InputError(f"kept: {kept!r} is not one of {', '.join(map(repr, KEPT))}")
     self.method = method
     self.omega = omega
     self.context, self.kept = context, kept
@@ -77,7 +79,7 @@ class Evaluator:
     return shard_batch(batch, self._batch_sharding)
 
   def compile_abstract(self, params: PyTree, batch: Batch) -> jax.stages.Compiled:
-    """Compiles what is run for each batch, from shapes alone; those of `params` with shardings."""
+    """Compiles the program that runs for each batch from abstract shapes; `params` have shardings."""
     return self._sums.lower(params, batch).compile()
 
   def __call__(
@@ -86,18 +88,18 @@ class Evaluator:
     """Perplexities, latency, calibration and compute cost of a split.
 
     Args:
-      params: of the method, bare arrays.
+      params: the method's parameters, bare arrays.
       batches: this host's `rows` of batches [B, T], see `methods.Batch`; padding has weight 0.
-      num_bytes: UTF-8 bytes of the text that the tokens encode; None: unknown.
+      num_bytes: the number of UTF-8 bytes of the text that the tokens encode; None: unknown.
 
     Returns:
-      The keys of the table in docs/guides/evaluation.md from `loss` to `flops`; what is undefined for the method is
-      None. In addition `inference_flops`, of a token decoded with a cache; `inference_slots`, the measured slots per
-      token of inference where the method decides them token by token; the method's own keys (`methods.ExtraMetrics`);
-      `loss_perplexity` (exp of the loss), `bits_per_byte`, and `training_omega` (perplexity, mean_pauses and latency
-      under the omega and the recipe of training, where they are others). In a self-paced context `loss` is that of
-      perplexity, and there are `constant_perplexity`, of the same text evaluated in a constant context, and
-      `context_pauses`, how many pauses a token the context kept, and `kept_pauses`, how these were drawn.
+      The keys of the table in docs/guides/evaluation.md from `loss` to `flops`; keys that are undefined for the method
+      are None. In addition: `inference_flops` of a token decoded with a cache; `inference_slots`, the measured slots
+      per token at inference, for methods that decide this number for each token; the method's own keys
+      (`methods.ExtraMetrics`); `loss_perplexity` (exp of the loss); `bits_per_byte`; and `training_omega` (perplexity,
+      mean_pauses and latency under the omega and recipe of training, if they differ). In a self-paced context `loss` is
+      the mean negative log-likelihood, and there are the keys `constant_perplexity` of the same text in a constant
+      context, `context_pauses`, the number of pauses per token in the context, and `kept_pauses`, how they were drawn.
 
     Raises:
       InputError: no token has weight.
@@ -114,7 +116,7 @@ class Evaluator:
     return self._record(totals, pairs.correlations(), num_bytes)
 
   def _record(self, totals: _Totals, calibration: list[float | None] | None, num_bytes: int | None) -> dict[str, Any]:
-    """What `__call__` returns, from the sums over all batches."""
+    """The record that `__call__` returns, from the sums over all batches."""
     loss, length = totals.mean("loss"), totals.length
     measured, more = self._measured(totals)
     costs = self.method.costs(length, slots=measured)
@@ -143,8 +145,9 @@ class Evaluator:
     }
 
   def _measured(self, totals: _Totals) -> tuple[float | None, dict[str, Any]]:
-    """The slots a token that inference was seen to run (None: this isn't decided token by token), and the keys that
-    only some methods or contexts have."""
+    """The measured slots per token at inference (None: the method does not decide this number for each token), and the
+    keys that only some methods or contexts have.
+    """
     if self.context == "self_paced":
       kept = totals.mean("kept")
       constant = totals.perplexity("constant_log_likelihood")
@@ -156,15 +159,15 @@ class Evaluator:
     return measured, more
 
   def autoregressive(self, params: PyTree, batches: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The perplexity of a method that isn't causal when it predicts every target from the tokens before it alone, as a
-    language model must. It costs a pass for every token.
+    """The autoregressive perplexity of a non-causal method: every target is predicted only from the tokens before it,
+    which costs one pass per token.
 
     Args:
       params, batches: as in `__call__`.
 
     Returns:
-      `perplexity`; `blockwise_perplexity`, of the same targets read at once, as `__call__` does; `tokens`, how many
-      these are; `windows`.
+      `perplexity`; `blockwise_perplexity`, of the same targets read in one pass, as in `__call__`; `tokens`, the number
+      of targets; `windows`.
     """
     totals = _Totals()
     for batch in batches:
@@ -184,7 +187,7 @@ class _Totals:
   """Weighted sums over the batches of all hosts, in float64.
 
   Attributes:
-    windows: how many windows have a target of weight.
+    windows: the number of windows that have a target with weight.
     length: T.
   """
 
@@ -193,10 +196,10 @@ class _Totals:
     self.windows = self.length = 0
 
   def add(self, sums: dict[str, Any], weights: Array) -> np.ndarray:
-    """Adds what a batch contributes; returns bool[B, T], which tokens of all hosts have weight.
+    """Adds the sums of a batch; returns bool[B, T], which tokens of all hosts have weight.
 
     Args:
-      sums: of the whole batch, on this host.
+      sums: the sums of the global batch, on this host.
       weights: f32[B, T], on the devices.
     """
     for name, value in sums.items():
@@ -214,10 +217,10 @@ class _Totals:
 
   @property
   def tokens(self) -> int:
-    """How many tokens have weight.
+    """The number of tokens with weight.
 
     Raises:
-      InputError: none.
+      InputError: no token has weight.
     """
     return int(self._tokens)
 
@@ -225,7 +228,9 @@ class _Totals:
   def _tokens(self) -> float:
     tokens = self._sums["tokens"]
     if not tokens:
-      raise InputError("limit: no target has weight in the windows that were read; give more, or another split")
+      raise InputError(
+        "limit: no target has weight in the evaluated windows; increase the limit, or choose another split"
+      )
     return tokens
 
   def mean(self, name: str) -> float:
@@ -233,7 +238,7 @@ class _Totals:
     return float(self._sums[name] / self._tokens)
 
   def perplexity(self, name: str) -> Any:
-    """exp(-mean) of log-likelihoods, a number or a list with one for each slot; None where there is no such sum."""
+    """exp(-mean) of log-likelihoods, a number or a list with one number per slot; None if there is no such sum."""
     return np.exp(-self._sums[name] / self._tokens).tolist() if name in self._sums else None
 
   def latency(self, name: str) -> dict[str, Any]:
@@ -248,7 +253,7 @@ class _Totals:
 
 
 class _CalibrationPairs:
-  """d_i and t_{i+1} - t_i of the first 4M tokens or so; ranks need all values at once."""
+  """d_i and t_{i+1} - t_i of about the first 4M tokens, because ranks need all values in memory."""
 
   def __init__(self):
     self._decisions: list[np.ndarray] = []
@@ -256,21 +261,21 @@ class _CalibrationPairs:
     self._kept = 0
 
   def add(self, decisions: np.ndarray, gains: np.ndarray) -> None:
-    """f32[N, W-1] each, of the tokens of weight in a batch."""
+    """Adds f32[N, W-1] each, of the tokens with weight in a batch."""
     if self._kept < _CALIBRATION_TOKENS:
       self._decisions.append(decisions)
       self._gains.append(gains)
       self._kept += len(decisions)
 
   def correlations(self) -> list[float | None] | None:
-    """Spearman's coefficient of each step; None where nothing was added."""
+    """Spearman's coefficient of each step; None if nothing was added."""
     return spearman(np.concatenate(self._decisions), np.concatenate(self._gains)) if self._decisions else None
 
 
 def _sums(
   method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
-  """Weighted sums over a batch; and, where the method is adaptive, d_i and t_{i+1} - t_i per token."""
+  """Weighted sums over a batch; and, if the method is adaptive, d_i and t_{i+1} - t_i of each token."""
   output = method.evaluate(params, batch, omega)
   return _sums_of(method, output, as_trained(method, params, batch, output), batch["weights"])
 
@@ -288,12 +293,12 @@ def _sums_of_prefixes(method: NonCausal, params: PyTree, batch: Batch) -> dict[s
 def _sums_self_paced(
   kept_by: str, method: Method, omega: ArrayLike | None, params: PyTree, batch: Batch
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
-  """The same of a self-paced context, and the log-likelihood in a constant context for comparison."""
+  """`_sums` in a self-paced context, and the log-likelihood in a constant context for comparison."""
   output, kept = evaluate_self_paced(method, params, batch, omega, kept=kept_by)
   sums, decisions, gains = _sums_of(method, output, None, batch["weights"])
   constant = method.evaluate(params, batch)
   log_stopping = constant.log_stopping
-  if omega is not None:  # a recipe that draws slots would draw from it
+  if omega is not None:  # not passed to `evaluate`, because a recipe that draws slots would draw from it
     log_stopping = log_stopping_distribution(constant.scores.log_dont_know, constant.scores.log_answer, omega)
   log_likelihood = jax.nn.logsumexp(log_stopping + constant.scores.log_target, -1)
   sums["constant_log_likelihood"] = (log_likelihood * batch["weights"]).sum()
@@ -319,10 +324,10 @@ def _sums_of(
   }
   sums |= {f"{_EXTRA}{name}": total(values) for name, values in output.extra_metrics.items()}
   if output.slots is not None:
-    # All tokens of a window are run, whether or not they have weight; windows that only fill a batch don't count.
+    # All tokens of a window run, whether or not they have weight; windows that only pad a batch don't count.
     real = jnp.broadcast_to((weights > 0).any(-1, keepdims=True), weights.shape).astype(jnp.float32)
     sums |= {"inference_slots": (output.slots * real).sum(), "inference_tokens": real.sum()}
-  if output.lengths is None:  # else a slot is that of some tokens alone
+  if output.lengths is None:  # otherwise only some tokens have a given slot
     sums["slots"] = total(scores.log_target)
   if training is not None:
     sums["training_log_likelihood"] = total(training.log_likelihood)

@@ -1,4 +1,4 @@
-"""One evaluation of a run: the record that evaluation.json holds."""
+"""One evaluation of a run: a record of evaluation.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cyb_jax.evaluation.abilities import is_causal
 from cyb_jax.evaluation.perplexity import Evaluator
 from cyb_jax.evaluation.windows import used_windows, with_progress
 
-# Of a method that isn't causal so many windows are also evaluated token by token, at a pass each.
+# The number of windows that are also evaluated token by token, with one pass per token, for a non-causal method.
 AUTOREGRESSIVE_WINDOWS = 16
 
 
@@ -34,21 +34,22 @@ def evaluate_split(
   """Evaluates parameters on a split of a token store.
 
   Args:
-    evaluator: of the config's method.
+    evaluator: the evaluator of the config's method.
     params: bare arrays.
-    store: read in order, each window once.
-    config: gives the window's length and, by default, the batch size, that of what is trained on at once.
+    store: the token store; its windows are read in order, each once.
+    config: sets the window's length and, by default, the batch size, which is the number of rows of a training
+      microbatch.
     split: 'validation', 'test' or 'train'.
     step: the training step of the parameters.
-    meta: of the checkpoint: the compute that training has spent.
-    limit: at most so many windows; None: the split whole.
-    batch_size: windows at a time; changes no number beyond rounding.
-    autoregressive_windows: of a method that isn't causal, how many of the windows at most are read autoregressively as
-      well; 0: none.
+    meta: the checkpoint's metadata with the compute cost of training.
+    limit: the maximum number of windows; None: the complete split.
+    batch_size: the number of windows of a batch; affects results only by rounding.
+    autoregressive_windows: for a non-causal method, the maximum number of windows that are also evaluated
+      autoregressively; 0: none.
 
   Returns:
-    `method`, `step`, `split`, `limit`, `omega` (of this evaluation; None: all slots, always), `context`, what
-    `Evaluator` gives, `train_tokens`, `train_slots`, `train_flops`, and `autoregressive`, see `read_autoregressively`.
+    `method`, `step`, `split`, `limit`, `omega` (of this evaluation; None: all slots, always), `context`, the keys of
+    `Evaluator`, `train_tokens`, `train_slots`, `train_flops`, and `autoregressive`, see `read_autoregressively`.
 
   Raises:
     InputError: the store has no such split, or the split is empty.
@@ -84,12 +85,12 @@ def read_autoregressively(
   windows: int,
   batch_size: int | None = None,
 ) -> dict[str, Any] | None:
-  """What `Evaluator.autoregressive` gives of the first so many windows of a split; None where they are none, and for
-  methods that are causal, which have no other way to be read. Arguments as in `evaluate_split`.
+  """The result of `Evaluator.autoregressive` on the first `windows` windows of a split; None if `windows` is 0 or the
+  method is causal, because its evaluation is already autoregressive. Arguments: see `evaluate_split`.
   """
   if is_causal(evaluator.method) or not windows:
     return None
-  # Rows that only pad would be passed as often as the others.
+  # A smaller batch, because padding rows would need as many passes as real rows.
   batch_size = min(batch_size or config.evaluation_rows, -(-windows // evaluator.shards) * evaluator.shards)
   length = config.data.sequence_length
   logging.info("evaluating %s token by token: %d windows of %d passes", split, windows, length)

@@ -2,26 +2,26 @@
 
 A model trained with all pauses after every token (recipe *constant*) has never seen a context in which some pauses are
 missing, but self-paced generation creates such contexts: at each token n it draws S_n ~ s, runs S_n - 1 pauses, which
-stay in the context, and says the next token y_n with probability t_{S_n}. s and t depend on the context c_n, which
-holds the pauses that earlier tokens have kept. So the text y has the probability
+stay in the context, and generates the next token y_n with probability t_{S_n}. s and t depend on the context c_n, which
+holds the kept pauses of earlier tokens. So the text y has the probability
 
     P(y) = sum over S_1, .., S_N of prod_n s_{S_n}(c_n) t_{S_n}(c_n).
 
-The sum has W^N terms. It is estimated by one particle: all W slots of a token are read, the target is scored as Z_n =
-sum_i s_i t_i, and the pauses that stay are drawn with the target known, from r_i = s_i t_i / Z_n. Every factor then
+The sum has W^N terms. It is estimated with one particle: all W slots of a token are read, the target is scored as Z_n =
+sum_i s_i t_i, and the kept pauses are drawn conditionally on the target, from r_i = s_i t_i / Z_n. Every factor then
 has the value s t = r Z, and the product of the Z_n is exact in expectation:
 
     E[prod_n Z_n] = sum over S of prod_n r_{S_n} Z_n = sum over S of prod_n s_{S_n} t_{S_n} = P(y).
 
-Its logarithm is at most log P(y) in expectation (Jensen), so the perplexity that is reported is an upper bound, but for
-noise. A target without weight is not conditioned on: the pauses before it are drawn from s.
+Its logarithm is at most log P(y) in expectation (Jensen), so the reported perplexity is an upper bound up to noise. The
+draw is not conditioned on a target without weight: the pauses before it are drawn from s.
 
-`kept` = 'stopping' draws all pauses from s, whatever the target is. The product of the Z_n is then the likelihood of no
-sampler: the pauses are not those after which the given text would have been said.
+`kept` = 'stopping' draws all pauses from s without conditioning on the target. The product of the Z_n is then not the
+likelihood of any sampler, because the sampler would generate the given text after other pauses.
 
-If pauses are hidden from later tokens, none of them stays, both draws score alike, and the output equals that of
-`Method.evaluate`. If slots are loops over one place in the cache (`methods.EarlyExit`), later tokens see at a loop that
-was not run what the last loop that was run has there.
+If pauses are hidden from later tokens, no pause stays in the context, both draws give the same scores, and the output
+equals that of `Method.evaluate`. If slots are loops at one cache index (`methods.EarlyExit`), later tokens see the keys
+and values of a token's last loop in place of the loops that it did not run.
 
 Letters: B batch, T tokens, W slots, N tokens of a text.
 """
@@ -48,7 +48,7 @@ _SEED = 0
 def evaluate_self_paced(
   method: CachedDecoding, params: Params, batch: Batch, omega: Any = None, *, kept: str = "posterior", seed: int = _SEED
 ) -> tuple[EvalOutput, Int[Array, "B T"]]:
-  """Evaluates every slot of a text whose context holds only the pauses that the model requests; see above.
+  """Evaluates every slot of a text whose context holds only the pauses that the model requests.
 
   Args:
     method: a method that decodes slot by slot.
@@ -56,10 +56,10 @@ def evaluate_self_paced(
     batch: see `methods.Batch`.
     omega: the step budget; see `stopping.log_stopping_distribution`.
     kept: 'posterior': the slots that stay are drawn from r; 'stopping': from s.
-    seed: of the draws, which also depend on the row's tokens.
+    seed: the seed of the draws, which also depend on the row's tokens.
 
   Returns:
-    The output, with the loss -log sum_i s_i t_i; and i32[B, T], how many slots of each token were drawn to stay in the
+    The output, with the loss -log sum_i s_i t_i; and i32[B, T], the number of slots of each token that stay in the
     context.
   """
   tokens, targets = batch["tokens"], batch["targets"]
@@ -92,9 +92,9 @@ def evaluate_self_paced(
     used = jax.vmap(jax.random.categorical)(stop_keys, log_kept).astype(jnp.int32) + 1
     if isinstance(method, EarlyExit):
       cache = method.fill_cache(cache, cache_index=cache_index, slots=used)
-    # The next token's slots overwrite those that are not kept.
+    # The next token's slots overwrite the slots that are not kept.
     cache_index = cache_index + (1 if method.hides_pauses else used)
-    # In training hidden pauses occupy positions of their own, whether they are run here or not.
+    # Hidden pauses have positions of their own in training, whether or not they run here.
     stride = (width if method.hides_pauses else used) if method.shifts_positions else 1
     return (cache, cache_index, first, position + stride), (scores, log_stopping, used)
 
@@ -117,7 +117,7 @@ def _document_starts(batch: Batch) -> Bool[Array, "B T"]:
 
 
 def _target_scores(scores: TokenScores, target: Int[Array, "B"]) -> SlotScores:
-  """The scores [B, W] of the targets, from those of all tokens."""
+  """The scores [B, W] of the targets, from the scores of all vocabulary entries."""
   return SlotScores(
     log_target=jnp.take_along_axis(scores.log_probs, target[:, None, None], -1)[..., 0],
     log_dont_know=scores.log_dont_know,

@@ -1,8 +1,8 @@
-"""What a model's pauses do, over a whole split: when it stops, what that is worth, and after which tokens.
+"""Statistics of a model's pauses over a complete split: when it stops, the gain in likelihood, and after which tokens.
 
-Ranks must be known before they can be correlated, so an adaptive method passes over the split twice; a few evenly
-spaced windows, which are evaluated first, show where its values crowd (`ranks`). Everything is summed on the devices in
-whole numbers (`fixed_point`): memory does not grow with the split, and neither batching nor devices change a sum.
+Ranks must be known before they can be correlated, so an adaptive method reads the split twice. A few evenly spaced
+windows, which are evaluated first, give the distribution of its values (`ranks`). All sums on the devices are integers
+(`fixed_point`): memory does not grow with the split, and sums do not depend on batches or devices.
 
 Dimensions: B batch, T tokens, W slots, K = W - 1 pauses, V vocabulary, G groups of documents, C tokens before a window.
 """
@@ -31,7 +31,7 @@ from cyb_jax.evaluation.windows import StatisticsWindows
 from cyb_jax.methods import Batch, FusedSlots, Method
 from cyb_jax.partitioning.mesh import batch_sharding, replicated, shard_batch
 
-# Thresholds on the odds of d that are tried whatever d is; quantiles of the sample's odds are tried in addition.
+# Fixed thresholds on the log-odds of d; quantiles of the sample's odds are used in addition.
 _THRESHOLDS = np.arange(-16, 17) / 2
 _THRESHOLD_QUANTILES = 64
 
@@ -50,17 +50,17 @@ def statistics_of_split(
   """The pause statistics of parameters on a split of a token store.
 
   Args:
-    statistics: of the config's method.
+    statistics: the statistics of the config's method.
     params: bare arrays.
-    store: each of its windows is read once a pass, in order.
-    config: gives the window's length and, by default, the batch size.
+    store: the token store; each of its windows is read once per pass, in order.
+    config: sets the window's length and, by default, the batch size.
     split: 'validation', 'test' or 'train'.
     step: the training step of the parameters.
-    limit: at most so many windows; None: the whole split.
-    batch_size: windows at a time; a multiple of the devices that the batch is spread over.
+    limit: the maximum number of windows; None: the complete split.
+    batch_size: the number of windows of a batch; a multiple of the number of devices that shard a batch.
 
   Returns:
-    `method`, `step`, `split`, `limit` (None: the whole split), `windows`, and what `PauseStatistics` returns.
+    `method`, `step`, `split`, `limit` (None: the complete split), `windows`, and the keys of `PauseStatistics`.
 
   Raises:
     InputError: the store has no such split, or the split is empty.
@@ -72,16 +72,16 @@ def statistics_of_split(
 
 
 class PauseStatistics:
-  """Pause statistics of a method's parameters; compiled once, used for any number of splits.
+  """Pause statistics of a method's parameters; compiles once for any number of splits.
 
   Args:
-    method: any; of a method without pauses most of the record is None.
-    mesh: the batch is spread over it.
-    tokenizer: of the method's vocabulary.
-    min_count: types of fewer tokens are not among those that stand out.
+    method: any method; without pauses most of the record is None.
+    mesh: the mesh over which batches are sharded.
+    tokenizer: the tokenizer of the method's vocabulary.
+    min_count: the minimum number of tokens of a type in the corners and rankings of types.
 
   Attributes:
-    context: C, how many tokens before a window are needed.
+    context: C, the number of tokens that are needed before a window.
   """
 
   def __init__(self, method: Method, mesh: Mesh, tokenizer: Tokenizer, *, min_count: int = 20):
@@ -92,7 +92,7 @@ class PauseStatistics:
     self._decisions = jax.jit(
       functools.partial(pause_sums.decisions, method), in_shardings=(None, self._batch_sharding), out_shardings=None
     )
-    # All steps of a token may fall to one threshold.
+    # All steps of a token may add to the same threshold.
     most = max(method.num_slots - 1, 1)
     first_pass = functools.partial(pause_sums.first_pass, method, self._table.num_rows)
     self._first = Accumulator(first_pass, everywhere, most)
@@ -106,15 +106,15 @@ class PauseStatistics:
     *,
     documents: int,
   ) -> dict[str, Any]:
-    """The statistics of the tokens of weight; `pause_records` lists what they are.
+    """The statistics of the tokens with weight; `pause_records` documents the keys.
 
     Args:
-      params: of the method, bare arrays.
-      batches: begins the split's batches anew, the same each time; see `methods.Batch`. In addition they hold `before`
-        int[B, C], the tokens before each window, `group` i32[B, T], the number of each target's document modulo 1,024,
-        and where it is known `difficulty` i32[B, T] of each target.
-      sample: some of the windows, from all over the split.
-      documents: how many have a target among the tokens.
+      params: the method's parameters, bare arrays.
+      batches: returns a new iterator over the split's batches, the same each time; see `methods.Batch`. In addition a
+        batch holds `before` int[B, C], the tokens before each window, `group` i32[B, T], the number of each target's
+        document modulo 1,024, and, if it is known, `difficulty` i32[B, T] of each target.
+      sample: returns some of the windows, evenly spaced over the split.
+      documents: the number of documents that have a target among the tokens.
     """
     method, groups = self.method, min(GROUPS, documents)
     is_paced = is_adaptive(method) and method.num_slots > 1
@@ -123,7 +123,7 @@ class PauseStatistics:
       edges, thresholds = self._look(params, sample())
     sums = self._first(self._with_rows(batches()), params, edges, thresholds)
     if sums["not_finite"]:
-      logging.warning("the loss of %d tokens isn't finite: each counts as %g nats", sums["not_finite"], NATS)
+      logging.warning("the loss of %d tokens is not finite: each counts as %g nats", sums["not_finite"], NATS)
     result = pause_records.of_first_pass(sums, method.num_slots, documents, groups)
     result["fused"] = isinstance(method, FusedSlots)
     if method.num_slots > 1:
@@ -134,7 +134,7 @@ class PauseStatistics:
     return result
 
   def _look(self, params: PyTree, batches: Iterable[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Edges of the bins of (odds of d, gain) by step, f32[2, K, bins - 1]; and the thresholds, f32[N]."""
+    """The edges of the bins of (odds of d, gain) by step, f32[2, K, bins - 1]; and the thresholds, f32[N]."""
     found = []
     for batch in batches:
       values = np.asarray(self._decisions(params, self._put(batch)))  # [2, B, T, K]
@@ -146,7 +146,7 @@ class PauseStatistics:
     return edges, thresholds
 
   def _second_pass(self, params: PyTree, batches: Iterable[dict[str, Any]], first: Sums, edges: np.ndarray) -> Sums:
-    """Sums of ranks, whose bins `first` has counted."""
+    """The sums of ranks, from the counts of bins in `first`."""
     counts = first["ranks"]
     centred = ranks.centred(counts).astype(np.float32)
     return self._second(self._with_rows(batches), params, edges, centred, ranks.deciles(counts[0]))
@@ -155,7 +155,7 @@ class PauseStatistics:
     return shard_batch(batch, self._batch_sharding)
 
   def _with_rows(self, batches: Iterable[dict[str, Any]]) -> Iterator[Batch]:
-    """The batches with `rows` i32[B, T, 4], the rows of the table that count each token, in place of `before`."""
+    """The batches with `rows` i32[B, T, 4], the rows of the table that count each token, instead of `before`."""
     for batch in batches:
       rows = self._table.rows(batch["before"], batch["tokens"], batch["targets"])
       yield self._put({key: array for key, array in batch.items() if key != "before"} | {"rows": rows})

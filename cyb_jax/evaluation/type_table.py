@@ -1,4 +1,4 @@
-"""The table of what a token may be: a row for each type, each of the paper's words, each position in a word, and each
+"""The table of token categories: one row for each type, each of the paper's words, each position in a word, and each
 class of words.
 
 Dimensions: B batch, T tokens, C tokens before a window, V vocabulary.
@@ -20,15 +20,15 @@ _EXAMPLES = 5
 
 
 class TypeTable:
-  """The rows of the table, and the records that are made of what was summed in them.
+  """The rows of the table, and the records from the sums in these rows.
 
   Args:
-    tokenizer: of the method's vocabulary.
-    min_count: types of fewer tokens are not among those that stand out.
+    tokenizer: the tokenizer of the method's vocabulary.
+    min_count: the minimum number of tokens of a type in the corners and rankings of types.
 
   Attributes:
-    context: C, how many tokens before a window `rows` needs.
-    num_rows: of the table.
+    context: C, the number of tokens before a window that `rows` needs.
+    num_rows: the number of rows of the table.
   """
 
   def __init__(self, tokenizer: Tokenizer, min_count: int):
@@ -40,7 +40,7 @@ class TypeTable:
     self.num_rows = int(self._borders[-1])
 
   def rows(self, before: np.ndarray, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """i32[B, T, 4], the rows that count each token; `num_rows` where a token is none of that kind.
+    """i32[B, T, 4], the rows that count each token; `num_rows` if a token belongs to no row of a kind.
 
     Args:
       before: int[B, C], the tokens before each window.
@@ -69,7 +69,7 @@ class TypeTable:
     }
 
   def _paper(self, types: TokenTypes) -> list[dict[str, Any]]:
-    """A row for each of the words that the paper lists."""
+    """One row for each word that the paper lists."""
     rows = []
     for number, ((word, group), spelling) in enumerate(zip(self._words.words, self._words.spellings)):
       piece = "".join(map(self._tokenizer.piece, spelling))
@@ -79,7 +79,7 @@ class TypeTable:
     return rows
 
   def _classes(self, types: TokenTypes, alone: np.ndarray) -> list[dict[str, Any]]:
-    """A row for each class of words that occurs, with its most frequent words; none without a lexicon."""
+    """One row for each class of words that occurs, with its most frequent words; empty without a lexicon."""
     words, rows = self._words, []
     for number, name in enumerate(words.classes or ()):
       row = types.row(int(self._borders[3]) + number)

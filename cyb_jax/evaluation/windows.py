@@ -1,4 +1,4 @@
-"""The windows of a split that an evaluation reads, and the batches of them that pause statistics need.
+"""The windows of a split that an evaluation reads, and the batches of windows for pause statistics.
 
 Dimensions: B batch, T tokens, C tokens before a window.
 """
@@ -18,20 +18,20 @@ from cyb_jax.data import TokenStore, evaluation_batches, with_segment_ids
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.bootstrap import GROUPS
 
-# The sample of windows that is read before the first pass has at least so many tokens.
+# The minimum number of tokens in the sample of windows that is read before the first pass.
 _SAMPLE_TOKENS = 8192
 # Seconds between two lines of progress.
 _PROGRESS_SECONDS = 10
 
 
 def used_windows(store: TokenStore, config: Config, split: str, limit: int | None) -> tuple[int, int | None]:
-  """How many windows of a split are used, and the limit, which is None if it leaves no window out.
+  """The number of windows of a split that are used, and the limit, or None if the limit leaves no window out.
 
   Raises:
     InputError: the store has no such split, the split is empty, or the limit is below 1.
   """
   if limit is not None and limit < 1:
-    raise InputError(f"limit: {limit}; give at least 1 window")
+    raise InputError(f"limit: {limit} must be at least 1 window")
   if split not in store.splits:
     raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
   windows = store.num_windows(split, config.data.sequence_length)
@@ -60,11 +60,11 @@ class StatisticsWindows:
   Attributes:
     store: the token store.
     split: a split of the store.
-    windows: how many windows are read.
+    windows: the number of windows.
     limit: as `used_windows` returns it.
-    length: T, tokens of a window.
-    batch_size: B; the last batch is filled up with windows of weight 0.
-    context: C, how many tokens before each window a batch holds.
+    length: T, the number of tokens of a window.
+    batch_size: B; the last batch is padded with windows of weight 0.
+    context: C, the number of tokens before each window in a batch.
     document_mask: whether batches hold `segment_ids`.
   """
 
@@ -84,9 +84,9 @@ class StatisticsWindows:
     """The windows of a split that a config's run reads.
 
     Args:
-      store, config: of the run.
+      store, config: the run's token store and config.
       split: a split of the store.
-      limit: the number of windows at most; None: the whole split.
+      limit: the maximum number of windows; None: the complete split.
       batch_size: B; None: as in training.
       context: C.
 
@@ -107,13 +107,13 @@ class StatisticsWindows:
 
   @property
   def documents(self) -> int:
-    """How many documents have a target among the tokens that are read."""
-    # Each target of a document, including the end token that closes it, belongs to that document.
+    """The number of documents that have a target in the windows."""
+    # All targets of a document, including its end token, belong to the document.
     last = min(self.windows * self.length, self.store.num_tokens(self.split) - 1)
     return int(np.searchsorted(self._document_starts, last, side="right"))
 
   def batches(self) -> Iterator[dict[str, Any]]:
-    """All windows in order; see `PauseStatistics.__call__` for what a batch holds."""
+    """All windows in order; see `PauseStatistics.__call__` for the contents of a batch."""
     before = np.full(self.context, self.store.end_id, np.int32)
     starts = self._document_starts
     found = evaluation_batches(
@@ -122,16 +122,16 @@ class StatisticsWindows:
     found = with_progress(found, self.windows, self.batch_size)
     for first, batch in zip(range(0, self.windows, self.batch_size), found):
       stream = np.concatenate([before, batch["tokens"].ravel()])
-      places = np.arange(self.batch_size)[:, None] * self.length + np.arange(self.context)
-      yield self._numbered(first + np.arange(self.batch_size), batch | {"before": stream[places]}, starts)
+      indices = np.arange(self.batch_size)[:, None] * self.length + np.arange(self.context)
+      yield self._numbered(first + np.arange(self.batch_size), batch | {"before": stream[indices]}, starts)
       before = stream[len(stream) - self.context :]
 
   def sample(self) -> Iterator[dict[str, Any]]:
-    """Evenly spaced windows of at least 8,192 tokens together, or all windows if these are fewer."""
+    """Evenly spaced windows with at least 8,192 tokens together, or all windows if they have fewer tokens."""
     count = min(self.windows, -(-_SAMPLE_TOKENS // self.length))
     spread = np.linspace(0, self.windows - 1, count).astype(np.int64)
     for first in range(0, count, self.batch_size):
-      # An index behind the last window is padding of weight 0.
+      # An index after the last window gives padding of weight 0.
       indices = np.full(self.batch_size, self.store.num_windows(self.split, self.length))
       indices[: count - first] = spread[first : first + self.batch_size]
       tokens, weights = self.store.windows(self.split, indices, self.length)
@@ -142,7 +142,7 @@ class StatisticsWindows:
     return self.store.document_starts(self.split).astype(np.int64)
 
   def _numbered(self, indices: np.ndarray, batch: dict[str, Any], starts: np.ndarray) -> dict[str, Any]:
-    """The batch of the windows with these indices, with `group` and, where it is known, `difficulty` of each target."""
+    """The batch of the windows with these indices, with `group` and, if it is known, `difficulty` of each target."""
     targets = indices[:, None] * self.length + np.arange(1, self.length + 1)
     batch |= {"group": ((np.searchsorted(starts, targets, side="right") - 1) % GROUPS).astype(np.int32)}
     difficulty = self.store.difficulty(self.split, indices, self.length)

@@ -1,8 +1,8 @@
 """The positions of tokens in words, the words that the paper names, and the classes of words.
 
-A word is a run of letters and digits. A piece that begins with a space and goes on with letters starts one; one of
-letters alone continues one, or starts one after anything else; all other pieces (punctuation, white space, the end of a
-document) are neither. A byte outside ASCII is a letter.
+A word is a run of letters and digits. A piece of a space and letters starts a word. A piece of letters only continues a
+word, or starts a word if no word precedes it. All other pieces (punctuation, white space, the end of a document) are
+not part of a word. A byte outside of ASCII counts as a letter.
 
 Dimensions: B batch, T tokens, C tokens before a window.
 """
@@ -43,24 +43,24 @@ CLASSES = {
   "particle": ("RP",),
   "interjection": ("UH",),
 }
-"""Classes of words, and the tags of the Penn Treebank that they gather."""
+"""Classes of words, and the Penn Treebank tags in each class."""
 
 _OTHER, _START, _LETTERS = range(3)
 
 
 class Words:
-  """Words as a tokenizer's pieces spell them.
+  """The words that a tokenizer's pieces spell.
 
   Args:
-    tokenizer: its pieces are looked at once.
+    tokenizer: the tokenizer; its pieces are read once.
 
   Attributes:
     words: (word, group of `PAPER`), in the order of their numbers.
     spellings: the ids of each word's pieces.
-    texts: of the pieces, without a space before.
-    classes: names, in the order of their numbers; None where there is no lexicon.
-    class_of_token: int[V], of pieces that begin with a space; -1: none.
-    context: C, how many tokens before a window `mark` has to see.
+    texts: the texts of the pieces, without a leading space.
+    classes: the names of the classes, in the order of their numbers; None without a lexicon.
+    class_of_token: int[V], the class of each piece that begins with a space; -1: none.
+    context: C, the number of tokens before a window that `mark` needs.
   """
 
   def __init__(self, tokenizer: Tokenizer):
@@ -73,23 +73,23 @@ class Words:
     lexicon = _lexicon()
     self.classes = list(CLASSES) if lexicon else None
     numbers = {tag: number for number, tags in enumerate(CLASSES.values()) for tag in tags}
-    # What follows an apostrophe or a hyphen is a part of a word.
+    # A piece without a space, for example after an apostrophe or a hyphen, is only a part of a word.
     tags = [lexicon.get(text, lexicon.get(text.lower())) if spaced else None for spaced, text in pieces]
     self.class_of_token = np.array([numbers.get(tag, -1) for tag in tags])
 
   def mark(
     self, before: np.ndarray, tokens: np.ndarray, targets: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each token is.
+    """The categories of each token.
 
     Args:
       before: int[B, C], the tokens before each window.
       tokens, targets: int[B, T].
 
     Returns:
-      The number of the paper's word that ends with the token, that of its position in the word, and that of the class
-      of the word that it is alone; int[B, T] each, -1: none. A word of the paper or of a class follows a space, and
-      isn't continued.
+      Three arrays int[B, T], -1 for none: the number of the paper's word that ends with the token; the number of the
+      token's position in its word; and the number of the class of its word, if the word is one token. A word of the
+      paper or of a class follows a space and ends with the token.
     """
     ids = np.concatenate([before, tokens, targets[:, -1:]], 1)
     first, length = before.shape[1], tokens.shape[1]
@@ -98,21 +98,21 @@ class Words:
       return values[:, first + by : first + by + length]
 
     kinds = self._kinds[ids]
-    here, goes_on = shifted(kinds, 0), shifted(kinds, 1) == _LETTERS
+    here, continues = shifted(kinds, 0), shifted(kinds, 1) == _LETTERS
     starts = (here == _START) | ((here == _LETTERS) & (shifted(kinds, -1) == _OTHER))
-    positions = np.where(starts, np.where(goes_on, 1, 0), np.where(goes_on, 2, 3))
+    positions = np.where(starts, np.where(continues, 1, 0), np.where(continues, 2, 3))
     positions = np.where(here == _OTHER, 4, positions)
     words = np.full(tokens.shape, -1)
     for number, spelling in enumerate(self.spellings):
       if spelling:
         backwards = enumerate(reversed(spelling))
         found = functools.reduce(np.logical_and, (shifted(ids, -back) == token for back, token in backwards))
-        words[found & ~goes_on] = number
+        words[found & ~continues] = number
     return words, positions, np.where(positions == 0, self.class_of_token[tokens], -1)
 
 
 def _parted(tokenizer: Tokenizer, token: int) -> tuple[bool, str]:
-  """Whether a piece begins with a space, and its text without that."""
+  """Whether a piece begins with a space, and its text without the space."""
   if token == tokenizer.separator_id:
     return False, ""
   text = tokenizer.piece(token)
@@ -131,17 +131,17 @@ def _kind(spaced: bool, text: str) -> int:
 
 def _spelling(tokenizer: Tokenizer, word: str) -> list[int]:
   """The pieces of a word after a space; [] if the text before it changes them."""
-  # A model may put a space before every text, so that the word's own one is asked for behind another word.
+  # Some tokenizers add a space before every text, so the word is encoded after another word.
   before, both = tokenizer.encode("a"), tokenizer.encode(f"a {word}")
   return both[len(before) :] if both[: len(before)] == before else []
 
 
 @functools.cache
 def _lexicon() -> dict[str, str]:
-  """The most frequent tag of words, from the package textblob; {} where it isn't installed."""
+  """The most frequent tag of words, from the package textblob; {} if it is not installed."""
   spec = importlib.util.find_spec("textblob")
   folders = list(spec.submodule_search_locations or ()) if spec else []
-  # Found, not imported: the package's code is of no use here.
+  # The lexicon is read without importing the package, because only its file is needed.
   path = next((p for folder in folders if (p := Path(folder) / "en" / "en-lexicon.txt").exists()), None)
   if path is None:
     return {}

@@ -1,4 +1,4 @@
-"""Text generation at the model's own pace, and the likelihood of given text."""
+"""Self-paced text generation, and the likelihood of given text."""
 
 from cyb_jax.generation.abilities import default_mode
 from cyb_jax.generation.options import SamplingOptions

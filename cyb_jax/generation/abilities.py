@@ -15,23 +15,23 @@ def check_decodes(method: Method) -> None:
   """
   if not isinstance(method, Decoding):
     raise InputError(
-      f"method.name: {method.name!r} doesn't run slot by slot: its text can't be generated or scored; take a method"
+      f"method.name: {method.name!r} doesn't run slot by slot, so it can't generate or score text; use a method"
       " with a cache, such as 'cyb', 'tbys' or 'baseline'"
     )
 
 
 def is_recurrent(method: Decoding) -> TypeGuard[SequentialDecoding]:
-  """Whether each slot's input is the output of the slot before it, so that a token's slots run one after the other."""
+  """Whether each slot's input is the output of the previous slot, so that a token's slots run one after the other."""
   return isinstance(method, SequentialDecoding)
 
 
-def slots_share_places(method: Decoding) -> bool:
-  """Whether the slots of a token are loops over one place in the cache, all of which run for each token of a prompt."""
+def slots_share_cache_index(method: Decoding) -> bool:
+  """Whether the slots of a token are loops at one cache index, all of which run for each token of a prompt."""
   return isinstance(method, EarlyExit)
 
 
 def num_prompt_pauses(method: Decoding) -> int:
-  """How many pauses run once after the prompt, before the first token is generated."""
+  """The number of pauses that run once after the prompt, before the first token is generated."""
   return method.prompt_pauses if isinstance(method, PromptPauses) else 0
 
 
@@ -39,12 +39,12 @@ def with_prompt_pauses(method: Method, pauses: int) -> Method:
   """The same method with another number of pauses after a prompt.
 
   Raises:
-    InputError: the method has no such pauses, or can't have so many.
+    InputError: the method has no such pauses, or does not support this number.
   """
   if not isinstance(method, PromptPauses):
     raise InputError(
-      f"--pauses: {pauses} is set, but method {method.name!r} has no pauses between a prompt and what is said; leave it"
-      " out"
+      f"--pauses: {pauses} is set, but method {method.name!r} has no pauses between a prompt and the generated text;"
+      " leave it out"
     )
   return method.with_prompt_pauses(pauses)
 

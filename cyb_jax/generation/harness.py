@@ -27,7 +27,7 @@ from cyb_jax.data import tokenizers
 from cyb_jax.errors import InputError, check_seed
 from cyb_jax.generation.abilities import (
   default_mode,
-  slots_share_places,
+  slots_share_cache_index,
   trained_with_all_pauses,
   with_prompt_pauses,
 )
@@ -53,14 +53,14 @@ _NEW_TOKENS = 256  # the harness's own default
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # The other options of a request that have an effect here.
 _READ = {"until", "do_sample", "temperature", "top_k", "top_p"}
-# Prompts are padded to a multiple of this: compiling a program of a deep model takes longer than running so many slots.
+# Prompts are padded to a multiple of this: compiling a deep model takes longer than running that many extra slots.
 _PROMPT_MULTIPLE = 128
-# New tokens are decoded together with so many tokens of the prompt, because the first word's spelling depends on them.
+# New tokens are decoded together with this many prompt tokens, because the text of the first new token depends on them.
 _PROMPT_END = 16
 
 
 _TextOptions = tuple[SamplingOptions, int, tuple[str, ...]]
-"""(options of the sampler, the most new tokens, the stop texts)."""
+"""(options of the sampler, the maximum number of new tokens, the stop strings)."""
 
 
 @dataclasses.dataclass
@@ -69,9 +69,9 @@ class Spent:
 
   Attributes:
     requests: the number of requests.
-    tokens: how many tokens were scored or generated.
-    pauses: of these tokens: the expected number if they were scored, the number that ran if they were generated.
-    slots, flops: see `Score`; for generated text those of the prompt are included.
+    tokens: the number of scored or generated tokens.
+    pauses: the pauses of these tokens: the expected number for scored tokens, the number that ran for generated tokens.
+    slots, flops: see `Score`; for generated text they include the prompt.
   """
 
   requests: int = 0
@@ -86,7 +86,7 @@ class Spent:
       setattr(self, name, getattr(self, name) + getattr(score, name))
 
   def describe(self) -> dict[str, Any]:
-    """`requests`, `tokens`, `mean_pauses` a token, and `slots_per_request` and `flops_per_request`."""
+    """`requests`, `tokens`, `mean_pauses` per token, `slots_per_request` and `flops_per_request`."""
     return {
       "requests": self.requests,
       "tokens": self.tokens,
@@ -100,26 +100,28 @@ class Spent:
 class CybLM(LM):
   """A trained run as the harness's model.
 
-  The texts of a model that was trained here are text, whatever they spell. In those of a model of another project, the
-  name of a special entry is that entry, as in transformers. With the harness's option `apply_chat_template`, the names
-  in rendered chats are the entries for every model; text of a task could spell one too, as in the harness's own models.
+  For a model that was trained by this project, the name of a special entry in a text is encoded as plain text. For an
+  imported model the name is encoded as the special entry, as in transformers. With the harness's option
+  `apply_chat_template`, names in rendered chats are encoded as special entries for every model, including names in a
+  task's own text, as in the harness's other models.
 
   Args:
     workdir: the run's folder.
     checkpoint: 'last', 'best' or a step.
-    init_from: weights that a run could start from, instead of a run's folder; see `cyb_jax.interop.pretrained`.
+    init_from: pretrained weights instead of a run's folder; see `cyb_jax.interop.pretrained`.
     run: a loaded run, instead of a folder or weights.
-    batch_size: rows of text that are generated together; 'auto' is 16. It does not affect scoring, which fills rows of
-      slots.
-    max_length: the most tokens of a context; None: the length of the training windows.
-    mode: how text is generated, see `SamplingOptions`; '': 'constant' for runs of the recipe *constant*, so that pauses
-      are where training had them, else the method's own mode.
+    batch_size: the number of rows that are generated together; 'auto' is 16. It does not affect scoring, which packs
+      rows of slots.
+    max_length: the maximum number of tokens of a context; None: the length of the training windows.
+    mode: how text is generated, see `SamplingOptions`; '': 'constant' for runs with the recipe *constant*, so that the
+      contexts have the same pauses as in training, else the method's default mode.
     read: when a token is read, see `SamplingOptions`; '': for greedy requests 'threshold' in mode self_paced and
       'mixture' in mode constant, for other requests 'sample'.
-    add_bos_token: whether the start token precedes a text; None: as the model has learned it (`Run.boundaries`).
+    add_bos_token: whether the start token precedes a text; None: as in training (`Run.boundaries`).
     overlap: see `Scorer.score_rolling`.
-    pauses: pauses between a context and the scored or generated text, for methods that have such; None: as in training.
-    seed: of random draws.
+    pauses: the number of pauses between a context and the scored or generated text, for methods with such pauses; None:
+      as in training.
+    seed: the seed of random draws.
     mesh: the mesh over which a loaded run's parameters are sharded, if any.
     max_batch_size, device: the harness passes them; they have no effect.
 
@@ -127,7 +129,7 @@ class CybLM(LM):
     spent: `Spent` by the name of the task.
 
   Raises:
-    InputError: no run, or an invalid option.
+    InputError: the run is missing, or an option is invalid.
   """
 
   def __init__(
@@ -153,7 +155,7 @@ class CybLM(LM):
     del max_batch_size, device
     if [workdir, init_from, run].count(None) != 2:
       raise InputError(
-        "workdir: give model_args workdir=DIR, the run's folder, or init_from=WEIGHTS, or a loaded run, and one of them"
+        "workdir: model_args needs exactly one of workdir=DIR, the run's folder, init_from=WEIGHTS, or a loaded run"
       )
     if run is None:
       if jax.device_count() > 1:
@@ -175,10 +177,10 @@ class CybLM(LM):
     self._boundaries = run.boundaries
     if add_bos_token is not None:
       self._boundaries = dataclasses.replace(run.boundaries, start=(self.start_id,) if add_bos_token else ())
-    # Whether the name of a special entry in a text is that entry.
+    # Whether the name of a special entry in a text is encoded as the entry.
     self._special = run.imported
     constant = trained_with_all_pauses(run.method)
-    # The ids that end an assistant's message; None: the texts are no chats.
+    # The ids that end an assistant's message; None: the texts are not chats.
     self._chat_ends: tuple[int, ...] | None = None
     self._mode = mode or ("constant" if constant else default_mode(run.method))
     self._read, self._overlap, self._seed = read, overlap, seed
@@ -195,15 +197,17 @@ class CybLM(LM):
     return "-".join([described["kind"], *(value[:12] for value in hashes)])
 
   def chat_template(self, chat_template: bool | str = False) -> str:
-    """The tokenizer's template, which the harness records; '' where chats are not asked for.
+    """The tokenizer's template, which the harness records; '' without the option `apply_chat_template`.
 
     Raises:
-      InputError: the tokenizer has no template, or another one is asked for by name.
+      InputError: the tokenizer has no template, or the option names a template.
     """
     if not chat_template:
       return ""
     if chat_template not in (True, "default"):
-      raise InputError(f"apply_chat_template: {chat_template!r}, but a tokenizer has one template here; give no name")
+      raise InputError(
+        f"apply_chat_template: {chat_template!r} is unsupported, because a tokenizer has one template; omit the name"
+      )
     template = self.run.tokenizer.chat_template
     if template is None:
       raise InputError("apply_chat_template: the model's tokenizer has no chat template; leave it out")
@@ -211,10 +215,10 @@ class CybLM(LM):
     return template
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    """The text of a chat; without `add_generation_prompt` it ends inside the last message, which is continued.
+    """The text of a chat; without `add_generation_prompt` it ends inside the last message, to be continued.
 
     Raises:
-      InputError: see `render_chat`; or the template leaves out the last message.
+      InputError: see `render_chat`; or the template omits the last message.
     """
     self._begin_chats()
     text = tokenizers.render_chat(self.run.tokenizer, chat_history, add_generation_prompt, clock=self.run.imported)
@@ -223,18 +227,20 @@ class CybLM(LM):
     message = chat_history[-1]["content"].lstrip()
     place = text.rfind(message.rstrip())
     if place < 0:
-      raise InputError(f"messages: the chat template leaves out the last one, {message[:30]!r}; it can't be continued")
+      raise InputError(
+        f"messages: the chat template omits the last message, {message[:30]!r}, so it can't be continued"
+      )
     # Some templates drop the space after a message.
     return text[:place] + (message if text.startswith(message, place) else message.rstrip())
 
   def _begin_chats(self) -> None:
-    """From now on, texts are rendered chats."""
+    """Encodes all later texts as rendered chats."""
     if self._chat_ends is None:
       self._chat_ends = tokenizers.turn_end_ids(self.run.tokenizer)
       self._special = True
 
   def get_model_info(self) -> dict[str, Any]:
-    """For the harness's results, under `config`: the evaluated method and step, and the compute cost of each task."""
+    """The method, the step and the compute cost of each task; the harness stores them in its results under `config`."""
     return {
       "cyb_jax": {
         "method": self.run.config.method.name,
@@ -247,8 +253,8 @@ class CybLM(LM):
     """(log-likelihood, whether greedy) of every continuation.
 
     As in the harness itself, spaces at the end of a context are moved to its continuation, and both are encoded
-    together. The continuation's ids are those that have any character of it: a token across the border, which the
-    harness leaves to the context, is scored.
+    together. A token that contains any character of the continuation is scored; the harness counts a token that also
+    contains characters of the context as part of the context.
     """
     del disable_tqdm
     pairs = []
@@ -265,7 +271,7 @@ class CybLM(LM):
     return results
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-    """The log-likelihood of whole texts."""
+    """The log-likelihood of complete texts."""
     del disable_tqdm
     texts = self._encode([request.args[0] for request in requests])
     with self._precision():
@@ -275,14 +281,14 @@ class CybLM(LM):
     return results
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-    """The text that is generated after every context, up to the first of its stop texts.
+    """The text that is generated after every context, up to the first stop string.
 
-    Of a request's options `until`, `max_gen_toks` (and the harness's other names of it), `do_sample`, `temperature`,
-    `top_k` and `top_p` have an effect. Without `do_sample` the likeliest tokens are taken. A prompt that exceeds the
-    context together with the new tokens is cut on the left.
+    The request options `until`, `max_gen_toks` (and the harness's other names for it), `do_sample`, `temperature`,
+    `top_k` and `top_p` have an effect. Without `do_sample` decoding is greedy. If the prompt and the new tokens exceed
+    the context, the prompt is cut on the left.
     """
     del disable_tqdm
-    # Texts begin with the start token if the model has learned it; the ids of an empty text may be empty.
+    # Texts begin with the start token if the model was trained with it; the ids of an empty text may be empty.
     prompts = list(map(self._boundaries.begun, self._encode([request.args[0] for request in requests])))
     by_options: dict[_TextOptions, list[int]] = {}
     for number, request in enumerate(requests):
@@ -294,15 +300,15 @@ class CybLM(LM):
     texts, scores = [""] * len(requests), [Score()] * len(requests)
     for (options, new, stops), numbers in by_options.items():
       if new >= self.max_length:
-        logging.warning("max_gen_toks: %d leave no room in a context of %d; %d are generated", new, self.max_length,
-          max(1, self.max_length // 2))  # fmt: skip
+        logging.warning("max_gen_toks: %d new tokens do not fit into a context of %d tokens; generating %d", new,
+          self.max_length, max(1, self.max_length // 2))  # fmt: skip
         new = max(1, self.max_length // 2)
       kept = self.max_length - new
       cut = sum(len(prompts[number]) > kept for number in numbers)
       if cut:
-        logging.warning("%d of %d prompts were cut on the left to %d tokens", cut, len(numbers), kept)
+        logging.warning("cut %d of %d prompts on the left to %d tokens", cut, len(numbers), kept)
       sampler = self._samplers[options]
-      # Prompts of similar length share a batch. The longest come first, so that a lack of memory shows at once.
+      # Prompts of similar length share a batch. The longest come first, so that running out of memory happens early.
       numbers = sorted(numbers, key=lambda number: (-len(prompts[number]), number))
       for start in range(0, len(numbers), self.batch_size):
         batch = numbers[start : start + self.batch_size]
@@ -325,7 +331,7 @@ class CybLM(LM):
       raise InputError(f"{length}: {new} must be at least 1")
     unread = sorted(options.keys() - _READ - {*_LENGTHS})
     if unread:
-      logging.log_first_n(logging.WARNING, "options of requests that change nothing here: %s", 1, ", ".join(unread))
+      logging.log_first_n(logging.WARNING, "ignored options of requests: %s", 1, ", ".join(unread))
     return self._sampling(options), new, stops
 
   def _generate(
@@ -335,7 +341,7 @@ class CybLM(LM):
     tokenizer = self.run.tokenizer
     rows = [Continuation(tokenizer, prompt[-_PROMPT_END:], stops) for prompt in prompts]
     count = len(prompts)
-    # Copies of the first row fill the last batch up, so that batches of few sizes are compiled.
+    # Copies of the first row pad the last batch, so that only a few batch sizes are compiled.
     padding = min(self.batch_size, 1 << (count - 1).bit_length()) - count
     with self._precision():
       generated = sampler.generate(
@@ -357,24 +363,24 @@ class CybLM(LM):
     ]
 
   def _cost(self, pacing: Pacing, prompt: int, pauses: list[int]) -> Score:
-    """The cost of a prompt of so many tokens and of the tokens generated after it, from the pauses before each."""
+    """The cost of a prompt of `prompt` tokens and of the tokens generated after it, from the pauses before each."""
     counts = [pacing.slots_run(count) for count in pauses]
     before = (prompt - 1) * pacing.layout.prompt_slots
-    loops = self.run.method.num_slots if slots_share_places(self.run.method) else 1
+    loops = self.run.method.num_slots if slots_share_cache_index(self.run.method) else 1
     slots = loops * before + sum(counts)
     if pacing.layout.keeps_pauses:
       keys = slots * (slots + 1) / 2
     else:
       keys = loops * before * (before + 1) / 2 + sum(count * (prompt + number) for number, count in enumerate(counts))
       if loops == 1:
-        # A token's hidden pauses are seen by its own later ones.
+        # A token's hidden pauses are seen by its own later pauses.
         keys += sum(count * (count - 1) / 2 for count in counts)
     read = sum(map(pacing.states_read, pauses))
     cost = flops.slot_flops(self.run.method.cache_config, slots=slots, keys=keys, slots_read=read)
     return Score(tokens=len(pauses), pauses=float(sum(pauses)), slots=float(slots), flops=cost)
 
   def _sampling(self, options: dict[str, Any]) -> SamplingOptions:
-    """The sampler's options for those of a request."""
+    """The sampler's options for the options of a request."""
     temperature = _number(options, "temperature", float, 0.0)
     draws = options.get("do_sample")
     if draws is None:
@@ -407,16 +413,16 @@ class CybLM(LM):
 
 
 def _number(options: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
-  """The value of a request's option, a whole number (kind int) or a number (float); None stands for the default.
+  """The value of a request's option, a whole number (kind int) or a number (float); the default if it is None.
 
   Raises:
-    InputError: it is neither.
+    InputError: the value is not a number of this kind.
   """
   given = options.get(name)
   if given is None:
     return default
   try:
-    # YAML reads 1e-5 as a text.
+    # YAML parses 1e-5 as a string.
     value = math.nan if isinstance(given, bool) else float(given)
   except (TypeError, ValueError, OverflowError):
     value = math.nan
@@ -429,7 +435,7 @@ def main() -> int | None:
   """The harness's command line, with the model `cyb_jax` registered."""
   from lm_eval.__main__ import cli_evaluate
 
-  # The threads of the harness's tokenizers do not survive a fork.
+  # The harness forks, and the threads of Hugging Face tokenizers do not survive a fork.
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
   try:
     cli_evaluate()

@@ -1,6 +1,6 @@
-"""Where the slots of a row are stored in the cache, and which rotary positions they have.
+"""The cache indices and rotary positions of the slots of a row.
 
-Letters: B rows, P tokens of a prompt, N new tokens at most, W slots of a token.
+Letters: B rows, P tokens of a prompt, N maximum number of new tokens, W slots of a token.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ class SlotLayout:
   """The arrangement of slots in the cache and in positions; hashable, static in compiled programs.
 
   Attributes:
-    num_slots: W, the most slots that a generated token may have.
-    prompt_slots: slots of each token of the prompt.
+    num_slots: W, the maximum number of slots of a generated token.
+    prompt_slots: the number of slots of each token of the prompt.
     keeps_pauses: whether the pauses of a token stay in the context of later tokens. Otherwise the next token overwrites
       them in the cache.
-    shifts_positions: whether a pause takes a position of its own.
-    prompt_stride: positions between neighbouring tokens of the prompt.
-    stride: positions between neighbouring generated tokens; None: as many as the first of the two has run slots.
+    shifts_positions: whether a pause has its own position.
+    prompt_stride: the distance in positions between neighbouring tokens of the prompt.
+    stride: the distance in positions between neighbouring generated tokens; None: the number of slots that the first of
+      the two tokens has run.
   """
 
   num_slots: int
@@ -37,13 +38,13 @@ class SlotLayout:
 
   @classmethod
   def of(cls, method: Decoding, num_slots: int, *, pauses_in_prompt: bool) -> SlotLayout:
-    """The layout that equals the method's training layout, with `num_slots` slots of a token."""
-    # No later token sees hidden pauses, so those of the prompt are not run.
+    """The layout that matches the method's training layout, with `num_slots` slots per token."""
+    # No later token sees hidden pauses, so the hidden pauses of the prompt are not run.
     prompt_slots = num_slots if pauses_in_prompt and not method.hides_pauses else 1
     if not method.shifts_positions:
       strides = (1, 1)
     elif method.hides_pauses:
-      # In training hidden pauses occupy positions of their own, whether they are run here or not.
+      # Hidden pauses have positions of their own in training, whether or not they run at inference.
       strides = (method.num_slots, method.num_slots)
     else:
       strides = (prompt_slots, None)
@@ -54,17 +55,17 @@ class SlotLayout:
     return position + (slot if self.shifts_positions else jnp.zeros_like(slot))
 
   def capacity(self, prompt_tokens: int, new_tokens: int) -> int:
-    """Cache entries that a row needs for its prompt without the last token, and for the tokens after that."""
+    """The number of cache entries that a row needs: for its prompt without the last token, and for all later tokens."""
     of_token = self.num_slots if self.keeps_pauses else 1
     return prompt_tokens * self.prompt_slots + (new_tokens - 1) * of_token + self.num_slots
 
   def next_token(self, before: SamplerState, state: SamplerState, ran: Int[Array, "B"] | int) -> SamplerState:
-    """Moves the rows that have generated a token, and are not finished, on to that token.
+    """Advances the cache index and position of the unfinished rows that have generated a token.
 
     Args:
       before: the state before the iteration.
       state: the state after the token was generated.
-      ran: i32[B], how many slots have run of the token before the generated one.
+      ran: i32[B], the number of slots that the token before the generated token has run.
     """
     moves = (state.num_generated > before.num_generated) & ~state.finished
     return dataclasses.replace(

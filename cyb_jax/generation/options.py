@@ -1,4 +1,4 @@
-"""The options of sampling, and the checks that need no method."""
+"""The options of sampling, and the checks of single options, which do not depend on the method."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class SamplingOptions:
   """How text is generated.
 
   Attributes:
-    mode: 'self_paced': one slot at a time; a pause is run if the model requests it, and the context holds only the
-      pauses that were run. 'constant': a token and all its pauses in one forward pass, as in training; one of the slots
-      is read, and all of them stay in the context. 'none': no pauses, except those that the method has after a prompt.
-      Methods with latent thoughts support 'constant' alone: the thoughts of a token run one after the other, and the
-      method's own rule reads them, whatever `read` is.
+    mode: 'self_paced': one slot at a time; a pause runs if the model requests it, and the context holds only the pauses
+      that have run. 'constant': a token and all its pauses in one forward pass, as in training; one of the slots is
+      read, and all of them stay in the context. 'none': no pauses, except the pauses of the method after a prompt.
+      Methods with latent thoughts support only 'constant': the thoughts of a token run one after the other, and the
+      method's own rule reads them; `read` has no effect.
     read: when a token is read. 'sample': a pause is requested with probability d; 'threshold': a pause is requested if
-      d > `threshold`; 'mixture': the token is drawn from sum_i s_i p_i over all slots (mode 'constant' alone).
+      d > `threshold`; 'mixture': the token is drawn from sum_i s_i p_i over all slots (only in mode 'constant').
     threshold: see `read`; 1/2 makes the decision greedy.
     max_pauses: K in generation, at most the K of training; None: the K of training.
     omega: the step budget, which may deny a pause: the probabilities that 1, 2, .. slots are allowed, max_pauses + 1
@@ -33,9 +33,10 @@ class SamplingOptions:
     pause_budget: the largest total of pauses in a row (mode 'self_paced'); None: no limit.
     prompt_pauses: 'all': pauses follow every token of the prompt; 'none': no pauses in the prompt. None: 'all' in mode
       'constant', as in training, else 'none'.
-    temperature: of the token distribution; the decision to pause has no temperature. 0: the likeliest token.
-    top_k: only the k likeliest tokens are drawn; 0: all.
-    top_p: only the likeliest tokens that together have this probability are drawn; 1: all.
+    temperature: the temperature of the token distribution; the decision to pause has no temperature. 0: the most likely
+      token.
+    top_k: only the k most likely tokens are drawn; 0: all.
+    top_p: only the most likely tokens that together have this probability are drawn; 1: all.
 
   References: arXiv 2510.13879 (self-paced and constant inference); nucleus sampling, Holtzman et al. 2019,
   https://arxiv.org/abs/1904.09751
@@ -61,25 +62,25 @@ class SamplingOptions:
     _check_choice("mode", self.mode, MODES)
     _check_choice("read", self.read, READS)
     if not 0 <= self.threshold <= 1:
-      raise InputError(f"threshold: {self.threshold!r} must lie in [0, 1]")
+      raise InputError(f"threshold: {self.threshold!r} must be in [0, 1]")
     if self.temperature and not _LOWEST_TEMPERATURE <= self.temperature < math.inf:
       raise InputError(
-        f"temperature: {self.temperature!r} must be finite and at least {_LOWEST_TEMPERATURE:g}, or 0, the likeliest"
-        " word"
+        f"temperature: {self.temperature!r} must be finite and at least {_LOWEST_TEMPERATURE:g}, or 0 for the most"
+        " likely token"
       )
     if not is_count(self.top_k):
-      raise InputError(f"top_k: {self.top_k!r} must be a whole number that is not negative; 0 keeps all words")
+      raise InputError(f"top_k: {self.top_k!r} must be a whole number that is not negative; 0 keeps all tokens")
     if not 0 < self.top_p <= 1:
-      raise InputError(f"top_p: {self.top_p!r} must lie in (0, 1]; 1 keeps all words")
+      raise InputError(f"top_p: {self.top_p!r} must be in (0, 1]; 1 keeps all tokens")
     if self.prompt_pauses not in (None, "all", "none"):
-      raise InputError(f"prompt_pauses: {self.prompt_pauses!r} is none of 'all', 'none'")
+      raise InputError(f"prompt_pauses: {self.prompt_pauses!r} is not one of 'all', 'none'")
 
 
 def is_count(value: Any) -> bool:
-  """Whether the value is a whole number of at least 0; a bool is not."""
+  """Whether the value is a whole number of at least 0 (and not a bool)."""
   return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
   if value not in choices:
-    raise InputError(f"{name}: {value!r} is none of {', '.join(choices)}")
+    raise InputError(f"{name}: {value!r} is not one of {', '.join(choices)}")

@@ -2,14 +2,14 @@
 
 In every iteration each unfinished row runs one slot (`SelfPaced`, `NoPauses`) or all slots of one token, together
 (`Constant`) or one after the other (`Sequential`). A self-paced row that requests a pause runs it in the next
-iteration, while other rows of the batch generate tokens; the batch takes as many iterations as its longest row has
-slots:
+iteration, while other rows of the batch may generate tokens; the number of iterations of a batch is the number of slots
+of its longest row:
 
     iteration      1       2        3        4        5
     first row      the     <p1>     film     <p1>     <p2>      generates "film" after 1 pause, then ...
     second row     a       good     <p1>     one      .         generates "good" without a pause, "one" after 1 pause
 
-A policy is a pytree: its numbers are arguments of the compiled program, and its layout and its classes are static.
+A policy is a pytree: its numbers are arguments of the compiled program, while its layout and its class are static.
 
 Letters: B rows, P tokens of the longest prompt, W slots of a token, Q slots that run together.
 """
@@ -46,27 +46,27 @@ class Pacing(abc.ABC):
   """A pacing policy.
 
   Attributes:
-    layout: where slots are stored, and their positions.
+    layout: the cache indices and positions of slots.
   """
 
   layout: SlotLayout = dataclasses.field(metadata={"static": True})
 
   @property
   def slots_per_iteration(self) -> int:
-    """Slots of a row that one iteration runs."""
+    """The number of slots of a row that one iteration runs."""
     return 1
 
   @property
   def states_read_per_iteration(self) -> int:
-    """Hidden states of a row that one iteration multiplies with the vocabulary."""
+    """The number of hidden states of a row that one iteration multiplies with the unembedding."""
     return 1
 
   def slots_run(self, pauses: int) -> int:
-    """How many slots ran for a generated token that was read after so many pauses."""
+    """The number of slots that ran for a generated token that was read after `pauses` pauses."""
     return 1 + pauses
 
   def states_read(self, pauses: int) -> int:
-    """How many of these slots were multiplied with the vocabulary."""
+    """The number of these slots that were multiplied with the unembedding."""
     del pauses
     return 1
 
@@ -76,10 +76,10 @@ class Pacing(abc.ABC):
     """Runs the prompts without their last tokens, in one forward pass.
 
     Args:
-      method, params: of the sampler.
+      method, params: the sampler's method and its parameters.
       tokens: i32[B, P], P >= 1, the prompts without their last tokens, padded on the right.
-      lengths: i32[B], the prompts' lengths, their last tokens included.
-      cache: empty.
+      lengths: i32[B], the prompts' lengths, including their last tokens.
+      cache: an empty cache.
 
     Returns:
       The cache, and i32[B], the cache index of each row's last token.
@@ -105,7 +105,7 @@ class Pacing(abc.ABC):
   def step(
     self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
   ) -> SamplerState:
-    """One iteration: runs slots of every row, and generates a token in the rows that are ready for one."""
+    """One iteration: runs slots of every row, and generates a token in the rows that are ready."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class _OneSlot(Pacing):
 
   @abc.abstractmethod
   def pauses(self, scores: TokenScores, state: SamplerState) -> Bool[Array, "B"]:
-    """bool[B], whether each row continues with a pause, from the scores [B] of its current slot."""
+    """bool[B], whether each row continues with a pause, given the scores [B] of its current slot."""
 
   def step(
     self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
@@ -144,17 +144,17 @@ class _OneSlot(Pacing):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoPauses(_OneSlot):
-  """One slot of each token, after the pauses that the method has after its prompt."""
+  """One slot per token, after the method's pauses after the prompt."""
 
   @classmethod
   def from_options(cls, method: Decoding, options: SamplingOptions) -> NoPauses:
     """
     Raises:
-      InputError: an option that needs pauses.
+      InputError: an option requires pauses.
     """
     if options.max_pauses:
       raise InputError(
-        f"max_pauses: {options.max_pauses} is set, but mode 'none' has no pauses; take 'self_paced' or 'constant'"
+        f"max_pauses: {options.max_pauses} is set, but mode 'none' has no pauses; use 'self_paced' or 'constant'"
       )
     choose_stopping_rule(options)
     choose_step_budget(options, 1)
@@ -179,10 +179,10 @@ class SelfPaced(_OneSlot):
 
   @classmethod
   def from_options(cls, method: Decoding, options: SamplingOptions) -> SelfPaced | NoPauses:
-    """The policy; `NoPauses` if the options or the method leave no pauses to request.
+    """The policy; `NoPauses` if the options or the method allow no pauses.
 
     Raises:
-      InputError: options that do not go together.
+      InputError: options are incompatible.
     """
     pauses = _max_pauses(method, options)
     rule, step_budget = choose_stopping_rule(options), choose_step_budget(options, pauses + 1)
@@ -204,7 +204,7 @@ class Constant(Pacing):
   """All W slots of a token in one forward pass, as in training.
 
   Attributes:
-    reading: which of the slots is read, or their mixture.
+    reading: the rule that chooses the slot that is read, or the mixture of all slots.
     step_budget: omega.
   """
 
@@ -215,12 +215,12 @@ class Constant(Pacing):
   def from_options(cls, method: Decoding, options: SamplingOptions) -> Constant:
     """
     Raises:
-      InputError: options that do not go together, or with the method.
+      InputError: options are incompatible with each other or with the method.
     """
     if num_prompt_pauses(method):
       raise InputError(
-        f"mode: 'constant' gives all tokens the same pauses, but method {method.name!r} has them behind the prompt"
-        " alone; take 'none'"
+        f"mode: 'constant' runs the same pauses after every token, but method {method.name!r} has pauses only after the"
+        " prompt; use 'none'"
       )
     pauses = _max_pauses(method, options)
     return cls(
@@ -268,22 +268,22 @@ class Constant(Pacing):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sequential(Pacing):
-  """All slots of a token in one iteration, one after the other, because each slot's input is the output of the last."""
+  """All slots of a token in one iteration, one after the other: each slot's input is the previous slot's output."""
 
   @classmethod
   def from_options(cls, method: Decoding, options: SamplingOptions) -> Sequential:
     """
     Raises:
-      InputError: an option that other numbers of slots, or a choice of slots, would need.
+      InputError: an option requests another number of slots, or a choice of slots.
     """
     pauses = method.num_slots - 1
     always = f"but method {method.name!r} always runs a token's latent thoughts one after the other"
     if options.mode != "constant":
-      raise InputError(f"mode: {options.mode!r}, {always}; take 'constant'")
+      raise InputError(f"mode: {options.mode!r}, {always}; use 'constant'")
     if options.max_pauses not in (None, pauses):
       raise InputError(f"max_pauses: {options.max_pauses}, {always}, {pauses} of them; leave it out")
     if options.prompt_pauses == "none":
-      raise InputError(f"prompt_pauses: 'none', {always}, the prompt's too; take 'all'")
+      raise InputError(f"prompt_pauses: 'none', {always}, in the prompt too; use 'all'")
     if options.omega is not None:
       raise InputError(f"omega: {options.omega} is set, {always}; leave it out")
     return cls(layout=_layout(method, options, pauses))
@@ -295,7 +295,7 @@ class Sequential(Pacing):
   def prefill(
     self, method: Decoding, params: PyTree, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], cache: PyTree
   ) -> tuple[PyTree, Int[Array, "B"]]:
-    """As `Pacing.prefill`, token by token; exact, and as slow as generating the tokens."""
+    """See `Pacing.prefill`; runs token by token, which is exact and as slow as generating the tokens."""
 
     def run(carry: tuple[PyTree, Array], column: tuple[Array, Array]) -> tuple[tuple[PyTree, Array], None]:
       (cache, cache_index), (token, number) = carry, column
@@ -329,10 +329,10 @@ _MODES: dict[str, type[SelfPaced] | type[Constant] | type[NoPauses]] = {
 
 
 def choose_pacing(method: Decoding, options: SamplingOptions) -> Pacing:
-  """The pacing policy that the options ask for with a method.
+  """The pacing policy for the options and the method.
 
   Raises:
-    InputError: the method does not decode, an option is out of its range, or options do not go together.
+    InputError: the method does not decode, an option is out of its range, or options are incompatible.
   """
   check_decodes(method)
   options.check()
@@ -342,7 +342,7 @@ def choose_pacing(method: Decoding, options: SamplingOptions) -> Pacing:
   if options.pause_budget is not None:
     if options.mode != "self_paced":
       raise InputError(
-        f"pause_budget: {options.pause_budget} is set, but mode {options.mode!r} doesn't ask for pauses; take"
+        f"pause_budget: {options.pause_budget} is set, but mode {options.mode!r} doesn't request pauses; use"
         " 'self_paced'"
       )
     if options.pause_budget < 0:
@@ -354,23 +354,23 @@ def _max_pauses(method: Decoding, options: SamplingOptions) -> int:
   """K in generation.
 
   Raises:
-    InputError: not in 0 .. the K of training.
+    InputError: K is not in 0 .. K of training.
   """
   trained = method.num_slots - 1
   pauses = trained if options.max_pauses is None else options.max_pauses
   if not is_count(pauses) or pauses > trained:
-    raise InputError(f"max_pauses: {pauses!r} must lie in 0..{trained}, the pauses that the model was trained with")
+    raise InputError(f"max_pauses: {pauses!r} must be in 0..{trained}, the numbers of pauses that training used")
   return pauses
 
 
 def _layout(method: Decoding, options: SamplingOptions, pauses: int) -> SlotLayout:
-  """The layout of slots, with so many pauses at most after each generated token.
+  """The layout of slots, with at most `pauses` pauses after each generated token.
 
   Raises:
     InputError: pauses are requested for the prompt, but there are none.
   """
   if options.prompt_pauses == "all" and not pauses:
-    raise InputError("prompt_pauses: 'all', but no pauses are asked for; take 'none'")
+    raise InputError("prompt_pauses: 'all', but the maximum number of pauses is 0; use 'none'")
   default = "all" if options.mode == "constant" else "none"
   in_prompt = (options.prompt_pauses or default) == "all"
   return SlotLayout.of(method, pauses + 1, pauses_in_prompt=in_prompt)
@@ -379,6 +379,6 @@ def _layout(method: Decoding, options: SamplingOptions, pauses: int) -> SlotLayo
 def _draw(
   token_sampler: TokenSampler, state: SamplerState, log_probs: Float[Array, "B V"]
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-  """(i32[B], a token of every row; f32[B], its log-probability at temperature 1 and among all tokens)."""
+  """(i32[B], a token for every row; f32[B], its log-probability at temperature 1 and among all tokens)."""
   token = token_sampler.sample(state.keys(TOKEN), log_probs)
   return token, jnp.take_along_axis(log_probs, token[:, None], 1)[:, 0]

@@ -1,4 +1,4 @@
-"""Packing trees into rows and batches of a few fixed shapes, so that a few compiled programs serve all requests.
+"""Packing trees into rows and batches of a few fixed shapes, so that a few compiled programs suffice for all requests.
 
 Letters: B rows, S slots of a row.
 """
@@ -16,22 +16,23 @@ Rows = dict[int, list[list[Tree]]]
 """The trees of each row, by the row's length S."""
 
 _SHORTEST_ROW = 32
-# Candidate lengths of rows that several requests share; 1: every tree has a row of its own. The cheapest one is used.
+# Candidate lengths of rows that several requests share; 1: every tree has its own row. The cheapest length is used.
 _ROW_SLOTS = (1, 256, 512, 1024)
-# Weights and softmax of attention take about this many times as long as their operations would in a matrix product, and
-# a program takes as long to compile as this many slots take to run (SmolLM2-135M's shape on a CPU).
+# The weights and the softmax of attention take about this many times as long as the same operations in a matrix
+# product, and compiling a program takes as long as running this many slots (measured with SmolLM2-135M's shape on a
+# CPU).
 _ATTENTION_COST = 3
 _PROGRAM_SLOTS = 2048
-# Attention holds S^2 weights a row and head; the most of one forward pass.
+# Attention holds S^2 weights for each row and head; this is the maximum of one head in one forward pass.
 _SQUARES = 2**26
 
 
 def pack_cheapest(trees: Sequence[Tree], config: DecoderConfig, row_slots: int | None = None) -> Rows:
-  """The trees in rows of the candidate length with the least estimated time.
+  """The trees in rows of the candidate length with the lowest estimated time.
 
   Args:
-    trees: in any order.
-    config: of the decoder that runs them.
+    trees: the trees, in any order.
+    config: the decoder that runs them.
     row_slots: the only candidate length; None: `_ROW_SLOTS`.
   """
 
@@ -45,7 +46,7 @@ def pack_cheapest(trees: Sequence[Tree], config: DecoderConfig, row_slots: int |
 
 
 def batches(rows: Rows, slots: int, shards: int) -> Iterator[tuple[int, list[list[Tree]]]]:
-  """(S, B rows) of about so many slots; empty rows fill the last batch of a length up to one of a few numbers B."""
+  """(S, B rows) of about `slots` slots; empty rows pad the last batch of a length to one of a few sizes B."""
   for length, mine in sorted(rows.items(), reverse=True):
     count = round_up(max(1, min(slots // length, _SQUARES // length**2)), shards)
     for start in range(0, len(mine), count):
@@ -67,21 +68,21 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def _pack(trees: Sequence[Tree], row_slots: int) -> Rows:
-  """Rows that are as full as possible: the longest tree first, each in the fullest row that it fits into."""
+  """Packs the longest tree first, each tree into the fullest row that has space for it."""
   left = sum(tree.size for tree in trees)
   rows: Rows = {}
-  room: list[tuple[int, int]] = []  # (free slots, row), ascending
+  space: list[tuple[int, int]] = []  # (free slots, row), ascending
   opened: list[list[Tree]] = []
   for tree in sorted(trees, key=lambda tree: -tree.size):
-    found = bisect.bisect_left(room, (tree.size, -1))
-    if found < len(room):
-      free, row = room.pop(found)
+    found = bisect.bisect_left(space, (tree.size, -1))
+    if found < len(space):
+      free, row = space.pop(found)
     else:
-      # A new row is no longer than the trees that are left.
+      # A new row is no longer than all remaining trees together.
       free, row = ladder(max(tree.size, min(row_slots, left)), _SHORTEST_ROW), len(opened)
       opened.append([])
       rows.setdefault(free, []).append(opened[-1])
     opened[row].append(tree)
-    bisect.insort(room, (free - tree.size, row))
+    bisect.insort(space, (free - tree.size, row))
     left -= tree.size
   return rows

@@ -1,4 +1,4 @@
-"""A batch of prompts and seeds as arrays, checked.
+"""A batch of prompts and seeds as arrays, with checks of the input.
 
 Letters: B rows, P tokens of the longest prompt without its last token, padded.
 """
@@ -25,8 +25,8 @@ class PromptBatch:
   Attributes:
     before: i32[B, P], the prompts without their last tokens, padded on the right with zeros.
     last: i32[B], the prompts' last tokens.
-    lengths: i32[B], tokens of each prompt, the last one included.
-    limits: i32[B], how many tokens may be generated in each row.
+    lengths: i32[B], the number of tokens of each prompt, including the last token.
+    limits: i32[B], the maximum number of generated tokens of each row.
   """
 
   before: Int[np.ndarray, "B P"]
@@ -38,7 +38,7 @@ class PromptBatch:
   def of(
     cls, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, context: int | None, vocab_size: int, multiple: int
   ) -> PromptBatch:
-    """Pads the prompts, P to a multiple of `multiple`; the other arguments are those of `Sampler.generate`.
+    """Pads the prompts, P to a multiple of `multiple`; see `Sampler.generate` for the other arguments.
 
     Raises:
       InputError: see `Sampler.generate`.
@@ -55,22 +55,22 @@ class PromptBatch:
 
 
 def random_keys(seeds: Sequence[int] | int, rows: int) -> Array:
-  """key[B], a random key of each row; from one seed, to which the row's number is added, or from one seed per row.
+  """key[B], a random key of each row; from one seed, to which the row's index is added, or from one seed per row.
 
   Raises:
-    InputError: another number of seeds than rows, or a seed out of its range.
+    InputError: the numbers of seeds and rows differ, or a seed is out of its range.
   """
   if isinstance(seeds, numbers.Integral):
     seeds = [int(seeds) + row for row in range(rows)]
   if len(seeds) != rows:
-    raise InputError(f"seeds: {len(seeds)} of them, but {rows} prompts; give one for each")
+    raise InputError(f"seeds: {len(seeds)} seeds for {rows} prompts; give one seed for each prompt")
   for seed in seeds:
     check_seed("seed", seed)
   return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
 
 
 def _limits(prompts: Sequence[Sequence[int]], new: int, context: int | None, vocabulary: int) -> list[int]:
-  """How many tokens may be generated in every row.
+  """The maximum number of generated tokens of every row.
 
   Raises:
     InputError: see `Sampler.generate`.
@@ -78,18 +78,18 @@ def _limits(prompts: Sequence[Sequence[int]], new: int, context: int | None, voc
   if new < 1:
     raise InputError(f"max_new_tokens: {new} must be at least 1")
   if not prompts:
-    raise InputError("prompt: none given; give at least one")
+    raise InputError("prompt: no prompt is given; give at least one")
   limits = []
   for row, prompt in enumerate(prompts):
     if not len(prompt):
       raise InputError(f"prompt: number {row + 1} is empty; give at least one token")
     wrong = [int(token) for token in prompt if not 0 <= token < vocabulary]
     if wrong:
-      raise InputError(f"prompt: number {row + 1} has the id {wrong[0]}, but words are 0..{vocabulary - 1}")
-    room = new if context is None else context - len(prompt)
-    if room < 1:
+      raise InputError(f"prompt: number {row + 1} has the id {wrong[0]}; ids must be in 0..{vocabulary - 1}")
+    limit = new if context is None else context - len(prompt)
+    if limit < 1:
       raise InputError(
         f"prompt: number {row + 1} has {len(prompt)} tokens, but the context is {context}; give at most {context - 1}"
       )
-    limits.append(min(new, room))
+    limits.append(min(new, limit))
   return limits

@@ -1,6 +1,6 @@
 """When a token is read: the reading rules, and the step budget omega that may deny a pause.
 
-The numbers are leaves of pytrees: changing a threshold or omega compiles nothing.
+The numbers are leaves of pytrees, so changing a threshold or omega does not recompile.
 
 Letters: B rows, W slots of a token, V vocabulary.
 """
@@ -24,18 +24,18 @@ from cyb_jax.stopping import hard_slot, log_stopping_distribution, normalize
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepBudget:
-  """A step budget: how many slots of a token are allowed. This one always allows all W."""
+  """A step budget: the number of allowed slots of a token. This class always allows all W."""
 
   def denies(self, state: SamplerState) -> Bool[Array, "B"]:
     """bool[B], whether the budget ends at each row's current slot."""
     return jnp.zeros_like(state.finished)
 
   def log_stopping(self, scores: TokenScores) -> Float[Array, "B W"]:
-    """f32[B, W], the log-probability that each slot is read, of scores [B, W]."""
+    """f32[B, W], the log-probability that each slot is read, given the scores [B, W]."""
     return log_stopping_distribution(scores.log_dont_know, scores.log_answer)
 
   def limit(self, slot: Int[Array, "B"], state: SamplerState) -> Int[Array, "B"]:
-    """i32[B], the slot, or the last slot that the budget allows if that comes first."""
+    """i32[B], the slot, or the last slot that the budget allows if that slot is earlier."""
     del state
     return slot
 
@@ -70,7 +70,7 @@ class StoppingRule(abc.ABC):
 
   @abc.abstractmethod
   def requests_pause(self, log_dont_know: Float[Array, "B"], state: SamplerState) -> Bool[Array, "B"]:
-    """bool[B], whether each row requests another slot, from log d of its current one."""
+    """bool[B], whether each row requests another slot, given log d of its current slot."""
 
   @abc.abstractmethod
   def choose_slot(self, scores: TokenScores, budget: StepBudget, state: SamplerState) -> Int[Array, "B"]:
@@ -129,20 +129,20 @@ class MixtureReading:
 
 
 def choose_stopping_rule(options: SamplingOptions) -> StoppingRule:
-  """The rule of read 'sample' or 'threshold'.
+  """The rule for `read` = 'sample' or 'threshold'.
 
   Raises:
-    InputError: read 'mixture', which needs all slots of a token.
+    InputError: `read` is 'mixture', which requires all slots of a token.
   """
   if options.read == "mixture":
     raise InputError(
-      f"read: 'mixture' reads all slots of a token, but mode {options.mode!r} doesn't run them; take mode 'constant'"
+      f"read: 'mixture' reads all slots of a token, but mode {options.mode!r} doesn't run them; use mode 'constant'"
     )
   return ThresholdStop(jnp.float32(options.threshold)) if options.read == "threshold" else SampledStop()
 
 
 def choose_reading(options: SamplingOptions) -> StoppingRule | MixtureReading:
-  """The rule of any read, where all slots of a token run."""
+  """The rule for any value of `read`, for modes that run all slots of a token."""
   return MixtureReading() if options.read == "mixture" else choose_stopping_rule(options)
 
 
@@ -150,7 +150,7 @@ def choose_step_budget(options: SamplingOptions, num_slots: int) -> StepBudget:
   """The step budget of `options.omega`, over W = `num_slots` slots.
 
   Raises:
-    InputError: omega is not a distribution over so many slots.
+    InputError: omega is not a distribution over `num_slots` slots.
   """
   if options.omega is None:
     return StepBudget()

@@ -1,10 +1,9 @@
-"""The sampler: generates a batch of rows, each at its own pace, in one loop over a cache.
+"""The sampler generates a batch of rows, each self-paced, in one loop over a cache.
 
-`pacing` describes what an iteration of the loop runs. The random draws of a row depend on its seed, on how many tokens
-have been generated in it and on the slot, and on nothing else: other rows, padding, capacity and the iteration do not
-change them.
+`pacing` describes what an iteration of the loop runs. The random draws of a row depend only on its seed, its number of
+generated tokens and the slot: other rows, padding, capacity and the iteration do not change them.
 
-Letters: B rows, P tokens of the longest prompt, N new tokens at most, W slots a token may have.
+Letters: B rows, P tokens of the longest prompt, N maximum number of new tokens, W maximum number of slots of a token.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from cyb_jax.generation.state import SamplerState
 from cyb_jax.generation.token_samplers import TokenSampler, choose_token_sampler
 from cyb_jax.methods import Decoding, SlotInputs
 
-# So many end tokens fit into one program; most models have one or two.
+# The end tokens are padded to a multiple of this number; most models have one or two.
 _END_IDS = 8
-# Prompts are padded to a multiple of this many tokens, so that a few programs serve all prompt lengths.
+# Prompts are padded to a multiple of this many tokens, so that a few programs suffice for all prompt lengths.
 _PROMPT_MULTIPLE = 16
 
 Stop = Callable[[int, list[int]], int | None]
-"""(row, its generated tokens) -> how many of them to keep, which finishes the row; None: continue."""
+"""(row, its generated tokens) -> the number of tokens to keep, which finishes the row; None: continue."""
 
 OnTokens = Callable[[int, list[int], list[int]], None]
 """(row, its new tokens, the pauses before each) -> None."""
@@ -46,16 +45,16 @@ class Generation:
   """Generated text. Lists have one entry for each prompt.
 
   Attributes:
-    tokens: ids, the end token included if one ended the row.
-    pauses: of each token, the slot that it was read from, counted from 0: in mode self_paced the pauses that were run
-      for it; of the first token, the pauses after the prompt, if the method has such. With read 'mixture' all slots are
-      read, and this is K.
-    log_probs: of each token, nats: log p of the token at the slot that it was read from, given that the slot answers,
-      at temperature 1 and among all tokens; with read 'mixture' that of the mixture.
-    slots: decoder slots that were run to generate each row: tokens + pauses; in mode constant W slots a token. The
-      prompt's slots are not counted.
-    iterations: of the loop.
-    cache_bytes: bytes of keys and values.
+    tokens: ids, including the end token if one ended the row.
+    pauses: for each token the index, from 0, of the slot that it was read from: in mode self_paced the number of pauses
+      that ran for it; for the first token it includes the method's pauses after the prompt. With read 'mixture' all
+      slots are read, and this is K.
+    log_probs: for each token its log-probability in nats at the slot that it was read from, given that the slot
+      answers, at temperature 1 and among all tokens; with read 'mixture' its log-probability in the mixture.
+    slots: the number of decoder slots that ran to generate each row: tokens + pauses; in mode constant W slots per
+      token. The prompt's slots are not counted.
+    iterations: the number of iterations of the loop.
+    cache_bytes: the bytes of keys and values.
   """
 
   tokens: list[list[int]]
@@ -69,18 +68,19 @@ class Generation:
 class Sampler:
   """Generates text with a method's parameters.
 
-  A program is compiled for every number of rows, (padded) prompt length and `max_new_tokens`. The numbers among the
-  options (threshold, temperature, top_k, top_p, omega) are arguments of the program: changing them compiles nothing.
+  A program is compiled for every combination of number of rows, padded prompt length and `max_new_tokens`. The numeric
+  options (threshold, temperature, top_k, top_p, omega) are arguments of the program, so changing them does not
+  recompile.
 
   Args:
-    method: one that decodes slot by slot.
-    options: see `SamplingOptions`. None: the defaults, in the mode that suits the method.
+    method: a method that decodes slot by slot.
+    options: see `SamplingOptions`. None: the default options, in the method's default mode.
 
   Attributes:
     pacing: the pacing policy of the options.
 
   Raises:
-    InputError: options that do not go together, or with the method.
+    InputError: options are incompatible with each other or with the method.
 
   Example:
     >>> run = cyb_jax.load("runs/ap")
@@ -115,18 +115,18 @@ class Sampler:
     Args:
       params: bare arrays.
       prompts: ids, at least one in each prompt; the lengths may differ. A row is one document, which begins with the
-        run's start token: a later separator hides nothing before it, whatever `data.document_mask` was in training.
+        run's start token: a later separator does not hide earlier tokens, whatever `data.document_mask` is.
       max_new_tokens: N, for every row.
-      seeds: one for each row; or one number, to which the number of the row is added.
+      seeds: one seed for each row; or one number, to which the row's index is added.
       end_id: a row that generates this id, or one of these ids, is finished; None: no such id.
-      context: the most tokens of a row, prompt and new ones together; None: no limit.
+      context: the maximum number of tokens of a row, including the prompt; None: no limit.
       stop: called for each row every `chunk` iterations, until it finishes the row.
       callback: called every `chunk` iterations for each row that has new tokens.
-      chunk: iterations between two calls; without `stop` and `callback` the loop is not interrupted.
-      prompt_multiple: the longest prompt is padded to a multiple of so many tokens.
+      chunk: the number of iterations between two calls; without `stop` and `callback` the loop is not interrupted.
+      prompt_multiple: the longest prompt is padded to a multiple of this number of tokens.
 
     Raises:
-      InputError: no prompt, an empty prompt, an id outside the vocabulary, or a prompt that fills the context.
+      InputError: no prompt is given, a prompt is empty or fills the context, or an id is outside the vocabulary.
     """
     state = self.start(
       params,
@@ -145,7 +145,7 @@ class Sampler:
     return self._generation(state, watcher.counts(state))
 
   def _generation(self, state: SamplerState, counts: list[int]) -> Generation:
-    """The first tokens of each row, as many as `counts` says."""
+    """The result with the first `counts[row]` tokens of each row."""
     tokens, pauses, log_probs = jax.device_get((state.tokens, state.pauses, state.log_probs))
 
     def kept(values: np.ndarray) -> list[list[Any]]:
@@ -172,8 +172,8 @@ class Sampler:
   ) -> SamplerState:
     """The state after the prefill of the prompts.
 
-    One forward pass has run all tokens of the prompts except their last ones. For a method with pauses after the prompt
-    a second pass has run the last token and all of these pauses except the last one.
+    One forward pass has run all tokens of the prompts except the last tokens. For a method with pauses after the prompt
+    a second pass has run the last token and all of these pauses except the last pause.
 
     Arguments and errors: see `generate`.
     """
@@ -197,16 +197,16 @@ class Sampler:
     end_id: int | Sequence[int] | None = None,
     stopped: Bool[np.ndarray, "B"] | None = None,
   ) -> SamplerState:
-    """Runs so many more iterations, or fewer if all rows finish earlier.
+    """Runs `iterations` more iterations, or fewer if all rows finish earlier.
 
     Args:
       params: bare arrays.
-      state: of `start` or of an earlier call; its buffers are donated.
-      iterations: the most iterations of this call.
+      state: the result of `start` or of an earlier call; its buffers are donated.
+      iterations: the maximum number of iterations of this call.
       end_id: see `generate`.
       stopped: bool[B], rows that the caller finishes.
     """
-    # The rows are an argument, because a state that the caller changes may be placed on other devices; that would be
+    # `stopped` is an argument, because a state that the caller changes may have another sharding, which would compile
     # another program.
     stopped = np.zeros(len(state.token), bool) if stopped is None else stopped
     bounds = np.int32(iterations), _end_ids(end_id)
@@ -215,13 +215,13 @@ class Sampler:
   def compile_abstract(
     self, params: PyTree, rows: int, max_new_tokens: int, row_sharding: Callable[[int], Sharding]
   ) -> jax.stages.Compiled:
-    """Compiles the loop of `advance`, from shapes alone, for prompts of one token each.
+    """Compiles the loop of `advance` from abstract shapes, for prompts of one token each.
 
     Args:
       params: as jax.ShapeDtypeStruct with shardings.
       rows: B.
-      max_new_tokens: N; the cache has entries for so many tokens with all their pauses.
-      row_sharding: the sharding of an array, from the index of its axis of rows; -1: it has no such axis.
+      max_new_tokens: N; the cache has entries for N tokens with all their pauses.
+      row_sharding: the sharding of an array, given the index of its axis of rows; -1: the array has no such axis.
     """
 
     def start(keys: Array, params: PyTree) -> SamplerState:
@@ -244,7 +244,7 @@ class Sampler:
 
 
 def _end_ids(end_id: int | Sequence[int] | None) -> Int[np.ndarray, "E"]:
-  """i32[E], the end tokens, filled up with -1, so that their number compiles no other program."""
+  """i32[E], the end tokens, padded with -1, so that a change of their number does not recompile."""
   if isinstance(end_id, numbers.Integral):
     end_id = [int(end_id)]
   ids = list(end_id or ())
@@ -260,7 +260,7 @@ class _Watcher:
     self._reported = [0] * rows
 
   def counts(self, state: SamplerState) -> list[int]:
-    """How many tokens of each row belong to the result."""
+    """The number of tokens of each row that belong to the result."""
     generated = np.asarray(state.num_generated).tolist()
     return [count if kept is None else kept for count, kept in zip(generated, self._kept)]
 

@@ -1,4 +1,4 @@
-"""The score of a request, which adds up over its parts."""
+"""The score of a request; the scores of a request's parts add up."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ class Score:
   """The score of one request.
 
   Attributes:
-    log_likelihood: of the continuation, nats.
-    greedy: whether each of its tokens is the likeliest one at its position, or within 1e-5 nats of that one.
-    tokens: how many tokens were scored.
-    pauses: sum over these tokens of the expected number of pauses, sum_i (i - 1) s_i, and the pauses after the context.
-    slots: decoder slots that were run, each counted as often as it ran. The slots of a context that several requests
-      share are divided among them.
-    flops: operations of the model, divided in the same way.
+    log_likelihood: the log-likelihood of the continuation, in nats.
+    greedy: whether each of its tokens is the most likely token at its position, or within 1e-5 nats of it.
+    tokens: the number of scored tokens.
+    pauses: the sum over these tokens of the expected number of pauses, sum_i (i - 1) s_i, plus the pauses after the
+      context.
+    slots: the number of decoder slots that ran; a slot counts each time that it ran. If several requests share a
+      context, its slots are divided among them.
+    flops: the model's operations, divided in the same way.
   """
 
   log_likelihood: float = 0.0

@@ -1,21 +1,21 @@
-"""The log-likelihood of given continuations, for any method that decodes, many requests at once.
+"""The log-likelihood of given continuations, for any method that decodes, with many requests in each batch.
 
-A continuation's log-likelihood is the sum over its tokens of log sum_i s_i t_i: every token, of the context too, is
-followed by all its pauses, as in training with the recipe *constant*, and the sum is over the slot at which the token
-is read (the stopping time of arXiv 2510.13879). The step budget allows all W slots, whatever recipe or omega a run was
-trained with. A method that reads by a rule of its own is read by that rule. A method with pauses after its prompt has
-them after each request's context, and none in a text that is scored whole.
+A continuation's log-likelihood is the sum over its tokens of log sum_i s_i t_i: every token, including those of the
+context, is followed by all its pauses, as in training with the recipe *constant*, and the inner sum is over the slot at
+which the token is read (the stopping time of arXiv 2510.13879). The step budget allows all W slots, regardless of the
+recipe and omega of training. A method with its own reading rule uses that rule. A method with pauses after its prompt
+has these pauses after each request's context, and no pauses in a text that is scored completely.
 
 Requests are laid out without padding between them. Requests with the same context share it, as branches of a tree, and
-several trees follow one another in rows of a few fixed lengths. Two requests "a b | c d" and "a b | e f", and a third
-"g | h i", of a model without pauses:
+several trees follow one another in rows of a few fixed lengths. For example, two requests "a b | c d" and "a b | e f"
+and a third request "g | h i", for a model without pauses:
 
     row      a b c e g h .        d, f and i are targets only
-    tree     0 0 0 0 1 1 -        a slot sees earlier slots of its own tree ...
-    branch   0 0 1 2 0 1 -        ... that are of branch 0, the context, or of its own branch
+    tree     0 0 0 0 1 1 -        a slot sees earlier slots of its own tree
+    branch   0 0 1 2 0 1 -        if they belong to branch 0, the context, or to its own branch
 
 So c and e are read from b, d from c, f from e, h from g and i from h. Only states that are read are multiplied with the
-vocabulary, in chunks.
+unembedding, in chunks.
 
 Letters: B rows, S slots of a row, W slots of a token, C tokens read at once, D model, V vocabulary.
 """
@@ -44,16 +44,17 @@ from cyb_jax.partitioning.mesh import batch_sharding, data_shards
 from cyb_jax.stopping import expected_pauses
 
 Request = tuple[Sequence[int], Sequence[int]]
-"""(ids of the context, ids of the continuation); of two texts, `cyb_jax.data.tokenizers.encode_pairs` makes them, with
-`special=run.imported` as the harness does."""
+"""(ids of the context, ids of the continuation); `cyb_jax.data.tokenizers.encode_pairs` encodes two texts, with
+`special=run.imported` as in the harness adapter."""
 
 _Output = tuple[Array, Array, Array]
 """f32[C], bool[C], f32[C]; see `_read`."""
 
-# Bytes of f32 token scores; a chunk's logits, their log-probabilities and the mixture's are alive at the same time.
+# The bytes of f32 token scores of a chunk; logits, log-probabilities and the mixture's log-probabilities are alive at
+# the same time.
 _READ_BYTES = 256 * 2**20
 _READ_COPIES = 3
-# A token within this distance of the likeliest one, in nats, counts as greedy, so that rounding decides nothing.
+# A token within this distance of the most likely token, in nats, counts as greedy, so that rounding does not matter.
 _TIE = 1e-5
 _SECONDS_BETWEEN_LOGS = 10
 
@@ -62,17 +63,17 @@ class Scorer:
   """Scores continuations with a method's parameters.
 
   Args:
-    method: one that decodes slot by slot.
+    method: a method that decodes slot by slot.
     params: bare arrays.
-    context: the most tokens of the model's context, at least 1; a longer context is cut on the left.
-    start_id: the token that stands for an empty context.
-    mesh: the rows are sharded over it; None: the default device.
-    slots: decoder slots of one forward pass, approximately; None: 2,048 on a CPU, 32,768 elsewhere. It changes no
-      result beyond rounding.
-    row_slots: S, of rows that several requests share; None: the cheapest of a few lengths.
+    context: the maximum number of tokens of the model's context, at least 1; a longer context is cut on the left.
+    start_id: the token that replaces an empty context.
+    mesh: the mesh over which the rows are sharded; None: the default device.
+    slots: the approximate number of decoder slots of one forward pass; None: 2,048 on a CPU, 32,768 elsewhere. It
+      affects results only by rounding.
+    row_slots: S, the length of rows that several requests share; None: the cheapest of a few lengths.
 
   Raises:
-    InputError: a number that is invalid, or a method that does not decode.
+    InputError: a number is invalid, or the method does not decode.
 
   Example:
     >>> from cyb_jax.data.tokenizers import encode_pairs
@@ -110,12 +111,12 @@ class Scorer:
   def score(self, requests: Sequence[Request]) -> list[Score]:
     """Scores of the requests, in their order.
 
-    An empty context stands for the start token, and an empty continuation has likelihood 1. If both together exceed
-    the model's context, the request's context is cut on the left. A continuation that is too long by itself is scored
-    as in `score_rolling`, after its context.
+    The start token replaces an empty context, and an empty continuation has likelihood 1. If both together exceed the
+    model's context, the request's context is cut on the left. A continuation that is longer than the model's context is
+    scored as in `score_rolling`, after its context.
 
     Raises:
-      InputError: an id outside the vocabulary.
+      InputError: an id is outside the vocabulary.
     """
     parts, cut, pauses = [], 0, num_prompt_pauses(self.method)
     for number, (context, continuation) in enumerate(requests):
@@ -123,33 +124,33 @@ class Scorer:
       self._check(number, context + continuation)
       if len(continuation) > self.context:
         for index, window in enumerate(windows(context, continuation, self.context, 1)):
-          # The context of every window but the first is part of the continuation.
+          # The context of every window except the first is part of the continuation.
           parts.append(Part(number, *window, 0 if index else pauses))
       elif continuation:
         kept = self.context + 1 - len(continuation)
         cut += len(context) > kept
         parts.append(Part(number, context[-kept:], continuation, pauses))
     if cut:
-      logging.warning("%d of %d contexts were cut on the left: the model takes %d tokens",
+      logging.warning("cut %d of %d contexts on the left: the model's context has %d tokens",
         cut, len(requests), self.context)  # fmt: skip
     return self._sums(len(requests), parts)
 
   def score_rolling(self, texts: Sequence[Sequence[int]], overlap: int = 1) -> list[Score]:
-    """Scores of whole texts after a start token, each token once.
+    """Scores of complete texts after a start token; each token is scored once.
 
-    A text that is longer than the model's context L is scored in windows of L tokens. The first window scores L of
-    them. Every later one scores the tokens that fit after `overlap` tokens that were scored before (in the last window
-    after more of them, so that this window is full too).
+    A text that is longer than the model's context L is scored in windows of L tokens. The first window scores all L
+    tokens. Every later window begins with `overlap` tokens that are already scored, and scores the tokens after them;
+    the last window begins with more of these tokens, so that it is full too.
 
     Args:
       texts: ids; an empty text has likelihood 1.
-      overlap: in 1..L.
+      overlap: the overlap of windows in tokens, in 1..L.
 
     Raises:
-      InputError: an id outside the vocabulary, or an overlap out of its range.
+      InputError: an id is outside the vocabulary, or the overlap is out of its range.
     """
     if not 1 <= overlap <= self.context:
-      raise InputError(f"overlap: {overlap} must lie in 1..{self.context}, the model's context")
+      raise InputError(f"overlap: {overlap} must be in 1..{self.context}, the length of the model's context")
     parts = []
     for number, text in enumerate(texts):
       self._check(number, tuple(text))
@@ -161,7 +162,7 @@ class Scorer:
     if ids and not 0 <= min(ids) <= max(ids) < self.method.vocab_size:
       wrong = next(i for i in ids if not 0 <= i < self.method.vocab_size)
       raise InputError(
-        f"request: number {number + 1} has the id {wrong}, but words are 0..{self.method.vocab_size - 1}"
+        f"request: number {number + 1} has the id {wrong}; ids must be in 0..{self.method.vocab_size - 1}"
       )
 
   def _sums(self, count: int, parts: list[Part]) -> list[Score]:
@@ -172,7 +173,7 @@ class Scorer:
     done, last = 0, time.monotonic()
     for length, batch in batches(rows, self._slots, self._shards):
       pending.append(self._run(length, batch))
-      # The results are fetched one batch late, so that the device never waits for this loop.
+      # Results are fetched one batch later, so that the device does not wait for this loop.
       while len(pending) > 1:
         done += _collect(scores, *pending.pop(0))
       if time.monotonic() - last > _SECONDS_BETWEEN_LOGS:
@@ -183,7 +184,7 @@ class Scorer:
     return scores
 
   def _run(self, length: int, rows: list[list[Tree]]) -> tuple[list[tuple[int, Score]], list[_Output]]:
-    """Starts a batch; the costs of its continuations, and the arrays that will hold their results."""
+    """Dispatches a batch; returns the costs of its continuations and the arrays that will hold their results."""
     layout = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "slots", "positions", "owner")}
     layout["tree"] = np.full((len(rows), length), -1, np.int32)
     layout["branch"] = np.zeros((len(rows), length), np.int32)
@@ -204,7 +205,7 @@ class Scorer:
     return costs, [self._read(self.params, hidden, self._put(chunk)) for chunk in chunks]
 
   def _chunks(self, slots: np.ndarray, targets: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    """The slots i32[R, W] and targets i32[R] in chunks of a few fixed sizes C, the last one padded with zeros."""
+    """The slots i32[R, W] and targets i32[R] in chunks of a few fixed sizes C; the last chunk is padded with zeros."""
     read = 0
     while read < len(targets):
       size = min(self._chunk, round_up(ladder(len(targets) - read, 8), self._shards))
@@ -221,7 +222,7 @@ class Scorer:
 
 
 def _collect(scores: list[Score], costs: list[tuple[int, Score]], outputs: list[_Output]) -> int:
-  """Adds a batch's results to the scores of its requests; how many continuations it had."""
+  """Adds a batch's results to the scores of its requests; returns the number of its continuations."""
   log_likelihood, greedy, pauses = (np.concatenate(x) for x in zip(*jax.device_get(outputs)))
   start = 0
   for request, cost in costs:
@@ -237,13 +238,13 @@ def _collect(scores: list[Score], costs: list[tuple[int, Score]], outputs: list[
 
 
 def _hidden(method: Decoding, params: PyTree, layout: dict[str, Int[Array, "B S"]]) -> Float[Array, "B S D"]:
-  """The hidden states of all slots; `layout` as in `Tree.layout`, with the number of the slot's `tree`, -1: padding."""
+  """The hidden states of all slots; `layout`: see `Tree.layout`, with `tree`, the index of each slot's tree or -1."""
   inputs = SlotInputs(*(layout[name] for name in ("tokens", "slots", "positions")))
   return method.hidden_slots(params, inputs, _mask(method, layout))
 
 
 def _mask(method: Decoding, layout: dict[str, Int[Array, "B S"]]) -> Bool[Array, "B 1 S S"]:
-  """Which slot (query, third axis) may see which (key, fourth axis); padding sees padding."""
+  """Which slots (queries, third axis) may see which slots (keys, fourth axis); padding sees padding."""
 
   def query(name: str) -> Int[Array, "B S 1"]:
     return layout[name][:, :, None]
@@ -265,9 +266,9 @@ def _read(
   """The results of C tokens: the target's log-probability, whether the target is greedy, and the expected pauses.
 
   Args:
-    method, params: of the scorer.
-    hidden: [B, S, D], of all slots.
-    reads: `slots` i32[C, W], the indices into the B*S slots; `targets` i32[C].
+    method, params: the scorer's method and its parameters.
+    hidden: [B, S, D], the states of all slots.
+    reads: `slots` i32[C, W], indices into the B*S slots; `targets` i32[C].
   """
   slots, targets = reads["slots"], reads["targets"]
   log_probs, log_stopping = method.mixture_log_probs(params, hidden.reshape(-1, hidden.shape[-1])[slots])

@@ -1,6 +1,6 @@
 """The state of the sampler's loop, and the random draws that depend on it.
 
-Letters: B rows, N new tokens at most.
+Letters: B rows, N maximum number of new tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.decoder import Cache
 
-# The purposes of a random draw; draws for different purposes have different keys.
+# The purposes of random draws; draws for different purposes have different keys.
 STEP_BUDGET, STOP, TOKEN = range(3)
 
 
@@ -23,21 +23,21 @@ class SamplerState:
   """The state of every row; the loop carries it and donates its buffers.
 
   Attributes:
-    cache: of the slots that are the rows' contexts.
-    token: i32[B], the token whose slots are running: the prompt's last one, then the last generated one.
-    slot: i32[B], which of the token's slots runs next: 0 is the token itself, k is its k-th pause. Always 0 in mode
+    cache: the cache of the slots in the rows' contexts.
+    token: i32[B], the current token: first the prompt's last token, then the last generated token.
+    slot: i32[B], the index of the token's next slot: 0 is the token itself, k is its k-th pause. Always 0 in mode
       constant.
     cache_index: i32[B], the cache index of the token's own slot.
     position: i32[B], the rotary position of the token.
     seeds: key[B], a random key of every row.
-    pause_budget: i32[B], how many more pauses the row may request.
-    token_limit: i32[B], how many tokens may be generated in the row.
-    num_generated: i32[B], how many tokens have been generated in the row.
+    pause_budget: i32[B], the remaining number of pauses that the row may request.
+    token_limit: i32[B], the maximum number of generated tokens of the row.
+    num_generated: i32[B], the number of generated tokens of the row.
     finished: bool[B], whether the row is complete.
-    tokens: i32[B, N], the generated tokens; -1 after them.
+    tokens: i32[B, N], the generated tokens, padded with -1.
     pauses: i32[B, N], the number of pauses before each token was read.
     log_probs: f32[B, N], the log-probability of each token, see `Generation`.
-    iterations: i32[], of the loop.
+    iterations: i32[], the number of iterations of the loop.
   """
 
   cache: Cache
@@ -80,7 +80,7 @@ class SamplerState:
     """The state after an iteration in which the rows `emits` generate a token.
 
     Args:
-      cache: with the slots of this iteration.
+      cache: the cache, including the slots of this iteration.
       emits: bool[B].
       token, pauses, log_prob: [B], stored in the rows that generate a token.
       end_ids: i32[E], the tokens that finish their row.

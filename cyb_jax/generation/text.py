@@ -1,4 +1,4 @@
-"""The text of generated tokens, also while they arrive: it may end inside a character or inside a stop string."""
+"""The text of generated tokens, also while streaming: the tokens may end inside a character or inside a stop string."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cyb_jax.errors import InputError
 
 # Represents a pause in displayed text.
 PAUSE_MARK = "\N{MIDDLE DOT}"
-# Decoding returns this for bytes that are not a character, or not yet a whole one.
+# Decoding returns this for bytes that are not a character, or not yet a complete character.
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-# Surrogates mark special entries: no decoded text has one.
+# Surrogates mark special entries, because no decoded text contains surrogates.
 _FIRST_MARK, _LAST_MARK = 0xD800, 0xDFFF
 
 
 def printable(text: str) -> str:
-  """The text with visible codes in place of control characters, except tabs and line ends."""
+  """The text with visible codes instead of control characters, except tabs and line ends."""
   return "".join(
     f"<U+{ord(c):04X}>" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c for c in text
   )
@@ -29,20 +29,20 @@ class Continuation:
   """The text of a row after its prompt.
 
   Args:
-    tokenizer: of the run.
+    tokenizer: the run's tokenizer.
     prompt: the last ids of the prompt. New tokens are decoded together with them, because some tokenizers drop the
       first space of a text.
-    stops: strings that end the text; they are not part of it. Special entries, which have no text, end it where a stop
-      string has their names, alone or with other text: '<|im_end|>'.
+    stops: strings that end the text and are not part of it. If a stop string contains the name of a special entry, such
+      as '<|im_end|>', alone or with other text, it also matches the special entry, which has no text of its own.
 
   Raises:
-    InputError: a stop string has a character that no text has.
+    InputError: a stop string has a surrogate, which no text contains.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
     for stop in stops:
       if surrogate(stop) is not None:
-        raise InputError(f"stop: {stop!r} has {surrogate(stop)!r}, which is no character; leave it out")
+        raise InputError(f"stop: {stop!r} has {surrogate(stop)!r}, which is not a character; leave it out")
     self._tokenizer, self._prompt = tokenizer, list(prompt)
     self._before = len(tokenizer.decode(self._prompt))
     self._marks, self._stops = _marked(tokenizer.special_names(), stops)
@@ -54,7 +54,7 @@ class Continuation:
     return _unmarked(self._cut(self._decode(tokens)))
 
   def kept(self, tokens: Sequence[int]) -> int | None:
-    """The fewest of the first tokens whose text has a stop string; None: the text of all of them has none."""
+    """The smallest number of first tokens whose text has a stop string; None: the text has no stop string."""
     if not self._stops or not self._has_stop(tokens):
       return None
     few, enough = 0, len(tokens)
@@ -64,9 +64,9 @@ class Continuation:
     return enough
 
   def pieces(self, tokens: Sequence[int], pauses: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """(pauses, text) of each of these tokens, which follow those of earlier calls.
+    """(pauses, text) of each of these tokens, which follow the tokens of earlier calls.
 
-    The last token of a character that several tokens encode yields the character. Text that may become a stop string is
+    If several tokens encode a character, the last of them yields the character. Text that may become a stop string is
     withheld, and so is text that a later token may change.
     """
     for token, count in zip(tokens, pauses, strict=True):
@@ -84,22 +84,22 @@ class Continuation:
     return _unmarked(rest)
 
   def _settled(self) -> str:
-    """The part of the text so far that later tokens do not change, up to the first stop string."""
+    """The part of the text that later tokens do not change, up to the first stop string."""
     text = self._decode(self._tokens)
-    # A further byte makes some decoders give up all characters of the bytes before it. The last token is a further byte
-    # where it is one itself.
+    # With one more byte, some decoders replace all characters of the preceding bytes. If the last token is a byte,
+    # repeating it adds such a byte.
     further = self._decode([*self._tokens, self._tokens[-1]])
     changed = (i for i, (one, other) in enumerate(zip(text, further)) if one != other)
     text = text[: next(changed, min(len(text), len(further)))]
-    # What is not yet a character may become one, so that the beginning of a stop string is looked for before it.
+    # Unfinished bytes may become a character, so the beginning of a stop string is looked for before them.
     return self._cut(text.rstrip(_UNFINISHED))
 
   def _decode(self, tokens: Sequence[int]) -> str:
     """The text of the tokens, with the mark of each special entry that a stop string names."""
     text = self._decoded(tokens)
-    for place in reversed([i for i, token in enumerate(tokens) if token in self._marks]):
-      before = len(self._decoded(tokens[:place]))
-      text = text[:before] + self._marks[tokens[place]] + text[before:]
+    for index in reversed([i for i, token in enumerate(tokens) if token in self._marks]):
+      before = len(self._decoded(tokens[:index]))
+      text = text[:before] + self._marks[tokens[index]] + text[before:]
     return text
 
   def _decoded(self, tokens: Sequence[int]) -> str:
@@ -115,13 +115,13 @@ class Continuation:
 
 
 def _marked(names: Mapping[int, str], stops: Sequence[str]) -> tuple[dict[int, str], tuple[str, ...]]:
-  """({special id: its mark}, the stop strings), of the special entries that stop strings name.
+  """({special id: its mark}, the stop strings), for the special entries that stop strings name.
 
-  A mark is a character that no text has. A stop string with a name is there twice: as it is, because text may spell the
-  name too, and with marks in place of the names.
+  A mark is a character that no text contains. A stop string with a name occurs twice in the result: unchanged, because
+  text may also spell the name, and with marks instead of the names.
 
   Args:
-    names: of the special entries, by id.
+    names: the names of the special entries, by id.
     stops: the stop strings.
   """
   named = sorted({name for name in names.values() if name and any(name in stop for stop in stops)}, key=len)

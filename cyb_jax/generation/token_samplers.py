@@ -1,4 +1,4 @@
-"""How a token is chosen from its distribution. The numbers are leaves of a pytree: changing them compiles nothing.
+"""Sampling of a token from its distribution. The numbers are leaves of a pytree, so changing them does not recompile.
 
 Letters: B rows, V vocabulary.
 """
@@ -31,7 +31,7 @@ class TokenSampler(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-  """The likeliest token."""
+  """The most likely token."""
 
   def sample(self, keys: Array, log_probs: Float[Array, "B V"]) -> Int[Array, "B"]:
     del keys
@@ -53,17 +53,17 @@ class Temperature:
     return jax.vmap(jax.random.categorical)(keys, self.logits(log_probs)).astype(jnp.int32)
 
   def logits(self, log_probs: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """The unnormalised log-probabilities that tokens are drawn with; -inf excludes a token."""
+    """The unnormalised log-probabilities of the draw; -inf excludes a token."""
     return log_probs / self.temperature
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopKTopP(Temperature):
-  """Draws from the k likeliest tokens, and of these from the likeliest ones that together have probability p.
+  """Draws from the k most likely tokens, restricted to the most likely of them that together have probability p.
 
-  The likeliest token is always kept. Tokens of equal probability are kept or excluded together. Top-k and top-p are one
-  sampler because both use the same ranking, and because a program with both also serves requests that set only one of
+  The most likely token is always kept. Tokens of equal probability are kept or excluded together. Top-k and top-p are
+  one sampler because both use the same ranking, and because one program then suffices for requests that set only one of
   them.
 
   Attributes:
@@ -81,14 +81,14 @@ class TopKTopP(Temperature):
     falling = jnp.where(rank < self.top_k, falling, -jnp.inf)
     probabilities = jax.nn.softmax(falling, -1)
     before = jnp.cumsum(probabilities, -1) - probabilities
-    # A top_p that f32 rounds to 0 leaves the likeliest token, as every other one does.
+    # If f32 rounds top_p to 0, the most likely token is still kept.
     kept = (rank == 0) | (before < self.top_p) & (rank < self.top_k)
     lowest = jnp.where(kept, falling, math.inf).min(-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
 def choose_token_sampler(options: SamplingOptions, vocab_size: int) -> TokenSampler:
-  """The token sampler that (checked) options ask for."""
+  """The token sampler for checked options."""
   if options.temperature == 0:
     return Greedy()
   temperature = jnp.float32(options.temperature)

@@ -14,7 +14,7 @@ from cyb_jax.costs import flops
 from cyb_jax.generation.score import Score
 from cyb_jax.methods import Decoding
 
-# The slots of a tree; a context with more branches than fit runs again for the other branches.
+# The maximum number of slots of a tree; if the branches of a context do not fit, the context runs again for the rest.
 _TREE_SLOTS = 1024
 
 Branch = tuple[int, tuple[int, ...]]
@@ -23,7 +23,7 @@ Branch = tuple[int, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A context and a continuation that the model takes at once.
+  """A context and a continuation that fit into the model's context together.
 
   Attributes:
     request: the number of the request that the part belongs to.
@@ -39,16 +39,15 @@ class Part:
 
 
 class Tree:
-  """A context, `pauses` pauses after it, and its continuations, laid out as slots; all indices count within this tree.
+  """A context, `pauses` pauses after it, and its continuations, laid out as slots; indices are relative to the tree.
 
   Attributes:
-    size: S, slots.
-    layout: i32[S] each: `tokens`, `slots` and `positions` as in `CachedDecoding.extend`; `owner`, the number of the
+    size: S, the number of slots.
+    layout: i32[S] each: `tokens`, `slots` and `positions` as in `CachedDecoding.extend`; `owner`, the index of the
       slot's token; `branch`, 0 in the context and the continuation's number, from 1, elsewhere.
     reads: i32[R, W], the slots of each token that is read.
-    targets: i32[R], the token that is predicted there.
-    costs: for each continuation its request, and its tokens, pauses, slots and FLOPs. The targets are those of the
-      first continuation, then those of the second one, and so on.
+    targets: i32[R], the target of each of these tokens, in the order of the continuations.
+    costs: for each continuation its request, and its tokens, pauses, slots and FLOPs.
   """
 
   def __init__(self, method: Decoding, context: tuple[int, ...], branches: Sequence[Branch], pauses: int):
@@ -66,9 +65,9 @@ class Tree:
       branch += [number] * (len(continuation) - 1)
     counts = np.full(len(tokens), width)
     if method.hides_pauses:
-      # No token sees the hidden pauses of another token, so tokens that are not read run none.
+      # No token sees the hidden pauses of another token, so tokens that are not read run no pauses.
       counts[:last] = 1
-    # A method with pauses after its prompt has one slot a token otherwise, and its pauses have positions of their own.
+    # A method with pauses after its prompt otherwise has one slot per token, and its pauses have their own positions.
     counts[last] += pauses
     first = np.cumsum(counts) - counts
     owner = np.repeat(np.arange(len(tokens)), counts)
@@ -78,7 +77,7 @@ class Tree:
     self.layout = {
       "tokens": np.asarray(tokens)[owner],
       "slots": slot,
-      # Pauses that have positions of their own occupy these positions whether they run or not.
+      # Pauses with positions of their own occupy these positions whether or not they run.
       "positions": position * width + slot if method.shifts_positions else position,
       "owner": owner,
       "branch": branch,
@@ -96,8 +95,8 @@ def _costs(
 
   Args:
     method, branches, pauses: see `Tree`.
-    branch: i32[S], of each slot.
-    keys: i32[S], how many keys each slot sees.
+    branch: i32[S], the branch of each slot.
+    keys: i32[S], the number of keys that each slot sees.
   """
   shared = branch == 0
   share, times = 1 / len(branches), method.layer_passes
@@ -116,13 +115,13 @@ def _costs(
 
 
 def build_trees(method: Decoding, parts: Sequence[Part]) -> list[Tree]:
-  """One tree for each context; more than one for a context that has more branches than a tree takes."""
+  """One tree for each context; several trees for a context whose branches do not fit into one tree."""
   by_context: dict[tuple[tuple[int, ...], int], list[Branch]] = {}
   for part in parts:
     by_context.setdefault((part.context, part.pauses), []).append((part.request, part.continuation))
   trees = []
   for (context, pauses), branches in by_context.items():
-    # A branch in a tree of its own costs its context again; a branch in a longer row costs more attention.
+    # A branch in a separate tree runs its context again; a branch in a longer row needs more attention.
     base, width = _context_slots(method, len(context), pauses), method.num_slots
     limit = max(_TREE_SLOTS, base + width * (max(len(tokens) for _, tokens in branches) - 1))
     taken: list[Branch] = []
@@ -156,5 +155,5 @@ def windows(
 
 
 def _context_slots(method: Decoding, tokens: int, pauses: int) -> int:
-  """Slots of a context of so many tokens, the last of which is read, with the pauses after it."""
+  """The number of slots of a context of `tokens` tokens, the last of which is read, including the pauses after it."""
   return pauses + (tokens - 1 + method.num_slots if method.hides_pauses else tokens * method.num_slots)

@@ -1,4 +1,4 @@
-"""Weights of others: Hugging Face folders, GGUF files and llama2.c binaries in, Hugging Face folders out."""
+"""Import of Hugging Face folders, GGUF files and llama2.c binaries, and export to Hugging Face folders."""
 
 from cyb_jax.interop.export import write_huggingface
 from cyb_jax.interop.sources import Extras, Source, load_decoder, load_own, open_source

@@ -1,18 +1,18 @@
 """Export to a Hugging Face folder that transformers loads, and that this package imports again without a change.
 
-Only the V entries of the vocabulary are written: the rows by which tables are rounded up in training are masked there,
-and would be entries like any other for a reader. Pauses and `<don't know>`, which are no entries of our vocabulary,
-become entries after it:
+Only the V entries of the vocabulary are written: the padding rows of the tables are masked in training, but would be
+ordinary entries for other programs. Pauses and `<don't know>`, which are not entries of our vocabulary, become entries
+after it:
 
     ids      0 .. V-1     V .. V+K-1                V+K
     input    embedding    pause_input               the output row if tied, else zeros
     output   unembedding  the input row if tied,    dont_know
                           else zeros
 
-Parameters that transformers has no place for are in cyb_jax.safetensors. The key `cyb_jax` of config.json holds what a
-reader needs to apply the method: log d is that of the `<dont_know>` logit with `prior_shift`, `dont_know_bias` and
-`dont_know_offset` added, against the first `vocab_size` logits (or of that logit alone, where `method.dont_know` is
-'unit').
+Parameters that transformers does not have are in cyb_jax.safetensors. The key `cyb_jax` of config.json holds the data
+that other programs need to apply the method: log d is the log-softmax of the `<dont_know>` logit, with `prior_shift`,
+`dont_know_bias` and `dont_know_offset` added, among the first `vocab_size` logits (or the log-sigmoid of the logit, if
+`method.dont_know` is 'unit').
 """
 
 from __future__ import annotations
@@ -62,76 +62,76 @@ def write_huggingface(
   max_positions: int = 2048,
   step: int | None = None,
 ) -> None:
-  """Writes config.json, safetensors and the tokenizer's files, all of them or none; the host holds a shard at a time.
+  """Writes config.json, safetensors and the tokenizer's files atomically; the host holds one shard at a time.
 
   Args:
-    output: a folder that is missing or empty.
-    decoder_config: of params['decoder'].
+    output: a folder that does not exist or is empty.
+    decoder_config: the config of params['decoder'].
     params: a method's parameters, bare arrays; layers stacked or not.
-    tokenizer: the model's own; None: none is written.
-    method: that the run was trained with; None: a model of another project, as it was trained there.
-    dtype: of the tensors, 'float32' or 'bfloat16'.
-    max_shard_bytes: of a file; a larger tensor has one of its own.
-    max_positions: the longest context that config.json speaks of.
-    step: of training, to be recorded.
+    tokenizer: the model's tokenizer; None: no tokenizer is written.
+    method: the method of the run; None: an imported model without a method.
+    dtype: the dtype of the tensors, 'float32' or 'bfloat16'.
+    max_shard_bytes: the maximum size of a file; a larger tensor has its own file.
+    max_positions: the maximum context length in config.json.
+    step: the training step, which is recorded.
 
   Raises:
-    InputError: a folder that holds something, a config that no family expresses, LoRA that isn't merged.
-    StorageError: the disk fails; nothing is left.
+    InputError: the folder is not empty, no family can express the config, or LoRA is not merged.
+    StorageError: writing fails; no files are left.
   """
   output = pathlib.Path(absolute(output)).absolute()
   family = family_of(decoder_config)
   _check_options(output, dtype, max_shard_bytes)
   table = family.table(decoder_config)
   _check_leaves(params["decoder"], table, decoder_config)
-  words = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
-  if words > decoder_config.vocab_size:
-    raise InputError(f"tokenizer: {words} entries, but the decoder's tables have {decoder_config.vocab_size} rows")
-  entries = _entries(params, words, method)
+  vocab_size = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
+  if vocab_size > decoder_config.vocab_size:
+    raise InputError(f"tokenizer: {vocab_size} entries, but the decoder's tables have {decoder_config.vocab_size} rows")
+  entries = _entries(params, vocab_size, method)
   package("safetensors", "output")
   with new_folder(output) as folder:
     special = _special_json(tokenizer, imported=method is None)
-    config = _config_json(family, decoder_config, words + len(entries), dtype, max_positions) | special
+    config = _config_json(family, decoder_config, vocab_size + len(entries), dtype, max_positions) | special
     own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
     if method is not None:
-      config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, words, step)
+      config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, vocab_size, step)
     _write_json(folder / "config.json", config)
     not_entries = {name: leaf for name, leaf in own.items() if name not in ("pause_input", "dont_know")}
     if not_entries:
       _write_tensors(folder / OWN, not_entries)
-    tensors = _tensors(params["decoder"], table, decoder_config, words, own, method)
+    tensors = _tensors(params["decoder"], table, decoder_config, vocab_size, own, method)
     _write_shards(folder, tensors, _DTYPES[dtype], max_shard_bytes)
     if tokenizer is not None:
       _write_json(folder / "generation_config.json", special)
       _write_tokenizer(folder, tokenizer, entries, imported=method is None)
     for path in folder.rglob("*"):
       if path.is_file():
-        # safetensors gives read permission to the owner alone.
+        # safetensors gives read permission only to the owner.
         shutil.copymode(folder / "config.json", path)
 
 
 def _check_options(output: pathlib.Path, dtype: str, max_shard_bytes: int) -> None:
   if dtype not in _DTYPES:
-    raise InputError(f"dtype: {dtype!r} is none of {', '.join(map(repr, _DTYPES))}")
+    raise InputError(f"dtype: {dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
   if max_shard_bytes < 1:
     raise InputError(f"max_shard_bytes: {max_shard_bytes} must be positive")
   with writing(str(output)):
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-      raise InputError(f"output: {output} is there and not empty; give a new folder")
+      raise InputError(f"output: {output} exists and is not empty; give a new folder")
 
 
 def family_of(config: DecoderConfig) -> Family:
-  """The family whose files can say what a config does.
+  """The family whose files can express a config.
 
   Raises:
-    InputError: there is none; the message lists what the closest one can't express.
+    InputError: there is no such family; the message lists what the closest family can't express.
   """
   found = {family: _objections(family, config) for family in huggingface.FAMILIES if family.written}
   family = min(found, key=lambda family: len(found[family]))
   if found[family]:
     raise InputError(
-      f"decoder: no architecture of transformers that we write has all of this; the closest, {family.architecture},"
-      f" needs {'; '.join(found[family])}"
+      f"decoder: no supported architecture of transformers can express this config; the closest, {family.architecture},"
+      f" requires {'; '.join(found[family])}"
     )
   return family
 
@@ -152,40 +152,40 @@ def _objections(family: Family, config: DecoderConfig) -> list[str]:
   return objections
 
 
-def _entries(params: PyTree, words: int, method: MethodConfig | None) -> list[tuple[int, str]]:
-  """(id, name) of what is appended to a vocabulary of so many words."""
+def _entries(params: PyTree, vocab_size: int, method: MethodConfig | None) -> list[tuple[int, str]]:
+  """(id, name) of the entries that are appended to a vocabulary of this size."""
   if method is None:
     if set(params) != {"decoder"}:
-      raise ValueError(f"params: {sorted(set(params) - {'decoder'})} belong to a method, but none is given")
+      raise ValueError(f"params: {sorted(set(params) - {'decoder'})} belong to a method, but method is None")
     return []
   names = [f"<pause_{k + 1}>" for k in range(method.pauses)] if "pause_input" in params else []
   names += ["<dont_know>"] if "dont_know" in params else []
-  return [(words + place, name) for place, name in enumerate(names)]
+  return [(vocab_size + number, name) for number, name in enumerate(names)]
 
 
 def _check_leaves(params: PyTree, table: list[Tensor], config: DecoderConfig) -> None:
-  """Raises InputError if the parameters are others than the table's."""
+  """Raises InputError unless the parameters are exactly the leaves of the table."""
   expected = {leaf for tensor in table for leaf in tensor.leaves}
   for path, _ in jax.tree_util.tree_leaves_with_path(params):
     names = tuple(key.key for key in path)
     inside = names[1:] if names[0].startswith("layers") else names
     if inside not in expected:
       hint = "; merge it first (cyb_jax.decoder.merge_lora)" if "lora" in names[-1] else ""
-      raise InputError(f"params: decoder.{'.'.join(names)} has no tensor to go to{hint}")
+      raise InputError(f"params: decoder.{'.'.join(names)} has no tensor in this architecture{hint}")
   for tensor, layer, _ in each(table, config.num_layers):
     for leaf in tensor.leaves:
       _leaf(params, leaf, layer)
 
 
 def _leaf(params: PyTree, path: tuple[str, ...], layer: int | None) -> Any:
-  """A leaf of params['decoder'], of one layer where layers are stacked; not fetched."""
+  """A leaf of params['decoder'], of one layer if layers are stacked; not fetched from the device."""
   stacked = layer is not None and "layers" in params
   if layer is not None:
     path = ("layers" if stacked else f"layers_{layer}", *path)
   value = params
   for name in path:
     if name not in value:
-      raise InputError(f"params: decoder.{'.'.join(path)} is missing; its config asks for it")
+      raise InputError(f"params: decoder.{'.'.join(path)} is missing, but the config requires it")
     value = value[name]
   return value[layer] if stacked else value
 
@@ -194,11 +194,11 @@ def _tensors(
   params: PyTree,
   table: list[Tensor],
   config: DecoderConfig,
-  words: int,
+  vocab_size: int,
   own: Mapping[str, np.ndarray],
   method: MethodConfig | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, tensor), one after the other; of the tables the first `words` rows, and what is appended to them."""
+  """(name, tensor), one after the other; tables have their first `vocab_size` rows and the appended rows."""
   appended = {"embedding": [], "unembedding": []}
   if method is not None and "pause_input" in own:
     rows = np.broadcast_to(own["pause_input"], (method.pauses, config.d_model))
@@ -212,13 +212,13 @@ def _tensors(
     leaves = (np.asarray(jax.device_get(_leaf(params, leaf, layer))) for leaf in tensor.leaves)
     array = tensor.join(*leaves)
     rows = appended.get(tensor.leaves[0][0])
-    yield name, array if rows is None else np.concatenate([array[:words], *rows])
+    yield name, array if rows is None else np.concatenate([array[:vocab_size], *rows])
 
 
 def _write_shards(
   folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: np.dtype, max_shard_bytes: int
 ) -> None:
-  """model.safetensors; or, where one file won't do, shards and their index."""
+  """Writes model.safetensors; or shards and their index, if one file would be too large."""
   shards: list[list[str]] = []
   shard: dict[str, np.ndarray] = {}
   total = 0
@@ -238,20 +238,20 @@ def _write_shards(
   if len(shards) == 1:
     (folder / "shard-1").rename(folder / huggingface.SINGLE)
     return
-  places = {}
+  weight_map = {}
   for number, names in enumerate(shards, 1):
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     (folder / f"shard-{number}").rename(folder / file)
-    places |= dict.fromkeys(names, file)
-  _write_json(folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    weight_map |= dict.fromkeys(names, file)
+  _write_json(folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   safetensors = package("safetensors", str(path))
   try:
-    # Other programs ask what framework wrote the file, and know this one.
+    # Other programs read the framework from the metadata and accept 'pt'.
     package("safetensors.numpy", str(path)).save_file(dict(tensors), path, metadata={"format": "pt"})
-  except safetensors.SafetensorError as error:  # which no OSError is, whatever the disk says
+  except safetensors.SafetensorError as error:  # not a subclass of OSError, even for errors of the disk
     found = re.search(r"\(os error (\d+)\)", str(error))
     if found is None:
       raise
@@ -259,7 +259,7 @@ def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> Non
 
 
 def _special_json(tokenizer: Tokenizer | None, imported: bool) -> dict[str, Any]:
-  """The ids of special tokens, as config.json and generation_config.json name them."""
+  """The ids of special tokens under their names in config.json and generation_config.json."""
   if tokenizer is None:
     return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   special, boundaries = tokenizer.special_tokens, text_boundaries(tokenizer, imported=imported)
@@ -282,7 +282,7 @@ def _config_json(family: Family, config: DecoderConfig, rows: int, dtype: str, m
     "num_attention_heads": config.num_heads,
     "max_position_embeddings": max_positions,
     "tie_word_embeddings": config.tied_embeddings,
-    # The older name and the newer one; RoPE's fields come in two spellings too.
+    # The older and the newer name; `family.write` also writes RoPE's fields in both spellings.
     "torch_dtype": dtype,
     "dtype": dtype,
     **family.write(config),
@@ -294,21 +294,21 @@ def _own_json(
   own: Mapping[str, np.ndarray],
   entries: list[tuple[int, str]],
   rows: int,
-  words: int,
+  vocab_size: int,
   step: int | None,
 ) -> dict[str, Any]:
-  """What config.json says of the method; `sources.Extras` reads it."""
+  """The block of config.json about the method, which `sources.Extras` represents."""
   dont_know = next((number for number, name in entries if name == "<dont_know>"), None)
   return {
     "version": 1,
     "method": {"name": method.name} | dataclasses.asdict(method),
-    # Of the file's tables, and of the run's, whose other rows only pad.
-    "rows": words,
+    # The rows of the file's tables, and of the run's tables, whose additional rows are padding.
+    "rows": vocab_size,
     "table_rows": rows,
-    "vocab_size": words,
+    "vocab_size": vocab_size,
     "pause_ids": [number for number, name in entries if name != "<dont_know>"],
     "dont_know_id": dont_know,
-    "prior_shift": None if dont_know is None else prior_shift(method.dont_know, method.dont_know_prior, words + 1),
+    "prior_shift": None if dont_know is None else prior_shift(method.dont_know, method.dont_know_prior, vocab_size + 1),
     "dont_know_bias": float(own.get("dont_know_bias", 0.0)),
     "dont_know_offset": float(own.get("dont_know_offset", 0.0)),
     "own": {name: list(array.shape) for name, array in own.items()},
@@ -319,12 +319,12 @@ def _own_json(
 def _write_tokenizer(
   folder: pathlib.Path, tokenizer: Tokenizer, entries: list[tuple[int, str]], imported: bool
 ) -> None:
-  """In transformers' form; a tokenizer that has none as it is, so that the export comes back whole."""
+  """Writes the tokenizer for transformers, or, if that is unsupported, in its own form, so that it can be imported."""
   try:
     starts = bool(text_boundaries(tokenizer, imported=imported).start)
     tokenizer.write_huggingface(folder, entries, starts=starts)
   except InputError as error:
-    logging.warning("no tokenizer is written for transformers: %s", error)
+    logging.warning("the tokenizer can't be written for transformers: %s", error)
     (folder / TOKENIZER).mkdir()
     tokenizer.save(folder / TOKENIZER)
 

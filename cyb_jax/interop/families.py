@@ -1,7 +1,7 @@
-"""Which tensors the files of a family hold, and where each of them belongs in params['decoder'].
+"""The tensors in the files of a family, and the leaves of params['decoder'] that they hold.
 
-One table per family. A matrix of theirs is [outputs, inputs], as in PyTorch; ours is [inputs, outputs] with the heads'
-axes spelled out.
+There is one table per family. A matrix in a file is [outputs, inputs], as in PyTorch; ours is [inputs, outputs] with
+separate axes for heads.
 
 Letters: D model, V vocabulary, N heads, G kv heads, H head size, F mlp.
 """
@@ -24,11 +24,11 @@ class Tensor:
   """One tensor of a family, and the leaves that it holds.
 
   Attributes:
-    name: in the file; '{layer}' is a placeholder for the number of its layer.
-    shape: in the file.
-    leaves: paths in params['decoder']; those of a layer from the layer on, ('attention', 'query', 'kernel').
-    split: the tensor -> its leaves, views where they can be.
-    join: the leaves -> the tensor; undoes `split`.
+    name: the name in the file; '{layer}' is a placeholder for the number of the layer.
+    shape: the shape in the file.
+    leaves: paths in params['decoder']; paths in a layer are relative to the layer: ('attention', 'query', 'kernel').
+    split: the tensor -> its leaves, as views if possible.
+    join: the leaves -> the tensor; the inverse of `split`.
   """
 
   name: str
@@ -42,7 +42,7 @@ class Tensor:
     return "{layer}" in self.name
 
 
-# Where the modules of the Llama style lie, by format; '.weight' or '.bias' follows.
+# The names of the modules of the Llama style, by format; '.weight' or '.bias' follows.
 HUGGINGFACE = {
   "embedding": "model.embed_tokens",
   "unembedding": "lm_head",
@@ -93,11 +93,11 @@ def llama_style(
   """The table of Llama, Qwen2 and Gemma 1: an RMSNorm before each part, separate projections, a gated MLP.
 
   Args:
-    config: which biases there are, and whether the output table is tied.
+    config: determines the biases, and whether the output table is tied.
     names: HUGGINGFACE, GGUF or LLAMA2C.
-    pairs: how RoPE's pairs lie in the rows of query and key: 'halves', i with i + H/2, as in `rope.apply_rope`; or
+    pairs: RoPE's pairs in the rows of query and key: 'halves', i with i + H/2, as in `rope.apply_rope`; or
       'neighbours', 2i with 2i + 1.
-    norm_offset: what the file's norm scales have on top of ours.
+    norm_offset: the difference between the file's norm scales and ours.
   """
   model, inner = (config.d_model,), (config.mlp_size,)
   heads, kv_heads = (config.num_heads, config.head_size), (config.num_kv_heads, config.head_size)
@@ -106,12 +106,12 @@ def llama_style(
   def norm(module: str) -> Tensor:
     offset = np.float32(norm_offset)
     if not norm_offset:
-      return whole(f"{names[module]}.weight", (module, "scale"), model)
+      return same_layout(f"{names[module]}.weight", (module, "scale"), model)
     return Tensor(f"{names[module]}.weight", model, ((module, "scale"),), lambda x: (x - offset,), lambda x: x + offset)
 
   def attention(module: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool) -> list[Tensor]:
-    turned = pairs == "neighbours" and module in ("query", "key")
-    return _projection(names[module], ("attention", module), inputs, outputs, bias, outputs if turned else None)
+    permuted = pairs == "neighbours" and module in ("query", "key")
+    return _projection(names[module], ("attention", module), inputs, outputs, bias, outputs if permuted else None)
 
   def mlp(module: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> list[Tensor]:
     return _projection(names[module], ("mlp", module), inputs, outputs, config.mlp_bias)
@@ -132,13 +132,16 @@ def llama_style(
 
 
 def gpt_neox(config: DecoderConfig) -> list[Tensor]:
-  """The table of GPT-NeoX and Pythia: LayerNorms, and query, key and value of a head side by side in one matrix."""
+  """The table of GPT-NeoX and Pythia: LayerNorms, and query, key and value of each head in one matrix."""
   model, inner, heads = (config.d_model,), (config.mlp_size,), (config.num_heads, config.head_size)
   layer = "gpt_neox.layers.{layer}"
   bias = config.attention_bias == "all"
 
   def norm(name: str, module: str) -> list[Tensor]:
-    return [whole(f"{name}.weight", (module, "scale"), model), whole(f"{name}.bias", (module, "bias"), model)]
+    return [
+      same_layout(f"{name}.weight", (module, "scale"), model),
+      same_layout(f"{name}.bias", (module, "bias"), model),
+    ]
 
   return [
     *_tables(config, "gpt_neox.embed_in", "embed_out"),
@@ -152,16 +155,16 @@ def gpt_neox(config: DecoderConfig) -> list[Tensor]:
   ]
 
 
-def whole(name: str, leaf: LeafPath, shape: tuple[int, ...]) -> Tensor:
+def same_layout(name: str, leaf: LeafPath, shape: tuple[int, ...]) -> Tensor:
   """A tensor with the same layout as ours."""
   return Tensor(name, shape, (leaf,), lambda x: (x,), lambda x: x)
 
 
 def _tables(config: DecoderConfig, embedding: str, unembedding: str) -> list[Tensor]:
   shape = (config.vocab_size, config.d_model)
-  tables = [whole(f"{embedding}.weight", ("embedding",), shape)]
+  tables = [same_layout(f"{embedding}.weight", ("embedding",), shape)]
   if not config.tied_embeddings:
-    tables.append(whole(f"{unembedding}.weight", ("unembedding",), shape))
+    tables.append(same_layout(f"{unembedding}.weight", ("unembedding",), shape))
   return tables
 
 
@@ -173,7 +176,7 @@ def _projection(
   bias: bool,
   neighbours: tuple[int, int] | None = None,
 ) -> list[Tensor]:
-  """A matrix and its bias; `neighbours`: (heads, H) where rows lie in pairs of neighbours."""
+  """A matrix and its bias; `neighbours`: (heads, H) if neighbouring rows are RoPE's pairs; None: no permutation."""
   shape = (math.prod(outputs), math.prod(inputs))
 
   def ours(rows: np.ndarray) -> np.ndarray:
@@ -204,7 +207,7 @@ def _projection(
 
 
 def _fused(name: str, config: DecoderConfig, bias: bool) -> list[Tensor]:
-  """Query, key and value in one: rows [N, 3, H]."""
+  """Query, key and value in one matrix, with rows [N, 3, H]."""
   model, heads, size = config.d_model, config.num_heads, config.head_size
   modules = ("query", "key", "value")
 

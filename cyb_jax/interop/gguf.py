@@ -1,4 +1,4 @@
-"""GGUF files, through the package `gguf`: all quantisations that it dequantises, tensor by tensor."""
+"""GGUF files, through the package `gguf`: all quantisations that it supports, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cyb_jax.interop.families import Tensor
 from cyb_jax.interop.tensors import Fields, TensorInfo, package
 
 ARCHITECTURES = ("llama", "qwen2", "gemma")
-# Of RoPE over a part of the head; the llama.cpp of old wrote it, and computes it anew.
+# Older versions of llama.cpp wrote this buffer for RoPE over a part of the head; it is recomputed.
 HARMLESS_TENSORS = (r"blk\.\d+\.attn_rot_embd\.weight",)
 _HARMLESS = frozenset({
   "vocab_size", "tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned",
@@ -25,7 +25,7 @@ class GgufFile:
   """The tensors and metadata of a GGUF file, memory-mapped.
 
   Raises:
-    InputError: no whole GGUF file.
+    InputError: the file is not a complete GGUF file.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -33,12 +33,16 @@ class GgufFile:
     try:
       self._reader = _reader_class(self._gguf)(path)
     except (ValueError, KeyError, IndexError, OSError) as error:
-      raise InputError(f"{path}: no whole GGUF file, {path.stat().st_size} bytes ({error}); fetch it anew") from None
+      raise InputError(
+        f"{path}: not a complete GGUF file, {path.stat().st_size} bytes ({error}); download it again"
+      ) from None
     self.path = path
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
     parts = self.metadata("split.count").get("split.count", 1)
     if parts > 1:
-      raise InputError(f"{path}: one of {parts} parts of a model; merge them (gguf-split --merge), and give that file")
+      raise InputError(
+        f"{path}: one of {parts} parts of a model; merge them (gguf-split --merge), and give the merged file"
+      )
     kinds = {tensor.tensor_type for tensor in self._reader.tensors}
     readable = {kind for kind in kinds if self._dequantises(kind)}
     self.infos = {
@@ -56,7 +60,7 @@ class GgufFile:
     return self.metadata("general.architecture").get("general.architecture")
 
   def metadata(self, prefix: str) -> dict[str, Any]:
-    """The fields whose names start so."""
+    """The fields whose names start with the prefix."""
     return {name: field.contents() for name, field in self._reader.fields.items() if name.startswith(prefix)}
 
   def _dequantises(self, kind: Any) -> bool:
@@ -70,13 +74,13 @@ class GgufFile:
   def read(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
     array = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    # Floats come as a view of the file, which may be gone before the weights are.
+    # Floats are a view of the memory map, which may be closed before the weights are released.
     return array.copy() if np.may_share_memory(array, tensor.data) else array
 
 
 def _reader_class(gguf: Any) -> type:
   class Reader(gguf.GGUFReader):
-    """Holds its memory map as a plain array: slices of numpy's memmap take twice the time, and there are a million."""
+    """Holds its memory map as a plain array, because a million slices of numpy's memmap take twice the time."""
 
     @property
     def data(self) -> np.ndarray:
@@ -90,15 +94,15 @@ def _reader_class(gguf: Any) -> type:
 
 
 def read_config(file: GgufFile) -> DecoderConfig:
-  """What a GGUF's metadata describes.
+  """The decoder that a GGUF's metadata describes.
 
   Raises:
-    InputError: an architecture or a field that we don't have.
+    InputError: an architecture or a field is unsupported.
   """
   architecture = file.architecture
   if architecture not in ARCHITECTURES:
     raise InputError(
-      f"{file.path}: general.architecture = {architecture!r} is none that this version loads:"
+      f"{file.path}: general.architecture = {architecture!r} is unsupported; this version loads"
       f" {', '.join(ARCHITECTURES)}"
     )
   fields = Fields(file.path, file.metadata(f"{architecture}."), f"{architecture}.")
@@ -108,7 +112,9 @@ def read_config(file: GgufFile) -> DecoderConfig:
   fields.demand("rope.scaling.factor", (None, 0.0, 1.0))
   fields.demand("attention.causal", (None, True))
   if "rope_freqs.weight" in file.infos:
-    raise InputError(f"{file.path}: the tensor rope_freqs.weight scales RoPE's wavelengths, which this version doesn't")
+    raise InputError(
+      f"{file.path}: the tensor rope_freqs.weight scales RoPE's wavelengths, which this version does not support"
+    )
   width, heads = fields.take("embedding_length", int), fields.take("attention.head_count", int)
   size = fields.take("attention.key_length", int, width // max(1, heads))
   fields.demand("attention.value_length", (size,), size)
@@ -145,16 +151,16 @@ def read_config(file: GgufFile) -> DecoderConfig:
 
 
 def table(file: GgufFile, config: DecoderConfig) -> list[Tensor]:
-  """The tensors of a file."""
+  """The table of a file's tensors."""
   return families.llama_style(
     config,
     families.GGUF,
-    # llama.cpp turns neighbours in its 'llama' models alone.
+    # llama.cpp rotates neighbouring pairs only in 'llama' models.
     pairs="neighbours" if file.architecture == "llama" else "halves",
     norm_offset=1.0 if file.architecture == "gemma" else 0.0,
   )
 
 
 def _plain(value: float) -> float:
-  """The short decimal that an f32 was rounded from: 1e-5, where 9.999999747378752e-06 is what is stored."""
+  """The short decimal that rounds to the stored f32: 1e-5 for 9.999999747378752e-06."""
   return float(str(np.float32(value)))

@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json and safetensors, one file or shards. Pickles are never opened.
 
-What of config.json changes the function is read, or refused by name where we don't have it; so is what we don't know.
+Fields of config.json that change the function are read; unsupported values and unknown fields are refused by name.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cyb_jax.interop.tensors import Fields, TensorInfo, is_float, package
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Of our exports: the key in config.json, the parameters that have no other place, a tokenizer that transformers
-# doesn't have.
+# In our exports: the key in config.json, the file of parameters that transformers does not have, and the folder of a
+# tokenizer that transformers does not support.
 CYB_JAX = "cyb_jax"
 OWN = "cyb_jax.safetensors"
 TOKENIZER = tokenizers.EXPORTED
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
-# Of training, of generation, of the program that wrote the file; or read elsewhere.
+# Fields about training, generation or the program that wrote the file, and fields that are read elsewhere.
 HARMLESS = frozenset({
   "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled",
   "architectures", "model_type", CYB_JAX, "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
@@ -47,7 +47,7 @@ HARMLESS = frozenset({
   "forced_eos_token_id", "remove_invalid_values", "return_dict_in_generate", "output_scores",
 })  # fmt: skip
 
-# Buffers that older versions have stored with the weights.
+# Buffers that older versions of transformers stored with the weights.
 HARMLESS_TENSORS = (r".*\.rotary_emb\.inv_freq", r".*\.attention\.(bias|masked_bias)")
 
 _ACTIVATIONS = {
@@ -63,16 +63,16 @@ _WRITTEN = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-  """How the models of an architecture are described and laid out.
+  """The config and the tensors of an architecture.
 
   Attributes:
-    architecture: in config.json.
-    model_type: in config.json.
+    architecture: its name in config.json.
+    model_type: its type in config.json.
     read: the fields of config.json -> our config.
-    write: our config -> the fields of config.json that are the family's own.
-    demands: what a config must be to be written so: field -> the values that can be expressed.
-    table: of its tensors.
-    written: whether we write such models, too.
+    write: our config -> the family's own fields of config.json.
+    demands: the values that the family can express, by field of our config.
+    table: our config -> the table of tensors.
+    written: whether exports use the family.
   """
 
   architecture: str
@@ -97,9 +97,11 @@ def _llama(fields: Fields, **defaults: Any) -> DecoderConfig:
 
 
 def _mistral(fields: Fields) -> DecoderConfig:
-  # A missing field is 4096 there, null is none.
+  # In transformers a missing field means 4096, and null means no window.
   if "sliding_window" not in fields:
-    raise InputError(f"{fields.where}: sliding_window is missing, which means 4096 here; this version has none: null")
+    raise InputError(
+      f"{fields.where}: sliding_window is missing, which means 4096; this version only supports null, no window"
+    )
   fields.demand("sliding_window", (None,))
   return _llama_style(fields, activation=_activation(fields, "hidden_act", "silu"), kv_heads=8)
 
@@ -110,16 +112,16 @@ def _qwen2(fields: Fields) -> DecoderConfig:
   fields.take("sliding_window", int, 0)
   kinds = fields.take("layer_types", list, [])
   if any(kind != "full_attention" for kind in kinds):
-    raise InputError(f"{fields.where}: layer_types has {set(kinds)}; this version has 'full_attention' alone")
+    raise InputError(f"{fields.where}: layer_types has {set(kinds)}; this version only supports 'full_attention'")
   return _llama_style(fields, activation=_activation(fields, "hidden_act", "silu"), kv_heads=32, attention_bias="qkv")
 
 
 def _gemma(fields: Fields) -> DecoderConfig:
-  # 'gelu' has always meant the tanh form here, in the field that came first.
+  # In Gemma's older field, hidden_act, 'gelu' has always meant the tanh form.
   fields.demand("hidden_activation", (None, "gelu_pytorch_tanh"))
   fields.demand("hidden_act", ("gelu", "gelu_pytorch_tanh"), "gelu_pytorch_tanh")
   fields.demand("use_bidirectional_attention", (None, False))
-  for cap in ("final_logit_softcapping", "attn_logit_softcapping"):  # of Gemma 2, and of no effect here
+  for cap in ("final_logit_softcapping", "attn_logit_softcapping"):  # fields of Gemma 2
     fields.demand(cap, (None,))
   bias = fields.take("attention_bias", bool, False)
   return _llama_style(
@@ -140,7 +142,7 @@ def _llama_style(
   width, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
   base, fraction = _rope(fields)
   if fraction != 1:
-    raise InputError(f"{fields.where}: partial_rotary_factor = {fraction}; this family turns heads whole")
+    raise InputError(f"{fields.where}: partial_rotary_factor = {fraction} must be 1 in this family")
   return _config(
     fields,
     vocab_size=fields.take("vocab_size", int),
@@ -160,7 +162,7 @@ def _llama_style(
 def _gpt_neox(fields: Fields) -> DecoderConfig:
   width, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
   if heads < 1 or width % heads:
-    raise InputError(f"{fields.where}: hidden_size = {width} is no multiple of num_attention_heads = {heads}")
+    raise InputError(f"{fields.where}: hidden_size = {width} must be a multiple of num_attention_heads = {heads}")
   size = width // heads
   base, fraction = _rope(fields, "rotary_emb_base", "rotary_pct", 0.25)
   return _config(
@@ -195,19 +197,19 @@ def _config(fields: Fields, **values: Any) -> DecoderConfig:
 def _activation(fields: Fields, name: str, default: str) -> str:
   given = fields.take(name, str, default)
   if given not in _ACTIVATIONS:
-    raise InputError(f"{fields.where}: {name} = {given!r} is none of {', '.join(map(repr, _ACTIVATIONS))}")
+    raise InputError(f"{fields.where}: {name} = {given!r} is not one of {', '.join(map(repr, _ACTIVATIONS))}")
   return _ACTIVATIONS[given]
 
 
 def _rope(
   fields: Fields, base_name: str = "rope_theta", fraction_name: str = "partial_rotary_factor", fraction: float = 1.0
 ) -> tuple[float, float]:
-  """(base, fraction) of RoPE, in the old spelling (fields of their own) or the new one (`rope_parameters`)."""
+  """(base, fraction) of RoPE, in the old spelling (separate fields) or the new spelling (`rope_parameters`)."""
   base = fields.take(base_name, float, 10_000.0)
   fraction = fields.take(fraction_name, float, fraction)
-  if base_name != "rope_theta":  # both are found in the files of that family
+  if base_name != "rope_theta":  # the files of this family have either name
     base = fields.take("rope_theta", float, base)
-  for name in ("rope_parameters", "rope_scaling"):  # the latter has the last word, as there
+  for name in ("rope_parameters", "rope_scaling"):  # the latter takes precedence, as in transformers
     given = {f"{name}.{key}": value for key, value in fields.take(name, dict, {}).items()}
     inner = Fields(fields.where, given, f"{name}.")
     for kind in ("rope_type", "type"):
@@ -288,31 +290,31 @@ FAMILIES = (
     },
     families.gpt_neox,
   ),
-  # Read, but never written: Llama says the same.
+  # Read, but never written, because the Llama family expresses the same models.
   Family("MistralForCausalLM", "mistral", _mistral, _write_llama, {}, _named, written=False),
 )  # fmt: skip
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """An object in a file.
+  """The JSON object in a file.
 
   Raises:
-    InputError: it can't be read, or is none.
+    InputError: the file can't be read, or does not hold an object.
   """
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise InputError(f"{path}: can't be read ({error}); a JSON object is needed") from None
+    raise InputError(f"{path}: can't be read ({error}); it must hold a JSON object") from None
   if not isinstance(values, dict):
-    raise InputError(f"{path}: {type(values).__name__} in place of a JSON object")
+    raise InputError(f"{path}: {type(values).__name__} instead of a JSON object")
   return values
 
 
 def read_config(path: pathlib.Path) -> tuple[Family, DecoderConfig, dict[str, Any]]:
-  """A config.json: its family, our config, and all its fields, of which `max_position_embeddings` is checked too.
+  """The family of a config.json, our config, and all its fields; also checks `max_position_embeddings`.
 
   Raises:
-    InputError: an architecture or a field that we don't have.
+    InputError: an architecture or a field is unsupported.
   """
   values = read_json(path)
   known = ", ".join(family.architecture for family in FAMILIES)
@@ -323,9 +325,11 @@ def read_config(path: pathlib.Path) -> tuple[Family, DecoderConfig, dict[str, An
     if named == [family.architecture] or (not named and kind == family.model_type):
       break
   else:
-    raise InputError(f"{path}: architectures = {named or kind!r} is none that this version loads: {known}")
+    raise InputError(f"{path}: architectures = {named or kind!r} is unsupported; this version loads {known}")
   if kind not in (None, family.model_type):
-    raise InputError(f"{path}: model_type = {kind!r}, but architectures = {named!r}, which is {family.model_type!r}")
+    raise InputError(
+      f"{path}: model_type = {kind!r}, but architectures = {named!r} has the model_type {family.model_type!r}"
+    )
   for name in ("is_encoder_decoder", "add_cross_attention", "quantization_config"):
     fields.demand(name, (None, False))
   config = family.read(fields)
@@ -338,11 +342,11 @@ class SafetensorsFiles:
   """The tensors of a folder's safetensors, memory-mapped.
 
   Args:
-    folder: with the single file, or model.safetensors.index.json and its shards.
+    folder: a folder with the single file, or with model.safetensors.index.json and its shards.
     single: the name of the single file.
 
   Raises:
-    InputError: neither is there, a shard is missing or truncated, or lacks a tensor that the index says it has.
+    InputError: both are missing, a shard is missing or truncated, or a shard lacks a tensor of the index.
   """
 
   def __init__(self, folder: pathlib.Path, single: str = SINGLE):
@@ -350,7 +354,7 @@ class SafetensorsFiles:
     if (folder / single).is_file():
       self._add(folder / single)
     elif single != SINGLE:
-      raise InputError(f"{folder / single}: missing, but config.json says that it is here; fetch it")
+      raise InputError(f"{folder / single}: missing, but config.json refers to it; download it")
     elif (folder / INDEX).is_file():
       self._add_shards(folder)
     else:
@@ -358,38 +362,38 @@ class SafetensorsFiles:
 
   def _add(self, path: pathlib.Path, names: Sequence[str] | None = None) -> None:
     with reading(str(path)):
-      path.open("rb").close()  # safetensors says of every file that it may not open that it isn't there
+      path.open("rb").close()  # safetensors reports every file that it can't open as missing
     try:
       file = package("safetensors", str(path)).safe_open(path, framework="numpy")
     except OSError as error:
       raise InputError(f"{path}: can't be read ({error})") from None
-    except Exception as error:  # safetensors' own, of a header that doesn't fit the file
+    except Exception as error:  # safetensors' own exception, if the header doesn't match the file
       raise InputError(
-        f"{path}: no whole safetensors file, {path.stat().st_size} bytes ({error}); fetch it anew"
+        f"{path}: not a complete safetensors file, {path.stat().st_size} bytes ({error}); download it again"
       ) from None
-    there = set(file.keys())
-    for name in sorted(there) if names is None else names:
-      if name not in there:
-        raise InputError(f"{path}: the tensor {name} is missing, which {INDEX} says is here")
+    present = set(file.keys())
+    for name in sorted(present) if names is None else names:
+      if name not in present:
+        raise InputError(f"{path}: the tensor {name} is missing, but {INDEX} lists it; download the file again")
       part = file.get_slice(name)
       self.infos[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), path, is_float(part.get_dtype()))
 
   def _add_shards(self, folder: pathlib.Path) -> None:
-    places = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-      raise InputError(f"{folder / INDEX}: weight_map is missing; it must say which file each tensor is in")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+      raise InputError(f"{folder / INDEX}: weight_map is missing; it must map each tensor to its file")
     shards: dict[str, list[str]] = {}
-    for name, place in places.items():
-      shards.setdefault(place, []).append(name)
-    for place, names in sorted(shards.items()):
-      if pathlib.PurePath(place).name != place or not place.endswith(".safetensors"):
-        raise InputError(f"{folder / INDEX}: {place!r} is no safetensors file in this folder")
-      if not (folder / place).is_file():
-        raise InputError(f"{folder / place}: the shard is missing; {INDEX} says that it holds {names[0]}; fetch it")
-      self._add(folder / place, names)
+    for name, file in weight_map.items():
+      shards.setdefault(file, []).append(name)
+    for file, names in sorted(shards.items()):
+      if pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
+        raise InputError(f"{folder / INDEX}: {file!r} must be the name of a safetensors file in this folder")
+      if not (folder / file).is_file():
+        raise InputError(f"{folder / file}: the shard is missing, but {INDEX} lists it for {names[0]}; download it")
+      self._add(folder / file, names)
 
   def read(self, name: str) -> np.ndarray:
-    # Opened for each: what was read of a map counts as memory for as long as the map is there.
+    # Opened for each tensor, because pages that were read count as memory until the memory map is closed.
     path = self.infos[name].file
     with package("safetensors", str(path)).safe_open(path, framework="numpy") as file:
       return file.get_tensor(name)
@@ -400,5 +404,5 @@ def _no_weights(folder: pathlib.Path) -> str:
   if pickles:
     return f"{folder / pickles[0]}: a pickle, which this version never opens; convert it to safetensors"
   if (folder / "adapter_config.json").exists():
-    return f"{folder}: an adapter without its model; merge it and save the whole model as safetensors"
-  return f"{folder}: neither {SINGLE} nor {INDEX} is there; a Hugging Face folder with safetensors is needed"
+    return f"{folder}: an adapter without its model; merge it and save the complete model as safetensors"
+  return f"{folder}: neither {SINGLE} nor {INDEX} exists; give a Hugging Face folder with safetensors"

@@ -1,7 +1,7 @@
 """Binaries of llama2.c: a header of a few integers, then f32 weights in a fixed order.
 
-The first form has seven integers (a negative vocab_size: an output table of its own is at the end) and, before that
-table, cosines and sines that are computed anew. Version 1 begins with 'ak42' and a header of 256 bytes.
+The legacy format has seven integers; with a negative vocab_size there is an output table at the end. Cosines and sines
+precede that table and are recomputed. Version 1 begins with 'ak42' and has a header of 256 bytes.
 https://github.com/karpathy/llama2.c/blob/master/export.py
 """
 
@@ -21,7 +21,7 @@ from cyb_jax.interop.families import LLAMA2C, Tensor
 from cyb_jax.interop.tensors import TensorInfo
 
 MAGIC = 0x616B3432
-# What the header is silent about.
+# Constants that the header does not contain.
 _NORM_EPSILON, _ROPE_BASE = 1e-5, 10_000.0
 _LEGACY_ORDER = (
   "embedding", "attention_norm", "query", "key", "value", "out", "mlp_norm", "gate", "down", "up", "final_norm",
@@ -35,12 +35,12 @@ class Llama2cFile:
   """The tensors and header of a llama2.c binary.
 
   Attributes:
-    config: what the header describes.
-    context: tokens of the texts that it was trained on.
-    end: bytes that are the model's; the file may go on.
+    config: the decoder that the header describes.
+    context: the number of tokens of its training texts.
+    end: the number of bytes of the model; the file may be longer.
 
   Raises:
-    InputError: no such file, another version, or a truncated one.
+    InputError: the file is not a llama2.c binary, has an unsupported version, or is truncated.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -49,7 +49,7 @@ class Llama2cFile:
     with path.open("rb") as file:
       header = file.read(256)
     if len(header) < 28:
-      raise InputError(f"{path}: no llama2.c binary, {size} bytes; its header alone has 28")
+      raise InputError(f"{path}: not a llama2.c binary, {size} bytes; the header alone has 28")
     legacy = struct.unpack_from("<I", header)[0] != MAGIC
     if legacy:
       sizes, start = struct.unpack_from("<7i", header), 28
@@ -58,7 +58,7 @@ class Llama2cFile:
       version = struct.unpack_from("<i", header, 4)[0]
       if version != 1 or len(header) < 256:
         raise InputError(
-          f"{path}: version {version} of llama2.c's format; this version reads the first one and 1 (f32)"
+          f"{path}: version {version} of llama2.c's format; this version reads the legacy format and version 1 (f32)"
         )
       sizes, start = struct.unpack_from("<7i", header, 8), 256
       tied = bool(header[36])
@@ -67,7 +67,7 @@ class Llama2cFile:
       min(width, inner, layers, heads, kv_heads, abs(vocabulary), length) < 1 or width % (2 * heads) or heads % kv_heads
     ):
       raise InputError(
-        f"{path}: a header of {sizes} is none of llama2.c's; give such a binary, a .gguf file or a folder"
+        f"{path}: the header {sizes} is not that of a llama2.c binary; give such a binary, a .gguf file or a folder"
       )
     self.context = length
     self.config = DecoderConfig(
@@ -100,7 +100,7 @@ class Llama2cFile:
       at += 4 * length * self.config.head_size
     self.end = at
     if size > at:
-      logging.warning("%s: the model ends at byte %d; the %d bytes after it are passed over", path, at, size - at)
+      logging.warning("%s: the model ends at byte %d; the %d bytes after it are ignored", path, at, size - at)
 
   def table(self) -> list[Tensor]:
     return families.llama_style(self.config, LLAMA2C, pairs="neighbours")

@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all, on a disk."""
+"""Atomic creation of a folder on a disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cyb_jax.errors import writing
 def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write files into, which is renamed to `output` at the end of the block.
 
-  If the block fails, the folder and the parent folders that were made for it are removed. Folders that killed processes
-  have left next to `output` are removed first.
+  If the block fails, the folder and the parent folders that were created for it are removed. Folders that killed
+  processes have left next to `output` are removed first.
 
   Args:
-    output: absolute; missing, or an empty folder.
+    output: an absolute path that does not exist or is an empty folder.
 
   Raises:
-    StorageError: the disk fails.
+    StorageError: writing fails.
   """
   # A sibling, so that it can be renamed.
   new = output.with_name(f"{output.name}.{os.getpid()}.tmp")
@@ -48,18 +48,18 @@ def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _clear_leftovers(output: pathlib.Path) -> None:
-  """Removes what processes that were killed have left of writing the same output."""
+  """Removes the partial folders of killed processes that wrote the same output."""
   if not output.parent.exists():
     return
   for path in output.parent.iterdir():
     found = re.fullmatch(rf"{re.escape(output.name)}\.(\d+)\.tmp", path.name)
     if found and path.is_dir() and not _is_alive(int(found[1])):
-      logging.warning("%s: left by a write that was killed; removed", path)
+      logging.warning("%s: removed, because a killed process left it incomplete", path)
       shutil.rmtree(path)
 
 
 def _is_alive(process: int) -> bool:
-  if process == os.getpid():  # an older process of the same number: in containers all are number 1
+  if process == os.getpid():  # an older process with the same id: in containers every process may have id 1
     return False
   try:
     os.kill(process, 0)

@@ -1,16 +1,16 @@
-"""What a run may start from (`init_from`): another run, a converted checkpoint (which is a run's folder), a Hugging
-Face folder, a GGUF file, a llama2.c binary.
+"""Sources of initial parameters (`init_from`): another run, a converted checkpoint (which is a run's folder), a Hugging
+Face folder, a GGUF file, or a llama2.c binary.
 
-What a run's parameters are, in this order:
+The initial parameters of a run are determined in this order:
 
-1. those of the newest checkpoint in its own folder; then nothing below happens;
-2. else fresh ones, from `train.seed`;
-3. in their place those that `init_from` has under the same name and in the same shape;
-4. the rows of pauses and <don't know> that it does not have start as `tuning.new_rows` says, see
-   `cyb_jax.interop.new_rows`;
-5. then the method calibrates itself, where that is asked for (`method.calibration_batches`).
+1. If the run's folder has a checkpoint, the parameters of the newest one; the following steps are then skipped.
+2. Otherwise fresh parameters from `train.seed`.
+3. Parameters of `init_from` with the same name and shape replace them.
+4. `tuning.new_rows` initialises the rows of pauses and <don't know> that `init_from` does not have, see
+   `cyb_jax.interop.new_rows`.
+5. If `method.calibration_batches` is set, the method is calibrated.
 
-Step, optimizer state and data order start anew.
+Step, optimizer state and data order are new.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from cyb_jax.methods import Calibrated, Method, MethodConfig, configure
 from cyb_jax.partitioning.mesh import data_shards
 from cyb_jax.runs import Run
 
-# How a decoder is computed, not what it computes; and adapters, which are merged into what is taken over.
+# Fields that do not change the function of a decoder, and adapters, which are merged into the imported matrices.
 _MANNER = ("attention", "dtype", "initializer", "lora", "param_dtype", "remat")
-# Where a source of weights doesn't say how long a text it was trained on, or says more than is practical.
+# The context length if a source does not state it, and its upper bound.
 _LONGEST_CONTEXT = 2048
 _NOTHING_SPENT = {"train_tokens": 0, "train_slots": 0, "train_flops": 0.0}
 
@@ -50,11 +50,11 @@ class Pretrained(abc.ABC):
   """An opened `init_from`; no weights have been read.
 
   Attributes:
-    path: as it was given.
-    kind: 'run', or that of `interop.Source`.
-    decoder: what its parameters fit.
-    method: that its parameters outside the decoder belong to; None where it has none.
-    context: tokens of the longest text that it says it reads; None: it doesn't say.
+    path: the path as given.
+    kind: 'run', or the kind of `interop.Source`.
+    decoder: the config of its decoder.
+    method: the method of its parameters outside of the decoder; None: it has no such parameters.
+    context: its stated context length in tokens; None: not stated.
   """
 
   path: str
@@ -66,37 +66,37 @@ class Pretrained(abc.ABC):
   @property
   @abc.abstractmethod
   def tokenizer(self) -> Tokenizer | None:
-    """None where it holds none."""
+    """The tokenizer of the source; None if it has no tokenizer."""
 
   @abc.abstractmethod
   def params(self, wanted: PyTree) -> PyTree:
-    """Those of a method's parameters that it has.
+    """The parameters of a method that the source has.
 
     Args:
-      wanted: all of them, as jax.ShapeDtypeStruct with shardings.
+      wanted: all parameters of the method, as jax.ShapeDtypeStruct with shardings.
 
     Returns:
-      A nested dict of the same form, without what it hasn't got.
+      A nested dict of the same structure, without the parameters that the source does not have.
     """
 
   @property
   def unused_ids(self) -> list[int]:
-    """The entries of its vocabulary that are meant for no text."""
+    """The unused entries of its vocabulary."""
     return [] if self.tokenizer is None else self.tokenizer.unused_ids()
 
   def check(self, method: Method, tokenizer: Tokenizer, config: Config) -> None:
-    """Whether a run with this method, tokenizer and config can start from it.
+    """Checks that a run with this method, tokenizer and config can start from the source.
 
     Raises:
-      InputError: another decoder or tokenizer, or too few unused entries for `tuning.new_rows`.
+      InputError: the decoder or the tokenizer differs, or there are too few unused entries for `tuning.new_rows`.
     """
     new_rows.check(config.tuning.new_rows, method, self.unused_ids)
     if self.tokenizer is None:
-      logging.warning("init_from: %s holds no tokenizer; that data.tokenizer is its own can't be checked", self.path)
+      logging.warning("init_from: %s has no tokenizer, so data.tokenizer can't be checked against it", self.path)
     elif self.tokenizer.describe() != tokenizer.describe():
       raise InputError(
-        f"init_from: {self.path} was trained with another tokenizer; leave data.tokenizer at '' to take its own, or"
-        " give data.store a store that was prepared with it"
+        f"init_from: {self.path} was trained with another tokenizer; leave data.tokenizer at '' to use that tokenizer,"
+        " or set data.store to a store that was prepared with it"
       )
     for field in dataclasses.fields(DecoderConfig):
       ours, found = getattr(method.decoder.config, field.name), getattr(self.decoder, field.name)
@@ -108,7 +108,7 @@ class Pretrained(abc.ABC):
     if trained.dont_know != method.config.dont_know:
       raise InputError(
         f"method.dont_know: {method.config.dont_know!r}, but init_from = {self.path} was trained with"
-        f" {trained.dont_know!r}, and its row means something else there; take that"
+        f" {trained.dont_know!r}, whose row has another meaning; use {trained.dont_know!r}"
       )
     if trained.calibration_batches and not method.config.calibration_batches:
       raise InputError(
@@ -116,7 +116,7 @@ class Pretrained(abc.ABC):
         f" {trained.calibration_batches}, which keeps that run's offset"
       )
 
-  # Fields of the decoder in which a run that starts from it may differ.
+  # Fields of the decoder that may differ in a run that starts from the source.
   _free_fields: tuple[str, ...] = _MANNER
 
 
@@ -126,7 +126,7 @@ class _FromRun(Pretrained):
   def __init__(self, path: str, checkpoint: int | str = "last"):
     self.path, self.checkpoint = path, checkpoint
     if newest_meta(path) is None:
-      raise InputError(f"init_from: {path} holds no run with a checkpoint")
+      raise InputError(f"init_from: {path} is a run without a checkpoint; give a run with a checkpoint")
     config = configs.freeze(configs.migrated(read_config(path)))
     self.method = config.method
     self.decoder = config.decoder_config(self.tokenizer.vocab_size)
@@ -139,14 +139,14 @@ class _FromRun(Pretrained):
     run = runs.load(self.path, self.checkpoint)
     decoder, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
     found = run.params | {"decoder": decoder}
-    _tell_left_behind(found, wanted)
+    _log_unused(found, wanted)
     return _placed(found, wanted)
 
 
 class _FromSource(Pretrained):
-  """Files of others, and what we have written in their form."""
+  """Files in formats of other projects, including our exports."""
 
-  # Both forms are read.
+  # Stacked and separate layers are both supported.
   _free_fields = (*_MANNER, "scan_layers")
 
   def __init__(self, path: str, tokenizer: str = ""):
@@ -165,7 +165,7 @@ class _FromSource(Pretrained):
 
   @property
   def step(self) -> int:
-    """Of the training of an export of ours."""
+    """The training step of our export; 0 for other models."""
     extras = self._source.extras
     return 0 if extras is None or extras.step is None else extras.step
 
@@ -179,33 +179,35 @@ class _FromSource(Pretrained):
 
 
 def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str = "") -> Pretrained:
-  """Opens what `init_from` names, whatever it is.
+  """Opens the source that `init_from` names.
 
   Args:
     path: a run's folder, a Hugging Face folder, a GGUF file or a llama2.c binary.
-    checkpoint: of a run.
-    tokenizer: of a source that holds none, or in place of the one that it holds; see `open_tokenizer`.
+    checkpoint: the checkpoint of a run.
+    tokenizer: the tokenizer of a source without one, or a replacement of its tokenizer; see `open_tokenizer`.
 
   Raises:
-    InputError: nothing there, or nothing that can be read.
+    InputError: the path does not exist, or can't be read.
   """
   path = storage.absolute(path)
   if is_run(path):
     if tokenizer:
-      raise InputError(f"--tokenizer: {tokenizer!r} is given, but {path} is a run, which has its own")
+      raise InputError(f"--tokenizer: {tokenizer!r} is given, but {path} is a run, which has its own; leave it out")
     return _FromRun(path, checkpoint)
   if checkpoint != "last":
-    raise InputError(f"--checkpoint: {checkpoint!r} is given, but {path} is no run, and has no checkpoints")
+    raise InputError(
+      f"--checkpoint: {checkpoint!r} is given, but {path} is not a run and has no checkpoints; leave it out"
+    )
   return _FromSource(path, tokenizer)
 
 
 def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Mapping[str, Any]:
-  """A nested config whose decoder, where it is left open (`decoder.preset=''`), is that of `init_from`.
+  """A nested config in which the decoder of `init_from` replaces an open decoder (`decoder.preset=''`).
 
   Args:
     source: see `configs.freeze`.
-    workdir: the run's folder; a decoder that was filled in when the run began is taken from there, so that `init_from`
-      need not exist when the run is continued.
+    workdir: the run's folder; its config.json has the decoder of a run that has begun, so that `init_from` need not
+      exist when the run continues.
 
   Raises:
     InputError: `init_from` can't be read.
@@ -213,7 +215,9 @@ def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = 
   decoder = source.get("decoder", {})
   open_decoder = isinstance(decoder, Mapping) and decoder.get("preset") == ""
   if open_decoder and not source.get("init_from") and decoder.get("d_model") is None:
-    raise InputError("init_from: not given, and decoder.preset = '' is the decoder of that; give it, or a preset")
+    raise InputError(
+      "init_from: not set, but decoder.preset = '' is the decoder of init_from; set init_from, or a preset"
+    )
   if not (open_decoder and isinstance(source.get("init_from"), str)):
     return source
   found: Mapping[str, Any] = {}
@@ -231,16 +235,16 @@ def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = 
 
 
 def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: Config) -> PyTree:
-  """What a run's parameters are before its first step; see the head of this file.
+  """A run's parameters before its first step; see the docstring of this module.
 
   Args:
-    pretrained: what it starts from.
-    method: of the run, over its vocabulary.
+    pretrained: the source that the run starts from.
+    method: the run's method, over its vocabulary.
     wanted: shapes, dtypes and shardings.
-    config: of the run; `train.seed` and `tuning.new_rows` are read.
+    config: the run's config; `train.seed` and `tuning.new_rows` are read.
 
   Returns:
-    Bare arrays, placed. What the start has is never drawn first, so that no two copies are held.
+    Bare arrays, placed on the devices. Parameters of the source are not drawn first, so there is only one copy of them.
   """
   found = pretrained.params(wanted)
   absent = {name: leaf for name, leaf in wanted.items() if name not in found}
@@ -249,14 +253,14 @@ def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: C
   missing = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted) if _at(found, path) is None]
   drawn = [path for path in missing if path[0].key not in rows]
   for path in drawn:
-    if path[-1].key not in LEAVES:  # adapters always do
-      logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
+    if path[-1].key not in LEAVES:  # adapters are always freshly initialised
+      logging.info("init_from: %s is freshly initialised", jax.tree_util.keystr(path))
   fresh = _drawn(method, seed, drawn)
 
   def pick(path, leaf):
-    there = _at(found, path)
-    if there is not None:
-      return there
+    imported = _at(found, path)
+    if imported is not None:
+      return imported
     value = fresh[path] if path in fresh else rows[path[0].key]
     return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
@@ -264,7 +268,7 @@ def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: C
 
 
 def _drawn(method: Method, seed: int, paths: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], Array]:
-  """Some of the fresh parameters, as `training.init_state` has them; the others aren't drawn."""
+  """Some of the fresh parameters of `training.init_state`; XLA removes the computation of the others."""
 
   def draw():
     params = nn.unbox(method.init(jax.random.fold_in(jax.random.key(seed), 0)))
@@ -281,18 +285,18 @@ def load(
   dtype: str = "float32",
   mesh: jax.sharding.Mesh | None = None,
 ) -> Run:
-  """What training would start from, ready to use.
+  """The initial run that training would start from.
 
   Args:
-    path: see `open_pretrained`; or what that has opened.
-    config: of the run that would start from it; None: its own. That of weights of others is the method 'baseline',
-      which has neither pauses nor <don't know>: its logits are theirs.
-    checkpoint: of a run that `path` names.
-    dtype: of the decoder's parameters, where `config` is None.
-    mesh: where the parameters go; None: the default device.
+    path: see `open_pretrained`; or the result of `open_pretrained`.
+    config: the config of the run; None: the source's own config. For imported weights it has the method 'baseline',
+      without pauses and <don't know>, so that the logits equal those of the imported model.
+    checkpoint: the checkpoint of a run that `path` names.
+    dtype: the dtype of the decoder's parameters if `config` is None.
+    mesh: the mesh of the parameters; None: the default device.
 
   Raises:
-    InputError: see `open_pretrained` and `Pretrained.check`; or no tokenizer is known.
+    InputError: see `open_pretrained` and `Pretrained.check`; or there is no tokenizer.
   """
   found = path if isinstance(path, Pretrained) else open_pretrained(path, checkpoint=checkpoint)
   if isinstance(found, _FromRun) and config is None:
@@ -301,7 +305,9 @@ def load(
   if own is None and config is not None and config.data.tokenizer:
     own = open_tokenizer(config.data.tokenizer, found.decoder.vocab_size)
   if own is None:
-    raise InputError(f"--tokenizer: not given, and {found.path} holds none; give the one that it was trained with")
+    raise InputError(
+      f"--tokenizer: not given, and {found.path} has no tokenizer; give the tokenizer that it was trained with"
+    )
   step = 0
   if config is None:
     config, step = _own_config(found, dtype), found.step
@@ -309,7 +315,7 @@ def load(
   found.check(method, own, config)
   params = parameters(found, method, runs.abstract_params(method, mesh), config)
   meta = _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}}
-  # An export of ours is no model of another project, nor is a run.
+  # Our exports and runs are not models of another project.
   imported = isinstance(found, _FromSource) and found.method is None
   return Run(config, method, params, own, step, meta, imported)
 
@@ -317,7 +323,7 @@ def load(
 def _own_config(found: _FromSource, dtype: str) -> Config:
   config = configs.default()
   config.precision.params = dtype
-  config.train.epochs = 0.0  # it's read, not trained
+  config.train.epochs = 0.0  # the run is not trained
   method = found.method or configure("baseline")
   config.method.update(configs.written_method(method))
   config.data.tokenizer = ""
@@ -329,7 +335,7 @@ def _own_config(found: _FromSource, dtype: str) -> Config:
 
 
 def _without_adapters(decoder: Mapping[str, Any]) -> dict[str, Any]:
-  """The decoder's leaves but for LoRA's, which are nobody's but ours."""
+  """The decoder's leaves without those of LoRA, which files of other projects do not have."""
   return {
     name: _without_adapters(leaf) if isinstance(leaf, Mapping) else leaf
     for name, leaf in decoder.items()
@@ -338,25 +344,25 @@ def _without_adapters(decoder: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _placed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-  """What of `found` has the name and the shape of a wanted array, in that one's dtype and place."""
+  """The arrays of `found` with the name and shape of a wanted array, in the wanted dtype and sharding."""
   placed = {}
   for name, leaf in wanted.items():
-    there = found.get(name)
+    value = found.get(name)
     if isinstance(leaf, Mapping):
-      placed[name] = _placed(there or {}, leaf)
-    elif there is not None and there.shape == leaf.shape:
-      placed[name] = jax.device_put(there.astype(leaf.dtype), leaf.sharding)
+      placed[name] = _placed(value or {}, leaf)
+    elif value is not None and value.shape == leaf.shape:
+      placed[name] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
   return placed
 
 
 def _at(tree: PyTree, path: tuple[Any, ...]) -> Any:
-  """The leaf at a path of dict keys; None where there is none."""
+  """The leaf at a path of dict keys; None if there is no leaf."""
   for key in path:
     tree = tree.get(key.key) if isinstance(tree, Mapping) else None
   return tree
 
 
-def _tell_left_behind(found: PyTree, wanted: PyTree) -> None:
+def _log_unused(found: PyTree, wanted: PyTree) -> None:
   for path, _ in jax.tree_util.tree_leaves_with_path(found):
     if _at(wanted, path) is None:
-      logging.info("init_from: %s is left behind", jax.tree_util.keystr(path))
+      logging.info("init_from: %s is not used", jax.tree_util.keystr(path))

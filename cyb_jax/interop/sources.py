@@ -1,6 +1,6 @@
-"""A model of others, opened: what it is, and its weights, leaf by leaf, onto the mesh.
+"""Models in the formats of other projects: their config, and their weights, which are loaded leaf by leaf.
 
-`open_source` reports everything that headers contain, before any weight is read.
+`open_source` checks the headers before any weight is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cyb_jax.configs import methods_group
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import gguf, huggingface, llama2c
-from cyb_jax.interop.families import LeafPath, Tensor, whole
+from cyb_jax.interop.families import LeafPath, Tensor, same_layout
 from cyb_jax.interop.tensors import Fields, TensorFiles, check
 from cyb_jax.methods import MethodConfig
 
@@ -36,17 +36,17 @@ _TABLES = (("embedding",), ("unembedding",))
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-  """What an export of ours has in addition to the decoder.
+  """The part of our exports that other models do not have.
 
   Attributes:
-    method: as it was trained.
-    vocab_size: how many of the decoder's rows are entries of the vocabulary; the others only pad.
-    file_rows: how many of the decoder's rows are in the files; the others only pad, and are read as zeros.
-    pause_ids: of the entries `<pause_1>`.. that follow the decoder's rows.
-    dont_know_id: of the entry `<dont_know>`; None: there is none.
-    prior_shift: what readout adds to the `<don't know>` logit, nats; None where there is none.
-    step: of training; None: not recorded.
-    own: the leaves outside params['decoder'], and their shapes.
+    method: the options of the trained method.
+    vocab_size: the number of the decoder's rows that are vocabulary entries; the other rows are padding.
+    file_rows: the number of the decoder's rows in the files; the other rows are padding and are read as zeros.
+    pause_ids: the ids of the entries `<pause_1>`.. that follow the decoder's rows.
+    dont_know_id: the id of the entry `<dont_know>`; None: there is no such entry.
+    prior_shift: the shift of the `<don't know>` logit in the readout, in nats; None: no shift.
+    step: the training step; None: not recorded.
+    own: the leaves outside of params['decoder'], and their shapes.
   """
 
   method: MethodConfig
@@ -61,17 +61,17 @@ class Extras:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Weights of others, opened and checked, none of them read.
+  """An opened and checked model; no weights have been read.
 
   Attributes:
     kind: 'huggingface', 'gguf' or 'llama2c'.
     path: the folder or file.
-    decoder: its shape and style, param_dtype float32.
+    decoder: the decoder's config, with param_dtype float32.
     files: the tensors of its files, by name.
-    table: which tensor holds which leaves of the decoder's parameters.
-    extras: of an export of ours; None: it is none.
-    context: the longest text that it says it reads, tokens; None: it doesn't say.
-    own_files: the tensors of an export of ours that are not the decoder's; None: it is none.
+    table: the tensors and the leaves of the decoder's parameters that they hold.
+    extras: the additional data of our exports; None: other models.
+    context: the stated context length in tokens; None: not stated.
+    own_files: the tensors of our exports outside of the decoder; None: there are none.
   """
 
   kind: str
@@ -84,18 +84,18 @@ class Source:
   own_files: TensorFiles | None = dataclasses.field(default=None, repr=False)
 
   @functools.cached_property
-  def _places(self) -> dict[LeafPath, tuple[Tensor, int]]:
-    """Which tensor holds a leaf, and as which of its parts."""
+  def _parts(self) -> dict[LeafPath, tuple[Tensor, int]]:
+    """The tensor that holds a leaf, and the index of the leaf within the tensor."""
     return {leaf: (tensor, part) for tensor in self.table for part, leaf in enumerate(tensor.leaves)}
 
   def read(self, path: LeafPath, layer: int | None = None) -> np.ndarray:
-    """One leaf of params['decoder'], as ours lie, in the file's precision (quantised ones: f32).
+    """One leaf of params['decoder'], in our layout and in the file's precision (f32 if it is quantised).
 
     Args:
       path: ('embedding',), ('final_norm', 'scale'); within a layer: ('attention', 'query', 'kernel').
-      layer: its number, where the leaf is a layer's.
+      layer: the number of the layer; None: the leaf is not in a layer.
     """
-    tensor, part = self._places[path]
+    tensor, part = self._parts[path]
     array = tensor.split(self.files.read(tensor.name.format(layer=layer)))[part]
     if path not in _TABLES or self.extras is None:
       return array
@@ -103,7 +103,7 @@ class Source:
     return np.pad(array, ((0, self.decoder.vocab_size - len(array)), (0, 0)))
 
   def read_own(self, name: str) -> np.ndarray:
-    """One leaf outside params['decoder'], of an export of ours."""
+    """One leaf of our export outside of params['decoder']."""
     if name not in ("pause_input", "dont_know"):
       return self.own_files.read(name)
     shape = self.extras.own[name]
@@ -111,64 +111,64 @@ class Source:
       leaf, first = ("embedding",), self.extras.pause_ids[0]
     else:
       leaf, first = ("embedding" if self.decoder.tied_embeddings else "unembedding",), self.extras.dont_know_id
-    tensor, _ = self._places[leaf]
+    tensor, _ = self._parts[leaf]
     return self.files.read(tensor.name)[first : first + math.prod(shape[:-1])].reshape(shape)
 
   @property
   def vocab_size(self) -> int:
-    """How many of the decoder's rows are entries of the vocabulary; of a model of others: all."""
+    """The number of the decoder's rows that are vocabulary entries; all rows, unless the source is our export."""
     return self.decoder.vocab_size if self.extras is None else self.extras.vocab_size
 
   def tokenizer(self) -> Tokenizer | None:
-    """The tokenizer that came with it; None where there is none."""
+    """The tokenizer of the source; None if it has no tokenizer."""
     from cyb_jax.data import tokenizers
 
-    place = self.path
-    if (place / huggingface.TOKENIZER).is_dir():
-      return tokenizers.load(place / huggingface.TOKENIZER)
+    path = self.path
+    if (path / huggingface.TOKENIZER).is_dir():
+      return tokenizers.load(path / huggingface.TOKENIZER)
     if self.kind == "huggingface" and not any((self.path / x).exists() for x in ("tokenizer.json", "tokenizer.model")):
       return None
     if self.kind == "llama2c":
-      place = self.path.with_name("tokenizer.bin")
-      if not place.exists():
+      path = self.path.with_name("tokenizer.bin")
+      if not path.exists():
         return None
-    return tokenizers.open_tokenizer(place, rows=self.vocab_size)
+    return tokenizers.open_tokenizer(path, rows=self.vocab_size)
 
 
 def open_source(path: str | os.PathLike) -> Source:
-  """Opens a Hugging Face folder, a GGUF file or a llama2.c binary; which of them it is, it says itself.
+  """Opens a Hugging Face folder, a GGUF file or a llama2.c binary; the format is detected from the contents.
 
   Raises:
-    InputError: one line that names the file and, where there is one, the tensor or field.
+    InputError: the source is invalid; the message names the file and, if applicable, the tensor or field.
   """
   with reading(str(path)):
     return _open(path)
 
 
 def _open(path: str | os.PathLike) -> Source:
-  place = pathlib.Path(storage.absolute(path))
-  if place.is_dir():
-    return _open_folder(place)
-  if not place.is_file():
+  local = pathlib.Path(storage.absolute(path))
+  if local.is_dir():
+    return _open_folder(local)
+  if not local.is_file():
     raise InputError(_absent(str(path)))
-  with place.open("rb") as file:
+  with local.open("rb") as file:
     start = file.read(4)
   if start == b"GGUF":
-    source = gguf.GgufFile(place)
+    source = gguf.GgufFile(local)
     config = gguf.read_config(source)
-    found = _checked("gguf", place, config, source, gguf.table(source, config), gguf.HARMLESS_TENSORS)
+    found = _checked("gguf", local, config, source, gguf.table(source, config), gguf.HARMLESS_TENSORS)
     name = f"{source.architecture}.context_length"
     return dataclasses.replace(found, context=source.metadata(name).get(name))
   pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-  # A .bin may be one of llama2.c's.
-  if pickled or (place.suffix in huggingface.PICKLES and place.suffix != ".bin"):
+  # A .bin file may be a llama2.c binary.
+  if pickled or (local.suffix in huggingface.PICKLES and local.suffix != ".bin"):
     raise InputError(
       f"{path}: a pickle or an archive, which this version never opens; convert it to safetensors, or unpack it"
     )
-  if place.suffix == ".safetensors":
+  if local.suffix == ".safetensors":
     raise InputError(f"{path}: one file of a model; give its folder, with config.json")
-  source = llama2c.Llama2cFile(place)
-  found = _checked("llama2c", place, source.config, source, source.table())
+  source = llama2c.Llama2cFile(local)
+  found = _checked("llama2c", local, source.config, source, source.table())
   return dataclasses.replace(found, context=source.context)
 
 
@@ -197,22 +197,22 @@ def _open_folder(folder: pathlib.Path) -> Source:
 
 
 def _with_extras(source: Source, written: Any) -> Source:
-  """An export of ours; see `cyb_jax.interop.export` for what it says of itself."""
+  """The source of our export; `cyb_jax.interop.export` documents the block `cyb_jax` of its config.json."""
   path = source.path / "config.json"
   fields = _block(path, huggingface.CYB_JAX, written)
   if fields.take("version", int) != 1:
     raise InputError(f"{path}: cyb_jax.version = {written['version']!r}; this version reads 1")
   config = _method_config(path, fields.take("method", dict))
-  rows, words = fields.take("rows", int), fields.take("vocab_size", int)
+  rows, vocab_size = fields.take("rows", int), fields.take("vocab_size", int)
   table_rows = fields.take("table_rows", int, rows)
   pause_ids, dont_know_id = fields.take("pause_ids", list), fields.take("dont_know_id", int, None)
   appended = [*pause_ids, *(() if dont_know_id is None else (dont_know_id,))]
   expected = list(range(rows, source.decoder.vocab_size))
-  valid = all(isinstance(x, int) for x in appended) and 0 < words <= rows <= table_rows
+  valid = all(isinstance(x, int) for x in appended) and 0 < vocab_size <= rows <= table_rows
   if appended != expected or not valid:
     raise InputError(
-      f"{path}: cyb_jax: {rows} rows of {table_rows}, {words} of them words, and the entries {appended} aren't"
-      f" vocab_size = {source.decoder.vocab_size}; export the run again"
+      f"{path}: cyb_jax: {rows} of {table_rows} rows, {vocab_size} vocabulary entries and the appended entries"
+      f" {appended} don't give vocab_size = {source.decoder.vocab_size}; export the run again"
     )
   pauses = getattr(config, "pauses", 0)
   if len(pause_ids) != pauses:
@@ -222,7 +222,7 @@ def _with_extras(source: Source, written: Any) -> Source:
     )
   decoder = dataclasses.replace(source.decoder, vocab_size=table_rows)
   own = _own_shapes(path, config, decoder)
-  # What goes unnamed would be lost: it would start anew.
+  # A parameter that `own` does not list would be silently reinitialised.
   shapes = {name: list(shape) for name, shape in own.items()}
   if fields.take("own", dict) != shapes:
     raise InputError(f"{path}: cyb_jax.own = {written['own']!r}, but its method has {shapes!r}; export the run again")
@@ -232,7 +232,7 @@ def _with_extras(source: Source, written: Any) -> Source:
     )
   extras = Extras(
     method=config,
-    vocab_size=words,
+    vocab_size=vocab_size,
     file_rows=rows,
     pause_ids=tuple(pause_ids),
     dont_know_id=dont_know_id,
@@ -244,7 +244,7 @@ def _with_extras(source: Source, written: Any) -> Source:
   files = None
   if not_entries:
     files = huggingface.SafetensorsFiles(source.path, huggingface.OWN)
-    check(files, [whole(name, (name,), shape) for name, shape in not_entries.items()], 0, source.path)
+    check(files, [same_layout(name, (name,), shape) for name, shape in not_entries.items()], 0, source.path)
   return dataclasses.replace(source, decoder=decoder, extras=extras, own_files=files)
 
 
@@ -275,13 +275,13 @@ def _method_config(path: pathlib.Path, written: Any) -> MethodConfig:
 
 
 def _own_shapes(path: pathlib.Path, config: MethodConfig, decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
-  """The parameters of a method outside the decoder.
+  """The shapes of a method's parameters outside of the decoder.
 
   Raises:
-    InputError: the method can't be built so.
+    InputError: the method can't be built with these options.
   """
   try:
-    # Of how many layers the decoder is doesn't matter to them; tracing all takes most of a second.
+    # The shapes do not depend on the number of layers, and tracing all layers takes most of a second.
     method = methods.build(config, dataclasses.replace(decoder, num_layers=1))
   except InputError as error:
     raise InputError(f"{path}: cyb_jax.{error}") from None
@@ -290,13 +290,13 @@ def _own_shapes(path: pathlib.Path, config: MethodConfig, decoder: DecoderConfig
 
 
 def _check_tied(files: TensorFiles, embedding: str, output: str) -> None:
-  """Raises InputError if what a config calls one table is two."""
+  """Raises InputError if a config ties two tables that differ."""
   if embedding not in files.infos:
-    return  # which has an error of its own
+    return  # reported later
   if not np.array_equal(files.read(embedding), files.read(output)):
     raise InputError(
-      f"{files.infos[output].file}: the tensor {output} isn't {embedding}, but config.json ties them; set"
-      " tie_word_embeddings to false there"
+      f"{files.infos[output].file}: the tensor {output} differs from {embedding}, but config.json ties them; set"
+      " tie_word_embeddings to false in config.json"
     )
 
 
@@ -315,14 +315,14 @@ def _checked(
 def _absent(path: str) -> str:
   if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
     return (
-      f"{path}: no such folder or file; this version reads local ones. If it is a name on Hugging Face: hf download"
-      f" {path} --local-dir {path.split('/')[1]}, after its licence is accepted where it is gated, and give that folder"
+      f"{path}: no such folder or file; only local files are read. If it is a name on Hugging Face: hf download"
+      f" {path} --local-dir {path.split('/')[1]} (accept the licence first if it is gated), and give that folder"
     )
   return f"{path}: no such folder or file; give a Hugging Face folder, a .gguf file or a llama2.c binary"
 
 
 def load_decoder(source: Source, abstract: PyTree) -> PyTree:
-  """The weights, each read, cast and placed before the next one is: the host holds one leaf at a time.
+  """Reads, casts and places the weights one after the other, so that the host holds one leaf at a time.
 
   Args:
     source: from `open_source`.
@@ -332,7 +332,7 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
     The same tree, of arrays.
 
   Raises:
-    InputError: a leaf that the source doesn't hold, or holds in another shape.
+    InputError: the source does not have a leaf, or has it in another shape.
   """
 
   def load(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -357,11 +357,11 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
 
 
 def load_own(source: Source, abstract: PyTree) -> PyTree:
-  """The leaves outside params['decoder'], of an export of ours.
+  """The leaves of our export outside of params['decoder'].
 
   Args:
-    source: with `extras`.
-    abstract: those leaves, as jax.ShapeDtypeStruct with shardings: `pause_input`, `dont_know`, ...
+    source: a source with `extras`.
+    abstract: these leaves, as jax.ShapeDtypeStruct with shardings: `pause_input`, `dont_know` and others.
 
   Returns:
     The same tree, of arrays.
@@ -374,24 +374,26 @@ def load_own(source: Source, abstract: PyTree) -> PyTree:
   def load(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     name = ".".join(key.key for key in path)
     if own.get(name) != tuple(leaf.shape):
-      found = f"as {own[name]}" if name in own else "not at all"
-      raise InputError(f"{source.path}: {name} is wanted as {tuple(leaf.shape)}, but it is there {found}")
+      found = f"has the shape {own[name]}" if name in own else "is missing"
+      raise InputError(f"{source.path}: {name} {found}; it must have the shape {tuple(leaf.shape)}")
     return _place(source.read_own(name), leaf)
 
   return jax.tree_util.tree_map_with_path(load, abstract)
 
 
 def _read(source: Source, path: LeafPath, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-  if path not in source._places:
-    raise InputError(f"{source.path}: it holds no {'.'.join(path)}, which the decoder has")
+  if path not in source._parts:
+    raise InputError(f"{source.path}: {'.'.join(path)} is missing, but the decoder requires it")
   array = source.read(path, layer)
   if array.shape != tuple(shape):
-    raise InputError(f"{source.path}: {'.'.join(path)} is {array.shape}, but the decoder's is {tuple(shape)}")
+    raise InputError(
+      f"{source.path}: {'.'.join(path)} has the shape {array.shape}; the decoder requires {tuple(shape)}"
+    )
   return array
 
 
 def _place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  # ascontiguousarray would make a scalar a row.
+  # ascontiguousarray would turn a scalar into an array with one axis.
   array = np.asarray(array, leaf.dtype, order="C")
   if leaf.sharding is None:
     return jax.device_put(array)

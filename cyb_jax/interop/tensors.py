@@ -1,4 +1,4 @@
-"""What a file of weights offers, whatever its format, and how it is checked before anything is read in bulk."""
+"""The common interface of files of weights, and the checks of their headers before weights are read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import numpy as np
 from cyb_jax.errors import InputError
 from cyb_jax.interop.families import Tensor
 
-# Formats name them differently: F16, float16.
+# The names of safetensors; other formats have other names, such as float16.
 _FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-  """What a file's header says of a tensor.
+  """The header of a tensor.
 
   Attributes:
-    shape: outermost axis first.
-    dtype: in the format's own words.
-    file: that contains it.
-    readable: whether this version can make floats of that dtype.
+    shape: the shape, outermost axis first.
+    dtype: the format's name of the dtype.
+    file: the file that contains the tensor.
+    readable: whether this version can convert the dtype to floats.
   """
 
   shape: tuple[int, ...]
@@ -40,20 +40,20 @@ class TensorFiles(Protocol):
   """The tensors of a format.
 
   Attributes:
-    infos: what there is, by name.
+    infos: the headers of all tensors, by name.
   """
 
   infos: Mapping[str, TensorInfo]
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor, of a float dtype; 16-bit ones as they lie in the file."""
+    """One tensor, of a float dtype; 16-bit floats are not converted."""
 
 
 def package(name: str, purpose: str) -> types.ModuleType:
   """A package of the extra `pretrained`.
 
   Raises:
-    InputError: it isn't installed.
+    InputError: the package is not installed.
   """
   try:
     return importlib.import_module(name)
@@ -66,7 +66,7 @@ def is_float(dtype: str) -> bool:
 
 
 def each(table: Sequence[Tensor], num_layers: int) -> Iterator[tuple[Tensor, int | None, str]]:
-  """(tensor, layer, name) of a table, the tensors of all layers spelled out."""
+  """(tensor, layer, name) of a table, with one item for each layer."""
   for tensor in table:
     for layer in range(num_layers) if tensor.layered else (None,):
       yield tensor, layer, tensor.name.format(layer=layer)
@@ -75,36 +75,38 @@ def each(table: Sequence[Tensor], num_layers: int) -> Iterator[tuple[Tensor, int
 def check(
   files: TensorFiles, table: Sequence[Tensor], num_layers: int, where: pathlib.Path, harmless: Iterable[str] = ()
 ) -> None:
-  """Whether the files hold a table's tensors, and no others; reads headers alone.
+  """Checks that the files hold exactly the tensors of a table; reads only headers.
 
   Args:
-    files: as found.
-    table: as the config says they should be.
+    files: the files.
+    table: the tensors that the config requires.
     num_layers: L.
-    where: for the error, where a tensor isn't there.
-    harmless: patterns of names that are passed over: buffers that are computed anew.
+    where: the path in the error of a missing tensor.
+    harmless: patterns of names that are ignored, for buffers that are recomputed.
 
   Raises:
-    InputError: a tensor that is missing, of another shape, of a dtype that can't be read, or unknown.
+    InputError: a tensor is missing or unknown, or has another shape or an unsupported dtype.
   """
   expected = {name: tensor.shape for tensor, _, name in each(table, num_layers)}
   for name, shape in expected.items():
     info = files.infos.get(name)
     if info is None:
-      raise InputError(f"{where}: the tensor {name} {_shown(shape)} is missing; its config asks for it")
+      raise InputError(f"{where}: the tensor {name} {_shown(shape)} is missing, but the config requires it")
     if tuple(info.shape) != shape:
       raise InputError(
-        f"{info.file}: the tensor {name} is {_shown(info.shape)}, but its config asks for {_shown(shape)}"
+        f"{info.file}: the tensor {name} has the shape {_shown(info.shape)}; the config requires {_shown(shape)}"
       )
     if not info.readable:
-      raise InputError(f"{info.file}: the tensor {name} is of dtype {info.dtype}, which this version doesn't read")
+      raise InputError(
+        f"{info.file}: the tensor {name} has the dtype {info.dtype}, which this version does not support"
+      )
   passed = re.compile("|".join(f"(?:{pattern})" for pattern in harmless) or r"(?!)")
   unknown = [name for name in files.infos if name not in expected and not passed.fullmatch(name)]
   if unknown:
     first, more = unknown[0], f" and {len(unknown) - 1} more" if unknown[1:] else ""
     raise InputError(
-      f"{files.infos[first].file}: unknown tensor {first} {_shown(files.infos[first].shape)}{more}; the model has parts"
-      " that this version doesn't"
+      f"{files.infos[first].file}: unknown tensor {first} {_shown(files.infos[first].shape)}{more}; this version does"
+      " not support all parts of the model"
     )
 
 
@@ -113,12 +115,12 @@ def _shown(shape: Sequence[int]) -> str:
 
 
 class Fields:
-  """The fields that describe a model, of which none may go unread.
+  """The fields that describe a model; every field must be read.
 
   Args:
     where: the file, for errors.
     values: all fields.
-    prefix: of names, where only such are meant (a GGUF's 'llama.').
+    prefix: the prefix of the names of the fields (such as 'llama.' in a GGUF); other fields are ignored.
   """
 
   def __init__(self, where: pathlib.Path, values: Mapping[str, Any], prefix: str = ""):
@@ -131,10 +133,10 @@ class Fields:
     return self._prefix + name in self._values
 
   def take(self, name: str, kind: type, default: Any = ...) -> Any:
-    """A field's value; where it is missing or null, the default.
+    """A field's value; the default if the field is missing or null.
 
     Raises:
-      InputError: another type, or no value and no default.
+      InputError: the value has another type, or there is neither a value nor a default.
     """
     name = self._prefix + name
     self._read.add(name)
@@ -150,10 +152,10 @@ class Fields:
     return value
 
   def count(self, name: str) -> int | None:
-    """A field that counts something; None where it is missing or null.
+    """A field that is a positive count; None if it is missing or null.
 
     Raises:
-      InputError: no int, or none above zero.
+      InputError: the value is not an int, or is not positive.
     """
     value = self.take(name, int, None)
     if value is not None and value < 1:
@@ -161,21 +163,20 @@ class Fields:
     return value
 
   def demand(self, name: str, accepted: Sequence[Any], default: Any = None) -> None:
-    """Raises InputError unless a field, or its default where it is missing, is one of those that change nothing."""
+    """Raises InputError unless a field (its default if it is missing) has one of the accepted values."""
     self._read.add(self._prefix + name)
     value = self._values.get(self._prefix + name, default)
     if value not in accepted:
       wanted = " or ".join(map(repr, accepted))
-      raise InputError(f"{self.where}: {self._prefix}{name} = {value!r}; this version has {wanted} alone")
+      raise InputError(f"{self.where}: {self._prefix}{name} = {value!r}; this version only supports {wanted}")
 
   def finish(self, harmless: Iterable[str] = ()) -> None:
-    """Raises InputError if there is a field that nothing has read: it might change the model."""
+    """Raises InputError if a field was not read, because it might change the model."""
     for name, value in self._values.items():
       known = name in self._read or name.removeprefix(self._prefix) in harmless
       if not known and value is not None:
         raise InputError(
-          f"{self.where}: {name} = {_short(value)} is unknown, and may change what the model computes; take it out"
-          " if it doesn't"
+          f"{self.where}: {name} = {_short(value)} is unknown and may change the model; remove it if it does not"
         )
 
 

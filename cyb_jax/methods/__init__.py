@@ -1,4 +1,4 @@
-"""Methods: a slot model and an objective each, by name. `interface` says what a method is, `registry` lists them."""
+"""Methods by name: each is a slot model and an objective. `interface` defines the protocol; `registry` lists them."""
 
 from cyb_jax.methods.abilities import (
   Adaptive,

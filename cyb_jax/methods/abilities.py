@@ -1,6 +1,6 @@
-"""Abilities: what only some methods offer, a small protocol each.
+"""Abilities: one small protocol for each feature that only some methods offer.
 
-Whoever needs an ability tests for it:
+A caller that needs an ability tests for it:
 
     if isinstance(method, NonCausal):
       log_likelihood = method.autoregressive_log_likelihood(params, batch)
@@ -25,10 +25,10 @@ from cyb_jax.readout import TokenScores
 
 @runtime_checkable
 class Adaptive(Protocol):
-  """The model itself decides at which slot it answers: d is its own."""
+  """The model itself decides at which slot it answers: it computes d."""
 
   def median_dont_know(self, params: Params, batches: Iterable[Batch]) -> tuple[float, int] | None:
-    """The median of log d - log a over tokens with weight and their slots except the last one, nats; and the number of
+    """The median of log d - log a in nats over all slots but the last of the tokens with weight, and the number of
     these tokens. None: there is no such token, or W = 1.
     """
 
@@ -38,22 +38,22 @@ class Calibrated(Adaptive, Protocol):
   """Fresh parameters can be adjusted to the first batches, so that the median of d is the configured prior.
 
   Attributes:
-    calibration_batches: on how many batches `calibrate` wants to look before the first step; 0: none.
+    calibration_batches: the number of batches that `calibrate` reads before the first step; 0: no calibration.
   """
 
   @property
   def calibration_batches(self) -> int: ...
 
   def calibrate(self, params: Params, batches: Iterable[Batch]) -> Params:
-    """Fresh parameters, adjusted."""
+    """Returns the adjusted fresh parameters."""
 
   def log_start(self, params: Params, batches: Iterable[Batch]) -> None:
-    """Logs how a model that has never paused decides, before the first step."""
+    """Logs the median of d before the first step, for a model that has not been trained to pause."""
 
 
 @runtime_checkable
 class EvaluatedAsTrained(Protocol):
-  """Training sees other slots, or another omega, than an evaluation by default."""
+  """Training runs other slots, or uses another omega, than an evaluation does by default."""
 
   def evaluate_as_trained(self, params: Params, batch: Batch, output: EvalOutput) -> EvalOutput | None:
     """The same batch in the training context.
@@ -61,35 +61,35 @@ class EvaluatedAsTrained(Protocol):
     Args:
       params: as in `Method.evaluate`.
       batch: the batch that was evaluated.
-      output: `evaluate(params, batch)`, which is used again where it suffices.
+      output: the result of `evaluate(params, batch)`, which is reused where it suffices.
 
     Returns:
-      None where the training context is that of `evaluate`.
+      None if the training context equals the context of `evaluate`.
     """
 
 
 @runtime_checkable
 class ExtraMetrics(Protocol):
-  """Evaluation records more than what all methods have."""
+  """Evaluation records metrics that other methods do not have."""
 
   def summarize_metrics(self, means: dict[str, float]) -> dict[str, Any]:
-    """The additional keys of an evaluation, from the means over tokens of `EvalOutput.extra_metrics`."""
+    """The additional keys of an evaluation record, from the means of `EvalOutput.extra_metrics` over tokens."""
 
 
 @runtime_checkable
 class Scheduled(Protocol):
-  """The loss depends on how much of the run has passed."""
+  """The loss depends on the completed fraction of the run."""
 
   def with_steps(self, steps: int) -> Method:
-    """The same method, for the same parameters, in a run of so many steps."""
+    """The same method, for the same parameters, in a run of `steps` steps."""
 
 
 @runtime_checkable
 class OwnRates(Protocol):
-  """Some parameters outside of the decoder have a learning rate of their own.
+  """Some parameters outside of the decoder have their own learning rate.
 
   Attributes:
-    rate_factors: factors on the learning rate, by the name of the parameter.
+    rate_factors: factors of the learning rate, by parameter name.
   """
 
   @property
@@ -101,15 +101,15 @@ class NonCausal(Protocol):
   """`evaluate` predicts a token with knowledge of later ones."""
 
   def autoregressive_log_likelihood(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
-    """f32[B, T], log-probability of every target from the tokens before it alone; costs a pass for each token."""
+    """f32[B, T], log-probability of every target given only the tokens before it; costs one pass per token."""
 
 
 @runtime_checkable
 class FusedSlots(Protocol):
-  """One state is read that is made of the states of all slots."""
+  """The readout reads one state, which is computed from the states of all slots."""
 
   def fuse(self, params: Params, hidden: Float[Array, "... W D"]) -> Float[Array, "... D"]:
-    """The state that is read."""
+    """The fused state that is read out."""
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +119,7 @@ class SlotInputs:
 
   Attributes:
     tokens: i32[B, Q], the token that each slot belongs to.
-    slots: i32[B, Q], which slot of its token each is, from 0.
+    slots: i32[B, Q], the index of each slot within its token, from 0.
     positions: i32[B or 1, Q], for the rotary embeddings.
   """
 
@@ -130,14 +130,14 @@ class SlotInputs:
 
 @runtime_checkable
 class Decoding(Protocol):
-  """Text can be generated and scored: what the two ways of running slots on a cache have in common.
+  """Text can be generated and scored: the common part of the two ways of running slots on a cache.
 
   Attributes:
-    cache_config: a decoder with as many layers as a slot passes that runs on the cache.
-    hides_pauses: whether the slots of a token after its first are seen by that token alone.
-    shifts_positions: whether each slot takes a position of its own, so that later tokens stand further on.
-    keeps_all_pauses: whether the contexts of training hold all W slots of every token.
-    layer_passes: how often `hidden_slots` passes a slot through all layers.
+    cache_config: the decoder whose number of layers is the number of layers that a slot passes through on the cache.
+    hides_pauses: whether only a token itself sees the slots after its first slot.
+    shifts_positions: whether each slot has its own position, which shifts the positions of later tokens.
+    keeps_all_pauses: whether training contexts contain all W slots of every token.
+    layer_passes: the number of passes of a slot through all layers in `hidden_slots`.
   """
 
   @property
@@ -152,32 +152,32 @@ class Decoding(Protocol):
   def layer_passes(self) -> float: ...
 
   def empty_cache(self, rows: int, capacity: int) -> PyTree:
-    """A cache without a slot, with room for `capacity` slots in each of `rows` rows."""
+    """An empty cache with a capacity of `capacity` slots in each of `rows` rows."""
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     """The states of all slots, after the final norm."""
 
   def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
-    """The states of slots in any order, under a mask of the caller's; `mask`: see `Decoder.__call__`."""
+    """The states of slots in any order, with a mask from the caller; `mask`: see `Decoder.__call__`."""
 
   def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
-    """The distribution over the vocabulary at slots, and whether they abstain.
+    """The distribution over the vocabulary at slots, and the log-probabilities of abstaining and answering there.
 
     Args:
       params: bare arrays.
       hidden: [..., D], states of any slots.
-      slot: i32[...], which slot of its token each is, from 0. Methods that stop by a rule abstain by it.
+      slot: i32[...], the index of each slot within its token, from 0; methods with a fixed rule of stopping use it.
     """
 
   def mixture_log_probs(
     self, params: Params, hidden: Float[Array, "... W D"]
   ) -> tuple[Float[Array, "... V"], Float[Array, "... W"]]:
-    """The distribution over the vocabulary given all slots, log sum_i s_i p_i; and log s."""
+    """(log sum_i s_i p_i, log s): the log-distribution over the vocabulary given all slots, and over slots."""
 
 
 @runtime_checkable
 class CachedDecoding(Decoding, Protocol):
-  """Slots can run on a cache in any number at a time, so that a text can be read with fewer slots than W."""
+  """Any number of slots can run on a cache at a time, so that a text can be read with fewer slots than W."""
 
   def extend(
     self,
@@ -187,12 +187,12 @@ class CachedDecoding(Decoding, Protocol):
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B Q D"], Any]:
-    """Runs some more slots of every row after those in the cache.
+    """Runs more slots of every row after the slots in the cache.
 
     Args:
       params: bare arrays.
       inputs: the slots.
-      cache: of `empty_cache`.
+      cache: as `empty_cache` returns it.
       start: see `Decoder.extend`.
       first: see `Decoder.extend`.
 
@@ -203,7 +203,7 @@ class CachedDecoding(Decoding, Protocol):
 
 @runtime_checkable
 class SequentialDecoding(Decoding, Protocol):
-  """Each slot of a token is fed what the slot before it gave: the slots of a token run one after the other."""
+  """The input of a slot is the output of the previous slot: the slots of a token run one after the other."""
 
   def run_token(
     self,
@@ -220,17 +220,17 @@ class SequentialDecoding(Decoding, Protocol):
       params: bare arrays.
       token: i32[B].
       position: i32[B], for the rotary embeddings.
-      cache: of `empty_cache`.
-      cache_index: i32[B], the index of the token's first slot in the cache; the slots before it are seen.
+      cache: as `empty_cache` returns it.
+      cache_index: i32[B], the cache index of the token's first slot; the slots before it are seen.
 
     Returns:
-      [B, D], the state that is read; the cache; and i32[B], how many slots of the token it now holds.
+      [B, D], the state that is read out; the cache; and i32[B], the number of slots of the token in the cache.
     """
 
 
 @runtime_checkable
 class EarlyExit(Protocol):
-  """Slots are passes through the layers, and a token that answers early has no keys of its later passes."""
+  """Slots are passes through the layers, and a token that answers early has no keys for its later passes."""
 
   def fill_cache(self, cache: PyTree, *, cache_index: Int[Array, "B"], slots: Int[Array, "B"]) -> PyTree:
     """The cache as if the token at `cache_index` had run only its first `slots` slots."""
@@ -238,11 +238,11 @@ class EarlyExit(Protocol):
 
 @runtime_checkable
 class PromptPauses(Protocol):
-  """Inference runs pauses between a prompt and the text that is generated, once.
+  """Inference runs pauses once, between a prompt and the generated text.
 
   Attributes:
-    prompt_pauses: how many.
-    pauses_in_data: whether a split of the data has such pauses too, after its prefixes.
+    prompt_pauses: the number of these pauses.
+    pauses_in_data: whether evaluation also inserts these pauses, after the prefixes of a split.
   """
 
   @property
@@ -260,7 +260,7 @@ class PromptPauses(Protocol):
 
 @runtime_checkable
 class Exportable(Protocol):
-  """A Hugging Face folder holds the whole model: a plain decoder, with pauses and `<don't know>` as vocabulary entries.
+  """A Hugging Face folder can hold the model: a plain decoder with pauses and `<don't know>` as vocabulary entries.
 
   Attributes:
     num_pauses: K, the pauses of a token.

@@ -1,4 +1,4 @@
-"""The decoder and its readout, over which every method is built.
+"""The decoder and its readout, on which every method is built.
 
 Dimensions: ... any leading shape (batch, tokens), W slots, D model, V vocabulary.
 """
@@ -20,13 +20,13 @@ from cyb_jax.stopping import Form, SlotScores
 
 @dataclasses.dataclass(frozen=True)
 class DontKnow:
-  """The output row of `<don't know>`, as a readout takes it.
+  """The output row of `<don't know>` with the options of its readout.
 
   Attributes:
     row: f32[D].
-    bias: a scalar that is added to its logit next to the prior's shift, nats.
+    bias: a scalar that is added to the logit in addition to the prior's shift, nats.
     form: 'token' or 'unit', see `readout.slot_scores`.
-    prior: the probability of abstaining that the shift gives to uniform logits; None: no shift.
+    prior: the probability of abstaining at uniform logits, which the shift sets; None: no shift.
   """
 
   row: Float[Array, "D"]
@@ -40,11 +40,11 @@ class Backbone:
   """A decoder with its readout.
 
   Attributes:
-    decoder_config: its vocab_size counts the rows of the tables.
-    vocab_size: how many of these rows are real entries.
-    chunk_size: of the readout, see `readout.slot_scores`.
-    shards: devices that a batch is split over under jit, see there.
-    weights: one of `WEIGHTS`, which parameters are trained.
+    decoder_config: the decoder; its vocab_size is the number of rows of the tables, including padding.
+    vocab_size: the number of rows that are real vocabulary entries.
+    chunk_size: the chunk size of the readout, see `readout.slot_scores`.
+    shards: the number of devices over which jit splits a batch, see `readout.slot_scores`.
+    weights: which parameters are trained, one of `WEIGHTS`.
   """
 
   decoder_config: DecoderConfig
@@ -59,11 +59,11 @@ class Backbone:
 
   @property
   def is_frozen(self) -> bool:
-    """Whether the decoder's own parameters are not trained."""
+    """Whether the decoder's own parameters are frozen."""
     return self.weights != "all"
 
   def apply(self, params: Params, *args: Any, method: str | None = None, **options: Any) -> Any:
-    """Calls a method of the decoder, by default the whole forward, with the decoder's part of `params`."""
+    """Calls a method of the decoder, by default the forward pass, with the decoder's part of `params`."""
     return self.decoder.apply({"params": params["decoder"]}, *args, method=method, **options)
 
   def embed(self, params: Params, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -117,12 +117,12 @@ def _readout_options(dont_know: DontKnow | None) -> tuple[Array | None, dict[str
 
 
 def segment_mask(segment_ids: Int[Array, "B S"] | None) -> SegmentMask | None:
-  """The mask that keeps attention inside segments; None: plain causal attention."""
+  """The mask that restricts attention to segments; None: plain causal attention."""
   return None if segment_ids is None else SegmentMask(segment_ids)
 
 
 def boxed(value: Float[Array, "..."], *axes: str | None) -> nn.LogicallyPartitioned:
-  """A parameter with the names of its logical axes; without names none of them is split."""
+  """A parameter with the names of its logical axes; without names no axis is split."""
   return nn.LogicallyPartitioned(value, axes or (None,) * value.ndim)
 
 

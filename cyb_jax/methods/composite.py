@@ -1,6 +1,6 @@
 """Methods that are composed of a slot model and an objective.
 
-Parameters: `decoder`, and next to it those of the slot model and of the objective under their own names.
+Parameters: `decoder`, and the parameters of the slot model and of the objective under their own names.
 
 Dimensions: B batch, T tokens, W slots, D model, V vocabulary.
 """
@@ -35,13 +35,13 @@ from cyb_jax.stopping import log_stopping_distribution
 
 
 class SlotMethod:
-  """What `interface.Method` asks for, from a slot model and an objective.
+  """Implements `interface.Method` with a slot model and an objective.
 
   Args:
     config: the options.
     backbone: the decoder and its readout.
-    slot_model: where the states of slots come from.
-    objective: what is made of them.
+    slot_model: computes the states of slots.
+    objective: computes the stopping-time distribution and the loss from these states.
 
   Attributes:
     constants: names of parameters that no step changes.
@@ -70,7 +70,7 @@ class SlotMethod:
 
   def is_trained(self, path: tuple[str, ...]) -> bool:
     if not self.backbone.is_frozen:
-      # Constants too, at a gradient of zero: the optimizer state of such runs has moments for them.
+      # Constants count as trained, with a gradient of zero: the optimizer state of such runs has moments for them.
       return True
     if path[0] == "decoder":
       return self.backbone.weights == "lora" and path[-1] in LEAVES
@@ -119,17 +119,17 @@ class SlotMethod:
     return self.slot_model.train_slots(sequence_length)
 
   def train_cost(self, sequence_length: int, *, executed: bool) -> Cost:
-    """Of a training step, per real token."""
+    """The cost of a training step, per real token."""
     slots_read = self.objective.slots_trained
     return self.slot_model.train_cost(sequence_length, slots_read=slots_read, executed=executed)
 
   def forward_cost(self, sequence_length: int, *, executed: bool) -> Cost:
-    """Of an evaluation forward, per real token."""
+    """The cost of one forward pass of evaluation, per real token."""
     return self.slot_model.forward_cost(sequence_length, slots_read=self.num_slots, executed=executed)
 
 
 class DecodingSlotMethod(SlotMethod):
-  """What `abilities.Decoding` asks for, from a slot model that has a cache."""
+  """Implements `abilities.Decoding` with a slot model that has a cache."""
 
   @property
   def cache_config(self) -> DecoderConfig:
@@ -172,7 +172,7 @@ class DecodingSlotMethod(SlotMethod):
 
 
 class CachedSlotMethod(DecodingSlotMethod):
-  """A method whose slots run on a cache in any number at a time: `abilities.CachedDecoding`."""
+  """A method that runs any number of slots on a cache at a time: `abilities.CachedDecoding`."""
 
   def extend(
     self,
@@ -186,7 +186,7 @@ class CachedSlotMethod(DecodingSlotMethod):
 
 
 class ExportableSlotMethod(CachedSlotMethod):
-  """A method that a Hugging Face folder holds whole: `abilities.Exportable`."""
+  """A method whose complete model a Hugging Face folder can hold: `abilities.Exportable`."""
 
   @property
   def num_pauses(self) -> int:
@@ -194,7 +194,7 @@ class ExportableSlotMethod(CachedSlotMethod):
 
 
 class SequentialSlotMethod(DecodingSlotMethod):
-  """A method whose slots of a token run one after the other: `abilities.SequentialDecoding`."""
+  """A method that runs the slots of a token one after the other: `abilities.SequentialDecoding`."""
 
   def run_token(self, params: Params, **token: Any) -> tuple[Float[Array, "B D"], PyTree, Int[Array, "B"]]:
     return self.slot_model.run_token(params, **token)

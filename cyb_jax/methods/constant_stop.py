@@ -1,7 +1,7 @@
 """A control: the mixture over slots of CYB, with a stopping distribution that does not depend on the context.
 
-CYB reads a mixture of slots, and a mixture alone helps. Here the shares are W trained numbers, the same for every
-token: what CYB gains over this method is due to deciding token by token.
+CYB reads a mixture of slots, and a mixture alone lowers the loss. Here the shares are W trained numbers, the same for
+every token: the gain of CYB over this method is due to the decision for each token.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConstantStopConfig(PauseOptions):
-  """The options of `constant_stop`: those of pauses, and where the shares start.
+  """The options of `constant_stop`: the options of pauses, and the initial shares.
 
   Attributes:
-    dont_know_prior: the initial shares are those that this prior gives to an untrained CYB; None: equal shares.
+    dont_know_prior: the initial shares equal the stopping distribution of an untrained CYB with this prior; None:
+      equal shares.
   """
 
   name: ClassVar[str] = "constant_stop"

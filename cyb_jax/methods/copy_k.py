@@ -1,5 +1,5 @@
-"""Copies: the embedding of every token K times more, and the rightmost copy is read. What streams buy that decide
-nothing: the baseline of Thoughtbubbles (Liu et al. 2025, https://arxiv.org/abs/2510.00219).
+"""Copies: the embedding of every token is repeated K more times, and the rightmost copy is read. This is the baseline
+of Thoughtbubbles with streams but without decisions (Liu et al. 2025, https://arxiv.org/abs/2510.00219).
 """
 
 from __future__ import annotations

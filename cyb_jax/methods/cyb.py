@@ -1,18 +1,18 @@
-"""Catch Your Breath: the model abstains until it knows, and is trained over the time at which it stops.
+"""Catch Your Breath: the model abstains until it knows the answer; the loss is an expectation over the stopping time.
 
-Slots are pauses, the objective is a stopping time (arXiv 2510.13879). How many of its W slots a token gets in training
-(`method.recipe`):
+Slots are pauses, and the objective is a stopping time (arXiv 2510.13879). `method.recipe` sets how many of its W slots
+a token gets in training:
 
-- constant: all of them, and omega is summed over inside the loss. All of the paper's experiments.
-- sampled (described in the paper, not run there): W_n ~ Cat(omega) slots are laid out, and d = 0 on the last of them,
-  through an omega that is one-hot there.
-- on_policy (ours): as sampled, but W_n is drawn from the model's own stopping distribution, so that training sees the
-  contexts that self-paced inference makes. There are two passes. The first one, without a gradient, reads d with all W
-  slots after every token; a share `policy_floor` of the tokens is drawn from 1..W alike instead, so that late slots and
-  the decision to go on are trained however early the model stops.
+- constant: all W slots; the loss sums over omega. All of the paper's experiments use this recipe.
+- sampled (described in the paper, without experiments): a token gets W_n ~ Cat(omega) slots, and d = 0 at the last of
+  these slots, because omega is one-hot there.
+- on_policy (ours): as sampled, but W_n is drawn from the model's own stopping distribution, so that the contexts of
+  training are those of self-paced inference. There are two passes. The first pass has no gradient and reads d with all
+  W slots after every token. For a share `policy_floor` of the tokens W_n is drawn uniformly from 1..W instead, so that
+  late slots and the decision to continue are trained even if the model stops early.
 
-With sampled and on_policy the slots are packed into rows of a fixed number of slots (`pauses.pack`). Evaluation loses
-no token: its rows have room for all W slots of every token.
+With sampled and on_policy the slots are packed into rows of a fixed number of slots (`pauses.pack`). Evaluation drops
+no token: its rows are large enough for all W slots of every token.
 
 Dimensions: B batch, T tokens, W slots, S slots of a row.
 """
@@ -40,13 +40,13 @@ from cyb_jax.methods.stopping_method import StoppingMethod
 from cyb_jax.pauses import Packing, draw_lengths, pack, packed_row_slots
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
-# Evaluation draws too, the same for the same text.
+# Evaluation also draws numbers of slots; with a fixed seed the draws are the same for the same text.
 _EVALUATION_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CybConfig(StoppingOptions, PauseOptions):
-  """The options of `cyb`: those of pauses, of the stopping-time losses, and of the recipe.
+  """The options of `cyb`: the options of pauses, of the stopping-time losses, and of the recipe.
 
   Attributes:
     recipe: how many of its W slots a token gets in training: 'constant', all of them; 'sampled', a number drawn from
@@ -70,30 +70,29 @@ class CybConfig(StoppingOptions, PauseOptions):
 
   @property
   def is_ragged(self) -> bool:
-    """Whether the number of slots varies in training. Where all W are always granted, *sampled* is *constant*."""
+    """Whether the number of slots varies in training. If omega always allows W, *sampled* equals *constant*."""
     omega = self.omega
     return self.recipe == "on_policy" or (self.recipe == "sampled" and omega is not None and any(omega[:-1]))
 
   def validate_recipe(self) -> None:
     if self.recipe != "constant" and self.loss != "ap":
-      raise InputError(
-        f"method.recipe: {self.recipe!r} goes with method.loss = 'ap' alone, not {self.loss!r}; take 'constant'"
-      )
+      raise InputError(f"method.recipe: {self.recipe!r} requires method.loss = 'ap', not {self.loss!r}; use 'constant'")
     if self.recipe == "on_policy" and self.omega is not None:
       raise InputError(
         f"method.omega: {self.omega} is set, but method.recipe = 'on_policy' draws from the model's own stopping"
-        " distribution; leave it at ''"
+        " distribution; leave method.omega at ''"
       )
     if self.slot_budget and not (self.is_ragged and 1 <= self.slot_budget <= self.num_slots):
-      wanted = f"lie in [1, {self.num_slots}], or be 0" if self.is_ragged else "be 0 where all slots are always given"
-      raise InputError(f"method.slot_budget: {self.slot_budget:g} must {wanted}")
+      wanted = f"in [1, {self.num_slots}], or 0" if self.is_ragged else "0 if every token gets all slots"
+      raise InputError(f"method.slot_budget: {self.slot_budget:g} must be {wanted}")
     if self.recipe != "on_policy" and self.policy_floor != type(self).policy_floor:
       raise InputError(
-        f"method.policy_floor: {self.policy_floor:g} is set, but method.recipe = {self.recipe!r} doesn't use it"
+        f"method.policy_floor: {self.policy_floor:g} is set, but method.recipe = {self.recipe!r} doesn't use it; leave"
+        f" it at {type(self).policy_floor:g}"
       )
 
   def fewest_slots_reached(self) -> int:
-    # Where the number of slots is drawn, a token must be able to answer with the fewest that it may be given.
+    # If the number of slots is drawn, a token must be able to answer with the fewest slots that it may get.
     if self.recipe == "on_policy":
       return 1
     if self.is_ragged:
@@ -122,11 +121,11 @@ class Cyb(StoppingMethod, ExportableSlotMethod):
     return self.slot_model.hidden_packed(params, batch, packing)
 
   def slot_scores_packed(self, params: Params, batch: Batch, packing: Packing) -> SlotScores:
-    """The slots that tokens were given, f32[B, T, W] each; slots after a token's last one repeat that."""
+    """The scores of the slots in the packed rows, f32[B, T, W] each; slots after a token's last slot repeat it."""
     hidden = self.hidden_packed(params, batch, packing)[:, :, None]
     scores = self.objective.scores(params, hidden, jnp.take_along_axis(batch["targets"], packing.token, -1))
-    places = packing.places.reshape(len(packing.places), -1)
-    return jax.tree.map(lambda x: jnp.take_along_axis(x[..., 0], places, -1).reshape(packing.places.shape), scores)
+    indices = packing.places.reshape(len(packing.places), -1)
+    return jax.tree.map(lambda x: jnp.take_along_axis(x[..., 0], indices, -1).reshape(packing.places.shape), scores)
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     if not self.config.is_ragged:
@@ -151,15 +150,15 @@ class Cyb(StoppingMethod, ExportableSlotMethod):
     )
 
   def _policy(self, scores: SlotScores) -> Float[Array, "B T W"]:
-    """The distribution of the number of slots that the model would request if all W were granted; for a share of the
-    tokens 1..W alike.
+    """The distribution of the number of slots that the model would request if all W were allowed, mixed with a uniform
+    distribution over 1..W.
     """
     requested = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
     floor = self.config.policy_floor
     return (1 - floor) * requested + floor / self.num_slots
 
   def _row_slots(self, length: int) -> int:
-    """S, slots of a packed row in training."""
+    """S, the number of slots of a packed row in training."""
     if self.config.slot_budget:
       return math.ceil(self.config.slot_budget * length)
     if self.config.recipe == "on_policy":
@@ -199,7 +198,7 @@ class Cyb(StoppingMethod, ExportableSlotMethod):
     if not self.config.is_ragged:
       return super().train_cost(sequence_length, executed=executed)
     config, slots = self.backbone.decoder_config, self._row_slots(sequence_length) / sequence_length
-    # Packed rows have no structured mask: hidden pauses save nothing of what is executed.
+    # Packed rows have no structured mask, so hidden pauses reduce the model FLOPs but not the executed FLOPs.
     total = flops.train_cost(
       config,
       tokens=sequence_length,
@@ -210,7 +209,7 @@ class Cyb(StoppingMethod, ExportableSlotMethod):
       frozen=self.backbone.is_frozen,
     )
     if self.config.recipe == "on_policy":
-      # The first pass reads d alone, which in unit form needs no logits.
+      # The first pass reads only d, which needs no logits in unit form.
       read = self.num_slots - 1 if self.config.dont_know == "token" else 0
       total += self.slot_model.forward_cost(sequence_length, slots_read=read, executed=executed)
     return total

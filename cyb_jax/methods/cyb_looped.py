@@ -1,7 +1,7 @@
 """Stopping time over depth: the stopping-time losses of Catch Your Breath over loops of the layers instead of pauses.
 
-d comes from the same output row after every loop. Training and evaluation read all loops; decoding exits early, at a
-loop that each token decides by itself: see `cyb_jax.methods.slot_models.read_loops` for what is exact then.
+The same output row gives d after every loop. Training and evaluation read all loops. Decoding exits early, at a loop
+that the model chooses for each token; `cyb_jax.methods.slot_models.read_loops` states which results are then exact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cyb_jax.methods.stopping_method import StoppingMethod
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CybLoopedConfig(StoppingOptions):
-  """The options of `cyb_looped`: those of the stopping-time losses.
+  """The options of `cyb_looped`: the options of the stopping-time losses.
 
   Attributes:
     pauses: K, the number of passes through the layers after the first one.
@@ -34,7 +34,7 @@ class CybLoopedConfig(StoppingOptions):
 
 
 class CybLooped(StoppingMethod):
-  """CYB-AP, CYB-VA and CYB-DP over loops: also `abilities.EarlyExit`."""
+  """CYB-AP, CYB-VA and CYB-DP over loops; also implements `abilities.EarlyExit`."""
 
   config: CybLoopedConfig
   slot_model: ReadLoops

@@ -1,8 +1,8 @@
-"""What a method is to the trainer, to evaluation and to the programs, which know no method by name.
+"""The interface of a method to the trainer, to evaluation and to the programs, which know no method by name.
 
 A method is a slot model (where the W hidden states of a token come from) and an objective (how these states become a
-stopping-time distribution and a loss). `Method` is what every method offers; `cyb_jax.methods.abilities` has what only
-some methods offer.
+stopping-time distribution and a loss). Every method implements `Method`; `cyb_jax.methods.abilities` has the protocols
+that only some methods implement.
 
 Dimensions: B batch, T tokens, W slots, S slots of a row, Q slots that run together, D model, V vocabulary.
 """
@@ -29,21 +29,21 @@ segment.
 
 Params = PyTree
 
-# Which parameters are trained: all; the adapters and the parameters next to the decoder's; or only the latter.
+# Which parameters are trained: all; the adapters and the parameters outside of the decoder; or only the latter.
 WEIGHTS = ("all", "lora", "new")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLosses:
-  """What a training step needs of every token.
+  """The per-token results that a training step needs.
 
   Attributes:
     loss: f32[B, T], the training objective, nats.
-    log_likelihood: f32[B, T], log-probability of the target as the model is read, without discount or penalty.
+    log_likelihood: f32[B, T], log-probability that the model gives the target, without discount or penalty.
     stopping: f32[B, T, W], the probability of reading each slot.
-    slots: f32[B, T], the number of slots that each token was given; None: W.
-    kept: bool[B, T], False where the slots of a token did not fit into its row, which takes its weight away. None: the
+    slots: f32[B, T], the number of slots of each token; None: W.
+    kept: bool[B, T], False if the slots of a token did not fit into its row; the token then has no weight. None: the
       slots of all tokens fit.
   """
 
@@ -57,19 +57,19 @@ class TokenLosses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EvalOutput:
-  """What evaluation needs of every token: all slots are read.
+  """The per-token results that evaluation needs; all slots are read.
 
   Attributes:
     loss: f32[B, T], the training objective, nats.
     scores: f32[B, T, W] each.
     log_stopping: f32[B, T, W], under the evaluation's omega.
-    lengths: i32[B, T], the number of slots that each token was given; the scores of later slots repeat those of its
-      last slot. None: all W.
-    slots: f32[B, T], the number of slots that inference runs for each token, for methods that decide it token by token;
-      None: see `MethodCosts.inference`.
-    fused: f32[B, T], log-probability of the target where one state is read that is made of the states of all slots;
-      None: the slots are a mixture.
-    extra_metrics: f32[B, T] each, the numbers whose means `abilities.ExtraMetrics` is given.
+    lengths: i32[B, T], the number of slots of each token; the scores of later slots repeat the scores of its last slot.
+      None: all W.
+    slots: f32[B, T], the number of slots that inference runs for each token, for methods that decide this number for
+      each token; None: see `MethodCosts.inference`.
+    fused: f32[B, T], log-probability of the target from the fused state, for methods that read one state computed from
+      all slots; None: the slots are a mixture.
+    extra_metrics: f32[B, T] each; `abilities.ExtraMetrics.summarize_metrics` gets their means.
   """
 
   loss: Float[Array, "B T"]
@@ -82,7 +82,7 @@ class EvalOutput:
 
   @property
   def log_likelihood(self) -> Float[Array, "B T"]:
-    """f32[B, T], log-probability of the target as the model is read: log sum_i s_i t_i, or `fused`."""
+    """f32[B, T], log-probability that the model gives the target: log sum_i s_i t_i, or `fused`."""
     if self.fused is not None:
       return self.fused
     return jax.nn.logsumexp(self.log_stopping + self.scores.log_target, -1)
@@ -90,22 +90,23 @@ class EvalOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodCosts:
-  """What a method costs on windows of T tokens.
+  """The compute cost of a method on windows of T tokens.
 
-  FLOPs are per real token (`cyb_jax.costs.flops`): `model` counts what the method needs, `executed` what the compiled
-  program does. Where an amount is drawn at random, these are means.
+  FLOPs are per real token (`cyb_jax.costs.flops`): model FLOPs count what the method needs, executed FLOPs what the
+  compiled program computes. If the number of slots is random, the costs are means.
 
   Attributes:
-    train: of a training step.
-    train_executed: of a training step, as executed.
-    forward: of one evaluation forward.
-    forward_executed: of one evaluation forward, as executed.
-    inference: of decoding a text of T tokens with a cache: every slot passes the layers once, over the keys before it.
-    autoregressive: of generating a text of T tokens one by one: `inference`, except for methods without a cache.
-    train_slots: decoder slots that a window takes in training. A slot counts each time that it passes all layers.
-    forward_slots: decoder slots that a window takes in one evaluation forward.
-    evaluation_passes: how often evaluation, including `evaluate_as_trained`, runs that forward.
-    trained_tokens: tokens of a window at which training has a loss.
+    train: cost of a training step.
+    train_executed: cost of a training step, as executed.
+    forward: cost of one forward pass of evaluation.
+    forward_executed: cost of one forward pass of evaluation, as executed.
+    inference: cost of decoding a text of T tokens with a cache: every slot passes through the layers once and attends
+      to the keys before it.
+    autoregressive: cost of generating a text of T tokens one by one: `inference`, except for methods without a cache.
+    train_slots: decoder slots of a window in training. A slot counts each time that it passes through all layers.
+    forward_slots: decoder slots of a window in one forward pass of evaluation.
+    evaluation_passes: number of these forward passes in an evaluation, including `evaluate_as_trained`.
+    trained_tokens: tokens of a window that have a training loss.
   """
 
   train: Cost
@@ -121,7 +122,7 @@ class MethodCosts:
 
 
 class DataFacts(Protocol):
-  """What methods ask of the data that they are to be trained on; a token store answers it.
+  """The facts about training data that methods need; a token store implements it.
 
   Attributes:
     task: the name of the task.
@@ -137,7 +138,7 @@ class DataFacts(Protocol):
     """Whether the documents are a prefix, whose tokens have no weight, and a target."""
 
   def prefixes(self, split: str, sequence_length: int) -> np.ndarray:
-    """i64[windows], the number of prefixes in each window of so many tokens."""
+    """i64[windows], the number of prefixes in each window of `sequence_length` tokens."""
 
 
 @runtime_checkable
@@ -147,11 +148,11 @@ class Method(Protocol):
   Methods hold no state: `init` makes a tree of parameters, and everything else takes it.
 
   Attributes:
-    name: in the registry.
+    name: the name of the method in the registry.
     config: the options, an instance of the method's own frozen dataclass.
     decoder: the Linen module that all slots pass through.
-    vocab_size: how many rows of the embedding table are real entries of the vocabulary.
-    num_slots: W, slots of a token that can be read.
+    vocab_size: the number of rows of the embedding table that are real vocabulary entries.
+    num_slots: W, the number of slots of a token that can be read.
   """
 
   @property
@@ -169,7 +170,7 @@ class Method(Protocol):
     """Fresh parameters, leaves boxed with their logical axes (`flax.linen.LogicallyPartitioned`)."""
 
   def is_trained(self, path: tuple[str, ...]) -> bool:
-    """Whether steps may change the parameter at a path of names; the others have neither gradient nor moments."""
+    """Whether training changes the parameter at a path of names; other parameters have neither gradient nor moments."""
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Int[Array, ""] | int | None = None) -> TokenLosses:
     """The training objective, per token.
@@ -177,8 +178,8 @@ class Method(Protocol):
     Args:
       params: bare arrays.
       batch: see `Batch`.
-      rng: the key of this step. All devices and all parts of an accumulated batch get the same key: random draws must
-        also be keyed by the row's content (`pauses.draw_lengths`).
+      rng: the key of this step. All devices and all parts of an accumulated batch get the same key, so random draws
+        must also be keyed by the row's content (`pauses.draw_lengths`).
       step: the number of steps taken before this one; None: all warm-ups are over.
     """
 
@@ -186,11 +187,11 @@ class Method(Protocol):
     """Reads every slot; `omega`: see `stopping.log_stopping_distribution`."""
 
   def costs(self, sequence_length: int, *, slots: float | None = None) -> MethodCosts:
-    """What windows of `sequence_length` tokens cost.
+    """The compute cost of windows of `sequence_length` tokens.
 
     Args:
       sequence_length: T.
-      slots: slots a token that inference was measured to run, for `MethodCosts.inference`; None: all of them.
+      slots: the measured number of slots per token at inference, for `MethodCosts.inference`; None: all slots.
     """
 
   def validate_data(self, data: DataFacts | None, sequence_length: int) -> None:
@@ -201,7 +202,7 @@ class Method(Protocol):
       sequence_length: T.
 
     Raises:
-      InputError: windows of so many tokens, or this data, do not go with the options.
+      InputError: the options are incompatible with windows of T tokens or with this data.
     """
 
 
@@ -215,7 +216,7 @@ class SlotModel(Protocol):
   num_slots: int
 
   def init(self, rng: Array) -> Params:
-    """The parameters next to the decoder's, boxed."""
+    """The slot model's parameters outside of the decoder, boxed."""
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
     """The states of all slots of all tokens, after the final norm."""
@@ -230,7 +231,7 @@ class SlotModel(Protocol):
     """FLOPs per real token of a training step that reads `slots_read` slots of a token."""
 
   def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> Cost:
-    """FLOPs per real token of an evaluation forward that reads `slots_read` slots of a token."""
+    """FLOPs per real token of a forward pass of evaluation that reads `slots_read` slots of a token."""
 
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> Cost:
     """FLOPs per real token of decoding that reads `slots_read` slots of a token, see `MethodCosts.inference`; `slots`:
@@ -242,10 +243,10 @@ class Objective(Protocol):
   """How the states of a token's slots become a stopping-time distribution and a loss.
 
   Attributes:
-    slots_trained: how many of the W slots the loss reads.
-    slots_decoded: how many slots of a token decoding reads when it runs all of them.
-    decides_by_logits: whether it takes the logits of a slot to know whether the token answers there. If not, decoding
-      slot by slot reads one slot of a token.
+    slots_trained: the number of slots of a token that the loss reads.
+    slots_decoded: the number of slots of a token that decoding reads when it runs all slots.
+    decides_by_logits: whether the logits of a slot are needed to decide whether the token answers there. If not,
+      decoding slot by slot reads out one slot of a token.
   """
 
   slots_trained: int
@@ -253,7 +254,7 @@ class Objective(Protocol):
   decides_by_logits: bool
 
   def init(self, rng: Array) -> Params:
-    """The parameters next to the decoder's, boxed."""
+    """The objective's parameters outside of the decoder, boxed."""
 
   def loss(
     self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
@@ -263,7 +264,7 @@ class Objective(Protocol):
   def evaluate(
     self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], omega: Any = None
   ) -> EvalOutput:
-    """All slots, read; `omega`: see `Method.evaluate`."""
+    """Reads all slots; `omega`: see `Method.evaluate`."""
 
   def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     """See `abilities.Decoding`."""

@@ -1,4 +1,4 @@
-"""A control: a plain model whose layers are run W times, one token a slot. What more steps buy without more slots."""
+"""A control: a plain model that runs its layers W times, with one slot per token: more depth without more slots."""
 
 from __future__ import annotations
 

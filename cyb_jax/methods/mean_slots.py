@@ -14,7 +14,7 @@ from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanSlotsConfig(PauseOptions):
-  """The options of `mean_slots`: those of pauses."""
+  """The options of `mean_slots`: the options of pauses."""
 
   name: ClassVar[str] = "mean_slots"
   RULES: ClassVar = {"pauses": whole_number(1, note="; without pauses it is 'baseline'")}

@@ -1,15 +1,15 @@
 """A control: a mixture of W softmaxes without pauses (Yang et al. 2018, https://arxiv.org/abs/1711.03953).
 
-CYB with the step budget 0:..:0:1 reads a mixture of softmaxes whose gate is a stick-breaking one. Here the mixture is
-made of the one hidden state h of a plain model: component k reads tanh(h A_k + b_k) with the shared unembedding, and
-the gate softmax(h G + g) depends on the context. What CYB gains over this method is due to the pauses, not to the
+CYB with the step budget 0:..:0:1 reads a mixture of softmaxes with a stick-breaking gate. Here all components of the
+mixture read the one hidden state h of a plain model: component k reads tanh(h A_k + b_k) with the shared unembedding,
+and the gate softmax(h G + g) depends on the context. The gain of CYB over this method is due to the pauses, not to the
 richer output distribution.
 
-Parameters: `mos_heads` f32[W, D, D], A, which starts at the identity plus normal noise with a standard deviation of
-0.02 / sqrt(D); `mos_bias` f32[W, D], b, zero; `mos_gate` f32[D, W], G, and `mos_gate_bias` f32[W], g, zero.
+Parameters: `mos_heads` f32[W, D, D], A, initialised to the identity plus normal noise with a standard deviation of
+0.02 / sqrt(D); `mos_bias` f32[W, D], b, `mos_gate` f32[D, W], G, and `mos_gate_bias` f32[W], g, initialised to zero.
 
-The prediction of a token is one distribution, so W output heads are one slot: text is generated without pauses. Where
-head and gate read the same state, slot model and objective cannot be separated; this file implements both.
+The prediction of a token is one distribution, so W output heads are one slot: text is generated without pauses. Heads
+and gate read the same state, so slot model and objective cannot be separated; this file implements both.
 
 Dimensions: B batch, T tokens, W heads, D model, V vocabulary.
 """
@@ -118,7 +118,7 @@ class MixtureOfSoftmaxes:
 
 
 class Mos(CachedSlotMethod):
-  """Cross-entropy of a mixture of softmaxes: also `abilities.ExtraMetrics`."""
+  """Cross-entropy of a mixture of softmaxes; also implements `abilities.ExtraMetrics`."""
 
   config: MosConfig
   objective: MixtureOfSoftmaxes
@@ -132,14 +132,14 @@ class Mos(CachedSlotMethod):
 
 
 class HeadedPlain(Plain):
-  """A plain model whose token is read by several heads, which costs as many readouts and a matrix for each head."""
+  """A plain model with several heads per token: each head costs a matrix and a readout."""
 
   def __init__(self, backbone: Backbone, heads: int):
     super().__init__(backbone)
     self.heads = heads
 
   def _head_cost(self) -> flops.Cost:
-    """Of the heads' matrices and the gate, per token."""
+    """The cost of the heads' matrices and of the gate, per token."""
     width = self.backbone.decoder_config.d_model
     return flops.Cost(routing=2 * self.heads * (width * width + width))
 
@@ -152,5 +152,5 @@ class HeadedPlain(Plain):
     return cost + self._head_cost()
 
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
-    del slots  # a token has one
+    del slots  # a token has one slot
     return self.forward_cost(sequence_length, slots_read=slots_read, executed=False)

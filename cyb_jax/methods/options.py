@@ -1,4 +1,4 @@
-"""What the options of all methods have in common: a frozen dataclass for each method, checked when it is made."""
+"""The base class of the options of methods: a frozen dataclass for each method, validated on construction."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class MethodConfig:
   """The options of a method. Every method has a subclass, whose fields are its options.
 
   Attributes:
-    name: of the method, in the registry.
-    RULES: what single options must be, by name; a class has those of its bases too. They are checked when the options
-      are made, and they are the accepted values that the documentation of the config shows.
+    name: the name of the method in the registry.
+    RULES: the accepted values of single options, by name; a class also has the rules of its bases. The rules are
+      checked on construction, and the documentation of the config shows them.
 
   Raises:
-    InputError: an option is out of its range, or two do not go together; the message names `method.FIELD`.
+    InputError: an option is out of its range, or two options are incompatible; the message names `method.FIELD`.
   """
 
   name: ClassVar[str]
@@ -36,7 +36,7 @@ class MethodConfig:
 
   @classmethod
   def rules(cls) -> dict[str, Rule]:
-    """The rules of this class's options: its own, and those of its bases."""
+    """The rules of this class's options, from this class and its bases."""
     found: dict[str, Rule] = {}
     for base in reversed(cls.__mro__):
       found |= vars(base).get("RULES", {})
@@ -44,12 +44,12 @@ class MethodConfig:
     return {name: rule for name, rule in found.items() if name in own}
 
   def validate(self) -> None:
-    """Raises InputError for what can be checked without a model, in addition to the rules."""
+    """Raises InputError if options are invalid; runs after the rules and needs no model."""
 
   def build(self, backbone: Backbone) -> Method:
     """The method with these options over a decoder.
 
     Raises:
-      InputError: an option does not go with the decoder.
+      InputError: an option is incompatible with the decoder.
     """
     raise NotImplementedError

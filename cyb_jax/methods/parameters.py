@@ -1,4 +1,4 @@
-"""The part of a method's parameters that is trained. Parameters are nested dicts."""
+"""The trained part of a method's parameters. Parameters are nested dicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 
 def trained_part(params: PyTree, is_trained: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> PyTree:
-  """The parameters that are trained: the same nested dicts, without the names of the others.
+  """The trained parameters: the same nested dicts without the other parameters.
 
   Args:
     params: nested dicts with leaves of any kind.
@@ -42,7 +42,7 @@ def with_trained(params: PyTree, part: PyTree) -> PyTree:
 
 
 def new_parameters(init: Callable[[Array], PyTree]) -> frozenset[str]:
-  """The names of a method's parameters next to the decoder's, which a pretrained model does not have.
+  """The names of a method's parameters outside of the decoder, which a pretrained model does not have.
 
   Args:
     init: see `Method.init`.

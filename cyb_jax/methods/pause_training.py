@@ -1,22 +1,23 @@
-"""Pause-training: one learned pause, at an ordinary position, after some tokens alone (Goyal et al. 2023, "Think before
-you speak", https://arxiv.org/abs/2310.02226).
+"""Pause-training: one learned pause, with a position of its own, after some of the tokens (Goyal et al. 2023, "Think
+before you speak", https://arxiv.org/abs/2310.02226).
 
-Parameters: `decoder`, and if the model can pause `pause_input` f32[1, D]. A token that is followed by pauses is read
-once, at the last of them. Where pauses are in training (`method.pause_places`), and what evaluation and inference do:
+Parameters: `decoder`, and `pause_input` f32[1, D] if the model can pause. A token that is followed by pauses is read
+once, at the last pause. `method.pause_places` sets where training inserts pauses and what evaluation does:
 
-- random (pretraining): a share `pause_fraction` of the window's T tokens, as pauses, at random places of its row, which
-  is then cut back to T slots; tokens that are cut off have no weight, and are counted. The loss is at every slot whose
-  next slot is a token; the first token of a row is predicted in the window before it, so no pauses precede it.
-  Evaluation reads the text without pauses, since the paper measures such models on tasks alone; in addition (`loss`,
-  `training_omega`) with pauses drawn as in training, by a fixed seed, in rows that have room for all.
-- prefix (fine-tuning): M = `pauses` pauses between each prefix, whose tokens have no weight, and its target; in
-  evaluation too. Rows have room for one prefix more than one every 32 tokens. In training targets beyond that have no
-  weight, and are counted; evaluation loses none, and reads later prefixes without pauses.
-- none: nowhere, and not in evaluation. With 'prefix' in a run that starts from it, and with 'random' before either,
-  these are the paper's 2 x 2 of standard and pause pretraining and fine-tuning.
+- random (pretraining): round(`pause_fraction` * T) pauses are inserted at random places of a window's row, which is
+  then cut back to T slots. Tokens that are cut off have no weight, and their number is reported. The loss is at every
+  slot whose next slot is a token; the first token of a row is predicted in the previous window, so no pauses precede
+  it. Evaluation reads the text without pauses, because the paper evaluates such models only on tasks. It also reads the
+  text (`loss`, `training_omega`) with pauses drawn as in training, with a fixed seed, in rows that are long enough for
+  all of them.
+- prefix (fine-tuning): M = `pauses` pauses are inserted between each prefix, whose tokens have no weight, and its
+  target, in training and evaluation. A row has slots for the pauses of 1 + T // 32 prefixes. In training the targets of
+  later prefixes have no weight, and their number is reported; evaluation reads later prefixes without pauses.
+- none: no pauses in training or evaluation. The combinations of 'random' or 'none' in pretraining with 'prefix' or
+  'none' in a run that starts from it are the paper's 2 x 2 of standard and pause pretraining and fine-tuning.
 
-Inference (text that is generated, and requests that are scored) runs M pauses after the prompt, wherever they were in
-training; with M = 0, none. M may differ from that of training, see `with_prompt_pauses`.
+Inference (generation, and the scoring of requests) runs M pauses after the prompt, for every value of `pause_places`.
+M may differ from M in training, see `with_prompt_pauses`.
 
 Dimensions: B batch, T tokens, S slots of a row, D model.
 """
@@ -45,7 +46,7 @@ from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 from cyb_jax.pauses import Packing, lengths_after_prefixes, lengths_at_random, pack
 
 _TOKENS_PER_PREFIX = 32
-# Evaluation draws too, the same for the same text.
+# Evaluation also draws places of pauses; with a fixed seed the draws are the same for the same text.
 _EVALUATION_SEED = 0
 
 
@@ -55,8 +56,8 @@ class PauseTrainingConfig(MethodConfig):
 
   Attributes:
     pauses: M, the number of pauses between prefix and target, and after a prompt.
-    pause_places: where pauses are in training: 'random', all over the text; 'prefix', M between each prefix and its
-      target, which alone has weight; 'none', nowhere (at inference as with 'prefix').
+    pause_places: where training inserts pauses: 'random', at random places of the text; 'prefix', M between each prefix
+      and its target, and only targets have weight; 'none', nowhere (inference is as with 'prefix').
     pause_fraction: with 'random' places, the number of pauses as a share of the window's length, before the row is cut
       back to that length.
   """
@@ -79,7 +80,7 @@ class PauseTrainingConfig(MethodConfig):
 
   @property
   def can_pause(self) -> bool:
-    """Whether the model has a pause at all."""
+    """Whether the model has a learned pause."""
     return self.pause_places != "none" or self.pauses > 0
 
   def build(self, backbone: Backbone) -> PauseTraining:
@@ -87,9 +88,9 @@ class PauseTrainingConfig(MethodConfig):
 
 
 class PauseTraining(CachedSlotMethod):
-  """Cross-entropy of every token, read at the last pause after the token before it.
+  """Cross-entropy of every token, read at the last pause after the previous token.
 
-  Also `abilities.EvaluatedAsTrained` and `abilities.PromptPauses`.
+  Also implements `abilities.EvaluatedAsTrained` and `abilities.PromptPauses`.
   """
 
   config: PauseTrainingConfig
@@ -110,10 +111,10 @@ class PauseTraining(CachedSlotMethod):
   def with_prompt_pauses(self, pauses: int) -> PauseTraining:
     if pauses and not self.config.can_pause:
       raise InputError(
-        f"--pauses: {pauses} is set, but the run has no pause (method.pause_places = 'none' and method.pauses = 0);"
-        " leave it out"
+        f"--pauses: {pauses} is set, but the run has no learned pause (method.pause_places = 'none' and"
+        " method.pauses = 0); leave --pauses out"
       )
-    # The number of learned rows is that of the run, whatever the number of pauses is.
+    # The number of learned rows does not depend on the number of pauses, so the method keeps the run's slot model.
     method = PauseTraining(self.config, self.backbone)
     method.config = dataclasses.replace(self.config, pauses=pauses)
     return method
@@ -122,15 +123,15 @@ class PauseTraining(CachedSlotMethod):
     places, fraction = self.config.pause_places, self.config.pause_fraction
     if places == "random" and not self._drawn(sequence_length):
       raise InputError(
-        f"method.pause_fraction: {fraction:g} of a window of {sequence_length} tokens is no pause; give at least"
+        f"method.pause_fraction: {fraction:g} of a window of {sequence_length} tokens gives no pause; set at least"
         f" {1 / sequence_length:.2g}"
       )
     if data is None or places != "prefix":
       return
     if not data.has_prefixes("train"):
       raise InputError(
-        f"data.task: {data.task!r} has no targets behind prefixes: all of its tokens have weight 1; take a task of"
-        " questions and answers, such as 'commonsense_qa' or 'synthetic_questions', or another method.pause_places than"
+        f"data.task: {data.task!r} has no prefixes and targets, because all of its tokens have weight 1; use a task of"
+        " questions and answers, such as 'commonsense_qa' or 'synthetic_questions', or a method.pause_places other than"
         f" {places!r}"
       )
     most = self._most_prefixes(sequence_length)
@@ -139,7 +140,7 @@ class PauseTraining(CachedSlotMethod):
       beyond = int(np.maximum(counts - most, 0).sum())
       if beyond:
         logging.warning(
-          "%s: %d of its %d prefixes get no pauses: a window of %d tokens has room for those of %d",
+          "%s: %d of %d prefixes get no pauses, because a window of %d tokens has slots for the pauses of %d prefixes",
           split, beyond, int(counts.sum()), sequence_length, most,
         )  # fmt: skip
 
@@ -150,7 +151,7 @@ class PauseTraining(CachedSlotMethod):
     if self.config.pause_places == "random":
       lengths, given = lengths_at_random(rng, batch["tokens"], self._drawn(length)), True
     else:
-      lengths, given = self._behind_prefixes(batch)
+      lengths, given = self._lengths_after_prefixes(batch)
     output, packing = self._evaluate_packed(params, batch, lengths, self._row_slots(length))
     return TokenLosses(
       loss=output.loss,
@@ -163,7 +164,7 @@ class PauseTraining(CachedSlotMethod):
   def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     if self.config.pause_places != "prefix":
       return super().evaluate(params, batch, omega)
-    lengths, _ = self._behind_prefixes(batch)
+    lengths, _ = self._lengths_after_prefixes(batch)
     output, _ = self._evaluate_packed(params, batch, lengths, self._row_slots(batch["tokens"].shape[1]))
     return dataclasses.replace(output, slots=lengths.astype(jnp.float32))
 
@@ -177,21 +178,21 @@ class PauseTraining(CachedSlotMethod):
     return self._evaluate_packed(params, batch, lengths, tokens.shape[1] + drawn)[0]
 
   def _drawn(self, length: int) -> int:
-    """Pauses of a window, before its row is cut."""
+    """The number of pauses of a window, before its row is cut."""
     return round(self.config.pause_fraction * length)
 
   def _most_prefixes(self, length: int) -> int:
-    """How many prefixes of a window have room for their pauses."""
+    """The number of prefixes whose pauses fit into the row of a window."""
     return 1 + length // _TOKENS_PER_PREFIX
 
-  def _behind_prefixes(self, batch: Batch) -> tuple[Int[Array, "B T"], Array]:
+  def _lengths_after_prefixes(self, batch: Batch) -> tuple[Int[Array, "B T"], Array]:
     weights = batch["weights"]
     return lengths_after_prefixes(weights, self.config.pauses, self._most_prefixes(weights.shape[1]))
 
   def _evaluate_packed(
     self, params: Params, batch: Batch, lengths: Int[Array, "B T"], row_slots: int
   ) -> tuple[EvalOutput, Packing]:
-    """Every token at the last of its slots, `lengths` of them, which are packed into rows of S = `row_slots`."""
+    """Reads every token at the last of its `lengths` slots, which are packed into rows of S = `row_slots`."""
     length = batch["tokens"].shape[1]
     packing = pack(lengths, 1 + max(self.config.pauses, self._drawn(length)), row_slots)
     segment_ids = batch.get("segment_ids")
@@ -205,13 +206,13 @@ class PauseTraining(CachedSlotMethod):
     return self.objective.evaluate(params, _last_slots(hidden, packing), batch["targets"]), packing
 
   def _row_slots(self, length: int) -> int:
-    """S, slots of a row in training."""
+    """S, the number of slots of a row in training."""
     if self.config.pause_places == "prefix":
       return length + self.config.pauses * self._most_prefixes(length)
     return length
 
   def costs(self, sequence_length: int, *, slots: float | None = None) -> MethodCosts:
-    """`slots`: measured on a split that has pauses; None: `inference` is of text without pauses."""
+    """`slots`: measured on a split that has pauses; None: `inference` is the cost of text without pauses."""
     config, row = self.backbone.decoder_config, self._row_slots(sequence_length)
     model, executed = (
       {"slots": row / sequence_length, "keys": flops.causal_keys(row, executed), "slots_read": 1}
@@ -235,8 +236,8 @@ class PauseTraining(CachedSlotMethod):
     )
 
   def _trained_tokens(self, length: int) -> float:
-    # After the first token pauses and tokens are mixed. Of the tokens before the cut the last one is cut off too where
-    # a pause follows it.
+    # Pauses and tokens are shuffled after the first token. The last token before the cut is cut off too if a pause
+    # follows it.
     drawn, others = self._drawn(length), length - 1
     if self.config.pause_places != "random" or not drawn:
       return float(length)

@@ -1,4 +1,4 @@
-"""PonderLM-2: latent thoughts, each fed with the state before it, and cross-entropy at the last one.
+"""PonderLM-2: latent thoughts, whose input is the previous slot's state, and cross-entropy at the last thought.
 
 https://arxiv.org/abs/2509.23184; see `cyb_jax.methods.slot_models.thoughts`.
 """
@@ -25,15 +25,15 @@ class PonderOptions(MethodConfig):
 
   Attributes:
     pauses: K, the number of latent thoughts after every token.
-    jacobi: the number of passes that refine all latent thoughts at once, as MINIMUM:MAXIMUM; a step draws it uniformly,
-      and evaluation takes the maximum.
+    jacobi: the number of passes that refine all latent thoughts at once, as MINIMUM:MAXIMUM; a training step draws the
+      number uniformly, and evaluation uses the maximum.
   """
 
   RULES: ClassVar = {
     "pauses": whole_number(1, note="; without pauses it is 'baseline'"),
     "jacobi": Rule(
       lambda value: len(value) == 2 and 0 <= value[0] <= value[1],
-      "two numbers, the fewest passes and the most, such as '2:3'",
+      "the minimum and the maximum number of passes, such as '2:3'",
     ),
   }
 
@@ -43,7 +43,7 @@ class PonderOptions(MethodConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PonderLM2Config(PonderOptions):
-  """The options of `ponderlm2`: those of latent thoughts."""
+  """The options of `ponderlm2`: the options of latent thoughts."""
 
   name: ClassVar[str] = "ponderlm2"
 
@@ -52,7 +52,7 @@ class PonderLM2Config(PonderOptions):
 
 
 class PonderLM2(SequentialSlotMethod):
-  """Cross-entropy at slot K, which alone is read; evaluation shows what each thought is worth."""
+  """Cross-entropy at slot K, the only slot that is trained and decoded; evaluation reports a loss for each slot."""
 
   slot_model: Thoughts
 

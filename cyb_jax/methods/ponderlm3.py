@@ -1,28 +1,28 @@
-"""PonderLM-3: PonderLM-2 whose tokens think for as long as a router decides.
+"""PonderLM-3: PonderLM-2 with a router that decides the number of thoughts of each token.
 
 The router reads h, the state of a token's first slot, and gives a distribution over depths 0 .. K. Slot k of token t
-has the weight w_{t,k} = Pr(depth >= k): log w is added to the attention logits of its key, for all queries, so w_{t,0}
-= 1 and w falls with k. One state is read, h_t = sum_k Pr(depth = k) h_t^(k).
+has the weight w_{t,k} = Pr(depth >= k): log w is added to the attention logits of its key, for all queries. So w_{t,0}
+= 1, and w decreases with k. One state is read, h_t = sum_k Pr(depth = k) h_t^(k).
 
-The passes are those of PonderLM-2, with these weights from the second one on: the router reads the first pass, which is
-that of a plain model, and again each pass over the whole stream; the distribution of the last pass fuses the states. At
-inference slots with w < `prune_below` are neither run nor cached: no key of theirs is seen, and the sum goes without
-them, not normalised again (what is missing is less than `prune_below`).
+The passes are those of PonderLM-2, with these weights from the second pass on. The router reads the first pass, which
+equals a pass of a plain model, and then each pass over all slots; the distribution of the last pass fuses the states.
+At inference slots with w < `prune_below` are neither run nor cached: no query sees their keys, and the sum omits them
+without being normalised again (the missing probability is less than `prune_below`).
 
-Parameters: `router` f32[D, W], zero at the start, and `router_bias` f32[W], which starts with most of the distribution
-at K.
+Parameters: `router` f32[D, W], initialised to zero, and `router_bias` f32[W], initialised so that most of the
+distribution is at K.
 
-Ours, where nothing is published: log w from log-sum-exps of the router's logits, at least -20; the penalty,
-`router_penalty` times sum_{k>=1} w_{t,k} for each token; the start; `full_depth` and `router_rate`; what is pruned. A
-router that learns at the full rate from the first step falls to no thoughts before these are worth anything: Adam moves
-it as fast as the decoder. So for the share `full_depth` of the steps all depths are K, without a penalty and without a
-gradient of the router, which then learns at `router_rate` times the rate. Evaluation reads the text pruned,
-and again as it was trained, and records both (`pruning`): a hidden state with a large logit may see more in a key than
-its weight suggests.
+Our choices for unpublished details: log w is computed from log-sum-exps of the router's logits and is at least -20; the
+penalty is `router_penalty` times sum_{k>=1} w_{t,k} for each token; the initial values; `full_depth` and `router_rate`;
+and the rule of pruning. A router that learns at the full rate from the first step collapses to no thoughts before
+thoughts become useful, because Adam changes it as fast as the decoder. Therefore all depths are K for the share
+`full_depth` of the steps, without a penalty and without a gradient of the router, which then learns at `router_rate`
+times the learning rate. Evaluation reads the text with pruning and again as in training, and records both (`pruning`):
+a query with a large attention logit may give a key more attention than its weight suggests.
 
 Slot model and objective share the router, so this file implements both.
 
-Dimensions: B batch, T tokens, W slots, K = W - 1 latent ones, C places in the cache, D model, V vocabulary.
+Dimensions: B batch, T tokens, W slots, K = W - 1 latent slots, C cache entries, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ from cyb_jax.methods.objectives.last import LastSlot
 from cyb_jax.methods.ponderlm2 import PonderOptions
 from cyb_jax.methods.slot_models.thoughts import Thoughts
 
-# Pr(depth = K) at the start.
+# The initial Pr(depth = K).
 _FULL_DEPTH = 0.9
-# The lower bound of log w. Below it there is nothing to learn, and f32 has room.
+# The lower bound of log w. Smaller weights have no effect on training, and f32 represents exp(-20) well.
 _LEAST = -20.0
-# A logit of the router that leaves no probability in f32.
+# A logit of the router whose probability is zero in f32.
 _NEVER = -1e4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PonderLM3Config(PonderOptions):
-  """The options of `ponderlm3`: those of latent thoughts, and of the router.
+  """The options of `ponderlm3`: the options of latent thoughts, and of the router.
 
   Attributes:
-    router_penalty: the penalty on each latent thought that a token is given, in nats.
+    router_penalty: the penalty on each latent thought of a token, in nats.
     full_depth: the share of the run's steps, at its start, in which all tokens have K thoughts and the router is not
       trained.
-    router_rate: a factor on the learning rate of the router.
-    prune_below: latent thoughts whose weight is below this are not run at inference.
+    router_rate: a factor of the learning rate of the router.
+    prune_below: inference does not run latent thoughts whose weight is below this.
   """
 
   name: ClassVar[str] = "ponderlm3"
   RULES: ClassVar = {
     "router_penalty": NOT_NEGATIVE,
     "full_depth": SHARE,
-    "router_rate": not_negative("keeps the router as it starts"),
+    "router_rate": not_negative("keeps the router at its initial values"),
     "prune_below": Rule(DECAY.accepts, f"{DECAY.wanted}; 0 prunes nothing"),
   }
 
@@ -83,15 +83,15 @@ class PonderLM3Config(PonderOptions):
   def build(self, backbone: Backbone) -> PonderLM3:
     if backbone.decoder_config.attention not in ("auto", "xla"):
       raise InputError(
-        f"decoder.attention: {backbone.decoder_config.attention!r} takes no weights of keys, which method {self.name!r}"
-        " has; use 'auto' or 'xla'"
+        f"decoder.attention: {backbone.decoder_config.attention!r} does not support key weights, which method"
+        f" {self.name!r} needs; use 'auto' or 'xla'"
       )
     return PonderLM3(self, backbone)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class WeighedCache:
+class WeightedCache:
   """A cache whose keys have weights.
 
   Attributes:
@@ -108,7 +108,7 @@ class WeighedCache:
 
 
 class RoutedThoughts(Thoughts):
-  """Latent thoughts whose keys are weighed by a router."""
+  """Latent thoughts whose keys are weighted by a router."""
 
   def __init__(self, backbone: Backbone, config: PonderLM3Config):
     super().__init__(backbone, config.pauses + 1, config.jacobi)
@@ -123,7 +123,7 @@ class RoutedThoughts(Thoughts):
   def log_depths(
     self, params: Params, first: Float[Array, "... D"]
   ) -> tuple[Float[Array, "... W"], Float[Array, "... W"]]:
-    """(log Pr(depth = k), log Pr(depth >= k)) of tokens, f32, from the states of their first slots."""
+    """(log Pr(depth = k), log Pr(depth >= k)) for each token, f32, from the states of first slots."""
     first = first.astype(jnp.promote_types(first.dtype, jnp.float32))
     logits = jnp.matmul(first, params["router"], precision="highest") + params["router_bias"]
     tails = [jax.nn.logsumexp(logits[..., k:], -1, keepdims=True) for k in range(self.num_slots)]
@@ -131,12 +131,12 @@ class RoutedThoughts(Thoughts):
     return logits - tails[..., :1], jnp.maximum(tails - tails[..., :1], _LEAST)
 
   def kept(self, log_weights: Float[Array, "... W"]) -> Bool[Array, "... W"]:
-    """Which slots inference runs, by their log w: the first ones of each token, at least one."""
+    """Which slots inference runs, from their log w: the first slots of each token, at least one."""
     below = self.prune_below
     return log_weights >= (math.log(below) if below else -math.inf)
 
   def fuse(self, params: Params, hidden: Float[Array, "... W D"], *, is_pruned: bool = True) -> Float[Array, "... D"]:
-    """sum_k Pr(depth = k) h^(k), over the slots that are kept or over all; summed in f32."""
+    """sum_k Pr(depth = k) h^(k), over the kept slots or over all slots; summed in f32."""
     log_depth, log_weights = self.log_depths(params, hidden[..., 0, :])
     shares = jnp.exp(log_depth)
     if is_pruned:
@@ -147,9 +147,9 @@ class RoutedThoughts(Thoughts):
     _, log_weights = self.log_depths(params, first)
     return jnp.where(self.kept(log_weights), log_weights, -jnp.inf) if is_pruned else log_weights
 
-  def empty_cache(self, rows: int, capacity: int) -> WeighedCache:
+  def empty_cache(self, rows: int, capacity: int) -> WeightedCache:
     cache = empty_cache(self.cache_config, rows, capacity)
-    return WeighedCache(cache, jnp.zeros((rows, capacity), jnp.float32))
+    return WeightedCache(cache, jnp.zeros((rows, capacity), jnp.float32))
 
   def run_token(
     self,
@@ -157,10 +157,10 @@ class RoutedThoughts(Thoughts):
     *,
     token: Int[Array, "B"],
     position: Int[Array, "B"],
-    cache: WeighedCache,
+    cache: WeightedCache,
     cache_index: Int[Array, "B"],
-  ) -> tuple[Float[Array, "B D"], WeighedCache, Int[Array, "B"]]:
-    """A slot is run while any row keeps it. What other rows then write is after their last slot, and is overwritten."""
+  ) -> tuple[Float[Array, "B D"], WeightedCache, Int[Array, "B"]]:
+    """Runs a slot if any row keeps it. The other rows write after their last slot, where it is overwritten later."""
     rows = jnp.arange(len(token))
 
     def run(slot: int, state: Array, slots: Cache, log_weights: Array) -> tuple[Array, Cache]:
@@ -188,11 +188,11 @@ class RoutedThoughts(Thoughts):
       )  # fmt: skip
       states.append(state)
     fused = self.fuse(params, jnp.concatenate(states, 1))
-    return fused, WeighedCache(slots, log_weights), kept.sum(-1).astype(jnp.int32)
+    return fused, WeightedCache(slots, log_weights), kept.sum(-1).astype(jnp.int32)
 
   @property
   def _router_flops(self) -> float:
-    """Of one token."""
+    """The FLOPs of the router per token."""
     return 2 * self.backbone.decoder_config.d_model * self.num_slots
 
   def routing_cost(self, jacobi: float) -> flops.Cost:
@@ -204,13 +204,14 @@ class RoutedThoughts(Thoughts):
 
 
 class PonderLM3(SequentialSlotMethod):
-  """Cross-entropy at the fused state, and a penalty on thoughts: also `abilities.FusedSlots`, `ExtraMetrics`,
-  `Scheduled` and `OwnRates`.
+  """Cross-entropy at the fused state, and a penalty on thoughts.
+
+  Also implements `abilities.FusedSlots`, `ExtraMetrics`, `Scheduled` and `OwnRates`.
   """
 
   config: PonderLM3Config
   slot_model: RoutedThoughts
-  # The first so many steps have full depth; `with_steps` sets it.
+  # The number of first steps with full depth; `with_steps` sets it.
   _held_steps = 0
 
   def __init__(self, config: PonderLM3Config, backbone: Backbone):
@@ -240,7 +241,7 @@ class PonderLM3(SequentialSlotMethod):
     return TokenLosses(loss=loss, log_likelihood=log_likelihood, stopping=jnp.exp(log_depth))
 
   def _at_full_depth(self, params: Params, held: Any) -> Params:
-    """The parameters, where `held` with a router that gives full depth to every token, whatever it reads."""
+    """The parameters; if `held`, with a router that always gives every token full depth."""
     bias = jnp.where(jnp.arange(self.num_slots) < self.num_slots - 1, _NEVER, 0.0)
     return params | {
       "router": jnp.where(held, 0.0, params["router"]),
@@ -260,8 +261,8 @@ class PonderLM3(SequentialSlotMethod):
     return self.config.router_penalty * jnp.exp(log_weights[..., 1:]).sum(-1)
 
   def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
-    """`log_stopping` is the router's distribution over depths, and `scores` are those of each slot's state by itself.
-    What is read is neither of them nor their mixture, but the fused state: `fused`.
+    """`log_stopping` is the router's distribution over depths, `scores` are the scores of each slot's own state, and
+    `fused` is the log-likelihood: the model reads the fused state, not a mixture of slots.
     """
     del omega
     targets, hidden = batch["targets"], self.hidden(params, batch)
@@ -286,8 +287,8 @@ class PonderLM3(SequentialSlotMethod):
     )
 
   def summarize_metrics(self, means: dict[str, float]) -> dict[str, Any]:
-    """`pruning`: `below`, the threshold; `perplexity_unpruned`; `change`, by how many nats a token's log-likelihood
-    changes on average; `slots`, how many of a token are kept.
+    """`pruning`: `below`, the threshold; `perplexity_unpruned`; `change`, the mean absolute change of a token's
+    log-likelihood in nats; `slots`, the mean number of kept slots of a token.
     """
     if not means:
       return {}
@@ -305,6 +306,6 @@ class PonderLM3(SequentialSlotMethod):
     return 2 if self.config.prune_below else 1
 
   def forward_cost(self, sequence_length: int, *, executed: bool) -> flops.Cost:
-    # All slots and the fused state are read; and after a second pass the fused state again.
+    # The first pass reads all slots and the fused state; a second pass reads only the fused state.
     slots_read = (self.num_slots + self.evaluation_passes) / self.evaluation_passes
     return self.slot_model.forward_cost(sequence_length, slots_read=slots_read, executed=executed)

@@ -56,10 +56,10 @@ def config_class(name: str) -> type[MethodConfig]:
 
 
 def configure(name: str = "cyb", **options: Any) -> MethodConfig:
-  """The options of a method; those that are not given have the method's defaults.
+  """The options of a method; unset options have the method's defaults.
 
   Raises:
-    InputError: an unknown name, an option that the method does not have, or a value that it refuses.
+    InputError: the name is unknown, the method does not have an option, or a value is invalid.
   """
   found = config_class(name)
   accepted = option_names(name)
@@ -88,15 +88,15 @@ def build(
   """The configured method.
 
   Args:
-    config: of `configure`.
-    decoder_config: its vocab_size counts the rows of the tables.
-    vocab_size: how many of these rows are real entries; None: all.
-    chunk_size: of the readout, see `readout.slot_scores`.
-    shards: devices that a batch is split over under jit, see there.
-    weights: one of `WEIGHTS`, which parameters are trained.
+    config: the options, as `configure` returns them.
+    decoder_config: the decoder; its vocab_size is the number of rows of the tables, including padding.
+    vocab_size: the number of rows that are real vocabulary entries; None: all rows.
+    chunk_size: the chunk size of the readout, see `readout.slot_scores`.
+    shards: the number of devices over which jit splits a batch, see `readout.slot_scores`.
+    weights: which parameters are trained, one of `WEIGHTS`.
 
   Raises:
-    InputError: an option does not go with the decoder.
+    InputError: an option is incompatible with the decoder.
   """
   rows = decoder_config.vocab_size if vocab_size is None else vocab_size
   return config.build(Backbone(decoder_config, rows, chunk_size=chunk_size, shards=shards, weights=weights))

@@ -1,4 +1,4 @@
-"""What methods with a stopping-time objective have in common: calibration, and evaluation in the training context.
+"""The base class of methods with a stopping-time objective: calibration, and evaluation in the training context.
 
 Dimensions: B batch, T tokens, W slots.
 """
@@ -48,18 +48,20 @@ class StoppingMethod(CachedSlotMethod):
     return self.config.calibration_batches
 
   def calibrate(self, params: Params, batches: Iterable[Batch]) -> Params:
-    """Sets `dont_know_offset` so that the median of d over the tokens' slots but the last is `dont_know_prior`.
+    """Sets `dont_know_offset` so that the median of d over all slots but the last is `dont_know_prior`.
 
-    Parameters of a run that was calibrated keep their offset: what they have learned counts from there.
+    Parameters from a calibrated run keep their offset, because the trained logits are relative to it.
     """
     if not self.config.calibration_batches or self.num_slots == 1:
       return params
     if float(params["dont_know_offset"]):
-      logging.info("not calibrated: the offset of %+.3f nats is kept", float(params["dont_know_offset"]))
+      logging.info("calibration skipped: parameters keep an offset of %+.3f nats", float(params["dont_know_offset"]))
       return params
     found = self.median_dont_know(params, batches)
     if found is None:
-      logging.warning("not calibrated: the first %d batches have no token of weight", self.config.calibration_batches)
+      logging.warning(
+        "calibration skipped: the first %d batches have no token with weight", self.config.calibration_batches
+      )
       return params
     median, tokens = found
     offset = self._offset(median)
@@ -95,7 +97,7 @@ class StoppingMethod(CachedSlotMethod):
     return (float(np.median(found)), len(found)) if len(found) else None
 
   def _offset(self, median: float) -> float:
-    """What moves the median of log d - log a to its prior, nats."""
+    """The offset that moves the median of log d - log a to its prior, in nats."""
     prior = self.config.dont_know_prior
     return math.log(prior) - math.log1p(-prior) - median
 

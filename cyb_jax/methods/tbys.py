@@ -1,6 +1,6 @@
 """TBYS, "think before you speak": K pauses after every token, cross-entropy at the last one.
 
-https://arxiv.org/abs/2310.02226, in the form that arXiv 2510.13879 compares with.
+https://arxiv.org/abs/2310.02226, in the form of the comparison in arXiv 2510.13879.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cyb_jax.methods.slot_models.pauses import PauseOptions, Pauses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TbysConfig(PauseOptions):
-  """The options of `tbys`: those of pauses."""
+  """The options of `tbys`: the options of pauses."""
 
   name: ClassVar[str] = "tbys"
   RULES: ClassVar = {"pauses": whole_number(1, note="; without pauses it is 'baseline'")}

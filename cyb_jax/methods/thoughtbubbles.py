@@ -1,14 +1,14 @@
-"""Thoughtbubbles: cross-entropy of the prediction of a token's streams together (Liu et al. 2025,
+"""Thoughtbubbles: cross-entropy of the joint prediction of a token's streams (Liu et al. 2025,
 https://arxiv.org/abs/2510.00219); see `cyb_jax.methods.slot_models.streams`.
 
 The prediction of a token is the mixture of its streams' predictions, in proportion to P = exp(c); or, as in the
-authors' code, the prediction of the sum of their P x.
+authors' code, the prediction from the sum of its streams' P x.
 
 All streams of a row compete, so `evaluate` is not causal, and its log-likelihoods are not those of an autoregressive
-model. `autoregressive_log_likelihood` computes these: every target from a pass over its prefix alone, which has the
-budget of a text of that length.
+model. `autoregressive_log_likelihood` computes autoregressive log-likelihoods: every target from a pass over its prefix
+only, with the budget of a text of that length.
 
-Dimensions: B batch, T tokens, M streams of a token at most.
+Dimensions: B batch, T tokens, M maximum number of streams of a token.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ class ThoughtbubblesConfig(MethodConfig):
   """The options of `thoughtbubbles`.
 
   Attributes:
-    fork_layers: the layers (from 1) before which streams fork; '': 3, 7 and 11 from 12 layers on, 3 and 5 of 6 to 8;
-      ours for other decoders: those of 3, 7 and 11 that it has from 9 layers on, and below 6 layers in proportion, but
-      never before the first layer, where the router would see bare embeddings.
+    fork_layers: the layers (from 1) before which streams fork. '': the published layers, which are 3, 7 and 11 with 12
+      or more layers, and 3 and 5 with 6 to 8 layers; our choice otherwise: with 9 to 11 layers the existing ones of 3,
+      7 and 11, with fewer than 6 layers in proportion, but never the first layer, where the router would see bare
+      embeddings.
     stream_budget: the number of streams per token that a row may have.
-    combine: how a token's streams are read: 'probabilities', their mixture (the paper); 'states', the head of their sum
-      (the authors' code).
+    combine: how a token's streams are read: 'probabilities', the mixture of their predictions (the paper); 'states',
+      the prediction from their sum (the authors' code).
   """
 
   name: ClassVar[str] = "thoughtbubbles"
@@ -70,12 +71,14 @@ class ThoughtbubblesConfig(MethodConfig):
         f" as {':'.join(map(str, _default_forks(layers)))!r}; '' for the default"
       )
     if backbone.decoder_config.scan_layers:
-      raise InputError("decoder.scan_layers: True, but method 'thoughtbubbles' stops between layers; set it to False")
+      raise InputError(
+        "decoder.scan_layers: True, but method 'thoughtbubbles' forks streams between layers; set it to False"
+      )
     return Thoughtbubbles(self, backbone, forks)
 
 
 class Thoughtbubbles(SlotMethod):
-  """Cross-entropy of what a token's streams predict together: also `abilities.NonCausal`."""
+  """Cross-entropy of the joint prediction of a token's streams; also implements `abilities.NonCausal`."""
 
   config: ThoughtbubblesConfig
   slot_model: ForkedStreams
@@ -86,7 +89,7 @@ class Thoughtbubbles(SlotMethod):
     super().__init__(config, backbone, slots, LastSlot(backbone, slots.num_slots))
 
   def init(self, rng: Array) -> Params:
-    # The streams draw from the third key, which in other methods is the objective's, as in runs of version 0.1.
+    # The slot model uses the third key, which other methods use for the objective, as in runs of version 0.1.
     decoder_key, _, streams_key = jax.random.split(rng, 3)
     return {"decoder": init_params(self.decoder, decoder_key)} | self.slot_model.init(streams_key)
 
@@ -118,7 +121,7 @@ class Thoughtbubbles(SlotMethod):
     return self.backbone.slot_scores(params, self.slot_model.finish(params, hidden), targets)
 
   def autoregressive_log_likelihood(self, params: Params, batch: Batch) -> Float[Array, "B T"]:
-    """f32[B, T]: T passes over as many tokens as the batch has, one after the other; each reads its last real token."""
+    """f32[B, T]; runs T passes one after the other, pass t over the first t tokens, and reads the last of them."""
     tokens, targets = batch["tokens"], batch["targets"]
     length = tokens.shape[1]
     model = self.slot_model
@@ -148,7 +151,7 @@ class Thoughtbubbles(SlotMethod):
 
 
 def _default_forks(layers: int) -> tuple[int, ...]:
-  """The published layers where there are so many, see `ThoughtbubblesConfig`; of a single layer, that one."""
+  """The default of `ThoughtbubblesConfig.fork_layers`; a decoder with one layer forks before it."""
   if layers >= 9:
     return tuple(layer for layer in (3, 7, 11) if layer <= layers)
   if layers >= 6:

@@ -1,1 +1,1 @@
-"""A run, or several side by side, as one HTML file and its pictures."""
+"""Reports of one run, or of several runs side by side, as one HTML file and its pictures."""

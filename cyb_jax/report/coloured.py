@@ -1,6 +1,6 @@
 """Text coloured by the expected number of pauses before each token, in HTML and for a terminal.
 
-The colour of a token is that of the pauses that were used to predict it, after the token before it.
+The colour of a token shows the pauses after the previous token, which predict it.
 
 Dimensions: N tokens of a window, W slots.
 """
@@ -25,7 +25,7 @@ from cyb_jax.partitioning.mesh import batch_sharding, data_shards, shard_batch
 from cyb_jax.report import page
 from cyb_jax.runs import Run
 
-# Eight steps of cividis, few pauses light and many dark, with the nearest of a terminal's 256 colours.
+# Eight steps of cividis, from light for few pauses to dark for many, and the nearest of a terminal's 256 colours.
 _SCALE = ("#FEE838", "#E1CC55", "#C3B369", "#A59C74", "#8A8678", "#707173", "#4A5570", "#12356E")
 _TERMINAL = (227, 185, 143, 144, 102, 243, 60, 18)
 _DIGITS = "⁰¹²³⁴⁵⁶⁷"
@@ -35,13 +35,13 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A window of the split, evaluated.
+  """An evaluated window of the split.
 
   Attributes:
-    index: of the window in the split.
-    first: the piece that comes before all that are predicted.
-    pieces: the predicted tokens', N.
-    dont_know: f32[N, W], d; None where the method doesn't decide.
+    index: the index of the window in the split.
+    first: the piece of the first token, which is not predicted.
+    pieces: the pieces of the N predicted tokens.
+    dont_know: f32[N, W], d; None if the method is not adaptive.
     target: f32[N, W], t.
     stopping: f32[N, W], s.
   """
@@ -60,18 +60,18 @@ class Window:
 
 
 def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: int | None, count: int) -> list[Window]:
-  """So many windows, evenly spread over the split.
+  """Evaluates `count` windows, evenly spaced over the split.
 
   Args:
-    run: its parameters on the mesh.
-    mesh: the batch is spread over it.
-    store: the run's.
-    split: of the store.
-    limit: of the split's windows only so many are chosen from; None: all.
-    count: fewer where there are fewer.
+    run: the run, with its parameters on the mesh.
+    mesh: the mesh over which the batch is sharded.
+    store: the run's token store.
+    split: a split of the store.
+    limit: the windows are chosen from the first `limit` windows of the split; None: from all windows.
+    count: the maximum number of windows.
 
   Raises:
-    InputError: the store has no such split, or nothing in it.
+    InputError: the store has no such split, or the split is empty.
   """
   if split not in store.splits:
     raise InputError(f"split: {split!r} is not in the token store of {store.path}; it has {', '.join(store.splits)}")
@@ -84,7 +84,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
   if not len(indices):
     return []
   shards = data_shards(mesh)
-  # The window after the last one is all padding.
+  # The index after the last window gives a window of padding.
   rows = np.concatenate([indices, np.full(-len(indices) % shards, windows)])
   tokens, weights = store.windows(split, rows, data.sequence_length)
   batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
@@ -113,7 +113,7 @@ def read_windows(run: Run, mesh: Mesh, store: TokenStore, *, split: str, limit: 
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
-  """A token as it is in the text, with invisible characters made visible; a line ends after ↵."""
+  """The text of a token, with visible signs for invisible characters; a line ends after ↵."""
   piece = tokenizer.piece(token)
   if token == tokenizer.separator_id:
     return f"{visible(piece)}\n"
@@ -127,7 +127,7 @@ def _character(byte: re.Match) -> str:
 
 
 def visible(text: str) -> str:
-  """The text with a sign for each character that shows nothing, or changes how others are shown; newlines as ↵ and a
+  """The text with a sign for each character that is invisible or changes the display of others; a newline is ↵ and a
   newline.
   """
   out = []
@@ -147,11 +147,11 @@ def visible(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """How pauses become colours, over the windows that are shown.
+  """The colour scale of pauses over the shown windows.
 
   Attributes:
-    low, high: the fewest and the most pauses.
-    quartiles: of the pauses, three numbers.
+    low, high: the minimum and the maximum number of pauses.
+    quartiles: the three quartiles of the pauses.
   """
 
   low: float
@@ -160,41 +160,41 @@ class Scale:
 
   @classmethod
   def of(cls, windows: Sequence[Window]) -> Scale | None:
-    """None where all tokens have the same number of pauses, so that colours would show nothing."""
+    """The scale; None if all tokens have the same number of pauses."""
     pauses = np.concatenate([window.pauses for window in windows]) if windows else np.array([])
-    # Below this, differences are rounding.
+    # Smaller differences are rounding errors.
     if not len(pauses) or np.ptp(pauses) < 1e-4:
       return None
     return cls(float(pauses.min()), float(pauses.max()), tuple(np.quantile(pauses, [0.25, 0.5, 0.75]).tolist()))
 
   def step(self, pauses: float) -> int:
-    """0 to 7."""
+    """The step of the colour scale, 0 to 7."""
     return min(int((pauses - self.low) / (self.high - self.low) * 8), 7)
 
   def quartile(self, pauses: float) -> int:
-    """0 to 3."""
+    """The quarter, 0 to 3."""
     return sum(pauses > bound for bound in self.quartiles)
 
   def border(self, step: int) -> str:
-    """The fewest pauses of a step, with as many digits as tell it from the next."""
+    """The minimum number of pauses of a step, with enough digits to distinguish it from the next step."""
     width = (self.high - self.low) / 8
     return f"{self.low + width * step:.{max(1 - math.floor(math.log10(width)), 0)}f}"
 
 
 def to_html(windows: Sequence[Window]) -> str:
-  """The windows with a legend; the numbers of a token are shown when it is pointed at, focused or tapped (`SCRIPT`)."""
+  """The windows with a legend; `SCRIPT` shows the numbers of a token when the user hovers, focuses or taps it."""
   scale = Scale.of(windows)
   pauses = np.concatenate([window.pauses for window in windows])
   parts = []
   if scale is None:
-    parts.append(page.paragraph(f"All tokens here have {page.number(float(pauses[0]))} pauses: nothing to colour."))
+    parts.append(page.paragraph(f"All tokens have {page.number(float(pauses[0]))} pauses, so no colours are shown."))
   else:
     parts.append(_legend(scale))
   parts.append(
     page.paragraph(
-      "Point at a token, tap it, or go through the text with the arrow keys: below stand d (don't know), t (the"
-      " target's probability) and s (when the answer is read) at each of its slots."
-      " The first token, grey, is not predicted.",
+      "Hover over a token, tap it, or use the arrow keys: the box below shows d (don't know), t (the probability of the"
+      " target) and s (the probability that the answer is read) at each of its slots."
+      " The first token, in grey, is not predicted.",
       "note",
     )
   )
@@ -220,11 +220,11 @@ def to_html(windows: Sequence[Window]) -> str:
 
 def _legend(scale: Scale) -> str:
   steps = "".join(f'<span class="t c{i}">{scale.border(i)}</span> ' for i in range(8))
-  words = ("no line: the fewest quarter", "dotted", "solid", "double: the most quarter")
+  words = ("no line: the lowest quarter", "dotted", "solid", "double: the highest quarter")
   lines = " ".join(f'<span class="t q{i}">{word}</span>' for i, word in enumerate(words))
   return (
     f'<div class="text legend">Expected pauses before the token, from {scale.border(0)} to {scale.border(8)}:'
-    f" {steps}<br>The same by quarters of these tokens: {lines}</div>"
+    f" {steps}<br>The underline shows the quarter among these tokens: {lines}</div>"
   )
 
 
@@ -250,7 +250,7 @@ def _table(window: Window) -> str:
 
 
 def width(text: str) -> int:
-  """Columns that a text takes in a terminal."""
+  """The number of columns of a text in a terminal."""
   return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -258,18 +258,18 @@ def to_terminal(windows: Sequence[Window], columns: int, *, colour: bool) -> str
   """The windows with a legend, lines no wider than `columns`.
 
   Args:
-    windows: to print.
-    columns: of the terminal.
-    colour: ANSI colours out of 256; else a raised digit after each token says its step of the scale.
+    windows: the windows to print.
+    columns: the width of the terminal.
+    colour: whether to use 256 ANSI colours; otherwise a superscript digit after each token shows its step of the scale.
   """
   scale = Scale.of(windows)
   out = []
   if scale is None:
     pauses = np.concatenate([window.pauses for window in windows]) if windows else np.array([0.0])
-    out += _wrapped([(f"All tokens here have {pauses[0]:.4g} pauses: nothing to colour.", None)], columns, False)
+    out += _wrapped([(f"All tokens have {pauses[0]:.4g} pauses, so no colours are shown.", None)], columns, False)
   else:
     legend: list[tuple[str, int | None]] = [
-      ("Expected pauses before a token: " if colour else "Behind a token, the level of the pauses before it: ", None)
+      ("Expected pauses before a token: " if colour else "The digit after a token shows the pauses before it: ", None)
     ]
     for i in range(8):
       legend += [(scale.border(i), i) if colour else (f"{_DIGITS[i]}={scale.border(i)}", None), (" ", None)]
@@ -284,7 +284,7 @@ def to_terminal(windows: Sequence[Window], columns: int, *, colour: bool) -> str
 
 
 def _wrapped(words: Sequence[tuple[str, int | None]], columns: int, colour: bool) -> list[str]:
-  """Lines of tokens; a token that doesn't fit on its line begins the next one, and one wider than a line is cut."""
+  """Lines of tokens; a token that doesn't fit starts the next line, and a token wider than a line is split."""
   lines, line, used = [], "", 0
 
   def end() -> None:
@@ -309,7 +309,7 @@ def _wrapped(words: Sequence[tuple[str, int | None]], columns: int, colour: bool
       if text.startswith(" ") and len(text) > len(mark) + 1:
         text = text[1:]
     for character in text:
-      # Character by character, so that a wide one isn't cut in two.
+      # Character by character, so that a wide character isn't split.
       if used and used + width(character) > columns:
         end()
       put(character, step) if width(text) > columns else None
@@ -322,7 +322,7 @@ def _wrapped(words: Sequence[tuple[str, int | None]], columns: int, colour: bool
   return lines
 
 
-# Hover, focus and tap; one stop of the tab key a window, arrow keys inside.
+# Hover, focus and tap; the tab key stops once per window, and the arrow keys move inside a window.
 SCRIPT = """
 (function () {
   var box = document.getElementById("numbers");

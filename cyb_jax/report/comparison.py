@@ -1,6 +1,5 @@
-"""Runs compared: which are equal but for seeds, how they differ, what one needs to reach the loss of another.
-
-G groups of documents (see `groups` in statistics.json).
+"""Comparison of runs: groups of runs that differ only in their seeds, differences between groups, and the compute that
+one group needs to reach the loss of another.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from cyb_jax.report import trade_off
 from cyb_jax.report.facts import looks_ahead, method_name
 from cyb_jax.report.trade_off import Costs, Outcome
 
-# A seed is an initialisation and an order of the data.
+# The seeds of the initialisation and of the order of the data.
 _SEEDS = (("train", "seed"), ("data", "seed"))
-# What a data regime is: epochs, and how much data.
+# The fields of a data regime: the number of epochs or steps, and the amount of data.
 _REGIME = (("data", "fraction"), ("train", "epochs"), ("train", "steps"))
 RESAMPLES = 10_000
 _BOOTSTRAP_SEED = 20251013
-# What runs may spend: the field in metrics.jsonl, and its name.
+# Measures of training compute: the field in metrics.jsonl, and its name.
 SPENDS = {"train_tokens": "tokens", "train_slots": "slots", "train_flops": "FLOPs"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A run that is compared.
+  """A run of a comparison.
 
   Attributes:
-    workdir: as it was given.
+    workdir: the work directory as given on the command line.
     source: the nested dict of its config.
-    meta: of its checkpoint.
-    statistics: see statistics.json; {} where the run isn't evaluated yet.
-    validation: rows of metrics.jsonl whose split is validation, by step.
-    vocab_size: of its tokenizer; None: as many entries as its decoder has rows.
+    meta: the metadata of its checkpoint.
+    statistics: the statistics of statistics.json; {} if the run has not been evaluated.
+    validation: the rows of metrics.jsonl with split 'validation', by step.
+    vocab_size: the vocabulary size of its tokenizer; None: the number of rows of its decoder's tables.
   """
 
   workdir: str
@@ -53,13 +52,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Runs that are equal but for their seeds.
+  """Runs that differ only in their seeds.
 
   Attributes:
-    label: the shortest that distinguishes it from the others.
+    label: the shortest label that distinguishes the group from the others.
     model: the label without the data regime.
-    regime: epochs and data, '' where all groups have one regime.
-    runs: at least one.
+    regime: epochs and data, '' if all groups have the same regime.
+    runs: the runs, at least one.
   """
 
   label: str
@@ -69,26 +68,26 @@ class Group:
 
   @property
   def causal(self) -> bool:
-    """Whether statistics and validations predict each token from the tokens before it alone: it doesn't look ahead."""
+    """Whether statistics and validations predict each token only from the tokens before it."""
     return not looks_ahead(self.runs[0].statistics)
 
   def values(self, read: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
-    """What `read` takes from the statistics of each run."""
+    """The results of `read` for the statistics of each run."""
     return [read(run.statistics) for run in self.runs]
 
 
 def check_comparable(runs: Sequence[Candidate]) -> None:
-  """Whether the runs were read on the same text in the same way; of runs that aren't read yet, whether they can be.
+  """Checks that the runs were, or can be, evaluated on the same text in the same way.
 
   Raises:
-    InputError: it names two runs and the field in which they differ.
+    InputError: two runs differ; the message names the runs and the field.
   """
   first = runs[0]
 
   def fields(run: Candidate) -> dict[str, Any]:
     data = configs.filled(run.source)["data"]
     return {
-      # A tokenizer may go by several names: what is in the store decides.
+      # A tokenizer may have several names, so the contents of the store decide.
       "data.store": run.meta["store"],
       "data.sequence_length": data["sequence_length"],
       "split": run.statistics.get("split"),
@@ -97,8 +96,8 @@ def check_comparable(runs: Sequence[Candidate]) -> None:
 
   def refuse(run: Candidate, name: str, expected: Any, found: Any) -> None:
     raise InputError(
-      f"--compare: {first.workdir} and {run.workdir} can't be compared: {name} is {expected!r} there and"
-      f" {found!r} here; compare runs that were read on the same text in the same way"
+      f"--compare: {first.workdir} and {run.workdir} can't be compared: {name} is {expected!r} in the first and"
+      f" {found!r} in the second; compare runs that were evaluated on the same text in the same way"
     )
 
   expected = fields(first)
@@ -115,15 +114,15 @@ def check_comparable(runs: Sequence[Candidate]) -> None:
     if run.statistics and run.statistics["groups"]["tokens"] != first.statistics["groups"]["tokens"]:
       raise InputError(
         f"--compare: {first.workdir} and {run.workdir} can't be compared: groups.tokens of their statistics.json"
-        " differ; compute them anew over the same split"
+        " differ; recompute them over the same split"
       )
 
 
 def group_runs(runs: Sequence[Candidate]) -> list[Group]:
-  """Runs that differ in nothing but their seeds, together, in the order in which they were given.
+  """Groups of runs that differ only in their seeds, in the given order.
 
   Raises:
-    InputError: a run was given twice, or two runs have the same seeds.
+    InputError: a run is given twice, or two runs have the same seeds.
   """
   together: list[list[Candidate]] = []
   for run in runs:
@@ -137,8 +136,8 @@ def group_runs(runs: Sequence[Candidate]) -> list[Group]:
     for a, b in itertools.combinations(group, 2):
       if not configs.differences(a.source, b.source):
         raise InputError(
-          f"--compare: {a.workdir} and {b.workdir} are the same run twice (train.seed and data.seed too); give each"
-          " once, or another seed"
+          f"--compare: {a.workdir} and {b.workdir} have equal configs and equal seeds (train.seed, data.seed); give"
+          " each run once, or runs with different seeds"
         )
   sources = [group[0].source for group in together]
   regimes = [_regime(source) for source in sources]
@@ -151,9 +150,9 @@ def group_runs(runs: Sequence[Candidate]) -> list[Group]:
 
 
 def labels(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-  """The shortest labels that distinguish configs: the method's name, and as few fields as suffice.
+  """The shortest labels that distinguish configs: the method's name, and the fewest fields that suffice.
 
-  Configs that are equal, or differ in nothing that changes results, get equal labels.
+  Configs that are equal, or whose differences do not change results, get equal labels.
   """
   sources = [_without(source, _SEEDS) for source in sources]
   found = [method_name(source["method"]) for source in sources]
@@ -161,7 +160,7 @@ def labels(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     alike = [i for i, other in enumerate(found) if other == name]
     first, *others = (sources[i] for i in alike)
     lines = itertools.chain.from_iterable(configs.differences(first, other) for other in others)
-    # Of the method first: that is what is compared most often.
+    # Fields of the method come first, because they are compared most often.
     fields = sorted({line.split(": ")[0] for line in lines}, key=lambda f: (not f.startswith("method."), f))
 
     def values(i: int, some: Sequence[str]) -> tuple[str, ...]:
@@ -208,11 +207,11 @@ def _value(source: Mapping[str, Any], field: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """Validation losses of a run against what it had spent.
+  """Validation losses of a run against its training compute.
 
   Attributes:
-    spent: ascending.
-    losses: nats per token.
+    spent: the compute at each validation, ascending.
+    losses: the losses in nats per token.
   """
 
   spent: tuple[float, ...]
@@ -220,12 +219,14 @@ class Curve:
 
 
 def common_windows(runs: Sequence[Candidate]) -> int | None:
-  """On how many windows (None: the split whole) the curves are read: those on which the run with the fewest
-  validations has the most. Losses over other windows are other losses.
+  """The number of windows (None: the complete split) of the validations in the curves.
+
+  Losses on different numbers of windows are not comparable, so one number is chosen: the one with the largest minimum
+  number of validations over the runs.
   """
   limits = {row.get("limit") for run in runs for row in run.validation}
   counts = {limit: min(sum(row.get("limit") == limit for row in run.validation) for run in runs) for limit in limits}
-  # Of equals the one with the most windows.
+  # Ties are resolved in favour of more windows.
   return max(counts, key=lambda limit: (counts[limit], math.inf if limit is None else limit), default=None)
 
 
@@ -241,11 +242,11 @@ def curve(run: Candidate, spend: str, windows: int | None) -> Curve:
 
 
 def spent_at(curve: Curve, loss: float) -> tuple[float, bool] | None:
-  """What it takes to reach a loss, interpolated linearly in the loss over the logarithm of what is spent.
+  """The compute at which a curve reaches a loss: log compute is interpolated linearly in the loss.
 
   Returns:
-    What is spent, and whether that is only known to be enough (the first validation is below the loss already); None
-    where the loss isn't reached.
+    The compute, and whether it is only an upper bound because the first validation is already below the loss; None if
+    the loss is not reached.
   """
   for i, found in enumerate(curve.losses):
     if found <= loss:
@@ -259,11 +260,14 @@ def spent_at(curve: Curve, loss: float) -> tuple[float, bool] | None:
 
 
 def efficiency(a: Group, b: Group, spend: str, windows: int | None) -> dict[str, Any]:
-  """What B spends in all, over what A needs to reach B's last validation loss: 2 means that half of it suffices.
+  """The ratio of B's total compute to the compute with which A reaches B's last validation loss.
+
+  A ratio of 2 means that A needs half of B's compute.
 
   Returns:
-    `ratios`, one per pair of seeds (A's runs outside), None: not reached; `at_least`, whether one of them is only a
-    lower bound; `median`, `low` and `high` over the pairs, in which what is not reached is below every number.
+    `ratios`, one per pair of seeds (A's runs in the outer loop), None: not reached; `at_least`, whether one of them is
+    only a lower bound; `median`, `low` and `high` over the pairs, where a loss that is not reached counts as the lowest
+    ratio.
   """
   ratios: list[float | None] = []
   at_least = False
@@ -284,19 +288,19 @@ def efficiency(a: Group, b: Group, spend: str, windows: int | None) -> dict[str,
 
 
 def difference_in_nats(a: Group, b: Group) -> dict[str, Any]:
-  """Nats per token of A less those of B, the mean over the seeds of each, and its 95% interval over documents.
+  """The difference in nats per token, A minus B, between the means over seeds, and its 95% interval over documents.
 
-  The same documents are drawn for both (paired bootstrap); seeds are not drawn, see `low` and `high`.
+  The bootstrap is paired: the same documents are drawn for both. Seeds are not resampled, see `low` and `high`.
 
   Returns:
-    `mean`; `interval`; `low` and `high`: over the pairs of seeds.
+    `mean`; `interval`; `low` and `high`, the range over the pairs of seeds.
   """
   tokens = np.asarray(a.runs[0].statistics["groups"]["tokens"], np.float64)
   ours, theirs = (np.array([r.statistics["groups"]["nats"] for r in group.runs], np.float64) for group in (a, b))
   gaps = ours.mean(0) - theirs.mean(0)
   draws = np.random.default_rng(_BOOTSTRAP_SEED)
   means = []
-  # In parts: at once they would take 80 MB.
+  # In parts, because all resamples together would take 80 MB.
   for _ in range(10):
     counts = draws.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), RESAMPLES // 10)
     drawn = counts @ tokens
@@ -317,7 +321,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def outcomes(groups: Sequence[Group]) -> list[Outcome]:
-  """What each group spent and reached."""
+  """The compute and the perplexity of each group."""
   return [_outcome(group) for group in groups]
 
 
@@ -328,20 +332,20 @@ def _outcome(group: Group) -> Outcome:
   records, paces = [], []
   for run in group.runs:
     found = run.statistics
-    # What decoding took is measured by evaluations; the last one at the same step has it.
+    # Evaluations measure the cost of decoding; the last evaluation at the same step is used.
     measured = next((row for row in reversed(run.validation) if row.get("step") == found["step"]), {})
     seen = {name: measured[name] for name in ("inference_flops", "inference_slots") if name in measured}
     pauses = 0.0 if found["num_slots"] == 1 else (found["latency"] or {}).get("mean_pauses")
     records.append(
       {"method": config.method.name, "perplexity": found["perplexity"]["mixture"], "mean_pauses": pauses}
       | {"autoregressive": found.get("autoregressive")}
-      # Older statistics don't have them.
+      # Older statistics don't have these keys.
       | {"loss_perplexity": found["perplexity"].get("loss")}
       | {"training_omega": {"perplexity": found["perplexity"].get("training")}}
       | {spend: run.meta[spend] for spend in SPENDS}
       | seen
     )
-    # An older report has it of methods that decide nothing too.
+    # Older reports also have this key for methods that are not adaptive.
     if (paced := found["self_paced"]) and is_adaptive(method):
       cost = method.costs(length, slots=paced["context_pauses"] + 1).inference
       paces.append(paced | {"inference_flops": float(cost.total)})
@@ -349,15 +353,15 @@ def _outcome(group: Group) -> Outcome:
 
 
 def compare(groups: Sequence[Group]) -> dict[str, Any]:
-  """What comparison.json holds.
+  """The contents of comparison.json.
 
-  Groups that aren't causal are in `looks_ahead`, by label, and have neither differences nor efficiency: these come from
-  what is read of a whole window at once.
+  `looks_ahead` lists the labels of non-causal groups. They have neither differences nor efficiency, because both are
+  computed from blockwise likelihoods.
   """
   causal = [group for group in groups if group.causal]
   windows = common_windows([run for group in causal or groups for run in group.runs])
   first = groups[0].runs[0].statistics
-  # Each group has a perplexity, with its seeds, and what training has spent of its own.
+  # `_row` adds the perplexity with its seeds and the training compute of each group.
   found = outcomes(groups)
   trade_offs = [
     {k: v for k, v in described.items() if k not in ("perplexity_seeds", "perplexity_deviation", "train_tokens")}
@@ -381,7 +385,7 @@ def compare(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _row(group: Group, outcome: Outcome) -> dict[str, Any]:
-  """What comparison.json holds of a group but for its trade-off."""
+  """The keys of a group in comparison.json, except those of its trade-off."""
   latencies = group.values(lambda s: s["latency"])
   pauses = [(latency or {}).get("mean_pauses") for latency in latencies]
   shares = [latency["mean"] for latency in latencies if latency]
@@ -396,7 +400,7 @@ def _row(group: Group, outcome: Outcome) -> dict[str, Any]:
     "perplexity": spread(outcome.perplexities),
     "mean_pauses": spread(pauses) if None not in pauses else None,
     "latency": np.mean(shares, 0).tolist() if shares else None,
-    # Of the same windows, which are fewer than those of the other numbers here.
+    # Both perplexities are over the same windows, which are fewer than those of the other keys.
     "self_paced_cost": spread([s["perplexity"] / s["constant_perplexity"] - 1 for s in paces])
     if len(paces) == len(group.runs)
     else None,

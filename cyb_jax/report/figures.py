@@ -1,8 +1,8 @@
-"""The pictures: PNG, drawn on matplotlib's Agg canvas without any of its global state.
+"""The pictures of reports: PNG files, drawn on matplotlib's Agg canvas without its global state.
 
-Colours are those of Okabe and Ito, and cividis for scales, which colour-blind readers can tell apart; lines differ in
-style and marker, and bars in hatching, so that black and white will do. Sizes are such that words can be read when a
-picture is 330 pixels wide.
+Colours are those of Okabe and Ito, and cividis for scales, which colour-blind readers can distinguish. Lines differ in
+style and marker, and bars in hatching, so that they can also be distinguished in black and white. Text is readable when
+a picture is 330 pixels wide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ try:
   from matplotlib.colors import LogNorm
   from matplotlib.figure import Figure
 except ImportError:
-  raise InputError("matplotlib: not installed, and it draws the figures; pip install 'cyb_jax[report]'") from None
+  raise InputError("matplotlib: not installed, but the figures need it; pip install 'cyb_jax[report]'") from None
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D00")
 _MARKERS = "osD^vP*X"
@@ -38,14 +38,14 @@ Series = tuple[Any, ...]
 
 
 def _draw(paint: Callable[[Figure], None], height: float) -> bytes:
-  """PNG of a figure that `paint` fills; nothing outside it changes."""
+  """The PNG of a figure that `paint` draws; matplotlib's global state does not change."""
   with matplotlib.rc_context(matplotlib.rcParamsDefault):
     matplotlib.rcParams.update(_FONT)
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     paint(figure)
     out = io.BytesIO()
-    # Without the version, so that equal numbers give equal files.
+    # Without matplotlib's version, so that equal numbers give equal files.
     canvas.print_png(out, metadata={"Software": None})
   return out.getvalue()
 
@@ -67,11 +67,11 @@ def lines(
   Args:
     series: (name, x, y), or (name, x, y, low, high) with a band.
     x, y: the labels of the axes, with their unit.
-    log_x, log_y: logarithmic axes.
+    log_x, log_y: whether the axes are logarithmic.
     legend: whether names are shown.
-    level: a horizontal line.
-    diagonal: the line y = x.
-    x_ticks: where the x axis has its numbers; None: wherever it suits.
+    level: the height of a horizontal line; None: no such line.
+    diagonal: whether to draw the line y = x.
+    x_ticks: the ticks of the x axis; None: chosen automatically.
   """
 
   def paint(figure: Figure) -> None:
@@ -98,24 +98,24 @@ def lines(
 
 
 def trade_off(
-  places: Sequence[tuple[str, int, float, float, float, float, bool, bool]], names: Sequence[str], *, x: str, y: str
+  marks: Sequence[tuple[str, int, float, float, float, float, bool, bool]], names: Sequence[str], *, x: str, y: str
 ) -> bytes:
-  """Numbered points on logarithmic axes, with bars over seeds, and a broken line through those of the front.
+  """Numbered points on logarithmic axes, with error bars over seeds, and a dashed line through the Pareto front.
 
   Args:
-    places: (the text next to it, the number of its name, x, y, low, high, whether it is hollow, whether it is on
+    marks: (the text next to the point, the index of its name, x, y, low, high, whether it is hollow, whether it is on
       the front).
-    names: of the points; those that are hollow share that of another.
+    names: the names of the points; a hollow point shares the name of a solid point.
     x, y: the labels of the axes, with their unit.
   """
 
   def paint(figure: Figure) -> None:
     axes = figure.add_subplot()
-    front = sorted((px, py) for _, _, px, py, _, _, _, on in places if on)
+    front = sorted((px, py) for _, _, px, py, _, _, _, on in marks if on)
     if len(front) > 1:
       axes.step(*zip(*front), where="post", color="#777777", linewidth=1.2, linestyle="--", zorder=1)
-    solid = {name: (px, py) for _, name, px, py, _, _, hollow, _ in places if not hollow}
-    for _, name, px, py, low, high, hollow, _ in places:
+    solid = {name: (px, py) for _, name, px, py, _, _, hollow, _ in marks if not hollow}
+    for _, name, px, py, low, high, hollow, _ in marks:
       colour = COLOURS[name % 8]
       if hollow:
         axes.plot(*zip(solid[name], (px, py)), color=colour, linewidth=1, linestyle=":", zorder=1)
@@ -126,7 +126,7 @@ def trade_off(
       )  # fmt: skip
     axes.margins(0.12)
     _scales(axes, True, True)
-    _write_beside(axes, [(words, px, py) for words, _, px, py, *_ in places])
+    _annotate(axes, [(words, px, py) for words, _, px, py, *_ in marks])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="#dddddd", linewidth=0.6)
@@ -136,8 +136,8 @@ def trade_off(
   return _draw(paint, 4.2 + 0.23 * math.ceil(len(names) / columns))
 
 
-def _write_beside(axes: Any, words: Sequence[tuple[str, float, float]]) -> None:
-  """Text next to points of logarithmic axes, each on the side where the fewest others are."""
+def _annotate(axes: Any, words: Sequence[tuple[str, float, float]]) -> None:
+  """Writes text next to points of logarithmic axes, each on the least crowded side."""
   sides = {(5, 3): (1, 1), (-5, 3): (-1, 1), (5, -9): (1, -1), (-5, -9): (-1, -1), (0, 7): (0, 1), (0, -13): (0, -1)}
   spots = np.array([axes.transData.transform((x, y)) for _, x, y in words]) / _DPI * 72
   taken = list(spots)
@@ -163,38 +163,38 @@ def bars(
   high: Sequence[float] | None = None,
   zero: bool = False,
 ) -> bytes:
-  """Values with their numbers, one above the other, the first one on top.
+  """Values with their numbers, one above the other, the first value on top.
 
   Args:
-    names: of the values.
-    values: drawn as dots, on an axis that holds little else than them; or as bars.
-    x: what they measure, with its unit.
-    low, high: ends of the error bars.
-    zero: bars from 0.
+    names: the names of the values.
+    values: drawn as dots on an axis that covers their range, or as bars from 0.
+    x: the label of the axis, with its unit.
+    low, high: the ends of the error bars.
+    zero: whether to draw bars from 0.
   """
 
   def paint(figure: Figure) -> None:
     axes = figure.add_subplot()
-    places = np.arange(len(names))
+    rows = np.arange(len(names))
     errors = None
     if low is not None and high is not None:
       errors = np.maximum([np.subtract(values, low), np.subtract(high, values)], 0)
     if zero:
-      axes.barh(places, values, height=0.65, color=COLOURS[4], edgecolor="#000000", linewidth=0.8)
+      axes.barh(rows, values, height=0.65, color=COLOURS[4], edgecolor="#000000", linewidth=0.8)
       if errors is not None:
-        axes.errorbar(values, places, xerr=errors, fmt="none", ecolor="#000000", capsize=3, linewidth=1.2)
+        axes.errorbar(values, rows, xerr=errors, fmt="none", ecolor="#000000", capsize=3, linewidth=1.2)
       axes.axvline(0, color="#000000", linewidth=0.8)
     else:
-      axes.errorbar(values, places, xerr=errors, fmt="o", color=COLOURS[0], capsize=4, linewidth=1.6, markersize=7)
+      axes.errorbar(values, rows, xerr=errors, fmt="o", color=COLOURS[0], capsize=4, linewidth=1.6, markersize=7)
       axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     ends = values if errors is None else np.add(values, errors[1])
-    for place, end, value in zip(places, ends, values):
-      at = max(end, 0) if zero else end, place
+    for row, end, value in zip(rows, ends, values):
+      at = max(end, 0) if zero else end, row
       axes.annotate(_brief(value, 4), at, (6, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, [_short(name) for name in names])
+    axes.set_yticks(rows, [_short(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     left, right = axes.get_xlim()
-    # Room for the numbers.
+    # Space for the numbers.
     axes.set_xlim(left, right + 0.14 * (right - left))
     axes.xaxis.set_major_locator(_few_ticks())
     axes.xaxis.set_major_formatter(_BRIEF)
@@ -207,23 +207,23 @@ def grouped_bars(names: Sequence[str], series: Sequence[tuple[Any, ...]], *, x: 
   """Bars side by side.
 
   Args:
-    names: along the x axis.
+    names: the names along the x axis.
     series: (name, values), or (name, values, deviations) with error bars; a value may be None.
     x, y: the labels of the axes, with their unit.
   """
 
   def paint(figure: Figure) -> None:
     axes = figure.add_subplot()
-    places = np.arange(len(names))
+    centres = np.arange(len(names))
     width = 0.82 / len(series)
     for i, (name, values, *deviations) in enumerate(series):
       values = [np.nan if value is None else value for value in values]
       axes.bar(
-        places + (i - (len(series) - 1) / 2) * width, values, width, label=name, color=COLOURS[i % 8],
+        centres + (i - (len(series) - 1) / 2) * width, values, width, label=name, color=COLOURS[i % 8],
         hatch=_HATCHES[i % 8], edgecolor="#ffffff" if i % 8 != 6 else "#999999", linewidth=0.4,
         yerr=deviations[0] if deviations else None, capsize=3, ecolor="#000000",
       )  # fmt: skip
-    axes.set_xticks(places, [_short(name) for name in names])
+    axes.set_xticks(centres, [_short(name) for name in names])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if len(series) > 1:
@@ -251,7 +251,7 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, x: str, y: str
 def density(
   x_edges: Sequence[float], y_edges: Sequence[float], counts: Sequence[Sequence[float]], *, x: str, y: str
 ) -> bytes:
-  """Counts over a plane on a logarithmic scale; cells without any stay white. The y axis is cut to where they are."""
+  """Counts over a plane on a logarithmic colour scale; empty cells are white. The y axis covers the non-empty cells."""
 
   def paint(figure: Figure) -> None:
     axes = figure.add_subplot()
@@ -282,8 +282,8 @@ def points(clouds: Sequence[tuple[str, Sequence[float], Sequence[float], Sequenc
       if len(xs):
         off = [np.abs(np.asarray(values) - m) / s for values, m, s in zip((xs, ys), middle, span)]
         outermost = int(np.argmax(off[0] + off[1]))
-        place = xs[outermost], ys[outermost]
-        axes.annotate(_plain(words[outermost]), place, (4, 4), textcoords="offset points", fontsize=8)
+        point = xs[outermost], ys[outermost]
+        axes.annotate(_plain(words[outermost]), point, (4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="#dddddd", linewidth=0.6)
@@ -294,7 +294,7 @@ def points(clouds: Sequence[tuple[str, Sequence[float], Sequence[float], Sequenc
 
 
 def stacked_lines(panels: Sequence[tuple[str, bool, Sequence[Series]]], *, x: str) -> bytes:
-  """Panels (y label, logarithmic, series) over one x axis."""
+  """Panels (y label, whether it is logarithmic, series) with a shared x axis."""
 
   def paint(figure: Figure) -> None:
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -321,7 +321,7 @@ def _scales(axes: Any, log_x: bool, log_y: bool) -> None:
     scale("log")
     low, high = axis.get_view_interval()
     if high / low < 100:
-      # Too few powers of ten lie in between to read a value from.
+      # The axis has too few powers of ten to read a value from them.
       steps = matplotlib.ticker.LogLocator(10, subs=(1, 2, 5), numticks=20)
       few = sum(low <= tick <= high for tick in steps.tick_values(low, high)) < 3
       axis.set_major_locator(_few_ticks() if few else steps)
@@ -356,16 +356,16 @@ def _short(name: str, most: int = 22) -> str:
 
 
 def _plain(text: str) -> str:
-  """A word as matplotlib may write it: no formulas, and nothing that its font has no shape for."""
+  """Text that matplotlib can draw: no formulas, and no characters that its font lacks."""
   return "".join(c if c.isprintable() and ord(c) < 0x2600 else "?" for c in text).replace("$", r"\$")
 
 
 def shares(values: Iterable[float]) -> str:
-  """Shares in words, for the alternative text of a picture."""
+  """Shares as text, for the alternative text of a picture."""
   return ", ".join(f"{value:.3f}" for value in values)
 
 
 def finite(rows: Iterable[Mapping[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
-  """Two fields of the rows that have both."""
+  """The values of two fields, for the rows that have both."""
   pairs = [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
   return [a for a, _ in pairs], [b for _, b in pairs]

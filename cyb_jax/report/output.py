@@ -1,4 +1,4 @@
-"""The folder of a report, which is replaced whole or stays as it was."""
+"""The folder of a report, which is replaced atomically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PAGE = "index.html"
 
 
 def check_output(folder: str | os.PathLike) -> storage.Place:
-  """Whether a report may be written there: a folder that isn't there yet, is empty, or holds a report alone.
+  """Checks that a report may be written to a folder: it does not exist, is empty, or holds only a report.
 
   Raises:
-    InputError: it holds something else, which would be lost, or can't be written to.
+    InputError: the folder holds other files, which would be lost, or is not writable.
   """
   path = storage.place(folder)
   if storage.in_bucket(path):
@@ -30,7 +30,9 @@ def check_output(folder: str | os.PathLike) -> storage.Place:
   with storage.starting(path):
     others = sorted(set(found) - _ours(path)) if (found := storage.names(path)) else []
   if others:
-    raise InputError(f"--output: {folder} holds {others[0]!r}, which is no report's; give a folder of the report's own")
+    raise InputError(
+      f"--output: {folder} holds {others[0]!r}, which is not part of a report; give an empty or a new folder"
+    )
   if storage.in_bucket(path):
     return path
   existing = path.parent
@@ -39,44 +41,44 @@ def check_output(folder: str | os.PathLike) -> storage.Place:
   try:
     tempfile.TemporaryFile(dir=existing).close()
   except OSError as error:
-    raise InputError(f"--output: can't write in {existing} ({error.strerror}); take another folder") from None
+    raise InputError(f"--output: can't write in {existing} ({error.strerror}); give another folder") from None
   return path
 
 
 def _ours(path: storage.Place) -> set[str]:
-  """Names that a report may have in a folder: its page says which pictures are its own."""
+  """The names of a report's files in a folder; the page lists the report's pictures."""
   try:
     page = storage.read_bytes(path / _PAGE).decode(errors="replace")
   except OSError:
-    return {"statistics.json"}  # which a comparison keeps
+    return {"statistics.json"}  # a comparison keeps this file without a page
   found = re.search(r'<meta name="generator" content="cyb-report: ([^"]*)">', page)
   return {_PAGE, "statistics.json", "comparison.json", *found[1].split()} if found else set()
 
 
 def generator(pictures: Iterable[str]) -> str:
-  """The element by which a page says that it is a report, and which files next to it are its pictures."""
+  """The HTML element that identifies a page as a report and lists the files of its pictures."""
   return f'<meta name="generator" content="cyb-report: {" ".join(pictures)}">'
 
 
 def check_size(page: str) -> None:
-  """Raises InputError where a page is larger than 10 MB."""
+  """Raises InputError if a page is larger than 10 MB."""
   size = len(page.encode())
   if size > MAX_BYTES:
     raise InputError(
-      f"--text_windows: the page would have {size / 1e6:.1f} MB, and 10 MB is the most; show fewer windows of text"
+      f"--text_windows: the page would have {size / 1e6:.1f} MB, but the limit is 10 MB; show fewer windows of text"
     )
 
 
 def write_folder(path: storage.Place, files: Mapping[str, str | bytes]) -> None:
-  """Replaces a report's folder by one with these files.
+  """Replaces a report's folder with a folder of these files.
 
   Args:
-    path: that `check_output` has passed.
+    path: a path that `check_output` has accepted.
     files: contents by name; text is written as UTF-8.
 
   Raises:
-    StorageError: the disk refuses; the folder is then as it was before. In a bucket it may hold files of both: the page
-      comes last.
+    StorageError: writing fails. The folder on disk is then unchanged; in a bucket it may hold files of both reports,
+      because the page is written last.
   """
   if storage.in_bucket(path):
     for name in sorted(files, key=lambda name: name == _PAGE):
@@ -98,7 +100,7 @@ def write_folder(path: storage.Place, files: Mapping[str, str | bytes]) -> None:
         path.rename(old)
       try:
         new.rename(path)
-      except BaseException:  # an interruption too
+      except BaseException:  # including interruptions
         if old.exists():
           old.rename(path)
         raise

@@ -9,34 +9,34 @@ from cyb_jax.report import figures, page, paper
 from cyb_jax.report.facts import ONE_SLOT, Statistics, why_no_decisions
 from cyb_jax.report.page import Picture, Section, number
 
-# Bins of fewer tokens are in the table of reliability, but not in its plot.
+# Bins with fewer tokens are in the table of reliability, but not in its plot.
 _FILLED = 30
 
 
 def latency(statistics: Statistics) -> Section:
-  """How many pauses tokens get."""
+  """The distribution of the number of pauses."""
   title, all_slots, trained = "Latency", statistics["latency"], statistics["training_latency"]
   if statistics["num_slots"] == 1 or not all_slots:
     return Section(title, page.absent(ONE_SLOT))
-  series = [("all slots granted", all_slots["mean"])] + ([("as in training", trained["mean"])] if trained else [])
+  series = [("all slots allowed", all_slots["mean"])] + ([("as in training", trained["mean"])] if trained else [])
   pauses = [str(i) for i in range(statistics["num_slots"])]
   shares = Picture(
     "latency",
     figures.grouped_bars(pauses, series, x="pauses before the answer", y="mean share of s"),
     "Mean share of the answers read after 0, 1, ... pauses: " + figures.shares(all_slots["mean"]),
-    "How often the answer is read after so many pauses, the mean of s over tokens. All at the last is a model that"
-    " always waits; all at 0 one that never does.",
+    "The share of answers that are read after each number of pauses: the mean of s over tokens. A model that always"
+    " pauses has all its mass at the last number, and a model that never pauses at 0.",
   )
   rows = [(name, *values, found["mean_pauses"]) for (name, values), found in zip(series, (all_slots, trained or {}))]
-  table = page.table("Mean of s", ("world", *(f"{i} pauses" for i in pauses), "mean pauses"), rows)
+  table = page.table("Mean of s", ("step budget", *(f"{i} pauses" for i in pauses), "mean pauses"), rows)
   histogram = all_slots["histogram"]
   edges, counts = histogram["edges"], histogram["counts"]
   picture = Picture(
     "pauses",
     figures.histogram(edges, counts, x="expected pauses of a token", y="tokens", mean=all_slots["mean_pauses"]),
     f"Histogram over tokens of their expected pauses; the mean is {number(all_slots['mean_pauses'])}",
-    "Tokens by their expected number of pauses. Wide: the model tells easy tokens from hard ones; one peak: it treats"
-    " all alike.",
+    "Tokens by their expected number of pauses. In a wide distribution the model distinguishes easy from hard tokens;"
+    " with a single peak it treats all tokens alike.",
   )
   total = max(sum(counts), 1)
   bins = page.table(
@@ -46,26 +46,28 @@ def latency(statistics: Statistics) -> Section:
   )
   body = page.with_tables(shares, table, paper.variants()) + page.with_tables(picture, bins)
   if trained is None:
-    body += page.absent("Training granted all slots too: there is no second world to show.")
+    body += page.absent("Training also allowed all slots, so there is no second distribution to show.")
   return Section(title, body, (shares, picture))
 
 
 def calibration(statistics: Statistics) -> Section:
-  """Whether d foresees that one more slot is better."""
+  """Whether d predicts that one more slot is better."""
   title, steps = "Calibration of d", statistics["calibration"]
   if not steps:
     return Section(title, page.absent(why_no_decisions(statistics)))
   rows = [(f"{s['step']} to {s['step'] + 1}", s["spearman"], page.interval(s["interval"])) for s in steps]
   theirs = [(name, *(values[i] if i < len(values) else None for i in range(3))) for name, values in paper.SPEARMAN]
   body = page.table("Rank correlation of d with the gain of one more slot", ("slots", "Spearman", "95% interval"), rows)
-  body += page.table("The paper: the same (Gemma 2B, C4)", ("model", "1 to 2", "2 to 3", "3 to 4"), theirs)
+  body += page.table(
+    "The paper: rank correlation of d with the gain (Gemma 2B, C4)", ("model", "1 to 2", "2 to 3", "3 to 4"), theirs
+  )
   pictures = []
   for step in steps:
     pictures.append(_density(step))
     body += page.with_tables(pictures[-1], _deciles(step))
   reliability, gains = _reliability(steps), _gains(steps)
   body += page.with_tables(reliability, *_reliability_tables(steps)) + page.with_tables(
-    gains, page.paragraph("Its numbers are in the tables of tenths above.", "note")
+    gains, page.paragraph("The tables by decile above have the numbers of this figure.", "note")
   )
   return Section(title, body, (*pictures, reliability, gains))
 
@@ -79,17 +81,17 @@ def _density(step: Mapping[str, Any]) -> Picture:
       cells["gain_edges"],
       cells["counts"],
       x=f"d of slot {i}",
-      y=f"t of slot {i + 1} less t of slot {i}",
+      y=f"t of slot {i + 1} minus t of slot {i}",
     ),
     f"Density of d and of the gain of one more slot, slot {i}; Spearman {number(step['spearman'])}",
-    f"Every token by the d of slot {i} and by how much slot {i + 1} gives its target more (logarithmic counts). A"
-    " cloud that rises to the right: the model asks for another slot where it helps.",
+    f"Tokens by d at slot {i} and by the increase of the target's probability at slot {i + 1} (logarithmic counts). If"
+    " the cloud rises to the right, the model requests another slot where it helps.",
   )
 
 
 def _deciles(step: Mapping[str, Any]) -> str:
   return page.table(
-    f"Gain of one more slot by tenths of d{step['step']}",
+    f"Gain of one more slot by decile of d{step['step']}",
     ("d from", "to", "tokens", "mean d", "mean gain", "mean gain, nats", "share better"),
     [
       (number(r["low"]), r["high"], r["count"], r["decision"], r["gain"], r["gain_nats"], r["better"])
@@ -99,15 +101,15 @@ def _deciles(step: Mapping[str, Any]) -> str:
 
 
 def _reliability(steps: Sequence[Mapping[str, Any]]) -> Picture:
-  # A share of a handful of tokens says nothing.
+  # The share of a few tokens is too noisy.
   filled = [[row for row in s["reliability"] if row["count"] >= _FILLED] for s in steps]
   series = [(f"slot {s['step']}", *figures.finite(rows, "decision", "better")) for s, rows in zip(steps, filled)]
   return Picture(
     "reliability",
     figures.lines(series, x="d (mean of its bin)", y="share with a better next slot", diagonal=True),
     "Share of the tokens whose next slot is better, by d",
-    "d as a forecast that the next slot is better: on the dotted line it would be exact. The loss doesn't ask for that,"
-    f" only for a line that rises. Bins of fewer than {_FILLED} tokens are in the table alone.",
+    "d as a forecast that the next slot is better: on the dotted line the forecast is calibrated. The loss only needs a"
+    f" line that rises. Bins with fewer than {_FILLED} tokens are only in the table.",
   )
 
 
@@ -127,15 +129,15 @@ def _gains(steps: Sequence[Mapping[str, Any]]) -> Picture:
   series = [(f"slot {s['step']}", *figures.finite(s["deciles"], "decision", "gain_nats")) for s in steps]
   return Picture(
     "gain",
-    figures.lines(series, x="d (mean of its tenth)", y="mean gain of a slot, nats", level=0),
-    "Mean gain of one more slot in nats, by tenths of d",
-    "What one more slot brings on average, by tenths of the tokens by d: above the dotted line it helps. Where the"
-    " line rises, waiting is spent where it pays.",
+    figures.lines(series, x="d (mean of its decile)", y="mean gain of a slot, nats", level=0),
+    "Mean gain of one more slot in nats, by decile of d",
+    "The mean gain of one more slot by decile of d: above the dotted line the slot helps. If the line rises, the model"
+    " pauses where pauses help most.",
   )
 
 
 def speed_accuracy(statistics: Statistics) -> Section:
-  """Perplexity against mean pauses, by a threshold on d and by a budget of steps."""
+  """Perplexity against mean pauses, by a threshold on d and by a step budget."""
   title, curves = "Speed and accuracy", statistics["curves"]
   if not curves or not (curves["threshold"] or curves["budget"]):
     return Section(title, page.absent(why_no_decisions(statistics)))
@@ -153,8 +155,8 @@ def speed_accuracy(statistics: Statistics) -> Section:
     found.append(("budget through omega", *figures.finite(curves["budget"], "mean_pauses", "perplexity")))
     tables.append(
       page.table(
-        "A budget of steps through omega",
-        ("omega", "mean steps granted", "mean pauses", "perplexity"),
+        "A step budget through omega",
+        ("omega", "mean steps allowed", "mean pauses", "perplexity"),
         [
           (":".join(f"{w:g}" for w in r["omega"]), r["mean_steps"], r["mean_pauses"], r["perplexity"])
           for r in curves["budget"]
@@ -163,13 +165,13 @@ def speed_accuracy(statistics: Statistics) -> Section:
     )
   sorted_lines = [(name, *_sorted(xs, ys)) for name, xs, ys in found]
   latency = statistics["latency"]
-  sorted_lines.append(("as it is read", [latency["mean_pauses"]], [statistics["perplexity"]["mixture"]]))
+  sorted_lines.append(("as evaluated", [latency["mean_pauses"]], [statistics["perplexity"]["mixture"]]))
   picture = Picture(
     "speed_accuracy",
     figures.lines(sorted_lines, x="mean pauses", y="perplexity"),
     "Perplexity against mean pauses, for thresholds on d and for budgets",
-    "What pauses buy: perplexity when the answer is read earlier, by a threshold on d, or because the world grants"
-    " fewer steps. Further down and further left is better.",
+    "Perplexity when the answer is read earlier, because of a threshold on d or because the step budget allows fewer"
+    " steps. Lower and further left is better.",
   )
   return Section(title, page.with_tables(picture, *tables), (picture,))
 

@@ -1,7 +1,7 @@
-"""HTML of one file: it contains everything that it shows, and it opens from disk.
+"""HTML pages in one self-contained file that opens from disk.
 
-What comes from outside (pieces of a vocabulary, names of runs, values of a config) goes through `escape`; the rest of
-the functions take and give HTML.
+Text from outside (pieces of a vocabulary, names of runs, values of a config) goes through `escape`; the other functions
+take and return HTML unless their docstring says plain text.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 from cyb_jax.report.output import generator
 
-# Tables of more rows are folded.
+# Tables with more rows are folded.
 LONG = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A figure and its words.
+  """A figure and its text.
 
   Attributes:
-    name: of its file, without .png.
-    png: its bytes.
-    alt: what it says, for those who don't see it.
-    sentence: what it shows, and how to read it; plain text.
+    name: the name of its file, without .png.
+    png: the bytes of the file.
+    alt: the alternative text of the image.
+    sentence: the caption: what the figure shows, and how to read it; plain text.
   """
 
   name: str
@@ -43,7 +43,7 @@ class Section:
   Attributes:
     title: plain text.
     body: HTML.
-    pictures: that the body shows, in order.
+    pictures: the pictures in the body, in order.
   """
 
   title: str
@@ -56,12 +56,12 @@ class Section:
 
 
 def escape(text: Any) -> str:
-  """Text as HTML, in an attribute too."""
+  """The text escaped for HTML, including attributes."""
   return html.escape(str(text), quote=True)
 
 
 def number(value: Any, digits: int = 4) -> str:
-  """A number for people: so many significant digits, thousands grouped; '-' where there is none."""
+  """A number as text: `digits` significant digits, grouped thousands; '-' if it is None or not finite."""
   if value is None or (isinstance(value, float) and not math.isfinite(value)):
     return "-"
   if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**12:
@@ -79,7 +79,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def percent(share: float) -> str:
-  """A change for people, such as '+1.8%'."""
+  """A relative change as text, such as '+1.8%'."""
   return f"{share:+.1%}"
 
 
@@ -93,21 +93,21 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def absent(text: str) -> str:
-  """The one line in place of a part that has no data."""
+  """The paragraph that replaces a part without data."""
   return paragraph(text, "absent")
 
 
 def table(
   caption: str, header: Sequence[str], rows: Iterable[Sequence[Any]], *, words: int = 1, folded: bool | None = None
 ) -> str:
-  """A table in a box that scrolls by itself.
+  """A table in a box that scrolls independently of the page.
 
   Args:
     caption: plain text.
     header: plain text.
-    rows: of values for `number`, or plain text.
-    words: how many of the first columns hold words, and are set flush left; the first one heads its row.
-    folded: whether it must be opened first; None: where it is long.
+    rows: rows of values for `number`, or of plain text.
+    words: the number of first columns that hold words and are left-aligned; the first column is the row's header.
+    folded: whether the table is folded; None: if it has more than 12 rows.
   """
   rows = list(rows)
   head = "".join(f'<th scope="col"{_class("word" if i < words else "")}>{escape(h)}</th>' for i, h in enumerate(header))
@@ -126,7 +126,7 @@ def table(
 
 
 def with_tables(picture: Picture, *tables: str) -> str:
-  """A picture, its sentence, and its tables, next to it where the page is wide enough."""
+  """A picture with its caption and its tables, which are next to it if the page is wide enough."""
   source = base64.b64encode(picture.png).decode()
   return (
     f'<div class="pair"><figure><img src="data:image/png;base64,{source}" alt="{escape(picture.alt)}">'
@@ -135,18 +135,18 @@ def with_tables(picture: Picture, *tables: str) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> str:
-  """Names and values, as a list."""
+  """A list of names and values."""
   items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(number(value))}</dd></div>" for name, value in pairs)
   return f"<dl>{items}</dl>"
 
 
 def document(title: str, header: str, sections: Sequence[Section], *, script: str = "") -> str:
-  """The whole page.
+  """The complete page.
 
   Args:
     title: plain text.
     header: HTML under the title.
-    sections: in order; the page lists them at its head.
+    sections: the sections, in order; the page lists them at its top.
     script: plain JavaScript, run at the end.
   """
   pictures = [f"{picture.name}.png" for section in sections for picture in section.pictures]
@@ -159,7 +159,7 @@ def document(title: str, header: str, sections: Sequence[Section], *, script: st
   return (
     f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{generator(pictures)}\n'
     f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-    # An icon of its own, or a browser asks the page's server for one.
+    # An inline icon, because otherwise a browser requests one from the page's server.
     f'<link rel="icon" href="data:,">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
     f"<header><h1>{escape(title)}</h1>{header}</header>\n"
     f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n<main>\n{parts}</main>\n'

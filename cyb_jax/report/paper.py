@@ -1,7 +1,7 @@
-"""What the paper reports (arXiv 2510.13879), to be compared with a run's own numbers: Gemma 2B, fine-tuned on C4.
+"""The paper's results (arXiv 2510.13879), for comparison with a run: Gemma 2B, fine-tuned on C4.
 
-Perplexities are read off its figures, +-0.003. The paper does not state
-the omega under which those of 1:1:1:1 and 4:1:1:4 were taken.
+Perplexities are read off its figures, +-0.003. The paper does not state the omega of the evaluations of 1:1:1:1 and
+4:1:1:4.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from cyb_jax.evaluation import words
 from cyb_jax.report import page
 
-NOTE = "The paper's own numbers: Gemma 2B fine-tuned on C4, perplexity read off its figures (+-0.003). Not ours."
+NOTE = "The paper's results: Gemma 2B fine-tuned on C4, perplexity read off its figures (+-0.003). They are not ours."
 
 REGIMES = ("1x1", "2 epochs", "2x data", "3x data")
 
-# By data regime.
+# Perplexity by model and data regime.
 PERPLEXITY: tuple[tuple[str, tuple[float | None, ...]], ...] = (
   ("pretrained", (13.018, None, None, None)),
   ("baseline", (12.173, 11.919, 11.854, 11.674)),
@@ -23,7 +23,7 @@ PERPLEXITY: tuple[tuple[str, tuple[float | None, ...]], ...] = (
   ("CYB-AP 0:0:0:1, gamma 1", (11.657, 11.344, 11.311, 11.129)),
 )
 
-# At 1x1: perplexity, and the mean of s over 0, 1, 2 and 3 pauses, self-stops alone.
+# Regime 1x1: perplexity, and the mean of s after 0, 1, 2 and 3 pauses, for self-stops only.
 VARIANTS: tuple[tuple[str, float, tuple[float, ...]], ...] = (
   ("AP 0:0:0:1 gamma 1", 11.657, (0.578, 0.154, 0.127, 0.141)),
   ("AP 0:0:0:1 gamma .99", 11.704, (0.781, 0.127, 0.063, 0.029)),
@@ -40,13 +40,13 @@ VARIANTS: tuple[tuple[str, float, tuple[float, ...]], ...] = (
   ("DP 4:1:1:4 alpha .1", 12.418, (0.372, 0.077, 0.161, 0.391)),
 )
 
-# Of d_i with t_{i+1} - t_i, the best model and the one with gamma .99, for one, two and three steps.
+# The rank correlation of d_i with t_{i+1} - t_i for i = 1, 2, 3: the best model and the model with gamma .99.
 SPEARMAN: tuple[tuple[str, tuple[float, ...]], ...] = (
   ("AP 0:0:0:1 gamma 1", (0.383, 0.157, 0.271)),
   ("AP 0:0:0:1 gamma .99", (0.381, 0.208, 0.309)),
 )
 
-# Table 3, by the median of the pause count and its variance.
+# Table 3: words by the median and the variance of the number of pauses.
 WORDS = {corner: " ".join(found) for corner, found in words.PAPER.items()}
 
 DATA_EFFICIENCY = "In the paper CYB at 1x the data equals the baseline at 3x, and TBYS-3 at about 1.84x."
@@ -69,7 +69,7 @@ def variants() -> str:
   header = ("variant, 1x1", "perplexity", *(f"s, {i} pauses" for i in range(4)))
   return (
     "<details><summary>The paper's variants and latencies</summary>"
-    + page.paragraph(NOTE + " Mean of s over self-stops alone.", "note")
+    + page.paragraph(NOTE + " Mean of s over self-stops only.", "note")
     + page.table("The paper: variants at 1x1 (Gemma 2B, C4)", header, rows)
     + "</details>"
   )

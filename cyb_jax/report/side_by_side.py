@@ -1,4 +1,4 @@
-"""The report of several runs: its page, and the pictures in it."""
+"""The report of several runs: its page and its pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
   """The page and the pictures of a comparison.
 
   Args:
-    groups: of runs, in the order in which they are shown.
+    groups: the groups of runs, in the order of the report.
     numbers: see `comparison.compare`.
 
   Returns:
@@ -38,19 +38,19 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
   first = groups[0].runs[0].statistics
   runs = sum(len(group.runs) for group in groups)
   header = page.paragraph(
-    f"{runs} runs in {len(groups)} groups of equal configs but for the seeds. Read on {read_on(first)}, the"
-    " same ones for all runs."
+    f"{runs} runs in {len(groups)} groups; the configs of a group differ only in their seeds. All runs are evaluated on"
+    f" {read_on(first)}."
   )
   for row in numbers["groups"]:
     if len(set(row["steps"])) > 1:
       steps = ", ".join(f"{step:,}" for step in row["steps"])
-      header += page.paragraph(f"The seeds of {row['label']} were read at different steps: {steps}.", "note")
+      header += page.paragraph(f"The seeds of {row['label']} were evaluated at different steps: {steps}.", "note")
   rows = [
     (g.label, len(g.runs), r["num_slots"], *(float(np.mean(r[s])) for s in SPENDS), " ".join(r["workdirs"]))
     for g, r in zip(groups, numbers["groups"])
   ]
   names = [f"training {name}" for name in SPENDS.values()]
-  header += page.table("What is compared", ("group", "seeds", "slots", *names, "folders"), rows)
+  header += page.table("Compared runs", ("group", "seeds", "slots", *names, "folders"), rows)
   html = page.document(f"{len(groups)} groups of runs side by side", header, sections)
   return html, {f"{p.name}.png": p.png for section in sections for p in section.pictures}
 
@@ -60,10 +60,10 @@ def _plus_minus(found: Mapping[str, Any] | None) -> str:
 
 
 def _left_out(numbers: Mapping[str, Any]) -> str:
-  """A sentence on groups that aren't shown here; '' where there is none."""
+  """A sentence on the groups that are left out of a section; '' if there are none."""
   labels = numbers["looks_ahead"]
   return page.paragraph(
-    f"Left out, since what is read here is a whole window at once, in which they look ahead: {', '.join(labels)}.",
+    f"Left out, because these numbers are blockwise and the methods are non-causal: {', '.join(labels)}.",
     "note",
   ) * bool(labels)
 
@@ -76,14 +76,14 @@ def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
     "perplexity",
     figures.bars([g.label for g in groups], [f["mean"] for f in found], x="perplexity", low=low, high=high),
     "Perplexity: " + ", ".join(f"{g.label} {number(f['mean'])}" for g, f in zip(groups, found)),
-    "Perplexity, the mean over seeds, and the lowest to the highest seed: further left is better. The axis doesn't"
-    " start at 0.",
+    "Perplexity: the mean over seeds, and the range from the lowest to the highest seed; further left is better. The"
+    " axis does not start at 0.",
   )
   table = page.table(
     "Perplexity (± standard deviation over seeds)",
     (
       "group", "perplexity", "exp(loss)", "under the training omega", "mean pauses", "with a self-paced context",
-      "of each seed",
+      "by seed",
     ),
     [
       (
@@ -99,29 +99,29 @@ def _perplexity(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
 
 
 def trade_offs(outcomes: Sequence[Outcome], columns: Mapping[str, Sequence[str]] | None = None) -> Section:
-  """Perplexity against FLOPs, of training and of inference; `columns`: further columns of the table, by header."""
+  """Perplexity against the FLOPs of training and of inference; `columns`: further columns of the table, by header."""
   names = [f"{row} {outcome.label}" for row, outcome in enumerate(outcomes, start=1)]
   pictures = []
   for axis, name in trade_off.AXES.items():
     points = trade_off.points(outcomes, axis)
-    places = [
+    marks = [
       (f"{p.row + 1}{'s' * p.self_paced}", p.row, p.x, p.y, p.low, p.high, p.self_paced, p.on_front) for p in points
     ]
     front = [names[p.row] + ", self-paced" * p.self_paced for p in points if p.on_front]
-    hollow = " Hollow (s): the same runs where only the pauses that the model asks for stay in the context."
+    hollow = " Hollow points (s): the same runs with only the pauses that the model requests in the context."
     picture = Picture(
       f"pareto_{axis.removesuffix('_flops')}",
-      figures.trade_off(places, names, x=name, y="perplexity"),
+      figures.trade_off(marks, names, x=name, y="perplexity"),
       f"Perplexity against {name}; on the Pareto front: {', '.join(front)}",
-      f"Perplexity against {name} (both logarithmic), the mean over seeds, and the lowest to the highest seed: further"
-      " down and further left is better. The broken line is the Pareto front, the runs here that none beats in both."
+      f"Perplexity against {name} (both logarithmic): the mean over seeds, and the range from the lowest to the highest"
+      " seed; lower and further left is better. The dashed line is the Pareto front of these runs."
       + hollow
       * any(p.self_paced for p in points),
     )
     pictures.append(picture)
   note = trade_off.NOTE + (f" {trade_off.BLOCKWISE}" if any(outcome.blockwise for outcome in outcomes) else "")
   words = trade_off.WORDS + len(columns or ())
-  table = page.table("Perplexity and what it takes", *trade_off.table(outcomes, columns), words=words, folded=False)
+  table = page.table("Perplexity and compute", *trade_off.table(outcomes, columns), words=words, folded=False)
   body = page.paragraph(note, "note") + table + "".join(page.with_tables(picture) for picture in pictures)
   return Section("Perplexity and FLOPs", body, tuple(pictures))
 
@@ -139,8 +139,7 @@ def _regimes(groups: Sequence[Group], numbers: Mapping[str, Any]) -> list[Sectio
     "regimes",
     figures.grouped_bars(regimes, series, x="data regime", y="perplexity"),
     "Perplexity by model and data regime",
-    "Perplexity by model and by how much data it was trained on, with the standard deviation over seeds: lower is"
-    " better.",
+    "Perplexity by model and by amount of training data, with the standard deviation over seeds: lower is better.",
   )
   table = page.table(
     "Perplexity by data regime",
@@ -153,16 +152,16 @@ def _regimes(groups: Sequence[Group], numbers: Mapping[str, Any]) -> list[Sectio
 def _differences(numbers: Mapping[str, Any]) -> Section:
   title, found = "Differences", numbers["differences"]
   if not found:
-    return Section(title, page.absent("There is one group of runs: no difference to show.") + _left_out(numbers))
+    return Section(title, page.absent("There is only one group: no difference to show.") + _left_out(numbers))
   picture = Picture(
     "differences",
     figures.bars(
-      [f"{d['a']} less {d['b']}" for d in found[:16]], [d["mean"] for d in found[:16]], x="nats per token",
+      [f"{d['a']} minus {d['b']}" for d in found[:16]], [d["mean"] for d in found[:16]], x="nats per token",
       low=[d["interval"][0] for d in found[:16]], high=[d["interval"][1] for d in found[:16]], zero=True,
     ),
-    "Difference in nats per token: " + ", ".join(f"{d['a']} less {d['b']} {number(d['mean'])}" for d in found[:16]),
-    "Nats per token of the first less those of the second, with a 95% interval over documents (paired bootstrap): left"
-    " of 0 the first one is better. An interval that holds 0 tells nothing.",
+    "Difference in nats per token: " + ", ".join(f"{d['a']} minus {d['b']} {number(d['mean'])}" for d in found[:16]),
+    "Nats per token of the first group minus those of the second, with a 95% interval over documents (paired"
+    " bootstrap): left of 0 the first group is better. If the interval contains 0, the difference is not significant.",
   )  # fmt: skip
   table = page.table(
     "Difference in nats per token",
@@ -174,11 +173,11 @@ def _differences(numbers: Mapping[str, Any]) -> Section:
 
 
 def _on(windows: int | None) -> str:
-  return "the validation split whole" if windows is None else f"the first {windows:,} windows of the validation split"
+  return "the complete validation split" if windows is None else f"the first {windows:,} windows of validation"
 
 
 def _curves(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
-  title, windows = "Validation against what was spent", numbers["curve_windows"]
+  title, windows = "Validation against training compute", numbers["curve_windows"]
   groups = [group for group in groups if group.causal]
   body, pictures = _left_out(numbers), []
   for spend, name in SPENDS.items():
@@ -187,21 +186,21 @@ def _curves(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
       curves = [c for c in (curve(run, spend, windows) for run in group.runs) if c.spent]
       if not curves:
         continue
-      # Runs of a group look up at the same steps, but for one that isn't done.
+      # Runs of a group are validated at the same steps, except for a run that is not complete.
       common = [x for x in curves[0].spent if all(x in c.spent for c in curves)]
       losses = np.exp([[c.losses[c.spent.index(x)] for x in common] for c in curves])
       series.append((group.label, common, losses.mean(0), losses.min(0), losses.max(0)))
       rows += [(group.label, x, *v) for x, *v in zip(common, losses.mean(0), losses.min(0), losses.max(0))]
     if not series:
-      body += page.absent(f"No run has a validation on {_on(windows)} in its metrics.jsonl.")
+      body += page.absent(f"No run has a validation on {_on(windows)} in metrics.jsonl.")
       break
     picture = Picture(
       f"curve_{name.lower()}",
       figures.lines(series, x=f"training {name}", y="validation perplexity", log_x=True, log_y=True),
       f"Validation perplexity against training {name}: "
       + ", ".join(f"{label} ends at {number(float(mean[-1]))}" for label, _, mean, *_ in series if len(mean)),
-      f"Perplexity on {_on(windows)} against training {name} (both logarithmic), the mean over seeds and its range:"
-      " further down and further left is better.",
+      f"Perplexity on {_on(windows)} against training {name} (both logarithmic): the mean over seeds and the range of"
+      " the seeds; lower and further left is better.",
     )
     table = page.table(
       f"Validation against {name}",
@@ -229,20 +228,20 @@ def _ratio(found: Mapping[str, Any] | None) -> str:
 def _efficiency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   title, groups = "Data efficiency", [group for group in groups if group.causal]
   if len(groups) < 2:
-    return Section(title, page.absent("There is one group of runs: nothing to reach.") + _left_out(numbers))
+    return Section(title, page.absent("There is only one group, so there is no loss to reach.") + _left_out(numbers))
   windows = numbers["curve_windows"]
   unknown = [g.label for g in groups if not all(curve(run, "train_tokens", windows).spent for run in g.runs)]
   if len(unknown) == len(groups):
-    absent = page.absent(f"No run has a validation on {_on(windows)} in its metrics.jsonl.")
+    absent = page.absent(f"No run has a validation on {_on(windows)} in metrics.jsonl.")
     return Section(title, absent + _left_out(numbers))
   body = page.paragraph(
-    "How many times fewer the row needs than the column has spent to reach the column's last validation loss, on"
-    f" {_on(windows)}: 2 means half as many. Interpolated linearly in the loss over the logarithm of"
-    " what is spent, along the row's own curve, whose rate was still on its schedule; the median over pairs of seeds,"
-    " and its range. ≥: the row's first validation was there already."
+    "The ratio of the column's compute to the compute with which the row reaches the column's last validation loss, on"
+    f" {_on(windows)}: 2 means that the row needs half as much. The logarithm of the compute is interpolated linearly"
+    " in the loss along the row's own curve, where the learning rate is still on its schedule. Each cell is the median"
+    " over pairs of seeds, with the range. ≥: the row's first validation is already below the loss."
   )
   if unknown:
-    body += page.absent(f"Without a validation on these windows, and so never reached: {', '.join(unknown)}.")
+    body += page.absent(f"Without a validation on these windows, so never reached: {', '.join(unknown)}.")
   for spend, name in SPENDS.items():
     cells = {(e["a"], e["b"]): e for e in numbers["efficiency"][spend]}
     body += page.table(
@@ -257,14 +256,14 @@ def _latency(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Section:
   title = "Latency"
   rows = [row for row in numbers["groups"] if row["latency"] and row["num_slots"] > 1]
   if not rows:
-    return Section(title, page.absent("No method here has pauses: there is nothing to show."))
+    return Section(title, page.absent("No method in this comparison has pauses, so there is nothing to show."))
   slots = max(row["num_slots"] for row in rows)
   series = [(row["label"], row["latency"] + [None] * (slots - row["num_slots"])) for row in rows]
   picture = Picture(
     "latency",
     figures.grouped_bars([str(i) for i in range(slots)], series, x="pauses before the answer", y="mean share of s"),
     "Mean of s: " + "; ".join(f"{row['label']} {figures.shares(row['latency'])}" for row in rows),
-    "How often the answer is read after so many pauses, the mean of s over tokens and seeds.",
+    "The share of answers that are read after each number of pauses: the mean of s over tokens and seeds.",
   )
   table = page.table(
     "Mean of s",
@@ -286,20 +285,19 @@ def _speed_accuracy(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Sect
         series.append((f"{group.label}, {kind}", *map(list, zip(*pairs))))
         rows += [(group.label, kind, *pair) for pair in pairs]
   if not series:
-    return Section(title, page.absent("No method here decides when it stops: there is nothing to show."))
+    return Section(title, page.absent("No method in this comparison decides when it stops: there is nothing to show."))
   for group, row in zip(groups, numbers["groups"]):
     if not group.runs[0].statistics["curves"] or not group.runs[0].statistics["curves"]["budget"]:
       latency = group.runs[0].statistics["latency"] or {"mean_pauses": 0.0}
       point = latency["mean_pauses"], row["perplexity"]["values"][0]
       series.append((group.label, [point[0]], [point[1]]))
-      rows.append((group.label, "as it is read", *point))
+      rows.append((group.label, "as evaluated", *point))
   picture = Picture(
     "speed_accuracy",
     figures.lines(series, x="mean pauses", y="perplexity"),
     "Perplexity against mean pauses, for thresholds on d and for budgets",
-    "What pauses buy: perplexity when the answer is read earlier, by a threshold on d or a budget of steps through"
-    " omega; the first seed of each group. Methods that don't decide are points. Further down and further left is"
-    " better.",
+    "Perplexity when the answer is read earlier, because of a threshold on d or a step budget through omega; the first"
+    " seed of each group. Methods that do not decide are points. Lower and further left is better.",
   )
   table = page.table("Perplexity against mean pauses", ("group", "by", "mean pauses", "perplexity"), rows, words=2)
   return Section(title, page.with_tables(picture, table), (picture,))
@@ -309,4 +307,4 @@ def _paper() -> Section:
   rows = [(name, *values) for name, values in paper.PERPLEXITY]
   body = page.paragraph(paper.NOTE, "note")
   body += page.table("The paper: perplexity by model and data regime", ("model", *paper.REGIMES), rows)
-  return Section("The paper's numbers", body + paper.variants())
+  return Section("The paper's results", body + paper.variants())

@@ -1,4 +1,4 @@
-"""The report of one run: its page, and the pictures in it."""
+"""The report of one run: its page and its pictures."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def build(
 
   Args:
     source: the nested dict of its config.
-    meta: of its checkpoint.
-    statistics: see statistics.json.
+    meta: the metadata of its checkpoint.
+    statistics: the statistics of statistics.json.
     metrics: the rows of metrics.jsonl, in order.
-    windows: of text, evaluated.
+    windows: evaluated windows of text.
 
   Returns:
     HTML, and PNGs by file name.
@@ -54,7 +54,7 @@ def _header(source: Mapping[str, Any], meta: Mapping[str, Any], statistics: Stat
   pairs = [
     ("Method", method["name"]),
     ("Loss", stopping_loss(method) or "cross-entropy"),
-    ("Slots a token", statistics["num_slots"]),
+    ("Slots per token", statistics["num_slots"]),
     ("Step", statistics["step"]),
     ("Training tokens", meta["train_tokens"]),
     ("Training slots", meta["train_slots"]),
@@ -67,9 +67,9 @@ def _header(source: Mapping[str, Any], meta: Mapping[str, Any], statistics: Stat
   alone = statistics["autoregressive"]
   if alone:
     compared = (
-      f"{number(alone['perplexity'])}, against {number(alone['blockwise_perplexity'])} of the same text at once"
+      f"{number(alone['perplexity'])}, compared with {number(alone['blockwise_perplexity'])} blockwise on this text"
     )
-    pairs.insert(-1, ("Perplexity, each token from those before it", f"{compared} ({number(alone['tokens'])} tokens)"))
+    pairs.insert(-1, ("Autoregressive perplexity", f"{compared} ({number(alone['tokens'])} tokens)"))
   changed = configs.differences(configs.default().to_dict(), source)
   rows = []
   for line in changed:
@@ -77,22 +77,23 @@ def _header(source: Mapping[str, Any], meta: Mapping[str, Any], statistics: Stat
     old, _, new = values.partition(" -> ")
     rows.append((field, old, new))
   differences = (
-    page.table("Config, where it differs from the default", ("field", "default", "here"), rows, words=3)
+    page.table("Config fields that differ from the default", ("field", "default", "value"), rows, words=3)
     if rows
     else page.absent("The config is the default.")
   )
   intro = (
-    f"Read on {read_on(statistics)}. A pause is another forward step before the answer; s is the distribution of the"
-    " slot at which the answer is read, d the probability of asking for another step, t the probability of the target."
+    f"Evaluated on {read_on(statistics)}. A pause is an additional forward step before the answer; s is the"
+    " distribution of the slot at which the answer is read, d the probability of requesting another step, t the"
+    " probability of the target."
   )
   return page.facts(pairs) + page.paragraph(intro, "note") + differences
 
 
 def _as_trained(perplexity: Mapping[str, Any]) -> list[tuple[str, float]]:
-  """Rows of what training minimised: of statistics.json's `perplexity`, where it is another number."""
+  """Rows for the training objective, from the `perplexity` of statistics.json, if it differs from the perplexity."""
   rows, loss = [], perplexity.get("loss")
   if trade_off.own_loss([{"perplexity": perplexity["mixture"], "loss_perplexity": loss}]):
-    rows.append(("exp(loss), with the discount, penalty or bound of training (no perplexity)", loss))
+    rows.append(("exp(loss), with the discount, penalty or bound of training (not a perplexity)", loss))
   if perplexity.get("training") is not None:
     rows.append(("under the omega and the recipe of training", perplexity["training"]))
   return rows
@@ -102,9 +103,9 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section:
   title = "Training"
   rows = {name: [r for r in metrics if r.get("split") == name] for name in ("train", "validation")}
   if not any(rows.values()):
-    return Section(title, page.absent("There is no metrics.jsonl: nothing is known of the training."))
+    return Section(title, page.absent("There is no metrics.jsonl, so the training curve is unknown."))
   curves, paces = [], []
-  # A row of training counts the tokens since the one before.
+  # A training row counts the tokens since the previous row.
   spent = itertools.accumulate(row.get("tokens") or 0 for row in rows["train"])
   rows["train"] = [dict(row) | {"train_tokens": tokens} for row, tokens in zip(rows["train"], spent)]
   for name, found in rows.items():
@@ -120,7 +121,7 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Section:
     "Perplexity over training; at the end " + ", ".join(f"{k} {number(v)}" for k, v in last.items()),
     "Perplexity (logarithmic)"
     + (" and the mean number of pauses" if paused else "")
-    + " against training tokens: lower is better. Training rows are means since the row before.",
+    + " against training tokens: lower is better. Training rows are means since the previous row.",
   )
   header = ("split", "step", "training tokens", "perplexity", "mean pauses", "windows")
   table = page.table(
@@ -149,14 +150,14 @@ def _perplexity(statistics: Statistics) -> Section:
   title, found = "Perplexity", statistics["perplexity"]
   one = statistics["num_slots"] == 1
   made = "all slots fused into one state" if fuses_slots(statistics) else "mixture over s"
-  rows = [(f"as it is read ({made})", found["mixture"])]
+  rows = [(f"as evaluated ({made})", found["mixture"])]
   if not one:
     rows += [("mean of logs, exp(-sum s log t)", found.get("mean_of_logs"))]
     rows += [
       ("hard: first slot with d <= 1/2", found.get("hard")),
-      ("oracle: best slot (no likelihood)", found["oracle"]),
+      ("oracle: best slot (not a likelihood)", found["oracle"]),
     ]
-    rows += [(f"slot {i} alone", value) for i, value in enumerate(found["slots"] or [], 1)]
+    rows += [(f"only slot {i}", value) for i, value in enumerate(found["slots"] or [], 1)]
   trained = _as_trained(found)
   paced = statistics["self_paced"]
   drawn = [(name, value) for name, value in rows if value is not None]
@@ -168,18 +169,18 @@ def _perplexity(statistics: Statistics) -> Section:
     "perplexity",
     figures.bars(names, [value for _, value in drawn], x="perplexity", low=low, high=high),
     "Perplexity: " + ", ".join(f"{name} {number(value)}" for name, value in drawn),
-    "Perplexity by the way in which the slots are read, with a 95% interval over documents for the first: further left"
-    " is better. The axis doesn't start at 0.",
+    "Perplexity for each way of reading the slots, with a 95% interval over documents for the first: further left is"
+    " better. The axis does not start at 0.",
   )
-  table = page.table("Perplexity by how slots are read", ("read", "perplexity"), [*rows, *trained])
+  table = page.table("Perplexity for each way of reading the slots", ("reading", "perplexity"), [*rows, *trained])
   body = page.with_tables(picture, table, paper.perplexities())
   if one:
-    body = page.absent("One slot a token: there is one way to read it.") + body
+    body = page.absent("There is one slot per token, so there is one way of reading it.") + body
   if paced:
     body += page.paragraph(
-      f"Read at its own pace, with only the pauses in the context that it asks for ({number(paced['context_pauses'])} a"
-      f" token): {number(paced['perplexity'])}, against {number(paced['constant_perplexity'])} with all of them, as in"
-      f" training ({page.percent(paced['perplexity'] / paced['constant_perplexity'] - 1)}); both on the first"
-      f" {paced['windows']:,} windows, so not to be compared with the numbers above."
+      f"Self-paced, with only the requested pauses in the context ({number(paced['context_pauses'])} per token), the"
+      f" perplexity is {number(paced['perplexity'])}, compared with {number(paced['constant_perplexity'])} with all"
+      f" pauses, as in training ({page.percent(paced['perplexity'] / paced['constant_perplexity'] - 1)}). Both are on"
+      f" the first {paced['windows']:,} windows, so they are not comparable with the numbers above."
     )
   return Section(title, body, (picture,))

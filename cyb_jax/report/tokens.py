@@ -1,4 +1,4 @@
-"""Sections of a run's report about tokens: after which ones it pauses, how hard they are, and the text itself."""
+"""Sections of a run's report about tokens: pauses by type of token, difficulty, and coloured text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _row(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def types(statistics: Statistics) -> Section:
-  """Pauses by type of the input token, with what the paper lists."""
+  """Pauses by type of the input token, with the words that the paper lists."""
   title, types = "Pauses by token (the paper's Table 3)", statistics["types"]
   if not types or statistics["num_slots"] == 1:
     return Section(title, page.absent(ONE_SLOT))
@@ -35,8 +35,8 @@ def types(statistics: Statistics) -> Section:
     name: f"low: at most {number(limits[name][0])}, high: at least {number(limits[name][1])}" for name in limits
   }
   body = page.paragraph(
-    f"Pauses after an input token, over the {types['eligible']:,} types that occur {types['min_count']:,} times or"
-    f" more. Median, {bounds['median']}; variance, {bounds['variance']}. Medians are exact to"
+    f"Pauses after an input token, over the {types['eligible']:,} types that occur at least {types['min_count']:,}"
+    f" times. Median: {bounds['median']}. Variance: {bounds['variance']}. The resolution of medians is"
     f" {number(types['median_resolution'])}."
   )
   rows = max(map(len, corners.values()), default=0)
@@ -57,17 +57,17 @@ def types(statistics: Statistics) -> Section:
       "types",
       figures.points(clouds, x="median pauses", y="variance"),
       "Token types of the four corners by the median and the variance of their pauses",
-      "Types whose pauses are fewest or most, and steadiest or most various. To the right: the model waits after"
-      " them; further up: it depends on the context.",
+      "Types with the fewest or the most pauses, and with the lowest or the highest variance. Further right, the model"
+      " pauses more after the token; further up, the number of pauses depends more on the context.",
     )
     pictures.append(picture)
     body += page.with_tables(picture, *tables) + f"<details><summary>The corners in numbers</summary>{folded}</details>"
   else:
-    body += page.absent("No type falls into a corner: too few types occur often enough.")
+    body += page.absent("The corners are empty, because too few types occur often enough.")
   looked_up = [
     (row.get("word"), _CORNERS.get(str(row.get("group")), row.get("group")), *_row(row)[1:]) for row in types["paper"]
   ]
-  body += page.table("The paper's words here", ("word", "corner in the paper", *_ROW[1:]), looked_up, words=2)
+  body += page.table("The paper's words in this run", ("word", "corner in the paper", *_ROW[1:]), looked_up, words=2)
   body += page.table(
     "The paper's Table 3 (Gemma 2B, C4)", ("corner", "words"),
     [(_CORNERS[name], words) for name, words in paper.WORDS.items()], words=2,
@@ -88,27 +88,27 @@ def words(statistics: Statistics) -> Section:
     return Section(title, page.absent(ONE_SLOT))
   body, pictures = "", []
   kinds: list[tuple[str, str, str, Callable[[Mapping[str, Any]], str], str]] = [
-    ("word_position", "position", "Place in the word", lambda r: r["position"], "the piece's place in its word"),
-    ("word_class", "class", "Word class", lambda r: r["class"], "the word's class"),
-    ("frequency", "frequency", "Frequency", _range, "how often the type occurs"),
+    ("word_position", "position", "Position in the word", lambda r: r["position"], "position of the piece in its word"),
+    ("word_class", "class", "Word class", lambda r: r["class"], "word class"),
+    ("frequency", "frequency", "Frequency", _range, "frequency of the type"),
   ]
-  for key, name, heading, label, what in kinds:
+  for key, name, heading, label, kind in kinds:
     rows = [row for row in statistics[key] or [] if row["count"]]
     body += f"<h3>{heading}</h3>"
     if not rows:
       reason = "its lexicon (the package textblob) is not installed" if key == "word_class" else "no token has one"
-      body += page.absent(f"There is nothing by {what}: {reason}.")
+      body += page.absent(f"There are no pauses by {kind}: {reason}.")
       continue
     more = [field for field in ("types", "examples") if field in rows[0]]
     names, means = [label(row) for row in rows], [row["mean"] for row in rows]
     picture = Picture(
       name,
       figures.bars(names, means, x="mean pauses after the token"),
-      f"Mean pauses by {what}: " + ", ".join(f"{n} {number(m)}" for n, m in zip(names, means)),
-      f"The mean number of pauses after a token, by {what}: further right is slower. The axis doesn't start at 0.",
+      f"Mean pauses by {kind}: " + ", ".join(f"{n} {number(m)}" for n, m in zip(names, means)),
+      f"The mean number of pauses after a token, by {kind}: further right is slower. The axis does not start at 0.",
     )
     table = page.table(
-      f"Pauses by {what}",
+      f"Pauses by {kind}",
       (name, "tokens", "mean pauses", "variance", *more),
       [
         (n, row["count"], row["mean"], row["variance"], *(_listed(row[field]) for field in more))
@@ -132,10 +132,10 @@ def difficulty(statistics: Statistics) -> Section:
   """Pauses and accuracy by known difficulty of the answer."""
   title, rows = "Known difficulty", statistics["difficulty"]
   if not rows:
-    return Section(title, page.absent("The difficulty of this task's tokens isn't known: there is nothing to show."))
+    return Section(title, page.absent("The difficulty of this task's tokens is unknown, so there is nothing to show."))
   if statistics["num_slots"] == 1:
     found = [(row["difficulty"], row["count"], row["perplexity"]) for row in rows]
-    caption = "Perplexity by difficulty (0: tokens that are no answers)"
+    caption = "Perplexity by difficulty (0: tokens outside of answers)"
     return Section(title, page.table(caption, ("difficulty", "tokens", "perplexity"), found))
   answers = [row for row in rows if row["difficulty"]]
   levels = [row["difficulty"] for row in answers]
@@ -147,25 +147,25 @@ def difficulty(statistics: Statistics) -> Section:
       x="difficulty of the answer", y="mean pauses", x_ticks=levels, legend=False,
     ),
     "Mean pauses by difficulty: " + ", ".join(f"{m}: {number(r['mean_pauses'])}" for m, r in zip(levels, answers)),
-    "Mean pauses where the difficulty of the answer is known: a self-paced model waits longer for harder ones."
-    " The axis doesn't start at 0.",
+    "Mean pauses by known difficulty of the answer: a self-paced model pauses longer before harder answers."
+    " The axis does not start at 0.",
   )  # fmt: skip
-  series = [("as it is read", levels, [row["accuracy"] for row in answers])]
+  series = [("as evaluated", levels, [row["accuracy"] for row in answers])]
   series += [(f"slot {i + 1}", levels, [row["slot_accuracy"][i] for row in answers]) for i in slots]
   right = Picture(
     "difficulty_accuracy",
-    figures.lines(series, x="difficulty of the answer", y="share of right answers", x_ticks=levels),
+    figures.lines(series, x="difficulty of the answer", y="share of correct answers", x_ticks=levels),
     "Accuracy by difficulty: " + ", ".join(f"{m}: {number(r['accuracy'])}" for m, r in zip(levels, answers)),
-    "The share of answers whose most probable token is right, as it is read and by each slot alone: higher is better.",
+    "The share of answers whose most probable token is correct, as evaluated and for each slot: higher is better.",
   )
   waits = page.table(
-    "Pauses by difficulty (0: tokens that are no answers)",
+    "Pauses by difficulty (0: tokens outside of answers)",
     ("difficulty", "tokens", "mean pauses", *(f"s, {i} pauses" for i in slots)),
     [(row["difficulty"], row["count"], row["mean_pauses"], *row["stopping"]) for row in rows],
   )
   hits = page.table(
     "Accuracy by difficulty",
-    ("difficulty", "as it is read", *(f"slot {i + 1}" for i in slots), "perplexity"),
+    ("difficulty", "as evaluated", *(f"slot {i + 1}" for i in slots), "perplexity"),
     [(row["difficulty"], row["accuracy"], *row["slot_accuracy"], row["perplexity"]) for row in rows],
   )
   return Section(title, page.with_tables(paused, waits) + page.with_tables(right, hits), (paused, right))
@@ -175,7 +175,7 @@ def text(windows: Sequence[Window]) -> Section:
   """Windows of the split, coloured by pauses."""
   title = "Text, coloured by pauses"
   if not windows:
-    return Section(title, page.absent("No window of text was asked for (--text_windows=0)."))
+    return Section(title, page.absent("The report has no windows of text (--text_windows=0)."))
   if windows[0].stopping.shape[-1] == 1:
     return Section(title, page.absent(ONE_SLOT))
   return Section(title, coloured.to_html(windows))

@@ -1,7 +1,7 @@
-"""The cost and the perplexity of runs: rows with both, which of them are on the Pareto front, and their table.
+"""The compute cost and the perplexity of runs: rows with both, the Pareto front, and a table.
 
-One accounting for all methods, of `cyb_jax.costs.flops`: FLOPs per real token, of training as the model needs them and
-as they are executed, and of decoding with a cache.
+All methods use the accounting of `cyb_jax.costs.flops`: FLOPs per real token, model and executed FLOPs of training, and
+model FLOPs of decoding with a cache.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from cyb_jax.configs import Config
 from cyb_jax.costs.memory import count_parameters
 from cyb_jax.report.page import number
 
-# What perplexity is set against: the field of a row, and its name.
-AXES = {"train_flops": "training FLOPs", "inference_flops": "inference FLOPs a token"}
+# The x axes of perplexity: the field of a row, and its name.
+AXES = {"train_flops": "training FLOPs", "inference_flops": "inference FLOPs per token"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-  """What a method takes, counted by hand, FLOPs per real token.
+  """The compute cost of a method, counted by hand, in FLOPs per real token.
 
   Attributes:
-    train: of a training step, as the model needs them; `train_executed`: as the program does.
-    inference: of decoding with a cache; of a method that isn't causal, of a window that is read at once.
-    autoregressive: of generating a text token by token; `inference`, but for a method that has no cache.
-    learnt: of a token, how often training has a loss at it.
-    slots: that training runs a token.
-    parameters: in all.
+    train: model FLOPs of a training step; `train_executed`: executed FLOPs of a training step.
+    inference: FLOPs of decoding with a cache; for a non-causal method FLOPs of a blockwise pass over a window.
+    autoregressive: FLOPs of generating a text token by token; equals `inference` unless a method has no cache.
+    learnt: the share of tokens that have a training loss.
+    slots: the number of slots per token in training.
+    parameters: the total number of parameters.
   """
 
   train: float
@@ -45,7 +45,7 @@ class Costs:
 
   @classmethod
   def of(cls, config: Config, vocab_size: int | None) -> Costs:
-    """Of a run with this config, over a vocabulary; None: as many entries as the decoder has rows."""
+    """The costs of a run with this config and vocabulary size; None: the number of rows of the decoder's tables."""
     method, length = config.build_method(vocab_size), config.data.sequence_length
     costs = method.costs(length)
     return cls(
@@ -60,15 +60,15 @@ class Costs:
 
 
 def compared_perplexity(record: Mapping[str, Any]) -> float:
-  """What is compared of an evaluation: its perplexity; of one that looks ahead that of each token from those before.
+  """The perplexity that is compared: for a non-causal method the autoregressive perplexity.
 
   Args:
-    record: see `evaluation.evaluate_split`. Where the method isn't causal its `autoregressive` has `perplexity`, and
-      `blockwise_perplexity` of the same windows; these may be fewer than those of the evaluation, whose perplexity is
-      then taken times what the two differ by.
+    record: see `evaluation.evaluate_split`. For a non-causal method `autoregressive` has `perplexity` and
+      `blockwise_perplexity` of the same windows. These may be fewer than the windows of the evaluation, so the
+      perplexity of the evaluation is multiplied by the ratio of the two.
 
   Returns:
-    Infinite where it is null in the record.
+    The perplexity; inf if it is null in the record.
   """
   perplexity, found = record["perplexity"], record.get("autoregressive")
   if perplexity is None or (found and None in found.values()):
@@ -78,13 +78,13 @@ def compared_perplexity(record: Mapping[str, Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class SelfPaced:
-  """The same model where only the pauses that it requests stay in the context.
+  """The same model with only the pauses that it requests in the context.
 
   Attributes:
-    perplexities: of each seed: what is compared, times what the self-paced context costs in the windows that were read
-      so.
-    pauses: that a token keeps, the mean over seeds.
-    inference_flops: a token.
+    perplexities: the compared perplexity of each seed, times the ratio of self-paced to constant perplexity on the
+      windows of the self-paced evaluation.
+    pauses: the number of pauses per token in the context, the mean over seeds.
+    inference_flops: inference FLOPs per token.
   """
 
   perplexities: tuple[float, ...]
@@ -94,25 +94,26 @@ class SelfPaced:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Runs that are equal but for their seeds, as what they spent and what they reached.
+  """The compute cost and the perplexity of runs that differ only in their seeds.
 
   Attributes:
-    label: of the row.
+    label: the label of the row.
     method: the name of the method.
-    perplexities: of each seed, what is compared: of a method whose evaluation isn't causal the autoregressive one.
-    blockwise: of each seed, what evaluation says of such a method, which looks ahead; None: of a causal one.
-    pauses: mean of a token; None: undefined.
-    train_tokens: real tokens; `train_tokens_learnt`: those of them at which training had a loss.
-    slots: that training ran a real token; `inference_slots`: that decoding was seen to run, None: `slots` of the
-      method.
-    train_flops, train_executed_flops: of the whole training, the model's and as executed.
-    inference_flops: a token, the model's: of what `perplexities` are of.
-    blockwise_inference_flops: of what `blockwise` is of; None: of a causal method.
-    parameters: in all.
-    self_paced: None where it wasn't read so.
-    loss_perplexities: of each seed, exp of the training objective; None where that is the perplexity itself.
-    training_perplexities: of each seed, the perplexity under the omega and the recipe of training; None where these are
-      those of the evaluation.
+    perplexities: the compared perplexity of each seed; for a non-causal method the autoregressive perplexity.
+    blockwise: the blockwise perplexity of each seed of a non-causal method; None: the method is causal.
+    pauses: the mean number of pauses per token; None: undefined.
+    train_tokens: the number of real tokens in training; `train_tokens_learnt`: the number of those with a training
+      loss.
+    slots: slots per real token in training; `inference_slots`: the measured slots per token in decoding, None: not
+      measured.
+    train_flops, train_executed_flops: model and executed FLOPs of the complete training.
+    inference_flops: model FLOPs per token of the inference that `perplexities` evaluate.
+    blockwise_inference_flops: FLOPs per token of the blockwise evaluation; None: the method is causal.
+    parameters: the total number of parameters.
+    self_paced: the self-paced results; None: not evaluated.
+    loss_perplexities: exp of the training objective of each seed; None: it equals the perplexity.
+    training_perplexities: the perplexity of each seed under the omega and recipe of training; None: they equal those of
+      the evaluation.
   """
 
   label: str
@@ -141,13 +142,13 @@ class Outcome:
     costs: Costs,
     paced: Sequence[Mapping[str, Any]] = (),
   ) -> Outcome:
-    """From evaluations.
+    """The outcome from evaluations.
 
     Args:
-      label: of the row.
-      records: one a seed, see `compared_perplexity`.
-      costs: of the method.
-      paced: the same in a self-paced context, with their `constant_perplexity`.
+      label: the label of the row.
+      records: one record per seed, see `compared_perplexity`.
+      costs: the costs of the method.
+      paced: the records in a self-paced context, with `constant_perplexity`.
     """
     one_by_one = all(record.get("autoregressive") for record in records)
     compared = blockwise = tuple(record["perplexity"] for record in records)
@@ -162,7 +163,7 @@ class Outcome:
       )
     train, tokens = _mean(records, "train_flops"), _mean(records, "train_tokens")
     measured = [record.get("inference_flops") for record in records]
-    # An older evaluation doesn't tell.
+    # Older evaluations don't have this key.
     inference = costs.inference if None in measured else float(np.mean(measured))
     seen = [record.get("inference_slots") for record in records]
     pauses = [record.get("mean_pauses") for record in records]
@@ -177,7 +178,7 @@ class Outcome:
       slots=costs.slots,
       inference_slots=None if None in seen else float(np.mean(seen)),
       train_flops=train,
-      # The same steps, counted the other way.
+      # The executed FLOPs of the same steps.
       train_executed_flops=train * costs.train_executed / costs.train,
       inference_flops=costs.autoregressive if one_by_one else inference,
       blockwise_inference_flops=inference if one_by_one else None,
@@ -197,7 +198,7 @@ class Outcome:
 
 
 def own_loss(records: Sequence[Mapping[str, Any]]) -> tuple[float, ...] | None:
-  """The `loss_perplexity` of evaluations; None where it is their perplexity, or isn't known."""
+  """The `loss_perplexity` of evaluations; None if it equals the perplexity, or is unknown."""
   found = _known([record.get("loss_perplexity") for record in records])
   others = [record["perplexity"] for record in records]
   if found is None or None in others or np.allclose(found, others, rtol=1e-5, atol=0):
@@ -215,14 +216,14 @@ def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A place in a plot.
+  """A point in a plot.
 
   Attributes:
-    row: which outcome it is of, from 0.
-    x: one of AXES; y: perplexity, the mean over seeds.
-    low, high: of the seeds.
-    self_paced: whether it is that of a self-paced context.
-    on_front: whether nothing else reaches as little for as little.
+    row: the index of its outcome, from 0.
+    x: the value of one of AXES; y: perplexity, the mean over seeds.
+    low, high: the range of the perplexity over seeds.
+    self_paced: whether the context is self-paced.
+    on_front: whether the point is on the Pareto front.
   """
 
   row: int
@@ -235,11 +236,11 @@ class Point:
 
 
 def points(outcomes: Sequence[Outcome], axis: str) -> list[Point]:
-  """All of them against one of AXES, in the order of the rows; a self-paced one behind that of its row."""
+  """The points of all outcomes against one of AXES, in order; a self-paced point follows the point of its row."""
   found: list[tuple[int, float, tuple[float, ...], bool]] = []
   for row, outcome in enumerate(outcomes):
     found.append((row, getattr(outcome, axis), outcome.perplexities, False))
-    # The training is the same: only what it takes to decode is another.
+    # The training is the same, so a self-paced point only exists for inference.
     if outcome.self_paced is not None and axis == "inference_flops":
       found.append((row, outcome.self_paced.inference_flops, outcome.self_paced.perplexities, True))
   front = pareto_front([(x, statistics.fmean(values)) for _, x, values, _ in found])
@@ -249,15 +250,13 @@ def points(outcomes: Sequence[Outcome], axis: str) -> list[Point]:
   ]
 
 
-def pareto_front(places: Sequence[tuple[float, float]]) -> list[bool]:
-  """Of each (cost, perplexity), whether no other is as low in both and lower in one."""
-  return [
-    not any(a <= x and b <= y and (a < x or b < y) for a, b in places) and bool(np.isfinite(y)) for x, y in places
-  ]
+def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
+  """For each (cost, perplexity), whether no other pair is at most as high in both and lower in one."""
+  return [not any(a <= x and b <= y and (a < x or b < y) for a, b in pairs) and bool(np.isfinite(y)) for x, y in pairs]
 
 
 def describe(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-  """Rows of comparison.json: the fields of each outcome as `trade_off` tells them, with `pareto`, by axis."""
+  """The rows of comparison.json: the fields of each outcome, and `pareto`, by axis."""
   fronts = {axis: points(outcomes, axis) for axis in AXES}
   rows = []
   for number_of_row, outcome in enumerate(outcomes):
@@ -300,43 +299,43 @@ def _of_training(outcome: Outcome) -> dict[str, tuple[float, ...] | None]:
 
 _TRAINED = {"loss_perplexity": "exp(loss)", "training_perplexity": "under the training omega"}
 _HEADER = (
-  "#", "runs", "perplexity", "lowest to highest", "mean pauses", "slots a token", "parameters", "real tokens",
-  "training FLOPs", "as executed", "inference FLOPs a token", "on the front",
+  "#", "runs", "perplexity", "lowest to highest", "mean pauses", "slots per token", "parameters", "real tokens",
+  "training FLOPs", "as executed", "inference FLOPs per token", "on the front",
 )  # fmt: skip
-# Columns that hold words.
+# The number of columns that hold words.
 WORDS = 2
 NOTE = (
-  "Perplexity: mean and standard deviation over seeds, and their range. FLOPs are counted by hand per real token"
-  " (causal attention, a slot counted each time it passes the layers); as executed: with what the program computes"
-  " again or masks away. On the front: nothing here is as low in both perplexity and training (T) or inference (I)"
-  " FLOPs; inference is set against perplexity whatever training took. Real tokens: those at which training had a loss."
-  " Self-paced: the same runs, decoded with the"
-  " pauses alone that the model asks for. exp(loss): of the objective that training minimised, where it has a discount,"
-  " a penalty or a bound; it is no perplexity. Under the training omega: the perplexity with the budget of steps that"
-  " training had, where it is another; only those under one omega are compared."
+  "Perplexity: mean and standard deviation over seeds, and the range of the seeds. FLOPs are counted by hand per real"
+  " token (causal attention; a slot counts each time it passes through the layers). As executed: including operations"
+  " that the program recomputes or masks. On the front: no other row is at most as high in both perplexity and training"
+  " (T) or inference (I) FLOPs; the front of inference ignores the cost of training. Real tokens: those with a training"
+  " loss. Self-paced: the same runs, decoded with only the pauses that the model requests. exp(loss): of the training"
+  " objective if it has a discount, a penalty or a bound; it is not a perplexity. Under the training omega: the"
+  " perplexity with the step budget of training if it differs; only perplexities under the same omega are comparable."
 )
 BLOCKWISE = (
-  "In brackets: perplexity and inference FLOPs of methods that look ahead where they read a whole window at once. What"
-  " is compared is every token said from those before it alone; there is no cache, so that each takes a pass over its"
-  " prefix. Plain models that are as deep or as wide as costs the same at inference are matched to the whole window."
+  "In brackets: blockwise perplexity and inference FLOPs of non-causal methods. These methods are compared by their"
+  " autoregressive perplexity and its cost: every token is predicted only from the tokens before it, without a cache,"
+  " which needs one pass over the prefix per token. Deeper or wider plain models with the same inference cost are"
+  " matched to the blockwise cost."
 )
 
 
 def table(
   outcomes: Sequence[Outcome], columns: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-  """A header, and rows of text.
+  """The header of the table, and its rows as text.
 
   Args:
-    outcomes: in the order of the rows; that of a self-paced context follows.
-    columns: further columns, a value for each outcome by header.
+    outcomes: the outcomes in the order of the rows; a self-paced row follows the row of its outcome.
+    columns: further columns by header, with a value for each outcome.
   """
   columns, rows = columns or {}, []
   trained = {
     header: [None if (of := _of_training(outcome)[name]) is None else plus_minus(of) for outcome in outcomes]
     for name, header in _TRAINED.items()
   }
-  # Columns that are empty in every row are left out.
+  # Empty columns are left out.
   trained = {header: column for header, column in trained.items() if any(column)}
   fronts = {axis: points(outcomes, axis) for axis in AXES}
   for row, outcome in enumerate(outcomes):
@@ -376,7 +375,7 @@ def table(
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table that can be read as text too."""
+  """A Markdown table with aligned columns, readable as plain text."""
   cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
   widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
   lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
@@ -393,7 +392,7 @@ def span(values: Sequence[float]) -> str:
 
 
 def flops(value: float) -> str:
-  """Such as '1.902M'."""
+  """FLOPs as text, such as '1.902M'."""
   for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
     if value >= size:
       return f"{value / size:.4g}{letter}"

@@ -1,1 +1,1 @@
-"""Named settings of the experiments, and plain models that cost as much as another method."""
+"""Named settings of the experiments, plain models of the same cost as another method, and comparisons of settings."""

@@ -1,4 +1,4 @@
-"""What a planned study does with documents: the losses of a run on each of them, and text divided by document.
+"""Documents in a planned study: the losses of a run by document, and the division of text by document.
 
     python -m cyb_jax.studies.documents WORKDIR     prints the losses of a run as one JSON object
 
@@ -36,11 +36,11 @@ def document_losses(run: Run, store: TokenStore) -> dict[str, list[Any]]:
 
   Args:
     run: a trained run.
-    store: that it was trained on.
+    store: the store that it was trained on.
 
   Returns:
-    `tokens`: how many targets each document has; `losses`: the mean of -log p of them, nats, rounded to 6 digits. Of
-    more than 1,024 documents, those with the same number modulo 1,024 are one.
+    `tokens`: the number of targets of each document; `losses`: their mean -log p in nats, rounded to 6 digits. If there
+    are more than 1,024 documents, documents with the same number modulo 1,024 are combined.
   """
   config = run.config
   read = StatisticsWindows.of(store, config, SPLIT, None, batch_size=None, context=0)
@@ -61,14 +61,14 @@ def document_losses(run: Run, store: TokenStore) -> dict[str, list[Any]]:
 
 
 def write_parts(task: str, percent: int, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Divides the training documents of a task in two, and writes them and its validation documents as JSON lines.
+  """Divides the training documents of a task into two parts; writes these and the validation documents as JSON lines.
 
-  A document's part depends on its text alone, so equal documents are in the same part.
+  The part of a document depends only on its text, so equal documents are in the same part.
 
   Args:
     task: a task that has a validation split.
-    percent: of the documents that are in the first part.
-    folder: the files are written there, where they don't exist yet.
+    percent: the percentage of documents in the first part.
+    folder: the folder of the files, which are written if they do not exist.
 
   Returns:
     The paths by the names of PARTS.
@@ -88,7 +88,7 @@ def _divided(task: str, percent: int) -> Iterator[tuple[str, str]]:
   """(part, text) of the documents of a task's training and validation splits."""
   opened = open_task(task)
   for document in opened.documents("train"):
-    # The first eight bytes decide on the split.
+    # The first eight bytes determine the split.
     hundredth = int.from_bytes(text_digest(document.text)[8:], "little") % 100
     yield PARTS[0] if hundredth < percent else PARTS[1], document.text
   for document in opened.documents(SPLIT):

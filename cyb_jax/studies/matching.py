@@ -1,8 +1,8 @@
-"""Plain models of the same cost as another method: a control that spends its FLOPs on layers, not on pauses.
+"""Plain models of the same cost as another method: controls that use the FLOPs for layers instead of pauses.
 
-`deeper@ap` has more layers, `wider@ap` more heads with all widths in proportion; the width of the mlp is adjusted to
-the remaining difference. FLOPs per real token are counted by hand (`cyb_jax.costs.flops`), so the sizes follow from the
-config and the size of its vocabulary.
+`deeper@ap` has more layers; `wider@ap` has more heads, with all widths in proportion. The width of the mlp then
+compensates the remaining difference. FLOPs per real token are counted by hand (`cyb_jax.costs.flops`), so the sizes
+follow from the config and the size of its vocabulary.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from cyb_jax.methods import Method
 from cyb_jax.studies import settings
 from cyb_jax.studies.settings import Match
 
-# The width of the mlp is a multiple of the largest of these with which the cost is off by no more than the tolerance.
+# The width of the mlp is a multiple of the largest of these numbers for which the cost is within the tolerance.
 _MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
 _TOLERANCE = 0.005
-# A model whose cost is further off than this is no control.
+# The largest relative difference of the cost at which a model is accepted as a control.
 _FURTHEST = 0.05
 
 
 def fill_plain_model(source: Mapping[str, Any]) -> Mapping[str, Any]:
-  """A nested config with the plain model in place of a method's name such as 'deeper@ap'; any other one as it is.
+  """Replaces a method's name such as 'deeper@ap' in a nested config by the plain model; other configs are unchanged.
 
   Args:
     source: otherwise complete, see `configs.freeze`.
 
   Raises:
-    InputError: see `configs.freeze`; or no plain model has about the same cost.
+    InputError: see `configs.freeze`; or no plain model has nearly the same cost.
   """
   match = _requested(source)
   if match is None:
@@ -71,26 +71,26 @@ def _requested(source: Mapping[str, Any]) -> Match | None:
 
 
 def _check_cost(name: str, match: Match, grown: DecoderConfig, cost: float, wanted: float) -> None:
-  """Logs how far the plain model's cost is from the wanted one, in FLOPs a token.
+  """Logs the difference between the plain model's cost and the wanted cost, in FLOPs per token.
 
   Raises:
-    InputError: it is too far.
+    InputError: the difference is too large.
   """
   off = cost / wanted - 1
   if abs(off) > _FURTHEST:
     raise InputError(
-      f"method.name: {name!r} is to take {wanted:,.0f} FLOPs a token, and the nearest plain model takes"
-      f" {cost:,.0f}; match a method that takes more"
+      f"method.name: {name!r} must cost {wanted:,.0f} FLOPs per token, but the nearest plain model costs"
+      f" {cost:,.0f}; match a method of higher cost"
     )
   logging.info(
-    "%s: %d layers, width %d, mlp %d: %s MFLOPs a token of %s, %+.2f%% of %s's", name, grown.num_layers, grown.d_model,
-    grown.mlp_size, f"{cost / 1e6:,.3f}", match.measure, 100 * off, match.setting,
+    "%s: %d layers, width %d, mlp %d: %s %s MFLOPs per token, %+.2f%% relative to %s", name, grown.num_layers,
+    grown.d_model, grown.mlp_size, f"{cost / 1e6:,.3f}", match.measure, 100 * off, match.setting,
   )  # fmt: skip
 
 
 def vocabulary(config: Config) -> int | None:
-  """The size of the vocabulary that a config will have, without preparing its data; None: the vocabulary is that of
-  `init_from`, which is assumed to fill the decoder's rows.
+  """The vocabulary size of a config, without preparing its data; None: the vocabulary of `init_from`, whose entries are
+  assumed to fill the decoder's rows.
   """
   from cyb_jax.data.tokenizers import vocabulary_size
 
@@ -101,16 +101,16 @@ def vocabulary(config: Config) -> int | None:
 def grow(
   decoder: DecoderConfig, direction: str, cost: Callable[[DecoderConfig], float], wanted: float
 ) -> DecoderConfig:
-  """The decoder with so many layers or heads that its cost is about the wanted one.
+  """The decoder with a number of layers or heads for which its cost is nearly the wanted cost.
 
   Args:
-    decoder: all its other fields are kept, head_size too.
-    direction: 'deeper': num_layers grows; 'wider': num_heads, with the other widths in proportion.
-    cost: of a decoder; more layers, heads or mlp cost more.
-    wanted: the cost, in the same unit.
+    decoder: the decoder; its other fields, including head_size, are kept.
+    direction: 'deeper': num_layers grows; 'wider': num_heads grows, with the other widths in proportion.
+    cost: the cost of a decoder, which increases with layers, heads and mlp_size.
+    wanted: the wanted cost, in the same unit.
 
   Returns:
-    The nearest in layers or heads, with an mlp_size that is adjusted to the remaining difference.
+    The decoder with the nearest number of layers or heads, and an mlp_size that compensates the remaining difference.
   """
   family = _deeper(decoder) if direction == "deeper" else _wider(decoder)
   below = above = next(family)
@@ -130,7 +130,7 @@ def _deeper(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
 
 
 def _wider(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
-  # Query heads of a group share their keys and values, so whole groups are added; a single pair stays single.
+  # Query heads of a group share a kv head, so complete groups are added; a single kv head stays single.
   shared = decoder.num_kv_heads == 1
   stride = 1 if shared else decoder.num_heads // decoder.num_kv_heads
   heads = 0
@@ -146,7 +146,7 @@ def _wider(decoder: DecoderConfig) -> Iterator[DecoderConfig]:
 
 
 def _fit(decoder: DecoderConfig, cost: Callable[[DecoderConfig], float], wanted: float) -> DecoderConfig:
-  """The decoder with the mlp_size at which its cost is the wanted one: the roundest size within the tolerance."""
+  """The decoder with the mlp_size for which its cost is the wanted cost: the roundest size within the tolerance."""
   size = decoder.mlp_size
   found = cost(decoder)
   exact = size + (wanted - found) / (cost(dataclasses.replace(decoder, mlp_size=size + 1)) - found)

@@ -1,4 +1,4 @@
-"""The options of a study: what is compared, under which budgets, with how many seeds."""
+"""The options of a study: the compared settings, the budgets, and the number of seeds."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Options:
   """The options of a study; the flags of `cyb-study` have the same names.
 
   Attributes:
-    config: the path of the experiment that settings are arguments of.
+    config: the path of the experiment, which takes settings as arguments.
     settings: names of settings, each once.
-    rates: learning rates, as they are written, that each setting's search for its best one starts with.
+    rates: the learning rates, as text, with which the search of each setting starts.
     seeds: the number of seeds; a seed is an initialisation and an order of the data.
-    steps: of the reference; where tokens are equal, of every run.
-    jobs: runs at a time.
+    steps: the steps of the reference, and of every run under equal tokens.
+    jobs: the number of runs at a time.
     report: whether reports are written.
-    search: whether rates beyond the given ones are tried while the best one is the lowest or the highest.
+    search: whether further rates are tried while the best rate is the lowest or the highest.
     equal: some of BUDGETS.
-    reference: the setting whose steps are the budget of training FLOPs.
-    size: a decoder preset; '': that of the experiment.
-    fields: of every run's config, 'a.b=value' each.
-    test: whether the test split is read at the end; else validation is what is compared.
-    self_paced: windows that adaptive models also read at their own pace; 0: none.
-    note: a sentence about the study; None: none.
+    reference: the setting whose steps define the budget of training FLOPs.
+    size: a decoder preset; '': the preset of the experiment.
+    fields: fields of every run's config, 'a.b=value' each.
+    test: whether the test split is evaluated at the end and compared; otherwise the validation split is compared.
+    self_paced: the number of windows on which adaptive models are also evaluated self-paced; 0: none.
+    note: a sentence about the study; None: no note.
   """
 
   config: str
@@ -59,7 +59,7 @@ class Options:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What all runs in a study's folder have in common, the content of study.json."""
+    """The options that all runs in a study's folder share; the content of study.json."""
     return with_absolute_paths(
       {"config": self.config, "steps": self.steps, "size": self.size, "fields": list(self.fields)}
     )
@@ -72,25 +72,25 @@ class Options:
     """The rates as numbers.
 
     Raises:
-      InputError: one that isn't a positive number.
+      InputError: a rate is not a positive number.
     """
     text = ",".join(self.rates)
     try:
       rates = [float(rate) for rate in self.rates]
     except ValueError:
-      raise InputError(f"--rates: {text!r} aren't all numbers") from None
+      raise InputError(f"--rates: {text!r} must be positive numbers") from None
     if not rates or not all(0 < rate < math.inf for rate in rates):
       raise InputError(f"--rates: {text!r} must be positive numbers")
     return rates
 
   def check(self) -> None:
-    """Raises InputError for an option that is invalid whatever the config."""
+    """Raises InputError for an option that is invalid for every config."""
     for name in ("seeds", "steps", "jobs"):
       value = getattr(self, name)
       if value < 1:
         raise InputError(f"--{name}: {value} must be at least 1")
     if self.self_paced < 0:
-      raise InputError(f"--self_paced: {self.self_paced} is negative; 0 reads nothing at a model's own pace")
+      raise InputError(f"--self_paced: {self.self_paced} must not be negative; 0 disables self-paced evaluation")
     self.learning_rates()
     if not self.settings or not _each_once(self.settings):
       raise InputError(f"--settings: {','.join(self.settings)!r} must be settings of experiments/README.md, each once")
@@ -101,14 +101,14 @@ class Options:
 
 
 def with_absolute_paths(identity: Mapping[str, Any]) -> dict[str, Any]:
-  """The content of a study.json, with absolute paths; experiments/NAME.py names an experiment of this package."""
+  """The content of a study.json with absolute paths, except experiments/NAME.py, an experiment of this package."""
   config = identity["config"]
   config = config if config.startswith("experiments/") else absolute(config)
   return {**identity, "config": config, "fields": [_with_absolute_path(field) for field in identity["fields"]]}
 
 
 def _with_absolute_path(field: str) -> str:
-  """A field 'a.b=value', with an absolute path where it holds one."""
+  """A field 'a.b=value'; if the value is a path, it is made absolute."""
   from cyb_jax import runs  # imports jax
 
   name, equals, value = field.partition("=")

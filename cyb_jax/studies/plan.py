@@ -1,4 +1,4 @@
-"""The rows of a study: which settings are trained for how many steps, so that the chosen budgets are equal."""
+"""The rows of a study: the settings and their numbers of training steps, so that the chosen budgets are equal."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from cyb_jax.studies import matching, settings
 from cyb_jax.studies.options import Options
 from cyb_jax.studies.resolution import resolve
 
-# Costs whose ratio differs from 1 by no more than this count as equal: one pair of plain models is compared with them.
+# Costs whose ratio differs from 1 by at most this number count as equal and share one pair of plain models.
 _ALIKE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """The model that a setting gives under the study's config.
+  """The model of a setting under the study's config.
 
   Attributes:
     method: the method's name.
-    step_flops: of a training step.
-    inference_flops: of a token with all slots; of a method without a cache, in a window that is read at once.
-    paced: whether the method decides for each token how many slots it takes.
-    identity: the config as it is trained; settings of the same identity are the same runs.
-    costs: of its rows; `report.trade_off.Costs`.
-    start: how its decoder is initialised, and whether its head is tied: after few tokens these may matter more than the
-      method.
+    step_flops: the FLOPs of a training step.
+    inference_flops: the FLOPs per token with all slots; for a method without a cache, of a blockwise pass.
+    paced: whether the method decides the number of slots for each token.
+    identity: the resolved config; settings of the same identity are the same runs.
+    costs: the costs of its rows, `report.trade_off.Costs`.
+    start: the initialisation of its decoder, and whether its unembedding is tied: after few tokens these may matter
+      more than the method.
   """
 
   method: str
@@ -52,9 +52,9 @@ class Entry:
 
   Attributes:
     setting: the setting that is trained.
-    steps: of training.
-    equal: the budgets that require this row; of inference FLOPs, where the row is one of a matched pair.
-    also: further settings that are the same under this config.
+    steps: the number of training steps.
+    equal: the budgets that require this row; 'inference_flops' if the row belongs to a matched pair.
+    also: further settings that are equal under this config.
   """
 
   setting: str
@@ -63,19 +63,19 @@ class Entry:
   also: tuple[str, ...] = ()
 
   def label(self, steps: int) -> str:
-    """The row's name in a study whose reference has so many steps."""
+    """The row's name in a study whose reference has `steps` steps."""
     return self.setting if self.steps == steps else f"{self.setting}, {self.steps:,} steps"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a study runs.
+  """The runs of a study.
 
   Attributes:
-    models: by setting.
+    models: the models, by setting.
     shared: see `partners`.
     entries: the rows.
-    note: what a reader must know of the study; None: nothing.
+    note: a remark for readers of the results; None: no remark.
   """
 
   models: Mapping[str, Model]
@@ -88,7 +88,7 @@ def make_plan(options: Options) -> Plan:
   """The rows of a study.
 
   Raises:
-    InputError: there is no such config, it is invalid with a setting, or a budget is too small for a step.
+    InputError: the config does not exist or is invalid with a setting, or a budget is too small for a step.
   """
   named = dict.fromkeys((*options.settings, options.reference, settings.PLAIN))
   models = {setting: model_of(options, setting) for setting in named}
@@ -103,12 +103,12 @@ def make_plan(options: Options) -> Plan:
 
 
 def _grown(setting: str) -> list[str]:
-  """The plain models that cost as much as a setting does."""
+  """The names of the plain models of the same cost as a setting."""
   return [f"{direction}@{setting}" for direction in settings.DIRECTIONS]
 
 
 def partners(chosen: Sequence[str], models: Mapping[str, Model]) -> dict[str, list[str]]:
-  """The settings that cost more than a plain model at inference, by the first of those that cost about the same."""
+  """The settings that cost more than a plain model at inference, grouped by the first setting of nearly equal cost."""
   plain = models[settings.PLAIN]
   found: dict[str, list[str]] = {}
   for setting in chosen:
@@ -126,14 +126,14 @@ def plan(
   """The rows of a comparison, each once, in the order of the budgets.
 
   Args:
-    chosen: settings.
+    chosen: the settings.
     equal: some of BUDGETS.
-    steps: of the reference.
+    steps: the steps of the reference.
     reference: a setting.
-    models: by setting; of the partners' deeper and wider ones too, where inference FLOPs are to be equal.
+    models: the models by setting; with equal inference FLOPs also the deeper and wider models of `partners`.
 
   Raises:
-    InputError: a budget that doesn't suffice for a step.
+    InputError: a budget is too small for a step.
   """
   requested = {
     "tokens": lambda: ((setting, steps, "tokens") for setting in chosen),
@@ -142,17 +142,17 @@ def plan(
   }
   rows: dict[tuple[str, int], Entry] = {}
   for setting, count, budget in [row for name in equal for row in requested[name]()]:
-    place = models[setting].identity or setting, count
-    row = rows.get(place) or Entry(setting, count, ())
+    key = models[setting].identity or setting, count
+    row = rows.get(key) or Entry(setting, count, ())
     also = (*row.also, setting) if setting not in (row.setting, *row.also) else row.also
-    rows[place] = Entry(row.setting, count, tuple(dict.fromkeys((*row.equal, budget))), also)
+    rows[key] = Entry(row.setting, count, tuple(dict.fromkeys((*row.equal, budget))), also)
   return list(rows.values())
 
 
 def _of_training_flops(
   chosen: Sequence[str], steps: int, reference: str, models: Mapping[str, Model]
 ) -> Iterator[tuple[str, int, str]]:
-  """(setting, steps, budget) of as many steps as cost what those of the reference do."""
+  """(setting, steps, budget) with the number of steps that costs as much as the steps of the reference."""
   total = steps * models[reference].step_flops
   # The quotient of equal numbers may be just below a whole number.
   counts = {setting: math.floor(total / models[setting].step_flops + 1e-9) for setting in chosen}
@@ -160,8 +160,8 @@ def _of_training_flops(
     if count < 1:
       needed = math.ceil(models[setting].step_flops / models[reference].step_flops - 1e-9)
       raise InputError(
-        f"--steps: {steps} of {reference!r} are {total:.3g} training FLOPs, a budget too small for one step of"
-        f" {setting!r}, which takes {models[setting].step_flops:.3g}; give at least {needed}"
+        f"--steps: {steps} steps of {reference!r} cost {total:.3g} training FLOPs, a budget too small for one step of"
+        f" {setting!r}, which costs {models[setting].step_flops:.3g}; give at least {needed}"
       )
   yield from ((setting, count, "training_flops") for setting, count in counts.items())
 
@@ -173,7 +173,7 @@ def _of_inference_flops(
   matched = partners(chosen, models)
   belong = {setting for alike in matched.values() for setting in alike}
   for setting in chosen:
-    # A setting that nothing is matched to is run all the same, at equal tokens.
+    # A setting without matched models is also run, under equal tokens.
     yield setting, steps, "inference_flops" if setting in belong else "tokens"
   for first in matched:
     yield from ((name, steps, "inference_flops") for name in _grown(first))
@@ -183,7 +183,7 @@ def model_of(options: Options, setting: str) -> Model:
   """The model of a setting under the study's config.
 
   Raises:
-    InputError: there is no such config, or it is invalid with the setting.
+    InputError: the config does not exist, or is invalid with the setting.
   """
   from cyb_jax.report.trade_off import Costs
 
@@ -195,7 +195,7 @@ def model_of(options: Options, setting: str) -> Model:
     method=config.method.name,
     step_flops=config.data.batch_size * config.data.sequence_length * costs.train,
     inference_flops=costs.inference,
-    paced=_has_own_pace(method),
+    paced=_is_paced(method),
     identity=configs.to_json(config),
     costs=costs,
     start=tuple(getattr(method.decoder.config, name) for name in settings.PONDER_DECODER),
@@ -206,11 +206,11 @@ def experiment(config: str) -> Any:
   """The module of an experiment, which has `get_config(argument)`.
 
   Raises:
-    InputError: there is none at this path.
+    InputError: there is no file at this path.
   """
-  path = pathlib.Path(command_line.installed(config))  # the programs find it there too
+  path = pathlib.Path(command_line.installed(config))  # as in the programs
   if not path.is_file():
-    raise InputError(f"--config: {config} is not there; experiments/README.md lists the configs")
+    raise InputError(f"--config: {config} does not exist; experiments/README.md lists the configs")
   spec = importlib.util.spec_from_file_location(f"_study_{path.stem}", path)
   assert spec is not None
   assert spec.loader is not None
@@ -219,18 +219,18 @@ def experiment(config: str) -> Any:
   return module
 
 
-def _has_own_pace(method: Any) -> bool:
-  """Whether a method decides for each token how many slots it takes, and can be decoded so."""
+def _is_paced(method: Any) -> bool:
+  """Whether a method decides the number of slots for each token and supports self-paced decoding."""
   return isinstance(method, Adaptive) and isinstance(method, Decoding) and method.num_slots > 1
 
 
 def uneven_starts(models: Mapping[str, Model], reference: str) -> str | None:
-  """A sentence about settings whose decoder starts otherwise than the reference's; None where there is none."""
+  """A sentence about settings whose decoder has another initialisation than the reference; None if there are none."""
   others = [name for name, model in models.items() if model.start != models[reference].start]
   if not others:
     return None
   fields = ",".join(f"decoder.{name}={value}" for name, value in settings.PONDER_DECODER.items())
   return (
-    f"{', '.join(others)}: the decoder starts otherwise than that of {reference}, which alone changes perplexity; with"
-    f" --fields={fields} all start as PonderLM-2's does."
+    f"{', '.join(others)}: the decoder has another initialisation than that of {reference}, which by itself changes the"
+    f" perplexity; --fields={fields} gives all settings the initialisation of PonderLM-2."
   )

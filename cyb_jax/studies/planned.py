@@ -1,7 +1,7 @@
-"""Runs a planned study: what is ready is run, several runs at a time, until nothing is left; see `cyb_jax.cli.study`.
+"""Runs a planned study, several runs at a time, until all runs are done; see `cyb_jax.cli.study`.
 
-A run is written to the results file when it is finished, and its folder then is of no more use, except that of a
-pretrained model: where runs that start from it are missing, and its folder has gone, it is trained again.
+A run is written to the results file when it is finished, and its folder is then no longer needed. The exception is a
+pretrained model: if its folder was deleted before all runs that start from it are done, it is trained again.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from cyb_jax.studies.results_file import Entry, ResultsFile, entry_of
 
 
 def default_results(plan: PlannedStudy, folder: pathlib.Path) -> pathlib.Path:
-  """The path of a plan's results: experiments/results/PLAN.json of the checkout; without one, it is in the folder."""
+  """The path of a plan's results: experiments/results/PLAN.json in a checkout, otherwise PLAN.json in the folder."""
   root = pathlib.Path(__file__).parents[2]
-  place = root / "experiments" / "results" if (root / "pyproject.toml").exists() else folder
-  return place / f"{plan.name}.json"
+  parent = root / "experiments" / "results" if (root / "pyproject.toml").exists() else folder
+  return parent / f"{plan.name}.json"
 
 
 def run(plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, jobs: int) -> dict[str, Any]:
-  """Runs what is left of a planned study.
+  """Runs the missing runs of a planned study.
 
   Args:
     plan: the plan.
-    folder: of the runs; it is made where it doesn't exist.
-    results: of the plan.
-    jobs: runs at a time, each on its share of the CPU's cores.
+    folder: the folder of the runs, which is created if it does not exist.
+    results: the results of the plan.
+    jobs: the number of runs at a time, each on its share of the CPU's cores.
 
   Returns:
-    `plan`, `results` (the path), `done` and `missing`, numbers of runs.
+    `plan`, `results` (the path), and the numbers of runs `done` and `missing`.
 
   Raises:
     InputError: `jobs` is below 1, or another study runs in the folder.
-    Failed: a program has failed; runs that don't depend on it were finished.
+    Failed: a program has failed; the runs that do not depend on it are done.
   """
   if jobs < 1:
     raise InputError(f"--jobs: {jobs} must be at least 1")
@@ -59,8 +59,8 @@ def run(plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, jobs: in
   if runner.failures:
     first = next(iter(runner.failures.values()))
     raise Failed(
-      f"{len(runner.failures)} runs of the study failed, the first: {first}. The same command goes on with what is"
-      " left",
+      f"{len(runner.failures)} runs of the study failed, the first: {first}. The same command continues with the"
+      " missing runs",
       result | {"failed": runner.failures},
     )
   return result
@@ -71,13 +71,13 @@ class PlannedRunner:
 
   Args:
     plan: the plan.
-    folder: of the runs.
-    results: of the plan.
-    processes: that run the programs.
-    jobs: runs at a time.
+    folder: the folder of the runs.
+    results: the results of the plan.
+    processes: the processes that run the programs.
+    jobs: the number of runs at a time.
 
   Attributes:
-    failures: by the key of the run, the message of its error.
+    failures: the error message of each failed run, by key.
   """
 
   def __init__(self, plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, processes: Processes, jobs: int):
@@ -86,7 +86,7 @@ class PlannedRunner:
     self._processes, self._jobs = processes, jobs
 
   def run(self) -> None:
-    """Runs everything that is left."""
+    """Runs all missing runs."""
     running: dict[concurrent.futures.Future[Any], Run] = {}
     try:
       while True:
@@ -98,11 +98,11 @@ class PlannedRunner:
         for future in finished:
           self._finish(running.pop(future), future)
     finally:
-      # The running processes receive a terminal's interrupt too, and save.
+      # The running processes also receive a terminal's interrupt and save.
       self._processes.shut_down()
 
   def _next(self, running: Sequence[Run]) -> list[Run]:
-    """The runs that are started now, as many as there are free jobs."""
+    """The runs to start now, at most as many as there are free jobs."""
     busy = {run.key for run in running} | set(self.failures)
     found: dict[str, Run] = {}
     runs = expand(self._plan, self._results.runs)
@@ -119,7 +119,7 @@ class PlannedRunner:
     return list(found.values())
 
   def _finish(self, run: Run, future: concurrent.futures.Future[Any]) -> None:
-    """Keeps what a run has given."""
+    """Records the result of a run."""
     try:
       entry, tokens = future.result()
     except Failed as error:
@@ -130,7 +130,7 @@ class PlannedRunner:
       self.failures[run.key] = f"{run.key} diverges at rate {run.rate:g}, and nothing can start from it"
       return
     before = self._results.runs.get(run.key)
-    if before is not None:  # a pretrained model whose folder was gone
+    if before is not None:  # a pretrained model whose folder was deleted
       if before["perplexity"] != entry["perplexity"]:
         found = before["perplexity"], entry["perplexity"]
         logging.warning("%s: its perplexity was %s, and is %s now", run.key, *found)
@@ -147,10 +147,10 @@ class PlannedRunner:
       logging.info("%s", gate)
 
   def measure(self, run: Run) -> tuple[Entry, list[int] | None]:
-    """Trains a run, or continues to, and evaluates it.
+    """Trains a run, or continues its training, and evaluates it.
 
     Returns:
-      Its entry; and the targets of each of its validation documents, None where these aren't kept.
+      Its entry; and the number of targets of each validation document, None if they are not recorded.
 
     Raises:
       Failed: a program has failed.
@@ -167,7 +167,7 @@ class PlannedRunner:
         limit = f"--limit={self._plan.paced_windows}"
         options = [f"--workdir={workdir}", "--split=validation", "--context=self_paced", limit]
         paced = self._processes.program("cyb_jax.cli.evaluate", *options)
-    # Of a run that was interrupted the file has the seconds of earlier processes too.
+    # For an interrupted run the file also has the seconds of earlier processes.
     trained = sum(line["timing"]["seconds"] for line in read_metrics(workdir) if "seconds" in line.get("timing", {}))
     seconds = max(time.monotonic() - began, trained)
     losses, tokens = (None, None) if documents is None else (documents["losses"], documents["tokens"])
@@ -197,7 +197,7 @@ class PlannedRunner:
     ]
 
   def _data_fields(self, run: Run) -> list[str]:
-    """The fields of the divided text: that of pretraining, or that of the rows."""
+    """The fields of the run's part of the divided text: the part of pretraining, or the part of the rows."""
     from cyb_jax.studies.documents import PARTS, SPLIT, write_parts
 
     assert self._plan.pretraining is not None
@@ -206,5 +206,5 @@ class PlannedRunner:
     return ["data.task=jsonl", f"data.options=pattern={train},validation_pattern={paths[SPLIT]}"]
 
   def _is_trained(self, key: str) -> bool:
-    """Whether a run's folder holds its last evaluation, which is written when it is done."""
+    """Whether a run's folder has its last evaluation, which is written when the run is done."""
     return (self._folder / key / "evaluation.json").exists()

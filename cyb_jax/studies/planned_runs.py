@@ -1,7 +1,7 @@
-"""The runs of a planned study: a function of its plan and of the results so far.
+"""The runs of a planned study, as a function of its plan and of the results so far.
 
-A run's rate is known when its row's search is done, and what it starts from when the pretrained model has passed its
-gate; until then it is listed, and isn't ready.
+A run's rate is known when the search of its row is done, and its initial model when a pretrained model has passed its
+gate. Until then the run is listed but not ready.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class Run:
   """A run of a planned study.
 
   Attributes:
-    key: its name in the results, and its folder in the study's.
+    key: its name in the results, and its folder in the study's folder.
     stage: 'pretraining', 'search' or 'final'.
-    row: the row's name; that of the pretraining is 'pretraining'.
-    setting: of the experiment.
-    fields: of the row.
-    steps: of training.
-    seed: of initialisation and data.
+    row: the row's name; 'pretraining' for the pretraining.
+    setting: the setting of the experiment.
+    fields: the config fields of the row.
+    steps: the number of training steps.
+    seed: the seed of initialisation and data.
     rate: the learning rate; None: not known yet.
-    start: the key of the run that it starts from; '': none; None: not known yet.
-    paced: whether it is evaluated at its own pace too.
-    cost: of a step, relative to that of the plan's reference.
+    start: the key of the run that it starts from; '': fresh parameters; None: not known yet.
+    paced: whether it is also evaluated self-paced.
+    cost: the cost of a step relative to the plan's reference.
   """
 
   key: str
@@ -48,7 +48,7 @@ class Run:
 
   @property
   def ready(self) -> bool:
-    """Whether everything that the run needs is known."""
+    """Whether the rate and the start of the run are known."""
     return self.rate is not None and self.start is not None
 
 
@@ -57,9 +57,9 @@ class Gate:
   """The gate of one length of pretraining.
 
   Attributes:
-    length: steps of pretraining.
+    length: the number of pretraining steps.
     short, long: the reference's losses after the steps of the plan's reference and of its longer row, nats per token.
-    limit: the largest difference that passes.
+    limit: the largest difference with which the gate is passed.
   """
 
   length: int
@@ -80,10 +80,10 @@ class Gate:
 
 
 def expand(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> list[Run]:
-  """All runs of a plan, each once, in the order in which they are run.
+  """All runs of a plan, each once, in the order of execution.
 
-  While it isn't known what rows start from, their keys are those that they have if the length of pretraining that is
-  tried now passes its gate.
+  While the initial model of the rows is unknown, the keys presume that the current length of pretraining passes its
+  gate.
 
   Args:
     plan: the plan.
@@ -107,7 +107,7 @@ def expand(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> list
 
 
 def gates(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> list[Gate]:
-  """The gates that have been decided, in the order of the lengths; none after the first that has passed."""
+  """The decided gates, in the order of the lengths, up to the first gate that is passed."""
   found: list[Gate] = []
   for length in plan.pretraining.lengths if plan.pretraining else ():
     gate = _gate(plan, results, length)
@@ -120,9 +120,9 @@ def gates(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> list[
 
 
 def chosen_rate(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]], row: Row, start: str) -> float | None:
-  """The rate with the lowest validation perplexity in a row's search, the lowest of equal ones; None: not known yet.
+  """The rate with the lowest validation perplexity in a row's search; None: not known yet.
 
-  A run that diverges, whose perplexity is None, counts as infinite.
+  Ties are resolved in favour of the lowest rate. A run that diverges, whose perplexity is None, counts as infinite.
   """
   searched = plan.row(row.rate_of) if row.rate_of else row
   keys = {rate: _key(searched, start, f"rate{rate:g}") for rate in plan.rates}
@@ -139,25 +139,25 @@ def final_keys(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]], row
 
 
 def search_keys(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]], row: Row) -> dict[float, str]:
-  """The keys of a row's search, by rate; none where the row takes the rate of another one."""
+  """The keys of a row's search, by rate; empty if the row uses the rate of another row."""
   start = _presumed_start(plan, results)
   return {} if row.rate_of else {rate: _key(row, start, f"rate{rate:g}") for rate in plan.rates}
 
 
 def perplexity_of(entry: Mapping[str, Any]) -> float:
-  """The validation perplexity of a finished run; infinite where it diverges."""
+  """The validation perplexity of a finished run; infinite if it diverges."""
   return math.inf if entry["perplexity"] is None else entry["perplexity"]
 
 
 def _tried_starts(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  """The keys of the pretrained models that are needed so far: those whose gate is decided, and the next one."""
+  """The keys of the pretrained models that are needed so far: those with a decided gate, and the next model."""
   assert plan.pretraining is not None
   tried = len(gates(plan, results)) + (_chosen_start(plan, results) is None)
   return [_pretraining_key(length) for length in plan.pretraining.lengths[:tried]]
 
 
 def _chosen_start(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> str | None:
-  """The key of the run that all rows start from; '': there is none; None: not known yet."""
+  """The key of the run that all rows start from; '': fresh parameters; None: not known yet."""
   if plan.pretraining is None:
     return ""
   decided = gates(plan, results)
@@ -167,7 +167,7 @@ def _chosen_start(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) 
 
 
 def _presumed_start(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> str:
-  """The same; while it isn't known, the pretrained model that is tried now."""
+  """The chosen start; while it is unknown, the current pretrained model."""
   chosen = _chosen_start(plan, results)
   return _tried_starts(plan, results)[-1] if chosen is None else chosen
 
@@ -225,7 +225,7 @@ def _pretraining_key(length: int) -> str:
 
 
 def _key(row: Row, start: str, name: str) -> str:
-  """Such as 'ap/seed0', and 'ap/from6000/seed0' where the row starts from a pretrained model."""
+  """A key such as 'ap/seed0', or 'ap/from6000/seed0' if the row starts from a pretrained model."""
   return f"{row.name}/from{start.rpartition('/')[2]}/{name}" if start else f"{row.name}/{name}"
 
 

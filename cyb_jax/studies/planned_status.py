@@ -1,4 +1,4 @@
-"""How far a planned study is: what is done, running and missing, and how long the rest takes."""
+"""The progress of a planned study: the runs that are done, running and missing, and the remaining time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def status(
 
   Args:
     plan: the plan.
-    folder: of the runs; it need not exist.
+    folder: the folder of the runs; it need not exist.
     results: the entries of finished runs, by key.
-    jobs: runs at a time, for the estimate.
+    jobs: the number of runs at a time, for the estimate.
 
   Returns:
-    A text for people, and the same as an object: `plan`; `done`, how many runs; `begun`, by key the steps that are
-    done; `missing`, the keys of the others; `is_running`, whether a study runs in the folder; `hours_left`, None where
-    no run has measured the time of a step.
+    A text, and the same as an object: `plan`; `done`, the number of finished runs; `begun`, the completed steps of
+    unfinished runs by key; `missing`, the keys of the other runs; `is_running`, whether a study runs in the folder;
+    `hours_left`, None if no run has measured the time of a step.
   """
   runs = expand(plan, results)
   left = [run for run in runs if run.key not in results]
@@ -44,7 +44,7 @@ def status(
   by_key = {run.key: run for run in left}
   lines += [f"{word}: {key}, step {steps:,} of {by_key[key].steps:,}" for key, (steps, _) in progress.items()]
   if left:
-    known = "unknown, since no run has measured the time of a step" if hours is None else f"about {hours:.1f}"
+    known = "unknown, because no run has measured the time of a step" if hours is None else f"about {hours:.1f}"
     lines.append(f"hours left with --jobs={jobs}: {known}")
   text = "\n".join([*lines, "", markdown(("row", "rates", "seeds", "missing"), _by_row(plan, runs, results))])
   return text, {
@@ -58,7 +58,7 @@ def status(
 
 
 def _by_row(plan: PlannedStudy, runs: Sequence[Run], results: Mapping[str, Entry]) -> list[tuple[str, ...]]:
-  """Of each row how many runs are done."""
+  """The number of finished runs of each row."""
   rows = []
   for name in dict.fromkeys(run.row for run in runs):
     own = [run for run in runs if run.row == name]
@@ -73,7 +73,7 @@ def _by_row(plan: PlannedStudy, runs: Sequence[Run], results: Mapping[str, Entry
 
 
 def _progress(workdir: pathlib.Path) -> tuple[int, float]:
-  """(steps that are done, the seconds they took) of a run that isn't finished, by its metrics."""
+  """(completed steps, their seconds) of an unfinished run, from its metrics."""
   lines = [line for line in read_metrics(workdir) if line.get("split") == "train" and "timing" in line]
   return (lines[-1]["step"] if lines else 0), sum(line["timing"]["seconds"] for line in lines)
 
@@ -96,9 +96,9 @@ def _hours_left(
   progress: Mapping[str, tuple[int, float]],
   jobs: int,
 ) -> float | None:
-  """The hours that the missing runs take together, over the jobs; None: unknown.
+  """The hours of all missing runs, divided by the jobs; None: unknown.
 
-  The seconds of a step are those of runs of the same row and, where there are none, of other rows in proportion to
+  The seconds of a step are estimated from runs of the same row or, if there are none, from other rows in proportion to
   their costs.
   """
   seen = [(run, results[run.key]["seconds"] / run.steps) for run in runs if run.key in results]

@@ -1,4 +1,4 @@
-"""The tables of a planned study, from its results alone.
+"""The tables of a planned study, from its results file.
 
 Dimensions: G groups of documents, R resamples.
 """
@@ -20,16 +20,16 @@ from cyb_jax.studies.plans import PlannedStudy, Row
 from cyb_jax.studies.results_file import Entry
 
 _NOTE = (
-  "Perplexity of the validation split: mean and standard deviation over seeds. Under the training omega: the same"
-  " with the budget of steps and the recipe of training, where these are others. Difference: nats per token less"
-  " those of `{reference}`, with a 95% interval over documents (paired bootstrap of the losses, averaged over"
-  " seeds); where it is negative the row is better. Slots a token: of training. FLOPs: of inference with all slots"
-  " and a cache, counted by hand per real token. At own pace: only the pauses that the model requests are run and"
-  " stay in the context; the perplexity is that of the row times the ratio of the two contexts on {windows}"
-  " windows. Tokens of `{reference}`: how many it needs to reach the row's loss, by interpolation of its loss over"
-  " the logarithm of its tokens, {short:,} and {long:,}; ~: beyond these. Front: no other row of as many steps, at"
-  " its own pace or with all slots, is as low in both inference FLOPs and perplexity (I: with all slots, P: at its"
-  " own pace)."
+  "Perplexity of the validation split: mean and standard deviation over seeds. Under the training omega: the"
+  " perplexity under the step budget and recipe of training, if they differ. Difference: nats per token minus those"
+  " of `{reference}`, with a 95% interval over documents (paired bootstrap of the losses, averaged over seeds);"
+  " negative means that the row is better. Slots per token: in training. FLOPs: of inference with all slots and a"
+  " cache, counted by hand per real token. Self-paced: only the pauses that the model requests run and stay in the"
+  " context; the perplexity is that of the row times the ratio of the two contexts on {windows} windows. Tokens of"
+  " `{reference}`: the number that it needs to reach the row's loss, by interpolation of its loss over the logarithm"
+  " of its tokens between {short:,} and {long:,}; ~: extrapolated. Front: no other row with the same number of steps,"
+  " self-paced or with all slots, is at most as high in both inference FLOPs and perplexity (I: with all slots, P:"
+  " self-paced)."
 )
 
 
@@ -39,11 +39,11 @@ def table(plan: PlannedStudy, results: Mapping[str, Entry], documents: Mapping[s
   Args:
     plan: the plan.
     results: the entries of finished runs, by key.
-    documents: targets of each validation document, by digest.
+    documents: the number of targets of each validation document, by digest.
 
   Returns:
-    `plan`; `gates`, one line each; `rows`, of the rows that have a run with a seed; `rates`, by row the perplexity by
-    rate of the searches. What is not known is None.
+    `plan`; `gates`, one line each; `rows`, for the rows with at least one final run; `rates`, the perplexity by rate of
+    the searches, by row. Unknown values are None.
   """
   finished = {row.name: _finished(plan, results, row) for row in plan.rows}
   rows = [_row(plan, row, finished, documents) for row in plan.rows if finished[row.name]]
@@ -65,8 +65,8 @@ def text(plan: PlannedStudy, numbers: Mapping[str, Any]) -> str:
   rows = [_cells(row, has_training) for row in numbers["rows"]]
   header = (
     "row", "seeds", "rate", "perplexity", *["under the training omega"] * has_training,
-    f"difference to {plan.reference}, nats", "mean pauses", "slots a token",
-    "FLOPs", "at own pace", "pauses kept", "FLOPs at own pace", f"tokens of {plan.reference}", "front",
+    f"difference to {plan.reference}, nats", "mean pauses", "slots per token",
+    "FLOPs", "self-paced", "pauses kept", "self-paced FLOPs", f"tokens of {plan.reference}", "front",
   )  # fmt: skip
   parts = [f"{gate}\n" for gate in numbers["gates"]]
   parts.append(trade_off.markdown(header, rows))
@@ -76,20 +76,20 @@ def text(plan: PlannedStudy, numbers: Mapping[str, Any]) -> str:
   rates = [f"{rate:g}" for rate in plan.rates]
   searched = [(name, *(_perplexity(found, rate) for rate in rates)) for name, found in numbers["rates"].items()]
   parts.append(
-    f"Perplexity by rate, of one seed and a short training:\n\n{trade_off.markdown(('row', *rates), searched)}"
+    f"Perplexity by rate, with one seed and a short training:\n\n{trade_off.markdown(('row', *rates), searched)}"
   )
   return "\n".join(parts)
 
 
 def tokens_to_reach(loss: float, short: tuple[float, float], long: tuple[float, float]) -> float | None:
-  """The tokens at which a model's loss has a value, where it is linear in the logarithm of the tokens.
+  """The number of tokens at which a model reaches a loss that is linear in the logarithm of the tokens.
 
   Args:
     loss: the value, nats per token.
     short, long: (tokens, loss) of two trainings.
 
   Returns:
-    None where the loss doesn't fall from the shorter training to the longer one.
+    None if the loss does not fall from the shorter to the longer training.
   """
   slope = (short[1] - long[1]) / math.log(long[0] / short[0])
   return short[0] * math.exp((short[1] - loss) / slope) if slope > 0 else None
@@ -98,9 +98,9 @@ def tokens_to_reach(loss: float, short: tuple[float, float], long: tuple[float, 
 def difference(
   row: Sequence[Entry], reference: Sequence[Entry], documents: Mapping[str, Sequence[int]]
 ) -> tuple[float, list[float] | None] | None:
-  """(mean, 95% interval over documents) of the loss of a row less that of the reference, nats per token.
+  """(mean, 95% interval over documents) of the loss of a row minus that of the reference, nats per token.
 
-  The losses of each document are averaged over seeds. None where the runs didn't keep the losses of the same documents.
+  The losses of each document are averaged over seeds. None if the runs do not have losses of the same documents.
   """
   kept = {entry.get("documents") for entry in (*row, *reference)}
   if len(kept) != 1 or None in kept or not reference:
@@ -113,7 +113,7 @@ def difference(
 
 
 def _finished(plan: PlannedStudy, results: Mapping[str, Entry], row: Row) -> list[Entry]:
-  """The entries of a row's seeds that don't diverge."""
+  """The entries of a row's seeds that do not diverge."""
   keys = planned_runs.final_keys(plan, results, row)
   return [results[key] for key in keys if key in results and results[key]["perplexity"] is not None]
 
@@ -124,7 +124,7 @@ def _row(
   entries, reference = finished[row.name], finished[plan.reference]
   perplexities = [entry["perplexity"] for entry in entries]
   compared = None if row.name == plan.reference else difference(entries, reference, documents)
-  own = _own_pace(entries)
+  paced = _self_paced(entries)
   loss = statistics.fmean(map(math.log, perplexities))
   return {
     "row": row.name,
@@ -139,20 +139,20 @@ def _row(
     "mean_pauses": _mean(entries, "mean_pauses"),
     "train_slots": _ratio(entries, "train_slots", "train_tokens"),
     "inference_flops": _mean(entries, "inference_flops"),
-    "self_paced": own,
+    "self_paced": paced,
     "reference_tokens": _reference_tokens(plan, finished, loss),
     "front": [],
   }
 
 
 def _training_perplexity(entries: Sequence[Entry]) -> float | None:
-  """The perplexity under the omega and the recipe of training; None: it is that of the evaluation."""
+  """The perplexity under the omega and recipe of training; None: it equals the perplexity of the evaluation."""
   found = [(entry.get("training_omega") or {}).get("perplexity") for entry in entries]
   return None if None in found else statistics.fmean(found)
 
 
-def _own_pace(entries: Sequence[Entry]) -> dict[str, float] | None:
-  """Perplexity, pauses and inference FLOPs where only requested pauses are run; None: not all runs were read so."""
+def _self_paced(entries: Sequence[Entry]) -> dict[str, float] | None:
+  """Self-paced perplexity, pauses and inference FLOPs; None: not all runs were evaluated self-paced."""
   paced = [entry.get("self_paced") for entry in entries]
   if not all(found and found["perplexity"] is not None for found in paced):
     return None
@@ -168,30 +168,30 @@ def _reference_tokens(
   plan: PlannedStudy, finished: Mapping[str, Sequence[Entry]], loss: float
 ) -> dict[str, Any] | None:
   """`tokens` that the reference needs to reach a loss, and whether this is an `extrapolation`; None: not known."""
-  places = []
+  points = []
   for name in (plan.reference, plan.longer):
     if not finished[name]:
       return None
     losses = [math.log(entry["perplexity"]) for entry in finished[name]]
-    places.append((float(plan.row(name).steps * plan.step_tokens), statistics.fmean(losses)))
-  tokens = tokens_to_reach(loss, *places)
+    points.append((float(plan.row(name).steps * plan.step_tokens), statistics.fmean(losses)))
+  tokens = tokens_to_reach(loss, *points)
   if tokens is None:
     return None
-  # The reference itself is inside, whatever rounding does.
-  inside = places[0][0] * (1 - 1e-9) <= tokens <= places[1][0] * (1 + 1e-9)
+  # The tolerance keeps the reference itself inside despite rounding.
+  inside = points[0][0] * (1 - 1e-9) <= tokens <= points[1][0] * (1 + 1e-9)
   return {"tokens": tokens, "extrapolation": not inside}
 
 
 def _mark_front(rows: Sequence[dict[str, Any]]) -> None:
-  """Fills `front`: 'I' where a row is on the Pareto front with all its slots, 'P' at its own pace."""
-  places = [(row, "I", row["inference_flops"], row["perplexity"]) for row in rows]
-  places += [
+  """Fills `front`: 'I' if a row is on the Pareto front with all slots, 'P' if it is on the front self-paced."""
+  points = [(row, "I", row["inference_flops"], row["perplexity"]) for row in rows]
+  points += [
     (row, "P", row["self_paced"]["inference_flops"], row["self_paced"]["perplexity"])
     for row in rows
     if row["self_paced"]
   ]
-  known = [place for place in places if place[2] is not None]
-  for (row, letter, *_), on_front in zip(known, trade_off.pareto_front([place[2:] for place in known])):
+  known = [point for point in points if point[2] is not None]
+  for (row, letter, *_), on_front in zip(known, trade_off.pareto_front([point[2:] for point in known])):
     row["front"] += [letter] * on_front
 
 
@@ -206,7 +206,7 @@ def _ratio(entries: Sequence[Entry], above: str, below: str) -> float | None:
 
 
 def _cells(row: Mapping[str, Any], has_training: bool) -> tuple[str, ...]:
-  compared, own, reached = "-", row["self_paced"], row["reference_tokens"]
+  compared, paced, reached = "-", row["self_paced"], row["reference_tokens"]
   if row["interval"] is not None:
     low, high = row["interval"]
     compared = f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
@@ -219,8 +219,8 @@ def _cells(row: Mapping[str, Any], has_training: bool) -> tuple[str, ...]:
     row["row"], seeds, f"{row['rate']:g}", trade_off.plus_minus(row["perplexity_seeds"]),
     *[number(row["training_perplexity"])] * has_training, compared,
     number(row["mean_pauses"], 3), number(row["train_slots"], 3), "-" if cost is None else trade_off.flops(cost),
-    "" if own is None else number(own["perplexity"]), "" if own is None else number(own["pauses"], 3),
-    "" if own is None else trade_off.flops(own["inference_flops"]), tokens, " ".join(row["front"]),
+    "" if paced is None else number(paced["perplexity"]), "" if paced is None else number(paced["pauses"], 3),
+    "" if paced is None else trade_off.flops(paced["inference_flops"]), tokens, " ".join(row["front"]),
   )  # fmt: skip
 
 

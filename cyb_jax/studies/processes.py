@@ -1,4 +1,4 @@
-"""Programs as processes, several at a time, each on its share of the CPU's cores."""
+"""Runs programs in processes, several at a time, each on its share of the CPU's cores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from absl import logging
 
 from cyb_jax.errors import Failed
 
-# The first program of a run's process: it binds the process to its cores, and arranges that the process ends when the
-# study is killed, since the run would hold its folder otherwise. It then becomes the run's program. None of this may
-# happen between fork and exec, since the study itself has threads of jax.
+# The first program of a run's process: it binds the process to its cores, and makes the process end when the study is
+# killed, because the run would otherwise keep its folder locked. It then executes the run's program. This can't be done
+# between fork and exec, because the study itself has threads of jax.
 _BEGIN = """
 import ctypes, os, signal, sys
 if sys.argv[1]:
@@ -33,8 +33,8 @@ class Processes:
   """A pool of processes.
 
   Args:
-    jobs: processes at a time.
-    cache: the folder of compiled programs: runs that differ in their seeds are one program, compiled once.
+    jobs: the number of processes at a time.
+    cache: the folder of compiled programs; runs that differ only in their seeds share compiled programs.
   """
 
   def __init__(self, jobs: int, cache: pathlib.Path):
@@ -47,7 +47,7 @@ class Processes:
     self._environment = {"JAX_COMPILATION_CACHE_DIR": str(cache.absolute())} | os.environ
 
   def map(self, function: Callable[..., Any], items: Sequence[tuple]) -> list[Any]:
-    """The function's result for each of the items; None where it raised Failed, whose message is kept in `failures`."""
+    """The function's result for each item; None if it raised Failed, whose message is appended to `failures`."""
     futures = [self._pool.submit(function, *item) for item in items]
     results = []
     try:
@@ -59,7 +59,7 @@ class Processes:
           self.failures.append(str(error))
           results.append(None)
     except BaseException:
-      # The running processes receive a terminal's interrupt too, and save.
+      # The running processes also receive a terminal's interrupt and save.
       self.shut_down()
       raise
     return results
@@ -69,38 +69,38 @@ class Processes:
     return self._pool.submit(function, *arguments)
 
   def shut_down(self) -> None:
-    """Starts no more functions; waits for those that are running."""
+    """Starts no more functions, and waits for the running functions."""
     self._pool.shutdown(cancel_futures=True)
 
   def program(self, module: str, *options: str) -> dict[str, Any]:
     """The JSON object that a program prints.
 
     Args:
-      module: of the program, such as 'cyb_jax.cli.train'.
+      module: the module of the program, such as 'cyb_jax.cli.train'.
       options: its arguments.
 
     Returns:
-      The object; of a training that diverges, {"perplexity": None}.
+      The object; {"perplexity": None} for a training that diverges.
 
     Raises:
       Failed: the program ends with an error.
     """
     logging.info("%s %s", module.rpartition(".")[2], " ".join(options))
-    words = ["-m", module, *options]
-    done = self.run(words)
+    arguments = ["-m", module, *options]
+    done = self.run(arguments)
     last = done.stderr.strip().splitlines()[-1:]
     if module == "cyb_jax.cli.train" and done.returncode == 1 and "train.max_skipped" in "".join(last):
       logging.warning("%s", last[0])
       return {"perplexity": None}
     if done.returncode:
-      raise Failed(f"python {' '.join(words)} ended with {done.returncode}: {''.join(last)}", {})
+      raise Failed(f"python {' '.join(arguments)} ended with {done.returncode}: {''.join(last)}", {})
     return json.loads(done.stdout.strip().splitlines()[-1])
 
-  def run(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs Python with these words on free cores; waits for cores, then for the process."""
+  def run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these arguments on free cores; waits for cores, then for the process."""
     cores = self._cores.get()
     try:
-      command = [sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *words]
+      command = [sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *arguments]
       return subprocess.run(command, capture_output=True, text=True, env=self._environment)
     finally:
       self._cores.put(cores)

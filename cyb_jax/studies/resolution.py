@@ -1,4 +1,4 @@
-"""From a config as a user writes it to a `Config`: names and fields that other files decide are resolved first."""
+"""Resolution of a user's config to a `Config`: names and fields that depend on other files are filled in."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any], workdir: str 
   """A frozen config; every program that takes `--config` calls this, and config.json holds the result.
 
   `decoder.preset` = '' is the decoder of `init_from`; a `method.name` such as 'deeper@ap' is a plain model of the same
-  cost, whose size may depend on a tokenizer. Files are read where the config has either of them. Paths become absolute.
+  cost, whose size may depend on a tokenizer. Both need files to be read. Paths become absolute.
 
   Args:
     config: a ConfigDict, or a nested dict.
-    workdir: the run's folder; what was resolved when the run began is taken from there, so that `init_from` need not
-      exist when the run is continued.
+    workdir: the run's folder; the resolved decoder of a run that has begun is read from its config.json, so that
+      `init_from` need not exist when the run continues.
 
   Raises:
-    InputError: see `configs.freeze` and `check_names`; or `init_from` can't be read, or no plain model has about the
+    InputError: see `configs.freeze` and `check_names`; or `init_from` can't be read, or no plain model has nearly the
       same cost.
   """
   source = runs.with_absolute_paths(configs.to_dict(config))

@@ -1,4 +1,4 @@
-"""What a study writes: comparison.json, comparison.md, index.html and its figures."""
+"""The files of a study: comparison.json, comparison.md, index.html and its figures."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cyb_jax.studies import settings
 from cyb_jax.studies.plan import Entry, Plan
 from cyb_jax.studies.runner import Measured, Study
 
-if TYPE_CHECKING:  # imported where it is used, since it imports matplotlib
+if TYPE_CHECKING:  # otherwise imported where it is used, because it imports matplotlib
   from cyb_jax.report.trade_off import Outcome
 
 _MATCHED_NOTE = (
-  "Matched to: what a deeper or wider plain model costs as much as, and by how much it costs more or less. Matching is"
-  " to all slots that a setting has; measured: against what its inference was seen to take."
+  "Matched to: the settings whose cost a deeper or wider plain model has, and the relative difference of the costs."
+  " Models are matched to the cost with all slots; measured: the difference to the measured cost of inference."
 )
 
 
@@ -28,10 +28,10 @@ def write(
   """Writes the files of a study.
 
   Args:
-    study: whose folder they are written to.
-    plan: of the study.
+    study: the study; the files are written to its folder.
+    plan: the plan of the study.
     measured: the rows.
-    result: what comparison.json says of the study as a whole.
+    result: the keys of comparison.json about the study.
     show: receives the table as Markdown.
 
   Returns:
@@ -49,7 +49,7 @@ def write(
   if any(row["matched"] for row in rows):
     notes.append(_MATCHED_NOTE)
   slots = _slots_table(study, measured, rows)
-  text = "\n".join([f"Read on the {result['split']} split.", "", table, *(f"{note}\n" for note in notes), slots])
+  text = "\n".join([f"Evaluated on the {result['split']} split.", "", table, *(f"{note}\n" for note in notes), slots])
   _write_page(study, result, rows, outcomes, columns)
   atomic_write(study.folder / "comparison.md", text)
   atomic_write(study.folder / "comparison.json", jsonl.dumps(dict(result) | {"rows": rows}, indent=2) + "\n")
@@ -95,7 +95,7 @@ def _rows(study: Study, plan: Plan, measured: Sequence[Measured], outcomes: Sequ
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], seeds: int) -> dict[str, list[str]]:
-  """The columns that a study's table has in addition, without those that are empty in every row."""
+  """The additional columns of a study's table, without empty columns."""
   columns = {
     "equal": [", ".join(budget.replace("_flops", " FLOPs") for budget in row["equal"]) for row in rows],
     "rate": [f"{row['learning_rate']:g}" for row in rows],
@@ -113,7 +113,7 @@ def _write_page(
   outcomes: Sequence[Outcome],
   columns: Mapping[str, Sequence[str]],
 ) -> None:
-  """index.html and its figures."""
+  """Writes index.html and its figures."""
   from cyb_jax.report import page, side_by_side
 
   section = side_by_side.trade_offs(outcomes, columns)
@@ -121,7 +121,7 @@ def _write_page(
     section = dataclasses.replace(section, body=section.body + page.paragraph(_MATCHED_NOTE, "note"))
   header = page.paragraph(result["note"] or "") * bool(result["note"])
   header += page.paragraph(
-    f"{result['study']}, {result['seeds']} seeds, read on the {result['split']} split. Equal:"
+    f"{result['study']}, {result['seeds']} seeds, evaluated on the {result['split']} split. Equal:"
     f" {', '.join(result['equal'])} (the budget: {result['steps']:,} steps of {result['reference']})."
   )
   atomic_write(study.folder / "index.html", page.document("Methods side by side", header, [section]))
@@ -130,17 +130,17 @@ def _write_page(
 
 
 def match_of(entry: Entry, plan: Plan, costs: Mapping[tuple[str, int], float]) -> dict[str, Any] | None:
-  """The settings whose cost a deeper or wider plain model has, and how far off it is.
+  """The settings whose cost a deeper or wider plain model has, and the relative difference of the costs.
 
   Args:
     entry: a row.
-    plan: of the study.
-    costs: inference FLOPs a token of the rows as they were measured, by setting and steps; of a method without a cache,
-      of a window that is read at once.
+    plan: the plan of the study.
+    costs: measured inference FLOPs per token of the rows, by setting and steps; for a method without a cache, of a
+      blockwise pass.
 
   Returns:
-    None where the row is no such model. `mismatch` is relative to the count with all slots, which is what is matched;
-    `mismatch_measured` to the measured inference of that setting's row. None: not known.
+    None if the row is not such a model. `mismatch` is relative to the cost with all slots, which is matched;
+    `mismatch_measured` is relative to the measured inference of that setting's row. None: not known.
   """
   match = settings.parse_match(entry.setting)
   if match is None:
@@ -158,19 +158,19 @@ def match_of(entry: Entry, plan: Plan, costs: Mapping[tuple[str, int], float]) -
 
 
 def describe_match(found: Mapping[str, Any] | None) -> str:
-  """A match in words, such as 'ap, va_uniform (+0.4%, measured +12.0%)'."""
+  """A match as text, such as 'ap, va_uniform (+0.4%, measured +12.0%)'."""
   if found is None:
     return ""
   off, measured = found["mismatch"], found["mismatch_measured"]
   parts = [f"{off:+.1%}"] if off is not None else []
-  # Where all slots are run the measured mismatch is the same number.
+  # If inference runs all slots, the measured mismatch is the same number.
   if measured is not None and (off is None or abs(measured - off) > 1e-6):
     parts.append(f"measured {measured:+.1%}")
   return ", ".join(found["settings"]) + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Further numbers of a row, the mean over seeds."""
+  """Further numbers of a row, as means over seeds."""
 
   def by_slot(name: str) -> list[float] | None:
     found = [record.get(name) for record in records]
@@ -187,7 +187,7 @@ def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _slots_table(study: Study, measured: Sequence[Measured], rows: Sequence[Mapping[str, Any]]) -> str:
-  """The perplexity of each slot alone and the mean of s, of methods whose slots can be read."""
+  """The perplexity of each slot and the mean of s, for methods with several slots."""
   from cyb_jax.report import trade_off
 
   lines = []

@@ -1,14 +1,14 @@
-"""The results of a planned study: one JSON file, which may be kept in a repository.
+"""The results of a planned study in one JSON file, which may be part of a repository.
 
     {
-    "plan": "scratch",            name of the plan
-    "identity": {...},            what all of its runs have in common
-    "documents": {DIGEST: [...]}  how many targets each validation document has; most runs share one list
+    "plan": "scratch",            the name of the plan
+    "identity": {...},            the options that all of its runs share
+    "documents": {DIGEST: [...]}  the number of targets of each validation document; most runs share one list
     "runs": {KEY: {...}}          an entry for each finished run, see `Entry`
     }
 
-Runs and documents are sorted, and each value of an entry is on a line of its own, so that a finished run is a few new
-lines of a diff. A run with an entry is never run again.
+Runs and documents are sorted, and each value of an entry has its own line, so that a finished run adds a few lines to a
+diff. A run with an entry is never run again.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from cyb_jax.studies.planned_runs import Run, expand
 from cyb_jax.studies.plans import PlannedStudy
 
 Entry: TypeAlias = dict[str, Any]
-"""What is kept of a run: `stage`, `row`, `setting`, `fields`, `seed`, `steps`, `rate` and `start` of its `Run`;
-`version` of the package; `seconds` of training and of the evaluations; the numbers of NUMBERS, those of PACED in
-`self_paced`, where it was read so; and of runs that are compared `documents`, a digest, and `document_losses`, nats per
-token. Floats are rounded to 7 significant digits. A run that diverges has the perplexity null, and no other numbers."""
+"""The record of a run: `stage`, `row`, `setting`, `fields`, `seed`, `steps`, `rate` and `start` of its `Run`; `version`
+of the package; `seconds` of training and evaluation; the numbers of NUMBERS; those of PACED in `self_paced`, if it was
+evaluated self-paced; and for compared runs `documents`, a digest, and `document_losses`, nats per token. Floats are
+rounded to 7 significant digits. A run that diverges has the perplexity null and no other numbers."""
 
-# Of the record of the run's evaluation, see `evaluation.evaluate_split`.
+# Keys of the run's evaluation, see `evaluation.evaluate_split`.
 NUMBERS = (
   "perplexity", "loss", "loss_perplexity", "bits_per_byte", "mean_pauses", "latency", "slot_perplexity",
   "oracle_perplexity", "hard_perplexity", "calibration", "training_omega", "tokens", "inference_slots",
   "inference_flops", "train_tokens", "train_slots", "train_flops",
 )  # fmt: skip
-# Of the record of the evaluation at its own pace.
+# Keys of the run's self-paced evaluation.
 PACED = (
   "limit", "perplexity", "constant_perplexity", "context_pauses", "kept_pauses", "inference_slots", "inference_flops",
 )  # fmt: skip
-# What an entry repeats of its run.
+# Attributes of the run that its entry repeats.
 _RUN = ("stage", "row", "setting", "fields", "seed", "steps")
 _REQUIRED = {*_RUN, "rate", "start", "version", "seconds", "perplexity"}
 
@@ -56,10 +56,10 @@ def entry_of(
 
   Args:
     run: the run.
-    record: of its evaluation.
-    seconds: that training and evaluations have taken.
-    paced: the record of the evaluation at its own pace.
-    losses: of each validation document.
+    record: the record of its evaluation.
+    seconds: the time of training and evaluation.
+    paced: the record of the self-paced evaluation.
+    losses: the loss of each validation document.
   """
   entry: Entry = {name: getattr(run, name) for name in (*_RUN, "rate", "start")}
   entry |= {"version": __version__, "seconds": round(seconds, 1)}
@@ -72,15 +72,15 @@ def entry_of(
 
 
 class ResultsFile:
-  """The results of a plan. The file is read again before it is written, so that entries from elsewhere stay.
+  """The results of a plan. The file is read again before it is written, so that entries from other programs are kept.
 
   Args:
-    path: of the file; it may not exist yet.
+    path: the path of the file, which need not exist.
     plan: the plan that it belongs to.
 
   Attributes:
     runs: the entries, by key.
-    documents: targets of each validation document, by digest.
+    documents: the number of targets of each validation document, by digest.
 
   Raises:
     InputError: the file is damaged, or belongs to another plan.
@@ -96,9 +96,9 @@ class ResultsFile:
     """Adds a finished run and writes the file.
 
     Args:
-      key: of the run.
-      entry: of the run.
-      tokens: targets of each of its validation documents.
+      key: the key of the run.
+      entry: the entry of the run.
+      tokens: the number of targets of each validation document.
 
     Raises:
       StorageError: the file can't be written.
@@ -119,7 +119,7 @@ class ResultsFile:
     try:
       content = jsonl.loads(self.path.read_bytes())
       if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
       self._check_plan(content)
       runs, documents = content["runs"], content["documents"]
       for key, entry in runs.items():
@@ -143,17 +143,17 @@ class ResultsFile:
     found, identity = content["plan"], content["identity"]
     if found != self._plan.name:
       raise InputError(
-        f"--results: {self.path} has the results of the plan {found!r}, not of {self._plan.name!r}; give another path"
+        f"--results: {self.path} has the results of the plan {found!r}, not {self._plan.name!r}; give another path"
       )
     for name, value in self._plan.identity.items():
       if identity.get(name) != value:
         raise InputError(
-          f"--results: {self.path} has the results of another version of the plan {found!r}, whose {name} are"
+          f"--results: {self.path} has the results of another version of the plan {found!r} with {name} ="
           f" {identity.get(name)!r}, not {value!r}; give another path"
         )
 
   def _check_runs(self, runs: Mapping[str, Entry]) -> None:
-    """Raises InputError for an entry that isn't that of a run of the plan."""
+    """Raises InputError for an entry that does not belong to a run of the plan."""
     planned = {run.key: run for run in expand(self._plan, runs)}
     for key, entry in runs.items():
       if key not in planned:
@@ -161,10 +161,10 @@ class ResultsFile:
       for name in (*_RUN, "rate"):
         value = getattr(planned[key], name)
         wanted = list(value) if isinstance(value, tuple) else value
-        # The rate isn't known any more where the entries of a search have been removed.
+        # The rate is unknown if entries of the search were removed.
         if entry[name] != wanted and not (name == "rate" and wanted is None):
           raise InputError(
-            f"--results: {self.path}: {key!r} was run with {name} = {entry[name]!r}, and the plan has {wanted!r};"
+            f"--results: {self.path}: {key!r} was run with {name} = {entry[name]!r}, but the plan has {wanted!r};"
             " remove its entry"
           )
 
@@ -177,7 +177,7 @@ class ResultsFile:
 
 
 def _object(values: Mapping[str, Any]) -> str:
-  """An object as JSON, one value a line, sorted."""
+  """An object as JSON, with one value per line, sorted."""
   lines = [f" {jsonl.dumps(name)}: {jsonl.dumps(value)}" for name, value in sorted(values.items())]
   return "{\n" + ",\n".join(lines) + "\n}"
 
@@ -187,7 +187,7 @@ def _check_numbers(key: str, entry: Entry, documents: Mapping[str, Sequence[int]
   if perplexity is not None and not (isinstance(perplexity, int | float) and perplexity >= 1):
     raise ValueError(f"run {key!r} has the perplexity {perplexity!r}")
   if "document_losses" in entry and len(documents[entry["documents"]]) != len(entry["document_losses"]):
-    raise ValueError(f"run {key!r} has not as many losses as documents")
+    raise ValueError(f"run {key!r} has different numbers of losses and documents")
 
 
 def _rounded(value: Any) -> Any:

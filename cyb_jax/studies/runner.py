@@ -1,4 +1,4 @@
-"""The runs of a study, each in a folder of its own; what an interrupted study has finished is not run again."""
+"""The runs of a study, each in its own folder; runs that an interrupted study has finished are not repeated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cyb_jax.studies.options import Options
 from cyb_jax.studies.plan import Entry, Plan
 from cyb_jax.studies.processes import Processes
 
-# Rates that are tried beyond the given ones, in factors of two.
+# The maximum number of rates that are tried in addition to the given rates, in factors of two.
 MAX_EXTENSIONS = 4
 
 
@@ -28,8 +28,8 @@ class Reading:
   """The evaluation of a run.
 
   Attributes:
-    record: of the compared split.
-    paced: of a self-paced context; None: the model wasn't read so.
+    record: the record of the compared split.
+    paced: the record of the self-paced evaluation; None: not evaluated self-paced.
   """
 
   record: dict[str, Any]
@@ -43,8 +43,8 @@ class Measured:
   Attributes:
     entry: the row.
     rate: its best learning rate.
-    validation_by_rate: the validation perplexity with seed 0, by rate; inf: it diverges.
-    readings: by seed, of the runs that don't diverge; at least one.
+    validation_by_rate: the validation perplexity with seed 0, by rate; inf: the run diverges.
+    readings: the evaluations by seed of the runs that do not diverge; at least one.
   """
 
   entry: Entry
@@ -54,7 +54,7 @@ class Measured:
 
   @property
   def runs(self) -> list[tuple[Entry, float, int]]:
-    """(row, rate, seed) of the runs that don't diverge."""
+    """(row, rate, seed) of the runs that do not diverge."""
     return [(self.entry, self.rate, seed) for seed in self.readings]
 
 
@@ -62,8 +62,8 @@ class Study:
   """The runs of a comparison, each in a folder named after its setting, steps, rate and seed.
 
   Args:
-    folder: the study's.
-    options: the study's.
+    folder: the study's folder.
+    options: the study's options.
   """
 
   def __init__(self, folder: pathlib.Path, options: Options):
@@ -74,8 +74,8 @@ class Study:
     """Trains and evaluates every row with every seed at its best rate.
 
     Returns:
-      The rows whose programs have all succeeded and of which a run doesn't diverge; of the others
-      `processes.failures` has a line.
+      The rows whose programs have all succeeded and that have a run that does not diverge; `processes.failures` has a
+      line for each other row.
     """
     by_rate = dict(zip(plan.entries, self.processes.map(self.tune, [(entry, rates) for entry in plan.entries])))
     best = {entry: best_rate(found) for entry, found in by_rate.items() if found}
@@ -97,10 +97,10 @@ class Study:
     return measured
 
   def tune(self, entry: Entry, rates: Sequence[float]) -> dict[float, float]:
-    """Validation perplexity by rate: the search goes on until the best rate has a worse one on either side.
+    """Validation perplexity by rate: the search continues until there is a worse rate on both sides of the best rate.
 
     Raises:
-      Failed: it diverges at all of them.
+      Failed: the run diverges at all rates.
     """
     search = self.options.search
     found = {rate: self._perplexity(entry, rate) for rate in rates}
@@ -116,9 +116,9 @@ class Study:
     best = best_rate(found)
     if found[best] == math.inf:
       tried = ", ".join(f"{rate:g}" for rate in found)
-      raise Failed(f"--rates: {self.label(entry)} diverges at {tried}; give lower ones", {})
+      raise Failed(f"--rates: {self.label(entry)} diverges at {tried}; give lower rates", {})
     if search and best in (min(found), max(found)):
-      logging.warning("%s: the best rate, %g, is the last that was tried on its side", self.label(entry), best)
+      logging.warning("%s: the best rate, %g, is at the end of the searched range", self.label(entry), best)
     return found
 
   def _perplexity(self, entry: Entry, rate: float) -> float:
@@ -127,7 +127,7 @@ class Study:
     return trade_off.compared_perplexity(self.train(entry, rate, 0))
 
   def train(self, entry: Entry, rate: float, seed: int) -> dict[str, Any]:
-    """The validation record of a run, trained where it isn't yet; its perplexity is None where it diverges."""
+    """The validation record of a run, which is trained if necessary; the perplexity is None if the run diverges."""
     workdir = self._workdir(entry, rate, seed)
     start = time.monotonic()
 
@@ -147,11 +147,11 @@ class Study:
       logging.info("%s, rate %g, seed %d: perplexity %s, %.0f s", *result)
       return record
 
-    # A file of its own, because each evaluation overwrites evaluation.json.
+    # A separate file, because each evaluation overwrites evaluation.json.
     return _kept(workdir / "validation.json", train)
 
   def evaluate(self, entry: Entry, rate: float, seed: int, split: str, windows: int | None) -> dict[str, Any]:
-    """A record of a trained run: of so many windows in a self-paced context, or (None) of the whole split."""
+    """A record of a trained run: on `windows` windows in a self-paced context, or (None) on the complete split."""
     workdir = self._workdir(entry, rate, seed)
     options = [f"--workdir={workdir}", f"--split={split}"]
     if windows is None:
@@ -160,11 +160,11 @@ class Study:
     return _kept(workdir / f"self_paced-{split}-{windows}.json", lambda: self._program("evaluate", *options))
 
   def finish(self, entry: Entry, rate: float, seed: int, paced: int) -> Reading | None:
-    """The evaluation of a run, trained where it isn't yet; None where it diverges.
+    """The evaluation of a run, which is trained if necessary; None if the run diverges.
 
     Args:
-      entry, rate, seed: of the run.
-      paced: windows that are read in a self-paced context too.
+      entry, rate, seed: identify the run.
+      paced: the number of windows that are also evaluated self-paced.
 
     Raises:
       Failed: a program has failed.
@@ -176,18 +176,20 @@ class Study:
     if self.options.test and record["perplexity"] is not None:
       record = self.evaluate(entry, rate, seed, split, None)
     if trade_off.compared_perplexity(record) == math.inf:
-      logging.warning("%s diverges at rate %g with seed %d: the row is of the others", self.label(entry), rate, seed)
+      logging.warning(
+        "%s diverges at rate %g with seed %d: the row uses the other seeds", self.label(entry), rate, seed
+      )
       return None
     return Reading(record, self.evaluate(entry, rate, seed, split, paced) if paced else None)
 
   def report(self, entry: Entry, rate: float, seed: int) -> None:
-    """Writes a run's own report, where it has none yet."""
+    """Writes a run's report if it does not exist."""
     workdir = self._workdir(entry, rate, seed)
     if not (workdir / "report" / "index.html").exists():
       self._program("report", f"--workdir={workdir}")
 
   def report_all(self, runs: Sequence[tuple[Entry, float, int]]) -> str:
-    """The path of the page that compares runs, all of which have their own reports."""
+    """Writes the page that compares runs with existing reports; returns its path."""
     folders = ",".join(str(self._workdir(*run)) for run in runs)
     return self._program("report", f"--compare={folders}", f"--output={self.folder / 'report'}")["report"]
 
@@ -202,18 +204,18 @@ class Study:
     """The JSON object that a program prints.
 
     Raises:
-      Failed: it ends with an error.
+      Failed: the program ends with an error.
     """
     return self.processes.program(f"cyb_jax.cli.{name}", *options)
 
 
 def best_rate(perplexity_by_rate: Mapping[float, float]) -> float:
-  """The rate of the lowest perplexity; of equal ones (which diverge, for example) the lowest."""
+  """The rate with the lowest perplexity; the lowest rate in case of ties (for example, if several diverge)."""
   return min(perplexity_by_rate, key=lambda rate: (perplexity_by_rate[rate], rate))
 
 
 def _kept(path: pathlib.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """The content of a file, which is made and written where it doesn't exist."""
+  """The content of a JSON file, which is created if it does not exist."""
   if path.exists():
     return json.loads(path.read_text())
   record = make()

@@ -1,8 +1,8 @@
 """The named settings of the experiments: the rows of the paper's tables (arXiv 2510.13879), as config fields.
 
 `experiments/*.py` take them as arguments, `NAME.py:SETTING,SIZE,REGIME`, each of which may be left out. A model that is
-trained from scratch may also be a plain one of the same cost as a setting: `deeper@ap`, `wider@ap/training`;
-fine-tuning accepts settings only.
+trained from scratch may also be a plain model of the same cost as a setting: `deeper@ap`, `wider@ap/training`;
+fine-tuning accepts only settings.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def _cyb(pauses: int = 3, **fields: Any) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-  # The model that training would start from is evaluated: no pauses, no steps.
+  # The initial model is evaluated without training: no pauses, no steps.
   "pretrained": {"name": "baseline"},
   "baseline": {"name": "baseline"},
-  # With the decoder that PonderLM-2 starts from.
+  # The initialisation is that of PonderLM-2.
   "baseline_small": {"name": "baseline"},
   **{f"tbys{k}": {"name": "tbys", "pauses": k} for k in (1, 2, 3)},
   "ap": _cyb(),
@@ -45,19 +45,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "ap_sampled": _cyb(recipe="sampled", omega=_PRIORS["uniform"]),
   "ap_on_policy": _cyb(recipe="on_policy"),
   "ap_hidden": _cyb(pause_visibility="hidden"),
-  # The pauses of earlier work: they share one embedding, and each has a position of its own.
+  # The pauses of earlier work: they share one embedding, and each has its own position.
   "ap_shared": _cyb(pause_shared=True, pause_positions="shifting"),
-  # Controls: a mixture over slots with weights that don't depend on the token; every slot trained by itself.
+  # Controls: a mixture over slots with weights that do not depend on the token; independently trained slots.
   "constant_stop": {"name": "constant_stop", "pauses": 3},
   "mean_slots": {"name": "mean_slots", "pauses": 3},
   # A mixture of four softmaxes of one hidden state, without pauses.
   "mos": {"name": "mos", "heads": 4},
-  # A plain model whose layers are passed four times; and the stopping-time losses over these passes.
+  # A plain model that runs its layers four times; and the stopping-time losses over these passes.
   "looped": {"name": "looped", "pauses": 3},
   "cyb_looped": {"name": "cyb_looped", "loss": "ap", "pauses": 3},
-  # The pauses of earlier work: at random positions, a tenth of the text; ten after a prompt.
+  # The pauses of earlier work: a tenth of the text at random positions; ten after a prompt.
   "pause_training": {"name": "pause_training", "pauses": 10},
-  # Latent thoughts: as published, one for every token; up to three, as many as a router decides.
+  # Latent thoughts: one for every token, as published; or up to three, with a router that decides their number.
   "ponderlm2": {"name": "ponderlm2", "pauses": 1, "jacobi": "2:3"},
   "ponderlm3": {
     "name": "ponderlm3",
@@ -68,19 +68,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "router_rate": 0.1,
     "router_penalty": 1e-3,
   },
-  # Streams that fork, two and four a token; four copies that don't fork.
+  # Streams that fork, two and four per token; three additional copies that do not fork.
   "thoughtbubbles": {"name": "thoughtbubbles", "stream_budget": 2.0},
   "thoughtbubbles4": {"name": "thoughtbubbles", "stream_budget": 4.0},
   "copy_k": {"name": "copy_k", "pauses": 3},
 }
 
-# What each setting is, one line each.
+# A description of each setting in one line.
 MEANINGS: dict[str, str] = {
-  "pretrained": "the model that training would start from, evaluated without training it",
+  "pretrained": "the model that training would start from, evaluated without training",
   "baseline": "a plain model: cross-entropy, no pauses",
   "baseline_small": "a plain model with the initialisation of PonderLM-2: small weights, an untied output",
   "tbys1": "one pause after every token, cross-entropy at the pause",
-  **{f"tbys{k}": f"{k} pauses after every token, cross-entropy at the last one" for k in (2, 3)},
+  **{f"tbys{k}": f"{k} pauses after every token, cross-entropy at the last pause" for k in (2, 3)},
   "ap": "CYB-AP with 3 pauses: the best setting of the paper",
   "ap1": "CYB-AP with 1 pause",
   "ap2": "CYB-AP with 2 pauses",
@@ -90,24 +90,24 @@ MEANINGS: dict[str, str] = {
   **{f"va_{name}": f"CYB-VA with the prior rho = {rho}" for name, rho in _PRIORS.items()},
   **{f"dp_{name}": f"CYB-DP with the prior rho = {rho} and alpha = 0.01" for name, rho in _PRIORS.items()},
   **{f"dp_{name}_strong": f"CYB-DP with the prior rho = {rho} and alpha = 0.1" for name, rho in _PRIORS.items()},
-  "ap_unit": "CYB-AP whose <don't know> is a logistic unit of its own instead of an output",
+  "ap_unit": "CYB-AP whose <don't know> is a separate logistic unit instead of an output",
   "ap_sampled": "CYB-AP that draws each token's number of slots from omega = 1:1:1:1 in training",
   "ap_on_policy": "CYB-AP that draws each token's number of slots from the model's own stopping distribution",
-  "ap_hidden": "CYB-AP whose pauses are seen by their own token only",
-  "ap_shared": "CYB-AP whose pauses share one embedding and have positions of their own",
+  "ap_hidden": "CYB-AP whose pauses are seen only by their own token",
+  "ap_shared": "CYB-AP whose pauses share one embedding and have their own positions",
   "constant_stop": "a control: a mixture over slots whose weights are the same for every token",
-  "mean_slots": "a control: every slot is trained by itself, and their mean is read",
+  "mean_slots": "a control: every slot is trained independently, and the mean of the slots is read",
   "mos": "a control: a mixture of four softmaxes of one hidden state, without pauses",
-  "looped": "a control: a plain model whose layers are passed four times",
+  "looped": "a control: a plain model that runs its layers four times",
   "cyb_looped": "CYB-AP over four passes through the layers instead of pauses",
   "pause_training": "pauses at random places, a tenth of the text, and ten after a prompt",
   "ponderlm2": "one latent thought after every token (PonderLM-2)",
-  "ponderlm3": "up to three latent thoughts after every token, as many as a router decides (PonderLM-3)",
-  "thoughtbubbles": "streams that fork between layers, at most 2 for a token on average (Thoughtbubbles)",
-  "thoughtbubbles4": "streams that fork between layers, at most 4 for a token on average",
-  "copy_k": "three copies of every token's embedding; the state of the last one is read",
+  "ponderlm3": "up to three latent thoughts after every token; a router decides their number (PonderLM-3)",
+  "thoughtbubbles": "streams that fork between layers, at most 2 per token on average (Thoughtbubbles)",
+  "thoughtbubbles4": "streams that fork between layers, at most 4 per token on average",
+  "copy_k": "three additional copies of every token's embedding; the state of the last copy is read",
 }
-# What names such as 'deeper@ap' are; only models that are trained from scratch take them.
+# Descriptions of names such as 'deeper@ap', which only models that are trained from scratch accept.
 MATCH_MEANINGS: dict[str, str] = {
   "deeper@SETTING": "a plain model with more layers and the FLOPs of SETTING at inference",
   "wider@SETTING": "a plain model with a larger width and the FLOPs of SETTING at inference",
@@ -116,13 +116,14 @@ MATCH_MEANINGS: dict[str, str] = {
 
 # The initialisation of PonderLM-2, as published.
 PONDER_DECODER = {"initializer": "small", "scale_embeddings": True, "tied_embeddings": False}
-# Fields of the decoder that a setting changes where it is trained from scratch.
+# Fields of the decoder that a setting changes if it is trained from scratch.
 DECODERS: dict[str, dict[str, Any]] = dict.fromkeys(("ponderlm2", "ponderlm3", "baseline_small"), PONDER_DECODER)
 
-# The setting that represents a method where each method is shown once; for other methods the first of SETTINGS.
+# The settings that represent their methods in a list with one setting per method; for other methods it is the first of
+# SETTINGS.
 _REPRESENTATIVES = ("baseline", "tbys3", "ap")
 # Plain models of the same cost as a setting, DIRECTION@SETTING/MEASURE: the direction is the size that grows, layers or
-# width; the measure is the cost that is matched, FLOPs per real token of decoding or of a training step.
+# width; the measure is the matched cost, FLOPs per real token of decoding or of a training step.
 PLAIN = "baseline"
 DIRECTIONS = ("deeper", "wider")
 MEASURES = ("inference", "training")
@@ -131,7 +132,7 @@ MEASURES = ("inference", "training")
 PAUSE_RUNS = ("pretrain_standard", "pretrain_pause", "finetune_standard", "finetune_pause")
 PAUSE_TASKS = ("synthetic_questions", "commonsense_qa", "hellaswag", "piqa")
 
-# Epochs x data: passes over how many thirds of the training windows (the paper's 1x, 2x and 3x data).
+# Epochs x data: the number of passes, and the thirds of the training windows (the paper's 1x, 2x and 3x data).
 REGIMES: dict[str, tuple[float, int]] = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "1x3": (1, 3)}
 
 
@@ -140,9 +141,9 @@ class Match:
   """The cost that a plain model must have, as in 'wider@ap/training'.
 
   Attributes:
-    direction: of DIRECTIONS.
+    direction: one of DIRECTIONS.
     setting: a key of SETTINGS.
-    measure: of MEASURES; inference where the name has none.
+    measure: one of MEASURES; 'inference' if the name has no measure.
   """
 
   direction: str
@@ -154,7 +155,7 @@ def parse_match(name: str) -> Match | None:
   """The parts of a setting such as 'deeper@ap'; None for any other name.
 
   Raises:
-    InputError: an unknown part, or a setting that is a plain model itself.
+    InputError: a part is unknown, or the setting is itself a plain model.
   """
   direction, at, rest = name.partition("@")
   if not at:
@@ -163,18 +164,18 @@ def parse_match(name: str) -> Match | None:
   direction = _one_of("setting", direction, DIRECTIONS)
   if "@" in rest or SETTINGS.get(setting, {}).get("name") == SETTINGS[PLAIN]["name"]:
     raise InputError(
-      f"config argument: setting {name!r} matches {rest!r}, which is a plain model itself; name one that costs more,"
-      f" such as {direction}@ap"
+      f"config argument: setting {name!r} matches {rest!r}, which is itself a plain model; match a setting of higher"
+      f" cost, such as {direction}@ap"
     )
   setting = _one_of("setting", setting, SETTINGS)
   return Match(direction, setting, _one_of("measure", measure, MEASURES) if slash else MEASURES[0])
 
 
 def check(name: str) -> str:
-  """The name of a setting, of SETTINGS or of a plain model that is matched to one.
+  """Returns the name of a setting: a key of SETTINGS, or a plain model that is matched to a setting.
 
   Raises:
-    InputError: it is neither.
+    InputError: the name is neither.
   """
   return name if parse_match(name) else _one_of("setting", name, SETTINGS)
 
@@ -189,12 +190,12 @@ def representatives() -> list[str]:
 
 
 def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tuple[str, str, str]:
-  """(setting, size, regime) from 'SETTING,SIZE,REGIME', what is left out from the defaults.
+  """(setting, size, regime) from 'SETTING,SIZE,REGIME'; missing parts have the defaults.
 
   Raises:
-    InputError: a name that isn't one of theirs, or a fourth argument.
+    InputError: a name is unknown, or there is a fourth part.
   """
-  given = _parts(argument, (setting, size, regime), "SETTING,SIZE,REGIME are three")
+  given = _parts(argument, (setting, size, regime), "it must have at most the three SETTING,SIZE,REGIME")
   return (
     check(given[0]),
     _one_of("size", given[1], PRESETS),
@@ -203,23 +204,23 @@ def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tupl
 
 
 def parse_tuning(argument: str | None) -> tuple[str, str]:
-  """(setting, tuned weights) from 'SETTING,WEIGHTS', what is left out: 'ap' and 'all'.
+  """(setting, tuned weights) from 'SETTING,WEIGHTS'; the defaults are 'ap' and 'all'.
 
   Raises:
-    InputError: a name that isn't one of theirs, or a third argument.
+    InputError: a name is unknown, or there is a third part.
   """
-  setting, tuned = _parts(argument, ("ap", "all"), "SETTING,WEIGHTS are two")
+  setting, tuned = _parts(argument, ("ap", "all"), "it must have at most the two SETTING,WEIGHTS")
   return _one_of("setting", setting, SETTINGS), _one_of("tuning.weights", tuned, WEIGHTS)
 
 
 def parse_pause_training(argument: str | None) -> tuple[str, str]:
-  """(run, task) of experiments/pause_training.py from 'RUN,TASK', what is left out: 'pretrain_pause' and
+  """(run, task) of experiments/pause_training.py from 'RUN,TASK'; the defaults are 'pretrain_pause' and
   'synthetic_questions', the task of fine-tuning.
 
   Raises:
-    InputError: a name that isn't one of theirs, or a third argument.
+    InputError: a name is unknown, or there is a third part.
   """
-  run, task = _parts(argument, ("pretrain_pause", "synthetic_questions"), "RUN,TASK are two")
+  run, task = _parts(argument, ("pretrain_pause", "synthetic_questions"), "it must have at most the two RUN,TASK")
   return _one_of("run", run, PAUSE_RUNS), _one_of("data.task", task, PAUSE_TASKS)
 
 
@@ -235,10 +236,10 @@ def fine_tune(config: ml_collections.ConfigDict, setting: str, tuned: str, *, ca
   """Sets the method; the decoder and the tokenizer are those of `init_from`.
 
   Args:
-    config: to be changed.
+    config: the config, which is modified.
     setting: a key of SETTINGS.
     tuned: `tuning.weights`. LoRA and new rows need a higher learning rate than all weights.
-    calibrated: whether d starts at a prior of our own, see `calibrate`; False: as in the paper.
+    calibrated: whether d starts at our prior, see `calibrate`; False: at the paper's prior.
   """
   config.method.update(SETTINGS[setting])
   if calibrated:
@@ -253,10 +254,10 @@ def fine_tune(config: ml_collections.ConfigDict, setting: str, tuned: str, *, ca
 
 
 def calibrate(config: ml_collections.ConfigDict) -> None:
-  """Starts d at 0.5, where the method has it: its median over the first four batches is set to that.
+  """Sets the initial median of d over the first four batches to 0.5, if the method has this option.
 
-  The paper's prior is 0.9. From there the last slot gets 73% of the gradient and the first one 10%, so that the last
-  slot of a model that has never paused is trained fastest, and the model learns to always wait for it.
+  The paper's prior is 0.9. With it the last slot gets 73% of the gradient and the first slot 10%, so the last slot of a
+  model that was not trained with pauses is trained fastest, and the model learns to always wait for the last slot.
   """
   if "calibration_batches" in option_names(config.method.name):
     config.method.calibration_batches = 4
@@ -273,17 +274,16 @@ def _one_of(kind: str, name: str, accepted: Iterable[str]) -> str:
 def apply(
   config: ml_collections.ConfigDict, setting: str, size: str, regime: str, *, from_scratch: bool = False
 ) -> None:
-  """Sets the method, the decoder's preset and the fields of it that the setting changes, the share of the data, and the
-  number of passes over it.
+  """Sets the method, the decoder's preset with the setting's changes, the share of the data, and the number of epochs.
 
   Args:
-    config: to be changed.
-    setting: a key of SETTINGS; or a name such as 'deeper@ap', which `method.name` keeps until the config is complete
-      and resolved, see `resolution`.
+    config: the config, which is modified.
+    setting: a key of SETTINGS; or a name such as 'deeper@ap', which stays in `method.name` until the complete config is
+      resolved, see `resolution`.
     size: a decoder preset.
     regime: a key of REGIMES.
-    from_scratch: whether pauses include their token's embedding, where the method has that option; without it, pauses
-      that are trained from scratch collapse to the first slot.
+    from_scratch: whether the model is trained from scratch. Pauses then include their token's embedding if the method
+      has that option, because they otherwise collapse to the first slot.
   """
   if parse_match(setting):
     config.method.name = setting
@@ -300,7 +300,7 @@ def apply(
 
 
 def on_reviews(config: ml_collections.ConfigDict, size: str) -> None:
-  """Sets the film reviews, windows and a rate for a decoder of this size, and how often a run logs and validates."""
+  """Sets the film reviews, windows and learning rate for a decoder of this size, and the logging periods."""
   small = size in ("nano", "tiny", "small")
   config.data.task = "imdb_reviews"
   config.data.tokenizer = "sentencepiece:8192"

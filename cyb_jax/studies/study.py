@@ -1,4 +1,4 @@
-"""A study: methods are compared under one budget, or several; see `cyb_jax.cli.study`."""
+"""A study compares methods under one or several budgets; see `cyb_jax.cli.study`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from cyb_jax.studies.runner import MAX_EXTENSIONS, Measured, Study
 
 
 def run(folder: pathlib.Path, options: Options, *, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-  """Runs a study, or what is left of it.
+  """Runs a study, or its missing runs.
 
   Args:
-    folder: the study's; each run has its own in it.
-    options: what is compared.
+    folder: the study's folder, with a folder for each run.
+    options: the options of the study.
     show: receives the table of results as Markdown.
 
   Returns:
     The content of comparison.json.
 
   Raises:
-    InputError: a bad option, or a folder that holds another study; nothing was run.
-    Failed: a program has failed, or a row diverges with all seeds; its result is that of the other rows, which were
-      written.
+    InputError: an option is invalid, or the folder holds another study; nothing was run.
+    Failed: a program has failed, or a row diverges with all seeds; the exception's result has the other rows, which
+      were written.
   """
   options.check()
-  # Imported now, so that a missing library for the figures is reported before anything is run.
+  # Imported now, so that a missing library for the figures is reported before any run.
   from cyb_jax.report import side_by_side  # noqa: F401
 
   plan = make_plan(options)
@@ -53,15 +53,15 @@ def run(folder: pathlib.Path, options: Options, *, show: Callable[[str], None] =
   failures = study.processes.failures
   if failures:
     raise Failed(
-      f"{len(failures)} of the study's programs failed, the first: {failures[0]}. The rows of the others"
-      " are written, and the same command goes on with what is left",
+      f"{len(failures)} of the study's programs failed, the first: {failures[0]}. The other rows are written, and the"
+      " same command continues with the missing runs",
       result | {"failed": failures},
     )
   return result
 
 
 def _description(options: Options, note: str | None) -> dict[str, Any]:
-  """What comparison.json says of the study as a whole."""
+  """The keys of comparison.json about the study."""
   return {
     "study": options.config,
     "size": options.size or None,
@@ -78,14 +78,14 @@ def _description(options: Options, note: str | None) -> dict[str, Any]:
 def _announce(study: Study, plan: Plan, rates: int) -> None:
   options = study.options
   logging.info(
-    "%d rows: the best of %d rates%s each, then %d seeds%s%s: %s",
-    len(plan.entries), rates, f", and of up to {MAX_EXTENSIONS} beyond," * options.search, options.seeds,
+    "%d rows, each with the best of %d rates%s, then %d seeds%s%s: %s",
+    len(plan.entries), rates, f" and up to {MAX_EXTENSIONS} further rates" * options.search, options.seeds,
     ", then test" * options.test, " and reports" * options.report, "; ".join(map(study.label, plan.entries)),
   )  # fmt: skip
 
 
 def _report(study: Study, measured: list[Measured]) -> str | None:
-  """Writes each run's report, and one page that compares all runs; its path, None where there is no such page."""
+  """Writes each run's report, and one page that compares all runs; returns its path, or None without such a page."""
   runs = [run for row in measured for run in row.runs]
   study.processes.map(study.report, runs)
   if len(runs) == 1 or study.processes.failures:
@@ -94,8 +94,8 @@ def _report(study: Study, measured: list[Measured]) -> str | None:
 
 
 def _claim(folder: pathlib.Path, options: Options) -> None:
-  """Writes study.json: a run's folder is named after its setting, steps, rate and seed, so all runs in a study's folder
-  must agree in everything else.
+  """Writes study.json. A run's folder is named after its setting, steps, rate and seed, so all runs in a study's folder
+  must have the same other options.
 
   Raises:
     InputError: the folder holds runs of another study.
@@ -107,7 +107,7 @@ def _claim(folder: pathlib.Path, options: Options) -> None:
     for name, value in recorded.items():
       if options.identity[name] != value:
         raise InputError(
-          f"--{name}: {options.identity[name]!r}, but {folder} holds a study with {value!r}; take another --workdir"
+          f"--{name}: {options.identity[name]!r}, but {folder} holds a study with {value!r}; give another --workdir"
         )
   folder.mkdir(parents=True, exist_ok=True)
   atomic_write(path, jsonl.dumps(options.identity) + "\n")

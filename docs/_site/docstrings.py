@@ -1,4 +1,4 @@
-"""What the API pages require of docstrings, and how they are read."""
+"""Reads the docstrings of the package for the API pages, and finds missing ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import griffe
 
 ROOT = pathlib.Path(__file__).parents[2]
 _IDENTIFIER = re.compile(r"^::: ([\w.]+)", re.MULTILINE)
-# An item of a section that documents several names at once, and its further lines.
+# An item of a section that documents several names at once, and its continuation lines.
 _JOINED = re.compile(r"^(?P<indent> *)(?P<names>\w+(?:, \w+)+):(?P<meaning> .*(?:\n(?P=indent) +.*)*)", re.MULTILINE)
-# Methods that a library calls.
+# Methods that a library calls, such as `flax.linen`.
 _OF_LIBRARIES = ("setup",)
 
 
 class SplitNames(griffe.Extension):
-  """Documents names that share an item of a docstring, 'store, split: see `open`' for example, one by one."""
+  """Splits an item of a docstring for several names, for example 'store, split: see `open`', into one item per name."""
 
   def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
     if obj.docstring:
@@ -31,13 +31,13 @@ def _split(found: re.Match[str]) -> str:
 
 
 def identifiers(markdown: str) -> list[str]:
-  """The names of the objects that a page documents, 'cyb_jax.losses' for example."""
+  """The names of the objects that a page documents, for example 'cyb_jax.losses'."""
   return _IDENTIFIER.findall(markdown)
 
 
 @functools.cache
 def package(folder: pathlib.Path = ROOT, name: str = "cyb_jax") -> griffe.Module:
-  """The package, read without being imported."""
+  """The package, parsed without an import."""
   extensions = griffe.load_extensions(SplitNames)
   return griffe.load(
     name, search_paths=[folder], docstring_parser="google", resolve_aliases=True, extensions=extensions
@@ -65,7 +65,7 @@ def _methods(found: griffe.Class) -> set[str]:
 
 
 def _promised(found: griffe.Class, root: griffe.Module) -> set[str]:
-  """The names that protocols document for a class: those of the protocols of which it has all methods."""
+  """The names that protocols document for a class: the names of all protocols whose methods the class has."""
   methods = _methods(found) | {name for base in found.mro() for name in base.members}
   names: set[str] = set()
   for protocol in _protocols(root):
@@ -78,11 +78,11 @@ def _promised(found: griffe.Class, root: griffe.Module) -> set[str]:
 def without_docstring(identifier: str, root: griffe.Module | None = None) -> list[str]:
   """The paths of an object and its public members that have no docstring.
 
-  A field of a dataclass is documented under `Attributes` of its class, and a method that implements a protocol by the
-  protocol.
+  A field of a dataclass is documented under `Attributes` of its class, and a method that implements a protocol is
+  documented by the protocol.
 
   Args:
-    identifier: of a module, a class or a function, 'cyb_jax.losses' for example.
+    identifier: the name of a module, a class or a function, for example 'cyb_jax.losses'.
     root: the package; None: `package()`.
   """
   root = root or package()

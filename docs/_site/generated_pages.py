@@ -1,4 +1,4 @@
-"""The generated parts of the reference: config fields, programs with their flags, settings."""
+"""Generates parts of the reference: config fields, programs with their flags, settings."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def code(value: Any) -> str:
   return f"`{value}`" if value != "" else "`''`"
 
 
-def text(words: str) -> str:
-  """Words of a docstring or a flag for a Markdown page: one line, without HTML outside of `code`."""
-  parts = " ".join(words.split()).split("`")
+def text(raw: str) -> str:
+  """The text of a docstring or a flag for a Markdown page: one line, without HTML outside of `code`."""
+  parts = " ".join(raw.split()).split("`")
   return "`".join(part if i % 2 else part.replace("<", "&lt;").replace("*", r"\*") for i, part in enumerate(parts))
 
 
-def sentence(words: str) -> str:
-  """`text` that starts with a capital letter and ends with a full stop."""
-  found = text(words).rstrip(".")
+def sentence(raw: str) -> str:
+  """`text` with a capital first letter and a full stop."""
+  found = text(raw).rstrip(".")
   return f"{found[:1].upper()}{found[1:]}."
 
 
 def program_names() -> dict[str, str]:
-  """{the name of a program: the name of its module in cyb_jax.cli}."""
+  """{name of a program: name of its module in cyb_jax.cli}."""
   scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
   return {name: target.partition(":")[0].rpartition(".")[2] for name, target in scripts.items()}
 
 
 def flags_of(define: Callable[[], Any]) -> dict[str, flags.Flag]:
-  """The flags that a function defines. They are removed from absl's global flags again."""
+  """The flags that a function defines; they are removed from absl's global flags afterwards."""
   before = set(flags.FLAGS)
   try:
     define()
@@ -55,7 +55,7 @@ def flags_of(define: Callable[[], Any]) -> dict[str, flags.Flag]:
 
 
 def programs() -> dict[str, dict[str, flags.Flag]]:
-  """{the words that start a program, 'cyb-benchmark train' for example: its flags by name}."""
+  """{command, for example 'cyb-benchmark train': its flags by name}."""
   found = {}
   for name, module_name in program_names().items():
     module = importlib.import_module(f"cyb_jax.cli.{module_name}")
@@ -127,8 +127,8 @@ def _settings_part() -> str:
   return "\n\n".join(
     [
       "## Settings",
-      "`pretrained` takes no training steps. Fields of the decoder are set where the model is trained from scratch. In"
-      " addition, `deeper@SETTING` and `wider@SETTING` are plain models that cost as much as the setting.",
+      "`pretrained` takes no training steps. Fields of the decoder are set only if the model is trained from scratch."
+      " In addition, `deeper@SETTING` and `wider@SETTING` are plain models with the cost of the setting.",
       table(["setting", "`method.name`", "other fields of `method`"], rows),
       "## Sizes",
       "These are the values of `decoder.preset`; the parameters are counted at the preset's own vocabulary.",

@@ -23,7 +23,7 @@ _MARKER = re.compile(r"<!-- generated: (\w+) -->")
 
 
 def on_config(config):
-  """Takes the repository's address from pyproject.toml, the one place that has it."""
+  """Reads the repository's address from pyproject.toml, its only source."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   config.repo_url = project.get("urls", {}).get("Repository")
   return config

@@ -1,4 +1,4 @@
-"""The benchmarks run, say what they are asked for, and refuse what they don't know."""
+"""The benchmarks run, print the requested values, and reject unknown values."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_data():
 
 @pytest.mark.slow
 def test_train(tmp_path):
-  """Where nothing is installed that only data and TensorBoard need."""
+  """Runs without the packages that only data and TensorBoard need."""
   config = cli.write_config(tmp_path)
   variant = "baseline"
   arguments = [
@@ -53,7 +53,7 @@ def test_train(tmp_path):
   )
   assert done.returncode == 0, done.stderr[-3000:]
   result = json.loads(done.stdout)
-  assert not any(tmp_path.glob("cache/*"))  # what was timed was compilation
+  assert not any(tmp_path.glob("cache/*"))  # compilation was timed
   assert (result["config"], result["overrides"]) == (str(config), {"data.batch_size": 4})
   assert [row["variant"] for row in result["rows"]] == ["", variant, "parallelism.strategy=pmap"]
   base, baseline, _ = result["rows"]
@@ -66,7 +66,7 @@ def test_train(tmp_path):
   assert baseline["parameters"] == 128 * 16 + 2560 + 3 * 16
   assert base["parameters"] == baseline["parameters"] + 3 * 16
   assert [row["slots_per_token"] for row in result["rows"]] == [3, 1, 3]
-  # With two moments each, and the counts of Adam and the schedule.
+  # With two moments each, and the counters of Adam and the schedule.
   assert [row["state_bytes"] for row in result["rows"]] == [12 * row["parameters"] + 8 for row in result["rows"]]
   assert [row["strategy"] for row in result["rows"]] == ["jit", "jit", "pmap"]
   assert base["program_memory_bytes"] > baseline["program_memory_bytes"] > 3 * 4 * baseline["parameters"]
@@ -82,14 +82,14 @@ def test_train(tmp_path):
     assert times["compile_seconds"] > 0
   first, second, _ = result["timing"]["ratios"]
   assert first == {"variant": "", "tokens_per_second": 1, "lowest": 1, "highest": 1}
-  # One block: the ratio is that of the rows.
+  # One block: the ratio equals that of the rows.
   expected = baseline["timing"]["tokens_per_second"] / base["timing"]["tokens_per_second"]
   assert second["tokens_per_second"] == pytest.approx(expected)
   assert all(any((tmp_path / "trace" / row).rglob("*.xplane.pb")) for row in "012")
 
 
 class _Number:
-  """What a step hands out; it notes when it is waited for."""
+  """The output of a step; it records when it is waited for."""
 
   def __init__(self, name, events):
     self.name, self.events = name, events
@@ -107,7 +107,7 @@ def test_steps_are_waited_for_two_steps_later(monkeypatch):
     events.append(f"step {number.name}")
     return number
 
-  # Of three timed steps, the first is the one behind the step that starts the clock.
+  # Of three timed steps, the first follows the step that starts the clock.
   waited = iter([5.0, 5.5, 5.5, 6.0])
   block = steps.run_block(step, 3, lambda: next(waited))
   assert events == [
@@ -117,7 +117,7 @@ def test_steps_are_waited_for_two_steps_later(monkeypatch):
   assert block.median == 2.0
 
 
-def test_in_turn_and_ratios():
+def test_timing_in_turn_and_ratios():
   calls = []
   results = timing.in_turn([lambda: calls.append("a") or 1, lambda: calls.append("b") or 2], 2)
   assert (calls, results) == (["a", "b", "a", "b"], [[1, 1], [2, 2]])
@@ -125,7 +125,7 @@ def test_in_turn_and_ratios():
   assert timing.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
-def test_parts_of_a_variant():
+def test_split_of_a_variant():
   fields = ["method.pauses=1", "data.options=documents=9,seed=1", "method.omega=1:1"]
   assert variants.split(",".join(fields)) == (None, fields)
   assert variants.split(",".join(["tbys3", *fields])) == ("tbys3", fields)
@@ -146,11 +146,11 @@ def test_a_setting_replaces_the_method():
     assert method == configs.freeze(alone).method
   assert config.to_dict() == before
   assert variants.with_setting(config, "ap").data == config.data
-  with pytest.raises(InputError, match="setting 'deeper@ap' changes the decoder too"):
+  with pytest.raises(InputError, match="setting 'deeper@ap' also changes the decoder"):
     variants.with_setting(config, "deeper@ap")
 
 
-def test_random_tokens_are_a_function_of_the_step():
+def test_random_tokens_depend_only_on_the_step():
   batches = steps.RandomTokens(5, 40, 3)
   batch = batches(1)
   assert {name: (x.shape, str(x.dtype)) for name, x in batch.items()} == {
@@ -174,7 +174,7 @@ def test_the_vocabulary_of_a_config(tokenizer, vocab_size, expected):
 
 
 @pytest.mark.slow
-def test_a_store_is_read_and_must_fit(tmp_path):
+def test_the_token_store_is_read_and_must_match(tmp_path):
   store = data.prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 40})
   config = tiny_config()
   config.data.update(document_mask=True, sequence_length=128)
@@ -183,7 +183,7 @@ def test_a_store_is_read_and_must_fit(tmp_path):
   assert vocab_size == 257
   batch = read(0)
   assert batch["segment_ids"].max() > 0
-  with pytest.raises(InputError, match="--vocabulary: 300 is set, but the token store has its own, 257"):
+  with pytest.raises(InputError, match="--vocabulary: 300 is set, but the token store has 257 entries"):
     steps._open_batches(frozen, str(store.path), 300)
   config.data.batch_size = 4096
   with pytest.raises(InputError, match=r"data\.batch_size=4096: an epoch has only"):
@@ -202,7 +202,7 @@ def test_bad_input(tmp_path):
   )
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
-  assert "--devices: -1 is negative" in cli.complaint("benchmark", "sharding", "--devices=-1")
+  assert "--devices: -1 must not be negative" in cli.complaint("benchmark", "sharding", "--devices=-1")
   message = cli.complaint("benchmark", "sharding", "--devices=3")
   assert message == "data.batch_size: 16 is not divisible by 3 devices; give 15 or 18"
   config = f"--config={cli.write_config(tmp_path)}"
@@ -217,25 +217,25 @@ def test_bad_input(tmp_path):
   assert cli.complaint("benchmark", "train", config, "--variant=baseline,method.pause=1") == (
     "--variant=baseline,method.pause=1: --config.method.pause: unknown field; did you mean method.pauses?"
   )
-  assert "--workdir: give it, or --config, and not both" in cli.complaint("benchmark", "decode")
+  assert "--workdir: give either --workdir or --config" in cli.complaint("benchmark", "decode")
   assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")
-  assert "--read: 'mixture' is none of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
+  assert "--read: 'mixture' is not one of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
 
 
 @pytest.mark.slow
 def test_sharding():
-  """Of two devices: four meshes and pmap; parameters that are split take half."""
+  """On two devices: four meshes and pmap; split parameters take half the memory."""
   result, _ = cli.run("benchmark", "sharding", "--devices=2", "--vocabulary=100")
   shapes = [(row["strategy"], row["data"], row["fsdp"], row["tensor"]) for row in result["rows"]]
   assert shapes == [("jit", 1, 1, 1), ("jit", 2, 1, 1), ("jit", 1, 2, 1), ("jit", 1, 1, 2), ("pmap", 2, 1, 1)]
   assert result["within"]
   assert result["devices"] == 2
-  whole, data, fsdp, tensor, pmap = result["rows"]
-  # Norms stay whole over fsdp; pauses and <don't know> over tensor too.
+  replicated, data, fsdp, tensor, pmap = result["rows"]
+  # Norms are replicated over fsdp; pauses and <don't know> over tensor too.
   norms, own = 3 * 32 * 4, 3 * 32 * 4
-  assert whole["parameter_bytes"] == data["parameter_bytes"] == pmap["parameter_bytes"]
-  assert fsdp["parameter_bytes"] == (whole["parameter_bytes"] + norms) / 2
-  assert tensor["parameter_bytes"] == (whole["parameter_bytes"] + norms + own) / 2
+  assert replicated["parameter_bytes"] == data["parameter_bytes"] == pmap["parameter_bytes"]
+  assert fsdp["parameter_bytes"] == (replicated["parameter_bytes"] + norms) / 2
+  assert tensor["parameter_bytes"] == (replicated["parameter_bytes"] + norms + own) / 2
   for row in result["rows"]:
     assert row["moment_bytes"] == 2 * row["parameter_bytes"]
     assert row["within"]
@@ -244,7 +244,7 @@ def test_sharding():
 
 @pytest.mark.slow
 def test_decode(tmp_path):
-  """Every mode, counted by hand."""
+  """Every mode, with counts computed by hand."""
   result, _ = cli.run(
     "benchmark", "decode", f"--config={cli.write_config(tmp_path)}", "--vocabulary=29", "--batch_sizes=1",
     "--prompt_tokens=5", "--new_tokens=4", "--repeats=2",

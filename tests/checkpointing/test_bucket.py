@@ -413,7 +413,9 @@ def test_a_report_in_a_bucket(bucket):
   output.write_folder(path, {"index.html": page, "a.png": b"3"})
   assert bucket.contents() == {"run/report/index.html": page.encode(), "run/report/a.png": b"3"}
   bucket.put("run/report/mine.txt", b"")
-  with pytest.raises(InputError, match=r"--output: gs://runs/run/report holds 'mine.txt', which is no report's"):
+  with pytest.raises(
+    InputError, match=r"--output: gs://runs/run/report holds 'mine.txt', which is not part of a report"
+  ):
     output.check_output("gs://runs/run/report")
 
 

@@ -77,7 +77,7 @@ def test_flags(workdir):
     (["--prompt=abcdefghijklmnopqrst"], "has 21 tokens, including the start token, but the context has"),
     (["--prompt=abcdef", "--max_new_tokens=40"], "--max_new_tokens: 40 after a prompt of 7 tokens"),
     (["--prompt=\udcff"], "--prompt: the vocabulary can't encode '\\udcff' (U+DCFF)"),
-    (["--prompt=a", "--max_pauses=5"], "max_pauses: 5 must lie in 0..2"),
+    (["--prompt=a", "--max_pauses=5"], "max_pauses: 5 must be in 0..2"),
     (["--prompt=a", "--omega=1:x"], "--omega: '1:x'"),
     (["--prompt=a", "--stop="], "--stop: '' would end every row"),
     (["--prompt=a", "--workdir=/nowhere"], "contains no run"),

@@ -1,4 +1,4 @@
-"""Compiling for TPUs: what is read from the compiler's text and messages, by hand; and, where it is there, itself."""
+"""Compilation for TPUs: the parsed text and messages of the compiler, and the compiler itself if installed."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ from cyb_jax.costs import flops
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.mesh import check_batch
 
-# A loop of 5 trips, counted by hand: in it an all-reduce of 8 f32 over pairs and one that is asynchronous over all 4.
+# A loop of 5 trips, counted by hand: it has an all-reduce of 8 f32 over pairs and an asynchronous one over all 4.
 LOOP = """\
 HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -63,21 +63,21 @@ ENTRY %main (p: f32[8], q: f32[4]) -> f32[8] {
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_instructions_in_a_loop_count_once_per_trip():
   found = traffic(LOOP)
   assert found.by_kind()["all-reduce"] == {
     "count": 10,
     "bytes": 5 * (8 * 4 + 4 * 4),
-    # Of pairs 2 x 1/2, of four 2 x 3/4.
+    # Over pairs 2 x 1/2, over four 2 x 3/4.
     "sent_bytes": 5 * (32 * 2 / 2 + 16 * 2 * 3 / 4),
   }
   assert found.sent == found.by_kind()["all-reduce"]["sent_bytes"]
   assert found.open_loops == 0
-  # HBM: of the first all-reduce read and written, the second lies on the chip; the counter in and out of its copy.
+  # HBM: the first all-reduce is read and written, the second is in on-chip memory; the counter's copy reads and writes.
   assert found.hbm_bytes == 5 * (2 * 32 + 4 + 2 * 4) + 2 * 4
 
 
-def test_attributes_may_take_several_lines():
+def test_attributes_may_span_several_lines():
   kernel = """  %kernel = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 256}"
 }}, metadata={op_name="attend"}
@@ -95,21 +95,21 @@ def test_attributes_may_take_several_lines():
     ("constant(1)", "constant(2)", 6),
     ("constant(0)", "constant(3)", 4),
     ("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}', 18),
-    # A limit that only the device knows: once, and it is said.
+    # Only the device knows the limit: the body counts once, and a log line says so.
     ("%limit = s32[]{:T(128)} constant(5)", "%limit = s32[]{:T(128)} rng()", 2),
   ],
 )
-def test_trips(old, new, count):
+def test_trip_counts(old, new, count):
   found = traffic(LOOP.replace(old, new))
   assert found.by_kind()["all-reduce"]["count"] == count
   assert found.open_loops == (count == 2)
 
 
-def test_loops_that_count_down_and_loops_in_loops():
+def test_loops_that_count_down_and_nested_loops():
   down = LOOP.replace("constant(0)", "constant(9)").replace("constant(1)", "constant(-2)")
   down = down.replace("direction=LT", "direction=GT")
   assert traffic(down).by_kind()["all-reduce"]["count"] == 2 * 2  # 9, 7
-  # The loop once more, in the body of another one that runs 5 times.
+  # The same loop in the body of another one that runs 5 times.
   outer = LOOP.replace("ENTRY %main", "%inner")
   outer += """
 %body.2 (carry.2: (s32[], f32[8], f32[4])) -> (s32[], f32[8], f32[4]) {
@@ -179,16 +179,16 @@ ENTRY %main (a: f32[64], b: bf16[16], c: s8[10]) -> f32[32] {
 """
 
 
-def test_every_kind_and_every_way_to_write_groups():
+def test_every_kind_of_collective_and_every_notation_of_groups():
   found = sorted((c.kind, c.bytes, c.group, c.times) for c in traffic(KINDS).collectives)
   assert found == [
-    ("all-gather", 2 * 32, 2, 1),  # worked on in two fusions
+    ("all-gather", 2 * 32, 2, 1),  # executed by two fusions
     ("all-gather", 8 * 32, 8, 1),
     ("all-reduce", 256, 4, 1),
     ("all-reduce", 256, 2 * 2, 1),
     ("all-to-all", 10, 4, 1),
     ("collective-permute", 10, 8, 1),
-    ("reduce-scatter", 256, 2, 1),  # an all-reduce of which each keeps its part
+    ("reduce-scatter", 256, 2, 1),  # an all-reduce of which each device keeps its part
     ("reduce-scatter", 256, 8, 1),
   ]
   by_kind = traffic(KINDS).by_kind()
@@ -228,7 +228,7 @@ ENTRY %main (a: f32[10,100], i: s32[]) -> f32[10,100] {
 
 
 def test_hbm_bytes_by_hand():
-  # A row read; a row written; a row read for the copy onto the chip; a row read and written in place.
+  # A row read; a row written; a row read for the copy to on-chip memory; a row read and written in place.
   assert traffic(MEMORY).hbm_bytes == 400 * 5
 
 
@@ -236,7 +236,7 @@ def test_roofline_by_hand():
   chip = flops.Chip(peak_flops=100.0, hbm_bytes=10, hbm_bandwidth=10.0, link_bandwidth=5.0)
   moved = Traffic((Collective("all-reduce", 20, 4, 2),), hbm_bytes=30, open_loops=0)
   bound = roofline(chip, 200.0, moved)
-  # 2 x 20 bytes, of which each device sends 3/4 twice.
+  # 2 x 20 bytes; each device sends 3/4 of them twice.
   assert (bound.compute, bound.hbm, bound.interconnect) == (2.0, 3.0, 60 / 5)
   assert (bound.seconds, bound.bound) == (12.0, "interconnect")
   assert roofline(chip, 2000.0, moved).bound == "compute"
@@ -259,7 +259,7 @@ def test_roofline_by_hand():
     ("RESOURCE_EXHAUSTED: Scoped allocation with size 20.00M exceeded the limit of scoped vmem.", (None, None)),
   ],
 )
-def test_what_the_compiler_says_when_memory_is_short(message, expected):
+def test_the_compiler_message_when_memory_runs_out(message, expected):
   assert refused_bytes(message) == expected
 
 
@@ -271,7 +271,7 @@ def test_topologies():
       topologies.check_topology(name)
 
 
-def test_auto_is_bfloat16_for_tpus_and_init_from_need_not_be_there():
+def test_auto_is_bfloat16_for_tpus_and_init_from_may_be_missing():
   from cyb_jax.compilation.steps import for_tpu
 
   config = tiny_config()
@@ -293,9 +293,9 @@ def test_bad_input(tmp_path):
   assert "--decode_batch: -1" in cli.complaint("compile", config, "--topology=v5e:2x2", "--decode_batch=-1")
 
 
-def test_without_libtpu_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_libtpu_the_error_names_the_extra(tmp_path, monkeypatch):
   monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "none.so"))
-  with pytest.raises(InputError, match=r"^TPU_LIBRARY_PATH: .*none\.so is not there"):
+  with pytest.raises(InputError, match=r"^TPU_LIBRARY_PATH: .*none\.so does not exist"):
     topologies.check_libtpu()
   monkeypatch.delenv("TPU_LIBRARY_PATH")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -315,9 +315,9 @@ needs_libtpu = pytest.mark.skipif(not _has_libtpu(), reason="no libtpu: pip inst
 
 
 def compiled(folder, *options, expect=0):
-  """What the program prints, and standard error."""
+  """The output of the program, and standard error."""
   command = cli.command("compile", f"--config={cli.write_config(folder)}", "--topology=v5e:2x2", *options)
-  # The compiler's own threads are no part of what is tested, nor is what the tests set for CPUs.
+  # The test covers neither the compiler's own threads nor the CPU settings of the tests.
   env = {name: value for name, value in cli.environment().items() if name != "XLA_FLAGS"}
   done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cli.ROOT)
   assert done.returncode == expect, done.stderr[-4000:]
@@ -325,17 +325,17 @@ def compiled(folder, *options, expect=0):
 
 
 @needs_libtpu
-def test_data_parallel_sums_the_gradient_once(tmp_path):
-  """In f32: 8,800 parameters; beside them tokens, loss, log-likelihood, three shares, slots, dropped tokens."""
+def test_data_parallelism_sums_the_gradient_once(tmp_path):
+  """In f32: 8,800 parameters; also tokens, loss, log-likelihood, three shares, slots, dropped tokens."""
   options = ("--config.precision.activations=float32", "--config.decoder.attention=xla")
   sums, table = 4 * 8800 + 4 * 8, 4 * 384 * 16
   result, err = compiled(tmp_path, *options, "--steps=train", "--config.parallelism.strategy=pmap")
   assert result["parameters"] == 8800
   assert result["train"]["collectives"]["all-reduce"]["bytes"] == sums
   assert result["train"]["sent_bytes"] == sums * 2 * 3 / 4
-  assert len(err.splitlines()) == 1  # what libtpu has to say is kept down
+  assert len(err.splitlines()) == 1  # libtpu's messages are suppressed
   result, _ = compiled(tmp_path, *options)
-  # A tied table has a gradient as input and one as output, which XLA may sum one by one.
+  # A tied table has an input and an output gradient, which XLA may sum separately.
   assert result["train"]["collectives"]["all-reduce"]["bytes"] in (sums, sums + table)
   assert (result["chip"], result["devices"], result["fits"]) == ("TPU v5 lite", 4, True)
   assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
@@ -344,9 +344,9 @@ def test_data_parallel_sums_the_gradient_once(tmp_path):
     kept = memory["arguments"] + memory["output"] - memory["aliased"]
     assert memory["peak"] == kept + memory["temporaries"] + memory["generated_code"] <= result["peak_bytes"]
     assert result[step]["step_seconds"] == max(result[step]["seconds"].values()) > 0
-  # Two numbers for each parameter, and the parameters; the batch of 8 windows is split.
+  # Two moments per parameter, and the parameters; the batch of 8 windows is split.
   arguments = 3 * 4 * 8800
-  assert arguments < result["train"]["memory"]["arguments"] < 3 * arguments  # arrays are filled up to tiles
+  assert arguments < result["train"]["memory"]["arguments"] < 3 * arguments  # arrays are padded to tiles
   assert result["train"]["flops"] * 4 == result["flops_per_token"]["train"]["executed"] * 8 * 16
   assert result["train"]["open_loops"] == result["evaluate"]["open_loops"] == 0
   assert result["decode"]["capacity"] == 16 * 3
@@ -354,19 +354,19 @@ def test_data_parallel_sums_the_gradient_once(tmp_path):
 
 
 @needs_libtpu
-def test_sizes_that_do_not_divide_are_told_before_anything_is_compiled(tmp_path):
+def test_sizes_that_do_not_divide_are_rejected_before_compilation(tmp_path):
   flags = (f"--config={cli.write_config(tmp_path)}", "--topology=v5e:2x2")
-  assert "x tensor = 4, the number of devices" in cli.complaint("compile", *flags, "--config.parallelism.fsdp=3")
-  assert "8 is not divisible by 32 devices" in cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
-  said = cli.complaint("compile", *flags, "--config.parallelism.fsdp=2", "--decode_batch=6")
-  assert said == "--decode_batch: 6 rows don't divide over 4 devices; give a multiple of that"
+  assert "don't make up 4 devices" in cli.complaint("compile", *flags, "--config.parallelism.fsdp=3")
+  assert "8 windows don't divide over 32 devices" in cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
+  message = cli.complaint("compile", *flags, "--config.parallelism.fsdp=2", "--decode_batch=6")
+  assert message == "--decode_batch: 6 rows don't divide over 4 devices; give a multiple of 4"
 
 
 @needs_libtpu
-def test_what_does_not_fit_says_by_how_much_and_what_helps(tmp_path):
+def test_a_program_that_does_not_fit_reports_the_excess_and_a_remedy(tmp_path):
   result, err = compiled(tmp_path, "--steps=decode", "--decode_batch=12000000", "--verify", expect=1)
   assert result["fits"] is False
-  # A cache of bf16 keys and values: 48 places of 2 heads of 8.
+  # A cache of bf16 keys and values: 48 slots of 2 heads of 8.
   needed = 12_000_000 * 48 * 2 * 2 * 8 * 2
   assert result["decode"]["memory"]["peak"] >= needed
   assert result["decode"]["over_bytes"] >= needed - result["hbm_bytes"] > 0
@@ -375,7 +375,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps(tmp_path):
   smaller, fsdp = result["advice"]
   assert smaller == {"change": "a smaller --decode_batch", "flags": None}
   assert fsdp["change"] == "parallelism.fsdp = 4"
-  # Tried, a quarter of the rows on each chip: much less, and still too much.
+  # Compiled with a quarter of the rows on each chip: much less, but still too much.
   assert fsdp["fits"] is False
   assert result["hbm_bytes"] < fsdp["peak_bytes"] < result["decode"]["memory"]["peak"] / 3
 
@@ -393,7 +393,7 @@ def _result(train, evaluate, fits=True):
   }
 
 
-def test_the_table_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+def test_the_table_continues_after_an_interruption(tmp_path, monkeypatch):
   from experiments import compile_table
 
   rows = [compile_table.Row("one", "a.py", "v5e:4x4"), compile_table.Row("two", "b.py:x", "v6e:4x4", ("a.b=1",))]

@@ -74,7 +74,7 @@ def test_no_prior_shift_can_be_requested():
     ({"optimizer__learning_rate": float("inf")}, r"optimizer\.learning_rate: inf must be finite"),
     (
       {"method__omega": "1:0:0:0", "method__gamma": "0:1:1:1"},
-      r"method\.gamma: .* is zero at every slot of a token that is given 1",
+      r"method\.gamma: .* is zero at every slot of a token with 1 slots",
     ),
     ({"method__loss": "va", "method__rho": "1:1e-50:1:1"}, r"method\.rho: 1:1e-50:1:1 must be positive"),
     ({"parallelism__strategy": "xmap"}, r"parallelism\.strategy: 'xmap' must be 'jit' or 'pmap'"),
@@ -183,7 +183,7 @@ def test_configs_for_fine_tuning():
     assert getattr(config.method, "stopping_warmup", 0) == 0
   with pytest.raises(InputError, match=r"tuning\.weights 'half' is unknown"):
     smollm2_reviews.get_config("ap,half")
-  with pytest.raises(InputError, match="SETTING,WEIGHTS are two"):
+  with pytest.raises(InputError, match="at most the two SETTING,WEIGHTS"):
     smollm2_reviews.get_config("ap,all,x")
 
 
@@ -257,7 +257,7 @@ def test_lists_of_integers():
       {"name": "pause_training", "pauses": 0, "pause_fraction": 0.003},
       r"method\.pause_fraction: 0\.003 of a window of 128",
     ),
-    ({"name": "thoughtbubbles", "stream_budget": 1.001}, r"method\.stream_budget: 1\.001 streams a token"),
+    ({"name": "thoughtbubbles", "stream_budget": 1.001}, r"method\.stream_budget: 1\.001 streams per token"),
   ],
 )
 def test_windows_too_short_for_the_method(method, message):

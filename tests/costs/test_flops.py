@@ -30,15 +30,15 @@ def test_by_hand():
   assert flops.forward_cost(config, tokens=2, slots=2, slots_read=2).total == 2 * (156 + 32 * 2.5) + 2 * 28
   assert flops.forward_cost(config, **one, executed=True).total == 2 * (156 + 32 * 4) + 28
   assert flops.train_cost(config, **one).total == 3 * (2 * (156 + 32 * 2.5) + 28)
-  # Hidden, a slot sees 1.5 tokens on average and half a pause; as executed, both tokens and the pause.
+  # With hidden slots a slot sees 1.5 tokens and half a pause on average; as executed, both tokens and the pause.
   assert flops.forward_cost(config, **one, hidden=True).total == 2 * (156 + 32 * (1.5 + 0.5)) + 28
   assert flops.forward_cost(config, **one, hidden=True, executed=True).total == 2 * (156 + 32 * (2 + 1)) + 28
   # As executed the logits are computed twice.
   assert flops.train_cost(config, **one, executed=True).total == 3 * 2 * (156 + 32 * 4) + 4 * 28
 
 
-def test_what_is_frozen_by_hand():
-  # The layer above, with adapters of rank 3 on query (2 x 8) and down (5 x 2).
+def test_frozen_decoder_by_hand():
+  # The layer of the test above, with adapters of rank 3 on query (2 x 8) and down (5 x 2).
   lora = LoraConfig(rank=3, targets=("query", "down"))
   sizes = dict(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
   config = DecoderConfig(**sizes, lora=lora)
@@ -48,11 +48,11 @@ def test_what_is_frozen_by_hand():
   assert forward == flops.Cost(matrices=2 * 156, attention=2 * 32 * 2.5, readout=28, adapters=2 * adapters)
   assert forward.total == flops.forward_cost(config, **arguments).total
   trained = flops.train_cost(config, **arguments, frozen=True)
-  # Of a matrix that stays one product less; attention has no parameters.
+  # A frozen matrix has one product less; attention has no parameters.
   expected = flops.Cost(matrices=2 * 2 * 156, attention=3 * 160, readout=2 * 28, adapters=3 * 2 * adapters)
   assert trained == expected
   executed = flops.train_cost(dataclasses.replace(config, remat="full"), **arguments, frozen=True, executed=True)
-  # All again but mlp down (10 parameters) and the second half of its adapter (3 x 2).
+  # Everything is recomputed except mlp down (10 parameters) and the second half of its adapter (3 x 2).
   assert executed.matrices == 2 * (3 * 156 - 2 * 10)
   assert executed.attention == 4 * 2 * 32 * 4
   assert executed.adapters == 2 * (4 * adapters - 2 * 6)
@@ -69,8 +69,8 @@ def test_what_is_frozen_by_hand():
   ],
 )
 @pytest.mark.slow
-def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
-  """The whole loss of a method with pauses."""
+def test_executed_agrees_with_xla_if_the_decoder_is_frozen(fields, targets):
+  """The complete loss of a method with pauses."""
   lora = LoraConfig(rank=32, targets=targets) if targets else None
   config = _config(num_layers=1, lora=lora, **fields)
   method = build(
@@ -86,14 +86,14 @@ def test_executed_agrees_with_xla_where_the_decoder_is_frozen(fields, targets):
   assert any(path[-1].key in LEAVES for path, _ in jax.tree_util.tree_leaves_with_path(part)) == bool(targets)
   lowered = jax.jit(jax.grad(loss)).lower(part, params, {"tokens": rows, "targets": rows})
   counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
-  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  # XLA unrolls a scan of one chunk and then reuses the logits.
   again = method.costs(16).forward.readout
   assert method.costs(16).train_executed.total - again == pytest.approx(counted, rel=0.03)
 
 
 def test_is_about_two_per_parameter():
   config = preset("smollm2_135m")
-  # A tied table is touched once, as the readout.
+  # A tied table is multiplied once, in the readout.
   per_token = flops.forward_cost(config, tokens=1, slots=1, slots_read=1).total
   assert per_token == pytest.approx(2 * num_params(config), rel=1e-3)
 

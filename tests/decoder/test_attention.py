@@ -9,7 +9,7 @@ from cyb_jax.decoder.rope import apply_rope, rope_factors
 from cyb_jax.errors import InputError
 from cyb_jax.pauses import attention_mask
 
-# One compilation in place of one per operation.
+# One compilation instead of one per operation.
 _attend = jax.jit(attention.attend)
 
 
@@ -27,7 +27,7 @@ def test_apply_rope_by_hand():
   assert apply_rope(heads, cosine, sine)[0, 0, 0].tolist() == [-3.0, 2.0, 1.0, 4.0, 5.0]
 
 
-def test_rotated_products_depend_on_the_distance_alone():
+def test_rotated_products_depend_only_on_the_distance():
   query, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)), jnp.float32)
 
   @jax.jit
@@ -42,7 +42,7 @@ def test_rotated_products_depend_on_the_distance_alone():
   assert abs(product(7, 4) - product(7, 5)) > 1e-2
 
 
-def test_rope_keeps_far_positions_apart_in_bfloat16():
+def test_rope_distinguishes_large_positions_in_bfloat16():
   heads = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
   rotated = apply_rope(heads, *rope_factors(jnp.array([[2048, 2049]]), 4, 1e4))
   assert rotated.dtype == jnp.bfloat16
@@ -65,7 +65,7 @@ def test_groups_are_neighbours():
   assert _attend(query, value, value)[0, 0, :, 0].tolist() == [10, 10, 20, 20]
 
 
-def test_mask_hides_and_stands_alone():
+def test_a_boolean_mask_replaces_the_causal_mask():
   query, key, value = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 3, 2, 4)), jnp.float32)
   causal = np.tril(np.ones((3, 3), bool))[None, None]
   np.testing.assert_allclose(_attend(query, key, value, mask=causal), _attend(query, key, value), rtol=1e-6)
@@ -74,7 +74,7 @@ def test_mask_hides_and_stands_alone():
   np.testing.assert_allclose(out[:, 1], value[:, 1], rtol=1e-6)
   changed = _attend(query, key, value.at[:, 1].set(100.0), mask=mask)
   np.testing.assert_array_equal(out[:, 2], changed[:, 2])
-  # Nothing is added to a mask: one that is not causal is taken at its word.
+  # Causality is not added to a mask: a mask that is not causal is used unchanged.
   seeing = _attend(query, key, value, mask=np.ones((1, 1, 3, 3), bool))
   assert abs(seeing[:, 0] - value[:, 0]).max() > 0.1
 
@@ -155,7 +155,7 @@ def test_blocks_keep_less_than_the_attention_weights():
 
 def test_blocks_take_structured_masks_only():
   x = jnp.zeros((1, 4, 1, 8))
-  with pytest.raises(InputError, match=r"decoder\.attention: 'blocks' takes no boolean mask"):
+  with pytest.raises(InputError, match=r"decoder\.attention: 'blocks' supports no boolean mask"):
     attention.attend(x, x, x, mask=jnp.ones((1, 1, 4, 4), bool), implementation="blocks")
   with pytest.raises(InputError, match=r"'blocks' needs as many keys as queries, not 4 and 1; use 'auto' or 'xla'"):
     attention.attend(x[:, :1], x, x, implementation="blocks")
@@ -176,9 +176,9 @@ def test_hidden_slots_stay_finite_and_keep_the_dtype(implementation):
   assert np.isfinite(gradient.astype(jnp.float32)).all()
 
 
-def test_hidden_slots_have_no_cudnn():
+def test_cudnn_refuses_hidden_slots():
   x = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
-  with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' has no hidden slots"):
+  with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' does not support hidden slots"):
     attention.attend(x, x, x, mask=attention.HiddenSlots(2), implementation="cudnn")
 
 

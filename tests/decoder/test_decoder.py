@@ -31,7 +31,7 @@ _STYLES = {
 
 
 def _make(seed=0, **fields):
-  """A decoder and parameters of which none is zero, one, or small enough for a mistake to hide."""
+  """A decoder and parameters; no parameter is zero, one, or so small that a mistake would go unnoticed."""
   decoder = Decoder(DecoderConfig(**{**_SIZES, **fields}))
   shapes = jax.eval_shape(lambda rng: nn.unbox(init_params(decoder, rng)), jax.random.key(0))
   rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def _make(seed=0, **fields):
   return decoder, {"params": params}
 
 
-# One compilation in place of one per operation.
+# One compilation instead of one per operation.
 _apply = jax.jit(Decoder.apply, static_argnums=0, static_argnames="method")
 
 
@@ -48,7 +48,7 @@ def _normal(seed, *shape):
 
 
 def _stack(params, num_layers):
-  """The parameters of an unrolled decoder, as a scanned one wants them."""
+  """The parameters of an unrolled decoder in the layout of a scanned decoder."""
   layers = [params[f"layers_{i}"] for i in range(num_layers)]
   others = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
   return {**others, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
@@ -125,7 +125,7 @@ def test_agrees_with_the_oracle(style, masked):
   decoder, variables = _make(**_STYLES[style])
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 19, (2, 6))
-  positions = np.array([[0, 0, 1, 1, 2, 2], [5, 5, 6, 6, 300, 301]])  # shared, as pauses have them
+  positions = np.array([[0, 0, 1, 1, 2, 2], [5, 5, 6, 6, 300, 301]])  # shared, like the positions of pauses
   sees = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 6, 6)).copy()
   offset, mask = None, None
   if masked:
@@ -142,7 +142,7 @@ def test_agrees_with_the_oracle(style, masked):
     np.testing.assert_allclose(hidden[b], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_layer_does_nothing_to_a_norm_by_hand():
+def test_final_norm_by_hand_with_layers_switched_off():
   # With its attention and mlp switched off, a decoder is its final norm: (3, 4) has root mean square sqrt(12.5).
   sizes = dict(vocab_size=3, num_layers=1, d_model=2, num_heads=1, num_kv_heads=1, head_size=2, mlp_size=2)
   x, positions = jnp.array([[[3.0, 4.0]]]), jnp.zeros((1, 1), jnp.int32)
@@ -174,7 +174,7 @@ def test_causal_by_gradient():
 
 @pytest.mark.parametrize("fields", [dict(), dict(scan_layers=True, remat="full")])
 def test_mask_hides_by_gradient(fields):
-  # W = 2; a pause (slots 1, 3, 5) is seen by nobody but itself: in every layer, so not by a detour either.
+  # W = 2; a pause (slots 1, 3, 5) is seen only by itself in every layer, so no indirect path exists either.
   decoder, variables = _make()
   if fields:
     decoder = Decoder(dataclasses.replace(decoder.config, **fields))
@@ -189,7 +189,7 @@ def test_mask_hides_by_gradient(fields):
   assert (strength[~mask] == 0).all()
 
 
-def test_explicit_causal_mask_is_none():
+def test_explicit_causal_mask_equals_no_mask():
   decoder, variables = _make()
   inputs = _normal(5, 2, 5, 12)
   positions = jnp.arange(5)[None]
@@ -209,7 +209,7 @@ def test_offset_moves_queries_and_keys_not_values():
   offset = _normal(6, 5, 12)
   plain = _apply(decoder, variables, inputs, positions)
   moved = _apply(decoder, variables, inputs, positions, query_key_offset=offset)
-  # Slot 0 sees itself alone: whatever its weights, it reads its value, which has no offset.
+  # Slot 0 sees only itself: it reads its own value, which has no offset, whatever the attention weights are.
   np.testing.assert_allclose(moved[:, 0], plain[:, 0], rtol=1e-6, atol=1e-6)
   assert abs(moved[:, 1:] - plain[:, 1:]).max(-1).min() > 1e-3
   batched = jnp.broadcast_to(offset, (2, 5, 12))
@@ -242,8 +242,8 @@ def test_scan_and_remat_change_nothing():
   jax.tree.map(close, value_and_gradient(dict(scan_layers=True, remat="full"), stacked), expected_stacked)
 
 
-def test_remat_computes_again():
-  # What remat buys is memory: the residuals that the forward pass leaves for the backward pass.
+def test_remat_recomputes():
+  # Remat saves memory: the forward pass stores fewer residuals for the backward pass.
   inputs, positions = jnp.ones((1, 64, 12)), jnp.arange(64)[None]
 
   def kept(remat):
@@ -301,7 +301,7 @@ def test_logical_axes():
   assert layers["mlp"]["up"]["kernel"] == ("layers", "embed", "mlp")
   assert layers["mlp"]["down"]["kernel"] == ("layers", "mlp", "embed")
   assert layers["mlp_norm"]["bias"] == ("layers", "norm")
-  # Every axis of every parameter has a name; the names of a bias are the outputs'.
+  # Every axis of every parameter has a name; a bias has the names of the output axes.
   decoder = Decoder(preset("pythia_160m", num_layers=1))
   boxed = jax.eval_shape(functools.partial(init_params, decoder), jax.random.key(0))
   specs = nn.get_partition_spec(boxed)
@@ -314,7 +314,7 @@ def test_logical_axes():
     assert None not in spec
 
 
-# Scanned, because one layer compiles faster than many: an unrolled decoder has the same modules.
+# Scanned, because one layer compiles faster than many; an unrolled decoder has the same modules.
 def _initial(**fields):
   sizes = dict(d_model=256, num_heads=4, num_kv_heads=2, head_size=32, mlp_size=512)
   config = DecoderConfig(vocab_size=400, num_layers=3, scan_layers=True, **sizes, **fields)
@@ -354,7 +354,7 @@ def test_scaled_initial_scales():
 def test_scaled_tied_inputs_start_at_one():
   config = preset("gemma1_2b", vocab_size=400, num_layers=1, d_model=64, mlp_size=8, head_size=8)
   decoder = Decoder(config)
-  # The others are never computed, nor compiled.
+  # XLA removes the computation of the other parameters.
   table = jax.jit(lambda rng: nn.unbox(init_params(decoder, rng))["embedding"])(jax.random.key(0))
   inputs = _apply(decoder, {"params": {"embedding": table}}, np.arange(400), method="embed")
   np.testing.assert_allclose(np.asarray(inputs).std(), 1, rtol=0.03)
@@ -390,11 +390,11 @@ def test_preset_overrides():
   config = preset("tiny", vocab_size=301, dtype="bfloat16")
   assert (config.vocab_size, config.dtype) == (301, "bfloat16")
   assert PRESETS["tiny"].vocab_size == 8192
-  # Shapes of a cuDNN decoder can be had where cuDNN is not.
+  # The shapes of a decoder with cuDNN attention can be computed on a machine without cuDNN.
   assert num_params(preset("tiny", dtype="bfloat16", attention="cudnn")) == num_params(preset("tiny"))
   with pytest.raises(InputError, match=r"decoder\.preset: 'tny' is unknown; did you mean 'tiny'\?"):
     preset("tny")
-  with pytest.raises(InputError, match=r"decoder\.layers: no such field, got 3; did you mean 'num_layers'\?"):
+  with pytest.raises(InputError, match=r"decoder\.layers: unknown field, got 3; did you mean 'num_layers'\?"):
     preset("tiny", layers=3)
   with pytest.raises(InputError, match=r"decoder\.num_layers: 0 "):
     preset("tiny", num_layers=0)
@@ -437,33 +437,33 @@ def test_bad_fields(field, value, wanted):
 
 @pytest.mark.parametrize("style", ["llama", "gemma", "pythia"])
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_slots_run_on_a_cache_are_those_run_together(style, scan_layers, exact):
-  """In pieces; rows that have come differently far; a slot taken back; the first places unseen."""
+def test_slots_run_on_a_cache_equal_slots_run_together(style, scan_layers, exact):
+  """Slots run in pieces; rows hold different numbers of slots; one slot is dropped; the first entries are hidden."""
   decoder, params = _make(**_STYLES[style])
   inputs, positions = _normal(0, 2, 6, 12), jnp.array([[0, 0, 1, 1, 2, 2]] * 2)
-  whole = _apply(decoder, params, inputs, positions)
+  full = _apply(decoder, params, inputs, positions)
   if scan_layers:
     decoder = Decoder(dataclasses.replace(decoder.config, scan_layers=True))
     params = {"params": _stack(params["params"], 2)}
   extend = functools.partial(_apply, decoder, params, method="extend")
   close = {"rtol": 1e-4, "atol": 1e-4}
   hidden, cache = extend(inputs[:, :4], positions[:, :4], empty_cache(decoder.config, 2, 7), None)
-  np.testing.assert_allclose(hidden, whole[:, :4], **close)
+  np.testing.assert_allclose(hidden, full[:, :4], **close)
   hidden, _ = extend(inputs[:, 4:], positions[:, 4:], cache, jnp.array([4, 4]))
-  np.testing.assert_allclose(hidden, whole[:, 4:], **close)
-  # The second row takes its fourth slot back, and runs it again.
+  np.testing.assert_allclose(hidden, full[:, 4:], **close)
+  # The second row drops its fourth slot and runs another one at the same index.
   rows, places = jnp.arange(2), jnp.array([4, 3])
   hidden, cache = extend(inputs[rows, places][:, None], positions[rows, places][:, None], cache, places)
-  np.testing.assert_allclose(hidden[:, 0], whole[rows, places], **close)
-  # Seen from place 2 on.
+  np.testing.assert_allclose(hidden[:, 0], full[rows, places], **close)
+  # Only the entries from index 2 on are seen.
   hidden, _ = extend(inputs[:, 5:], positions[:, 5:], cache, jnp.array([5, 4]), first=jnp.array([2, 2]))
-  # Deeper layers still hold what was seen before: the slots behind the first two are as they were.
-  assert not np.allclose(hidden[0, 0], whole[0, 5], atol=1e-2)
-  with pytest.raises(ValueError, match="cache: 7 places, but 8 slots"):
+  # The cached keys and values of deeper layers still depend on the hidden entries.
+  assert not np.allclose(hidden[0, 0], full[0, 5], atol=1e-2)
+  with pytest.raises(ValueError, match="cache: capacity 7 is too small for 8 new slots"):
     extend(jnp.zeros((2, 8, 12)), jnp.zeros((2, 8), int), cache, None)
 
 
-def test_places_that_are_seen():
+def test_cache_mask_by_hand():
   seen = cache_mask(jnp.array([2, 0]), 2, 5, jnp.array([1, 0]))
   assert seen.astype(int).tolist() == [
     [[[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]],

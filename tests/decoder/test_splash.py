@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("exact")
 
 
 def arrays(seed, batch, length, heads, groups, size):
-  """Queries, keys, values, and what the outputs are weighted by to make a loss."""
+  """Queries, keys, values, and the weights of the outputs in the loss."""
   rng = np.random.default_rng(seed)
   query, weight = jnp.asarray(rng.normal(size=(2, batch, length, heads, size)), jnp.float32)
   key, value = jnp.asarray(rng.normal(size=(2, batch, length, groups, size)), jnp.float32)
@@ -50,7 +50,7 @@ def assert_same(args, weight, mask):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """Blocks of 128, so that rows of some hundred slots have several."""
+  """Blocks of 128, so that rows of a few hundred slots have several blocks."""
   monkeypatch.setattr(splash, "_LARGEST", 128)
   monkeypatch.setattr(splash, "_LARGEST_HIDDEN", 128)
 
@@ -66,7 +66,8 @@ def test_causal(small_blocks, length, heads, groups, size):
 
 def test_documents(small_blocks):
   args, weight = arrays(1, 3, 150, 2, 1, 16)
-  # Rows of one document; of one per slot, so that a slot sees itself alone; and of some, met again further on.
+  # A row with one document; a row with one document per slot, where a slot sees only itself; and a row in which
+  # segment ids occur again later.
   numbers = np.stack([np.zeros(150), np.arange(150), np.arange(150) // 40 % 2]).astype(np.int32)
   assert_same(args, weight, attention.SegmentMask(jnp.asarray(numbers)))
 
@@ -75,7 +76,7 @@ def test_documents(small_blocks):
   ("tokens", "width", "heads", "groups", "with_segment_ids"),
   [
     (130, 2, 2, 1, True),  # two blocks of first slots
-    (60, 5, 2, 2, False),  # tokens on both sides of a block's edge
+    (60, 5, 2, 2, False),  # some tokens have slots in two blocks
     (1, 3, 1, 1, True),
     pytest.param(5, 1, 2, 1, True, marks=pytest.mark.slow),
   ],
@@ -113,7 +114,7 @@ def test_executed_keys_by_hand(length, num_slots, keys):
 
 
 @pytest.mark.parametrize(("tokens", "num_slots"), [(1, 2), (50, 3), (300, 2), (513, 4), (129, 7), (400, 5), (1, 300)])
-def test_executed_keys_are_the_kernel_s(tokens, num_slots):
+def test_executed_keys_equal_the_kernel_s_count(tokens, num_slots):
   length = tokens * num_slots
   seen = {}
 
@@ -152,7 +153,7 @@ def mesh(data, fsdp, tensor):
 @pytest.mark.parametrize(
   ("shape", "heads", "groups", "hidden"),
   [
-    ((2, 2, 2), 4, 2, True),  # a kv head each
+    ((2, 2, 2), 4, 2, True),  # one kv head for each device
     pytest.param((1, 2, 4), 4, 1, False, marks=pytest.mark.slow),  # one kv head for all
     ((2, 2, 2), 6, 3, False),  # heads 0-2 read kv heads 0, 0, 1, heads 3-5 kv heads 1, 2, 2
   ],
@@ -175,17 +176,17 @@ def test_split_over_a_mesh(shape, heads, groups, hidden):
 
 
 @pytest.mark.parametrize(
-  ("batch", "heads", "said"),
+  ("batch", "heads", "reason"),
   [(3, 2, "a batch of 3 rows doesn't divide over 4 devices"), (4, 3, "3 heads don't divide over 2 devices")],
 )
-def test_what_does_not_divide_is_xla_s(monkeypatch, batch, heads, said):
+def test_shapes_that_do_not_divide_use_xla(monkeypatch, batch, heads, reason):
   warned = []
   monkeypatch.setattr(attention.logging, "log_first_n", lambda level, text, n, *args: warned.append(text % args))
   (query, key, value), _ = arrays(3, batch, 6, heads, heads, 8)
   with jax.set_mesh(mesh(2, 2, 2)):
     got = jax.jit(functools.partial(attention.attend, implementation="splash", interpret=True))(query, key, value)
   np.testing.assert_allclose(got, attention.attend(query, key, value, implementation="xla"), rtol=1e-5, atol=1e-6)
-  assert warned == [f"attention is XLA's, and holds all its weights: {said}"]
+  assert warned == [f"XLA's attention replaces the splash kernel and holds all attention weights: {reason}"]
 
 
 _ATTEND = attention.attend
@@ -203,7 +204,7 @@ def loss_of_decoder(monkeypatch, attend, **fields):
   """A function of (params, inputs), of a decoder on hidden slots, and arguments for it.
 
   Args:
-    attend: in place of `attention.attend`: a config cannot say that kernels are to be interpreted.
+    attend: replaces `attention.attend`, because no config field selects interpreted kernels.
   """
   monkeypatch.setattr(attention, "attend", attend)
   decoder = Decoder(dataclasses.replace(TINY, attention="splash", **fields))
@@ -245,11 +246,11 @@ def test_decoder_in_pmap(monkeypatch):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_no_square_is_kept_for_the_backward_pass(monkeypatch, remat):
+def test_no_square_array_is_stored_for_the_backward_pass(monkeypatch, remat):
   def squares(attend):
     loss, args = loss_of_decoder(monkeypatch, attend, remat=remat)
     kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(loss, *args)[1], *args))
-    # Of 20 slots, of 10 tokens, and of blocks of 128.
+    # The axes of 20 slots, of 10 tokens, and of blocks of 128.
     return [x.shape for x in kept if sum(size in (10, 20, 128, 256) for size in x.shape) > 1]
 
   assert squares(interpreted) == []
@@ -265,14 +266,14 @@ def test_auto_on_a_tpu(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   segment_ids = attention.SegmentMask(np.zeros((1, 256), np.int32))
   assert chosen() == chosen(mask=attention.HiddenSlots(2)) == chosen(mask=segment_ids) == "splash"
-  # What no kernel takes, and what is shorter than a block.
+  # A mask that no kernel supports, and a row shorter than a block.
   assert chosen(mask=np.ones((1, 1, 256, 256), bool)) == chosen(dtype="float16") == chosen(size=384) == "xla"
   assert chosen(length=100) == "xla"
   assert chosen("splash", length=100) == "splash"
 
 
-def test_the_mesh_tells_the_platform(monkeypatch):
-  # A program may be compiled for another machine than the one that compiles it.
+def test_the_mesh_determines_the_platform(monkeypatch):
+  # A program may be compiled for a platform other than that of the compiling machine.
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   with jax.set_mesh(mesh(8, 1, 1)):
     assert chosen() == "xla"
@@ -282,18 +283,18 @@ def test_the_mesh_tells_the_platform(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("backend", "options", "said"),
+  ("backend", "options", "reason"),
   [
     ("cpu", {}, "needs a TPU, this program is for 'cpu'"),
-    ("tpu", {"mask": np.ones((1, 1, 256, 256), bool)}, "takes no boolean mask"),
+    ("tpu", {"mask": np.ones((1, 1, 256, 256), bool)}, "supports no boolean mask"),
     ("tpu", {"keys": 300}, "needs as many keys as queries, not 300 and 256"),
     ("tpu", {"size": 384}, "needs a head size of at most 256, not 384"),
     ("tpu", {"dtype": "float16"}, "needs bfloat16 or float32 activations, not float16"),
   ],
 )
-def test_splash_where_it_cannot_run_is_refused(monkeypatch, backend, options, said):
+def test_splash_is_refused_if_it_cannot_run(monkeypatch, backend, options, reason):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  with pytest.raises(InputError, match=f"^decoder.attention: 'splash' {said}.*; use 'auto' or 'xla'$"):
+  with pytest.raises(InputError, match=f"^decoder.attention: 'splash' {reason}.*; use 'auto' or 'xla'$"):
     chosen("splash", **options)
 
 
@@ -309,8 +310,8 @@ mesh = Mesh(np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis
 
 def compiled(size, mask, implementation, segment_ids=None):
   def loss(query, key, value, segment_ids):
-    told = mask if segment_ids is None else attention.HiddenSlots(mask.num_slots, segment_ids)
-    return attention.attend(query, key, value, mask=told, implementation=implementation).astype(jnp.float32).sum()
+    full_mask = mask if segment_ids is None else attention.HiddenSlots(mask.num_slots, segment_ids)
+    return attention.attend(query, key, value, mask=full_mask, implementation=implementation).astype(jnp.float32).sum()
 
   def shape(heads, axis):
     spec = NamedSharding(mesh, PartitionSpec("data", None, axis))

@@ -1,4 +1,4 @@
-"""The evaluator against a slow reference, one token at a time; rank correlation by hand; padding counts for nothing."""
+"""The evaluator against a slow reference, one token at a time; rank correlation by hand; padding has no effect."""
 
 import jax
 import numpy as np
@@ -65,13 +65,13 @@ def test_against_a_slow_reference(omega, train_omega, exact):
 def test_padding_and_batching_change_nothing(exact):
   method, params = build(name="cyb", pauses=1)
   batch = random_batch(1, 4, 6, uneven=True)
-  whole = evaluate(method, params, [batch])
+  complete = evaluate(method, params, [batch])
   halves = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
   padding = {k: np.zeros_like(v[:2]) for k, v in batch.items()}
   parts = evaluate(method, params, [*halves, padding])
   for key in ("loss", "perplexity", "oracle_perplexity", "mean_pauses"):
-    assert parts[key] == pytest.approx(whole[key], rel=1e-6)
-  assert parts["slots"] == whole["slots"]
+    assert parts[key] == pytest.approx(complete[key], rel=1e-6)
+  assert parts["slots"] == complete["slots"]
 
 
 def test_spearman_by_hand():

@@ -1,5 +1,5 @@
-"""Reading a text at the model's own pace: against the whole prefix run again token by token, and where it must be the
-constant reading."""
+"""Self-paced evaluation of a text: against a run of the complete prefix for every token, and in the cases where it must
+equal the constant evaluation."""
 
 import functools
 import itertools
@@ -42,7 +42,7 @@ def read(method, params, batch, omega=None, **options):
 )
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.slow
-def test_against_the_prefix_run_again(options, documents, exact):
+def test_against_a_run_of_every_prefix(options, documents, exact):
   method, params = model(**options)
   batch = random_batch(0, 2, 5)
   if documents:
@@ -52,7 +52,8 @@ def test_against_the_prefix_run_again(options, documents, exact):
   assert len(np.unique(kept)) == 3
   scores = jax.jit(method.slot_scores_packed)
   for token in range(5):
-    # What came before as it was kept, this token whole; later ones are seen by nobody.
+    # Earlier tokens with the slots that were kept, this token with all slots; attention is causal, so padding is not
+    # seen.
     lengths = jnp.asarray(kept).at[:, token].set(3)
     expected = scores(params, batch, pack(lengths, 3, 15))
     for name in ("log_target", "log_dont_know", "log_answer"):
@@ -73,7 +74,7 @@ def test_against_the_prefix_run_again(options, documents, exact):
     pytest.param((1.0, 2.0, 1.0), {"pause_positions": "shifting", "pause_offset": True}, id="omega1-options1"),
   ],
 )
-def test_hidden_pauses_make_it_the_constant_reading(options, omega, exact):
+def test_hidden_pauses_give_the_constant_evaluation(options, omega, exact):
   method, params = model(pause_visibility="hidden", **options)
   batch = with_segment_ids(random_batch(1, 3, 6), 4)
   reading, _ = read(method, params, batch, omega)
@@ -82,7 +83,7 @@ def test_hidden_pauses_make_it_the_constant_reading(options, omega, exact):
   np.testing.assert_allclose(reading.scores.log_target, constant.scores.log_target, atol=2e-5)
 
 
-def test_what_always_pauses_is_the_constant_reading(exact):
+def test_a_model_that_always_pauses_gives_the_constant_evaluation(exact):
   method, params = model("tbys")
   batch = random_batch(2, 3, 6)
   reading, kept = read(method, params, batch)
@@ -91,10 +92,10 @@ def test_what_always_pauses_is_the_constant_reading(exact):
 
 
 def test_the_likelihood_is_exact_in_expectation(exact):
-  """All texts of three tokens of a vocabulary of three, after a first one, in all contexts that may precede them."""
+  """Sums over all texts of three tokens from a vocabulary of three, after a first token, and over all contexts."""
   method = methods.build(configure("cyb", pauses=1, dont_know_prior=None), TINY, vocab_size=3)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
-  # Far from uniform: s, t and what later tokens see of a pause all differ.
+  # Far from uniform: s, t and the effect of pauses on later tokens all differ.
   params = jax.tree.map(lambda x: 1.5 * x if x.ndim > 1 else x, params)
   params["dont_know"] = 0.5 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)
   targets = np.array(list(itertools.product(range(3), repeat=3)), np.int32)
@@ -102,8 +103,8 @@ def test_the_likelihood_is_exact_in_expectation(exact):
   batch = {"tokens": tokens, "targets": targets, "weights": np.ones((27, 3), np.float32)}
 
   exact_likelihood, scores = np.zeros(27), jax.jit(method.slot_scores_packed)
-  for path in itertools.product((1, 2), repeat=3):  # the slots of each token from which it answers
-    # What a token reads doesn't depend on how many pauses it keeps itself.
+  for path in itertools.product((1, 2), repeat=3):  # the slots at which each token may answer
+    # The scores of a token do not depend on the number of pauses that it keeps itself.
     product = np.ones(27)
     for token, slot in enumerate(path):
       lengths = jnp.broadcast_to(jnp.array([*path[:token], 2, *path[token + 1 :]]), (27, 3))
@@ -122,7 +123,7 @@ def test_the_likelihood_is_exact_in_expectation(exact):
   assert np.abs(estimates("stopping")).max() > 8
 
 
-def test_a_target_without_weight_does_not_decide_what_is_kept():
+def test_a_target_without_weight_does_not_affect_the_kept_slots():
   method, params = model(dont_know_prior=0.5)
   batch = random_batch(3, 64, 4)
   given = batch | {"weights": np.zeros((64, 4), np.float32)}
@@ -132,7 +133,7 @@ def test_a_target_without_weight_does_not_decide_what_is_kept():
 
 
 @pytest.mark.parametrize("kept", ["posterior", "stopping"])
-def test_what_the_kept_slots_are_drawn_from(kept):
+def test_the_distribution_of_the_kept_slots(kept):
   method, params = model(dont_know_prior=0.5)
   batch = random_batch(3, 512, 4)
   reading, drawn = read(method, params, batch, kept=kept)
@@ -145,7 +146,7 @@ def test_what_the_kept_slots_are_drawn_from(kept):
   assert (np.abs(counts - shares.sum((0, 1))) < 4 * deviation).all()
 
 
-def test_kept_slots_may_be_drawn_whatever_the_target_is():
+def test_kept_slots_may_be_drawn_without_conditioning_on_the_target():
   method, params = model(dont_know_prior=0.5)
   batch = random_batch(3, 64, 4)
   _, kept = read(method, params, batch, kept="stopping")
@@ -153,8 +154,10 @@ def test_kept_slots_may_be_drawn_whatever_the_target_is():
   np.testing.assert_array_equal(read(method, params, other, kept="stopping")[1], kept)
 
 
-def test_decoding_reads_one_slot_of_a_token_where_d_needs_no_logits():
-  """In unit form, and where a rule stops; in token form d is a probability among those of the vocabulary."""
+def test_decoding_reads_one_slot_of_a_token_if_d_needs_no_logits():
+  """In unit form, and with a fixed rule of stopping; in token form d is a probability in the softmax over the
+  vocabulary.
+  """
   for name, options, read_out in (
     ("cyb", {}, 2.5),
     ("cyb", {"dont_know": "unit"}, 1),
@@ -188,7 +191,7 @@ def test_the_evaluator_reports_the_gap(exact):
 
 
 @pytest.mark.slow
-def test_the_constant_reading_gives_all_slots_also_where_training_drew_them(exact):
+def test_the_constant_evaluation_has_all_slots_even_if_training_drew_them(exact):
   omega = (1.0, 2.0, 1.0)
   method, params = model(recipe="sampled", omega=omega, dont_know_prior=0.5)
   batch = random_batch(5, 4, 6)

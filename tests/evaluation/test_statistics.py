@@ -1,6 +1,5 @@
-"""Pause statistics against a slow reference, one token at a time; ranks against scipy where bins have it hard; words by
-hand; sums that are the same whatever the batches and the devices.
-"""
+"""Pause statistics against a slow reference, one token at a time; ranks against scipy for distributions that are hard
+to bin; words by hand; sums that do not depend on batches or devices."""
 
 import itertools
 import json
@@ -33,10 +32,8 @@ def mesh_of(devices):
   return make_mesh(ParallelismConfig(), jax.devices()[:devices])
 
 
-class Told:
-  """A method that reads from the batch what it is to say: `log_target` f32[B, T, W] and `odds` f32[B, T, W]; it decides
-  when it stops.
-  """
+class Scripted:
+  """A method whose scores come from the batch: `log_target` f32[B, T, W] and `odds` f32[B, T, W]; it is adaptive."""
 
   def __init__(self, num_slots=3):
     self.num_slots = num_slots
@@ -54,29 +51,29 @@ class Told:
     raise NotImplementedError
 
 
-def told_batches(odds, target, *, rows=4, length=8, documents=50, seed=0):
-  """Batches of a stream of tokens whose odds f[N, W] and t f[N, W] are given; the last one is filled up."""
+def scripted_batches(odds, target, *, rows=4, length=8, documents=50, seed=0):
+  """Batches of a stream of tokens with given odds f[N, W] and t f[N, W]; the last batch is padded."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(97, 117, len(odds) + 1).astype(np.int32)
   group = np.sort(rng.integers(0, documents, len(odds)))
   with np.errstate(divide="ignore"):
     log_target = np.log(target).astype(np.float32)
-  whole = -(-len(odds) // (rows * length)) * rows * length
+  padded_size = -(-len(odds) // (rows * length)) * rows * length
   arrays = {
     "tokens": tokens[:-1], "targets": tokens[1:], "weights": np.ones(len(odds), np.float32),
     "group": group.astype(np.int32), "odds": odds.astype(np.float32), "log_target": log_target,
   }  # fmt: skip
-  arrays = {k: np.concatenate([v, np.zeros((whole - len(v), *v.shape[1:]), v.dtype)]) for k, v in arrays.items()}
+  arrays = {k: np.concatenate([v, np.zeros((padded_size - len(v), *v.shape[1:]), v.dtype)]) for k, v in arrays.items()}
   context = Words(ByteTokenizer()).context
   stream = np.concatenate([np.full(context, 256), arrays["tokens"]])
-  arrays["before"] = np.lib.stride_tricks.sliding_window_view(stream, context)[:whole]
+  arrays["before"] = np.lib.stride_tricks.sliding_window_view(stream, context)[:padded_size]
   shaped = {k: v.reshape(-1, rows, length, *v.shape[1:]) for k, v in arrays.items()}
   shaped["before"] = shaped["before"][:, :, 0]
-  return [{k: v[n] for k, v in shaped.items()} for n in range(whole // (rows * length))]
+  return [{k: v[n] for k, v in shaped.items()} for n in range(padded_size // (rows * length))]
 
 
 def told_statistics(batches, sample=None, *, documents=50, devices=1, num_slots=3):
-  statistics = PauseStatistics(Told(num_slots), mesh_of(devices), ByteTokenizer())
+  statistics = PauseStatistics(Scripted(num_slots), mesh_of(devices), ByteTokenizer())
   return statistics({}, lambda: batches, lambda: sample or batches[::8], documents=documents)
 
 
@@ -89,14 +86,14 @@ def random_scores(count, num_slots=3, seed=0):
 
 
 def test_fixed_point_by_hand():
-  # 1.5 of 4 is 3/8 of 2^30 units: bytes 0, 0, 0, 24. Minus one unit: all bits set.
+  # 1.5 of 4 is 3/8 of 2^30 units: bytes 0, 0, 0, 24. Minus one unit has all bits set.
   np.testing.assert_array_equal(
     fixed_point.fixed(jnp.array([1.5, -(2.0**-28)]), 4.0), [[0, 0, 0, 24], [255, 255, 255, -1]]
   )
   real = jnp.array([[True, False, True]])
   sums = np.asarray(fixed_point.total(jnp.array([[0.25, 9.0, -3.0]]), real, 4.0), np.int64)
   assert fixed_point.value(sums, 4.0) == -2.75
-  # What is beyond the bound counts as the bound.
+  # Values beyond the bound count as the bound.
   assert fixed_point.value(np.asarray(fixed_point.fixed(jnp.array(1e30), 4.0), np.int64), 4.0) == 4.0
 
 
@@ -113,7 +110,7 @@ def test_moments_keep_a_variance_that_f32_sums_would_lose():
 
 
 def binned_spearman(x, y, sample):
-  """As the two passes do it, on the host."""
+  """Like the two passes, on the host."""
   found = []
   for values in (x, y):
     bins = np.searchsorted(ranks.edges(values[sample]), values, side="right")
@@ -134,7 +131,7 @@ def hard_cases():
   yield "heavy ties", np.round(noise), np.round(mixed)
   yield "one gain in two is 0", noise, np.where(other > 0, 0.0, mixed)
   yield "two clusters far apart", np.where(noise > 1, 20.0, -20.0) + 1e-3 * other, mixed
-  # The sample sees every part of the split, sorted as it may be.
+  # The sample has tokens of every part of the split, which may be sorted.
   yield "drifting", np.sort(noise) + 0.1 * other, np.linspace(0, 1, count) * mixed
 
 
@@ -143,7 +140,7 @@ def test_spearman_from_bins(x, y):
   x, y = x.astype(np.float32), y.astype(np.float32)
   sample = np.linspace(0, len(x) - 1, 8192).astype(int)
   assert binned_spearman(x, y, sample) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-3)
-  # Ties have their average rank: without a sample too, where the bins know them apart.
+  # Ties have their average rank, even without a sample, if the bins separate them.
   small = slice(None, None, 1000)
   np.testing.assert_allclose(
     binned_spearman(x[small], y[small], slice(None)), stats.spearmanr(x[small], y[small]).statistic, atol=1e-9
@@ -159,7 +156,7 @@ def test_ranks_by_hand():
   assert edges.shape == (ranks.BINS - 1,)
   assert (np.diff(edges[np.isfinite(edges)]) > 0).all()
   assert np.isin(np.array([0.1, 0.3], np.float32), edges).all()
-  # One value of two alone has no order.
+  # One of two values has no order.
   assert np.isnan(ranks.correlation(np.array([2.0, 0.0, 0.0, 0.0, 0.5, 0.0])))
 
 
@@ -171,14 +168,14 @@ def test_bootstrap_interval():
     low, high = bootstrap.interval(sums, lambda totals: totals[:, 0] / totals[:, 1])
     estimate = sums[:, 0].sum() / sums[:, 1].sum()
     assert low < estimate < high
-    # Of a mean of independent documents the interval is known.
+    # The interval of a mean of independent documents is known.
     assert high - low == pytest.approx(2 * 1.96 * (sums[:, 0] / 10).std() / np.sqrt(groups), rel=0.15)
     widths.append(high - low)
   assert widths[1] < 0.5 * widths[0]
   assert bootstrap.interval(sums[:1], lambda totals: totals[:, 0]) is None
 
 
-# Scores that are given.
+# Given scores.
 
 
 @pytest.mark.parametrize(
@@ -188,7 +185,7 @@ def test_calibration_on_the_device(spread, scale):
   odds, target = random_scores(3000)
   odds = 6.9 + spread * (odds - 0.5)
   target = 0.25 + scale * (0.5 * target + 0.05 * np.tanh(odds - 6.9)) / 2
-  got = told_statistics(told_batches(odds, target))
+  got = told_statistics(scripted_batches(odds, target))
   odds, log_target = odds.astype(np.float32), np.log(target).astype(np.float32)
   gain = np.diff(np.asarray(jnp.exp(log_target)), axis=-1)
   for step, row in enumerate(got["calibration"]):
@@ -200,15 +197,15 @@ def test_calibration_on_the_device(spread, scale):
     d = special.expit(odds[:, step].astype(np.float64))
     for decile, places in zip(row["deciles"], order):
       assert decile["gain"] == pytest.approx(gain[places, step].mean(), abs=0.03 * scale)
-      # Its range holds its values, but for the few that share a bin with a neighbour's.
+      # The range of a bin holds its values, except for the few that share a bin with a neighbouring decile.
       inside = (d[places] >= decile["low"] - 1e-7) & (d[places] <= decile["high"] + 1e-7)
       assert inside.mean() > 0.97
 
 
-def test_a_decision_that_never_changes_has_no_correlation():
+def test_a_constant_decision_has_no_correlation():
   odds, target = random_scores(200)
   odds[:, 0] = 1.0
-  first, second = told_statistics(told_batches(odds, target))["calibration"]
+  first, second = told_statistics(scripted_batches(odds, target))["calibration"]
   assert first["spearman"] is None
   assert first["interval"] is None
   assert [row["count"] for row in first["reliability"]] == [200]
@@ -218,11 +215,11 @@ def test_a_decision_that_never_changes_has_no_correlation():
 @pytest.mark.slow
 def test_batches_devices_and_flushes_change_nothing(monkeypatch):
   odds, target = random_scores(301)
-  sample = told_batches(odds, target, rows=8, length=8)[:2]  # whatever it is, it's the same
-  once = jsonl.dumps(told_statistics(told_batches(odds, target, rows=8, length=40), sample))
-  assert jsonl.dumps(told_statistics(told_batches(odds, target, rows=16, length=4), sample, devices=8)) == once
-  monkeypatch.setattr(accumulation, "_FLUSH_NUMBERS", 32)  # every batch
-  assert jsonl.dumps(told_statistics(told_batches(odds, target), sample)) == once
+  sample = scripted_batches(odds, target, rows=8, length=8)[:2]  # the result is the same for any value
+  once = jsonl.dumps(told_statistics(scripted_batches(odds, target, rows=8, length=40), sample))
+  assert jsonl.dumps(told_statistics(scripted_batches(odds, target, rows=16, length=4), sample, devices=8)) == once
+  monkeypatch.setattr(accumulation, "_FLUSH_NUMBERS", 32)  # after every batch
+  assert jsonl.dumps(told_statistics(scripted_batches(odds, target), sample)) == once
 
 
 def test_more_documents_narrow_the_intervals():
@@ -230,7 +227,7 @@ def test_more_documents_narrow_the_intervals():
   target[:, 1] = np.clip(target[:, 0] + 0.1 * np.tanh(odds[:, 0]), 0.005, 1)
   widths = []
   for count, documents in ((400, 20), (4000, 200)):
-    got = told_statistics(told_batches(odds[:count], target[:count], documents=documents), documents=documents)
+    got = told_statistics(scripted_batches(odds[:count], target[:count], documents=documents), documents=documents)
     assert got["groups"]["count"] == got["documents"] == documents
     for estimate, interval in (
       (got["perplexity"]["mixture"], got["perplexity"]["interval"]),
@@ -242,9 +239,9 @@ def test_more_documents_narrow_the_intervals():
   assert widths[3] < 0.6 * widths[1]
 
 
-def test_curves_at_their_ends():
+def test_curves_at_their_end_points():
   odds, target = random_scores(100)
-  got = told_statistics(told_batches(odds, target))
+  got = told_statistics(scripted_batches(odds, target))
   first, *_, last = got["curves"]["threshold"]
   slots = got["perplexity"]["slots"]
   assert (first["threshold"], first["mean_pauses"]) == (0.0, 2.0)
@@ -259,15 +256,15 @@ def test_curves_at_their_ends():
   assert budget[-1]["perplexity"] == pytest.approx(got["perplexity"]["mixture"], rel=1e-6)
 
 
-def test_a_target_of_no_probability_counts_as_1024_nats(caplog):
+def test_a_target_of_probability_0_counts_as_1024_nats(caplog):
   odds, target = random_scores(100)
   target[7] = 0.0
-  got = told_statistics(told_batches(odds, target))
+  got = told_statistics(scripted_batches(odds, target))
   s = np.array([reference.stopping(row, 1 - row) for row in special.expit(odds)], np.float64)
   with np.errstate(divide="ignore"):
     nats = np.minimum(-np.log((s * target).sum(-1)), 1024)
   assert got["perplexity"]["mixture"] == pytest.approx(np.exp(nats.mean()), rel=1e-4)
-  assert "the loss of 1 tokens isn't finite" in caplog.text
+  assert "the loss of 1 tokens is not finite" in caplog.text
   assert json.loads(jsonl.dumps(got)) == got
 
 
@@ -275,7 +272,7 @@ def test_a_target_of_no_probability_counts_as_1024_nats(caplog):
 
 
 class Pieces:
-  """A tokenizer of given pieces, as SentencePiece writes them; the longest that fits is taken."""
+  """A tokenizer with given pieces, in SentencePiece's notation; it takes the longest piece that fits."""
 
   separator_id = 0
 
@@ -313,7 +310,7 @@ def test_words_by_hand():
     "whole", "first", "last", "whole", "other", "first", "last", "whole",
     "other", "other", "other", "first", "middle", "last", "other",
   ]  # fmt: skip
-  # "won" after a space counts, that behind a hyphen doesn't.
+  # "won" after a space counts, but not after a hyphen.
   won = words.words.index(("won", "low_high"))
   assert np.flatnonzero(found[0] == won).tolist() == [7]
   assert set(found[0]) == {-1, won}
@@ -322,7 +319,7 @@ def test_words_by_hand():
   ]  # fmt: skip
 
 
-def test_a_word_in_several_pieces_and_across_windows():
+def test_a_word_of_several_pieces_and_across_windows():
   tokenizer = Pieces("▁", "▁was", "▁wa", *"abcdefghijklmnopqrstuvwxyzCNH'")
   words = Words(tokenizer)
   ids = np.array(tokenizer.encode(" wasn't wasnt wasn"))
@@ -331,10 +328,10 @@ def test_a_word_in_several_pieces_and_across_windows():
   for cut in range(1, 6):
     before = np.concatenate([np.zeros(words.context, int), ids[:cut]])[None, -words.context :]
     found, positions, _ = words.mark(before, ids[None, cut:-1], ids[None, cut + 1 :])
-    # "wasnt" is another word; the last one isn't in the window.
+    # "wasnt" is another word, and the last word is not in the window.
     assert (np.flatnonzero(found[0] == wasn) + cut).tolist() == [1] * (cut <= 1)
-    whole = words.mark(np.zeros((1, words.context), int), ids[None, :-1], ids[None, 1:])[1]
-    np.testing.assert_array_equal(positions[0], whole[0, cut:])
+    complete = words.mark(np.zeros((1, words.context), int), ids[None, :-1], ids[None, 1:])[1]
+    np.testing.assert_array_equal(positions[0], complete[0, cut:])
 
 
 def test_corners_by_hand():
@@ -353,7 +350,7 @@ def test_corners_by_hand():
   assert got["eligible"] == 4
   assert got["thresholds"]["variance"] == [0.0, np.var(pauses[2])]
   corners = {name: [row["piece"] for row in rows] for name, rows in got["corners"].items()}
-  # Quarters of the medians 0, 0.5, 2.5, 3 are at 0.375 and 2.625: two types are at neither end.
+  # The quartiles of the medians 0, 0.5, 2.5, 3 are 0.375 and 2.625: two types are in neither quarter.
   assert corners == {"low_low": [], "low_high": ["wild"], "high_low": [], "high_high": ["restless"]}
   assert [row["piece"] for row in got["most_paused"]] == ["late", "restless", "wild", "low"]
   assert types.frequencies(6) == [
@@ -363,7 +360,7 @@ def test_corners_by_hand():
   nothing = summarize(types, tokenizer, min_count=100)
   assert nothing["eligible"] == 0
   assert not any(nothing["corners"].values())
-  # A run that pauses alike everywhere has no corners.
+  # A run with equal pauses everywhere has no corners.
   alike = TokenTypes(histograms[[1] * 6], sums[[1] * 6], 4.0, 1 / bins)
   assert not any(summarize(alike, tokenizer, min_count=1)["corners"].values())
 
@@ -404,10 +401,10 @@ def stream_of(store):
 
 
 def slow_tokens(method, params, store):
-  """One dict a token, of what the method says of it in float64, and of where it stands."""
+  """One dict per token with the method's scores in float64 and the token's categories."""
   stream = stream_of(store)
   text = "".join(chr(i) if i < 256 else "\n" for i in stream)
-  # Where the letters of a word stand in it, from the text alone.
+  # The positions of letters in words, from the text alone.
   position = ["other"] * len(text)
   for word in re.finditer(r"[a-z0-9]+", text):
     position[word.start()] = "first" if len(word[0]) > 1 else "whole"
@@ -419,13 +416,13 @@ def slow_tokens(method, params, store):
   batch = {"tokens": tokens, "targets": targets, "weights": np.ones(tokens.shape, np.float32)}
 
   @jax.jit
-  def say(params, batch):
+  def predict(params, batch):
     reading = method.evaluate(params, batch)
     words = method.decoder.apply({"params": params["decoder"]}, method="unembedding")
     return reading, as_trained(method, params, batch, reading), method.hidden(params, batch), words
 
   with jax.default_matmul_precision("highest"):
-    reading, trained, hidden, words = say(params, batch)
+    reading, trained, hidden, words = predict(params, batch)
   best = (np.asarray(hidden, np.float64) @ np.asarray(words, np.float64)[: store.vocab_size].T).argmax(-1)
   scores = reading.scores
   t, d = (np.exp(np.asarray(x, np.float64)) for x in (scores.log_target, scores.log_dont_know))
@@ -472,13 +469,13 @@ def test_against_a_slow_reference(name):
   assert (got["method"], got["step"], got["split"], got["limit"]) == (method.name, 7, "validation", LIMIT)
   assert (got["windows"], got["tokens"], got["num_slots"]) == (LIMIT, len(rows), width)
   assert got["documents"] == rows[-1]["document"] + 1
-  assert json.loads(jsonl.dumps(got)) == got  # plain, and nothing in it is nan
+  assert json.loads(jsonl.dumps(got)) == got  # the result is plain JSON without nan
   perplexity = got["perplexity"]
   np.testing.assert_allclose(perplexity["mixture"], np.exp(np.mean(mixture)), **CLOSE)
   np.testing.assert_allclose(perplexity["slots"], np.exp(-np.log(t).mean(0)), **CLOSE)
   np.testing.assert_allclose(perplexity["oracle"], np.exp(-np.log(t.max(-1)).mean()), **CLOSE)
   np.testing.assert_allclose(perplexity["mean_of_logs"], np.exp(-(s * np.log(t)).sum(-1).mean()), **CLOSE)
-  if name == "cyb":  # s of training is that of its omega; its loss has the discount
+  if name == "cyb":  # the s of training has the omega of training; its loss has the discount
     trained = np.array([row["trained"] for row in rows])
     np.testing.assert_allclose(perplexity["training"], np.exp(-np.log((trained * t).sum(-1)).mean()), **CLOSE)
     discounted = (trained * t * [1, 1, 0.5]).sum(-1)
@@ -526,7 +523,7 @@ def check_latency(got, s):
   np.testing.assert_allclose(got["mean_pauses"], pauses.mean(), **CLOSE)
   counts, edges = np.histogram(np.clip(pauses, 0, s.shape[-1] - 1), got["histogram"]["edges"])
   assert np.diff(edges) == pytest.approx(np.full(20 * (s.shape[-1] - 1), 1 / 20))
-  if len(set(pauses.round(5))) > 10:  # else all may lie on one edge
+  if len(set(pauses.round(5))) > 10:  # otherwise all values may fall on one edge
     assert abs(counts - got["histogram"]["counts"]).sum() <= 4
   assert sum(got["histogram"]["counts"]) == len(s)
 
@@ -594,7 +591,7 @@ def check_calibration(steps, t, d):
       assert level["count"] == pytest.approx(inside.sum(), abs=2)
       assert level["decision"] == pytest.approx(d[inside, i].mean(), abs=1e-3)
       assert level["better"] == pytest.approx(better[inside].mean(), abs=2 / inside.sum())
-    # Every window was in the sample: the bins hold a token each, or tokens that are alike.
+    # Every window is in the sample, so each bin holds one token or equal tokens.
     place = np.floor((stats.rankdata(d[:, i]) - 0.5) / len(d) * 10)
     for number, decile in enumerate(row["deciles"]):
       inside = place == number
@@ -610,9 +607,9 @@ def check_curves(curves, t, d):
   width = t.shape[-1]
   thresholds = [row["threshold"] for row in curves["threshold"]]
   assert thresholds == sorted(thresholds)
-  assert sum(d[:, :-1].min() < x < d[:, :-1].max() for x in thresholds) >= 50  # fine where d is
+  assert sum(d[:, :-1].min() < x < d[:, :-1].max() for x in thresholds) >= 50  # d has fine bins
   for row in curves["threshold"]:
-    # A threshold that is the d of a token of the sample: to either side of it by rounding.
+    # A threshold equals d of a token of the sample, so rounding decides on which side the token is.
     found = []
     for threshold in (row["threshold"] - 1e-6, row["threshold"] + 1e-6):
       slots = [next((i for i in range(width - 1) if x[i] <= threshold), width - 1) for x in d]
@@ -631,7 +628,7 @@ def check_curves(curves, t, d):
 @pytest.mark.slow
 def test_devices_change_nothing():
   alone, *_ = measured("cyb")
-  spread, *_ = measured("cyb", batch_size=24, devices=8)  # the last batch is filled up
+  spread, *_ = measured("cyb", batch_size=24, devices=8)  # the last batch is padded
   assert alone["groups"]["tokens"] == spread["groups"]["tokens"]
   for key in ("mixture", "interval", "slots", "oracle"):
     np.testing.assert_allclose(alone["perplexity"][key], spread["perplexity"][key], rtol=1e-5)
@@ -641,22 +638,22 @@ def test_devices_change_nothing():
     assert [row["count"] for row in alone[key]] == [row["count"] for row in spread[key]]
 
 
-def test_the_whole_split_and_document_mask():
+def test_the_complete_split_and_document_mask():
   plain, *_, store = measured("baseline", limit=None)
   masked, *_ = measured("baseline", limit=10_000, document_mask=True)
   assert plain["limit"] is masked["limit"] is None
   assert plain["windows"] == masked["windows"] == store.num_windows("validation", LENGTH)
-  # Every token but the first end is a target, of the document that it is of or closes.
+  # Every token except the first end token is a target of the document that it belongs to or ends.
   assert plain["tokens"] == store.num_tokens("validation") - 1
   assert plain["documents"] == 64
   assert plain["groups"]["tokens"] == np.diff(np.flatnonzero(stream_of(store) == 256)).tolist()
   assert masked["perplexity"]["mixture"] != plain["perplexity"]["mixture"]
 
 
-def test_a_split_that_is_not_there():
+def test_a_missing_split_is_refused():
   config = configs.freeze(tiny_config(**METHODS["cyb"]))
   store = training.open_store(config)
   with pytest.raises(InputError, match=r"split: 'dev' .* it has train, test, validation"):
     statistics_of_split(types.SimpleNamespace(context=1), {}, store, config, split="dev", step=0)
-  with pytest.raises(InputError, match="limit: 0; give at least 1"):
+  with pytest.raises(InputError, match="limit: 0 must be at least 1 window"):
     statistics_of_split(types.SimpleNamespace(context=1), {}, store, config, split="test", step=0, limit=0)

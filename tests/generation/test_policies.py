@@ -1,4 +1,4 @@
-"""The small parts of the sampler, by hand: layouts of slots, step budgets and token samplers."""
+"""The parts of the sampler, by hand: layouts of slots, step budgets and token samplers."""
 
 import types
 
@@ -33,8 +33,8 @@ def test_layouts(hides, shifts, in_prompt, expected):
 
 
 def test_a_step_budget_denies_by_its_hazard():
-  # omega = (1/2, 0, 1/2): the budget ends at the first slot with probability 1/2, at the second never, at the third
-  # always.
+  # omega = (1/2, 0, 1/2): the budget ends at the first slot with probability 1/2, never at the second, and always at
+  # the third.
   budget = choose_step_budget(SamplingOptions(omega=(1.0, 0.0, 1.0)), 3)
   assert isinstance(budget, RandomStepBudget)
   drawn = jnp.array([0.49, 0.51, 0.0, 0.99])
@@ -59,8 +59,8 @@ def test_token_samplers_of_options():
 
 @pytest.mark.parametrize("top_p", [1e-40, 1e-46, 1e-20])
 @pytest.mark.parametrize("temperature", [1.0, 1e-6])
-def test_the_likeliest_token_always_stays(top_p, temperature):
-  """Where f32 rounds top_p to 0, all tokens were excluded, and number 0 was drawn."""
+def test_the_most_likely_token_is_always_kept(top_p, temperature):
+  """When f32 rounded top_p to 0, all tokens were excluded, and token 0 was drawn."""
   sampler = choose_token_sampler(SamplingOptions(top_p=top_p, temperature=temperature), 4)
   log_probs = jnp.log(jnp.array([[0.1, 0.5, 0.3, 0.1], [0.2, 0.1, 0.0, 0.7]]))
   keys = jax.vmap(jax.random.key)(jnp.arange(2, dtype=jnp.uint32))

@@ -1,5 +1,5 @@
-"""Scores of continuations: by hand, against the training forward read one request at a time in float64, and in any
-company alike."""
+"""Scores of continuations: by hand, against the training forward one request at a time in float64, and independent of
+the other requests."""
 
 import functools
 
@@ -60,7 +60,7 @@ def scorer(name, **options):
 
 @functools.cache
 def requests():
-  """Ragged ones: shared contexts, an empty context, one token, an empty continuation, a context that is too long."""
+  """Different requests: shared contexts, an empty context, one token, an empty continuation, a long context."""
   rng = np.random.default_rng(0)
 
   def ids(count):
@@ -79,11 +79,11 @@ def requests():
 
 
 def one_by_one(name, context, continuation):
-  """(log-likelihood, greedy, pauses) of a request from the method's own reading, word by word in float64."""
+  """(log-likelihood, greedy, pauses) of a request from the method's evaluation, token by token in float64."""
   method, params = model(name)
   context = (list(context) or [START])[-(CONTEXT + 1 - len(continuation)) :]
   ids = context + list(continuation)
-  # The rest is seen by nobody before it.
+  # Attention is causal, so the padding is not seen by earlier tokens.
   batch = {"tokens": jnp.zeros((1, CONTEXT), jnp.int32).at[0, : len(ids) - 1].set(jnp.array(ids[:-1]))}
   hidden = method.hidden(params, batch)[0]
   total, greedy, pauses = 0.0, True, 0.0
@@ -102,14 +102,14 @@ def one_by_one(name, context, continuation):
   return total, greedy, pauses
 
 
-# The others go by the same way, and take as long to compile.
+# The other methods use the same code and take as long to compile.
 QUICK = ("baseline", "tbys", "visible", "hidden", "mean_slots")
 SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.slow
-def test_against_the_reading_of_one_request(name, exact):
+def test_against_the_evaluation_of_one_request(name, exact):
   got = scorer(name).score(requests())
   for (context, continuation), score in zip(requests(), got):
     if not continuation:
@@ -125,46 +125,46 @@ def test_against_the_reading_of_one_request(name, exact):
 @pytest.mark.parametrize(
   "name", ["visible", *(pytest.param(name, marks=pytest.mark.slow) for name in ("baseline", "shifting"))]
 )
-def test_company_changes_nothing(name, exact):
+def test_other_requests_change_nothing(name, exact):
   together = scorer(name).score(requests())
   tight = scorer(name, slots=40, row_slots=40).score(requests()[::-1])[::-1]
   mesh = make_mesh(ParallelismConfig(), jax.devices()[:2])
   spread = scorer(name, mesh=mesh, slots=100).score(requests())
-  whole = scorer(name)
+  alone_scorer = scorer(name)
   for number, request in enumerate(requests()):
-    (alone,) = whole.score([request])
+    (alone,) = alone_scorer.score([request])
     for score in (together[number], tight[number], spread[number]):
       assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
       assert (score.greedy, score.tokens) == (alone.greedy, alone.tokens)
 
 
 @pytest.mark.slow
-def test_the_likeliest_continuation_is_greedy_in_any_company(exact):
+def test_the_most_likely_continuation_is_greedy_in_any_batch(exact):
   method, params = model("visible")
-  said = []
-  for _ in range(4):  # word by word, from the reading of the whole row
-    hidden = method.hidden(params, {"tokens": jnp.array([[7, 3, *said]])})[0, -1]
+  greedy = []
+  for _ in range(4):  # token by token, from the evaluation of the complete row
+    hidden = method.hidden(params, {"tokens": jnp.array([[7, 3, *greedy]])})[0, -1]
     words = method.token_scores(params, hidden, jnp.arange(3))
     d = np.exp(np.asarray(words.log_dont_know))
     s = np.array([1 - d[0], d[0] * (1 - d[1]), d[0] * d[1]])
-    said.append(int((s[:, None] * np.exp(words.log_probs)).sum(0).argmax()))
-  other = [(said[0] + 1) % VOCABULARY, *said[1:]]
-  company = [([7, 3], said), ([7, 3], other), ([7, 3], said[:2]), *requests()]
+    greedy.append(int((s[:, None] * np.exp(words.log_probs)).sum(0).argmax()))
+  other = [(greedy[0] + 1) % VOCABULARY, *greedy[1:]]
+  company = [([7, 3], greedy), ([7, 3], other), ([7, 3], greedy[:2]), *requests()]
   assert [score.greedy for score in scorer("visible").score(company)[:3]] == [True, False, True]
   assert [scorer("visible").score([request])[0].greedy for request in company[:3]] == [True, False, True]
 
 
-def test_a_model_that_knows_nothing(exact):
+def test_an_untrained_model(exact):
   method, params = model("tbys")
   blank = jax.tree.map(jnp.zeros_like, params)
   (score,) = Scorer(method, blank, context=CONTEXT, start_id=START).score([([1, 2], [3, 4, 5])])
   assert score.log_likelihood == pytest.approx(-3 * np.log(VOCABULARY), rel=1e-6)
-  assert score.greedy  # all words tie
-  assert score.pauses == 3 * 2  # by rule, always two
+  assert score.greedy  # all tokens tie
+  assert score.pauses == 3 * 2  # always two, by the method's rule
 
 
 def test_the_stopping_time_is_summed_over():
-  """W = 2 and d = 1/4, by hand: of a constant stop's shares nothing else is left."""
+  """W = 2 and d = 1/4, by hand: with a constant stop nothing else varies."""
   method, params = build(name="constant_stop", pauses=1)
   params = jax.tree.map(jnp.zeros_like, params)
   params["stopping_logits"] = jnp.log(jnp.array([3.0, 1.0])) / TINY.d_model
@@ -174,7 +174,7 @@ def test_the_stopping_time_is_summed_over():
 
 
 @pytest.mark.parametrize(("name", "of_context"), [("visible", 3), ("hidden", 1)])
-def test_what_is_spent(name, of_context):
+def test_costs_by_hand(name, of_context):
   method, _ = model(name)
   context, a, b = [1, 2, 3, 4], [5, 6, 7], [8]
   alone = scorer(name).score([(context, a)])[0]
@@ -187,35 +187,35 @@ def test_what_is_spent(name, of_context):
   cost = functools.partial(flops.slot_flops, config)
   if name == "visible":
     keys = sum(range(1, 19))
-    # The same window as the training forward counts it, all of it read.
-    whole = flops.forward_cost(config, tokens=6, slots=3, slots_read=3).total * 6
-    assert cost(slots=18, keys=keys, slots_read=18) == pytest.approx(whole)
+    # The same window in the costs of the training forward, with all slots read.
+    full_cost = flops.forward_cost(config, tokens=6, slots=3, slots_read=3).total * 6
+    assert cost(slots=18, keys=keys, slots_read=18) == pytest.approx(full_cost)
   else:
     keys = 1 + 2 + 3 + sum(tokens + slot for tokens in (4, 5, 6) for slot in range(3))
   assert alone.flops == pytest.approx(cost(slots=alone.slots, keys=keys, slots_read=9))
   assert first.flops + second.flops == pytest.approx(alone.flops + cost(slots=0, keys=0, slots_read=3))
 
 
-def test_many_branches_are_dealt_to_several_rows(exact):
+def test_many_branches_are_split_into_several_rows(exact):
   branches = np.random.default_rng(1).integers(1, VOCABULARY, (120, 5)).tolist()
-  whole = scorer("visible").score([([1, 2, 3], tokens) for tokens in branches])
-  assert len({score.slots for score in whole}) > 1 or sum(s.slots for s in whole) > 120 * 12 + 9
+  scores = scorer("visible").score([([1, 2, 3], tokens) for tokens in branches])
+  assert len({score.slots for score in scores}) > 1 or sum(s.slots for s in scores) > 120 * 12 + 9
   for number in (0, 60, 119):
     total, _, _ = one_by_one("visible", [1, 2, 3], branches[number])
-    assert whole[number].log_likelihood == pytest.approx(total, abs=1e-5)
+    assert scores[number].log_likelihood == pytest.approx(total, abs=1e-5)
 
 
 @pytest.mark.parametrize("length", [0, 1, 12, 13, 24, 31])
 @pytest.mark.parametrize("overlap", [1, 5])
 def test_rolling_windows(length, overlap, exact):
-  """Every token once, behind as much context as the definition gives it."""
+  """Every token is scored once, after as much context as the definition gives."""
   text = np.random.default_rng(2).integers(1, VOCABULARY, length).tolist()
   (score,) = scorer("baseline").score_rolling([text], overlap)
-  whole, expected, scored = [START, *text], 0.0, 1
-  while scored < len(whole):
+  sequence, expected, scored = [START, *text], 0.0, 1
+  while scored < len(sequence):
     fresh = CONTEXT if scored == 1 else CONTEXT + 1 - overlap
-    end = min(len(whole), scored + fresh)
-    window = whole[max(0, end - CONTEXT - 1) : end]
+    end = min(len(sequence), scored + fresh)
+    window = sequence[max(0, end - CONTEXT - 1) : end]
     new = end - scored
     expected += one_by_one("baseline", window[:-new], window[-new:])[0]
     scored = end
@@ -232,7 +232,7 @@ def test_a_continuation_longer_than_the_context_is_read_in_windows(exact):
 
 
 def test_the_readout_stays_within_its_budget():
-  """V = 100,000 and W = 3: the words of all tokens at once would be ten times the budget."""
+  """V = 100,000 and W = 3: the token scores of all tokens at once would be ten times the budget."""
   config = DecoderConfig(
     vocab_size=100_000, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_size=8, mlp_size=8
   )
@@ -247,9 +247,9 @@ def test_the_readout_stays_within_its_budget():
 
 
 def test_bad_requests():
-  with pytest.raises(InputError, match=r"request: number 2 has the id 29, but words are 0\.\.28"):
+  with pytest.raises(InputError, match=r"request: number 2 has the id 29; ids must be in 0\.\.28"):
     scorer("baseline").score([([1], [2]), ([1], [29])])
-  with pytest.raises(InputError, match=r"overlap: 13 must lie in 1\.\.12"):
+  with pytest.raises(InputError, match=r"overlap: 13 must be in 1\.\.12"):
     scorer("baseline").score_rolling([[1]], 13)
   with pytest.raises(InputError, match="context: 0 must be at least 1"):
     scorer("baseline", context=0)
@@ -257,11 +257,11 @@ def test_bad_requests():
 
 
 @pytest.mark.slow
-def test_the_benchmark_measures_three_ways_of_one_thing(tmp_path):
+def test_the_benchmark_measures_three_ways_of_scoring(tmp_path):
   method, params = build(name="cyb", pauses=1)
-  asked = benchmark._requests("hellaswag", 6, VOCABULARY)
-  assert [context == asked[0][0] for context, _ in asked] == [True] * 4 + [False] * 2
-  batched, one_by_one, padded = (way() for way in benchmark._ways(method, params, asked).values())
+  requested = benchmark._requests("hellaswag", 6, VOCABULARY)
+  assert [context == requested[0][0] for context, _ in requested] == [True] * 4 + [False] * 2
+  batched, one_by_one, padded = (way() for way in benchmark._ways(method, params, requested).values())
   np.testing.assert_allclose(batched, one_by_one, atol=1e-4)
   np.testing.assert_allclose(batched, padded, atol=1e-4)
   config = cli.write_config(tmp_path)
@@ -270,4 +270,4 @@ def test_the_benchmark_measures_three_ways_of_one_thing(tmp_path):
   assert [row["way"] for row in result["timing"]["rows"]] == ["batched", "one_by_one", "padded"]
   for ratio in result["timing"]["ratios"]:
     assert ratio["wall"]["lowest"] <= ratio["wall"]["median"] <= ratio["wall"]["highest"]
-  assert "--like: 'x' is none of" in cli.complaint("benchmark", "scoring", f"--config={config}", "--like=x")
+  assert "--like: 'x' is not one of" in cli.complaint("benchmark", "scoring", f"--config={config}", "--like=x")

@@ -1,4 +1,4 @@
-"""The text of generated tokens: where it ends, and what of it is shown before it is decided."""
+"""The text of generated tokens: its end, and the part of it that is shown while it is generated."""
 
 import io
 import itertools
@@ -22,14 +22,14 @@ def chat():
 
 @pytest.fixture(scope="module")
 def fallback():
-  """BPE whose decoder gives up all bytes of a run if one of them is in no character, as Llama 2's does."""
+  """BPE whose decoder replaces all bytes of a run if one of them is in no character, like Llama 2's decoder."""
   merges = [("a", "b")]
   steps = [{"type": "ByteFallback"}, {"type": "Fuse"}]
   return bpe(merges, decoder={"type": "Sequence", "decoders": steps}, fallback=True)
 
 
 def streamed(row, tokens):
-  """The text of each token as it comes, and the rest."""
+  """The text of each token as it arrives, and the rest."""
   return [*(text for _, text in row.pieces(tokens, [0] * len(tokens))), row.rest()]
 
 
@@ -41,8 +41,8 @@ def streamed(row, tokens):
     (["!<|im_end|>"], 3, "ab"),
     (["<|im_end|>\n<|im_start|>"], 5, "ab!"),
     (["<|im_start|>"], 5, "ab!\n"),
-    (["im_end"], None, "ab!\nab"),  # a part of a name is text, which these tokens have not
-    (["b!\n"], 4, "a"),  # without the names, the text is that of the tokens around a special entry
+    (["im_end"], None, "ab!\nab"),  # a part of a name is plain text, which does not occur in these tokens
+    (["b!\n"], 4, "a"),  # without the names, the text consists of the tokens around a special entry
     (["never"], None, "ab!\nab"),
     ([], None, "ab!\nab"),
   ],
@@ -55,7 +55,7 @@ def test_stop_strings_with_special_entries(chat, stops, kept, text):
   assert "".join(streamed(row, tokens)) == text
 
 
-def test_a_name_that_is_spelled_stops_too(chat):
+def test_a_name_that_is_spelled_also_stops(chat):
   tokens = chat.encode("a<|im_end|>b")
   assert not {1, 2} & set(tokens)
   row = Continuation(chat, [0], ["<|im_end|>"])
@@ -81,19 +81,19 @@ def test_special_entries_of_a_sentencepiece_model():
 
 
 def test_the_first_bytes_of_a_stop_string_are_not_shown():
-  """'日' is the beginning of the stop string while 本 has not all of its bytes."""
+  """'日' is the beginning of the stop string until all bytes of 本 have arrived."""
   tokens = list("a日本".encode())
   row = Continuation(ByteTokenizer(), [97], ["日本"])
   assert row.kept(tokens) == len(tokens)
   assert streamed(row, tokens) == ["a", *[""] * 7]
-  # Where another character follows, the text is shown.
+  # If another character follows, the text is shown.
   tokens = list("a日木b".encode())
   assert streamed(Continuation(ByteTokenizer(), [97], ["日本"]), tokens) == ["a", "", "", "", "", "", "日木", "b", ""]
 
 
 @pytest.mark.parametrize("stops", [[], ["日本"], ["本日", "b日"], ["é", "ab🦊"], ["\N{REPLACEMENT CHARACTER}"]])
-def test_what_is_shown_is_the_text(chat, stops):
-  """Of all texts of three of a few parts, and of their beginnings; no byte is shown before its character is whole."""
+def test_the_shown_pieces_equal_the_text(chat, stops):
+  """For all texts of three of a few parts, and their beginnings; no byte is shown before its character is complete."""
   parts = ["日", "本", "b", "ab", "🦊", "é"]
   for tokenizer in (ByteTokenizer(), chat):
     prompt = tokenizer.encode("x")
@@ -106,8 +106,8 @@ def test_what_is_shown_is_the_text(chat, stops):
         assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in shown[:-1])
 
 
-def test_bytes_that_a_decoder_may_still_give_up(fallback):
-  """日 is shown when the run of bytes has ended: a further byte, of no character, would change it."""
+def test_bytes_that_a_decoder_may_still_replace(fallback):
+  """日 is shown when the run of bytes has ended: one more byte, of no character, would change it."""
   ids = {piece: fallback.content["model"]["vocab"][f"<0x{piece:02X}>"] for piece in "日".encode()}
   tokens = [*fallback.encode("ab"), *(ids[byte] for byte in "日".encode()), *fallback.encode("a")]
   assert streamed(Continuation(fallback, fallback.encode("a")), tokens) == ["ab", "", "", "", "日a", ""]
@@ -116,6 +116,6 @@ def test_bytes_that_a_decoder_may_still_give_up(fallback):
   assert "".join(streamed(row, broken)) == row.text(broken) == "ab" + "\N{REPLACEMENT CHARACTER}" * 4
 
 
-def test_a_stop_string_that_no_text_has():
-  with pytest.raises(InputError, match=r"stop: 'a\\ud800' has '\\ud800', which is no character"):
+def test_a_stop_string_that_no_text_contains():
+  with pytest.raises(InputError, match=r"stop: 'a\\ud800' has '\\ud800', which is not a character"):
     Continuation(ByteTokenizer(), [97], ["a\ud800"])

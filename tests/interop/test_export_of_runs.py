@@ -20,7 +20,7 @@ TEXT = "A film that wasn't bad, wasn't good; it was a film."
 
 
 def run_of(tokenizer, **options):
-  """An untrained run, whose tables are rounded up to a multiple of 128 rows."""
+  """An untrained run, whose tables are padded to a multiple of 128 rows."""
   source = tiny_config(**options)
   config = configs.freeze(source)
   method = config.build_method(tokenizer.vocab_size)
@@ -44,7 +44,7 @@ def log_likelihoods(run, ids):
 
 
 @pytest.mark.parametrize("options", [dict(name="baseline"), dict(name="cyb", pauses=2)], ids=["baseline", "cyb"])
-def test_rows_that_only_pad_are_not_written(tmp_path, options):
+def test_padding_rows_are_not_written(tmp_path, options):
   run = run_of(train_sentencepiece(corpus(), 300), **options)
   back = export(run, tmp_path / "out")
   appended = 3 if options["name"] == "cyb" else 0
@@ -55,23 +55,23 @@ def test_rows_that_only_pad_are_not_written(tmp_path, options):
   assert (fields["cyb_jax"]["vocab_size"], fields["cyb_jax"]["rows"]) == (300, 300)
   written = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
   assert written.get_vocab_size() == len(table)
-  # Read back, it is the same model of the same shape, so that a config of the run fits it.
+  # The imported model has the run's shapes, so that a config of the run fits it.
   assert (back.method.decoder.config.vocab_size, back.method.vocab_size, back.imported) == (384, 300, False)
   ids = [run.tokenizer.separator_id, *run.tokenizer.encode(TEXT)]
   np.testing.assert_array_equal(log_likelihoods(back, ids), log_likelihoods(run, ids))
-  # With the tokenizer given by hand, too: its file says nothing about rows.
+  # Also with an explicit tokenizer, whose file does not determine the number of rows.
   given = pretrained.open_pretrained(str(tmp_path / "out"), tokenizer=str(tmp_path / "out" / "tokenizer.model"))
   assert given.tokenizer.vocab_size == 300
   if not appended:
-    # For a reader that knows nothing of ours, as transformers is.
+    # For a program that does not know our extensions, such as transformers.
     (tmp_path / "out" / "config.json").write_text(json.dumps(fields | {"cyb_jax": None}))
     other = pretrained.load(str(tmp_path / "out"))
     assert (other.method.decoder.config.vocab_size, other.imported) == (300, True)
     np.testing.assert_allclose(log_likelihoods(other, ids), log_likelihoods(run, ids), rtol=1e-5)
 
 
-def test_an_export_of_version_0_1_keeps_its_rows_apart(tmp_path):
-  """It has all rows of the run's tables; its config.json says which of them are entries."""
+def test_an_export_of_version_0_1_distinguishes_its_rows(tmp_path):
+  """It has all rows of the run's tables, and its config.json has the number of vocabulary entries."""
   run = run_of(train_sentencepiece(corpus(), 300), name="cyb", pauses=2)
   new = export(run, tmp_path / "new")
   config = run.method.decoder.config
@@ -91,7 +91,7 @@ def test_an_export_of_version_0_1_keeps_its_rows_apart(tmp_path):
 
 
 def test_texts_of_a_run_begin_and_end_as_in_training(tmp_path):
-  """A run on an instruct model's tokenizer: its documents begin with the separator, which no imported model sees."""
+  """A run with an instruct model's tokenizer: its documents begin with the separator, which imported models lack."""
   folder = imported_models.write_folder(tmp_path / "smollm2", "smollm2", [2])
   tokenizer = open_tokenizer(folder)
   run = run_of(tokenizer, name="baseline")
@@ -104,7 +104,7 @@ def test_texts_of_a_run_begin_and_end_as_in_training(tmp_path):
   for file in ("config.json", "generation_config.json"):
     fields = json.loads((tmp_path / "out" / file).read_text())
     assert (fields["bos_token_id"], fields["eos_token_id"], fields["pad_token_id"]) == (1, [2, 0], 2)
-  # transformers begins a text as training did, and still knows the chat template's own tokens.
+  # transformers begins a text as in training, and keeps the special tokens of the chat template.
   written = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
   assert written.encode("The film").ids == [0, *tokenizer.encode("The film")]
   settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Greedy texts of imported models equal those of transformers, token for token, from every format that holds them.
+"""Greedy texts of imported models equal those of transformers, token for token, in every supported format.
 
 The goldens, tests/parity/goldens/texts.json, are written by tests/parity/write_texts.py (`make test-parity`).
 """
@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 
 
 def teacher_forced(run, golden):
-  """The likeliest token after the prompt and after each token of the golden text."""
+  """The most likely token after the prompt and after each token of the golden text."""
   ids = np.array([golden["prompt_ids"] + golden["free_ids"][:-1]])
 
   @jax.jit
@@ -48,7 +48,7 @@ def teacher_forced(run, golden):
 
 
 def check(run, golden):
-  """The prompt's tokens, the text, and (by induction over its tokens) what greedy decoding generates."""
+  """Compares the prompt's tokens, the text, and (by induction over its tokens) the result of greedy decoding."""
   tokenizer = run.tokenizer
   assert [*run.boundaries.start, *tokenizer.encode(imported_models.PROMPT)] == golden["prompt_ids"]
   assert teacher_forced(run, golden) == golden["free_ids"]
@@ -67,7 +67,7 @@ def test_a_hugging_face_folder(folders, name):
 
 
 def gguf_tokenizer(name, writer):
-  """The metadata that llama.cpp's converter writes; keys that have a default are left to it."""
+  """The metadata that llama.cpp's converter writes, without keys that have a default."""
   _, content, settings = imported_models.MODELS[name]
   if content["model"]["byte_fallback"]:
     style = "gemma" if name == "gemma" else "llama"
@@ -82,7 +82,7 @@ def gguf_tokenizer(name, writer):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre({"smollm2": "smollm", "llama3": "llama-bpe"}.get(name, name))
     writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-  # As llama.cpp's converter pads them, so that the rows of the embedding are all tokens.
+  # Padded as by llama.cpp's converter, so that all rows of the embedding are tokens.
   padding = range(len(tokens), imported_models.ROWS)
   writer.add_token_list(tokens + [f"[PAD{number}]" for number in padding])
   writer.add_token_types(kinds + [5 for _ in padding])
@@ -121,12 +121,12 @@ def test_a_binary_of_llama2c(folders, tmp_path):
   (tmp_path / "tokenizer.bin").write_bytes(content)
   run = pretrained.load(str(tmp_path / "model.bin"))
   check(run, GOLDENS["llama2"])
-  # These models have learned that a document follows the begin token, and no end token.
+  # These models were trained with documents after the begin token, without an end token.
   assert run.boundaries.end_ids == (1,)
 
 
 def test_generation_ends_at_any_end_token(folders):
-  """The second end token is named by generation_config.json alone."""
+  """Only generation_config.json names the second end token."""
   golden = GOLDENS["smollm2"]
   path = f"--init_from={folders}/smollm2"
   flags = ("--temperature=0", "--mode=none", f"--max_new_tokens={imported_models.NEW_TOKENS}", "--stream=False")
@@ -135,16 +135,16 @@ def test_generation_ends_at_any_end_token(folders):
   run = pretrained.load(str(folders / "smollm2"))
   sampler = Sampler(run.method, SamplingOptions(mode="none", temperature=0))
   for ends in (golden["end_ids"], [290, *range(3, 15), golden["end_ids"][1]], golden["end_ids"][1]):
-    said = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16, end_id=ends)
+    generation = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16, end_id=ends)
     first = next(i for i, token in enumerate(golden["free_ids"]) if token in np.atleast_1d(ends))
-    assert said.tokens == [golden["free_ids"][: first + 1]]
-  said = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16)
-  assert said.tokens == [golden["free_ids"]]
+    assert generation.tokens == [golden["free_ids"][: first + 1]]
+  generation = sampler.generate(run.params, [golden["prompt_ids"]], max_new_tokens=16)
+  assert generation.tokens == [golden["free_ids"]]
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_converted_folder_says_the_same(folders, tmp_path, name):
-  """Ids of special tokens, chat template, rows without an entry: all that decides about a text comes back."""
+def test_a_converted_folder_generates_the_same_text(folders, tmp_path, name):
+  """Ids of special tokens, the chat template and rows without an entry: everything that affects a text is preserved."""
   golden, before = GOLDENS[name], pretrained.load(str(folders / name))
   cli.run("convert", "--from=hf", f"--input={folders / name}", f"--output={tmp_path}/out")
   after = pretrained.load(f"{tmp_path}/out")

@@ -1,4 +1,4 @@
-"""Weights of others. The goldens are transformers' own logits, written by `make test-parity`."""
+"""Import and export of weights. The goldens are transformers' own logits, written by `make test-parity`."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ MODELS = ("gemma", "llama", "llama_untied_biased", "neox_serial", "pythia", "qwe
 
 
 def abstract(decoder_config, mesh=None):
-  """Shapes and shardings of params['decoder']."""
+  """The shapes and shardings of params['decoder']."""
   boxed = jax.eval_shape(functools.partial(init_params, Decoder(decoder_config)), jax.random.key(0))
   if mesh is None:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -59,21 +59,21 @@ def logits(config, params, tokens):
 
 
 def golden(name):
-  """(tokens, logits)"""
+  """(tokens, logits)."""
   with np.load(GOLDENS / name / "goldens.npz") as arrays:
     return arrays["tokens"], arrays["logits"]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(name, exact):
+def test_logits_equal_those_of_transformers(name, exact):
   tokens, expected = golden(name)
-  assert expected.std() > 1.5  # nats: a mistake would show
+  assert expected.std() > 1.5  # nats: a mistake would give a larger difference
   _, config, params = load(GOLDENS / name)
   np.testing.assert_allclose(logits(config, params, tokens), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama_untied_biased", "pythia"])
-def test_stacked_layers_on_a_mesh_are_the_same_weights(name):
+def test_stacked_layers_on_a_mesh_equal_separate_layers(name):
   source, config, params = load(GOLDENS / name)
   mesh = make_mesh(configs.ParallelismConfig(fsdp=2, tensor=2))
   stacked = dataclasses.replace(config, scan_layers=True)
@@ -90,24 +90,24 @@ def tensors(folder):
 
 
 def random_params(init, seed=0):
-  """Of the shapes that `init` makes; none is zero or one."""
+  """Parameters with the shapes of `init`; no parameter is zero or one."""
   shapes = jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0))
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
 
 
 def assert_same(a, b):
-  """The same leaves, bit for bit."""
+  """Compares leaves bit for bit."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# Out.
+# Export.
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_out_and_in_again(name, tmp_path):
-  """The file that we write holds what the one that was read did, bit for bit; so does the config."""
+def test_export_and_import_are_inverse(name, tmp_path):
+  """The exported file equals the imported file bit for bit; so does the config."""
   _, config, params = load(GOLDENS / name)
   interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
   source, again, back = load(tmp_path / "out")
@@ -123,13 +123,13 @@ def test_out_and_in_again(name, tmp_path):
     assert written[field] == found[field], field
 
 
-def test_out_in_shards_of_16_bits(tmp_path):
-  """An index and shards no larger than asked for; what bfloat16 keeps of a weight comes back in either dtype."""
+def test_export_in_shards_of_16_bits(tmp_path):
+  """An index, and shards of at most the requested size; the bfloat16 weights are imported exactly in either dtype."""
   _, config, params = load(GOLDENS / "gemma", scan_layers=True)
   interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None, dtype="bfloat16", max_shard_bytes=9000)
   shards = sorted((tmp_path / "out").glob("*.safetensors"))
   assert len(shards) > 3
-  assert max(path.stat().st_size for path in shards) < 9000 + 2000  # the header's
+  assert max(path.stat().st_size for path in shards) < 9000 + 2000  # the header's size
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(tmp_path / "out").values())
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -140,7 +140,7 @@ def test_out_in_shards_of_16_bits(tmp_path):
 
 
 class Words(ByteTokenizer):
-  """A tokenizer of 61 ids whose model has 67 rows; what is written for transformers is recorded."""
+  """A tokenizer with 61 ids for a model with 67 rows; it records what is written for transformers."""
 
   vocab_size = 61
   separator_id = 60
@@ -171,7 +171,7 @@ _EXPORTS = {
 
 
 @pytest.mark.parametrize("name", _EXPORTS)
-def test_pauses_out_and_in_again(name, tmp_path):
+def test_pauses_are_exported_and_imported(name, tmp_path):
   decoder, options = _EXPORTS[name]
   decoder, options = DecoderConfig(**decoder), configure(**options)
   method = methods.build(options, decoder, vocab_size=Words.vocab_size)
@@ -180,10 +180,10 @@ def test_pauses_out_and_in_again(name, tmp_path):
   interop.write_huggingface(out, decoder, params, Words(), method=options, step=7)
 
   source, config, back = load(out, scan_layers=decoder.scan_layers)
-  assert config == decoder  # the appended entries aren't the decoder's
+  assert config == decoder  # the appended entries don't belong to the decoder
   assert source.extras.method == options
   assert (source.extras.step, source.extras.vocab_size) == (7, 61)
-  # Only entries are written; the other rows, which only pad, come back as zeros.
+  # Only vocabulary entries are written; padding rows are imported as zeros.
   for table in ("embedding", "unembedding"):
     if table in params["decoder"]:
       params["decoder"][table] = params["decoder"][table].copy()
@@ -195,7 +195,7 @@ def test_pauses_out_and_in_again(name, tmp_path):
   assert_same(interop.load_own(source, shapes), own)
   assert set(source.extras.own) == set(own)
 
-  # Where the rows lie in what transformers sees.
+  # The rows of the tables that transformers sees.
   rows, there = Words.vocab_size, tensors(out)
   pauses, abstains = getattr(options, "pauses", 0), "dont_know" in own
   stem = "gpt_neox.embed_in" if decoder.norm == "layernorm" else "model.embed_tokens"
@@ -221,8 +221,8 @@ def test_pauses_out_and_in_again(name, tmp_path):
     assert not (out / "cyb_jax.safetensors").exists()
 
 
-def test_a_tokenizer_comes_back(tmp_path):
-  """One that transformers has in its form, behind which our entries stand; one that it hasn't as it is."""
+def test_a_tokenizer_is_exported_and_imported(tmp_path):
+  """A tokenizer that transformers supports, with our entries appended, and an unsupported tokenizer in its own form."""
   _, config, params = load(GOLDENS / "llama")
   texts = ["A film that wasn't bad, wasn't good"]
   rows = 384 - config.vocab_size
@@ -238,7 +238,7 @@ def test_a_tokenizer_comes_back(tmp_path):
     assert source.tokenizer().encode(texts[0]) == tokenizer.encode(texts[0])
 
 
-# What version 0.1 recorded in an export: the options of all methods, lists as lists.
+# The method in an export of version 0.1: the options of all methods, tuples as lists.
 _ALL_OPTIONS = {
   "loss": "ap", "pauses": 0, "omega": None, "gamma": None, "rho": None, "alpha": 0.0, "recipe": "constant",
   "slot_budget": 0.0, "policy_floor": 0.1, "dont_know": "token", "dont_know_prior": 0.9, "calibration_batches": 0,
@@ -261,7 +261,7 @@ def test_exports_of_version_0_1_load(name, tmp_path):
   assert len(fields["cyb_jax"]["method"]) == 27
   (out / "config.json").write_text(json.dumps(fields))
   assert interop.open_source(out).extras.method == options
-  # An option that the method doesn't have, and that is no default, was never written.
+  # Version 0.1 never wrote another value than the default for an option that the method does not have.
   fields["cyb_jax"]["method"]["prune_below"] = 0.5
   (out / "config.json").write_text(json.dumps(fields))
   with pytest.raises(InputError, match=r"cyb_jax\.method\.prune_below: unknown field; method .* has no such option"):
@@ -273,9 +273,9 @@ def test_own_rows_of_another_shape_are_refused(tmp_path):
   params = random_params(methods.build(options, decoder).init)
   interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
   source = interop.open_source(tmp_path / "out")
-  with pytest.raises(InputError, match=r"pause_input is wanted as \(3, 24\), but it is there as \(2, 24\)"):
+  with pytest.raises(InputError, match=r"pause_input has the shape \(2, 24\); it must have the shape \(3, 24\)"):
     interop.load_own(source, {"pause_input": jax.ShapeDtypeStruct((3, 24), jnp.float32)})
-  with pytest.raises(InputError, match=r"pause_offset is wanted as .* not at all"):
+  with pytest.raises(InputError, match=r"pause_offset is missing; it must have"):
     interop.load_own(source, {"pause_offset": jax.ShapeDtypeStruct((2, 24), jnp.float32)})
 
 
@@ -295,15 +295,15 @@ def test_own_rows_of_another_shape_are_refused(tmp_path):
     (dict(name="tbys", dont_know_prior=0.9), "cyb_jax.own = "),
     (dict(pause_ids=67), "pause_ids = 67 must be of type list"),
     (dict(dont_know_id=70.0), "dont_know_id = 70.0 must be of type int"),
-    (dict(pause_ids=[67, 68], pauses=2), r"the entries \[67, 68, 70\] aren't vocab_size = 71"),
-    (dict(pause_ids=[67.0, 68, 69]), r"the entries \[67\.0, 68, 69, 70\] aren't"),
+    (dict(pause_ids=[67, 68], pauses=2), r"the appended entries \[67, 68, 70\] don't give vocab_size = 71"),
+    (dict(pause_ids=[67.0, 68, 69]), r"the appended entries \[67\.0, 68, 69, 70\] don't"),
     (dict(name="constant_stop", own={"pause_input": [3, 24], "stopping_logits": [4]}), "dont_know_id = 70, but its"),
     (dict(version=2), r"cyb_jax\.version = 2; this version reads 1"),
     (dict(rows="67"), "rows = '67' must be of type int"),
     (None, "cyb_jax = 3 must be an object"),
   ],
 )  # fmt: skip
-def test_an_export_that_does_not_agree_with_itself(changed, message, tmp_path):
+def test_an_inconsistent_export_is_refused(changed, message, tmp_path):
   decoder, options = DecoderConfig(**_RMS), configure(pauses=3)
   params = random_params(methods.build(options, decoder).init)
   interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
@@ -323,13 +323,13 @@ def test_an_export_that_does_not_agree_with_itself(changed, message, tmp_path):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    (dict(soft_cap=30.0), "closest, LlamaForCausalLM, needs decoder.soft_cap = None, not 30.0"),
-    (dict(rope_fraction=1 / 3), "LlamaForCausalLM, needs decoder.rope_fraction = 1.0"),
+    (dict(soft_cap=30.0), "closest, LlamaForCausalLM, requires decoder.soft_cap = None, not 30.0"),
+    (dict(rope_fraction=1 / 3), "LlamaForCausalLM, requires decoder.rope_fraction = 1.0"),
     (dict(norm="layernorm", attention_bias="all", mlp_bias=True, gated_mlp=False), "decoder.num_kv_heads = 4"),
     (dict(d_model=26), "decoder.num_heads to divide d_model = 26, not 4"),
   ],
 )
-def test_what_no_family_expresses_is_refused(fields, message, tmp_path):
+def test_a_config_that_no_family_expresses_is_refused(fields, message, tmp_path):
   with pytest.raises(InputError, match=message):
     interop.write_huggingface(tmp_path / "out", DecoderConfig(**(_RMS | fields)), {"decoder": {}}, None)
   assert not list(tmp_path.iterdir())
@@ -353,7 +353,9 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(InputError, match="not empty"):
     interop.write_huggingface(tmp_path / "full", config, {"decoder": params}, None)
   lora = {**params["layers_0"], "attention": {"query": {"lora_a": np.zeros(1)}}}
-  with pytest.raises(InputError, match=r"layers_0\.attention\.query\.lora_a has no tensor to go to; merge it"):
+  with pytest.raises(
+    InputError, match=r"layers_0\.attention\.query\.lora_a has no tensor in this architecture; merge it"
+  ):
     interop.write_huggingface(tmp_path / "out", config, {"decoder": {**params, "layers_0": lora}}, None)
 
   def fail(*_):
@@ -365,8 +367,8 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
   assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_a_full_disk_in_the_words_of_safetensors(tmp_path, monkeypatch):
-  """Nothing is left, the folders that were made for the output included."""
+def test_a_full_disk_reported_by_safetensors(tmp_path, monkeypatch):
+  """No files are left, nor the folders that were created for the output."""
   import safetensors.numpy
 
   _, config, params = load(GOLDENS / "llama")
@@ -383,7 +385,7 @@ def test_a_full_disk_in_the_words_of_safetensors(tmp_path, monkeypatch):
   assert interop.open_source(tmp_path / "new" / "deeper" / "out").decoder == config
 
 
-def test_leftovers_of_writes_that_were_killed_go(tmp_path):
+def test_leftovers_of_killed_writes_are_removed(tmp_path):
   _, config, params = load(GOLDENS / "llama")
   ended = subprocess.Popen(["true"])
   ended.wait()
@@ -396,7 +398,7 @@ def test_leftovers_of_writes_that_were_killed_go(tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
 
 
-# GGUF and llama2.c, written here from a golden model.
+# GGUF and llama2.c files, written here from a golden model.
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_untied_biased", "qwen2", "gemma"])
@@ -408,13 +410,13 @@ def test_gguf_of_f32(name, tmp_path, exact):
   assert (source.kind, found) == ("gguf", config)
   tokens, expected = golden(name)
   np.testing.assert_allclose(logits(found, back, tokens), expected, rtol=0, atol=1e-4)
-  if architecture != "gemma":  # whose scales are rounded after adding 1
+  if architecture != "gemma":  # the scales are rounded after adding 1
     assert_same(back, params)
 
 
 @pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_1", "BF16"])
 def test_gguf_dequantised(quantisation, tmp_path):
-  """What the package makes of each matrix, in our order; permuting rows and quantising commute."""
+  """The package's values of each matrix, in our order; permuting rows and quantising commute."""
   gguf = pytest.importorskip("gguf")
   config = DecoderConfig(**(_RMS | dict(d_model=64, head_size=16, mlp_size=96)))
   params = random_params(functools.partial(init_params, Decoder(config)))
@@ -441,10 +443,10 @@ def test_llama2c(form, tied, tmp_path):
   source, found, back = load(tmp_path / "m.bin")
   assert (source.kind, found) == ("llama2c", config)
   assert_same(back, params)
-  # A tokenizer may follow; a truncated one is no model.
+  # A tokenizer may follow; a truncated model is refused.
   (tmp_path / "m.bin").write_bytes(written + b"more")
   assert_same(load(tmp_path / "m.bin")[2], params)
-  kept = len(written) - (12 * 6 * 4 if form == "legacy" and tied else 0)  # but for the cosines and sines
+  kept = len(written) - (12 * 6 * 4 if form == "legacy" and tied else 0)  # except for the cosines and sines
   (tmp_path / "m.bin").write_bytes(written[: kept - 1])
   with pytest.raises(InputError, match=r"m\.bin: truncated, \d+ bytes; the tensor .* ends at"):
     interop.open_source(tmp_path / "m.bin")
@@ -481,13 +483,13 @@ _PUBLISHED = {
 
 
 @pytest.mark.parametrize("preset", _PUBLISHED)
-def test_published_configs_are_our_presets(preset, tmp_path):
+def test_published_configs_equal_our_presets(preset, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(_PUBLISHED[preset]))
   _, config, _ = huggingface.read_config(tmp_path / "config.json")
   assert dataclasses.replace(config, initializer=PRESETS[preset].initializer) == PRESETS[preset]
 
 
-def test_qwen2_of_half_a_billion(tmp_path):
+def test_the_config_of_qwen2_0_5b(tmp_path):
   fields = {
     "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
     "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
@@ -498,10 +500,10 @@ def test_qwen2_of_half_a_billion(tmp_path):
   }  # fmt: skip
   (tmp_path / "config.json").write_text(json.dumps(fields))
   _, config, _ = huggingface.read_config(tmp_path / "config.json")
-  assert num_params(config) == 494_032_768  # as its makers count
+  assert num_params(config) == 494_032_768  # the number of parameters in the model card
 
 
-# What is refused.
+# Refused sources.
 
 
 @pytest.mark.parametrize(
@@ -521,8 +523,8 @@ def test_qwen2_of_half_a_billion(tmp_path):
     ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling.type = 'linear'"),
     ("llama", "attention_multiplier", 0.1, "attention_multiplier = 0.1 is unknown"),
     ("llama", "quantization_config", {"bits": 4}, "quantization_config"),
-    ("llama", "hidden_act", "relu2", "hidden_act = 'relu2' is none of"),
-    ("llama", "hidden_size", 37, r"\[67, 36\], but its config asks for \[67, 37\]"),
+    ("llama", "hidden_act", "relu2", "hidden_act = 'relu2' is not one of"),
+    ("llama", "hidden_size", 37, r"\[67, 36\]; the config requires \[67, 37\]"),
     ("llama", "num_hidden_layers", 3, r"the tensor model\.layers\.2.* is missing"),
     ("llama", "num_hidden_layers", 1, r"unknown tensor model\.layers\.1\..* and \d more"),
     ("llama", "vocab_size", None, "vocab_size is missing"),
@@ -534,7 +536,7 @@ def test_qwen2_of_half_a_billion(tmp_path):
     ("pythia", "hidden_act", "relu", "hidden_act = 'relu'"),
   ],
 )  # fmt: skip
-def test_configs_that_mean_another_model(model, field, value, message, tmp_path):
+def test_configs_of_unsupported_models_are_refused(model, field, value, message, tmp_path):
   folder = shutil.copytree(GOLDENS / model, tmp_path / "m")
   fields = json.loads((folder / "config.json").read_text())
   (folder / "config.json").write_text(json.dumps(fields | {field: value}))
@@ -544,7 +546,7 @@ def test_configs_that_mean_another_model(model, field, value, message, tmp_path)
   assert str(folder) in str(error.value)
 
 
-def test_older_spellings_mean_the_same(tmp_path):
+def test_older_field_names_give_the_same_config(tmp_path):
   for name, new, old in (
     ("llama", "rope_parameters", {"rope_theta": 1000, "rope_scaling": None, "torch_dtype": "float32"}),
     ("pythia", "rope_parameters", {"rotary_emb_base": 1000, "rotary_pct": 0.25}),
@@ -579,7 +581,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     with pytest.raises(InputError, match=message):
       interop.open_source(folder)
 
-  # Buffers of older files are passed over.
+  # Buffers of older files are ignored.
   buffers = {
     "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), bool),
     "gpt_neox.layers.1.attention.masked_bias": np.array(-1e9, np.float32),
@@ -589,9 +591,9 @@ def test_tensors_that_do_not_fit(tmp_path):
   interop.open_source(folder)
   refused(r"model\.safetensors: unknown tensor gpt_neox\.layers\.0\.extra", **{"gpt_neox.layers.0.extra": np.ones(2)})
   refused(r"the tensor embed_out\.weight \[67, 48\] is missing", **{"embed_out.weight": None})
-  refused(r"embed_out\.weight is \[66, 48\]", **{"embed_out.weight": arrays["embed_out.weight"][1:]})
+  refused(r"embed_out\.weight has the shape \[66, 48\]", **{"embed_out.weight": arrays["embed_out.weight"][1:]})
   wide = arrays["embed_out.weight"].astype(np.float64)
-  refused(r"embed_out\.weight is of dtype F64", **{"embed_out.weight": wide})
+  refused(r"embed_out\.weight has the dtype F64", **{"embed_out.weight": wide})
 
 
 def test_a_tied_output_table_must_be_the_embedding(tmp_path):
@@ -601,36 +603,36 @@ def test_a_tied_output_table_must_be_the_embedding(tmp_path):
   save_file(arrays | {"lm_head.weight": table.copy()}, folder / "model.safetensors")
   assert_same(load(folder)[2], load(GOLDENS / "llama")[2])
   save_file(arrays | {"lm_head.weight": table + 1}, folder / "model.safetensors")
-  with pytest.raises(InputError, match=r"lm_head.weight isn't model.embed_tokens.weight"):
+  with pytest.raises(InputError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
     interop.open_source(folder)
 
 
-def test_shards_that_are_not_whole(tmp_path):
+def test_incomplete_shards_are_refused(tmp_path):
   folder = shutil.copytree(GOLDENS / "llama_untied_biased", tmp_path / "m")
   shard = folder / "model-00003-of-00007.safetensors"
-  whole = shard.read_bytes()
-  shard.write_bytes(whole[:-4])
-  with pytest.raises(InputError, match=rf"{shard}: no whole safetensors file, {len(whole) - 4} bytes"):
+  complete = shard.read_bytes()
+  shard.write_bytes(complete[:-4])
+  with pytest.raises(InputError, match=rf"{shard}: not a complete safetensors file, {len(complete) - 4} bytes"):
     interop.open_source(folder)
   shard.unlink()
-  with pytest.raises(InputError, match=rf"{shard}: the shard is missing; .* says that it holds model\.layers"):
+  with pytest.raises(InputError, match=rf"{shard}: the shard is missing, but .* lists it for model\.layers"):
     interop.open_source(folder)
   save_file({"x": np.ones(1, np.float32)}, shard)
   with pytest.raises(InputError, match=rf"{shard}: the tensor model\.layers.* is missing"):
     interop.open_source(folder)
   index = folder / "model.safetensors.index.json"
   index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
-  with pytest.raises(InputError, match="no safetensors file in this folder"):
+  with pytest.raises(InputError, match="must be the name of a safetensors file in this folder"):
     interop.open_source(folder)
 
 
-def test_what_is_no_model(tmp_path):
+def test_other_files_are_refused(tmp_path):
   def refused(path, message):
     with pytest.raises(InputError, match=message) as error:
       interop.open_source(path)
     assert "\n" not in str(error.value)
 
-  refused("google/gemma-2b", "hf download google/gemma-2b --local-dir gemma-2b, after its licence is accepted")
+  refused("google/gemma-2b", "hf download google/gemma-2b --local-dir gemma-2b \(accept the licence first")
   refused(tmp_path / "absent.gguf", "no such folder or file; give")
   refused(tmp_path, "there is no config.json")
   shutil.copy(GOLDENS / "llama" / "config.json", tmp_path)
@@ -644,15 +646,15 @@ def test_what_is_no_model(tmp_path):
   (tmp_path / "odd.pth").write_bytes(b"whatever it holds")
   refused(tmp_path / "odd.pth", "a pickle")
   (tmp_path / "text").write_bytes(b"Not a model, but a text that is long enough to have a header")
-  refused(tmp_path / "text", "none of llama2.c's")
+  refused(tmp_path / "text", "is not that of a llama2.c binary")
   (tmp_path / "short").write_bytes(b"short")
-  refused(tmp_path / "short", "no llama2.c binary, 5 bytes")
+  refused(tmp_path / "short", "not a llama2.c binary, 5 bytes")
   (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\0" * 10)
-  refused(tmp_path / "m.gguf", r"m\.gguf: no whole GGUF file, 14 bytes")
+  refused(tmp_path / "m.gguf", r"m\.gguf: not a complete GGUF file, 14 bytes")
 
 
-def test_what_may_not_be_read(tmp_path, monkeypatch):
-  """The tests may run as a user who may read everything: the refusal is made here."""
+def test_unreadable_files_are_refused(tmp_path, monkeypatch):
+  """The tests may run as a user with all permissions, so the permission error is simulated."""
   hf = shutil.copytree(GOLDENS / "llama", tmp_path / "hf")
   (tmp_path / "m.bin").write_bytes(b"\0" * 28)
   forbidden, plain = None, io.open
@@ -662,7 +664,7 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
       raise PermissionError(13, "Permission denied", str(path))
     return plain(path, *args, **kwargs)
 
-  monkeypatch.setattr(io, "open", refuse)  # of pathlib
+  monkeypatch.setattr(io, "open", refuse)  # as called by pathlib
   for model, file in ((tmp_path / "m.bin", "m.bin"), (hf, "hf/model.safetensors"), (hf, "hf/config.json")):
     forbidden = tmp_path / file
     with pytest.raises(InputError, match=rf"{file}: can't be read .*Permission denied"):
@@ -671,7 +673,7 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
   assert interop.open_source(hf).kind == "huggingface"
 
 
-def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+def test_an_inaccessible_folder_is_refused(tmp_path, monkeypatch):
   plain = os.stat
 
   def refuse(path, *args, **kwargs):
@@ -687,11 +689,13 @@ def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
     assert str(tmp_path / "m") in str(error.value)
 
 
-def test_gguf_that_means_another_model(tmp_path):
+def test_gguf_files_of_unsupported_models_are_refused(tmp_path):
   _, config, _ = load(GOLDENS / "llama")
   arrays = tensors(GOLDENS / "llama")
   write_gguf(tmp_path / "a.gguf", arrays, config, "phi3")
-  with pytest.raises(InputError, match=r"general.architecture = 'phi3' is none that this version loads: llama, qwen2"):
+  with pytest.raises(
+    InputError, match=r"general.architecture = 'phi3' is unsupported; this version loads llama, qwen2"
+  ):
     interop.open_source(tmp_path / "a.gguf")
   write_gguf(tmp_path / "b.gguf", arrays, config, "llama", rope__scaling__type="yarn")
   with pytest.raises(InputError, match=r"llama.rope.scaling.type = 'yarn'"):
@@ -703,9 +707,9 @@ def test_gguf_that_means_another_model(tmp_path):
   with pytest.raises(InputError, match=r"e\.gguf: llama.context_length = '64' must be of type int"):
     interop.open_source(tmp_path / "e.gguf")
   write_gguf(tmp_path / "d.gguf", arrays, config, "llama")
-  whole = (tmp_path / "d.gguf").read_bytes()
-  (tmp_path / "d.gguf").write_bytes(whole[:-3000])
-  with pytest.raises(InputError, match=r"d\.gguf: no whole GGUF file"):
+  complete = (tmp_path / "d.gguf").read_bytes()
+  (tmp_path / "d.gguf").write_bytes(complete[:-3000])
+  with pytest.raises(InputError, match=r"d\.gguf: not a complete GGUF file"):
     interop.open_source(tmp_path / "d.gguf")
 
 
@@ -713,7 +717,7 @@ def test_a_decoder_of_another_shape(tmp_path):
   source = interop.open_source(GOLDENS / "llama")
   with pytest.raises(InputError, match="2 layers, but the decoder has 3"):
     interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, num_layers=3)))
-  with pytest.raises(InputError, match=r"embedding is \(67, 36\), but the decoder's is \(128, 36\)"):
+  with pytest.raises(InputError, match=r"embedding has the shape \(67, 36\); the decoder requires \(128, 36\)"):
     interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, vocab_size=128)))
-  with pytest.raises(InputError, match="it holds no unembedding"):
+  with pytest.raises(InputError, match="unembedding is missing, but the decoder"):
     interop.load_decoder(source, abstract(dataclasses.replace(source.decoder, tied_embeddings=False)))

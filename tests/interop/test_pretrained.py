@@ -1,4 +1,5 @@
-"""What a run starts from: weights out and in again, where new rows start, the programs that take either."""
+"""Initial parameters of a run: export and import, the initialisation of new rows, and programs that accept both runs
+and weights."""
 
 import json
 import shutil
@@ -19,7 +20,7 @@ from cyb_jax.studies.resolution import resolve
 
 
 def started(folder, **method):
-  """A config that starts from a folder, whose decoder and tokenizer it takes."""
+  """A config that starts from a folder and uses its decoder and tokenizer."""
   config = tiny_config(**method)
   config.decoder = configs.default().decoder
   config.decoder.preset = ""
@@ -31,7 +32,7 @@ def started(folder, **method):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-  """A plain run, and the same as a Hugging Face folder."""
+  """A plain run, and the same model as a Hugging Face folder."""
   folder = tmp_path_factory.mktemp("pretrained")
   config = tiny_config(name="baseline")
   config.train.update(steps=2, eval_every=0)
@@ -43,7 +44,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(folders):
-  """Fine-tuned from the Hugging Face folder with adapters."""
+  """A run that is fine-tuned from the Hugging Face folder with adapters."""
   config = started(folders / "hf", pauses=2, calibration_batches=1)
   config.tuning.update(weights="lora", lora_rank=2, lora_targets="query,down")
   config.optimizer.learning_rate = 0.01
@@ -52,7 +53,7 @@ def tuned(folders):
 
 
 def entries(params):
-  """The parameters with zeros in the rows of the tables that only pad, which an export does not have."""
+  """The parameters with zeros in the padding rows of the tables, which an export does not have."""
   decoder = {
     name: leaf.at[257:].set(0) if name in ("embedding", "unembedding") else leaf
     for name, leaf in params["decoder"].items()
@@ -60,7 +61,7 @@ def entries(params):
   return params | {"decoder": decoder}
 
 
-def test_weights_come_back_bit_for_bit(folders):
+def test_weights_are_preserved_bit_for_bit(folders):
   ours, theirs = cyb_jax.load(folders / "plain"), cyb_jax.load(folders / "hf")
   assert_trees_equal(entries(ours.params), theirs.params)
   assert theirs.method.name == "baseline"
@@ -75,7 +76,7 @@ def test_weights_come_back_bit_for_bit(folders):
 
 
 def new_rows(folders, caplog, choice, **method):
-  """(parameters, the embedding's 257 entries, what was logged), from the Hugging Face folder."""
+  """(parameters, the 257 entries of the embedding, the log), from the Hugging Face folder."""
   config = started(folders / "hf", **{"pauses": 2} | method)
   config.tuning.new_rows = choice
   caplog.clear()
@@ -100,7 +101,7 @@ def test_pauses_with_their_token_start_near_zero(folders, caplog, choice):
 
 
 @pytest.mark.parametrize("choice", ["auto", "draws"])
-def test_pauses_alone_start_at_draws_of_their_own(folders, caplog, choice):
+def test_pauses_without_their_token_start_at_independent_draws(folders, caplog, choice):
   params, table, logged = new_rows(folders, caplog, choice, pauses=50, pause_input="pause")
   drawn = (np.asarray(params["pause_input"], np.float64) - table.mean(0)) / table.std(0)
   # 800 normal numbers.
@@ -114,7 +115,7 @@ def test_pauses_alone_start_at_draws_of_their_own(folders, caplog, choice):
 
 
 def test_new_rows_may_start_from_the_mean(folders, caplog):
-  """The only start that version 0.1 had."""
+  """The only initialisation of version 0.1."""
   params, table, logged = new_rows(folders, caplog, "mean")
   np.testing.assert_allclose(params["pause_input"], [table.mean(0)] * 2, rtol=1e-5, atol=1e-7)
   np.testing.assert_allclose(params["dont_know"], table.mean(0), rtol=1e-5, atol=1e-7)
@@ -122,7 +123,7 @@ def test_new_rows_may_start_from_the_mean(folders, caplog):
 
 
 def test_new_rows_start_from_unused_entries(folders, monkeypatch, caplog):
-  """The paper's set-up: pauses in order, then <don't know>."""
+  """The paper's setup: pauses in order, then <don't know>."""
   from cyb_jax.data import ByteTokenizer
 
   monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9, 30, 31])
@@ -131,7 +132,7 @@ def test_new_rows_start_from_unused_entries(folders, monkeypatch, caplog):
     np.testing.assert_array_equal(params["pause_input"], table[[7, 9]].astype(np.float32))
     np.testing.assert_array_equal(params["dont_know"], table[30].astype(np.float32))
     assert "pauses start from the unused entries [7, 9]" in logged
-  # Where pauses start near zero, <don't know> takes the first of them.
+  # If pauses start near zero, <don't know> uses the first entry.
   params, table, _ = new_rows(folders, caplog, "auto", pause_input="token+pause")
   np.testing.assert_array_equal(params["dont_know"], table[7].astype(np.float32))
   assert np.abs(params["pause_input"]).max() < np.abs(table).max() / 10
@@ -139,14 +140,14 @@ def test_new_rows_start_from_unused_entries(folders, monkeypatch, caplog):
   monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9])
   params, *_ = new_rows(folders, caplog, "auto", pause_input="pause")
   assert not np.array_equal(params["pause_input"], table[[7, 9]].astype(np.float32))
-  message = r"tuning.new_rows: 'unused', but the vocabulary has 2 entries .* 'cyb' has 3 new rows .* take 'auto' or"
+  message = r"tuning.new_rows: 'unused', but the vocabulary has 2 entries .* 'cyb' has 3 new rows .* use 'auto' or"
   with pytest.raises(InputError, match=message):
     new_rows(folders, caplog, "unused", pause_input="pause")
 
 
-def test_the_identity_start_reads_as_the_model_did(folders, caplog, exact):
-  """With rows at zero the last slot of every token is exactly the model that has no pauses, and hidden pauses leave the
-  first slot so too.
+def test_the_zero_initialisation_preserves_the_model(folders, caplog, exact):
+  """With rows of zeros the last slot of every token equals the model without pauses, and with hidden pauses so does the
+  first slot.
   """
   batch = {
     "tokens": np.arange(12).reshape(2, 6),
@@ -173,7 +174,7 @@ def test_a_unit_starts_at_its_prior(folders):
 @pytest.mark.slow
 def test_adapters_are_merged_on_export(tuned, folders):
   run = cyb_jax.load(tuned)
-  assert run.config.source["decoder"]["d_model"] == 16  # what was left open is recorded
+  assert run.config.source["decoder"]["d_model"] == 16  # the resolved fields are recorded
   plain = cyb_jax.load(folders / "plain").params["decoder"]
   base = {k: v for k, v in run.params["decoder"]["layers_0"]["attention"]["query"].items() if k == "kernel"}
   assert_trees_equal(base, {"kernel": plain["layers_0"]["attention"]["query"]["kernel"]})
@@ -188,11 +189,11 @@ def test_adapters_are_merged_on_export(tuned, folders):
   assert float(back.params["dont_know_offset"]) != 0
   written = json.loads((folders / "export" / "config.json").read_text())
   assert written["vocab_size"] == 257 + 3
-  # log(0.9 / 0.1 * |V|) with |V| = 257 words and <don't know>.
+  # log(0.9 / 0.1 * |V|) with |V| = 257 vocabulary entries and <don't know>.
   assert written["cyb_jax"]["prior_shift"] == pytest.approx(np.log(9 * 257), rel=1e-6)
 
 
-def test_a_run_with_adapters_can_be_started_from(tuned, folders):
+def test_a_run_may_start_from_a_run_with_adapters(tuned, folders):
   run = cyb_jax.load(tuned)
   merged, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
   on = pretrained.load(str(tuned), resolve(started(tuned, pauses=2, calibration_batches=1)))
@@ -200,7 +201,7 @@ def test_a_run_with_adapters_can_be_started_from(tuned, folders):
 
 
 @pytest.mark.slow
-def test_it_goes_on_without_what_it_started_from(folders, tmp_path, caplog):
+def test_a_run_continues_without_its_init_from(folders, tmp_path, caplog):
   shutil.copytree(folders / "hf", tmp_path / "hf")
   config = started(tmp_path / "hf", pauses=1)
   caplog.set_level("INFO")
@@ -213,7 +214,7 @@ def test_it_goes_on_without_what_it_started_from(folders, tmp_path, caplog):
     resolve(config, tmp_path / "other")
 
 
-def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
+def test_programs_accept_weights_like_runs(folders, tmp_path):
   path = tmp_path / "plain.py"
   path.write_text(
     f"import sys\nsys.path[:0] = {[str(cli.ROOT / 'tests' / folder) for folder in ('support', 'interop')]!r}\n"
@@ -226,8 +227,8 @@ def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
   assert record["perplexity"] == mine["perplexity"]
   assert record["train_tokens"] == 0
   flags = ("--prompt=a", "--max_new_tokens=4", "--temperature=0", "--stream=False")
-  said, _ = cli.run("generate", f"--init_from={folders}/hf", *flags)
-  assert said["text"] == cli.run("generate", f"--workdir={folders}/plain", *flags)[0]["text"]
+  result, _ = cli.run("generate", f"--init_from={folders}/hf", *flags)
+  assert result["text"] == cli.run("generate", f"--workdir={folders}/plain", *flags)[0]["text"]
 
 
 @pytest.mark.parametrize(
@@ -238,9 +239,9 @@ def test_programs_take_weights_as_they_take_runs(folders, tmp_path):
      "--workdir: --init_from is also given"),
     ("generate", ["--prompt=a"], "--workdir: not given; give the run's folder as --workdir"),
     ("generate", ["--prompt=a", "--init_from={folders}/none"], "none: no such folder or file"),
-    ("generate", ["--prompt=a", "--init_from={folders}/hf", "--checkpoint=best"], "is no run, and has no checkpoints"),
+    ("generate", ["--prompt=a", "--init_from={folders}/hf", "--checkpoint=best"], "is not a run and has no checkpoint"),
     ("generate", ["--prompt=a", "--workdir={folders}/plain", "--tokenizer=bytes"], "--tokenizer: 'bytes' requires"),
-    ("train", ["--config={root}/experiments/smollm2_reviews.py", "--workdir={tmp}/x"], "init_from: not given, and"),
+    ("train", ["--config={root}/experiments/smollm2_reviews.py", "--workdir={tmp}/x"], "init_from: not set, but"),
     ("convert", ["--output={tmp}/x"], "--from, --to: give one of them"),
     ("convert", ["--from=torch", "--output={tmp}/x"], "--from: 'torch' is unknown; give one of hf, gguf, llama2c"),
     ("convert", ["--from=gguf", "--input={folders}/hf", "--output={tmp}/x"], "is of kind 'huggingface'"),
@@ -259,7 +260,7 @@ def test_bad_flags(program, flags, words, folders, tmp_path):
 
 def test_bad_starts(folders):
   config = started("", pauses=1)
-  with pytest.raises(InputError, match=r"init_from: not given, and decoder.preset = '' is the decoder of that"):
+  with pytest.raises(InputError, match=r"init_from: not set, but decoder.preset = '' is the decoder of init_from"):
     resolve(config)
   config.decoder.d_model = 16
   with pytest.raises(InputError, match=r"decoder.vocab_size: not set; .* set init_from to use its decoder"):
@@ -275,8 +276,8 @@ def test_bad_starts(folders):
   assert not (folders / "no").exists()
 
 
-def test_what_is_drawn_is_what_training_draws(folders):
-  """Rows that nothing is known of are the same, loaded and trained."""
+def test_missing_parameters_equal_those_of_training(folders):
+  """Parameters that `init_from` does not have are equal in `load` and in training."""
   config = started(folders / "hf", pauses=1)
   config.tuning.update(weights="lora", lora_rank=2)
   config.train.update(steps=0, epochs=0.0)
@@ -296,6 +297,6 @@ def test_a_converted_folder_keeps_its_context(folders, tmp_path):
 
 def test_bfloat16(folders, tmp_path):
   cli.run("convert", "--from=hf", f"--input={folders}/hf", f"--output={tmp_path}/half", "--dtype=bfloat16")
-  half, whole = cyb_jax.load(tmp_path / "half"), cyb_jax.load(folders / "hf")
-  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), whole.params)
+  half, full = cyb_jax.load(tmp_path / "half"), cyb_jax.load(folders / "hf")
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), full.params)
   assert_trees_equal(half.params, rounded)

@@ -1,5 +1,5 @@
 """cyb_looped: the stopping-time losses over loops of the layers, against float64; decoding with and without exits; a
-whole run, from training to generated text."""
+complete run, from training to generated text."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, S
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.stopping import hard_slot
 
-# Of all caches, so that few programs are compiled.
+# The capacity of all caches, so that few programs are compiled.
 CAPACITY = 12
 
 LOSSES = {
@@ -109,8 +109,8 @@ def test_gradient_against_finite_differences(exact):
   assert np.abs(gradient["dont_know"]).max() > 1e-4
 
 
-def test_without_waiting_it_is_a_plain_model_and_with_it_looped(exact):
-  """d = 0 everywhere reads the first loop, d = 1 the last one."""
+def test_d_of_0_is_a_plain_model_and_d_of_1_is_looped(exact):
+  """d = 0 everywhere reads the first loop, d = 1 the last loop."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=None)
   plain, _ = build(name="baseline")
   looped, _ = build(name="looped", pauses=2)
@@ -124,13 +124,13 @@ def test_without_waiting_it_is_a_plain_model_and_with_it_looped(exact):
 
 @functools.cache
 def compiled(method):
-  """`method.extend`, compiled once for all rows of the same number; op by op it takes seconds."""
+  """`method.extend`, compiled once for each number of rows; without compilation it takes seconds."""
   return jax.jit(method.extend)
 
 
 def decode(method, params, tokens, slots_of):
-  """Each row's tokens on a cache, token t with `slots_of[t]` loops run one after the other; [B, T, W, D], nan where not
-  run.
+  """Runs each row's tokens on a cache, token t with `slots_of[t]` loops one after the other; [B, T, W, D], nan for
+  loops that do not run.
   """
   rows, length = tokens.shape
   cache = method.empty_cache(rows, CAPACITY)
@@ -146,12 +146,12 @@ def decode(method, params, tokens, slots_of):
 
 
 @pytest.mark.parametrize("scan_layers", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_decoding_with_all_loops_is_the_training_forward(scan_layers, exact):
+def test_decoding_with_all_loops_equals_the_training_forward(scan_layers, exact):
   method, params = build(dataclasses.replace(TINY, scan_layers=scan_layers), name="cyb_looped", pauses=2)
   batch = random_batch(4, 2, 5)
   hidden = method.hidden(params, batch)
   np.testing.assert_allclose(decode(method, params, batch["tokens"], [3] * 5), hidden, rtol=1e-4, atol=1e-5)
-  # All loops of a token in one call, after a prompt that is run at once.
+  # All loops of a token in one call, after a prompt that runs in one call.
   cache = method.empty_cache(2, CAPACITY)
   tokens, order = batch["tokens"], np.broadcast_to(np.arange(3), (2, 3))
   prompt = SlotInputs(tokens[:, :4], np.zeros((2, 4), int), np.broadcast_to(np.arange(4), (2, 4)))
@@ -161,8 +161,8 @@ def test_decoding_with_all_loops_is_the_training_forward(scan_layers, exact):
   np.testing.assert_allclose(last, hidden[:, 4], rtol=1e-4, atol=1e-5)
 
 
-def test_loops_that_were_not_run_are_filled_from_the_last_one_that_was(exact):
-  """Against float64, layer by layer: the keys and values of an early exit serve its later loops too."""
+def test_skipped_loops_are_filled_from_the_last_loop_that_ran(exact):
+  """Against float64, layer by layer: the keys and values of an early exit also fill its later loops."""
   method, params = build(name="cyb_looped", pauses=2)
   tokens, slots_of = random_batch(5, 1, 5)["tokens"], [2, 1, 3, 1, 3]
   found = decode(method, params, tokens, slots_of)
@@ -180,14 +180,14 @@ def test_loops_that_were_not_run_are_filled_from_the_last_one_that_was(exact):
     for token, count in enumerate(slots_of):
       if loop < count:
         np.testing.assert_allclose(found[0, token, loop], decoder.finish(x)[token], rtol=1e-4, atol=1e-5)
-  # The difference is there, and it is what later tokens see: the states of a forward without exits are others.
-  whole = np.asarray(method.hidden(params, {"tokens": tokens}))
-  np.testing.assert_allclose(found[0, 0, :2], whole[0, 0, :2], rtol=1e-4, atol=1e-5)
-  assert np.abs(found[0, 4, 2] - whole[0, 4, 2]).max() > 1e-3
+  # The exit has an effect on later tokens: their states differ from those of a forward pass without exits.
+  full = np.asarray(method.hidden(params, {"tokens": tokens}))
+  np.testing.assert_allclose(found[0, 0, :2], full[0, 0, :2], rtol=1e-4, atol=1e-5)
+  assert np.abs(found[0, 4, 2] - full[0, 4, 2]).max() > 1e-3
 
 
 @pytest.mark.slow
-def test_fill_cache_is_an_early_exit():
+def test_fill_cache_equals_an_early_exit():
   method, params = build(name="cyb_looped", pauses=2)
   tokens = random_batch(6, 2, 1)["tokens"]
 
@@ -201,12 +201,12 @@ def test_fill_cache_is_an_early_exit():
 
 
 def spread(params):
-  """The parameters with a row of `<don't know>` that makes d differ from token to token."""
+  """The parameters with a row of `<don't know>` for which d differs between tokens."""
   return params | {"dont_know": jax.random.normal(jax.random.key(5), params["dont_know"].shape)}
 
 
 @pytest.mark.parametrize("documents", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_self_paced_evaluation_fills_the_loops_that_were_not_run(documents, exact):
+def test_self_paced_evaluation_fills_skipped_loops(documents, exact):
   """Against all loops of each token after earlier tokens that were decoded loop by loop, each up to its own exit."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
   params, batch = spread(params), random_batch(9, 1, 6)
@@ -226,13 +226,13 @@ def test_self_paced_evaluation_fills_the_loops_that_were_not_run(documents, exac
     np.testing.assert_allclose(output.scores.log_target[0, token], expected, atol=2e-5)
     np.testing.assert_allclose(output.scores.log_dont_know[0, token], scores.log_dont_know, atol=2e-5)
   differs = np.abs(output.scores.log_target - method.evaluate(params, batch).scores.log_target)[0]
-  # The first loop has the keys of training; later loops of later tokens have not.
+  # The first loop has the keys of training; later loops of later tokens have other keys.
   assert differs[:, 0].max() < 2e-5
   assert differs[:, 2].max() > 1e-3
 
 
 def test_states_of_slots_in_any_order(exact):
-  """As requests are scored: a context of one slot a token, then tokens with all of theirs."""
+  """The order of scoring: a context of one slot per token, then tokens with all slots."""
   method, params = build(name="cyb_looped", pauses=1)
   tokens = random_batch(7, 1, 4)["tokens"]
   slots = np.array([[0, 0, 0, 1, 0, 1]])
@@ -247,12 +247,12 @@ def test_states_of_slots_in_any_order(exact):
 
 
 @pytest.mark.parametrize("mode", [pytest.param("constant", marks=pytest.mark.slow), "self_paced"])
-def test_text_by_the_sampler(mode, exact):
+def test_text_of_the_sampler(mode, exact):
   """Greedy text against tokens that are decoded by hand, each at its own loop."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
   options = SamplingOptions(mode=mode, read="threshold", temperature=0.0)
-  said = Sampler(method, options).generate(params, [[3, 4, 5], [7]], max_new_tokens=4)
-  for prompt, tokens, pauses in zip([[3, 4, 5], [7]], said.tokens, said.pauses):
+  generation = Sampler(method, options).generate(params, [[3, 4, 5], [7]], max_new_tokens=4)
+  for prompt, tokens, pauses in zip([[3, 4, 5], [7]], generation.tokens, generation.pauses):
     text, slots_of = list(prompt), [3] * (len(prompt) - 1)
     for token, paused in zip(tokens, pauses):
       run = 3 if mode == "constant" else paused + 1
@@ -294,10 +294,10 @@ def one_device():
 
 
 def check_text(method, params):
-  """Text is generated at the model's own pace, and requests have the likelihood of a forward over the whole text."""
-  said = Sampler(method).generate(params, [[3, 4], [5]], max_new_tokens=3)
-  assert [len(row) for row in said.tokens] == [3, 3]
-  assert said.slots == [len(row) + sum(pauses) for row, pauses in zip(said.tokens, said.pauses)]
+  """Text is generated self-paced, and requests have the likelihood of a forward pass over the complete text."""
+  generation = Sampler(method).generate(params, [[3, 4], [5]], max_new_tokens=3)
+  assert [len(row) for row in generation.tokens] == [3, 3]
+  assert generation.slots == [len(row) + sum(pauses) for row, pauses in zip(generation.tokens, generation.pauses)]
   requests = [([3, 4, 5], [6, 7]), ([3, 4, 5], [8, 2]), ([9], [1, 2, 3, 5])]
   texts = np.array([[*context, *continuation] for context, continuation in requests])
   output = jax.jit(method.evaluate)(params, {"tokens": texts[:, :-1], "targets": texts[:, 1:]})
@@ -307,8 +307,8 @@ def check_text(method, params):
 
 
 @pytest.mark.slow
-def test_a_model_after_a_few_steps_reads_and_generates():
-  """What `test_a_run_is_trained_evaluated_scored_and_generates` does with a run, without a work directory."""
+def test_a_model_after_a_few_steps_evaluates_and_generates():
+  """The checks of `test_a_run_is_trained_evaluated_scored_and_generates`, without a work directory."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
   batch = random_batch(10, 4, 6)
 
@@ -370,7 +370,7 @@ def test_the_programs_on_a_run(workdir):
 
 
 def test_cost_of_generated_text():
-  """A loop passes the layers once, and all loops of a prompt run."""
+  """A loop is one pass through the layers, and all loops of a prompt run."""
   pytest.importorskip("lm_eval", reason="the extra harness isn't installed")
   from cyb_jax.generation.harness import CybLM
 
@@ -381,14 +381,14 @@ def test_cost_of_generated_text():
   pacing = Sampler(lm.run.method).pacing
   score = lm._cost(pacing, 3, [2, 0])
   config = lm.run.method.decoder.config
-  # Two tokens of the prompt at 3 loops, then 3 loops of the last one, which sees 3 tokens, and one loop, of 4 tokens.
+  # Two prompt tokens with 3 loops, then the last prompt token with 3 loops over 3 tokens, and one loop over 4 tokens.
   keys = 3 * (1 + 2) + 3 * 3 + 4
   assert score.flops == flops.slot_flops(config, slots=6 + 4, keys=keys, slots_read=4)
   assert (score.slots, score.tokens, score.pauses) == (10, 2, 2)
 
 
 def test_cost_by_hand():
-  """D = 16, two layers, 2 heads of 8 on one pair of key and value, F = 24: per layer 2 D N H + 2 D G H + 3 D F."""
+  """D = 16, two layers, 2 heads of size 8 with one kv head, F = 24: per layer 2 D N H + 2 D G H + 3 D F."""
   method, _ = build(name="cyb_looped", pauses=2)
   layer, readout = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24), 2 * 16 * 32
   attention = 4 * 16 * (8 + 1) / 2

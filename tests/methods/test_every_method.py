@@ -1,4 +1,4 @@
-"""What holds for every method of the registry, found by its name alone."""
+"""Properties of every method in the registry, which the tests find by name."""
 
 import types
 
@@ -19,7 +19,7 @@ SETTING = {settings.SETTINGS[name]["name"]: name for name in settings.representa
 
 
 def tiny(name):
-  """A method with its own setting's options, and few of whatever it has several of."""
+  """A method with the options of its setting, and small numbers of slots and layers."""
   config = configs.default()
   settings.apply(config, SETTING[name], "tiny", "1x1", from_scratch=True)
   options = configs.freeze(config).method
@@ -30,27 +30,27 @@ def params_of(method):
   return jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
 
 
-def test_each_has_a_setting():
+def test_each_method_has_a_setting():
   assert set(SETTING) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_says_what_it_spends(name):
+def test_it_reports_its_compute_cost(name):
   method = tiny(name)
   forward, executed = method.costs(16).forward, method.costs(16).forward_executed
   train, once = method.costs(16).train, method.costs(16).inference
   assert isinstance(once, flops.Cost)
   assert 0 < forward.total <= executed.total
   assert 0 < once.total <= forward.total
-  # Three products for one, and where passes are drawn evaluation takes the most.
+  # Training has three products for one; with drawn passes, evaluation uses the maximum.
   assert train.total > 2 * once.total
   assert method.costs(16).train_slots >= 16
   assert method.costs(16).forward_slots >= 16
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_rows_are_read_by_themselves(name):
-  """What is in the other rows of a batch, and what has no weight behind a row's end, changes nothing."""
+def test_rows_do_not_depend_on_each_other(name):
+  """The content of other rows, and tokens without weight at a row's end, change nothing."""
   method = tiny(name)
   params, batch = params_of(method), random_batch(3, 2, 6)
   other = {key: value.copy() for key, value in batch.items()}
@@ -65,7 +65,7 @@ def test_rows_are_read_by_themselves(name):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not isinstance(tiny(name), NonCausal)])
-def test_it_looks_at_no_later_token(name):
+def test_it_sees_no_later_token(name):
   method = tiny(name)
   params, batch = params_of(method), random_batch(4, 2, 6)
   later = {key: value.copy() for key, value in batch.items()}
@@ -76,7 +76,7 @@ def test_it_looks_at_no_later_token(name):
   assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-4
 
 
-# A value that each option may have, as a config writes it.
+# An accepted value of each option, as in a config.
 VALUES = {
   "alpha": 0.1, "calibration_batches": 1, "combine": "states", "dont_know": "unit", "dont_know_prior": 0.5,
   "fork_layers": "1:2", "full_depth": 0.1, "gamma": "1:1:1:1", "heads": 3, "jacobi": "1:1", "loss": "dp",
@@ -91,7 +91,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_another_methods_option_is_refused(name):
-  """By `configure` and in a config, where the hint names the method's own options and the methods that have it."""
+  """`configure` and a config reject it; the hint names the options of the method and the methods with the option."""
   assert set(VALUES) == set(configs.all_options())
   own = option_names(name)
   for option, value in VALUES.items():
@@ -114,8 +114,8 @@ def test_another_methods_option_is_refused(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_written_config_is_read_as_it_was(name):
-  """With the options of each of its settings, with its defaults, and with numbers that have no short form."""
+def test_a_written_config_is_read_unchanged(name):
+  """The options of each setting of the method, its defaults, and numbers without a short decimal form."""
   found = [configure(name)]
   for setting, fields in settings.SETTINGS.items():
     if fields["name"] == name:
@@ -130,7 +130,7 @@ def test_a_written_config_is_read_as_it_was(name):
   for options in found:
     source = configs.to_dict(configs.default()) | {"method": configs.written_method(options)}
     assert configs.freeze(source).method == options
-    # A config.json is read as a ConfigDict is.
+    # A config.json and a ConfigDict give the same result.
     config = configs.default()
     config.method.update(configs.written_method(options))
     assert configs.freeze(config).method == options
@@ -138,14 +138,14 @@ def test_a_written_config_is_read_as_it_was(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_half_batches_make_the_whole(name, tmp_path):
-  """In two parts a step under pmap as in one under jit: what is drawn hangs on the step and the row."""
+def test_accumulated_half_batches_equal_the_full_batch(name, tmp_path):
+  """A step in two parts under pmap equals a step under jit: random draws depend on the step and the row."""
   records = []
   for accumulate, strategy in ((1, "jit"), (2, "pmap")):
     config = tiny_config(name=name)
     settings.apply(config, SETTING[name], "tiny", "1x3", from_scratch=True)
     config.data.batch_size, config.optimizer.accumulate, config.parallelism.strategy = 16, accumulate, strategy
-    config.optimizer.epsilon = 1e-3  # else rounding decides the direction of small gradients
+    config.optimizer.epsilon = 1e-3  # otherwise rounding decides the direction of small gradients
     config.train.update(steps=3, eval_every=0, log_every=1)
     if name == "ponderlm3":
       config.method.prune_below = 0.0
@@ -155,8 +155,8 @@ def test_half_batches_make_the_whole(name, tmp_path):
   assert records[0]["inference_flops"] == records[1]["inference_flops"] > 0
 
 
-def test_what_is_no_plain_decoder_is_not_exported(monkeypatch, tmp_path):
-  """Whoever reads the folder would run another model."""
+def test_methods_that_are_no_plain_decoder_are_not_exported(monkeypatch, tmp_path):
+  """A program that reads the folder would run another model."""
   assert {name for name in METHODS if isinstance(tiny(name), Exportable)} == {
     "baseline",
     "tbys",

@@ -1,4 +1,4 @@
-"""The looped control; and what the decoder gives to methods that look between its layers."""
+"""The looped control, and the decoder's interface for methods that run some of its layers."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from cyb_jax.methods import configure
 
 
 def by_hand(method, params, batch):
-  """The layers, run again and again on their own output, then the norm once."""
+  """Runs the layers repeatedly on their own output, then the norm once."""
   decoder, variables = method.decoder, {"params": params["decoder"]}
   length = batch["tokens"].shape[1]
   hidden = decoder.apply(variables, batch["tokens"], method="embed")
@@ -30,7 +30,7 @@ def by_hand(method, params, batch):
   return decoder.apply(variables, hidden, method="finish")
 
 
-def test_layers_run_again(exact):
+def test_layers_run_repeatedly(exact):
   method, params = build(name="looped", pauses=2)
   baseline, _ = build(name="baseline")
   batch = random_batch()
@@ -43,7 +43,7 @@ def test_layers_run_again(exact):
   np.testing.assert_array_equal(method.loss(params, batch, jax.random.key(0)).loss, reading.loss)
 
 
-def test_scanned_layers_give_the_same_and_run_whole_only():
+def test_scanned_layers_give_equal_results_and_cannot_be_split():
   scanned, params = build(dataclasses.replace(TINY, scan_layers=True), name="looped", pauses=1)
   plain, _ = build(name="looped", pauses=1)
   layers = {
@@ -59,7 +59,7 @@ def test_scanned_layers_give_the_same_and_run_whole_only():
     )  # fmt: skip
 
 
-def test_no_passes_beside_the_first_is_refused():
+def test_no_pass_after_the_first_is_refused():
   with pytest.raises(InputError, match=r"method.pauses: 0 must be a whole number of at least 1"):
     build(name="looped", pauses=0)
   with pytest.raises(InputError, match=r"method.omega: unknown field; method 'looped' has no such option"):
@@ -67,8 +67,8 @@ def test_no_passes_beside_the_first_is_refused():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_weights_of_keys_against_numpy(masked):
-  """softmax(q k / sqrt(H) + log w) over the keys that are seen, of values times v; heads in groups."""
+def test_key_weights_against_numpy(masked):
+  """softmax(q k / sqrt(H) + log w) over the visible keys, with values multiplied by v; grouped heads."""
   rng = np.random.default_rng(0)
   query, key, value = (rng.normal(size=(2, 5, heads, 3)) for heads in (4, 2, 2))
   log, scale = rng.normal(size=(2, 5)), rng.uniform(size=(2, 5))
@@ -87,12 +87,12 @@ def test_weights_of_keys_against_numpy(masked):
     weights=KeyWeights(jnp.array(log, jnp.float32), jnp.array(scale, jnp.float32)),
   )
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-  with pytest.raises(InputError, match=r"decoder.attention: 'splash' takes no weights of keys"):
+  with pytest.raises(InputError, match=r"decoder.attention: 'splash' does not support key weights"):
     attend(found, found, found, implementation="splash", weights=KeyWeights(jnp.zeros((2, 5))))
 
 
 def test_updates_are_scaled():
-  """A slot whose updates are multiplied by 0 stays as it was, and the others see it as it was."""
+  """A slot whose updates are multiplied by 0 does not change, and other slots see it unchanged."""
   method, params = build(name="baseline")
   rng = np.random.default_rng(1)
   inputs = jnp.array(rng.normal(size=(1, 4, TINY.d_model)), jnp.float32)
@@ -118,13 +118,13 @@ def test_cost_by_hand():
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.slow
 def test_generation_runs_the_prefix_once(scan, exact):
-  """With keys and values of every pass; against the whole prefix run again for every word."""
+  """The cache has the keys and values of every pass; the reference runs the complete prefix for every token."""
   method, params = build(dataclasses.replace(TINY, scan_layers=scan), name="looped", pauses=1)
   prompt, new = [5, 1, 7], 4
-  said = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(
+  generation = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(
     params, [prompt, [2]], max_new_tokens=new
   )
-  for start, words in zip((prompt, [2]), said.tokens):
+  for start, words in zip((prompt, [2]), generation.tokens):
     tokens = list(start)
     for _ in range(new):
       hidden = method.hidden(params, {"tokens": jnp.array([tokens + [0] * (8 - len(tokens))])})[0, len(tokens) - 1, 0]
@@ -146,6 +146,6 @@ def test_executed_agrees_with_xla(remat):
 
   lowered = jax.jit(jax.grad(loss)).lower(params, {"tokens": rows, "targets": rows})
   counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
-  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  # XLA unrolls a scan of one chunk and then reuses the logits.
   again = method.costs(16).forward.readout
   assert method.costs(16).train_executed.total - again == pytest.approx(counted, rel=0.03)

@@ -1,4 +1,4 @@
-"""Methods: the forward pass over slots against a lookup through ids, the losses against dense logits, who sees whom."""
+"""Methods: the forward pass over slots against an embedding lookup of ids; losses against dense logits; visibility."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ CYB = {"name": "cyb", "pauses": 2}
 
 
 def dense_hidden(method, params, batch, *, token_plus_pause=False):
-  """Through one table of words and pauses and the ids that `interleave` gives, with an explicit mask."""
+  """Uses one table of tokens and pauses with the ids of `interleave`, and an explicit mask."""
   slots = pauses.interleave(batch["tokens"], method.config.pauses, TINY.vocab_size)
   table = jnp.concatenate([params["decoder"]["embedding"], params["pause_input"]])
   inputs = table[slots.ids]
@@ -41,7 +41,7 @@ def dense_hidden(method, params, batch, *, token_plus_pause=False):
 @pytest.mark.parametrize(
   ("pause_input", "visibility"), [("pause", "visible"), ("token+pause", "visible"), ("token+pause", "hidden")]
 )
-def test_hidden_is_a_pass_over_the_interleaved_ids(pause_input, visibility, exact):
+def test_hidden_equals_a_pass_over_the_interleaved_ids(pause_input, visibility, exact):
   method, params = build(**CYB, pause_input=pause_input, pause_visibility=visibility)
   batch = random_batch()
   expected = dense_hidden(method, params, batch, token_plus_pause=pause_input == "token+pause")
@@ -49,8 +49,8 @@ def test_hidden_is_a_pass_over_the_interleaved_ids(pause_input, visibility, exac
 
 
 @pytest.mark.parametrize("embeddings", ["scaled", "plain"])
-def test_pauses_are_scaled_as_words_are(embeddings):
-  """A pause whose row is that of a word is that word (Gemma multiplies its inputs)."""
+def test_pauses_are_scaled_like_tokens(embeddings):
+  """A pause with the row of a token has the same input as the token (Gemma scales its inputs)."""
   decoder = dataclasses.replace(TINY, scale_embeddings=embeddings == "scaled")
   method, params = build(decoder, **CYB | {"pauses": 1})
   batch = random_batch(length=1)
@@ -136,7 +136,7 @@ def influence(method, params, batch):
   """[T, T]: does the loss at token t (all its slots) change with the input embedding of token u?"""
   embedding = params["decoder"]["embedding"]
   length = batch["tokens"].shape[1]
-  # One word per position, so that a row of the table stands for a position.
+  # Every position has a different token, so that a row of the table identifies a position.
   batch = batch | {"tokens": jnp.arange(length)[None], "targets": jnp.full((1, length), 20)}
 
   def at(table):
@@ -167,7 +167,7 @@ def test_pauses_are_seen_by_later_tokens_unless_hidden():
     assert bool(jnp.abs(gradient).max() > 0) is seen
 
 
-def test_hidden_pauses_leave_the_tokens_as_they_were(exact):
+def test_hidden_pauses_do_not_change_the_first_slots(exact):
   method, params = build(**CYB, pause_visibility="hidden")
   plain, _ = build(name="baseline")
   batch = random_batch(7)
@@ -176,7 +176,7 @@ def test_hidden_pauses_leave_the_tokens_as_they_were(exact):
   )
 
 
-def test_offsets_start_without_effect_and_then_have_one():
+def test_offsets_are_initially_zero_and_then_have_an_effect():
   method, params = build(**CYB, pause_offset=True)
   plain, _ = build(**CYB)
   batch = random_batch(8)
@@ -184,11 +184,11 @@ def test_offsets_start_without_effect_and_then_have_one():
   moved = params | {"pause_offset": params["pause_offset"] + jnp.arange(1.0, 17.0) / 8}
   hidden, before = method.hidden(moved, batch), plain.hidden(params, batch)
   assert float(jnp.abs(hidden - before).max()) > 1e-3
-  # The first token's own slot sees no pause: no offset reaches it.
+  # The first token's first slot sees no pause, so no offset affects it.
   np.testing.assert_allclose(hidden[:, 0, 0], before[:, 0, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_documents_are_read_apart():
+def test_documents_do_not_see_each_other():
   method, params = build(**CYB)
   batch = random_batch(9, 1, 6)
   batch["tokens"][0, 3] = 0
@@ -209,13 +209,13 @@ def test_gradients_reach_every_parameter():
       assert np.abs(leaf).max() > 0, path
 
 
-def test_padding_of_the_vocabulary_gets_nothing():
+def test_padding_of_the_vocabulary_has_no_gradient():
   method, params = build(**CYB)
   gradient = jax.grad(lambda p: method.loss(p, random_batch(11), jax.random.key(0)).loss.sum())(params)
   np.testing.assert_array_equal(gradient["decoder"]["embedding"][VOCABULARY:], 0)
 
 
-def test_flops_count_what_is_read():
+def test_flops_count_the_slots_that_are_read():
   cyb, _ = build(**CYB)
   tbys, _ = build(name="tbys", pauses=2)
   assert cyb.costs(6).forward.total == tbys.costs(6).forward.total
@@ -241,7 +241,7 @@ def test_flops_count_what_is_read():
     ({"name": "cyb", "pauses": 1, "omega": (0.0, 0.0)}, r"method.omega: 0:0 is all zero"),
     ({"name": "cyb", "pauses": 1, "gamma": (1.0, 2.0)}, r"method.gamma: .* must be in \[0, 1\]"),
     ({"name": "cyb", "pauses": 1, "alpha": 0.1}, r"method.alpha: 0.1 is set, but method.loss = 'ap'"),
-    ({"name": "cyb", "pauses": 1, "loss": "va"}, r"method.rho: not set, but method.loss = 'va' needs 2"),
+    ({"name": "cyb", "pauses": 1, "loss": "va"}, r"method.rho: not set, but method.loss = 'va' requires 2"),
     ({"name": "cyb", "pauses": 1, "loss": "va", "rho": (1.0, 0.0)}, r"method.rho: 1:0 must be positive"),
     (
       {"name": "cyb", "pauses": 1, "loss": "va", "rho": (1.0, 1.0), "omega": (1.0, 1.0)},

@@ -65,7 +65,7 @@ def test_gradient_against_finite_differences(exact):
     assert gradient[name][index] == pytest.approx(numeric, rel=1e-3, abs=1e-6), name
 
 
-def test_it_starts_as_heads_that_are_nearly_alike():
+def test_heads_are_initially_almost_equal():
   method, params = build(name="mos")
   output = jax.jit(method.evaluate)(params, random_batch())
   assert method.num_slots == 1
@@ -75,11 +75,13 @@ def test_it_starts_as_heads_that_are_nearly_alike():
   assert np.abs(params["mos_heads"] - np.eye(TINY.d_model)).max() < 0.05
 
 
-def test_text_is_the_likeliest_of_the_mixture(exact):
+def test_greedy_text_follows_the_mixture(exact):
   method, params = model(heads=2)
-  said = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(params, [[3, 4]], max_new_tokens=3)
+  generation = Sampler(method, SamplingOptions(mode="none", temperature=0.0)).generate(
+    params, [[3, 4]], max_new_tokens=3
+  )
   text = [3, 4]
-  for token in said.tokens[0]:
+  for token in generation.tokens[0]:
     words, _ = slow(method, params, np.array(text))
     assert words[-1].argmax() == token
     text.append(token)
@@ -94,11 +96,11 @@ def test_abilities_cost_and_refusals():
   forward = method.costs(6).forward
   assert forward.readout == 3 * plain.readout
   assert forward.total == plain.total + 2 * plain.readout + 2 * 3 * (16 * 16 + 16)
-  # A token has one slot, whatever was measured.
+  # A token has one slot, whatever the measured number is.
   assert method.costs(6, slots=1.0).inference == method.costs(6).inference == forward
   assert method.costs(6).train.total == 3 * forward.total
   assert method.summarize_metrics({"head_1": 0.5, "head_2": 0.3, "head_3": 0.2}) == {"heads": [0.5, 0.3, 0.2]}
   for heads in (1, True, 2.5):
     with pytest.raises(InputError, match=r"method.heads: .* must be a whole number of at least 2"):
       configure("mos", heads=heads)
-  assert VOCABULARY < TINY.vocab_size  # rows that only pad have no probability above
+  assert VOCABULARY < TINY.vocab_size  # padding rows have no probability in the test above

@@ -1,5 +1,5 @@
-"""Pause-training: where pauses lie, what is read from where, against streams that are laid out in Python; and what is
-said and scored after a prompt with pauses."""
+"""Pause-training: the places of pauses and the slots that are read, against slots that are laid out in Python; text
+that is generated and scored after a prompt with pauses."""
 
 import dataclasses
 import functools
@@ -49,11 +49,11 @@ def hidden_of(decoder, params, stream, mask):
 
 
 def logits(method, params, stream, segment_ids=None, size=48):
-  """f64[S, V]: what the decoder says behind each of a stream's slots, which are tokens or PAUSE."""
+  """f64[S, V]: the decoder's logits at each slot of a row whose slots are tokens or PAUSE."""
   mask = np.tril(np.ones((size, size), bool))
   if segment_ids is not None:
     mask[: len(stream), : len(stream)] &= np.equal.outer(segment_ids, segment_ids)
-  # What stands behind is seen by nobody.
+  # Attention is causal, so the padding at the end is not seen.
   hidden, unembedding = hidden_of(DECODER, params, np.pad(stream, (0, size - len(stream))), mask)
   return (np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64)[:VOCABULARY].T)[: len(stream)]
 
@@ -63,20 +63,21 @@ def log_softmax(logits):
 
 
 def by_hand(method, params, tokens, targets, counts, cut, segment_ids=None):
-  """-log p of each target of a row whose tokens have so many pauses behind them; None where it is cut off."""
+  """-log p of each target of a row, given the number of pauses after each token; None for a token that is cut off."""
   stream, numbers, places = [], [], []
   for i, token in enumerate(tokens):
     stream += [int(token), *[PAUSE] * int(counts[i])]
     numbers += [0 if segment_ids is None else int(segment_ids[i])] * (1 + int(counts[i]))
     places.append(len(stream) - 1)
-  said = logits(method, params, stream[:cut], None if segment_ids is None else numbers[:cut])
+  slot_logits = logits(method, params, stream[:cut], None if segment_ids is None else numbers[:cut])
   return [
-    -log_softmax(said[place])[target] if place < cut else None for place, target in zip(places, targets, strict=True)
+    -log_softmax(slot_logits[place])[target] if place < cut else None
+    for place, target in zip(places, targets, strict=True)
   ]
 
 
 def check(method, params, batch, counts, cut, found, kept):
-  """That what was found is what is found by hand, in each row."""
+  """Compares the losses of each row with those of `by_hand`."""
   for row in range(len(counts)):
     segment_ids = batch["segment_ids"][row] if "segment_ids" in batch else None
     expected = by_hand(method, params, batch["tokens"][row], batch["targets"][row], counts[row], cut, segment_ids)
@@ -86,11 +87,11 @@ def check(method, params, batch, counts, cut, found, kept):
         np.testing.assert_allclose(loss, value, rtol=2e-5)
 
 
-# Where pauses lie.
+# Places of pauses.
 
 
-def test_what_is_read_from_where():
-  # a p b p p c d in a row that is cut behind 6: a is read at 1, b at 4, c at 5, and d is cut off.
+def test_which_slot_is_read_for_each_token():
+  # a p b p p c d in a row that is cut to 6 slots: a is read at 1, b at 4, c at 5, and d is cut off.
   packing = pack(jnp.array([[2, 3, 1, 1]]), 3, 6)
   assert packing.token.tolist() == [[0, 0, 1, 1, 1, 2]]
   assert packing.slot.tolist() == [[0, 1, 0, 1, 2, 0]]
@@ -98,15 +99,15 @@ def test_what_is_read_from_where():
   assert packing.kept.tolist() == [[True, True, True, False]]
 
 
-def test_places_are_drawn_alike():
-  """All ways of mixing 2 pauses in behind the first of 4 tokens: 10, each a tenth of the rows."""
+def test_places_are_drawn_uniformly():
+  """There are 10 ways of placing 2 pauses after the first of 4 tokens; each occurs in a tenth of the rows."""
   tokens = jnp.array(np.random.default_rng(0).integers(0, 1000, (5000, 4)))
   lengths = np.asarray(lengths_at_random(jax.random.key(0), tokens, 2))
   assert (lengths.sum(-1) == 6).all()
   ways, counts = np.unique(lengths, axis=0, return_counts=True)
   assert len(ways) == math.comb(5, 2)
   assert stats.chisquare(counts).pvalue > 1e-3
-  # By the row's tokens and the key alone, wherever the row lies.
+  # The draw depends only on the row's tokens and the key, not on the row's index in the batch.
   order = np.random.default_rng(1).permutation(len(tokens))
   np.testing.assert_array_equal(lengths_at_random(jax.random.key(0), tokens[order], 2), lengths[order])
   assert (lengths_at_random(jax.random.key(1), tokens, 2) != lengths).any()
@@ -118,7 +119,7 @@ def test_prefixes_by_hand():
     found = lengths_after_prefixes(jnp.array([weights], jnp.float32), 3, most)
     return [x.tolist()[0] for x in found]
 
-  # Targets of weight begin twice; the first row's begin before it.
+  # Two targets with weight begin in each row; the first row's first target begins before the row.
   assert lengths([0, 0, 1, 1, 0, 1]) == [[1, 1, 4, 1, 1, 4], [True] * 6]
   assert lengths([1, 0, 0, 1, 0, 0]) == [[1, 1, 1, 4, 1, 1], [True] * 6]
   assert lengths([1, 1, 1, 1, 1, 1]) == [[1] * 6, [True] * 6]
@@ -143,7 +144,7 @@ def test_random_against_a_stream_in_python(masked, exact):
   np.testing.assert_array_equal(losses.slots, counts + 1)
   np.testing.assert_array_equal(losses.log_likelihood, -losses.loss)
   assert 0 < (~losses.kept).sum() <= 4 * 4
-  # Evaluation reads the text as it is; and with pauses, none of it cut off.
+  # Evaluation reads the text without pauses, and with pauses without cutting tokens off.
   reading = method.evaluate(params, batch)
   check(method, params, batch, 0 * counts, 10, reading.loss, np.ones((4, 10), bool))
   trained = method.evaluate_as_trained(params, batch, reading)
@@ -152,7 +153,7 @@ def test_random_against_a_stream_in_python(masked, exact):
 
 
 def prefix_batch(rows=3, length=32):
-  """Two documents a row, each a prefix and a target, at places of their own; the last row has a third."""
+  """Two documents in each row, each a prefix and a target, at different places; the last row has a third document."""
   batch = random_batch(5, rows, length)
   weights = np.zeros((rows, length), np.float32)
   segment_ids = np.zeros((rows, length), np.int32)
@@ -174,14 +175,15 @@ def test_prefixes_against_a_stream_in_python(masked, exact):
   counts[[0, 1, 2], [4, 5, 6]] = counts[:, 15] = 3
   kept = np.ones((3, 32), bool)
   check(method, params, batch, counts, 99, losses.loss, kept)
-  # The third prefix of a row of 32 has no room, and what is behind it no weight; evaluation reads it all the same.
+  # The row has no slots for the pauses of a third prefix within 32 tokens, so its target has no weight; evaluation
+  # reads the target.
   kept[2, 24:] = False
   np.testing.assert_array_equal(losses.kept, kept)
   check(method, params, batch, counts, 99, reading.loss, np.ones((3, 32), bool))
   np.testing.assert_array_equal(reading.slots, counts + 1)
 
 
-def test_a_document_is_read_as_if_alone(exact):
+def test_a_packed_document_is_read_independently(exact):
   method, params = model("prefix", pauses=3)
   batch = prefix_batch()
   losses = method.loss(params, batch, jax.random.key(0)).loss
@@ -190,7 +192,7 @@ def test_a_document_is_read_as_if_alone(exact):
     alone = {name: np.roll(x[row : row + 1], -own.start, 1) for name, x in batch.items()}
     found = method.loss(params, alone, jax.random.key(0)).loss
     np.testing.assert_allclose(found[0, : 32 - own.start], losses[row, own], rtol=2e-5)
-  # Without the mask it isn't.
+  # Without the mask the results differ.
   del batch["segment_ids"]
   assert np.abs(method.loss(params, batch, jax.random.key(0)).loss - losses)[:, 10:].max() > 1e-3
 
@@ -203,7 +205,7 @@ def test_none_is_the_baseline():
   found, expected = (m.loss(params, batch, jax.random.key(0)) for m in (method, baseline))
   assert found.kept is None
   np.testing.assert_array_equal(found.loss, expected.loss)
-  # With pauses at inference there is one, which training leaves as it was.
+  # With pauses at inference there is a pause row, which training does not change.
   method, params = model("none", pauses=4)
   assert params["pause_input"].shape == (1, TINY.d_model)
   np.testing.assert_array_equal(method.loss(params, batch, jax.random.key(0)).loss, expected.loss)
@@ -211,7 +213,7 @@ def test_none_is_the_baseline():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("places", ["random", "prefix"])
-def test_the_pause_is_learnt(places):
+def test_the_pause_is_trained(places):
   method, params = model(places, pause_fraction=0.3 if places == "random" else 0.1)
   batch = prefix_batch()
 
@@ -222,7 +224,7 @@ def test_the_pause_is_learnt(places):
 
   gradient = jax.grad(loss)(params)
   assert np.abs(gradient["pause_input"]).max() > 1e-4
-  # By central differences, along one direction.
+  # By central differences, in one direction.
   direction = jax.random.normal(jax.random.key(1), params["pause_input"].shape)
 
   def moved(step):
@@ -236,7 +238,7 @@ def test_the_pause_is_learnt(places):
   ("strategy", "accumulate"),
   [pytest.param(*x, marks=pytest.mark.slow) for x in (("jit", 2), ("jit", 1), ("pmap", 1))],
 )
-def test_a_step_on_any_devices_is_the_same(strategy, accumulate):
+def test_a_step_is_the_same_on_any_number_of_devices(strategy, accumulate):
   config = tiny_config(name="pause_training", pause_fraction=0.3)
   config.parallelism.strategy = strategy
   config.optimizer.accumulate = accumulate
@@ -257,7 +259,7 @@ def test_a_step_on_any_devices_is_the_same(strategy, accumulate):
 
 
 @pytest.mark.slow
-def test_scanned_layers_and_remat_give_the_same():
+def test_scanned_layers_and_remat_give_equal_results():
   plain, params = model(pause_fraction=0.3)
   scanned, _ = model(pause_fraction=0.3, decoder=dataclasses.replace(TINY, scan_layers=True, remat="full"))
   layers = jax.tree.map(lambda *x: jnp.stack(x), *(params["decoder"][f"layers_{i}"] for i in range(TINY.num_layers)))
@@ -268,8 +270,8 @@ def test_scanned_layers_and_remat_give_the_same():
 
 
 @pytest.mark.slow
-def test_evaluation_tells_of_both():
-  """Perplexity without pauses, and with pauses drawn by a fixed seed beside it."""
+def test_evaluation_reports_both_perplexities():
+  """The perplexity without pauses, and the perplexity with pauses drawn with a fixed seed."""
   method, params = model(pause_fraction=0.4)
   batch = random_batch(length=10)
   mesh = make_mesh(ParallelismConfig(), jax.devices()[:1])
@@ -281,22 +283,22 @@ def test_evaluation_tells_of_both():
   assert got["loss_perplexity"] == pytest.approx(got["training_omega"]["perplexity"])
   assert got["training_omega"]["perplexity"] != got["perplexity"]
   assert got["inference_slots"] is None
-  # Of a model that pauses behind prefixes, what a token costs with them, learnt or not.
+  # For a model that pauses after prefixes, the cost of a token with pauses, whether or not the token has weight.
   method, params = model("prefix", pauses=3)
   got = Evaluator(method, mesh)(params, [prefix_batch()])
   assert got["inference_slots"] == pytest.approx((96 + 6 * 3) / 96)
   assert got["training_omega"] is None
 
 
-# Behind a prompt.
+# After a prompt.
 
 PROMPTS = [[5], [1, 7, 2, 9], [8, 6, 0, 11, 12, 13, 2]]
 
 
 @pytest.mark.parametrize("pauses", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
-def test_said_behind_pauses_equals_a_slow_loop(pauses, exact):
+def test_text_generated_after_pauses_equals_a_slow_loop(pauses, exact):
   method, params = model("random", pauses=pauses)
-  said = Sampler(method, SamplingOptions(mode="none", temperature=0)).generate(params, PROMPTS, max_new_tokens=4)
+  generation = Sampler(method, SamplingOptions(mode="none", temperature=0)).generate(params, PROMPTS, max_new_tokens=4)
   for row, prompt in enumerate(PROMPTS):
     stream, tokens, log_probs = [*prompt, *[PAUSE] * pauses], [], []
     for _ in range(4):
@@ -304,14 +306,14 @@ def test_said_behind_pauses_equals_a_slow_loop(pauses, exact):
       tokens.append(int(of_vocabulary.argmax()))
       log_probs.append(of_vocabulary.max())
       stream.append(tokens[-1])
-    assert said.tokens[row] == tokens
-    np.testing.assert_allclose(said.log_probs[row], log_probs, atol=1e-5)
-    assert said.pauses[row] == [pauses, 0, 0, 0]
-    assert said.slots[row] == 4 + pauses
+    assert generation.tokens[row] == tokens
+    np.testing.assert_allclose(generation.log_probs[row], log_probs, atol=1e-5)
+    assert generation.pauses[row] == [pauses, 0, 0, 0]
+    assert generation.slots[row] == 4 + pauses
 
 
 @pytest.mark.slow
-def test_another_number_of_pauses_at_inference():
+def test_a_different_number_of_pauses_at_inference():
   method, params = model("prefix", pauses=3)
   fewer, _ = model("prefix", pauses=1)
   batch = prefix_batch()
@@ -328,7 +330,7 @@ def test_another_number_of_pauses_at_inference():
     build(name="looped", pauses=1)[0].with_prompt_pauses(2)
 
 
-def test_scored_behind_pauses_equals_a_slow_loop(exact):
+def test_scores_after_pauses_equal_a_slow_loop(exact):
   method, params = model("prefix", pauses=3)
   shared = [3, 1, 4, 1]
   requests = [(shared, [9, 2]), (shared, [6]), ([], [5, 3]), ([7] * 30, [8, 9]), ([2, 7], [1, 8, 2])]
@@ -336,27 +338,27 @@ def test_scored_behind_pauses_equals_a_slow_loop(exact):
   for (context, continuation), score in zip(requests, scores, strict=True):
     context = (context or [0])[-(13 - len(continuation)) :]
     stream = [*context, *[PAUSE] * 3, *continuation]
-    said = logits(method, params, stream)[len(context) + 2 : -1]
-    words = [log_softmax(row) for row in said]
+    slot_logits = logits(method, params, stream)[len(context) + 2 : -1]
+    words = [log_softmax(row) for row in slot_logits]
     expected = sum(row[word] for row, word in zip(words, continuation, strict=True))
     np.testing.assert_allclose(score.log_likelihood, expected, rtol=1e-5)
     assert score.greedy == all(row.argmax() == word for row, word in zip(words, continuation, strict=True))
     assert (score.tokens, score.pauses) == (len(continuation), 3)
-  # Each shares a context of 4 tokens and 3 pauses, and runs its tokens but the last.
+  # All continuations share a context of 4 tokens and 3 pauses, and each runs all of its tokens except the last.
   assert [score.slots for score in scores[:3]] == [3.5 + 1, 3.5, 1 + 3 + 1]
-  # A text that is scored whole has no prompt.
+  # A text that is scored completely has no prompt.
   plain = Scorer(method.with_prompt_pauses(0), params, context=12, start_id=0)
   texts = [list(range(1, 9)), list(range(20))]
   for a, b in zip(Scorer(method, params, context=12, start_id=0).score_rolling(texts), plain.score_rolling(texts)):
     assert a == b
-  # A continuation that is too long by itself has them once.
+  # A continuation that is longer than the context has the pauses once.
   long = Scorer(method, params, context=12, start_id=0).score([(shared, list(range(20)))])[0]
   assert (long.tokens, long.pauses) == (20, 3)
   first = Scorer(method, params, context=12, start_id=0).score([(shared, list(range(9)))])[0]
   assert first.log_likelihood > long.log_likelihood
 
 
-# What it costs.
+# Costs.
 
 
 @pytest.mark.parametrize("places", ["random", "prefix"])
@@ -376,7 +378,7 @@ def test_executed_agrees_with_xla(places):
   forward = counted(lambda params, batch: method.evaluate(params, batch).loss)
   assert method.costs(64).forward_executed.total == pytest.approx(forward, rel=0.03)
   step = counted(jax.grad(lambda params, batch: method.loss(params, batch, jax.random.key(0)).loss.sum()))
-  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  # XLA unrolls a scan of one chunk and then reuses the logits.
   again = method.costs(64).forward.readout
   assert method.costs(64).train_executed.total - again == pytest.approx(step, rel=0.03)
 
@@ -387,7 +389,7 @@ def test_cost_by_hand():
   assert random.costs(64).train_slots == random.costs(64).forward_slots == 64
   assert random.costs(64).train == plain.costs(64).train
   assert random.costs(64).inference == plain.costs(64).inference
-  # Room for three prefixes in 64 tokens.
+  # Slots for the pauses of three prefixes in 64 tokens.
   assert prefix.costs(64).train_slots == 64 + 30
   cost, once = prefix.costs(64).forward, plain.costs(64).forward
   assert cost.matrices == pytest.approx(once.matrices * 94 / 64)
@@ -397,7 +399,7 @@ def test_cost_by_hand():
   assert prefix.costs(64, slots=6.0).inference.matrices == pytest.approx(6 * once.matrices)
 
 
-def test_tokens_learnt_are_the_mean_of_those_that_are_kept():
+def test_trained_tokens_is_the_mean_number_of_kept_tokens():
   method = model("random")[0]
   tokens = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(4096, 32)))
   kept = pack(lengths_at_random(jax.random.key(0), tokens, 3), 4, 32).kept.sum(-1)
@@ -405,7 +407,7 @@ def test_tokens_learnt_are_the_mean_of_those_that_are_kept():
   assert method.costs(32).trained_tokens == pytest.approx(float(kept.mean()), rel=2e-3)
 
 
-# From end to end.
+# End to end.
 
 
 @pytest.mark.parametrize(
@@ -426,28 +428,30 @@ def test_bad_options(options, message):
 
 
 def test_mode_constant_is_refused():
-  with pytest.raises(InputError, match=r"mode: 'constant' gives all tokens the same pauses, but method 'pause_trai"):
+  with pytest.raises(
+    InputError, match=r"mode: 'constant' runs the same pauses after every token, but method 'pause_tr"
+  ):
     Sampler(model()[0], SamplingOptions(mode="constant"))
 
 
 def test_a_task_without_targets_is_refused_before_anything_is_written(tmp_path, monkeypatch):
   config = tiny_config(name="pause_training", pause_places="prefix")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  with pytest.raises(InputError, match=r"data.task: 'synthetic_lookups' has no targets behind prefixes"):
+  with pytest.raises(InputError, match=r"data.task: 'synthetic_lookups' has no prefixes and targets"):
     training.train(configs.freeze(config), tmp_path / "run")
   assert not list(tmp_path.glob("cache/**/*.tokens"))
   store = data.prepare("synthetic_lookups", "bytes", tmp_path / "store", options={"documents": 64})
   config.data.store = str(store.path)
-  with pytest.raises(InputError, match=r"data.task: 'synthetic_lookups' has no targets behind prefixes"):
+  with pytest.raises(InputError, match=r"data.task: 'synthetic_lookups' has no prefixes and targets"):
     training.train(configs.freeze(config), tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_the_two_by_two_freezes():
+def test_combinations_of_pretraining_and_fine_tuning_freeze():
   from experiments import pause_training
 
   assert "experiments/pause_training.py" in pause_training.__doc__
-  # As settled where a run starts: its decoder and tokenizer are those of the run that it starts from.
+  # A run resolves its decoder and its tokenizer from `init_from`.
   start = {"init_from": "somewhere", "decoder": {"preset": "tiny"}}
   made = {run: configs.freeze(pause_training.get_config(run).to_dict() | start) for run in settings.PAUSE_RUNS}
   assert {run: (config.method.pause_places, config.method.pauses) for run, config in made.items()} == {
@@ -483,25 +487,26 @@ def get_config(argument=""):
 
 @pytest.mark.slow
 def test_pretrained_then_fine_tuned(tmp_path):
-  """The programs, on a run with random pauses and one that starts from it and learns answers behind pauses."""
+  """The programs, on a run with random pauses and a run that starts from it and trains answers after pauses."""
   path, first, second = tmp_path / "tiny.py", tmp_path / "first", tmp_path / "second"
   path.write_text(CONFIG.format(tests=[str(cli.ROOT / "tests" / folder) for folder in ("support", "methods")]))
   record, _ = cli.run("train", f"--config={path}", f"--workdir={first}")
   assert record["training_omega"]["perplexity"] > 1
   assert all(row["dropped_tokens"] > 0 for row in read_metrics(first) if row["split"] == "train")
   record, err = cli.run("train", f"--config={path}:prefix", f"--config.init_from={first}", f"--workdir={second}")
-  assert "stays fresh" not in err
-  # Two pauses a document.
+  assert "is freshly initialised" not in err
+  # Two pauses in each document.
   assert 1.0 < record["inference_slots"] < 1.5
   fewer, _ = cli.run("evaluate", f"--workdir={second}", "--pauses=0")
   assert (fewer["pauses"], fewer["inference_slots"]) == (0, 1)
   assert fewer["perplexity"] != record["perplexity"]
   assert json.loads((second / "evaluation.json").read_text())["perplexity"] == record["perplexity"]
-  said, _ = cli.run("generate", f"--workdir={second}", "--prompt=a=1 ?a=", "--max_new_tokens=3", "--pauses=5")
-  assert said["pauses"][0][0] == 5
+  result, _ = cli.run("generate", f"--workdir={second}", "--prompt=a=1 ?a=", "--max_new_tokens=3", "--pauses=5")
+  assert result["pauses"][0][0] == 5
   cli.run("report", f"--workdir={second}")
   assert (second / "report" / "index.html").exists()
-  # A standard run may start from a pause run; and a pause run from that, its pause from a draw around the mean.
+  # A run without pauses may start from a pause run, and a pause run may start from that run; its pause is then drawn
+  # around the mean of the embeddings.
   config = get_config("none")
   config.method.pauses = 0
   plain = pretrained.load(str(second), configs.freeze(config))

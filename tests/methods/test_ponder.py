@@ -1,5 +1,5 @@
 """PonderLM-2 and PonderLM-3: against a float64 decoder that runs slot by slot; the fixed point of the Jacobi passes;
-decoding; pruning; gradients; what is counted."""
+decoding; pruning; gradients; costs."""
 
 import dataclasses
 import functools
@@ -30,13 +30,13 @@ from cyb_jax.studies import settings
 
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1)
 NAMES = ("ponderlm2", "ponderlm3")
-# Prunes some of the slots, but not all, of a router that is spread.
+# Prunes some of the slots, but not all, of a router with a spread distribution.
 BELOW = 0.3
 
 
 @functools.cache
 def model(name, pauses=2, decoder=ONE_LAYER, **options):
-  """A model that isn't sure of its depths."""
+  """A model whose distribution over depths is not concentrated."""
   method, params = build(decoder, name=name, pauses=pauses, **options)
   if name == "ponderlm3":
     params["router"] = jax.random.normal(jax.random.key(7), params["router"].shape)
@@ -45,7 +45,7 @@ def model(name, pauses=2, decoder=ONE_LAYER, **options):
 
 
 class Slow:
-  """The decoder in float64 numpy, one slot after the other: what it has run it sees again."""
+  """The decoder in float64 numpy, one slot after the other: a slot sees all slots that have run."""
 
   def __init__(self, method, params):
     self.config = method.decoder.config
@@ -67,7 +67,7 @@ class Slow:
     return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
 
   def run(self, x, position, seen, log_weight=0.0, document=0):
-    """One slot behind those in `seen`, which it is added to."""
+    """Runs one slot after the slots in `seen`, and appends the slot to `seen`."""
     config, mine = self.config, []
     seen.append((mine, log_weight, document))
     for number in range(config.num_layers):
@@ -109,7 +109,7 @@ class Slow:
     return outputs
 
   def passes(self, tokens, jacobi, below=0.0, segment_ids=None):
-    """f64[T, W, D]: growth, Jacobi passes, and the pass that is read."""
+    """f64[T, W, D]: the passes that add slots, the Jacobi passes, and the pass that is read."""
     segment_ids = [0] * len(tokens) if segment_ids is None else segment_ids
     first = [self.embed(token) for token in tokens]
     inputs, weights = [[x] for x in first], [np.zeros(self.slots)] * len(tokens)
@@ -125,7 +125,7 @@ class Slow:
     return np.array(self.stream(inputs, weights, segment_ids))
 
   def sequential(self, tokens, below=0.0):
-    """f64[T, W, D], one slot after the other; of slots that aren't kept nan."""
+    """f64[T, W, D], one slot after the other; nan for pruned slots."""
     seen, result = [], []
     for position, token in enumerate(tokens):
       x, states, weights = self.embed(token), [], np.zeros(1)
@@ -141,7 +141,7 @@ class Slow:
     return np.array(result)
 
   def read(self, states, below=0.0):
-    """Log-probabilities of all words behind a token's slots, f64[V]."""
+    """Log-probabilities of all vocabulary entries at a token's slots, f64[V]."""
     state = states[-1]
     if "router" in self.params:
       shares, w = self.depths(states[0])
@@ -149,7 +149,7 @@ class Slow:
     return self.words(state)
 
   def words(self, states):
-    """Log-probabilities behind states, f64[..., V]."""
+    """Log-probabilities of all vocabulary entries from states, f64[..., V]."""
     logits = (states @ self.decoder["embedding"].T)[..., :VOCABULARY]
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -160,7 +160,9 @@ class Slow:
   [("ponderlm2", False), pytest.param("ponderlm3", False, marks=pytest.mark.slow), ("ponderlm3", True)],
 )
 def test_the_schedule_against_a_slow_reference(name, masked, exact):
-  """A growth pass over each number of slots, a Jacobi pass, and the one that is read; every slot, and what is read."""
+  """One pass for each number of slots, a Jacobi pass, and the pass that is read; every slot, and the state that is
+  read.
+  """
   below = BELOW if name == "ponderlm3" else 0.0
   options = {"prune_below": below} if below else {}
   method, params = model(name, decoder=ONE_LAYER if masked else TINY, jacobi=(1, 1), **options)
@@ -174,7 +176,7 @@ def test_the_schedule_against_a_slow_reference(name, masked, exact):
   slow = Slow(method, params)
 
   def read(row, below):
-    """f64[T, W + 1], of each slot and of what is read."""
+    """f64[T, W + 1], the log-likelihood at each slot and of the state that is read."""
     states, targets = slow.passes(batch["tokens"][row], 1, below, segment_ids[row]), batch["targets"][row]
     return np.array([[*slow.words(x)[:, y], slow.read(x, below)[y]] for x, y in zip(states, targets)])
 
@@ -184,15 +186,15 @@ def test_the_schedule_against_a_slow_reference(name, masked, exact):
     np.testing.assert_allclose(reading.log_likelihood[row], expected[:, -1], atol=2e-4)
     if below:
       np.testing.assert_allclose(reading.extra_metrics["unpruned"][row], read(row, 0.0)[:, -1], atol=2e-4)
-  if below:  # some slots are kept, and not all: otherwise nothing was shown
+  if below:  # some slots are kept and some are pruned: otherwise the test shows nothing
     assert len(np.unique(reading.slots)) > 1
   else:
     np.testing.assert_array_equal(np.exp(reading.log_stopping)[0, 0], [0, 0, 1])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_jacobi_passes_reach_what_runs_one_after_the_other(name, exact):
-  """T*K passes at most; the error falls with them, and the start of the text is right first."""
+def test_jacobi_passes_converge_to_sequential_decoding(name, exact):
+  """After at most T*K passes; the error falls with each pass, and the start of the text converges first."""
   length, pauses = 4, 2
   options = {"prune_below": 0.0} if name == "ponderlm3" else {}
   method, params = model(name, jacobi=(0, length * pauses), **options)
@@ -204,11 +206,11 @@ def test_jacobi_passes_reach_what_runs_one_after_the_other(name, exact):
   assert errors[2].max() < errors[0].max() / 2
   assert errors[4].max() < errors[2].max() / 2
   assert errors[-1].max() < 1e-5
-  # The first token is right as soon as the stream has grown.
+  # The first token is exact as soon as all slots have been added.
   assert errors[0][0].max() < 1e-5
 
 
-def test_passes_are_drawn_alike_for_all_rows(exact):
+def test_all_rows_have_the_same_number_of_passes(exact):
   method, params = model("ponderlm2", pauses=1, jacobi=(0, 2))
   keys = jax.random.split(jax.random.key(0), 3000)
   drawn = np.asarray(jax.vmap(method.slot_model.draw_passes)(keys))
@@ -216,7 +218,7 @@ def test_passes_are_drawn_alike_for_all_rows(exact):
   assert counts.sum() == counts[:3].sum()
   assert (np.abs(counts[:3] - 1000) < 4 * np.sqrt(3000 * 2 / 9)).all()
   batch, others = random_batch(2, 4, 4), random_batch(3, 4, 4)
-  # Another part of the batch is passed as often: what it holds changes nothing.
+  # The other part of the batch has the same number of passes, so its content changes nothing.
   part = {name: np.concatenate([batch[name][:2], others[name][2:]]) for name in batch}
   slow = Slow(method, params)
   for passes in range(3):
@@ -226,12 +228,12 @@ def test_passes_are_drawn_alike_for_all_rows(exact):
     expected = [-slow.read(x)[y] for x, y in zip(states, batch["targets"][0])]
     np.testing.assert_allclose(loss[0], expected, atol=1e-4)
     np.testing.assert_allclose(method.loss(params, part, key).loss[:2], loss[:2], rtol=1e-5)
-  # Evaluation takes the most.
+  # Evaluation uses the maximum.
   np.testing.assert_allclose(method.hidden(params, batch)[0], states, atol=1e-4)
 
 
 def test_gradients_go_through_every_pass(exact):
-  """Against differences of the slow reference, along one direction of all parameters; the last pass is a drawn one."""
+  """Against differences of the slow reference, in one direction of all parameters; the last pass is a drawn pass."""
   method, params = model("ponderlm3", pauses=1, jacobi=(0, 1))
   batch = random_batch(3, 1, 3)
   direction = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape), params)
@@ -275,25 +277,27 @@ def test_generation_equals_the_reference(name):
   assert default_mode(method) == "constant"
   below = options.get("prune_below", 0.0)
   with jax.default_matmul_precision("highest"):
-    said = Sampler(method, SamplingOptions(mode="constant", temperature=0)).generate(params, PROMPTS, max_new_tokens=4)
+    generation = Sampler(method, SamplingOptions(mode="constant", temperature=0)).generate(
+      params, PROMPTS, max_new_tokens=4
+    )
   slow, kept = Slow(method, params), set()
   for row, prompt in enumerate(PROMPTS):
-    states = slow.sequential(prompt + said.tokens[row][:-1], below)[len(prompt) - 1 :]
+    states = slow.sequential(prompt + generation.tokens[row][:-1], below)[len(prompt) - 1 :]
     for number, of_token in enumerate(states):
       words = slow.read(of_token, below)
-      assert words.argmax() == said.tokens[row][number]
-      assert said.log_probs[row][number] == pytest.approx(words.max(), abs=1e-4)
-      assert said.pauses[row][number] == np.isfinite(of_token[:, 0]).sum() - 1
-      kept.add(said.pauses[row][number])
-    assert said.slots[row] == 4 + sum(said.pauses[row])
-  assert (len(kept) > 1) is (name == "ponderlm3")  # else this shows nothing
-  assert said.iterations == 4
+      assert words.argmax() == generation.tokens[row][number]
+      assert generation.log_probs[row][number] == pytest.approx(words.max(), abs=1e-4)
+      assert generation.pauses[row][number] == np.isfinite(of_token[:, 0]).sum() - 1
+      kept.add(generation.pauses[row][number])
+    assert generation.slots[row] == 4 + sum(generation.pauses[row])
+  assert (len(kept) > 1) is (name == "ponderlm3")  # otherwise the test shows nothing
+  assert generation.iterations == 4
 
 
 @pytest.mark.parametrize(
   "name", [pytest.param(name, marks=pytest.mark.slow) if name == "ponderlm3" else name for name in NAMES]
 )
-def test_scores_are_those_of_the_reading(name, exact):
+def test_scores_equal_those_of_the_reference(name, exact):
   options = {"prune_below": BELOW} if name == "ponderlm3" else {}
   method, params = model(name, jacobi=(2, 2), **options)
   scorer = Scorer(method, params, context=8, start_id=3, row_slots=64)
@@ -305,14 +309,14 @@ def test_scores_are_those_of_the_reading(name, exact):
     reading = read(params, {"tokens": jnp.array([ids[:-1]]), "targets": jnp.array([ids[1:]])})
     scored = slice(len(context) - 1, len(context) + len(continuation) - 1)
     assert score.log_likelihood == pytest.approx(float(reading.log_likelihood[0, scored].sum()), abs=1e-4)
-  # The last one: 3 tokens of 3 slots, each of which passes as often as in `hidden`.
+  # The last document: 3 tokens of 3 slots, each with as many passes as in `hidden`.
   assert scores[2].slots == pytest.approx(method.costs(3).forward_slots)
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"mode": "self_paced"}, r"mode: 'self_paced', but method 'ponderlm2' always runs .*; take 'constant'"),
+    ({"mode": "self_paced"}, r"mode: 'self_paced', but method 'ponderlm2' always runs .*; use 'constant'"),
     ({"mode": "none"}, r"mode: 'none', but method 'ponderlm2' always runs"),
     ({"mode": "constant", "max_pauses": 1}, r"max_pauses: 1, but method 'ponderlm2' always runs .*, 2 of them"),
     ({"mode": "constant", "prompt_pauses": "none"}, r"prompt_pauses: 'none', but method 'ponderlm2'"),
@@ -328,7 +332,7 @@ def test_methods_that_cannot_decode_are_refused():
   method, params = build(name="thoughtbubbles")
   assert not isinstance(method, Decoding)
   message = (
-    r"method.name: 'thoughtbubbles' doesn't run slot by slot: its text can't be generated or scored; take a method with"
+    r"method.name: 'thoughtbubbles' doesn't run slot by slot, so it can't generate or score text; use a method with"
     r" a cache, such as 'cyb'"
   )
   with pytest.raises(InputError, match=message):
@@ -337,12 +341,12 @@ def test_methods_that_cannot_decode_are_refused():
     Scorer(method, params, context=4, start_id=0)
 
 
-# PonderLM-3 alone.
+# PonderLM-3 only.
 
 
 @pytest.mark.slow
 def test_full_depth_comes_first(exact):
-  """For a fifth of 10 steps all thoughts count, without a penalty and without a gradient of the router."""
+  """In a fifth of 10 steps all thoughts are used, without a penalty and without a gradient of the router."""
   options = {"name": "ponderlm3", "pauses": 2, "jacobi": (0, 0), "router_penalty": 0.3}
   plain, params = build(ONE_LAYER, **options)
   method = methods.build(configure(**options, full_depth=0.2), ONE_LAYER, vocab_size=VOCABULARY).with_steps(10)
@@ -368,11 +372,11 @@ def test_full_depth_comes_first(exact):
   assert_trees_close(losses, plain.loss(params, batch, key))
   assert np.any(gradient["router"])
   assert np.any(gradient["router_bias"])
-  # Of a run whose length isn't known the loss is that of later steps.
+  # If the number of steps is unknown, the loss is that of later steps.
   assert_trees_close(method.with_steps(0).loss(params, batch, key, 0), plain.loss(params, batch, key))
 
 
-def test_the_router_has_a_rate_of_its_own():
+def test_the_router_has_its_own_learning_rate():
   from cyb_jax.training.optimizer import optimizer_of
 
   config = tiny_config(name="ponderlm3", pauses=1, router_rate=0.1)
@@ -392,7 +396,7 @@ def test_the_router_has_a_rate_of_its_own():
 
 @pytest.mark.slow
 def test_training_holds_full_depth(tmp_path):
-  """A run knows how many its steps are, and a resumed one too."""
+  """A run passes its number of steps to the method, and so does a resumed run."""
   from cyb_jax.training.metrics import read_metrics
 
   config = tiny_config(name="ponderlm3", pauses=1, jacobi="1:1", full_depth=0.5)
@@ -405,7 +409,7 @@ def test_training_holds_full_depth(tmp_path):
 def test_weights_and_penalty_by_hand(exact):
   """Depths of 1/2, 1/3 and 1/6: w is 1, 1/2, 1/6."""
   method, params = build(ONE_LAYER, name="ponderlm3", pauses=2, router_penalty=0.3, jacobi=(0, 0))
-  # It starts towards full depth.
+  # The initial distribution is concentrated at full depth.
   np.testing.assert_allclose(np.exp(params["router_bias"]), [0.05, 0.05, 0.9], rtol=1e-5)
   params["router_bias"] = jnp.log(jnp.array([3.0, 2.0, 1.0]))
   hidden = jnp.array(np.random.default_rng(0).normal(size=(3, ONE_LAYER.d_model)), jnp.float32)
@@ -420,7 +424,7 @@ def test_weights_and_penalty_by_hand(exact):
   losses = method.loss(params, batch, jax.random.key(0))
   np.testing.assert_allclose(losses.loss + losses.log_likelihood, 0.3 * (1 / 2 + 1 / 6), rtol=1e-5)
   np.testing.assert_allclose(losses.stopping, np.broadcast_to([1 / 2, 1 / 3, 1 / 6], (2, 3, 3)), rtol=1e-5)
-  # Far down w stops falling, and gradients stay finite.
+  # log w has a lower bound, and gradients stay finite.
   steep = params | {"router_bias": jnp.array([0.0, -50.0, -200.0])}
   np.testing.assert_allclose(method.slot_model.log_depths(steep, hidden[0])[1], [0, -20, -20])
   gradient = jax.grad(lambda params: method.slot_model.log_depths(params, hidden[0])[1].sum())(steep)
@@ -428,7 +432,7 @@ def test_weights_and_penalty_by_hand(exact):
 
 
 def test_gradients_reach_the_router_through_the_mask_and_through_the_fusion(exact):
-  """The router's parameters, taken apart by what they are used for."""
+  """The router's parameters, separated by their two uses."""
   method, params = model("ponderlm3", pauses=1, jacobi=(0, 0))
   batch = random_batch(5, 2, 4)
 
@@ -466,25 +470,25 @@ def test_the_effect_of_pruning_shrinks_with_its_threshold(exact):
     np.testing.assert_allclose(reading.extra_metrics["change"], np.abs(reading.fused - trained), atol=1e-5)
     effects.append(float(reading.extra_metrics["change"].mean()))
     kept.append(float(reading.slots.mean()))
-    # Slots kept are those whose weight, the share of all deeper depths, is large enough.
+    # A slot is kept if its weight, the probability of its depth or a greater one, is large enough.
     tails = np.cumsum(np.exp(reading.log_stopping)[..., ::-1], -1)[..., ::-1]
     np.testing.assert_array_equal(reading.slots, (tails >= below * (1 - 1e-6)).sum(-1))
   assert effects[0] > 1e-2
   assert effects[0] > effects[1] > effects[2] > effects[3]
   assert effects[3] < 1e-3
-  assert effects[4] < 1e-6  # rounding: two programs
+  assert effects[4] < 1e-6  # rounding differs between the two programs
   assert kept[0] < kept[1] < kept[2] <= kept[3] <= kept[4] == 4
 
 
 @pytest.mark.parametrize(("below", "expected"), [(0.0, 4), (1e-4, 3), (0.4, 2), (0.6, 1)])
-def test_what_is_kept(below, expected):
+def test_kept_slots_by_hand(below, expected):
   method = methods.build(configure(name="ponderlm3", pauses=3, prune_below=below), TINY)
   weights = jnp.log(jnp.array([1.0, 0.5, 0.3, 1e-5]))
   np.testing.assert_array_equal(method.slot_model.kept(weights), np.arange(4) < expected)
 
 
 @pytest.mark.slow
-def test_what_evaluation_records_of_pruning(exact):
+def test_evaluation_records_pruning(exact):
   method, params = model("ponderlm3", jacobi=(0, 0), prune_below=BELOW)
   batch = random_batch(7, 8, 4, uneven=True)
   mesh = make_mesh(ParallelismConfig(data=1), jax.devices()[:1])
@@ -509,28 +513,28 @@ def test_what_evaluation_records_of_pruning(exact):
   assert len(record["slot_perplexity"]) == len(record["latency"]) == 3
 
 
-# Counted.
+# Costs.
 
 
 def test_cost_by_hand():
   # D = 2, N = 2, H = 4, F = 5, V = 7: a slot's matrices 156, a key 32, a readout 28 (tests/test_flops.py).
   config = DecoderConfig(vocab_size=7, num_layers=1, d_model=2, num_heads=2, num_kv_heads=1, head_size=4, mlp_size=5)
   two = methods.build(configure(name="ponderlm2", pauses=2, jacobi=(1, 2)), config)
-  # T = 3: passes over 1 and 2 slots a token, keys 2 and 3.5; over 3, keys 5: J and one more.
-  grown, whole = (156 + 32 * 2) + 2 * (156 + 32 * 3.5), 3 * (156 + 32 * 5)
-  assert two.costs(3).forward.total == grown + 3 * whole + 3 * 28
-  assert two.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * whole + 28))
+  # T = 3: passes over 1 and 2 slots per token, with keys 2 and 3.5; J + 1 passes over 3 slots, with keys 5.
+  grown, full = (156 + 32 * 2) + 2 * (156 + 32 * 3.5), 3 * (156 + 32 * 5)
+  assert two.costs(3).forward.total == grown + 3 * full + 3 * 28
+  assert two.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * full + 28))
   assert two.costs(3).train_slots == 3 * (1 + 2 + 2.5 * 3)
   assert two.costs(3).forward_slots == 3 * (1 + 2 + 3 * 3)
-  assert two.costs(3).inference.total == whole + 28
+  assert two.costs(3).inference.total == full + 28
   three = methods.build(configure(name="ponderlm3", pauses=2, jacobi=(1, 2), prune_below=0.0), config)
-  # The router, 2 D W = 12, behind the first pass and behind all over the whole stream.
-  assert three.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * whole + 28 + 3.5 * 12))
-  assert three.costs(3).forward.total == grown + 3 * whole + 4 * 28 + 4 * 12
-  assert three.costs(3).inference.total == whole + 28 + 12
+  # The router, 2 D W = 12, after the first pass and after each pass over all slots.
+  assert three.costs(3).train.total == pytest.approx(3 * (grown + 2.5 * full + 28 + 3.5 * 12))
+  assert three.costs(3).forward.total == grown + 3 * full + 4 * 28 + 4 * 12
+  assert three.costs(3).inference.total == full + 28 + 12
   # 2 of 3 slots kept: keys 3.5.
   assert three.costs(3, slots=2.0).inference.total == 2 * (156 + 32 * 3.5) + 28 + 12
-  with pytest.raises(ValueError, match=r"slots: 2.0, but a token's latent thoughts are all run"):
+  with pytest.raises(ValueError, match=r"slots: 2.0, but all latent thoughts of a token run"):
     two.costs(3, slots=2.0)
 
 
@@ -552,7 +556,7 @@ def test_executed_agrees_with_xla(name, fields):
     return lowered.compile().cost_analysis()["flops"] / (2 * 16)
 
   trained = counted(jax.grad(lambda params, batch: method.loss(params, batch, jax.random.key(0)).loss.sum()))
-  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  # XLA unrolls a scan of one chunk and then reuses the logits.
   again = 2 * config.d_model * config.vocab_size
   assert method.costs(16).train_executed.total - again == pytest.approx(trained, rel=0.03)
   if name == "ponderlm2":
@@ -560,7 +564,7 @@ def test_executed_agrees_with_xla(name, fields):
     assert method.costs(16).forward_executed.total == pytest.approx(read, rel=0.03)
 
 
-# Edges, and bad input.
+# Edge cases and invalid input.
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -575,7 +579,7 @@ def test_one_token_and_one_thought(name, exact):
 
 
 @pytest.mark.slow
-def test_layers_that_are_scanned_over(exact):
+def test_scanned_layers(exact):
   decoder = dataclasses.replace(TINY, scan_layers=True, remat="full")
   method, params = model("ponderlm3", decoder=decoder, pauses=1, jacobi=(0, 0))
   layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["decoder"]["layers"]) for i in range(2)}
@@ -590,9 +594,12 @@ def test_layers_that_are_scanned_over(exact):
   ("options", "message"),
   [
     (dict(name="ponderlm2", pauses=0), r"method.pauses: 0 must be a whole number of at least 1"),
-    (dict(name="ponderlm2", pauses=1, jacobi=(3, 2)), r"method.jacobi: '3:2' must be two numbers, the fewest"),
-    (dict(name="ponderlm2", pauses=1, jacobi=(3,)), r"method.jacobi: '3' must be two numbers"),
-    (dict(name="ponderlm2", pauses=1, jacobi=(-1, 2)), r"method.jacobi: '-1:2' must be two numbers"),
+    (
+      dict(name="ponderlm2", pauses=1, jacobi=(3, 2)),
+      r"method.jacobi: '3:2' must be the minimum and the maximum number of passes",
+    ),
+    (dict(name="ponderlm2", pauses=1, jacobi=(3,)), r"method.jacobi: '3' must be the minimum"),
+    (dict(name="ponderlm2", pauses=1, jacobi=(-1, 2)), r"method.jacobi: '-1:2' must be the minimum"),
     (dict(name="ponderlm2", pauses=1, router_penalty=0.1), r"method.router_penalty: .*'ponderlm2' has no such option"),
     (dict(name="ponderlm3", pauses=1, router_penalty=-1.0), r"method.router_penalty: -1.0 must be not negative"),
     (dict(name="ponderlm3", pauses=1, full_depth=1.5), r"method.full_depth: 1.5 must be in \[0, 1\]"),
@@ -607,13 +614,13 @@ def test_bad_options(options, message):
     methods.build(configure(**options), TINY)
 
 
-def test_kernels_without_weights_of_keys_are_refused():
+def test_kernels_without_key_weights_are_refused():
   decoder = dataclasses.replace(TINY, attention="splash")
-  with pytest.raises(InputError, match=r"decoder.attention: 'splash' takes no weights of keys, which method"):
+  with pytest.raises(InputError, match=r"decoder.attention: 'splash' does not support key weights, which method"):
     methods.build(configure(name="ponderlm3", pauses=1), decoder)
 
 
-def test_settings_bring_their_conditioning():
+def test_settings_include_their_conditioning():
   config = configs.default()
   settings.apply(config, "ponderlm2", "tiny", "1x1", from_scratch=True)
   frozen = configs.freeze(config)
@@ -625,24 +632,24 @@ def test_settings_bring_their_conditioning():
   assert configs.freeze(plain).build_method().decoder.config.tied_embeddings
 
 
-# Through the programs.
+# The programs.
 
 
-def test_pages_say_what_is_read():
-  for name, said in (("tbys", "mixture over s"), ("ponderlm3", "all slots fused into one state")):
+def test_reports_state_what_is_read():
+  for name, reading in (("tbys", "mixture over s"), ("ponderlm3", "all slots fused into one state")):
     section = single._perplexity(example(decides=False) | {"method": name})
-    assert f"as it is read ({said})" in section.body
+    assert f"as evaluated ({reading})" in section.body
 
 
-def test_there_are_no_pauses_to_go_without():
+def test_options_of_pauses_at_inference_are_refused():
   mesh = make_mesh(ParallelismConfig(data=1), jax.devices()[:1])
-  with pytest.raises(InputError, match=r"context: 'self_paced', but method 'ponderlm2' has no pauses"):
+  with pytest.raises(InputError, match=r"context: 'self_paced', but method 'ponderlm2' can't run with"):
     Evaluator(model("ponderlm2")[0], mesh, context="self_paced")
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def workdir(request, tmp_path_factory):
-  """Of a trained run; its name is the method's."""
+  """The work directory of a trained run, named after the method."""
   folder = tmp_path_factory.mktemp("runs") / request.param
   config = tiny_config(name=request.param, pauses=1, jacobi="0:1")
   config.data.batch_size, config.optimizer.accumulate = 16, 2
@@ -669,10 +676,10 @@ def test_programs(workdir, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_through_the_programs(workdir):
-  said = cli.start("generate", f"--workdir={workdir}", "--prompt=a=1", "--max_new_tokens=3", "--nostream")
+  process = cli.start("generate", f"--workdir={workdir}", "--prompt=a=1", "--max_new_tokens=3", "--nostream")
   refused = cli.start("evaluate", f"--workdir={workdir}", "--context=self_paced")
-  out, err = said.communicate(timeout=300)
-  assert said.returncode == 0, err
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
   result = json.loads(out.strip().splitlines()[-1])
   assert (result["mode"], result["tokens"]) == ("constant", 3)
   assert result["slots"] == 3 + sum(result["pauses"][0])

@@ -1,6 +1,5 @@
 """Recipes *sampled* and *on_policy* against a slow reference that lays slots out token by token; packing and drawing;
-the calibrated start and the warm-up of d; pauses in the form of earlier work.
-"""
+calibration and the warm-up of d; pauses in the form of earlier work."""
 
 import dataclasses
 import functools
@@ -38,17 +37,17 @@ ON_POLICY = {"name": "cyb", "pauses": 2, "recipe": "on_policy"}
 KEY = jax.random.key(7)
 
 
-# Where slots lie.
+# The layout of slots.
 
 
 @given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=7), row_slots=st.integers(1, 30))
-def test_pack_lays_out_what_fits_in_order(lengths, row_slots):
+def test_pack_lays_out_slots_in_order_and_drops_the_rest(lengths, row_slots):
   packing = pack(jnp.array([lengths]), 4, row_slots)
   wanted = [(n, j) for n, count in enumerate(lengths) for j in range(count)]
   laid = list(zip(packing.token[0].tolist(), packing.slot[0].tolist()))
   fits = min(row_slots, len(wanted))
   assert laid[:fits] == wanted[:fits]
-  # Places behind the last slot must still be valid ones.
+  # Indices of padding must be valid.
   assert all(0 <= n < len(lengths) and 0 <= j < 4 for n, j in laid)
   ends = np.cumsum(lengths)
   assert packing.kept[0].tolist() == (ends <= row_slots).tolist()
@@ -58,7 +57,7 @@ def test_pack_lays_out_what_fits_in_order(lengths, row_slots):
       assert [laid[place] for place in places] == [(n, min(j, count - 1)) for j in range(4)]
 
 
-def test_a_draw_hangs_on_its_row_alone():
+def test_a_draw_depends_only_on_its_row():
   tokens = random_batch(3, 6, 9)["tokens"]
   shares = jnp.array([0.2, 0.5, 0.3])
   drawn = draw_lengths(KEY, tokens, shares)
@@ -66,12 +65,12 @@ def test_a_draw_hangs_on_its_row_alone():
   np.testing.assert_array_equal(draw_lengths(KEY, tokens[2:4], shares), drawn[2:4])
   np.testing.assert_array_equal(draw_lengths(KEY, tokens, jnp.broadcast_to(shares, (*tokens.shape, 3))), drawn)
   assert (draw_lengths(jax.random.key(8), tokens, shares) != drawn).any()
-  # Two rows that differ in the order of their tokens alone draw each for itself.
+  # Two rows whose tokens differ only in their order have independent draws.
   swapped = tokens[:, [1, 0, *range(2, 9)]]
   assert (draw_lengths(KEY, swapped, shares) != drawn).any()
 
 
-def test_draws_have_their_shares():
+def test_draws_have_the_expected_shares():
   tokens = np.random.default_rng(0).integers(0, VOCABULARY, (64, 200)).astype(np.int32)
   shares = np.array([0.1, 0.0, 0.6, 0.3])
   drawn = np.asarray(draw_lengths(KEY, tokens, jnp.asarray(shares)))
@@ -82,10 +81,10 @@ def test_draws_have_their_shares():
   assert (draw_lengths(KEY, tokens, jnp.array([0.0, 0.0, 1.0])) == 3).all()
 
 
-def test_rows_have_room_for_what_is_drawn():
+def test_rows_are_long_enough_for_the_drawn_slots():
   assert packed_row_slots([0, 0, 0, 1], 17) == 68
   assert packed_row_slots([1, 0], 17) == 17
-  assert packed_row_slots([0.3, 0.4, 0.3], 5) == 15  # never more than all
+  assert packed_row_slots([0.3, 0.4, 0.3], 5) == 15  # never more than all slots
   # 1,000 tokens of 1 or 2 slots: 1,500 and four times sqrt(1,000 / 4).
   assert packed_row_slots([0.5, 0.5], 1000) == 1564
   tokens = np.random.default_rng(1).integers(0, VOCABULARY, (4000, 64)).astype(np.int32)
@@ -94,11 +93,11 @@ def test_rows_have_room_for_what_is_drawn():
   assert overflowing.sum() <= 3
 
 
-# What is computed there.
+# Results in packed rows.
 
 
 def slow_row(method, params, tokens, targets, lengths, segment_ids=None):
-  """(t, d) of one row: f64 lists by token. Slots one by one, an explicit mask, dense logits."""
+  """(t, d) of one row: f64 lists by token. Slots run one by one, with an explicit mask and dense logits."""
   config = method.config
   table = params["decoder"]["embedding"]
   inputs, positions, owner, slot, offsets = [], [], [], [], []
@@ -148,7 +147,7 @@ LAYOUTS = {
 }
 
 
-# Each of them once; the other half with the slow tests.
+# Each option once; the other combinations are slow tests.
 SLOW = pytest.mark.slow
 CASES = [
   pytest.param(layout, segment_ids, marks=[] if segment_ids == (number % 2 > 0) else SLOW)
@@ -178,7 +177,7 @@ def test_sampled_against_slots_laid_out_one_by_one(layout, with_segment_ids, exa
     for n, (t, d) in enumerate(rows):
       if not kept[b, n]:
         continue
-      # The last slot that a token has answers: the formulas with W = W_n and no omega say so.
+      # The last slot of a token answers: the formulas with W = W_n and no omega state the same.
       t, d = np.array(t), np.array(d)
       s = reference.stopping(d, 1 - d)
       want = reference.cyb(t, d, 1 - d, gamma=(1.0, 0.9, 0.8)[: len(t)])
@@ -197,8 +196,8 @@ def test_sampled_against_slots_laid_out_one_by_one(layout, with_segment_ids, exa
   ],
 )
 @pytest.mark.slow
-def test_sampled_with_all_granted_is_constant_bit_for_bit(options):
-  """Parameters and moments after steps of training; and packed all the same it is so up to rounding."""
+def test_sampled_equals_constant_bit_for_bit_if_all_slots_are_allowed(options):
+  """Parameters and moments after steps of training; the packed form is equal up to rounding."""
   steps = {}
   for recipe in ("constant", "sampled"):
     method, params = build(name="cyb", pauses=3, recipe=recipe, **options)
@@ -231,15 +230,15 @@ def test_gradients_of_packed_rows_by_differences(options, exact):
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
     assert np.isfinite(leaf).all(), path
     assert np.abs(leaf).max() > 0, path
-  # Along the gradient itself, where a difference says most.
+  # In the direction of the gradient, where a difference is most informative.
   norm = optax.global_norm(gradient)
   h = 1e-2 / norm
-  ahead, behind = (jax.tree.map(lambda p, g, s=s: p + s * h * g, params, gradient) for s in (1, -1))
-  assert float(objective(ahead) - objective(behind)) == pytest.approx(float(2 * h * norm**2), rel=2e-2)
+  plus, minus = (jax.tree.map(lambda p, g, s=s: p + s * h * g, params, gradient) for s in (1, -1))
+  assert float(objective(plus) - objective(minus)) == pytest.approx(float(2 * h * norm**2), rel=2e-2)
 
 
 @SLOW
-def test_what_does_not_fit_has_no_weight_and_is_counted():
+def test_tokens_that_do_not_fit_have_no_weight_and_are_counted():
   method, params = build(**SAMPLED, slot_budget=1.5)
   batch = random_batch(2, 4, 8)
   out = method.loss(params, batch, KEY)
@@ -255,7 +254,7 @@ def test_what_does_not_fit_has_no_weight_and_is_counted():
   kept = np.asarray(method.loss(params, batch, rng).kept)
   assert float(after.totals.dropped) == (~kept).sum() > 0
   assert float(after.totals.tokens) == kept.sum()
-  # Nothing of them reaches the parameters: other targets there make no difference.
+  # They have no gradient: other targets there make no difference.
   other = dict(batch, targets=np.where(kept, batch["targets"], (batch["targets"] + 5) % VOCABULARY))
   assert_trees_equal(step(state, other).params, after.params)
 
@@ -301,7 +300,8 @@ def test_on_policy_draws_from_the_models_own_distribution(exact):
   shares = np.array([[reference.stopping(row, 1 - row) for row in rows] for rows in d], np.float64)
   lengths = draw_lengths(KEY, batch["tokens"], jnp.asarray(0.75 * shares + 0.25 / 3))
   np.testing.assert_array_equal(out.slots, lengths)
-  # Given the layout it is the recipe sampled: the same losses and gradient, since none flows through the draw.
+  # Given the layout it equals the recipe sampled: the same losses and gradient, because no gradient flows through the
+  # draw.
   laid = methods.build(configure(**SAMPLED, slot_budget=3.0), TINY, vocab_size=VOCABULARY)
   packing = pack(lengths, 3, 18)
 
@@ -319,7 +319,7 @@ def test_on_policy_draws_from_the_models_own_distribution(exact):
 @pytest.mark.slow
 def test_the_floor_keeps_every_slot_trained():
   method, params = build(**ON_POLICY, policy_floor=0.3, dont_know="unit")
-  # A model that never asks for a pause.
+  # A model that never requests a pause.
   params["dont_know_bias"] -= 100.0
   slots = np.asarray(method.loss(params, random_batch(5, 64, 50), KEY).slots)
   found = np.bincount(slots.astype(int).ravel(), minlength=4)[1:] / slots.size
@@ -332,24 +332,24 @@ def test_the_floor_keeps_every_slot_trained():
 
 
 @pytest.mark.slow
-def test_evaluation_draws_by_text_and_loses_no_token(exact):
+def test_evaluation_draws_by_text_and_drops_no_token(exact):
   method, params = build(**SAMPLED)
-  whole = random_batch(6, 8, 7)
+  complete = random_batch(6, 8, 7)
   mesh = make_mesh(configs.ParallelismConfig(), jax.devices()[:1])
   evaluator = Evaluator(method, mesh)
-  once = evaluator(params, [whole])
-  parts = evaluator(params, [{k: v[i : i + 3] for k, v in whole.items()} for i in (0, 3, 5)][:2])
-  again = evaluator(params, [{k: v[:6] for k, v in whole.items()}])
+  once = evaluator(params, [complete])
+  parts = evaluator(params, [{k: v[i : i + 3] for k, v in complete.items()} for i in (0, 3, 5)][:2])
+  again = evaluator(params, [{k: v[:6] for k, v in complete.items()}])
   assert once["tokens"] == 56
   np.testing.assert_allclose(parts["training_omega"]["perplexity"], again["training_omega"]["perplexity"], rtol=1e-6)
-  # All granted: the constant layout.
+  # All slots allowed: the constant layout.
   plain, _ = build(name="cyb", pauses=2)
-  assert once["perplexity"] == pytest.approx(evaluate(plain, params, whole)["perplexity"], rel=1e-6)
+  assert once["perplexity"] == pytest.approx(evaluate(plain, params, complete)["perplexity"], rel=1e-6)
   # Drawn: against slots laid out one by one.
-  lengths = np.asarray(draw_lengths(jax.random.key(0), whole["tokens"], jnp.array([0.25, 0.5, 0.25])))
+  lengths = np.asarray(draw_lengths(jax.random.key(0), complete["tokens"], jnp.array([0.25, 0.5, 0.25])))
   nats, s_sum, loss = [], np.zeros(3), []
   for b in range(8):
-    for t, d in slow_row(method, params, whole["tokens"][b], whole["targets"][b], lengths[b]):
+    for t, d in slow_row(method, params, complete["tokens"][b], complete["targets"][b], lengths[b]):
       t, d = np.array(t), np.array(d)
       s = reference.stopping(d, 1 - d)
       nats.append(-np.log((s * t).sum()))
@@ -364,7 +364,7 @@ def evaluate(method, params, batch, omega=None):
   return Evaluator(method, make_mesh(configs.ParallelismConfig(), jax.devices()[:1]), omega)(params, [batch])
 
 
-def test_evaluation_under_a_given_omega_draws_from_that(exact):
+def test_evaluation_under_a_given_omega_draws_from_omega(exact):
   method, params = build(**SAMPLED)
   batch = random_batch(7, 4, 6)
   one = evaluate(method, params, batch, omega=(1.0, 0.0, 0.0))
@@ -372,7 +372,7 @@ def test_evaluation_under_a_given_omega_draws_from_that(exact):
   baseline, _ = build(name="baseline")
   alone = evaluate(baseline, {"decoder": params["decoder"]}, batch)
   np.testing.assert_allclose(one["perplexity"], alone["perplexity"], rtol=1e-5)
-  # A later slot is that of some tokens alone; both contexts, the evaluation's and training's, are run.
+  # Only some tokens have a later slot; the contexts of both evaluation and training are run.
   assert one["slot_perplexity"] is None
   assert one["calibration"] is None
   assert one["slots"] == 2 * 4 * 6 * 3
@@ -380,15 +380,15 @@ def test_evaluation_under_a_given_omega_draws_from_that(exact):
 
 
 @pytest.mark.slow
-def test_on_policy_evaluates_in_its_own_contexts_too(exact):
+def test_on_policy_is_also_evaluated_in_its_own_contexts(exact):
   method, params = build(**ON_POLICY)
   batch = random_batch(8, 4, 6)
   got = evaluate(method, params, batch)
   plain, _ = build(name="cyb", pauses=2)
   assert got["perplexity"] == pytest.approx(evaluate(plain, params, batch)["perplexity"], rel=1e-6)
   scores = plain.slot_scores(params, batch)
-  asked = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
-  shares = 0.9 * asked + 0.1 / 3  # with the floor of training
+  own_stopping = jnp.exp(log_stopping_distribution(scores.log_dont_know, scores.log_answer))
+  shares = 0.9 * own_stopping + 0.1 / 3  # with the floor of training
   lengths = np.asarray(draw_lengths(jax.random.key(0), batch["tokens"], shares))
   nats = []
   for b in range(4):
@@ -398,13 +398,13 @@ def test_on_policy_evaluates_in_its_own_contexts_too(exact):
   np.testing.assert_allclose(got["training_omega"]["perplexity"], np.exp(np.mean(nats)), rtol=2e-5)
 
 
-# What it spends.
+# Costs.
 
 
 def test_slots_and_flops_by_hand():
   sampled, _ = build(name="cyb", pauses=3, recipe="sampled", omega=(1.0, 1.0, 0.0, 0.0))
   constant, _ = build(name="cyb", pauses=1)
-  # Half of the tokens have one pause: 1,500 slots and the margin, against 2,000.
+  # Half of the tokens have one pause: 1,500 slots and the margin, instead of 2,000.
   assert sampled.costs(1000).train_slots == 1564
   assert constant.costs(1000).train_slots == 2000
   per_slot = 2 * (TINY.d_model * (4 * 16 + 2 * 8) - TINY.d_model * 16) + 0  # query, out; key, value
@@ -413,7 +413,7 @@ def test_slots_and_flops_by_hand():
   readout = 2 * TINY.d_model * TINY.vocab_size
   want = 3 * 1.564 * (2 * (per_slot + attention) + readout)
   assert sampled.costs(1000).train.total == pytest.approx(want)
-  # Readout once more in the backward pass; attention over the whole square.
+  # The readout runs once more in the backward pass; attention covers the full square.
   assert sampled.costs(1000).train_executed.total > want + 1.564 * readout
   policy, _ = build(**ON_POLICY, slot_budget=2.0)
   assert policy.costs(10).train_slots == 30 + 20
@@ -423,13 +423,13 @@ def test_slots_and_flops_by_hand():
   )
 
 
-# How it starts.
+# Initial values.
 
 
 @pytest.mark.slow
 def test_calibration_sets_the_median_of_d(exact):
   method, params = build(name="cyb", pauses=2, calibration_batches=3, dont_know_prior=0.7)
-  # As a pretrained model would start: far below its prior.
+  # Like a pretrained model: d is initially far below its prior.
   params["decoder"]["embedding"] *= 12
   batches = [random_batch(seed, 4, 9, uneven=True) for seed in range(3)]
   before = [np.exp(np.asarray(method.slot_scores(params, b).log_dont_know))[b["weights"] > 0][:, :2] for b in batches]
@@ -441,7 +441,7 @@ def test_calibration_sets_the_median_of_d(exact):
     odds.append(np.asarray(scores.log_dont_know - scores.log_answer)[batch["weights"] > 0][:, :2])
   assert np.median(np.concatenate(odds)) == pytest.approx(np.log(0.7 / 0.3), abs=1e-4)
   assert_trees_equal(after["decoder"], params["decoder"])
-  # Once more changes nothing: an offset that is there already is not counted twice.
+  # A second calibration changes nothing: an existing offset is not added twice.
   again = method.calibrate(after, batches)
   np.testing.assert_allclose(again["dont_know_offset"], after["dont_know_offset"], atol=1e-5)
   gradient = jax.grad(lambda p: method.loss(p, batches[0], KEY).loss.sum())(after)
@@ -451,7 +451,7 @@ def test_calibration_sets_the_median_of_d(exact):
 
 @SLOW
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
-def test_a_run_is_calibrated_once_and_remembers_it(tmp_path, strategy, caplog):
+def test_a_run_is_calibrated_once_and_keeps_the_offset(tmp_path, strategy, caplog):
   caplog.set_level("INFO")
   config = tiny_config(pauses=2, calibration_batches=2)
   config.parallelism.strategy = strategy
@@ -483,8 +483,8 @@ def test_a_fine_tuned_run_starts_at_its_prior(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_run_has_learned_of_d_is_kept_or_refused(tmp_path):
-  """An offset belongs to the row that was trained with it; and a row means something else in the other form."""
+def test_a_trained_offset_and_form_of_d_are_kept_or_refused(tmp_path):
+  """An offset belongs to the row that was trained with it; and a row has another meaning in the other form."""
   source = tiny_config(pauses=2, calibration_batches=1, dont_know_prior=0.6)
   source.train.update(steps=1, eval_every=0)
   training.train(configs.freeze(source), tmp_path / "source")
@@ -506,7 +506,7 @@ def test_what_a_run_has_learned_of_d_is_kept_or_refused(tmp_path):
 
 
 @SLOW
-def test_d_is_held_while_it_warms_up(exact):
+def test_d_is_held_during_the_warm_up(exact):
   options = {"name": "cyb", "pauses": 2, "dont_know_prior": 0.8}
   method, params = build(**options, stopping_warmup=5)
   plain, _ = build(**options)
@@ -524,7 +524,7 @@ def test_d_is_held_while_it_warms_up(exact):
 
 
 @SLOW
-def test_training_knows_when_the_warm_up_ends(tmp_path):
+def test_training_counts_the_steps_of_the_warm_up(tmp_path):
   config = tiny_config(pauses=2, stopping_warmup=6)
   config.train.update(log_every=1, eval_every=0, checkpoint_every=0)
   training.train(configs.freeze(config), tmp_path / "run")
@@ -539,7 +539,7 @@ def test_training_knows_when_the_warm_up_ends(tmp_path):
 # The form of earlier work.
 
 
-def test_one_pause_for_all():
+def test_one_row_for_all_pauses():
   method, params = build(name="cyb", pauses=3, pause_shared=True)
   assert params["pause_input"].shape == (1, TINY.d_model)
   own, _ = build(name="cyb", pauses=3)
@@ -549,8 +549,8 @@ def test_one_pause_for_all():
 
 
 @pytest.mark.slow
-def test_positions_that_shift(exact):
-  """A constant pause with a position of its own is a word of a longer text."""
+def test_shifting_positions(exact):
+  """A pause with its own position and the embedding of a token is a token of a longer text."""
   method, params = build(name="tbys", pauses=1, pause_positions="shifting")
   batch = random_batch(11, 2, 5)
   params["pause_input"] = params["decoder"]["embedding"][3][None]
@@ -565,21 +565,21 @@ def test_positions_that_shift(exact):
   [
     (
       SAMPLED | {"loss": "va", "omega": None, "rho": (1.0, 1.0, 1.0)},
-      r"method.recipe: 'sampled' goes with .* 'ap' alone, not 'va'",
+      r"method.recipe: 'sampled' requires .* 'ap', not 'va'",
     ),
-    (ON_POLICY | {"loss": "dp", "rho": (1.0, 1.0, 1.0)}, r"method.recipe: 'on_policy' goes with .* not 'dp'"),
+    (ON_POLICY | {"loss": "dp", "rho": (1.0, 1.0, 1.0)}, r"method.recipe: 'on_policy' requires .* not 'dp'"),
     (ON_POLICY | {"omega": (1.0, 1.0, 1.0)}, r"method.omega: .* draws from the model's own"),
     (ON_POLICY | {"policy_floor": 0.0}, r"method.policy_floor: 0.0 must be in \(0, 1\]"),
     (SAMPLED | {"policy_floor": 0.2}, r"method.policy_floor: 0.2 is set, but method.recipe = 'sampled'"),
-    (SAMPLED | {"slot_budget": 3.5}, r"method.slot_budget: 3.5 must lie in \[1, 3\]"),
-    (SAMPLED | {"slot_budget": 0.5}, r"method.slot_budget: 0.5 must lie in \[1, 3\]"),
-    ({"name": "cyb", "pauses": 1, "slot_budget": 2.0}, r"method.slot_budget: 2 must be 0 where all"),
+    (SAMPLED | {"slot_budget": 3.5}, r"method.slot_budget: 3.5 must be in \[1, 3\]"),
+    (SAMPLED | {"slot_budget": 0.5}, r"method.slot_budget: 0.5 must be in \[1, 3\]"),
+    ({"name": "cyb", "pauses": 1, "slot_budget": 2.0}, r"method.slot_budget: 2 must be 0 if every"),
     (
       SAMPLED | {"omega": None, "slot_budget": 2.0},
-      r"method.slot_budget: 2 must be 0 where all slots are always given",
+      r"method.slot_budget: 2 must be 0 if every token gets all slots",
     ),
-    (SAMPLED | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token that is given 1"),
-    (ON_POLICY | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token that is given 1"),
+    (SAMPLED | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token with 1 slots"),
+    (ON_POLICY | {"gamma": (0.0, 1.0, 1.0)}, r"method.gamma: .* is zero at every slot of a token with 1 slots"),
     ({"name": "tbys", "pauses": 1, "recipe": "sampled"}, r"method.recipe: unknown field; method 'tbys' has no such"),
     (
       {"name": "tbys", "pauses": 1, "pause_positions": "x"},
@@ -588,9 +588,12 @@ def test_positions_that_shift(exact):
     ({"name": "cyb", "pauses": 1, "calibration_batches": -1}, r"method.calibration_batches: -1 must be a whole number"),
     (
       {"name": "cyb", "pauses": 1, "calibration_batches": 1, "dont_know_prior": None},
-      r"method.calibration_batches: 1 needs method.dont_know_prior",
+      r"method.calibration_batches: 1 requires method.dont_know_prior",
     ),
-    ({"name": "cyb", "pauses": 1, "stopping_warmup": 1, "dont_know_prior": None}, r"method.stopping_warmup: 1 needs"),
+    (
+      {"name": "cyb", "pauses": 1, "stopping_warmup": 1, "dont_know_prior": None},
+      r"method.stopping_warmup: 1 requires",
+    ),
     ({"name": "baseline", "recipe": "sampled"}, r"method.recipe: unknown field; method 'baseline' has no such"),
     ({"name": "constant_stop", "pauses": 0}, r"method.pauses: 0 must be a whole number of at least 1"),
     ({"name": "mean_slots", "pauses": 1, "omega": (1.0, 1.0)}, r"method.omega: .* no such option"),
@@ -601,11 +604,11 @@ def test_bad_options(options, message):
     methods.build(configure(**options), TINY)
 
 
-# The controls.
+# Controls.
 
 
 @SLOW
-def test_controls_are_mixtures_that_do_not_look(exact):
+def test_controls_are_mixtures_that_ignore_the_context(exact):
   batch = random_batch(12)
   constant, params = build(name="constant_stop", pauses=2)
   np.testing.assert_allclose(constant.loss(params, batch, KEY).stopping[0, 0], [0.1, 0.09, 0.81], rtol=1e-5)
@@ -617,7 +620,7 @@ def test_controls_are_mixtures_that_do_not_look(exact):
   np.testing.assert_allclose(out.loss, -np.log(t @ shares), rtol=2e-5)
   np.testing.assert_allclose(out.log_likelihood, np.log(t @ shares), rtol=2e-5)
   np.testing.assert_allclose(out.stopping[1, 2], shares, rtol=1e-5)
-  # d loss / d logit_i = s_i - r_i, with r the share of the likelihood that slot i has.
+  # d loss / d logit_i = s_i - r_i, with r_i the share of slot i in the likelihood.
   gradient = jax.grad(lambda p: constant.loss(p, batch, KEY).loss.sum())(params)["stopping_logits"]
   responsible = shares * t / (t @ shares)[..., None]
   np.testing.assert_allclose(gradient, 16 * (shares - responsible).sum((0, 1)), rtol=1e-3, atol=1e-4)
@@ -629,11 +632,13 @@ def test_controls_are_mixtures_that_do_not_look(exact):
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])
-def test_the_shares_of_the_control_get_to_where_they_are_best(best):
-  """In the steps of a small experiment, at its rate: a control that is stuck would make what it controls look good."""
+def test_the_shares_of_the_control_reach_their_optimum(best):
+  """Within the steps of a small experiment, at its learning rate: a control that is not trained would make CYB look
+  good.
+  """
   decoder = dataclasses.replace(TINY, d_model=128)
   method = methods.build(configure(name="constant_stop", pauses=2), decoder, vocab_size=VOCABULARY)
-  # One slot knows on two tokens of three, the others on one of six each: the optimum is the shares themselves.
+  # One slot predicts two tokens of three, the others one of six each: the optimum of the shares equals these fractions.
   know = np.full(3, 1 / 6)
   know[best] = 2 / 3
   t = jnp.asarray(np.where(np.eye(3), 0.9, 1e-4))
@@ -655,7 +660,7 @@ def test_the_shares_of_the_control_get_to_where_they_are_best(best):
 
 
 @SLOW
-def test_controls_are_evaluated_as_they_are_read():
+def test_controls_are_evaluated_as_mixtures():
   batch = random_batch(13)
   for name in ("constant_stop", "mean_slots"):
     method, params = build(name=name, pauses=2)

@@ -1,6 +1,5 @@
-"""Streams that fork, against lists of streams in float64, one row at a time; selection by hand; prefixes against the
-truncated text; and copies, which don't fork.
-"""
+"""Forking streams, against lists of streams in float64, one row at a time; selection by hand; prefixes against the
+truncated text; and copies, which do not fork."""
 
 import dataclasses
 import functools
@@ -29,7 +28,7 @@ THREE = dataclasses.replace(TINY, num_layers=3, num_kv_heads=2)
 
 
 def drawn(method, seed=7):
-  """Parameters from numpy: scales that aren't 1, and a router that decides, as at its start it doesn't."""
+  """Parameters from numpy: norm scales other than 1, and a router that decides, unlike a freshly initialised router."""
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
@@ -64,7 +63,7 @@ def gradient_of(method):
   return jax.jit(jax.grad(loss))
 
 
-# The reference. A stream is a dict: x, c, token; a row a list of them.
+# The reference: a stream is a dict with x, c and token, and a row is a list of streams.
 
 
 def rms_norm(x, scale):
@@ -97,7 +96,7 @@ def places(row):
 
 
 def run_layer(layer, row, segment_ids):
-  """Attention and mlp, attenuated."""
+  """Attention and mlp, with scaled updates."""
   at = places(row)
   normed = [rms_norm(stream["x"], layer["attention_norm"]["scale"]) for stream in row]
   heads = layer["attention"]["query"]["kernel"].shape[1]
@@ -126,7 +125,7 @@ def run_layer(layer, row, segment_ids):
 
 
 def fork(params, number, row, budget):
-  """The row after a fork, and how many forced streams would not have been chosen for their score."""
+  """The row after a fork, and the number of forced streams whose score alone would not have been enough."""
   candidates = []
   for stream in row:
     logits = params["fork_router"][number] @ layer_norm(stream["x"], params["fork_norm"][number])
@@ -142,7 +141,7 @@ def fork(params, number, row, budget):
 
 
 def slow(method, params, tokens, targets, segment_ids=None):
-  """(log-likelihoods, what happened) of one row, all of whose tokens are real."""
+  """(log-likelihoods, counters of events) of one row in which all tokens are real."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   decoder, config = params["decoder"], method.config
   row = [{"x": decoder["embedding"][token], "c": 0.0, "token": t} for t, token in enumerate(tokens)]
@@ -178,12 +177,12 @@ DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [0] * 7, [0, 1, 1, 1, 1, 2, 2], [0]
 VARIANTS = {
   "three forks": {"fork_layers": (1, 2, 3)},
   "segment_ids, summed states": {"fork_layers": (2, 3), "stream_budget": 1.4, "combine": "states"},
-  "room for all": {"fork_layers": (1, 3), "stream_budget": 4.0},
+  "budget for all": {"fork_layers": (1, 3), "stream_budget": 4.0},
 }
 
 
 def batch_of(variant):
-  """Rows of 7 tokens, of which 7, 5, 6 and none are real."""
+  """Rows of 7 tokens; 7, 5, 6 and no tokens are real."""
   batch = random_batch(3, 4, 7)
   batch["weights"][1, 5:] = 0
   batch["weights"][2, [0, 1, 6]] = 0
@@ -192,7 +191,7 @@ def batch_of(variant):
 
 
 def rows_of(batch):
-  """(row, tokens, targets, segment_ids), what of each is real."""
+  """(row, tokens, targets, segment_ids), the real part of each row."""
   for row, real in enumerate((7, 5, 6)):
     segment_ids = batch["segment_ids"][row] if "segment_ids" in batch else None
     yield row, batch["tokens"][row, :real], batch["targets"][row, :real], segment_ids
@@ -210,13 +209,13 @@ def test_against_lists_of_streams(variant, exact):
     happened.append(seen)
   assert np.isfinite(reading.loss).all()
   np.testing.assert_array_equal(reading.loss, -reading.scores.log_target[..., 0])
-  # What is to be tested took place; and where there is room for all, nothing was dropped.
+  # The tested events occurred; with a budget for all streams nothing was dropped.
   for name in ("forced", "ended", "dropped"):
-    assert (sum(seen[name] for seen in happened) > 0) is (variant != "room for all"), name
+    assert (sum(seen[name] for seen in happened) > 0) is (variant != "budget for all"), name
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS)[:2])
-def test_prefixes_are_read_as_texts_that_end_there(variant, exact):
+def test_prefixes_are_read_as_truncated_texts(variant, exact):
   method, params = build(**VARIANTS[variant])
   batch = batch_of(variant)
   read = method.autoregressive_log_likelihood(params, batch)
@@ -224,7 +223,7 @@ def test_prefixes_are_read_as_texts_that_end_there(variant, exact):
     expected = [slow(method, params, tokens[:n], targets[:n], segment_ids)[0][-1] for n in range(1, len(tokens) + 1)]
     np.testing.assert_allclose(read[row, : len(tokens)], expected, rtol=2e-4, atol=2e-5)
   assert np.isfinite(read).all()
-  # A later token changes what is said before it, though not of prefixes.
+  # A later token changes the predictions before it, but not those from prefixes.
   other = batch | {"tokens": batch["tokens"].copy()}
   other["tokens"][:, 4] = (other["tokens"][:, 4] + 1) % VOCABULARY
   np.testing.assert_array_equal(method.autoregressive_log_likelihood(params, other)[:, :4], read[:, :4])
@@ -234,7 +233,7 @@ def test_prefixes_are_read_as_texts_that_end_there(variant, exact):
 
 
 def test_selection_by_hand():
-  """The example at the head of the file, and a second row of one real token with a budget of two."""
+  """The example in the module's docstring, and a second row of one real token with a budget of two."""
   token = jnp.array([[0, 0, 1, 1], [0, 0, 2, 2]])
   scores = jnp.array([[-4.0, -2, -5, -8, -3, -9, -10, -20], [-7, -6, -9, -8, 0, 0, 0, 0]])
   index, live = select(scores, token, jnp.array([4, 2]), 4, 2)
@@ -242,7 +241,7 @@ def test_selection_by_hand():
   assert live[0].all()
   assert index[1, :2].tolist() == [1, 3]
   assert live[1].tolist() == [True, True, False, False]
-  # Of equal scores the one further left is kept, whatever the number of rows and their order.
+  # Of streams with equal scores the left one is kept, whatever the number and the order of the rows.
   index, live = select(jnp.full((2, 8), -0.5), token.at[1].set(token[0]), jnp.array([4, 3]), 4, 2)
   assert index[0].tolist() == [0, 1, 3, 7]
   assert index[1, :3].tolist() == [0, 3, 7]
@@ -269,9 +268,9 @@ def test_one_token(exact):
   )
 
 
-def test_forks_that_count_for_nothing_leave_the_baseline(exact):
-  """A router that is solved for: f = -20 and k = 0 for every token. Heads are small, since in attention P is taken to
-  the power 1 / sqrt(H).
+def test_forks_of_negligible_weight_equal_the_baseline(exact):
+  """A router solved so that f = -20 and k = 0 for every token. Heads are small, because in attention P is raised to the
+  power 1 / sqrt(H).
   """
   decoder = dataclasses.replace(TINY, head_size=2)
   method, params = build(decoder, fork_layers=(1,))
@@ -288,7 +287,7 @@ def test_forks_that_count_for_nothing_leave_the_baseline(exact):
 
 
 def test_gradients_by_differences_of_the_reference(exact):
-  """With layers that are run again in the backward pass."""
+  """The layers are rematerialised."""
   method, params = build(dataclasses.replace(THREE, remat="full"), **VARIANTS["three forks"])
   batch = batch_of("three forks")
   found = gradient_of(method)(params, batch)
@@ -299,31 +298,31 @@ def test_gradients_by_differences_of_the_reference(exact):
     total = []
     for step in (1e-6, -1e-6):
       moved = {name: jax.tree.map(lambda x, v, step=step: x + step * v, exactly[name], way[name]) for name in names}
-      said = [(row, slow(method, exactly | moved, *of_row)[0]) for row, *of_row in rows_of(batch)]
-      total.append(-sum(x @ batch["weights"][row, : len(x)] for row, x in said))
+      slow_losses = [(row, slow(method, exactly | moved, *of_row)[0]) for row, *of_row in rows_of(batch)]
+      total.append(-sum(x @ batch["weights"][row, : len(x)] for row, x in slow_losses))
     expected = (total[0] - total[1]) / 2e-6
     along = sum(np.vdot(a, b) for name in names for a, b in zip(*map(jax.tree.leaves, (found[name], way[name]))))
     np.testing.assert_allclose(along, expected, rtol=2e-3)
   assert (np.abs(found["fork_router"]).max((1, 2)) > 1e-3).all()
-  # Where all that a router says is clipped, or all but certain, nothing is infinite.
+  # If all router outputs are clipped or saturated, nothing is infinite.
   steep = gradient_of(method)(params | {"fork_router": 1e4 * params["fork_router"]}, batch)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(steep))
 
 
 @pytest.mark.slow
 def test_evaluated_over_eight_devices(exact):
-  """Both perplexities of an evaluation; the steps of a mesh are in test_sharding."""
+  """Both perplexities of an evaluation; tests/training/test_sharding.py covers training steps on a mesh."""
   one = {"decoder": dataclasses.replace(THREE, num_layers=1), "name": "thoughtbubbles", "stream_budget": 1.5}
   method, params = build(**one)
   batch = batch_of("one fork")
   mesh = make_mesh(ParallelismConfig(tensor=2, fsdp=2), jax.devices())
   placed = jax.device_put(params, shardings(jax.eval_shape(method.init, jax.random.key(0)), mesh))
   found = Evaluator(plain(**one), mesh).autoregressive(placed, [batch])
-  said = {
+  found_by_name = {
     "perplexity": method.autoregressive_log_likelihood(params, batch),
     "blockwise_perplexity": -method.evaluate(params, batch).loss,
   }
-  for name, log_likelihood in said.items():
+  for name, log_likelihood in found_by_name.items():
     expected = np.exp(-(np.asarray(log_likelihood) * batch["weights"]).sum() / batch["weights"].sum())
     assert found[name] == pytest.approx(expected, rel=1e-5)
   assert found["perplexity"] != pytest.approx(found["blockwise_perplexity"], rel=1e-4)
@@ -349,18 +348,18 @@ def test_copies_against_lists_of_streams(exact):
       run_layer(decoder[f"layers_{layer}"], streams, batch["segment_ids"][row])
     for t, target in enumerate(batch["targets"][row]):
       for copy in range(3):
-        said = rms_norm(streams[3 * t + copy]["x"], decoder["final_norm"]["scale"])
-        logits = decoder["embedding"][:VOCABULARY] @ said
+        state = rms_norm(streams[3 * t + copy]["x"], decoder["final_norm"]["scale"])
+        logits = decoder["embedding"][:VOCABULARY] @ state
         expected = logits[target] - np.logaddexp.reduce(logits)
         np.testing.assert_allclose(reading.scores.log_target[row, t, copy], expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(method.loss(params, batch, jax.random.key(0)).loss, -reading.scores.log_target[..., -1])
 
 
 @pytest.mark.slow
-def test_copies_decode_as_they_are_trained(exact):
+def test_copies_decode_as_in_training(exact):
   method, params = build(TINY, "copy_k", pauses=2)
   batch = random_batch(4, 2, 5)
-  whole = method.hidden(params, batch).reshape(2, 15, -1)
+  full = method.hidden(params, batch).reshape(2, 15, -1)
   cache = empty_cache(method.cache_config, 2, 15)
   order = jnp.broadcast_to(jnp.arange(15), (2, 15))
   found = []
@@ -370,18 +369,18 @@ def test_copies_decode_as_they_are_trained(exact):
     first = jnp.full(2, start) if start else None
     hidden, cache = method.extend(params, SlotInputs(tokens, places % 3, places // 3), cache, first)
     found.append(hidden)
-  np.testing.assert_allclose(jnp.concatenate(found, 1), whole, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(jnp.concatenate(found, 1), full, rtol=1e-4, atol=1e-5)
   tokens = jnp.repeat(batch["tokens"], 3, 1)
   mask = (order[0][:, None] >= order[0])[None, None]
   slots = method.hidden_slots(params, SlotInputs(tokens, order % 3, order // 3), mask)
-  np.testing.assert_allclose(slots, whole, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(slots, full, rtol=1e-4, atol=1e-5)
 
 
-# What is spent.
+# Costs.
 
 
 def test_where_streams_fork():
-  """As published where there are layers enough; before the first layer only where there is no other."""
+  """The published layers if there are enough layers; before the first layer only if there is no other layer."""
   published = {6: (3, 5), 7: (3, 5), 8: (3, 5), 11: (3, 7, 11), 12: (3, 7, 11), 24: (3, 7, 11), 36: (3, 7, 11)}
   ours = {1: (1,), 2: (2,), 3: (2, 3), 4: (2, 3, 4), 5: (2, 3, 5), 9: (3, 7), 10: (3, 7)}
   for layers, forks in (published | ours).items():
@@ -392,7 +391,7 @@ def test_where_streams_fork():
 def test_costs_by_hand():
   four = {"decoder": dataclasses.replace(TINY, num_layers=4), "name": "thoughtbubbles", "stream_budget": 3.0}
   method = plain(fork_layers=(2, 4), **four)
-  # Of 10 tokens: one layer of 10 streams, two of 20, one of 30.
+  # 10 tokens: one layer of 10 streams, two of 20, one of 30.
   assert method.slot_model.segments(10) == [(0, 1, 10), (1, 3, 20), (3, 4, 30)]
   assert method.costs(10).forward_slots == method.costs(10).train_slots == (10 + 40 + 30) / 4
   cost = method.costs(10).forward
@@ -402,19 +401,19 @@ def test_costs_by_hand():
   assert cost.readout == 3 * 2 * 16 * 32
   assert cost.routing == 2 * 2 * 16 * (1 + 2)
   assert method.costs(10).inference == cost
-  # One by one: of prefixes of 1 and of 2, each read anew, but the first layer, which is cached.
+  # Token by token: prefixes of 1 and 2 tokens, each in a new pass except for the first layer, which is cached.
   alone = method.costs(2).autoregressive
   assert alone.matrices == pytest.approx(cost.matrices / 8 * (8 + 1 + 2 * 7) / 2)
   assert alone.attention == pytest.approx(4 * 16 * ((1 + 4 * 1.5 + 3 * 2) + 2 + 2 * (4 * 2.5 + 3 * 3.5)) / 2)
   assert alone.routing == pytest.approx(2 * 2 * 16 * ((1 + 2) + (1 + 2 * 2)) / 2)
-  assert alone.readout == pytest.approx(cost.readout)  # of the last token of each
-  # Below five tokens the budget allows no fork: 4 layers, of which 3 are run for all; then 6 and 7 streams after the
+  assert alone.readout == pytest.approx(cost.readout)  # of the last token of each prefix
+  # Below five tokens the budget allows no fork: 4 layers, 3 of which run for all tokens; then 6 and 7 streams after the
   # first layer.
   scant = plain(fork_layers=(2, 4), **four | {"stream_budget": 1.2}).costs(6).autoregressive
   assert scant.matrices == pytest.approx(cost.matrices / 8 * (4 + 3 * (1 + 2 + 3 + 4) + (1 + 18) + (1 + 21)) / 6)
   states = plain(fork_layers=(2, 4), combine="states", **four)
   assert states.costs(10).forward.readout == 2 * 16 * 32
-  # What a longer text has room for, to a stream.
+  # The budget of a longer text, to within one stream.
   assert plain(name="thoughtbubbles", stream_budget=2.3).slot_model.budgets(10).tolist() == [
     0,
     2,
@@ -461,7 +460,7 @@ def test_executed_agrees_with_xla(options, fields):
   if "combine" in options:
     reading = counted(lambda params, batch: method.evaluate(params, batch).loss)
     assert method.costs(16).forward_executed.total == pytest.approx(reading, rel=0.03)
-  # XLA unrolls a scan of one chunk, and then sees that the logits were there already.
+  # XLA unrolls a scan of one chunk and then reuses the logits.
   cost = method.costs(16).train_executed
   again = cost.readout / 4
   assert cost.total - again == pytest.approx(counted(jax.grad(loss)), rel=0.03)
@@ -480,7 +479,7 @@ BAD = [
   ({"fork_layers": (5,)}, r"method.fork_layers: '5' must .* such as '2:3'"),
   ({"fork_layers": ()}, r"method.fork_layers: '' must"),
   ({"omega": (1.0,)}, r"method.omega: .* method 'thoughtbubbles' has no such option"),
-  ({"decoder": {"scan_layers": True}}, r"decoder.scan_layers: True, but method 'thoughtbubbles' stops between layers"),
+  ({"decoder": {"scan_layers": True}}, r"decoder.scan_layers: True, but method 'thoughtbubbles' forks streams between"),
 ]
 
 
@@ -492,13 +491,14 @@ def test_bad_options(options, message):
     methods.build(configure(**options), decoder)
 
 
-def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
+def test_budgets_without_a_fork_are_refused_before_anything_runs():
   method = plain(name="thoughtbubbles", stream_budget=1.1)
   with pytest.raises(
-    InputError, match=r"method.stream_budget: 1.1 streams a token are 7 of a window of 7: nothing can"
+    InputError,
+    match=r"method.stream_budget: 1.1 streams per token allow 7 streams in a window of 7 tokens, so that nothing can",
   ):
     method.costs(7)
-  with pytest.raises(InputError, match=r"give at least 1.14286"):
+  with pytest.raises(InputError, match=r"set at least 1.14286"):
     jax.eval_shape(method.evaluate, drawn(method), random_batch(0, 1, 7))
   assert method.slot_model.segments(10)[-1].streams == 11
   with pytest.raises(InputError, match=r"method.pauses: 0 must be a whole number of at least 1"):
@@ -507,7 +507,7 @@ def test_budgets_without_room_for_a_fork_are_refused_before_anything_runs():
     methods.build(configure(name="copy_k", pauses=1, stream_budget=4.0), TINY)
 
 
-def test_settings_and_how_they_start():
+def test_settings_and_initial_values():
   budgets = {name: plain(**SETTINGS[name]).config.stream_budget for name in ("thoughtbubbles", "thoughtbubbles4")}
   assert budgets == {"thoughtbubbles": 2.0, "thoughtbubbles4": 4.0}
   assert plain(**SETTINGS["copy_k"]).num_slots == 4
@@ -522,7 +522,7 @@ def test_settings_and_how_they_start():
 
 @pytest.mark.slow
 def test_programs(tmp_path):
-  """Trained, evaluated and reported on; the last evaluation alone goes token by token."""
+  """Trained, evaluated and reported; only the last evaluation runs token by token."""
   config = tiny_config(name="thoughtbubbles")
   config.data.document_mask = True
   config.train.update(steps=4, eval_every=2, checkpoint_every=0)
@@ -539,7 +539,7 @@ def test_programs(tmp_path):
   statistics = json.loads((tmp_path / "run" / "report" / "statistics.json").read_text())
   assert statistics["autoregressive"]["windows"] == 4
   page = (tmp_path / "run" / "report" / "index.html").read_text()
-  assert "each token from those before it" in page
+  assert "Autoregressive perplexity" in page
   config.method = tiny_config(name="copy_k", pauses=1).method
   config.train.update(steps=1)
   assert training.train(configs.freeze(config), tmp_path / "copies")["autoregressive"] is None

@@ -62,15 +62,15 @@ ALLOWED: dict[str, set[str]] = {
   "compilation": PROGRAMS | {"studies"},
   "benchmarks": PROGRAMS | {"studies"},
   "cli": PROGRAMS | {"studies", "compilation", "benchmarks"},
-  # The package itself loads `load` and `losses` on demand.
+  # The package loads `load` and `losses` on demand.
   PACKAGE: RUN | {"interop"},
 }
-# Names of the package itself that any module may import without depending on it.
+# Names of the package that any module may import without a dependency on it.
 FACTS = {f"{PACKAGE}.__version__"}
 
 # (module, imported module): the reason for an import that the table does not allow.
 UPWARD = {
-  ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the program that is measured; loaded once, then run in forks",
+  ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the measured program; loaded once, then run in forks",
 }
 
 # Third-party packages that only one unit imports.
@@ -95,8 +95,8 @@ class Import:
 
   Attributes:
     module: the dotted name of the importing module.
-    line: where.
-    name: the dotted name of what is imported; for `from a import b` it is `a.b`, whatever b is.
+    line: the line of the import.
+    name: the dotted name of the imported object; for `from a import b` it is `a.b`, whether b is a module or not.
   """
 
   module: str
@@ -108,7 +108,7 @@ class Import:
 
 
 class Package:
-  """The parsed modules of a package, and what they import.
+  """The parsed modules of a package, and their imports.
 
   Args:
     root: the folder that contains the folder `cyb_jax`.
@@ -164,7 +164,7 @@ def _imports(module: str, tree: ast.Module) -> Iterator[Import]:
       case ast.ImportFrom(level=0, module=str(source), names=names):
         yield from (Import(module, node.lineno, f"{source}.{alias.name}") for alias in names)
       case ast.ImportFrom(names=names):
-        raise ValueError(f"{module}:{node.lineno}: a relative import; write the package's whole name")
+        raise ValueError(f"{module}:{node.lineno}: a relative import; write the package's full name")
       case ast.Call(
         func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"), args=[ast.Constant(value=v)]
       ):
@@ -302,11 +302,11 @@ def test_no_import_circle():
   assert circles(Package(ROOT)) == []
 
 
-def test_packages_import_only_what_their_row_allows():
+def test_packages_import_only_permitted_units():
   assert directions(Package(ROOT)) == []
 
 
-def test_third_party_packages_have_one_importer_and_no_private_module_is_imported():
+def test_third_party_packages_have_one_importer_and_private_modules_none():
   assert third_party(Package(ROOT)) == []
 
 
@@ -323,7 +323,7 @@ def test_the_table_goes_downwards():
 
 
 def _tree(folder: pathlib.Path, **modules: str) -> Package:
-  """A package of modules; `a__b` is the module b of the package a."""
+  """A package from the sources of its modules; `a__b` is the module b of the package a."""
   for name, source in {"__init__": "", **modules}.items():
     path = folder / PACKAGE / f"{name.replace('__', '/') if name != '__init__' else name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The code of docs/ is executed."""
+"""Executes the code of docs/."""
 
 import re
 import sys
@@ -50,8 +50,10 @@ def test_a_new_objective_over_pauses(monkeypatch):
   output = jax.jit(method.evaluate)(params, random_batch())
   np.testing.assert_allclose(np.exp(output.log_stopping[0, 0]), np.array([16, 4, 1]) / 21, rtol=1e-6)
   np.testing.assert_allclose(output.loss, -output.log_likelihood, rtol=1e-6)
-  said = Sampler(method, SamplingOptions(mode="constant", temperature=0.0)).generate(params, [[3]], max_new_tokens=2)
-  assert len(said.tokens[0]) == 2
+  generation = Sampler(method, SamplingOptions(mode="constant", temperature=0.0)).generate(
+    params, [[3]], max_new_tokens=2
+  )
+  assert len(generation.tokens[0]) == 2
   with pytest.raises(InputError, match=r"method.decay: 0.0 must be in \(0, 1\]"):
     methods.configure(name, decay=0.0)
 

@@ -1,4 +1,4 @@
-"""Every example in a docstring of the package is executed, and every public name of the core has one."""
+"""Every example in a docstring of the package is executed, and every public name of the core has an example."""
 
 import doctest
 import importlib
@@ -53,7 +53,7 @@ def examples(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_run(name, request, monkeypatch):
+def test_examples_are_executed(name, request, monkeypatch):
   found = examples(name)
   if any(RUN in test.docstring for test in found):
     monkeypatch.chdir(request.getfixturevalue("folder"))

@@ -1,4 +1,4 @@
-"""The tutorials and the Python code of README and guides are executed, with small models and little data."""
+"""Executes the tutorials and the Python code of README and guides, with small models and little data."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ TEXTS = ("--config_help", "--list_")
 
 
 def fast(words):
-  """The fast variant of a command."""
+  """A fast variant of a command."""
   words = [word.replace("imdb_reviews:", "synthetic_lookups(documents=64):") for word in words]
   program, rest = words[0], words[1:]
   if program == "cyb-train":
@@ -53,10 +53,10 @@ def fast(words):
 
 
 def execute(tutorial, folder, skipped=()):
-  """Runs the commands of a tutorial in order. `skipped`: how those begin that are left out, each of them once or more.
+  """Runs the commands of a tutorial in order. `skipped`: the prefixes of commands to leave out, each of which must
+  occur.
 
-  Returns:
-    The JSON object of each program's last line.
+  Returns: ||   The JSON object of each program's last line.
   """
   results, left = [], set(skipped)
   for words in documents.commands(TUTORIALS / f"{tutorial}.md"):
@@ -78,7 +78,7 @@ def execute(tutorial, folder, skipped=()):
 
 
 def write_texts(folder):
-  """The files that the tutorial on own text reads."""
+  """Writes the files that the tutorial on own text reads."""
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
 

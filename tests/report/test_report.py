@@ -1,6 +1,5 @@
 """The report: its page, its pictures and its folder; coloured text by hand; ratios, groups and labels by hand; once
-through the program, and once in a browser.
-"""
+through the program, and once in a browser."""
 
 import copy
 import json
@@ -55,8 +54,8 @@ METRICS = [
 
 
 @pytest.fixture(scope="module")
-def whole():
-  """(HTML, PNGs) of a run that has everything."""
+def complete():
+  """(HTML, PNGs) of a run with all statistics."""
   statistics = example(difficulty=True, trained=True)
   statistics["self_paced"] = {
     "perplexity": 21.0, "constant_perplexity": 20.0, "mean_pauses": 0.4, "context_pauses": 0.5, "windows": 3,
@@ -65,8 +64,8 @@ def whole():
   return single.build(source(), META, statistics, METRICS, [window(), window(index=7)])
 
 
-def test_page_is_whole_and_self_contained(whole):
-  text, pictures = whole
+def test_page_is_complete_and_self_contained(complete):
+  text, pictures = complete
   found = Page(text)
   assert found.all("html") == [{"lang": "en"}]
   images = found.all("img")
@@ -74,7 +73,7 @@ def test_page_is_whole_and_self_contained(whole):
   for image in images:
     assert image["src"].startswith("data:image/png;base64,")
     assert len(image["alt"]) > 20
-  # Nothing is fetched: no address but those that start with # or data:.
+  # Nothing is fetched: every address starts with # or data:.
   addresses = [v for _, attributes in found.tags for k, v in attributes.items() if k in ("src", "href")]
   assert all(address.startswith(("#", "data:")) for address in addresses)
   assert "url(" not in text
@@ -82,23 +81,23 @@ def test_page_is_whole_and_self_contained(whole):
   anchors = {attributes["id"] for attributes in found.all("section")}
   assert {address["href"][1:] for address in found.all("a")} == anchors
   assert len(found.text("caption")) == len(found.all("table"))
-  # One number of every part, where its table should be.
+  # One number from every part of the page.
   cells = found.text("td") + found.text("th")
   for cell in ("640", "55.00", "20.09", "0.3000", "0.2500 to 0.3500", "film plot<b>", "isn", "1:0:0", "8 to 15"):
     assert cell in cells, cell
   assert {"1,920", "3.00e+15", "20.09"} <= set(found.text("dd"))
-  assert "(0.5000 a token): 21.00, against 20.00" in text
+  assert "(0.5000 per token), the perplexity is 21.00, compared with 20.00" in text
   assert all(png.startswith(b"\x89PNG") for png in pictures.values())
 
 
-def test_hostile_text_is_shown_and_not_run(whole):
-  found = Page(whole[0])
+def test_hostile_text_is_shown_but_not_run(complete):
+  found = Page(complete[0])
   shown = [text for _, text in found.texts]
   assert any(HOSTILE in text for text in found.text("span"))
   assert any(HOSTILE in text for text in found.text("th"))
   assert not any("alert" in text for text in found.text("script"))
   assert "<b>" in shown
-  # The page's own: numbers of two windows, and one that runs.
+  # The page's own scripts: the numbers of two windows, and one program.
   assert [script.get("type") for script in found.all("script")] == ["application/json", "application/json", None]
 
 
@@ -107,28 +106,28 @@ def test_equal_numbers_give_equal_files():
   assert first == again != other
 
 
-@pytest.mark.parametrize(("slots", "decides", "said"), [(1, False, 9), (3, False, 6)])
-def test_methods_without_slots_or_decisions_say_what_is_missing(slots, decides, said):
+@pytest.mark.parametrize(("slots", "decides", "count"), [(1, False, 9), (3, False, 6)])
+def test_methods_without_slots_or_decisions_state_what_is_missing(slots, decides, count):
   config = tiny_config(name="baseline") if slots == 1 else tiny_config(name="tbys", pauses=slots - 1)
   statistics = example(slots, decides=decides)
   text, pictures = single.build(configs.freeze(config).source, META, statistics, [], [])
   found = Page(text)
   assert len(found.all("section")) == 9
   absent = [attributes for tag, attributes in found.tags if tag == "p" and attributes.get("class") == "absent"]
-  assert len(absent) == said
+  assert len(absent) == count
   assert "perplexity.png" in pictures
   assert ("latency.png" in pictures) == (slots > 1)
   assert not any(name.startswith("density") for name in pictures)
 
 
-def test_a_method_is_known_by_its_config():
+def test_a_method_is_named_by_its_config():
   names = [
     ({"name": "cyb", "loss": "dp", "pauses": 3}, "CYB-DP", "dp"),
-    ({"name": "cyb"}, "CYB-AP", "ap"),  # an older config leaves out the default
+    ({"name": "cyb"}, "CYB-AP", "ap"),  # an older config omits the default
     ({"name": "tbys", "loss": "ap", "pauses": 3}, "TBYS-3", None),
     ({"name": "looped", "pauses": 3}, "looped-3", None),
     ({"name": "baseline", "loss": "ap", "pauses": 0}, "baseline", None),
-    ({"name": "deeper@ap", "pauses": 0}, "deeper@ap", None),  # no method, but a plain model that is matched to one
+    ({"name": "deeper@ap", "pauses": 0}, "deeper@ap", None),  # not a method, but a plain model that is matched to one
   ]
   for method, name, loss in names:
     assert (facts.method_name(method), facts.stopping_loss(method)) == (name, loss)
@@ -136,23 +135,23 @@ def test_a_method_is_known_by_its_config():
   assert not facts.looks_ahead({"autoregressive": None})
 
 
-def test_numbers_for_people():
+def test_numbers_as_text():
   values = (None, math.nan, 0, 0.0, 1234567, 188.30165, 0.00382, 1.5e-7, 7.4e12, True, "x", 12345.678, -0.5)
   assert [page.number(value) for value in values] == [
     "-", "-", "0", "0", "1,234,567", "188.3", "0.003820", "1.5e-07", "7.40e+12", "True", "x", "12,346", "-0.5000",
   ]  # fmt: skip
 
 
-def test_what_can_not_be_seen_is_made_visible():
+def test_invisible_characters_are_made_visible():
   tokenizer = ByteTokenizer()
   shown = [coloured.shown(tokenizer, token) for token in (97, 32, 10, 9, 27, 0xE2, 256)]
   assert shown == ["a", " ", "↵\n", "⇥", "␛", "<0xE2>", "<end>\n"]
-  # A right-to-left override, and a space that is none.
+  # A right-to-left override, and a space other than U+0020.
   assert coloured.visible("a\u202eb\u00a0") == "a<U+202E>b<U+00A0>"
 
 
 def fixed(pauses, pieces):
-  """A window whose tokens have so many pauses, of two slots."""
+  """A window whose tokens have the given numbers of pauses, with two slots."""
   pauses = np.array(pauses, np.float32)
   s = np.stack([1 - pauses, pauses], -1)
   return Window(3, "^", tuple(pieces), None, s, s)
@@ -164,7 +163,8 @@ def test_terminal_by_hand():
   lines = text.split("\n")
   assert all(coloured.width(line) <= 10 for line in lines)
   start = lines.index("window 3")
-  # The first word is not predicted; what doesn't fit begins the next line without its space; wide characters count two.
+  # The first token is not predicted; a token that doesn't fit starts the next line without its space; wide characters
+  # have width two.
   assert lines[start + 1 :] == ["^ one⁰", "two⁷映画⁴", "↵⁷", "abcdefghij", "klm⁰", ""]
   painted = coloured.to_terminal([window], 10, colour=True)
   assert "\x1b[38;5;231;48;5;18m two\x1b[0m" in painted
@@ -176,12 +176,12 @@ def test_terminal_by_hand():
 def test_equal_pauses_are_not_coloured():
   window = fixed([1.0, 1.0], ["a", "b"])
   assert coloured.Scale.of([window]) is None
-  assert "1 pauses: nothing to colour" in coloured.to_terminal([window], 80, colour=True)
+  assert "1 pauses, so no colours are shown" in coloured.to_terminal([window], 80, colour=True)
   assert "\x1b" not in coloured.to_terminal([window], 80, colour=True)
-  assert "1.000 pauses: nothing to colour" in coloured.to_html([window])
+  assert "1.000 pauses, so no colours are shown" in coloured.to_html([window])
 
 
-def test_colour_and_second_cue():
+def test_colour_and_underline():
   window = fixed([0.0, 0.2, 0.6, 1.0], "abcd")
   spans = [
     attributes for attributes in Page(f"<p>{coloured.to_html([window])}</p>").all("span") if "tabindex" in attributes
@@ -194,16 +194,16 @@ def test_colour_and_second_cue():
 def test_one_slot_has_its_perplexity_by_difficulty():
   statistics = example(1)
   bare, _ = single.build(source(), META, statistics, METRICS, [])
-  assert "The difficulty of this task&#x27;s tokens isn&#x27;t known" in bare
+  assert "The difficulty of this task&#x27;s tokens is unknown" in bare
   statistics["difficulty"] = [{"difficulty": m, "count": 10, "perplexity": 2.5 + m} for m in range(3)]
   text, _ = single.build(source(), META, statistics, METRICS, [])
-  assert "Perplexity by difficulty (0: tokens that are no answers)" in Page(text).text("caption")
+  assert "Perplexity by difficulty (0: tokens outside of answers)" in Page(text).text("caption")
   assert {"2.500", "3.500", "4.500"} <= set(Page(text).text("td"))
 
 
 def test_spent_at_by_hand():
   curve = Curve((100.0, 400.0, 1600.0), (5.0, 4.0, 3.5))
-  # Half of the way down from 5 to 4 is half of the way from log 100 to log 400.
+  # Half of the way from 5 to 4 is half of the way from log 100 to log 400.
   assert comparison.spent_at(curve, 4.5) == (pytest.approx(200.0), False)
   assert comparison.spent_at(curve, 4.0) == (pytest.approx(400.0), False)
   assert comparison.spent_at(curve, 3.75) == (pytest.approx(800.0), False)
@@ -226,7 +226,7 @@ def candidate(name, losses=(5.0, 4.0), seed=0, *, changes=(), nats=3.0, limit=No
     }
     for i, loss in enumerate(losses)
   ]  # fmt: skip
-  # Documents are the same for all, and as hard; what a run adds is its own.
+  # All runs have the same documents of equal difficulty; each run adds its own noise.
   return Candidate(name, configs.freeze(config).source | {}, META, example(nats=nats), rows)
 
 
@@ -236,7 +236,7 @@ def test_efficiency_over_pairs_of_seeds():
   a, b = comparison.group_runs(runs)
   assert [run.workdir for run in a.runs] == ["a", "c"]
   found = comparison.efficiency(a, b, "train_tokens", None)
-  # The first seed needs 200 of 400 tokens for 4.5, the second one never gets there.
+  # The first seed needs 200 of 400 tokens for 4.5; the second seed never reaches it.
   assert found["ratios"] == [pytest.approx(2.0), None]
   assert (found["median"], found["low"], found["high"]) == (None, None, pytest.approx(2.0))
   assert not found["at_least"]
@@ -247,8 +247,8 @@ def test_efficiency_over_pairs_of_seeds():
   assert (found["median"], found["at_least"]) == (pytest.approx(4.0), True)
 
 
-def test_curves_are_read_on_the_same_windows():
-  """A validation in mid-run reads fewer windows than the last one: these losses don't belong to one curve."""
+def test_curves_use_the_same_windows():
+  """A validation during a run has fewer windows than the last one, so these losses do not belong to one curve."""
   run = candidate("a", (5.0, 4.0, 3.0), limit=8)
   run.validation[-1]["limit"] = None
   assert comparison.common_windows([run]) == 8
@@ -267,7 +267,7 @@ def test_groups_and_labels():
   groups = comparison.group_runs(runs)
   assert [len(group.runs) for group in groups] == [2, 1, 1, 1]
   assert [group.label for group in groups] == [
-    # The rate alone tells d from e, but not from b; with rho all three are apart.
+    # The rate distinguishes d from e, but not from b; with rho all three differ.
     "CYB-AP", "CYB-VA, rho 4:1:1, fraction 1", "CYB-VA, rho 1:1:1, fraction 1", "CYB-VA, rho 1:1:1, fraction 0.5",
   ]  # fmt: skip
   assert [group.regime for group in groups] == ["12 steps"] * 3 + ["12 steps of 0.5 of the data"]
@@ -278,7 +278,7 @@ def test_groups_and_labels():
     "CYB-AP, dont_know unit, omega 1:1:1",
   ]
   assert comparison.labels([source(), source()]) == ["CYB-AP", "CYB-AP"]
-  with pytest.raises(InputError, match="a and b are the same run twice"):
+  with pytest.raises(InputError, match="a and b have equal configs and equal seeds"):
     comparison.group_runs([candidate("a"), candidate("b")])
 
 
@@ -286,7 +286,7 @@ def test_difference_in_nats():
   a, b = comparison.group_runs([candidate("a", nats=3.0), candidate("b", nats=3.0, loss="va", rho="1:1:1")])
   same = comparison.difference_in_nats(a, b)
   assert same == {"mean": 0.0, "interval": [0.0, 0.0], "low": 0.0, "high": 0.0}
-  # Equal documents: what differs by a constant differs by it in every draw, however hard the documents are.
+  # Equal documents: a constant difference is the same in every draw, whatever the documents are.
   c = comparison.group_runs([candidate("c", nats=2.9, loss="va", rho="1:1:1")])[0]
   apart = comparison.difference_in_nats(a, c)
   assert apart["mean"] == pytest.approx(0.1)
@@ -303,22 +303,25 @@ def test_difference_in_nats():
   [
     (
       lambda c: c.statistics.update(split="test"),
-      "a and b can't be compared: split is 'validation' there and 'test' here",
+      "a and b can't be compared: split is 'validation' in the first and 'test' in the second",
     ),
-    (lambda c: c.statistics.update(limit=5), "limit is None there and 5 here"),
-    (lambda c: c.source["data"].update(sequence_length=32), "data.sequence_length is 16 there and 32 here"),
+    (lambda c: c.statistics.update(limit=5), "limit is None in the first and 5 in the second"),
+    (
+      lambda c: c.source["data"].update(sequence_length=32),
+      "data.sequence_length is 16 in the first and 32 in the second",
+    ),
     (
       lambda c: c.meta.update(store="e" * 64),
-      "the fingerprint of data.store is 'ffffffffffff' there and 'eeeeeeeeeeee'",
+      "the fingerprint of data.store is 'ffffffffffff' in the first and 'eeeeeeeeeeee'",
     ),
     (
       lambda c: (c.meta.update(store="e"), c.source["data"].update(tokenizer="sentencepiece:100")),
-      "data.tokenizer is 'bytes' there and 'sentencepiece:100' here",
+      "data.tokenizer is 'bytes' in the first and 'sentencepiece:100' in the second",
     ),
     (lambda c: c.statistics["groups"]["tokens"].pop(), "groups.tokens"),
   ],
 )
-def test_what_can_not_be_compared(change, message):
+def test_runs_that_are_not_comparable(change, message):
   a, b = candidate("a"), copy.deepcopy(candidate("b", seed=1))
   comparison.check_comparable([a, b])
   change(b)
@@ -345,24 +348,24 @@ def test_comparison_page(compared):
   assert found.all("i") == []
   assert numbers["groups"][0]["perplexity"]["mean"] == pytest.approx((math.exp(3) + math.exp(3.01)) / 2)
   assert numbers["groups"][0]["perplexity"]["deviation"] == pytest.approx((math.exp(3.01) - math.exp(3)) / math.sqrt(2))
-  # What the page says is what comparison.json says.
+  # The page has the numbers of comparison.json.
   (ratio,) = [e for e in numbers["efficiency"]["train_tokens"] if e["a"] == "CYB-VA"]
   assert f"{page.number(ratio['median'], 3)} ({page.number(ratio['low'], 3)}" in text
   assert "not reached" in text
-  # The paper's numbers are marked as such.
+  # The paper's results are marked as such.
   assert any("Gemma 2B" in caption for caption in found.text("caption"))
 
 
-def test_one_group_is_no_comparison_but_a_page():
+def test_one_group_gives_a_page_without_a_comparison():
   groups = comparison.group_runs([candidate("a"), candidate("b", seed=1)])
   text, _ = side_by_side.build(groups, comparison.compare(groups))
   assert "no difference to show" in text
 
 
-def test_runs_without_metrics_are_compared_all_the_same():
+def test_runs_without_metrics_are_compared():
   groups = comparison.group_runs([candidate("a", ()), candidate("b", (), loss="va", rho="1:1:1")])
   text, pictures = side_by_side.build(groups, comparison.compare(groups))
-  assert text.count("No run has a validation on the validation split whole") == 2
+  assert text.count("No run has a validation on the complete validation split") == 2
   assert "perplexity.png" in pictures
   groups = comparison.group_runs([candidate("a"), candidate("b", (), loss="va", rho="1:1:1")])
   text, pictures = side_by_side.build(groups, comparison.compare(groups))
@@ -377,7 +380,7 @@ def test_matplotlib_may_be_missing(monkeypatch):
     import cyb_jax.report.figures  # noqa: F401
 
 
-def test_figures_leave_matplotlib_as_it_was():
+def test_figures_do_not_change_matplotlib():
   import matplotlib
 
   before = dict(matplotlib.rcParams)
@@ -385,7 +388,7 @@ def test_figures_leave_matplotlib_as_it_was():
   assert dict(matplotlib.rcParams) == before
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_folder_is_replaced_atomically(tmp_path, monkeypatch):
   folder = output.check_output(tmp_path / "run" / "report")
   output.write_folder(folder, {"index.html": f"{output.generator(['a.png', 'b.png'])} é", "a.png": b"1"})
   output.write_folder(output.check_output(folder), {"index.html": output.generator([])})
@@ -399,14 +402,14 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="the disk is full"):
       output.write_folder(folder, {"index.html": "3", "b.png": b"1"})
   assert (folder / "index.html").read_text() == output.generator([])
-  # Nor by an interruption between the two renames.
+  # Nor after an interruption between the two renames.
   with monkeypatch.context() as patch:
     patch.setattr(pathlib.Path, "rename", interrupted_at(2))
     with pytest.raises(KeyboardInterrupt):
       output.write_folder(folder, {"index.html": "3"})
   assert (folder / "index.html").read_text() == output.generator([])
   assert [p.name for p in folder.parent.iterdir()] == ["report"]
-  # What is no report's is not replaced: a picture beside the page, a page that somebody else has written.
+  # Files that are not part of a report are not replaced: another picture in the folder, another program's page.
   (folder / "holiday.png").write_text("")
   with pytest.raises(InputError, match=r"holds 'holiday.png'"):
     output.check_output(folder)
@@ -419,7 +422,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def interrupted_at(call):
-  """`Path.rename` that is interrupted once."""
+  """A `Path.rename` that is interrupted once."""
   rename, calls = pathlib.Path.rename, []
 
   def renamed(path, target):
@@ -437,8 +440,8 @@ def test_pages_that_are_too_large_are_refused():
     output.check_size("x" * output.MAX_BYTES + "y")
 
 
-def test_what_training_minimised_stands_next_to_the_perplexity():
-  """Of a loss with a discount, a penalty or a bound, and of another omega: in the report and in the comparison."""
+def test_the_training_objective_is_shown_next_to_the_perplexity():
+  """The report and the comparison show losses with a discount, a penalty or a bound, and losses with another omega."""
   statistics = example(nats=3.0)
   statistics["perplexity"] |= {"loss": 23.45, "training": 21.23}
   rows = [{"split": "validation", "step": 1, "perplexity": 20.0, "loss_perplexity": 24.56}]
@@ -446,8 +449,8 @@ def test_what_training_minimised_stands_next_to_the_perplexity():
   text, _ = single.build(source(), META, statistics, rows, [])
   for number in ("23.45", "21.23", "24.56", "22.34"):
     assert number in text
-  assert "exp(loss), with the discount, penalty or bound of training (no perplexity)" in text
-  # A loss that is the perplexity is not shown twice.
+  assert "exp(loss), with the discount, penalty or bound of training (not a perplexity)" in text
+  # A loss that equals the perplexity is not shown twice.
   statistics["perplexity"] |= {"loss": statistics["perplexity"]["mixture"], "training": None}
   assert "exp(loss), with" not in single.build(source(), META, statistics, [], [])[0]
   statistics["perplexity"] |= {"loss": 23.45, "training": 21.23}
@@ -461,7 +464,7 @@ def test_what_training_minimised_stands_next_to_the_perplexity():
   assert [row["training_perplexity"] for row in numbers["groups"]] == [21.23, None]
 
 
-# The program itself, on real runs and made up statistics.
+# The program itself, on real runs and made-up statistics.
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +472,7 @@ def workdirs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   for name, method in (("a", {"pauses": 2}), ("c", {"name": "baseline"})):
     training.train(configs.freeze(tiny_config(**method)), folder / name)
-  # Another seed, as far as a report can tell.
+  # Another seed, as far as a report can distinguish.
   shutil.copytree(folder / "a", folder / "b")
   config = read_config(folder / "b")
   config["train"]["seed"] = config["data"]["seed"] = 1
@@ -479,7 +482,7 @@ def workdirs(tmp_path_factory):
 
 @pytest.fixture
 def program(monkeypatch):
-  """`report.main` with statistics that are made up, and counted."""
+  """`report.main` with made-up statistics, whose computations are counted."""
   calls = []
 
   def statistics_of_split(method, params, store, config, *, split, step, limit, batch_size):
@@ -510,21 +513,21 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
   Page(text)
   assert record["bytes"] == len(text.encode())
   assert (record["step"], record["split"]) == (12, "validation")
-  # What is printed is what is read, and no colour where there is no terminal.
+  # The printed text is the evaluated text, without colours outside of a terminal.
   printed = capsys.readouterr().out
   assert "\x1b" not in printed
   assert "window 0" in printed
   assert "window 2" in printed
-  # Once more: the statistics are there; for other windows they are not.
+  # Once more: the statistics exist and are reused, but not for other windows.
   program(workdir=folder, limit=4)
   assert len(program.calls) == 1
   program(workdir=folder, limit=3)
   assert program.calls[1:] == [("validation", 3, 8)]
-  # Nor are those of another checkpoint.
+  # Nor for another checkpoint.
   program(workdir=folder, limit=3, checkpoint=10, output=folder.parent / "elsewhere")
   assert len(program.calls) == 3
   program.calls.pop()
-  # Nor those that are damaged, or of a version that knew less.
+  # Nor if they are damaged, or from a version with fewer keys.
   path = folder / "report" / "statistics.json"
   for damaged in ("{", json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "types"})):
     path.write_text(damaged)
@@ -534,21 +537,21 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_real_statistics_are_drawn(workdirs, monkeypatch, tmp_path):
+def test_real_statistics_have_figures(workdirs, monkeypatch, tmp_path):
   record = call(monkeypatch, workdir=workdirs / "a", limit=8, output=tmp_path / "report", checkpoint=10)
-  # All that a method that decides has on a task of known difficulty; the lexicon of word classes may be missing.
+  # All statistics of an adaptive method on a task of known difficulty; the lexicon of word classes may be missing.
   assert {"density_2.png", "difficulty_pauses.png", "speed_accuracy.png", "position.png"} <= set(record["figures"])
   Page((tmp_path / "report" / "index.html").read_text())
   statistics = json.loads((tmp_path / "report" / "statistics.json").read_text())
   assert (statistics["step"], statistics["limit"]) == (10, 8)
   assert record["perplexity"] == statistics["perplexity"]["mixture"]
-  # The same windows, read at the model's own pace too.
+  # The same windows, evaluated self-paced.
   paced = statistics["self_paced"]
   assert paced["windows"] == 8
   assert paced["constant_perplexity"] == pytest.approx(statistics["perplexity"]["mixture"], rel=1e-5)
 
 
-def test_windows_hold_what_the_method_reads(workdirs):
+def test_windows_hold_the_scores_of_the_method(workdirs):
   mesh = splits.reading_mesh()
   run = runs.load(workdirs / "a", "last", mesh)
   store = training.open_store(run.config)
@@ -564,7 +567,7 @@ def test_windows_hold_what_the_method_reads(workdirs):
   assert "".join(only.pieces).replace("↵\n", "\n") == "".join(
     "<end>\n" if token == 256 else chr(token) for token in tokens[0, 1:]
   )
-  # The last one may be partial.
+  # The last window may be partial.
   windows = store.num_windows("validation", 16)
   assert [window.index for window in read] == list(range(windows))
   assert sum(len(window.pieces) for window in read) == store.num_tokens("validation") - 1
@@ -577,10 +580,10 @@ def test_compare_through_main(workdirs, program, tmp_path):
   numbers = json.loads((tmp_path / "report" / "comparison.json").read_text())
   assert numbers["groups"][0]["train_tokens"] == [12 * 8 * 16] * 2
   assert numbers["groups"][0]["train_slots"] == [3 * 12 * 8 * 16] * 2
-  # Kept in the runs, and used again.
-  asked = len(program.calls)
+  # Stored in the work directories, and reused.
+  calls_before = len(program.calls)
   program(compare=",".join(names), output=tmp_path / "report")
-  assert len(program.calls) <= asked + 1  # that of a's report may be of other windows, and is left alone
+  assert len(program.calls) <= calls_before + 1  # a's report may have other windows, so its statistics are not changed
 
 
 def test_bad_input(workdirs, program, tmp_path):
@@ -598,21 +601,21 @@ def test_bad_input(workdirs, program, tmp_path):
   assert "split: 'tset' is not in" in refused(workdir=run, split="tset")
   assert "--limit: -1 must not be negative" in refused(workdir=run, limit=-1)
   assert "--checkpoint: 'newest'" in refused(workdir=run, checkpoint="newest")
-  assert "--text: it needs text, but --text_windows is 0" in refused(workdir=run, text="true", text_windows=0)
-  assert "same run twice" in refused(compare=f"{run},{run}", output=tmp_path / "out")
+  assert "--text: set, but --text_windows is 0" in refused(workdir=run, text="true", text_windows=0)
+  assert "equal configs and equal seeds" in refused(compare=f"{run},{run}", output=tmp_path / "out")
   empty = tmp_path / "empty"
   empty.mkdir()
   shutil.copy(run / "config.json", empty)
   assert "no finished checkpoint" in refused(workdir=empty)
   assert "checkpoint" in refused(compare=f"{run},{empty}", output=tmp_path / "out")
-  # What configs tell is told before any of them is read.
+  # Errors in configs are reported before any run is evaluated.
   other = tmp_path / "other"
   shutil.copytree(run, other)
   config = read_config(other)
   config["data"]["sequence_length"] = 8
   (other / "config.json").write_text(json.dumps(config))
   message = refused(compare=f"{run},{other}", output=tmp_path / "out")
-  assert "data.sequence_length is 16 there and 8 here" in message
+  assert "data.sequence_length is 16 in the first and 8 in the second" in message
   assert not program.calls
   assert not (tmp_path / "out").exists()
   assert not (empty / "report").exists()
@@ -646,11 +649,11 @@ window.addEventListener("load", function () {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is found")
 @pytest.mark.parametrize("kind", ["single", "comparison"])
-def test_in_a_browser(kind, whole, compared, tmp_path):
-  text, pictures = whole if kind == "single" else compared[2:]
+def test_in_a_browser(kind, complete, compared, tmp_path):
+  text, pictures = complete if kind == "single" else compared[2:]
   path = tmp_path / "page.html"
   path.write_text(text.replace("<style>", MEASURE + "<style>", 1).replace("</body>", RESULT + "</body>"))
-  # A window has a least width; a frame may be as narrow as a telephone.
+  # A browser window has a minimum width; a frame may be as narrow as a phone.
   for width in (360, 1600):
     outer = tmp_path / "outer.html"
     outer.write_text(

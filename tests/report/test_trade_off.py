@@ -1,4 +1,4 @@
-"""Perplexity against FLOPs: the front by hand, what is compared of methods that look ahead, rows and plots."""
+"""Perplexity against FLOPs: the front by hand, the compared perplexity of non-causal methods, rows and plots."""
 
 import dataclasses
 import math
@@ -33,12 +33,12 @@ def outcome(label, perplexities, train, inference, paced=None):
 
 
 def test_front_by_hand():
-  #         A: cheapest     B: beaten by A    C: on it       D: as C, but costs more   E: C's twin    F: never ends
+  # A: cheapest     B: dominated by A    C: on the front       D: as C, but costs more   E: equal to C    F: infinite
   places = [(1.0, 20.0), (2.0, 20.0), (2.0, 15.0), (3.0, 15.0), (2.0, 15.0), (0.5, math.inf)]
   assert trade_off.pareto_front(places) == [True, False, True, False, True, False]
 
 
-def test_mean_over_seeds_decides_and_their_range_is_drawn():
+def test_the_mean_over_seeds_is_compared_and_their_range_is_drawn():
   outcomes = [outcome("a", [10.0, 30.0], 1e9, 4e6), outcome("b", [19.0], 2e9, 1e6), outcome("c", [21.0], 3e9, 1e6)]
   a, b, c = trade_off.points(outcomes, "train_flops")
   assert (a.x, a.y, a.low, a.high) == (1e9, 20.0, 10.0, 30.0)
@@ -55,8 +55,8 @@ def test_mean_over_seeds_decides_and_their_range_is_drawn():
   assert rows[1]["perplexity_deviation"] is None
 
 
-def test_what_training_minimised_has_columns_of_its_own():
-  """Where it is another number than what is compared; without such rows there are no such columns."""
+def test_the_training_objective_has_its_own_columns():
+  """If it differs from the compared perplexity; without such rows these columns do not exist."""
   omega = {"training_omega": {"perplexity": 12.5, "mean_pauses": 1.0}}
   found = [
     Outcome.of("discount", [record(10.0, loss_perplexity=11.0), record(10.0, loss_perplexity=13.0)], COSTS),
@@ -76,19 +76,19 @@ def test_what_training_minimised_has_columns_of_its_own():
   assert [len(row) for row in table] == [len(header)] * 2
 
 
-def test_executed_flops_are_those_of_the_same_steps():
+def test_executed_flops_of_the_same_steps():
   found = Outcome.of("a", [record(9.0), record(11.0)], COSTS)
   assert (found.perplexity, found.train_flops, found.train_executed_flops) == (10.0, 3e8, 4e8)
   assert (found.slots, found.parameters, found.blockwise) == (4.0, 1234, None)
-  # Where an evaluation has measured what decoding takes, that counts; else what is counted by hand.
+  # A measured cost of decoding takes precedence over the cost counted by hand.
   seen = [record(9.0, inference_flops=5e5, inference_slots=slots) for slots in (2.0, 3.0)]
   assert (Outcome.of("a", seen, COSTS).inference_flops, Outcome.of("a", seen, COSTS).inference_slots) == (5e5, 2.5)
   old = {name: value for name, value in record(9.0).items() if not name.startswith("inference")}
   assert (Outcome.of("a", [old], COSTS).inference_flops, Outcome.of("a", [old], COSTS).inference_slots) == (1e6, None)
 
 
-def test_what_looks_ahead_is_compared_as_it_would_be_decoded():
-  """Of the windows read so, every token from those before it is 10% worse: so it is of the whole."""
+def test_non_causal_methods_are_compared_by_their_autoregressive_perplexity():
+  """On the evaluated windows it is 10% higher than blockwise, so the perplexity of the split is multiplied by 1.1."""
   found = {"perplexity": 11.0, "blockwise_perplexity": 10.0, "windows": 16}
   costs = dataclasses.replace(COSTS, autoregressive=3e7, learnt=0.9)
   ahead = Outcome.of("bubbles", [record(20.0, autoregressive=found)], costs)
@@ -98,24 +98,24 @@ def test_what_looks_ahead_is_compared_as_it_would_be_decoded():
   (row, other) = trade_off.describe([ahead, plain])
   assert (row["autoregressive"], row["blockwise_perplexity"]) == (True, 20.0)
   assert (other["autoregressive"], other["blockwise_perplexity"]) == (False, None)
-  # So is what it costs: without a cache each token takes a pass.
+  # The cost too: without a cache each token takes one pass.
   assert (row["inference_flops"], row["blockwise_inference_flops"]) == (3e7, 1e6)
   assert (other["inference_flops"], other["blockwise_inference_flops"]) == (1e6, None)
   assert (row["train_tokens"], row["train_tokens_learnt"], other["train_tokens_learnt"]) == (100, 90, 100)
   assert trade_off.compared_perplexity({"perplexity": None}) == math.inf
   assert trade_off.compared_perplexity({"perplexity": 2.0, "autoregressive": {"perplexity": None}}) == math.inf
-  # It is beaten, where the blockwise number alone would have won.
+  # The row is dominated, although it would be on the front with its blockwise perplexity.
   assert (row["pareto"]["train_flops"], other["pareto"]["train_flops"]) == (False, True)
   header, cells = trade_off.table([ahead, plain], {"rate": ["0.1", "0.2"]})
   assert header[:4] == ("#", "runs", "rate", "perplexity")
   assert [row[:4] for row in cells] == [("1", "bubbles", "0.1", "22.00 (20.00)"), ("2", "plain", "0.2", "21.00")]
   assert [(row[-5], row[-2]) for row in cells] == [("90", "30M (1M)"), ("100", "1M")]
   section = side_by_side.trade_offs([ahead, plain])
-  assert "look ahead" in section.body
-  assert "look ahead" not in side_by_side.trade_offs([plain]).body
+  assert "non-causal methods" in section.body
+  assert "non-causal methods" not in side_by_side.trade_offs([plain]).body
 
 
-def test_a_self_paced_context_is_a_point_of_its_own():
+def test_a_self_paced_context_is_a_separate_point():
   paced = SelfPaced((10.5,), pauses=0.5, inference_flops=4e5)
   outcomes = [outcome("ap", [10.0], 4e9, 1e6, paced), outcome("plain", [12.0], 1e9, 4e5)]
   assert len(trade_off.points(outcomes, "train_flops")) == 2
@@ -129,7 +129,7 @@ def test_a_self_paced_context_is_a_point_of_its_own():
   header, rows = trade_off.table(outcomes, {"rate": ["0.1", "0.2"]})
   assert [row[0] for row in rows] == ["1", "1s", "2"]
   assert {len(row) for row in rows} == {len(header)}
-  # A run that wasn't read so has none, and neither has a group of which one wasn't.
+  # A run without a self-paced evaluation has no such point, nor has a group in which one run has none.
   pair = [record(10.0), record(11.0)]
   more = {"constant_perplexity": 8.0, "context_pauses": 0.5}
   assert Outcome.of("ap", pair, COSTS, [record(8.8, **more)]).self_paced is None
@@ -137,7 +137,7 @@ def test_a_self_paced_context_is_a_point_of_its_own():
   assert both.self_paced.perplexities == pytest.approx((11.0, 11.0))
 
 
-def test_tables_can_be_read_as_text():
+def test_tables_are_readable_as_text():
   text = trade_off.markdown(("a", "word"), [("1", "x|y"), ("22", "z")])
   assert text == "| a  | word |\n|----|------|\n| 1  | x\\|y |\n| 22 | z    |\n"
   assert trade_off.flops(1.9021e6) == "1.902M"
@@ -154,7 +154,7 @@ def candidate(workdir, seed=0, **method):
   return Candidate(workdir, configs.freeze(config).source | {}, meta, statistics, [{"step": 12}], 257)
 
 
-def test_runs_side_by_side_show_the_same():
+def test_the_comparison_page_shows_the_same_numbers():
   runs = [candidate("a0", pauses=2), candidate("a1", 1, pauses=2)]
   runs += [candidate("b", name="baseline")]
   for run in runs[:2]:
@@ -178,7 +178,7 @@ def test_runs_side_by_side_show_the_same():
   assert numbers["groups"][1]["pareto"] == {"train_flops": True, "inference_flops": True}
   assert row["train_flops"] == [3e9, 3e9]
   assert row["self_paced"]["pauses"] == 1.0
-  # What an evaluation at the same step has measured goes before what is counted.
+  # A measurement of an evaluation at the same step takes precedence over the count.
   runs[2].validation.append({"step": 12, "inference_flops": 7e5, "inference_slots": 1.5})
   assert comparison.outcomes(groups)[1].inference_flops == 7e5
   text, pictures = side_by_side.build(groups, numbers)
@@ -186,18 +186,18 @@ def test_runs_side_by_side_show_the_same():
   assert "CYB-AP, self-paced" in text
 
 
-def test_a_method_that_decides_nothing_has_no_pace_of_its_own():
+def test_a_method_that_is_not_adaptive_has_no_self_paced_point():
   run = candidate("a", name="tbys", pauses=2)
   run.statistics["self_paced"] = {"perplexity": 22.0, "constant_perplexity": 20.0, "context_pauses": 1.0}
   groups = comparison.group_runs([run])
   assert comparison.outcomes(groups)[0].self_paced is None
   assert comparison.compare(groups)["groups"][0]["self_paced_cost"] is None
-  # Nor is it read so for its report.
+  # Nor is it evaluated self-paced for its report.
   built = {name: build(configure(name), TINY) for name in METHODS}
   assert [name for name, method in built.items() if report._is_self_paced(method)] == ["cyb", "cyb_looped"]
 
 
-def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():
+def test_non_causal_methods_are_left_out_of_blockwise_sections():
   runs = [candidate("a", pauses=2), candidate("b", name="baseline")]
   ahead = candidate("c", name="thoughtbubbles")
   ahead.statistics["autoregressive"] = {"perplexity": 12.0, "blockwise_perplexity": 10.0}
@@ -213,4 +213,4 @@ def test_what_looks_ahead_is_left_out_where_windows_are_read_at_once():
   assert [(d["a"], d["b"]) for d in numbers["differences"]] == [("CYB-AP", "baseline")]
   assert {e["a"] for e in numbers["efficiency"]["train_tokens"]} == {"CYB-AP", "baseline"}
   text, _ = side_by_side.build(groups, numbers)
-  assert text.count("in which they look ahead: thoughtbubbles.") == 3
+  assert text.count("the methods are non-causal: thoughtbubbles.") == 3

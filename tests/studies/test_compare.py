@@ -1,4 +1,4 @@
-"""The comparison of methods: which runs it makes, what it takes from them; once with real programs."""
+"""The comparison of methods: the runs of a study and its use of their results; once with real programs."""
 
 import json
 import math
@@ -38,10 +38,11 @@ def record(perplexity, **more):
 
 
 class Programs:
-  """In place of processes: validation is best at a rate of 2e-3, and a run's folder holds what it would.
+  """Replaces the processes: validation is best at a rate of 2e-3, and a run's folder has the files that the programs
+  write.
 
-  `fails`: of a command's words, one that makes it fail; `dies`: after so many commands the study is killed; `diverges`:
-  seeds.
+  `fails`: an argument of the command that fails; `dies`: the number of commands after which the study is killed;
+  `diverges`: seeds.
   """
 
   def __init__(self, fails=None, dies=None, diverges=()):
@@ -64,7 +65,7 @@ class Programs:
       (workdir / "report" / "index.html").write_text("")
       return {}
     if name == "evaluate":
-      # The program itself leaves what it found where the validation's record lay.
+      # The program overwrites the record of the validation in evaluation.json.
       (workdir / "evaluation.json").write_text("{}")
       if given.get("context") == "self_paced":
         more = {"constant_perplexity": 40.0, "context_pauses": 1.5, "inference_flops": 1e6}
@@ -74,7 +75,7 @@ class Programs:
     workdir.mkdir(parents=True)
     rate = float(given["config.optimizer.learning_rate"])
     if rate > 3e-3 or int(given["config.train.seed"]) in self.diverges:
-      return {"perplexity": None}  # what a run that diverges comes down to
+      return {"perplexity": None}  # the result of a run that diverges
     assert given["config.train.seed"] == given["config.data.seed"]
     result = record(50 + abs(rate - 2e-3) * 1e4)
     (workdir / "evaluation.json").write_text(json.dumps(result))
@@ -112,12 +113,12 @@ def planned(equal, steps=9, chosen=("baseline", "slow", "alike", "cheap"), model
   return [(entry.setting, entry.steps, entry.equal) for entry in entries]
 
 
-def test_decoders_that_start_otherwise_are_told_of():
+def test_uneven_initialisations_are_reported():
   models = {"baseline": model(start=("normal", True)), "a": model(start=("normal", True))}
   assert plan.uneven_starts(models, "baseline") is None
-  told = plan.uneven_starts(models | {"b": model(start=("small", True))}, "baseline")
-  assert told.startswith("b: the decoder starts otherwise than that of baseline")
-  assert "--fields=decoder.initializer=small," in told
+  note = plan.uneven_starts(models | {"b": model(start=("small", True))}, "baseline")
+  assert note.startswith("b: the decoder has another initialisation than that of baseline")
+  assert "--fields=decoder.initializer=small" in note
 
 
 def test_plan_of_equal_tokens():
@@ -125,31 +126,31 @@ def test_plan_of_equal_tokens():
 
 
 def test_plan_of_equal_training_flops():
-  """9 steps of the reference are 9 FLOPs: 2 steps of 4.5, 2 of 4 with one left over."""
+  """9 steps of the reference cost 9 FLOPs: 2 steps of 4.5, or 2 of 4 with one FLOP left."""
   steps = [(name, count) for name, count, _ in planned(["training_flops"])]
   assert steps == [("baseline", 9), ("slow", 2), ("alike", 2), ("cheap", 4)]
-  # 0.3 / 0.1 comes out as 2.9999999999999996.
+  # 0.3 / 0.1 is 2.9999999999999996 in floating point.
   models = {"baseline": model(0.1, method="baseline"), "slow": model(0.3)}
   assert planned(["training_flops"], 3, ["slow"], models)[0][1] == 1
   with pytest.raises(
-    InputError, match=r"--steps: 4 of 'baseline' are 4 .* too small for one step of 'slow', which takes 4\.5; .* 5$"
+    InputError, match=r"--steps: 4 steps of 'baseline' cost 4 .* small for one step of 'slow', which costs 4\.5; .* 5$"
   ):
     planned(["training_flops"], 4)
 
 
 def test_plan_of_equal_inference_flops():
-  """What costs the same has the same plain models beside it, and what costs no more than one has none."""
+  """Settings of the same cost share two plain models, and settings that cost no more than a plain model have none."""
   found = planned(["inference_flops"])
   assert [name for name, *_ in found] == ["baseline", "slow", "alike", "cheap", "deeper@slow", "wider@slow"]
   assert {steps for _, steps, _ in found} == {9}
-  # Of these nothing is matched to the first and to the last: they are run at equal tokens all the same.
+  # Nothing is matched to the first and the last setting, so they are run under equal tokens.
   assert [equal for *_, equal in found] == [
     ("tokens",), ("inference_flops",), ("inference_flops",), ("tokens",), ("inference_flops",), ("inference_flops",),
   ]  # fmt: skip
   assert plan.partners(["alike", "slow", "cheap", "baseline"], MODELS) == {"alike": ["alike", "slow"]}
 
 
-def test_what_budgets_have_in_common_is_run_once():
+def test_rows_of_several_budgets_are_run_once():
   found = planned(["tokens", "training_flops", "inference_flops"], chosen=("baseline", "slow"))
   assert found == [
     ("baseline", 9, ("tokens", "training_flops")),
@@ -158,18 +159,18 @@ def test_what_budgets_have_in_common_is_run_once():
     ("deeper@slow", 9, ("inference_flops",)),
     ("wider@slow", 9, ("inference_flops",)),
   ]
-  # So are settings that come to the same config.
+  # Settings with equal configs are also run once.
   models = MODELS | {name: model(4.0, 4.0, "baseline", identity="same") for name in ("deeper@slow", "wider@slow")}
   (last,) = plan.plan(["deeper@slow", "wider@slow"], ["tokens"], 9, "baseline", models)
   assert (last.setting, last.also) == ("deeper@slow", ("wider@slow",))
 
 
-def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypatch):
+def test_rates_are_chosen_on_validation_and_test_is_evaluated_once(tmp_path, monkeypatch):
   programs = installed(monkeypatch)
   study = (QUICKSTART, ["baseline", "ap"], ["5e-4", "1e-3"])
   result = run_study(tmp_path, *study, seeds=3, steps=7, jobs=2)
   trained = programs.workdirs("train")
-  # Two rates were given; the best is twice the higher one, and twice that was tried too.
+  # Two rates are given; the best rate is twice the higher one, and twice the best rate is tried too.
   assert len(trained) == len(set(trained)) == 2 * (4 + 2)
   tested = programs.workdirs("evaluate")
   assert sorted(tested) == sorted(
@@ -187,11 +188,11 @@ def test_rates_are_chosen_on_validation_and_test_is_read_once(tmp_path, monkeypa
   written = json.loads((tmp_path / "comparison.json").read_text())
   assert written["rows"][0]["validation_by_rate"]["0.004"] is None
   assert written["rows"][0]["perplexity_seeds"] == result["rows"][0]["perplexity_seeds"]
-  # The last program to run left the test's record in evaluation.json: what is tuned on must not be that.
+  # The last program wrote the test's record to evaluation.json; tuning must not use it.
   assert json.loads((tmp_path / "ap" / "rate0.002-seed0" / "validation.json").read_text())["perplexity"] == 50.0
   calls = len(programs.calls)
   assert run_study(tmp_path, *study, seeds=3, steps=7, jobs=1) == result
-  assert len(programs.calls) == calls + 1  # the page that shows all of them
+  assert len(programs.calls) == calls + 1  # the page with all runs
   with pytest.raises(InputError, match=r"--steps: 8, but .* holds a study with 7"):
     run_study(tmp_path, *study, seeds=3, steps=8, jobs=1)
   with pytest.raises(InputError, match=r"--size: 'nano', but .* holds a study with ''"):
@@ -222,18 +223,18 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
   options |= {"fields": ["data.tokenizer=sentencepiece:1024"]}
   result = run_study(tmp_path, QUICKSTART, ["baseline", "ap"], ["2e-3"], **options)
   labels = [(row["setting"], row["steps"]) for row in result["rows"]]
-  # A step of ap takes 4.73 times what one of the baseline does.
+  # A step of ap costs 4.73 times as much as a step of the baseline.
   assert labels == [("baseline", 60), ("ap", 60), ("ap", 12), ("deeper@ap", 60), ("wider@ap", 60)]
   assert all(set(row) == ROW for row in result["rows"])
   assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(result))
-  # Each with both seeds, the scaled one in a folder of its own with its schedule; none twice.
+  # Each with both seeds, none twice; the longer run is in a separate folder with its own schedule.
   trained = programs.workdirs("train")
   assert len(set(trained)) == len(trained) == 10
   (scaled,) = [given for name, given in programs.calls if given["workdir"].endswith("ap/steps12-rate0.002-seed1")][:1]
   assert scaled["config.train.steps"] == "12"
   assert scaled["config"] == f"{QUICKSTART}:ap,nano"
   assert scaled["config.data.tokenizer"] == "sentencepiece:1024"
-  # What decides is read at its own pace too: 10% worse there.
+  # Adaptive models are also evaluated self-paced: 10% worse in this test.
   paced = {given["workdir"] for name, given in programs.calls if name == "evaluate"}
   assert paced == {f"{tmp_path}/ap/{steps}rate0.002-seed{seed}" for steps in ("", "steps12-") for seed in (0, 1)}
   found = result["rows"][1]["self_paced"]
@@ -242,7 +243,7 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
   assert result["rows"][0]["self_paced"] is None
   matched = result["rows"][3]["matched"]
   assert abs(matched["mismatch"]) < 0.01
-  # The programs here measure the same of all rows.
+  # The programs of this test measure the same cost for all rows.
   assert matched == {
     "settings": ["ap"],
     "measure": "inference",
@@ -261,12 +262,12 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
   assert all((tmp_path / f"pareto_{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("train", "inference"))
 
 
-def test_a_killed_study_goes_on(tmp_path, monkeypatch):
+def test_a_killed_study_continues(tmp_path, monkeypatch):
   options = PINNED | {"steps": 60, "test": True}
   study = (tmp_path, QUICKSTART, ["baseline", "tbys1"], ["2e-3"])
-  whole = installed(monkeypatch)
-  expected = run_study(tmp_path / "whole", *study[1:], **options)
-  assert len(whole.calls) == 8
+  uninterrupted = installed(monkeypatch)
+  expected = run_study(tmp_path / "uninterrupted", *study[1:], **options)
+  assert len(uninterrupted.calls) == 8
   before = []
   for _ in range(7):
     programs = installed(monkeypatch, dies=1)
@@ -277,11 +278,11 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
   assert run_study(*study, **options) == expected
   before += programs.calls
   assert [(name, given["workdir"].removeprefix(str(tmp_path))) for name, given in before] == [
-    (name, given["workdir"].removeprefix(str(tmp_path / "whole"))) for name, given in whole.calls
+    (name, given["workdir"].removeprefix(str(tmp_path / "uninterrupted"))) for name, given in uninterrupted.calls
   ]
 
 
-def test_a_failure_leaves_the_others(tmp_path, monkeypatch):
+def test_a_failure_does_not_affect_other_rows(tmp_path, monkeypatch):
   programs = installed(monkeypatch, fails="quickstart.py:tbys1")
   study = (tmp_path, QUICKSTART, ["tbys1", "baseline", "tbys2"], ["2e-3"])
   with pytest.raises(
@@ -297,13 +298,13 @@ def test_a_failure_leaves_the_others(tmp_path, monkeypatch):
   assert len(programs.calls) == 4
 
 
-def test_a_setting_that_diverges_is_told_in_the_end(tmp_path, monkeypatch):
+def test_a_setting_that_diverges_is_reported_at_the_end(tmp_path, monkeypatch):
   installed(monkeypatch)
-  with pytest.raises(Failed, match=r"--rates: baseline diverges at 1, 0\.5, 0\.25, 0\.125, 0\.0625; give lower ones"):
+  with pytest.raises(Failed, match=r"--rates: baseline diverges at 1, 0\.5, 0\.25, 0\.125, 0\.0625; give lower rates"):
     run_study(tmp_path, QUICKSTART, ["baseline"], ["1.0"], seeds=1, jobs=1, steps=1)
 
 
-def test_a_seed_that_diverges_leaves_the_others(tmp_path, monkeypatch):
+def test_a_seed_that_diverges_does_not_affect_the_others(tmp_path, monkeypatch):
   installed(monkeypatch, diverges=[1])
   study = (tmp_path, QUICKSTART, ["baseline"], ["2e-3"])
   result = run_study(*study, **PINNED | {"seeds": 3, "report": True}, steps=7)
@@ -311,14 +312,14 @@ def test_a_seed_that_diverges_leaves_the_others(tmp_path, monkeypatch):
   assert (row["seeds"], row["diverged"], row["perplexity_seeds"]) == (2, 1, [100.0, 102.0])
   assert result["report"] == f"{tmp_path}/report/index.html"
   assert "1 of 3 seeds" in (tmp_path / "comparison.md").read_text()
-  # Where it is the test that none of them can read, there is no row.
+  # If all seeds diverge on the test split, there is no row.
   monkeypatch.setattr(runner.Study, "evaluate", lambda *_: record(None))
   with pytest.raises(Failed, match=r"baseline diverges at rate 0\.002 with all seeds") as failed:
     run_study(*study, **PINNED | {"seeds": 3}, steps=7)
   assert "rows" not in failed.value.result
 
 
-def test_rates_are_chosen_by_what_is_compared(tmp_path, monkeypatch):
+def test_rates_are_chosen_by_the_compared_perplexity(tmp_path, monkeypatch):
   options = Options(config=QUICKSTART, settings=["ap"], rates=["1e-3"], seeds=1, steps=7, jobs=1, search=False)
   tuner = runner.Study(tmp_path, options)
   found = {"perplexity": 9.0, "blockwise_perplexity": 3.0}
@@ -328,18 +329,18 @@ def test_rates_are_chosen_by_what_is_compared(tmp_path, monkeypatch):
   assert tuned == {1e-3: 20.0, 2e-3: 30.0}
 
 
-def test_what_was_seen_to_run_less_is_told_of():
+def test_a_measured_cost_below_the_matched_cost_is_reported():
   models = MODELS | {"ap": model(4.0, 4.0), "deeper@ap": model(4.0, 4.02, "baseline")}
   entry = plan.Entry("deeper@ap", 9, ("inference_flops",))
   costs = {("ap", 9): 3.0, ("deeper@ap", 9): 4.02}
   found = results.match_of(entry, plan.Plan(models, {"ap": ["ap", "va_uniform"]}, [], None), costs)
   assert (found["mismatch"], found["mismatch_measured"]) == (pytest.approx(0.005), pytest.approx(0.34))
   assert results.describe_match(found) == "ap, va_uniform (+0.5%, measured +34.0%)"
-  # Its row may have failed.
+  # The row of the matched setting may have failed.
   assert results.match_of(entry, plan.Plan(models, {}, [], None), {("deeper@ap", 9): 4.02})["mismatch_measured"] is None
 
 
-def test_rates_may_be_pinned(tmp_path, monkeypatch):
+def test_rates_may_be_fixed(tmp_path, monkeypatch):
   programs = installed(monkeypatch)
   study = (QUICKSTART, ["baseline"], ["1e-3"])
   result = run_study(tmp_path, *study, seeds=1, steps=7, jobs=1, report=False, search=False)
@@ -352,21 +353,21 @@ def test_rates_may_be_pinned(tmp_path, monkeypatch):
   ("name", "value", "message"),
   [
     ("given", ["nan"], "--rates: 'nan' must be positive numbers"),
-    ("given", ["1e-3", "x"], "--rates: '1e-3,x' aren't all numbers"),
+    ("given", ["1e-3", "x"], "--rates: '1e-3,x' must be positive numbers"),
     ("chosen", [], "--settings: '' must be settings"),
     ("chosen", ["ap", "ap"], "--settings: 'ap,ap' must be settings .* each once"),
     ("chosen", ["app"], "setting 'app' is unknown; did you mean 'ap'"),
-    ("chosen", ["deeper@baseline"], "which is a plain model itself"),
+    ("chosen", ["deeper@baseline"], "which is itself a plain model"),
     ("reference", "baselin", "setting 'baselin' is unknown; did you mean 'baseline'"),
     ("seeds", 0, "--seeds: 0 must be at least 1"),
     ("jobs", -1, "--jobs: -1 must be at least 1"),
-    ("self_paced", -1, "--self_paced: -1 is negative"),
+    ("self_paced", -1, "--self_paced: -1 must not be negative"),
     ("equal", ["flops"], "--equal: 'flops' must be some of tokens, training_flops, inference_flops, each once"),
     ("equal", [], "--equal: '' must be some of"),
     ("size", "nanno", "size 'nanno' is unknown; did you mean 'nano'"),
     ("fields", ["data.batch_sise=3"], "--config.data.batch_sise: unknown field"),
-    ("config", "nowhere.py", "--config: nowhere.py is not there"),
-    ("equal", ["training_flops"], r"--steps: 1 of 'baseline' are .* too small for one step of 'ap'"),
+    ("config", "nowhere.py", "--config: nowhere.py does not exist"),
+    ("equal", ["training_flops"], r"--steps: 1 steps of 'baseline' cost .* too small for one step of 'ap'"),
   ],
 )
 def test_bad_input(name, value, message, tmp_path, monkeypatch):
@@ -393,4 +394,4 @@ def test_with_real_programs(tmp_path):
   assert len(rows[1]["perplexity_seeds"]) == 2
   assert (tmp_path / "study" / "report" / "index.html").stat().st_size > 10_000
   bad = subprocess.run([*command, "--rates=x"], capture_output=True, text=True, env=cli.environment(), cwd=cli.ROOT)
-  assert (bad.returncode, bad.stderr.strip().splitlines()[-1]) == (2, "error: --rates: 'x' aren't all numbers")
+  assert (bad.returncode, bad.stderr.strip().splitlines()[-1]) == (2, "error: --rates: 'x' must be positive numbers")

@@ -1,4 +1,4 @@
-"""Plain models of the cost of another method: sizes by hand, costs against a formula of their own, bad names."""
+"""Plain models of the cost of another method: sizes by hand, costs against an independent formula, invalid names."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from cyb_jax.studies.resolution import resolve
 
 
 def layer_cost(decoder):
-  """Linear in layers and in the mlp: 34 a layer of TINY."""
+  """Linear in layers and in the mlp: 34 per layer of TINY."""
   return decoder.num_layers * (10 * decoder.num_heads / 2 + decoder.mlp_size)
 
 
@@ -22,9 +22,9 @@ def layer_cost(decoder):
   ("wanted", "layers", "mlp"),
   [
     (340, 10, 24),
-    # Ten layers are nearer than eleven, and each lacks 1; no rounder width than 25 comes within half a percent.
+    # Ten layers are nearer than eleven, and each lacks 1; no rounder width than 25 is within half a percent.
     (350, 10, 25),
-    # Eleven are nearer: too much by 1.27 each, where 23 is off by 0.8 % and nothing is nearer.
+    # Eleven layers are nearer, with an excess of 1.27 each; 23 differs by 0.8 %, and no width is nearer.
     (360, 11, 23),
     (34, 1, 24),
   ],
@@ -35,7 +35,7 @@ def test_deeper_by_hand(wanted, layers, mlp):
 
 
 def test_wider_by_hand():
-  """One pair of key and value for all heads stays one; else whole groups are added."""
+  """A single kv head for all heads stays single; otherwise complete groups are added."""
   grown = matching.grow(TINY, "wider", layer_cost, 2 * (5 * 3 + 36))
   assert grown == dataclasses.replace(TINY, num_heads=3, num_kv_heads=1, d_model=24, mlp_size=36)
   grouped = dataclasses.replace(TINY, num_heads=6, num_kv_heads=2)
@@ -45,7 +45,7 @@ def test_wider_by_hand():
 
 
 def formula(decoder, tokens, slots, read):
-  """Forward FLOPs of a token, written out: two for each weight and each key's share, in each slot."""
+  """Forward FLOPs of a token, written out: two for each weight, and the attention to each key, in each slot."""
   width, heads, keys = decoder.d_model, decoder.num_heads * decoder.head_size, decoder.num_kv_heads * decoder.head_size
   weights = 2 * width * heads + 2 * width * keys + 3 * width * decoder.mlp_size
   attention = 4 * heads * (tokens * slots + 1) / 2
@@ -54,15 +54,15 @@ def formula(decoder, tokens, slots, read):
 
 @pytest.mark.parametrize(("name", "factor"), [("inference", 1), ("training", 3)])
 @pytest.mark.parametrize("direction", settings.DIRECTIONS)
-def test_costs_what_it_is_matched_to(direction, name, factor):
+def test_cost_equals_the_matched_cost(direction, name, factor):
   config = tiny_config()
   config.decoder.num_layers = 2
   config.method.update(name=f"{direction}@ap/{name}", pause_input=None)
   frozen = resolve(config)
-  # What is written into config.json is the plain model, settled.
+  # config.json has the resolved plain model.
   assert configs.freeze(frozen.source) == frozen
   assert frozen.method == configure("baseline")
-  decoder = frozen.decoder_config(257)  # bytes and the end
+  decoder = frozen.decoder_config(257)  # the bytes and the end token
   small = dataclasses.replace(decoder, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, mlp_size=32)
   assert small.vocab_size == decoder.vocab_size == 384
   wanted = formula(small, 16, 4, 4)
@@ -76,13 +76,13 @@ def test_costs_what_it_is_matched_to(direction, name, factor):
   assert cost.total == pytest.approx(factor * wanted, rel=0.01)
 
 
-def test_what_is_changed_later_is_matched_too():
-  """Flags are applied to a config that its file has made: sizes follow from what is frozen."""
+def test_later_changes_of_the_config_are_matched():
+  """Flags are applied after the experiment has created its config, so sizes follow from the frozen config."""
   from experiments import quickstart
 
   config = quickstart.get_config("deeper@ap,nano")
   layers = resolve(config).source["decoder"]["num_layers"]
-  config.data.tokenizer = "sentencepiece:256"  # less to read out, for each of four slots
+  config.data.tokenizer = "sentencepiece:256"  # a smaller readout for each of four slots
   assert resolve(config).source["decoder"]["num_layers"] < layers
 
 
@@ -90,7 +90,7 @@ def test_nano_is_a_fifth_of_a_million():
   assert num_params(preset("nano")) == 188_864
 
 
-def test_each_method_has_a_setting_that_stands_for_it():
+def test_each_method_has_a_representative_setting():
   from cyb_jax.methods import METHODS
 
   found = settings.representatives()
@@ -112,8 +112,8 @@ def test_names():
     ("deeper@app", r"setting 'app' is unknown; did you mean 'ap'"),
     ("deper@ap", r"setting 'deper' is unknown; did you mean 'deeper'"),
     ("deeper@ap/infrence", r"measure 'infrence' is unknown; did you mean 'inference'"),
-    ("deeper@baseline", r"'deeper@baseline' matches 'baseline', which is a plain model itself; .* such as deeper@ap"),
-    ("deeper@wider@ap", r"matches 'wider@ap', which is a plain model itself"),
+    ("deeper@baseline", r"'deeper@baseline' matches 'baseline', which is itself a plain model; .* such as deeper@ap"),
+    ("deeper@wider@ap", r"matches 'wider@ap', which is itself a plain model"),
     ("deeper@", r"setting '' is unknown"),
   ],
 )
@@ -124,11 +124,11 @@ def test_bad_names(name, message):
     resolve({"method": {"name": name}})
 
 
-def test_no_plain_model_is_as_cheap(monkeypatch):
+def test_no_plain_model_is_cheap_enough(monkeypatch):
   smallest = matching.grow(TINY, "deeper", layer_cost, 5)
   assert (smallest.num_layers, smallest.mlp_size) == (1, 1)
   config = tiny_config()
   config.method.update(name="wider@ap", pause_input=None)
   monkeypatch.setattr(matching, "grow", lambda decoder, *rest: decoder)
-  with pytest.raises(InputError, match=r"method\.name: 'wider@ap' is to take [\d,]+ FLOPs a token, and the nearest"):
+  with pytest.raises(InputError, match=r"method\.name: 'wider@ap' must cost [\d,]+ FLOPs per token, but the nearest"):
     resolve(config)

@@ -1,4 +1,4 @@
-"""Planned studies: what a plan runs, in which order, what is kept of it, and the tables; once with real runs."""
+"""Planned studies: the runs of a plan and their order, the recorded results, and the tables; once with real runs."""
 
 import dataclasses
 import hashlib
@@ -62,10 +62,10 @@ TUNED = dataclasses.replace(
 
 
 class Programs:
-  """In place of processes: numbers that follow from the arguments alone.
+  """Replaces the processes: numbers that depend only on the arguments.
 
-  `dies`: after so many trainings the study is killed; `fails`: part of the folder of a run whose program fails;
-  `diverges`: the same of one that diverges; `gain`: what three times the steps bring, nats.
+  `dies`: the number of trainings after which the study is killed; `fails`: a part of the folder of a run whose program
+  fails; `diverges`: a part of the folder of a run that diverges; `gain`: the gain of three times the steps, in nats.
   """
 
   def __init__(self, dies=None, fails=None, diverges=None, gain=0.1):
@@ -127,13 +127,13 @@ def run(plan, folder, path, jobs=1):
   return planned.run(plan, folder, ResultsFile(path, plan), jobs)
 
 
-def test_a_killed_study_goes_on_from_its_results_alone(tmp_path, monkeypatch):
-  whole = installed(monkeypatch)
-  assert run(TINY, tmp_path / "whole", tmp_path / "whole.json", jobs=2)["missing"] == 0
-  assert sorted(whole.keys(tmp_path / "whole")) == sorted(KEYS)
+def test_a_killed_study_continues_from_its_results_file(tmp_path, monkeypatch):
+  uninterrupted = installed(monkeypatch)
+  assert run(TINY, tmp_path / "uninterrupted", tmp_path / "uninterrupted.json", jobs=2)["missing"] == 0
+  assert sorted(uninterrupted.keys(tmp_path / "uninterrupted")) == sorted(KEYS)
   trained, path = [], tmp_path / "results.json"
   for number in range(len(KEYS)):
-    # A fresh folder each time: what is done is known from the file.
+    # A new folder each time: the finished runs are known from the file.
     programs = installed(monkeypatch, dies=1)
     if number < len(KEYS) - 1:
       with pytest.raises(KeyboardInterrupt):
@@ -144,14 +144,14 @@ def test_a_killed_study_goes_on_from_its_results_alone(tmp_path, monkeypatch):
       }  # fmt: skip
     trained += programs.keys(tmp_path / str(number))
   assert trained == KEYS
-  assert without_seconds(path) == without_seconds(tmp_path / "whole.json")
-  assert table(TINY, path) == table(TINY, tmp_path / "whole.json")
+  assert without_seconds(path) == without_seconds(tmp_path / "uninterrupted.json")
+  assert table(TINY, path) == table(TINY, tmp_path / "uninterrupted.json")
   programs = installed(monkeypatch)
   run(TINY, tmp_path / "again", path)
   assert not programs.trained
 
 
-def test_what_is_run_and_kept(tmp_path, monkeypatch):
+def test_commands_and_records_of_runs(tmp_path, monkeypatch):
   programs = installed(monkeypatch)
   folder, path = tmp_path / "study", tmp_path / "deep" / "results.json"
   run(TINY, folder, path)
@@ -174,7 +174,7 @@ def test_what_is_run_and_kept(tmp_path, monkeypatch):
   assert content["documents"] == {entry["documents"]: [2, 3, 5]}
   assert entry["self_paced"]["constant_perplexity"] == 40.0
   assert "documents" not in content["runs"]["ap/rate0.001"]
-  # One value a line, so that a new run is a few new lines of a diff.
+  # One value per line, so that a new run adds a few lines to a diff.
   assert ' "document_losses": [5.0, 4.0, 3.0],\n' in path.read_text()
 
 
@@ -187,7 +187,7 @@ def test_a_plan_runs_in_order_and_two_at_a_time():
   assert (found["baseline/seed0"], found["baseline_long/seed0"], found["ap/seed0"]) == (1e-3, 1e-3, None)
 
 
-def test_a_failure_leaves_what_does_not_depend_on_it(tmp_path, monkeypatch):
+def test_a_failure_does_not_affect_independent_runs(tmp_path, monkeypatch):
   programs = installed(monkeypatch, fails="ap/rate0.001")
   with pytest.raises(Failed, match=r"^1 runs of the study failed, the first: python -m .*: no\. The same command"):
     run(TINY, tmp_path / "study", tmp_path / "results.json")
@@ -197,7 +197,7 @@ def test_a_failure_leaves_what_does_not_depend_on_it(tmp_path, monkeypatch):
   assert programs.keys(tmp_path / "study") == ["ap/rate0.001", "ap/seed0"]
 
 
-def test_a_rate_at_which_it_diverges_is_not_chosen(tmp_path, monkeypatch):
+def test_a_rate_with_divergence_is_not_chosen(tmp_path, monkeypatch):
   installed(monkeypatch, diverges="baseline/rate0.002")
   path = tmp_path / "results.json"
   run(TINY, tmp_path / "study", path)
@@ -206,7 +206,7 @@ def test_a_rate_at_which_it_diverges_is_not_chosen(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("gain", "lengths"), [(0.02, [6]), (0.1, [6, 12])])
-def test_the_gate_decides_how_long_pretraining_is(gain, lengths, tmp_path, monkeypatch):
+def test_the_gate_decides_the_length_of_pretraining(gain, lengths, tmp_path, monkeypatch):
   programs = installed(monkeypatch, gain=gain)
   monkeypatch.setattr(documents, "open_task", lambda task: data.open_task(task, {"documents": 64}))
   folder, path = tmp_path / "study", tmp_path / "results.json"
@@ -228,7 +228,7 @@ def test_the_gate_decides_how_long_pretraining_is(gain, lengths, tmp_path, monke
   assert "config.decoder.d_model" not in programs.given[f"{folder}/pretraining/6"]
   verdict = "passed" if gain < 0.03 else "not passed"
   assert f" = {gain:.4f} nats, at most 0.03: {verdict}\n" in table(TUNED, path)
-  # Only what is missing is run; the model that it starts from was in a folder that has gone.
+  # Only the missing runs are run; the folder of the model that they start from was deleted.
   content = json.loads(path.read_text())
   del content["runs"][f"ap/from{lengths[-1]}/seed0"]
   path.write_text(json.dumps(content))
@@ -237,7 +237,7 @@ def test_the_gate_decides_how_long_pretraining_is(gain, lengths, tmp_path, monke
   assert programs.keys(tmp_path / "fresh") == [f"pretraining/{lengths[-1]}", f"ap/from{lengths[-1]}/seed0"]
 
 
-def test_nothing_starts_from_a_pretrained_model_that_diverges(tmp_path, monkeypatch):
+def test_no_run_starts_from_a_pretrained_model_that_diverges(tmp_path, monkeypatch):
   programs = installed(monkeypatch, diverges="pretraining")
   monkeypatch.setattr(documents, "open_task", lambda task: data.open_task(task, {"documents": 64}))
   with pytest.raises(Failed, match=r"pretraining/6 diverges at rate 0\.001, and nothing can start from it") as failed:
@@ -260,13 +260,13 @@ def test_text_is_divided_by_document(tmp_path, monkeypatch):
 
 
 def test_differences_by_hand():
-  """Two documents of 1 and 3 tokens, that differ by -1 and +0.2 nats per token."""
+  """Two documents of 1 and 3 tokens, with differences of -1 and +0.2 nats per token."""
   counts = {"x": [1, 3]}
   entry = {"documents": "x", "document_losses": [2.0, 3.0]}
   other = [{"documents": "x", "document_losses": losses} for losses in ([2.5, 2.8], [3.5, 2.8])]
   mean, interval = planned_tables.difference([entry], other, counts)
   assert mean == pytest.approx((-1 * 1 + 0.2 * 3) / 4)
-  # Two documents are drawn twice: one of them alone is the lowest and the highest resample.
+  # Two documents are drawn twice: a resample of only one of them is the lowest, and of the other the highest.
   np.testing.assert_allclose(interval, [-1.0, 0.2], atol=1e-12)
   sums = np.array([[-1.0, 1.0], [0.6, 3.0]])
   assert interval == pytest.approx(bootstrap.interval(sums, lambda totals: totals[:, 0] / totals[:, 1]))
@@ -275,7 +275,7 @@ def test_differences_by_hand():
 
 
 def test_tokens_to_reach_by_hand():
-  """From 10 to 40 tokens the loss falls by 2 ln 4, so by 2 nats an e-fold."""
+  """From 10 to 40 tokens the loss falls by 2 ln 4, so by 2 nats per factor e."""
   short, long = (10.0, 5.0), (40.0, 5.0 - 2 * math.log(4))
   assert planned_tables.tokens_to_reach(5.0 - 2 * math.log(2), short, long) == pytest.approx(20.0)
   assert planned_tables.tokens_to_reach(5.0, short, long) == pytest.approx(10.0)
@@ -287,22 +287,23 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
   installed(monkeypatch)
   run(TINY, tmp_path / "study", tmp_path / "results.json")
   results = ResultsFile(tmp_path / "results.json", TINY)
-  # Losses of 4.0 and 4.1 with the two seeds; three times the tokens have 3.95.
+  # Losses of 4.0 and 4.1 with the two seeds; with three times the tokens 3.95.
   for key, loss in {"baseline/seed0": 4.0, "baseline/seed1": 4.1, "ap/seed0": 4.0, "baseline_long/seed0": 3.95}.items():
     results.runs[key]["perplexity"] = math.exp(loss)
   numbers = planned_tables.table(TINY, results.runs, results.documents)
   baseline, ap, long = numbers["rows"]
   assert (baseline["row"], baseline["seeds"], baseline["of_seeds"]) == ("baseline", 2, 2)
   assert baseline["perplexity"] == pytest.approx((math.exp(4.0) + math.exp(4.1)) / 2)
-  # 4.05 at 512 tokens, 3.95 at 1,536: a loss of 4.0 is half way in the logarithm.
+  # 4.05 at 512 tokens, 3.95 at 1,536: a loss of 4.0 is half-way in the logarithm.
   assert ap["reference_tokens"]["tokens"] == pytest.approx(512 * math.sqrt(3))
   assert not ap["reference_tokens"]["extrapolation"]
   assert long["reference_tokens"] == {"tokens": pytest.approx(1536), "extrapolation": False}
-  # Documents of 2, 3 and 5 tokens; over the two seeds the baseline has 5.5, 4 and 3.5.
+  # Documents of 2, 3 and 5 tokens; the means of the baseline over the two seeds are 5.5, 4 and 3.5.
   assert ap["difference"] == pytest.approx((-0.5 * 2 - 0.5 * 5) / 10)
   assert ap["self_paced"]["perplexity"] == pytest.approx(math.exp(4.0) * 44 / 40)
   assert (ap["self_paced"]["pauses"], ap["self_paced"]["inference_flops"]) == (0.5, 1.5e6)
-  # All slots cost as much as the baseline here, and are better; at its own pace it costs less. More data is left out.
+  # With all slots it costs as much as the baseline here and is better; self-paced it costs less. The row with more data
+  # is not on the front.
   assert (baseline["front"], ap["front"], long["front"]) == ([], ["I", "P"], [])
   assert "under the training omega" not in planned_tables.text(TINY, numbers).splitlines()[0]
   line = next(line for line in planned_tables.text(TINY, numbers).splitlines() if line.startswith("| ap "))
@@ -310,21 +311,21 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
   assert cells[:4] == ["ap", "1", "0.002", "54.60"]
   assert cells[4].startswith("-0.3500 (")
   assert cells[5:] == ["0.500", "2.00", "2M", "60.06", "0.500", "1.5M", "0.000887M", "I P"]
-  # Only where a row is trained under another budget of steps is there a column for that.
+  # This column exists only if a row is trained under another step budget.
   results.runs["ap/seed0"]["training_omega"] = {"perplexity": 50.0}
   numbers = planned_tables.table(TINY, results.runs, results.documents)
   lines = [[cell.strip() for cell in line.split("|")] for line in planned_tables.text(TINY, numbers).splitlines()]
   assert (lines[0][5], lines[2][5], lines[3][5]) == ("under the training omega", "-", "50.00")
 
 
-def test_the_state_of_a_study(tmp_path, monkeypatch):
+def test_the_status_of_a_study(tmp_path, monkeypatch):
   folder = tmp_path / "study"
   text, state = planned_status.status(TINY, folder, {}, 2)
   assert (state["done"], state["missing"], state["hours_left"], state["is_running"]) == (0, KEYS, None, False)
   assert "hours left with --jobs=2: unknown" in text
   entry = {"perplexity": 5.0, "seconds": 36.0}
   results = {"baseline/rate0.001": entry, "baseline/rate0.002": entry}
-  # A step of the baseline takes 36 s, one of ap twice that; of one run a half is done.
+  # A step of the baseline takes 36 s, and a step of ap twice as long; one run is half done.
   (folder / "baseline" / "seed0").mkdir(parents=True)
   line = {"split": "train", "step": 2, "timing": {"seconds": 72.0}}
   (folder / "baseline" / "seed0" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -352,14 +353,14 @@ def damaged(change):
 @pytest.mark.parametrize(
   ("write", "message"),
   [
-    (lambda path: path.write_text("{"), r"is damaged \(invalid JSON: .*\); restore it from the repository"),
-    (lambda path: path.write_text("[]"), r"is damaged \(it is no object\)"),
+    (lambda path: path.write_text("{"), r"is damaged \(no JSON: .*\); restore it from the repository"),
+    (lambda path: path.write_text("[]"), r"is damaged \(it is not an object\)"),
     (lambda path: path.write_text('{"plan": "tiny"}'), r"is damaged \(it has no 'identity'\)"),
     (lambda path: path.mkdir(), r"can't be read \(Is a directory\)"),
-    (damaged(lambda content: content.update(plan="scratch")), "has the results of the plan 'scratch', not of 'tiny'"),
+    (damaged(lambda content: content.update(plan="scratch")), "has the results of the plan 'scratch', not 'tiny'"),
     (
       damaged(lambda content: content["identity"].update(rates=[1e-3])),
-      r"of another version of the plan 'tiny', whose rates are \[0.001\], not \[0.001, 0.002\]",
+      r"of another version of the plan 'tiny' with rates = \[0.001\], not \[0.001, 0.002\]",
     ),
     (damaged(lambda content: content.pop("runs")), r"is damaged \(it has no 'runs'\)"),
     (
@@ -380,7 +381,7 @@ def damaged(change):
     ),
     (
       damaged(lambda content: content["runs"]["baseline/rate0.001"].update(steps=7)),
-      "'baseline/rate0.001' was run with steps = 7, and the plan has 1; remove its entry",
+      "'baseline/rate0.001' was run with steps = 7, but the plan has 1; remove its entry",
     ),
   ],
 )
@@ -423,9 +424,9 @@ def test_bad_flags(words, message, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("plan", [plans.SCRATCH, plans.FINETUNE], ids=lambda plan: plan.name)
 def test_the_rows_of_the_plans_are_valid_configs(plan):
-  """Each row resolves, has the tokens of a step that the plan names, and its cost is about what is counted."""
+  """Each row resolves, has the plan's number of tokens per step, and nearly the counted cost."""
   shared, unit = list(plan.fields), None
-  if plan.pretraining:  # in place of the decoder and the tokenizer of a pretrained model
+  if plan.pretraining:  # instead of the decoder and the tokenizer of a pretrained model
     left_open = {"decoder.preset=": "decoder.num_layers=4", "data.tokenizer=": "data.tokenizer=sentencepiece:8192"}
     assert set(left_open) < set(shared)
     assert set(left_open.values()) < set(plan.pretraining.fields)
@@ -444,7 +445,7 @@ def test_the_rows_of_the_plans_are_valid_configs(plan):
     assert sizes["batch_size"] * sizes["sequence_length"] == plan.step_tokens
 
 
-def test_the_plans_are_those_of_the_readme():
+def test_the_plans_match_the_readme():
   """10M and 30M tokens from scratch; 1, 1.8 and 3 times the fine-tuning tokens."""
   scratch = {row.name: row for row in plans.SCRATCH.rows}
   assert scratch["ap"].steps * plans.SCRATCH.step_tokens == 10_240_000
@@ -461,7 +462,7 @@ def test_the_plans_are_those_of_the_readme():
 
 
 def in_process(_, module, *options):
-  """The programs of a study, in this process."""
+  """Runs the programs of a study in this process."""
   from cyb_jax import evaluation, runs
   from cyb_jax.configs import ParallelismConfig
   from cyb_jax.partitioning.mesh import make_mesh
@@ -486,7 +487,7 @@ def in_process(_, module, *options):
 
 @pytest.mark.slow
 def test_a_tiny_plan_with_real_runs(tmp_path, monkeypatch):
-  """It is killed twice, and goes on in an empty folder; its losses by document are those of its evaluations."""
+  """The study is killed twice and continues in an empty folder; losses by document equal those of the evaluations."""
   calls = []
 
   def program(processes, module, *options):

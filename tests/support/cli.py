@@ -59,18 +59,18 @@ from cyb_jax.studies import resolution
 from cyb_jax.training import estimate, trainer
 warnings.filterwarnings("ignore")
 
-def start(asked):
+def start(request):
   child = os.fork()
   if child:
     return child
   for number, name in ((1, "out"), (2, "err")):
-    os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
-  os.chdir(asked["cwd"])
-  os.environ.update(asked["env"])
-  sys.argv = [asked["program"], *asked["flags"]]
+    os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+  os.chdir(request["cwd"])
+  os.environ.update(request["env"])
+  sys.argv = [request["program"], *request["flags"]]
   code = 1
   try:
-    importlib.import_module("cyb_jax.cli." + asked["program"]).run()
+    importlib.import_module("cyb_jax.cli." + request["program"]).run()
   except SystemExit as error:
     code = error.code or 0
   except BaseException:
@@ -80,18 +80,18 @@ def start(asked):
     sys.stderr.flush()
     os._exit(code)
 
-def wait(asked):
-  until = time.monotonic() + asked["seconds"]
+def wait(request):
+  until = time.monotonic() + request["seconds"]
   while time.monotonic() < until:
-    pid, status = os.waitpid(asked["pid"], os.WNOHANG)
+    pid, status = os.waitpid(request["pid"], os.WNOHANG)
     if pid:
       return os.waitstatus_to_exitcode(status)
     time.sleep(0.01)
   return None
 
 for line in sys.stdin:
-  asked = json.loads(line)
-  print(json.dumps(wait(asked) if "pid" in asked else start(asked)), flush=True)
+  request = json.loads(line)
+  print(json.dumps(wait(request) if "pid" in request else start(request)), flush=True)
 """
 
 
@@ -103,9 +103,9 @@ def _server():
   return server
 
 
-def _ask(**asked):
+def _request(**request):
   server = _server()
-  server.stdin.write(json.dumps(asked) + "\n")
+  server.stdin.write(json.dumps(request) + "\n")
   server.stdin.flush()
   return json.loads(server.stdout.readline())
 
@@ -118,17 +118,17 @@ class Forked:
     self._files = [os.path.join(self._folder.name, name) for name in ("out", "err")]
     out, err = self._files
     flags = [str(flag) for flag in flags]
-    self.pid = _ask(program=program, flags=flags, cwd=str(cwd), env=env or {}, out=out, err=err)
+    self.pid = _request(program=program, flags=flags, cwd=str(cwd), env=env or {}, out=out, err=err)
 
   def kill(self, number=signal.SIGKILL):
     os.kill(self.pid, number)
 
   def wait(self, seconds=600):
     """(exit code, standard output, standard error)."""
-    code = _ask(pid=self.pid, seconds=seconds)
+    code = _request(pid=self.pid, seconds=seconds)
     if code is None:
       self.kill()
-      _ask(pid=self.pid, seconds=60)
+      _request(pid=self.pid, seconds=60)
       raise AssertionError(f"still running after {seconds} s:\n{self.texts()[1][-4000:]}")
     return code, *self.texts()
 
@@ -142,7 +142,7 @@ def forked(program, *flags, cwd=ROOT, env=None):
 
 
 def run(program, *flags, expect=0, cwd=ROOT, env=None):
-  """(the JSON object of the last line, standard error) of a program that ends with `expect`."""
+  """(the JSON object of the last line, standard error) of a program that must exit with the code `expect`."""
   code, out, err = forked(program, *flags, cwd=cwd, env=env)
   assert code == expect, f"exit code {code}\n{err[-4000:]}"
   lines = out.strip().splitlines()

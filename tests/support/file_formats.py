@@ -1,4 +1,4 @@
-"""GGUF files and binaries of llama2.c, written from tensors under Hugging Face's names."""
+"""Writes GGUF files and llama2.c binaries from tensors with Hugging Face's names."""
 
 import struct
 
@@ -7,7 +7,7 @@ import pytest
 
 
 def neighbours(matrix, heads):
-  """Rows of a projection whose pairs are (i, i + H/2), so that they are (2i, 2i + 1)."""
+  """Permutes rows of a projection: the pairs (i, i + H/2) become (2i, 2i + 1)."""
   size = len(matrix) // heads
   order = [
     head * size + half * (size // 2) + pair for head in range(heads) for pair in range(size // 2) for half in (0, 1)
@@ -32,7 +32,7 @@ def gguf_name(name):
 
 
 def write_gguf(path, arrays, config, architecture, quantisation=None, tokenizer=None, **metadata):
-  """Tensors under Hugging Face's names, as llama.cpp's converter lays them out; `tokenizer` adds more to the writer."""
+  """Tensors with Hugging Face's names, in the layout of llama.cpp's converter; `tokenizer` writes more keys."""
   gguf = pytest.importorskip("gguf")
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(config.num_layers)
@@ -68,7 +68,7 @@ def write_gguf(path, arrays, config, architecture, quantisation=None, tokenizer=
 
 
 def llama2c_bytes(form, arrays, config, length=12):
-  """A binary of llama2.c, by its own description of itself."""
+  """A llama2.c binary, by the format's own description."""
   tied, layers = config.tied_embeddings, range(config.num_layers)
 
   def every(module, turned=0):

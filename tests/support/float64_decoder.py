@@ -1,11 +1,11 @@
-"""A decoder in float64 numpy (RMSNorm, gated SiLU, RoPE, grouped heads), one row at a time: a reference of methods."""
+"""A decoder in float64 numpy (RMSNorm, gated SiLU, RoPE, grouped heads), one row at a time: a reference for methods."""
 
 import jax
 import numpy as np
 
 
 class Float64Decoder:
-  """The layers of a method's decoder, on the method's parameters."""
+  """The layers of a method's decoder, with the method's parameters."""
 
   def __init__(self, method, params):
     self.config = method.decoder.config
@@ -23,7 +23,7 @@ class Float64Decoder:
     return self.norm(x, self.decoder["final_norm"]["scale"])
 
   def rope(self, heads):
-    """Of heads [T, N, H] at the positions 0 .. T-1."""
+    """RoPE of heads [T, N, H] at the positions 0 .. T-1."""
     half = self.config.head_size // 2
     angles = np.arange(len(heads))[:, None] * self.config.rope_base ** (-np.arange(half) / half)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
@@ -31,7 +31,7 @@ class Float64Decoder:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
   def keys_and_values(self, x, number):
-    """What layer `number` caches of inputs [T, D]: two arrays [T, G, H]."""
+    """The cache of layer `number` for inputs [T, D]: two arrays [T, G, H]."""
     layer = self.decoder[f"layers_{number}"]
     normed = self.norm(x, layer["attention_norm"]["scale"])
     kernels = layer["attention"]
@@ -40,7 +40,7 @@ class Float64Decoder:
     )
 
   def layer(self, x, number, seen, keys=None, values=None):
-    """Layer `number` on [T, D]; `seen` bool[T, T]; `keys` and `values`: to be seen in place of the inputs' own."""
+    """Layer `number` on [T, D]; `seen` bool[T, T]; `keys` and `values` replace those of the inputs."""
     config, layer = self.config, self.decoder[f"layers_{number}"]
     normed = self.norm(x, layer["attention_norm"]["scale"])
     query = self.rope(np.einsum("td,dnh->tnh", normed, layer["attention"]["query"]["kernel"]))

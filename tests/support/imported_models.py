@@ -1,6 +1,7 @@
-"""Small models of other projects with their tokenizers, as Hugging Face folders; weights are a formula, not a stream.
+"""Small models in the format of other projects, with tokenizers, as Hugging Face folders; weights come from a formula.
 
-It needs numpy and safetensors alone, so that tests/parity/write_texts.py builds the same folders next to transformers.
+The module depends on numpy and safetensors alone, so that tests/parity/write_texts.py can build the same folders next
+to transformers.
 """
 
 import json
@@ -31,14 +32,14 @@ def _split(digits):
 
 
 def _alphabet():
-  """The characters by which byte-level vocabularies spell the 256 bytes."""
+  """The characters with which byte-level vocabularies spell the 256 bytes."""
   printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
   others = iter(range(256, 512))
   return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _merges(words):
-  """(merges, the pieces that they make) by which each word becomes one piece, from the left."""
+  """(merges, resulting pieces) that merge each word into one piece, from the left."""
   merges, pieces = [], []
   for word in words:
     for end in range(1, len(word)):
@@ -93,7 +94,7 @@ SENTENCEPIECE_SPECIAL = {"llama": ["<unk>", "<s>", "</s>"], "gemma": ["<pad>", "
 
 
 def sentencepiece_pieces(style):
-  """(piece, score, type) of a BPE with bytes; the types are SentencePiece's."""
+  """(piece, score, type) of a BPE with bytes; the types are those of SentencePiece."""
   special = SENTENCEPIECE_SPECIAL[style]
   kinds = [2 if name == "<unk>" else 3 for name in special]
   characters = sorted(set("".join(_WORDS)) | set("▁'t:s"))
@@ -101,17 +102,17 @@ def sentencepiece_pieces(style):
   pieces = [piece for piece in pieces if len(piece) > 1]
   table = [(name, 0.0, kind) for name, kind in zip(special, kinds)]
   table += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
-  # SentencePiece joins the pair of the highest score first: the order of the merges.
+  # SentencePiece merges the pair with the highest score first: the order of the merges.
   table += [(piece, -float(rank), 1) for rank, piece in enumerate(pieces)]
   table += [(character, -float(len(pieces) + rank), 1) for rank, character in enumerate(characters)]
   return table[:ROWS]
 
 
 def byte_fallback(style):
-  """The same in the format of the package tokenizers, as Llama 2 and Gemma have it."""
+  """The same BPE in the format of the package tokenizers, like Llama 2 and Gemma."""
   names = [name for name, _, _ in sentencepiece_pieces(style)]
   special = SENTENCEPIECE_SPECIAL[style]
-  # SentencePiece makes a piece from any two others; the merges have all of these pairs.
+  # SentencePiece can build a piece from any two others; the merges contain all such pairs.
   pieces = [name for name, _, kind in sentencepiece_pieces(style) if kind == 1]
   pairs = ([piece[:at], piece[at:]] for piece in pieces for at in range(1, len(piece)))
   merges = [pair for pair in pairs if set(pair) <= set(pieces)]
@@ -131,8 +132,8 @@ def byte_fallback(style):
 
 _CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-# By name: (family, tokenizer.json, tokenizer_config.json). The classes are those that the families' folders name; but
-# transformers 5 cuts text in a class GPT2Tokenizer as GPT-2 does, whatever tokenizer.json says.
+# Name -> (family, tokenizer.json, tokenizer_config.json). The classes are those in the folders of the families, except
+# that transformers 5 splits text for a class GPT2Tokenizer like GPT-2, regardless of tokenizer.json.
 MODELS = {
   "llama2": (
     "llama", byte_fallback("llama"),
@@ -221,7 +222,7 @@ def _shapes(family):
 
 
 def weights(family):
-  """The tensors by name: sines of places that no two elements share, which look random and depend on no generator."""
+  """The tensors by name: sines of unique numbers, which look random and depend on no random generator."""
   tensors, first = {}, 1
   for name, shape in sorted(_shapes(family).items()):
     size = int(np.prod(shape))
@@ -233,7 +234,7 @@ def weights(family):
 
 
 def write_folder(path, name, end_ids):
-  """The model `name` as a Hugging Face folder whose generation_config.json names these end tokens."""
+  """Writes the model `name` as a Hugging Face folder; its generation_config.json has these end tokens."""
   family, tokenizer, settings = MODELS[name]
   path = pathlib.Path(path)
   path.mkdir(parents=True)

@@ -19,7 +19,7 @@ TINY = DecoderConfig(
 
 
 def build(decoder=TINY, **options):
-  """(method, params) of a tiny model; compiled where it can be, since op by op takes seconds."""
+  """(method, params) of a tiny model; compiled if possible, because op-by-op initialisation takes seconds."""
   method = methods.build(configure(**options), decoder, vocab_size=VOCABULARY)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
   for name in ("hidden", "loss"):
@@ -28,7 +28,7 @@ def build(decoder=TINY, **options):
 
 
 def random_batch(seed=0, batch_size=4, length=6, *, uneven=False):
-  """A batch of random tokens; uneven: rows of unequal weight, one of them empty."""
+  """A batch of random tokens; uneven: rows with unequal weights, one of them zero."""
   rng = np.random.default_rng(seed)
   stream = rng.integers(0, VOCABULARY, (batch_size, length + 1)).astype(np.int32)
   weights = np.ones((batch_size, length), np.float32)
@@ -41,7 +41,7 @@ def random_batch(seed=0, batch_size=4, length=6, *, uneven=False):
 def tiny_config(**method):
   """A config that trains in seconds on generated data."""
   config = configs.default()
-  # A pause carries its token's embedding, in methods that have the option.
+  # In methods with this option, the input of a pause includes the embedding of its token.
   if "pause_input" in option_names(method.get("name", "cyb")):
     method = {"pause_input": "token+pause"} | method
   config.method.update(method)
@@ -54,7 +54,7 @@ def tiny_config(**method):
 
 
 def with_part(config, part, **fields):
-  """A frozen config with fields of one part replaced."""
+  """A copy of a frozen config with some fields of one part replaced."""
   return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
 
 

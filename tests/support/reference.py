@@ -1,6 +1,6 @@
-"""The formulas of the paper in float64 numpy, slow and one token at a time: what the library is tested against.
+"""The formulas of the paper in float64 numpy, one token at a time: a slow reference for the library.
 
-Written from the definitions alone (probabilities, products and sums; no log space, no vectorisation).
+The code uses the definitions only (probabilities, products and sums; no log space, no vectorisation).
 """
 
 import numpy as np

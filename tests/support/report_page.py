@@ -1,4 +1,4 @@
-"""What tests of reports share: a parser of their pages, and the program run under flags."""
+"""Shared by tests of reports: a parser of their pages, and a call of the program with flags."""
 
 import functools
 import html.parser
@@ -11,7 +11,7 @@ VOID = {"meta", "link", "img", "br"}
 
 
 class Page(html.parser.HTMLParser):
-  """Elements and text of a page; fails on a tag that isn't closed, or closed twice."""
+  """Elements and text of a page; fails if a tag is not closed or is closed twice."""
 
   def __init__(self, text):
     super().__init__()
@@ -39,7 +39,7 @@ class Page(html.parser.HTMLParser):
 
 
 def call(monkeypatch, **given):
-  """`report.main` under flags."""
+  """Calls `report.main` with flags."""
   with monkeypatch.context() as patch:
     values = flags.FlagValues()
     patch.setattr(flags, "FLAGS", values)

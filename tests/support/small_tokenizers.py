@@ -10,10 +10,10 @@ def bpe(merges, *, bytes_=False, fallback=False, special=("<end>",), decoder=Non
 
   Args:
     merges: pairs of pieces, the first merged first.
-    bytes_: whether it is byte-level.
-    fallback: whether characters that it lacks are spelled by entries of their bytes.
-    special: names of special entries, the first of which is the end token.
-    decoder, **settings: of the tokenizer.json.
+    bytes_: whether the tokenizer is byte-level.
+    fallback: whether unknown characters are encoded as byte tokens.
+    special: names of special tokens; the first one is the end token.
+    decoder, **settings: fields of tokenizer.json.
   """
   vocab = {name: i for i, name in enumerate(special)}
   if bytes_:

@@ -1,4 +1,4 @@
-"""statistics.json as made up numbers, for tests of what is drawn from it."""
+"""A statistics.json with invented numbers, for tests of plots and tables."""
 
 import itertools
 
@@ -8,7 +8,7 @@ HOSTILE = "<script>alert('x')</script>&\"$^{"
 
 
 def example(num_slots=3, *, decides=True, seed=0, groups=32, step=40, difficulty=False, trained=False, nats=3.0):
-  """A whole statistics.json; `nats`: its log perplexity."""
+  """A complete statistics.json; `nats`: the log perplexity."""
   rng = np.random.default_rng(seed)
   tokens = [100 + 3 * g for g in range(groups)]
   noise = rng.normal(0, 0.1, groups)

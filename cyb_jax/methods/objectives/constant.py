@@ -1,4 +1,4 @@
-"""The slots are a mixture whose shares are the same for every token: controls for a decision token by token.
+"""A mixture of slots with the same shares for every token: controls for methods that decide for each token.
 
 Dimensions: B batch, T tokens, W slots, D model.
 """
@@ -18,7 +18,7 @@ from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
 
 class ConstantMixture:
-  """Every slot of every token is read with a share that does not depend on the token; subclasses give the shares."""
+  """Every slot of every token is read with a share that does not depend on the token; subclasses define the shares."""
 
   def __init__(self, backbone: Backbone, num_slots: int):
     self.backbone, self.num_slots = backbone, num_slots
@@ -54,26 +54,26 @@ class ConstantMixture:
     return EvalOutput(loss=self.token_loss(scores, log_likelihood), scores=scores, log_stopping=log_stopping)
 
   def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
-    """When slots are read one by one, d_i is the share of the slots after slot i among those from slot i on."""
+    """When slots are read one by one, d_i is the share of the slots after i among the slots from i on."""
     scores = self.backbone.token_scores(params, hidden)
     log_shares = self.log_shares(params)
-    # Exclusive sums from the right, so that nothing is left after the last slot.
+    # Exclusive sums from the right, so that d = 0 at the last slot.
     log_from = jnp.flip(jax.lax.cumlogsumexp(jnp.flip(log_shares)))
     log_after = jnp.append(log_from[1:], -jnp.inf)
     return TokenScores(scores.log_probs, (log_after - log_from)[slot], (log_shares - log_from)[slot])
 
 
 class ConstantShares(ConstantMixture):
-  """-log sum_i s_i t_i with s = softmax of W trained numbers, `stopping_logits` f32[W], to be multiplied by D.
+  """-log sum_i s_i t_i with s = softmax(D * `stopping_logits`), W trained numbers, f32[W].
 
-  They start where CYB's prior has s; `prior` None: all shares are equal.
+  The initial s is the stopping distribution at CYB's prior; `prior` None: all shares are equal.
   """
 
   def __init__(self, backbone: Backbone, num_slots: int, prior: float | None):
     super().__init__(backbone, num_slots)
     self.prior = prior
-    # Adam moves a parameter by about the rate in a step, whatever its gradient is: a logit of a few nats would not be
-    # reached at the rates that matrices want. The logit of d, a sum over D features of size 1, moves D times as fast.
+    # Adam changes a parameter by about the learning rate per step, whatever its gradient is: at the rates of matrices
+    # a logit would not reach a few nats. The logit of d, a sum over D features of size 1, changes D times as fast.
     self.scale = float(backbone.decoder_config.d_model)
 
   def init(self, rng: Array) -> Params:

@@ -1,4 +1,4 @@
-"""The last slot is read, and trained with cross-entropy.
+"""The last slot is read and trained with cross-entropy.
 
 Dimensions: B batch, T tokens, W slots, D model.
 """
@@ -18,7 +18,7 @@ from cyb_jax.readout import TokenScores
 
 
 class LastSlot:
-  """-log t_W. Training reads the last slot alone; evaluation reads all slots, to show what each of them knows.
+  """-log t_W. Training reads only the last slot; evaluation reads all slots to report a loss for each of them.
 
   References: "think before you speak", https://arxiv.org/abs/2310.02226; with W = 1 plain cross-entropy.
   """
@@ -52,7 +52,7 @@ class LastSlot:
     return EvalOutput(loss=last_slot_cross_entropy(scores), scores=scores, log_stopping=log_stopping)
 
   def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
-    """d = 1 before the last slot, and 0 there."""
+    """d = 1 before the last slot, and 0 at the last slot."""
     scores = self.backbone.token_scores(params, hidden)
     if self.num_slots == 1:
       return scores

@@ -1,4 +1,4 @@
-"""The mean over slots of the cross-entropy; read as the mixture of all slots with equal shares.
+"""The mean over slots of the cross-entropy; evaluation reads the mixture of all slots with equal shares.
 
 Dimensions: B batch, T tokens, W slots.
 """
@@ -16,7 +16,7 @@ from cyb_jax.stopping import SlotScores
 
 
 class MeanSlots(ConstantMixture):
-  """-(1/W) sum_i log t_i: every slot is trained by itself, and no slot is preferred."""
+  """-(1/W) sum_i log t_i: every slot is trained independently, with equal weight."""
 
   def log_shares(self, params: Params) -> Float[Array, "W"]:
     del params

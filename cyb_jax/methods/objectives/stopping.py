@@ -1,7 +1,7 @@
-"""The stopping-time losses of Catch Your Breath: the model abstains until it knows, and answers at a time of its own.
+"""The stopping-time losses of Catch Your Breath: the model abstains until it knows the answer and then answers.
 
-Parameters: `dont_know` f32[D], the output row of `<don't know>`; in unit form `dont_know_bias` f32[]; and where the
-start is calibrated `dont_know_offset` f32[], which is not trained. Both forms and the prior shift: arXiv 2510.13879,
+Parameters: `dont_know` f32[D], the output row of `<don't know>`; in unit form also `dont_know_bias` f32[]; with
+calibration also `dont_know_offset` f32[], which is not trained. Both forms and the prior shift follow arXiv 2510.13879,
 see `cyb_jax.stopping`.
 
 Dimensions: B batch, T tokens, W slots, D model.
@@ -27,7 +27,7 @@ from cyb_jax.methods.options import MethodConfig
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
 
-# Which of the options each loss reads, in addition to those that all of them read.
+# The options of each loss, in addition to the options that all losses share.
 _OPTIONS_OF_LOSS = {
   "ap": frozenset({"omega", "gamma"}),
   "va": frozenset({"rho"}),
@@ -43,19 +43,18 @@ class StoppingOptions(MethodConfig):
   Attributes:
     pauses: K, the number of slots of a token after its first one.
     loss: the training objective: 'ap' for CYB-AP, 'va' for CYB-VA or 'dp' for CYB-DP, see `cyb_jax.losses`.
-    omega: the step budget in training, W weights: in proportion to the probability that 1, 2, .. W slots are allowed;
-      '': always W.
+    omega: the step budget in training: W weights, in proportion to the probabilities that 1, 2, .. W slots are
+      allowed; '': always W.
     gamma: the discount over slots, W factors; '': all ones.
     rho: the prior over slots of the losses 'va' and 'dp', W weights.
     alpha: the coefficient of the penalty of the loss 'dp'.
-    dont_know: the form of `<don't know>`: 'token', an output that competes with the vocabulary; 'unit', a logistic unit
-      of its own.
-    dont_know_prior: the probability of abstaining that the prior shift gives to a model that knows nothing; None: no
-      shift.
+    dont_know: the form of `<don't know>`: 'token', an output that competes with the vocabulary; 'unit', a separate
+      logistic unit.
+    dont_know_prior: the probability of abstaining that the prior shift gives to an untrained model; None: no shift.
     calibration_batches: before the first step a constant is added to the `<don't know>` logit, so that over this many
       batches the median of d, the probability of abstaining, is `dont_know_prior`; 0: off.
     stopping_warmup: for this many steps d, the probability of abstaining, is held at `dont_know_prior`, so that slots
-      learn to answer before the model learns when to; 0: off.
+      learn to answer before the model learns when to answer; 0: off.
   """
 
   RULES: ClassVar = {
@@ -91,26 +90,28 @@ class StoppingOptions(MethodConfig):
     for field, default in _DEFAULTS.items():
       value = getattr(self, field)
       if field not in _OPTIONS_OF_LOSS[self.loss] and value != default:
-        raise InputError(f"method.{field}: {value!r} is set, but method.loss = {self.loss!r} doesn't use it")
+        raise InputError(
+          f"method.{field}: {value!r} is set, but method.loss = {self.loss!r} doesn't use it; leave it unset"
+        )
     if self.loss != "ap" and self.rho is None:
-      raise InputError(f"method.rho: not set, but method.loss = {self.loss!r} needs {self.num_slots} weights")
+      raise InputError(f"method.rho: not set, but method.loss = {self.loss!r} requires {self.num_slots} weights")
     self.validate_recipe()
     for field, purpose in (("calibration_batches", "the median of d is set to"), ("stopping_warmup", "d is held at")):
       value = getattr(self, field)
       if value and self.dont_know_prior is None:
-        raise InputError(f"method.{field}: {value} needs method.dont_know_prior, which {purpose}; it is None")
+        raise InputError(f"method.{field}: {value} requires method.dont_know_prior, which {purpose}; it is None")
     self._validate_weights()
 
   def validate_recipe(self) -> None:
-    """Raises InputError for options of how many slots tokens get in training; methods that have such override it."""
+    """Raises InputError for invalid options of the number of training slots; methods with such options override it."""
 
   def fewest_slots_reached(self) -> int:
-    """The number of slots within which `gamma` needs weight, so that every token can be answered.
+    """The number of first slots of which one must have a positive `gamma`, so that every token can answer.
 
-    omega is summed over, so one number of slots at which an answer has weight suffices.
+    The loss sums over omega, so one allowed number of slots with a positive `gamma` suffices.
     """
-    granted = self.omega or (0.0,) * self.pauses + (1.0,)
-    return 1 + max(i for i, weight in enumerate(granted) if weight > 0)
+    allowed = self.omega or (0.0,) * self.pauses + (1.0,)
+    return 1 + max(i for i, weight in enumerate(allowed) if weight > 0)
 
   def _validate_weights(self) -> None:
     try:
@@ -125,8 +126,8 @@ class StoppingOptions(MethodConfig):
       slots = self.fewest_slots_reached()
       if not any(self.gamma[:slots]):
         raise InputError(
-          f"method.gamma: {self.gamma} is zero at every slot of a token that is given {slots}; one of the first"
-          f" {slots} needs weight"
+          f"method.gamma: {self.gamma} is zero at every slot of a token with {slots} slots; one of the first"
+          f" {slots} factors must be positive"
         )
 
 
@@ -137,24 +138,24 @@ class StoppingTime:
     self.backbone, self.options = backbone, options
     self.num_slots = options.num_slots
     self.slots_trained = self.slots_decoded = self.num_slots
-    # The unit of `<don't know>` reads the state.
+    # In unit form `<don't know>` reads the state, so it needs no logits.
     self.decides_by_logits = options.dont_know == "token"
 
   def init(self, rng: Array) -> Params:
     config = self.backbone.decoder_config
     if self.options.dont_know == "token":
-      # It starts as the output rows of tokens do.
+      # The same initialiser as for the output rows of tokens.
       (row,) = unembedding_init(config)(rng, (1, config.d_model), jnp.float32)
       params = {"dont_know": boxed_row(row)}
     else:
-      # A unit starts from its prior alone: its row is zero, and its bias counts from the prior's shift.
+      # A unit starts at its prior: its row is zero, and its bias is relative to the prior's shift.
       params = {"dont_know": boxed_row(jnp.zeros(config.d_model)), "dont_know_bias": boxed(jnp.zeros(()))}
     if self.options.calibration_batches:
       params["dont_know_offset"] = boxed(jnp.zeros(()))
     return params
 
   def dont_know(self, params: Params) -> DontKnow:
-    """The output row of `<don't know>` with everything that is added to its logit."""
+    """The output row of `<don't know>` with all terms that are added to its logit."""
     bias = params.get("dont_know_bias", 0.0)
     if "dont_know_offset" in params:
       bias = bias + jax.lax.stop_gradient(params["dont_know_offset"])
@@ -200,7 +201,7 @@ class StoppingTime:
     if lengths is None:
       loss = self.token_loss(scores)
     else:
-      # d = 0 on the last slot that a token was given: a step budget of exactly so many slots.
+      # d = 0 at the last slot of a token: a step budget of exactly `lengths` slots.
       omega = jax.nn.one_hot(lengths - 1, self.num_slots, dtype=scores.log_target.dtype)
       loss = losses.cyb(scores, omega, self.options.gamma)
     log_stopping = log_stopping_distribution(scores.log_dont_know, scores.log_answer, omega)
@@ -219,7 +220,7 @@ class StoppingTime:
     )
 
   def decisions(self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"]) -> SlotScores:
-    """Scores with the model's d and a; the last slot, at which a token answers whatever d is, is not read."""
+    """Scores with the model's d and a; the last slot is not read, because a token always answers there."""
     scores = self.scores(params, hidden[..., :-1, :], targets)
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 1))), scores)
 

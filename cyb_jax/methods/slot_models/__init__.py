@@ -1,1 +1,1 @@
-"""Where the W hidden states of a token come from: one module for each kind of slot."""
+"""Slot models compute the W hidden states of a token: one module for each kind of slot."""

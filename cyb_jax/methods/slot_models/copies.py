@@ -1,7 +1,8 @@
-"""Slots by copies: the embedding of every token W times, streams of the plain decoder under plain causal attention.
+"""Copies as slots: the embedding of every token is repeated W times, and the plain decoder runs all copies under causal
+attention.
 
-Nothing but the position distinguishes the copies of a token: copy j (from 1) of the W of token t has the position
-t - 1 + j / W, as the streams of `cyb_jax.methods.thoughtbubbles` do. There are no parameters next to the decoder's.
+Only the position distinguishes the copies of a token: copy j (from 1) of token t has the position t - 1 + j / W, like
+the streams of `cyb_jax.methods.thoughtbubbles`. There are no parameters outside of the decoder.
 
 Dimensions: B batch, T tokens, W slots, Q slots that run together, D model.
 """

@@ -1,13 +1,12 @@
-"""Slots by loops: all layers are run again on their own output, and the state after each loop is a slot.
+"""Loops as slots: all layers run again on their own output, and the state after each loop is a slot.
 
-The layers with all their parameters are run W times; the final norm comes after a loop only where its state is read.
+The layers run W times with the same parameters; the final norm is applied after a loop only to read its state.
 Universal Transformers: Dehghani et al. 2019, https://arxiv.org/abs/1807.03819; Saunshi et al. 2025,
-https://arxiv.org/abs/2502.17416. There are no parameters next to the decoder's.
+https://arxiv.org/abs/2502.17416. There are no parameters outside of the decoder.
 
-Every loop has keys and values of its own: the cache holds W L layers, those of the first loop first.
+Every loop has its own keys and values: the cache holds W * L layers, in the order of the loops.
 
-Dimensions: B batch, T tokens, W loops, S slots of a row, Q slots that run together, C places in the cache, D model,
-L layers.
+Dimensions: B batch, T tokens, W loops, S slots of a row, Q slots that run together, C cache entries, D model, L layers.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from cyb_jax.methods.slot_models.plain import Plain
 
 
 class Loops(Plain):
-  """The layers W times, of which the state after the last loop is read: one slot a token.
+  """W loops over the layers; the state after the last loop is read: one slot per token.
 
   Args:
-    backbone: see there.
+    backbone: the decoder and its readout.
     loops: W.
   """
 
@@ -83,7 +82,7 @@ class Loops(Plain):
   def _extend(
     self, params: Params, inputs: Array, positions: Array, cache: Cache, start: Array | None, first: Array | None
   ) -> tuple[list[Float[Array, "B Q D"]], Cache]:
-    """All loops over new tokens; the residual stream after each of them, before the final norm."""
+    """Runs all loops over new tokens; returns the residual stream after each loop, before the final norm."""
     layers = self.backbone.decoder_config.num_layers
     hidden, states, parts = inputs, [], []
     for loop in range(self.loops):

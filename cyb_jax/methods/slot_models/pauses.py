@@ -1,10 +1,10 @@
-"""Slots by pauses: after every token come K pauses, whose inputs are learned rows; one decoder pass runs all of them.
+"""Pauses as slots: every token is followed by K pauses, whose inputs are learned rows; one decoder pass runs all slots.
 
-Parameters: with K > 0 `pause_input` f32[K, D], whose row k - 1 is `<pause_k>` (f32[1, D] where all pauses share one);
-and where offsets are learned `pause_offset` f32[K, D]. Method of arXiv 2510.13879.
+Parameters: with K > 0 `pause_input` f32[K, D], whose row k - 1 is `<pause_k>` (f32[1, D] if all pauses share one row);
+with learned offsets also `pause_offset` f32[K, D]. Method of arXiv 2510.13879.
 
-Dimensions: B batch, T tokens, W slots, K pauses, S slots of a row (T*W flattened, or as many as they are packed into),
-Q slots that run together, D model.
+Dimensions: B batch, T tokens, W slots, K pauses, S slots of a row (T*W flattened, or the size of a packed row), Q slots
+that run together, D model.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class PauseOptions(MethodConfig):
       its token.
     pause_visibility: which slots attend to a pause: 'visible', all later ones; 'hidden', later slots of its own token
       only; see `cyb_jax.pauses`.
-    pause_offset: whether a learned offset per pause index is added before the query and key projections.
+    pause_offset: whether a learned offset for each pause index is added before the query and key projections.
     pause_shared: whether all pauses share one row (the form of earlier work).
-    pause_positions: the position of a pause: 'token', that of its token; 'shifting', one of its own (the form of
-      earlier work).
+    pause_positions: the position of a pause: 'token', the position of its token; 'shifting', its own position (the form
+      of earlier work).
   """
 
   RULES: ClassVar = {
@@ -61,9 +61,9 @@ class Pauses(Plain):
   """K pauses after every token.
 
   Args:
-    backbone: see there.
-    options: validated.
-    num_slots: W, slots that are read of a token; None: K + 1.
+    backbone: the decoder and its readout.
+    options: the options, validated.
+    num_slots: W, the number of slots of a token that are read; None: K + 1.
   """
 
   def __init__(self, backbone: Backbone, options: PauseOptions, num_slots: int | None = None):
@@ -76,13 +76,13 @@ class Pauses(Plain):
   def init(self, rng: Array) -> Params:
     params = {}
     if self.num_pauses:
-      # Pauses start as the rows of tokens do.
+      # The same initialiser as for the input rows of tokens.
       config = self.backbone.decoder_config
       shape = (self.num_pauses, config.d_model)
       rows = (1, shape[1]) if self.options.pause_shared else shape
       params["pause_input"] = boxed_row(embedding_init(config)(rng, rows, jnp.float32))
       if self.options.pause_offset:
-        # Zero: at the start an offset changes nothing.
+        # Initialised to zero, so that an offset initially changes nothing.
         params["pause_offset"] = boxed_row(jnp.zeros(shape))
     return params
 
@@ -94,7 +94,7 @@ class Pauses(Plain):
     if self.shifts_positions:
       positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
     segment_ids = batch.get("segment_ids")
-    # A structured mask where there is one; it avoids materialising the [S, S] mask, which no kernel takes.
+    # A structured mask where one exists: it avoids materialising the [S, S] mask, which no kernel supports.
     if self.hides_pauses and self.backbone.decoder_config.attention != "cudnn":
       mask = HiddenSlots(self.num_slots, segment_ids)
     elif segment_ids is not None and not self.hides_pauses:
@@ -111,7 +111,7 @@ class Pauses(Plain):
     return outputs.reshape(batch_size, length, self.num_slots, -1)
 
   def hidden_packed(self, params: Params, batch: Batch, packing: Packing) -> Float[Array, "B S D"]:
-    """The states of the slots that tokens were given, in one decoder pass over packed rows."""
+    """The states of the packed slots, in one decoder pass over packed rows."""
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     inputs, offset = self._inputs(params, tokens)
     source = packing.token * self.num_slots + packing.slot
@@ -144,7 +144,7 @@ class Pauses(Plain):
     offset = None
     if self.num_pauses:
       pause = jnp.maximum(slots - 1, 0)
-      row = jnp.minimum(pause, len(params["pause_input"]) - 1)  # one row for all pauses, where it is shared
+      row = jnp.minimum(pause, len(params["pause_input"]) - 1)  # with `pause_shared` all pauses have row 0
       pauses = self.backbone.apply(params, params["pause_input"][row], method="scale_inputs")
       if self.options.pause_input == "token+pause":
         pauses = pauses + embedded
@@ -168,5 +168,5 @@ class Pauses(Plain):
         pauses = pauses + inputs
       inputs = jnp.concatenate([inputs, pauses], axis=2)
       if self.options.pause_offset:
-        offset = jnp.pad(params["pause_offset"], ((1, 0), (0, 0)))  # a token's first slot has none
+        offset = jnp.pad(params["pause_offset"], ((1, 0), (0, 0)))  # a token's first slot has no offset
     return inputs.reshape(batch_size, length * self.num_slots, -1), offset

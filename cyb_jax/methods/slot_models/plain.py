@@ -1,4 +1,4 @@
-"""One slot a token: a plain language model.
+"""One slot per token: a plain language model.
 
 Dimensions: B batch, T tokens, S slots of a row, Q slots that run together, D model.
 """
@@ -19,7 +19,7 @@ from cyb_jax.methods.interface import Batch, Params
 
 
 class Plain:
-  """One pass over the tokens. Slot models that run on a cache start from it.
+  """One pass over the tokens. This is the base class of the slot models that run on a cache.
 
   Attributes:
     hides_pauses, shifts_positions, keeps_all_pauses, layer_passes: see `abilities.Decoding`.
@@ -59,7 +59,7 @@ class Plain:
     return self.backbone.embed(params, inputs.tokens), None
 
   def slot_positions(self, positions: Int[Array, "B Q"], slots: Int[Array, "B Q"]) -> Array:
-    """The positions of slots for the rotary embeddings, from those of their tokens."""
+    """The positions of slots for the rotary embeddings, from the positions of their tokens."""
     del slots
     return positions
 

@@ -1,18 +1,18 @@
-"""Slots by loops, all of which are read: slot i of a token is the state after its i-th pass through the layers.
+"""Loops as slots that are all read: slot i of a token is the state after its i-th pass through the layers.
 
-The final norm comes after a loop only to read it: the next loop continues from the residual stream before that norm.
-All slots of a token share one place in the cache, at which every loop has keys and values of its own.
+The final norm is applied only to read a loop: the next loop continues from the residual stream before that norm. All
+slots of a token share one cache index, at which every loop has its own keys and values.
 
-A token that answers at loop i does not run its later loops. Their keys and values at its place are filled with those of
-loop i.
+A token that answers at loop i does not run its later loops. The cache then holds the keys and values of loop i for the
+later loops too.
 
-What is exact: when every token runs all W loops, decoding computes the states of training. When tokens exit early, a
-later token that runs loop j sees, at a token that answered at loop i < j, the keys and values of loop i instead of
-those of loop j, which were never computed. The states then differ from those of training, by an amount that depends on
-the model; an evaluation in the self-paced context measures it.
+Exactness: if every token runs all W loops, decoding computes the states of training. If tokens exit early, a later
+token that runs loop j sees, at a token that answered at loop i < j, the keys and values of loop i instead of loop j,
+because loop j was never computed. The states then differ from those of training by an amount that depends on the model;
+an evaluation in the self-paced context measures the effect.
 
-Dimensions: B batch, T tokens, W loops, S slots of a row, Q slots that run together, C places in the cache, D model,
-G kv heads, H head size; ... one axis of layers where the decoder scans over them, else none.
+Dimensions: B batch, T tokens, W loops, S slots of a row, Q slots that run together, C cache entries, D model,
+G kv heads, H head size; ... one axis of layers if the decoder scans over them, else none.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from cyb_jax.methods.slot_models.loops import Loops
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoopCache:
-  """Keys and values of all loops, and the residual stream of the token that is running.
+  """Keys and values of all loops, and the residual stream of the current token.
 
   Attributes:
-    slots: as in `Cache`, with an axis of W loops before that of the rows: [..., W, B, C, G, H].
-    residual: [B, D], of each row's last token, after the last loop that it has run.
+    slots: as in `Cache`, with an axis of W loops before the axis of rows: [..., W, B, C, G, H].
+    residual: [B, D], the residual stream of each row's last token after its last loop.
   """
 
   slots: Cache
@@ -50,14 +50,14 @@ class LoopCache:
 
 
 class ReadLoops(Loops):
-  """The layers W times, with the state after each loop as a slot.
+  """W loops over the layers, with the state after each loop as a slot.
 
   Args:
-    backbone: see there.
+    backbone: the decoder and its readout.
     loops: W.
   """
 
-  # The later loops of a token have no places of their own that other tokens could see.
+  # The later loops of a token have no cache entries of their own that other tokens could see.
   hides_pauses = True
 
   def __init__(self, backbone: Backbone, loops: int):
@@ -73,10 +73,10 @@ class ReadLoops(Loops):
     return jnp.stack(self._states(params, *self._inputs(params, batch), every=True), 2)
 
   def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
-    """As in `abilities.Decoding`. The slots of a token are contiguous, in order, and under `mask` those after its first
-    are seen by their own token alone.
+    """See `abilities.Decoding`. The slots of a token must be contiguous and in order, and in `mask` only their own
+    token may see the slots after the first one.
     """
-    # All loops run at a token's first slot, which sees no later slot; the token's other slots are read from there.
+    # All loops run at a token's first slot, which sees no later slot; their states become the token's other slots.
     embedded = self.backbone.embed(params, inputs.tokens)
     states = jnp.stack(self._states(params, embedded, inputs.positions, mask, every=True))
     rows, count = inputs.tokens.shape
@@ -97,9 +97,9 @@ class ReadLoops(Loops):
     start: Int[Array, "B"] | None,
     first: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B Q D"], LoopCache]:
-    """As in `abilities.CachedDecoding`, in three forms.
+    """See `abilities.CachedDecoding`; there are three forms.
 
-    - `start` None: Q tokens of a prompt, one slot each. All loops run, and the state after the last one is returned.
+    - `start` None: Q tokens of a prompt, one slot each. All loops run, and the state after the last loop is returned.
     - Q = 1: one loop of one token in each row; rows may be at different loops.
     - Q > 1: the first Q loops of one token in each row.
     """
@@ -129,7 +129,7 @@ class ReadLoops(Loops):
     first: Int[Array, "B"] | None,
     count: int | None = None,
   ) -> tuple[list[Float[Array, "B Q D"]], LoopCache]:
-    """The first `count` loops (None: all) over new tokens: the residual streams after each of them, and the cache."""
+    """Runs the first `count` loops (None: all) over new tokens: the residual stream after each loop, and the cache."""
     states, parts = [], []
     for loop in range(self.loops if count is None else count):
       part = jax.tree.map(lambda x, loop=loop: jax.lax.index_in_dim(x, loop, x.ndim - 5, keepdims=False), cache.slots)
@@ -146,34 +146,36 @@ class ReadLoops(Loops):
     loop: Int[Array, "B"],
     positions: Int[Array, "B 1"],
     cache: LoopCache,
-    place: Int[Array, "B"],
+    cache_index: Int[Array, "B"],
     first: Int[Array, "B"] | None,
   ) -> tuple[Float[Array, "B 1 D"], LoopCache]:
-    """Loop `loop` (from 0) of the token at `place`, whose keys and values go to this loop and to all later ones."""
+    """Runs loop `loop` (from 0) of the token at `cache_index`; its keys and values also fill all later loops."""
     embedded = self.backbone.embed(params, tokens)
     hidden = jnp.where((loop == 0)[:, None, None], embedded, cache.residual[:, None].astype(embedded.dtype))
     part = jax.tree.map(lambda x: _of_loop(x, loop), cache.slots)
-    hidden, part = self.backbone.apply(params, hidden, positions, part, place, first=first, method="extend_layers")
-    return self.finish(params, hidden), LoopCache(_filled(cache.slots, part, loop, place), hidden[:, 0])
+    hidden, part = self.backbone.apply(
+      params, hidden, positions, part, cache_index, first=first, method="extend_layers"
+    )
+    return self.finish(params, hidden), LoopCache(_filled(cache.slots, part, loop, cache_index), hidden[:, 0])
 
   def fill_cache(self, cache: LoopCache, *, cache_index: Int[Array, "B"], slots: Int[Array, "B"]) -> LoopCache:
-    """See `abilities.EarlyExit`: the loops after the first `slots` get the keys and values of the last of these."""
+    """See `abilities.EarlyExit`: the loops after the first `slots` get the keys and values of loop `slots`."""
     part = jax.tree.map(lambda x: _of_loop(x, slots - 1), cache.slots)
     return dataclasses.replace(cache, slots=_filled(cache.slots, part, slots - 1, cache_index))
 
 
 def _of_loop(x: Float[Array, "... W B C G H"], loop: Int[Array, "B"]) -> Float[Array, "... B C G H"]:
-  """Every row at its own loop."""
+  """Selects loop `loop[b]` of each row b."""
   index = loop.reshape((1,) * (x.ndim - 4) + (-1, 1, 1, 1))
   return jnp.squeeze(jnp.take_along_axis(x, index, x.ndim - 5), x.ndim - 5)
 
 
-def _filled(cache: Cache, part: Cache, loop: Int[Array, "B"], place: Int[Array, "B"]) -> Cache:
-  """The cache of all loops, with what `part`, of one loop, has at `place` in all loops from `loop` on."""
+def _filled(cache: Cache, part: Cache, loop: Int[Array, "B"], cache_index: Int[Array, "B"]) -> Cache:
+  """The cache of all loops; from loop `loop` on, its entries at `cache_index` are replaced by those of `part`."""
 
   def fill(old: Float[Array, "... W B C G H"], new: Float[Array, "... B C G H"]) -> Float[Array, "... W B C G H"]:
     later = jnp.arange(old.shape[-5])[:, None] >= loop
-    at_place = jnp.arange(old.shape[-3]) == place[:, None]
-    return jnp.where((later[:, :, None] & at_place)[..., None, None], jnp.expand_dims(new, -5), old)
+    at_index = jnp.arange(old.shape[-3]) == cache_index[:, None]
+    return jnp.where((later[:, :, None] & at_index)[..., None, None], jnp.expand_dims(new, -5), old)
 
   return jax.tree.map(fill, cache, part)

@@ -1,11 +1,11 @@
-"""Slots by streams: residual streams that fork and are dropped between layers, under a budget of streams (Liu et al.
-2025, https://arxiv.org/abs/2510.00219).
+"""Residual streams as slots: streams fork and are dropped between layers, within a budget of streams (Liu et al. 2025,
+https://arxiv.org/abs/2510.00219).
 
-A stream has its residual x, a log score c (0 at the start) and the token that it belongs to. Before a forking layer a
-router gives f, k = max(logsigmoid(W LN(x)), -20), and every stream becomes two: to its left a fork, of score c + f,
-with a learned embedding added; and the stream itself, kept, of score c + k. Of all these a row keeps as many as its
-budget allows, those with the highest scores, in order; the rightmost stream of every token is kept whatever its score
-is. With a budget of 4 streams and two tokens a, b:
+A stream has a residual x, a log score c (initially 0) and the token that it belongs to. Before a forking layer a router
+gives f, k = max(logsigmoid(W LN(x)), -20), and every stream becomes two candidates: on its left a fork with score c + f
+and a learned embedding added to x; and the stream itself, with score c + k. A row keeps the candidates with the highest
+scores, as many as its budget allows, in order; the rightmost stream of every token is always kept. With a budget of
+4 streams and two tokens a, b:
 
     streams            a            b
     candidates    a'   a       b'   b         a' is a's fork
@@ -16,22 +16,23 @@ is. With a budget of 4 streams and two tokens a, b:
     score       -4   -2   -5  -8   -3   -9  -10  -20
     kept             a'       a    b''            b      a and b are forced; then b'' and a' are the best of the rest
 
-(the kept b' was not selected: its stream ends, though its fork lives on). In a layer a stream has the weight P =
-exp(c): attention adds c to q k before the division by sqrt(H) and multiplies values by P, and both updates of x are
-multiplied by P. Stream j (from 1) of the n of token t has the position t - 1 + j / n. Selection has no gradient: the
-router learns from the scores of the streams that are kept.
+(the stream b' is dropped, but its fork b'' is kept). In a layer a stream has the weight P = exp(c): attention adds c to
+q k before the division by sqrt(H) and multiplies values by P, and both updates of x are multiplied by P. Stream j (from
+1) of the n streams of token t has the position t - 1 + j / n. Selection has no gradient: the router learns from the
+scores of the kept streams.
 
-All streams of a row compete, those of later tokens with those of earlier ones: the states are not causal. There is no
-cache for streams that fork: one more token may drop any stream before it.
+Streams of later tokens compete with streams of earlier tokens in the same row, so the states are not causal. Forking
+streams have no cache, because one more token may cause any earlier stream to be dropped.
 
-Ours, where nothing is published: of equal scores the stream further left is kept; in a row that is padded, the tokens
-up to its last target with weight are real, and the budget is in proportion to them; LN has a scale and no bias. W
-starts normal with a standard deviation of 0.02, and the embedding of a fork with 1/sqrt(D) (the authors' code).
+Our choices for unpublished details: of streams with equal scores the left one is kept; in a padded row, the tokens up
+to the last target with weight are real, and the budget is proportional to their number; LN has a scale and no bias. W
+is initialised from a normal distribution with a standard deviation of 0.02, and the embedding of a fork with 1/sqrt(D)
+(as in the authors' code).
 
-Parameters, a row for each of the F forking layers: `fork_norm` f32[F, D], the scale of LN; `fork_router` f32[F, 2, D],
-W; `fork_input` f32[F, D], the embedding.
+Parameters, with one row for each of the F forking layers: `fork_norm` f32[F, D], the scale of LN; `fork_router`
+f32[F, 2, D], W; `fork_input` f32[F, D], the embedding.
 
-Dimensions: B batch, T tokens, S streams of a row, C of them that are kept, D model, L layers, F forking layers.
+Dimensions: B batch, T tokens, S streams of a row, C kept streams of a row, D model, L layers, F forking layers.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ from cyb_jax.methods.backbone import Backbone, boxed_row
 from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.partitioning.rules import constrain
 
-# The lower bound of the log-probability of forking or keeping, nats: below it a decision is all but impossible.
+# The lower bound of the log-probability of forking or keeping, in nats.
 _LEAST = -20.0
 _ROUTER_STD = 0.02
 
 
 class Segment(NamedTuple):
-  """Layers between two forks: from `first`, before `last`, passed by so many streams of a row."""
+  """The layers `first` .. `last` - 1 between two forks, and the number of streams of a row that run through them."""
 
   first: int
   last: int
@@ -69,12 +70,12 @@ class Segment(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-  """The streams of every row, in order; a row with fewer streams is filled up with entries that have no effect.
+  """The streams of every row, in order; a row with fewer streams is padded with entries that have no effect.
 
   Attributes:
     hidden: [B, S, D], the residuals.
     log_score: f32[B, S], c.
-    token: i32[B, S], the token that a stream belongs to, ascending; T after the last stream.
+    token: i32[B, S], the token of each stream, ascending; T for padding.
   """
 
   hidden: Float[Array, "B S D"]
@@ -86,10 +87,10 @@ class ForkedStreams:
   """Streams that fork before some layers.
 
   Args:
-    backbone: see there.
+    backbone: the decoder and its readout.
     fork_layers: the layers, from 1, before which streams fork.
-    budget: streams per token that a row may have.
-    reads_streams: whether every stream is read out, or the sum of a token's streams.
+    budget: the number of streams per token that a row may have.
+    reads_streams: whether every stream is read out; otherwise the sum of a token's streams is read out.
   """
 
   num_slots = 1
@@ -108,25 +109,25 @@ class ForkedStreams:
     }
 
   def budgets(self, length: int) -> np.ndarray:
-    """i32[T+1], how many streams a row may have, by how many of its tokens are real.
+    """i32[T+1], the number of streams that a row may have, indexed by its number of real tokens.
 
     Raises:
-      InputError: a whole row has no room for a single fork.
+      InputError: the budget of a full row allows no fork.
     """
     counts = self._counts(length)
     if counts[-1] <= length:
       raise InputError(
-        f"method.stream_budget: {self.budget:g} streams a token are {counts[-1]} of a window of"
-        f" {length}: nothing can fork; give at least {(length + 1) / length:g}"
+        f"method.stream_budget: {self.budget:g} streams per token allow {counts[-1]} streams in a window of"
+        f" {length} tokens, so that nothing can fork; set at least {(length + 1) / length:g}"
       )
     return counts
 
   def _counts(self, length: int) -> np.ndarray:
-    # The guard keeps a product such as 2.3 x 10 from losing a stream to rounding.
+    # The tolerance prevents a product such as 2.3 x 10 from losing a stream to rounding.
     return np.floor(self.budget * np.arange(length + 1) + 1e-9).astype(np.int32)
 
   def segments(self, length: int) -> list[Segment]:
-    """What is run for a window of `length` tokens; streams fork between one and the next."""
+    """The segments of layers for a window of `length` tokens; streams fork between two segments."""
     return self._segments(length, int(self.budgets(length)[-1]))
 
   def _segments(self, length: int, most: int) -> list[Segment]:
@@ -138,7 +139,7 @@ class ForkedStreams:
     return [*result, Segment(first, self.backbone.decoder_config.num_layers, streams)]
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T 1 D"]:
-    """The sums of each token's P x, after the final norm (which undoes the scale of the sum)."""
+    """The sum of P x over each token's streams, after the final norm (which removes the scale of the sum)."""
     tokens = batch["tokens"]
     streams = self.streams(params, batch, real_lengths(batch))
     weighted = streams.hidden.astype(jnp.float32) * jnp.exp(streams.log_score)[..., None]
@@ -151,7 +152,7 @@ class ForkedStreams:
     Args:
       params: bare arrays.
       batch: see `Batch`.
-      lengths: i32[B], how many tokens of each row are real; later ones are not seen, and change nothing.
+      lengths: i32[B], the number of real tokens of each row; later tokens are not seen and change nothing.
     """
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
     batch_size, length = tokens.shape
@@ -189,9 +190,9 @@ class ForkedStreams:
     return streams
 
   def _fork(self, router: Params, streams: Streams, budget: Int[Array, "B"], count: int, length: int) -> Streams:
-    """Every stream's fork and itself, and of these at most `budget` in each row, in arrays for `count`."""
+    """Forks every stream and keeps at most `budget` streams in each row, in arrays of `count` entries."""
     normed = _layer_norm(streams.hidden, router["fork_norm"], self.backbone.decoder_config.norm_epsilon)
-    # Sums of products in f32 rather than a matrix product: the selection must not depend on how a device rounds.
+    # Sums of products in f32 instead of a matrix product: the selection must not depend on the rounding of a device.
     logits = (normed[:, :, None] * router["fork_router"].astype(jnp.float32)).sum(-1)
     scores = streams.log_score[..., None] + jnp.maximum(jax.nn.log_sigmoid(logits), _LEAST)
     scores = scores.reshape(len(scores), -1)  # fork, keep, fork, keep, ...
@@ -217,22 +218,22 @@ class ForkedStreams:
     return self.forward_slots(sequence_length)
 
   def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
-    """What is read depends on `reads_streams`, not on `slots_read`."""
+    """The readout cost depends on `reads_streams`, not on `slots_read`."""
     del slots_read
     return self._pass(sequence_length, self.segments(sequence_length), executed)
 
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
-    """Of reading a text at once, since there is no cache."""
+    """The cost of reading a text at once, because there is no cache."""
     if slots is not None:
       raise ValueError(f"slots: {slots}, but the number of streams follows from the budget")
     return self.forward_cost(sequence_length, slots_read=slots_read, executed=False)
 
   def autoregressive_cost(self, sequence_length: int) -> flops.Cost:
-    """Of a pass over each prefix, whose last token alone is read, at the mean of its streams; a prefix that is too
-    short for a fork has one stream a token.
+    """The cost of one pass over each prefix that reads only the last token, at its mean number of streams; a prefix
+    that is too short for a fork has one stream per token.
 
-    The layers before the first fork, and what its router says, are causal: they are run for the last token alone, and
-    those of earlier tokens are cached. One more token may drop any stream after that, so nothing else is.
+    The layers before the first fork, and the output of its router, are causal: they run only for the last token, and
+    the results for earlier tokens are cached. One more token may drop any later stream, so nothing else is cached.
     """
     config, total = self.backbone.decoder_config, flops.Cost()
     for length in range(1, sequence_length + 1):
@@ -266,7 +267,7 @@ class ForkedStreams:
   def _cost(
     self, tokens: int, segments: Sequence[Segment], executed: bool, cost: Callable[..., flops.Cost]
   ) -> flops.Cost:
-    """The sum of `cost` of the segments, by their numbers."""
+    """The sum of `cost` over the segments; `cost` gets the segment's index."""
     config = self.backbone.decoder_config
     total = flops.Cost()
     for number, (first, last, streams) in enumerate(segments):
@@ -284,7 +285,7 @@ class ForkedStreams:
 
 
 def real_lengths(batch: Batch) -> Int[Array, "B"]:
-  """How many tokens of each row are real: up to the last whose target has weight, and at least one."""
+  """i32[B], the number of real tokens of each row: up to the last token whose target has weight, and at least one."""
   batch_size, length = batch["tokens"].shape
   if "weights" not in batch:
     return jnp.full(batch_size, length, jnp.int32)
@@ -295,25 +296,25 @@ def real_lengths(batch: Batch) -> Int[Array, "B"]:
 def select(
   scores: Float[Array, "B 2S"], token: Int[Array, "B S"], budget: Int[Array, "B"], count: int, length: int
 ) -> tuple[Int[Array, "B C"], Bool[Array, "B C"]]:
-  """Which of the forked streams are kept.
+  """Selects the streams that are kept after a fork.
 
   Args:
     scores: f32[B, 2S], of fork, keep, fork, keep, ...; finite.
     token: i32[B, S], see `Streams`.
-    budget: i32[B], how many a row may keep: no fewer than it has tokens, no more than `count`.
+    budget: i32[B], the number of streams that a row may keep: at least its number of tokens, at most `count`.
     count: C.
     length: T.
 
   Returns:
-    Their numbers among the 2S, i32[B, C], in order; and whether there is one, bool[B, C]: a row that keeps fewer has
-    them first.
+    i32[B, C], the indices of the kept streams among the 2S, in order; and bool[B, C], False for padding: a row that
+    keeps fewer than C streams has its streams first.
   """
   alive = token < length
   after = jnp.concatenate([token[:, 1:], jnp.full_like(token[:, :1], length)], 1)
   forced = jnp.stack([jnp.zeros_like(alive), alive & (token != after)], -1).reshape(scores.shape)
   candidates = jnp.repeat(alive, 2, 1)
   ranks = jnp.where(candidates, jnp.where(forced, jnp.inf, scores), -jnp.inf)
-  # A stable sort: of equal scores the one further left comes first.
+  # A stable sort: of streams with equal scores the left one comes first.
   best = jnp.argsort(-ranks, axis=-1, stable=True)[:, :count]
   live = jnp.arange(count) < jnp.minimum(budget, candidates.sum(-1))[:, None]
   nothing = scores.shape[1] - 1
@@ -336,12 +337,12 @@ def stream_positions(token: Int[Array, "B S"], length: int) -> Float[Array, "B S
 
 
 def own_tokens(token: Int[Array, "B S"], length: int) -> Int[Array, "B S"]:
-  """The tokens of streams; after the last stream, any token that exists."""
+  """The tokens of streams; padding gets some valid token."""
   return jnp.minimum(token, length - 1)
 
 
 def stream_ends(token: Int[Array, "B S"], length: int) -> Int[Array, "B T"]:
-  """i32[B, T], the index after the last stream of each token."""
+  """i32[B, T], one more than the index of each token's last stream."""
   tokens = jnp.arange(length, dtype=token.dtype)
   return jax.vmap(lambda token: jnp.searchsorted(token, tokens, side="right"))(token).astype(jnp.int32)
 
@@ -349,7 +350,7 @@ def stream_ends(token: Int[Array, "B S"], length: int) -> Int[Array, "B T"]:
 def by_token(
   add: Callable[[Array, Array], Array], values: Float[Array, "B S ..."], token: Int[Array, "B S"], length: int
 ) -> Float[Array, "B T ..."]:
-  """Sums over the streams of each token; for a token without a stream (it is not real) a number without meaning.
+  """Sums over the streams of each token; the result is undefined for a token without streams (which is padding).
 
   Args:
     add: jnp.add or jnp.logaddexp.

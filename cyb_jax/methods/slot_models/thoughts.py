@@ -1,23 +1,24 @@
-"""Slots by latent thoughts: every slot of a token is fed the state of the slot before it.
+"""Latent thoughts as slots: the input of every slot of a token is the state of the previous slot.
 
-E_0 is the token's embedding, and E_i, the input of latent slot i, is the decoder's own last hidden state at slot i - 1
-after the final norm, as it is. Attention is causal over the slots in order, and the slots of a token share its
+E_0 is the token's embedding, and E_i, the input of latent slot i, is the decoder's hidden state at slot i - 1 after the
+final norm, without further scaling. Attention is causal over the slots in order, and the slots of a token share its
 position. PonderLM-2, https://arxiv.org/abs/2509.23184
 
-Slots that run one after the other cannot be trained in parallel. So inputs are guessed and improved: K passes grow the
-stream, pass i over the slots 0 .. i - 1 of all tokens; J Jacobi passes over the whole stream each renew all inputs at
-once; and one more pass is read. With K = 2, tokens a and b, o the outputs of the slots in the pass before:
+Slots that run one after the other cannot be trained in parallel. Therefore the inputs are approximated and refined:
+first K passes add slots, pass i running the slots 0 .. i - 1 of all tokens; then J Jacobi passes over all slots each
+renew all inputs at once; and the outputs of one more pass are read. With K = 2, tokens a and b, and o the outputs of
+the slots in the previous pass:
 
     grow 1      a           b
     grow 2      a o0        b o0
     Jacobi      a o0 o1     b o0 o1      J times
     read        a o0 o1     b o0 o1
 
-A pass whose inputs are right up to some slot gives the right input of the next slot: after at most T*K passes all
-inputs are those of decoding, which runs one slot after the other (`run_token`). J is drawn for each step; evaluation
-takes the most. Gradients flow through all passes. There are no parameters next to the decoder's.
+A pass whose inputs are exact up to some slot gives the exact input of the next slot: after at most T*K passes all
+inputs equal those of decoding, which runs one slot after the other (`run_token`). J is drawn for each step; evaluation
+uses the maximum. Gradients flow through all passes. There are no parameters outside of the decoder.
 
-Dimensions: B batch, T tokens, W slots, K = W - 1 latent ones, S slots of a row, n slots of a token in a pass, D model.
+Dimensions: B batch, T tokens, W slots, K = W - 1 latent slots, S slots of a row, n slots of a token in a pass, D model.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Thoughts(Plain):
   """K latent thoughts after every token.
 
   Args:
-    backbone: see there.
+    backbone: the decoder and its readout.
     num_slots: W = K + 1.
-    jacobi: the fewest and the most Jacobi passes of a training step; evaluation takes the most.
+    jacobi: the minimum and the maximum number of Jacobi passes of a training step; evaluation uses the maximum.
   """
 
   def __init__(self, backbone: Backbone, num_slots: int, jacobi: tuple[int, int]):
@@ -62,8 +63,8 @@ class Thoughts(Plain):
     Args:
       params: bare arrays.
       batch: see `Batch`.
-      jacobi: J; a traced number lies between the fewest and the most passes.
-      is_pruned: whether slots that inference leaves out are left out here.
+      jacobi: J; a traced number must be between the minimum and the maximum of the slot model.
+      is_pruned: whether to leave out the slots that inference leaves out.
     """
     tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
 
@@ -74,21 +75,21 @@ class Thoughts(Plain):
     return self._ponder(params, tokens, positions, mask, jacobi, is_pruned)
 
   def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Any) -> Float[Array, "B Q D"]:
-    """As in `abilities.Decoding`, by the passes of `hidden`. The slots of a token are contiguous and complete, and the
-    first one is at a multiple of W; `mask` is boolean.
+    """See `abilities.Decoding`; runs the same passes as `hidden`. The slots of a token must be contiguous and complete,
+    with the first slot at a multiple of W; `mask` must be boolean.
     """
     tokens, positions = inputs.tokens, inputs.positions
     width = self.num_slots
-    rows, places = tokens.shape
-    whole = places - places % width
+    rows, num_inputs = tokens.shape
+    used = num_inputs - num_inputs % width
 
     def of_pass(count: int) -> Bool[Array, "B 1 T*n T*n"]:
-      split = mask[:, 0, :whole, :whole].reshape(len(mask), whole // width, width, whole // width, width)
-      return split[:, :, :count, :, :count].reshape(len(mask), 1, -1, whole // width * count)
+      split = mask[:, 0, :used, :used].reshape(len(mask), used // width, width, used // width, width)
+      return split[:, :, :count, :, :count].reshape(len(mask), 1, -1, used // width * count)
 
-    first = slice(0, whole, width)
+    first = slice(0, used, width)
     hidden = self._ponder(params, tokens[:, first], positions[:, first], of_pass, self.jacobi[1], is_pruned=True)
-    return jnp.pad(hidden.reshape(rows, whole, -1), ((0, 0), (0, places - whole), (0, 0)))
+    return jnp.pad(hidden.reshape(rows, used, -1), ((0, 0), (0, num_inputs - used), (0, 0)))
 
   def _ponder(
     self,
@@ -99,7 +100,7 @@ class Thoughts(Plain):
     jacobi: int | Int[Array, ""],
     is_pruned: bool,
   ) -> Float[Array, "B T W D"]:
-    """All passes; `mask`: of a pass over so many slots of each token, see `Decoder.__call__`."""
+    """Runs all passes; `mask(n)` is the mask of a pass over n slots of each token, see `Decoder.__call__`."""
 
     def run(inputs: Float[Array, "B T n D"], weights: Float[Array, "B T W"] | None) -> Float[Array, "B T n D"]:
       rows, length, count, width = inputs.shape
@@ -133,7 +134,7 @@ class Thoughts(Plain):
       if number < fewest:
         state = renewed(state)
       else:
-        # A pass that is not drawn is not run, nor is its gradient.
+        # `cond` skips both the forward and the backward computation of a pass that is not drawn.
         state = jax.lax.cond(number < jacobi, renewed, lambda state: state, state)
     return run(*state)
 
@@ -148,7 +149,7 @@ class Thoughts(Plain):
     return None
 
   def draw_passes(self, rng: Array) -> int | Int[Array, ""]:
-    """J of a step. It depends on the step's key alone: all rows of a step have equally many passes."""
+    """J of a step. It depends only on the step's key: all rows of a step have the same number of passes."""
     fewest, most = self.jacobi
     return most if fewest == most else jax.random.randint(rng, (), fewest, most + 1)
 
@@ -167,7 +168,7 @@ class Thoughts(Plain):
     return state[:, 0], cache, jnp.full_like(cache_index, self.num_slots)
 
   def _passes(self, jacobi: float) -> list[tuple[int, float]]:
-    """(slots of each token, number of passes over so many), of growth and after it."""
+    """(slots of each token, number of passes with that many slots) for all passes."""
     return [(count, 1.0) for count in range(1, self.num_slots)] + [(self.num_slots, jacobi + 1.0)]
 
   @property
@@ -181,7 +182,7 @@ class Thoughts(Plain):
     return sequence_length * sum(count * times for count, times in self._passes(self.jacobi[1]))
 
   def routing_cost(self, jacobi: float) -> flops.Cost:
-    """Of what weighs keys, in all passes of a forward with J = `jacobi`."""
+    """The cost of computing key weights in all passes with J = `jacobi`."""
     del jacobi
     return flops.Cost()
 
@@ -203,12 +204,12 @@ class Thoughts(Plain):
     return cost + self.routing_cost(self._mean_jacobi).times(3)
 
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
-    """Of one slot after the other on a cache."""
+    """The cost of running one slot after the other on a cache."""
     if slots is not None:
-      raise ValueError(f"slots: {slots}, but a token's latent thoughts are all run")
+      raise ValueError(f"slots: {slots}, but all latent thoughts of a token run; pass None")
     return self.decoding_cost(sequence_length, self.num_slots)
 
   def decoding_cost(self, sequence_length: int, slots: float) -> flops.Cost:
-    """Of `slots` slots a token on a cache, of which one state is read."""
+    """The cost of `slots` slots per token on a cache with one readout."""
     keys = flops.causal_keys(slots * sequence_length)
     return flops.pass_cost(self.backbone.decoder_config, slots=slots, keys=keys, slots_read=1)
