@@ -38,7 +38,7 @@ class StoreBuilder:
     made_of: represents everything that decides the content of a shard.
     run: (jobs, number of processes, report) -> (job, result) as they are done; see `workers.run`.
     processes: at most so many copy shards.
-    progress: logs what is done.
+    progress: shows what is done.
   """
 
   plan: Plan
@@ -115,13 +115,13 @@ class StoreBuilder:
       for number in range(len(laid.shards))
     ]
     tokens = sum(laid.counts["tokens"] for laid in splits.values())
-    self.progress.start(len(jobs), tokens, "shards")
     processes = min(self.processes, 1 + tokens // _TOKENS_WORTH_A_PROCESS)
     written: Digests = {}
-    for job, digests in self.run(jobs, processes, self.progress.report):
-      written[job["split"], job["number"]] = digests
-      size = splits[job["split"]].shards[job["number"]]["tokens"]
-      self.progress.finish_part(0, size, size)
+    with self.progress.phase(len(jobs), tokens, "shards"):
+      for job, digests in self.run(jobs, processes, self.progress.report):
+        written[job["split"], job["number"]] = digests
+        size = splits[job["split"]].shards[job["number"]]["tokens"]
+        self.progress.finish_part(0, size, size)
     return written
 
   def _describe(self, splits: dict[str, merging.Split], digests: Digests) -> dict[str, Any]:

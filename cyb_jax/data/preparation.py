@@ -94,7 +94,7 @@ def prepare(
       the store holds.
     options: the task's options.
     limit: at most so many documents are read of each split.
-    progress: whether progress is logged every few seconds.
+    progress: whether progress is shown (`cyb_jax.progress`).
     shard_tokens: tokens in a file at most.
     workers: processes that tokenize. The store does not depend on their number.
     write: False: a store that is prepared already is opened, and nothing is written.
@@ -224,7 +224,7 @@ class _Preparation:
     plan: what is prepared.
     local: an empty folder on a local disk.
     processes: number of workers.
-    progress: logs what is done.
+    progress: shows what is done.
   """
 
   def __init__(self, plan: Plan, local: Path, processes: int, progress: Progress):
@@ -306,10 +306,10 @@ class _Preparation:
       {"number": p, "piece": dataclasses.asdict(self._pieces[p]), "made_of": self._made_of[p]}
       for p in sorted(left, key=lambda p: -self._pieces[p].size)  # longest first, so that the workers end together
     ]
-    self._progress.start(len(left), sum(self._pieces[p].size for p in left))
-    for job, record in self._run_jobs(jobs, self._processes, self._progress.report):
-      records[job["number"]] = record
-      self._progress.finish_part(record["documents"], record["tokens"], self._pieces[job["number"]].size)
+    with self._progress.phase(len(left), sum(self._pieces[p].size for p in left)):
+      for job, record in self._run_jobs(jobs, self._processes, self._progress.report):
+        records[job["number"]] = record
+        self._progress.finish_part(record["documents"], record["tokens"], self._pieces[job["number"]].size)
     return records
 
   def _build(self, documents: Sequence[int]) -> dict[str, Any]:

@@ -204,13 +204,3 @@ def _flat(prefix: str, value: Any):
       yield from _flat(f"{prefix}/{i}", inner)
   elif isinstance(value, int | float) and not isinstance(value, bool):
     yield prefix, float(value)
-
-
-def format_seconds(seconds: float) -> str:
-  """'42s', '3m10s', '2h05m'."""
-  seconds = round(seconds)
-  if seconds < 60:
-    return f"{seconds}s"
-  if seconds < 3600:
-    return f"{seconds // 60}m{seconds % 60:02}s"
-  return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"

@@ -26,6 +26,7 @@ from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import EXIT_INTERRUPTED, Interrupted, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.methods import Adaptive
+from cyb_jax.progress import Meter
 from cyb_jax.training import hooks
 from cyb_jax.training.layout import strategy_of_run
 from cyb_jax.training.metrics import MetricsLog, NoLog, read_metrics
@@ -140,8 +141,10 @@ class Trainer:
         contextlib.closing(self._open_log(run.step)) as log,
         Prefetch(self._read, run.step, plan.steps) as ahead,
         hooks.Profiler(self.folder, plan.profile) as profiler,
+        # Off a terminal the lines of metrics say the same.
+        Meter("training", total=plan.steps, unit="steps", done=run.step, lines=False) as meter,
       ):
-        self._take_steps(run, ahead, profiler, self._hooks(run, ahead, log, checkpoints))
+        self._take_steps(run, ahead, profiler, self._hooks(run, ahead, log, checkpoints, meter))
         if not plan.steps:
           self._save_untrained(run, log, checkpoints)
         checkpoints.wait()
@@ -167,7 +170,7 @@ class Trainer:
         hook(run)
 
   def _hooks(
-    self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints
+    self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints, meter: Meter
   ) -> tuple[Hook, ...]:
     """What follows each step, in its order; hooks that wait for other hosts do so in the same order on all of them."""
     plan, strategy, config = self.plan, self._strategy, self.plan.config
@@ -176,7 +179,7 @@ class Trainer:
     divergence = hooks.DivergenceCheck(strategy, config.train.max_skipped, self.folder)
     collapse = hooks.CollapseWarning(config.train.collapse_warning, decides=isinstance(plan.method, Adaptive))
     sources = hooks.SourceCounts(open_batches(config, plan.store), config.data.sequence_length, run.step)
-    metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse, sources)
+    metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse, sources, meter)
     interruption = hooks.Interruption(plan.cluster, self._signals, checkpoints)
     validation = hooks.Validation(self.evaluate, log, interruption)
     saver = hooks.Saver(checkpoints, strategy, log, divergence)

@@ -28,7 +28,7 @@ FUNCTION_LINES = 60
 CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
-RUN = MODEL | FILES | {"configs", "checkpointing", "data", "runs"}
+RUN = MODEL | FILES | {"progress", "configs", "checkpointing", "data", "runs"}
 TRAINING = RUN | {"interop", "evaluation", "generation", "report", "training"}
 PROGRAMS = TRAINING | {"command_line"}
 ALLOWED: dict[str, set[str]] = {
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
   "field_rules": {"errors"},
   "jsonl": set(),
   "nested": set(),
+  "progress": set(),
   "option_syntax": {"errors"},
   "stopping": set(),
   "losses": {"stopping"},
@@ -49,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
   "distributed": {"errors", "nested"},
   "storage": {"errors"},
   "checkpointing": FILES,
-  "data": {"errors", "jsonl", "nested", "option_syntax", "storage"},
+  "data": {"errors", "jsonl", "nested", "option_syntax", "progress", "storage"},
   "command_line": {"errors", "option_syntax", "storage", "data", "configs"},
   "runs": RUN - {"runs"},
   "interop": RUN,
@@ -73,7 +74,13 @@ UPWARD = {
 }
 
 # Third-party packages that one unit alone imports.
-OWNERS = {"seqio": "data", "tensorflow": "data", "tensorflow_datasets": "data", "orbax": "checkpointing"}
+OWNERS = {
+  "seqio": "data",
+  "tensorflow": "data",
+  "tensorflow_datasets": "data",
+  "orbax": "checkpointing",
+  "tqdm": "progress",
+}
 
 # (unit, private third-party module): why it must be imported all the same.
 PRIVATE = {

@@ -14,7 +14,7 @@ from models import VOCABULARY, assert_trees_close, assert_trees_equal, build, ra
 from cyb_jax import configs
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
 from cyb_jax.training import build_strategy, make_optimizer, train_step
-from cyb_jax.training.metrics import MetricsLog, format_seconds, summarize
+from cyb_jax.training.metrics import MetricsLog, summarize
 from cyb_jax.training.step import Totals, TrainState
 
 CONFIG = configs.freeze(tiny_config(pauses=2))
