@@ -77,8 +77,9 @@ class Meter:
     self._enabled = False
     self._close()
 
-  def restart(self) -> None:
-    """The rate is measured from now on."""
+  def restart(self, done: int | None = None) -> None:
+    """The rate is measured from now on, when `done` units are done; None: as many as before."""
+    self.done = self.done if done is None else done
     self._first, self._start = self.done, time.monotonic()
     self._drawn = self._logged = self._start
 

@@ -91,7 +91,7 @@ class PlannedRunner:
     # Off a terminal a line for each run that is done is enough.
     with Meter(self._plan.name, total=0, unit="runs", lines=False) as meter:
       self._count(meter)
-      meter.restart()
+      meter.restart()  # what earlier processes have done has no rate here
       self._run(meter)
 
   def _count(self, meter: Meter) -> None:

@@ -203,8 +203,7 @@ class Metrics:
       # The first call compiles: the throughput of the first line is measured after it.
       jax.block_until_ready(run.state.step)
       self._throughput.restart(run.step)
-      self._meter.reach(run.step)
-      self._meter.restart()
+      self._meter.restart(run.step)
     self.flush(run)
 
   def collect(self, run: Progress) -> None:

@@ -55,8 +55,7 @@ def test_numbers_of_the_text(clock):
   # What came before, compilation for example, is not measured.
   meter = progress.Meter("counting", total=20, unit="steps")
   clock[0] += 500
-  meter.advance(2)
-  meter.restart()
+  meter.restart(2)
   clock[0] += 4
   meter.advance(2)
   assert meter.text() == "4 of 20 steps, 0.5 steps/s, 32s left"

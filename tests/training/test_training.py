@@ -249,7 +249,3 @@ def test_tensorboard_reads_what_was_written(tmp_path):
       number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
       values[value.tag] = (event.step, number)
   assert values == {"train/loss": (3, 1.5), "train/latency/0": (3, 0.25), "train/latency/1": (3, 0.75)}
-
-
-def test_format_seconds():
-  assert [format_seconds(x) for x in (41.6, 190, 7500)] == ["42s", "3m10s", "2h05m"]
