@@ -12,7 +12,7 @@ from cyb_jax.configs.parsing import default
 # Fields in which the runs that share a work directory may differ: they change where and how fast a run computes, not
 # its results.
 _OPERATIONAL = (
-  "parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.tensorboard", "train.max_skipped",
+  "parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.trackers", "train.max_skipped",
 )  # fmt: skip
 
 

@@ -99,7 +99,8 @@ class TrainConfig:
     last_eval_limit: the number of windows of the evaluation at the end; 0: the whole split, which comparisons require.
     checkpoint_every: the number of steps between two checkpoints; 0: only at the end.
     keep: how many of the newest checkpoints are kept, in addition to the best one.
-    tensorboard: whether event files for TensorBoard are written.
+    trackers: what the metrics are sent to, in addition to metrics.jsonl: 'tensorboard', 'wandb', 'trackio' and
+      'mlflow', as 'tensorboard,wandb'; '': nothing. A tracker that fails is left out and does not stop the run.
     max_skipped: the run stops after this many steps in a row whose loss or gradient isn't finite. Fewer are skipped:
       they are not applied, but counted and logged.
     collapse_warning: a warning is logged when the mean probability of stopping at one slot is above this value.
@@ -114,7 +115,7 @@ class TrainConfig:
   last_eval_limit: int = 0
   checkpoint_every: int = 200
   keep: int = 2
-  tensorboard: bool = True
+  trackers: str = "tensorboard"
   max_skipped: int = 10
   collapse_warning: float = 0.98
 

@@ -29,20 +29,22 @@ from cyb_jax.data.mixtures import check_sources
 from cyb_jax.data.tasks import PLACES, settle_options, with_absolute_paths
 from cyb_jax.data.tokenizers import trained_pieces, vocabulary_size
 from cyb_jax.errors import InputError
+from cyb_jax.training.trackers import check_trackers
 
 
 def check_names(config: Config) -> None:
-  """Checks the names of the data in a config, without looking for the data.
+  """Checks the names of data and trackers in a config, without looking for the data.
 
   Raises:
     InputError: an unknown task or source of a mixture, an unknown option or one of another type, options that exclude
-      each other, or a number of pieces that is none.
+      each other, a number of pieces that is none, or an unknown tracker.
   """
   if config.data.mixture:
     check_sources(config.mixture())
   else:
     settle_options(config.data.task, config.task_options())
   trained_pieces(config.data.tokenizer)
+  check_trackers(config.train.trackers)
 
 
 def open_store(config: Config) -> TokenStore:

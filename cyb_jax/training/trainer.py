@@ -138,7 +138,7 @@ class Trainer:
       log_size(plan, self._strategy)
       run = Progress(plan, restore_or_start(plan, self._strategy, self._evaluator, checkpoints, self._read))
       with (
-        contextlib.closing(self._open_log(run.step)) as log,
+        self._open_log(run.step) as log,
         Prefetch(self._read, run.step, plan.steps) as ahead,
         hooks.Profiler(self.folder, plan.profile) as profiler,
         # Off a terminal the lines of metrics say the same.
@@ -221,7 +221,8 @@ class Trainer:
     """The log of host 0, which continues after a step; other hosts write none."""
     if self.plan.cluster.index:
       return NoLog()
-    return MetricsLog(self.folder, step, tensorboard=self.plan.config.train.tensorboard)
+    config = self.plan.config
+    return MetricsLog(self.folder, step, trackers=config.train.trackers, config=config.source)
 
   def _last_evaluation(self) -> dict[str, Any] | None:
     """The evaluation at the last step, if metrics.jsonl has it; a finished run repeats nothing."""

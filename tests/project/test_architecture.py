@@ -80,6 +80,7 @@ OWNERS = {
   "tensorflow_datasets": "data",
   "orbax": "checkpointing",
   "tqdm": "progress",
+  **dict.fromkeys(("tensorboard", "wandb", "trackio", "mlflow"), "training"),
 }
 
 # (unit, private third-party module): why it must be imported all the same.

@@ -223,13 +223,13 @@ def test_after_so_many_in_a_row_nothing_is_applied_any_more():
 
 
 def test_metrics_log_drops_what_comes_again(tmp_path):
-  log = MetricsLog(tmp_path, 0, tensorboard=True)
+  log = MetricsLog(tmp_path, 0, trackers="tensorboard")
   for step in (2, 4, 6):
     log.write({"split": "train", "step": step, "loss": float("nan"), "timing": {"seconds": 1.0}})
   log.close()
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"split": "train", "st')  # torn by a kill
-  MetricsLog(tmp_path, 4, tensorboard=False).close()
+  MetricsLog(tmp_path, 4).close()
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [2, 4]
   assert rows[0]["loss"] is None
@@ -239,7 +239,7 @@ def test_metrics_log_drops_what_comes_again(tmp_path):
 def test_tensorboard_reads_what_was_written(tmp_path):
   from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-  log = MetricsLog(tmp_path, 0, tensorboard=True)
+  log = MetricsLog(tmp_path, 0, trackers="tensorboard")
   log.write({"split": "train", "step": 3, "loss": 1.5, "latency": [0.25, 0.75]})
   log.close()
   (path,) = (tmp_path / "tensorboard").iterdir()
