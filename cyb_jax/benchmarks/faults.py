@@ -31,7 +31,7 @@ _SCHEDULE = {
   "eval_limit": 64,
   "checkpoint_every": 40,
   "keep": 2,
-  "tensorboard": False,
+  "trackers": "",
 }
 _TINY = {
   "method": {"pauses": 2, "pause_input": "token+pause"},

@@ -238,10 +238,13 @@ def _scores(lm: Any, name: str, task: Any) -> dict[str, Any]:
   import lm_eval
   from lm_eval.tasks import TaskManager
 
+  from cyb_jax.progress import without_other_bars
+
   os.environ["DISABLE_MULTIPROC"] = "1"  # a process that runs jax must not fork
   args = flags.FLAGS
   start = time.perf_counter()
-  with contextlib.redirect_stdout(sys.stderr):  # the harness prints
+  # The harness prints, and draws bars of its own even where there is no terminal.
+  with contextlib.redirect_stdout(sys.stderr), without_other_bars():
     results = lm_eval.simple_evaluate(
       lm,
       tasks=[task],

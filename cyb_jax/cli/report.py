@@ -81,6 +81,7 @@ def _report(workdir: str) -> dict[str, Any]:
   output.write_folder(
     folder, {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
   )
+  _send_to_trackers(run, workdir, folder)
   if args.text:
     _print(windows)
   return {
@@ -92,6 +93,18 @@ def _report(workdir: str) -> dict[str, Any]:
     "step": statistics["step"],
     "split": statistics["split"],
   }
+
+
+def _send_to_trackers(run: Run, workdir: str, folder: storage.Place) -> None:
+  """Passes the report on to the trackers that have the run's metrics, unless the run is being trained."""
+  from cyb_jax.checkpointing.workdir import Lock
+  from cyb_jax.training import trackers
+
+  try:
+    with Lock(workdir):
+      trackers.log_report(run.config.train.trackers, storage.place(workdir), folder)
+  except InputError as error:
+    logging.info("the report is not sent to trackers: %s", error)
 
 
 def _compare(workdirs: list[str]) -> dict[str, Any]:

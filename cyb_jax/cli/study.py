@@ -53,7 +53,7 @@ SMOKE: dict[str, Any] = {
   "fields": [
     "data.tokenizer=sentencepiece:1024",
     "train.last_eval_limit=256",
-    "train.tensorboard=False",
+    "train.trackers=",
     *(f"decoder.{name}={value}" for name, value in settings.PONDER_DECODER.items()),
   ],
   "equal": list(BUDGETS),

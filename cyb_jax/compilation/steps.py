@@ -28,6 +28,7 @@ from cyb_jax.costs import flops
 from cyb_jax.costs.flops import Chip
 from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.methods.parameters import trained_part
+from cyb_jax.progress import track
 from cyb_jax.studies.resolution import resolve
 from cyb_jax.training.estimate import Knob, Outline
 
@@ -116,7 +117,7 @@ def _compiled(
   # All programs are created before the first is compiled, so that invalid input is reported at once.
   made = {step: kinds[step]() for step in steps}
   records, seconds = {}, {}
-  for step, program in made.items():
+  for step, program in track(made.items(), "compiling", total=len(made), unit="programs"):
     start = time.perf_counter()
     with jax.default_matmul_precision(run.config.precision.matmul):
       records[step] = _record(program, chip, f"{hlo}/{step}.txt" if hlo else None)

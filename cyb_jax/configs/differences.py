@@ -12,7 +12,7 @@ from cyb_jax.configs.parsing import default
 # A run may be continued with other values of these fields: they affect where and how fast it computes, but not its
 # results.
 _OPERATIONAL = (
-  "parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.tensorboard", "train.max_skipped",
+  "parallelism", "data.store", "train.checkpoint_every", "train.keep", "train.trackers", "train.max_skipped",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 each field that was added or whose default has changed since then gets the value with which the run was started. The run
 is therefore loaded and continued without changes.
 
+- `train.tensorboard`, a switch, is now `train.trackers`; this applies to every format.
 - Format 1 has no `tuning.new_rows`: rows that `init_from` lacks were initialised as with 'mean'.
 - In format 1, `thoughtbubbles` without `method.fork_layers` forks before layers 3, 7 and 11 of 12, and at proportional
   layers in other decoders.
@@ -25,6 +26,9 @@ def migrated(recorded: Mapping[str, Any]) -> dict[str, Any]:
   source = {name: value for name, value in recorded.items() if name != "format"}
   if isinstance(source.get("method"), Mapping):
     source["method"] = methods_group.migrated(source["method"])
+  if isinstance(source.get("train"), Mapping) and "tensorboard" in source["train"]:
+    values = {name: value for name, value in source["train"].items() if name != "tensorboard"}
+    source["train"] = {"trackers": "tensorboard" if source["train"]["tensorboard"] else "", **values}
   if recorded.get("format", 1) >= FORMAT:
     return source
   for (group, name), value in _earlier_values(source).items():

@@ -100,7 +100,9 @@ class TrainConfig:
     last_eval_limit: the number of windows of the evaluation at the end; 0: all windows, which comparisons require.
     checkpoint_every: the number of steps between two checkpoints; 0: only at the end.
     keep: the number of newest checkpoints that are kept, in addition to the best one.
-    tensorboard: whether event files for TensorBoard are written.
+    trackers: the experiment trackers that receive the metrics, in addition to metrics.jsonl: 'tensorboard', 'wandb',
+      'trackio' and 'mlflow', for example 'tensorboard,wandb'; '': none. A tracker that fails is disabled and does not
+      stop the run.
     max_skipped: the run stops after this many consecutive steps whose loss or gradient isn't finite. Fewer such steps
       are skipped: they are not applied, but counted and logged.
     collapse_warning: a warning is logged when the mean probability of stopping at one slot exceeds this value.
@@ -115,7 +117,7 @@ class TrainConfig:
   last_eval_limit: int = 0
   checkpoint_every: int = 200
   keep: int = 2
-  tensorboard: bool = True
+  trackers: str = "tensorboard"
   max_skipped: int = 10
   collapse_warning: float = 0.98
 

@@ -57,7 +57,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "log_every": AT_LEAST_1,
     "max_skipped": AT_LEAST_1,
     "keep": AT_LEAST_1,
-    "tensorboard": SWITCH,
+    "trackers": checked_later("some of tensorboard, wandb, trackio, mlflow, with commas between them, or '' for none"),
     "collapse_warning": POSITIVE_SHARE,
     "seed": SEED,
     "eval_every": NOT_NEGATIVE,

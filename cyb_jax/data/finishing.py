@@ -38,7 +38,7 @@ class StoreBuilder:
     made_of: a digest of everything that determines the content of a shard.
     run: (jobs, number of processes, report) -> (job, result) of each job when it is done; see `workers.run`.
     processes: the largest number of processes that copy shards.
-    progress: logs the progress.
+    progress: shows the progress.
   """
 
   plan: Plan
@@ -115,13 +115,13 @@ class StoreBuilder:
       for number in range(len(laid.shards))
     ]
     tokens = sum(laid.counts["tokens"] for laid in splits.values())
-    self.progress.start(len(jobs), tokens, "shards")
     processes = min(self.processes, 1 + tokens // _TOKENS_WORTH_A_PROCESS)
     written: Digests = {}
-    for job, digests in self.run(jobs, processes, self.progress.report):
-      written[job["split"], job["number"]] = digests
-      size = splits[job["split"]].shards[job["number"]]["tokens"]
-      self.progress.finish_part(0, size, size)
+    with self.progress.phase(len(jobs), tokens, "shards"):
+      for job, digests in self.run(jobs, processes, self.progress.report):
+        written[job["split"], job["number"]] = digests
+        size = splits[job["split"]].shards[job["number"]]["tokens"]
+        self.progress.finish_part(0, size, size)
     return written
 
   def _describe(self, splits: dict[str, merging.Split], digests: Digests) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def prepare(
       contains a digest of the recipe.
     options: the task's options.
     limit: the largest number of documents that are read of each split; None means all.
-    progress: whether progress is logged every few seconds.
+    progress: whether progress is shown (`cyb_jax.progress`).
     shard_tokens: the largest number of tokens in a file.
     workers: number of processes that tokenize. The store does not depend on it.
     write: if False, an existing store is opened, and nothing is written.
@@ -224,7 +224,7 @@ class _Preparation:
     plan: the plan.
     local: an empty folder on a local disk.
     processes: number of workers.
-    progress: logs the progress.
+    progress: shows the progress.
   """
 
   def __init__(self, plan: Plan, local: Path, processes: int, progress: Progress):
@@ -306,10 +306,10 @@ class _Preparation:
       {"number": p, "piece": dataclasses.asdict(self._pieces[p]), "made_of": self._made_of[p]}
       for p in sorted(left, key=lambda p: -self._pieces[p].size)  # longest first, so that the workers finish together
     ]
-    self._progress.start(len(left), sum(self._pieces[p].size for p in left))
-    for job, record in self._run_jobs(jobs, self._processes, self._progress.report):
-      records[job["number"]] = record
-      self._progress.finish_part(record["documents"], record["tokens"], self._pieces[job["number"]].size)
+    with self._progress.phase(len(left), sum(self._pieces[p].size for p in left)):
+      for job, record in self._run_jobs(jobs, self._processes, self._progress.report):
+        records[job["number"]] = record
+        self._progress.finish_part(record["documents"], record["tokens"], self._pieces[job["number"]].size)
     return records
 
   def _build(self, documents: Sequence[int]) -> dict[str, Any]:

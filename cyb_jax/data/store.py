@@ -24,17 +24,16 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from cyb_jax.data import chunks, locks, tokenizers
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.progress import Meter
 from cyb_jax.storage import in_bucket, streams
 from cyb_jax.storage.paths import absolute, unchecked_place
 
@@ -42,7 +41,6 @@ FORMAT = 1
 DESCRIPTION = "store.json"
 SHARD_TOKENS = 1 << 28
 _VERIFIED_BYTES = 8 << 30  # for larger stores, only the file sizes are checked
-_SECONDS_BETWEEN_LINES = 5.0
 _WINDOWS_AT_ONCE = 4096
 # The annotations that a store may have, one byte for each token.
 ANNOTATIONS = ("difficulty", "weights")
@@ -281,31 +279,28 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
       return copy
     files = list(_files(description))
     missing = [(name, size, sha) for name, size, sha in files if streams.size_of(copy / name) != size]
-    total, done = sum(size for _, size, _ in missing), 0
+    total = sum(size for _, size, _ in missing)
     free = shutil.disk_usage(copy).free
     if total > free:
       raise StorageError(
         f"data.store: copying {os.fspath(path)} to {copy} needs {total:,} more bytes, and {free:,} are free; set"
         " XDG_CACHE_HOME to a folder on a larger disk"
       )
-    last = time.monotonic()
     for name in tokenizers.files(description["tokenizer"]):
       streams.write(epath.Path(copy / name), streams.read(path / name))
-    for name, size, sha256 in missing:
-      digest = hashlib.sha256()
-      with streams.new_file(epath.Path(copy / name)) as file:
-        for content in chunks.parts(path / name):
-          file.write(content)
-          digest.update(content)
-          done += len(content)
-          if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            logging.info("copying %s to %s: %.1f of %.1f GB", path, copy, done / 1e9, total / 1e9)
-        if digest.hexdigest() != sha256:
-          raise InputError(
-            f"data.store: {os.fspath(path / name)} differs from the {size} bytes of the prepared store; prepare the"
-            " store again"
-          )
+    with Meter(f"copying {os.fspath(path)} to {copy}", total=total, unit="bytes") as meter:
+      for name, size, sha256 in missing:
+        digest = hashlib.sha256()
+        with streams.new_file(epath.Path(copy / name)) as file:
+          for content in chunks.parts(path / name):
+            file.write(content)
+            digest.update(content)
+            meter.advance(len(content))
+          if digest.hexdigest() != sha256:
+            raise InputError(
+              f"data.store: {os.fspath(path / name)} differs from the {size} bytes of the prepared store; prepare"
+              " it again"
+            )
     streams.write(epath.Path(copy / DESCRIPTION), streams.read(path / DESCRIPTION))
   return copy
 

@@ -12,7 +12,8 @@ from cyb_jax.configs import Config
 from cyb_jax.data import TokenStore, evaluation_batches, with_segment_ids
 from cyb_jax.evaluation.abilities import is_causal
 from cyb_jax.evaluation.perplexity import Evaluator
-from cyb_jax.evaluation.windows import used_windows, with_progress
+from cyb_jax.evaluation.windows import used_windows
+from cyb_jax.progress import track
 
 # The number of windows that are also evaluated token by token, with one pass per token, for a non-causal method.
 AUTOREGRESSIVE_WINDOWS = 16
@@ -59,7 +60,8 @@ def evaluate_split(
   batches = _batches(evaluator, store, config, split, limit, batch_size)
   logging.info("evaluating %s: %d windows of %d tokens", split, windows, config.data.sequence_length)
   num_bytes = store.num_bytes(split) if limit is None else None
-  numbers = evaluator(params, with_progress(batches, windows, batch_size), num_bytes=num_bytes)
+  batches = track(batches, f"evaluating {split}", total=windows, unit="windows", size=batch_size)
+  numbers = evaluator(params, batches, num_bytes=num_bytes)
   record = {"method": config.method.name, "step": step, "split": split, "limit": limit}
   record |= {"omega": evaluator.omega, "context": evaluator.context} | numbers
   record |= {key: meta[key] for key in ("train_tokens", "train_slots", "train_flops")}
@@ -95,7 +97,8 @@ def read_autoregressively(
   length = config.data.sequence_length
   logging.info("evaluating %s token by token: %d windows of %d passes", split, windows, length)
   batches = _batches(evaluator, store, config, split, windows, batch_size)
-  return evaluator.autoregressive(params, with_progress(batches, windows, batch_size))
+  what = f"evaluating {split} token by token"
+  return evaluator.autoregressive(params, track(batches, what, total=windows, unit="windows", size=batch_size))
 
 
 def _batches(

@@ -6,22 +6,19 @@ Dimensions: B batch, T tokens, C tokens before a window.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from cyb_jax.configs import Config
 from cyb_jax.data import TokenStore, evaluation_batches, with_segment_ids
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.bootstrap import GROUPS
+from cyb_jax.progress import track
 
 # The minimum number of tokens in the sample of windows that is read before the first pass.
 _SAMPLE_TOKENS = 8192
-# Seconds between two lines of progress.
-_PROGRESS_SECONDS = 10
 
 
 def used_windows(store: TokenStore, config: Config, split: str, limit: int | None) -> tuple[int, int | None]:
@@ -40,17 +37,6 @@ def used_windows(store: TokenStore, config: Config, split: str, limit: int | Non
   if limit is None or limit >= windows:
     return windows, None
   return limit, limit
-
-
-def with_progress(batches: Iterable[dict[str, Any]], windows: int, batch_size: int) -> Iterator[dict[str, Any]]:
-  """The batches, unchanged; the progress through `windows` is logged every ten seconds."""
-  done, last = 0, time.monotonic()
-  for batch in batches:
-    yield batch
-    done += batch_size
-    if time.monotonic() - last > _PROGRESS_SECONDS:
-      last = time.monotonic()
-      logging.info("evaluated %d of %d windows", min(done, windows), windows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +105,7 @@ class StatisticsWindows:
     found = evaluation_batches(
       self.store, self.split, sequence_length=self.length, batch_size=self.batch_size, limit=self.limit
     )
-    found = with_progress(found, self.windows, self.batch_size)
+    found = track(found, f"pause statistics of {self.split}", total=self.windows, unit="windows", size=self.batch_size)
     for first, batch in zip(range(0, self.windows, self.batch_size), found):
       stream = np.concatenate([before, batch["tokens"].ravel()])
       indices = np.arange(self.batch_size)[:, None] * self.length + np.arange(self.context)

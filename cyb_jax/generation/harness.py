@@ -39,6 +39,7 @@ from cyb_jax.generation.scoring import Scorer
 from cyb_jax.generation.text import Continuation
 from cyb_jax.interop import pretrained
 from cyb_jax.partitioning.mesh import make_mesh
+from cyb_jax.progress import track
 
 try:
   from lm_eval.api.instance import Instance
@@ -310,14 +311,14 @@ class CybLM(LM):
       sampler = self._samplers[options]
       # Prompts of similar length share a batch. The longest come first, so that running out of memory happens early.
       numbers = sorted(numbers, key=lambda number: (-len(prompts[number]), number))
-      for start in range(0, len(numbers), self.batch_size):
+      starts = range(0, len(numbers), self.batch_size)
+      for start in track(starts, "generating", total=len(numbers), unit="texts", size=self.batch_size):
         batch = numbers[start : start + self.batch_size]
         generated = self._generate(
           sampler, [prompts[number][-kept:] or [self.start_id] for number in batch], batch, new, stops
         )
         for number, (text, score) in zip(batch, generated):
           texts[number], scores[number] = text, score
-        logging.log_every_n_seconds(logging.INFO, "generated %d of %d texts", 10, start + len(batch), len(numbers))
     self._note("generate_until", requests, scores, texts)
     return texts
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -41,6 +40,7 @@ from cyb_jax.generation.score import Score
 from cyb_jax.generation.trees import Part, Tree, build_trees, windows
 from cyb_jax.methods import Decoding, SlotInputs
 from cyb_jax.partitioning.mesh import batch_sharding, data_shards
+from cyb_jax.progress import Meter
 from cyb_jax.stopping import expected_pauses
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -56,7 +56,6 @@ _READ_BYTES = 256 * 2**20
 _READ_COPIES = 3
 # A token within this distance of the most likely token, in nats, counts as greedy, so that rounding does not matter.
 _TIE = 1e-5
-_SECONDS_BETWEEN_LOGS = 10
 
 
 class Scorer:
@@ -170,17 +169,14 @@ class Scorer:
     scores = [Score()] * count
     rows = pack_cheapest(build_trees(self.method, parts), self.method.decoder.config, self._row_slots)
     pending: list[tuple[list[tuple[int, Score]], list[_Output]]] = []
-    done, last = 0, time.monotonic()
-    for length, batch in batches(rows, self._slots, self._shards):
-      pending.append(self._run(length, batch))
-      # Results are fetched one batch later, so that the device does not wait for this loop.
-      while len(pending) > 1:
-        done += _collect(scores, *pending.pop(0))
-      if time.monotonic() - last > _SECONDS_BETWEEN_LOGS:
-        last = time.monotonic()
-        logging.info("scored %d of %d continuations", done, len(parts))
-    for costs, outputs in pending:
-      _collect(scores, costs, outputs)
+    with Meter("scoring", total=len(parts), unit="continuations") as meter:
+      for length, batch in batches(rows, self._slots, self._shards):
+        pending.append(self._run(length, batch))
+        # Results are fetched one batch later, so that the device does not wait for this loop.
+        while len(pending) > 1:
+          meter.advance(_collect(scores, *pending.pop(0)))
+      for costs, outputs in pending:
+        meter.advance(_collect(scores, costs, outputs))
     return scores
 
   def _run(self, length: int, rows: list[list[Tree]]) -> tuple[list[tuple[int, Score]], list[_Output]]:

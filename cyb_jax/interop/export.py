@@ -41,6 +41,7 @@ from cyb_jax.interop.huggingface import CYB_JAX, OWN, TOKENIZER, Family
 from cyb_jax.interop.new_folder import new_folder
 from cyb_jax.interop.tensors import each, package
 from cyb_jax.methods import MethodConfig
+from cyb_jax.progress import track
 from cyb_jax.stopping import prior_shift
 from cyb_jax.storage import absolute
 
@@ -208,7 +209,8 @@ def _tensors(
     row = own["dont_know"][None]
     appended["embedding"].append(row if config.tied_embeddings else np.zeros_like(row))
     appended["unembedding"].append(row)
-  for tensor, layer, name in each(table, config.num_layers):
+  places = list(each(table, config.num_layers))
+  for tensor, layer, name in track(places, "writing", total=len(places), unit="tensors"):
     leaves = (np.asarray(jax.device_get(_leaf(params, leaf, layer))) for leaf in tensor.leaves)
     array = tensor.join(*leaves)
     rows = appended.get(tensor.leaves[0][0])

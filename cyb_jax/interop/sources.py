@@ -27,6 +27,7 @@ from cyb_jax.interop import gguf, huggingface, llama2c
 from cyb_jax.interop.families import LeafPath, Tensor, same_layout
 from cyb_jax.interop.tensors import Fields, TensorFiles, check
 from cyb_jax.methods import MethodConfig
+from cyb_jax.progress import Meter
 
 if TYPE_CHECKING:
   from cyb_jax.data import Tokenizer
@@ -335,16 +336,21 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
     InputError: the source does not have a leaf, or has it in another shape.
   """
 
+  def read(names: LeafPath, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+    array = _read(source, names, layer, shape)
+    meter.advance()
+    return array
+
   def load(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     names = tuple(key.key for key in path)
     first, _, number = names[0].partition("_")
     if first != "layers":
-      return _place(_read(source, names, None, leaf.shape), leaf)
+      return _place(read(names, None, leaf.shape), leaf)
     if number:
-      return _place(_read(source, names[1:], int(number), leaf.shape), leaf)
+      return _place(read(names[1:], int(number), leaf.shape), leaf)
     stacked = np.empty(leaf.shape, leaf.dtype)
     for layer in range(source.decoder.num_layers):
-      stacked[layer] = _read(source, names[1:], layer, leaf.shape[1:])
+      stacked[layer] = read(names[1:], layer, leaf.shape[1:])
     return _place(stacked, leaf)
 
   layers = abstract.get("layers")
@@ -353,7 +359,10 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
     count = jax.tree.leaves(layers)[0].shape[0]
   if count != source.decoder.num_layers:
     raise InputError(f"{source.path}: {source.decoder.num_layers} layers, but the decoder has {count}")
-  return jax.tree_util.tree_map_with_path(load, abstract)
+  # Stacked or not, each layer's leaves are read one by one.
+  stacked = len(jax.tree.leaves(layers)) * (count - 1)
+  with Meter(f"reading {source.path}", total=len(jax.tree.leaves(abstract)) + stacked, unit="tensors") as meter:
+    return jax.tree_util.tree_map_with_path(load, abstract)
 
 
 def load_own(source: Source, abstract: PyTree) -> PyTree:

@@ -16,6 +16,7 @@ from absl import logging
 
 from cyb_jax.checkpointing.workdir import Lock
 from cyb_jax.errors import Failed, InputError
+from cyb_jax.progress import Meter
 from cyb_jax.studies import planned_runs
 from cyb_jax.studies.planned_runs import PRETRAINING, Run, expand
 from cyb_jax.studies.plans import PlannedStudy
@@ -87,6 +88,19 @@ class PlannedRunner:
 
   def run(self) -> None:
     """Runs all missing runs."""
+    # Without a terminal, one line for each finished run is enough.
+    with Meter(self._plan.name, total=0, unit="runs", lines=False) as meter:
+      self._count(meter)
+      meter.restart()  # runs of earlier processes do not count for the rate
+      self._run(meter)
+
+  def _count(self, meter: Meter) -> None:
+    """Shows how many of the known runs are finished."""
+    runs = expand(self._plan, self._results.runs)
+    meter.total = len(runs)
+    meter.reach(sum(run.key in self._results.runs for run in runs))
+
+  def _run(self, meter: Meter) -> None:
     running: dict[concurrent.futures.Future[Any], Run] = {}
     try:
       while True:
@@ -97,6 +111,7 @@ class PlannedRunner:
         finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
         for future in finished:
           self._finish(running.pop(future), future)
+        self._count(meter)
     finally:
       # The running processes also receive a terminal's interrupt and save.
       self._processes.shut_down()

@@ -133,7 +133,7 @@ def _as_json(value: Any) -> Any:
 
 # No validation on the way, and small checkpoints often: an interrupted run loses a minute or two.
 _RUNS = (
-  "train.eval_every=0", "train.checkpoint_every=250", "train.keep=1", "train.log_every=50", "train.tensorboard=False",
+  "train.eval_every=0", "train.checkpoint_every=250", "train.keep=1", "train.log_every=50", "train.trackers=",
 )  # fmt: skip
 _PRIOR = "method.dont_know_prior"
 

@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 
 from cyb_jax.errors import Failed
+from cyb_jax.progress import track
 
 # The first program of a run's process: it binds the process to its cores, and makes the process end when the study is
 # killed, because the run would otherwise keep its folder locked. It then executes the run's program. This can't be done
@@ -46,12 +47,18 @@ class Processes:
     self._pool = concurrent.futures.ThreadPoolExecutor(jobs)
     self._environment = {"JAX_COMPILATION_CACHE_DIR": str(cache.absolute())} | os.environ
 
-  def map(self, function: Callable[..., Any], items: Sequence[tuple]) -> list[Any]:
-    """The function's result for each item; None if it raised Failed, whose message is appended to `failures`."""
+  def map(self, function: Callable[..., Any], items: Sequence[tuple], *, description: str, unit: str) -> list[Any]:
+    """The function's result for each item; None if it raised Failed, whose message is appended to `failures`.
+
+    Args:
+      function: runs in threads, `jobs` at a time.
+      items: the arguments of each call.
+      description, unit: what the calls do, and the name of the items in the plural; see `cyb_jax.progress.Meter`.
+    """
     futures = [self._pool.submit(function, *item) for item in items]
     results = []
     try:
-      for future in futures:
+      for future in track(futures, description, total=len(futures), unit=unit):
         try:
           results.append(future.result())
         except Failed as error:

@@ -40,6 +40,8 @@ NUMBERS = (
 PACED = (
   "limit", "perplexity", "constant_perplexity", "context_pauses", "kept_pauses", "inference_slots", "inference_flops",
 )  # fmt: skip
+# How earlier versions wrote fields that plans set.
+_RENAMED = {"train.tensorboard=False": "train.trackers="}
 # Attributes of the run that its entry repeats.
 _RUN = ("stage", "row", "setting", "fields", "seed", "steps")
 _REQUIRED = {*_RUN, "rate", "start", "version", "seconds", "perplexity"}
@@ -146,7 +148,7 @@ class ResultsFile:
         f"--results: {self.path} has the results of the plan {found!r}, not {self._plan.name!r}; give another path"
       )
     for name, value in self._plan.identity.items():
-      if identity.get(name) != value:
+      if _renamed(identity.get(name)) != value:
         raise InputError(
           f"--results: {self.path} has the results of another version of the plan {found!r} with {name} ="
           f" {identity.get(name)!r}, not {value!r}; give another path"
@@ -174,6 +176,15 @@ class ResultsFile:
     lines += [f'"documents": {_object(self.documents)},', '"runs": {']
     entries = [f"{jsonl.dumps(key)}: {_object(entry)}" for key, entry in sorted(self.runs.items())]
     return "\n".join([*lines, ",\n".join(entries), "}", "}"]) + "\n"
+
+
+def _renamed(value: Any) -> Any:
+  """A part of an identity with the fields of earlier versions as they are written now."""
+  if isinstance(value, dict):
+    return {name: _renamed(item) for name, item in value.items()}
+  if isinstance(value, list):
+    return [_renamed(item) for item in value]
+  return _RENAMED.get(value, value) if isinstance(value, str) else value
 
 
 def _object(values: Mapping[str, Any]) -> str:

@@ -77,12 +77,15 @@ class Study:
       The rows whose programs have all succeeded and that have a run that does not diverge; `processes.failures` has a
       line for each other row.
     """
-    by_rate = dict(zip(plan.entries, self.processes.map(self.tune, [(entry, rates) for entry in plan.entries])))
+    searches = [(entry, rates) for entry in plan.entries]
+    found = self.processes.map(self.tune, searches, description="searching the rates", unit="rows")
+    by_rate = dict(zip(plan.entries, found))
     best = {entry: best_rate(found) for entry, found in by_rate.items() if found}
     runs = [(entry, rate, seed) for entry, rate in best.items() for seed in range(self.options.seeds)]
     paced = {entry: self.options.self_paced if plan.models[entry.setting].paced else 0 for entry in plan.entries}
     items = [(*run, paced[run[0]]) for run in runs]
-    finished = dict(zip(runs, self.processes.map(lambda *item: (self.finish(*item),), items)))
+    finish = self.processes.map(lambda *item: (self.finish(*item),), items, description="all seeds", unit="runs")
+    finished = dict(zip(runs, finish))
     measured = []
     for entry, rate in best.items():
       results = {seed: finished[entry, rate, seed] for seed in range(self.options.seeds)}

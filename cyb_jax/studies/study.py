@@ -87,10 +87,11 @@ def _announce(study: Study, plan: Plan, rates: int) -> None:
 def _report(study: Study, measured: list[Measured]) -> str | None:
   """Writes each run's report, and one page that compares all runs; returns its path, or None without such a page."""
   runs = [run for row in measured for run in row.runs]
-  study.processes.map(study.report, runs)
+  study.processes.map(study.report, runs, description="writing reports", unit="runs")
   if len(runs) == 1 or study.processes.failures:
     return None
-  return study.processes.map(lambda: study.report_all(runs), [()])[0]
+  compare = study.processes.map(lambda: study.report_all(runs), [()], description="comparing", unit="reports")
+  return compare[0]
 
 
 def _claim(folder: pathlib.Path, options: Options) -> None:

@@ -18,7 +18,8 @@ from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.data import MixtureBatches, TrainBatches
 from cyb_jax.distributed.cluster import Cluster
 from cyb_jax.errors import DivergedError, Interrupted
-from cyb_jax.training.metrics import MetricsLog, NoLog, format_seconds, summarize
+from cyb_jax.progress import Meter, format_seconds
+from cyb_jax.training.metrics import MetricsLog, NoLog, summarize
 from cyb_jax.training.progress import Progress
 from cyb_jax.training.signals import StopSignals
 from cyb_jax.training.step import Totals
@@ -177,6 +178,7 @@ class Metrics:
     throughput: measures the time between lines.
     divergence, collapse: checks that are called after each line.
     sources: counts the windows that are read from each source.
+    meter: shows how many steps of the run are finished.
   """
 
   def __init__(
@@ -188,8 +190,9 @@ class Metrics:
     divergence: DivergenceCheck,
     collapse: CollapseWarning,
     sources: SourceCounts,
+    meter: Meter,
   ):
-    self._sources = sources
+    self._sources, self._meter = sources, meter
     self._strategy, self._schedule, self._log = strategy, schedule, log
     self._throughput, self._divergence, self._collapse = throughput, divergence, collapse
     self._pending: _Pending | None = None
@@ -200,6 +203,7 @@ class Metrics:
       # The first step includes compilation, so the throughput of the first line is measured after it.
       jax.block_until_ready(run.state.step)
       self._throughput.restart(run.step)
+      self._meter.restart(run.step)
     self.flush(run)
 
   def collect(self, run: Progress) -> None:
@@ -225,6 +229,7 @@ class Metrics:
     line = {"split": "train", "step": pending.step, **row, **self._sources(pending.step), "learning_rate": rate}
     self._log.write({**line, "timing": lap.timing()})
     logging.info("%s", _progress_line(pending.step, run.plan.steps, row, lap))
+    self._meter.reach(pending.step, note=f"loss {row['loss']:.4f}")
     if row["skipped"]:
       numbers = ", ".join(map(str, row["skipped_steps"])) + ", ..." * (row["skipped"] > len(row["skipped_steps"]))
       logging.warning(

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl and TensorBoard events."""
+"""The metrics of a run: metrics.jsonl, and what trackers are given of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import pathlib
 import tempfile
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from absl import logging
 from cyb_jax import jsonl, storage
 from cyb_jax.errors import StorageError, writing
 from cyb_jax.training.step import Totals
+from cyb_jax.training.trackers import Trackers
 
 # The shortest time between two uploads to a bucket, in seconds.
 _UPLOAD_SECONDS = 30.0
@@ -64,18 +66,26 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-  """Writes metrics.jsonl, one object per line, and TensorBoard events.
+  """Writes metrics.jsonl, one object per line, and passes each line to the trackers; a context that closes both.
 
-  Because objects in a bucket can't be appended to, both are written to a local folder and the complete files are
-  uploaded: before each checkpoint, at the end, and otherwise at most every half minute.
+  Because objects in a bucket can't be appended to, this file and those of the trackers are written to a local folder
+  and the complete files are uploaded: before each checkpoint, at the end, and otherwise at most every half minute.
 
   Args:
     workdir: the run's folder.
     resume_step: the step from which the run continues; later lines are dropped, because the run writes them again.
-    tensorboard: whether event files are written.
+    trackers: the field `train.trackers`.
+    config: the config of the run, a nested dict, which the trackers receive.
   """
 
-  def __init__(self, workdir: str | os.PathLike, resume_step: int, *, tensorboard: bool = True):
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    resume_step: int,
+    *,
+    trackers: str = "",
+    config: Mapping[str, Any] = types.MappingProxyType({}),
+  ):
     self._workdir = storage.place(workdir)
     self._path = self._workdir / "metrics.jsonl"
     folder = self._workdir
@@ -90,8 +100,14 @@ class MetricsLog:
         (folder / "metrics.jsonl").write_bytes(storage.read_bytes(self._path))
       # Without a buffer, a line is written at once, and closing the file does not retry a failed write.
       self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
-    with writing(str(self._workdir / "tensorboard")):
-      self._events = _EventFile(folder / "tensorboard", resume_step) if tensorboard else None
+    self._trackers = Trackers(trackers, self._workdir, folder, resume_step)
+    self._trackers.log_config(config)
+
+  def __enter__(self) -> MetricsLog:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    self.close(complete=kind is None)
 
   def _drop_after(self, step: int) -> None:
     if storage.exists(self._path):
@@ -108,9 +124,7 @@ class MetricsLog:
       line = memoryview(jsonl.dumps(dict(row)).encode() + b"\n")
       while line:  # if the disk becomes full, only a part of the line is written
         line = line[self._file.write(line) :]
-    if self._events is not None:
-      with writing(f"TensorBoard's events (step {row['step']})"):
-        self._events.write(row)
+    self._trackers.log_metrics(row)
     if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
       try:
         self._upload()
@@ -131,15 +145,14 @@ class MetricsLog:
 
   def _upload(self) -> None:
     self._refused = True
-    with writing(f"{self._path} or TensorBoard's events"):
+    with writing(f"{self._path} or the files of trackers next to it"):
       storage.upload_folder(self._scratch.name, self._workdir)
     self._uploaded, self._refused = time.monotonic(), False
 
-  def close(self) -> None:
+  def close(self, *, complete: bool = True) -> None:
+    """Ends the log; `complete`: the run ends without an error."""
     self._file.close()
-    if self._events is not None:
-      with writing("TensorBoard's events"):
-        self._events.close()
+    self._trackers.finish(complete=complete)
     if self._scratch is None:
       return
     with self._scratch:
@@ -155,62 +168,17 @@ class MetricsLog:
 class NoLog:
   """A log that writes nothing, with the methods of `MetricsLog`: only host 0 writes the metrics of a run."""
 
+  def __enter__(self) -> NoLog:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Does nothing."""
+
   def write(self, row: Mapping[str, Any]) -> None:
     """Does nothing."""
 
   def flush(self) -> None:
     """Does nothing."""
 
-  def close(self) -> None:
+  def close(self, *, complete: bool = True) -> None:
     """Does nothing."""
-
-
-class _EventFile:
-  """An event file in TensorBoard's record format, written without TensorFlow."""
-
-  def __init__(self, directory: pathlib.Path, step: int):
-    from tensorboard.compat.proto import event_pb2
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    directory.mkdir(parents=True, exist_ok=True)
-    name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{step}"
-    self._records = RecordWriter((directory / name).open("wb"))
-    self._event = event_pb2.Event
-    # These events make TensorBoard drop the events that an interrupted run has written after this step.
-    start = self._event(wall_time=time.time(), step=step + 1, file_version="brain.Event:2")
-    self._records.write(start.SerializeToString())
-    restart = self._event(wall_time=time.time(), step=step + 1)
-    restart.session_log.status = restart.session_log.START
-    self._records.write(restart.SerializeToString())
-
-  def write(self, row: Mapping[str, Any]) -> None:
-    event = self._event(wall_time=time.time(), step=int(row["step"]))
-    for tag, value in _flat(row["split"], row):
-      event.summary.value.add(tag=tag, simple_value=value)
-    self._records.write(event.SerializeToString())
-    self._records.flush()
-
-  def close(self) -> None:
-    self._records.close()
-
-
-def _flat(prefix: str, value: Any):
-  if isinstance(value, Mapping):
-    for name, inner in value.items():
-      if name not in ("split", "step"):
-        yield from _flat(f"{prefix}/{name}", inner)
-  elif isinstance(value, list | tuple):
-    for i, inner in enumerate(value):
-      yield from _flat(f"{prefix}/{i}", inner)
-  elif isinstance(value, int | float) and not isinstance(value, bool):
-    yield prefix, float(value)
-
-
-def format_seconds(seconds: float) -> str:
-  """A duration in the form '42s', '3m10s' or '2h05m'."""
-  seconds = round(seconds)
-  if seconds < 60:
-    return f"{seconds}s"
-  if seconds < 3600:
-    return f"{seconds // 60}m{seconds % 60:02}s"
-  return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"

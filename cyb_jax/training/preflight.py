@@ -27,6 +27,7 @@ from cyb_jax.interop.pretrained import Pretrained
 from cyb_jax.methods import Method, Scheduled
 from cyb_jax.training.layout import mesh_of_run, methods_of_run
 from cyb_jax.training.run_data import abstract_batch, check_names, num_steps, open_batches, open_recorded_or_new_store
+from cyb_jax.training.trackers import check_installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
     InputError: the input is invalid, or the hosts differ.
   """
   check_names(config)
+  if cluster.index == 0:  # other hosts need none
+    check_installed(config.train.trackers)
   _agree(config, workdir, profile, cluster)
   mesh = mesh_of_run(config)
   meta = newest_meta(workdir)

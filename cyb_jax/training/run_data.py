@@ -29,20 +29,22 @@ from cyb_jax.data.mixtures import check_sources
 from cyb_jax.data.tasks import PLACES, settle_options, with_absolute_paths
 from cyb_jax.data.tokenizers import trained_pieces, vocabulary_size
 from cyb_jax.errors import InputError
+from cyb_jax.training.trackers import check_trackers
 
 
 def check_names(config: Config) -> None:
-  """Checks the names of tasks, sources, options and tokenizer in a config; the data is not searched.
+  """Checks the names of tasks, sources, options, tokenizer and trackers in a config; the data is not searched.
 
   Raises:
     InputError: a task, source or option is unknown, an option has the wrong type, options are incompatible, or the
-      number of pieces is invalid.
+      number of pieces is invalid, or a tracker is unknown.
   """
   if config.data.mixture:
     check_sources(config.mixture())
   else:
     settle_options(config.data.task, config.task_options())
   trained_pieces(config.data.tokenizer)
+  check_trackers(config.train.trackers)
 
 
 def open_store(config: Config) -> TokenStore:

@@ -26,6 +26,7 @@ from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import EXIT_INTERRUPTED, Interrupted, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.methods import Adaptive
+from cyb_jax.progress import Meter
 from cyb_jax.training import hooks
 from cyb_jax.training.layout import strategy_of_run
 from cyb_jax.training.metrics import MetricsLog, NoLog, read_metrics
@@ -137,11 +138,13 @@ class Trainer:
       log_size(plan, self._strategy)
       run = Progress(plan, restore_or_start(plan, self._strategy, self._evaluator, checkpoints, self._read))
       with (
-        contextlib.closing(self._open_log(run.step)) as log,
+        self._open_log(run.step) as log,
         Prefetch(self._read, run.step, plan.steps) as ahead,
         hooks.Profiler(self.folder, plan.profile) as profiler,
+        # Off a terminal the lines of metrics say the same.
+        Meter("training", total=plan.steps, unit="steps", done=run.step, lines=False) as meter,
       ):
-        self._take_steps(run, ahead, profiler, self._hooks(run, ahead, log, checkpoints))
+        self._take_steps(run, ahead, profiler, self._hooks(run, ahead, log, checkpoints, meter))
         if not plan.steps:
           self._save_untrained(run, log, checkpoints)
         checkpoints.wait()
@@ -167,7 +170,7 @@ class Trainer:
         hook(run)
 
   def _hooks(
-    self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints
+    self, run: Progress, ahead: Prefetch, log: MetricsLog | NoLog, checkpoints: Checkpoints, meter: Meter
   ) -> tuple[Hook, ...]:
     """The hooks after each step, in order; hooks that wait for other hosts are in the same order on all hosts."""
     plan, strategy, config = self.plan, self._strategy, self.plan.config
@@ -176,7 +179,7 @@ class Trainer:
     divergence = hooks.DivergenceCheck(strategy, config.train.max_skipped, self.folder)
     collapse = hooks.CollapseWarning(config.train.collapse_warning, is_adaptive=isinstance(plan.method, Adaptive))
     sources = hooks.SourceCounts(open_batches(config, plan.store), config.data.sequence_length, run.step)
-    metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse, sources)
+    metrics = hooks.Metrics(strategy, rate, log, throughput, divergence, collapse, sources, meter)
     interruption = hooks.Interruption(plan.cluster, self._signals, checkpoints)
     validation = hooks.Validation(self.evaluate, log, interruption)
     saver = hooks.Saver(checkpoints, strategy, log, divergence)
@@ -218,7 +221,8 @@ class Trainer:
     """The log, which continues after a step, on host 0; a log that writes nothing on the other hosts."""
     if self.plan.cluster.index:
       return NoLog()
-    return MetricsLog(self.folder, step, tensorboard=self.plan.config.train.tensorboard)
+    config = self.plan.config
+    return MetricsLog(self.folder, step, trackers=config.train.trackers, config=config.source)
 
   def _last_evaluation(self) -> dict[str, Any] | None:
     """The evaluation at the last step in metrics.jsonl, or None; a finished run does not repeat its evaluation."""

@@ -84,7 +84,11 @@ def folder(tmp_path_factory):
 
 
 def flags(folder):
-  return f"--config={folder / 'tiny.py'}", f"--config.data.store={folder / 'store'}", "--config.train.tensorboard"
+  return (
+    f"--config={folder / 'tiny.py'}",
+    f"--config.data.store={folder / 'store'}",
+    "--config.train.trackers=tensorboard",
+  )
 
 
 @pytest.mark.slow
@@ -383,7 +387,7 @@ def test_a_second_run_takes_over(saved, bucket):
 
 
 def test_metrics(bucket, monkeypatch):
-  log = metrics.MetricsLog("gs://runs/run", 0, tensorboard=True)
+  log = metrics.MetricsLog("gs://runs/run", 0, trackers="tensorboard")
   row = {"split": "train", "loss": 0.5}
   log.write(row | {"step": 1})
   assert not bucket.names("run/metrics")
@@ -395,7 +399,7 @@ def test_metrics(bucket, monkeypatch):
   assert [row["step"] for row in metrics.read_metrics("gs://runs/run")] == [1, 2, 3]
   log.close()
   assert len(bucket.names("run/tensorboard/events.out.tfevents.")) == 1
-  log = metrics.MetricsLog("gs://runs/run", 2, tensorboard=False)
+  log = metrics.MetricsLog("gs://runs/run", 2)
   log.write(row | {"step": 4})
   bucket.trouble = lambda *_: 403
   start = time.monotonic()

@@ -67,6 +67,21 @@ def test_streams_of_an_earlier_run_fork_at_the_same_layers(decoder, forks):
   assert runs.config_record(configs.freeze(config)).differences(old) == [f"method.fork_layers: {forks!r} -> '2'"]
 
 
+@pytest.mark.parametrize(("written", "means"), [(True, "tensorboard"), (False, "")])
+def test_the_switch_of_tensorboard_is_a_list_of_trackers(written, means):
+  """In every format: the field was renamed, and the number that counts absent fields stayed."""
+  config = configs.freeze(tiny_config(pauses=2))
+  new = recorded(config)
+  for old in (earlier(new, "train.trackers"), new):
+    old["train"] = {name: value for name, value in old["train"].items() if name != "trackers"}
+    old["train"]["tensorboard"] = written
+    migrated = configs.migrated(old)
+    assert migrated["train"]["trackers"] == means
+    assert "tensorboard" not in migrated["train"]
+    assert configs.freeze(migrated).train.trackers == means
+    assert runs.config_record(config).differences(old) == []  # a run may be continued with other trackers
+
+
 def test_a_router_of_an_earlier_run_was_trained_from_the_start():
   config = configs.default()
   config.method.name = "ponderlm3"

@@ -47,7 +47,7 @@ BASE = """
 data.task=text_files data.tokenizer=bytes data.sequence_length=20 data.batch_size=8 precision.activations=float32
 decoder.num_layers=2 decoder.d_model=32 decoder.num_heads=2 decoder.num_kv_heads=2 decoder.head_size=16
 decoder.mlp_size=48 optimizer.learning_rate=0.01 optimizer.epsilon=0.001 train.log_every=1 train.eval_every=2
-train.eval_limit=4 train.checkpoint_every=1 train.keep=3 train.tensorboard=False
+train.eval_limit=4 train.checkpoint_every=1 train.keep=3
 """
 QUESTIONS = "data.task=synthetic_questions data.options=documents=64 data.sequence_length=64"
 # What may stand behind a setting and a colon, several of them with plus signs between them.
@@ -264,6 +264,8 @@ class Tree:
     self.folder = output / f"{role}-{self.sources}"
     self.prefix = "cyb_jax.cli." if (self.path / "cyb_jax" / "cli" / "train.py").exists() else "cyb_jax."
     self.quickstart = self.path / "experiments" / "quickstart.py"
+    has_trackers = (self.path / "cyb_jax" / "training" / "trackers").exists()
+    self.no_tracker = "train.trackers=" if has_trackers else "train.tensorboard=False"
     self._servers: queue.Queue = queue.Queue()
 
   def digest(self) -> str:
@@ -314,7 +316,7 @@ class Tree:
     config = self.output / "without_prior.py" if "noprior" in run.variants else self.quickstart
     flags = [f"--config={config}:{run.setting}", f"--workdir={workdir}"]
     flags.append(f"--config.data.options=pattern={self.output}/corpus.txt,unit=line")
-    flags += [f"--config.{field}" for field in run.fields]
+    flags += [f"--config.{field}" for field in (*run.fields, self.no_tracker)]
     if source:
       flags.append(f"--config.init_from={source}")
     found = {"train": self.call("train", flags, run.devices, log)}

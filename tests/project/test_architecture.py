@@ -29,7 +29,7 @@ FUNCTION_LINES = 60
 CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
-RUN = MODEL | FILES | {"configs", "checkpointing", "data", "runs"}
+RUN = MODEL | FILES | {"progress", "configs", "checkpointing", "data", "runs"}
 TRAINING = RUN | {"interop", "evaluation", "generation", "report", "training"}
 PROGRAMS = TRAINING | {"command_line"}
 ALLOWED: dict[str, set[str]] = {
@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
   "field_rules": {"errors"},
   "jsonl": set(),
   "nested": set(),
+  "progress": set(),
   "option_syntax": {"errors"},
   "stopping": set(),
   "losses": {"stopping"},
@@ -50,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
   "distributed": {"errors", "nested"},
   "storage": {"errors"},
   "checkpointing": FILES,
-  "data": {"errors", "jsonl", "nested", "option_syntax", "storage"},
+  "data": {"errors", "jsonl", "nested", "option_syntax", "progress", "storage"},
   "command_line": {"errors", "option_syntax", "storage", "data", "configs"},
   "runs": RUN - {"runs"},
   "interop": RUN,
@@ -73,8 +74,15 @@ UPWARD = {
   ("cyb_jax.benchmarks.lives", "cyb_jax.cli.train"): "the measured program; loaded once, then run in forks",
 }
 
-# Third-party packages that only one unit imports.
-OWNERS = {"seqio": "data", "tensorflow": "data", "tensorflow_datasets": "data", "orbax": "checkpointing"}
+# Third-party packages that one unit alone imports.
+OWNERS = {
+  "seqio": "data",
+  "tensorflow": "data",
+  "tensorflow_datasets": "data",
+  "orbax": "checkpointing",
+  "tqdm": "progress",
+  **dict.fromkeys(("tensorboard", "wandb", "trackio", "mlflow"), "training"),
+}
 
 # (unit, private third-party module): the reason for the import.
 PRIVATE = {

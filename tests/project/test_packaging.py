@@ -147,7 +147,7 @@ def test_training_from_a_store_needs_no_tensorflow(tmp_path):
   store = data.prepare("synthetic_sums", "bytes", tmp_path / "store", options={"documents": 64})
   config = tiny_config(pauses=1)
   config.data.update(task="synthetic_sums", options="", store=str(store.path))
-  config.train.update(steps=2, eval_every=0, tensorboard=True)
+  config.train.update(steps=2, eval_every=0, trackers="tensorboard")
   (tmp_path / "config.json").write_text(configs.to_json(configs.freeze(config)))
   code = (
     "import json, sys\n"

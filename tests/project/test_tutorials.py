@@ -27,7 +27,7 @@ SMALL_DECODER = [
 ]  # fmt: skip
 SHORT = [
   "--config.train.steps=2", "--config.train.eval_every=0", "--config.train.last_eval_limit=4",
-  "--config.train.tensorboard=False", "--config.data.sequence_length=32", "--config.data.batch_size=2",
+  "--config.train.trackers=", "--config.data.sequence_length=32", "--config.data.batch_size=2",
 ]  # fmt: skip
 # Flags that print a text and exit.
 TEXTS = ("--config_help", "--list_")

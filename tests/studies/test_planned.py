@@ -30,7 +30,7 @@ TINY = PlannedStudy(
   fields=(
     "data.task=synthetic_lookups", "data.options=documents=400", "data.tokenizer=bytes", "data.sequence_length=16",
     "data.batch_size=8", "data.fraction=1.0", "decoder.num_layers=1", "decoder.d_model=16", "decoder.head_size=8",
-    "train.tensorboard=False", "train.eval_every=0",
+    "train.trackers=", "train.eval_every=0",
   ),
   step_tokens=128,
   rates=(1e-3, 2e-3),

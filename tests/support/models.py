@@ -49,7 +49,7 @@ def tiny_config(**method):
     task="synthetic_lookups", tokenizer="bytes", options="documents=64", sequence_length=16, batch_size=8
   )
   config.decoder.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_size=8, mlp_size=32)
-  config.train.update(steps=12, log_every=3, eval_every=6, eval_limit=8, checkpoint_every=5, tensorboard=False)
+  config.train.update(steps=12, log_every=3, eval_every=6, eval_limit=8, checkpoint_every=5, trackers="")
   return config
 
 

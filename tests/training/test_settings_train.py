@@ -13,7 +13,7 @@ SAMPLE = pathlib.Path(__file__).parents[3] / "shared" / "tfds"
 def shrink(config):
   config.data.update(sequence_length=16, batch_size=8)
   config.decoder.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_size=8, mlp_size=32)
-  config.train.update(steps=2 if config.train.epochs else 0, log_every=1, eval_every=0, eval_limit=4, tensorboard=False)
+  config.train.update(steps=2 if config.train.epochs else 0, log_every=1, eval_every=0, eval_limit=4, trackers="")
   return config
 
 

@@ -14,7 +14,7 @@ from models import VOCABULARY, assert_trees_close, assert_trees_equal, build, ra
 from cyb_jax import configs
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
 from cyb_jax.training import build_strategy, make_optimizer, train_step
-from cyb_jax.training.metrics import MetricsLog, format_seconds, summarize
+from cyb_jax.training.metrics import MetricsLog, summarize
 from cyb_jax.training.step import Totals, TrainState
 
 CONFIG = configs.freeze(tiny_config(pauses=2))
@@ -223,13 +223,13 @@ def test_after_max_skipped_consecutive_steps_nothing_is_applied():
 
 
 def test_metrics_log_drops_lines_that_are_repeated(tmp_path):
-  log = MetricsLog(tmp_path, 0, tensorboard=True)
+  log = MetricsLog(tmp_path, 0, trackers="tensorboard")
   for step in (2, 4, 6):
     log.write({"split": "train", "step": step, "loss": float("nan"), "timing": {"seconds": 1.0}})
   log.close()
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"split": "train", "st')  # incomplete after a kill
-  MetricsLog(tmp_path, 4, tensorboard=False).close()
+  MetricsLog(tmp_path, 4).close()
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [2, 4]
   assert rows[0]["loss"] is None
@@ -239,7 +239,7 @@ def test_metrics_log_drops_lines_that_are_repeated(tmp_path):
 def test_tensorboard_reads_the_events(tmp_path):
   from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-  log = MetricsLog(tmp_path, 0, tensorboard=True)
+  log = MetricsLog(tmp_path, 0, trackers="tensorboard")
   log.write({"split": "train", "step": 3, "loss": 1.5, "latency": [0.25, 0.75]})
   log.close()
   (path,) = (tmp_path / "tensorboard").iterdir()
@@ -249,7 +249,3 @@ def test_tensorboard_reads_the_events(tmp_path):
       number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
       values[value.tag] = (event.step, number)
   assert values == {"train/loss": (3, 1.5), "train/latency/0": (3, 0.25), "train/latency/1": (3, 0.75)}
-
-
-def test_format_seconds():
-  assert [format_seconds(x) for x in (41.6, 190, 7500)] == ["42s", "3m10s", "2h05m"]
