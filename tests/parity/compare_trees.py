@@ -506,6 +506,12 @@ def compare(run: Run, old: dict, new: dict) -> dict:
   return line | {"identical": identical if apart else "all", "apart": apart, "added": sorted(added), "config": config}
 
 
+def _default_output() -> str:
+  """A folder in the user's cache, so that nothing is written into a checkout, which is the working directory."""
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache"))
+  return os.path.join(cache, "cyb_jax-compare-trees")
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--before", help="the checkout whose numbers are right")
@@ -514,7 +520,7 @@ def main() -> None:
     "--only", default="", help="with commas: SETTING, with all its variants; SETTING:VARIANT; SETTING: alone"
   )
   parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-  parser.add_argument("--output", default="compare-trees", help="where results are kept")
+  parser.add_argument("--output", default=_default_output(), help="where results are kept (default: %(default)s)")
   parser.add_argument("--list", action="store_true", help="print the names of the runs, and end")
   parser.add_argument("--serve", help=argparse.SUPPRESS)
   args = parser.parse_args()

@@ -1,5 +1,6 @@
 """What is installed, what is imported, what the launch script would do."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -162,6 +163,23 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
     [sys.executable, "-c", "import cyb_jax; print(cyb_jax.__file__)"],
     env=env, cwd=tmp_path, text=True, capture_output=True, check=True,
   ).stdout  # fmt: skip
+
+
+def test_the_comparison_of_checkouts_writes_into_the_cache(tmp_path, monkeypatch, capsys):
+  """Its working directory is usually a checkout, where a result would be committed by mistake."""
+  path = ROOT / "tests" / "parity" / "compare_trees.py"
+  spec = importlib.util.spec_from_file_location("compare_trees", path)
+  compare_trees = importlib.util.module_from_spec(spec)
+  monkeypatch.setitem(sys.modules, spec.name, compare_trees)
+  spec.loader.exec_module(compare_trees)
+  (tmp_path / "checkout").mkdir()
+  monkeypatch.chdir(tmp_path / "checkout")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(sys, "argv", [str(path), f"--before={ROOT}", "--list"])
+  compare_trees.main()
+  assert "baseline" in capsys.readouterr().out.splitlines()
+  assert list((tmp_path / "checkout").iterdir()) == []
+  assert (tmp_path / "cache" / "cyb_jax-compare-trees" / "corpus.txt").exists()
 
 
 def test_no_figure_of_this_machine_in_the_files():
