@@ -4,9 +4,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import cli
 import pytest
@@ -29,7 +32,7 @@ def python(code, **options):
   )
 
 
-def test_all_rooms_are_packaged():
+def test_all_packages_are_listed():
   listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
   found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "cyb_jax").rglob("__init__.py")}
   assert set(listed) == found | {"cyb_jax.experiments"}
@@ -43,18 +46,57 @@ def test_version_and_marker_of_types():
   assert (ROOT / "cyb_jax" / "py.typed").exists()
 
 
-def test_one_version_one_licence_and_one_address():
+def test_files_that_are_no_code_are_package_data():
+  """A file that is not listed is missing from the wheel."""
+  listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+  files = [path for path in (ROOT / "cyb_jax").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+  assert {str(path.relative_to(ROOT / "cyb_jax")) for path in files if path.suffix != ".py"} == set(listed["cyb_jax"])
+
+
+def test_classifiers_name_the_interpreters_from_the_oldest_on():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  prefix = "Programming Language :: Python :: 3."
+  minors = [int(line.removeprefix(prefix)) for line in project["classifiers"] if line.startswith(prefix)]
+  assert project["requires-python"] == f">=3.{minors[0]}"
+  assert minors == list(range(minors[0], minors[-1] + 1))
+  assert len(project["description"]) <= 120
+
+
+def test_one_version_and_one_licence():
   yaml = pytest.importorskip("yaml")
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
   assert citation["version"] == project["version"]
   assert citation["license"] == project["license"]
   assert citation["references"][0]["url"] == project["urls"]["Paper"]
-  # The address that the notebooks are installed from; '' while the project has none.
-  repository = project["urls"].get("Repository", "")
+  assert [name for name in project["license-files"] if not (ROOT / name).is_file()] == []
+
+
+def text_files():
+  """The files that may name the project's address."""
+  folders = ("docs", "experiments", "launch", "notebooks", "cyb_jax", ".github")
+  suffixes = {".md", ".py", ".toml", ".yml", ".yaml", ".cff", ".ipynb", ".sh"}
+  for path in [*ROOT.iterdir(), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]:
+    if path.is_file() and path.suffix in suffixes:
+      yield path
+
+
+def test_one_address():
+  """pyproject.toml has the project's address, in one marked place; other files have it from there."""
+  yaml = pytest.importorskip("yaml")
+  pyproject = (ROOT / "pyproject.toml").read_text()
+  assert [line[:13] for line in pyproject.splitlines() if "REPOSITORY" in line] == ["# REPOSITORY:"]
+  # '' while the project has none.
+  address = tomllib.loads(pyproject)["project"]["urls"].get("Repository", "")
+  assert yaml.safe_load((ROOT / "CITATION.cff").read_text()).get("repository-code", "") == address
+  assert "repo_url" not in (ROOT / "mkdocs.yml").read_text(), "docs/_site/hooks.py sets it"
   for path in (ROOT / "notebooks").glob("*.ipynb"):
     text = "".join("".join(cell["source"]) + "\n" for cell in json.loads(path.read_text())["cells"])
-    assert f'repository = "{repository}"' in text, path
+    assert f'repository = "{address}"' in text, path
+  examples = {"https://HOST/OWNER/cyb_jax", "https://.../cyb_jax"}
+  for path in text_files():
+    for found in re.findall(r"https?://[^\s\"'()<>\\]*/cyb_jax\b", path.read_text()):
+      assert found in {address, *examples}, path
 
 
 def test_pre_commit_runs_the_pinned_ruff():
@@ -142,10 +184,19 @@ def test_nothing_is_fetched_or_made_at_import(tmp_path):
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_checkout(tmp_path):
   """Built, installed into a folder of its own beside this venv's dependencies, and run from elsewhere."""
-  subprocess.run(
-    [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
-  )
+  # A copy: building writes build/ into the folder.
+  for name in ("cyb_jax", "experiments", "tests"):
+    shutil.copytree(ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__"))
+  for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    shutil.copy(ROOT / name, tmp_path / "copy")
+  command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "copy"]
+  subprocess.run(command, check=True)
   (wheel,) = tmp_path.glob("*.whl")
+  modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cyb_jax").rglob("*.py")}
+  modules |= {f"cyb_jax/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")}
+  assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == {
+    *modules, "cyb_jax/py.typed",
+  }  # fmt: skip
   target = tmp_path / "site"
   subprocess.run(
     [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel], check=True
