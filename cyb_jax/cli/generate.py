@@ -86,7 +86,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   sampler = Sampler(run.method, _sampling_options(args.mode or default_mode(run.method)))
   chosen = sampler.options
   if _pauses_follow_every_token(run) and chosen.mode == "self_paced" and chosen.prompt_pauses != "all":
-    logging.info("it was trained with pauses behind every token; --prompt_pauses=all puts them behind the prompt's too")
+    logging.info(
+      "the model was trained with pauses after every token; --prompt_pauses=all puts them after the prompt's tokens too"
+    )
   return _generate(run, sampler, prompts, new)
 
 

@@ -5,6 +5,7 @@ import sys
 import types
 
 import cli
+import documents
 import flax.linen as nn
 import jax
 import numpy as np
@@ -53,6 +54,15 @@ def test_a_new_objective_over_pauses(monkeypatch):
   assert len(said.tokens[0]) == 2
   with pytest.raises(InputError, match=r"method.decay: 0.0 must be in \(0, 1\]"):
     methods.configure(name, decay=0.0)
+
+
+def test_the_command_of_the_guide(monkeypatch):
+  name = registered(monkeypatch, BLOCKS[0], "FadingSlotsConfig")
+  (words,) = [words for words in documents.commands(GUIDE) if words[0] == "cyb-train"]
+  (source,) = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+  fields = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+  method = documents.check_config(source, fields).method
+  assert (method.name, method.pauses, method.decay) == (name, 3, 0.25)
 
 
 def test_an_empty_cell_of_the_table(monkeypatch):

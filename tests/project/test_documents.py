@@ -9,7 +9,7 @@ import cli
 import documents
 import pytest
 
-from cyb_jax import command_line, configs
+from cyb_jax import configs
 from cyb_jax.errors import InputError
 from cyb_jax.studies import settings
 
@@ -84,18 +84,7 @@ def check(words, programs):
     else:
       known[flag].parser.parse(value)
   if source:
-    check_config(source, fields)
-
-
-def check_config(source, fields):
-  path, _, argument = source.partition(":")
-  namespace = {"__name__": "config"}
-  exec((cli.ROOT / path).read_text(), namespace)
-  config = command_line.override(namespace["get_config"](argument), fields)
-  # Of a pretrained model, which isn't there.
-  config.decoder.preset = config.decoder.preset or "tiny"
-  config.data.tokenizer = config.data.tokenizer or "bytes"
-  configs.freeze(config)
+    documents.check_config(source, fields)
 
 
 @pytest.mark.parametrize("path", documents.PAGES, ids=documents.name_of)
@@ -103,7 +92,7 @@ def test_commands_would_be_accepted(path, programs, monkeypatch):
   monkeypatch.chdir(cli.ROOT)
   for words in documents.commands(path):
     of_ours = words[0].startswith("cyb-") or (len(words) > 2 and words[2].startswith("cyb_jax.cli."))
-    # The method of the guide isn't registered here; test_docs.py registers it.
+    # The method of the guide isn't registered here; test_docs.py registers it, and checks the command.
     if of_ours and "--config.method.name=fading_slots" not in words:
       check(words, programs)
     elif words[0] == "make":

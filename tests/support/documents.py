@@ -5,6 +5,8 @@ import shlex
 
 from cli import ROOT
 
+from cyb_jax import command_line, configs
+
 README = ROOT / "README.md"
 PAGES = sorted([
   README, ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "README.md", ROOT / "launch" / "README.md",
@@ -49,3 +51,15 @@ def anchors(path):
   """The anchors of the headings of a page."""
   headings = re.findall(r"^#+ (.*)", prose(path), re.MULTILINE)
   return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def check_config(source, fields):
+  """The frozen config of a --config and of fields such as 'train.steps=5'."""
+  path, _, argument = source.partition(":")
+  namespace = {"__name__": "config"}
+  exec((ROOT / path).read_text(), namespace)
+  config = command_line.override(namespace["get_config"](argument), fields)
+  # Of a pretrained model, which isn't there.
+  config.decoder.preset = config.decoder.preset or "tiny"
+  config.data.tokenizer = config.data.tokenizer or "bytes"
+  return configs.freeze(config)
