@@ -250,7 +250,7 @@ def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: C
   drawn = [path for path in missing if path[0].key not in rows]
   for path in drawn:
     if path[-1].key not in LEAVES:  # adapters always do
-      logging.info("init_from: %s stays fresh", jax.tree_util.keystr(path))
+      logging.info("init_from: %s has its initial value", jax.tree_util.keystr(path, simple=True, separator="."))
   fresh = _drawn(method, seed, drawn)
 
   def pick(path, leaf):

@@ -490,7 +490,7 @@ def test_pretrained_then_fine_tuned(tmp_path):
   assert record["training_omega"]["perplexity"] > 1
   assert all(row["dropped_tokens"] > 0 for row in read_metrics(first) if row["split"] == "train")
   record, err = cli.run("train", f"--config={path}:prefix", f"--config.init_from={first}", f"--workdir={second}")
-  assert "stays fresh" not in err
+  assert "has its initial value" not in err
   # Two pauses a document.
   assert 1.0 < record["inference_slots"] < 1.5
   fewer, _ = cli.run("evaluate", f"--workdir={second}", "--pauses=0")
