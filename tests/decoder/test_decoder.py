@@ -435,8 +435,9 @@ def test_bad_fields(field, value, wanted):
   assert "\n" not in message
 
 
-@pytest.mark.parametrize("style", ["llama", "gemma", "pythia"])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+  ("style", "scan_layers"), [("llama", False), ("gemma", False), ("pythia", False), ("pythia", True)]
+)
 def test_slots_run_on_a_cache_are_those_run_together(style, scan_layers, exact):
   """In pieces; rows that have come differently far; a slot taken back; the first places unseen."""
   decoder, params = _make(**_STYLES[style])
@@ -452,9 +453,9 @@ def test_slots_run_on_a_cache_are_those_run_together(style, scan_layers, exact):
   hidden, _ = extend(inputs[:, 4:], positions[:, 4:], cache, jnp.array([4, 4]))
   np.testing.assert_allclose(hidden, whole[:, 4:], **close)
   # The second row takes its fourth slot back, and runs it again.
-  rows, places = jnp.arange(2), jnp.array([4, 3])
-  hidden, cache = extend(inputs[rows, places][:, None], positions[rows, places][:, None], cache, places)
-  np.testing.assert_allclose(hidden[:, 0], whole[rows, places], **close)
+  rows, places = jnp.arange(2)[:, None], jnp.array([[4, 5], [3, 4]])
+  hidden, cache = extend(inputs[rows, places], positions[rows, places], cache, places[:, 0])
+  np.testing.assert_allclose(hidden, whole[rows, places], **close)
   # Seen from place 2 on.
   hidden, _ = extend(inputs[:, 5:], positions[:, 5:], cache, jnp.array([5, 4]), first=jnp.array([2, 2]))
   # Deeper layers still hold what was seen before: the slots behind the first two are as they were.

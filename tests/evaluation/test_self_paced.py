@@ -4,12 +4,11 @@ constant reading."""
 import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY, VOCABULARY, build, random_batch
+from models import TINY, VOCABULARY, build, initial_params, random_batch
 
 from cyb_jax import methods
 from cyb_jax.configs import ParallelismConfig
@@ -93,7 +92,7 @@ def test_what_always_pauses_is_the_constant_reading(exact):
 def test_the_likelihood_is_exact_in_expectation(exact):
   """All texts of three tokens of a vocabulary of three, after a first one, in all contexts that may precede them."""
   method = methods.build(configure("cyb", pauses=1, dont_know_prior=None), TINY, vocab_size=3)
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  params = initial_params(method)
   # Far from uniform: s, t and what later tokens see of a pause all differ.
   params = jax.tree.map(lambda x: 1.5 * x if x.ndim > 1 else x, params)
   params["dont_know"] = 0.5 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)
