@@ -4,6 +4,7 @@ constant reading."""
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,8 @@ from cyb_jax.stopping import log_stopping_distribution
 @functools.cache
 def model(name="cyb", **options):
   method, params = build(name=name, pauses=2, **options)
+  # The initial weights of training: with them every slot is kept for some token.
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
   if name == "cyb":  # d spread over (0, 1)
     params["dont_know"] = jax.random.normal(jax.random.key(5), params["dont_know"].shape)
   return method, params
