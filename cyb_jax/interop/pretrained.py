@@ -254,7 +254,7 @@ def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: C
   drawn = [path for path in missing if path[0].key not in rows]
   for path in drawn:
     if path[-1].key not in LEAVES:  # adapters are always freshly initialised
-      logging.info("init_from: %s is freshly initialised", jax.tree_util.keystr(path))
+      logging.info("init_from: %s is freshly initialised", jax.tree_util.keystr(path, simple=True, separator="."))
   fresh = _drawn(method, seed, drawn)
 
   def pick(path, leaf):

@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import wheels
-from flax import linen as nn
-from models import TINY
+from models import TINY, initial_params
 from text_corpus import corpus
 
 from cyb_jax import methods
@@ -250,7 +249,7 @@ def test_evaluation_counts_only_answers(prepared):
     dataclasses.replace(TINY, vocab_size=prepared.vocab_size),
     vocab_size=prepared.vocab_size,
   )
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  params = initial_params(method)
   options = {"sequence_length": 12, "batch_size": 8}
   evaluate = Evaluator(method, make_mesh(ParallelismConfig(), jax.devices()[:1]))
   got = evaluate(params, evaluation_batches(prepared, "validation", **options))

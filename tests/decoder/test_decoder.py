@@ -435,8 +435,9 @@ def test_bad_fields(field, value, wanted):
   assert "\n" not in message
 
 
-@pytest.mark.parametrize("style", ["llama", "gemma", "pythia"])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+  ("style", "scan_layers"), [("llama", False), ("gemma", False), ("pythia", False), ("pythia", True)]
+)
 def test_slots_run_on_a_cache_equal_slots_run_together(style, scan_layers, exact):
   """Slots run in pieces; rows hold different numbers of slots; one slot is dropped; the first entries are hidden."""
   decoder, params = _make(**_STYLES[style])
@@ -451,10 +452,10 @@ def test_slots_run_on_a_cache_equal_slots_run_together(style, scan_layers, exact
   np.testing.assert_allclose(hidden, full[:, :4], **close)
   hidden, _ = extend(inputs[:, 4:], positions[:, 4:], cache, jnp.array([4, 4]))
   np.testing.assert_allclose(hidden, full[:, 4:], **close)
-  # The second row drops its fourth slot and runs another one at the same index.
-  rows, places = jnp.arange(2), jnp.array([4, 3])
-  hidden, cache = extend(inputs[rows, places][:, None], positions[rows, places][:, None], cache, places)
-  np.testing.assert_allclose(hidden[:, 0], full[rows, places], **close)
+  # The second row drops its fourth slot and runs it again.
+  rows, places = jnp.arange(2)[:, None], jnp.array([[4, 5], [3, 4]])
+  hidden, cache = extend(inputs[rows, places], positions[rows, places], cache, places[:, 0])
+  np.testing.assert_allclose(hidden, full[rows, places], **close)
   # Only the entries from index 2 on are seen.
   hidden, _ = extend(inputs[:, 5:], positions[:, 5:], cache, jnp.array([5, 4]), first=jnp.array([2, 2]))
   # The cached keys and values of deeper layers still depend on the hidden entries.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import TINY, VOCABULARY, build, random_batch
+from models import TINY, VOCABULARY, build, initial_params, random_batch
 
 from cyb_jax import methods
 from cyb_jax.configs import ParallelismConfig
@@ -24,6 +24,8 @@ from cyb_jax.stopping import log_stopping_distribution
 @functools.cache
 def model(name="cyb", **options):
   method, params = build(name=name, pauses=2, **options)
+  # The initial weights of training: with them every slot is kept for some token.
+  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
   if name == "cyb":  # d spread over (0, 1)
     params["dont_know"] = jax.random.normal(jax.random.key(5), params["dont_know"].shape)
   return method, params
@@ -94,7 +96,7 @@ def test_a_model_that_always_pauses_gives_the_constant_evaluation(exact):
 def test_the_likelihood_is_exact_in_expectation(exact):
   """Sums over all texts of three tokens from a vocabulary of three, after a first token, and over all contexts."""
   method = methods.build(configure("cyb", pauses=1, dont_know_prior=None), TINY, vocab_size=3)
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  params = initial_params(method)
   # Far from uniform: s, t and the effect of pauses on later tokens all differ.
   params = jax.tree.map(lambda x: 1.5 * x if x.ndim > 1 else x, params)
   params["dont_know"] = 0.5 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)

@@ -6,13 +6,12 @@ import json
 import re
 import types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from models import tiny_config
+from models import initial_params, tiny_config
 from scipy import special, stats
 
 from cyb_jax import configs, jsonl, training
@@ -389,7 +388,7 @@ def measured(name, *, limit=LIMIT, batch_size=8, devices=1, document_mask=False)
   config = configs.freeze(config)
   store = training.open_store(config)
   method = config.build_method(store.vocab_size, data_shards=devices)
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  params = initial_params(method)
   statistics = PauseStatistics(method, mesh_of(devices), store.tokenizer, min_count=MIN_COUNT)
   options = {"split": "validation", "step": 7, "limit": limit, "batch_size": batch_size}
   with jax.default_matmul_precision("highest"):

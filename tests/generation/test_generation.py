@@ -205,8 +205,9 @@ def test_draws_have_the_exact_distribution(options):
   decoder = dataclasses.replace(TINY, vocab_size=8)
   method, params = model()
   method = methods.build(method.config, decoder, vocab_size=5)
-  decoder_params = params["decoder"] | {"embedding": params["decoder"]["embedding"][:8]}
-  params = params | {"decoder": decoder_params, "dont_know": 0.3 * params["dont_know"]}
+  # Smaller rows, so that no outcome is too rare for the statistics.
+  decoder_params = params["decoder"] | {"embedding": 0.3 * params["decoder"]["embedding"][:8]}
+  params = params | {"decoder": decoder_params, "dont_know": 0.1 * params["dont_know"]}
   prompt, rows = [1, 4, 2], 6000
   got = generate(method, params, [prompt] * rows, new=1, seeds=100, **options)
   expected = exact(method, params, prompt, options.get("omega"))

@@ -13,11 +13,10 @@ import types
 import zipfile
 
 import cli
-import flax.linen as nn
 import jax
 import pytest
 import wheels
-from models import tiny_config
+from models import initial_params, tiny_config
 from small_tokenizers import bpe
 
 from cyb_jax import configs
@@ -47,7 +46,7 @@ def untrained(**options):
   source.data.sequence_length = 48
   config = configs.freeze(source)
   method = config.build_method(ByteTokenizer.vocab_size)
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  params = initial_params(method)
   return Run(config, method, params, ByteTokenizer(), 7, {})
 
 

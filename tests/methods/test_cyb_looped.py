@@ -6,14 +6,13 @@ import functools
 import math
 
 import cli
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from float64_decoder import Float64Decoder
-from models import TINY, VOCABULARY, build, random_batch, tiny_config
+from models import TINY, VOCABULARY, build, initial_params, random_batch, tiny_config
 
 from cyb_jax import configs, methods, runs, training
 from cyb_jax.costs import flops
@@ -209,7 +208,7 @@ def spread(params):
 def test_self_paced_evaluation_fills_skipped_loops(documents, exact):
   """Against all loops of each token after earlier tokens that were decoded loop by loop, each up to its own exit."""
   method, params = build(name="cyb_looped", pauses=2, dont_know_prior=0.5)
-  params, batch = spread(params), random_batch(9, 1, 6)
+  params, batch = spread(params), random_batch(53, 1, 6)
   if documents:
     batch = with_segment_ids(batch, int(batch["tokens"][0, 2]))
     assert batch["segment_ids"].max() > 0
@@ -282,7 +281,7 @@ def test_abilities_and_refusals():
 @pytest.mark.slow
 def test_calibration_sets_the_median():
   method = methods.build(configure("cyb_looped", pauses=1, calibration_batches=1), TINY, vocab_size=VOCABULARY)
-  params = nn.unbox(method.init(jax.random.key(0)))
+  params = initial_params(method)
   batch = random_batch(8)
   calibrated = method.calibrate(params, [batch])
   median, tokens = method.median_dont_know(calibrated, [batch])
@@ -376,7 +375,7 @@ def test_cost_of_generated_text():
 
   config = configs.freeze(tiny_config(name="cyb_looped", pauses=2))
   method = config.build_method(ByteTokenizer.vocab_size)
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  params = initial_params(method)
   lm = CybLM(run=runs.Run(config, method, params, ByteTokenizer(), 0, {}))
   pacing = Sampler(lm.run.method).pacing
   score = lm._cost(pacing, 3, [2, 0])

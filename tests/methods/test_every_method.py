@@ -1,12 +1,12 @@
 """Properties of every method in the registry, which the tests find by name."""
 
+import functools
 import types
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from models import TINY, VOCABULARY, random_batch, tiny_config
+from models import TINY, VOCABULARY, initial_params, random_batch, tiny_config
 
 from cyb_jax import configs, methods, training
 from cyb_jax.cli import convert
@@ -26,8 +26,12 @@ def tiny(name):
   return methods.build(options, TINY, vocab_size=VOCABULARY)
 
 
-def params_of(method):
-  return jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+@functools.cache
+def loss_of(name):
+  """A method's loss for each token as a compiled function of a batch."""
+  method = tiny(name)
+  params = initial_params(method)
+  return jax.jit(lambda batch: method.evaluate(params, batch).loss)
 
 
 def test_each_method_has_a_setting():
@@ -51,27 +55,23 @@ def test_it_reports_its_compute_cost(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_rows_do_not_depend_on_each_other(name):
   """The content of other rows, and tokens without weight at a row's end, change nothing."""
-  method = tiny(name)
-  params, batch = params_of(method), random_batch(3, 2, 6)
+  loss, batch = loss_of(name), random_batch(3, 2, 6)
   other = {key: value.copy() for key, value in batch.items()}
   other["tokens"][1] = (other["tokens"][1] + 5) % VOCABULARY
-  read = jax.jit(lambda params, batch: method.evaluate(params, batch).loss)
-  np.testing.assert_allclose(read(params, batch)[0], read(params, other)[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(loss(batch)[0], loss(other)[0], rtol=1e-5, atol=1e-5)
   padded = {key: value.copy() for key, value in batch.items()}
   padded["weights"][0, 4:] = 0.0
   tail = {key: value.copy() for key, value in padded.items()}
   tail["tokens"][0, 4:] = (tail["tokens"][0, 4:] + 5) % VOCABULARY
-  np.testing.assert_allclose(read(params, padded)[0, :4], read(params, tail)[0, :4], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(loss(padded)[0, :4], loss(tail)[0, :4], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not isinstance(tiny(name), NonCausal)])
 def test_it_sees_no_later_token(name):
-  method = tiny(name)
-  params, batch = params_of(method), random_batch(4, 2, 6)
+  loss, batch = loss_of(name), random_batch(4, 2, 6)
   later = {key: value.copy() for key, value in batch.items()}
   later["tokens"][:, 4:] = (later["tokens"][:, 4:] + 5) % VOCABULARY
-  read = jax.jit(lambda params, batch: method.evaluate(params, batch).loss)
-  before, after = read(params, batch), read(params, later)
+  before, after = loss(batch), loss(later)
   np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-5, atol=1e-5)
   assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-4
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,6 +261,7 @@ def test_dp_accepts_zeros_in_rho():
 
 
 def test_same_seed_same_parameters():
-  _, a = build(**CYB)
-  _, b = build(**CYB)
+  method, _ = build(**CYB)
+  a, b, other = (jax.jit(lambda key: nn.unbox(method.init(key)))(jax.random.key(seed)) for seed in (0, 0, 1))
   assert_trees_close(a, b, rtol=0, atol=0)
+  assert not np.array_equal(a["decoder"]["embedding"], other["decoder"]["embedding"])

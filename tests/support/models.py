@@ -1,6 +1,8 @@
 """Small models, batches and stores for tests."""
 
+import contextlib
 import dataclasses
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -18,10 +20,35 @@ TINY = DecoderConfig(
 )
 
 
+@contextlib.contextmanager
+def constant_initializers(seed=0):
+  """Initial weights of the decoder are drawn by NumPy while a function is traced, with the same deviations.
+
+  Compiling the truncated normal of every matrix takes longer than compiling the model. The weights do not depend on
+  the key of the traced function.
+  """
+  rng = np.random.default_rng(seed)
+
+  def normal(stddev=1e-2):
+    return lambda key, shape, dtype=jnp.float32: jnp.asarray(stddev * rng.normal(size=shape), dtype)
+
+  def truncated(stddev=1e-2):
+    return normal(0.87962566103423978 * stddev)
+
+  with mock.patch.multiple(nn.initializers, normal=normal, truncated_normal=truncated):
+    yield
+
+
+def initial_params(method):
+  """Parameters of a method, whose matrices are drawn by NumPy."""
+  with constant_initializers():
+    return jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+
+
 def build(decoder=TINY, **options):
   """(method, params) of a tiny model; compiled if possible, because op-by-op initialisation takes seconds."""
   method = methods.build(configure(**options), decoder, vocab_size=VOCABULARY)
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(0))))()
+  params = initial_params(method)
   for name in ("hidden", "loss"):
     setattr(method, name, jax.jit(getattr(method, name)))
   return method, params
