@@ -50,7 +50,7 @@ quickstart: setup
 	@echo "  $(BIN)/cyb-evaluate --workdir=$(WORKDIR) --split=test"
 	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:tbys3 --workdir=runs/tbys3         # always three pauses"
 	@echo "  $(BIN)/tensorboard --logdir=runs"
-	@echo "  docs/tutorials/first_run.md goes on from here; experiments/README.md lists every setting of the paper"
+	@echo "  docs/tutorials/first_run.md goes on from here; experiments/README.md describes the configs and settings"
 
 # Without a package index, the tests that need these packages are skipped with a message.
 $(WHEELS)/.fetched: | setup

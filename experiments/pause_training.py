@@ -1,5 +1,5 @@
 """The 2 x 2 design of pause-training (Goyal et al. 2023, https://arxiv.org/abs/2310.02226): {standard, pause}
-pretraining x {standard, pause} fine-tuning, at the size of quickstart.py, in minutes on two CPU cores.
+pretraining x {standard, pause} fine-tuning, with 0.7M parameters, in minutes on two CPU cores.
 
     for p in standard pause; do
       cyb-train --config=experiments/pause_training.py:pretrain_$p --workdir=runs/pause/$p

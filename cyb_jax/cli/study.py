@@ -80,7 +80,7 @@ _PLANNED = ("plan", "workdir", "jobs", "results", "status", "table")
 def define_flags() -> None:
   command_line.define_path("workdir", None, "The study's folder, which contains the folders of its runs.")
   flags.DEFINE_string("config", "experiments/quickstart.py", "The experiment, whose first argument is a setting.")
-  flags.DEFINE_list("settings", [], "Settings of experiments/README.md or deeper@SETTING; none: one of each method.")
+  flags.DEFINE_list("settings", [], "Settings, see cyb-train --list_settings; none: one of each method.")
   flags.DEFINE_string("size", "", "A decoder preset, the experiment's second argument; '': the experiment's default.")
   flags.DEFINE_list("fields", [], "Fields of every run's config, such as data.sequence_length=128.")
   flags.DEFINE_list("equal", ["tokens"], f"The budgets that are equal for all runs, some of {', '.join(BUDGETS)}.")

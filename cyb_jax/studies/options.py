@@ -93,7 +93,9 @@ class Options:
       raise InputError(f"--self_paced: {self.self_paced} must not be negative; 0 disables self-paced evaluation")
     self.learning_rates()
     if not self.settings or not _each_once(self.settings):
-      raise InputError(f"--settings: {','.join(self.settings)!r} must be settings of experiments/README.md, each once")
+      raise InputError(
+        f"--settings: {','.join(self.settings)!r} must be settings of cyb-train --list_settings, each once"
+      )
     if not self.equal or not _each_once(self.equal) or not set(self.equal) <= set(BUDGETS):
       raise InputError(f"--equal: {','.join(self.equal)!r} must be some of {', '.join(BUDGETS)}, each once")
     for setting in (*self.settings, self.reference):

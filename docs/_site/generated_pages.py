@@ -117,7 +117,7 @@ def _settings_part() -> str:
   for name, fields in settings.SETTINGS.items():
     given = [code(f"{key}={value}") for key, value in fields.items() if key != "name"]
     decoder = [code(f"decoder.{key}={value}") for key, value in settings.DECODERS.get(name, {}).items()]
-    rows.append([code(name), code(fields["name"]), ", ".join(given + decoder)])
+    rows.append([code(name), text(settings.MEANINGS[name]), code(fields["name"]), ", ".join(given + decoder)])
   sizes = [
     [code(name), f"{num_params(config) / 1e6:,.1f}M", str(config.vocab_size), str(config.num_layers),
      str(config.d_model), str(config.num_heads), str(config.num_kv_heads), str(config.head_size), str(config.mlp_size)]
@@ -128,8 +128,9 @@ def _settings_part() -> str:
     [
       "## Settings",
       "`pretrained` takes no training steps. Fields of the decoder are set only if the model is trained from scratch."
-      " In addition, `deeper@SETTING` and `wider@SETTING` are plain models with the cost of the setting.",
-      table(["setting", "`method.name`", "other fields of `method`"], rows),
+      " In addition, `deeper@SETTING` and `wider@SETTING` are plain models with the cost of the setting at inference;"
+      " with `/training`, in a training step.",
+      table(["setting", "meaning", "`method.name`", "other fields"], rows),
       "## Sizes",
       "These are the values of `decoder.preset`; the parameters are counted at the preset's own vocabulary.",
       table(
