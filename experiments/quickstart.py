@@ -9,7 +9,6 @@ pauses that the model requests have to be run. Every setting of experiments/READ
 """
 
 from cyb_jax import configs
-from cyb_jax.methods import option_names
 from cyb_jax.studies import settings
 
 
@@ -17,7 +16,7 @@ def get_config(argument: str = ""):
   setting, size, _ = settings.parse(argument, setting="ap_hidden", size="nano", regime="1x3")
   config = configs.default()
   settings.apply(config, setting, size, "1x3", from_scratch=True)
-  if "dont_know_prior" in option_names(config.method.name):
+  if config.method.name in ("cyb", "cyb_looped"):
     config.method.dont_know_prior = 0.5
   # The start of PonderLM-2: with small weights, a small model needs fewer steps.
   config.decoder.update(settings.PONDER_DECODER)

@@ -423,8 +423,7 @@ def _number(options: dict[str, Any], name: str, kind: type, default: Any = None)
   if given is None:
     return default
   try:
-    # YAML parses 1e-5 as a string.
-    value = math.nan if isinstance(given, bool) else float(given)
+    value = math.nan if isinstance(given, bool) else float(given)  # YAML parses 1e-5 as a string
   except (TypeError, ValueError, OverflowError):
     value = math.nan
   if math.isnan(value) or (kind is int and not value.is_integer()):

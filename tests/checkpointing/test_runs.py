@@ -398,7 +398,7 @@ def store(tmp_path):
 
 
 def test_another_tokenizer(tmp_path, store):
-  refused(tmp_path, r"data.tokenizer: 'sentencepiece:512' .* made with", data__store=str(store),
+  refused(tmp_path, r"data.tokenizer: 'sentencepiece:512' .* was prepared with", data__store=str(store),
           data__tokenizer="sentencepiece:512")  # fmt: skip
 
 

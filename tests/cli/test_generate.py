@@ -83,7 +83,7 @@ def test_flags(workdir):
     (["--prompt=a", "--workdir=/nowhere"], "contains no run"),
     (["--prompt=a", "--workdir="], "--workdir: not given"),
     # Checks that need no model are done before a model is opened.
-    (["--prompt=a", "--workdir=/nowhere", "--mode=slow"], "mode: 'slow' is none of self_paced, constant, none"),
+    (["--prompt=a", "--workdir=/nowhere", "--mode=slow"], "mode: 'slow' is not one of self_paced, constant, none"),
     (["--prompt=a", "--workdir=/nowhere", "--temperature=-1"], "temperature: -1.0 must be finite"),
     (["--prompt=a", "--workdir=/nowhere", "--seed=-1"], "--seed: -1 must be in [0, 2^32)"),
     (["--prompt=a", "--workdir=/nowhere", "--seed=4294967296"], "--seed: 4294967296 must be in [0, 2^32)"),

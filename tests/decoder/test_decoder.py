@@ -421,7 +421,7 @@ def test_preset_overrides():
     ("initializer", "zeros", "normal, scaled"),
     ("dtype", "float16", "float32, bfloat16"),
     ("param_dtype", "int8", "float32, bfloat16"),
-    ("attention", "flash", "auto, xla, cudnn"),
+    ("attention", "flash", "auto, xla, blocks, cudnn"),
     ("attention", "cudnn", "bfloat16"),
     ("remat", "some", "none, full, dots"),
     ("scan_layers", "yes", "True or False"),

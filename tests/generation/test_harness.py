@@ -733,8 +733,8 @@ def test_the_program(workdir, data):
     (["--tasks=piqq"], "--tasks: 'piqq' is unknown"),
     (["--tasks="], "--tasks: no task is given"),
     (["--tasks=piqa", "--task_data=/nowhere"], "--task_data: /nowhere does not exist"),
-    (["--tasks=piqa", "--omega=1:1:1"], "--omega: '1:1:1' is of a split"),
-    (["--task_data=/x"], "--task_data: '/x' is of downstream tasks"),
+    (["--tasks=piqa", "--omega=1:1:1"], "--omega: '1:1:1' applies to a split"),
+    (["--task_data=/x"], "--task_data: '/x' applies to downstream tasks"),
   ],
 )
 def test_bad_flags(workdir, options, message):

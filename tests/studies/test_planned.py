@@ -353,7 +353,7 @@ def damaged(change):
 @pytest.mark.parametrize(
   ("write", "message"),
   [
-    (lambda path: path.write_text("{"), r"is damaged \(no JSON: .*\); restore it from the repository"),
+    (lambda path: path.write_text("{"), r"is damaged \(invalid JSON: .*\); restore it from the repository"),
     (lambda path: path.write_text("[]"), r"is damaged \(it is not an object\)"),
     (lambda path: path.write_text('{"plan": "tiny"}'), r"is damaged \(it has no 'identity'\)"),
     (lambda path: path.mkdir(), r"can't be read \(Is a directory\)"),

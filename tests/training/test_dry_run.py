@@ -145,9 +145,9 @@ def test_source_of_the_vocabulary(elsewhere):
   config.data.tokenizer = "gemma.model"
   size, source = vocabulary()
   assert size is None
-  assert source == "the decoder's own rows, since data.tokenizer = 'gemma.model' can't be read"
+  assert source == "the decoder's own rows, because data.tokenizer = 'gemma.model' can't be read"
   config.decoder.vocab_size = 640
-  assert vocabulary() == (None, "decoder.vocab_size, since data.tokenizer = 'gemma.model' can't be read")
+  assert vocabulary() == (None, "decoder.vocab_size, because data.tokenizer = 'gemma.model' can't be read")
   store = data.prepare("synthetic_sums", "bytes", elsewhere / "store", options={"documents": 40})
   config.data.update(store=str(store.path), tokenizer="bytes", task="synthetic_sums", options="")
   assert vocabulary() == (257, f"the token store in {store.path}")
