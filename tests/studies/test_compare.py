@@ -250,7 +250,7 @@ def test_a_study_of_all_budgets(tmp_path, monkeypatch):
     "mismatch": matched["mismatch"],
     "mismatch_measured": 0,
   }
-  assert result["rows"][0]["parameters"] == 188_864
+  assert result["rows"][0]["parameters"] == 254_400
   table = (tmp_path / "comparison.md").read_text()
   assert "Only a test." in table
   assert "| 3s | ap, 12 steps, self-paced " in table
