@@ -140,7 +140,7 @@ def test_new_rows_start_from_unused_entries(folders, monkeypatch, caplog):
   monkeypatch.setattr(ByteTokenizer, "unused_ids", lambda self: [7, 9])
   params, *_ = new_rows(folders, caplog, "auto", pause_input="pause")
   assert not np.array_equal(params["pause_input"], table[[7, 9]].astype(np.float32))
-  message = r"tuning.new_rows: 'unused', but the vocabulary has 2 unused entries.* 'cyb' has 3 new rows .* use 'auto' or"
+  message = r"tuning.new_rows: 'unused', but the vocabulary has 2 unused entries.* 'cyb' has 3 new rows .*'auto' or"
   with pytest.raises(InputError, match=message):
     new_rows(folders, caplog, "unused", pause_input="pause")
 
