@@ -154,7 +154,8 @@ SCRATCH = PlannedStudy(
     "decoder.initializer=small", "decoder.scale_embeddings=True", "decoder.tied_embeddings=False", *_RUNS,
   ),
   step_tokens=32 * 64,
-  rates=(2e-3, 4e-3, 8e-3),
+  # After 1,000 steps the best rate of `baseline` is 1.6e-2: perplexity 37.72, with 8e-3 38.80 and with 3.2e-2 39.14.
+  rates=(4e-3, 8e-3, 1.6e-2),
   search_steps=1_000,
   groups=(
     (

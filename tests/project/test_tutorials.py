@@ -117,7 +117,7 @@ def test_first_run(tmp_path):
     json.loads((tmp_path / "runs" / name / "config.json").read_text())["optimizer"]["learning_rate"]
     for name in ("quickstart", "rate")
   ]
-  assert rates == [4e-3, 8e-3]
+  assert rates == [1.6e-2, 8e-3]
 
 
 def test_make_quickstart_runs_the_commands_of_the_tutorial():
