@@ -7,8 +7,9 @@
 hidden pauses and a prior of 0.5 (the paper's 0.9 is meant for pretrained models) keep all slots in use, and only the
 pauses that the model requests have to be run. Every setting of experiments/README.md can replace `baseline`.
 
-The rate is the best one of `baseline` and of `ap_hidden` after 1,000 steps; experiments/README.md has the table. The
-model with pauses is not ahead after so few steps: the quickstart shows where it pauses, not that this pays.
+The rate is the best one of `baseline` and of `ap_hidden` after 1,000 steps, see experiments/README.md. One run of each
+at one rate shows where the model pauses, not that pauses pay: with the best rate of each, `ap_hidden` is not ahead
+after 1,000 steps.
 """
 
 from cyb_jax import configs

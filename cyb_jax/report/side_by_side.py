@@ -14,6 +14,9 @@ from cyb_jax.report.facts import read_on
 from cyb_jax.report.page import Picture, Section, number
 from cyb_jax.report.trade_off import Outcome
 
+# Types of tokens that are listed before the table.
+_LISTED_TYPES = 12
+
 
 def build(
   groups: Sequence[Group], numbers: Mapping[str, Any], windows: Sequence[Window] = ()
@@ -327,14 +330,12 @@ def _where(groups: Sequence[Group], windows: Sequence[Window]) -> list[Section]:
     return []
   run = group.runs[0]
   intro = f"The first run of {group.label}, {run.workdir}. Its own report has more: cyb-report --workdir={run.workdir}"
-  found = [
-    tokens.type_table(caption, run.statistics["types"][name])
-    for caption, name in (("Most pauses after the token", "most_paused"), ("Fewest pauses", "least_paused"))
-  ]
-  return [
-    Section(f"Where {group.label} pauses", page.paragraph(intro, "note") + "".join(found)),
-    *([tokens.text(windows)] if windows else []),
-  ]
+  body = page.paragraph(intro, "note")
+  for caption, name in (("Most pauses after the token", "most_paused"), ("Fewest pauses", "least_paused")):
+    rows = run.statistics["types"][name]
+    listed = ", ".join(f"{coloured.visible(row['piece'])} {number(row['mean'], 3)}" for row in rows[:_LISTED_TYPES])
+    body += page.paragraph(f"{caption}: {listed}.") + tokens.type_table(caption, rows)
+  return [Section(f"Where {group.label} pauses", body), *([tokens.text(windows)] if windows else [])]
 
 
 def _paper() -> Section:
