@@ -22,7 +22,7 @@ def get_config(argument: str = ""):
   settings.apply(config, setting, size, "1x3", from_scratch=True)
   if config.method.name in ("cyb", "cyb_looped"):
     config.method.dont_know_prior = 0.5
-  # The start of PonderLM-2: with small weights, a small model needs fewer steps.
+  # The initialisation of PonderLM-2, as in the planned study `scratch`.
   config.decoder.update(settings.PONDER_DECODER)
   config.data.tokenizer = "sentencepiece:1024"
   config.data.sequence_length = 64

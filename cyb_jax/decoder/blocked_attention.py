@@ -17,6 +17,7 @@ of r rows; q tokens of a block of queries, C tokens that it can see.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -81,7 +82,7 @@ def _attend(width: int, query: Array, key: Array, value: Array, segment_ids: Arr
 
 
 def _attend_forward(width: int, query: Array, key: Array, value: Array, segment_ids: Array | None):
-  layout = _Layout(query.shape, key.shape, width)
+  layout = _Layout(query.shape, key.shape[2], width)
   rows = layout.rows(query, key, value, segment_ids)
   out, normalizer = jax.lax.map(_forward, rows)
   return layout.join_queries(out, query.dtype), (rows, out, normalizer, segment_ids)
@@ -89,8 +90,7 @@ def _attend_forward(width: int, query: Array, key: Array, value: Array, segment_
 
 def _attend_backward(width: int, residuals, cotangent: Float[Array, "B S N H"]):
   rows, out, normalizer, segment_ids = residuals
-  key_shape = (*cotangent.shape[:2], rows.key.far.shape[0] * rows.key.far.shape[1] // cotangent.shape[0], 0)
-  layout = _Layout(cotangent.shape, key_shape, width)
+  layout = _Layout(cotangent.shape, math.prod(rows.key.far.shape[:2]) // len(cotangent), width)
   d_query, d_key, d_value = jax.lax.map(_backward, (rows, out, normalizer, layout.split_queries(cotangent)))
   dtype = cotangent.dtype
   gradients = (
@@ -107,9 +107,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class _Layout:
   """How arrays of a batch are divided into rows, and rows into groups of r: [B, S, N, H] is [B*G/r, r, T, M, H]."""
 
-  def __init__(self, query_shape: tuple[int, ...], key_shape: tuple[int, ...], width: int):
+  def __init__(self, query_shape: tuple[int, ...], groups: int, width: int):
     self.batch, self.length, self.heads, size = query_shape
-    self.groups, self.width = key_shape[2], width
+    self.groups, self.width = groups, width
     self.tokens = self.length // width
     self.scale = size**-0.5
     rows = self.batch * self.groups

@@ -250,9 +250,9 @@ def wandb_records(path):
   content, found = path.read_bytes(), collections.defaultdict(list)
   place, data = 7, b""
   while place + 7 <= len(content):
-    room = 2**15 - place % 2**15
-    if room < 7:  # the rest of a block that has no room for a header
-      place += room
+    space = 2**15 - place % 2**15
+    if space < 7:  # the rest of a block that has no space for a header
+      place += space
       continue
     _, size, kind = struct.unpack_from("<IHB", content, place)
     data += content[place + 7 : place + 7 + size]
