@@ -17,6 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from cyb_jax import command_line, jsonl
+from cyb_jax.cli import compilation_cache
 from cyb_jax.cli.program_flags import define_program_flags, described, program_name
 from cyb_jax.errors import (
   EXIT_BAD_INPUT,
@@ -47,6 +48,7 @@ def launch(
   # The flags depend on the part, so its flags are defined before the command line is parsed.
   for name in [word for word in sys.argv[1:] if word in parts][:1]:
     parts[name]()
+  compilation_cache.define_cache_flag()
   define_program_flags(described(main, sys.argv, parts), program_name(main), parts)
 
   def guarded(argv: Sequence[str]) -> int:
@@ -55,6 +57,7 @@ def launch(
       if len(argv) > 1 + words:
         left = " ".join(argv[1 + words :])
         raise InputError(f"arguments: {left!r} is unexpected; give options as flags, --name=value")
+      compilation_cache.enable(flags.FLAGS.compilation_cache)
       result = main(argv)
     except Failed as error:
       result, code = error.result, report_error(error)

@@ -26,7 +26,7 @@ from cyb_jax.data.store import TokenStore
 from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE
 from cyb_jax.errors import InputError
 from cyb_jax.option_syntax import Item
-from cyb_jax.storage import absolute, streams
+from cyb_jax.storage import absolute, streams, user_cache
 
 _SOURCES = "sources.json"
 # Counts that add up over the sources of a mixture.
@@ -169,7 +169,7 @@ def prepare_mixture(
   sources = [Source(name, item.weight / total, opened[number]) for number, (name, item) in enumerate(zip(names, items))]
   period([source.weight for source in sources])
   description = _describe(sources)
-  default = stores.default_cache() / "stores" / f"mixture-{description['fingerprint'][:16]}"
+  default = user_cache() / "stores" / f"mixture-{description['fingerprint'][:16]}"
   path = Path(absolute(output)) if output else default
   if write:
     _write(path, description, sources)
@@ -257,7 +257,7 @@ def _trained(items: Sequence[Item], spec: str, limit: int | None, *, write: bool
     with of_source(name):
       opened.append(tasks.open_task(item.name, item.options))
   made_of = [[task.name, task.options, task.identity, item.weight] for task, item in zip(opened, items)]
-  folder = stores.default_cache() / "tokenizers" / f"{spec.replace(':', '-')}-{stores.digest([made_of, limit])[:16]}"
+  folder = user_cache() / "tokenizers" / f"{spec.replace(':', '-')}-{stores.digest([made_of, limit])[:16]}"
   if (folder / DESCRIPTION_FILE).is_file():
     return os.fspath(folder)
   if not write:

@@ -16,7 +16,7 @@ from cyb_jax.data import chats, tasks, tokenizers
 from cyb_jax.data import store as stores
 from cyb_jax.data.tokenizers import Tokenizer
 from cyb_jax.errors import InputError
-from cyb_jax.storage import in_bucket, streams
+from cyb_jax.storage import in_bucket, streams, user_cache
 from cyb_jax.storage.paths import unchecked_place
 
 # The version of the rule that derives token weights from byte weights. It is only part of a store's name in the cache,
@@ -149,4 +149,4 @@ class Plan:
 def _default_path(recipe: dict[str, Any], tokenizer: str) -> Path:
   """A folder in the user's cache, named by the store's recipe."""
   name = re.sub(r"[^\w.-]+", "_", f"{recipe['task']}-{os.path.basename(tokenizer)}")
-  return stores.default_cache() / "stores" / f"{name}-{stores.digest(recipe)[:16]}"
+  return user_cache() / "stores" / f"{name}-{stores.digest(recipe)[:16]}"

@@ -34,7 +34,7 @@ from etils import epath
 from cyb_jax.data import chunks, locks, tokenizers
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.progress import Meter
-from cyb_jax.storage import in_bucket, streams
+from cyb_jax.storage import in_bucket, streams, user_cache
 from cyb_jax.storage.paths import absolute, unchecked_place
 
 FORMAT = 1
@@ -235,12 +235,6 @@ class TokenStore:
     return rows
 
 
-def default_cache() -> Path:
-  """The user's cache folder of this package."""
-  cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-  return Path(absolute(cache)) / "cyb_jax"
-
-
 def is_store(path: str | os.PathLike) -> bool:
   """Whether a folder, on a local disk or in a bucket, is a token store.
 
@@ -270,7 +264,7 @@ def tokenizer_spec(path: str | os.PathLike) -> str:
 
 def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
   """Copies a store from a bucket to the user's cache, unless the copy is complete; returns the folder of the copy."""
-  copy = default_cache() / "copies" / description["fingerprint"]
+  copy = user_cache() / "copies" / description["fingerprint"]
   if (copy / DESCRIPTION).is_file():  # a complete copy may be on a read-only disk, so nothing is written
     return copy
   copy.mkdir(parents=True, exist_ok=True)

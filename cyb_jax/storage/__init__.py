@@ -23,7 +23,7 @@ from cyb_jax.storage.files import (
   read_bytes,
   remove_tree,
 )
-from cyb_jax.storage.paths import Place, absolute, in_bucket
+from cyb_jax.storage.paths import Place, absolute, in_bucket, user_cache
 
 __all__ = [
   "Digest",
@@ -48,4 +48,5 @@ __all__ = [
   "remove_tree",
   "starting",
   "upload_folder",
+  "user_cache",
 ]

@@ -59,6 +59,12 @@ def absolute(path: str | os.PathLike) -> str:
   return str(pathlib.Path(*parts[:upward]).resolve().joinpath(*parts[upward:]) if upward else pathlib.Path(*parts))
 
 
+def user_cache() -> pathlib.Path:
+  """The user's cache folder of this package."""
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+  return pathlib.Path(absolute(cache)) / "cyb_jax"
+
+
 def unchecked_place(path: str | os.PathLike) -> epath.Path:
   """The absolute path of a file or folder, without checks.
 

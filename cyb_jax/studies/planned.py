@@ -52,7 +52,7 @@ def run(plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, jobs: in
   folder.mkdir(parents=True, exist_ok=True)
   with Lock(folder) as lock:
     lock.hold()
-    runner = PlannedRunner(plan, folder, results, Processes(jobs, folder / ".compiled"), jobs)
+    runner = PlannedRunner(plan, folder, results, Processes(jobs), jobs)
     runner.run()
   runs = expand(plan, results.runs)
   done = sum(run.key in results.runs for run in runs)

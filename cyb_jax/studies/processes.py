@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import pathlib
 import queue
 import subprocess
 import sys
@@ -35,17 +34,15 @@ class Processes:
 
   Args:
     jobs: the number of processes at a time.
-    cache: the folder of compiled programs; runs that differ only in their seeds share compiled programs.
   """
 
-  def __init__(self, jobs: int, cache: pathlib.Path):
+  def __init__(self, jobs: int):
     self.failures: list[str] = []
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     self._cores: queue.Queue[list[int]] = queue.Queue()
     for job in range(jobs):
       self._cores.put(cores[job::jobs])
     self._pool = concurrent.futures.ThreadPoolExecutor(jobs)
-    self._environment = {"JAX_COMPILATION_CACHE_DIR": str(cache.absolute())} | os.environ
 
   def map(self, function: Callable[..., Any], items: Sequence[tuple], *, description: str, unit: str) -> list[Any]:
     """The function's result for each item; None if it raised Failed, whose message is appended to `failures`.
@@ -108,6 +105,6 @@ class Processes:
     cores = self._cores.get()
     try:
       command = [sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *arguments]
-      return subprocess.run(command, capture_output=True, text=True, env=self._environment)
+      return subprocess.run(command, capture_output=True, text=True)
     finally:
       self._cores.put(cores)

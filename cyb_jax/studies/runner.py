@@ -68,7 +68,7 @@ class Study:
 
   def __init__(self, folder: pathlib.Path, options: Options):
     self.folder, self.options = folder, options
-    self.processes = Processes(options.jobs, folder / ".compiled")
+    self.processes = Processes(options.jobs)
 
   def measure(self, plan: Plan, rates: Sequence[float]) -> list[Measured]:
     """Trains and evaluates every row with every seed at its best rate.
