@@ -83,6 +83,11 @@ def write_huggingface(
   output = pathlib.Path(absolute(output)).absolute()
   family = family_of(decoder_config)
   _check_options(output, dtype, max_shard_bytes)
+  if "slot_heads" in params:
+    raise InputError(
+      "method.slot_heads: True is not supported in a Hugging Face folder, because programs that read it would apply the"
+      " readout without the heads; train with method.slot_heads=False"
+    )
   table = family.table(decoder_config)
   _check_leaves(params["decoder"], table, decoder_config)
   vocab_size = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size

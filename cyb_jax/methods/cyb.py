@@ -207,7 +207,7 @@ class Cyb(StoppingMethod, ExportableSlotMethod):
       hidden=self.hides_pauses and not executed,
       executed=executed,
       frozen=self.backbone.is_frozen,
-    )
+    ) + self.slot_model.heads_cost(slots).times(3)
     if self.config.recipe == "on_policy":
       # The first pass reads only d, which needs no logits in unit form.
       read = self.num_slots - 1 if self.config.dont_know == "token" else 0

@@ -1,12 +1,12 @@
 """A control: a mixture of W softmaxes without pauses (Yang et al. 2018, https://arxiv.org/abs/1711.03953).
 
 CYB with the step budget 0:..:0:1 reads a mixture of softmaxes with a stick-breaking gate. Here all components of the
-mixture read the one hidden state h of a plain model: component k reads tanh(h A_k + b_k) with the shared unembedding,
-and the gate softmax(h G + g) depends on the context. The gain of CYB over this method is due to the pauses, not to the
-richer output distribution.
+mixture read the one hidden state h of a plain model: component k reads tanh(h A_k + b_k), or without the activation
+h A_k + b_k, with the shared unembedding, and the gate softmax(h G + g) depends on the context. The gain of CYB over
+this method is due to the pauses, not to the richer output distribution.
 
-Parameters: `mos_heads` f32[W, D, D], A, initialised to the identity plus normal noise with a standard deviation of
-0.02 / sqrt(D); `mos_bias` f32[W, D], b, `mos_gate` f32[D, W], G, and `mos_gate_bias` f32[W], g, initialised to zero.
+Parameters: `mos_heads` f32[W, D, D], A, which starts near the identity (`slot_models.heads`); `mos_bias` f32[W, D], b,
+`mos_gate` f32[D, W], G, and `mos_gate_bias` f32[W], g, initialised to zero.
 
 The prediction of a token is one distribution, so W output heads are one slot: text is generated without pauses. Heads
 and gate read the same state, so slot model and objective cannot be separated; this file implements both.
@@ -17,7 +17,6 @@ Dimensions: B batch, T tokens, W heads, D model, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -25,16 +24,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.field_rules import whole_number
+from cyb_jax.field_rules import one_of, whole_number
 from cyb_jax.methods.backbone import Backbone, boxed
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
 from cyb_jax.methods.options import MethodConfig
+from cyb_jax.methods.slot_models.heads import heads_cost, init_heads
 from cyb_jax.methods.slot_models.plain import Plain
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores
-
-_HEAD_STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +41,18 @@ class MosConfig(MethodConfig):
 
   Attributes:
     heads: W, the number of softmaxes that are mixed.
+    head_activation: 'tanh', as published; or 'none': the heads then start at the identity, so that fine-tuning starts
+      at the pretrained model.
   """
 
   name: ClassVar[str] = "mos"
-  RULES: ClassVar = {"heads": whole_number(2, note="; with 1 it is 'baseline'")}
+  RULES: ClassVar = {
+    "heads": whole_number(2, note="; with 1 it is 'baseline'"),
+    "head_activation": one_of("tanh", "none"),
+  }
 
   heads: int = 4
+  head_activation: str = "tanh"
 
   def build(self, backbone: Backbone) -> Mos:
     return Mos(self, backbone)
@@ -61,23 +65,23 @@ class MixtureOfSoftmaxes:
   slots_decoded = 1
   decides_by_logits = False
 
-  def __init__(self, backbone: Backbone, heads: int):
-    self.backbone, self.heads = backbone, heads
+  def __init__(self, backbone: Backbone, options: MosConfig):
+    self.backbone, self.heads, self.activation = backbone, options.heads, options.head_activation
 
   def init(self, rng: Array) -> Params:
     width = self.backbone.decoder_config.d_model
-    noise = _HEAD_STD / math.sqrt(width) * jax.random.normal(rng, (self.heads, width, width))
     return {
-      "mos_heads": boxed(jnp.eye(width) + noise, None, "embed", None),
+      "mos_heads": init_heads(rng, self.heads, width),
       "mos_bias": boxed(jnp.zeros((self.heads, width)), None, "embed"),
       "mos_gate": boxed(jnp.zeros((width, self.heads)), "embed", None),
       "mos_gate_bias": boxed(jnp.zeros(self.heads)),
     }
 
   def outputs(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... W D"]:
-    """The states that the heads read, tanh(h A_k + b_k), in the dtype of `hidden`."""
+    """The states that the heads read, in the dtype of `hidden`."""
     heads, bias = (params[name].astype(hidden.dtype) for name in ("mos_heads", "mos_bias"))
-    return jnp.tanh(jnp.einsum("...d,kde->...ke", hidden, heads) + bias)
+    outputs = jnp.einsum("...d,kde->...ke", hidden, heads) + bias
+    return jnp.tanh(outputs) if self.activation == "tanh" else outputs
 
   def log_gate(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... W"]:
     """log pi, f32."""
@@ -124,7 +128,7 @@ class Mos(CachedSlotMethod):
   objective: MixtureOfSoftmaxes
 
   def __init__(self, config: MosConfig, backbone: Backbone):
-    super().__init__(config, backbone, HeadedPlain(backbone, config.heads), MixtureOfSoftmaxes(backbone, config.heads))
+    super().__init__(config, backbone, HeadedPlain(backbone, config.heads), MixtureOfSoftmaxes(backbone, config))
 
   def summarize_metrics(self, means: dict[str, float]) -> dict[str, Any]:
     """`heads`: the mean share of each head."""
@@ -141,7 +145,7 @@ class HeadedPlain(Plain):
   def _head_cost(self) -> flops.Cost:
     """The cost of the heads' matrices and of the gate, per token."""
     width = self.backbone.decoder_config.d_model
-    return flops.Cost(routing=2 * self.heads * (width * width + width))
+    return heads_cost(width, self.heads) + flops.Cost(routing=2 * self.heads * width)
 
   def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
     cost = super().train_cost(sequence_length, slots_read=slots_read * self.heads, executed=executed)

@@ -173,6 +173,7 @@ SCRATCH = PlannedStudy(
     ),
     (
       _scratch("constant_stop", "constant_stop", 1, 4.7),
+      _scratch("ap_heads", "ap_heads", 1, 4.8, fields=(f"{_PRIOR}=0.5",), paced=True),
       _scratch("wider@ap", "wider@ap", 1, 4.7),
       _scratch("ap1", "ap1", 1, 2.1, fields=(f"{_PRIOR}=0.5",), paced=True),
       _scratch("mean_slots", "mean_slots", 1, 4.7),
@@ -185,8 +186,8 @@ SCRATCH = PlannedStudy(
   longer="baseline_30m",
   paced_windows=400,
   note=(
-    "All start as PonderLM-2 does, with pauses that carry their token's embedding. A mixture of softmaxes in every slot"
-    " of CYB is wanted too, and is left out: no method has both."
+    "All start as PonderLM-2 does, with pauses that carry their token's embedding. In ap_heads every slot has its own"
+    " projection before the readout, as the heads of mos do without pauses."
   ),
 )  # fmt: skip
 
@@ -213,7 +214,7 @@ FINETUNE = PlannedStudy(
     (
       _tuned("baseline", "baseline", 1.0),
       _tuned("ap", "ap", 4.4, fields=(_IDENTITY_START,), paced=True),
-      _tuned("mos", "mos", 2.6),
+      _tuned("mos", "mos", 2.6, fields=("method.head_activation=none",)),
       _tuned("tbys3", "tbys3", 2.8, fields=(_IDENTITY_START,)),
     ),
     (_tuned("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
@@ -246,8 +247,8 @@ FINETUNE = PlannedStudy(
   ),
   note=(
     "tbys3_1.8x and baseline_3x take the rate of the same setting at 1x. All pauses but those of ap_paper_start carry"
-    " their token's embedding and start near zero, so that training begins at nearly the pretrained model. mos does"
-    " not: its heads read the state through tanh, so that it first has to recover what the pretrained model had."
+    " their token's embedding and start near zero, and the heads of mos have no activation and start near the identity,"
+    " so that training begins at nearly the pretrained model."
   ),
 )  # fmt: skip
 

@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "ap_sampled": _cyb(recipe="sampled", omega=_PRIORS["uniform"]),
   "ap_on_policy": _cyb(recipe="on_policy"),
   "ap_hidden": _cyb(pause_visibility="hidden"),
+  "ap_heads": _cyb(slot_heads=True),
   # The pauses of earlier work: they share one embedding, and each has its own position.
   "ap_shared": _cyb(pause_shared=True, pause_positions="shifting"),
   # Controls: a mixture over slots with weights that do not depend on the token; independently trained slots.
@@ -94,6 +95,7 @@ MEANINGS: dict[str, str] = {
   "ap_sampled": "CYB-AP that draws each token's number of slots from omega = 1:1:1:1 (in the paper without results)",
   "ap_on_policy": "CYB-AP that draws each token's number of slots from the model's own stopping distribution (ours)",
   "ap_hidden": "CYB-AP whose pauses are seen only by their own token (ours)",
+  "ap_heads": "CYB-AP whose slots have their own projections, as the heads of mos do without pauses (ours)",
   "ap_shared": "CYB-AP whose pauses share one embedding and have their own positions, as in earlier work",
   "constant_stop": "a control: a mixture over slots whose weights are the same for every token",
   "mean_slots": "a control: every slot is trained independently, and the mean of the slots is read",

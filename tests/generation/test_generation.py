@@ -24,11 +24,13 @@ END = 3
 PROMPTS = [[5], [1, 7, 2, 9], [4, 4], [8, 6, 0, 11, 12, 13, 2]]
 VARIANTS = {
   "visible": {},
-  "hidden": {"pause_visibility": "hidden", "pause_input": "token+pause", "pause_offset": True},
+  "hidden": {
+    "pause_visibility": "hidden", "pause_input": "token+pause", "pause_offset": True, "slot_heads": True,
+  },
   "shifting": {"pause_positions": "shifting", "pause_shared": True, "dont_know": "unit"},
   # Hidden pauses keep their positions.
   "hidden shifting": {"pause_visibility": "hidden", "pause_positions": "shifting"},
-}
+}  # fmt: skip
 
 
 @functools.cache
@@ -41,6 +43,8 @@ def model(variant="visible", name="cyb", pauses=2, scan=False):
   method, params = build(decoder, name=name, **options, **VARIANTS[variant])
   if name == "cyb":
     params["dont_know"] = 2 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)
+  if "slot_heads" in params:
+    params["slot_heads"] = params["slot_heads"] + 0.1 * jax.random.normal(jax.random.key(8), params["slot_heads"].shape)
   return method, params
 
 

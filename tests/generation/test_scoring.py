@@ -35,6 +35,7 @@ MODELS = {
   },
   "sampled": {"name": "cyb", "pauses": 2, "recipe": "sampled", "omega": (1.0, 1.0, 1.0), "pause_positions": "shifting"},
   "on_policy": {"name": "cyb", "pauses": 1, "recipe": "on_policy"},
+  "heads": {"name": "cyb", "pauses": 1, "dont_know_prior": 0.5, "slot_heads": True},
   "one_slot": {"name": "cyb", "pauses": 0},
   "constant_stop": {"name": "constant_stop", "pauses": 2},
   "mean_slots": {"name": "mean_slots", "pauses": 2, "pause_visibility": "hidden"},
@@ -48,6 +49,8 @@ def model(name):
     params["dont_know"] = jax.random.normal(jax.random.key(5), params["dont_know"].shape)
   if "pause_offset" in params:
     params["pause_offset"] = jax.random.normal(jax.random.key(6), params["pause_offset"].shape)
+  if "slot_heads" in params:
+    params["slot_heads"] += 0.3 * jax.random.normal(jax.random.key(7), params["slot_heads"].shape)
   if "stopping_logits" in params:
     params["stopping_logits"] = jnp.array([0.1, -0.05, 0.02])
   return method, params

@@ -268,6 +268,14 @@ def test_exports_of_version_0_1_load(name, tmp_path):
     interop.open_source(out)
 
 
+def test_slot_heads_are_not_exported(tmp_path):
+  decoder, options = DecoderConfig(**_RMS), configure(pauses=2, slot_heads=True)
+  params = random_params(methods.build(options, decoder).init)
+  with pytest.raises(InputError, match=r"^method\.slot_heads: True is not supported"):
+    interop.write_huggingface(tmp_path / "out", decoder, params, None, method=options)
+  assert not (tmp_path / "out").exists()
+
+
 def test_own_rows_of_another_shape_are_refused(tmp_path):
   decoder, options = DecoderConfig(**_RMS), configure(pauses=2)
   params = random_params(methods.build(options, decoder).init)

@@ -79,12 +79,13 @@ def test_it_sees_no_later_token(name):
 # An accepted value of each option, as in a config.
 VALUES = {
   "alpha": 0.1, "calibration_batches": 1, "combine": "states", "dont_know": "unit", "dont_know_prior": 0.5,
-  "fork_layers": "1:2", "full_depth": 0.1, "gamma": "1:1:1:1", "heads": 3, "jacobi": "1:1", "loss": "dp",
+  "fork_layers": "1:2", "full_depth": 0.1, "gamma": "1:1:1:1", "head_activation": "none", "heads": 3,
+  "jacobi": "1:1", "loss": "dp",
   "omega": "1:1:1:1",
   "pause_fraction": 0.2, "pause_input": "token+pause", "pause_offset": True, "pause_places": "prefix",
   "pause_positions": "shifting", "pause_shared": True, "pause_visibility": "hidden", "pauses": 2, "policy_floor": 0.2,
   "prune_below": 0.1, "recipe": "sampled", "rho": "1:1:1:1", "router_penalty": 0.1, "router_rate": 0.5,
-  "slot_budget": 2.0,
+  "slot_budget": 2.0, "slot_heads": True,
   "stopping_warmup": 1, "stream_budget": 3.0,
 }  # fmt: skip
 

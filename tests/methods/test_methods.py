@@ -189,6 +189,33 @@ def test_offsets_are_initially_zero_and_then_have_an_effect():
   np.testing.assert_allclose(hidden[:, 0, 0], before[:, 0, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("visibility", ["visible", "hidden"])
+def test_slot_heads_project_the_states(visibility, exact):
+  method, params = build(**CYB, slot_heads=True, pause_visibility=visibility)
+  plain, _ = build(**CYB, pause_visibility=visibility)
+  width = TINY.d_model
+  assert params["slot_heads"].shape == (3, width, width)
+  noise = params["slot_heads"] - np.eye(width)
+  assert 0 < np.abs(noise).max() < 0.05  # equal heads would get equal gradients
+  heads = params["slot_heads"] + 0.1 * jax.random.normal(jax.random.key(3), (3, width, width))
+  batch = random_batch(12, 2, 5)
+  states = np.asarray(plain.hidden(params, batch), np.float64)
+  expected = np.stack([states[:, :, i] @ np.asarray(heads[i], np.float64) for i in range(3)], 2)
+  np.testing.assert_allclose(method.hidden(params | {"slot_heads": heads}, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"recipe": "sampled", "omega": (0.0, 0.0, 1.0)}, {"recipe": "on_policy"}])
+def test_costs_of_slot_heads(recipe):
+  width = TINY.d_model
+  with_heads, without = (build(**CYB, **recipe, slot_heads=heads)[0].costs(6) for heads in (True, False))
+  assert with_heads.forward.total - without.forward.total == 3 * 2 * width**2
+  assert with_heads.inference.total - without.inference.total == 3 * 2 * width**2
+  slots = with_heads.train_slots / 6
+  # The first pass of on_policy has no gradient.
+  factor = 3 if recipe.get("recipe") != "on_policy" else 3 * (slots - 3) / slots + 3 / slots
+  assert with_heads.train.total - without.train.total == pytest.approx(factor * slots * 2 * width**2)
+
+
 def test_documents_do_not_see_each_other():
   method, params = build(**CYB)
   batch = random_batch(9, 1, 6)

@@ -22,18 +22,20 @@ def model(**options):
 
 
 def slow(method, params, tokens):
-  """f64[T, V]: sum_k pi_k softmax(U tanh(h A_k + b_k)), and f64[T, W]: pi."""
+  """f64[T, V]: sum_k pi_k softmax(U f(h A_k + b_k)), and f64[T, W]: pi."""
+  activation = np.tanh if method.config.head_activation == "tanh" else np.asarray
   decoder = Float64Decoder(method, params)
   states = decoder.finish(decoder.layers(decoder.embed(tokens)))
   own = decoder.params
   gate = np.exp(states @ own["mos_gate"] + own["mos_gate_bias"])
   gate /= gate.sum(-1, keepdims=True)
-  heads = [np.tanh(states @ a + b) for a, b in zip(own["mos_heads"], own["mos_bias"])]
+  heads = [activation(states @ a + b) for a, b in zip(own["mos_heads"], own["mos_bias"])]
   return sum(gate[:, k, None] * decoder.probabilities(head) for k, head in enumerate(heads)), gate
 
 
-def test_against_float64(exact):
-  method, params = model(heads=3)
+@pytest.mark.parametrize("activation", ["tanh", "none"])
+def test_against_float64(activation, exact):
+  method, params = model(heads=3, head_activation=activation)
   batch = random_batch(0, 2, 5)
   output = jax.jit(method.evaluate)(params, batch)
   losses = method.loss(params, batch, jax.random.key(0))
@@ -73,6 +75,15 @@ def test_heads_are_initially_almost_equal():
   for k in range(4):
     np.testing.assert_allclose(output.extra_metrics[f"head_{k + 1}"], 0.25, rtol=1e-6)
   assert np.abs(params["mos_heads"] - np.eye(TINY.d_model)).max() < 0.05
+
+
+def test_heads_without_activation_start_at_the_plain_model(exact):
+  method, params = build(name="mos", head_activation="none")
+  params["mos_heads"] = jnp.broadcast_to(jnp.eye(TINY.d_model), params["mos_heads"].shape)
+  plain, _ = build(name="baseline")
+  batch = random_batch()
+  losses = plain.loss({"decoder": params["decoder"]}, batch, jax.random.key(0)).loss
+  np.testing.assert_allclose(method.loss(params, batch, jax.random.key(0)).loss, losses, rtol=1e-5)
 
 
 def test_greedy_text_follows_the_mixture(exact):

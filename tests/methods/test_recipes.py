@@ -130,6 +130,8 @@ def slow_row(method, params, tokens, targets, lengths, segment_ids=None):
     mask=jnp.asarray(mask)[None, None],
     query_key_offset=jnp.stack(offsets) if config.pause_offset else None,
   )[0]
+  if config.slot_heads:
+    out = jnp.stack([state @ params["slot_heads"][j] for state, j in zip(out, slot)])
   logits = np.asarray(jnp.concatenate([out @ table[:VOCABULARY].T, (out @ params["dont_know"])[:, None]], -1))
   rows = [([], []) for _ in tokens]
   for place in range(size):
@@ -144,6 +146,7 @@ LAYOUTS = {
   "hidden": {"pause_visibility": "hidden"},
   "token+pause, offsets": {"pause_input": "token+pause", "pause_offset": True},
   "shared, shifting": {"pause_shared": True, "pause_positions": "shifting"},
+  "heads": {"slot_heads": True},
 }
 
 
@@ -162,6 +165,8 @@ def test_sampled_against_slots_laid_out_one_by_one(layout, with_segment_ids, exa
   method, params = build(**SAMPLED, **LAYOUTS[layout], gamma=(1.0, 0.9, 0.8))
   if "pause_offset" in params:
     params["pause_offset"] += jax.random.normal(KEY, params["pause_offset"].shape)
+  if "slot_heads" in params:
+    params["slot_heads"] += 0.2 * jax.random.normal(KEY, params["slot_heads"].shape)
   batch = random_batch(1, 3, 7)
   segment_ids = [None] * 3
   if with_segment_ids:

@@ -1,7 +1,8 @@
 """Pauses as slots: every token is followed by K pauses, whose inputs are learned rows; one decoder pass runs all slots.
 
 Parameters: with K > 0 `pause_input` f32[K, D], whose row k - 1 is `<pause_k>` (f32[1, D] if all pauses share one row);
-with learned offsets also `pause_offset` f32[K, D]. Method of arXiv 2510.13879.
+with learned offsets also `pause_offset` f32[K, D]; with heads also `slot_heads` f32[W, D, D], initialised to the
+identity plus normal noise with a standard deviation of 0.02 / sqrt(D). Method of arXiv 2510.13879.
 
 Dimensions: B batch, T tokens, W slots, K pauses, S slots of a row (T*W flattened, or the size of a packed row), Q slots
 that run together, D model.
@@ -10,17 +11,21 @@ that run together, D model.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cyb_jax.costs import flops
 from cyb_jax.decoder import HiddenSlots, SegmentMask, embedding_init
+from cyb_jax.decoder.attention import Mask
 from cyb_jax.field_rules import SWITCH, one_of
 from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, boxed_row
 from cyb_jax.methods.interface import Batch, Params
 from cyb_jax.methods.options import MethodConfig
+from cyb_jax.methods.slot_models.heads import heads_cost, init_heads
 from cyb_jax.methods.slot_models.plain import Plain
 from cyb_jax.pauses import Packing, attention_mask, slot_positions
 
@@ -39,6 +44,8 @@ class PauseOptions(MethodConfig):
     pause_shared: whether all pauses share one row (the form of earlier work).
     pause_positions: the position of a pause: 'token', the position of its token; 'shifting', its own position (the form
       of earlier work).
+    slot_heads: whether each slot has its own projection: the readout gets h_i A_i instead of the state h_i of slot i.
+      The heads of `mos` do this without pauses.
   """
 
   RULES: ClassVar = {
@@ -47,6 +54,7 @@ class PauseOptions(MethodConfig):
     "pause_offset": SWITCH,
     "pause_shared": SWITCH,
     "pause_positions": one_of("token", "shifting"),
+    "slot_heads": SWITCH,
   }
 
   pauses: int = 3
@@ -55,6 +63,7 @@ class PauseOptions(MethodConfig):
   pause_offset: bool = False
   pause_shared: bool = False
   pause_positions: str = "token"
+  slot_heads: bool = False
 
 
 class Pauses(Plain):
@@ -84,6 +93,8 @@ class Pauses(Plain):
       if self.options.pause_offset:
         # Initialised to zero, so that an offset initially changes nothing.
         params["pause_offset"] = boxed_row(jnp.zeros(shape))
+    if self.options.slot_heads:
+      params["slot_heads"] = init_heads(rng, self.num_slots, self.backbone.decoder_config.d_model)
     return params
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "B T W D"]:
@@ -108,7 +119,10 @@ class Pauses(Plain):
       mask=mask,
       query_key_offset=None if offset is None else jnp.tile(offset, (length, 1)),
     )
-    return outputs.reshape(batch_size, length, self.num_slots, -1)
+    outputs = outputs.reshape(batch_size, length, self.num_slots, -1)
+    if not self.options.slot_heads:
+      return outputs
+    return jnp.einsum("btwd,wde->btwe", outputs, params["slot_heads"].astype(outputs.dtype))
 
   def hidden_packed(self, params: Params, batch: Batch, packing: Packing) -> Float[Array, "B S D"]:
     """The states of the packed slots, in one decoder pass over packed rows."""
@@ -128,13 +142,37 @@ class Pauses(Plain):
         segment_ids=segment_ids,
         packing=packing,
       )
-    return self.backbone.apply(
+    outputs = self.backbone.apply(
       params,
       jnp.take_along_axis(inputs, source[..., None], 1),
       positions,
       mask=mask,
       query_key_offset=None if offset is None else offset[packing.slot],
     )
+    return self._project(params, outputs, packing.slot)
+
+  def extend(
+    self,
+    params: Params,
+    inputs: SlotInputs,
+    cache: Any,
+    start: Int[Array, "B"] | None,
+    first: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B Q D"], Any]:
+    outputs, cache = super().extend(params, inputs, cache, start, first)
+    return self._project(params, outputs, inputs.slots), cache
+
+  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
+    return self._project(params, super().hidden_slots(params, inputs, mask), inputs.slots)
+
+  def _project(self, params: Params, outputs: Float[Array, "B S D"], slots: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """The states that the readout gets, of slots in any order."""
+    if not self.options.slot_heads:
+      return outputs
+    # One matrix for each slot would have to be copied, so every state is multiplied by all W matrices instead.
+    heads = params["slot_heads"].astype(outputs.dtype)
+    chosen = jax.nn.one_hot(slots, self.num_slots, dtype=outputs.dtype)
+    return jnp.einsum("bsw,bsd,wde->bse", chosen, outputs, heads)
 
   def embed_slots(
     self, params: Params, inputs: SlotInputs
@@ -170,3 +208,20 @@ class Pauses(Plain):
       if self.options.pause_offset:
         offset = jnp.pad(params["pause_offset"], ((1, 0), (0, 0)))  # a token's first slot has no offset
     return inputs.reshape(batch_size, length * self.num_slots, -1), offset
+
+  def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    cost = super().train_cost(sequence_length, slots_read=slots_read, executed=executed)
+    return cost + self.heads_cost(self.num_slots).times(3)
+
+  def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    cost = super().forward_cost(sequence_length, slots_read=slots_read, executed=executed)
+    return cost + self.heads_cost(self.num_slots)
+
+  def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
+    cost = super().inference_cost(sequence_length, slots_read=slots_read, slots=slots)
+    # Without `slots` it is the cost of a forward pass, which includes the heads.
+    return cost if slots is None else cost + self.heads_cost(slots)
+
+  def heads_cost(self, slots: float) -> flops.Cost:
+    """The cost of the projections of this number of slots."""
+    return heads_cost(self.backbone.decoder_config.d_model, slots) if self.options.slot_heads else flops.Cost()
