@@ -21,7 +21,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import command_line, jsonl, storage
-from cyb_jax.cli import flag_values, hosts, launching, models, splits
+from cyb_jax.cli import contexts, flag_values, hosts, launching, models, splits
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
       batch_size=splits.rows_at_once(config, mesh),
       autoregressive_windows=AUTOREGRESSIVE_WINDOWS if windows is None else windows,
     )
+  if args.context == "self_paced":
+    contexts.warn_of_untrained_context(run.method, record)
   if args.pauses is not None:
     # The record is not written, because evaluation.json is the evaluation with the run's own pauses.
     return record | {"pauses": args.pauses}

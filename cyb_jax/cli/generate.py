@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax.cli import flag_values, launching, models, terminal
+from cyb_jax.cli import contexts, flag_values, launching, models, terminal
 from cyb_jax.errors import InputError, check_seed
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "mode", "", "How slots are computed. self_paced: one slot at a time; only the pauses that the model requests are in"
     " the context; constant: a token and all its pauses in one forward pass, as in training; none: without pauses. '':"
-    " the default of the method."
+    " self_paced if the model was trained with such contexts (hidden pauses, or a drawn number of pauses), otherwise"
+    " constant."
   )  # fmt: skip
   flags.DEFINE_string(
     "read", "sample", "When the model answers. sample: it pauses with probability d; threshold: it pauses if d is above"
@@ -89,6 +90,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     logging.info(
       "the model was trained with pauses after every token; --prompt_pauses=all also inserts them in the prompt"
     )
+  if chosen.mode == "self_paced":
+    contexts.warn_of_untrained_context(run.method, contexts.measured(args.workdir))
   return _generate(run, sampler, prompts, new)
 
 

@@ -54,14 +54,21 @@ def trained_with_all_pauses(method: Method) -> bool:
   return isinstance(method, Decoding) and method.num_slots > 1 and method.keeps_all_pauses
 
 
+def trained_self_paced(method: Method) -> bool:
+  """Whether a context with only the requested pauses is one that training has shown: pauses are hidden from other
+  tokens, or their number is drawn, or there are none.
+  """
+  return not trained_with_all_pauses(method) or method.hides_pauses
+
+
 def default_mode(method: Method) -> str:
   """The mode of `SamplingOptions` that suits a method.
 
-  'self_paced' if the model decides when a token is read; 'constant' if a rule decides, or if a token's slots run one
-  after the other; 'none' without pauses.
+  'self_paced' if the model decides when a token is read and was trained with self-paced contexts; 'constant' for other
+  methods with pauses, and if a token's slots run one after the other; 'none' without pauses.
   """
   if isinstance(method, SequentialDecoding):
     return "constant"
   if method.num_slots == 1:
     return "none"
-  return "self_paced" if isinstance(method, Adaptive) else "constant"
+  return "self_paced" if isinstance(method, Adaptive) and trained_self_paced(method) else "constant"

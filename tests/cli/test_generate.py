@@ -26,10 +26,12 @@ def workdir(tmp_path_factory):
 
 def test_generated_text_has_marked_pauses(workdir):
   process = cli.start(
-    "generate", f"--workdir={workdir}", "--prompt=a=1", "--prompt=b", "--max_new_tokens=9", "--seed=2"
-  )
+    "generate", f"--workdir={workdir}", "--prompt=a=1", "--prompt=b", "--max_new_tokens=9", "--seed=2",
+    "--mode=self_paced",
+  )  # fmt: skip
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
+  assert "the model was trained with all pauses of every token in the context" in err
   *shown, last = out.strip().splitlines()
   result = json.loads(last)
   assert {

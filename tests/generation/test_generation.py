@@ -234,6 +234,21 @@ def fits(counts, expected):
 
 
 @pytest.mark.parametrize(
+  ("options", "mode"),
+  [
+    ({}, "constant"),
+    ({"pause_visibility": "hidden"}, "self_paced"),
+    ({"recipe": "on_policy"}, "self_paced"),
+    ({"recipe": "sampled", "omega": (1.0, 1.0, 1.0)}, "self_paced"),
+    ({"pauses": 0}, "none"),
+  ],
+)
+def test_default_mode_is_a_context_of_training(options, mode):
+  config = methods.configure(**{"name": "cyb", "pauses": 2} | options)
+  assert default_mode(methods.build(config, TINY, vocab_size=8)) == mode
+
+
+@pytest.mark.parametrize(
   ("name", "mode", "pauses"), [pytest.param("tbys", "constant", 2, marks=pytest.mark.slow), ("baseline", "none", 0)]
 )
 def test_methods_without_a_decision(name, mode, pauses):
