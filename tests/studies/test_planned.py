@@ -446,12 +446,12 @@ def test_the_rows_of_the_plans_are_valid_configs(plan):
 
 
 def test_the_plans_match_the_readme():
-  """10M and 30M tokens from scratch; 1, 1.8 and 3 times the fine-tuning tokens."""
+  """5M and 15M tokens from scratch; 1, 1.8 and 3 times the fine-tuning tokens."""
   scratch = {row.name: row for row in plans.SCRATCH.rows}
-  assert scratch["ap"].steps * plans.SCRATCH.step_tokens == 10_240_000
-  assert scratch["baseline_30m"].steps == 3 * scratch["baseline"].steps
+  assert scratch["ap"].steps * plans.SCRATCH.step_tokens == 5_120_000
+  assert scratch["baseline_3x"].steps == 3 * scratch["baseline"].steps
   assert [row.name for row in plans.SCRATCH.groups[0]] == ["baseline", "ap", "mos", "ap_hidden", "tbys3"]
-  three = {"baseline", "ap", "mos", "ap_hidden", "tbys3", "baseline_30m", "ap_prior_0.9", "ap_sampled", "ap_on_policy"}
+  three = {"baseline", "ap", "mos", "ap_hidden", "tbys3", "baseline_3x"}
   assert {name for name, row in scratch.items() if row.seeds == 3} == three
   assert plans.SCRATCH.search_steps * plans.SCRATCH.step_tokens == 2_048_000
   tuned = {row.name: row.steps for row in plans.FINETUNE.rows}
