@@ -63,8 +63,8 @@ def slot_scores(
   Args:
     hidden: [..., W, D], the hidden states after the final norm.
     unembedding: [V, D].
-    targets: int[...], the target token of all W slots. An id without a row (an ignored label such as -100) has a
-      finite, meaningless score, which a loss weight of 0 removes; a row that is not a token has the score -inf.
+    targets: int[...], the target token of all W slots. A negative id, such as -100, is an ignored label: its log t is
+      0, with a gradient of 0, so that every cross-entropy of it is 0. A row that is not a token has the score -inf.
     dont_know: f32[D], a separate output row for `<don't know>`; or an int, the row of `unembedding` that is
       `<don't know>` and not a token; or None for a model that cannot abstain: d = 0 (log d = -inf, log a = 0).
     form: 'token': `<don't know>` competes with the vocabulary; 'unit': it is a separate logistic unit.
@@ -101,12 +101,13 @@ def slot_scores(
   outputs = _chunked(readout, tiling.split(hidden), unembedding, tiling.split(flat_targets))
   target_logit, log_normalizer = (tiling.join(x) for x in outputs)
   if dont_know is None:
-    log_target = target_logit - log_normalizer
-    return SlotScores(log_target, jnp.full_like(target_logit, -jnp.inf), jnp.zeros_like(target_logit))
+    never = jnp.full_like(target_logit, -jnp.inf)
+    return SlotScores(target_logit - log_normalizer, never, jnp.zeros_like(never)).without_ignored(targets)
   row = cast("Array", dont_know) if excluded is None else _row(unembedding, excluded)
   dont_know_logit = _dont_know_logit(hidden, row, form, soft_cap)
   shift = prior_shift(form, prior, tokens + (excluded is None)) + dont_know_bias
-  return SlotScores.from_readout(target_logit, dont_know_logit, log_normalizer, form=form, shift=shift)
+  scores = SlotScores.from_readout(target_logit, dont_know_logit, log_normalizer, form=form, shift=shift)
+  return scores.without_ignored(targets)
 
 
 def _num_tokens(hidden: Array, unembedding: Array, targets: Array, vocab_size: int | None) -> int:

@@ -63,7 +63,8 @@ class SlotScores:
 
     Args:
       logits: [..., W, V], any float dtype; the computation is in f32 or wider.
-      targets: int[...], the target token of all slots; no target may equal `dont_know_id`.
+      targets: int[...], the target token of all slots; no target may equal `dont_know_id`. A negative target, such as
+        -100, is an ignored label: its log t is 0, with a gradient of 0, so that every cross-entropy of it is 0.
       dont_know_id: the column of `<don't know>`; negative values count from the end.
       prior: psi'(dk), the probability of abstaining under uniform logits; None leaves the logits as they are.
 
@@ -85,13 +86,24 @@ class SlotScores:
       raise ValueError(f"dont_know_id: {dont_know_id} is not a column of logits with {vocabulary} columns")
     column = jnp.arange(vocabulary) == dont_know_id % vocabulary
     answers = jnp.where(column, -jnp.inf, logits)
-    targets = jnp.broadcast_to(jnp.asarray(targets)[..., None, None], (*logits.shape[:-1], 1))
+    targets = jnp.asarray(targets)
+    indices = jnp.broadcast_to(jnp.maximum(targets, 0)[..., None, None], (*logits.shape[:-1], 1))
     return cls.from_readout(
-      target_logit=jnp.take_along_axis(answers, targets, axis=-1)[..., 0],
+      target_logit=jnp.take_along_axis(answers, indices, axis=-1)[..., 0],
       dont_know_logit=logits[..., dont_know_id],
       log_normalizer=jax.nn.logsumexp(answers, axis=-1),
       shift=prior_shift("token", prior, vocabulary),
-    )
+    ).without_ignored(targets)
+
+  def without_ignored(self, targets: Int[Array, "..."]) -> SlotScores:
+    """Returns the scores with log t = 0 where the target is negative, an ignored label.
+
+    Example:
+      >>> scores = SlotScores(jnp.full((2, 3), -4.0), *jnp.full((2, 2, 3), -0.7)).without_ignored(jnp.array([5, -100]))
+      >>> print(scores.log_target[:, 0])
+      [-4.  0.]
+    """
+    return dataclasses.replace(self, log_target=jnp.where((targets < 0)[..., None], 0.0, self.log_target))
 
   @classmethod
   def from_readout(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cyb_jax import losses
 from cyb_jax.readout import slot_scores, token_scores
 from cyb_jax.stopping import SlotScores
 
@@ -317,3 +318,35 @@ def test_scores_of_all_tokens_equal_scores_of_targets(form, soft_cap, exact):
   never = token_scores(hidden, unembedding, None, vocab_size=9)
   assert (never.log_dont_know == -jnp.inf).all()
   assert (never.log_answer == 0).all()
+
+
+@pytest.mark.parametrize("form", ["dense", "token", "unit", None])
+def test_ignored_labels_have_no_loss_and_no_gradient(form):
+  """Such labels are -100 in PyTorch and transformers."""
+  rng = np.random.default_rng(3)
+  hidden = jnp.asarray(rng.normal(size=(2, 3, 2, 5)), jnp.float32)
+  unembedding = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
+  row = jnp.asarray(rng.normal(size=5), jnp.float32)
+  targets = jnp.array([[1, -100, 3], [-1, -100, 6]])
+
+  def loss(hidden, unembedding):
+    if form == "dense":
+      logits = jnp.concatenate([hidden @ unembedding.T, (hidden @ row)[..., None]], -1)
+      scores = SlotScores.from_logits(logits, targets, 7)
+    elif form is None:
+      scores = slot_scores(hidden, unembedding, targets, None)
+    else:
+      scores = slot_scores(hidden, unembedding, targets, row, form=form)
+    return losses.last_slot_cross_entropy(scores), losses.cyb(scores)
+
+  last, cyb = loss(hidden, unembedding)
+  ignored = np.asarray(targets) < 0
+  np.testing.assert_array_equal(last[ignored], 0)
+  np.testing.assert_allclose(cyb[ignored], 0, atol=1e-6)
+  assert (np.asarray(last)[~ignored] > 0).all()
+  gradient = jax.grad(lambda h: sum(x.sum() for x in loss(h, unembedding)))(hidden)
+  np.testing.assert_allclose(gradient[ignored], 0, atol=1e-6)
+  # The unembedding's gradient is that of the other tokens alone.
+  together = jax.grad(lambda u: loss(hidden, u)[1].sum())(unembedding)
+  alone = jax.grad(lambda u: jnp.where(ignored, 0, loss(hidden, u)[1]).sum())(unembedding)
+  np.testing.assert_allclose(together, alone, atol=1e-5)
