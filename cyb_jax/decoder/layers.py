@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from cyb_jax.decoder import attention
 from cyb_jax.decoder.cache import write
 from cyb_jax.decoder.config import DecoderConfig
+from cyb_jax.decoder.contraction import contract
 from cyb_jax.decoder.initializers import matrix_init
 from cyb_jax.decoder.lora import adapt
 from cyb_jax.decoder.rope import apply_rope
@@ -185,7 +186,7 @@ class Projection(nn.Module):
     dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
     kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
     kernel = self.param("kernel", kernel_init, self.inputs + self.outputs, param_dtype)
-    y = jnp.tensordot(x, kernel.astype(dtype), axes=len(self.inputs))
+    y = contract(x, kernel.astype(dtype), len(self.inputs))
     if self.use_bias:
       bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :])
       y += self.param("bias", bias_init, self.outputs, param_dtype).astype(dtype)

@@ -1,6 +1,6 @@
 """Generated tasks whose answers need a known number of steps.
 
-The tasks are `synthetic_lookups`, `synthetic_sums` and `synthetic_questions`.
+The tasks are `synthetic_lookups`, `synthetic_sums`, `synthetic_questions` and `synthetic_parity`.
 """
 
 from __future__ import annotations
@@ -140,8 +140,28 @@ def write_sums(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str
   return text, answers
 
 
+def write_parity(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
+  """One document of `synthetic_parity`, and the (position, difficulty m) of its answer.
+
+  The letters a to h in random order, each small or capital; then m, and the answer: whether the number of capitals
+  among the first m letters of the alphabet is odd. Only the answer has weight 1.
+
+      cAhBgDfe30     of a, b and c two are capitals
+
+  One head of attention counts the capitals at any width of the layers, but the parity of a count in 0 .. m is a zigzag
+  with m + 1 pieces, and an MLP of a token has only as many pieces as hidden units. Every pause applies the MLP again
+  with other inputs.
+  """
+  letters, capital = string.ascii_lowercase[:8], rng.integers(0, 2, 8)
+  steps = int(rng.integers(lowest, highest + 1))
+  text = "".join(letters[i].upper() if capital[i] else letters[i] for i in rng.permutation(8))
+  text += f"{steps}{capital[:steps].sum() % 2}"
+  return text, [(len(text) - 1, steps)]
+
+
 KINDS = {
   "synthetic_lookups": _kind("synthetic_lookups", write_lookups),
   "synthetic_sums": _kind("synthetic_sums", write_sums),
   "synthetic_questions": _kind("synthetic_questions", write_question, answers_only=True),
+  "synthetic_parity": _kind("synthetic_parity", write_parity, answers_only=True),
 }
