@@ -15,7 +15,7 @@ import pytest
 from cyb_jax.data import open_task, prepare, register
 from cyb_jax.data.tasks import split_of, text_digest
 from cyb_jax.data.tasks.reviews import packaged_reviews
-from cyb_jax.data.tasks.synthetic import write_lookups, write_question, write_sums
+from cyb_jax.data.tasks.synthetic import write_lookups, write_parity, write_question, write_sums
 from cyb_jax.errors import InputError
 
 C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
@@ -89,6 +89,19 @@ def test_questions_are_right(lowest, highest):
     assert len(set(letters)) == len(letters)
     seen.add(difficulty)
   assert seen == set(range(lowest, highest + 1))
+
+
+def test_parities_are_right():
+  seen = set()
+  for seed in range(200):
+    text, ((position, difficulty),) = write_parity(np.random.default_rng(seed), 2, 5)
+    letters, (m, answer) = text[:8], text[8:]
+    assert (position, difficulty) == (9, int(m))
+    assert sorted(letters.lower()) == list("abcdefgh")
+    capitals = [letter for letter in "abcdefgh"[: int(m)] if letter.upper() in letters]
+    assert int(answer) == len(capitals) % 2
+    seen.add((difficulty, answer))
+  assert seen == {(m, answer) for m in (2, 3, 4, 5) for answer in "01"}
 
 
 def test_only_the_answer_of_a_question_has_weight(tmp_path):
@@ -229,7 +242,7 @@ def test_bad_input(task, options, message):
 def test_register_is_idempotent_and_yields_complete_documents(tmp_path):
   seqio = pytest.importorskip("seqio")
   names = register()
-  assert {"cyb_synthetic_lookups", "cyb_synthetic_sums"} <= set(names)
+  assert {"cyb_synthetic_lookups", "cyb_synthetic_sums", "cyb_synthetic_parity"} <= set(names)
   assert register() == names
   task = seqio.get_mixture_or_task("cyb_synthetic_sums")
   example = next(task.get_dataset(None, "validation", shuffle=False).as_numpy_iterator())
