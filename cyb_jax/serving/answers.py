@@ -120,14 +120,16 @@ class Choice:
       self.finish_reason = "stop"
     elif new.finished:
       self.finish_reason = "length"
+    texts = [text for _, text in self._continuation.pieces(new.tokens[:count], new.pauses[:count])]
+    if texts and self.finish_reason is not None:
+      texts[-1] += self._continuation.rest()
     added = []
-    for number, (pauses, text) in enumerate(self._continuation.pieces(new.tokens[:count], new.pauses[:count])):
-      last = self.finish_reason is not None and number == count - 1
-      token, slots = new.tokens[number], new.log_dont_know[number]
+    for number, text in enumerate(texts):
+      token, pauses, slots = new.tokens[number], new.pauses[number], new.log_dont_know[number]
       added.append(
         Token(
           token,
-          text + (self._continuation.rest() if last else ""),
+          text,
           self._names.of(token),
           new.log_probs[number],
           self._alternatives(new.alternatives[number] if new.alternatives else []),
