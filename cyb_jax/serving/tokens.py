@@ -22,7 +22,7 @@ def tokenize(body: Any, model: Model) -> dict[str, Any]:
   if text is None:
     raise wrong("prompt", None, "a string")
   check_characters("prompt", text)
-  named = [token for token, name in run.tokenizer.special_names().items() if name == text]
+  named = [token for token, name in _special_names(model).items() if name == text]
   try:
     ids = named[:1] or tokenizers.encode_whole(run.tokenizer, text, "prompt", special=run.imported)
   except InputError as error:
@@ -47,12 +47,19 @@ def detokenize(body: Any, model: Model) -> dict[str, Any]:
 def tokenizer_info(model: Model) -> dict[str, Any]:
   """The names of the tokens before and after a text, and the chat template."""
   run = model.run
-  names = run.tokenizer.special_names()
-  start = names.get(run.boundaries.start[0]) if run.boundaries.start else None
+  names = _special_names(model)
+  start = names[run.boundaries.start[0]] if run.boundaries.start else None
   return {
     "tokenizer_class": type(run.tokenizer).__name__,
     "bos_token": start,
-    "eos_token": names.get(run.boundaries.end_ids[0]),
+    "eos_token": names[run.boundaries.end_ids[0]],
     "pad_token": None,
     "chat_template": run.tokenizer.chat_template,
   }
+
+
+def _special_names(model: Model) -> dict[int, str]:
+  """The names of special entries; some tokenizers have none for the tokens before and after a text."""
+  tokenizer, boundaries = model.run.tokenizer, model.run.boundaries
+  around = {token: tokenizer.piece(token) for token in (*boundaries.start, *boundaries.end_ids)}
+  return around | {token: name for token, name in tokenizer.special_names().items() if name}
