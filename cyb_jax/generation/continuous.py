@@ -142,7 +142,9 @@ class RunningBatch:
     self._options = _RowOptions.empty(rows)
     self._alternatives = np.zeros(rows, np.int32)
     self._capacity = _capacity(lane.layout, context, num_prompt_pauses(method))
-    self._state = _empty(method, lane.layout, rows, self._capacity, context)
+    # The state is put where the results of the programs are, since another placement would compile them twice.
+    state = _empty(method, lane.layout, rows, self._capacity, context)
+    self._state = jax.device_put(state, jax.tree.leaves(params)[0].sharding)
 
   @property
   def nbytes(self) -> int:

@@ -1,11 +1,12 @@
-"""One tiny run and one server of it for all tests of the folder."""
+"""One tiny run and one server of it for all tests of the folder, which need the extra `serve`."""
+
+import importlib.util
 
 import pytest
-
-pytest.importorskip("starlette", reason="the extra serve isn't installed")
-pytest.importorskip("uvicorn", reason="the extra serve isn't installed")
-
 import served as support
+
+if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "prometheus_client")):
+  collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
