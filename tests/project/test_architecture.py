@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
   "serving": RUN | {"evaluation", "generation"},
   "studies": PROGRAMS,
   "compilation": PROGRAMS | {"studies"},
-  "benchmarks": PROGRAMS | {"studies", "serving"},
+  "benchmarks": PROGRAMS | {"studies"},
   "cli": PROGRAMS | {"studies", "compilation", "benchmarks", "serving"},
   # The package loads `load` and `losses` on demand.
   PACKAGE: RUN | {"interop"},
