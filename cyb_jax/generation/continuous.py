@@ -381,6 +381,7 @@ def _join(
     "finished")  # fmt: skip
   # Entries after the prompt's are of earlier requests; no slot sees them before it overwrites them.
   cache = jax.tree.map(lambda whole, part: put(whole, part, max(whole.ndim - 4, 0)), state.cache, one.cache)
+  assert state.trace is not None
   trace = dataclasses.replace(
     state.trace,
     log_dont_know=state.trace.log_dont_know.at[row].set(jnp.nan),

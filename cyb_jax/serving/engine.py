@@ -8,6 +8,7 @@ and cancel requests, and receive results by a function that the engine's thread 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -17,9 +18,11 @@ from absl import logging
 
 from cyb_jax.errors import InputError
 from cyb_jax.generation import Lane, NewTokens, RowRequest, RunningBatch, default_mode
+from cyb_jax.generation.abilities import check_decodes
 from cyb_jax.generation.continuous import MAX_ALTERNATIVES
 from cyb_jax.generation.options import SamplingOptions
 from cyb_jax.generation.prompt_scores import TextScorer, TextScores
+from cyb_jax.methods import Decoding
 
 if TYPE_CHECKING:
   from cyb_jax.runs import Run
@@ -124,13 +127,19 @@ class Engine:
     chunk: the number of iterations between which rows join and leave: fewer make the first token come sooner, more
       make all tokens cheaper.
 
+  Raises:
+    InputError: the method does not decode.
+
   Attributes:
     context: the maximum number of tokens of a row, including the prompt.
     stats: `Stats`.
   """
 
   def __init__(self, run: Run, *, rows: int, queue: int, chunk: int = 4):
+    check_decodes(run.method)
+    assert isinstance(run.method, Decoding)
     self.run, self.rows, self.queue, self._chunk = run, rows, queue, chunk
+    self._method: Decoding = run.method
     self.context = run.config.data.sequence_length
     self.default_mode = default_mode(run.method)
     self.stats = Stats()
@@ -174,7 +183,7 @@ class Engine:
     Raises:
       InputError: the options are incompatible with each other or with the method.
     """
-    Lane.of(self.run.method, options)
+    Lane.of(self._method, options)
 
   def submit(self, work: Sequence[Work], deliver: Callable[[int, Event], None]) -> list[Ticket]:
     """Puts the rows of a request into the queue: all of them, or none.
@@ -187,9 +196,7 @@ class Engine:
       QueueFullError: the queue has no space.
       ClosedError: the engine is closing.
     """
-    tickets = [
-      Ticket(each, lambda event, number=number: deliver(number, event), self._wake) for number, each in enumerate(work)
-    ]
+    tickets = [Ticket(each, functools.partial(deliver, number), self._wake) for number, each in enumerate(work)]
     with self._changed:
       if self._closing or not self.alive:
         raise ClosedError
@@ -256,7 +263,7 @@ class Engine:
   def _warm_up(self) -> None:
     """Compiles the programs of the default mode, with requests that are not counted."""
     options = SamplingOptions(mode=self.default_mode)
-    batch = self._batch(Lane.of(self.run.method, options))
+    batch = self._batch(Lane.of(self._method, options))
     assert batch is not None
     for length in batch.batch.prompt_lengths:
       prompt = (0,) * min(length + 1, self.context - 1)
@@ -301,7 +308,7 @@ class Engine:
     """
     row, batch = ticket.work.row, None
     if row.max_new_tokens:
-      lane = Lane.of(self.run.method, row.options)
+      lane = Lane.of(self._method, row.options)
       batch = None if lane in full else self._batch(lane)
       if batch is None or not batch.batch.free:
         full.add(lane)
@@ -324,7 +331,7 @@ class Engine:
         if not idle:
           return None
         del self._batches[min(idle, key=lambda other: self._batches[other].used)]
-      batch = RunningBatch(self.run.method, self.run.params, lane, rows=self.rows, context=self.context)
+      batch = RunningBatch(self._method, self.run.params, lane, rows=self.rows, context=self.context)
       logging.info("%s: a batch of %d rows, with a cache of %.1f MiB; its programs are compiled on first use",
         lane.pacing.__name__, self.rows, batch.nbytes / 2**20)  # fmt: skip
       self._batches[lane] = _Batch(batch)

@@ -38,23 +38,31 @@ class Fields:
     """The value; None if the field is absent."""
     return self._body.get(name)
 
-  def text(self, name: str, default: str | None = None) -> str | None:
+  def text(self, name: str, default: str) -> str:
+    """A string; the default if the field is absent."""
     value = self._body.get(name, default)
-    if value is not None and not isinstance(value, str):
+    if not isinstance(value, str):
       raise wrong(name, value, "a string")
     return value
 
+  def optional_text(self, name: str) -> str | None:
+    """A string; None if the field is absent."""
+    return self.text(name, "") if name in self._body else None
+
   def flag(self, name: str, default: bool = False) -> bool:
+    """True or false; the default if the field is absent."""
     value = self._body.get(name, default)
     if not isinstance(value, bool):
       raise wrong(name, value, "true or false")
     return value
 
-  def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+  def optional_integer(self, name: str, low: int, high: int) -> int | None:
+    """A whole number in low..high; None if the field is absent."""
+    return self.integer(name, low, low, high) if name in self._body else None
+
+  def integer(self, name: str, default: int, low: int, high: int) -> int:
     """A whole number in low..high; the default if the field is absent."""
-    value = self._body.get(name)
-    if value is None:
-      return default
+    value = self._body.get(name, default)
     # Some clients send 16.0.
     whole = isinstance(value, float) and value.is_integer()
     if isinstance(value, bool) or not (isinstance(value, int) or whole) or not low <= value <= high:

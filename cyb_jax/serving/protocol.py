@@ -90,7 +90,7 @@ def parse_completion(body: Any, model: Model) -> Request:
   _check_shared(fields, model)
   fields.neutral("suffix", "")
   echo = fields.flag("echo")
-  logprobs = fields.integer("logprobs", None, 0, MAX_ALTERNATIVES)
+  logprobs = fields.optional_integer("logprobs", 0, MAX_ALTERNATIVES)
   n = fields.integer("n", 1, 1, model.max_rows)
   fields.integer("best_of", n, n, n)
   prompts = _prompts(fields, model)
@@ -100,7 +100,7 @@ def parse_completion(body: Any, model: Model) -> Request:
       f" {model.max_rows}",
       param="n",
     )
-  most = fields.integer("max_tokens", None, 0, 2**31 - 1)
+  most = fields.optional_integer("max_tokens", 0, 2**31 - 1)
   if most == 0 and not echo:
     raise ApiError(
       "max_tokens: 0 generates nothing; give at least 1, or set echo to score the prompt", param="max_tokens"
@@ -149,7 +149,7 @@ def parse_chat(body: Any, model: Model) -> Request:
   ids = _chat_ids(fields, model)
   n = fields.integer("n", 1, 1, model.max_rows)
   name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
-  most = fields.integer(name, None, 1, 2**31 - 1)
+  most = fields.optional_integer(name, 1, 2**31 - 1)
   new = _new_tokens(name, most, model.context, len(ids), model)
   top = fields.integer("top_logprobs", 0, 0, MAX_ALTERNATIVES)
   if top and not fields.flag("logprobs"):
@@ -200,18 +200,17 @@ def _sampling(fields: Fields, model: Model) -> SamplingOptions:
   greedy = "mixture" if mode == "constant" else "threshold"
   # A threshold that is set would have no effect on draws.
   read = "threshold" if fields.get("threshold") is not None else greedy if temperature == 0 else "sample"
-  options = SamplingOptions(
+  return SamplingOptions(
     mode=mode,
     read=fields.text("read", read),
     threshold=fields.number("threshold", 0.5, 0.0, 1.0),
-    max_pauses=fields.integer("max_pauses", None, 0, 2**31 - 1) if mode != "none" else None,
-    pause_budget=fields.integer("pause_budget", None, 0, 2**31 - 1),
-    prompt_pauses=fields.text("prompt_pauses"),
+    max_pauses=fields.optional_integer("max_pauses", 0, 2**31 - 1) if mode != "none" else None,
+    pause_budget=fields.optional_integer("pause_budget", 0, 2**31 - 1),
+    prompt_pauses=fields.optional_text("prompt_pauses"),
     temperature=temperature,
     top_k=fields.integer("top_k", 0, 0, 2**31 - 1),
     top_p=fields.number("top_p", 1.0, 0.0, 1.0),
   )
-  return options
 
 
 def _work(
@@ -226,7 +225,7 @@ def _work(
 ) -> list[Work]:
   """The rows of a request: for each prompt, its `n` continuations with consecutive seeds."""
   options = _sampling(fields, model)
-  seed = fields.integer("seed", None, 0, 2**32 - 1)
+  seed = fields.optional_integer("seed", 0, 2**32 - 1)
   first = int.from_bytes(os.urandom(4)) if seed is None else seed
   rows = []
   for number in range(len(prompts) * n):
@@ -343,9 +342,9 @@ def _message(name: str, message: Any) -> dict[str, str]:
   if role not in _ROLES:
     raise wrong(f"{name}.role", role, f"one of {', '.join(_ROLES)}")
   if isinstance(content, list):
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-      content = "".join(texts)
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    content = "".join(texts) if len(texts) == len(content) else content
   if not isinstance(content, str):
     raise wrong(f"{name}.content", content, "a string, or a list of parts of type text")
   check_characters(f"{name}.content", content)

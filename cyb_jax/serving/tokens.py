@@ -18,7 +18,7 @@ def tokenize(body: Any, model: Model) -> dict[str, Any]:
     ApiError: the request is invalid.
   """
   fields = Fields(body, ("model", "prompt", "add_special_tokens", "return_token_strs"))
-  text, run = fields.text("prompt"), model.run
+  text, run = fields.optional_text("prompt"), model.run
   if text is None:
     raise wrong("prompt", None, "a string")
   check_characters("prompt", text)
