@@ -38,7 +38,7 @@ class Served:
     engine, model, server, port, url: of the server.
   """
 
-  def __init__(self, run, *, rows=3, queue=24, chunk=3, **limits):
+  def __init__(self, run, *, rows=3, queue=24, chunk=3, name="tiny", **limits):
     from cyb_jax.serving.app import Limits, build_app
     from cyb_jax.serving.engine import Engine
     from cyb_jax.serving.protocol import Model
@@ -48,7 +48,7 @@ class Served:
     self.port = bound.getsockname()[1]
     self.url = f"http://127.0.0.1:{self.port}"
     self.engine = Engine(run, rows=rows, queue=queue, chunk=chunk)
-    self.model = Model(run, "tiny", self.engine.context, self.engine.default_mode, max_rows=queue)
+    self.model = Model(run, name, self.engine.context, self.engine.default_mode, max_rows=queue)
     app = build_app(self.engine, self.model, Limits(hosts=host_names(bound), **limits))
     self.engine.start()
     self.server = Server(app, bound, drain_seconds=5, connections=100)
