@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import logging
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
@@ -81,10 +82,15 @@ class Service:
     return await self._generate(http, parse_chat)
 
   async def _generate(self, http: HttpRequest, parse: Callable[[Any, Model], Request]) -> Response:
-    request = parse(await self._body(http), self.model)
-    self.engine.check(request.work[0].row.options)
+    # In a thread, because encoding a long prompt would hold up the streams of other clients.
+    request = await run_in_threadpool(self._parsed, parse, await self._body(http))
     exchange = Exchange(self.engine, request, self.model, self._names, self.metrics)
     return Answer(exchange, self.limits.write_seconds)
+
+  def _parsed(self, parse: Callable[[Any, Model], Request], body: Any) -> Request:
+    request = parse(body, self.model)
+    self.engine.check(request.work[0].row.options)
+    return request
 
   async def models(self, http: HttpRequest) -> Response:
     return JSONResponse({"object": "list", "data": [self._described()]})
@@ -115,10 +121,10 @@ class Service:
     }
 
   async def tokenize(self, http: HttpRequest) -> Response:
-    return JSONResponse(tokenize(await self._body(http), self.model))
+    return JSONResponse(await run_in_threadpool(tokenize, await self._body(http), self.model))
 
   async def detokenize(self, http: HttpRequest) -> Response:
-    return JSONResponse(detokenize(await self._body(http), self.model))
+    return JSONResponse(await run_in_threadpool(detokenize, await self._body(http), self.model))
 
   async def tokenizer_info(self, http: HttpRequest) -> Response:
     return JSONResponse(tokenizer_info(self.model))

@@ -71,7 +71,10 @@ class Exchange:
         kind="rate_limit_error", code="rate_limit_exceeded",
       ) from None  # fmt: skip
     except ClosedError:
-      raise errors.server_error("the server is shutting down", 503) from None
+      reason = (
+        "the server is shutting down" if engine.alive else "the engine has ended; the server's log has the reason"
+      )
+      raise errors.server_error(reason, 503) from None
 
   def cancel(self) -> None:
     """Ends the request; it has no effect on choices that are complete."""

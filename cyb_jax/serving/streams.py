@@ -76,7 +76,10 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": response.body})
         return
+      # Without [DONE], which says that the answer is complete.
       await self._write(send, [error.body])
+      await send({"type": "http.response.body", "body": b"", "more_body": False})
+      return
     except TimeoutError:
       logging.info("a client has read nothing for %g s; its request is ended", self._write_seconds)
       return
