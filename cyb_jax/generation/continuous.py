@@ -160,8 +160,11 @@ class RunningBatch:
     """Prefills a request's prompt into a free row; returns the row.
 
     Raises:
-      InputError: the prompt is empty or fills the context, or an id or the seed is out of its range.
+      InputError: the prompt is empty or fills the context, an id or the seed is out of its range, or there are too many
+        end tokens.
     """
+    if len(request.end_ids) > _END_IDS:
+      raise InputError(f"end_ids: {len(request.end_ids)} tokens; a row ends with one of at most {_END_IDS}")
     before = len(request.prompt) - 1
     padded = next((length for length in self.prompt_lengths if length >= before), None)
     batch = PromptBatch.of(

@@ -223,9 +223,8 @@ class Envelope:
 
   def usage(self) -> dict[str, Any]:
     """The numbers of tokens; those of a prompt count once, however many continuations it has."""
-    prompts = {work.row.prompt: len(work.row.prompt) for work in self.request.work}
     new = sum(choice.num_tokens for choice in self.choices)
-    before = sum(prompts.values())
+    before = sum(len(work.row.prompt) for work in self.request.work[:: self.request.n])
     return {
       "prompt_tokens": before,
       "completion_tokens": new,

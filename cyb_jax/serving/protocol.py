@@ -60,6 +60,7 @@ class Request:
   Attributes:
     chat: whether it is a chat.
     work: one row for each choice: for each prompt, its `n` continuations.
+    n: the number of continuations of a prompt.
     stops: strings that end a continuation.
     logprobs: the number of alternatives whose log-probabilities are wanted; None: no log-probabilities.
     echo: whether the answer begins with the prompt.
@@ -71,6 +72,7 @@ class Request:
 
   chat: bool
   work: list[Work]
+  n: int
   stops: tuple[str, ...]
   logprobs: int | None
   echo: bool
@@ -113,6 +115,7 @@ def parse_completion(body: Any, model: Model) -> Request:
   return Request(
     chat=False,
     work=work,
+    n=n,
     stops=fields.texts("stop", _MOST_STOPS),
     logprobs=logprobs,
     echo=echo,
@@ -159,6 +162,7 @@ def parse_chat(body: Any, model: Model) -> Request:
   return Request(
     chat=True,
     work=_work(fields, model, [ids], [new], n, ends, logprobs, False),
+    n=n,
     stops=fields.texts("stop", _MOST_STOPS),
     logprobs=logprobs,
     echo=False,

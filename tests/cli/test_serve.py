@@ -5,10 +5,10 @@ import json
 import signal
 import socket
 import threading
-import time
 
 import cli
 import pytest
+from served import until
 
 pytest.importorskip("starlette", reason="the extra serve isn't installed")
 pytest.importorskip("uvicorn", reason="the extra serve isn't installed")
@@ -43,15 +43,19 @@ def test_bad_input_is_one_line(workdir, tmp_path):
   assert "no finished checkpoint" in cli.complaint("serve", f"--workdir={tmp_path}/run", "--port=0")
 
 
+def log(program):
+  try:
+    return program.texts()[1]
+  except FileNotFoundError:  # the process has not begun yet
+    return ""
+
+
 def test_a_signal_ends_the_server_after_its_requests(workdir):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   program = cli.Forked("serve", f"--workdir={workdir}", f"--port={port}", "--rows=2", "--model_name=small")
-  end = time.monotonic() + 120
-  while f"small: the page is http://127.0.0.1:{port}/" not in program.texts()[1]:
-    assert time.monotonic() < end, program.texts()[1]
-    time.sleep(0.05)
+  until(lambda: f"small: the page is http://127.0.0.1:{port}/" in log(program), seconds=120)
   connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
   body = json.dumps({"prompt": "ab", "max_tokens": 12, "n": 8, "stream": True, "seed": 1})
   connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})

@@ -95,6 +95,7 @@ def test_rows_with_their_own_options_equal_the_sampler():
 def test_all_self_paced_options_equal_the_sampler():
   method, params = model(visibility="visible")
   check_equal(method, params, SELF_PACED, rows=3)
+  check_equal(method, params, [SamplingOptions(prompt_pauses="all")], rows=3)
 
 
 @pytest.mark.slow
@@ -179,4 +180,6 @@ def test_bad_requests():
   for prompt, message in (((), "is empty"), ((1, VOCABULARY), "has the id"), ((1,) * CONTEXT, "but the context is")):
     with pytest.raises(InputError, match=message):
       batch.join(dataclasses.replace(request(0, SELF_PACED[0]), prompt=prompt))
+  with pytest.raises(InputError, match="end_ids: 9 tokens"):
+    batch.join(request(0, SELF_PACED[0], end_ids=tuple(range(9))))
   assert batch.free == {0}

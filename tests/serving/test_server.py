@@ -41,6 +41,7 @@ def test_openai_client_completes(served, run, client):
   assert choice.text == run.tokenizer.decode(expected.tokens[0])
   assert choice.finish_reason == "length"
   assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 5)
+  assert served.complete(prompt=["ab", "ab"], n=2, max_tokens=1)["usage"]["prompt_tokens"] == 6
   assert (answer.usage.pauses, answer.usage.slots) == (sum(choice.pauses), 5 + sum(choice.pauses))
   for pauses, slots in zip(choice.pauses, choice.slots):
     assert {name: len(values) for name, values in slots.items()} == dict.fromkeys("dts", pauses + 1)
