@@ -83,8 +83,12 @@ def _serve(run: Run, bound: Any) -> dict[str, Any]:
   if not key and not server.is_loopback(bound):
     logging.warning("--host: everyone who reaches %s can use the model; --api_key restricts this", args.host)
   connections = args.rows + args.queue + _SPARE_CONNECTIONS
-  logging.info("%s: the page is http://%s/ and the interface http://%s/v1", model.name, *[server.address_of(bound)] * 2)
-  server.Server(app, bound, drain_seconds=args.drain_seconds, connections=connections).run()
+
+  def ready() -> None:
+    address = server.address_of(bound)
+    logging.info("%s: the page is http://%s/ and the interface http://%s/v1", model.name, address, address)
+
+  server.Server(app, bound, drain_seconds=args.drain_seconds, connections=connections, ready=ready).run()
   engine.close(drain=False)
   return _summary(run, engine)
 

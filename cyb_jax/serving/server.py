@@ -9,7 +9,7 @@ import ipaddress
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from absl import logging
@@ -71,9 +71,18 @@ class Server:
     bound: a bound socket, which is closed at the end.
     drain_seconds: the maximum time to complete the requests after a signal.
     connections: the maximum number of connections at the same time.
+    ready: called when the server accepts connections.
   """
 
-  def __init__(self, app: Starlette, bound: socket.socket, *, drain_seconds: int, connections: int):
+  def __init__(
+    self,
+    app: Starlette,
+    bound: socket.socket,
+    *,
+    drain_seconds: int,
+    connections: int,
+    ready: Callable[[], None] = lambda: None,
+  ):
     config = uvicorn.Config(
       app,
       log_config=None,
@@ -85,7 +94,7 @@ class Server:
       limit_concurrency=connections,
       backlog=max(128, connections),
     )
-    self._server, self._bound = _Uvicorn(config), bound
+    self._server, self._bound = _Uvicorn(config, ready), bound
 
   @property
   def started(self) -> bool:
@@ -114,7 +123,15 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-  """A server whose signals `Server` handles."""
+  """A server whose signals `Server` handles, and that says when it accepts connections."""
+
+  def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+    super().__init__(config)
+    self._ready = ready
+
+  async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    await super().startup(sockets)
+    self._ready()
 
   @contextlib.contextmanager
   def capture_signals(self) -> Iterator[None]:
