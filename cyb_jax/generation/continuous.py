@@ -24,14 +24,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, check_seed
 from cyb_jax.generation.abilities import num_prompt_pauses
 from cyb_jax.generation.layout import SlotLayout
 from cyb_jax.generation.options import SamplingOptions
 from cyb_jax.generation.pacing import Constant, Pacing, SelfPaced, Sequential, choose_pacing
-from cyb_jax.generation.prompts import PromptBatch, random_keys
+from cyb_jax.generation.prompts import PromptBatch
 from cyb_jax.generation.reading import RowReading, StepBudget
 from cyb_jax.generation.sampler import begin, iterate
 from cyb_jax.generation.state import SamplerState, SlotTrace
@@ -174,7 +174,7 @@ class RunningBatch:
       vocab_size=self.method.vocab_size,
       multiple=padded or 1,
     )
-    key = random_keys([request.seed], 1)
+    check_seed("seed", request.seed)
     row = min(self.free)
     budget = request.options.pause_budget
     self._state = _join(
@@ -184,7 +184,7 @@ class RunningBatch:
       self._state,
       np.int32(row),
       batch,
-      key,
+      np.uint32(request.seed),
       np.array([_NO_BUDGET if budget is None else budget], np.int32),
       np.array([request.alternatives], np.int32),
     )
@@ -366,12 +366,13 @@ def _join(
   state: SamplerState,
   row: Int[Array, ""],
   prompt: PromptBatch,
-  key: Array,
+  seed: UInt[Array, ""],
   budget: Int[Array, "1"],
   alternatives: Int[Array, "1"],
 ) -> SamplerState:
-  """The state with a request in a row; `prompt`, `key`, `budget` and `alternatives` have one row."""
-  one = begin(method, 1, pacing, params, prompt, key, budget)
+  """The state with a request in a row; `prompt`, `budget` and `alternatives` have one row."""
+  # The key is made in the program, because a dispatch of its own would take as long as the program.
+  one = begin(method, 1, pacing, params, prompt, jax.random.key(seed)[None], budget)
 
   def put(whole: Array, part: Array, axis: int = 0) -> Array:
     """`whole` with `part`, which has one row and may have fewer cache entries, in the row."""

@@ -144,6 +144,8 @@ class Engine:
     self.default_mode = default_mode(run.method)
     self.stats = Stats()
     self._scorer = TextScorer(run.method, run.params, context=self.context, alternatives=MAX_ALTERNATIVES)
+    # A lane is the same for equal options; finding it makes arrays.
+    self._lane = functools.lru_cache(maxsize=1024)(functools.partial(Lane.of, self._method))
     self._batches: dict[Lane, _Batch] = {}
     self._waiting: list[Ticket] = []
     self._changed = threading.Condition()
@@ -183,7 +185,7 @@ class Engine:
     Raises:
       InputError: the options are incompatible with each other or with the method.
     """
-    Lane.of(self._method, options)
+    self._lane(options)
 
   def submit(self, work: Sequence[Work], deliver: Callable[[int, Event], None]) -> list[Ticket]:
     """Puts the rows of a request into the queue: all of them, or none.
@@ -263,7 +265,7 @@ class Engine:
   def _warm_up(self) -> None:
     """Compiles the programs of the default mode, with requests that are not counted."""
     options = SamplingOptions(mode=self.default_mode)
-    batch = self._batch(Lane.of(self._method, options))
+    batch = self._batch(self._lane(options))
     assert batch is not None
     for length in batch.batch.prompt_lengths:
       prompt = (0,) * min(length + 1, self.context - 1)
@@ -308,7 +310,7 @@ class Engine:
     """
     row, batch = ticket.work.row, None
     if row.max_new_tokens:
-      lane = Lane.of(self._method, row.options)
+      lane = self._lane(row.options)
       batch = None if lane in full else self._batch(lane)
       if batch is None or not batch.batch.free:
         full.add(lane)
