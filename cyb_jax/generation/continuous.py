@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -239,7 +240,9 @@ class RunningBatch:
     ran = [count + 1 if pacing is SelfPaced else num_slots for count in pauses]
 
     def of_slots(values: np.ndarray) -> list[list[float]]:
-      return [each[:slots].tolist() for each, slots in zip(values[row, :count], ran)]
+      # The pauses after a prompt may be more than the slots of a token; their scores are not recorded.
+      each = zip(values[row, :count].tolist(), ran)
+      return [[*scores[:slots], *[math.nan] * (slots - len(scores))] for scores, slots in each]
 
     wanted = int(self._alternatives[row])
     ids, log_probs = (x[row, :count, :wanted].tolist() for x in (output.top_ids, output.top_log_probs))

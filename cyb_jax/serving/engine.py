@@ -76,7 +76,7 @@ class Stats:
 
   Attributes:
     prompt_tokens, tokens, pauses: the tokens of prompts; the generated tokens; their pauses.
-    finished, cancelled, failed: the numbers of rows by their end.
+    finished, cancelled, failed: the numbers of rows by their end; rows that a stop string ends are cancelled.
     chunks: the number of chunks of iterations.
   """
 

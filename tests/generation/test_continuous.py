@@ -83,6 +83,7 @@ def check_equal(method, params, options, rows):
     assert joined(chunks, "tokens") == expected.tokens[0]
     assert joined(chunks, "pauses") == expected.pauses[0]
     np.testing.assert_allclose(joined(chunks, "log_probs"), expected.log_probs[0], atol=1e-5)
+    assert sum(map(len, joined(chunks, "log_dont_know"))) == expected.slots[0]
 
 
 def test_rows_with_their_own_options_equal_the_sampler():

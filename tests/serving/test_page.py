@@ -4,7 +4,7 @@ import shutil
 import time
 
 import pytest
-from served import serving, until
+from served import serving, until, untrained_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
 
@@ -184,3 +184,15 @@ def test_a_key_is_asked_for(browser, run):
     browser.generate()
     time.sleep(0.1)
     browser.problems()
+
+
+@pytest.mark.slow
+def test_a_model_without_pauses_has_one_panel(browser):
+  with serving(untrained_run(name="baseline")) as served:
+    browser.open(served.url)
+    until(lambda: "method baseline" in browser.one("#model").text)
+    browser.generate()
+    assert not browser.one("#pausing").is_displayed()
+    assert not browser.one("#plain").is_displayed()
+    assert len(browser.all("#paced .text .t")) > 5
+    assert browser.problems() == []

@@ -19,7 +19,8 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 def untrained_run(**method):
   """A run whose model has fresh parameters, and d that is spread over (0, 1)."""
-  source = tiny_config(**({"pauses": 2, "dont_know_prior": 0.5, "pause_visibility": "hidden"} | method))
+  paced = {"pauses": 2, "dont_know_prior": 0.5, "pause_visibility": "hidden"}
+  source = tiny_config(**(method if "name" in method else paced | method))
   source.data.sequence_length = CONTEXT
   config = configs.freeze(source)
   model = config.build_method(ByteTokenizer.vocab_size)
