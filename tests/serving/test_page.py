@@ -174,6 +174,16 @@ def test_no_width_needs_scrolling_and_every_control_has_a_label(browser, served)
   assert browser.problems() == []
 
 
+def test_a_server_that_is_gone(browser, run):
+  with serving(run) as served:
+    browser.open(served.url)
+    until(lambda: "method cyb" in browser.one("#model").text)
+  browser.one("#start").click()
+  until(lambda: browser.one("#status").text == "The server does not answer. Is cyb-serve still running?")
+  assert browser.one("#start").is_enabled()
+  browser.problems()
+
+
 def test_a_key_is_asked_for(browser, run):
   with serving(run, api_key="secret") as served:
     browser.open(served.url)

@@ -36,9 +36,21 @@ function say(text, isError) {
   $("status").classList.toggle("error", Boolean(isError));
 }
 
-async function askForModel() {
-  const answer = await fetch("v1/models", { headers: headers() });
+// An answer of the server; throws an error with a message for a person if it is refused.
+async function ask(path, options) {
+  let answer;
+  try {
+    answer = await fetch(path, { headers: headers(), ...options });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer. Is cyb-serve still running?");
+  }
   if (!answer.ok) throw new Error(await refusal(answer));
+  return answer;
+}
+
+async function askForModel() {
+  const answer = await ask("v1/models");
   model = (await answer.json()).data[0];
   const pauses = model.max_pauses === 1 ? "1 pause" : model.max_pauses + " pauses";
   $("model").textContent =
@@ -166,8 +178,7 @@ class Panel {
   }
 
   async run(body, signal) {
-    const answer = await fetch("v1/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
-    if (!answer.ok) throw new Error(await refusal(answer));
+    const answer = await ask("v1/completions", { method: "POST", body: JSON.stringify(body), signal });
     for await (const event of events(answer)) {
       if (event.error) throw new Error(event.error.message);
       if (event.choices.length) this.add(event.choices[0]);
