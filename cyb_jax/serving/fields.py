@@ -31,7 +31,9 @@ class Fields:
     unknown = sorted(body.keys() - set(known))
     if unknown:
       hint = did_you_mean(unknown[0], sorted(known), listed=["the fields in the documentation of cyb-serve"])
-      raise ApiError(f"{unknown[0][:_QUOTED]}: unknown field; {hint}", param=unknown[0][:_QUOTED])
+      # Other names may have characters that an answer can't have.
+      name = unknown[0] if unknown[0].isidentifier() and len(unknown[0]) <= _QUOTED else quoted(unknown[0])
+      raise ApiError(f"{name}: unknown field; {hint}", param=name)
     self._body = {name: value for name, value in body.items() if value is not None}
 
   def get(self, name: str) -> Any:

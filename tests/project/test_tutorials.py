@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -223,6 +224,11 @@ def test_code_of_an_openai_client(runs):
     names = {"openai": openai}
     exec(block.replace("http://127.0.0.1:8000", server.url).replace("max_tokens=20", "max_tokens=2"), names)
     names["client"].close()
+    (curl,) = [words for words in documents.commands(GUIDES / "serving.md") if words[0] == "curl"]
+    if shutil.which("curl"):
+      words = [word.replace("http://127.0.0.1:8000", server.url).replace("20", "2") for word in curl]
+      done = subprocess.run([*words, "--silent", "--noproxy", "*"], capture_output=True, text=True, check=True)
+      assert len(json.loads(done.stdout)["choices"][0]["pauses"]) <= 2
   assert len(names["choice"].pauses) == len(names["choice"].slots) <= 2
 
 

@@ -1,15 +1,18 @@
 """Parsing requests: defaults, and an error in OpenAI's form for each kind of bad input."""
 
 import dataclasses
+import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from served import CONTEXT
 
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.generation import SamplingOptions
 from cyb_jax.serving.errors import ApiError
 from cyb_jax.serving.fields import quoted
-from cyb_jax.serving.protocol import Model, parse_chat, parse_completion
+from cyb_jax.serving.protocol import _CHAT, _COMPLETION, Model, parse_chat, parse_completion
 
 START = ByteTokenizer.separator_id
 HI = [{"role": "user", "content": "hi"}]
@@ -69,6 +72,7 @@ def test_chats_are_rendered(model):
 
 COMPLETIONS = [
   ([], "body: [] must be a JSON object", None),
+  ({"a\ud800\n": 1}, r"'a\ud800\n': unknown field", r"'a\ud800\n'"),
   ({"promt": "a"}, "promt: unknown field; did you mean 'prompt'?", "promt"),
   ({"prompt": 7}, "prompt: 7 must be a string, a list of strings", "prompt"),
   ({"prompt": []}, "prompt: [] must be", "prompt"),
@@ -153,3 +157,34 @@ def test_a_model_without_a_template_has_no_chats(model):
   with pytest.raises(ApiError, match="no chat template") as caught:
     parse_chat({"messages": HI}, bare)
   assert caught.value.status == 404
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+  max_leaves=5,
+)
+
+
+def parsed(parse, body, model):
+  """The request, or its refusal."""
+  try:
+    return parse(body, model)
+  except ApiError as error:
+    return error
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_json_is_parsed_or_refused(model, data):
+  """A wrong value is the fault of the request, never a crash."""
+  for known, required, parse in (
+    (_COMPLETION, {"prompt": "a"}, parse_completion),
+    (_CHAT, {"messages": HI}, parse_chat),
+  ):
+    body = data.draw(st.dictionaries(st.sampled_from(known), JSON, max_size=3) | JSON)
+    result = parsed(parse, required | body if isinstance(body, dict) else body, model)
+    if isinstance(result, ApiError):
+      assert 400 <= result.status < 500
+      assert json.dumps(result.body, ensure_ascii=False).encode()
+      assert "\n" not in str(result)
