@@ -279,7 +279,7 @@ def test_health_metrics_and_page(served):
 
 
 def test_key_slow_bodies_and_a_full_queue(run):
-  with serving(run, queue=4, api_key="secret", body_seconds=0.2) as served:
+  with serving(run, queue=4, api_key="secret", body_seconds=1.0) as served:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
       status, answer = served.post("/v1/completions", {"prompt": "a"}, headers)
       assert (status, answer["error"]["code"]) == (401, "invalid_api_key")

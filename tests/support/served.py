@@ -86,9 +86,9 @@ class Served:
 
   def close(self):
     self.server.stop()
-    self.thread.join(20)
+    self.thread.join(60)
     assert not self.thread.is_alive()
-    assert self.engine.close(drain=False, timeout=20)
+    assert self.engine.close(drain=False, timeout=60)
 
 
 def events(data):
@@ -107,7 +107,7 @@ def serving(run, **options):
     served.close()
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
   """Waits for a condition."""
   end = time.monotonic() + seconds
   while not condition():
