@@ -37,7 +37,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: PYTHON=$(PYTHON) is older than 3.11; try PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reviews,report,pretrained,harness,gcs,docs,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reviews,report,pretrained,harness,serve,gcs,docs,test]'
 	@touch $@
 
 quickstart: setup
@@ -48,6 +48,7 @@ quickstart: setup
 	@echo "The runs are in $(WORKDIR) and $(WORKDIR)-baseline. Open the report that compares them: $(WORKDIR)-report/index.html"
 	@echo "Next:"
 	@echo "  $(BIN)/cyb-generate --workdir=$(WORKDIR) --prompt='The film was'                       # a dot for each pause"
+	@echo "  $(BIN)/cyb-serve --workdir=$(WORKDIR)        # a page where you see it pause, http://127.0.0.1:8000/, and OpenAI's interface"
 	@echo "  $(BIN)/cyb-report --workdir=$(WORKDIR) --text                                          # more on one run; coloured text, here"
 	@echo "  $(BIN)/cyb-evaluate --workdir=$(WORKDIR) --split=test"
 	@echo "  $(BIN)/cyb-train --config=experiments/quickstart.py:tbys3 --workdir=runs/tbys3         # always three pauses"

@@ -5,6 +5,7 @@ cyb-benchmark data [--store=DIR]                                        tokens/s
 cyb-benchmark train --config=experiments/NAME.py [--variant=baseline]   tokens/s, MFU, memory of the training step
 cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
 cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests/s of downstream scoring, batched or not
+cyb-benchmark serve --workdir=DIR [--clients=64]                        cyb-serve with many clients, and with one
 cyb-benchmark faults [--kills=100]                                      a run that is killed, against an undisturbed run
 cyb-benchmark sharding [--devices=8]                                    a step on every mesh, against one device
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cyb_jax.benchmarks import data, decode, faults, readout, scoring, sharding, train
+from cyb_jax.benchmarks import data, decode, faults, readout, scoring, serve, sharding, train
 from cyb_jax.cli import launching
 from cyb_jax.errors import InputError, did_you_mean
 
@@ -26,6 +27,7 @@ BENCHMARKS = {
   "data": (data.define_flags, data.data),
   "decode": (decode.define_flags, decode.decode),
   "scoring": (scoring.define_flags, scoring.scoring),
+  "serve": (serve.define_flags, serve.serve),
   "train": (train.define_flags, train.train),
   "faults": (faults.define_flags, faults.faults),
   "sharding": (sharding.define_flags, sharding.sharding),

@@ -1,6 +1,7 @@
 """Self-paced text generation, and the likelihood of given text."""
 
 from cyb_jax.generation.abilities import default_mode
+from cyb_jax.generation.continuous import Lane, NewTokens, RowRequest, RunningBatch
 from cyb_jax.generation.options import SamplingOptions
 from cyb_jax.generation.sampler import Generation, Sampler
 from cyb_jax.generation.scoring import Score, Scorer
@@ -11,6 +12,10 @@ __all__ = [
   "PAUSE_MARK",
   "Continuation",
   "Generation",
+  "Lane",
+  "NewTokens",
+  "RowRequest",
+  "RunningBatch",
   "Sampler",
   "SamplerState",
   "SamplingOptions",

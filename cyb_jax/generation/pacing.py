@@ -35,7 +35,7 @@ from cyb_jax.generation.reading import (
   choose_step_budget,
   choose_stopping_rule,
 )
-from cyb_jax.generation.state import TOKEN, SamplerState
+from cyb_jax.generation.state import TOKEN, SamplerState, SlotTrace
 from cyb_jax.generation.token_samplers import TokenSampler
 from cyb_jax.methods import Decoding, SlotInputs
 from cyb_jax.readout import TokenScores
@@ -103,7 +103,12 @@ class Pacing(abc.ABC):
 
   @abc.abstractmethod
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
+    self,
+    method: Decoding,
+    params: PyTree,
+    token_sampler: TokenSampler,
+    end_ids: Int[Array, "*B E"],
+    state: SamplerState,
   ) -> SamplerState:
     """One iteration: runs slots of every row, and generates a token in the rows that are ready."""
 
@@ -117,7 +122,12 @@ class _OneSlot(Pacing):
     """bool[B], whether each row continues with a pause, given the scores [B] of its current slot."""
 
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
+    self,
+    method: Decoding,
+    params: PyTree,
+    token_sampler: TokenSampler,
+    end_ids: Int[Array, "*B E"],
+    state: SamplerState,
   ) -> SamplerState:
     hidden, cache = method.extend(
       params,
@@ -133,7 +143,9 @@ class _OneSlot(Pacing):
     waits = self.pauses(scores, state) & ~state.finished
     emits = ~waits & ~state.finished
     token, log_prob = _draw(token_sampler, state, scores.log_probs)
-    after = state.emit(cache, emits, token=token, pauses=state.slot, log_prob=log_prob, end_ids=end_ids)
+    each = jax.tree.map(lambda x: x[:, None], scores)
+    trace = _traced(state, state.slot[:, None], each, emits=emits, token=token, log_probs=scores.log_probs)
+    after = state.emit(cache, emits, token=token, pauses=state.slot, log_prob=log_prob, end_ids=end_ids, trace=trace)
     return dataclasses.replace(
       self.layout.next_token(state, after, state.slot + 1),
       slot=jnp.where(waits, state.slot + 1, jnp.where(state.finished, state.slot, 0)),
@@ -244,7 +256,12 @@ class Constant(Pacing):
     return self.layout.num_slots
 
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
+    self,
+    method: Decoding,
+    params: PyTree,
+    token_sampler: TokenSampler,
+    end_ids: Int[Array, "*B E"],
+    state: SamplerState,
   ) -> SamplerState:
     rows, width = len(state.token), self.layout.num_slots
     slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (rows, width))
@@ -258,10 +275,12 @@ class Constant(Pacing):
       state.cache,
       state.cache_index,
     )
-    slot, log_probs = self.reading.read(method.token_scores(params, hidden, slots), self.step_budget, state)
+    scores = method.token_scores(params, hidden, slots)
+    slot, log_probs = self.reading.read(scores, self.step_budget, state)
     token, log_prob = _draw(token_sampler, state, log_probs)
-    pauses = slot.astype(jnp.int32)
-    after = state.emit(cache, ~state.finished, token=token, pauses=pauses, log_prob=log_prob, end_ids=end_ids)
+    pauses, emits = slot.astype(jnp.int32), ~state.finished
+    trace = _traced(state, slots, scores, emits=emits, token=token, log_probs=log_probs)
+    after = state.emit(cache, emits, token=token, pauses=pauses, log_prob=log_prob, end_ids=end_ids, trace=trace)
     return self.layout.next_token(state, after, width)
 
 
@@ -310,14 +329,22 @@ class Sequential(Pacing):
     return carry
 
   def step(
-    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: Int[Array, "E"], state: SamplerState
+    self,
+    method: Decoding,
+    params: PyTree,
+    token_sampler: TokenSampler,
+    end_ids: Int[Array, "*B E"],
+    state: SamplerState,
   ) -> SamplerState:
     hidden, cache, ran = method.run_token(
       params, token=state.token, position=state.position, cache=state.cache, cache_index=state.cache_index
     )
-    scores = method.token_scores(params, hidden, jnp.full_like(ran, self.layout.num_slots - 1))
+    last = jnp.full_like(ran, self.layout.num_slots - 1)
+    scores = method.token_scores(params, hidden, last)
     token, log_prob = _draw(token_sampler, state, scores.log_probs)
-    after = state.emit(cache, ~state.finished, token=token, pauses=ran - 1, log_prob=log_prob, end_ids=end_ids)
+    each, emits = jax.tree.map(lambda x: x[:, None], scores), ~state.finished
+    trace = _traced(state, last[:, None], each, emits=emits, token=token, log_probs=scores.log_probs)
+    after = state.emit(cache, emits, token=token, pauses=ran - 1, log_prob=log_prob, end_ids=end_ids, trace=trace)
     return self.layout.next_token(state, after, ran)
 
 
@@ -374,6 +401,11 @@ def _layout(method: Decoding, options: SamplingOptions, pauses: int) -> SlotLayo
   default = "all" if options.mode == "constant" else "none"
   in_prompt = (options.prompt_pauses or default) == "all"
   return SlotLayout.of(method, pauses + 1, pauses_in_prompt=in_prompt)
+
+
+def _traced(state: SamplerState, slots: Int[Array, "B Q"], scores: TokenScores, **emitted: Array) -> SlotTrace | None:
+  """The trace after an iteration, if the state has one; see `SlotTrace.record`."""
+  return None if state.trace is None else state.trace.record(state, slots, scores, **emitted)
 
 
 def _draw(

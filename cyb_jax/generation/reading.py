@@ -128,6 +128,41 @@ class MixtureReading:
     return last, jax.nn.logsumexp(budget.log_stopping(scores)[..., None] + scores.log_probs, 1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowReading(StoppingRule):
+  """Each row has its own rule.
+
+  Attributes:
+    draws: bool[B], whether a row is read as by `SampledStop`; otherwise as by `ThresholdStop`.
+    threshold: f32[B], in [0, 1].
+    mixes: bool[B], whether a row is read as by `MixtureReading`, if all slots of a token run together.
+    max_pauses: i32[B], the maximum number of pauses of a token, if the slots of a token run one after the other.
+  """
+
+  draws: Bool[Array, "B"]
+  threshold: Float[Array, "B"]
+  mixes: Bool[Array, "B"]
+  max_pauses: Int[Array, "B"]
+
+  def requests_pause(self, log_dont_know: Float[Array, "B"], state: SamplerState) -> Bool[Array, "B"]:
+    drawn = SampledStop().requests_pause(log_dont_know, state)
+    exceeds = ThresholdStop(self.threshold).requests_pause(log_dont_know, state)
+    return jnp.where(self.draws, drawn, exceeds) & (state.slot < self.max_pauses)
+
+  def choose_slot(self, scores: TokenScores, budget: StepBudget, state: SamplerState) -> Int[Array, "B"]:
+    drawn = SampledStop().choose_slot(scores, budget, state)
+    first = budget.limit(hard_slot(scores.log_dont_know, self.threshold[:, None]), state)
+    return jnp.where(self.draws, drawn, first)
+
+  def read(
+    self, scores: TokenScores, budget: StepBudget, state: SamplerState
+  ) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
+    slot, log_probs = super().read(scores, budget, state)
+    last, mixture = MixtureReading().read(scores, budget, state)
+    return jnp.where(self.mixes, last, slot), jnp.where(self.mixes[:, None], mixture, log_probs)
+
+
 def choose_stopping_rule(options: SamplingOptions) -> StoppingRule:
   """The rule for `read` = 'sample' or 'threshold'.
 

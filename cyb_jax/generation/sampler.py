@@ -281,8 +281,7 @@ class _Watcher:
     return finished | np.array([kept is not None for kept in self._kept])
 
 
-@functools.partial(jax.jit, static_argnames=("method", "new"))
-def _start(
+def begin(
   method: Decoding,
   new: int,
   pacing: Pacing,
@@ -291,6 +290,16 @@ def _start(
   seeds: Array,
   budgets: Int[Array, "B"],
 ) -> SamplerState:
+  """The state after the prefill, see `Sampler.start`; traced into a compiled program.
+
+  Args:
+    method, params: the sampler's method and its parameters.
+    new: N, the maximum number of new tokens of a row.
+    pacing: the pacing policy.
+    prompts: the prompts, one for each row.
+    seeds: key[B], a random key of each row.
+    budgets: i32[B], the largest total of pauses of each row.
+  """
   rows, length = prompts.before.shape
   layout, paused = pacing.layout, num_prompt_pauses(method)
   cache = method.empty_cache(rows, layout.capacity(length, new) + paused)
@@ -327,17 +336,27 @@ def _start(
   )
 
 
-@functools.partial(jax.jit, static_argnames="method", donate_argnames="state")
-def _advance(
+def iterate(
   method: Decoding,
   pacing: Pacing,
   token_sampler: TokenSampler,
   params: PyTree,
   state: SamplerState,
   iterations: Int[Array, ""],
-  end_ids: Int[Array, "E"],
+  end_ids: Int[Array, "*B E"],
   stopped: Bool[Array, "B"],
 ) -> SamplerState:
+  """The state after more iterations, see `Sampler.advance`; traced into a compiled program.
+
+  Args:
+    method, params: the sampler's method and its parameters.
+    pacing: the pacing policy.
+    token_sampler: the sampler of a token from its distribution.
+    state: the state before.
+    iterations: i32[], the maximum number of iterations.
+    end_ids: i32[E], the end tokens of all rows, or i32[B, E], those of each row; -1 is no token.
+    stopped: bool[B], rows that the caller finishes.
+  """
   state = dataclasses.replace(state, finished=state.finished | stopped)
   until = state.iterations + iterations
 
@@ -346,3 +365,7 @@ def _advance(
 
   step = functools.partial(pacing.step, method, params, token_sampler, end_ids)
   return jax.lax.while_loop(unfinished, step, state)
+
+
+_start = jax.jit(begin, static_argnames=("method", "new"))
+_advance = jax.jit(iterate, static_argnames="method", donate_argnames="state")

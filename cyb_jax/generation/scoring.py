@@ -102,7 +102,7 @@ class Scorer:
     self._row_slots = row_slots
     self._sharding = None if mesh is None else batch_sharding(mesh)
     self._shards = 1 if mesh is None else data_shards(mesh)
-    self._hidden = jax.jit(functools.partial(_hidden, method))
+    self._hidden = jax.jit(functools.partial(hidden_states, method))
     self._read = jax.jit(functools.partial(_read, method))
     largest = _READ_BYTES // (_READ_COPIES * 4 * method.num_slots * method.vocab_size)
     self._chunk = round_up(2 ** max(0, largest.bit_length() - 1), self._shards)
@@ -233,7 +233,7 @@ def _collect(scores: list[Score], costs: list[tuple[int, Score]], outputs: list[
   return len(costs)
 
 
-def _hidden(method: Decoding, params: PyTree, layout: dict[str, Int[Array, "B S"]]) -> Float[Array, "B S D"]:
+def hidden_states(method: Decoding, params: PyTree, layout: dict[str, Int[Array, "B S"]]) -> Float[Array, "B S D"]:
   """The hidden states of all slots; `layout`: see `Tree.layout`, with `tree`, the index of each slot's tree or -1."""
   inputs = SlotInputs(*(layout[name] for name in ("tokens", "slots", "positions")))
   return method.hidden_slots(params, inputs, _mask(method, layout))

@@ -1,6 +1,7 @@
-"""The state of the sampler's loop, and the random draws that depend on it.
+"""The state of the sampler's loop, the random draws that depend on it, and the trace of slots that it may record.
 
-Letters: B rows, N maximum number of new tokens.
+Letters: B rows, N maximum number of new tokens, W slots of a token, Q slots that run together, V vocabulary,
+A alternatives of a token.
 """
 
 from __future__ import annotations
@@ -12,9 +13,92 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.decoder import Cache
+from cyb_jax.readout import TokenScores
 
 # The purposes of random draws; draws for different purposes have different keys.
 STEP_BUDGET, STOP, TOKEN = range(3)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotTrace:
+  """The scores of every slot of the generated tokens; a sampler records them only if its state has a trace.
+
+  Attributes:
+    log_dont_know: f32[B, N, W], log d at each slot of each token; NaN at slots that did not run.
+    log_target: f32[B, N, W], the log-probability of the generated token at each slot, given that the slot answers; NaN
+      at slots that did not run.
+    log_probs: f32[B, W, V], the token distribution at each slot of the current token.
+    num_alternatives: i32[B], whether the most likely tokens are recorded: they are not if all rows have 0.
+    top_ids: i32[B, N, A], the A most likely tokens of the distribution that each token was read from.
+    top_log_probs: f32[B, N, A], their log-probabilities.
+  """
+
+  log_dont_know: Float[Array, "B N W"]
+  log_target: Float[Array, "B N W"]
+  log_probs: Float[Array, "B W V"]
+  num_alternatives: Int[Array, "B"]
+  top_ids: Int[Array, "B N A"]
+  top_log_probs: Float[Array, "B N A"]
+
+  @classmethod
+  def empty(cls, rows: int, tokens: int, slots: int, vocabulary: int, alternatives: int) -> SlotTrace:
+    """A trace of B rows, N tokens, W slots, V vocabulary entries and A alternatives."""
+    alternatives = min(alternatives, vocabulary)
+    return cls(
+      log_dont_know=jnp.full((rows, tokens, slots), jnp.nan),
+      log_target=jnp.full((rows, tokens, slots), jnp.nan),
+      log_probs=jnp.full((rows, slots, vocabulary), jnp.nan),
+      num_alternatives=jnp.zeros(rows, jnp.int32),
+      top_ids=jnp.zeros((rows, tokens, alternatives), jnp.int32),
+      top_log_probs=jnp.zeros((rows, tokens, alternatives)),
+    )
+
+  def record(
+    self,
+    state: SamplerState,
+    slots: Int[Array, "B Q"],
+    scores: TokenScores,
+    *,
+    emits: Bool[Array, "B"],
+    token: Int[Array, "B"],
+    log_probs: Float[Array, "B V"],
+  ) -> SlotTrace:
+    """The trace after an iteration.
+
+    Args:
+      state: the state before the iteration.
+      slots: i32[B, Q], the slots that have run.
+      scores: [B, Q], their scores.
+      emits: bool[B], the rows that generate a token.
+      token: i32[B], this token.
+      log_probs: f32[B, V], the distribution that the token was read from.
+    """
+    rows, num_slots = jnp.arange(len(token)), self.log_probs.shape[1]
+    # Indices out of bounds are dropped: those of finished rows, and of pauses after the prompt.
+    column = jnp.where(state.finished, self.top_ids.shape[1], state.num_generated)
+    emitted = jnp.where(emits, column, self.top_ids.shape[1])
+    held = self.log_probs.at[rows[:, None], slots].set(scores.log_probs, mode="drop")
+    target = jnp.take_along_axis(held, token[:, None, None], 2)[..., 0]
+    target = jnp.where(jnp.arange(num_slots) <= slots[:, -1:], target, jnp.nan)
+
+    def record_alternatives() -> tuple[Array, Array]:
+      values, ids = jax.lax.top_k(log_probs, self.top_ids.shape[-1])
+      return (
+        self.top_ids.at[rows, emitted].set(ids.astype(jnp.int32), mode="drop"),
+        self.top_log_probs.at[rows, emitted].set(values, mode="drop"),
+      )
+
+    wanted = (emits & (self.num_alternatives > 0)).any()
+    top_ids, top_log_probs = jax.lax.cond(wanted, record_alternatives, lambda: (self.top_ids, self.top_log_probs))
+    return dataclasses.replace(
+      self,
+      log_dont_know=self.log_dont_know.at[rows[:, None], column[:, None], slots].set(scores.log_dont_know, mode="drop"),
+      log_target=self.log_target.at[rows, emitted].set(target, mode="drop"),
+      log_probs=held,
+      top_ids=top_ids,
+      top_log_probs=top_log_probs,
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +122,7 @@ class SamplerState:
     pauses: i32[B, N], the number of pauses before each token was read.
     log_probs: f32[B, N], the log-probability of each token, see `Generation`.
     iterations: i32[], the number of iterations of the loop.
+    trace: the scores of every slot; None: they are not recorded.
   """
 
   cache: Cache
@@ -54,6 +139,7 @@ class SamplerState:
   pauses: Int[Array, "B N"]
   log_probs: Float[Array, "B N"]
   iterations: Int[Array, ""]
+  trace: SlotTrace | None = None
 
   def keys(self, purpose: int) -> Array:
     """key[B], a random key of each row for its current token, its current slot and this purpose."""
@@ -75,7 +161,8 @@ class SamplerState:
     token: Int[Array, "B"],
     pauses: Int[Array, "B"],
     log_prob: Float[Array, "B"],
-    end_ids: Int[Array, "E"],
+    end_ids: Int[Array, "*B E"],
+    trace: SlotTrace | None = None,
   ) -> SamplerState:
     """The state after an iteration in which the rows `emits` generate a token.
 
@@ -83,7 +170,8 @@ class SamplerState:
       cache: the cache, including the slots of this iteration.
       emits: bool[B].
       token, pauses, log_prob: [B], stored in the rows that generate a token.
-      end_ids: i32[E], the tokens that finish their row.
+      end_ids: i32[E] or i32[B, E], the tokens that finish their row.
+      trace: the trace after the iteration.
     """
     rows = jnp.arange(len(token))
     # An index out of bounds is dropped.
@@ -99,4 +187,5 @@ class SamplerState:
       pauses=self.pauses.at[rows, column].set(pauses, mode="drop"),
       log_probs=self.log_probs.at[rows, column].set(log_prob, mode="drop"),
       iterations=self.iterations + 1,
+      trace=trace,
     )

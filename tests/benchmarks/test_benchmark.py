@@ -258,3 +258,20 @@ def test_decode(tmp_path):
     assert row["bytes_per_step"] == result["parameter_bytes"] + row["cache_bytes"]
     assert row["steps"] == pytest.approx(4 * a_token if row["mode"] == "self_paced" else 4)
   assert [ratio["batch_size"] for ratio in result["timing"]["ratios"]] == [1]
+
+
+@pytest.mark.slow
+def test_serve(tmp_path):
+  pytest.importorskip("uvicorn", reason="the extra serve isn't installed")
+  config = cli.write_config(tmp_path)
+  cli.run("train", f"--config={config}", f"--workdir={tmp_path}/run", "--config.train.steps=6",
+    "--config.data.sequence_length=64")  # fmt: skip
+  flags = ["serve", "--clients=6", "--seconds=1.5", "--new_tokens=6", "--rows=3"]
+  result, _ = cli.run("benchmark", *flags, f"--workdir={tmp_path}/run")
+  assert (result["lost"], result["different"]) == (0, 0)
+  timing = result["timing"]
+  assert result["compared"] == timing["one_after_the_other"]["requests"] > 3
+  assert timing["together"]["requests"] >= result["compared"]
+  assert 0 < timing["together"]["seconds_to_first_token"]["p50"] <= timing["together"]["seconds_to_first_token"]["p99"]
+  assert "no run" in cli.complaint("benchmark", *flags, f"--workdir={tmp_path}/none")
+  assert cli.complaint("benchmark", "serve", "--clients=0").startswith("--clients: 0 must be at least 1")

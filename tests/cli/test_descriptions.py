@@ -16,7 +16,7 @@ from cyb_jax.configs import documentation
 from cyb_jax.errors import InputError
 from cyb_jax.studies import settings
 
-PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "compile", "study")
+PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "compile", "study", "serve")
 
 
 @pytest.mark.parametrize("program", [*PROGRAMS, *(f"benchmark {part}" for part in benchmark.BENCHMARKS)])

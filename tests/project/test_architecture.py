@@ -59,10 +59,11 @@ ALLOWED: dict[str, set[str]] = {
   "generation": RUN | {"interop"},
   "report": RUN | {"evaluation"},
   "training": TRAINING - {"training", "generation", "report"},
+  "serving": RUN | {"evaluation", "generation"},
   "studies": PROGRAMS,
   "compilation": PROGRAMS | {"studies"},
   "benchmarks": PROGRAMS | {"studies"},
-  "cli": PROGRAMS | {"studies", "compilation", "benchmarks"},
+  "cli": PROGRAMS | {"studies", "compilation", "benchmarks", "serving"},
   # The package loads `load` and `losses` on demand.
   PACKAGE: RUN | {"interop"},
 }
@@ -81,6 +82,7 @@ OWNERS = {
   "tensorflow_datasets": "data",
   "orbax": "checkpointing",
   "tqdm": "progress",
+  **dict.fromkeys(("starlette", "uvicorn"), "serving"),
   **dict.fromkeys(("tensorboard", "wandb", "trackio", "mlflow"), "training"),
 }
 

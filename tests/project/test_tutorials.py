@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import served
 from models import tiny_config
 
 import cyb_jax
@@ -213,10 +215,27 @@ def test_code_with_a_run(path, block, runs, monkeypatch):
     assert {len(tokens) for tokens in names["generation"].tokens} <= {1, 2}
 
 
+def test_code_of_an_openai_client(runs):
+  openai = pytest.importorskip("openai", reason="openai isn't installed")
+  pytest.importorskip("uvicorn", reason="the extra serve isn't installed")
+  run = cyb_jax.load(runs / "runs" / "quickstart")
+  (block,) = documents.blocks(GUIDES / "serving.md", "python")
+  with served.serving(run, name="quickstart") as server:
+    names = {"openai": openai}
+    exec(block.replace("http://127.0.0.1:8000", server.url).replace("max_tokens=20", "max_tokens=2"), names)
+    names["client"].close()
+    (curl,) = [words for words in documents.commands(GUIDES / "serving.md") if words[0] == "curl"]
+    if shutil.which("curl"):
+      words = [word.replace("http://127.0.0.1:8000", server.url).replace("20", "2") for word in curl]
+      done = subprocess.run([*words, "--silent", "--noproxy", "*"], capture_output=True, text=True, check=True)
+      assert len(json.loads(done.stdout)["choices"][0]["pauses"]) <= 2
+  assert len(names["choice"].pauses) == len(names["choice"].slots) <= 2
+
+
 def test_all_code_is_executed():
   """A new code block needs a test here."""
   counts = {documents.name_of(path): len(documents.blocks(path, "python")) for path in documents.PAGES}
   assert {name: count for name, count in counts.items() if count} == {
     "README.md": 2, "docs/adding_a_method.md": 2, "docs/guides/evaluation.md": 1, "docs/guides/generation.md": 1,
-    "docs/guides/losses.md": 1, "docs/tutorials/first_run.md": 1,
+    "docs/guides/losses.md": 1, "docs/guides/serving.md": 1, "docs/tutorials/first_run.md": 1,
   }  # fmt: skip
