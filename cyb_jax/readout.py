@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -29,15 +28,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from cyb_jax.partitioning.rules import constrain, current_mesh, mesh_axes, parts, spec, target_platform
+from cyb_jax.partitioning.rules import constrain, current_mesh, mesh_axes, spec, target_platform
 from cyb_jax.stopping import Form, SlotScores, prior_shift
+from cyb_jax.tiling import Tiling
 
 if TYPE_CHECKING:  # at run time, the core needs only jax
   from jaxtyping import Array, Float, Int
-
-# Logits of one chunk: enough for full matrix tiles, and few enough for several copies in any device's memory; on a CPU,
-# as many as stay in the cache of a core.
-_CHUNK, _CPU_CHUNK = 2**26, 2**19
 
 
 def slot_scores(
@@ -96,7 +92,7 @@ def slot_scores(
   excluded = _excluded_row(dont_know, tokens)
   hidden = _chosen_slots(hidden, slots)
   readout = _Readout(tokens if tokens < len(unembedding) else None, excluded, soft_cap, frozen, current_mesh())
-  tiling = _Tiling.of(hidden.shape[:-1], len(unembedding), chunk_size, shards, readout.mesh)
+  tiling = Tiling.of(hidden.shape[:-1], len(unembedding), chunk_size, shards, readout.mesh)
   flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
   outputs = _chunked(readout, tiling.split(hidden), unembedding, tiling.split(flat_targets))
   target_logit, log_normalizer = (tiling.join(x) for x in outputs)
@@ -214,61 +210,6 @@ def _dont_know_logit(
 
 def _cap(logits: Array, soft_cap: float | None) -> Array:
   return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tiling:
-  """The division of the N slots of an array into chunks: [N, ...] is padded and reshaped to [G, C, J, ...].
-
-  Attributes:
-    shape: the leading shape whose product is N.
-    shards: G.
-    per_shard: the number of slots of a shard before padding to a multiple of the chunk size.
-    chunk_size: C.
-    chunks: J.
-  """
-
-  shape: tuple[int, ...]
-  shards: int
-  per_shard: int
-  chunk_size: int
-  chunks: int
-
-  @classmethod
-  def of(
-    cls, shape: tuple[int, ...], rows: int, chunk_size: int | None, shards: int, mesh: AbstractMesh | None
-  ) -> _Tiling:
-    """Returns the tiling of slots whose logits have `rows` columns; see `slot_scores` for the other arguments."""
-    if chunk_size is None:
-      chunk_size = max(128, 2 ** int(math.log2((_CPU_CHUNK if target_platform() == "cpu" else _CHUNK) / rows)))
-    elif chunk_size < 1:
-      raise ValueError(f"chunk_size: {chunk_size} must be positive")
-    if shards < 1:
-      raise ValueError(f"shards: {shards} must be positive")
-    if mesh is not None:
-      shards = parts("batch", mesh)
-    per_shard = max(1, -(-math.prod(shape) // shards))
-    chunk_size = min(chunk_size, per_shard)
-    return cls(shape, shards, per_shard, chunk_size, chunks=-(-per_shard // chunk_size))
-
-  def split(self, x: Array) -> Array:
-    """Reshapes an array with the leading axes `shape` to [G, C, J, ...]."""
-    # The rows are padded, because a smaller last chunk would need a second, slower program. Each shard has its own
-    # padding, so no row moves to another device.
-    rest = x.shape[len(self.shape) :]
-    x = _padded(x.reshape(math.prod(self.shape), *rest), self.shards * self.per_shard).reshape(
-      self.shards, self.per_shard, *rest
-    )
-    x = jnp.moveaxis(_padded(jnp.moveaxis(x, 1, 0), self.chunk_size * self.chunks), 0, 1)
-    return x.reshape(self.shards, self.chunk_size, self.chunks, *rest)
-
-  def join(self, x: Array) -> Array:
-    """Reshapes an array [G, C, J] to `shape`: the inverse of `split`."""
-    return x.reshape(self.shards, -1)[:, : self.per_shard].reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
-
-
-def _padded(x: Array, length: int) -> Array:
-  return x if len(x) == length else jnp.pad(x, ((0, length - len(x)),) + ((0, 0),) * (x.ndim - 1))
 
 
 def _row(unembedding: Float[Array, "V D"], index: int) -> Float[Array, "D"]:

@@ -26,7 +26,7 @@ MODULE_LINES = 450
 FUNCTION_LINES = 60
 
 # The units that each unit may import. Every row names only units of earlier rows, so no circle of units is possible.
-CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout"}
+CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout", "tiling"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
 RUN = MODEL | FILES | {"progress", "configs", "checkpointing", "data", "runs"}
@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
   "losses": {"stopping"},
   "pauses": set(),
   "partitioning": {"errors"},
-  "readout": {"stopping", "partitioning"},
+  "readout": {"stopping", "tiling", "partitioning"},
+  "tiling": {"partitioning"},
   "decoder": CORE | {"partitioning"},
   "costs": {"errors", "decoder"},
   "methods": MODEL - {"methods"},
