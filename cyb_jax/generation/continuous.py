@@ -189,15 +189,15 @@ class RunningBatch:
       np.array([_NO_BUDGET if budget is None else budget], np.int32),
       np.array([request.alternatives], np.int32),
     )
-    self._options.put(row, request, self.method.vocab_size)
+    self._options = self._options.with_row(row, request, self.method.vocab_size)
     self._alternatives[row] = request.alternatives
-    self._stopped[row] = False
+    self._stopped = _with_entry(self._stopped, row, False)
     self.free.discard(row)
     return row
 
   def leave(self, row: int) -> None:
     """Ends the request of a row, which becomes free."""
-    self._stopped[row] = True
+    self._stopped = _with_entry(self._stopped, row, True)
     self.free.add(row)
 
   def advance(self, iterations: int) -> dict[int, NewTokens]:
@@ -257,9 +257,12 @@ class RunningBatch:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _RowOptions:
-  """The options of all rows, on the host; see `SamplingOptions`."""
+  """The options of all rows, on the host; see `SamplingOptions`.
+
+  The arrays are never changed in place, because jax may use the memory of a NumPy array without a copy.
+  """
 
   draws: Bool[np.ndarray, "B"]
   threshold: Float[np.ndarray, "B"]
@@ -286,18 +289,21 @@ class _RowOptions:
       end_ids=np.full((rows, _END_IDS), -1, np.int32),
     )
 
-  def put(self, row: int, request: RowRequest, vocab_size: int) -> None:
-    """Stores the options of a request, which `Lane.of` has checked."""
+  def with_row(self, row: int, request: RowRequest, vocab_size: int) -> _RowOptions:
+    """The options with those of a request, which `Lane.of` has checked, in a row."""
     options = request.options
     pauses = _NO_BUDGET if options.max_pauses is None else options.max_pauses
-    self.draws[row] = options.read == "sample"
-    self.threshold[row] = options.threshold
-    self.mixes[row] = options.read == "mixture"
-    self.max_pauses[row] = 0 if options.mode == "none" else pauses
-    self.temperature[row] = options.temperature
-    self.top_k[row] = min(options.top_k or vocab_size, vocab_size)
-    self.top_p[row] = options.top_p
-    self.end_ids[row] = [*request.end_ids, *[-1] * (_END_IDS - len(request.end_ids))]
+    values = {
+      "draws": options.read == "sample",
+      "threshold": options.threshold,
+      "mixes": options.read == "mixture",
+      "max_pauses": 0 if options.mode == "none" else pauses,
+      "temperature": options.temperature,
+      "top_k": min(options.top_k or vocab_size, vocab_size),
+      "top_p": options.top_p,
+      "end_ids": [*request.end_ids, *[-1] * (_END_IDS - len(request.end_ids))],
+    }
+    return _RowOptions(**{name: _with_entry(getattr(self, name), row, value) for name, value in values.items()})
 
   def reading(self) -> RowReading:
     return RowReading(self.draws, self.threshold, self.mixes, self.max_pauses)
@@ -320,6 +326,13 @@ class _Output:
   log_target: Float[Array, "B N W"]
   top_ids: Int[Array, "B N A"]
   top_log_probs: Float[Array, "B N A"]
+
+
+def _with_entry(values: np.ndarray, row: int, value: Any) -> np.ndarray:
+  """A copy with another value in a row."""
+  values = values.copy()
+  values[row] = value
+  return values
 
 
 def _padded_lengths(context: int) -> list[int]:

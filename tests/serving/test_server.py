@@ -118,9 +118,9 @@ def test_mode_constant(served, run):
   mixed = served.complete(prompt="ab", max_tokens=6, temperature=0, mode="constant")
   expected = sampled(run, "ab", 6, 0, temperature=0, mode="constant", read="mixture")
   (choice,) = mixed["choices"]
+  assert mixed["usage"]["slots"] == 18
   assert (choice["token_ids"], choice["pauses"]) == (expected.tokens[0], [2] * 6)
   assert [sum(slots["s"]) for slots in choice["slots"]] == pytest.approx([1] * 6, abs=1e-4)
-  assert mixed["usage"]["slots"] == 18
 
 
 def test_echo_scores_the_prompt(served, run):
