@@ -26,8 +26,9 @@ class Parametrized(Protocol):
 def count_parameters(method: Parametrized) -> dict[str, int]:
   """Returns the number of parameters by component, computed from shapes without allocating them.
 
-  The keys are `total`; `trained`; the components `embedding` (with an untied output table), `layers` (with the final
-  norm), `lora`, `pauses` and `dont_know`; and every other top-level parameter of the method under its own name.
+  The keys are `total`; `trained`; the components `embedding` (with an untied output table and learned positions),
+  `layers` (with the final norm), `lora`, `pauses` and `dont_know`; and every other top-level parameter of the method
+  under its own name.
   """
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   counts = dict.fromkeys(("total", "trained", "embedding", "layers", "lora", "pauses", "dont_know"), 0)
@@ -44,7 +45,7 @@ def _component(names: Sequence[str]) -> str:
   if names[0] == "decoder":
     if names[-1] in LEAVES:
       return "lora"
-    return "embedding" if names[1] in ("embedding", "unembedding") else "layers"
+    return "embedding" if names[1].endswith("embedding") else "layers"
   for component, start in (("pauses", "pause_"), ("dont_know", "dont_know")):
     if names[0].startswith(start):
       return component

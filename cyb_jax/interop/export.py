@@ -36,8 +36,9 @@ from cyb_jax.data.tokenizers import text_boundaries
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, writing
 from cyb_jax.interop import huggingface
+from cyb_jax.interop.architectures import FAMILIES, Family, objections
 from cyb_jax.interop.families import Tensor
-from cyb_jax.interop.huggingface import CYB_JAX, OWN, TOKENIZER, Family
+from cyb_jax.interop.huggingface import CYB_JAX, OWN, TOKENIZER
 from cyb_jax.interop.new_folder import new_folder
 from cyb_jax.interop.tensors import each, package
 from cyb_jax.methods import MethodConfig
@@ -127,7 +128,7 @@ def family_of(config: DecoderConfig) -> Family:
   Raises:
     InputError: there is no such family; the message lists what the closest family can't express.
   """
-  found = {family: _objections(family, config) for family in huggingface.FAMILIES if family.written}
+  found = {family: objections(family, config) for family in FAMILIES}
   family = min(found, key=lambda family: len(found[family]))
   if found[family]:
     raise InputError(
@@ -135,22 +136,6 @@ def family_of(config: DecoderConfig) -> Family:
       f" requires {'; '.join(found[family])}"
     )
   return family
-
-
-def _objections(family: Family, config: DecoderConfig) -> list[str]:
-  objections = []
-  for field, accepted in family.demands.items():
-    value = getattr(config, field)
-    if value not in accepted:
-      objections.append(f"decoder.{field} = {' or '.join(map(repr, accepted))}, not {value!r}")
-  if config.d_model % config.num_heads and family.model_type in ("llama", "gpt_neox"):
-    objections.append(f"decoder.num_heads to divide d_model = {config.d_model}, not {config.num_heads}")
-  if family.model_type == "gpt_neox":
-    if config.num_kv_heads != config.num_heads:
-      objections.append(f"decoder.num_kv_heads = {config.num_heads} (num_heads), not {config.num_kv_heads}")
-    if config.head_size * config.num_heads != config.d_model:
-      objections.append(f"decoder.head_size = d_model / num_heads, not {config.head_size}")
-  return objections
 
 
 def _entries(params: PyTree, vocab_size: int, method: MethodConfig | None) -> list[tuple[int, str]]:
@@ -274,7 +259,7 @@ def _special_json(tokenizer: Tokenizer | None, imported: bool) -> dict[str, Any]
 
 
 def _config_json(family: Family, config: DecoderConfig, rows: int, dtype: str, max_positions: int) -> dict[str, Any]:
-  return {
+  common = {
     "architectures": [family.architecture],
     "model_type": family.model_type,
     "vocab_size": rows,
@@ -282,13 +267,13 @@ def _config_json(family: Family, config: DecoderConfig, rows: int, dtype: str, m
     "intermediate_size": config.mlp_size,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
-    "max_position_embeddings": max_positions,
+    "max_position_embeddings": max(max_positions, config.window or 0),
     "tie_word_embeddings": config.tied_embeddings,
     # The older and the newer name; `family.write` also writes RoPE's fields in both spellings.
     "torch_dtype": dtype,
     "dtype": dtype,
-    **family.write(config),
   }
+  return {family.names.get(name, name): value for name, value in common.items()} | family.write(config)
 
 
 def _own_json(

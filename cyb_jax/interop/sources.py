@@ -190,6 +190,8 @@ def _open_folder(folder: pathlib.Path) -> Source:
     if output.name in files.infos:
       _check_tied(files, table[0].name, output.name)
       harmless = (*harmless, re.escape(output.name))
+  if family.prefix and not any(name.startswith(family.prefix) for name in files.infos):
+    table = [dataclasses.replace(tensor, name=tensor.name.removeprefix(family.prefix)) for tensor in table]
   source = _checked("huggingface", folder, config, files, table, harmless)
   source = dataclasses.replace(source, context=fields.get("max_position_embeddings"))
   if fields.get(huggingface.CYB_JAX) is None:

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
   "pauses": set(),
   "partitioning": {"errors"},
   "readout": {"stopping", "partitioning"},
-  "decoder": CORE | {"partitioning"},
+  "decoder": CORE | {"partitioning", "option_syntax"},
   "costs": {"errors", "decoder"},
   "methods": MODEL - {"methods"},
   "configs": MODEL | {"jsonl", "nested", "option_syntax"},
