@@ -97,14 +97,14 @@ def write_huggingface(
     own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
     if method is not None:
       config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, vocab_size, step)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     not_entries = {name: leaf for name, leaf in own.items() if name not in ("pause_input", "dont_know")}
     if not_entries:
-      _write_tensors(folder / OWN, not_entries)
+      write_tensors(folder / OWN, not_entries)
     tensors = _tensors(params["decoder"], table, decoder_config, vocab_size, own, method)
     _write_shards(folder, tensors, _DTYPES[dtype], max_shard_bytes)
     if tokenizer is not None:
-      _write_json(folder / "generation_config.json", special)
+      write_json(folder / "generation_config.json", special)
       _write_tokenizer(folder, tokenizer, entries, imported=method is None)
     for path in folder.rglob("*"):
       if path.is_file():
@@ -117,6 +117,11 @@ def _check_options(output: pathlib.Path, dtype: str, max_shard_bytes: int) -> No
     raise InputError(f"dtype: {dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
   if max_shard_bytes < 1:
     raise InputError(f"max_shard_bytes: {max_shard_bytes} must be positive")
+  check_empty(output)
+
+
+def check_empty(output: pathlib.Path) -> None:
+  """Raises InputError if an output folder exists and is not empty."""
   with writing(str(output)):
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
       raise InputError(f"output: {output} exists and is not empty; give a new folder")
@@ -160,10 +165,10 @@ def _check_leaves(params: PyTree, table: list[Tensor], config: DecoderConfig) ->
       raise InputError(f"params: decoder.{'.'.join(names)} has no tensor in this architecture{hint}")
   for tensor, layer, _ in each(table, config.num_layers):
     for leaf in tensor.leaves:
-      _leaf(params, leaf, layer)
+      leaf_of(params, leaf, layer)
 
 
-def _leaf(params: PyTree, path: tuple[str, ...], layer: int | None) -> Any:
+def leaf_of(params: PyTree, path: tuple[str, ...], layer: int | None) -> Any:
   """A leaf of params['decoder'], of one layer if layers are stacked; not fetched from the device."""
   stacked = layer is not None and "layers" in params
   if layer is not None:
@@ -196,7 +201,7 @@ def _tensors(
     appended["unembedding"].append(row)
   places = list(each(table, config.num_layers))
   for tensor, layer, name in track(places, "writing", total=len(places), unit="tensors"):
-    leaves = (np.asarray(jax.device_get(_leaf(params, leaf, layer))) for leaf in tensor.leaves)
+    leaves = (np.asarray(jax.device_get(leaf_of(params, leaf, layer))) for leaf in tensor.leaves)
     array = tensor.join(*leaves)
     rows = appended.get(tensor.leaves[0][0])
     yield name, array if rows is None else np.concatenate([array[:vocab_size], *rows])
@@ -212,7 +217,7 @@ def _write_shards(
 
   def close() -> None:
     shards.append(list(shard))
-    _write_tensors(folder / f"shard-{len(shards)}", shard)
+    write_tensors(folder / f"shard-{len(shards)}", shard)
     shard.clear()
 
   for name, array in tensors:
@@ -230,10 +235,15 @@ def _write_shards(
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     (folder / f"shard-{number}").rename(folder / file)
     weight_map |= dict.fromkeys(names, file)
-  _write_json(folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  write_json(folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file.
+
+  Raises:
+    OSError: writing fails.
+  """
   safetensors = package("safetensors", str(path))
   try:
     # Other programs read the framework from the metadata and accept 'pt'.
@@ -316,5 +326,6 @@ def _write_tokenizer(
     tokenizer.save(folder / TOKENIZER)
 
 
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  """Writes an object as indented JSON."""
   path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -165,6 +165,4 @@ def _no_weights(folder: pathlib.Path) -> str:
   pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
   if pickles:
     return f"{folder / pickles[0]}: a pickle, which this version never opens; convert it to safetensors"
-  if (folder / "adapter_config.json").exists():
-    return f"{folder}: an adapter without its model; merge it and save the complete model as safetensors"
   return f"{folder}: neither {SINGLE} nor {INDEX} exists; give a Hugging Face folder with safetensors"

@@ -449,6 +449,54 @@ def test_gguf_of_f32(name, tmp_path, exact):
     assert_same(back, params)
 
 
+_WINDOW = dict(attention__sliding_window=3)
+_GGUF = {
+  "qwen3": {}, "olmo2": {}, "llama_linear": dict(rope__scaling__type="linear", rope__scaling__factor=4.0),
+  "llama_yarn": dict(
+    rope__scaling__type="yarn", rope__scaling__factor=4.0, rope__scaling__original_context_length=6
+  ),
+  "gemma2": _WINDOW | dict(attn_logit_softcapping=2.0, final_logit_softcapping=6.0),
+  "gemma3": _WINDOW | dict(
+    attention__sliding_window_pattern=2, rope__freq_base_swa=1000.0, rope__scaling__type="linear",
+    rope__scaling__factor=8.0,
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _GGUF)
+def test_gguf_of_newer_families(name, tmp_path):
+  """The config and the weights; test_gguf_of_f32 and the goldens show that these give the logits."""
+  _, config, params = load(GOLDENS / name)
+  # llama.cpp has no field for this number.
+  config = dataclasses.replace(config, query_scalar=None)
+  architecture = name.split("_")[0]
+  write_gguf(tmp_path / "m.gguf", tensors(GOLDENS / name), config, architecture, **_GGUF[name])
+  _, found, back = load(tmp_path / "m.gguf")
+  assert found == config
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=3e-7), back, params)
+
+
+def test_gguf_of_llama3(tmp_path):
+  """The scaling is a tensor of divisors there, from which its numbers follow."""
+  config = DecoderConfig(
+    **_RMS | dict(d_model=64, num_heads=1, num_kv_heads=1, head_size=64), rope_base=5e5,
+    rope_scaling="llama3:factor=32,context=8192",
+  )  # fmt: skip
+  params = random_params(functools.partial(init_params, Decoder(config)))
+  interop.write_huggingface(tmp_path / "hf", config, {"decoder": params}, None)
+  plain = 5e5 ** -(np.arange(0, 64, 2) / 64)
+  divisors = (plain / config.scaling.frequencies(64, 5e5)).astype(np.float32)
+  assert (divisors[0], divisors[-1]) == (1, 32)
+  arrays = tensors(tmp_path / "hf")
+  write_gguf(tmp_path / "m.gguf", arrays | {"rope_freqs.weight": divisors}, config, "llama")
+  _, found, back = load(tmp_path / "m.gguf")
+  assert found == config
+  assert_same(back, params)
+  write_gguf(tmp_path / "n.gguf", arrays | {"rope_freqs.weight": divisors**2}, config, "llama")
+  with pytest.raises(InputError, match=r"n\.gguf: the tensor rope_freqs\.weight scales .* in another way than Llama 3"):
+    interop.open_source(tmp_path / "n.gguf")
+
+
 @pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_1", "BF16"])
 def test_gguf_dequantised(quantisation, tmp_path):
   """The package's values of each matrix, in our order; permuting rows and quantising commute."""
@@ -770,7 +818,7 @@ def test_other_files_are_refused(tmp_path):
       interop.open_source(path)
     assert "\n" not in str(error.value)
 
-  refused("google/gemma-2b", "hf download google/gemma-2b --local-dir gemma-2b \(accept the licence first")
+  refused("google/gemma-2b", "no such folder or file; if it is a repository .*, give hf://google/gemma-2b")
   refused(tmp_path / "absent.gguf", "no such folder or file; give")
   refused(tmp_path, "there is no config.json")
   shutil.copy(GOLDENS / "llama" / "config.json", tmp_path)
@@ -835,8 +883,8 @@ def test_gguf_files_of_unsupported_models_are_refused(tmp_path):
     InputError, match=r"general.architecture = 'phi3' is unsupported; this version loads llama, qwen2"
   ):
     interop.open_source(tmp_path / "a.gguf")
-  write_gguf(tmp_path / "b.gguf", arrays, config, "llama", rope__scaling__type="yarn")
-  with pytest.raises(InputError, match=r"llama.rope.scaling.type = 'yarn'"):
+  write_gguf(tmp_path / "b.gguf", arrays, config, "llama", rope__scaling__type="longrope")
+  with pytest.raises(InputError, match=r"llama.rope.scaling.type = 'longrope'"):
     interop.open_source(tmp_path / "b.gguf")
   write_gguf(tmp_path / "c.gguf", arrays, config, "llama", logit_scale="2")
   with pytest.raises(InputError, match=r"llama.logit_scale = '2' is unknown"):
