@@ -84,7 +84,10 @@ def failing(name, status=None):
 @pytest.mark.parametrize(
   ("error", "message"),
   [
-    (("GatedRepoError", 403), r"the repository is gated; accept its licence at https://huggingface\.co/someone/small, and log in"),
+    (
+      ("GatedRepoError", 403),
+      r"the repository is gated; accept its licence at https://huggingface\.co/someone/small, and log in",
+    ),
     (("RepositoryNotFoundError", 404), "there is no such repository, or it is private"),
     (("RevisionNotFoundError", 404), "the repository has no revision 'v1'; give a branch"),
     (("LocalEntryNotFoundError",), r"the hub can't be reached \(first line\), and .* hf download someone/small"),

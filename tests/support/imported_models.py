@@ -19,8 +19,9 @@ _CHATML = (
   " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _TURNS = (
-  "{{ bos_token }}{% for message in messages %}{{ '<start>' + message['role'] + '\n' + message['content'] + '\n' }}"
-  "{% endfor %}{% if add_generation_prompt %}{{ '<start>model\n' }}{% endif %}"
+  "{{ bos_token }}{% for message in messages %}{{ '<start>' + ('model' if message['role'] == 'assistant' else"
+  " message['role']) + '\n' + message['content'] + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<start>model\n' }}{% endif %}"
 )
 _WORDS = ("he", "The", "is", "in", "bad", "best", "film", "25")
 _GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
