@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -90,9 +91,12 @@ def _leaf(params: PyTree, path: tuple[str, ...], layer: int) -> np.ndarray:
   return np.asarray(jax.device_get(leaf_of(params["decoder"], path, layer)), np.float32)
 
 
-def _config(config: DecoderConfig, names: dict[Any, str], address: str) -> dict[str, Any]:
+def _config(config: DecoderConfig, names: Mapping[Any, str], address: str) -> dict[str, Any]:
   name, _, revision = address.removeprefix(hub.SCHEME).partition("@") if hub.in_hub(address) else (address, "", "")
-  modules = {name.rpartition(".")[2] for (leaf, _), name in names.items() if leaf[-1] in config.lora.targets}
+  modules = {leaf[-1]: name.split(".")[-2:] for (leaf, _), name in names.items()}
+  others = {last for target, (_, last) in modules.items() if target not in config.lora.targets}
+  # The last part of the name, unless a matrix without an adapter has it too (GPT-2's c_proj).
+  targets = {f"{part}.{last}" if last in others else last for part, last in map(modules.get, config.lora.targets)}
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -101,7 +105,7 @@ def _config(config: DecoderConfig, names: dict[Any, str], address: str) -> dict[
     "r": config.lora.rank,
     "lora_alpha": config.lora.alpha,
     "lora_dropout": 0.0,
-    "target_modules": sorted(modules),
+    "target_modules": sorted(targets),
     "bias": "none",
     "fan_in_fan_out": config.learned_positions is not None,  # GPT-2's matrices are [inputs, outputs]
     "use_rslora": False,

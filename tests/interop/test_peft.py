@@ -183,6 +183,11 @@ def test_matrices_that_files_join_have_one_adapter(tmp_path):
   with pytest.raises(InputError, match="the run has no adapters"):
     write(dataclasses.replace(config, lora=None), params)
   assert {name[0][-1] for name in peft.module_names(source)} == {"out", "up", "down"}
+  # Two matrices have the name c_proj, and one of them an adapter.
+  source, config, params, _ = adapted_run(GOLDENS / "gpt2", ("out",), name="baseline")
+  write(config, params)
+  fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+  assert (fields["target_modules"], fields["fan_in_fan_out"]) == (["attn.c_proj"], True)
 
 
 def test_a_base_that_is_no_plain_folder(tmp_path):
