@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from cyb_jax.decoder import rope_scaling
+from cyb_jax.decoder.quantization import SCHEMES
 from cyb_jax.decoder.rope_scaling import RopeScaling
 from cyb_jax.errors import InputError
 from cyb_jax.field_rules import (
@@ -40,7 +41,7 @@ RULES: dict[str, Rule] = {
   "query_key_norm": one_of("none", "head", "all"),
   "remat": one_of("none", "full", "dots"),
   "dtype": one_of("float32", "bfloat16"),
-  "param_dtype": one_of("float32", "bfloat16"),
+  "param_dtype": one_of("float32", "bfloat16", *SCHEMES),
   "attention": one_of(*ATTENTION_IMPLEMENTATIONS),
   "initializer": one_of("normal", "scaled", "small"),
   "gated_mlp": SWITCH,
@@ -142,8 +143,9 @@ class DecoderConfig:
       None: no bound.
     initializer: the standard deviations of the initial weights: 'normal', 'scaled' or 'small', see `init_params`.
     dtype: the number format of activations and matrix products; norms, softmax and RoPE are computed in float32.
-    param_dtype: the number format of the parameters; 'bfloat16' suits frozen parameters only, because it rounds small
-      updates away.
+    param_dtype: the number format of the parameters: 'float32'; or, for frozen parameters, 'bfloat16', which rounds
+      small updates away; or 'int8' or 'nf4', see `quantization`: the matrices of the layers have 8 or 4 bits, and the
+      other parameters are bfloat16.
     attention: the implementation of attention: 'auto', 'xla', 'blocks', 'cudnn' or 'splash', see `attention.attend`.
     remat: what the backward pass recomputes: 'none', nothing; 'full', everything except the layers' inputs; 'dots',
       everything except the layers' inputs and the matrix products outside of attention.
@@ -232,6 +234,16 @@ class DecoderConfig:
           raise _bad(field, getattr(self, field), f"{value!r} without decoder.global_every, which makes layers differ")
 
   @property
+  def table_dtype(self) -> str:
+    """The number format of tables, norms and biases, and of matrices that are not quantised."""
+    return "bfloat16" if self.is_quantized else self.param_dtype
+
+  @property
+  def is_quantized(self) -> bool:
+    """Whether the matrices of the layers have 8 or 4 bits."""
+    return self.param_dtype in SCHEMES
+
+  @property
   def scaling(self) -> RopeScaling | None:
     """The parsed `rope_scaling`."""
     return rope_scaling.parse("decoder.rope_scaling", self.rope_scaling)
@@ -249,6 +261,14 @@ class DecoderConfig:
   def rotated_size(self) -> int:
     """The number of elements of each head that RoPE rotates."""
     return round(self.rope_fraction * self.head_size)
+
+
+def matrix_shape(config: DecoderConfig, target: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The axes of a matrix that are contracted, and its other axes."""
+  model, inner = (config.d_model,), (config.mlp_size,)
+  heads, kv_heads = (config.num_heads, config.head_size), (config.num_kv_heads, config.head_size)
+  shapes = {"query": (model, heads), "key": (model, kv_heads), "value": (model, kv_heads), "out": (heads, model)}
+  return (shapes | {"gate": (model, inner), "up": (model, inner), "down": (inner, model)})[target]
 
 
 def _bad(field: str, value: object, wanted: str) -> InputError:

@@ -58,21 +58,21 @@ class Decoder(nn.Module):
       "embedding",
       nn.with_logical_partitioning(embedding_init(config), ("vocab", "embed")),
       table,
-      jnp.dtype(config.param_dtype),
+      jnp.dtype(config.table_dtype),
     )
     if not config.tied_embeddings:
       self.output_embedding = self.param(
         "unembedding",
         nn.with_logical_partitioning(unembedding_init(config), ("vocab", "embed")),
         table,
-        jnp.dtype(config.param_dtype),
+        jnp.dtype(config.table_dtype),
       )
     if config.learned_positions is not None:
       self.position_embedding = self.param(
         "position_embedding",
         nn.with_logical_partitioning(embedding_init(config), ("positions", "embed")),
         (config.learned_positions, config.d_model),
-        jnp.dtype(config.param_dtype),
+        jnp.dtype(config.table_dtype),
       )
     layer = Layer
     if config.remat != "none":

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cyb_jax.decoder import attention
+from cyb_jax.decoder import attention, quantization
 from cyb_jax.decoder.cache import write
 from cyb_jax.decoder.config import DecoderConfig
 from cyb_jax.decoder.initializers import matrix_init
@@ -263,10 +263,8 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
-    kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-    kernel = self.param("kernel", kernel_init, self.inputs + self.outputs, param_dtype)
-    y = jnp.tensordot(x, kernel.astype(dtype), axes=len(self.inputs))
+    dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.table_dtype)
+    y = self._project(x)
     if self.use_bias:
       bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[len(self.inputs) :])
       y += self.param("bias", bias_init, self.outputs, param_dtype).astype(dtype)
@@ -280,6 +278,33 @@ class Projection(nn.Module):
       b = self.param("lora_b", b_init, (lora.rank, *self.outputs), jnp.float32)
       y += adapt(x, a, b, lora.scale, count)
     return y
+
+  def _project(self, x):
+    """The product with the matrix, whose parameters depend on its number format."""
+    config = self.config
+    if not config.is_quantized:
+      kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+      kernel = self.param("kernel", kernel_init, self.inputs + self.outputs, jnp.dtype(config.param_dtype))
+      return jnp.tensordot(x, kernel.astype(jnp.dtype(config.dtype)), axes=len(self.inputs))
+    scheme, outputs = config.param_dtype, self.axes[len(self.inputs) :]
+    stored_shape, scale_shape = quantization.shapes(scheme, self.inputs, self.outputs)
+    axes = self.axes if scheme == "int8" else (self.axes[0], *outputs)
+    scale_axes = outputs if scheme == "int8" else axes
+    # Quantised matrices are always read; these initial values only give activations of a usual size.
+    scale = 1 / (_LARGEST_INITIAL * math.sqrt(math.prod(self.inputs)))
+    stored = self.param("kernel", nn.with_logical_partitioning(_drawn_integers, axes), stored_shape, scheme)
+    scale_init = nn.with_logical_partitioning(nn.initializers.constant(scale), scale_axes)
+    scales = self.param(quantization.SCALE, scale_init, scale_shape, jnp.float32)
+    return quantization.project(x, stored, scales, self.inputs)
+
+
+_LARGEST_INITIAL = 73.0  # the standard deviation of integers that are uniform in [-127, 127]
+
+
+def _drawn_integers(rng: Array, shape: tuple[int, ...], scheme: str) -> Array:
+  dtype = quantization.storage_dtype(scheme)
+  low, high = (-127, 128) if scheme == "int8" else (0, 256)
+  return jax.random.randint(rng, shape, low, high, jnp.int32).astype(dtype)
 
 
 class Norm(nn.Module):
@@ -296,7 +321,7 @@ class Norm(nn.Module):
   @nn.compact
   def __call__(self, x):
     config = self.config
-    param_dtype = jnp.dtype(config.param_dtype)
+    param_dtype = jnp.dtype(config.table_dtype)
     # Gemma's checkpoints store the scale minus one.
     stored_less_one = config.norm == "rmsnorm_plus_one"
     start = nn.initializers.zeros_init() if stored_less_one else nn.initializers.ones_init()

@@ -23,7 +23,7 @@ import numpy as np
 
 from cyb_jax import hub
 from cyb_jax.decoder import DecoderConfig, LoraConfig
-from cyb_jax.decoder.config import TARGETS
+from cyb_jax.decoder.config import TARGETS, matrix_shape
 from cyb_jax.errors import InputError
 from cyb_jax.interop import huggingface
 from cyb_jax.interop.families import LeafPath, same_layout
@@ -135,14 +135,6 @@ def _same(lora: LoraConfig | None, adapters: Adapters) -> bool:
     and adapters.everywhere
     and (lora.rank, lora.alpha, set(lora.targets)) == (found.rank, found.alpha, set(found.targets))
   )
-
-
-def matrix_shape(config: DecoderConfig, target: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The axes of a matrix that are contracted, and its other axes."""
-  model, inner = (config.d_model,), (config.mlp_size,)
-  heads, kv_heads = (config.num_heads, config.head_size), (config.num_kv_heads, config.head_size)
-  shapes = {"query": (model, heads), "key": (model, kv_heads), "value": (model, kv_heads), "out": (heads, model)}
-  return (shapes | {"gate": (model, inner), "up": (model, inner), "down": (inner, model)})[target]
 
 
 def module_names(source: Source) -> dict[tuple[LeafPath, int], str]:

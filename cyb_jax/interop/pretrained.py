@@ -31,7 +31,7 @@ from cyb_jax import configs, hub, interop, runs, storage
 from cyb_jax.checkpointing.workdir import is_run, newest_meta, read_config
 from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, open_tokenizer
-from cyb_jax.decoder import DecoderConfig, LoraConfig, merge_lora
+from cyb_jax.decoder import DecoderConfig, LoraConfig, merge_lora, quantization
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
 from cyb_jax.interop import new_rows
@@ -142,7 +142,10 @@ class FromRun(Pretrained):
   def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
     del lora
     run = runs.load(self.path, self.checkpoint)
-    decoder, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
+    decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
+    scheme = quantization.scheme_of(wanted["decoder"])
+    if scheme is not None:
+      decoder = quantization.quantize_decoder(scheme, decoder, stacked=config.scan_layers)
     found = run.params | {"decoder": decoder}
     _log_unused(found, wanted)
     return _placed(found, wanted)

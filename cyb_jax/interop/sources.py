@@ -21,7 +21,8 @@ from jaxtyping import PyTree
 
 from cyb_jax import hub, methods, storage
 from cyb_jax.configs import methods_group
-from cyb_jax.decoder import DecoderConfig
+from cyb_jax.decoder import DecoderConfig, quantization
+from cyb_jax.decoder.config import matrix_shape
 from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import gguf, huggingface, llama2c
 from cyb_jax.interop.families import LeafPath, Tensor, same_layout
@@ -333,7 +334,8 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
 
   Args:
     source: from `opening.open_source`.
-    abstract: params['decoder'] as jax.ShapeDtypeStruct with shardings, layers stacked (`scan_layers`) or not.
+    abstract: params['decoder'] as jax.ShapeDtypeStruct with shardings, layers stacked (`scan_layers`) or not, and
+      matrices quantised or not.
 
   Returns:
     The same tree, of arrays.
@@ -342,10 +344,23 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
     InputError: the source does not have a leaf, or has it in another shape.
   """
 
+  scheme = quantization.scheme_of(abstract)
+
   def read(names: LeafPath, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    array = _read(source, names, layer, shape)
+    if scheme is not None and names[-1] in ("kernel", quantization.SCALE):
+      integers, scale = quantized(names[:-1], layer)
+      array = _checked_shape(source, names, integers if names[-1] == "kernel" else scale, shape)
+    else:
+      array = _read(source, names, layer, shape)
     meter.advance()
     return array
+
+  # The integers and the scales are two leaves of one tensor.
+  @functools.lru_cache(maxsize=1)
+  def quantized(module: LeafPath, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
+    inputs, outputs = matrix_shape(source.decoder, module[-1])
+    kernel = _read(source, (*module, "kernel"), layer, inputs + outputs)
+    return quantization.quantize(scheme, kernel, len(inputs))
 
   def load(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     names = tuple(key.key for key in path)
@@ -399,7 +414,10 @@ def load_own(source: Source, abstract: PyTree) -> PyTree:
 def _read(source: Source, path: LeafPath, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
   if not source.holds(path):
     raise InputError(f"{source.path}: {'.'.join(path)} is missing, but the decoder requires it")
-  array = source.read(path, layer)
+  return _checked_shape(source, path, source.read(path, layer), shape)
+
+
+def _checked_shape(source: Source, path: LeafPath, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   if array.shape != tuple(shape):
     raise InputError(
       f"{source.path}: {'.'.join(path)} has the shape {array.shape}; the decoder requires {tuple(shape)}"
