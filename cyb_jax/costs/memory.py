@@ -46,8 +46,8 @@ def _weights(name: str, leaf: jax.ShapeDtypeStruct) -> int:
   """The number of weights that a leaf holds: of a quantised matrix two in a byte or one, and none in its scales."""
   if name == quantization.SCALE:
     return 0
-  packed = name == "kernel" and leaf.dtype == quantization.storage_dtype("nf4")
-  return math.prod(leaf.shape) * (2 if packed else 1)
+  packed: bool = name == "kernel" and leaf.dtype == quantization.storage_dtype("nf4")
+  return int(math.prod(leaf.shape)) * (2 if packed else 1)
 
 
 def _component(names: Sequence[str]) -> str:
