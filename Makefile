@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 # PyTorch and transformers, which nothing else needs, are never installed next to jax.
 PARITY_VENV ?= .venv-parity
-PARITY_PACKAGES := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 jinja2==3.1.6 numpy
+PARITY_PACKAGES := torch==2.15.0 transformers==5.23.0 peft==0.21.2 safetensors==0.8.0 jinja2==3.1.6 numpy
 # Two workers: with more workers, the compiler's threads slow each other down on small machines.
 WORKERS ?= 2
 
@@ -25,7 +25,7 @@ help:
 	@echo "make test         all tests but the slow ones;  make test-all: those too"
 	@echo "make test-pretrained   what needs real weights and evaluation sets (fetches 340 MB)"
 	@echo "make test-tpu     what needs the compiler of TPUs (fetches libtpu, 210 MB)"
-	@echo "make test-parity  logits and greedy texts against transformers, in a venv of its own ($(PARITY_VENV)), both ways"
+	@echo "make test-parity  logits, adapters and greedy texts against transformers and peft, in a venv of its own ($(PARITY_VENV)), both ways"
 	@echo "make lint         ruff, mypy, and the rules of tests/project/test_architecture.py"
 	@echo "make docs         the documentation, strictly and without the network, into site/"
 	@echo "make notebooks    executes the notebooks on the CPU, and stores their outputs in them"
@@ -87,15 +87,17 @@ test-all: setup $(WHEELS)/.fetched
 
 # Writes new golden values and runs the tests on them; then exports models, which transformers loads.
 # tests/parity/goldens is written by: $(PARITY_VENV)/bin/python tests/parity/write_goldens.py tests/parity/goldens
+# then goldens/adapters by: $(PARITY_VENV)/bin/python tests/parity/write_adapters.py tests/parity/goldens
 # and tests/parity/goldens/texts.json by: $(PARITY_VENV)/bin/python tests/parity/write_texts.py tests/parity/goldens
 test-parity: setup
-	@$(PARITY_VENV)/bin/python -c 'import torch, transformers, safetensors, jinja2' 2>/dev/null || { \
+	@$(PARITY_VENV)/bin/python -c 'import torch, transformers, peft, safetensors, jinja2' 2>/dev/null || { \
 	  $(PYTHON) -m venv $(PARITY_VENV) && \
 	  $(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PARITY_PACKAGES); }
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(PARITY_VENV)/bin/python tests/parity/write_goldens.py "$$folder/goldens"; \
+	$(PARITY_VENV)/bin/python tests/parity/write_adapters.py "$$folder/goldens"; \
 	$(PARITY_VENV)/bin/python tests/parity/write_texts.py "$$folder/goldens"; \
-	CYB_JAX_GOLDENS="$$folder/goldens" $(BIN)/python -m pytest tests/interop/test_interop.py tests/interop/test_greedy_texts.py; \
+	CYB_JAX_GOLDENS="$$folder/goldens" $(BIN)/python -m pytest tests/interop/test_interop.py tests/interop/test_peft.py tests/interop/test_greedy_texts.py; \
 	$(BIN)/python tests/parity/write_exports.py "$$folder/goldens" "$$folder/exports"; \
 	$(PARITY_VENV)/bin/python tests/parity/read_exports.py "$$folder/exports"
 

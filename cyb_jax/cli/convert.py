@@ -1,9 +1,10 @@
-"""Converts weights of other projects to a Hugging Face folder, or exports a run as one.
+"""Converts weights of other projects to a Hugging Face folder, or exports a run as one, or its adapters for peft.
 
-`init_from` accepts such a folder, and transformers can load it.
+`init_from` accepts such folders, and transformers and peft can load them.
 
 cyb-convert --from=hf|gguf|llama2c --input=PATH --output=DIR [--dtype=bfloat16] [--tokenizer=PATH]
 cyb-convert --to=hf --workdir=RUN --output=DIR [--checkpoint=best] [--dtype=bfloat16]
+cyb-convert --to=peft --workdir=RUN --output=DIR [--checkpoint=best]
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _DTYPES = ("float32", "bfloat16")
 
 def define_flags() -> None:
   flags.DEFINE_string("from", "", "The kind of --input: hf (a Hugging Face folder), gguf or llama2c.")
-  flags.DEFINE_string("to", "", "The format in which --workdir is exported: hf (a Hugging Face folder).")
+  flags.DEFINE_string(
+    "to", "", "The format in which --workdir is exported: hf (a Hugging Face folder) or peft (its adapters alone)."
+  )
   command_line.define_path("input", "", "The folder or file to convert.")
   command_line.define_path("workdir", "", "The run to export.")
   flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
@@ -50,14 +53,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   args = flags.FLAGS
   source, target = args["from"].value, args.to
   if bool(source) == bool(target):
-    raise InputError("--from, --to: give one of them, --from=hf|gguf|llama2c or --to=hf")
+    raise InputError("--from, --to: give one of them, --from=hf|gguf|llama2c or --to=hf|peft")
   if source and source not in _KINDS:
     raise InputError(f"--from: {source!r} is unknown; give one of {', '.join(_KINDS)}")
-  if target and target != "hf":
-    raise InputError(f"--to: {target!r} is unknown; give hf")
+  if target and target not in ("hf", "peft"):
+    raise InputError(f"--to: {target!r} is unknown; give hf or peft")
   if args.dtype not in _DTYPES:
     raise InputError(f"--dtype: {args.dtype!r} is unknown; give one of {', '.join(_DTYPES)}")
-  unused = ("workdir", "checkpoint") if source else ("input", "tokenizer")
+  unused = ("workdir", "checkpoint") if source else ("input", "tokenizer", *(("dtype",) if target == "peft" else ()))
   for name in unused:
     if args[name].present:
       raise InputError(f"--{name}: {args[name].value!r} has no effect with --{'from' if source else 'to'}; omit it")
@@ -101,6 +104,8 @@ def _export(workdir: str, output: pathlib.Path) -> dict[str, Any]:
       f"--workdir: the method of {workdir} is {run.method.name!r}, which is not a plain decoder: programs that read a"
       " Hugging Face folder would run another model; export a run of baseline, tbys, cyb, constant_stop or mean_slots"
     )
+  if args.to == "peft":
+    return _export_adapters(run, output) | {"seconds": time.perf_counter() - start}
   decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
   context = None
   if run.config.init_from:
@@ -110,6 +115,43 @@ def _export(workdir: str, output: pathlib.Path) -> dict[str, Any]:
   written = _written(run, run.params | {"decoder": decoder}, config, output, args.dtype, context)
   logging.info("%s: %s, step %d of %s", output, run.method.name, run.step, workdir)
   return written | {"seconds": time.perf_counter() - start}
+
+
+def _export_adapters(run: Run, output: pathlib.Path) -> dict[str, Any]:
+  from cyb_jax.interop import peft, peft_export, pretrained
+
+  address = run.config.init_from
+  found = pretrained.open_pretrained(address) if address else None
+  if not isinstance(found, pretrained.FromSource) or found.kind != "huggingface" or found.method is not None:
+    raise InputError(
+      f"--to: peft, but the run's init_from is {address!r}, which is no plain Hugging Face folder; peft adapts only"
+      " such models. Give hf, which merges the adapters"
+    )
+  source, config = found.source, run.method.decoder.config
+  if isinstance(source, peft.AdaptedSource):
+    if source.for_run(config.lora).merges:
+      raise InputError(
+        f"--to: peft, but the adapters of {address} were merged before the run's own were trained; give hf"
+      )
+    address = str(source.path)
+  parameters = peft_export.write_adapters(
+    output,
+    config,
+    run.params,
+    source,
+    address,
+    method=run.config.method,
+    vocab_size=run.method.vocab_size,
+    step=run.step,
+  )
+  logging.info("%s: adapters of %s, step %d", output, address, run.step)
+  return {
+    "output": str(output),
+    "method": run.method.name,
+    "step": run.step,
+    "parameters": parameters,
+    "base": address,
+  }
 
 
 def _written(

@@ -8,6 +8,7 @@ is therefore loaded and continued without changes.
 - Format 1 has no `tuning.new_rows`: rows that `init_from` lacks were initialised as with 'mean'.
 - In format 1, `thoughtbubbles` without `method.fork_layers` forks before layers 3, 7 and 11 of 12, and at proportional
   layers in other decoders.
+- In formats 1 and 2, the preset `llama_1b` has no `decoder.rope_scaling`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from cyb_jax.configs import lists, methods_group
 from cyb_jax.decoder import PRESETS
 
-FORMAT = 2
+FORMAT = 3
 
 
 def migrated(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def migrated(recorded: Mapping[str, Any]) -> dict[str, Any]:
     source["train"] = {"trackers": "tensorboard" if source["train"]["tensorboard"] else "", **values}
   if recorded.get("format", 1) >= FORMAT:
     return source
-  for (group, name), value in _earlier_values(source).items():
+  for (group, name), value in _earlier_values(source, recorded.get("format", 1)).items():
     values = source.get(group, {})
     if _is_open(values.get(name)):
       source[group] = {**values, name: value}
@@ -52,7 +53,7 @@ def continued(source: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[st
   method, of_run = (x.get("method", {}) for x in (source, run))
   if not all(isinstance(x, Mapping) for x in (method, of_run)) or method.get("name") != of_run.get("name"):
     return result
-  for (group, name), earlier in _earlier_values(run).items():
+  for (group, name), earlier in _earlier_values(run, 1).items():
     values, value = result.get(group, {}), run.get(group, {}).get(name)
     if value == earlier and (_is_open(values.get(name)) or values.get(name) == _DEFAULTS.get((group, name))):
       result[group] = {**values, name: value}
@@ -63,12 +64,16 @@ def continued(source: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[st
 _DEFAULTS = {("tuning", "new_rows"): "auto"}
 
 
-def _earlier_values(source: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
-  """The values that missing fields had in format 1, by group and name."""
+def _earlier_values(source: Mapping[str, Any], written: int) -> dict[tuple[str, str], Any]:
+  """The values that missing fields had in the format `written` and later ones, by group and name."""
   values: dict[tuple[str, str], Any] = {}
+  decoder, method = source.get("decoder", {}), source.get("method", {})
+  if decoder.get("preset") == "llama_1b":
+    values["decoder", "rope_scaling"] = ""
+  if written > 1:
+    return values
   if source.get("init_from"):
     values["tuning", "new_rows"] = "mean"
-  decoder, method = source.get("decoder", {}), source.get("method", {})
   layers = decoder.get("num_layers") or getattr(PRESETS.get(decoder.get("preset", "")), "num_layers", None)
   if method.get("name") == "thoughtbubbles" and layers:
     values["method", "fork_layers"] = lists.written(sorted({-(-layers * part // 12) for part in (3, 7, 11)}))

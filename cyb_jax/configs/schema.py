@@ -149,8 +149,9 @@ class PrecisionConfig:
   Attributes:
     activations: the number format of activations: 'float32', 'bfloat16', or 'auto', which is bfloat16 on accelerators
       and float32 on CPUs.
-    params: the number format of the decoder's parameters: 'float32'; or 'bfloat16', if they aren't trained
-      (`tuning.weights`).
+    params: the number format of the decoder's parameters: 'float32'; or, if they aren't trained (`tuning.weights`),
+      'bfloat16', 'int8' or 'nf4': with the last two the matrices of the layers have 8 or 4 bits, and the other
+      parameters are bfloat16 (`cyb_jax.decoder.quantization`).
     matmul: the precision of f32 matrix products: 'default', 'high' or 'highest'.
   """
 
@@ -281,8 +282,11 @@ class Config:
     Args:
       vocab_size: the size of the vocabulary, see `decoder_config`.
       data_shards: the number of devices over which a batch is split, under jit.
+
+    Raises:
+      InputError: a window of text has more positions than the decoder's table of learned positions.
     """
-    return methods.build(
+    method = methods.build(
       self.method,
       self.decoder_config(vocab_size),
       vocab_size=vocab_size,
@@ -290,6 +294,14 @@ class Config:
       shards=data_shards,
       weights=self.tuning.weights,
     )
+    rows = method.decoder.config.learned_positions
+    positions = self.data.sequence_length * (method.num_slots if getattr(method, "shifts_positions", False) else 1)
+    if rows is not None and positions > rows:
+      raise InputError(
+        f"data.sequence_length: {self.data.sequence_length} tokens have {positions} positions, but the decoder has"
+        f" learned positions for {rows} (decoder.learned_positions); give a shorter window"
+      )
+    return method
 
   def task_options(self) -> dict[str, str]:
     """`data.options` as a dict."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cyb_jax.configs.schema import Config
 from cyb_jax.decoder.config import LORA_RULES
+from cyb_jax.decoder.quantization import SCHEMES
 from cyb_jax.errors import InputError
 from cyb_jax.field_rules import (
   AT_LEAST_1,
@@ -75,7 +76,7 @@ RULES: dict[str, dict[str, Rule]] = {
   "precision": {
     "activations": one_of("auto", "float32", "bfloat16"),
     "matmul": one_of("default", "high", "highest"),
-    "params": one_of("float32", "bfloat16"),
+    "params": one_of("float32", "bfloat16", *SCHEMES),
   },
   "tuning": {
     **{name: checked_later(rule.wanted) for name, rule in LORA_RULES.items()},  # LoraConfig checks them
@@ -137,7 +138,7 @@ def _check_tuning(config: Config) -> None:
   tuning, params = config.tuning, config.precision.params
   tuning.lora  # noqa: B018 - the property checks its fields
   trains = config.train.steps > 0 or config.train.epochs > 0
-  if params == "bfloat16" and tuning.weights == "all" and trains:
+  if params != "float32" and tuning.weights == "all" and trains:
     wanted = "float32 if tuning.weights = 'all', because small updates would be lost in rounding"
     raise _invalid(config, "precision", "params", wanted)
   if tuning.new_rows == "zero" and getattr(config.method, "pause_input", "pause") != "token+pause":

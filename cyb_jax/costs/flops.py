@@ -7,8 +7,8 @@ are a few percent at most. There are two counts:
   machine, and model FLOPs utilisation is computed from them (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
   appendix B).
 - executed: the operations of the compiled program. XLA's attention computes the full square and masks half of it (with
-  hidden slots only the blocks of `decoder.attention.HiddenSlots`); rematerialised layers run twice; the backward pass
-  of the readout computes the logits again.
+  hidden slots only the blocks of `decoder.attention.HiddenSlots`), and masks the keys before a window; rematerialised
+  layers run twice; the backward pass of the readout computes the logits again.
 
 Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size, L layers, F mlp,
 r rank of adapters.
@@ -117,7 +117,13 @@ def forward_cost(
     executed: whether to count the operations of the compiled program. XLA's attention is assumed; cuDNN's attention
       skips the masked half.
   """
-  return pass_cost(config, slots=slots, keys=_keys(tokens, slots, hidden, executed), slots_read=slots_read)
+  return pass_cost(
+    config,
+    slots=slots,
+    keys=_keys(tokens, slots, hidden, executed),
+    local_keys=None if executed else local_keys(config, tokens, slots, hidden),
+    slots_read=slots_read,
+  )
 
 
 def pass_cost(
@@ -125,6 +131,7 @@ def pass_cost(
   *,
   slots: float,
   keys: float,
+  local_keys: float | None = None,
   slots_read: float = 0.0,
   layers: int | None = None,
   routing: float = 0.0,
@@ -137,6 +144,7 @@ def pass_cost(
     config: the decoder.
     slots: the number of slots per real token.
     keys: the average number of keys of a slot, see `causal_keys`.
+    local_keys: the average number in local layers, see `local_keys`; None: `keys`.
     slots_read: the number of slots that are read out, per real token.
     layers: the number of layers; None: all.
     routing: the number of parameters outside the decoder that a slot is multiplied by.
@@ -144,17 +152,42 @@ def pass_cost(
   layers = config.num_layers if layers is None else layers
   return Cost(
     matrices=slots * layers * 2 * sum(_matrices(config).values()),
-    attention=slots * layers * _attention(config, keys),
+    attention=slots * layers * _attention(config, _mean_keys(config, keys, local_keys)),
     readout=slots_read * _readout(config),
     adapters=slots * layers * 2 * sum(_adapters(config).values()),
     routing=slots * 2 * routing,
   )
 
 
+def local_keys(config: DecoderConfig, tokens: float, slots: float, hidden: bool = False) -> float | None:
+  """Returns the average number of keys of a slot in a layer with the config's window; None without a window.
+
+  Args:
+    config: the decoder.
+    tokens, slots, hidden: as in `forward_cost`. The slots of a token have its position.
+  """
+  if config.window is None:
+    return None
+  window = min(config.window, tokens)
+  # Of the first slots of tokens, token t (from 1) sees min(t, window).
+  of_tokens = (window * (window + 1) / 2 + (tokens - window) * window) / tokens
+  before = (of_tokens - 1) * (1 if hidden else slots)
+  return before + (slots + 1) / 2
+
+
+def _mean_keys(config: DecoderConfig, keys: float, local: float | None) -> float:
+  """Returns the average over layers."""
+  if local is None:
+    return keys
+  share = sum(config.is_global(number) for number in range(config.num_layers)) / config.num_layers
+  return share * keys + (1 - share) * local
+
+
 def causal_keys(length: float, executed: bool = False) -> float:
   """Returns the average number of keys of a slot in a row of `length` slots.
 
-  A slot attends to itself and to the slots before it. As executed, XLA computes the full square.
+  A slot attends to itself and to the slots before it. As executed, XLA computes the full square. Methods that pass no
+  `local_keys` count all keys in local layers too.
   """
   return length if executed else (length + 1) / 2
 
@@ -184,6 +217,7 @@ def train_cost(
     config,
     slots=slots,
     keys=_keys(tokens, slots, hidden, executed),
+    local_keys=None if executed else local_keys(config, tokens, slots, hidden),
     slots_read=slots_read,
     executed=executed,
     frozen=frozen,
@@ -195,6 +229,7 @@ def train_pass_cost(
   *,
   slots: float,
   keys: float,
+  local_keys: float | None = None,
   slots_read: float = 0.0,
   layers: int | None = None,
   routing: float = 0.0,
@@ -210,7 +245,9 @@ def train_pass_cost(
       (`Decoder.run_layers`). The gradient then also needs the results of the last products of layers.
   """
   layers = config.num_layers if layers is None else layers
-  once = pass_cost(config, slots=slots, keys=keys, slots_read=slots_read, layers=layers, routing=routing)
+  once = pass_cost(
+    config, slots=slots, keys=keys, local_keys=local_keys, slots_read=slots_read, layers=layers, routing=routing
+  )
   trained = 2 if frozen else 3
   matrices, attention, readout, adapters = (
     trained * once.matrices, 3 * once.attention, trained * once.readout, 3 * once.adapters,
@@ -218,7 +255,9 @@ def train_pass_cost(
   if executed:
     readout += once.readout
     if config.remat == "full":
-      last: tuple[str, ...] = () if scaled else ("down", "out") if config.parallel_residual else ("down",)
+      # A norm after a product needs its result for the gradient.
+      needed = scaled or config.norm_placement != "before"
+      last: tuple[str, ...] = () if needed else ("down", "out") if config.parallel_residual else ("down",)
       matrices += once.matrices - slots * layers * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
       # If an adapter B A ends a layer, only its product with B is not recomputed: the gradient of B needs A x.
@@ -236,7 +275,7 @@ def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: 
   Args:
     config: the decoder.
     slots: the number of slots that pass through the layers.
-    keys: the total number of keys of all slots.
+    keys: the total number of keys of all slots; windows are not subtracted.
     slots_read: the number of slots that are read out.
   """
   matrices = 2 * (sum(_matrices(config).values()) + sum(_adapters(config).values()))

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import PyTree
 
+from cyb_jax.decoder import quantization
 from cyb_jax.decoder.lora import LEAVES
 
 
@@ -26,25 +27,34 @@ class Parametrized(Protocol):
 def count_parameters(method: Parametrized) -> dict[str, int]:
   """Returns the number of parameters by component, computed from shapes without allocating them.
 
-  The keys are `total`; `trained`; the components `embedding` (with an untied output table), `layers` (with the final
-  norm), `lora`, `pauses` and `dont_know`; and every other top-level parameter of the method under its own name.
+  The keys are `total`; `trained`; the components `embedding` (with an untied output table and learned positions),
+  `layers` (with the final norm), `lora`, `pauses` and `dont_know`; and every other top-level parameter of the method
+  under its own name.
   """
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
   counts = dict.fromkeys(("total", "trained", "embedding", "layers", "lora", "pauses", "dont_know"), 0)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     names = tuple(key.key for key in path)
-    size, component = math.prod(leaf.shape), _component(names)
+    size, component = _weights(names[-1], leaf), _component(names)
     counts["total"] += size
     counts["trained"] += size if method.is_trained(names) else 0
     counts[component] = counts.get(component, 0) + size
   return counts
 
 
+def _weights(name: str, leaf: jax.ShapeDtypeStruct) -> int:
+  """The number of weights that a leaf holds: of a quantised matrix two in a byte or one, and none in its scales."""
+  if name == quantization.SCALE:
+    return 0
+  packed: bool = name == "kernel" and leaf.dtype == quantization.storage_dtype("nf4")
+  return int(math.prod(leaf.shape)) * (2 if packed else 1)
+
+
 def _component(names: Sequence[str]) -> str:
   if names[0] == "decoder":
     if names[-1] in LEAVES:
       return "lora"
-    return "embedding" if names[1] in ("embedding", "unembedding") else "layers"
+    return "embedding" if names[1].endswith("embedding") else "layers"
   for component, start in (("pauses", "pause_"), ("dont_know", "dont_know")):
     if names[0].startswith(start):
       return component

@@ -13,6 +13,7 @@ Letters: B batch, Q slots that are run together, C capacity, G kv heads, H head 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,39 @@ class Cache:
   Attributes:
     keys: rotated, [B, C, G, H] of each layer; with `scan_layers` one array [L, B, C, G, H].
     values: the same shapes.
+    positions: with a window the positions of the entries, f32[B, C, 1, 1] of each layer (f32, because the copies of a
+      token have fractions), or f32[L, B, C, 1, 1]; else None.
   """
 
   keys: tuple[Float[Array, "B C G H"], ...] | Float[Array, "L B C G H"]
   values: tuple[Float[Array, "B C G H"], ...] | Float[Array, "L B C G H"]
+  positions: tuple[Float[Array, "B C 1 1"], ...] | Float[Array, "L B C 1 1"] | None = None
+
+  def layers(self, first: int, end: int) -> Cache:
+    """The cache of the layers first .. end - 1."""
+    return Cache(*(None if x is None else x[first:end] for x in (self.keys, self.values, self.positions)))
+
+  def layer(self, number: int) -> tuple[Array, Array, Array | None]:
+    """(keys, values, positions) of one layer; without `scan_layers`."""
+    return self.keys[number], self.values[number], None if self.positions is None else self.positions[number]
+
+  @classmethod
+  def of_layers(cls, layers: Sequence[tuple[Array, Array, Array | None]]) -> Cache:
+    """The cache of these layers, each as `layer` gives it."""
+    keys, values, positions = zip(*layers)
+    return cls(keys, values, None if positions[0] is None else positions)
+
+  @classmethod
+  def join(cls, parts: Sequence[Cache]) -> Cache:
+    """The inverse of `layers`: the cache of the layers of all parts, in order."""
+    if not isinstance(parts[0].keys, tuple):
+      return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+    def joined(name: str) -> tuple[Array, ...] | None:
+      values = [getattr(part, name) for part in parts]
+      return None if values[0] is None else tuple(x for value in values for x in value)
+
+    return cls(joined("keys"), joined("values"), joined("positions"))
 
   @property
   def capacity(self) -> int:
@@ -49,11 +79,13 @@ def empty_cache(config: DecoderConfig, batch_size: int, capacity: int) -> Cache:
   """An empty cache, in the dtype of activations."""
   shape = (batch_size, capacity, config.num_kv_heads, config.head_size)
   dtype = jnp.dtype(config.dtype)
+  arrays = [(shape, dtype), (shape, dtype)]
+  if config.window is not None:
+    arrays.append(((batch_size, capacity, 1, 1), jnp.dtype(jnp.float32)))
   if config.scan_layers:
-    shape = (config.num_layers, *shape)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return Cache(*(jnp.zeros((config.num_layers, *shape), dtype) for shape, dtype in arrays))
   # Every layer has its own arrays, because a buffer cannot be donated twice.
-  return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2)))
+  return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for shape, dtype in arrays))
 
 
 def cache_mask(

@@ -21,7 +21,7 @@ from cyb_jax.decoder.attention import KeyWeights, Mask
 from cyb_jax.decoder.cache import Cache, cache_mask
 from cyb_jax.decoder.config import DecoderConfig
 from cyb_jax.decoder.initializers import embedding_init, unembedding_init
-from cyb_jax.decoder.layers import Layer, LayerContext, Norm
+from cyb_jax.decoder.layers import Layer, LayerContext, Norm, Rope
 from cyb_jax.decoder.rope import rope_factors
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.rules import constrain
@@ -37,10 +37,12 @@ _SCALES = {"small": math.sqrt(2.5)}
 class Decoder(nn.Module):
   """Embedded inputs -> hidden states. Methods are called as `decoder.apply(variables, ..., method='embed')`.
 
-  Parameters come from `init_params`: `embedding` [V, D]; `unembedding` [V, D] unless tied; `layers_0`, `layers_1`, ...
-  or, with scan_layers, `layers` with a leading axis L; `final_norm`. A layer has `attention_norm`, `attention` (`query`
-  [D, N, H], `key` and `value` [D, G, H], `out` [N, H, D]), `mlp_norm` and `mlp` (`gate` and `up` [D, F], `down`
-  [F, D]). A matrix is a `kernel`, with a `bias` where configured. A matrix with an adapter of rank r also has `lora_a`
+  Parameters come from `init_params`: `embedding` [V, D]; `unembedding` [V, D] unless tied; `layers_0`, `layers_1`,
+  ... or, with scan_layers, `layers` with a leading axis L; `final_norm`; with learned positions `position_embedding`
+  [P, D]. A layer has `attention` (`query` [D, N, H], `key` and `value` [D, G, H], `out` [N, H, D]; with norms of
+  queries and keys `query_norm` and `key_norm`, [H], or [N, H] and [G, H]), `mlp` (`gate` and `up` [D, F], `down` [F,
+  D]), and, by `norm_placement`, `attention_norm` and `mlp_norm`, `attention_post_norm` and `mlp_post_norm`, or all
+  four. A matrix is a `kernel`, with a `bias` where configured. A matrix with an adapter of rank r also has `lora_a`
   f32[inputs..., r] and `lora_b` f32[r, outputs...].
 
   Attributes:
@@ -56,14 +58,21 @@ class Decoder(nn.Module):
       "embedding",
       nn.with_logical_partitioning(embedding_init(config), ("vocab", "embed")),
       table,
-      jnp.dtype(config.param_dtype),
+      jnp.dtype(config.table_dtype),
     )
     if not config.tied_embeddings:
       self.output_embedding = self.param(
         "unembedding",
         nn.with_logical_partitioning(unembedding_init(config), ("vocab", "embed")),
         table,
-        jnp.dtype(config.param_dtype),
+        jnp.dtype(config.table_dtype),
+      )
+    if config.learned_positions is not None:
+      self.position_embedding = self.param(
+        "position_embedding",
+        nn.with_logical_partitioning(embedding_init(config), ("positions", "embed")),
+        (config.learned_positions, config.d_model),
+        jnp.dtype(config.table_dtype),
       )
     layer = Layer
     if config.remat != "none":
@@ -74,13 +83,13 @@ class Decoder(nn.Module):
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),  # the cache has an axis of layers; the context is shared
+        in_axes=(0, 0, nn.broadcast),  # the cache and the kinds have an axis of layers; the context is shared
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
-      self.layers = scanned(config)
+      self.layers = scanned(config, None if config.global_every else config.is_global(0))
     else:
-      self.layers = [layer(config) for _ in range(config.num_layers)]
+      self.layers = [layer(config, config.is_global(number)) for number in range(config.num_layers)]
     self.final_norm = Norm(config)
 
   def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -114,16 +123,19 @@ class Decoder(nn.Module):
     *,
     mask: Mask = None,
     query_key_offset: Float[Array, "S D"] | Float[Array, "B S D"] | None = None,
+    slots_per_position: int | None = None,
   ) -> Float[Array, "B S D"]:
     """All layers and the final norm.
 
     Args:
       inputs: [B, S, D], embedded and scaled; cast to the dtype of activations.
-      positions: i32[B or 1, S], the rotary positions; pauses repeat their token's position.
+      positions: i32[B or 1, S], the positions; pauses repeat their token's position.
       mask: None is causal attention in the order of S; otherwise boolean [B or 1, 1, S, S], True where the query (third
         axis) may see the key (fourth), causality included, or a structured mask, `SegmentMask` or `HiddenSlots`.
       query_key_offset: [S, D] or [B, S, D], added to the normed input of the query and key projections, not of the
         value projection, in every layer: q = W_q (z + v), k = W_k (z + v).
+      slots_per_position: the number of consecutive slots with the same position, if the positions of all rows are
+        0, 1, .. in order: kernels need it for a window. None: unknown, then a window needs XLA's attention.
 
     Returns:
       [B, S, D] in the dtype of activations.
@@ -131,7 +143,9 @@ class Decoder(nn.Module):
     Raises:
       InputError: the config requests cuDNN's or splash attention where it cannot run.
     """
-    hidden, _ = self.run_layers(inputs, positions, mask=mask, query_key_offset=query_key_offset)
+    hidden, _ = self.run_layers(
+      inputs, positions, mask=mask, query_key_offset=query_key_offset, slots_per_position=slots_per_position
+    )
     return self.finish(hidden)
 
   def extend(
@@ -148,7 +162,7 @@ class Decoder(nn.Module):
 
     Args:
       inputs: [B, Q, D], as in `__call__`.
-      positions: i32[B, Q], the rotary positions.
+      positions: i32[B, Q], the positions.
       cache: see `Cache`; meant to be donated.
       start: i32[B], the cache index of each row's first new slot; the entries before that index are seen. None: all
         rows are empty, and the new slots see only each other.
@@ -207,50 +221,90 @@ class Decoder(nn.Module):
     start: Int[Array, "B"] | None = None,
     key_weights: KeyWeights | None = None,
     update_scale: Float[Array, "B S"] | None = None,
+    slots_per_position: int | None = None,
   ) -> tuple[Float[Array, "B S D"], Cache | None]:
     """Runs some or all layers, without the final norm; for methods that need states in between or repeat layers.
 
+    Learned positions are added before the first layer, so methods that repeat the layers add them in every loop, as
+    RoPE rotates in every loop.
+
     Args:
       hidden: [B, S, D], the residual stream; cast to the dtype of activations.
-      positions: [B or 1, S], the rotary positions; they may be fractions.
+      positions: [B or 1, S], the positions; with RoPE they may be fractions.
       layers: (first, end), the layers first .. end - 1; None: all. With `scan_layers` only all layers are supported.
       mask, query_key_offset: as in `__call__`.
       cache, start: as in `extend`; the cache holds only these layers.
       key_weights: weights of the keys in attention, in all these layers.
       update_scale: [B, S], a factor of both updates of the residual stream; None: 1.
+      slots_per_position: as in `__call__`.
 
     Returns:
       [B, S, D]; and the cache that also holds the new slots, or None without a cache.
 
     Raises:
-      InputError: a part of the layers is requested with `scan_layers`.
+      InputError: a part of the layers is requested with `scan_layers`, or fractions of learned positions.
     """
     config = self.config
     dtype = jnp.dtype(config.dtype)
     hidden = constrain(hidden.astype(dtype), "batch", None, None)
-    if query_key_offset is not None:
-      query_key_offset = query_key_offset.astype(dtype)
-    if update_scale is not None:
-      update_scale = update_scale.astype(dtype)[..., None]
     first, last = layers or (0, config.num_layers)
+    if config.learned_positions is not None and first == 0:
+      hidden = hidden + self._position_rows(positions).astype(dtype)
     context = LayerContext(
-      rope=rope_factors(positions, config.rotated_size, config.rope_base),
+      positions=positions,
+      ropes=self._ropes(positions),
       mask=mask,
-      query_key_offset=query_key_offset,
+      query_key_offset=None if query_key_offset is None else query_key_offset.astype(dtype),
       start=start,
       key_weights=key_weights,
-      update_scale=update_scale,
+      update_scale=None if update_scale is None else update_scale.astype(dtype)[..., None],
+      slots_per_position=slots_per_position,
     )
     if config.scan_layers:
       if (first, last) != (0, config.num_layers):
         raise InputError("decoder.scan_layers: True, but this method runs layers one by one; set it to False")
-      hidden, cached = self.layers(hidden, None if cache is None else (cache.keys, cache.values), context)
-      return hidden, None if cached is None else Cache(*cached)
+      return self._scan(hidden, cache, context)
     written = []
     for number, layer in enumerate(self.layers[first:last]):
-      hidden, cached = layer(hidden, None if cache is None else (cache.keys[number], cache.values[number]), context)
+      hidden, cached = layer(hidden, None if cache is None else cache.layer(number), None, context)
       written.append(cached)
-    return hidden, None if cache is None else Cache(*zip(*written))
+    return hidden, None if cache is None else Cache.of_layers(written)
+
+  def _scan(
+    self, hidden: Float[Array, "B S D"], cache: Cache | None, context: LayerContext
+  ) -> tuple[Float[Array, "B S D"], Cache | None]:
+    """All layers, one of which is compiled."""
+    config, kinds = self.config, None
+    if config.global_every:
+      kinds = jnp.asarray([config.is_global(number) for number in range(config.num_layers)])
+    cached = None if cache is None else (cache.keys, cache.values, cache.positions)
+    hidden, cached = self.layers(hidden, cached, kinds, context)
+    return hidden, None if cached is None else Cache(*cached)
+
+  def _position_rows(self, positions: Int[Array, "#B S"]) -> Float[Array, "#B S D"]:
+    """Rows of the table of learned positions; a position outside of the table gives a row of NaN."""
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+      raise InputError(
+        f"decoder.learned_positions: {self.config.learned_positions}, but this method needs fractions of positions,"
+        " which only RoPE has; use another decoder"
+      )
+    return constrain(jnp.take(self.position_embedding, positions, axis=0), None, None, None)
+
+  def _ropes(self, positions: Int[Array, "#B S"] | Float[Array, "#B S"]) -> tuple[Rope | None, Rope | None]:
+    """RoPE of global and of local layers."""
+    config = self.config
+    if config.learned_positions is not None:
+      return None, None
+    size = config.rotated_size
+    everywhere = rope_factors(positions, size, config.rope_base, config.scaling)
+    local = everywhere
+    if config.local_rope_base is not None:
+      local = rope_factors(positions, size, config.local_rope_base)
+    if config.global_rope:
+      return everywhere, local
+    # In a scan the angles of all layers are arrays, and those of an angle of 0 change nothing.
+    none = (jnp.ones_like(local[0]), jnp.zeros_like(local[1])) if config.scan_layers else None
+    return none, local
 
   def finish(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """The final norm, to be applied after the last layer."""

@@ -7,12 +7,14 @@ B starts at zero, so that an adapted decoder initially equals the decoder withou
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from cyb_jax.decoder.config import DecoderConfig
+from cyb_jax.decoder.config import DecoderConfig, matrix_shape
+from cyb_jax.decoder.quantization import SCALE, dequantize
 
 LEAVES = ("lora_a", "lora_b")
 
@@ -35,27 +37,32 @@ def adapt(
 
 
 def merge_lora(params: PyTree, config: DecoderConfig) -> tuple[PyTree, DecoderConfig]:
-  """The plain decoder that equals an adapted one: W + (alpha / rank) A B in place of W.
+  """The plain decoder that equals an adapted or a quantised one: W + (alpha / rank) A B in place of W.
 
   Args:
     params: the tree `params['decoder']`, bare arrays.
     config: the decoder's config.
 
   Returns:
-    The tree without adapters, and its config. All leaves are f32, because a bfloat16 W would round the adapters'
-    updates away. Without adapters both arguments are returned unchanged.
+    The tree without adapters and quantised matrices, and its config. All leaves are f32, because a bfloat16 W would
+    round the adapters' updates away. Without both, the arguments are returned unchanged.
   """
   lora = config.lora
-  if lora is None:
+  if lora is None and not config.is_quantized:
     return params, config
 
-  def merge(tree: PyTree) -> PyTree:
+  def merge(tree: PyTree, name: str = "") -> PyTree:
     if not isinstance(tree, dict):
       return tree.astype(jnp.float32)
-    plain = {name: merge(leaf) for name, leaf in tree.items() if name not in LEAVES}
+    if SCALE in tree:
+      expand = functools.partial(dequantize, inputs=matrix_shape(config, name)[0])
+      # Scanned layers are stacked on a leading axis.
+      expand = jax.vmap(expand) if config.scan_layers else expand
+      tree = tree | {"kernel": expand(tree["kernel"], tree[SCALE])}
+      del tree[SCALE]
+    plain = {name: merge(leaf, name) for name, leaf in tree.items() if name not in LEAVES}
     if LEAVES[0] in tree:
       a, b = (jnp.asarray(tree[name], jnp.float32) for name in LEAVES)
-      # Scanned layers are stacked on a leading axis.
       layers = a.shape[: int(config.scan_layers)]
       a, b = a.reshape(*layers, -1, lora.rank), b.reshape(*layers, lora.rank, -1)
       product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

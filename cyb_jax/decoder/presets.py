@@ -61,11 +61,10 @@ PRESETS: Mapping[str, DecoderConfig] = types.MappingProxyType({
   "pythia_410m": DecoderConfig(
     num_layers=24, d_model=1024, num_heads=16, num_kv_heads=16, head_size=64, mlp_size=4096, **_PYTHIA_STYLE
   ),
-  # The shape of Llama 3.2 1B, https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json, without
-  # the stretching of long RoPE wavelengths (`rope_scaling`) that its checkpoint was trained with.
+  # Llama 3.2 1B: https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
   "llama_1b": DecoderConfig(
     vocab_size=128256, num_layers=16, d_model=2048, num_heads=32, num_kv_heads=8, head_size=64, mlp_size=8192,
-    rope_base=500_000.0,
+    rope_base=500_000.0, rope_scaling="llama3:factor=32,context=8192",
   ),
   # https://huggingface.co/google/gemma-2b/blob/main/config.json; Gemma Team 2024, https://arxiv.org/abs/2403.08295
   "gemma1_2b": DecoderConfig(

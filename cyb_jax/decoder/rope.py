@@ -9,9 +9,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cyb_jax.decoder.rope_scaling import RopeScaling
+
 
 def rope_factors(
-  positions: Int[Array, "B S"] | Float[Array, "B S"], rotated_size: int, base: float
+  positions: Int[Array, "B S"] | Float[Array, "B S"],
+  rotated_size: int,
+  base: float,
+  scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "B S R/2"], Float[Array, "B S R/2"]]:
   """Cosine and sine of the rotary angles, positions * base^(-2i/R) for i = 0 .. R/2-1.
 
@@ -22,13 +27,29 @@ def rope_factors(
     positions: i32[B, S], or f32[B, S] for positions between whole numbers.
     rotated_size: R, even: the number of elements of a head, out of H, that are rotated.
     base: the longest wavelength is close to 2 pi base.
+    scaling: the scaling of the wavelengths; None: none. 'dynamic' depends on the highest of all these positions, so
+      that a pass over new slots alone rotates them as `transformers` does, but not as one pass over all slots does.
 
   Returns:
     (cosine, sine), both f32[B, S, R/2].
   """
+  if scaling is not None:
+    return _scaled_factors(positions.astype(jnp.float32), rotated_size, base, scaling)
   exponents = jnp.arange(0, rotated_size, 2, dtype=jnp.float32) / rotated_size
   angles = positions.astype(jnp.float32)[..., None] * base**-exponents
   return jnp.cos(angles), jnp.sin(angles)
+
+
+def _scaled_factors(
+  positions: Float[Array, "B S"], rotated_size: int, base: float, scaling: RopeScaling
+) -> tuple[Float[Array, "B S R/2"], Float[Array, "B S R/2"]]:
+  if scaling.kind == "dynamic":
+    exponents = jnp.arange(0, rotated_size, 2, dtype=jnp.float32) / rotated_size
+    frequencies = scaling.dynamic_base(rotated_size, base, positions.max() + 1) ** -exponents
+  else:
+    frequencies = jnp.asarray(scaling.frequencies(rotated_size, base), jnp.float32)
+  angles = positions[..., None] * frequencies
+  return scaling.amplitude * jnp.cos(angles), scaling.amplitude * jnp.sin(angles)
 
 
 def apply_rope(

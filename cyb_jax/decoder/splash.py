@@ -38,6 +38,10 @@ def attend(
   num_slots: int = 1,
   segment_ids: Int[Array, "B T"] | None = None,
   *,
+  scale: float | None = None,
+  soft_cap: float | None = None,
+  window: int | None = None,
+  window_slots: int | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B S N H"]:
   """softmax(q k^T / sqrt(H)) v, causal in the order of the slots.
@@ -52,12 +56,23 @@ def attend(
     num_slots: W; 1: every slot sees the slots before it. Otherwise other tokens see only the first slot of a token, see
       `attention.HiddenSlots`.
     segment_ids: i32[B, T]; tokens with different ids do not see each other. No blocks are skipped because of them.
+    scale, soft_cap: see `attention.attend`.
+    window: the number of positions that a query sees, its own included; None: all. Blocks before it are skipped.
+    window_slots: the number of consecutive slots with the same position; with hidden slots `num_slots`.
     interpret: run the kernels as plain JAX operations, on any device; for tests.
 
   Returns:
     [B, S, N, H] in the dtype of `query`.
   """
-  run = functools.partial(_attend_here, num_slots=num_slots, interpret=interpret)
+  run = functools.partial(
+    _attend_here,
+    num_slots=num_slots,
+    scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    soft_cap=soft_cap,
+    window=window,
+    window_slots=window_slots,
+    interpret=interpret,
+  )
   batch_axes, heads_axis = _axes()
   if not batch_axes and heads_axis is None:
     return run(query, key, value, segment_ids)
@@ -128,16 +143,16 @@ def _round_up(size: int, step: int) -> int:
   return -(-size // step) * step
 
 
-def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
+def _attend_here(query, key, value, segment_ids, *, num_slots, scale, soft_cap, window, window_slots, interpret):
   """`attend` on one device, or on one device's part of the arrays."""
-  length, heads, size = query.shape[1:]
+  length, heads = query.shape[1:3]
   block = _block(length, num_slots)
   rows = _round_up(length, block)
-  query = (query.astype(jnp.float32) * size**-0.5).astype(query.dtype)
+  query = (query.astype(jnp.float32) * scale).astype(query.dtype)
   seen_from = None if segment_ids is None else jnp.repeat(segment_ids, num_slots, 1)
   seen = seen_from
   if num_slots == 1:
-    mask = masks.CausalMask((rows, rows))
+    mask = masks.CausalMask((rows, rows)) if window is None else _WindowMask(rows, window, window_slots)
   else:
     # The keys are the tokens' first slots, then all slots. In the order of the slots every block below the diagonal
     # would hold some first slots; with the first slots separate, the other slots need only the blocks on the diagonal.
@@ -145,7 +160,7 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
     key, value = (jnp.concatenate((_pad(x[:, ::num_slots], firsts), x), 1) for x in (key, value))
     if segment_ids is not None:
       seen = jnp.concatenate((_pad(segment_ids, firsts), seen_from), 1)
-    mask = _HiddenMask(rows, firsts, num_slots)
+    mask = _HiddenMask(rows, firsts, num_slots, window)
   # The padding of the last blocks follows all slots, so no slot sees it, and its outputs are cut off.
   query, key, value = _pad(query, rows), _pad(key, mask.shape[1]), _pad(value, mask.shape[1])
   segments = None if segment_ids is None else kernels.SegmentIds(_pad(seen_from, rows), _pad(seen, mask.shape[1]))
@@ -157,7 +172,12 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, interpret):
     block_q_dq=block, block_kv_dq=block,
   )  # fmt: skip
   kernel = kernels.make_splash_mha(
-    masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    masks.MultiHeadMask([mask] * heads),
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=soft_cap,
+    interpret=interpret,
   )
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   out = jax.vmap(kernel)(query, key, value, segments)
@@ -170,7 +190,62 @@ def _pad(x: Array, length: int) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _HiddenMask(masks.Mask):
+class _SlotMask(masks.Mask):
+  """A mask that the kernels compute for every attention weight, instead of reading it.
+
+  A row's token and slot are packed into one integer, because dividing by the number of slots in the kernels would cost
+  more than the softmax.
+  """
+
+  rows: int
+
+  def slots_per_token(self) -> int:
+    raise NotImplementedError
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self.rows, self.rows
+
+  @property
+  def q_sequence(self) -> np.ndarray:
+    width = self.slots_per_token()
+    token, slot = np.divmod(np.arange(self.rows, dtype=np.int32), np.int32(width))
+    return token << width.bit_length() | slot
+
+  @property
+  def mask_function(self) -> _SlotMask:
+    return self
+
+  def __call__(self, rows, columns):
+    bits = self.slots_per_token().bit_length()
+    return self.seen(rows >> bits, rows & ((1 << bits) - 1), columns)
+
+  def seen(self, token, slot, columns):
+    """Whether the slot of a token sees the key at a column."""
+    raise NotImplementedError
+
+  def __getitem__(self, index) -> np.ndarray:
+    rows, columns = index
+    return self(self.q_sequence[rows][:, None], np.arange(self.shape[1], dtype=np.int32)[columns][None])
+
+
+@dataclasses.dataclass(frozen=True)
+class _WindowMask(_SlotMask):
+  """Causal attention within a window of `size` positions; `num_slots` consecutive slots have the same position."""
+
+  size: int
+  num_slots: int
+
+  def slots_per_token(self) -> int:
+    return self.num_slots
+
+  def seen(self, token, slot, columns):
+    own = columns - token * self.num_slots  # 0: the first slot with the query's position
+    return (own <= slot) & (own >= -(self.size - 1) * self.num_slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HiddenMask(_SlotMask):
   """Hidden slots: rows are slots; columns are the tokens' first slots, padded to full blocks, then all slots.
 
   T = 2, W = 3, the first slots padded to 4:
@@ -183,33 +258,23 @@ class _HiddenMask(masks.Mask):
          second  1  1 . .    . . .   . 1 .
          third   1  1 . .    . . .   . 1 1
 
-  The kernels compute the mask for every attention weight. Each row's token and slot are packed into one integer,
-  because dividing by W in the kernels would cost more than the softmax.
+  With a window, only the first slots of the last `window` tokens are seen.
   """
 
-  rows: int
   firsts: int
   num_slots: int
+  window: int | None = None
 
   @property
   def shape(self) -> tuple[int, int]:
     return self.rows, self.firsts + self.rows
 
-  @property
-  def q_sequence(self) -> np.ndarray:
-    token, slot = np.divmod(np.arange(self.rows, dtype=np.int32), np.int32(self.num_slots))
-    return token << self.num_slots.bit_length() | slot
+  def slots_per_token(self) -> int:
+    return self.num_slots
 
-  @property
-  def mask_function(self) -> _HiddenMask:
-    return self
-
-  def __call__(self, rows, columns):
-    bits = self.num_slots.bit_length()
-    token, slot = rows >> bits, rows & ((1 << bits) - 1)
+  def seen(self, token, slot, columns):
     key_slot = columns - self.firsts - token * self.num_slots
-    return (columns <= token) | ((key_slot > 0) & (key_slot <= slot))
-
-  def __getitem__(self, index) -> np.ndarray:
-    rows, columns = index
-    return self(self.q_sequence[rows][:, None], np.arange(self.shape[1], dtype=np.int32)[columns][None])
+    far = columns <= token
+    if self.window is not None:
+      far &= columns > token - self.window
+    return far | ((key_slot > 0) & (key_slot <= slot))

@@ -36,8 +36,9 @@ from cyb_jax.data.tokenizers import text_boundaries
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, writing
 from cyb_jax.interop import huggingface
+from cyb_jax.interop.architectures import FAMILIES, Family, objections
 from cyb_jax.interop.families import Tensor
-from cyb_jax.interop.huggingface import CYB_JAX, OWN, TOKENIZER, Family
+from cyb_jax.interop.huggingface import CYB_JAX, OWN, TOKENIZER
 from cyb_jax.interop.new_folder import new_folder
 from cyb_jax.interop.tensors import each, package
 from cyb_jax.methods import MethodConfig
@@ -82,12 +83,7 @@ def write_huggingface(
   """
   output = pathlib.Path(absolute(output)).absolute()
   family = family_of(decoder_config)
-  _check_options(output, dtype, max_shard_bytes)
-  if "slot_heads" in params:
-    raise InputError(
-      "method.slot_heads: True is not supported in a Hugging Face folder, because programs that read it would apply the"
-      " readout without the heads; train with method.slot_heads=False"
-    )
+  _check_options(output, dtype, max_shard_bytes, params)
   table = family.table(decoder_config)
   _check_leaves(params["decoder"], table, decoder_config)
   vocab_size = decoder_config.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -101,14 +97,14 @@ def write_huggingface(
     own = {name: np.asarray(jax.device_get(leaf)) for name, leaf in params.items() if name != "decoder"}
     if method is not None:
       config[CYB_JAX] = _own_json(method, own, entries, decoder_config.vocab_size, vocab_size, step)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     not_entries = {name: leaf for name, leaf in own.items() if name not in ("pause_input", "dont_know")}
     if not_entries:
-      _write_tensors(folder / OWN, not_entries)
+      write_tensors(folder / OWN, not_entries)
     tensors = _tensors(params["decoder"], table, decoder_config, vocab_size, own, method)
     _write_shards(folder, tensors, _DTYPES[dtype], max_shard_bytes)
     if tokenizer is not None:
-      _write_json(folder / "generation_config.json", special)
+      write_json(folder / "generation_config.json", special)
       _write_tokenizer(folder, tokenizer, entries, imported=method is None)
     for path in folder.rglob("*"):
       if path.is_file():
@@ -116,11 +112,21 @@ def write_huggingface(
         shutil.copymode(folder / "config.json", path)
 
 
-def _check_options(output: pathlib.Path, dtype: str, max_shard_bytes: int) -> None:
+def _check_options(output: pathlib.Path, dtype: str, max_shard_bytes: int, params: PyTree) -> None:
   if dtype not in _DTYPES:
     raise InputError(f"dtype: {dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
   if max_shard_bytes < 1:
     raise InputError(f"max_shard_bytes: {max_shard_bytes} must be positive")
+  if "slot_heads" in params:
+    raise InputError(
+      "method.slot_heads: True is not supported in a Hugging Face folder, because programs that read it would apply the"
+      " readout without the heads; train with method.slot_heads=False"
+    )
+  check_empty(output)
+
+
+def check_empty(output: pathlib.Path) -> None:
+  """Raises InputError if an output folder exists and is not empty."""
   with writing(str(output)):
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
       raise InputError(f"output: {output} exists and is not empty; give a new folder")
@@ -132,7 +138,7 @@ def family_of(config: DecoderConfig) -> Family:
   Raises:
     InputError: there is no such family; the message lists what the closest family can't express.
   """
-  found = {family: _objections(family, config) for family in huggingface.FAMILIES if family.written}
+  found = {family: objections(family, config) for family in FAMILIES}
   family = min(found, key=lambda family: len(found[family]))
   if found[family]:
     raise InputError(
@@ -140,22 +146,6 @@ def family_of(config: DecoderConfig) -> Family:
       f" requires {'; '.join(found[family])}"
     )
   return family
-
-
-def _objections(family: Family, config: DecoderConfig) -> list[str]:
-  objections = []
-  for field, accepted in family.demands.items():
-    value = getattr(config, field)
-    if value not in accepted:
-      objections.append(f"decoder.{field} = {' or '.join(map(repr, accepted))}, not {value!r}")
-  if config.d_model % config.num_heads and family.model_type in ("llama", "gpt_neox"):
-    objections.append(f"decoder.num_heads to divide d_model = {config.d_model}, not {config.num_heads}")
-  if family.model_type == "gpt_neox":
-    if config.num_kv_heads != config.num_heads:
-      objections.append(f"decoder.num_kv_heads = {config.num_heads} (num_heads), not {config.num_kv_heads}")
-    if config.head_size * config.num_heads != config.d_model:
-      objections.append(f"decoder.head_size = d_model / num_heads, not {config.head_size}")
-  return objections
 
 
 def _entries(params: PyTree, vocab_size: int, method: MethodConfig | None) -> list[tuple[int, str]]:
@@ -180,10 +170,10 @@ def _check_leaves(params: PyTree, table: list[Tensor], config: DecoderConfig) ->
       raise InputError(f"params: decoder.{'.'.join(names)} has no tensor in this architecture{hint}")
   for tensor, layer, _ in each(table, config.num_layers):
     for leaf in tensor.leaves:
-      _leaf(params, leaf, layer)
+      leaf_of(params, leaf, layer)
 
 
-def _leaf(params: PyTree, path: tuple[str, ...], layer: int | None) -> Any:
+def leaf_of(params: PyTree, path: tuple[str, ...], layer: int | None) -> Any:
   """A leaf of params['decoder'], of one layer if layers are stacked; not fetched from the device."""
   stacked = layer is not None and "layers" in params
   if layer is not None:
@@ -216,7 +206,7 @@ def _tensors(
     appended["unembedding"].append(row)
   places = list(each(table, config.num_layers))
   for tensor, layer, name in track(places, "writing", total=len(places), unit="tensors"):
-    leaves = (np.asarray(jax.device_get(_leaf(params, leaf, layer))) for leaf in tensor.leaves)
+    leaves = (np.asarray(jax.device_get(leaf_of(params, leaf, layer))) for leaf in tensor.leaves)
     array = tensor.join(*leaves)
     rows = appended.get(tensor.leaves[0][0])
     yield name, array if rows is None else np.concatenate([array[:vocab_size], *rows])
@@ -232,7 +222,7 @@ def _write_shards(
 
   def close() -> None:
     shards.append(list(shard))
-    _write_tensors(folder / f"shard-{len(shards)}", shard)
+    write_tensors(folder / f"shard-{len(shards)}", shard)
     shard.clear()
 
   for name, array in tensors:
@@ -250,10 +240,15 @@ def _write_shards(
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     (folder / f"shard-{number}").rename(folder / file)
     weight_map |= dict.fromkeys(names, file)
-  _write_json(folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  write_json(folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file.
+
+  Raises:
+    OSError: writing fails.
+  """
   safetensors = package("safetensors", str(path))
   try:
     # Other programs read the framework from the metadata and accept 'pt'.
@@ -279,7 +274,7 @@ def _special_json(tokenizer: Tokenizer | None, imported: bool) -> dict[str, Any]
 
 
 def _config_json(family: Family, config: DecoderConfig, rows: int, dtype: str, max_positions: int) -> dict[str, Any]:
-  return {
+  common = {
     "architectures": [family.architecture],
     "model_type": family.model_type,
     "vocab_size": rows,
@@ -287,13 +282,13 @@ def _config_json(family: Family, config: DecoderConfig, rows: int, dtype: str, m
     "intermediate_size": config.mlp_size,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
-    "max_position_embeddings": max_positions,
+    "max_position_embeddings": max(max_positions, config.window or 0),
     "tie_word_embeddings": config.tied_embeddings,
     # The older and the newer name; `family.write` also writes RoPE's fields in both spellings.
     "torch_dtype": dtype,
     "dtype": dtype,
-    **family.write(config),
   }
+  return {family.names.get(name, name): value for name, value in common.items()} | family.write(config)
 
 
 def _own_json(
@@ -336,5 +331,6 @@ def _write_tokenizer(
     tokenizer.save(folder / TOKENIZER)
 
 
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  """Writes an object as indented JSON."""
   path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -56,6 +56,14 @@ HUGGINGFACE = {
   "gate": "model.layers.{layer}.mlp.gate_proj",
   "up": "model.layers.{layer}.mlp.up_proj",
   "down": "model.layers.{layer}.mlp.down_proj",
+  "query_norm": "model.layers.{layer}.self_attn.q_norm",
+  "key_norm": "model.layers.{layer}.self_attn.k_norm",
+}
+# With norms after attention and mlp, the name of the second norm before is that of the first norm after.
+HUGGINGFACE_POST_NORMS = HUGGINGFACE | {
+  "attention_post_norm": "model.layers.{layer}.post_attention_layernorm",
+  "mlp_norm": "model.layers.{layer}.pre_feedforward_layernorm",
+  "mlp_post_norm": "model.layers.{layer}.post_feedforward_layernorm",
 }
 GGUF = {
   "embedding": "token_embd",
@@ -70,6 +78,10 @@ GGUF = {
   "gate": "blk.{layer}.ffn_gate",
   "up": "blk.{layer}.ffn_up",
   "down": "blk.{layer}.ffn_down",
+  "query_norm": "blk.{layer}.attn_q_norm",
+  "key_norm": "blk.{layer}.attn_k_norm",
+  "attention_post_norm": "blk.{layer}.post_attention_norm",
+  "mlp_post_norm": "blk.{layer}.post_ffw_norm",
 }
 LLAMA2C = {
   "embedding": "tok_embeddings",
@@ -90,11 +102,11 @@ LLAMA2C = {
 def llama_style(
   config: DecoderConfig, names: Mapping[str, str], *, pairs: str = "halves", norm_offset: float = 0.0
 ) -> list[Tensor]:
-  """The table of Llama, Qwen2 and Gemma 1: an RMSNorm before each part, separate projections, a gated MLP.
+  """The table of Llama, Qwen, Gemma and others: RMSNorms, separate projections, a gated MLP.
 
   Args:
-    config: determines the biases, and whether the output table is tied.
-    names: HUGGINGFACE, GGUF or LLAMA2C.
+    config: determines the biases, the norms, and whether the output table is tied.
+    names: HUGGINGFACE, HUGGINGFACE_POST_NORMS, GGUF or LLAMA2C.
     pairs: RoPE's pairs in the rows of query and key: 'halves', i with i + H/2, as in `rope.apply_rope`; or
       'neighbours', 2i with 2i + 1.
     norm_offset: the difference between the file's norm scales and ours.
@@ -103,11 +115,23 @@ def llama_style(
   heads, kv_heads = (config.num_heads, config.head_size), (config.num_kv_heads, config.head_size)
   reads, writes = config.attention_bias != "none", config.attention_bias == "all"
 
-  def norm(module: str) -> Tensor:
-    offset = np.float32(norm_offset)
+  def norm(module: str, *inside: str, shape: tuple[int, ...] = model) -> Tensor:
+    offset, flat = np.float32(norm_offset), (math.prod(shape),)
+    name, leaf = f"{names[module]}.weight", (*inside, module, "scale")
     if not norm_offset:
-      return same_layout(f"{names[module]}.weight", (module, "scale"), model)
-    return Tensor(f"{names[module]}.weight", model, ((module, "scale"),), lambda x: (x - offset,), lambda x: x + offset)
+      return Tensor(name, flat, (leaf,), lambda x: (x.reshape(shape),), lambda x: x.reshape(flat))
+    return Tensor(name, flat, (leaf,), lambda x: (x.reshape(shape) - offset,), lambda x: (x + offset).reshape(flat))
+
+  def norms(part: str) -> list[Tensor]:
+    """The norms before and after attention or mlp."""
+    found = [] if config.norm_placement == "after" else [norm(f"{part}_norm")]
+    return found + ([] if config.norm_placement == "before" else [norm(f"{part}_post_norm")])
+
+  def query_key_norms() -> list[Tensor]:
+    if config.query_key_norm == "none":
+      return []
+    shapes = (heads, kv_heads) if config.query_key_norm == "all" else (heads[1:], heads[1:])
+    return [norm(name, "attention", shape=shape) for name, shape in zip(("query_norm", "key_norm"), shapes)]
 
   def attention(module: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool) -> list[Tensor]:
     permuted = pairs == "neighbours" and module in ("query", "key")
@@ -118,12 +142,13 @@ def llama_style(
 
   return [
     *_tables(config, names["embedding"], names["unembedding"]),
-    norm("attention_norm"),
+    *norms("attention"),
     *attention("query", model, heads, reads),
     *attention("key", model, kv_heads, reads),
     *attention("value", model, kv_heads, reads),
     *attention("out", heads, model, writes),
-    norm("mlp_norm"),
+    *query_key_norms(),
+    *norms("mlp"),
     *mlp("gate", model, inner),
     *mlp("up", model, inner),
     *mlp("down", inner, model),
@@ -152,6 +177,58 @@ def gpt_neox(config: DecoderConfig) -> list[Tensor]:
     *_projection(f"{layer}.mlp.dense_h_to_4h", ("mlp", "up"), model, inner, True),
     *_projection(f"{layer}.mlp.dense_4h_to_h", ("mlp", "down"), inner, model, True),
     *norm("gpt_neox.final_layer_norm", "final_norm"),
+  ]
+
+
+def gpt2(config: DecoderConfig) -> list[Tensor]:
+  """The table of GPT-2: LayerNorms, learned positions, and matrices [inputs, outputs]; query, key, value are one."""
+  model, inner, heads = (config.d_model,), (config.mlp_size,), (config.num_heads, config.head_size)
+  layer, bias = "transformer.h.{layer}", config.attention_bias == "all"
+  modules = ("query", "key", "value")
+
+  def norm(name: str, module: str) -> list[Tensor]:
+    return [
+      same_layout(f"{name}.weight", (module, "scale"), model),
+      same_layout(f"{name}.bias", (module, "bias"), model),
+    ]
+
+  def projection(name: str, leaf: LeafPath, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool):
+    shape, ours = (math.prod(inputs), math.prod(outputs)), inputs + outputs
+    found = [
+      Tensor(f"{name}.weight", shape, ((*leaf, "kernel"),), lambda x: (x.reshape(ours),), lambda x: x.reshape(shape))
+    ]
+    if bias:
+      flat = shape[1:]
+      split, join = (lambda x: (x.reshape(outputs),)), (lambda x: x.reshape(flat))
+      found.append(Tensor(f"{name}.bias", flat, ((*leaf, "bias"),), split, join))
+    return found
+
+  def fused(name: str) -> list[Tensor]:
+    def parts(x: np.ndarray) -> tuple[np.ndarray, ...]:
+      return tuple(part.reshape(*part.shape[:-1], *heads) for part in np.split(x, 3, axis=-1))
+
+    def joined(*leaves: np.ndarray) -> np.ndarray:
+      return np.concatenate([leaf.reshape(*leaf.shape[:-2], -1) for leaf in leaves], -1)
+
+    width = 3 * math.prod(heads)
+    found = [
+      Tensor(f"{name}.weight", (*model, width), tuple(("attention", m, "kernel") for m in modules), parts, joined)
+    ]
+    if bias:
+      found.append(Tensor(f"{name}.bias", (width,), tuple(("attention", m, "bias") for m in modules), parts, joined))
+    return found
+
+  positions = (config.learned_positions, config.d_model)
+  return [
+    *_tables(config, "transformer.wte", "lm_head"),
+    same_layout("transformer.wpe.weight", ("position_embedding",), positions),
+    *norm(f"{layer}.ln_1", "attention_norm"),
+    *fused(f"{layer}.attn.c_attn"),
+    *projection(f"{layer}.attn.c_proj", ("attention", "out"), heads, model, bias),
+    *norm(f"{layer}.ln_2", "mlp_norm"),
+    *projection(f"{layer}.mlp.c_fc", ("mlp", "up"), model, inner, True),
+    *projection(f"{layer}.mlp.c_proj", ("mlp", "down"), inner, model, True),
+    *norm("transformer.ln_f", "final_norm"),
   ]
 
 

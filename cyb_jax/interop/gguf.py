@@ -7,18 +7,33 @@ from typing import Any
 
 import numpy as np
 
-from cyb_jax.decoder import DecoderConfig
+from cyb_jax.decoder import DecoderConfig, rope_scaling
 from cyb_jax.errors import InputError
 from cyb_jax.interop import families
 from cyb_jax.interop.families import Tensor
 from cyb_jax.interop.tensors import Fields, TensorInfo, package
 
-ARCHITECTURES = ("llama", "qwen2", "gemma")
-# Older versions of llama.cpp wrote this buffer for RoPE over a part of the head; it is recomputed.
-HARMLESS_TENSORS = (r"blk\.\d+\.attn_rot_embd\.weight",)
-_HARMLESS = frozenset({
-  "vocab_size", "tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-})  # fmt: skip
+_STYLES: dict[str, dict[str, Any]] = {
+  "llama": {},
+  "qwen2": {},
+  "qwen3": dict(query_key_norm="head"),
+  "gemma": dict(norm="rmsnorm_plus_one", activation="gelu_tanh", scale_embeddings=True),
+  "olmo2": dict(norm_placement="after", query_key_norm="all"),
+}
+_STYLES["gemma2"] = _STYLES["gemma"] | dict(norm_placement="both")
+_STYLES["gemma3"] = _STYLES["gemma2"] | dict(query_key_norm="head")
+ARCHITECTURES = tuple(_STYLES)
+# Numbers that llama.cpp has in its code: the period of the global layers, the base of RoPE in the local layers of
+# Gemma 3, and the numbers of layers of the models (27B) that scale queries by D / N instead of H.
+_EVERY = {"gemma2": 2, "gemma3": 6}
+_LOCAL_BASE = 10_000.0
+_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+# The divisors of RoPE's frequencies of Llama 3; and a buffer that older versions of llama.cpp wrote for RoPE over a
+# part of the head, which is recomputed.
+_DIVISORS = "rope_freqs.weight"
+_LLAMA3_CONTEXT = 8192
+HARMLESS_TENSORS = (r"blk\.\d+\.attn_rot_embd\.weight", r"rope_freqs\.weight")
+_HARMLESS = frozenset({"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"})
 
 
 class GgufFile:
@@ -106,15 +121,9 @@ def read_config(file: GgufFile) -> DecoderConfig:
       f" {', '.join(ARCHITECTURES)}"
     )
   fields = Fields(file.path, file.metadata(f"{architecture}."), f"{architecture}.")
-  fields.demand("rope.scaling.type", (None, "none"))
   for name in ("expert_count", "expert_used_count"):
     fields.demand(name, (None, 0))
-  fields.demand("rope.scaling.factor", (None, 0.0, 1.0))
   fields.demand("attention.causal", (None, True))
-  if "rope_freqs.weight" in file.infos:
-    raise InputError(
-      f"{file.path}: the tensor rope_freqs.weight scales RoPE's wavelengths, which this version does not support"
-    )
   width, heads = fields.take("embedding_length", int), fields.take("attention.head_count", int)
   size = fields.take("attention.key_length", int, width // max(1, heads))
   fields.demand("attention.value_length", (size,), size)
@@ -123,11 +132,11 @@ def read_config(file: GgufFile) -> DecoderConfig:
   if tables is None:
     raise InputError(f"{file.path}: the tensor token_embd.weight is missing")
   has_bias = "blk.0.attn_q.bias" in file.infos
-  style = {"attention_bias": "none"}
+  style = {"attention_bias": "none"} | _STYLES[architecture]
   if has_bias:
     style["attention_bias"] = "all" if "blk.0.attn_output.bias" in file.infos else "qkv"
-  if architecture == "gemma":
-    style |= dict(norm="rmsnorm_plus_one", activation="gelu_tanh", scale_embeddings=True)
+  base = fields.take("rope.freq_base", float, 10_000.0)
+  style |= _windows(fields, architecture, width // max(1, heads), base)
   try:
     config = DecoderConfig(
       vocab_size=tables.shape[0],
@@ -138,7 +147,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
       head_size=size,
       mlp_size=fields.take("feed_forward_length", int),
       norm_epsilon=_plain(fields.take("attention.layer_norm_rms_epsilon", float)),
-      rope_base=fields.take("rope.freq_base", float, 10_000.0),
+      rope_base=base,
+      rope_scaling=_scaling(file, fields, size, base),
       tied_embeddings="output.weight" not in file.infos,
       mlp_bias="blk.0.ffn_up.bias" in file.infos,
       **style,
@@ -150,6 +160,57 @@ def read_config(file: GgufFile) -> DecoderConfig:
   return config
 
 
+def _windows(fields: Fields, architecture: str, width_of_head: int, base: float) -> dict[str, Any]:
+  """The windows of Gemma 2 and 3, and what else these two have."""
+  if architecture not in _EVERY:
+    fields.demand("attention.sliding_window", (None, 0))
+    return {}
+  every = fields.take("attention.sliding_window_pattern", int, _EVERY[architecture])
+  style: dict[str, Any] = {"window": fields.take("attention.sliding_window", int), "global_every": every}
+  if architecture == "gemma2":
+    style["attention_soft_cap"] = fields.take("attn_logit_softcapping", float, 50.0)
+    style["soft_cap"] = fields.take("final_logit_softcapping", float, 30.0)
+  else:
+    local = fields.take("rope.freq_base_swa", float, _LOCAL_BASE)
+    style["local_rope_base"] = local
+    style["soft_cap"] = fields.take("final_logit_softcapping", float, None)
+  if fields.take("block_count", int) == _SCALED_BY_WIDTH[architecture]:
+    style["query_scalar"] = float(width_of_head)
+  return style
+
+
+def _scaling(file: GgufFile, fields: Fields, size: int, base: float) -> str:
+  """The scaling of RoPE: linear and YaRN in the metadata, that of Llama 3 as the tensor of its divisors."""
+  kind, factor = fields.take("rope.scaling.type", str, "none"), fields.take("rope.scaling.factor", float, 1.0)
+  fields.demand("rope.scaling.type", (None, "none", "linear", "yarn"))
+  context = fields.take("rope.scaling.original_context_length", int, fields.take("context_length", int, None))
+  if _DIVISORS in file.infos:
+    return _llama3(file, size, base)
+  if kind == "none" or factor in (0.0, 1.0):
+    return ""
+  numbers = {"factor": factor} | ({} if kind == "linear" else {"context": context})
+  return str(rope_scaling.scaling(f"{file.path}: rope.scaling", kind, numbers))
+
+
+def _llama3(file: GgufFile, size: int, base: float) -> str:
+  """The numbers of Llama 3's scaling from its divisors.
+
+  Raises:
+    InputError: the divisors are of another scaling.
+  """
+  divisors = np.asarray(file.read(_DIVISORS), np.float64)
+  plain = base ** -(np.arange(0, size, 2) / size)
+  # The factor is the divisor of the longest wavelength. All published models have the same other numbers.
+  numbers = {"factor": max(1.0, float(divisors[-1])), "context": _LLAMA3_CONTEXT}
+  found = rope_scaling.scaling(f"{file.path}: {_DIVISORS}", "llama3", numbers)
+  if divisors.shape == plain.shape and np.allclose(plain / found.frequencies(size, base), divisors, rtol=1e-5):
+    return str(found)
+  raise InputError(
+    f"{file.path}: the tensor {_DIVISORS} scales RoPE's wavelengths in another way than Llama 3, which this version"
+    " does not support"
+  )
+
+
 def table(file: GgufFile, config: DecoderConfig) -> list[Tensor]:
   """The table of a file's tensors."""
   return families.llama_style(
@@ -157,7 +218,7 @@ def table(file: GgufFile, config: DecoderConfig) -> list[Tensor]:
     families.GGUF,
     # llama.cpp rotates neighbouring pairs only in 'llama' models.
     pairs="neighbours" if file.architecture == "llama" else "halves",
-    norm_offset=1.0 if file.architecture == "gemma" else 0.0,
+    norm_offset=1.0 if file.architecture.startswith("gemma") else 0.0,
   )
 
 

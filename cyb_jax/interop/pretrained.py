@@ -27,14 +27,15 @@ import jax
 from absl import logging
 from jaxtyping import Array, PyTree
 
-from cyb_jax import configs, interop, runs, storage
+from cyb_jax import configs, hub, interop, runs, storage
 from cyb_jax.checkpointing.workdir import is_run, newest_meta, read_config
 from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, open_tokenizer
-from cyb_jax.decoder import DecoderConfig, merge_lora
+from cyb_jax.decoder import DecoderConfig, LoraConfig, merge_lora, quantization
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
 from cyb_jax.interop import new_rows
+from cyb_jax.interop.peft import AdaptedSource
 from cyb_jax.methods import Calibrated, Method, MethodConfig, configure
 from cyb_jax.partitioning.mesh import data_shards
 from cyb_jax.runs import Run
@@ -69,11 +70,12 @@ class Pretrained(abc.ABC):
     """The tokenizer of the source; None if it has no tokenizer."""
 
   @abc.abstractmethod
-  def params(self, wanted: PyTree) -> PyTree:
+  def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
     """The parameters of a method that the source has.
 
     Args:
       wanted: all parameters of the method, as jax.ShapeDtypeStruct with shardings.
+      lora: the adapters of the run. A folder of adapters of the same form gives them; all others are merged.
 
     Returns:
       A nested dict of the same structure, without the parameters that the source does not have.
@@ -120,7 +122,9 @@ class Pretrained(abc.ABC):
   _free_fields: tuple[str, ...] = _MANNER
 
 
-class _FromRun(Pretrained):
+class FromRun(Pretrained):
+  """Another run."""
+
   kind = "run"
 
   def __init__(self, path: str, checkpoint: int | str = "last"):
@@ -135,15 +139,19 @@ class _FromRun(Pretrained):
   def tokenizer(self) -> Tokenizer:
     return runs.load_tokenizer(self.path)
 
-  def params(self, wanted: PyTree) -> PyTree:
+  def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
+    del lora
     run = runs.load(self.path, self.checkpoint)
-    decoder, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
+    decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
+    scheme = quantization.scheme_of(wanted["decoder"])
+    if scheme is not None:
+      decoder = quantization.quantize_decoder(scheme, decoder, stacked=config.scan_layers)
     found = run.params | {"decoder": decoder}
     _log_unused(found, wanted)
     return _placed(found, wanted)
 
 
-class _FromSource(Pretrained):
+class FromSource(Pretrained):
   """Files in formats of other projects, including our exports."""
 
   # Stacked and separate layers are both supported.
@@ -169,8 +177,20 @@ class _FromSource(Pretrained):
     extras = self._source.extras
     return 0 if extras is None or extras.step is None else extras.step
 
-  def params(self, wanted: PyTree) -> PyTree:
-    found = {"decoder": interop.load_decoder(self._source, _without_adapters(wanted["decoder"]))}
+  @property
+  def source(self) -> interop.Source:
+    """The opened files."""
+    return self._source
+
+  def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
+    source, decoder = self._source, wanted["decoder"]
+    if isinstance(source, AdaptedSource):
+      source = source.for_run(lora)
+      what = "merged" if source.merges else "trained further, because the run has adapters of the same form"
+      logging.info("init_from: the adapters of %s are %s", self.path, what)
+    if not isinstance(source, AdaptedSource) or source.merges:
+      decoder = _without_adapters(decoder)
+    found = {"decoder": interop.load_decoder(source, decoder)}
     if self.method is not None:
       shapes = self._source.extras.own
       own = {name: x for name, x in wanted.items() if name != "decoder" and shapes.get(name) == x.shape}
@@ -182,7 +202,8 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
   """Opens the source that `init_from` names.
 
   Args:
-    path: a run's folder, a Hugging Face folder, a GGUF file or a llama2.c binary.
+    path: a run's folder, a Hugging Face folder, a repository of the hub (hf://OWNER/NAME@REVISION), a GGUF file or a
+      llama2.c binary.
     checkpoint: the checkpoint of a run.
     tokenizer: the tokenizer of a source without one, or a replacement of its tokenizer; see `open_tokenizer`.
 
@@ -190,15 +211,15 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
     InputError: the path does not exist, or can't be read.
   """
   path = storage.absolute(path)
-  if is_run(path):
+  if not hub.in_hub(path) and is_run(path):
     if tokenizer:
       raise InputError(f"--tokenizer: {tokenizer!r} is given, but {path} is a run, which has its own; leave it out")
-    return _FromRun(path, checkpoint)
+    return FromRun(path, checkpoint)
   if checkpoint != "last":
     raise InputError(
       f"--checkpoint: {checkpoint!r} is given, but {path} is not a run and has no checkpoints; leave it out"
     )
-  return _FromSource(path, tokenizer)
+  return FromSource(path, tokenizer)
 
 
 def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Mapping[str, Any]:
@@ -246,7 +267,7 @@ def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: C
   Returns:
     Bare arrays, placed on the devices. Parameters of the source are not drawn first, so there is only one copy of them.
   """
-  found = pretrained.params(wanted)
+  found = pretrained.params(wanted, method.decoder.config.lora)
   absent = {name: leaf for name, leaf in wanted.items() if name not in found}
   seed, choice = config.train.seed, config.tuning.new_rows
   rows = new_rows.start(choice, method, absent, found["decoder"], pretrained.unused_ids, seed)
@@ -299,7 +320,7 @@ def load(
     InputError: see `open_pretrained` and `Pretrained.check`; or there is no tokenizer.
   """
   found = path if isinstance(path, Pretrained) else open_pretrained(path, checkpoint=checkpoint)
-  if isinstance(found, _FromRun) and config is None:
+  if isinstance(found, FromRun) and config is None:
     return runs.load(found.path, found.checkpoint, mesh)
   own = found.tokenizer
   if own is None and config is not None and config.data.tokenizer:
@@ -316,11 +337,11 @@ def load(
   params = parameters(found, method, runs.abstract_params(method, mesh), config)
   meta = _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}}
   # Our exports and runs are not models of another project.
-  imported = isinstance(found, _FromSource) and found.method is None
+  imported = isinstance(found, FromSource) and found.method is None
   return Run(config, method, params, own, step, meta, imported)
 
 
-def _own_config(found: _FromSource, dtype: str) -> Config:
+def _own_config(found: FromSource, dtype: str) -> Config:
   config = configs.default()
   config.precision.params = dtype
   config.train.epochs = 0.0  # the run is not trained

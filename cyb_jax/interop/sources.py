@@ -1,6 +1,6 @@
 """Models in the formats of other projects: their config, and their weights, which are loaded leaf by leaf.
 
-`open_source` checks the headers before any weight is read.
+`open_model` checks the headers before any weight is read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cyb_jax import methods, storage
+from cyb_jax import hub, methods, storage
 from cyb_jax.configs import methods_group
-from cyb_jax.decoder import DecoderConfig
+from cyb_jax.decoder import DecoderConfig, quantization
+from cyb_jax.decoder.config import matrix_shape
 from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import gguf, huggingface, llama2c
 from cyb_jax.interop.families import LeafPath, Tensor, same_layout
@@ -89,6 +90,10 @@ class Source:
     """The tensor that holds a leaf, and the index of the leaf within the tensor."""
     return {leaf: (tensor, part) for tensor in self.table for part, leaf in enumerate(tensor.leaves)}
 
+  def holds(self, path: LeafPath) -> bool:
+    """Whether the files have a leaf."""
+    return path in self._parts
+
   def read(self, path: LeafPath, layer: int | None = None) -> np.ndarray:
     """One leaf of params['decoder'], in our layout and in the file's precision (f32 if it is quantised).
 
@@ -136,8 +141,11 @@ class Source:
     return tokenizers.open_tokenizer(path, rows=self.vocab_size)
 
 
-def open_source(path: str | os.PathLike) -> Source:
+def open_model(path: str | os.PathLike) -> Source:
   """Opens a Hugging Face folder, a GGUF file or a llama2.c binary; the format is detected from the contents.
+
+  Args:
+    path: a local path, or a repository of the hub, see `cyb_jax.hub`.
 
   Raises:
     InputError: the source is invalid; the message names the file and, if applicable, the tensor or field.
@@ -147,7 +155,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def _open(path: str | os.PathLike) -> Source:
-  local = pathlib.Path(storage.absolute(path))
+  local = pathlib.Path(hub.fetch(str(path)) if hub.in_hub(path) else storage.absolute(path))
   if local.is_dir():
     return _open_folder(local)
   if not local.is_file():
@@ -190,6 +198,8 @@ def _open_folder(folder: pathlib.Path) -> Source:
     if output.name in files.infos:
       _check_tied(files, table[0].name, output.name)
       harmless = (*harmless, re.escape(output.name))
+  if family.prefix and not any(name.startswith(family.prefix) for name in files.infos):
+    table = [dataclasses.replace(tensor, name=tensor.name.removeprefix(family.prefix)) for tensor in table]
   source = _checked("huggingface", folder, config, files, table, harmless)
   source = dataclasses.replace(source, context=fields.get("max_position_embeddings"))
   if fields.get(huggingface.CYB_JAX) is None:
@@ -200,10 +210,10 @@ def _open_folder(folder: pathlib.Path) -> Source:
 def _with_extras(source: Source, written: Any) -> Source:
   """The source of our export; `cyb_jax.interop.export` documents the block `cyb_jax` of its config.json."""
   path = source.path / "config.json"
-  fields = _block(path, huggingface.CYB_JAX, written)
+  fields = block(path, huggingface.CYB_JAX, written)
   if fields.take("version", int) != 1:
     raise InputError(f"{path}: cyb_jax.version = {written['version']!r}; this version reads 1")
-  config = _method_config(path, fields.take("method", dict))
+  config = method_config(path, fields.take("method", dict))
   rows, vocab_size = fields.take("rows", int), fields.take("vocab_size", int)
   table_rows = fields.take("table_rows", int, rows)
   pause_ids, dont_know_id = fields.take("pause_ids", list), fields.take("dont_know_id", int, None)
@@ -222,7 +232,7 @@ def _with_extras(source: Source, written: Any) -> Source:
       " the run again"
     )
   decoder = dataclasses.replace(source.decoder, vocab_size=table_rows)
-  own = _own_shapes(path, config, decoder)
+  own = own_shapes(path, config, decoder)
   # A parameter that `own` does not list would be silently reinitialised.
   shapes = {name: list(shape) for name, shape in own.items()}
   if fields.take("own", dict) != shapes:
@@ -249,20 +259,20 @@ def _with_extras(source: Source, written: Any) -> Source:
   return dataclasses.replace(source, decoder=decoder, extras=extras, own_files=files)
 
 
-def _block(path: pathlib.Path, name: str, values: Any) -> Fields:
+def block(path: pathlib.Path, name: str, values: Any) -> Fields:
   """The fields of an object inside config.json."""
   if not isinstance(values, dict):
     raise InputError(f"{path}: {name} = {values!r} must be an object; export the run again")
   return Fields(path, {f"{name}.{key}": value for key, value in values.items()}, f"{name}.")
 
 
-def _method_config(path: pathlib.Path, written: Any) -> MethodConfig:
+def method_config(path: pathlib.Path, written: Any) -> MethodConfig:
   """The options of the method that an export records; an option that is absent has its default.
 
   Version 0.1 recorded the options of all methods: those that the method does not have, at their old defaults, are
   ignored.
   """
-  _block(path, f"{huggingface.CYB_JAX}.method", written)
+  block(path, f"{huggingface.CYB_JAX}.method", written)
   values = {name: value for name, value in written.items() if value is not None or name == "dont_know_prior"}
   for name, value in values.items():
     if isinstance(value, list):
@@ -275,7 +285,7 @@ def _method_config(path: pathlib.Path, written: Any) -> MethodConfig:
     raise InputError(f"{path}: cyb_jax.{str(error).removeprefix('config.')}") from None
 
 
-def _own_shapes(path: pathlib.Path, config: MethodConfig, decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def own_shapes(path: pathlib.Path, config: MethodConfig, decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
   """The shapes of a method's parameters outside of the decoder.
 
   Raises:
@@ -315,10 +325,7 @@ def _checked(
 
 def _absent(path: str) -> str:
   if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-    return (
-      f"{path}: no such folder or file; only local files are read. If it is a name on Hugging Face: hf download"
-      f" {path} --local-dir {path.split('/')[1]} (accept the licence first if it is gated), and give that folder"
-    )
+    return f"{path}: no such folder or file; if it is a repository of the Hugging Face Hub, give hf://{path}"
   return f"{path}: no such folder or file; give a Hugging Face folder, a .gguf file or a llama2.c binary"
 
 
@@ -326,8 +333,9 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
   """Reads, casts and places the weights one after the other, so that the host holds one leaf at a time.
 
   Args:
-    source: from `open_source`.
-    abstract: params['decoder'] as jax.ShapeDtypeStruct with shardings, layers stacked (`scan_layers`) or not.
+    source: from `opening.open_source`.
+    abstract: params['decoder'] as jax.ShapeDtypeStruct with shardings, layers stacked (`scan_layers`) or not, and
+      matrices quantised or not.
 
   Returns:
     The same tree, of arrays.
@@ -336,10 +344,23 @@ def load_decoder(source: Source, abstract: PyTree) -> PyTree:
     InputError: the source does not have a leaf, or has it in another shape.
   """
 
+  scheme = quantization.scheme_of(abstract)
+
   def read(names: LeafPath, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    array = _read(source, names, layer, shape)
+    if scheme is not None and names[-1] in ("kernel", quantization.SCALE):
+      integers, scale = quantized(names[:-1], layer)
+      array = _checked_shape(source, names, integers if names[-1] == "kernel" else scale, shape)
+    else:
+      array = _read(source, names, layer, shape)
     meter.advance()
     return array
+
+  # The integers and the scales are two leaves of one tensor.
+  @functools.lru_cache(maxsize=1)
+  def quantized(module: LeafPath, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
+    inputs, outputs = matrix_shape(source.decoder, module[-1])
+    kernel = _read(source, (*module, "kernel"), layer, inputs + outputs)
+    return quantization.quantize(scheme, kernel, len(inputs))
 
   def load(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     names = tuple(key.key for key in path)
@@ -391,9 +412,12 @@ def load_own(source: Source, abstract: PyTree) -> PyTree:
 
 
 def _read(source: Source, path: LeafPath, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-  if path not in source._parts:
+  if not source.holds(path):
     raise InputError(f"{source.path}: {'.'.join(path)} is missing, but the decoder requires it")
-  array = source.read(path, layer)
+  return _checked_shape(source, path, source.read(path, layer), shape)
+
+
+def _checked_shape(source: Source, path: LeafPath, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   if array.shape != tuple(shape):
     raise InputError(
       f"{source.path}: {'.'.join(path)} has the shape {array.shape}; the decoder requires {tuple(shape)}"

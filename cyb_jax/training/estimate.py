@@ -269,13 +269,17 @@ def knobs(config: Config, held: int, peak: int | None, devices: int) -> list[Kno
     ),
     (Knob("a smaller data.batch_size or data.sequence_length"), True),
   ]
-  # With f32 activations, a program creates f32 copies of bfloat16 weights.
-  shrinks = config.precision.params == "float32" and config.activation_dtype == "bfloat16"
+  # With f32 activations, a program creates f32 copies of the weights.
+  params = config.precision.params if config.activation_dtype == "bfloat16" else ""
   state = [
     (Knob("tuning.weights = 'lora'"), config.tuning.weights == "all"),
     (
       Knob("precision.params = 'bfloat16'", {"precision.params": "bfloat16"}),
-      config.tuning.weights != "all" and shrinks,
+      config.tuning.weights != "all" and params == "float32",
+    ),
+    (
+      Knob("precision.params = 'int8'", {"precision.params": "int8"}),
+      config.tuning.weights != "all" and params in ("float32", "bfloat16"),
     ),
     (
       Knob(

@@ -164,9 +164,10 @@ class _DeclaredData:
 def _check_attention(config: Config, method: Method, mesh: Mesh) -> None:
   """Raises InputError if the configured attention kernel does not support this run.
 
-  A kernel checks its arguments when it is traced, so the loss is traced here, before anything is written.
+  A kernel checks its arguments when it is traced, so the loss is traced here, before anything is written; so does a
+  table of learned positions, which has no fractions.
   """
-  if method.decoder.config.attention in ("auto", "xla"):
+  if method.decoder.config.attention in ("auto", "xla") and method.decoder.config.learned_positions is None:
     return
 
   def loss(params, batch):

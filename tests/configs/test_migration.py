@@ -26,9 +26,21 @@ def earlier(written, *fields):
 
 def test_a_config_json_of_this_version_is_not_changed():
   config = configs.freeze(tiny_config(pauses=2))
-  assert recorded(config)["format"] == 2
+  assert recorded(config)["format"] == 3
   assert configs.migrated(recorded(config)) == dict(config.source)
   assert runs.config_record(config).differences(recorded(config)) == []
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_llama_1b_of_an_earlier_run_has_no_scaling(written):
+  config = configs.default()
+  config.decoder.preset = "llama_1b"
+  frozen = configs.freeze(config)
+  assert frozen.decoder_config().rope_scaling == "llama3:context=8192,factor=32,high=4,low=1"
+  old = earlier(recorded(frozen), "decoder.rope_scaling") | {"format": written}
+  assert configs.freeze(configs.migrated(old)).decoder_config().rope_scaling == ""
+  # The command that started the run continues it.
+  assert runs.config_record(frozen).differences(old) == []
 
 
 def test_new_rows_of_an_earlier_run_were_initialised_with_the_mean():

@@ -37,6 +37,22 @@ def test_by_hand():
   assert flops.train_cost(config, **one, executed=True).total == 3 * 2 * (156 + 32 * 4) + 4 * 28
 
 
+def test_windows_by_hand():
+  # T = 3, W = 2, a window of 2: the tokens see 1, 2 and 2 tokens with both slots, of their own on average 1.5 slots.
+  config = _config(window=2, global_every=2)
+  local, everywhere = (5 / 3 - 1) * 2 + 1.5, 3.5
+  assert flops.local_keys(config, 3, 2) == pytest.approx(local)
+  assert flops.local_keys(config, 3, 2, hidden=True) == pytest.approx((5 / 3 - 1) + 1.5)
+  # One of two layers has the window; 4 N H = 1024 operations per key.
+  costs = flops.forward_cost(config, tokens=3, slots=2, slots_read=0)
+  assert costs.attention == pytest.approx(2 * 1024 * (local + everywhere))
+  assert flops.train_cost(config, tokens=3, slots=2, slots_read=0).attention == pytest.approx(3 * costs.attention)
+  # XLA computes the square, and a window that is longer than the row changes nothing.
+  assert flops.forward_cost(config, tokens=3, slots=2, slots_read=0, executed=True).attention == 2 * 2 * 1024 * 6
+  wide, plain = (flops.forward_cost(c, tokens=3, slots=2, slots_read=0) for c in (_config(window=9), _config()))
+  assert wide.attention == pytest.approx(plain.attention)
+
+
 def test_frozen_decoder_by_hand():
   # The layer of the test above, with adapters of rank 3 on query (2 x 8) and down (5 x 2).
   lora = LoraConfig(rank=3, targets=("query", "down"))
@@ -106,6 +122,7 @@ def test_is_about_two_per_parameter():
     (dict(remat="full", parallel_residual=True), False),
     (dict(remat="dots"), False),
     (dict(remat="dots", num_kv_heads=2), True),
+    (dict(remat="full", norm_placement="both", query_key_norm="head", window=4), False),
   ],
 )
 def test_executed_agrees_with_xla(fields, hides):

@@ -207,6 +207,29 @@ def test_sentencepiece_in_a_gguf(tmp_path, llama, prefix):
     assert not {0, 1, 2}.intersection(tokenizer.encode(text))
 
 
+def test_llama2c_with_raw_bytes(tmp_path, llama):
+  """Files of the first version of the format have the bytes themselves as the pieces 3 .. 258."""
+  original = sentencepiece.SentencePieceProcessor(model_proto=llama)
+  assert [original.id_to_piece(i) for i in (3, 258)] == ["<0x00>", "<0xFF>"]
+  texts = [original.id_to_piece(i).replace("▁", " ").encode() for i in range(360)]
+
+  def written(pieces):
+    content = b"".join(struct.pack("<fi", original.get_score(i), len(x)) + x for i, x in enumerate(pieces))
+    return struct.pack("<i", max(map(len, pieces))) + content
+
+  raw = [*texts[:3], *(bytes([byte]) for byte in range(256)), *texts[259:]]
+  (tmp_path / "tokenizer.bin").write_bytes(written(raw))
+  tokenizer = open_tokenizer(tmp_path / "tokenizer.bin", rows=360)
+  (tmp_path / "spelled.bin").write_bytes(written(texts))
+  assert tokenizer.describe() == open_tokenizer(tmp_path / "spelled.bin", rows=360).describe()
+  check_plain(tokenizer, original.encode, original.decode, TEXTS)
+  (tmp_path / "broken.bin").write_bytes(written([*raw[:200], b"\xff\xfe", *raw[201:]]))
+  with pytest.raises(
+    InputError, match=r"broken\.bin: it is not a tokenizer\.bin of llama2\.c: piece 131, .* is not UTF-8"
+  ):
+    open_tokenizer(tmp_path / "broken.bin")
+
+
 def test_llama2c(tmp_path, llama):
   original = sentencepiece.SentencePieceProcessor(model_proto=llama)
   texts = [original.id_to_piece(i).replace("▁", " ").encode() for i in range(360)]

@@ -27,6 +27,23 @@ _STYLES = {
   "gpt2": dict(
     norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True, num_kv_heads=4
   ),
+  "gpt2_learned": dict(
+    norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias="all", mlp_bias=True, num_kv_heads=4,
+    learned_positions=310,
+  ),
+  "mistral": dict(window=2),
+  "qwen3": dict(query_key_norm="head", rope_scaling="llama3:factor=8,context=100"),
+  "gemma2": dict(
+    norm="rmsnorm_plus_one", norm_placement="both", activation="gelu_tanh", scale_embeddings=True, query_scalar=5.0,
+    attention_soft_cap=1.5, window=2, global_every=2,
+  ),
+  "gemma3": dict(
+    norm="rmsnorm_plus_one", norm_placement="both", activation="gelu_tanh", scale_embeddings=True, window=2,
+    global_every=2, query_key_norm="head", local_rope_base=100.0, rope_scaling="linear:factor=8",
+  ),
+  "olmo2": dict(norm_placement="after", query_key_norm="all"),
+  "smollm3": dict(global_every=2, global_rope=False),
+  "local_without_rope": dict(window=2, global_every=2, global_rope=False, rope_scaling="yarn:factor=4,context=100"),
 }  # fmt: skip
 
 
@@ -65,28 +82,48 @@ def _oracle_norm(config, params, x):
   return x * (params["scale"] + (config.norm == "rmsnorm_plus_one"))
 
 
-def _oracle_rotate(config, x, positions):  # [S, H]
-  x = x.copy()
+def _oracle_rotate(config, x, positions, is_global):  # [S, H]
+  if config.learned_positions or (is_global and not config.global_rope):
+    return x
+  x, base, amplitude = x.copy(), config.rope_base, 1.0
   size = int(config.head_size * config.rope_fraction)
+  frequencies = base ** -(np.arange(0, size, 2) / size)
+  if not is_global and config.local_rope_base:
+    frequencies = config.local_rope_base ** -(np.arange(0, size, 2) / size)
+  elif config.scaling:
+    frequencies, amplitude = config.scaling.frequencies(size, base), config.scaling.amplitude
   for s, position in enumerate(positions):
     for i in range(size // 2):
-      angle = position / config.rope_base ** (2 * i / size)
-      pair = complex(x[s, i], x[s, i + size // 2]) * np.exp(1j * angle)
+      pair = complex(x[s, i], x[s, i + size // 2]) * amplitude * np.exp(1j * position * frequencies[i])
       x[s, i], x[s, i + size // 2] = pair.real, pair.imag
   return x
 
 
-def _oracle_attention(config, params, normed, positions, sees, offset):
+def _oracle_heads(config, params, name, x):  # [S, heads, H]
+  heads = np.einsum("sd,dnh->snh", x, params[name]["kernel"]) + params[name].get("bias", 0)
+  if config.query_key_norm == "none" or name == "value":
+    return heads
+  shape = heads.shape if config.query_key_norm == "head" else (len(x), -1)
+  scale = {"scale": params[f"{name}_norm"]["scale"].reshape(-1)}
+  return _oracle_norm(config, scale, heads.reshape(shape)).reshape(heads.shape)
+
+
+def _oracle_attention(config, params, normed, positions, sees, offset, is_global):
   out = np.zeros((len(normed), config.d_model))
+  if config.window is not None and not is_global:
+    sees = sees & (positions[:, None] - positions < config.window)
+  inputs = {"query": normed + offset, "key": normed + offset, "value": normed}
+  projected = {name: _oracle_heads(config, params, name, x) for name, x in inputs.items()}
   for n in range(config.num_heads):
     g = n // (config.num_heads // config.num_kv_heads)
-    heads = {}
-    for name, head, x in (("query", n, normed + offset), ("key", g, normed + offset), ("value", g, normed)):
-      heads[name] = x @ params[name]["kernel"][:, head] + params[name].get("bias", np.zeros((99, 1)))[head]
-    query, key = (_oracle_rotate(config, heads[name], positions) for name in ("query", "key"))
+    heads = {"query": projected["query"][:, n], "key": projected["key"][:, g], "value": projected["value"][:, g]}
+    query, key = (_oracle_rotate(config, heads[name], positions, is_global) for name in ("query", "key"))
     for s in range(len(normed)):
       keys = [j for j in range(len(normed)) if sees[s, j]]
-      weights = np.exp([query[s] @ key[j] / math.sqrt(config.head_size) for j in keys])
+      scores = np.array([query[s] @ key[j] / math.sqrt(config.query_scalar or config.head_size) for j in keys])
+      if config.attention_soft_cap:
+        scores = config.attention_soft_cap * np.tanh(scores / config.attention_soft_cap)
+      weights = np.exp(scores)
       read = sum(weight * heads["value"][j] for weight, j in zip(weights / weights.sum(), keys))
       out[s] += read @ params["out"]["kernel"][n]
   return out + params["out"].get("bias", 0)
@@ -109,12 +146,20 @@ def _oracle_mlp(config, params, x):
 def _oracle(config, variables, tokens, positions, sees, offset=0.0):
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
   x = params["embedding"][tokens] * (math.sqrt(config.d_model) if config.scale_embeddings else 1)
+  if config.learned_positions:
+    x = x + params["position_embedding"][positions]
   for i in range(config.num_layers):
     layer = params[f"layers_{i}"]
-    normed = _oracle_norm(config, layer["attention_norm"], x)
-    attended = _oracle_attention(config, layer["attention"], normed, positions, sees, offset)
+    is_global = config.window is None if config.global_every is None else i % config.global_every == 1
+
+    def norm(name, x, layer=layer):
+      return _oracle_norm(config, layer[name], x) if name in layer else x
+
+    normed = norm("attention_norm", x)
+    attended = _oracle_attention(config, layer["attention"], normed, positions, sees, offset, is_global)
+    attended = norm("attention_post_norm", attended)
     middle = x if config.parallel_residual else x + attended
-    mlp = _oracle_mlp(config, layer["mlp"], _oracle_norm(config, layer["mlp_norm"], middle))
+    mlp = norm("mlp_post_norm", _oracle_mlp(config, layer["mlp"], norm("mlp_norm", middle)))
     x = x + attended + mlp
   return _oracle_norm(config, params["final_norm"], x)
 
@@ -217,8 +262,9 @@ def test_offset_moves_queries_and_keys_not_values():
   np.testing.assert_allclose(again, moved, rtol=1e-6, atol=1e-6)
 
 
-def test_scan_and_remat_change_nothing():
-  decoder, variables = _make()
+@pytest.mark.parametrize("style", ["llama", "gemma3", "smollm3"])
+def test_scan_and_remat_change_nothing(style):
+  decoder, variables = _make(**_STYLES[style])
   inputs = _normal(5, 1, 4, 12)
   positions = jnp.arange(4)[None]
   weights = _normal(6, *inputs.shape)
@@ -418,9 +464,18 @@ def test_preset_overrides():
     ("rope_fraction", 0.375, r"even part of decoder\.head_size = 8"),
     ("rope_fraction", 0.3, r"even part of decoder\.head_size = 8"),
     ("soft_cap", 0.0, "None for no cap"),
+    ("norm_placement", "sandwich", "before, after, both"),
+    ("query_key_norm", True, "none, head, all"),
+    ("query_scalar", 0, "positive"),
+    ("attention_soft_cap", -1.0, "None for no cap"),
+    ("window", 0, "None for no window"),
+    ("global_every", 1.5, "None if all layers are alike"),
+    ("global_rope", False, r"True without decoder\.global_every"),
+    ("local_rope_base", 100.0, r"None without decoder\.global_every"),
+    ("learned_positions", 0, "None for RoPE"),
     ("initializer", "zeros", "normal, scaled"),
     ("dtype", "float16", "float32, bfloat16"),
-    ("param_dtype", "int8", "float32, bfloat16"),
+    ("param_dtype", "int4", "float32, bfloat16, int8, nf4"),
     ("attention", "flash", "auto, xla, blocks, cudnn"),
     ("attention", "cudnn", "bfloat16"),
     ("remat", "some", "none, full, dots"),
@@ -436,8 +491,12 @@ def test_bad_fields(field, value, wanted):
 
 
 @pytest.mark.parametrize(
-  ("style", "scan_layers"), [("llama", False), ("gemma", False), ("pythia", False), ("pythia", True)]
-)
+  ("style", "scan_layers"),
+  [
+    ("llama", False), ("gemma", False), ("pythia", False), ("pythia", True), ("gemma2", False), ("gemma3", True),
+    ("gpt2_learned", False), ("local_without_rope", True),
+  ],
+)  # fmt: skip
 def test_slots_run_on_a_cache_equal_slots_run_together(style, scan_layers, exact):
   """Slots run in pieces; rows hold different numbers of slots; one slot is dropped; the first entries are hidden."""
   decoder, params = _make(**_STYLES[style])

@@ -192,12 +192,12 @@ def test_shapes_that_do_not_divide_use_xla(monkeypatch, batch, heads, reason):
 _ATTEND = attention.attend
 
 
-def by_xla(query, key, value, *, mask, implementation, weights):
-  return _ATTEND(query, key, value, mask=mask, implementation="xla")
+def by_xla(*args, **options):
+  return _ATTEND(*args, **options | {"implementation": "xla"})
 
 
-def interpreted(*args, mask, implementation, weights):
-  return _ATTEND(*args, mask=mask, implementation=implementation, interpret=True)
+def interpreted(*args, **options):
+  return _ATTEND(*args, **options, interpret=True)
 
 
 def loss_of_decoder(monkeypatch, attend, **fields):

@@ -31,16 +31,26 @@ VARIANTS = {
   # Hidden pauses keep their positions.
   "hidden shifting": {"pause_visibility": "hidden", "pause_positions": "shifting"},
 }  # fmt: skip
+# Decoders whose slots depend on the positions of other slots than by RoPE alone; with visible or hidden pauses.
+_WINDOWS = dict(window=2, global_every=2, query_key_norm="head", norm_placement="both", local_rope_base=100.0)
+DECODERS = {
+  "window": _WINDOWS,
+  "window hidden": _WINDOWS | {"attention_soft_cap": 2.0},
+  "window scan": _WINDOWS | {"scan_layers": True},
+  "learned": {"learned_positions": 16},
+}
+VARIANTS_OF_DECODERS = {"window hidden": VARIANTS["hidden"]}
 
 
 @functools.cache
 def model(variant="visible", name="cyb", pauses=2, scan=False):
   """A model whose d is spread over (0, 1): at the prior all rows would pause."""
-  decoder = dataclasses.replace(TINY, scan_layers=scan)
+  decoder = dataclasses.replace(TINY, **{"scan_layers": scan} | DECODERS.get(variant, {}))
   options = {"pauses": pauses} if "pauses" in option_names(name) else {}
   if name == "cyb":
     options["dont_know_prior"] = 0.6
-  method, params = build(decoder, name=name, **options, **VARIANTS[variant])
+  variants = VARIANTS | VARIANTS_OF_DECODERS
+  method, params = build(decoder, name=name, **options, **variants.get(variant, {}))
   if name == "cyb":
     params["dont_know"] = 2 * jax.random.normal(jax.random.key(5), params["dont_know"].shape)
   if "slot_heads" in params:
@@ -106,7 +116,7 @@ def slow_self_paced(method, params, prompt, new, in_prompt, draw=None, seed=0):
   return generated, pauses, log_probs
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in DECODERS)])
 def test_self_paced_equals_a_slow_loop(variant):
   method, params = model(variant)
   got = generate(method, params, read="threshold", temperature=0)
@@ -136,6 +146,10 @@ def test_sampled_self_paced_with_pauses_in_the_prompt():
   [
     ("visible", "sample"),
     ("visible", "threshold"),
+    ("window", "threshold"),
+    pytest.param("window hidden", "threshold", marks=pytest.mark.slow),
+    pytest.param("window scan", "threshold", marks=pytest.mark.slow),
+    pytest.param("learned", "threshold", marks=pytest.mark.slow),
     pytest.param("hidden", "mixture", marks=pytest.mark.slow),
     pytest.param("shifting", "mixture", marks=pytest.mark.slow),
     pytest.param("hidden shifting", "threshold", marks=pytest.mark.slow),

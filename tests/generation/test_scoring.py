@@ -1,6 +1,7 @@
 """Scores of continuations: by hand, against the training forward one request at a time in float64, and independent of
 the other requests."""
 
+import dataclasses
 import functools
 
 import cli
@@ -39,6 +40,10 @@ MODELS = {
   "one_slot": {"name": "cyb", "pauses": 0},
   "constant_stop": {"name": "constant_stop", "pauses": 2},
   "mean_slots": {"name": "mean_slots", "pauses": 2, "pause_visibility": "hidden"},
+  "windows": {
+    "name": "cyb", "pauses": 2, "dont_know_prior": 0.5,
+    "decoder": dataclasses.replace(TINY, window=2, global_every=2, local_rope_base=100.0),
+  },
 }  # fmt: skip
 
 

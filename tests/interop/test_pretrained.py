@@ -300,3 +300,54 @@ def test_bfloat16(folders, tmp_path):
   half, full = cyb_jax.load(tmp_path / "half"), cyb_jax.load(folders / "hf")
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), full.params)
   assert_trees_equal(half.params, rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_quantised_base(scheme, folders, tmp_path):
+  """A run trains adapters on it, continues, starts other runs, and is exported; the base never changes."""
+  config = started(folders / "hf", pauses=2, pause_input="token+pause")
+  config.tuning.update(weights="lora", lora_rank=2)
+  config.precision.params = scheme
+  config.train.update(steps=1, checkpoint_every=1)
+  training.train(resolve(config), tmp_path / "run")
+  first = cyb_jax.load(str(tmp_path / "run"))
+  config.train.steps = 2
+  training.train(resolve(config), tmp_path / "more")
+  run = cyb_jax.load(str(tmp_path / "more"))
+
+  def integers(params):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if path[-1].key in ("kernel", "kernel_scale")}  # fmt: skip
+
+  base = integers(run.params["decoder"])
+  assert {leaf.dtype.name for name, leaf in base.items() if "scale" not in name} == {
+    {"int8": "int8", "nf4": "uint8"}[scheme]
+  }
+  jax.tree.map(np.testing.assert_array_equal, base, integers(first.params["decoder"]))
+  assert np.abs(run.params["decoder"]["layers_0"]["attention"]["query"]["lora_b"]).max() > 0
+  # The expanded matrices are close to those of the model.
+  plain, _ = merge_lora(run.params["decoder"], run.method.decoder.config)
+  original = pretrained.load(str(folders / "hf")).params["decoder"]
+  up, expected = (x["layers_0"]["mlp"]["up"]["kernel"] for x in (plain, original))
+  assert 0 < np.abs(up - expected).max() < (0.01 if scheme == "int8" else 0.2) * np.abs(expected).max()
+  # Another run may start from this one, in any number format.
+  for params in ("float32", scheme):
+    config.precision.params, config.init_from = params, str(tmp_path / "more")
+    again = pretrained.load(pretrained.open_pretrained(config.init_from), resolve(config))
+    assert integers(again.params["decoder"]).keys() >= {"['layers_0']['mlp']['up']['kernel']"}
+    merged, _ = merge_lora(again.params["decoder"], again.method.decoder.config)
+    np.testing.assert_allclose(
+      merged["layers_0"]["mlp"]["up"]["kernel"], up, atol=0.02 * float(np.abs(up).max()) if params == scheme else 1e-6
+    )
+  # Exports are expanded and merged.
+  cli.run("convert", "--to=hf", f"--workdir={tmp_path}/more", f"--output={tmp_path}/out")
+  exported = pretrained.load(str(tmp_path / "out")).params["decoder"]
+  np.testing.assert_allclose(exported["layers_0"]["mlp"]["up"]["kernel"], up, atol=1e-6)
+
+
+def test_a_quantised_base_is_not_trained(folders):
+  config = started(folders / "hf")
+  config.precision.params = "int8"
+  with pytest.raises(InputError, match=r"precision\.params: 'int8' must be float32 if tuning\.weights = 'all'"):
+    resolve(config)

@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import numpy as np
+import peft
 import torch
 import transformers
 
@@ -21,7 +22,7 @@ def _close(what: str, found: torch.Tensor, expected: np.ndarray) -> float:
 
 
 def main(exports: pathlib.Path) -> None:
-  folders = sorted(path for path in exports.iterdir() if path.is_dir())
+  folders = sorted(path for path in exports.iterdir() if path.is_dir() and path.name != "adapters")
   assert folders, exports
   for folder in folders:
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -46,7 +47,7 @@ def main(exports: pathlib.Path) -> None:
     with torch.no_grad():
       plain = model(tokens).logits[..., :rows]
       paused = model(
-        slots.reshape(batch, -1), position_ids=positions, attention_mask=torch.ones(batch, length * width)
+        slots.reshape(batch, -1), position_ids=positions, attention_mask=_masks(model.config, positions)
       ).logits.reshape(batch, length, width, -1)
     report = {"model": folder.name, "appended": appended, "logits": _close("logits", plain, ours["logits"][..., :rows])}
     normalizer = torch.logsumexp(paused[..., : own["vocab_size"]], -1)
@@ -60,6 +61,39 @@ def main(exports: pathlib.Path) -> None:
     if (folder / "text.json").exists():
       report |= _check_tokenizer(folder, own, rows + appended)
     print(json.dumps(report))
+  for folder in sorted((exports / "adapters").iterdir()):
+    _check_adapters(folder)
+
+
+def _masks(config: transformers.PretrainedConfig, positions: torch.Tensor):
+  """Causal masks, with a window over positions in the layers that have one: transformers' own counts slots."""
+  order = torch.arange(positions.shape[1])
+  causal = (order[:, None] >= order).expand(len(positions), 1, -1, -1)
+  window = getattr(config, "sliding_window", None)
+  near = causal
+  if window is not None:
+    near = causal & (positions[:, None, :, None] - positions[:, None, None] < window)
+  full, sliding = (torch.where(seen, 0.0, torch.finfo(torch.float32).min) for seen in (causal, near))
+  if config.model_type == "mistral":
+    return sliding
+  kinds = getattr(config, "layer_types", None)
+  return full if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+
+
+def _check_adapters(folder: pathlib.Path) -> None:
+  """Loads adapters of ours with peft, on the model that they name."""
+  config = json.loads((folder / "adapter_config.json").read_text())
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    config["base_model_name_or_path"], attn_implementation="eager"
+  )
+  model = peft.PeftModel.from_pretrained(base, folder).eval()
+  with np.load(folder / "ours.npz") as arrays:
+    tokens, expected = torch.tensor(arrays["tokens"]).long(), arrays["logits"]
+  with torch.no_grad():
+    difference = _close("adapters", model(tokens).logits, expected)
+    with model.disable_adapter():
+      assert float((model(tokens).logits - torch.tensor(expected)).abs().max()) > 0.1
+  print(json.dumps({"adapters": folder.name, "logits": difference}))
 
 
 def _check_tokenizer(folder: pathlib.Path, own: dict, rows: int) -> dict:

@@ -17,6 +17,17 @@ import transformers
 _SIZES = dict(vocab_size=67, hidden_size=36, num_hidden_layers=2, max_position_embeddings=64)
 _RMS = dict(intermediate_size=50, num_attention_heads=6, num_key_value_heads=2, head_dim=10)
 _NEOX = dict(intermediate_size=70, num_attention_heads=3)
+# A window that is shorter than the nine tokens, and a context that scaled RoPE exceeds.
+_WINDOW, _CONTEXT = 3, 6
+_DEEP = _SIZES | {"num_hidden_layers": 3}
+_SCALINGS = {
+  "linear": dict(factor=4.0),
+  "dynamic": dict(factor=4.0),
+  "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=_CONTEXT),
+  "yarn": dict(factor=4.0, original_max_position_embeddings=_CONTEXT),
+  "yarn_given": dict(factor=4.0, original_max_position_embeddings=_CONTEXT, attention_factor=0.8, beta_fast=2.0,
+                     beta_slow=0.3, truncate=False),
+}  # fmt: skip
 
 
 def _models() -> dict[str, transformers.PretrainedConfig]:
@@ -36,6 +47,42 @@ def _models() -> dict[str, transformers.PretrainedConfig]:
     "neox_serial": neox(
       **_SIZES, **_NEOX, rope_parameters=rope | {"partial_rotary_factor": 1.0}, use_parallel_residual=False,
       hidden_act="gelu_new", tie_word_embeddings=True,
+    ),
+    **{
+      f"llama_{name}": llama(
+        **_SIZES | ({"max_position_embeddings": _CONTEXT} if name == "dynamic" else {}), **_RMS,
+        rope_parameters={"rope_type": name.partition("_")[0], "rope_theta": 1000.0, **numbers},
+        tie_word_embeddings=True,
+      )
+      for name, numbers in _SCALINGS.items()
+    },
+    "mistral": transformers.MistralConfig(**_SIZES, **_RMS, rope_parameters=dict(rope), sliding_window=_WINDOW),
+    "qwen3": transformers.Qwen3Config(**_SIZES, **_RMS, rope_parameters=dict(rope), tie_word_embeddings=True),
+    "qwen3_window": transformers.Qwen3Config(
+      **_DEEP, **_RMS, rope_parameters=dict(rope), attention_bias=True, use_sliding_window=True,
+      sliding_window=_WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gemma2": transformers.Gemma2Config(
+      **_DEEP, **_RMS, rope_parameters=dict(rope), sliding_window=_WINDOW, query_pre_attn_scalar=17,
+      attn_logit_softcapping=2.0, final_logit_softcapping=6.0,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+      **_DEEP, **_RMS, sliding_window=_WINDOW, query_pre_attn_scalar=17,
+      layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+      rope_parameters={
+        "sliding_attention": dict(rope),
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+      },
+    ),
+    "olmo2": transformers.Olmo2Config(
+      **_SIZES, **(_RMS | {"head_dim": 6}), rope_parameters=dict(rope)
+    ),
+    "smollm3": transformers.SmolLM3Config(
+      **_DEEP, **(_RMS | {"head_dim": 6}), rope_parameters=dict(rope), no_rope_layer_interval=2,
+      pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    ),
+    "gpt2": transformers.GPT2Config(
+      vocab_size=67, n_positions=16, n_embd=36, n_layer=2, n_head=3, n_inner=50, bos_token_id=None, eos_token_id=None
     ),
   }  # fmt: skip
 

@@ -29,7 +29,7 @@ FUNCTION_LINES = 60
 CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout", "tiling"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
-RUN = MODEL | FILES | {"progress", "configs", "checkpointing", "data", "runs"}
+RUN = MODEL | FILES | {"hub", "progress", "configs", "checkpointing", "data", "runs"}
 TRAINING = RUN | {"interop", "evaluation", "generation", "report", "training"}
 PROGRAMS = TRAINING | {"command_line"}
 ALLOWED: dict[str, set[str]] = {
@@ -39,20 +39,21 @@ ALLOWED: dict[str, set[str]] = {
   "nested": set(),
   "progress": set(),
   "option_syntax": {"errors"},
+  "hub": {"errors"},
   "stopping": set(),
   "losses": {"stopping"},
   "pauses": set(),
   "partitioning": {"errors"},
   "readout": {"stopping", "tiling", "partitioning"},
   "tiling": {"partitioning"},
-  "decoder": CORE | {"partitioning"},
+  "decoder": CORE | {"partitioning", "option_syntax"},
   "costs": {"errors", "decoder"},
   "methods": MODEL - {"methods"},
   "configs": MODEL | {"jsonl", "nested", "option_syntax"},
   "distributed": {"errors", "nested"},
   "storage": {"errors"},
   "checkpointing": FILES,
-  "data": {"errors", "jsonl", "nested", "option_syntax", "progress", "storage"},
+  "data": {"errors", "hub", "jsonl", "nested", "option_syntax", "progress", "storage"},
   "command_line": {"errors", "option_syntax", "storage", "data", "configs"},
   "runs": RUN - {"runs"},
   "interop": RUN,

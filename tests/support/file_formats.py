@@ -20,15 +20,21 @@ _GGUF_NAMES = {
   "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
   "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
   "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+  "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+}  # fmt: skip
+_POST_NORMS = {
+  "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+  "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 
 
-def gguf_name(name):
+def gguf_name(name, architecture="llama"):
+  names = _GGUF_NAMES | (_POST_NORMS if architecture in ("gemma2", "gemma3", "olmo2") else {})
   stem, suffix = name.rsplit(".", 1)
   if stem.startswith("model.layers."):
     _, _, layer, module = stem.split(".", 3)
-    return f"blk.{layer}.{_GGUF_NAMES[module]}.{suffix}"
-  return f"{_GGUF_NAMES[stem]}.{suffix}"
+    return f"blk.{layer}.{names[module]}.{suffix}"
+  return f"{names[stem]}.{suffix}"
 
 
 def write_gguf(path, arrays, config, architecture, quantisation=None, tokenizer=None, **metadata):
@@ -46,7 +52,8 @@ def write_gguf(path, arrays, config, architecture, quantisation=None, tokenizer=
   writer.add_rope_freq_base(config.rope_base)
   writer.add_layer_norm_rms_eps(config.norm_epsilon)
   for name, value in metadata.items():
-    writer.add_string(f"{architecture}.{name.replace('__', '.')}", value)
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+    add(f"{architecture}.{name.replace('__', '.')}", value)
   if tokenizer is not None:
     tokenizer(writer)
   for name, array in arrays.items():
@@ -54,13 +61,16 @@ def write_gguf(path, arrays, config, architecture, quantisation=None, tokenizer=
       array = neighbours(array, config.num_heads)
     if architecture == "llama" and "k_proj" in name:
       array = neighbours(array, config.num_kv_heads)
-    if architecture == "gemma" and "norm" in name:
+    if architecture.startswith("gemma") and "norm" in name:
       array = array + 1
     if quantisation is None or array.ndim == 1:
-      writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
+      name = name if name == "rope_freqs.weight" else gguf_name(name, architecture)
+      writer.add_tensor(name, np.ascontiguousarray(array))
     else:
       kind = gguf.GGMLQuantizationType[quantisation]
-      writer.add_tensor(gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+      writer.add_tensor(
+        gguf_name(name, architecture), gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind
+      )
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

@@ -18,6 +18,11 @@ _CHATML = (
   "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
   " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_TURNS = (
+  "{{ bos_token }}{% for message in messages %}{{ '<start>' + ('model' if message['role'] == 'assistant' else"
+  " message['role']) + '\n' + message['content'] + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<start>model\n' }}{% endif %}"
+)
 _WORDS = ("he", "The", "is", "in", "bad", "best", "film", "25")
 _GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -158,6 +163,21 @@ MODELS = {
     {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "bos_token": "<bos>", "eos_token": "<eos>",
      "pad_token": "<pad>", "unk_token": "<unk>"},
   ),
+  "llama3.2": (
+    "llama3", byte_level(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], [_split("{1,3}"), _BYTES_ONLY],
+                         start=0, ignore_merges=True),
+    {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+  ),
+  "qwen3": (
+    "qwen3", byte_level(_CHAT, [_split(""), _BYTES_ONLY], normalizer="NFC"),
+    {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None, "eos_token": "<|im_end|>",
+     "pad_token": "<|endoftext|>", "chat_template": _CHATML},
+  ),
+  "gemma3": (
+    "gemma3_text", byte_fallback("gemma"),
+    {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "bos_token": "<bos>", "eos_token": "<eos>",
+     "pad_token": "<pad>", "unk_token": "<unk>", "chat_template": _TURNS},
+  ),
   "pythia": (
     "gpt_neox", byte_level(["<|endoftext|>"], [_GPT2_SPLIT]),
     {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
@@ -165,8 +185,21 @@ MODELS = {
 }  # fmt: skip
 _CLASSES = {
   "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "gemma": "GemmaForCausalLM",
-  "gpt_neox": "GPTNeoXForCausalLM",
+  "gpt_neox": "GPTNeoXForCausalLM", "llama3": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM",
+  "gemma3_text": "Gemma3ForCausalLM",
 }  # fmt: skip
+# Fields and the number of layers of families that differ from Llama 2 in more than the names above. The prompt is
+# longer than the window and than the context of RoPE.
+_FIELDS = {
+  "llama3": {"model_type": "llama", "rope_scaling": {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+  }},
+  "gemma3_text": {
+    "sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12, "rope_local_base_freq": 100.0,
+  },
+}  # fmt: skip
+_LAYERS = {"gemma3_text": 2}
 
 
 def config_of(family):
@@ -177,7 +210,7 @@ def config_of(family):
     "vocab_size": ROWS,
     "hidden_size": _WIDTH,
     "intermediate_size": _INNER,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": _LAYERS.get(family, 1),
     "num_attention_heads": _HEADS,
     "max_position_embeddings": 64,
     "tie_word_embeddings": family != "gpt_neox",
@@ -187,14 +220,14 @@ def config_of(family):
   }
   if family == "gpt_neox":
     return config | {"rotary_pct": 0.25, "rotary_emb_base": 10000, "layer_norm_eps": 1e-5, "hidden_act": "gelu"}
-  activation = {"hidden_activation": "gelu_pytorch_tanh"} if family == "gemma" else {"hidden_act": "silu"}
+  activation = {"hidden_activation": "gelu_pytorch_tanh"} if family.startswith("gemma") else {"hidden_act": "silu"}
   return config | activation | {
     "num_key_value_heads": 2, "head_dim": _SIZE, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-  }  # fmt: skip
+  } | _FIELDS.get(family, {})  # fmt: skip
 
 
 def _shapes(family):
-  d, n, f = _WIDTH, _HEADS * _SIZE, _INNER
+  d, f = _WIDTH, _INNER
   if family == "gpt_neox":
     layer = "gpt_neox.layers.0."
     shapes = {
@@ -205,9 +238,15 @@ def _shapes(family):
     norms = ("gpt_neox.final_layer_norm", f"{layer}input_layernorm", f"{layer}post_attention_layernorm")
     shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items() if layer in name}
     return shapes | {f"{name}.{part}": (d,) for name in norms for part in ("weight", "bias")}
-  layer = "model.layers.0."
+  shapes = {"model.embed_tokens.weight": (ROWS, d), "model.norm.weight": (d,)}
+  for number in range(_LAYERS.get(family, 1)):
+    shapes |= _layer_shapes(family, f"model.layers.{number}.")
+  return shapes
+
+
+def _layer_shapes(family, layer):
+  d, n, f = _WIDTH, _HEADS * _SIZE, _INNER
   shapes = {
-    "model.embed_tokens.weight": (ROWS, d), "model.norm.weight": (d,),
     f"{layer}input_layernorm.weight": (d,), f"{layer}post_attention_layernorm.weight": (d,),
     f"{layer}self_attn.q_proj.weight": (n, d), f"{layer}self_attn.o_proj.weight": (d, n),
     f"{layer}self_attn.k_proj.weight": (n // 2, d), f"{layer}self_attn.v_proj.weight": (n // 2, d),
@@ -218,6 +257,10 @@ def _shapes(family):
     shapes |= {
       f"{layer}self_attn.{part}_proj.bias": shapes[f"{layer}self_attn.{part}_proj.weight"][:1] for part in "qkv"
     }
+  if family in ("qwen3", "gemma3_text"):
+    shapes |= {f"{layer}self_attn.{part}_norm.weight": (_SIZE,) for part in "qk"}
+  if family == "gemma3_text":
+    shapes |= {f"{layer}{part}_feedforward_layernorm.weight": (d,) for part in ("pre", "post")}
   return shapes
 
 

@@ -1,7 +1,8 @@
 """The tokenizer.bin of llama2.c: the pieces of Llama 2's SentencePiece model, or of a similarly trained model.
 
 The file contains an int32, the length of the longest piece; then, for each piece, its float32 score, its int32 length
-in bytes, and its bytes.
+in bytes, and its bytes. Files of the first version of the format (that of stories15M, for example) have the bytes
+themselves in place of the 256 pieces <0x00> to <0xFF>.
 
 Format: https://github.com/karpathy/llama2.c/blob/master/tokenizer.py
 """
@@ -22,6 +23,8 @@ from cyb_jax.errors import InputError
 _LONGEST_PIECE = 1 << 16
 _CONTROL_NAMES = {"\n<s>\n": "<s>", "\n</s>\n": "</s>"}
 _UNKNOWN_ID, _BOS_ID, _EOS_ID = 0, 1, 2
+# The ids of the pieces of single bytes.
+_BYTES = range(3, 259)
 
 
 def open_llama2c(path: Path, rows: int | None) -> Tokenizer:
@@ -37,14 +40,14 @@ def open_llama2c(path: Path, rows: int | None) -> Tokenizer:
   Raises:
     InputError: the file has another format or is truncated, or `rows` does not match.
   """
-  pieces = [_typed(number, piece, score) for number, (piece, score) in enumerate(_read(path))]
+  pieces = [_typed(number, piece, score) for number, (piece, score) in enumerate(_spelled(_read(path), path))]
   model = bpe_model(pieces, _BOS_ID, _EOS_ID, os.fspath(path), dummy_prefix=True)
   return SentencePieceTokenizer(
     model, rows=rows, separator_id=_BOS_ID, start_id=_BOS_ID, adds_start=True, name=os.fspath(path)
   )
 
 
-def _read(path: Path) -> list[tuple[str, float]]:
+def _read(path: Path) -> list[tuple[bytes, float]]:
   """(piece, score) by id."""
   content = path.read_bytes()
   pieces, offset = [], 4
@@ -55,7 +58,7 @@ def _read(path: Path) -> list[tuple[str, float]]:
       text = content[offset + 8 : offset + 8 + length]
       if not 0 <= length <= longest or len(text) < length or longest > _LONGEST_PIECE:
         raise ValueError(f"a piece of {length} bytes")
-      pieces.append((text.decode(), score))
+      pieces.append((text, score))
       offset += 8 + length
     if len(pieces) < 3:
       raise ValueError(f"{len(pieces)} pieces")
@@ -65,6 +68,28 @@ def _read(path: Path) -> list[tuple[str, float]]:
       " fetch it again"
     ) from error
   return pieces
+
+
+def _spelled(pieces: list[tuple[bytes, float]], path: Path) -> list[tuple[str, float]]:
+  """(piece, score) by id, as text; bytes have the form <0x00>.
+
+  Raises:
+    InputError: a piece is not UTF-8.
+  """
+  are_raw = all(number < len(pieces) and pieces[number][0] == bytes([number - _BYTES.start]) for number in _BYTES)
+  spelled = []
+  for number, (piece, score) in enumerate(pieces):
+    if are_raw and number in _BYTES:
+      spelled.append((f"<0x{piece[0]:02X}>", score))
+      continue
+    try:
+      spelled.append((piece.decode(), score))
+    except UnicodeDecodeError as error:
+      raise InputError(
+        f"{path}: it is not a tokenizer.bin of llama2.c: piece {number}, {piece!r}, is not UTF-8 ({error.reason});"
+        " fetch it again"
+      ) from error
+  return spelled
 
 
 def _typed(number: int, piece: str, score: float) -> tuple[str, float, int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cyb_jax import hub
 from cyb_jax.data.tokenizers.byte import ByteTokenizer
 from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE, EXPORTED, MODEL_FILES, SPECIAL_TOKENS, files
 from cyb_jax.data.tokenizers.gguf import open_gguf
@@ -60,7 +61,7 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
   Args:
     spec: 'bytes', or the path of a SentencePiece `.model` file, a Hugging Face folder or its tokenizer.json, a GGUF
       file, llama2.c's tokenizer.bin, a run, or a folder that `save` has written, such as a token store. A token store
-      may be in a bucket.
+      may be in a bucket, and a Hugging Face folder may be a repository of the hub, see `cyb_jax.hub`.
     rows: number of rows of a pretrained model's embedding, if it is known; it becomes the tokenizer's `vocab_size`.
 
   Raises:
@@ -73,6 +74,8 @@ def open_tokenizer(spec: str | os.PathLike, rows: int | None = None) -> Tokenize
       return _open_bytes(rows)
     if in_bucket(spec):
       return _open_in_bucket(spec, rows)
+    if hub.in_hub(spec):
+      return _open_folder(Path(hub.fetch(spec, weights=False)), rows)
     path = Path(absolute(spec))
     return _open_folder(path, rows) if path.is_dir() else _open_file(spec, path, rows)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -51,18 +50,27 @@ class Loops(Plain):
   def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
     return self._states(params, self.backbone.embed(params, inputs.tokens), inputs.positions, mask)[-1]
 
-  def _inputs(self, params: Params, batch: Batch) -> tuple[Array, Array, Any]:
+  def _inputs(self, params: Params, batch: Batch) -> tuple[Array, Array, Any, int]:
     tokens = batch["tokens"]
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return self.backbone.embed(params, tokens), positions, segment_mask(batch.get("segment_ids"))
+    return self.backbone.embed(params, tokens), positions, segment_mask(batch.get("segment_ids")), 1
 
   def _states(
-    self, params: Params, inputs: Array, positions: Array, mask: Any, *, every: bool = False
+    self,
+    params: Params,
+    inputs: Array,
+    positions: Array,
+    mask: Any,
+    slots_per_position: int | None = None,
+    *,
+    every: bool = False,
   ) -> list[Float[Array, "B S D"]]:
     """The states after the last loop, or after every loop."""
     hidden, states = inputs, []
     for loop in range(self.loops):
-      hidden, _ = self.backbone.apply(params, hidden, positions, mask=mask, method="run_layers")
+      hidden, _ = self.backbone.apply(
+        params, hidden, positions, mask=mask, slots_per_position=slots_per_position, method="run_layers"
+      )
       if every or loop == self.loops - 1:
         states.append(self.backbone.apply(params, hidden, method="finish"))
     return states
@@ -86,17 +94,11 @@ class Loops(Plain):
     layers = self.backbone.decoder_config.num_layers
     hidden, states, parts = inputs, [], []
     for loop in range(self.loops):
-      of_loop = slice(loop * layers, (loop + 1) * layers)
-      part = Cache(cache.keys[of_loop], cache.values[of_loop])
+      part = cache.layers(loop * layers, (loop + 1) * layers)
       hidden, part = self.backbone.apply(params, hidden, positions, part, start, first=first, method="extend_layers")
       states.append(hidden)
       parts.append(part)
-    return states, self._joined(parts)
-
-  def _joined(self, parts: list[Cache]) -> Cache:
-    if self.backbone.decoder_config.scan_layers:
-      return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    return Cache(*(tuple(x for part in parts for x in getattr(part, name)) for name in ("keys", "values")))
+    return states, Cache.join(parts)
 
   def train_slots(self, sequence_length: int) -> float:
     return sequence_length * self.loops

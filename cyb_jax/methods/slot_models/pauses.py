@@ -118,6 +118,7 @@ class Pauses(Plain):
       positions,
       mask=mask,
       query_key_offset=None if offset is None else jnp.tile(offset, (length, 1)),
+      slots_per_position=1 if self.shifts_positions else self.num_slots,
     )
     outputs = outputs.reshape(batch_size, length, self.num_slots, -1)
     if not self.options.slot_heads:

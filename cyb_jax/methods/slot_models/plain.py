@@ -46,7 +46,8 @@ class Plain:
     tokens = batch["tokens"]
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     inputs = self.backbone.embed(params, tokens)
-    outputs = self.backbone.apply(params, inputs, positions, mask=segment_mask(batch.get("segment_ids")))
+    mask = segment_mask(batch.get("segment_ids"))
+    outputs = self.backbone.apply(params, inputs, positions, mask=mask, slots_per_position=1)
     return outputs[:, :, None]
 
   def empty_cache(self, rows: int, capacity: int) -> PyTree:

@@ -112,6 +112,7 @@ class Thoughts(Plain):
         jnp.repeat(positions, count, 1),
         mask=mask(count),
         key_weights=weights,
+        slots_per_position=count,
       )
       return outputs.reshape(rows, length, count, width)
 
