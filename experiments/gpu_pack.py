@@ -130,8 +130,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   output.mkdir(parents=True, exist_ok=True)
   shutil.copyfile(archived(downloads / "stores", stores), output / "stores.tar.xz")
   packages = fetch_runtime(output / "wheels") if args.runtime else []
-  for script, name in (("gpu.sh", "run.sh"), ("gpu_benchmarks.sh", "gpu_benchmarks.sh")):
-    shutil.copyfile(ROOT / "launch" / script, output / name)
+  copy_scripts(output)
   manifest = {"corpora": counts, "stores": stores, "packages": packages}
   atomic_write(output / "manifest.json", json.dumps(manifest, indent=1) + "\n")
   size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -142,6 +141,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       f"{output} has {size / 2**20:.1f} MiB, more than {LARGEST_BYTES >> 20}; give fewer --documents", result
     )
   return result
+
+
+def copy_scripts(folder: pathlib.Path) -> None:
+  """Copies the scripts that run a pack."""
+  for script, name in (("gpu.sh", "run.sh"), ("gpu_benchmarks.sh", "gpu_benchmarks.sh")):
+    shutil.copyfile(ROOT / "launch" / script, folder / name)
 
 
 def write_text(downloads: pathlib.Path, text: pathlib.Path, limit: int | None, c4: str) -> dict[str, Any]:

@@ -20,8 +20,14 @@ if [[ $# -ne 1 || ! -f $pack/stores.tar.xz ]]; then
   echo "error: give the folder of the results: bash PACK/run.sh OUTPUT, where PACK is written by experiments/gpu_pack.py" >&2
   exit 2
 fi
+for part in ${PARTS:=benchmarks study}; do
+  if [[ $part != benchmarks && $part != study ]]; then
+    echo "error: PARTS has $part; give some of benchmarks and study" >&2
+    exit 2
+  fi
+done
 mkdir -p "$1" && output=$(cd "$1" && pwd) || exit 2
-: "${PARTS:=benchmarks study}" "${TIME_LIMIT:=0}" "${PYTHON:=python3}" "${WORK:=$output/work}" "${CYB_DRY_RUN:=}"
+: "${TIME_LIMIT:=0}" "${PYTHON:=python3}" "${WORK:=$output/work}" "${CYB_DRY_RUN:=}"
 export PYTHON
 
 # Packages and stores are complete when they have their final names.
@@ -76,7 +82,6 @@ for part in $PARTS; do
       limited "$PYTHON" -m cyb_jax.cli.study --plan=gpu "${dry[@]}" "--stores=$WORK/stores" "--workdir=$WORK/runs" \
         "--results=$output/gpu.json" "--jobs=$JOBS"
       ;;
-    *) echo "error: PARTS has $part; give some of benchmarks and study" >&2; exit 2 ;;
   esac
   found=$?
   # 75: interrupted and saved; 124 and 137: the time is over.

@@ -153,3 +153,67 @@ def test_a_failed_benchmark_is_measured_again_and_no_other(tmp_path):
   (again,) = log.read_text().splitlines()
   assert "--config.method.pause_visibility=hidden --config.decoder.remat=dots" in again
   assert json.loads(results.read_text().splitlines()[-1])["name"] == "train_w4_hidden"
+
+
+PACK_STUB = """#!/usr/bin/env bash
+echo "$*" >>"$STUB_LOG"
+case "$*" in
+  *"import jax"*) echo "jax 1 on a stub" ;;
+  *cli.benchmark*) echo '{{"benchmark": "x"}}' ;;
+  *cli.study*--table) echo "the table" ;;
+  *cli.study*)
+    for word in "$@"; do case $word in --results=*) echo "{{}}" >"${{word#--results=}}" ;; esac; done
+    sleep "${{STUB_SECONDS:-0}}"
+    exit "${{STUB_CODE:-0}}"
+    ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def pack(downloads, tmp_path):
+  """A pack without wheels whose stores are a single file, and the variables with which its Python is a stub."""
+  folder = tmp_path / "pack"
+  folder.mkdir()
+  (tmp_path / "stores").mkdir()
+  (tmp_path / "stores" / "file").write_text("tokens")
+  with tarfile.open(folder / "stores.tar.xz", "w:xz") as archive:
+    archive.add(tmp_path / "stores", "stores")
+  gpu_pack.copy_scripts(folder)
+  stub = tmp_path / "python"
+  stub.write_text(PACK_STUB.format(python=sys.executable))
+  stub.chmod(0o755)
+  return folder, os.environ | {"PYTHON": str(stub), "STUB_LOG": str(tmp_path / "log"), "ROWS": "1"}
+
+
+def test_a_pack_runs_and_continues(pack, tmp_path):
+  folder, env = pack
+  output = tmp_path / "output"
+  command = ["bash", str(folder / "run.sh"), str(output)]
+  assert subprocess.run(command, env=env | {"STUB_CODE": "75"}, capture_output=True).returncode == 75
+  assert (output / "work" / "stores" / "file").read_text() == "tokens"
+  assert (output / "gpu.md").read_text() == "the table\n"
+  log = (tmp_path / "log").read_text()
+  assert f"--plan=gpu --stores={output}/work/stores --workdir={output}/work/runs --results={output}/gpu.json" in log
+  assert log.count("cli.benchmark") == len((output / "benchmarks.jsonl").read_text().splitlines()) == 7
+  assert "extractall" in log
+  # The second call neither unpacks nor measures again.
+  (tmp_path / "log").unlink()
+  assert subprocess.run(command, env=env | {"JOBS": "3"}, capture_output=True).returncode == 0
+  log = (tmp_path / "log").read_text()
+  assert "extractall" not in log
+  assert "cli.benchmark" not in log
+  assert "--jobs=3" in log
+  done = subprocess.run(["bash", str(ROOT / "launch" / "gpu.sh"), str(output)], env=env, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: give the folder of the results: bash PACK/run.sh OUTPUT")
+  done = subprocess.run(command, env=env | {"PARTS": "study all"}, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (2, "error: PARTS has all; give some of benchmarks and study\n")
+
+
+def test_a_pack_ends_at_its_time_limit(pack, tmp_path):
+  folder, env = pack
+  env |= {"PARTS": "study", "TIME_LIMIT": "2", "STUB_SECONDS": "30"}
+  done = subprocess.run(["bash", str(folder / "run.sh"), str(tmp_path / "output")], env=env, capture_output=True)
+  assert done.returncode == 75
