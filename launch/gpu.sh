@@ -28,6 +28,7 @@ for part in ${PARTS:=benchmarks study}; do
 done
 mkdir -p "$1" && output=$(cd "$1" && pwd) || exit 2
 : "${TIME_LIMIT:=0}" "${PYTHON:=python3}" "${WORK:=$output/work}" "${CYB_DRY_RUN:=}"
+mkdir -p "$WORK" && WORK=$(cd "$WORK" && pwd) || exit 2
 export PYTHON
 
 # Packages and stores are complete when they have their final names.
