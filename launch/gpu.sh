@@ -44,7 +44,7 @@ if [[ ! -d $WORK/stores ]]; then
   rm -rf "$WORK/partial" && mkdir -p "$WORK/partial"
   "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
     "$pack/stores.tar.xz" "$WORK/partial" || exit 1
-  mv "$WORK/partial/stores" "$WORK/stores"
+  mv "$WORK/partial/stores" "$WORK/stores" && rmdir "$WORK/partial"
 fi
 # The working directory has no folder experiments, so that the configs are those of the pack.
 cd "$WORK" || exit 1
