@@ -245,6 +245,17 @@ def test_the_gate_decides_the_length_of_pretraining(gain, lengths, tmp_path, mon
   assert programs.keys(tmp_path / "fresh") == [f"pretraining/{lengths[-1]}", f"ap/from{lengths[-1]}/seed0"]
 
 
+def test_the_rows_do_not_wait_for_the_gate_of_the_only_length():
+  assert TUNED.pretraining is not None
+  plan = dataclasses.replace(TUNED, pretraining=dataclasses.replace(TUNED.pretraining, lengths=(6,)))
+  runs = planned_runs.expand(plan, {})
+  assert len(runs) == len(KEYS) + 1
+  assert [run.key for run in runs if run.ready] == [
+    "pretraining/6", *(f"{row}/from6/rate{rate}" for row in ("baseline", "ap") for rate in (0.001, 0.002))
+  ]  # fmt: skip
+  assert [run.key for run in planned_runs.expand(TUNED, {}) if run.ready] == [run.key for run in runs if run.ready][:3]
+
+
 def test_no_run_starts_from_a_pretrained_model_that_diverges(tmp_path, monkeypatch):
   programs = installed(monkeypatch, diverges="pretraining")
   monkeypatch.setattr(documents, "open_task", lambda task: data.open_task(task, {"documents": 64}))
