@@ -78,6 +78,7 @@ def run(
   Raises:
     InputError: `jobs` is below 1, or another study runs in the folder.
     Failed: a program has failed; the runs that do not depend on it are done.
+    Interrupted: a signal has stopped a run, which has saved.
   """
   if jobs < 1:
     raise InputError(f"--jobs: {jobs} must be at least 1")

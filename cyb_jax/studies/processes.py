@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import logging
 
-from cyb_jax.errors import Failed
+from cyb_jax.errors import EXIT_INTERRUPTED, Failed, Interrupted
 from cyb_jax.progress import track
 
 # The first program of a run's process: it binds the process to its cores, and makes the process end when the study is
@@ -104,6 +104,7 @@ class Processes:
 
     Raises:
       Failed: the program ends with an error.
+      Interrupted: a signal has stopped the program.
     """
     logging.info("%s %s", module.rpartition(".")[2], " ".join(options))
     arguments = ["-m", module, *options]
@@ -112,6 +113,9 @@ class Processes:
     if module == "cyb_jax.cli.train" and done.returncode == 1 and "train.max_skipped" in "".join(last):
       logging.warning("%s", last[0])
       return {"perplexity": None}
+    # The signal was for the study too, which may have been started in a way that ignores it.
+    if done.returncode == EXIT_INTERRUPTED:
+      raise Interrupted("a run was interrupted and has saved; the same command continues")
     if done.returncode:
       raise Failed(f"python {' '.join(arguments)} ended with {done.returncode}: {''.join(last)}", {})
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from absl import flags
 
 from cyb_jax import command_line, data, training
 from cyb_jax.cli import study as program
-from cyb_jax.errors import Failed, InputError
+from cyb_jax.errors import Failed, InputError, Interrupted
 from cyb_jax.evaluation import bootstrap
 from cyb_jax.studies import (
   documents,
@@ -211,6 +212,21 @@ def test_a_rate_with_divergence_is_not_chosen(tmp_path, monkeypatch):
   run(TINY, tmp_path / "study", path)
   assert ResultsFile(path, TINY).runs["baseline/seed0"]["rate"] == 1e-3
   assert re.search(r"\| baseline \| [\d.]+ \| diverges \|", table(TINY, path))
+
+
+def test_a_study_ends_when_a_run_is_interrupted(tmp_path, monkeypatch):
+  """Even if the signal does not reach the study: it starts no further run, and records no failure."""
+  started = []
+
+  def interrupted(command, **_):
+    started.append(command)
+    return subprocess.CompletedProcess(command, 75, "", "interrupted at step 1")
+
+  monkeypatch.setattr(processes.subprocess, "run", interrupted)
+  with pytest.raises(Interrupted, match="the same command continues"):
+    run(TINY, tmp_path / "study", tmp_path / "results.json")
+  assert len(started) == 1
+  assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize(("gain", "lengths"), [(0.02, [6]), (0.1, [6, 12])])
