@@ -12,7 +12,7 @@
 #   TIME_LIMIT     seconds after which the command saves and ends with exit code 75; 0: none
 #   JOBS           runs of the study at a time; by default one for each 30 GiB of GPU memory, at most 4
 #   WORK           the folder of installed packages, token stores and runs (OUTPUT/work, about 20 GiB)
-#   CYB_DRY_RUN=1  tiny sizes and two steps, as a test of the pack on a CPU
+#   CYB_DRY_RUN=1  tiny sizes and two steps, as a test of the pack on a CPU; the names of its files have -dry-run
 set -uo pipefail
 
 pack=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 2
@@ -49,18 +49,23 @@ fi
 # The working directory has no folder experiments, so that the configs are those of the pack.
 cd "$WORK" || exit 1
 export XDG_CACHE_HOME=$WORK/cache
-"$PYTHON" -c 'import jax; print("jax", jax.__version__, "on", jax.devices()[0].device_kind)' || exit 1
+"$PYTHON" -c 'import jax, sys
+device = jax.devices()[0]
+print("jax", jax.__version__, "on", device.device_kind)
+if device.platform == "cpu" and not sys.argv[1]:
+  sys.exit("error: jax finds no GPU; install jax for CUDA, or set CYB_DRY_RUN=1 for a test on a CPU")
+' "$CYB_DRY_RUN" || exit 2
 
 if [[ -z ${JOBS:-} ]]; then
   gpu_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
   JOBS=$((${gpu_mib:-0} / 30720))
   JOBS=$((JOBS < 1 ? 1 : JOBS > 4 ? 4 : JOBS))
 fi
-dry=()
+dry=() suffix=''
 if [[ -n $CYB_DRY_RUN ]]; then
   export PRESET=nano LENGTH=32 VOCABULARY=512 WINDOWS=2 PAUSE_WINDOWS=2 STEPS=2 BLOCKS=1 ROWS=1,2 NEW_TOKENS=4 REPEATS=2
   export SLOTS=256 TIMED_SLOTS=128 WIDTH=64
-  dry=(--dry_run)
+  dry=(--dry_run) suffix=-dry-run
 fi
 
 # limited COMMAND...: with TIME_LIMIT, the command is interrupted when the time is over.
@@ -78,17 +83,18 @@ limited() {
 code=0
 for part in $PARTS; do
   case $part in
-    benchmarks) limited bash "$pack/gpu_benchmarks.sh" "$output/benchmarks.jsonl" ;;
+    benchmarks) limited bash "$pack/gpu_benchmarks.sh" "$output/benchmarks$suffix.jsonl" ;;
     study)
-      limited "$PYTHON" -m cyb_jax.cli.study --plan=gpu "${dry[@]}" "--stores=$WORK/stores" "--workdir=$WORK/runs" \
-        "--results=$output/gpu.json" "--jobs=$JOBS"
+      limited "$PYTHON" -m cyb_jax.cli.study --plan=gpu "${dry[@]}" "--stores=$WORK/stores" "--workdir=$WORK/runs$suffix" \
+        "--results=$output/gpu$suffix.json" "--jobs=$JOBS"
       ;;
   esac
   found=$?
   # 75: interrupted and saved; 124 and 137: the time is over.
   case $found in 0) ;; 75 | 124 | 130 | 137) code=75 ;; *) code=1 ;; esac
 done
-if [[ -f $output/gpu.json ]]; then
-  "$PYTHON" -m cyb_jax.cli.study --plan=gpu "${dry[@]}" "--results=$output/gpu.json" --table >"$output/gpu.md"
+if [[ -f $output/gpu$suffix.json ]]; then
+  "$PYTHON" -m cyb_jax.cli.study --plan=gpu "${dry[@]}" "--results=$output/gpu$suffix.json" --table \
+    >"$output/gpu$suffix.md"
 fi
 exit $code

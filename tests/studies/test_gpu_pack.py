@@ -212,6 +212,19 @@ def test_a_pack_runs_and_continues(pack, tmp_path):
   assert (done.returncode, done.stderr) == (2, "error: PARTS has all; give some of benchmarks and study\n")
 
 
+def test_a_dry_run_has_its_own_files(pack, tmp_path):
+  folder, env = pack
+  output = tmp_path / "output"
+  command = ["bash", str(folder / "run.sh"), str(output)]
+  assert subprocess.run(command, env=env | {"CYB_DRY_RUN": "1"}, capture_output=True).returncode == 0
+  assert {path.name for path in output.iterdir()} == {
+    "benchmarks-dry-run.jsonl", "gpu-dry-run.json", "gpu-dry-run.md", "work",
+  }  # fmt: skip
+  log = (tmp_path / "log").read_text()
+  assert f"--dry_run --stores={output}/work/stores --workdir={output}/work/runs-dry-run" in log
+  assert "--config=experiments/c4.py:baseline,nano " in log
+
+
 def test_a_pack_ends_at_its_time_limit(pack, tmp_path):
   folder, env = pack
   env |= {"PARTS": "study", "TIME_LIMIT": "2", "STUB_SECONDS": "30"}
