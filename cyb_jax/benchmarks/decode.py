@@ -65,6 +65,7 @@ def decode() -> dict[str, Any]:
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
     "parameter_bytes": _bytes(params),
+    "peak_memory_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     "num_slots": method.num_slots,
     "prompt_tokens": args.prompt_tokens,
     "new_tokens": args.new_tokens,

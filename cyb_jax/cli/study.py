@@ -27,6 +27,8 @@ report/index.html. The same command continues a study that was interrupted or in
     cyb-study --plan=scratch --jobs=2                  runs or continues a planned study (cyb_jax/studies/plans.py)
     cyb-study --plan=scratch --status                  prints the finished, running and missing runs, and the time left
     cyb-study --plan=scratch --table                   prints the tables of the available results
+    cyb-study --plan=gpu --costs                       prints the training FLOPs of the plan's runs
+    cyb-study --plan=gpu --stores=DIR                  trains on token stores of a pack (experiments/gpu_pack.py)
 
 A plan fixes settings, fields, steps, seeds and rates. Each finished run is an entry of one JSON file, --results, and is
 never run again, so the study can be continued in any folder with this file. Runs in progress are continued from
@@ -74,7 +76,8 @@ _OPTIONS = (
   "self_paced",
 )  # fmt: skip
 # Flags that may be combined with --plan, which fixes all others.
-_PLANNED = ("plan", "workdir", "jobs", "results", "status", "table")
+_PLANNED_ONLY = ("results", "stores", "status", "table", "costs", "flops_per_second", "dry_run")
+_PLANNED = ("plan", "workdir", "jobs", *_PLANNED_ONLY)
 
 
 def define_flags() -> None:
@@ -92,15 +95,25 @@ def define_flags() -> None:
   flags.DEFINE_bool("test", True, "Whether the runs are compared on the test split; otherwise on the validation split.")
   flags.DEFINE_integer("self_paced", 256, "Windows on which adaptive models are evaluated self-paced; 0: none.")
   flags.DEFINE_bool("report", True, "Whether reports of the validation split are written.")
-  flags.DEFINE_integer("jobs", 1, "The number of concurrent runs, between which the CPU's cores are divided.")
+  flags.DEFINE_integer(
+    "jobs", 1, "The number of concurrent runs, between which the CPU's cores and a GPU's memory are divided."
+  )
   flags.DEFINE_string(
-    "plan", "", "A planned study, scratch or finetune, which fixes all flags above except --workdir and --jobs."
+    "plan", "", "A planned study, scratch, finetune or gpu, which fixes all flags above except --workdir and --jobs."
   )
   command_line.define_path(
     "results", "", "With --plan, the file of its results; '': experiments/results/PLAN.json of the checkout."
   )
+  command_line.define_path("stores", "", "With --plan=gpu, the folder of the token stores of a pack.")
   flags.DEFINE_bool("status", False, "With --plan: only print the finished, running and missing runs.")
   flags.DEFINE_bool("table", False, "With --plan: only print its tables as Markdown.")
+  flags.DEFINE_bool("costs", False, "With --plan: only print the training FLOPs of its rows.")
+  flags.DEFINE_float(
+    "flops_per_second", 0.0, "With --costs: model FLOPs per second, for an estimate of the training time; 0: none."
+  )
+  flags.DEFINE_bool(
+    "dry_run", False, "With --plan: a tiny model and two steps of training instead, as a test of programs and data."
+  )
   flags.DEFINE_bool(
     "smoke", False, f"A study of minutes, with {', '.join(f'--{name}={value}' for name, value in SMOKE.items())} unless"
     " they are given. It tests the programs; its results allow no conclusions."
@@ -112,7 +125,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   args = flags.FLAGS
   if args["plan"].present:
     return _planned(args.plan)
-  for name in ("results", "status", "table"):
+  for name in _PLANNED_ONLY:
     if args[name].present:
       raise InputError(f"--{name}: it requires --plan; a study without a plan writes its results to --workdir")
   from cyb_jax.studies import study
@@ -132,20 +145,24 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _planned(name: str) -> dict[str, Any]:
   """Runs the missing runs of a planned study, or prints its state or its tables."""
-  from cyb_jax.studies import planned, planned_status, planned_tables, plans
+  from cyb_jax.studies import planned, planned_costs, planned_status, planned_tables, plans
   from cyb_jax.studies.results_file import ResultsFile
 
   args = flags.FLAGS
-  plan = plans.find(name)
+  plan = plans.dry_run(plans.find(name)) if args.dry_run else plans.find(name)
   for flag in (*_OPTIONS, "settings", "smoke"):
     if args[flag].present and flag not in _PLANNED:
       raise InputError(f"--{flag}: the plan {name!r} fixes it; omit it, or omit --plan")
   if args.jobs < 1:
     raise InputError(f"--jobs: {args.jobs} must be at least 1")
-  if args.status and args.table:
-    raise InputError("--table: --status is also given; give one of them")
-  folder = pathlib.Path(args.workdir or f"runs/study-{name}").absolute()
-  path = pathlib.Path(args.results) if args.results else planned.default_results(plan, folder)
+  _check_printed()
+  if args.costs:
+    counted = planned_costs.costs(plan, args.flops_per_second or None)
+    terminal.show(planned_costs.text(counted))
+    return counted
+  folder = pathlib.Path(args.workdir or f"runs/study-{plan.name}").absolute()
+  default = folder / "results.json" if args.dry_run else planned.default_results(plan, folder)
+  path = pathlib.Path(args.results) if args.results else default
   results = ResultsFile(path, plan)
   if args.status:
     text, state = planned_status.status(plan, folder, results.runs, args.jobs)
@@ -155,10 +172,24 @@ def _planned(name: str) -> dict[str, Any]:
     numbers = planned_tables.table(plan, results.runs, results.documents)
     terminal.show(planned_tables.text(plan, numbers))
     return numbers
+  stores = planned.check_stores(plan, args.stores)
   try:
-    return planned.run(plan, folder, results, args.jobs)
+    return planned.run(plan, folder, results, args.jobs, stores)
   except KeyboardInterrupt:
     raise Interrupted("interrupted; the same command continues") from None
+
+
+def _check_printed() -> None:
+  """Raises InputError if more than one of --status, --table and --costs is given, or a rate that is not used."""
+  args = flags.FLAGS
+  given = [name for name in ("status", "table", "costs") if args[name].value]
+  if len(given) > 1:
+    raise InputError(f"--{given[1]}: --{given[0]} is also given; give one of them")
+  rate = args.flops_per_second
+  if rate < 0:
+    raise InputError(f"--flops_per_second: {rate:g} must not be negative")
+  if rate and not args.costs:
+    raise InputError(f"--flops_per_second: {rate:g} is only used by --costs; give both, or omit it")
 
 
 def run() -> None:

@@ -84,13 +84,18 @@ def write_parts(task: str, percent: int, folder: pathlib.Path) -> dict[str, path
   return paths
 
 
+def part_of(text: str, percent: int) -> str:
+  """'pretraining' or 'finetuning', for a training document; the former has `percent` of all documents."""
+  # The first eight bytes determine the split.
+  hundredth = int.from_bytes(text_digest(text)[8:], "little") % 100
+  return PARTS[0] if hundredth < percent else PARTS[1]
+
+
 def _divided(task: str, percent: int) -> Iterator[tuple[str, str]]:
   """(part, text) of the documents of a task's training and validation splits."""
   opened = open_task(task)
   for document in opened.documents("train"):
-    # The first eight bytes determine the split.
-    hundredth = int.from_bytes(text_digest(document.text)[8:], "little") % 100
-    yield PARTS[0] if hundredth < percent else PARTS[1], document.text
+    yield part_of(document.text, percent), document.text
   for document in opened.documents(SPLIT):
     yield SPLIT, document.text
 

@@ -31,14 +31,46 @@ def default_results(plan: PlannedStudy, folder: pathlib.Path) -> pathlib.Path:
   return parent / f"{plan.name}.json"
 
 
-def run(plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, jobs: int) -> dict[str, Any]:
+def check_stores(plan: PlannedStudy, stores: str) -> pathlib.Path | None:
+  """The folder of a plan's prepared token stores; None: the plan prepares its own.
+
+  Args:
+    plan: the plan.
+    stores: the value of the flag `--stores`.
+
+  Raises:
+    InputError: the plan needs prepared stores and they are not in the folder, or the plan needs none.
+  """
+  prepared = plan.pretraining is not None and not plan.pretraining.task
+  if not prepared:
+    if stores:
+      raise InputError(f"--stores: the plan {plan.name!r} prepares its own token stores; omit it")
+    return None
+  from cyb_jax.data import is_store
+  from cyb_jax.studies.documents import PARTS
+
+  if not stores:
+    raise InputError(
+      f"--stores: the plan {plan.name!r} trains on prepared token stores; give the folder stores of a pack, which"
+      " experiments/gpu_pack.py writes"
+    )
+  for part in PARTS[:2]:
+    if not is_store(pathlib.Path(stores) / part):
+      raise InputError(f"--stores: {stores}/{part} is not a token store; experiments/gpu_pack.py writes a pack with it")
+  return pathlib.Path(stores)
+
+
+def run(
+  plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, jobs: int, stores: pathlib.Path | None = None
+) -> dict[str, Any]:
   """Runs the missing runs of a planned study.
 
   Args:
     plan: the plan.
     folder: the folder of the runs, which is created if it does not exist.
     results: the results of the plan.
-    jobs: the number of runs at a time, each on its share of the CPU's cores.
+    jobs: the number of runs at a time, each on its share of the CPU's cores and of a GPU's memory.
+    stores: the folder of the plan's prepared token stores; see `check_stores`.
 
   Returns:
     `plan`, `results` (the path), and the numbers of runs `done` and `missing`.
@@ -46,13 +78,14 @@ def run(plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, jobs: in
   Raises:
     InputError: `jobs` is below 1, or another study runs in the folder.
     Failed: a program has failed; the runs that do not depend on it are done.
+    Interrupted: a signal has stopped a run, which has saved.
   """
   if jobs < 1:
     raise InputError(f"--jobs: {jobs} must be at least 1")
   folder.mkdir(parents=True, exist_ok=True)
   with Lock(folder) as lock:
     lock.hold()
-    runner = PlannedRunner(plan, folder, results, Processes(jobs), jobs)
+    runner = PlannedRunner(plan, folder, results, Processes(jobs), jobs, stores)
     runner.run()
   runs = expand(plan, results.runs)
   done = sum(run.key in results.runs for run in runs)
@@ -76,15 +109,24 @@ class PlannedRunner:
     results: the results of the plan.
     processes: the processes that run the programs.
     jobs: the number of runs at a time.
+    stores: the folder of the plan's prepared token stores; None: the plan prepares its own.
 
   Attributes:
     failures: the error message of each failed run, by key.
   """
 
-  def __init__(self, plan: PlannedStudy, folder: pathlib.Path, results: ResultsFile, processes: Processes, jobs: int):
+  def __init__(
+    self,
+    plan: PlannedStudy,
+    folder: pathlib.Path,
+    results: ResultsFile,
+    processes: Processes,
+    jobs: int,
+    stores: pathlib.Path | None = None,
+  ):
     self.failures: dict[str, str] = {}
     self._plan, self._folder, self._results = plan, folder, results
-    self._processes, self._jobs = processes, jobs
+    self._processes, self._jobs, self._stores = processes, jobs, stores
 
   def run(self) -> None:
     """Runs all missing runs."""
@@ -216,8 +258,11 @@ class PlannedRunner:
     from cyb_jax.studies.documents import PARTS, SPLIT, write_parts
 
     assert self._plan.pretraining is not None
+    part = PARTS[0] if run.stage == PRETRAINING else PARTS[1]
+    if self._stores is not None:
+      return ["data.task=jsonl", f"data.store={self._stores / part}"]
     paths = write_parts(self._plan.pretraining.task, self._plan.pretraining.percent, self._folder / "text")
-    train = paths[PARTS[0] if run.stage == PRETRAINING else PARTS[1]]
+    train = paths[part]
     return ["data.task=jsonl", f"data.options=pattern={train},validation_pattern={paths[SPLIT]}"]
 
   def _is_trained(self, key: str) -> bool:

@@ -152,7 +152,7 @@ def perplexity_of(entry: Mapping[str, Any]) -> float:
 def _tried_starts(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """The keys of the pretrained models that are needed so far: those with a decided gate, and the next model."""
   assert plan.pretraining is not None
-  tried = len(gates(plan, results)) + (_chosen_start(plan, results) is None)
+  tried = len(gates(plan, results)) + (_chosen_start(plan, results) is None) or 1
   return [_pretraining_key(length) for length in plan.pretraining.lengths[:tried]]
 
 
@@ -160,6 +160,8 @@ def _chosen_start(plan: PlannedStudy, results: Mapping[str, Mapping[str, Any]]) 
   """The key of the run that all rows start from; '': fresh parameters; None: not known yet."""
   if plan.pretraining is None:
     return ""
+  if len(plan.pretraining.lengths) == 1:
+    return _pretraining_key(plan.pretraining.lengths[0])  # whatever the gate says
   decided = gates(plan, results)
   if decided and (decided[-1].passed or len(decided) == len(plan.pretraining.lengths)):
     return _pretraining_key(decided[-1].length)

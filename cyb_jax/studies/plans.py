@@ -54,7 +54,8 @@ class Pretraining:
     rate: the learning rate.
     limit: nats per token.
     cost: of a training step, relative to that of the reference.
-    task: the task whose training documents are divided; its validation documents are those of both parts.
+    task: the task whose training documents are divided; its validation documents are those of both parts. '': the
+      parts are token stores that were prepared before, see experiments/gpu_pack.py.
     percent: of the documents that are pretraining text; the others are what the rows are trained on.
   """
 
@@ -252,7 +253,113 @@ FINETUNE = PlannedStudy(
   ),
 )  # fmt: skip
 
-PLANS = {plan.name: plan for plan in (SCRATCH, FINETUNE)}
+# Ten times the tokens of `finetune`, in steps that are eight times as large.
+_GPU_STEPS = 500
+# 64 windows of 256 tokens a step. A long step keeps a GPU busy, and a scanned layer compiles in a fraction of the time.
+# A run takes about a minute, so an interrupted run is cheaper to repeat than checkpoints are to write.
+_GPU_RUNS = (
+  "data.sequence_length=256", "data.batch_size=64", "data.fraction=1.0", "decoder.scan_layers=True",
+  "train.eval_every=0", "train.checkpoint_every=2000", "train.keep=1", "train.log_every=100", "train.trackers=",
+)  # fmt: skip
+
+
+def _on_gpu(name: str, setting: str, cost: float, *, seeds: int = 3, times: float = 1.0, **fields: Any) -> Row:
+  return Row(name=name, setting=setting, steps=round(times * _GPU_STEPS), seeds=seeds, cost=cost, **fields)
+
+
+GPU = PlannedStudy(
+  name="gpu",
+  config="experiments/finetune_reviews.py",
+  size="medium",
+  fields=("decoder.preset=", "data.tokenizer=", *_GPU_RUNS),
+  step_tokens=64 * 256,
+  rates=(1e-4, 3e-4, 1e-3),
+  search_steps=150,
+  # The first two groups answer the question of the study, should the time of the GPU end before the plan.
+  groups=(
+    (
+      _on_gpu("baseline", "baseline", 1.0),
+      _on_gpu("ap", "ap", 4.4, fields=(_IDENTITY_START,), paced=True),
+      _on_gpu("mos", "mos", 1.4, fields=("method.head_activation=none",)),
+      _on_gpu("tbys3", "tbys3", 4.0, fields=(_IDENTITY_START,)),
+    ),
+    (_on_gpu("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
+    (
+      _on_gpu("constant_stop", "constant_stop", 4.4, fields=(_IDENTITY_START,)),
+      _on_gpu(
+        "ap_paper_start", "ap", 4.4, seeds=1, paced=True,
+        fields=("method.pause_input=pause", f"{_PRIOR}=0.9", "method.calibration_batches=0"),
+      ),
+      _on_gpu("tbys3_1.8x", "tbys3", 4.0, seeds=1, times=1.8, rate_of="tbys3", fields=(_IDENTITY_START,)),
+      _on_gpu("ap1", "ap1", 2.1, seeds=1, rate_of="ap", fields=(_IDENTITY_START,), paced=True),
+    ),
+  ),
+  reference="baseline",
+  longer="baseline_3x",
+  paced_windows=200,
+  pretraining=Pretraining(
+    config="experiments/reviews.py",
+    argument="baseline,medium",
+    # 30.7M parameters in the layers.
+    fields=("decoder.num_layers=9", "data.tokenizer=sentencepiece:8192", *_GPU_RUNS),
+    lengths=(3_000,),
+    rate=1e-3,
+    limit=0.03,
+    cost=1.0,
+    task="",
+    percent=60,
+  ),
+  note=(
+    "The rows are those of the plan finetune at ten times the tokens. ap1 takes the rate of ap; the rates of"
+    " pretraining and the number of its passes are not searched."
+  ),
+)  # fmt: skip
+
+PLANS = {plan.name: plan for plan in (SCRATCH, FINETUNE, GPU)}
+
+
+# The sizes of a dry run.
+_TINY_DATA = ("data.sequence_length=64", "data.batch_size=16", "train.last_eval_limit=64")
+_TINY_DECODER = (
+  "decoder.num_layers=2", "decoder.d_model=32", "decoder.num_heads=2", "decoder.num_kv_heads=2", "decoder.head_size=16",
+  "decoder.mlp_size=64",
+)  # fmt: skip
+
+
+def dry_run(plan: PlannedStudy) -> PlannedStudy:
+  """A plan with the same rows, a tiny model, two steps of training, one rate and one seed.
+
+  It tests the programs and the data, and its results file is not accepted as one of the plan.
+  """
+  unit = plan.row(plan.reference).steps
+  groups = tuple(
+    tuple(dataclasses.replace(row, steps=max(2, round(2 * row.steps / unit)), seeds=1) for row in group)
+    for group in plan.groups
+  )
+  pretraining, fields = plan.pretraining, _replaced(plan.fields, _TINY_DATA)
+  if pretraining is None:
+    fields = _replaced(fields, _TINY_DECODER)
+  else:
+    tiny = _replaced(_replaced(pretraining.fields, _TINY_DATA), _TINY_DECODER)
+    pretraining = dataclasses.replace(pretraining, fields=tiny, lengths=(2,))
+  return dataclasses.replace(
+    plan,
+    name=f"{plan.name}-dry-run",
+    fields=fields,
+    step_tokens=64 * 16,
+    rates=plan.rates[:1],
+    search_steps=1,
+    groups=groups,
+    paced_windows=8,
+    pretraining=pretraining,
+    note="A dry run: its numbers say nothing about the methods.",
+  )
+
+
+def _replaced(fields: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+  """The fields with the values of others, which are appended."""
+  names = {field.partition("=")[0] for field in others}
+  return (*(field for field in fields if field.partition("=")[0] not in names), *others)
 
 
 def find(name: str) -> PlannedStudy:

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import logging
 
-from cyb_jax.errors import Failed
+from cyb_jax.errors import EXIT_INTERRUPTED, Failed, Interrupted
 from cyb_jax.progress import track
 
 # The first program of a run's process: it binds the process to its cores, and makes the process end when the study is
@@ -29,6 +29,21 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
+# Variables with which the user decides how much memory of a GPU a process takes.
+_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+
+
+def environment(jobs: int) -> dict[str, str] | None:
+  """The variables of processes of which `jobs` run at a time; None: those of this process.
+
+  Several processes share a GPU in equal parts. Without this, the first would take three quarters of its memory. The
+  other tenth is for the programs and libraries, which are outside the part that jax manages.
+  """
+  if jobs == 1 or any(name in os.environ for name in _MEMORY):
+    return None
+  return os.environ | {"XLA_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}"}
+
+
 class Processes:
   """A pool of processes.
 
@@ -42,6 +57,7 @@ class Processes:
     self._cores: queue.Queue[list[int]] = queue.Queue()
     for job in range(jobs):
       self._cores.put(cores[job::jobs])
+    self._environment = environment(jobs)
     self._pool = concurrent.futures.ThreadPoolExecutor(jobs)
 
   def map(self, function: Callable[..., Any], items: Sequence[tuple], *, description: str, unit: str) -> list[Any]:
@@ -88,6 +104,7 @@ class Processes:
 
     Raises:
       Failed: the program ends with an error.
+      Interrupted: a signal has stopped the program.
     """
     logging.info("%s %s", module.rpartition(".")[2], " ".join(options))
     arguments = ["-m", module, *options]
@@ -96,6 +113,9 @@ class Processes:
     if module == "cyb_jax.cli.train" and done.returncode == 1 and "train.max_skipped" in "".join(last):
       logging.warning("%s", last[0])
       return {"perplexity": None}
+    # The signal was for the study too, which may have been started in a way that ignores it.
+    if done.returncode == EXIT_INTERRUPTED:
+      raise Interrupted("a run was interrupted and has saved; the same command continues")
     if done.returncode:
       raise Failed(f"python {' '.join(arguments)} ended with {done.returncode}: {''.join(last)}", {})
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -105,6 +125,6 @@ class Processes:
     cores = self._cores.get()
     try:
       command = [sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *arguments]
-      return subprocess.run(command, capture_output=True, text=True)
+      return subprocess.run(command, capture_output=True, text=True, env=self._environment)
     finally:
       self._cores.put(cores)

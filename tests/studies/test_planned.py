@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -13,11 +14,19 @@ from absl import flags
 
 from cyb_jax import command_line, data, training
 from cyb_jax.cli import study as program
-from cyb_jax.errors import Failed, InputError
+from cyb_jax.errors import Failed, InputError, Interrupted
 from cyb_jax.evaluation import bootstrap
-from cyb_jax.studies import documents, planned, planned_runs, planned_status, planned_tables, plans
+from cyb_jax.studies import (
+  documents,
+  planned,
+  planned_costs,
+  planned_runs,
+  planned_status,
+  planned_tables,
+  plans,
+  processes,
+)
 from cyb_jax.studies import plan as comparisons
-from cyb_jax.studies.options import Options
 from cyb_jax.studies.plans import PlannedStudy, Pretraining, Row
 from cyb_jax.studies.processes import Processes
 from cyb_jax.studies.resolution import resolve
@@ -205,6 +214,21 @@ def test_a_rate_with_divergence_is_not_chosen(tmp_path, monkeypatch):
   assert re.search(r"\| baseline \| [\d.]+ \| diverges \|", table(TINY, path))
 
 
+def test_a_study_ends_when_a_run_is_interrupted(tmp_path, monkeypatch):
+  """Even if the signal does not reach the study: it starts no further run, and records no failure."""
+  started = []
+
+  def interrupted(command, **_):
+    started.append(command)
+    return subprocess.CompletedProcess(command, 75, "", "interrupted at step 1")
+
+  monkeypatch.setattr(processes.subprocess, "run", interrupted)
+  with pytest.raises(Interrupted, match="the same command continues"):
+    run(TINY, tmp_path / "study", tmp_path / "results.json")
+  assert len(started) == 1
+  assert not (tmp_path / "results.json").exists()
+
+
 @pytest.mark.parametrize(("gain", "lengths"), [(0.02, [6]), (0.1, [6, 12])])
 def test_the_gate_decides_the_length_of_pretraining(gain, lengths, tmp_path, monkeypatch):
   programs = installed(monkeypatch, gain=gain)
@@ -235,6 +259,17 @@ def test_the_gate_decides_the_length_of_pretraining(gain, lengths, tmp_path, mon
   programs = installed(monkeypatch, gain=gain)
   run(TUNED, tmp_path / "fresh", path)
   assert programs.keys(tmp_path / "fresh") == [f"pretraining/{lengths[-1]}", f"ap/from{lengths[-1]}/seed0"]
+
+
+def test_the_rows_do_not_wait_for_the_gate_of_the_only_length():
+  assert TUNED.pretraining is not None
+  plan = dataclasses.replace(TUNED, pretraining=dataclasses.replace(TUNED.pretraining, lengths=(6,)))
+  runs = planned_runs.expand(plan, {})
+  assert len(runs) == len(KEYS) + 1
+  assert [run.key for run in runs if run.ready] == [
+    "pretraining/6", *(f"{row}/from6/rate{rate}" for row in ("baseline", "ap") for rate in (0.001, 0.002))
+  ]  # fmt: skip
+  assert [run.key for run in planned_runs.expand(TUNED, {}) if run.ready] == [run.key for run in runs if run.ready][:3]
 
 
 def test_no_run_starts_from_a_pretrained_model_that_diverges(tmp_path, monkeypatch):
@@ -396,21 +431,27 @@ def test_bad_results(write, message, tmp_path):
   ("words", "message"),
   [
     (["--plan=scrach"], "--plan: 'scrach' is unknown; did you mean 'scratch'?"),
-    (["--plan="], "--plan: '' is unknown; there are scratch, finetune"),
+    (["--plan="], "--plan: '' is unknown; there are scratch, finetune, gpu"),
     (["--plan=scratch", "--seeds=3"], "--seeds: the plan 'scratch' fixes it; omit it, or omit --plan"),
     (["--plan=scratch", "--settings=ap"], "--settings: the plan 'scratch' fixes it"),
     (["--plan=scratch", "--smoke"], "--smoke: the plan 'scratch' fixes it"),
     (["--plan=scratch", "--nosearch"], "--search: the plan 'scratch' fixes it"),
     (["--plan=scratch", "--jobs=0"], "--jobs: 0 must be at least 1"),
     (["--plan=scratch", "--status", "--table"], "--table: --status is also given"),
+    (["--plan=scratch", "--table", "--costs"], "--costs: --table is also given"),
+    (["--plan=gpu", "--flops_per_second=1e12"], "--flops_per_second: 1e+12 is only used by --costs"),
+    (["--plan=gpu", "--costs", "--flops_per_second=-1"], "--flops_per_second: -1 must not be negative"),
+    (["--plan=gpu"], "--stores: the plan 'gpu' trains on prepared token stores"),
+    (["--plan=scratch", "--stores=x"], "--stores: the plan 'scratch' prepares its own token stores"),
     (["--status", "--workdir=x"], "--status: it requires --plan"),
+    (["--dry_run", "--workdir=x"], "--dry_run: it requires --plan"),
     (["--results=x.json", "--workdir=x"], "--results: it requires --plan"),
   ],
 )
 def test_bad_flags(words, message, monkeypatch, tmp_path):
   values = flags.FlagValues()
   monkeypatch.setattr(flags, "FLAGS", values)
-  for name in ("DEFINE_string", "DEFINE_list", "DEFINE_bool", "DEFINE_integer", "DEFINE"):
+  for name in ("DEFINE_string", "DEFINE_list", "DEFINE_bool", "DEFINE_integer", "DEFINE_float", "DEFINE"):
     define = getattr(flags, name)
     monkeypatch.setattr(flags, name, lambda *a, define=define, **k: define(*a, **k, flag_values=values))
   monkeypatch.chdir(tmp_path)
@@ -422,27 +463,113 @@ def test_bad_flags(words, message, monkeypatch, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("plan", [plans.SCRATCH, plans.FINETUNE], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", plans.PLANS.values(), ids=lambda plan: plan.name)
 def test_the_rows_of_the_plans_are_valid_configs(plan):
   """Each row resolves, has the plan's number of tokens per step, and nearly the counted cost."""
-  shared, unit = list(plan.fields), None
-  if plan.pretraining:  # instead of the decoder and the tokenizer of a pretrained model
-    left_open = {"decoder.preset=": "decoder.num_layers=4", "data.tokenizer=": "data.tokenizer=sentencepiece:8192"}
-    assert set(left_open) < set(shared)
-    assert set(left_open.values()) < set(plan.pretraining.fields)
-    shared = [left_open.get(field, field) for field in shared]
+  by_row = {run.row: run for run in planned_runs.expand(plan, {})}
+  models = {name: planned_costs.model_of(plan, run) for name, run in by_row.items()}
+  unit = models[plan.reference].step_flops
   for row in plan.rows:
-    fields = [*shared, *row.fields]
-    options = Options(
-      config=plan.config, settings=[row.setting], rates=["1"], seeds=1, steps=1, jobs=1, size=plan.size, fields=fields
-    )
-    model = comparisons.model_of(options, row.setting)
-    unit = unit or model.step_flops
+    model = models[row.name]
     assert model.paced == row.paced, row.name
     assert row.cost == pytest.approx(model.step_flops / unit, rel=0.03), row.name
     assert model.start == (("normal", False, True) if plan.pretraining else ("small", True, False)), row.name
     sizes = json.loads(model.identity)["data"]
     assert sizes["batch_size"] * sizes["sequence_length"] == plan.step_tokens
+  if plan.pretraining:
+    # The rows that are fine-tuned have the decoder of the pretrained model.
+    decoders = [json.loads(model.identity)["decoder"] for model in models.values()]
+    assert all(decoder == decoders[0] for decoder in decoders)
+
+
+def test_costs_by_hand():
+  """D = 16, one layer, 2 heads of 8, F = 128: 4 D N H + 3 D F + D V matrix elements, and 4 N H operations per key."""
+  counted = planned_costs.costs(TINY, flops_per_second=1e6)
+  vocabulary = 128 * math.ceil(data.ByteTokenizer.vocab_size / 128)  # the rows of the table
+  per_token = 3 * (2 * (4 * 16 * 16 + 3 * 16 * 128 + 16 * vocabulary) + 4 * 16 * (16 + 1) / 2)
+  baseline, ap, long = counted["rows"]
+  assert (baseline["row"], baseline["runs"]) == ("baseline", 4)
+  assert (baseline["flops_per_token"], baseline["flops"]) == pytest.approx((per_token, 10 * 128 * per_token))
+  assert (ap["runs"], long["runs"], counted["runs"]) == (3, 1, 8)
+  assert ap["flops_per_token"] > 2 * per_token
+  assert long["flops"] == pytest.approx(12 * 128 * per_token)
+  assert counted["flops"] == baseline["flops"] + ap["flops"] + long["flops"]
+  assert counted["hours"] == counted["flops"] / 3.6e9
+  assert planned_costs.text(counted).splitlines()[-1].startswith("tiny: 8 runs, ")
+
+
+def test_the_plan_of_a_gpu():
+  """30M parameters in the layers, and the rows of `finetune` at ten times the tokens."""
+  rows, tuned = ({row.name: row for row in plan.rows} for plan in (plans.GPU, plans.FINETUNE))
+  assert rows.keys() == tuned.keys()
+  for name, row in rows.items():
+    assert (row.setting, row.fields, row.paced) == (tuned[name].setting, tuned[name].fields, tuned[name].paced)
+    assert row.steps * plans.GPU.step_tokens == 10 * tuned[name].steps * plans.FINETUNE.step_tokens
+  run = planned_runs.expand(plans.GPU, {})[0]
+  assert run.key == "pretraining/3000"
+  # D = 512, F = 1536, nine layers.
+  decoder = json.loads(planned_costs.model_of(plans.GPU, run).identity)["decoder"]
+  layers = decoder["num_layers"]
+  assert (layers, layers * (4 * 512**2 + 3 * 512 * 1536)) == (9, 30_670_848)
+  assert 35e6 < planned_costs.step_flops(plans.GPU, run) / plans.GPU.step_tokens / 6 < 37e6
+
+
+@pytest.mark.parametrize("plan", plans.PLANS.values(), ids=lambda plan: plan.name)
+def test_a_dry_run_has_the_rows_of_its_plan(plan, tmp_path):
+  dry = plans.dry_run(plan)
+  assert [row.name for row in dry.rows] == [row.name for row in plan.rows]
+  assert all(row.steps <= 6 and row.seeds == 1 for row in dry.rows)
+  assert dry.row(dry.longer).steps > dry.row(dry.reference).steps
+  run = planned_runs.expand(dry, {})[-1]
+  config = json.loads(planned_costs.model_of(dry, run).identity)
+  assert config["data"]["batch_size"] * config["data"]["sequence_length"] == dry.step_tokens
+  assert (config["decoder"]["d_model"], config["decoder"]["num_layers"]) == (32, 2)
+  installed_results = ResultsFile(tmp_path / "results.json", dry)
+  installed_results.add("baseline/rate0.004", {})
+  with pytest.raises(InputError, match=f"results of the plan '{plan.name}-dry-run', not '{plan.name}'"):
+    ResultsFile(tmp_path / "results.json", plan)
+
+
+def test_prepared_stores(tmp_path, monkeypatch):
+  """A plan whose text is divided beforehand trains on the two stores of a folder."""
+  assert TUNED.pretraining is not None
+  plan = dataclasses.replace(TUNED, pretraining=dataclasses.replace(TUNED.pretraining, task=""))
+  with pytest.raises(InputError, match="--stores: the plan 'tuned' trains on prepared token stores; give the folder"):
+    planned.check_stores(plan, "")
+  with pytest.raises(InputError, match=r"/pretraining is not a token store; experiments/gpu_pack\.py writes a pack"):
+    planned.check_stores(plan, str(tmp_path))
+  with pytest.raises(InputError, match="--stores: the plan 'tuned' prepares its own token stores; omit it"):
+    planned.check_stores(TUNED, str(tmp_path))
+  assert planned.check_stores(TUNED, "") is None
+  for part in ("pretraining", "finetuning"):
+    (tmp_path / "stores" / part).mkdir(parents=True)
+    (tmp_path / "stores" / part / "store.json").write_text("{}")
+  stores = planned.check_stores(plan, str(tmp_path / "stores"))
+  programs = installed(monkeypatch, gain=0.02)
+  folder = tmp_path / "study"
+  planned.run(plan, folder, ResultsFile(tmp_path / "results.json", plan), 1, stores)
+  given = {key: programs.given[f"{folder}/{key}"] for key in ("pretraining/6", "ap/from6/seed0")}
+  for key, part in (("pretraining/6", "pretraining"), ("ap/from6/seed0", "finetuning")):
+    assert (given[key]["config.data.task"], given[key]["config.data.store"]) == ("jsonl", f"{stores}/{part}")
+
+
+def test_jobs_share_cores_and_the_memory_of_a_gpu(monkeypatch):
+  for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: set(range(16)))
+  started = []
+  monkeypatch.setattr(processes.subprocess, "run", lambda command, env, **_: started.append((command, env)))
+  pool = Processes(3)
+  for _ in range(3):
+    pool.run(["x"])
+  cores = [set(map(int, command[3].split(","))) for command, _ in started]
+  assert set.union(*cores) == set(range(16))
+  assert sum(map(len, cores)) == 16
+  assert {env["XLA_CLIENT_MEM_FRACTION"] for _, env in started} == {"0.300"}
+  assert started[0][1]["PATH"] == processes.os.environ["PATH"]
+  assert processes.environment(1) is None  # jax's own default
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  assert processes.environment(3) is None  # the user's choice
 
 
 def test_the_plans_match_the_readme():
