@@ -142,7 +142,10 @@ def explain(error: Exception, argv: Sequence[str], *, values: flags.FlagValues =
 def _nearest_field(path: str) -> str:
   """A hint for a field of the config that doesn't exist."""
   from cyb_jax.configs import field_paths
+  from cyb_jax.configs.migration import REPLACED
 
+  if path in REPLACED:
+    return f"{REPLACED[path]} replaces it; cyb-train --config_help={REPLACED[path]} describes it"
   fields = field_paths()
   groups = [name for name in fields if "." not in name]
   return did_you_mean(path, fields, written=str, listed=groups)

@@ -20,6 +20,8 @@ from cyb_jax.configs import lists, methods_group
 from cyb_jax.decoder import PRESETS
 
 FORMAT = 3
+# Fields of earlier versions, and the fields that replace them.
+REPLACED = {"train.tensorboard": "train.trackers"}
 
 
 def migrated(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import ml_collections
 import pytest
 
-from cyb_jax import configs
+from cyb_jax import command_line, configs
 from cyb_jax.errors import InputError
 from cyb_jax.studies import settings
 
@@ -265,3 +265,8 @@ def test_windows_too_short_for_the_method(method, message):
   config.method.update(method)
   with pytest.raises(InputError, match=message):
     configs.freeze(config)
+
+
+def test_a_field_of_an_earlier_version_names_its_replacement():
+  with pytest.raises(InputError, match=r"^--config\.train\.tensorboard: unknown field; train\.trackers replaces it;"):
+    command_line.override(configs.default(), ["train.tensorboard=False"])
