@@ -164,6 +164,7 @@ class Pauses(Plain):
     return self._project(params, outputs, inputs.slots), cache
 
   def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
+    """The states of slots in any order, in one pass without a cache."""
     return self._project(params, super().hidden_slots(params, inputs, mask), inputs.slots)
 
   def _project(self, params: Params, outputs: Float[Array, "B S D"], slots: Int[Array, "B S"]) -> Float[Array, "B S D"]:
