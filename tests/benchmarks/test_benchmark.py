@@ -197,9 +197,8 @@ def test_the_token_store_is_read_and_must_match(tmp_path):
 
 
 def test_bad_input(tmp_path):
-  assert "'speed' is unknown; there are readout, data, decode, scoring, train, faults, sharding" in cli.complaint(
-    "benchmark", "speed"
-  )
+  parts = "readout, data, decode, scoring, serve, train, faults, sharding"
+  assert f"'tempo' is unknown; there are {parts}" in cli.complaint("benchmark", "tempo")
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
   assert "--devices: -1 must not be negative" in cli.complaint("benchmark", "sharding", "--devices=-1")

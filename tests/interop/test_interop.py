@@ -292,6 +292,7 @@ def test_exports_of_version_0_1_load(name, tmp_path):
   interop.write_huggingface(out, decoder, random_params(method.init), Words(), method=options, step=7)
   fields = json.loads((out / "config.json").read_text())
   written = fields["cyb_jax"]["method"]
+  written = {name: value for name, value in written.items() if name != "slot_heads"}  # newer than version 0.1
   fields["cyb_jax"]["method"] = _ALL_OPTIONS | written
   assert len(fields["cyb_jax"]["method"]) == 27
   (out / "config.json").write_text(json.dumps(fields))

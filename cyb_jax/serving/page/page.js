@@ -107,7 +107,7 @@ function shared() {
 }
 
 function pacing() {
-  if (model.max_pauses === 0 || model.default_mode === "constant") return {};
+  if (model.max_pauses === 0 || !model.can_pace_itself) return {};
   const read = document.querySelector("input[name=read]:checked").value;
   const body = { mode: "self_paced", read, max_pauses: Number($("most").value) };
   if (read === "threshold") body.threshold = Number($("threshold").value);
