@@ -43,16 +43,20 @@ def test_a_client_that_reads_nothing_is_left(served):
 
 
 def test_a_failure_after_the_first_token_ends_the_stream_with_an_error(served, monkeypatch):
-  sent = []
+  sent, chunks, advance = [], [], RunningBatch.advance
 
   async def send(message):
     sent.append(message)
-    if len(sent) == 2:
-      monkeypatch.setattr(RunningBatch, "advance", lambda *_: 1 / 0)
 
-  answer(served, send, max_tokens=40, stream=True)
-  monkeypatch.undo()
+  def advance_once(batch, iterations):
+    chunks.append(iterations)
+    return advance(batch, iterations) if len(chunks) == 1 else 1 / 0
+
+  with monkeypatch.context() as patch:
+    patch.setattr(RunningBatch, "advance", advance_once)
+    answer(served, send, max_tokens=40, stream=True)
   events = b"".join(message.get("body", b"") for message in sent).decode().split("\n\n")
+  assert json.loads(events[0].removeprefix("data: "))["choices"]
   error = json.loads(events[-2].removeprefix("data: "))["error"]
   assert error["type"] == "server_error"
   assert "[DONE]" not in events[-2]
