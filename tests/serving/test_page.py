@@ -96,6 +96,10 @@ def test_text_is_coloured_by_its_pauses(browser, served):
 def test_slots_under_the_pointer_and_by_keyboard(browser, served):
   from selenium.webdriver.common.keys import Keys
 
+  browser.open(served.url)
+  until(lambda: "method cyb" in browser.one("#model").text)
+  browser.set("#tokens", 20)
+  browser.generate()
   (choice,) = served.complete(prompt="The film was", max_tokens=20, temperature=0.8, seed=0)["choices"]
   spans = browser.all("#paced .text .t")
   # The text is random: some tokens are invisible, and others are wrapped, so that their middle is another token.
@@ -129,6 +133,8 @@ def test_slots_under_the_pointer_and_by_keyboard(browser, served):
 
 
 def test_sliders_reach_the_model(browser, served):
+  browser.open(served.url)
+  until(lambda: "method cyb" in browser.one("#model").text)
   browser.set("#threshold", 0)
   assert browser.one("input[value=threshold]").is_selected()
   browser.set("#budget", 3)
@@ -141,6 +147,8 @@ def test_sliders_reach_the_model(browser, served):
 
 
 def test_errors_are_shown_and_stop_stops(browser, served):
+  browser.open(served.url, 800)
+  until(lambda: "method cyb" in browser.one("#model").text)
   browser.set("#temperature", 9)
   browser.run("document.getElementById('form').noValidate = true")
   browser.one("#start").click()
