@@ -350,8 +350,8 @@ class _TableSum:
   """The sum of dz^T h over chunks, for each shard.
 
   Attributes:
-    transposed: whether the sum is [G, D, V]. A CPU takes three times as long for a product that contracts the rows of a
-      chunk in both operands, so the small operand is transposed in memory first.
+    transposed: whether the sum is [G, D, V]. XLA's CPU compiler is slow at products that contract the rows of both
+      operands, so the small operand is transposed in memory first.
   """
 
   transposed: bool

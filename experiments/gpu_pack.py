@@ -248,7 +248,7 @@ def archived(folder: pathlib.Path, stores: Sequence[str]) -> pathlib.Path:
   names = [read_description(folder / name)["fingerprint"] for name in stores]
   path = folder.parent / f"stores-{digest(names)[:16]}.tar.xz"
   if not path.exists():
-    # Tokens are pairs of bytes, which the compressor is told.
+    # lp and pb set the alignment of the data: a token has two bytes.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 3, "lp": 1, "pb": 1}]
     partial = path.with_suffix(".partial")
     with lzma.open(partial, "wb", filters=filters) as file, tarfile.open(fileobj=file, mode="w") as written:

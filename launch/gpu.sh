@@ -11,7 +11,7 @@
 #   PARTS          'benchmarks study' by default, or one of the two
 #   TIME_LIMIT     seconds after which the command saves and ends with exit code 75; 0: none
 #   JOBS           runs of the study at a time; by default one for each 30 GiB of GPU memory, at most 4
-#   WORK           the folder of installed packages, token stores and runs (OUTPUT/work, about 20 GiB)
+#   STATE          the folder of installed packages, token stores and runs (OUTPUT/state, about 20 GiB)
 #   CYB_DRY_RUN=1  tiny sizes and two steps, as a test of the pack on a CPU; the names of its files have -dry-run
 set -uo pipefail
 
@@ -27,12 +27,12 @@ for part in ${PARTS:=benchmarks study}; do
   fi
 done
 mkdir -p "$1" && output=$(cd "$1" && pwd) || exit 2
-: "${TIME_LIMIT:=0}" "${PYTHON:=python3}" "${WORK:=$output/work}" "${CYB_DRY_RUN:=}"
-mkdir -p "$WORK" && WORK=$(cd "$WORK" && pwd) || exit 2
+: "${TIME_LIMIT:=0}" "${PYTHON:=python3}" "${STATE:=$output/state}" "${CYB_DRY_RUN:=}"
+mkdir -p "$STATE" && STATE=$(cd "$STATE" && pwd) || exit 2
 export PYTHON
 
 # Packages and stores are complete when they have their final names.
-site=$WORK/site
+site=$STATE/site
 if [[ -d $pack/wheels && ! -d $site ]]; then
   rm -rf "$site.partial"
   "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
@@ -40,15 +40,15 @@ if [[ -d $pack/wheels && ! -d $site ]]; then
   mv "$site.partial" "$site"
 fi
 [[ ! -d $site ]] || export PYTHONPATH=$site
-if [[ ! -d $WORK/stores ]]; then
-  rm -rf "$WORK/partial" && mkdir -p "$WORK/partial"
+if [[ ! -d $STATE/stores ]]; then
+  rm -rf "$STATE/partial" && mkdir -p "$STATE/partial"
   "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-    "$pack/stores.tar.xz" "$WORK/partial" || exit 1
-  mv "$WORK/partial/stores" "$WORK/stores" && rmdir "$WORK/partial"
+    "$pack/stores.tar.xz" "$STATE/partial" || exit 1
+  mv "$STATE/partial/stores" "$STATE/stores" && rmdir "$STATE/partial"
 fi
 # The working directory has no folder experiments, so that the configs are those of the pack.
-cd "$WORK" || exit 1
-export XDG_CACHE_HOME=$WORK/cache
+cd "$STATE" || exit 1
+export XDG_CACHE_HOME=$STATE/cache
 "$PYTHON" -c 'import jax, sys
 device = jax.devices()[0]
 print("jax", jax.__version__, "on", device.device_kind)
@@ -85,7 +85,7 @@ for part in $PARTS; do
   case $part in
     benchmarks) limited bash "$pack/gpu_benchmarks.sh" "$output/benchmarks$suffix.jsonl" ;;
     study)
-      limited "$PYTHON" -m cyb_jax.cli.study --plan=gpu "${dry[@]}" "--stores=$WORK/stores" "--workdir=$WORK/runs$suffix" \
+      limited "$PYTHON" -m cyb_jax.cli.study --plan=gpu "${dry[@]}" "--stores=$STATE/stores" "--workdir=$STATE/runs$suffix" \
         "--results=$output/gpu$suffix.json" "--jobs=$JOBS"
       ;;
   esac

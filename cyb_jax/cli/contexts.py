@@ -30,7 +30,8 @@ def warn_of_untrained_context(method: Method, found: Mapping[str, Any] | None) -
   if trained_self_paced(method):
     return
   logging.warning(
-    "the context is self-paced, but the model was trained with all pauses of every token in the context%s."
+    "a self-paced context has only the requested pauses, but the model was trained with all pauses of every token in"
+    " the context%s."
     " 'constant' is the context of its training; method.pause_visibility=hidden and method.recipe=on_policy train a"
     " model for self-paced contexts",
     "" if found is None else
@@ -39,16 +40,24 @@ def warn_of_untrained_context(method: Method, found: Mapping[str, Any] | None) -
   )  # fmt: skip
 
 
-def measured(workdir: str | None) -> dict[str, Any] | None:
-  """The self-paced evaluation of a run that `cyb-evaluate --context=self_paced` or `cyb-report` stored, or None."""
+def measured(workdir: str | None, step: int) -> dict[str, Any] | None:
+  """The self-paced evaluation of a checkpoint that `cyb-evaluate --context=self_paced` or `cyb-report` stored.
+
+  Args:
+    workdir: the run's folder; None or '': the model is not a run.
+    step: the step of the checkpoint.
+
+  Returns:
+    The evaluation, or None if there is none of this step.
+  """
   if not workdir:
     return None
   for name, key in (("evaluation.json", None), ("report/statistics.json", "self_paced")):
     try:
-      found = json.loads(storage.read_bytes(storage.place(workdir) / name))
+      record = json.loads(storage.read_bytes(storage.place(workdir) / name))
     except (OSError, ValueError, StorageError):
       continue
-    found = found.get(key) if key else found
-    if found and found.get("perplexity") and found.get("constant_perplexity"):
+    found = record.get(key) if key else record
+    if record.get("step") == step and found and found.get("perplexity") and found.get("constant_perplexity"):
       return found
   return None

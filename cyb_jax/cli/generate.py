@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       "the model was trained with pauses after every token; --prompt_pauses=all also inserts them in the prompt"
     )
   if chosen.mode == "self_paced":
-    contexts.warn_of_untrained_context(run.method, contexts.measured(args.workdir))
+    contexts.warn_of_untrained_context(run.method, contexts.measured(args.workdir, run.step))
   return _generate(run, sampler, prompts, new)
 
 

@@ -1,10 +1,10 @@
 """Huge pages for the memory of programs on Linux.
 
 XLA's CPU backend takes the memory of a step from malloc and gives it back after the step. The kernel then clears every
-page of 4 KiB again in the next step, which takes up to a third of the time of a small model's step. With huge pages of
-2 MiB it takes almost none. glibc asks for them if a variable is set when a process starts
+page of 4 KiB again in the next step, which takes a considerable part of the time of a small model's step. With huge
+pages of 2 MiB it takes almost none. glibc requests them if a variable is set when a process starts
 (https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html), and where the kernel gives huge
-pages to processes that ask for them, which is the default of most distributions.
+pages to processes that request them, which is the default of most distributions.
 """
 
 from __future__ import annotations

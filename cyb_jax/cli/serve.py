@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from cyb_jax.cli import launching, models
+from cyb_jax.cli import contexts, launching, models
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,10 +57,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from cyb_jax.serving import server
   except ImportError as error:
     raise InputError(f"cyb-serve: {error.name} can't be imported; run pip install 'cyb_jax[serve]'") from None
+  from cyb_jax.generation.abilities import can_pace_itself
+
   # The address is bound before the model is loaded, so that a port in use is reported quickly.
   bound = server.bind(args.host, args.port)
   try:
     run = models.load_model()
+    if can_pace_itself(run.method):  # which the page lets it do
+      contexts.warn_of_untrained_context(run.method, contexts.measured(args.workdir, run.step))
     return _serve(run, bound)
   finally:
     bound.close()

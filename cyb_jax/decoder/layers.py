@@ -292,14 +292,14 @@ class Projection(nn.Module):
     axes = self.axes if scheme == "int8" else (self.axes[0], *outputs)
     scale_axes = outputs if scheme == "int8" else axes
     # Quantised matrices are always read; these initial values only give activations of a usual size.
-    scale = 1 / (_LARGEST_INITIAL * math.sqrt(math.prod(self.inputs)))
+    scale = 1 / (_DEVIATION * math.sqrt(math.prod(self.inputs)))
     stored = self.param("kernel", nn.with_logical_partitioning(_drawn_integers, axes), stored_shape, scheme)
     scale_init = nn.with_logical_partitioning(nn.initializers.constant(scale), scale_axes)
     scales = self.param(quantization.SCALE, scale_init, scale_shape, jnp.float32)
     return quantization.project(x, stored, scales, self.inputs)
 
 
-_LARGEST_INITIAL = 73.0  # the standard deviation of integers that are uniform in [-127, 127]
+_DEVIATION = 73.0  # the standard deviation of integers that are uniform in [-127, 127]
 
 
 def _drawn_integers(rng: Array, shape: tuple[int, ...], scheme: str) -> Array:

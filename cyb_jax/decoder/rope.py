@@ -33,23 +33,21 @@ def rope_factors(
   Returns:
     (cosine, sine), both f32[B, S, R/2].
   """
-  if scaling is not None:
-    return _scaled_factors(positions.astype(jnp.float32), rotated_size, base, scaling)
-  exponents = jnp.arange(0, rotated_size, 2, dtype=jnp.float32) / rotated_size
-  angles = positions.astype(jnp.float32)[..., None] * base**-exponents
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def _scaled_factors(
-  positions: Float[Array, "B S"], rotated_size: int, base: float, scaling: RopeScaling
-) -> tuple[Float[Array, "B S R/2"], Float[Array, "B S R/2"]]:
-  if scaling.kind == "dynamic":
-    exponents = jnp.arange(0, rotated_size, 2, dtype=jnp.float32) / rotated_size
-    frequencies = scaling.dynamic_base(rotated_size, base, positions.max() + 1) ** -exponents
-  else:
-    frequencies = jnp.asarray(scaling.frequencies(rotated_size, base), jnp.float32)
-  angles = positions[..., None] * frequencies
+  positions = positions.astype(jnp.float32)
+  angles = positions[..., None] * _frequencies(positions, rotated_size, base, scaling)
+  if scaling is None:
+    return jnp.cos(angles), jnp.sin(angles)
   return scaling.amplitude * jnp.cos(angles), scaling.amplitude * jnp.sin(angles)
+
+
+def _frequencies(
+  positions: Float[Array, "B S"], rotated_size: int, base: float, scaling: RopeScaling | None
+) -> Float[Array, "R/2"]:
+  if scaling is not None and scaling.kind != "dynamic":
+    return jnp.asarray(scaling.frequencies(rotated_size, base), jnp.float32)
+  if scaling is not None:
+    base = scaling.dynamic_base(rotated_size, base, positions.max() + 1)
+  return base ** -(jnp.arange(0, rotated_size, 2, dtype=jnp.float32) / rotated_size)
 
 
 def apply_rope(

@@ -61,6 +61,11 @@ def trained_self_paced(method: Method) -> bool:
   return not trained_with_all_pauses(method) or method.hides_pauses
 
 
+def can_pace_itself(method: Method) -> bool:
+  """Whether the model may decide the number of a token's pauses, slot by slot."""
+  return isinstance(method, Adaptive) and not isinstance(method, SequentialDecoding) and method.num_slots > 1
+
+
 def default_mode(method: Method) -> str:
   """The mode of `SamplingOptions` that suits a method.
 
@@ -71,4 +76,4 @@ def default_mode(method: Method) -> str:
     return "constant"
   if method.num_slots == 1:
     return "none"
-  return "self_paced" if isinstance(method, Adaptive) and trained_self_paced(method) else "constant"
+  return "self_paced" if can_pace_itself(method) and trained_self_paced(method) else "constant"

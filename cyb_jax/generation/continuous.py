@@ -354,24 +354,8 @@ def _capacity(layout: SlotLayout, context: int, prompt_pauses: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _empty(method: Decoding, layout: SlotLayout, rows: int, capacity: int, context: int) -> SamplerState:
-  zeros, none = jnp.zeros(rows, jnp.int32), (rows, context)
-  return SamplerState(
-    cache=method.empty_cache(rows, capacity),
-    token=zeros,
-    slot=zeros,
-    cache_index=zeros,
-    position=zeros,
-    seeds=jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)),
-    pause_budget=zeros,
-    token_limit=zeros,
-    num_generated=zeros,
-    finished=jnp.ones(rows, bool),
-    tokens=jnp.zeros(none, jnp.int32),
-    pauses=jnp.zeros(none, jnp.int32),
-    log_probs=jnp.zeros(none, jnp.float32),
-    iterations=jnp.zeros((), jnp.int32),
-    trace=SlotTrace.empty(rows, context, layout.num_slots, method.vocab_size, MAX_ALTERNATIVES),
-  )
+  trace = SlotTrace.empty(rows, context, layout.num_slots, method.vocab_size, MAX_ALTERNATIVES)
+  return SamplerState.empty(method.empty_cache(rows, capacity), rows, context, trace)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)

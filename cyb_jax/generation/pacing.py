@@ -35,7 +35,7 @@ from cyb_jax.generation.reading import (
   choose_step_budget,
   choose_stopping_rule,
 )
-from cyb_jax.generation.state import TOKEN, SamplerState, SlotTrace
+from cyb_jax.generation.state import TOKEN, EndIds, SamplerState, SlotTrace
 from cyb_jax.generation.token_samplers import TokenSampler
 from cyb_jax.methods import Decoding, SlotInputs
 from cyb_jax.readout import TokenScores
@@ -103,12 +103,7 @@ class Pacing(abc.ABC):
 
   @abc.abstractmethod
   def step(
-    self,
-    method: Decoding,
-    params: PyTree,
-    token_sampler: TokenSampler,
-    end_ids: Int[Array, "*B E"],
-    state: SamplerState,
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: EndIds, state: SamplerState
   ) -> SamplerState:
     """One iteration: runs slots of every row, and generates a token in the rows that are ready."""
 
@@ -122,12 +117,7 @@ class _OneSlot(Pacing):
     """bool[B], whether each row continues with a pause, given the scores [B] of its current slot."""
 
   def step(
-    self,
-    method: Decoding,
-    params: PyTree,
-    token_sampler: TokenSampler,
-    end_ids: Int[Array, "*B E"],
-    state: SamplerState,
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: EndIds, state: SamplerState
   ) -> SamplerState:
     hidden, cache = method.extend(
       params,
@@ -256,12 +246,7 @@ class Constant(Pacing):
     return self.layout.num_slots
 
   def step(
-    self,
-    method: Decoding,
-    params: PyTree,
-    token_sampler: TokenSampler,
-    end_ids: Int[Array, "*B E"],
-    state: SamplerState,
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: EndIds, state: SamplerState
   ) -> SamplerState:
     rows, width = len(state.token), self.layout.num_slots
     slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (rows, width))
@@ -329,12 +314,7 @@ class Sequential(Pacing):
     return carry
 
   def step(
-    self,
-    method: Decoding,
-    params: PyTree,
-    token_sampler: TokenSampler,
-    end_ids: Int[Array, "*B E"],
-    state: SamplerState,
+    self, method: Decoding, params: PyTree, token_sampler: TokenSampler, end_ids: EndIds, state: SamplerState
   ) -> SamplerState:
     hidden, cache, ran = method.run_token(
       params, token=state.token, position=state.position, cache=state.cache, cache_index=state.cache_index

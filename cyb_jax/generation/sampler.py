@@ -24,7 +24,7 @@ from cyb_jax.generation.abilities import default_mode, num_prompt_pauses
 from cyb_jax.generation.options import SamplingOptions
 from cyb_jax.generation.pacing import Pacing, choose_pacing
 from cyb_jax.generation.prompts import PromptBatch, random_keys
-from cyb_jax.generation.state import SamplerState
+from cyb_jax.generation.state import EndIds, SamplerState
 from cyb_jax.generation.token_samplers import TokenSampler, choose_token_sampler
 from cyb_jax.methods import Decoding, SlotInputs
 
@@ -318,8 +318,8 @@ def begin(
       cache,
       cache_index,
     )
-  return SamplerState(
-    cache=cache,
+  return dataclasses.replace(
+    SamplerState.empty(cache, rows, new),
     token=prompts.last,
     slot=jnp.full(rows, paused, jnp.int32),
     cache_index=cache_index,
@@ -327,12 +327,7 @@ def begin(
     seeds=seeds,
     pause_budget=budgets,
     token_limit=prompts.limits,
-    num_generated=jnp.zeros(rows, jnp.int32),
     finished=jnp.zeros(rows, bool),
-    tokens=jnp.full((rows, new), -1, jnp.int32),
-    pauses=jnp.zeros((rows, new), jnp.int32),
-    log_probs=jnp.zeros((rows, new), jnp.float32),
-    iterations=jnp.zeros((), jnp.int32),
   )
 
 
@@ -343,7 +338,7 @@ def iterate(
   params: PyTree,
   state: SamplerState,
   iterations: Int[Array, ""],
-  end_ids: Int[Array, "*B E"],
+  end_ids: EndIds,
   stopped: Bool[Array, "B"],
 ) -> SamplerState:
   """The state after more iterations, see `Sampler.advance`; traced into a compiled program.
@@ -354,7 +349,7 @@ def iterate(
     token_sampler: the sampler of a token from its distribution.
     state: the state before.
     iterations: i32[], the maximum number of iterations.
-    end_ids: i32[E], the end tokens of all rows, or i32[B, E], those of each row; -1 is no token.
+    end_ids: the end tokens, see `EndIds`.
     stopped: bool[B], rows that the caller finishes.
   """
   state = dataclasses.replace(state, finished=state.finished | stopped)

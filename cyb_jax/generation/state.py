@@ -18,6 +18,9 @@ from cyb_jax.readout import TokenScores
 # The purposes of random draws; draws for different purposes have different keys.
 STEP_BUDGET, STOP, TOKEN = range(3)
 
+EndIds = Int[Array, "*B E"]
+"""The tokens that finish a row: i32[E], of all rows, or i32[B, E], of each row; -1 is no token."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +144,28 @@ class SamplerState:
   iterations: Int[Array, ""]
   trace: SlotTrace | None = None
 
+  @classmethod
+  def empty(cls, cache: Cache, rows: int, tokens: int, trace: SlotTrace | None = None) -> SamplerState:
+    """The state of B rows that are finished and have generated nothing, with space for N tokens each."""
+    zeros, nothing = jnp.zeros(rows, jnp.int32), (rows, tokens)
+    return cls(
+      cache=cache,
+      token=zeros,
+      slot=zeros,
+      cache_index=zeros,
+      position=zeros,
+      seeds=jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)),
+      pause_budget=zeros,
+      token_limit=zeros,
+      num_generated=zeros,
+      finished=jnp.ones(rows, bool),
+      tokens=jnp.full(nothing, -1, jnp.int32),
+      pauses=jnp.zeros(nothing, jnp.int32),
+      log_probs=jnp.zeros(nothing, jnp.float32),
+      iterations=jnp.zeros((), jnp.int32),
+      trace=trace,
+    )
+
   def keys(self, purpose: int) -> Array:
     """key[B], a random key of each row for its current token, its current slot and this purpose."""
 
@@ -161,7 +186,7 @@ class SamplerState:
     token: Int[Array, "B"],
     pauses: Int[Array, "B"],
     log_prob: Float[Array, "B"],
-    end_ids: Int[Array, "*B E"],
+    end_ids: EndIds,
     trace: SlotTrace | None = None,
   ) -> SamplerState:
     """The state after an iteration in which the rows `emits` generate a token.
@@ -170,7 +195,7 @@ class SamplerState:
       cache: the cache, including the slots of this iteration.
       emits: bool[B].
       token, pauses, log_prob: [B], stored in the rows that generate a token.
-      end_ids: i32[E] or i32[B, E], the tokens that finish their row.
+      end_ids: the tokens that finish their row.
       trace: the trace after the iteration.
     """
     rows = jnp.arange(len(token))

@@ -21,6 +21,7 @@ _ACTIVATIONS = {
   "gelu_new": "gelu_tanh",
   "gelu_fast": "gelu_tanh",
 }
+_LAYERNORM = {"norm": "layernorm", "gated_mlp": False, "mlp_bias": True}
 
 
 def llama(fields: Fields) -> DecoderConfig:
@@ -209,26 +210,20 @@ def _llama_style(
 
 def gpt_neox(fields: Fields) -> DecoderConfig:
   """GPT-NeoX and Pythia."""
-  width, heads, size = _equal_heads(fields, "hidden_size", "num_attention_heads")
+  sizes = _equal_heads(fields, "hidden_size", "num_attention_heads")
   rope = rope_json.read(fields, "rotary_emb_base", "rotary_pct", 0.25)
   return _config(
     fields,
-    vocab_size=fields.take("vocab_size", int),
+    **sizes,
+    **_LAYERNORM,
     num_layers=fields.take("num_hidden_layers", int),
-    d_model=width,
-    num_heads=heads,
-    num_kv_heads=heads,
-    head_size=size,
     mlp_size=fields.take("intermediate_size", int),
-    norm="layernorm",
     norm_epsilon=fields.take("layer_norm_eps", float, 1e-5),
     activation=_activation(fields, "hidden_act", "gelu"),
-    gated_mlp=False,
     attention_bias="all" if fields.take("attention_bias", bool, True) else "none",
-    mlp_bias=True,
     parallel_residual=fields.take("use_parallel_residual", bool, True),
     rope_base=rope.base,
-    rope_fraction=int(size * rope.fraction) / size,
+    rope_fraction=int(sizes["head_size"] * rope.fraction) / sizes["head_size"],
     rope_scaling=rope.scaling,
     tied_embeddings=fields.take("tie_word_embeddings", bool, False),
   )
@@ -236,36 +231,36 @@ def gpt_neox(fields: Fields) -> DecoderConfig:
 
 def gpt2(fields: Fields) -> DecoderConfig:
   """GPT-2."""
-  width, heads, size = _equal_heads(fields, "n_embd", "n_head")
+  sizes = _equal_heads(fields, "n_embd", "n_head")
   fields.demand("scale_attn_weights", (True,), True)
   fields.demand("scale_attn_by_inverse_layer_idx", (False,), False)
   fields.demand("n_ctx", (None, fields.take("n_positions", int, 1024)))  # an older name of the same number
   return _config(
     fields,
-    vocab_size=fields.take("vocab_size", int),
+    **sizes,
+    **_LAYERNORM,
     num_layers=fields.take("n_layer", int),
-    d_model=width,
-    num_heads=heads,
-    num_kv_heads=heads,
-    head_size=size,
-    mlp_size=fields.take("n_inner", int, 4 * width),
-    norm="layernorm",
+    mlp_size=fields.take("n_inner", int, 4 * sizes["d_model"]),
     norm_epsilon=fields.take("layer_norm_epsilon", float, 1e-5),
     activation=_activation(fields, "activation_function", "gelu_new"),
-    gated_mlp=False,
     attention_bias="all",
-    mlp_bias=True,
     learned_positions=fields.take("n_positions", int, 1024),
     tied_embeddings=fields.take("tie_word_embeddings", bool, True),
   )
 
 
-def _equal_heads(fields: Fields, width_name: str, heads_name: str) -> tuple[int, int, int]:
-  """The width, the number of heads, and their size, in families where the heads divide the width."""
+def _equal_heads(fields: Fields, width_name: str, heads_name: str) -> dict[str, int]:
+  """The sizes of the vocabulary, the width and the heads, in families where the heads divide the width."""
   width, heads = fields.take(width_name, int), fields.take(heads_name, int)
   if heads < 1 or width % heads:
     raise InputError(f"{fields.where}: {width_name} = {width} must be a multiple of {heads_name} = {heads}")
-  return width, heads, width // heads
+  return {
+    "vocab_size": fields.take("vocab_size", int),
+    "d_model": width,
+    "num_heads": heads,
+    "num_kv_heads": heads,
+    "head_size": width // heads,
+  }
 
 
 def _config(fields: Fields, **values: Any) -> DecoderConfig:

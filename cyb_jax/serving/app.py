@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation.abilities import is_adaptive
-from cyb_jax.methods import SequentialDecoding
+from cyb_jax.generation.abilities import can_pace_itself
 from cyb_jax.serving import bodies, errors, metrics
 from cyb_jax.serving.answers import Names
 from cyb_jax.serving.engine import Engine
@@ -117,8 +117,7 @@ class Service:
       "step": run.step,
       "max_pauses": run.method.num_slots - 1,
       "is_adaptive": is_adaptive(run.method),
-      # Whether the model may decide the number of pauses, slot by slot.
-      "can_pace_itself": is_adaptive(run.method) and not isinstance(run.method, SequentialDecoding),
+      "can_pace_itself": can_pace_itself(run.method),
       "default_mode": self.model.default_mode,
       "has_chat_template": run.tokenizer.chat_template is not None,
     }

@@ -7,6 +7,7 @@ with its seeds. Nothing here imports jax.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,12 +193,20 @@ SCRATCH = PlannedStudy(
   ),
 )  # fmt: skip
 
-_FINETUNE_STEPS = 400
-_IDENTITY_START = "method.pause_input=token+pause"
+# Where training starts: at nearly the pretrained model, or as in the paper.
+_IDENTITY_START = ("method.pause_input=token+pause",)
+_IDENTITY_HEADS = ("method.head_activation=none",)
+_PAPER_START = ("method.pause_input=pause", f"{_PRIOR}=0.9", "method.calibration_batches=0")
 
 
-def _tuned(name: str, setting: str, cost: float, *, seeds: int = 3, times: float = 1.0, **fields: Any) -> Row:
-  return Row(name=name, setting=setting, steps=round(times * _FINETUNE_STEPS), seeds=seeds, cost=cost, **fields)
+def _tuned_row(
+  steps: int, name: str, setting: str, cost: float, *, seeds: int = 3, times: float = 1.0, **fields: Any
+) -> Row:
+  """A row of fine-tuning, for `times` the steps of its plan."""
+  return Row(name=name, setting=setting, steps=round(times * steps), seeds=seeds, cost=cost, **fields)
+
+
+_tuned = functools.partial(_tuned_row, 400)
 
 
 FINETUNE = PlannedStudy(
@@ -214,19 +223,16 @@ FINETUNE = PlannedStudy(
   groups=(
     (
       _tuned("baseline", "baseline", 1.0),
-      _tuned("ap", "ap", 4.4, fields=(_IDENTITY_START,), paced=True),
-      _tuned("mos", "mos", 2.6, fields=("method.head_activation=none",)),
-      _tuned("tbys3", "tbys3", 2.8, fields=(_IDENTITY_START,)),
+      _tuned("ap", "ap", 4.4, fields=_IDENTITY_START, paced=True),
+      _tuned("mos", "mos", 2.6, fields=_IDENTITY_HEADS),
+      _tuned("tbys3", "tbys3", 2.8, fields=_IDENTITY_START),
     ),
     (_tuned("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
     (
-      _tuned(
-        "ap_paper_start", "ap", 4.4, paced=True,
-        fields=("method.pause_input=pause", f"{_PRIOR}=0.9", "method.calibration_batches=0"),
-      ),
-      _tuned("constant_stop", "constant_stop", 4.4, fields=(_IDENTITY_START,)),
-      _tuned("tbys3_1.8x", "tbys3", 2.8, times=1.8, rate_of="tbys3", fields=(_IDENTITY_START,)),
-      _tuned("ap1", "ap1", 2.1, seeds=1, fields=(_IDENTITY_START,), paced=True),
+      _tuned("ap_paper_start", "ap", 4.4, fields=_PAPER_START, paced=True),
+      _tuned("constant_stop", "constant_stop", 4.4, fields=_IDENTITY_START),
+      _tuned("tbys3_1.8x", "tbys3", 2.8, times=1.8, rate_of="tbys3", fields=_IDENTITY_START),
+      _tuned("ap1", "ap1", 2.1, seeds=1, fields=_IDENTITY_START, paced=True),
     ),
   ),
   reference="baseline",
@@ -254,18 +260,13 @@ FINETUNE = PlannedStudy(
 )  # fmt: skip
 
 # Ten times the tokens of `finetune`, in steps that are eight times as large.
-_GPU_STEPS = 500
+_on_gpu = functools.partial(_tuned_row, 500)
 # 64 windows of 256 tokens a step. A long step keeps a GPU busy, and a scanned layer compiles in a fraction of the time.
 # A run takes about a minute, so an interrupted run is cheaper to repeat than checkpoints are to write.
 _GPU_RUNS = (
   "data.sequence_length=256", "data.batch_size=64", "data.fraction=1.0", "decoder.scan_layers=True",
   "train.eval_every=0", "train.checkpoint_every=2000", "train.keep=1", "train.log_every=100", "train.trackers=",
 )  # fmt: skip
-
-
-def _on_gpu(name: str, setting: str, cost: float, *, seeds: int = 3, times: float = 1.0, **fields: Any) -> Row:
-  return Row(name=name, setting=setting, steps=round(times * _GPU_STEPS), seeds=seeds, cost=cost, **fields)
-
 
 GPU = PlannedStudy(
   name="gpu",
@@ -279,19 +280,16 @@ GPU = PlannedStudy(
   groups=(
     (
       _on_gpu("baseline", "baseline", 1.0),
-      _on_gpu("ap", "ap", 4.4, fields=(_IDENTITY_START,), paced=True),
-      _on_gpu("mos", "mos", 1.4, fields=("method.head_activation=none",)),
-      _on_gpu("tbys3", "tbys3", 4.0, fields=(_IDENTITY_START,)),
+      _on_gpu("ap", "ap", 4.4, fields=_IDENTITY_START, paced=True),
+      _on_gpu("mos", "mos", 1.4, fields=_IDENTITY_HEADS),
+      _on_gpu("tbys3", "tbys3", 4.0, fields=_IDENTITY_START),
     ),
     (_on_gpu("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
     (
-      _on_gpu("constant_stop", "constant_stop", 4.4, fields=(_IDENTITY_START,)),
-      _on_gpu(
-        "ap_paper_start", "ap", 4.4, seeds=1, paced=True,
-        fields=("method.pause_input=pause", f"{_PRIOR}=0.9", "method.calibration_batches=0"),
-      ),
-      _on_gpu("tbys3_1.8x", "tbys3", 4.0, seeds=1, times=1.8, rate_of="tbys3", fields=(_IDENTITY_START,)),
-      _on_gpu("ap1", "ap1", 2.1, seeds=1, rate_of="ap", fields=(_IDENTITY_START,), paced=True),
+      _on_gpu("constant_stop", "constant_stop", 4.4, fields=_IDENTITY_START),
+      _on_gpu("ap_paper_start", "ap", 4.4, seeds=1, fields=_PAPER_START, paced=True),
+      _on_gpu("tbys3_1.8x", "tbys3", 4.0, seeds=1, times=1.8, rate_of="tbys3", fields=_IDENTITY_START),
+      _on_gpu("ap1", "ap1", 2.1, seeds=1, rate_of="ap", fields=_IDENTITY_START, paced=True),
     ),
   ),
   reference="baseline",

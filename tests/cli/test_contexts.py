@@ -23,17 +23,18 @@ def logged(caplog):
 def test_measured_gap_is_part_of_the_warning(tmp_path, logged):
   (tmp_path / "report").mkdir()
   paced = {"perplexity": 49.123, "constant_perplexity": 27.94}
-  (tmp_path / "report" / "statistics.json").write_text(json.dumps({"perplexity": 28.98, "self_paced": paced}))
-  assert contexts.measured(tmp_path) == paced
-  contexts.warn_of_untrained_context(method(), contexts.measured(tmp_path))
+  (tmp_path / "report" / "statistics.json").write_text(json.dumps({"step": 7, "self_paced": paced}))
+  assert contexts.measured(tmp_path, 8) is None  # of another checkpoint
+  assert contexts.measured(tmp_path, 7) == paced
+  contexts.warn_of_untrained_context(method(), contexts.measured(tmp_path, 7))
   assert "perplexity is 49.12 at its own pace, and 27.94 with all pauses" in logged.text
 
 
 def test_an_evaluation_in_another_context_is_not_a_measurement(tmp_path, logged):
-  (tmp_path / "evaluation.json").write_text(json.dumps({"perplexity": 28.98}))
-  assert contexts.measured(tmp_path) is None
-  assert contexts.measured(tmp_path / "missing") is None
-  assert contexts.measured(None) is None
+  (tmp_path / "evaluation.json").write_text(json.dumps({"step": 7, "perplexity": 28.98}))
+  assert contexts.measured(tmp_path, 7) is None
+  assert contexts.measured(tmp_path / "missing", 7) is None
+  assert contexts.measured(None, 7) is None
   contexts.warn_of_untrained_context(method(), None)
   assert "trained with all pauses of every token in the context. 'constant' is" in logged.text
 

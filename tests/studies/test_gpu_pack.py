@@ -192,10 +192,10 @@ def test_a_pack_runs_and_continues(pack, tmp_path):
   output = tmp_path / "output"
   command = ["bash", str(folder / "run.sh"), str(output)]
   assert subprocess.run(command, env=env | {"STUB_CODE": "75"}, capture_output=True).returncode == 75
-  assert (output / "work" / "stores" / "file").read_text() == "tokens"
+  assert (output / "state" / "stores" / "file").read_text() == "tokens"
   assert (output / "gpu.md").read_text() == "the table\n"
   log = (tmp_path / "log").read_text()
-  assert f"--plan=gpu --stores={output}/work/stores --workdir={output}/work/runs --results={output}/gpu.json" in log
+  assert f"--plan=gpu --stores={output}/state/stores --workdir={output}/state/runs --results={output}/gpu.json" in log
   assert log.count("cli.benchmark") == len((output / "benchmarks.jsonl").read_text().splitlines()) == 7
   assert "extractall" in log
   # The second call neither unpacks nor measures again.
@@ -218,10 +218,10 @@ def test_a_dry_run_has_its_own_files(pack, tmp_path):
   command = ["bash", str(folder / "run.sh"), str(output)]
   assert subprocess.run(command, env=env | {"CYB_DRY_RUN": "1"}, capture_output=True).returncode == 0
   assert {path.name for path in output.iterdir()} == {
-    "benchmarks-dry-run.jsonl", "gpu-dry-run.json", "gpu-dry-run.md", "work",
+    "benchmarks-dry-run.jsonl", "gpu-dry-run.json", "gpu-dry-run.md", "state",
   }  # fmt: skip
   log = (tmp_path / "log").read_text()
-  assert f"--dry_run --stores={output}/work/stores --workdir={output}/work/runs-dry-run" in log
+  assert f"--dry_run --stores={output}/state/stores --workdir={output}/state/runs-dry-run" in log
   assert "--config=experiments/c4.py:baseline,nano " in log
 
 

@@ -11,7 +11,7 @@ that run together, D model.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
 from cyb_jax.decoder import HiddenSlots, SegmentMask, embedding_init
-from cyb_jax.decoder.attention import Mask
 from cyb_jax.field_rules import SWITCH, one_of
 from cyb_jax.methods.abilities import SlotInputs
 from cyb_jax.methods.backbone import Backbone, boxed_row
@@ -150,31 +149,15 @@ class Pauses(Plain):
       mask=mask,
       query_key_offset=None if offset is None else offset[packing.slot],
     )
-    return self._project(params, outputs, packing.slot)
+    return self.project(params, outputs, packing.slot)
 
-  def extend(
-    self,
-    params: Params,
-    inputs: SlotInputs,
-    cache: Any,
-    start: Int[Array, "B"] | None,
-    first: Int[Array, "B"] | None = None,
-  ) -> tuple[Float[Array, "B Q D"], Any]:
-    outputs, cache = super().extend(params, inputs, cache, start, first)
-    return self._project(params, outputs, inputs.slots), cache
-
-  def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
-    """The states of slots in any order, in one pass without a cache."""
-    return self._project(params, super().hidden_slots(params, inputs, mask), inputs.slots)
-
-  def _project(self, params: Params, outputs: Float[Array, "B S D"], slots: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """The states that the readout gets, of slots in any order."""
+  def project(self, params: Params, outputs: Float[Array, "B Q D"], slots: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
     if not self.options.slot_heads:
       return outputs
     # One matrix for each slot would have to be copied, so every state is multiplied by all W matrices instead.
     heads = params["slot_heads"].astype(outputs.dtype)
     chosen = jax.nn.one_hot(slots, self.num_slots, dtype=outputs.dtype)
-    return jnp.einsum("bsw,bsd,wde->bse", chosen, outputs, heads)
+    return jnp.einsum("bqw,bqd,wde->bqe", chosen, outputs, heads)
 
   def embed_slots(
     self, params: Params, inputs: SlotInputs

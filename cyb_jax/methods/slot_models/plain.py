@@ -74,14 +74,21 @@ class Plain:
   ) -> tuple[Float[Array, "B Q D"], Any]:
     embedded, offset = self.embed_slots(params, inputs)
     positions = self.slot_positions(inputs.positions, inputs.slots)
-    return self.backbone.apply(
+    outputs, cache = self.backbone.apply(
       params, embedded, positions, cache, start, first=first, query_key_offset=offset, method="extend"
     )
+    return self.project(params, outputs, inputs.slots), cache
 
   def hidden_slots(self, params: Params, inputs: SlotInputs, mask: Mask) -> Float[Array, "B Q D"]:
     embedded, offset = self.embed_slots(params, inputs)
     positions = self.slot_positions(inputs.positions, inputs.slots)
-    return self.backbone.apply(params, embedded, positions, mask=mask, query_key_offset=offset)
+    outputs = self.backbone.apply(params, embedded, positions, mask=mask, query_key_offset=offset)
+    return self.project(params, outputs, inputs.slots)
+
+  def project(self, params: Params, outputs: Float[Array, "B Q D"], slots: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
+    """The states that the readout gets, from the states of slots in any order."""
+    del params, slots
+    return outputs
 
   def train_slots(self, sequence_length: int) -> float:
     return sequence_length * self.num_slots
