@@ -195,10 +195,44 @@ def test_one_slot_has_its_perplexity_by_difficulty():
   statistics = example(1)
   bare, _ = single.build(source(), META, statistics, METRICS, [])
   assert "The difficulty of this task&#x27;s tokens is unknown" in bare
-  statistics["difficulty"] = [{"difficulty": m, "count": 10, "perplexity": 2.5 + m} for m in range(3)]
+  rows = [{"difficulty": m, "count": 10, "perplexity": 2.5 + m, "accuracy": 0.75 - m / 4} for m in range(3)]
+  statistics["difficulty"] = rows
   text, _ = single.build(source(), META, statistics, METRICS, [])
-  assert "Perplexity by difficulty (0: tokens outside of answers)" in Page(text).text("caption")
+  assert "Perplexity and accuracy by difficulty (0: tokens outside of answers)" in Page(text).text("caption")
+  assert {"2.500", "3.500", "4.500", "0.7500", "0.2500"} <= set(Page(text).text("td"))
+  for row in rows:
+    del row["accuracy"]  # a record of version 0.2
+  text, _ = single.build(source(), META, statistics, METRICS, [])
   assert {"2.500", "3.500", "4.500"} <= set(Page(text).text("td"))
+
+
+def test_comparison_by_difficulty():
+  """The mean over seeds of accuracy and pauses; a task of unknown difficulty has no such section."""
+  runs = [candidate("a"), candidate("b", seed=1), candidate("c", loss="va", rho="1:1:1")]
+  groups = comparison.group_runs(runs)
+  assert side_by_side._difficulty(groups) == []
+  answers = [[(0.5, 0.25), (0.25, 1.0)], [(1.0, 0.75), (0.5, 2.0)], [(0.125, 0.0), (0.0, 0.0)]]
+  for run, rows in zip(runs, answers):
+    run.statistics["difficulty"] = [{"difficulty": 0, "count": 9, "perplexity": 3.0, "accuracy": 0.9, "mean_pauses": 0}]
+    for m, (accuracy, pauses) in enumerate(rows, start=1):
+      row = {"difficulty": m, "count": 5, "perplexity": 2.0, "accuracy": accuracy, "mean_pauses": pauses}
+      run.statistics["difficulty"].append(row)
+  (section,) = side_by_side._difficulty(groups)
+  cells = [text for name, text in Page(section.body).texts if name in ("th", "td")]
+  label, other = (group.label for group in groups)
+  for row in (
+    [f"{label}, correct answers", "0.7500", "0.3750"],
+    [f"{label}, mean pauses", "0.5000", "1.500"],
+    [f"{other}, correct answers", "0.1250", "0"],
+  ):
+    place = cells.index(row[0])
+    assert cells[place : place + 3] == row
+  assert [picture.name for picture in section.pictures] == ["difficulty_accuracy", "difficulty_pauses"]
+  # Methods with one slot have no pauses.
+  for run in runs:
+    for row in run.statistics["difficulty"]:
+      del row["mean_pauses"]
+  assert [p.name for p in side_by_side._difficulty(groups)[0].pictures] == ["difficulty_accuracy"]
 
 
 def test_spent_at_by_hand():

@@ -1,6 +1,6 @@
 """Generated tasks whose answers need a known number of steps.
 
-The tasks are `synthetic_lookups`, `synthetic_sums`, `synthetic_questions` and `synthetic_parity`.
+The tasks are `synthetic_lookups`, `synthetic_sums`, `synthetic_questions`, `synthetic_parity` and `synthetic_hops`.
 """
 
 from __future__ import annotations
@@ -159,9 +159,29 @@ def write_parity(rng: np.random.Generator, lowest: int, highest: int) -> tuple[s
   return text, [(len(text) - 1, steps)]
 
 
+def write_hops(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
+  """One document of `synthetic_hops`, and the (position, difficulty m) of its answer.
+
+  A permutation p of 0 to 7, written as p(0) .. p(7); then a start, m, and the answer: p applied m times to the start.
+  Only the answer has weight 1.
+
+      30627541a2..   from a = 0: p(0) = 3, p(3) = 2
+
+  Every application is a lookup at a place that the previous one determines, so the work is sequential: the layers limit
+  m, and further slots at the same depth do not help.
+  """
+  permutation, steps, value = rng.permutation(8), int(rng.integers(lowest, highest + 1)), int(rng.integers(8))
+  text = "".join(map(str, permutation)) + string.ascii_lowercase[value] + string.ascii_uppercase[steps - 1]
+  for _ in range(steps):
+    value = int(permutation[value])
+  text += str(value)
+  return text, [(len(text) - 1, steps)]
+
+
 KINDS = {
   "synthetic_lookups": _kind("synthetic_lookups", write_lookups),
   "synthetic_sums": _kind("synthetic_sums", write_sums),
   "synthetic_questions": _kind("synthetic_questions", write_question, answers_only=True),
   "synthetic_parity": _kind("synthetic_parity", write_parity, answers_only=True),
+  "synthetic_hops": _kind("synthetic_hops", write_hops, answers_only=True),
 }
