@@ -78,9 +78,8 @@ def _report(workdir: str) -> dict[str, Any]:
   statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
   html, pictures = single.build(run.config.source, run.meta, statistics, read_metrics(workdir), windows)
   output.check_size(html)
-  output.write_folder(
-    folder, {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
-  )
+  files = {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
+  output.write_folder(folder, files | coloured.files(windows))
   _send_to_trackers(run, workdir, folder)
   if args.text:
     _print(windows)
@@ -110,7 +109,7 @@ def _send_to_trackers(run: Run, workdir: str, folder: storage.Place) -> None:
 def _compare(workdirs: list[str]) -> dict[str, Any]:
   from cyb_jax import jsonl
   from cyb_jax.checkpointing.workdir import read_config
-  from cyb_jax.report import comparison, output, side_by_side
+  from cyb_jax.report import coloured, comparison, output, side_by_side
 
   args = flags.FLAGS
   if len(workdirs) < 2:
@@ -128,11 +127,11 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   comparison.check_comparable(candidates)
   groups = comparison.group_runs(candidates)
   numbers = comparison.compare(groups)
-  html, pictures = side_by_side.build(groups, numbers, _windows(side_by_side.pausing_group(groups)))
+  windows = _windows(side_by_side.pausing_group(groups))
+  html, pictures = side_by_side.build(groups, numbers, windows)
   output.check_size(html)
-  output.write_folder(
-    folder, {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
-  )
+  files = {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
+  output.write_folder(folder, files | coloured.files(windows))
   return {
     "report": str(folder / "index.html"),
     "figures": sorted(pictures),

@@ -170,7 +170,14 @@ SCRATCH = PlannedStudy(
       _scratch("ap_hidden", "ap_hidden", 3, 4.0, fields=(f"{_PRIOR}=0.5",), paced=True),
       _scratch("tbys3", "tbys3", 3, 3.8),
     ),
-    (Row(name="baseline_3x", setting="baseline", steps=3 * _SCRATCH_STEPS, seeds=3, rate_of="baseline"),),
+    (
+      Row(name="baseline_3x", setting="baseline", steps=3 * _SCRATCH_STEPS, seeds=3, rate_of="baseline"),
+      # Plain models that cost at inference what ap_hidden costs at its own pace, about 1.55 slots per token.
+      _scratch("baseline_deeper", "baseline", 3, 1.6, fields=("decoder.num_layers=6",), rate_of="baseline"),
+      _scratch(
+        "baseline_wider", "baseline", 3, 1.6, fields=("decoder.d_model=80", "decoder.mlp_size=216"), rate_of="baseline"
+      ),
+    ),
     (
       # One seed, at the rate of the row that they are most like.
       _scratch("ap_prior_0.9", "ap", 1, 4.7, fields=(f"{_PRIOR}=0.9",), rate_of="ap", paced=True),

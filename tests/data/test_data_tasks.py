@@ -108,13 +108,15 @@ def test_hops_by_hand():
   lengths = set()
   for seed in range(40):
     text, ((position, difficulty),) = write_hops(np.random.default_rng(seed), 2, 5)
-    table, start, steps, answer = text[:8], text[8], text[9], text[10:]
-    assert sorted(table) == list("01234567")
-    assert difficulty == "ABCDEFGH".index(steps) + 1
-    place = "abcdefgh".index(start)
-    for _ in range(difficulty):
-      place = int(table[place])
-    assert (answer, position) == (str(place), 10)
+    table, start, steps, answer = text[:10], text[10], int(text[11]), text[12:]
+    assert (steps, position) == (difficulty, 12)
+    # From every letter, ten steps visit all ten letters.
+    letter, visited = start, []
+    for _ in range(10):
+      letter = table[ord(letter) - ord("a")]
+      visited.append(letter)
+    assert sorted(visited) == list("abcdefghij")
+    assert answer == visited[difficulty - 1]
     lengths.add(difficulty)
   assert lengths == {2, 3, 4, 5}
 

@@ -2,6 +2,7 @@
 through the program, and once in a browser."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import jax
 import numpy as np
@@ -171,6 +173,28 @@ def test_terminal_by_hand():
   plain = re.sub(r"\x1b\[[0-9;]*m", "", painted)
   assert all(coloured.width(line) <= 10 for line in plain.split("\n"))
   assert "⁷" not in plain
+
+
+def test_svg_by_hand():
+  """Characters of 8.4 x 20 pixels in lines of 8 columns, after a legend and an empty line."""
+  window = fixed([0.0, 1.0, 0.5, 0.99], [" o&e", " two", "映画", "↵\n"])
+  root = xml.etree.ElementTree.fromstring(coloured.to_svg([window], 8))
+  names = {"s": "http://www.w3.org/2000/svg"}
+  texts = [(x.text, float(x.get("x")), x.get("fill")) for x in root.findall("s:text", names)][-5:]
+  black, white = "#000000", "#ffffff"
+  # " two" starts the second line without its space; the wide characters take four columns.
+  assert texts == [
+    ("^", 10, black), (" o&e", 18.4, black), ("two", 10, white), ("映画", 35.2, black), ("↵", 68.8, white),
+  ]  # fmt: skip
+  boxes = [(x.get("fill"), float(x.get("width"))) for x in root.findall("s:rect", names)[-4:]]
+  scale = coloured._SCALE
+  assert boxes == [(scale[0], 33.6), (scale[7], 25.2), (scale[4], 33.6), (scale[7], 8.4)]
+  height = float(root.get("viewBox").split()[3])
+  rows = {float(x.get("y")) for x in root.findall("s:text", names)}
+  assert max(rows) == height - 15  # a line of 20 pixels with its base line at 15, and a margin of 10
+  one = dataclasses.replace(window, stopping=window.stopping[:, :1])
+  assert coloured.files([one]) == coloured.files([]) == {}
+  assert set(coloured.files([window])) == {"text.svg"}
 
 
 def test_equal_pauses_are_not_coloured():
@@ -564,7 +588,7 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
   record = program(workdir=folder, text="true", text_windows=2, limit=4)
   assert program.calls == [("validation", 4, 8)]
   written = {path.name for path in (folder / "report").iterdir()}
-  assert written == {"index.html", "statistics.json", *record["figures"]}
+  assert written == {"index.html", "statistics.json", "text.svg", *record["figures"]}
   text = (folder / "report" / "index.html").read_text()
   Page(text)
   assert record["bytes"] == len(text.encode())

@@ -162,19 +162,23 @@ def write_parity(rng: np.random.Generator, lowest: int, highest: int) -> tuple[s
 def write_hops(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
   """One document of `synthetic_hops`, and the (position, difficulty m) of its answer.
 
-  A permutation p of 0 to 7, written as p(0) .. p(7); then a start, m, and the answer: p applied m times to the start.
-  Only the answer has weight 1.
+  A permutation p of n = 2 * `highest` letters, written as p(a) p(b) p(c) ..; then a start, m, and the answer: p applied
+  m times to the start. p is a single cycle, so that no answer is its start, and no way backwards is shorter. Only the
+  answer has weight 1.
 
-      30627541a2..   from a = 0: p(0) = 3, p(3) = 2
+      dcabb2a     n = 4, start b, m = 2: p(b) = c, p(c) = a
 
   Every application is a lookup at a place that the previous one determines, so the work is sequential: the layers limit
   m, and further slots at the same depth do not help.
   """
-  permutation, steps, value = rng.permutation(8), int(rng.integers(lowest, highest + 1)), int(rng.integers(8))
-  text = "".join(map(str, permutation)) + string.ascii_lowercase[value] + string.ascii_uppercase[steps - 1]
-  for _ in range(steps):
-    value = int(permutation[value])
-  text += str(value)
+  order = rng.permutation(2 * highest)
+  following = np.empty_like(order)
+  following[order] = np.roll(order, -1)
+  steps, start = int(rng.integers(lowest, highest + 1)), int(rng.integers(2 * highest))
+  place = int(np.flatnonzero(order == start)[0])
+  answer = order[(place + steps) % len(order)]
+  letters = string.ascii_lowercase
+  text = "".join(letters[i] for i in following) + f"{letters[start]}{steps}{letters[answer]}"
   return text, [(len(text) - 1, steps)]
 
 
