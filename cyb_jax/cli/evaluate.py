@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if args.autoregressive_windows is not None:
     flag_values.check_not_negative("autoregressive_windows")
   omega = flag_values.weights_flag("omega")
-  return hosts.on_hosts(lambda cluster: _on_split(cluster, omega))
+  return hosts.on_hosts(lambda cluster: _on_split(cluster, omega), interrupted=launching.STARTS_AGAIN)
 
 
 def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, Any]:

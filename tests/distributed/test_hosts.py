@@ -1,6 +1,8 @@
 """Training with several processes on the loopback interface: results, invalid input, and how the processes end."""
 
+import contextlib
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -282,6 +284,28 @@ def test_a_run_continues_with_any_number_of_hosts(alone, flags, tmp_path):
     assert "a stop was requested on another host: saved at step" in errors[0]
   ended(start("train", 1, *slow, devices=4), 0)
   assert_close(rows(tmp_path), rows(alone[0]))
+
+
+@pytest.mark.slow
+def test_a_signal_on_one_host_ends_an_evaluation_on_all(tmp_path):
+  os.mkfifo(tmp_path / "config.json")
+  processes = start("evaluate", 2, f"--workdir={tmp_path}", devices=1)
+  pipes = []
+  until(lambda: not pipes and _is_read(tmp_path / "config.json", pipes))
+  time.sleep(1)  # both hosts have met, and wait for the config
+  processes[1].kill(signal.SIGTERM)
+  _, errors = ended(processes, 75)
+  os.close(pipes[0])
+  assert "signal 15: ended; the same command starts again" in errors[1]
+  assert "error: host 1 has ended: signal 15: ended; the same command starts again" in errors[0]
+  assert "Traceback" not in "".join(errors)
+
+
+def _is_read(pipe, opened):
+  """Whether a process has opened a named pipe for reading; its writing end is then appended to a list."""
+  with contextlib.suppress(OSError):
+    opened.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+  return bool(opened)
 
 
 @pytest.mark.slow
