@@ -10,6 +10,7 @@ cyb-convert --to=peft --workdir=RUN --output=DIR [--checkpoint=best]
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -175,7 +176,8 @@ def _written(
     "step": run.step,
     "parameters": sum(x.size for x in jax.tree.leaves(params)),
     "dtype": dtype,
-    "vocab_size": run.tokenizer.vocab_size,
+    # All entries, including those of pauses and <dont_know>.
+    "vocab_size": json.loads((output / "config.json").read_text())["vocab_size"],
   }
 
 
