@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator
 
 from absl import logging
 
 from cyb_jax.errors import writing
+from cyb_jax.storage.leftovers import leftovers, scratch_name
 
 
 @contextlib.contextmanager
@@ -28,11 +28,13 @@ def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     StorageError: writing fails.
   """
   # A sibling, so that it can be renamed.
-  new = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+  new = output.with_name(scratch_name(output.name))
   with writing(str(output)):
     made = [folder for folder in new.parents if not folder.exists()]
     try:
-      _clear_leftovers(output)
+      for left in leftovers(output):
+        logging.warning("%s: removed, because a killed process left it incomplete", left)
+        shutil.rmtree(left)
       new.mkdir(parents=True)
       yield new
       for path in new.rglob("*"):
@@ -45,29 +47,6 @@ def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
         for folder in made:
           folder.rmdir()
       raise
-
-
-def _clear_leftovers(output: pathlib.Path) -> None:
-  """Removes the partial folders of killed processes that wrote the same output."""
-  if not output.parent.exists():
-    return
-  for path in output.parent.iterdir():
-    found = re.fullmatch(rf"{re.escape(output.name)}\.(\d+)\.tmp", path.name)
-    if found and path.is_dir() and not _is_alive(int(found[1])):
-      logging.warning("%s: removed, because a killed process left it incomplete", path)
-      shutil.rmtree(path)
-
-
-def _is_alive(process: int) -> bool:
-  if process == os.getpid():  # an older process with the same id: in containers every process may have id 1
-    return False
-  try:
-    os.kill(process, 0)
-  except (ProcessLookupError, OverflowError):
-    return False
-  except PermissionError:  # the process of another user
-    pass
-  return True
 
 
 def _sync(path: pathlib.Path) -> None:
