@@ -95,7 +95,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   args = flags.FLAGS
   cluster.agree(own_facts())
   mesh = splits.reading_mesh()
-  run = models.load_model(mesh, _config())
+  run = models.load_model(mesh, _config(), cluster)
   _check_abilities(run, omega)
   config, windows = run.config, args.autoregressive_windows
   store = splits.open_store(config, run.meta)

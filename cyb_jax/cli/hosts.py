@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from cyb_jax.cli.launching import report_error
-from cyb_jax.errors import EXIT_CRASH, Interrupted
+from cyb_jax.errors import EXIT_CRASH, DivergedError, Interrupted
 from cyb_jax.signals import StopSignals, end_process
 
 if TYPE_CHECKING:  # imported on use, so that errors in flags are reported quickly
@@ -57,6 +57,11 @@ def on_hosts(main: Callable[[Cluster], dict[str, Any] | None], *, interrupted: s
   except Interrupted as error:
     if not error.on_all_hosts:
       end(str(error))
+    cluster.leave()
+    raise
+  except DivergedError:
+    # All hosts raise it after the same step, and host 0 has then written the last metrics.
+    cluster.barrier()
     cluster.leave()
     raise
   except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from cyb_jax.errors import writing
+from cyb_jax.errors import InputError, writing
 from cyb_jax.storage.leftovers import leftovers, scratch_name
 
 
@@ -25,6 +26,7 @@ def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     output: an absolute path that does not exist or is an empty folder.
 
   Raises:
+    InputError: another process has written `output` in the meantime.
     StorageError: writing fails.
   """
   # A sibling, so that it can be renamed.
@@ -40,13 +42,24 @@ def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
       for path in new.rglob("*"):
         if path.is_file():
           _sync(path)
-      new.replace(output)
+      _publish(new, output)
     except BaseException:
       shutil.rmtree(new, ignore_errors=True)
       with contextlib.suppress(OSError):  # another process may have written into one of them
         for folder in made:
           folder.rmdir()
       raise
+
+
+def _publish(new: pathlib.Path, output: pathlib.Path) -> None:
+  try:
+    new.replace(output)
+  except OSError as error:
+    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+      raise
+    raise InputError(
+      f"--output: {output} was written by another process in the meantime, and is unchanged; give another folder"
+    ) from None
 
 
 def _sync(path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -434,7 +435,7 @@ def test_a_folder_is_replaced_atomically(tmp_path, monkeypatch):
   # A process that was killed between them has left the earlier report in its temporary folder.
   ended = subprocess.Popen(["true"])
   ended.wait()
-  left = folder.with_name(f"report.{ended.pid}.tmp")
+  left = folder.with_name(f"report.{socket.gethostname()}.{ended.pid}.tmp")
   (left / "new").mkdir(parents=True)
   folder.rename(left / "old")
   output.check_output(folder)
