@@ -48,11 +48,20 @@ class DivergedError(FloatingPointError):
   """
 
 
-class Interrupted(Exception):
-  """A signal has stopped the run, after everything was saved or before there was anything to save.
+class Interrupted(BaseException):
+  """A signal has ended the work, after everything was saved or before there was anything to save.
 
-  The message is one line. Programs log it and exit with code 75; the same command continues the run.
+  The message is one line. Programs log it and exit with code 75; the same command continues or starts again, as the
+  message says. It is no Exception, so that code that tolerates errors does not swallow it.
+
+  Args:
+    message: the line.
+    on_all_hosts: whether all hosts of the program end at the same point, as the hosts of a run do after a step.
   """
+
+  def __init__(self, message: str, *, on_all_hosts: bool = False):
+    super().__init__(message)
+    self.on_all_hosts = on_all_hosts
 
 
 class HostLostError(RuntimeError):

@@ -15,6 +15,7 @@ from cyb_jax import configs, storage
 from cyb_jax.checkpointing.workdir import ConfigRecord, check_fingerprint, checkpoints_in, read_config
 from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, TokenStore, is_store, open_token_store, tasks, tokenizers
+from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import InputError
 from cyb_jax.methods import Method
 from cyb_jax.partitioning.mesh import data_shards, shardings
@@ -49,13 +50,19 @@ class Run:
     return tokenizers.text_boundaries(self.tokenizer, imported=self.imported)
 
 
-def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.sharding.Mesh | None = None) -> Run:
+def load(
+  workdir: str | os.PathLike,
+  checkpoint: int | str = "last",
+  mesh: jax.sharding.Mesh | None = None,
+  cluster: Cluster = ALONE,
+) -> Run:
   """Loads a run's parameters, without its optimizer state.
 
   Args:
     workdir: the run's folder.
     checkpoint: a step, 'last', or 'best' (the lowest validation loss).
     mesh: the mesh over which the parameters are sharded; None means the default device.
+    cluster: the hosts that load the run together; host 0 checks the checkpoint for all.
 
   Raises:
     InputError: there is no run or no such checkpoint, or the checkpoint is damaged. For 'last', damaged checkpoints are
@@ -72,12 +79,13 @@ def load(workdir: str | os.PathLike, checkpoint: int | str = "last", mesh: jax.s
   checkpoints = checkpoints_in(workdir, read_only=True)
   abstract = abstract_params(method, mesh)
   while True:
-    step = checkpoints.find(checkpoint)
+    step = cluster.broadcast(checkpoints.find(checkpoint) if cluster.index == 0 else None)
     try:
       return Run(config, method, checkpoints.restore_params(step, abstract), tokenizer, step, checkpoints.meta(step))
     except Exception:
-      # A training run may have deleted the checkpoint in the meantime; then there is a newer checkpoint.
-      if step in checkpoints.steps():
+      # A training run may have deleted the checkpoint in the meantime; then there is a newer checkpoint. Several hosts
+      # may not all fail, so they end.
+      if cluster.count > 1 or step in checkpoints.steps():
         raise
 
 

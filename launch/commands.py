@@ -60,6 +60,7 @@ class Machine:
   internal_ips: bool = False
   iap: bool = False
   service_account: str = ""
+  data_disk: str = ""
   labels: str = ""
   tags: str = ""
   startup: bool = False
@@ -71,6 +72,13 @@ class Machine:
 
   def where(self) -> list[str]:
     return [f"--zone={self.zone}"] + ([f"--project={self.project}"] if self.project else [])
+
+
+def disk_source(machine: Machine) -> str:
+  """The full name of the machine's data disk, which is in its zone; '' without a data disk."""
+  if not machine.data_disk or "/" in machine.data_disk:
+    return machine.data_disk
+  return f"projects/{machine.project}/zones/{machine.zone}/disks/{machine.data_disk}"
 
 
 def family(accelerator: str) -> str:
@@ -131,13 +139,17 @@ def create(machine: Machine, *, source: str = "", flags_file: str = "", extras: 
       words.append(f"--{flag.replace('_', '-')}={value}")
   if machine.internal_ips:
     words.append("--internal-ips")
+  if machine.data_disk:
+    # Several machines may attach a disk that is read-only.
+    words.append(f"--data-disk=source={disk_source(machine)},mode=read-only")
   if machine.queue_for:
     words.append(f"--valid-until-duration={machine.queue_for}")
   if machine.startup:
     startup = ROOT / "launch" / "startup.sh"
     words.append(f"--metadata-from-file=startup-script={startup},cyb-flags={flags_file}")
     # The separator is |, because the list of extras contains commas.
-    words.append(f"--metadata=^|^cyb-source={source}|cyb-extras={extras}")
+    disk = "|cyb-disk=1" if machine.data_disk else ""
+    words.append(f"--metadata=^|^cyb-source={source}|cyb-extras={extras}{disk}")
   return [*words, "--quiet"]
 
 

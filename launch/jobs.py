@@ -47,6 +47,16 @@ def setup_steps(machine: Machine, job: Job, node: str, worker: str = "all") -> l
       "Install Python 3.11 and the pinned versions in a venv next to the checkout; this takes some minutes.",
       commands.ssh(machine, node, worker, commands.on_worker(machine, "install", job.extras)),
     ),
+    *(
+      [
+        Step(
+          "Mount the data disk, read-only, at /mnt/data.",
+          commands.ssh(machine, node, worker, commands.on_worker(machine, "mount")),
+        )
+      ]
+      if machine.data_disk
+      else []
+    ),
   ]
 
 

@@ -6,6 +6,7 @@
 #   cyb-source   gs://BUCKET/PATH.tar.gz, an archive of `git archive`
 #   cyb-flags    the flags of cyb-train, one per line
 #   cyb-extras   the extras to install; the default is tpu,reviews
+#   cyb-disk     set if the machine has a data disk, which is mounted at /mnt/data
 #
 # After exit codes 0 (done) and 2 (bad input), training is not started again, even after a reboot. After 75 (interrupted
 # and saved) and 1 (a crash), it is started again, at most three times per hour. The machine has the permissions of its
@@ -80,6 +81,7 @@ UNIT
   # This file is written last, so an interrupted installation is repeated.
   printf '%s' "$request" >"$run/request"
 fi
+if attribute cyb-disk >/dev/null; then bash "$root/launch/worker.sh" mount; fi
 systemctl reset-failed cyb-train 2>/dev/null || true
 systemctl start --no-block cyb-train
 echo 'startup.sh: cyb-train was started'

@@ -8,7 +8,9 @@ create -> queue -> upload -> run -> follow -> done, deleted
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from cloud import GONE, LOST, MEANING, UNKNOWN, Cloud, FailedError, GaveUpError,
 from commands import Step
 from follow import Follower
 from jobs import Job, run_step, setup_steps
+from options import seconds_of
 from processes import Done, Interrupted
 
 # Errors that are permanent.
@@ -54,6 +57,7 @@ class Supervisor:
     self.states: list[str] = []
     self._in_a_row = 0
     self._requested = False
+    self._queued: float | None = None  # when the machine was first requested; None if there is one
     self._trains = False
     self._begun = 0.0
     self._crashes = 0  # consecutive
@@ -76,8 +80,11 @@ class Supervisor:
     raise LostError(("no capacity: " if _NO_CAPACITY.search(done.err) else "") + done.message())
 
   def create_words(self) -> list[str]:
-    job = self.job
-    return commands.create(self.machine, source=job.source, flags_file=str(job.flags_file), extras=job.extras)
+    job, machine = self.job, self.machine
+    if self._queued is not None and machine.queue_for and self.counts["retries"]:
+      # A repeated request only has the rest of the time.
+      machine = dataclasses.replace(machine, queue_for=f"{max(1, math.ceil(self._seconds_left()))}s")
+    return commands.create(machine, source=job.source, flags_file=str(job.flags_file), extras=job.extras)
 
   def pack(self) -> None:
     """Packs the checkout's HEAD; for a startup script, also copies the archive to the bucket."""
@@ -99,11 +106,26 @@ class Supervisor:
 
   def upload(self) -> None:
     """Copies the checkout to all workers, and installs it."""
-    for i in range(3):
+    for i in range(len(setup_steps(self.machine, self.job, ""))):
       self.everywhere(lambda node, worker, i=i: setup_steps(self.machine, self.job, node, worker)[i])
 
   def start(self) -> None:
     self.everywhere(lambda node, worker: run_step(self.machine, self.job, node, worker))
+
+  def check_flags(self) -> None:
+    """Raises RefusedError if the machine already trains with other flags, which this job would not change."""
+    worker = self.workers[0]
+    words = commands.ssh(self.machine, worker.node, str(worker.index), commands.on_worker(self.machine, "trains"))
+    done = self.cloud.call(words)
+    flags = done.out.splitlines()
+    # Without a checkout on the machine, the command fails, and nothing trains.
+    if done.code or not flags or flags == list(self.job.flags):
+      return
+    self._requested = False  # the machine of another job is not deleted
+    raise RefusedError(
+      f"--name: {self.machine.name} already trains with other flags: cyb-train {commands.shell(flags)}; give these"
+      " flags to supervise it, or another --name, or end it first with `stop` and `delete`"
+    )
 
   def everywhere(self, step: Callable[[str, str], Step], *, seconds: float | None = None) -> list[str]:
     """Runs a step on all workers at once; if this fails, on each worker separately, with several attempts.
@@ -270,8 +292,10 @@ class Supervisor:
         if not packed:
           self.pack()
           packed = True
-        self._acquire()
+        existed = self._acquire()
         self.workers = self.cloud.workers()
+        if existed:
+          self.check_flags()
         logging.info("%s has %d workers", self.machine.name, len(self.workers))
         self._checked = time.monotonic()
         if not self.machine.startup:
@@ -310,9 +334,12 @@ class Supervisor:
         self.workers, self.followers = [], []
         self._count_retry(str(lost))
 
-  def _acquire(self) -> None:
-    """Creates the machine or uses an existing one, and waits until it is ACTIVE."""
+  def _acquire(self) -> bool:
+    """Creates the machine or uses an existing one, and waits until it is ACTIVE; returns whether it existed."""
+    if self._queued is None:
+      self._queued = time.monotonic()
     state, found = self.cloud.state()
+    existed = False
     if state in LOST and state != GONE:
       logging.info("%s exists, but it is %s: %s", self.machine.name, state, MEANING[state])
       self._requested = True
@@ -336,11 +363,13 @@ class Supervisor:
         raise RefusedError(
           f"--name: {self.machine.name} already exists with type {kind}; give another name, or delete it"
         )
-      self._requested = True
+      self._requested = existed = True
       logging.info(
         "%s already exists and is used; it will be deleted at the end unless --keep is given", self.machine.name
       )
     self.cloud.wait(self.states.append)
+    self._queued = None
+    return existed
 
   def _count_retry(self, reason: str) -> None:
     if self._begun and time.monotonic() - self._begun > self.limits.healthy_seconds:
@@ -351,10 +380,18 @@ class Supervisor:
         f"after {self.counts['retries']} retries, {self._in_a_row} of them in a row (--max_retries): {reason}"
       )
     self._in_a_row += 1
-    self.counts["retries"] += 1
     seconds = self.cloud.backoff(self._in_a_row)
+    if self._seconds_left() <= seconds:
+      raise GaveUpError(f"no machine within --queue_for={self.machine.queue_for}: {reason}")
+    self.counts["retries"] += 1
     logging.info("retry %d of %d in a row, in %g s", self._in_a_row, self.limits.max_retries, seconds)
     self.interrupts.pause(seconds)
+
+  def _seconds_left(self) -> float:
+    """The seconds of --queue_for that are left for requests; infinity without a limit, or while there is a machine."""
+    if not self.machine.queue_for or self._queued is None:
+      return math.inf
+    return seconds_of(self.machine.queue_for) - (time.monotonic() - self._queued)
 
   def _count_crash(self, listed: str) -> None:
     self.counts["crashes"] += 1

@@ -180,6 +180,7 @@ def _upload(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
 
 def _run(supervisor: Supervisor) -> tuple[dict[str, Any], int]:
   _with_workers(supervisor)
+  supervisor.check_flags()
   supervisor.start()
   return {"name": supervisor.machine.name, "state": "started", "workers": len(supervisor.workers)}, 0
 

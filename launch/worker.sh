@@ -3,7 +3,10 @@
 # part of the checkout that it installs.
 #
 #   worker.sh install EXTRAS         installs the pinned versions in a venv next to the checkout; may be repeated
-#   worker.sh run FLAGS              runs cyb-train with these flags, in a tmux session that outlives the connection
+#   worker.sh mount                  mounts the machine's data disk read-only at /mnt/data, unless it is mounted
+#   worker.sh run FLAGS              runs cyb-train with these flags, in a tmux session that outlives the connection;
+#                                    with other flags than a training in progress, it changes nothing and exits with 2
+#   worker.sh trains                 prints the flags of the training in progress, one per line; nothing if there is none
 #   worker.sh follow [LINE]          prints the log from this line until training ends, then a line with the exit code
 #   worker.sh log [LINES]            prints the end of the log, and the state
 #   worker.sh state                  prints running, none, or the exit code; then "stopped" if stop was called
@@ -16,6 +19,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$(dirname "$root")/cyb_venv"
 run="$(dirname "$root")/cyb_run"
 poll="${CYB_POLL:-1}"
+data="${CYB_DATA:-/mnt/data}"
 
 # Training is a service if startup.sh has created the file `service`, and otherwise a tmux session.
 alive() {
@@ -54,7 +58,19 @@ install() {
   echo 'installed'
 }
 
+mount_data() {
+  if mountpoint -q "$data"; then
+    echo "the data disk is already mounted at $data"
+    return
+  fi
+  sudo mkdir -p "$data"
+  # noload: the journal of a disk that several hosts attach must not be replayed.
+  sudo mount -o ro,noload /dev/disk/by-id/google-persistent-disk-1 "$data"
+  echo "the data disk is mounted at $data"
+}
+
 program() {
+  printf '%s\n' "$@" >"$run/flags"
   {
     echo '#!/usr/bin/env bash'
     printf 'cd %q || exit 1\n' "$root"
@@ -71,7 +87,11 @@ program() {
 
 start() {
   if alive; then
-    echo 'training is already in progress'
+    if [[ "$(cat "$run/flags" 2>/dev/null)" != "$(printf '%s\n' "$@")" ]]; then
+      echo "error: training is already in progress with other flags: $(tr '\n' ' ' <"$run/flags")" >&2
+      exit 2
+    fi
+    echo 'training is already in progress with these flags'
     return
   fi
   rm -f "$run/exit" "$run/stopped" "$run/service"
@@ -126,7 +146,10 @@ verb="${1:-}"
 [[ -z "$verb" ]] || mkdir -p "$run"
 case "$verb" in
   install) install "${1:-tpu,reviews}" ;;
+  mount) mount_data ;;
   run) start "$@" ;;
+  # A service trains with the flags of its machine also after it has ended.
+  trains) if [[ -e "$run/flags" ]] && { alive || [[ -e "$run/service" ]]; }; then cat "$run/flags"; fi ;;
   program) program "$@" ;;
   follow) follow "${1:-1}" ;;
   log)
@@ -141,7 +164,7 @@ case "$verb" in
   halt) halt "${1:-300}" ;;
   *)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" >&2
-    echo "error: command: '$verb' is unknown; give install, run, follow, log, state, stop, halt or program" >&2
+    echo "error: command: '$verb' is unknown; give install, mount, run, trains, follow, log, state, stop, halt or program" >&2
     exit 2
     ;;
 esac

@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+import skips
 from hypothesis import settings
 
 settings.register_profile("cyb_jax", deadline=None, max_examples=10, derandomize=True)
@@ -40,3 +41,8 @@ def _own_cache(tmp_path_factory):
     del os.environ["XDG_CACHE_HOME"]
   else:
     os.environ["XDG_CACHE_HOME"] = before
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Says at the end of a run what would run the skipped tests."""
+  skips.report(terminalreporter)

@@ -10,9 +10,8 @@ cyb-convert --to=peft --workdir=RUN --output=DIR [--checkpoint=best]
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,8 +63,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   for name in unused:
     if args[name].present:
       raise InputError(f"--{name}: {args[name].value!r} has no effect with --{'from' if source else 'to'}; omit it")
-  # SIGTERM is converted to an exception, so that a partly written folder is cleaned up.
-  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   output = pathlib.Path(flag_values.required_flag("output", "give the folder to write")).absolute()
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(f"--output: {output} already exists; give another folder")
@@ -179,14 +176,15 @@ def _written(
     "step": run.step,
     "parameters": sum(x.size for x in jax.tree.leaves(params)),
     "dtype": dtype,
-    "vocab_size": run.tokenizer.vocab_size,
+    # All entries, including those of pauses and <dont_know>.
+    "vocab_size": json.loads((output / "config.json").read_text())["vocab_size"],
   }
 
 
 def run() -> None:
   """Console script."""
   define_flags()
-  launching.launch(main)
+  launching.launch(main, interrupted="ended; no folder was written, and the same command starts again")
 
 
 if __name__ == "__main__":

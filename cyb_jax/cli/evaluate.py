@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if args.autoregressive_windows is not None:
     flag_values.check_not_negative("autoregressive_windows")
   omega = flag_values.weights_flag("omega")
-  return hosts.on_hosts(lambda cluster: _on_split(cluster, omega))
+  return hosts.on_hosts(lambda cluster: _on_split(cluster, omega), interrupted=launching.STARTS_AGAIN)
 
 
 def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _on_split(cluster: Cluster, omega: tuple[float, ...] | None) -> dict[str, An
   args = flags.FLAGS
   cluster.agree(own_facts())
   mesh = splits.reading_mesh()
-  run = models.load_model(mesh, _config())
+  run = models.load_model(mesh, _config(), cluster)
   _check_abilities(run, omega)
   config, windows = run.config, args.autoregressive_windows
   store = splits.open_store(config, run.meta)

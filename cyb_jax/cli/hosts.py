@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from cyb_jax.cli.launching import report_error
-from cyb_jax.errors import EXIT_CRASH, Interrupted
+from cyb_jax.errors import EXIT_CRASH, DivergedError, Interrupted
+from cyb_jax.signals import StopSignals, end_process
 
 if TYPE_CHECKING:  # imported on use, so that errors in flags are reported quickly
   from cyb_jax.distributed.cluster import Cluster
@@ -28,11 +30,12 @@ def define_host_flags() -> None:
   flags.DEFINE_integer("heartbeat", 60, "Seconds after which a host without heartbeat is considered lost.")
 
 
-def on_hosts(main: Callable[[Cluster], dict[str, Any] | None]) -> dict[str, Any] | None:
+def on_hosts(main: Callable[[Cluster], dict[str, Any] | None], *, interrupted: str) -> dict[str, Any] | None:
   """Connects the hosts that the flags specify, runs a function on all of them, and ends them together.
 
   Args:
     main: the function, which takes the cluster; jax must not have been used before.
+    interrupted: what a signal means for the program, as in `launching.launch`; it ends all hosts.
 
   Returns:
     The result of `main` on host 0; None on the other hosts.
@@ -45,10 +48,20 @@ def on_hosts(main: Callable[[Cluster], dict[str, Any] | None]) -> dict[str, Any]
   cluster = join(Meeting(**{name: args[name].value for name in names}))
   if cluster.index:
     logging.set_verbosity(logging.WARNING)  # all hosts do the same, so only host 0 logs progress
+  end = functools.partial(end_process, announce=cluster.abandon)
   try:
-    with lost_hosts(cluster.count):
+    with lost_hosts(cluster.count), StopSignals(interrupted, "all hosts are ending", end) as signals:
+      signals.at_once = True
       result = main(cluster)
-  except Interrupted:
+      signals.at_once = False  # the hosts leave together
+  except Interrupted as error:
+    if not error.on_all_hosts:
+      end(str(error))
+    cluster.leave()
+    raise
+  except DivergedError:
+    # All hosts raise it after the same step, and host 0 has then written the last metrics.
+    cluster.barrier()
     cluster.leave()
     raise
   except BaseException as error:

@@ -2,7 +2,13 @@
 
 A program prints one JSON object as the last line of standard output; logs go to standard error. Exit codes: 0 success;
 1 a crash, or, with one line and no traceback, a failing disk, a diverging run or a failed check; 2 bad input, with one
-line and no traceback; 75 interrupted and saved, so the same command continues.
+line and no traceback; 75 a signal has ended the program, and the last line of the log says whether the same command
+continues or starts again.
+
+SIGTERM and SIGINT are handled here for all programs. The first signal raises Interrupted in the main thread, so the
+program removes what it has only partly written. If the main thread compiles a program, which no signal interrupts, the
+process ends after two seconds; a second signal ends it at once. Files are written atomically, so nothing is damaged.
+Training has its own context, `signals.StopSignals`, because it first saves.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import logging as python_logging
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,23 +37,49 @@ from cyb_jax.errors import (
   Interrupted,
   StorageError,
 )
+from cyb_jax.signals import STOPPING, StopSignals, end_process
+
+# What a signal means for a program that leaves nothing to continue.
+STARTS_AGAIN = "ended; the same command starts again"
 
 
 def launch(
-  main: Callable[[Sequence[str]], dict[str, Any] | None], *, parts: Mapping[str, Callable[[], None]] | None = None
+  main: Callable[[Sequence[str]], dict[str, Any] | None],
+  *,
+  interrupted: str = STARTS_AGAIN,
+  parts: Mapping[str, Callable[[], None]] | None = None,
 ) -> None:
   """Runs a program: parses the flags, calls `main`, prints the JSON object that it returns, and exits.
 
   Args:
     main: a function that takes argv without the flags, and returns the object to print, or None. `--help` prints the
       docstring of its module.
+    interrupted: what a signal means: that the program has ended, and what the same command does.
     parts: for a program whose first argument names a part of it: the functions that define the flags of each part.
   """
   if main.__module__ == "__main__" or _is_console_script():
     # Before anything large is imported, because the imports of this process are lost.
     huge_pages.restart_with_huge_pages(sys.argv)
   _set_up_logging()
-  parts = parts or {}
+  for number in STOPPING:  # the second signal of a kind
+    signal.signal(number, lambda number, _: end_process(f"signal {number} again: ended without cleaning up"))
+  with StopSignals(interrupted, "the result is complete, so it is printed", end_process) as signals:
+    signals.at_once = True
+    try:
+      _run(main, signals, parts or {})
+    except Interrupted as error:
+      if signals.received:
+        end_process(str(error))
+      logging.info("%s", error)  # a training that has saved, or a study whose run was interrupted
+      sys.exit(EXIT_INTERRUPTED)
+
+
+def _run(
+  main: Callable[[Sequence[str]], dict[str, Any] | None],
+  signals: StopSignals,
+  parts: Mapping[str, Callable[[], None]],
+) -> None:
+  """Runs a program in the context of its signals."""
   words = 1 if parts else 0
   # The flags depend on the part, so its flags are defined before the command line is parsed.
   for name in [word for word in sys.argv[1:] if word in parts][:1]:
@@ -69,6 +102,7 @@ def launch(
       if code is None:
         raise
       return code
+    signals.at_once = False
     if result is not None:
       sys.stderr.flush()
       sys.stdout.write(jsonl.dumps(result) + "\n")
@@ -94,9 +128,6 @@ def report_error(error: BaseException) -> int | None:
   if isinstance(error, DivergedError | HostLostError | StorageError | Failed):
     _complain(str(error))
     return EXIT_CRASH
-  if isinstance(error, Interrupted):
-    logging.info("%s", error)
-    return EXIT_INTERRUPTED
   if isinstance(error, BrokenPipeError):
     # The reader has closed the pipe, as `head` does. Standard output is redirected, because Python would write the rest
     # of its buffer to the pipe at exit and raise again.

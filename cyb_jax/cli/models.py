@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imported on use, so that errors in flags are reported quick
   from jax.sharding import Mesh
 
   from cyb_jax.configs import Config
+  from cyb_jax.distributed.cluster import Cluster
   from cyb_jax.interop.pretrained import Pretrained
   from cyb_jax.runs import Run
 
@@ -41,16 +42,17 @@ def define_model_flags() -> None:
   )  # fmt: skip
 
 
-def load_model(mesh: Mesh | None = None, config: Config | None = None) -> Run:
+def load_model(mesh: Mesh | None = None, config: Config | None = None, cluster: Cluster | None = None) -> Run:
   """The model of `--workdir` or `--init_from`; see `open_model`."""
-  return open_model(config)(mesh)
+  return open_model(config, cluster)(mesh)
 
 
-def open_model(config: Config | None = None) -> Callable[[Mesh | None], Run]:
+def open_model(config: Config | None = None, cluster: Cluster | None = None) -> Callable[[Mesh | None], Run]:
   """Checks that `--workdir` or `--init_from` contains a model, without reading its parameters.
 
   Args:
     config: the config of a run that starts from `--init_from`; None means the method of the weights themselves.
+    cluster: the hosts that load a run together; None means that this process is alone.
 
   Returns:
     A function that loads the model onto a mesh; for None, onto the default device.
@@ -65,6 +67,7 @@ def open_model(config: Config | None = None) -> Callable[[Mesh | None], Run]:
   checkpoint = flag_values.checkpoint_flag()
   from cyb_jax import configs, runs
   from cyb_jax.checkpointing.workdir import read_config
+  from cyb_jax.distributed.cluster import ALONE
   from cyb_jax.generation.abilities import with_prompt_pauses
   from cyb_jax.interop import pretrained
 
@@ -72,7 +75,7 @@ def open_model(config: Config | None = None) -> Callable[[Mesh | None], Run]:
     if args.tokenizer:
       raise InputError(f"--tokenizer: {args.tokenizer!r} requires --init_from; omit it for a run")
     configs.freeze(configs.migrated(read_config(args.workdir)))
-    load = functools.partial(runs.load, args.workdir, checkpoint)
+    load = functools.partial(runs.load, args.workdir, checkpoint, cluster=cluster or ALONE)
   else:
     found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
     load = functools.partial(_load_pretrained, found, config)

@@ -33,6 +33,9 @@ _C4_HOSTS = (1, 32)
 _EXTRAPOLATED_TOKENS = 10_000_000
 _COUNTS = ("tokens", "weighted_tokens", "documents", "bytes", "duplicates_dropped")
 
+# What a signal means.
+INTERRUPTED = "ended; complete pieces are kept, and the same command continues the preparation"
+
 
 def define_flags() -> None:
   flags.DEFINE_string("task", None, f"The task to prepare: {', '.join(TASKS)}, or seqio:NAME.")
@@ -139,7 +142,7 @@ def _parse_option(text: str) -> tuple[str, str]:
 
 def run() -> None:
   define_flags()
-  launch(main)
+  launch(main, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

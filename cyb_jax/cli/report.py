@@ -297,7 +297,7 @@ def _print(windows: Sequence[Window]) -> None:
 def run() -> None:
   """Console script."""
   define_flags()
-  launching.launch(main)
+  launching.launch(main, interrupted="ended; an earlier report is unchanged, and the same command starts again")
 
 
 if __name__ == "__main__":

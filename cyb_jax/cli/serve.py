@@ -119,7 +119,7 @@ def _summary(run: Run, engine: Engine) -> dict[str, Any]:
 def run() -> None:
   """Console script."""
   define_flags()
-  launching.launch(main)
+  launching.launch(main, interrupted="ended before the server was ready; the same command starts it again")
 
 
 if __name__ == "__main__":

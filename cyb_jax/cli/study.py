@@ -45,7 +45,7 @@ from absl import flags
 
 from cyb_jax import command_line
 from cyb_jax.cli import flag_values, launching, terminal
-from cyb_jax.errors import InputError, Interrupted
+from cyb_jax.errors import InputError
 from cyb_jax.studies import settings
 from cyb_jax.studies.options import BUDGETS, Options
 
@@ -78,6 +78,9 @@ _OPTIONS = (
 # Flags that may be combined with --plan, which fixes all others.
 _PLANNED_ONLY = ("results", "stores", "status", "table", "costs", "flops_per_second", "dry_run")
 _PLANNED = ("plan", "workdir", "jobs", *_PLANNED_ONLY)
+
+# What a signal means.
+INTERRUPTED = "ended; the finished runs are kept, and the same command continues"
 
 
 def define_flags() -> None:
@@ -137,10 +140,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   options = Options(
     settings=list(args.settings) or settings.representatives(), note=_SMOKE_NOTE if args.smoke else None, **values
   )
-  try:
-    return study.run(folder, options, show=terminal.show)
-  except KeyboardInterrupt:
-    raise Interrupted("interrupted; the same command continues") from None
+  return study.run(folder, options, show=terminal.show)
 
 
 def _planned(name: str) -> dict[str, Any]:
@@ -173,10 +173,7 @@ def _planned(name: str) -> dict[str, Any]:
     terminal.show(planned_tables.text(plan, numbers))
     return numbers
   stores = planned.check_stores(plan, args.stores)
-  try:
-    return planned.run(plan, folder, results, args.jobs, stores)
-  except KeyboardInterrupt:
-    raise Interrupted("interrupted; the same command continues") from None
+  return planned.run(plan, folder, results, args.jobs, stores)
 
 
 def _check_printed() -> None:
@@ -195,7 +192,7 @@ def _check_printed() -> None:
 def run() -> None:
   """Console script."""
   define_flags()
-  launching.launch(main)
+  launching.launch(main, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
   from cyb_jax.distributed.cluster import Cluster
 
 
+# What a signal means outside of training, or a second signal.
+INTERRUPTED = "ended; the saved checkpoints are kept, and the same command continues"
+
+
 def define_flags() -> None:
   config_flags.DEFINE_config_file(
     "config", None, "The config file: experiments/NAME.py, or experiments/NAME.py:ARGUMENTS."
@@ -66,7 +70,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     config = resolve(source, workdir)
     return training.train(config, workdir, profile=profile, cluster=cluster, owns_process=True)
 
-  return hosts.on_hosts(train)
+  return hosts.on_hosts(train, interrupted=INTERRUPTED)
 
 
 def _describes() -> bool:
@@ -86,7 +90,7 @@ def _describes() -> bool:
 def run() -> None:
   """Console script."""
   define_flags()
-  launching.launch(main)
+  launching.launch(main, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from cyb_jax.data import merging, tasks, tokenizers
+from cyb_jax.data import block_sample, merging, tasks, tokenizers
 from cyb_jax.data import pieces as piece_files
 from cyb_jax.data import store as stores
 from cyb_jax.data.plan import Plan
@@ -137,6 +137,9 @@ class StoreBuilder:
     """Writes the tokenizer and then the description, which makes the folder a store, and moves it to its path."""
     for name in tokenizers.files(self.tokenizer.describe()):
       streams.write(self.output / name, (self.saved_tokenizer / name).read_bytes())
+    sizes = {name: size for name, size, _ in stores.files_of(description)}
+    if sum(sizes.values()) > stores.VERIFIED_BYTES:
+      block_sample.record(self.output, sizes, description["fingerprint"])
     streams.write_json(self.output / stores.DESCRIPTION, description)
     if self.output != self.plan.path:
       for name in streams.names(self.output):

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from absl import logging
 from etils import epath
@@ -24,6 +24,8 @@ from cyb_jax.storage import in_bucket, streams
 
 _SECONDS_BETWEEN_RENEWALS = 10.0
 _SECONDS_UNTIL_DEAD = 45.0
+# Longer than a process that has found no lease needs to write its own.
+_SECONDS_TO_SETTLE = 2.0
 
 
 class Busy(Exception):
@@ -80,7 +82,10 @@ def opened(path: epath.Path) -> IO[str]:
 
 @contextlib.contextmanager
 def _leased(path: epath.Path) -> Iterator[None]:
-  """Holds a lease; a lease that its holder no longer renews is taken over."""
+  """Holds a lease; a lease that its holder no longer renews is taken over.
+
+  If several processes write their lease at the same time, the process that has written last holds it.
+  """
   mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
   found = streams.read_json(path)
   if found is not None:
@@ -98,8 +103,16 @@ def _leased(path: epath.Path) -> Iterator[None]:
         break
       if now != found:
         raise Busy(f"process {now.get('pid')} on {now.get('host')}")
+
+  def other() -> dict[str, Any] | None:
+    now = streams.read_json(path)
+    return None if now is None or now.get("token") == mine["token"] else now
+
   stop = threading.Event()
   streams.write_json(path, mine | {"renewals": 0})
+  time.sleep(_SECONDS_TO_SETTLE)
+  if (holder := other()) is not None:
+    raise Busy(f"process {holder.get('pid')} on {holder.get('host')}")
 
   def renew():
     renewals = 0
@@ -107,7 +120,8 @@ def _leased(path: epath.Path) -> Iterator[None]:
       renewals += 1
       # If the bucket fails here and does not recover, the block inside the lease fails with an error of its own.
       with contextlib.suppress(Exception):
-        streams.write_json(path, mine | {"renewals": renewals})
+        if other() is None:
+          streams.write_json(path, mine | {"renewals": renewals})
 
   thread = threading.Thread(target=renew, daemon=True)
   thread.start()
@@ -117,4 +131,5 @@ def _leased(path: epath.Path) -> Iterator[None]:
     stop.set()
     thread.join()
     with contextlib.suppress(Exception):
-      streams.remove(path)
+      if other() is None:
+        streams.remove(path)

@@ -3,6 +3,7 @@
 A store is a folder:
 
     store.json                 the description; its fingerprint covers all its other fields, including the file hashes
+    sample.json                digests of some blocks of the files, of a store of more than 8 GiB
     tokenizer.json             the tokenizer; its model is in tokenizer.model or huggingface.json
     train-00000.tokens         little-endian uint16 (uint32 beyond 65,536 ids)
     train-00000.documents      little-endian uint64: the position in its split of each document that begins here
@@ -19,6 +20,7 @@ Letters: N rows, T tokens of a window.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,9 +31,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from absl import logging
 from etils import epath
 
-from cyb_jax.data import chunks, locks, tokenizers
+from cyb_jax.data import block_sample, chunks, locks, tokenizers
 from cyb_jax.errors import InputError, StorageError
 from cyb_jax.progress import Meter
 from cyb_jax.storage import in_bucket, streams, user_cache
@@ -40,7 +43,7 @@ from cyb_jax.storage.paths import absolute, unchecked_place
 FORMAT = 1
 DESCRIPTION = "store.json"
 SHARD_TOKENS = 1 << 28
-_VERIFIED_BYTES = 8 << 30  # for larger stores, only the file sizes are checked
+VERIFIED_BYTES = 8 << 30  # of larger stores, the sizes of the files and a sample of their blocks are checked
 _WINDOWS_AT_ONCE = 4096
 # The annotations that a store may have, one byte for each token.
 ANNOTATIONS = ("difficulty", "weights")
@@ -76,7 +79,7 @@ class TokenStore:
     Args:
       path: the store's folder. A store in a bucket is first copied to the user's cache folder, unless a copy exists.
       verify: whether every file is hashed: True, False (only sizes are checked), or 'auto' (True if the store has at
-        most 8 GiB).
+        most 8 GiB; otherwise a sample of blocks is hashed, see `block_sample`). True also records a missing sample.
 
     Raises:
       InputError: there is no store, or it has another format, or is truncated or altered; the message names the file.
@@ -86,17 +89,14 @@ class TokenStore:
       path = _local_copy(unchecked_place(path), read_description(path))
     path = Path(absolute(path))
     description = read_description(path)
-    files = list(_files(description))
+    files = list(files_of(description))
     for name, size, _ in files:
       found = (path / name).stat().st_size if (path / name).is_file() else None
       if found != size:
         state = "missing" if found is None else f"{found} bytes"
         raise InputError(f"data.store: {path / name} is {state}, not {size} bytes; prepare the store again")
-    if verify is True or (verify == "auto" and sum(size for _, size, _ in files) <= _VERIFIED_BYTES):
-      for name, _, sha256 in files:
-        with open(path / name, "rb") as file:
-          if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise InputError(f"data.store: {path / name} was altered; prepare the store again")
+    if verify:
+      _verify(path, description, files, whole=verify is True)
     if tokenizers.load(path).describe() != description["tokenizer"]:
       raise InputError(f"data.store: {path} has a different tokenizer than it was prepared with; prepare it again")
     return cls(path, description)
@@ -235,6 +235,28 @@ class TokenStore:
     return rows
 
 
+def _verify(path: Path, description: dict[str, Any], files: list[tuple[str, int, str]], *, whole: bool) -> None:
+  """Hashes all files of a store on a disk, or, of a large one, only a sample unless `whole` is set.
+
+  Raises:
+    InputError: a file was altered.
+  """
+  sizes = {name: size for name, size, _ in files}
+  is_large = sum(sizes.values()) > VERIFIED_BYTES
+  is_sampled = is_large and block_sample.check(path, sizes, description["fingerprint"])
+  if is_large and not whole:
+    if not is_sampled:
+      logging.info("only the sizes of the files of %s are checked; cyb-prepare --verify=%s checks all", path, path)
+    return
+  for name, _, sha256 in files:
+    with open(path / name, "rb") as file:
+      if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        raise InputError(f"data.store: {path / name} was altered; prepare the store again")
+  if is_large and not is_sampled:
+    with contextlib.suppress(StorageError):  # the folder may be read-only
+      block_sample.record(epath.Path(path), sizes, description["fingerprint"])
+
+
 def is_store(path: str | os.PathLike) -> bool:
   """Whether a folder, on a local disk or in a bucket, is a token store.
 
@@ -271,7 +293,7 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
   with locks.held(unchecked_place(copy / ".lock"), wait=f"{path} is being copied by another process; waiting for it"):
     if (copy / DESCRIPTION).is_file():
       return copy
-    files = list(_files(description))
+    files = list(files_of(description))
     missing = [(name, size, sha) for name, size, sha in files if streams.size_of(copy / name) != size]
     total = sum(size for _, size, _ in missing)
     free = shutil.disk_usage(copy).free
@@ -295,6 +317,8 @@ def _local_copy(path: epath.Path, description: dict[str, Any]) -> Path:
               f"data.store: {os.fspath(path / name)} differs from the {size} bytes of the prepared store; prepare"
               " it again"
             )
+    if streams.size_of(path / block_sample.NAME) is not None:
+      streams.write(epath.Path(copy / block_sample.NAME), streams.read(path / block_sample.NAME))
     streams.write(epath.Path(copy / DESCRIPTION), streams.read(path / DESCRIPTION))
   return copy
 
@@ -354,7 +378,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
   return description
 
 
-def _files(description: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
+def files_of(description: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
   """(name, bytes, sha256) of every file in a store's description."""
   itemsize = token_dtype(description["tokenizer"]["vocab_size"]).itemsize
   for split in description["splits"].values():

@@ -176,7 +176,8 @@ def main() -> None:
   # Standard output carries answers only; the output of libraries goes to standard error.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends SIGINT to all processes; the parent ends this one
+  for number in (signal.SIGINT, signal.SIGTERM):  # may be sent to all processes of a group; the parent ends this one
+    signal.signal(number, signal.SIG_IGN)
   lines: queue.Queue[str] = queue.Queue()
 
   def read():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator
 
 from absl import logging
 
-from cyb_jax.errors import writing
+from cyb_jax.errors import InputError, writing
+from cyb_jax.storage.leftovers import leftovers, scratch_name
 
 
 @contextlib.contextmanager
@@ -25,20 +26,23 @@ def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     output: an absolute path that does not exist or is an empty folder.
 
   Raises:
+    InputError: another process has written `output` in the meantime.
     StorageError: writing fails.
   """
   # A sibling, so that it can be renamed.
-  new = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+  new = output.with_name(scratch_name(output.name))
   with writing(str(output)):
     made = [folder for folder in new.parents if not folder.exists()]
     try:
-      _clear_leftovers(output)
+      for left in leftovers(output):
+        logging.warning("%s: removed, because a killed process left it incomplete", left)
+        shutil.rmtree(left)
       new.mkdir(parents=True)
       yield new
       for path in new.rglob("*"):
         if path.is_file():
           _sync(path)
-      new.replace(output)
+      _publish(new, output)
     except BaseException:
       shutil.rmtree(new, ignore_errors=True)
       with contextlib.suppress(OSError):  # another process may have written into one of them
@@ -47,27 +51,15 @@ def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
       raise
 
 
-def _clear_leftovers(output: pathlib.Path) -> None:
-  """Removes the partial folders of killed processes that wrote the same output."""
-  if not output.parent.exists():
-    return
-  for path in output.parent.iterdir():
-    found = re.fullmatch(rf"{re.escape(output.name)}\.(\d+)\.tmp", path.name)
-    if found and path.is_dir() and not _is_alive(int(found[1])):
-      logging.warning("%s: removed, because a killed process left it incomplete", path)
-      shutil.rmtree(path)
-
-
-def _is_alive(process: int) -> bool:
-  if process == os.getpid():  # an older process with the same id: in containers every process may have id 1
-    return False
+def _publish(new: pathlib.Path, output: pathlib.Path) -> None:
   try:
-    os.kill(process, 0)
-  except (ProcessLookupError, OverflowError):
-    return False
-  except PermissionError:  # the process of another user
-    pass
-  return True
+    new.replace(output)
+  except OSError as error:
+    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+      raise
+    raise InputError(
+      f"--output: {output} was written by another process in the meantime, and is unchanged; give another folder"
+    ) from None
 
 
 def _sync(path: pathlib.Path) -> None:

@@ -212,26 +212,35 @@ class PauseTraining(CachedSlotMethod):
     return length
 
   def costs(self, sequence_length: int, *, slots: float | None = None) -> MethodCosts:
-    """`slots`: measured on a split that has pauses; None: `inference` is the cost of text without pauses."""
+    """`slots`: measured on a split that has pauses; None: `inference` is the cost of text without pauses.
+
+    With random places, an evaluation has a pass without pauses and a pass over rows that fit all pauses; `forward` and
+    `forward_slots` are the means of both.
+    """
     config, row = self.backbone.decoder_config, self._row_slots(sequence_length)
-    model, executed = (
-      {"slots": row / sequence_length, "keys": flops.causal_keys(row, executed), "slots_read": 1}
-      for executed in (False, True)
-    )
+    rows = [row, row + self._drawn(sequence_length)] if self.config.pause_places == "random" else [row]
+
+    def shape(row: int, executed: bool) -> dict[str, float]:
+      return {"slots": row / sequence_length, "keys": flops.causal_keys(row, executed), "slots_read": 1}
+
+    def forward(executed: bool) -> flops.Cost:
+      costs = (flops.pass_cost(config, **shape(row, executed)) for row in rows)
+      return sum(costs, flops.Cost()).times(1 / len(rows))
+
     slots = 1 if slots is None else slots
     keys = flops.causal_keys(slots * sequence_length)
     inference = flops.pass_cost(config, slots=slots, keys=keys, slots_read=1)
     is_frozen = self.backbone.is_frozen
     return MethodCosts(
-      train=flops.train_pass_cost(config, **model, executed=False, frozen=is_frozen),
-      train_executed=flops.train_pass_cost(config, **executed, executed=True, frozen=is_frozen),
-      forward=flops.pass_cost(config, **model),
-      forward_executed=flops.pass_cost(config, **executed),
+      train=flops.train_pass_cost(config, **shape(row, False), executed=False, frozen=is_frozen),
+      train_executed=flops.train_pass_cost(config, **shape(row, True), executed=True, frozen=is_frozen),
+      forward=forward(False),
+      forward_executed=forward(True),
       inference=inference,
       autoregressive=inference,
       train_slots=row,
-      forward_slots=row,
-      evaluation_passes=2 if self.config.pause_places == "random" else 1,
+      forward_slots=sum(rows) / len(rows),
+      evaluation_passes=len(rows),
       trained_tokens=self._trained_tokens(sequence_length),
     )
 

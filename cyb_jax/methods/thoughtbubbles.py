@@ -43,7 +43,8 @@ class ThoughtbubblesConfig(MethodConfig):
       or more layers, and 3 and 5 with 6 to 8 layers; our choice otherwise: with 9 to 11 layers the existing ones of 3,
       7 and 11, with fewer than 6 layers in proportion, but never the first layer, where the router would see bare
       embeddings.
-    stream_budget: the number of streams per token that a row may have.
+    stream_budget: the number of streams per token that a row may have; at most 2 to the power of the number of forks,
+      which is the number of streams that a token can have.
     combine: how a token's streams are read: 'probabilities', the mixture of their predictions (the paper); 'states',
       the prediction from their sum (the authors' code).
   """
@@ -94,8 +95,14 @@ class Thoughtbubbles(SlotMethod):
     return {"decoder": init_params(self.decoder, decoder_key)} | self.slot_model.init(streams_key)
 
   def validate_data(self, data: DataFacts | None, sequence_length: int) -> None:
-    del data
     self.slot_model.budgets(sequence_length)
+    forks, budget = len(self.slot_model.fork_layers), self.config.stream_budget
+    # Only new runs are checked, which have data: a run of an earlier version still loads.
+    if data is not None and budget > 2**forks:
+      raise InputError(
+        f"method.stream_budget: {budget:g}, but {forks} {'fork gives' if forks == 1 else 'forks give'} a token at most"
+        f" {2**forks} streams; set at most {2**forks}, or more layers in method.fork_layers"
+      )
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     del rng, step

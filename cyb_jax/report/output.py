@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -11,9 +12,12 @@ from collections.abc import Iterable, Mapping
 
 from cyb_jax import storage
 from cyb_jax.errors import InputError, writing
+from cyb_jax.storage.leftovers import leftovers, scratch_name
 
 MAX_BYTES = 10_000_000
 _PAGE = "index.html"
+# The earlier report, in the temporary folder, while it is replaced.
+_OLD = "old"
 
 
 def check_output(folder: str | os.PathLike) -> storage.Place:
@@ -23,6 +27,8 @@ def check_output(folder: str | os.PathLike) -> storage.Place:
     InputError: the folder holds other files, which would be lost, or is not writable.
   """
   path = storage.place(folder)
+  if not storage.in_bucket(path):
+    _recover(path)
   if storage.in_bucket(path):
     storage.check_bucket(path)
   elif path.exists() and not path.is_dir():
@@ -43,6 +49,15 @@ def check_output(folder: str | os.PathLike) -> storage.Place:
   except OSError as error:
     raise InputError(f"--output: can't write in {existing} ({error.strerror}); give another folder") from None
   return path
+
+
+def _recover(path: pathlib.Path) -> None:
+  """Brings back the report that a killed process has moved away, and removes what killed processes have left."""
+  with contextlib.suppress(OSError):  # a folder of another user
+    for left in leftovers(path):
+      if (left / _OLD).is_dir() and not path.exists():
+        (left / _OLD).rename(path)
+      shutil.rmtree(left, ignore_errors=True)
 
 
 def _ours(path: storage.Place) -> set[str]:
@@ -78,7 +93,8 @@ def write_folder(path: storage.Place, files: Mapping[str, str | bytes]) -> None:
 
   Raises:
     StorageError: writing fails. The folder on disk is then unchanged; in a bucket it may hold files of both reports,
-      because the page is written last.
+      because the page is written last. If the process is killed between the two renames of a folder on disk,
+      `check_output` brings the earlier report back.
   """
   if storage.in_bucket(path):
     for name in sorted(files, key=lambda name: name == _PAGE):
@@ -87,10 +103,10 @@ def write_folder(path: storage.Place, files: Mapping[str, str | bytes]) -> None:
     return
   with writing(f"the report in {path}"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    new, old = scratch / "new", scratch / "old"
+    scratch = path.with_name(scratch_name(path.name))
+    new, old = scratch / "new", scratch / _OLD
     try:
-      new.mkdir()
+      new.mkdir(parents=True)
       for name, content in files.items():
         with open(new / name, "wb") as file:
           file.write(content.encode() if isinstance(content, str) else content)

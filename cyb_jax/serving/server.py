@@ -16,6 +16,7 @@ from absl import logging
 from starlette.applications import Starlette
 
 from cyb_jax.errors import InputError
+from cyb_jax.signals import restored
 
 # Names of the loopback interface in the header Host.
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -103,7 +104,8 @@ class Server:
 
   def run(self) -> None:
     """Serves until `stop` is called or SIGTERM or SIGINT arrives in the main thread."""
-    asyncio.run(self._run())
+    with restored():
+      asyncio.run(self._run())
 
   def stop(self) -> None:
     """Ends the server after the running requests; a second call ends it at once."""

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Literal
 
@@ -47,8 +48,14 @@ def local_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  folder.mkdir(exist_ok=True)
-  yield folder
+  with tempfile.TemporaryDirectory(prefix="cyb_jax.") as scratch:
+    yield pathlib.Path(scratch)
+    folder.mkdir(exist_ok=True)
+    for leftover in folder.glob("*.tmp"):  # of a process that was killed
+      leftover.unlink(missing_ok=True)
+    for path in sorted(pathlib.Path(scratch).iterdir()):
+      atomic_write(folder / path.name, path.read_bytes())
+    flush_folder(folder)
 
 
 def remove_tree(folder: pathlib.Path, *, missing_ok: bool) -> None:

@@ -102,10 +102,10 @@ def local_folder(folder: Place) -> contextlib.AbstractContextManager[pathlib.Pat
 
 
 def new_folder(folder: Place) -> contextlib.AbstractContextManager[pathlib.Path]:
-  """A folder on a disk to which the `with` block can write files.
+  """A temporary folder on a disk to which the `with` block can write small files, but no folders.
 
-  It is `folder` itself, which is created if it does not exist; or, if `folder` is in a bucket, a temporary folder whose
-  files are uploaded at the end of the block.
+  At the end of the block, every file is written to `folder` as by `atomic_write`; `folder` is created if it does not
+  exist.
   """
   return _store(folder).new_folder(folder)
 

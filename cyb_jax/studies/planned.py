@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -155,8 +156,7 @@ class PlannedRunner:
           self._finish(running.pop(future), future)
         self._count(meter)
     finally:
-      # The running processes also receive a terminal's interrupt and save.
-      self._processes.shut_down()
+      self._processes.shut_down(sys.exception())
 
   def _next(self, running: Sequence[Run]) -> list[Run]:
     """The runs to start now, at most as many as there are free jobs."""

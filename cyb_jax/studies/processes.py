@@ -8,6 +8,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,9 @@ class Processes:
     for job in range(jobs):
       self._cores.put(cores[job::jobs])
     self._environment = environment(jobs)
+    self._lock = threading.Lock()
+    self._running: set[subprocess.Popen[str]] = set()
+    self._is_interrupted = False
     self._pool = concurrent.futures.ThreadPoolExecutor(jobs)
 
   def map(self, function: Callable[..., Any], items: Sequence[tuple], *, description: str, unit: str) -> list[Any]:
@@ -78,9 +82,8 @@ class Processes:
           logging.warning("%s", error)
           self.failures.append(str(error))
           results.append(None)
-    except BaseException:
-      # The running processes also receive a terminal's interrupt and save.
-      self.shut_down()
+    except BaseException as error:
+      self.shut_down(error)
       raise
     return results
 
@@ -88,8 +91,18 @@ class Processes:
     """Starts a function in a thread of the pool."""
     return self._pool.submit(function, *arguments)
 
-  def shut_down(self) -> None:
-    """Starts no more functions, and waits for the running functions."""
+  def shut_down(self, error: BaseException | None = None) -> None:
+    """Starts no more functions, and waits for the running functions.
+
+    Args:
+      error: what has ended the study; after a signal (Interrupted), the running programs are interrupted too, so that
+        trainings save.
+    """
+    if isinstance(error, Interrupted):
+      with self._lock:
+        self._is_interrupted = True
+        for process in self._running:
+          process.terminate()
     self._pool.shutdown(cancel_futures=True)
 
   def program(self, module: str, *options: str) -> dict[str, Any]:
@@ -121,10 +134,27 @@ class Processes:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
   def run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs Python with these arguments on free cores; waits for cores, then for the process."""
+    """Runs Python with these arguments on free cores; waits for cores, then for the process.
+
+    Raises:
+      Interrupted: the study was interrupted before the process started.
+    """
     cores = self._cores.get()
     try:
-      command = [sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *arguments]
-      return subprocess.run(command, capture_output=True, text=True, env=self._environment)
+      return self._run([sys.executable, "-c", _BEGIN, ",".join(map(str, cores)), *arguments])
     finally:
       self._cores.put(cores)
+
+  def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+    with self._lock:
+      if self._is_interrupted:
+        raise Interrupted("the study was interrupted before a run started; the same command continues")
+      pipe = subprocess.PIPE
+      process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=self._environment)
+      self._running.add(process)
+    try:
+      out, err = process.communicate()
+      return subprocess.CompletedProcess(command, process.returncode, out, err)
+    finally:
+      with self._lock:
+        self._running.discard(process)

@@ -19,9 +19,9 @@ from cyb_jax.data import MixtureBatches, TrainBatches
 from cyb_jax.distributed.cluster import Cluster
 from cyb_jax.errors import DivergedError, Interrupted
 from cyb_jax.progress import Meter, format_seconds
+from cyb_jax.signals import StopSignals
 from cyb_jax.training.metrics import MetricsLog, NoLog, summarize
 from cyb_jax.training.progress import Progress
-from cyb_jax.training.signals import StopSignals
 from cyb_jax.training.step import Totals
 from cyb_jax.training.strategies import Strategy, with_new_totals
 from cyb_jax.training.throughput import Lap, Throughput
@@ -277,7 +277,9 @@ class Interruption:
       self._checkpoints.wait()
       received = self._signals.received
       cause = f"signal {received[0]}" if received else "a stop was requested on another host"
-      raise Interrupted(f"{cause}: saved at step {run.step} of {run.plan.steps}; the same command continues")
+      raise Interrupted(
+        f"{cause}: saved at step {run.step} of {run.plan.steps}; the same command continues", on_all_hosts=True
+      )
 
 
 class Validation:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +22,11 @@ from cyb_jax.checkpointing.workdir import Lock, checkpoints_in, start_workdir, w
 from cyb_jax.configs import Config
 from cyb_jax.data import Prefetch
 from cyb_jax.distributed.cluster import ALONE, Cluster
-from cyb_jax.errors import EXIT_INTERRUPTED, Interrupted, writing
+from cyb_jax.errors import Interrupted, writing
 from cyb_jax.evaluation import AUTOREGRESSIVE_WINDOWS, Evaluator, evaluate_split
 from cyb_jax.methods import Adaptive
 from cyb_jax.progress import Meter
+from cyb_jax.signals import StopSignals, end_process
 from cyb_jax.training import hooks
 from cyb_jax.training.layout import strategy_of_run
 from cyb_jax.training.metrics import MetricsLog, NoLog, read_metrics
@@ -34,11 +34,13 @@ from cyb_jax.training.optimizer import schedule
 from cyb_jax.training.preflight import RunPlan, preflight
 from cyb_jax.training.progress import Progress
 from cyb_jax.training.run_data import batch_reader, open_batches
-from cyb_jax.training.signals import StopSignals
 from cyb_jax.training.start import log_size, restore_or_start
 from cyb_jax.training.throughput import Throughput
 
 Hook = Callable[[Progress], None]
+
+# What a signal means before the first step is done.
+_ENDING = "ended before the first step was done, so nothing is lost; the same command continues"
 
 
 def train(
@@ -68,8 +70,8 @@ def train(
     StorageError: the disk or the bucket failed, for instance because it is full; earlier checkpoints are intact.
     DivergedError: `train.max_skipped` consecutive steps were not finite; earlier checkpoints are intact.
   """
-  end = functools.partial(_end_process, cluster) if owns_process else None
-  with StopSignals(end) as signals:
+  end = functools.partial(end_process, announce=cluster.abandon) if owns_process else None
+  with StopSignals(_ENDING, "finishing the step, then saving", end) as signals:
     signals.at_once = True
     try:
       return _train(runs.as_started(config, workdir), workdir, profile, cluster, signals)
@@ -87,19 +89,6 @@ def _train(
     folder = _start_workdir(plan, workdir, lock)
     with jax.default_matmul_precision(config.precision.matmul):
       return Trainer(plan, folder, signals).run()
-
-
-def _end_process(cluster: Cluster, message: str) -> None:
-  """Ends the process with the exit code of `Interrupted`, and ends the other hosts.
-
-  A normal exit is impossible: the main thread may be in the compiler, other hosts wait for this host, and the
-  interpreter crashes at exit if lowering was interrupted.
-  """
-  logging.info("%s", message)
-  logging.flush()
-  sys.stdout.flush()
-  cluster.abandon(message, EXIT_INTERRUPTED)
-  os._exit(EXIT_INTERRUPTED)
 
 
 def _start_workdir(plan: RunPlan, workdir: str | os.PathLike, lock: Lock | None) -> storage.Place:

@@ -23,7 +23,7 @@ from cyb_jax.benchmarks.faults import first_difference
 from cyb_jax.checkpointing import bucket as backend
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.checkpointing.workdir import checkpoints_in, is_run
-from cyb_jax.errors import InputError, StorageError
+from cyb_jax.errors import DivergedError, InputError, StorageError
 from cyb_jax.interop import pretrained
 from cyb_jax.report import output
 from cyb_jax.training import metrics
@@ -57,6 +57,17 @@ def fetch(bucket, prefix, folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
   return folder
+
+
+def test_the_last_metrics_of_a_diverged_run_are_uploaded(bucket):
+  def diverge():
+    with metrics.MetricsLog("gs://runs/diverged", 0) as log:
+      log.write({"split": "train", "step": 3, "loss": None})
+      raise DivergedError("step 3")
+
+  with pytest.raises(DivergedError):
+    diverge()
+  assert json.loads(bucket.contents("diverged/")["diverged/metrics.jsonl"])["step"] == 3
 
 
 # --- programs

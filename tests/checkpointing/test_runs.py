@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import cli
 import jax
@@ -15,7 +16,7 @@ import pytest
 from models import assert_trees_equal, tiny_config
 
 import cyb_jax
-from cyb_jax import configs, data, storage, training
+from cyb_jax import configs, data, runs, storage, training
 from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
 from cyb_jax.errors import DivergedError, InputError, Interrupted
 
@@ -47,6 +48,17 @@ def test_the_folder(workdir):
   assert [r["step"] for r in metrics if r["split"] == "validation"] == [6, 12]
   # The newest two, including the one of the best validation.
   assert checkpoints_in(workdir, read_only=True).steps() == [10, 12]
+
+
+def test_host_0_checks_a_checkpoint_for_all_hosts(workdir, monkeypatch):
+  told = []
+  first = types.SimpleNamespace(index=0, count=2, broadcast=lambda step: told.append(step) or step)
+  run = runs.load(workdir, "best", cluster=first)
+  assert told == [run.step]
+  monkeypatch.setattr("cyb_jax.checkpointing.integrity.damage", None)  # another host reads no file to check it
+  other = runs.load(workdir, "best", cluster=types.SimpleNamespace(index=1, count=2, broadcast=lambda _: run.step))
+  assert other.step == run.step
+  assert_trees_equal(other.params, run.params)
 
 
 def test_evaluation_has_all_keys(workdir):

@@ -1,6 +1,7 @@
 """Preparation in pieces: the store does not depend on processes and failures, and memory does not grow."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,8 +9,10 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import cli
@@ -489,13 +492,19 @@ class _Bucket(MemoryFileSystem):
 def bucket(monkeypatch):
   fsspec.register_implementation("gcs", _Bucket, clobber=True)
   monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+  monkeypatch.setattr(locks, "_SECONDS_TO_SETTLE", 0.01)
   monkeypatch.setattr(_Bucket, "store", {})
   monkeypatch.setattr(_Bucket, "pseudo_dirs", [""])
   gpath.backend_lib.fsspec_backend._get_filesystem.cache_clear()
   monkeypatch.setattr(
     gpath.backend_lib._FileSystemSpecBackend, "_get_filesystem", lambda self, name: _Bucket(), raising=True
   )
-  return _Bucket
+  yield _Bucket
+  # The tests of other modules use the real file system, with a simulated server.
+  with contextlib.suppress(ImportError):
+    import gcsfs
+
+    fsspec.register_implementation("gcs", gcsfs.GCSFileSystem, clobber=True)
 
 
 def objects(bucket, prefix):
@@ -617,6 +626,39 @@ def test_leases_in_a_bucket(monkeypatch, bucket, options):
   # The lease of a dead process is taken over.
   streams.write_json(lock, {"host": "h", "pid": 1, "token": "t", "signs": 3})
   assert prepare_shard("text_files", "bytes", "gs://b/s", options=options, shard=(1, 2)).description is None
+
+
+def test_two_processes_that_start_a_lease_at_once(monkeypatch, bucket):
+  monkeypatch.setattr(locks, "_SECONDS_TO_SETTLE", 0.3)
+  lock = unchecked_place("gs://b/.s.pieces.partial/shard-1-of-2.lock")
+  read, both, refused = streams.read_json, threading.Barrier(2), threading.Event()
+  local, outcomes = threading.local(), []
+
+  def read_together(path):
+    found = read(path)
+    if not hasattr(local, "started"):
+      local.started = True
+      both.wait(10)  # neither has written its lease yet
+    return found
+
+  def start():
+    try:
+      with locks.held(lock):
+        outcomes.append("held")
+        assert refused.wait(10)
+        assert streams.size_of(lock) is not None  # the refused process has not removed it
+    except locks.Busy as busy:
+      outcomes.append(str(busy))
+      refused.set()
+
+  monkeypatch.setattr(streams, "read_json", read_together)
+  threads = [threading.Thread(target=start) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(20)
+  assert sorted(outcomes) == ["held", f"process {os.getpid()} on {socket.gethostname()}"]
+  assert streams.size_of(lock) is None
 
 
 def test_errors_of_a_local_disk(tmp_path, monkeypatch, options, whole):

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from cyb_jax.data import TokenStore, open_task, prepare, tasks
+from cyb_jax.data import TokenStore, block_sample, open_task, prepare, tasks
 from cyb_jax.data import store as store_module
 from cyb_jax.data.tasks import split_of, text_digest
 from cyb_jax.errors import InputError
@@ -342,3 +342,43 @@ def test_a_complete_copy_of_a_bucket_is_opened_without_a_lock(tmp_path, monkeypa
   shutil.copytree(prepared.path, copy)
   (copy / ".lock").mkdir()  # a lock that cannot be opened
   assert store_module._local_copy(unchecked_place("gs://b/s"), prepared.description) == copy
+
+
+def test_a_sample_of_the_blocks_of_a_large_store_is_checked(tmp_path, options, monkeypatch):
+  monkeypatch.setattr(store_module, "VERIFIED_BYTES", 100)
+  monkeypatch.setattr(block_sample, "_BLOCK_BYTES", 16)
+  monkeypatch.setattr(block_sample, "_BLOCKS", 12)
+  store = prepare("text_files", "bytes", tmp_path / "s", options=options)
+  assert store.fingerprint == store_module.fingerprint(store.description)  # the sample is not a part of it
+  sample, tokens = store.path / "sample.json", store.path / "train-00000.tokens"
+  recorded, content = sample.read_bytes(), tokens.read_bytes()
+  blocks = json.loads(recorded)["files"][tokens.name]["blocks"]
+  begins = block_sample.offsets(len(content), blocks, 16)
+  assert 2 <= blocks < len(content) // 16
+  for begin in begins:
+    tokens.write_bytes(content[: begin + 3] + bytes([content[begin + 3] ^ 1]) + content[begin + 4 :])
+    with pytest.raises(InputError, match=r"train-00000.tokens was altered; prepare the store again"):
+      TokenStore.open(store.path)
+  # Between the blocks, only the whole file shows it.
+  unsampled = begins[0] + 16
+  tokens.write_bytes(content[:unsampled] + b"?" + content[unsampled + 1 :])
+  TokenStore.open(store.path)
+  with pytest.raises(InputError, match=r"train-00000.tokens was altered"):
+    TokenStore.open(store.path, verify=True)
+  tokens.write_bytes(content)
+  # A store of an earlier version has no sample; cyb-prepare --verify records it.
+  sample.unlink()
+  TokenStore.open(store.path)
+  assert not sample.exists()
+  TokenStore.open(store.path, verify=True)
+  assert sample.read_bytes() == recorded
+  for damaged in (b"{", b"[]", recorded.replace(store.fingerprint.encode(), b"0")):
+    sample.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"sample.json was altered; delete it, and run cyb-prepare --verify="):
+      TokenStore.open(store.path)
+
+
+def test_offsets_of_sampled_blocks():
+  assert block_sample.offsets(100, 3, 10) == [0, 45, 90]
+  assert block_sample.offsets(25, 3, 10) == [0, 10, 20]
+  assert block_sample.offsets(0, 2, 10) == []

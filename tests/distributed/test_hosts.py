@@ -1,22 +1,28 @@
 """Training with several processes on the loopback interface: results, invalid input, and how the processes end."""
 
+import collections
+import contextlib
 import json
+import os
 import pathlib
 import signal
 import socket
 import threading
 import time
+import types
 
 import cli
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from jax.sharding import Mesh
 
+from cyb_jax.cli import hosts
 from cyb_jax.distributed.agreement import agree, code_version, same_folder
 from cyb_jax.distributed.channel import Channel, KeyValueStore
 from cyb_jax.distributed.cluster import ALONE, Meeting
-from cyb_jax.errors import HostLostError, InputError
+from cyb_jax.errors import DivergedError, HostLostError, InputError
 from cyb_jax.partitioning.mesh import AXES, batch_sharding, host_rows, owned_rows
 
 STEPS = 12
@@ -282,6 +288,64 @@ def test_a_run_continues_with_any_number_of_hosts(alone, flags, tmp_path):
     assert "a stop was requested on another host: saved at step" in errors[0]
   ended(start("train", 1, *slow, devices=4), 0)
   assert_close(rows(tmp_path), rows(alone[0]))
+
+
+def test_hosts_leave_together_after_a_divergence(monkeypatch):
+  """Host 0 may still write its last metrics to a bucket, so no other host ends it."""
+  calls = []
+  cluster = types.SimpleNamespace(
+    index=1, count=2, barrier=lambda: calls.append("barrier"), leave=lambda: calls.append("leave"),
+    abandon=lambda *_: calls.append("abandon"),
+  )  # fmt: skip
+  monkeypatch.setattr("cyb_jax.distributed.cluster.join", lambda _: cluster)
+  given = collections.defaultdict(lambda: types.SimpleNamespace(value=0))
+  monkeypatch.setattr(hosts, "flags", types.SimpleNamespace(FLAGS=given))
+
+  def diverge(_):
+    raise DivergedError("step 3")
+
+  before = logging.get_verbosity()
+  with pytest.raises(DivergedError):
+    hosts.on_hosts(diverge, interrupted="")
+  logging.set_verbosity(before)
+  assert calls == ["barrier", "leave"]
+
+
+@pytest.mark.slow
+def test_starts_of_runs_on_two_hosts(alone, flags, tmp_path):
+  """init_from with calibration, and the evaluation of the start (steps = 0), are those of one host."""
+  begun = [*flags, f"--config.init_from={alone[0]}", "--config.method.calibration_batches=2"]
+  for steps in (0, 2):
+    found = {}
+    for count in (1, 2):
+      workdir = tmp_path / f"{steps}-{count}"
+      options = [*begun, f"--config.train.steps={steps}", "--config.train.epochs=0", f"--workdir={workdir}"]
+      found[count] = ended(start("train", count, *options, devices=2 // count), 0)[0]
+      assert found[count]["step"] == steps
+    assert_close([found[2]], [found[1]])
+    assert_close(rows(tmp_path / f"{steps}-2"), rows(tmp_path / f"{steps}-1"))
+
+
+@pytest.mark.slow
+def test_a_signal_on_one_host_ends_an_evaluation_on_all(tmp_path):
+  os.mkfifo(tmp_path / "config.json")
+  processes = start("evaluate", 2, f"--workdir={tmp_path}", devices=1)
+  pipes = []
+  until(lambda: not pipes and _is_read(tmp_path / "config.json", pipes))
+  time.sleep(1)  # both hosts have met, and wait for the config
+  processes[1].kill(signal.SIGTERM)
+  _, errors = ended(processes, 75)
+  os.close(pipes[0])
+  assert "signal 15: ended; the same command starts again" in errors[1]
+  assert "error: host 1 has ended: signal 15: ended; the same command starts again" in errors[0]
+  assert "Traceback" not in "".join(errors)
+
+
+def _is_read(pipe, opened):
+  """Whether a process has opened a named pipe for reading; its writing end is then appended to a list."""
+  with contextlib.suppress(OSError):
+    opened.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+  return bool(opened)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import zipfile
 
@@ -433,13 +434,35 @@ def test_leftovers_of_killed_writes_are_removed(tmp_path):
   _, config, params = load(GOLDENS / "llama")
   ended = subprocess.Popen(["true"])
   ended.wait()
-  gone = [f"out.{ended.pid}.tmp", f"out.{os.getpid()}.tmp"]
-  kept = [f"out.{os.getppid()}.tmp", f"other.{ended.pid}.tmp", "out.x.tmp"]
+  host = socket.gethostname()
+  gone = [f"out.{host}.{ended.pid}.tmp", f"out.{host}.{os.getpid()}.tmp"]
+  # Of a running process, another output, another host, another program.
+  kept = [
+    f"out.{host}.{os.getppid()}.tmp",
+    f"other.{host}.{ended.pid}.tmp",
+    f"out.x{host}.{ended.pid}.tmp",
+    "out.x.tmp",
+  ]
   for name in gone + kept:
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").touch()
   interop.write_huggingface(tmp_path / "out", config, {"decoder": params}, None)
   assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
+
+
+def test_the_second_of_two_writers_of_one_folder_is_refused(tmp_path):
+  output = tmp_path / "out"
+
+  def second():
+    with new_folder.new_folder(output) as folder:
+      (folder / "config.json").write_text("second")
+      output.mkdir()
+      (output / "config.json").write_text("first")
+
+  with pytest.raises(InputError, match=r"--output: .*out was written by another process in the meantime, and is"):
+    second()
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+  assert (output / "config.json").read_text() == "first"
 
 
 # GGUF and llama2.c files, written here from a golden model.

@@ -375,20 +375,31 @@ def test_executed_agrees_with_xla(places):
   def counted(function):
     return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"] / (2 * 64)
 
-  forward = counted(lambda params, batch: method.evaluate(params, batch).loss)
-  assert method.costs(64).forward_executed.total == pytest.approx(forward, rel=0.03)
+  def evaluated(params, batch):
+    output = method.evaluate(params, batch)
+    again = method.evaluate_as_trained(params, batch, output)
+    return output.loss, None if again is None else again.loss
+
+  costs = method.costs(64)
+  assert costs.forward_executed.total * costs.evaluation_passes == pytest.approx(counted(evaluated), rel=0.03)
   step = counted(jax.grad(lambda params, batch: method.loss(params, batch, jax.random.key(0)).loss.sum()))
   # XLA unrolls a scan of one chunk and then reuses the logits.
-  again = method.costs(64).forward.readout
-  assert method.costs(64).train_executed.total - again == pytest.approx(step, rel=0.03)
+  again = costs.forward.readout
+  assert costs.train_executed.total - again == pytest.approx(step, rel=0.03)
 
 
 def test_cost_by_hand():
   plain = build(name="baseline")[0]
   random, prefix = model("random")[0], model("prefix", pauses=10)[0]
-  assert random.costs(64).train_slots == random.costs(64).forward_slots == 64
+  assert random.costs(64).train_slots == 64
   assert random.costs(64).train == plain.costs(64).train
   assert random.costs(64).inference == plain.costs(64).inference
+  # The second pass of an evaluation with random pauses has rows of 64 tokens and 6 pauses.
+  assert random.costs(64).evaluation_passes * random.costs(64).forward_slots == 64 + 70
+  twice, once = random.costs(64).forward, plain.costs(64).forward
+  assert twice.matrices == pytest.approx(once.matrices * (1 + 70 / 64) / 2)
+  assert twice.attention == pytest.approx(once.attention * (1 + 70 / 64 * 71 / 65) / 2)
+  assert twice.readout == once.readout
   # Slots for the pauses of three prefixes in 64 tokens.
   assert prefix.costs(64).train_slots == 64 + 30
   cost, once = prefix.costs(64).forward, plain.costs(64).forward

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 
 import cli
 import flax.linen as nn
@@ -505,6 +506,17 @@ def test_budgets_without_a_fork_are_refused_before_anything_runs():
     methods.build(configure(name="copy_k", pauses=0), TINY)
   with pytest.raises(InputError, match=r"method.stream_budget: unknown field; method 'copy_k' has no such option"):
     methods.build(configure(name="copy_k", pauses=1, stream_budget=4.0), TINY)
+
+
+def test_budgets_that_no_number_of_forks_fills_are_refused():
+  data = types.SimpleNamespace(splits=())
+  method = plain(name="thoughtbubbles", fork_layers=(2,), stream_budget=2.5)
+  message = r"method.stream_budget: 2.5, but 1 fork gives a token at most 2 streams; set at most 2, or more layers"
+  with pytest.raises(InputError, match=message):
+    method.validate_data(data, 8)
+  method.validate_data(None, 8)  # a run of an earlier version
+  plain(name="thoughtbubbles", fork_layers=(2,), stream_budget=2.0).validate_data(data, 8)
+  plain(name="thoughtbubbles", fork_layers=(2, 3), stream_budget=4.0).validate_data(data, 8)
 
 
 def test_settings_and_initial_values():

@@ -29,7 +29,7 @@ FUNCTION_LINES = 60
 CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout", "tiling"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
-RUN = MODEL | FILES | {"hub", "progress", "configs", "checkpointing", "data", "runs"}
+RUN = MODEL | FILES | {"hub", "signals", "progress", "configs", "checkpointing", "data", "runs"}
 TRAINING = RUN | {"interop", "evaluation", "generation", "report", "training"}
 PROGRAMS = TRAINING | {"command_line"}
 ALLOWED: dict[str, set[str]] = {
@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
   "progress": set(),
   "option_syntax": {"errors"},
   "hub": {"errors"},
+  "signals": {"errors"},
   "stopping": set(),
   "losses": {"stopping"},
   "pauses": set(),

@@ -375,6 +375,55 @@ def test_ctrl_c_with_keep_does_not_stop_training(cloud):
   assert cloud.is_empty()
 
 
+def test_a_machine_that_trains_with_other_flags_is_neither_used_nor_deleted(cloud):
+  cloud.plays(train=["wait"])
+  process = cloud.start("train", "--keep")
+  cloud.waits_for(cloud.trains)
+  process.send_signal(signal.SIGINT)
+  cloud.ends(process, expect=75)
+  before, other = cloud.calls(), (*TRAINING, "--config.train.steps=9")
+  result, _ = cloud.run("train", training=other, expect=2)
+  assert result["state"] == "refused"
+  assert f"cyb already trains with other flags: cyb-train {shlex.join(TRAINING[:2])} " in result["reason"]
+  _, err = cloud.run("run", training=other, expect=2)
+  assert "cyb already trains with other flags: cyb-train" in err
+  assert cloud.calls() == [*before, "trains 0", "trains 0"]
+  assert not cloud.is_empty()
+  # By hand, on a worker.
+  home = cloud.folder / "homes" / "cyb" / "0"
+  env = {"HOME": str(home), "PATH": f"{cloud.folder / 'worker-bin'}:/usr/bin:/bin", "CLOUD": str(cloud.folder)}
+  words = ["bash", str(home / "cyb_jax" / "launch" / "worker.sh"), "run"]
+  same = subprocess.run([*words, *TRAINING], env=env, capture_output=True, text=True, check=False)
+  assert (same.returncode, same.stdout) == (0, "training is already in progress with these flags\n")
+  different = subprocess.run([*words, *other], env=env, capture_output=True, text=True, check=False)
+  assert different.returncode == 2
+  assert different.stderr.startswith("error: training is already in progress with other flags: --config=experiments/c4")
+
+
+def test_queue_for_ends_the_retries(cloud):
+  cloud.plays(states=[["FAILED"]])
+  result, _ = cloud.run("train", "--queue_for=3s", "--max_retries=1000", expect=1)
+  assert result["state"] == "gave_up"
+  assert "no machine within --queue_for=3s: cyb is FAILED" in result["reason"]
+  assert 1 <= result["retries"] < 20
+  limits = [word for words in cloud.recorded for word in words if word.startswith("--valid-until-duration=")]
+  assert limits[0] == "--valid-until-duration=3s"
+  assert limits == sorted(limits, reverse=True)
+  assert limits[-1] in ("--valid-until-duration=1s", "--valid-until-duration=2s")
+  assert cloud.is_empty()
+
+
+def test_a_data_disk_is_mounted_on_all_workers(cloud):
+  result, _ = cloud.run("train", "--data_disk=projects/p/zones/us-west4-a/disks/c4")
+  assert cloud.calls() == ["create", *SETUP[:3], "mount all", "run all", "delete"]
+  assert result["state"] == "finished"
+  (create,) = [words for words in cloud.recorded if words[2:4] == ["queued-resources", "create"]]
+  assert "--data-disk=source=projects/p/zones/us-west4-a/disks/c4,mode=read-only" in create
+  mounts = (cloud.folder / "mounts").read_text().splitlines()
+  assert len(mounts) == 2
+  assert all(line.startswith("-o ro,noload /dev/disk/by-id/google-persistent-disk-1 ") for line in mounts)
+
+
 def test_a_second_ctrl_c_lists_the_remaining_resources(cloud):
   cloud.plays(states=[["WAITING_FOR_RESOURCES"]], delete=["hang"])
   process = cloud.start("train", "--delete_seconds=60")
@@ -567,7 +616,7 @@ def test_all_flags_of_the_machine_are_passed_to_gcloud(cloud):
     cloud,
     *("--nospot", "--reserved", "--project=my-project", "--network=net", "--subnetwork=sub", "--internal_ips", "--iap"),
     *("--service_account=a@b.iam.gserviceaccount.com", "--labels=team=nlp,run=ap", "--tags=ssh,tpu", "--queue_for=6h"),
-    *("--image=v2-other", "--slices=2"),
+    *("--image=v2-other", "--slices=2", "--data_disk=c4"),
   )
   (create,) = [x for x in line.splitlines() if "queued-resources create" in x]
   assert create == (
@@ -575,8 +624,9 @@ def test_all_flags_of_the_machine_are_passed_to_gcloud(cloud):
     " --accelerator-type=v5litepod-16"
     " --runtime-version=v2-other --node-count=2 --node-prefix=cyb --reserved --network=net --subnetwork=sub"
     " --service-account=a@b.iam.gserviceaccount.com --labels=team=nlp,run=ap --tags=ssh,tpu --internal-ips"
-    " --valid-until-duration=6h --quiet"
+    " --data-disk=source=projects/my-project/zones/us-west4-a/disks/c4,mode=read-only --valid-until-duration=6h --quiet"
   )
+  assert line.count("worker.sh mount'") == 2
   for ssh in (x for x in line.splitlines() if "tpu-vm s" in x):
     assert "--tunnel-through-iap" in ssh
     assert "--project=my-project" in ssh
@@ -622,6 +672,8 @@ BAD = [
   ("train", ("--service_account=me",), TRAINING, "--service_account: 'me' is invalid; give the account's email"),
   ("train", ("--subnetwork=s",), TRAINING, "--subnetwork: 's' requires --network"),
   ("train", ("--queue_for=6",), TRAINING, "--queue_for: '6' is invalid; give a duration"),
+  ("train", ("--data_disk=c4",), TRAINING, "--data_disk: 'c4' requires --project; give it, or projects/PROJECT/"),
+  ("train", ("--data_disk=C4",), TRAINING, "--data_disk: 'C4' is invalid; give the name of a disk"),
   ("train", ("--poll_seconds=-1",), TRAINING, "--poll_seconds: -1.0 must not be negative"),
   ("train", ("--delete_attempts=0",), TRAINING, "--delete_attempts: 0 must be at least 1"),
   ("train", ("--runner=docker",), TRAINING, "flag --runner=docker"),

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -487,6 +488,15 @@ def test_a_folder_is_replaced_atomically(tmp_path, monkeypatch):
     patch.setattr(pathlib.Path, "rename", interrupted_at(2))
     with pytest.raises(KeyboardInterrupt):
       output.write_folder(folder, {"index.html": "3"})
+  assert (folder / "index.html").read_text() == output.generator([])
+  assert [p.name for p in folder.parent.iterdir()] == ["report"]
+  # A process that was killed between them has left the earlier report in its temporary folder.
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  left = folder.with_name(f"report.{socket.gethostname()}.{ended.pid}.tmp")
+  (left / "new").mkdir(parents=True)
+  folder.rename(left / "old")
+  output.check_output(folder)
   assert (folder / "index.html").read_text() == output.generator([])
   assert [p.name for p in folder.parent.iterdir()] == ["report"]
   # Files that are not part of a report are not replaced: another picture in the folder, another program's page.

@@ -218,11 +218,11 @@ def test_a_study_ends_when_a_run_is_interrupted(tmp_path, monkeypatch):
   """Even if the signal does not reach the study: it starts no further run, and records no failure."""
   started = []
 
-  def interrupted(command, **_):
+  def interrupted(_, command):
     started.append(command)
     return subprocess.CompletedProcess(command, 75, "", "interrupted at step 1")
 
-  monkeypatch.setattr(processes.subprocess, "run", interrupted)
+  monkeypatch.setattr(Processes, "run", interrupted)
   with pytest.raises(Interrupted, match="the same command continues"):
     run(TINY, tmp_path / "study", tmp_path / "results.json")
   assert len(started) == 1
@@ -558,7 +558,17 @@ def test_jobs_share_cores_and_the_memory_of_a_gpu(monkeypatch):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: set(range(16)))
   started = []
-  monkeypatch.setattr(processes.subprocess, "run", lambda command, env, **_: started.append((command, env)))
+
+  class Started:
+    returncode = 0
+
+    def __init__(self, command, env, **_):
+      started.append((command, env))
+
+    def communicate(self):
+      return "", ""
+
+  monkeypatch.setattr(processes.subprocess, "Popen", Started)
   pool = Processes(3)
   for _ in range(3):
     pool.run(["x"])

@@ -83,6 +83,12 @@ esac
 """
 
 
+MOUNT = """
+echo "$@" >>"$CLOUD/mounts"
+touch "$HOME/mounted"
+"""
+
+
 def script(path, text):
   path.write_text(f"#!/usr/bin/env bash\n{text.strip()}\n")
   path.chmod(0o755)
@@ -159,7 +165,8 @@ class FakeCloud:
     for place in ("bin", "worker-bin"):
       (self.folder / place).mkdir()
       script(self.folder / place / "gcloud", GCLOUD.format(port=self._server.server_address[1]))
-    for name, text in (("tmux", TMUX), ("python3.11", PYTHON), ("cyb-train", CYB_TRAIN), ("sudo", 'exec "$@"')):
+    programs = {"tmux": TMUX, "python3.11": PYTHON, "cyb-train": CYB_TRAIN, "sudo": 'exec "$@"', "mount": MOUNT}
+    for name, text in (programs | {"mountpoint": 'test -e "$HOME/mounted"'}).items():
       script(self.folder / "worker-bin" / name, text)
     self.plays()
 
@@ -359,6 +366,7 @@ class FakeCloud:
         "NODE": node,
         "WORKER": worker,
         "CYB_POLL": "0.15",
+        "CYB_DATA": str(home / "data"),
       }
       try:
         process = subprocess.Popen(

@@ -1,13 +1,7 @@
 """The hooks of the training loop, tested separately: periods, warnings, signals and timing by hand."""
 
-import contextlib
-import hashlib
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 import types
 
 import jax.numpy as jnp
@@ -16,9 +10,7 @@ import pytest
 from cyb_jax.data import tokenizers
 from cyb_jax.errors import DivergedError, InputError, Interrupted
 from cyb_jax.training import hooks, throughput
-from cyb_jax.training import signals as signals_module
 from cyb_jax.training.progress import Progress
-from cyb_jax.training.signals import StopSignals
 from cyb_jax.training.start import Start
 
 
@@ -107,51 +99,6 @@ def test_divergence_is_counted_and_ends_the_run():
   assert check(7, jnp.int32(2)) == 2
   with pytest.raises(DivergedError, match=r"step 8: .* the last 3 steps isn't finite .*checkpoints in WORKDIR"):
     check(8, jnp.int32(3))
-
-
-def test_signals_are_recorded_once_and_handlers_are_restored():
-  arrived = []
-  before = signal.signal(signal.SIGTERM, lambda number, _frame: arrived.append(number))
-  try:
-    with StopSignals() as signals:
-      os.kill(os.getpid(), signal.SIGTERM)
-      assert (signals.received, arrived) == ([signal.SIGTERM], [])
-      os.kill(os.getpid(), signal.SIGTERM)  # the second signal calls the earlier handler
-      assert (signals.received, arrived) == ([signal.SIGTERM], [signal.SIGTERM])
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert arrived == [signal.SIGTERM] * 2
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_a_signal_ends_a_run_immediately_while_nothing_would_be_lost():
-  before = signal.getsignal(signal.SIGTERM)
-  with StopSignals() as signals:
-    signals.at_once = True
-    with pytest.raises(Interrupted, match="signal 15: ended before the first step was done"):
-      os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.received == [signal.SIGTERM]
-  assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-def test_a_thread_ends_the_process_while_the_main_thread_compiles(monkeypatch, at_once):
-  """The main thread is in a C function, so Python runs no signal handlers."""
-  monkeypatch.setattr(signals_module, "_GRACE_SECONDS", 0.05)
-  ended = []
-  wakeup = signal.set_wakeup_fd(-1)
-  with contextlib.suppress(Interrupted), StopSignals(lambda why: ended.append((why, time.monotonic()))) as signals:
-    signals.at_once = at_once
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    start = time.monotonic()
-    while time.monotonic() < start + 0.5:  # a single call, which signals do not interrupt
-      hashlib.pbkdf2_hmac("sha256", b"", b"", 1 if ended else 1_000_000)
-  assert signals.received == [signal.SIGTERM]
-  assert signal.set_wakeup_fd(wakeup) == -1
-  if at_once:
-    assert "nothing is lost" in ended[0][0]
-  else:
-    assert ended == []
 
 
 def test_throughput_by_hand(monkeypatch):
