@@ -162,7 +162,7 @@ class CybLM(LM):
       if jax.device_count() > 1:
         mesh = make_mesh(ParallelismConfig())
       run = (
-        runs.load(workdir, checkpoint, mesh)
+        pretrained.load_run(workdir, checkpoint, mesh)
         if init_from is None
         else pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh)
       )
