@@ -215,12 +215,17 @@ class PauseTraining(CachedSlotMethod):
     """`slots`: measured on a split that has pauses; None: `inference` is the cost of text without pauses."""
     config, row = self.backbone.decoder_config, self._row_slots(sequence_length)
     model, executed = (
-      {"slots": row / sequence_length, "keys": flops.causal_keys(row, executed), "slots_read": 1}
+      {
+        "slots": row / sequence_length,
+        "keys": flops.causal_keys(row, executed),
+        # Every pause has a position of its own.
+        "local_keys": flops.local_keys(config, row, executed=executed),
+        "slots_read": 1,
+      }
       for executed in (False, True)
     )
     slots = 1 if slots is None else slots
-    keys = flops.causal_keys(slots * sequence_length)
-    inference = flops.pass_cost(config, slots=slots, keys=keys, slots_read=1)
+    inference = flops.forward_cost(config, tokens=sequence_length, slots=slots, slots_read=1, shifting=True)
     is_frozen = self.backbone.is_frozen
     return MethodCosts(
       train=flops.train_pass_cost(config, **model, executed=False, frozen=is_frozen),
