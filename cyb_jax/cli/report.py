@@ -54,14 +54,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   flag_values.check_not_negative("limit", "batch_size", "text_windows")
   if args.compare and args.workdir:
     raise InputError(f"--compare: {','.join(args.compare)!r}, but --workdir = {args.workdir!r} is also given; give one")
+  if args.compare and args.base:
+    raise InputError(f"--base: {args.base!r} has no effect with --compare; set init_from in the config.json of the run")
   if args.compare:
     return _compare(list(args.compare))
   return _report(flag_values.required_flag("workdir", "give the run's folder, or several with --compare"))
 
 
 def _report(workdir: str) -> dict[str, Any]:
-  from cyb_jax import jsonl, runs
+  from cyb_jax import jsonl
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
+  from cyb_jax.interop import pretrained
   from cyb_jax.report import coloured, output, single
   from cyb_jax.training.metrics import read_metrics
 
@@ -71,7 +74,7 @@ def _report(workdir: str) -> dict[str, Any]:
   read_config(workdir)  # a folder without a run is reported first
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
   mesh = splits.reading_mesh()
-  run = runs.load(workdir, flag_values.checkpoint_flag(), mesh)
+  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), mesh, base=args.base)
   store = splits.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
   checkpoint = checkpoints_in(workdir, read_only=True).fingerprint(run.step)
@@ -146,14 +149,14 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
 
 def _windows(group: Group | None) -> list[Window]:
   """Windows of text, as the first run of a group evaluates them."""
-  from cyb_jax import runs
+  from cyb_jax.interop import pretrained
   from cyb_jax.report import coloured
 
   args = flags.FLAGS
   if group is None or not args.text_windows:
     return []
   mesh = splits.reading_mesh()
-  run = runs.load(group.runs[0].workdir, flag_values.checkpoint_flag(), mesh)
+  run = pretrained.load_run(group.runs[0].workdir, flag_values.checkpoint_flag(), mesh)
   store = splits.open_store(run.config, run.meta)
   return coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
 
@@ -173,6 +176,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   """
   from cyb_jax import configs, jsonl, runs
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
+  from cyb_jax.interop import pretrained
   from cyb_jax.report.comparison import Candidate
   from cyb_jax.training.metrics import read_metrics
 
@@ -185,7 +189,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
     mesh = splits.reading_mesh()
-    run = runs.load(workdir, step, mesh)
+    run = pretrained.load_run(workdir, step, mesh)
     statistics = _statistics(run, mesh, splits.open_store(run.config, run.meta), checkpoint)
     path = _report_folder(workdir) / "statistics.json"
     # An existing report folder without these statistics belongs to another report; the statistics are then not saved.

@@ -28,7 +28,7 @@ from cyb_jax.errors import InputError
 from cyb_jax.interop import huggingface
 from cyb_jax.interop.families import LeafPath, same_layout
 from cyb_jax.interop.sources import Extras, Source, block, method_config, own_shapes
-from cyb_jax.interop.tensors import Fields, check, each
+from cyb_jax.interop.tensors import Fields, TensorInfo, check, each
 
 CONFIG, WEIGHTS, OWN_CONFIG = "adapter_config.json", "adapter_model.safetensors", "cyb_jax.json"
 PREFIX = "base_model.model."
@@ -126,6 +126,9 @@ class AdaptedSource(Source):
 
   def read_own(self, name: str) -> np.ndarray:
     return self.own_files.read(name)
+
+  def _all_infos(self) -> list[TensorInfo]:
+    return [*super()._all_infos(), *self.adapters.files.infos.values()]
 
 
 def _same(lora: LoraConfig | None, adapters: Adapters) -> bool:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -26,7 +28,7 @@ from cyb_jax.decoder.config import matrix_shape
 from cyb_jax.errors import InputError, reading
 from cyb_jax.interop import gguf, huggingface, llama2c
 from cyb_jax.interop.families import LeafPath, Tensor, same_layout
-from cyb_jax.interop.tensors import Fields, TensorFiles, check
+from cyb_jax.interop.tensors import Fields, TensorFiles, TensorInfo, check
 from cyb_jax.methods import MethodConfig
 from cyb_jax.progress import Meter
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
   from cyb_jax.data import Tokenizer
 
 _TABLES = (("embedding",), ("unembedding",))
+_HASHING_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,17 @@ class Source:
   def vocab_size(self) -> int:
     """The number of the decoder's rows that are vocabulary entries; all rows, unless the source is our export."""
     return self.decoder.vocab_size if self.extras is None else self.extras.vocab_size
+
+  def checksum(self) -> str:
+    """A hexadecimal sha256 of the files with the weights, whatever their names; the files are read."""
+    files = sorted({info.file for info in self._all_infos()})
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+      digests = sorted(pool.map(lambda path: storage.files(path.parent).digest(path.name, "sha256"), files))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+  def _all_infos(self) -> list[TensorInfo]:
+    """The headers of all tensors of the decoder."""
+    return list(self.files.infos.values())
 
   def tokenizer(self) -> Tokenizer | None:
     """The tokenizer of the source; None if it has no tokenizer."""

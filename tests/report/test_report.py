@@ -21,11 +21,12 @@ from models import tiny_config
 from report_page import Page, call
 from statistics_example import HOSTILE, example
 
-from cyb_jax import configs, evaluation, runs, training
+from cyb_jax import configs, evaluation, training
 from cyb_jax.checkpointing.workdir import read_config
 from cyb_jax.cli import splits
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import Adaptive
 from cyb_jax.report import coloured, comparison, facts, figures, output, page, side_by_side, single
 from cyb_jax.report.coloured import Window
@@ -643,7 +644,7 @@ def test_real_statistics_have_figures(workdirs, monkeypatch, tmp_path):
 
 def test_windows_hold_the_scores_of_the_method(workdirs):
   mesh = splits.reading_mesh()
-  run = runs.load(workdirs / "a", "last", mesh)
+  run = pretrained.load_run(workdirs / "a", "last", mesh)
   store = training.open_store(run.config)
   read = coloured.read_windows(run, mesh, store, split="validation", limit=None, count=1000)
   only = read[0]
