@@ -140,7 +140,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
   try:
     config = DecoderConfig(
       vocab_size=tables.shape[0],
-      num_layers=fields.take("block_count", int),
+      num_layers=fields.layers("block_count"),
       d_model=width,
       num_heads=heads,
       num_kv_heads=fields.take("attention.head_count_kv", int, heads),
@@ -174,7 +174,7 @@ def _windows(fields: Fields, architecture: str, width_of_head: int, base: float)
     local = fields.take("rope.freq_base_swa", float, _LOCAL_BASE)
     style["local_rope_base"] = local
     style["soft_cap"] = fields.take("final_logit_softcapping", float, None)
-  if fields.take("block_count", int) == _SCALED_BY_WIDTH[architecture]:
+  if fields.layers("block_count") == _SCALED_BY_WIDTH[architecture]:
     style["query_scalar"] = float(width_of_head)
   return style
 

@@ -6,13 +6,13 @@ refused by name.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from cyb_jax import jsonl
 from cyb_jax.data import tokenizers
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, reading
@@ -59,7 +59,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     InputError: the file can't be read, or does not hold an object.
   """
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = jsonl.loads(path.read_bytes())
   except (OSError, ValueError) as error:
     raise InputError(f"{path}: can't be read ({error}); it must hold a JSON object") from None
   if not isinstance(values, dict):

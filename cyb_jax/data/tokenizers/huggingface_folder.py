@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cyb_jax.data.tokenizers.description import MODEL_FILE
+from cyb_jax import jsonl
+from cyb_jax.data.tokenizers.description import MODEL_FILE, check_settings
 from cyb_jax.data.tokenizers.huggingface import (
   DOCUMENT_JOINERS,
   HuggingFaceTokenizer,
@@ -55,6 +55,8 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
     return _open_sentencepiece(folder, settings, rows)
   content = _read_json(file)
   exported = settings.exported_tokenizer()
+  if exported is not None:
+    check_settings(exported, os.fspath(folder))
   content, rows = _without_appended(content, entry_names(content, os.fspath(file)), rows, exported)
   if exported and "post_processor" in exported:
     content["post_processor"] = exported["post_processor"]
@@ -218,7 +220,7 @@ def _text(token: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = jsonl.loads(path.read_bytes())
   except OSError as error:
     raise InputError(f"{path}: it can't be read ({error.strerror}); give a tokenizer.json") from error
   except ValueError as error:
