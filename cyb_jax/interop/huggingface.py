@@ -158,7 +158,13 @@ class SafetensorsFiles:
     # Opened for each tensor, because pages that were read count as memory until the memory map is closed.
     path = self.infos[name].file
     with package("safetensors", str(path)).safe_open(path, framework="numpy") as file:
-      return file.get_tensor(name)
+      try:
+        return file.get_tensor(name)
+      except Exception as error:  # of safetensors, for a dtype that numpy does not have
+        info = self.infos[name]
+        raise InputError(
+          f"{path}: the tensor {name} of dtype {info.dtype} can't be read ({error}); convert it to F32 or BF16"
+        ) from None
 
 
 def _no_weights(folder: pathlib.Path) -> str:

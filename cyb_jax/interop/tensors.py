@@ -149,7 +149,8 @@ class Fields:
       if default is ...:
         raise InputError(f"{self.where}: {name} is missing; it must be given ({kind.__name__})")
       return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    # Larger integers are not floats.
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 1000:
       value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
       raise InputError(f"{self.where}: {name} = {shown(value)} must be of type {kind.__name__}")
@@ -163,7 +164,7 @@ class Fields:
     """
     value = self.take(name, int, None)
     if value is not None and value < 1:
-      raise InputError(f"{self.where}: {self._prefix}{name} = {value} must be at least 1")
+      raise InputError(f"{self.where}: {self._prefix}{name} = {shown(value)} must be at least 1")
     return value
 
   def layers(self, name: str) -> int:
@@ -176,7 +177,7 @@ class Fields:
     value = self.take(name, int)
     if not 1 <= value <= _MOST_LAYERS:
       raise InputError(
-        f"{self.where}: {self._prefix}{name} = {value} must be from 1 to {_MOST_LAYERS}; fetch the file again"
+        f"{self.where}: {self._prefix}{name} = {shown(value)} must be from 1 to {_MOST_LAYERS}; fetch the file again"
       )
     return value
 

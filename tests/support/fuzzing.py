@@ -72,16 +72,21 @@ class Seeds:
   Args:
     reader: the reader.
     folder: an empty folder.
+
+  Attributes:
+    reader: the reader.
+    valid: the folder of the valid files.
+    names: the paths in it of the files that are damaged.
   """
 
   def __init__(self, reader, folder):
-    self.reader, self._valid, self._scratch = reader, folder / "valid", folder / "scratch"
-    self._valid.mkdir()
-    reader.write(self._valid)
-    found = {path for pattern in reader.files for path in self._valid.glob(pattern) if path.is_file()}
-    self.names = sorted(str(path.relative_to(self._valid)) for path in found)
+    self.reader, self.valid, self._scratch = reader, folder / "valid", folder / "scratch"
+    self.valid.mkdir()
+    reader.write(self.valid)
+    found = {path for pattern in reader.files for path in self.valid.glob(pattern) if path.is_file()}
+    self.names = sorted(str(path.relative_to(self.valid)) for path in found)
     assert self.names, reader.name
-    shutil.copytree(self._valid, self._scratch)
+    shutil.copytree(self.valid, self._scratch)
     # Also compiles and imports what the cases need. All files of a folder belong together.
     for name in {name.partition("/")[0]: name for name in self.names}.values():
       reader.read(self._scratch / name)
@@ -102,7 +107,7 @@ class Seeds:
     # Few readers write to their folder, so only the damaged file is restored.
     name = source.choice(self.names)
     path = self._scratch / name
-    content = (self._valid / name).read_bytes()
+    content = (self.valid / name).read_bytes()
     damaged = (reader.mutate or mutations.mutation_of(path.name))(content, source)
     path.write_bytes(damaged)
     try:
@@ -113,7 +118,7 @@ class Seeds:
       path.write_bytes(content)
       if reader.seal is not None:
         shutil.rmtree(self._scratch)
-        shutil.copytree(self._valid, self._scratch)
+        shutil.copytree(self.valid, self._scratch)
 
   def _read(self, path, size):
     before = _reset_peak()

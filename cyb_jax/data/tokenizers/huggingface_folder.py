@@ -20,7 +20,7 @@ from cyb_jax.data.tokenizers.huggingface import (
 from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 
 # Entries that exports of this package append to a tokenizer; they are removed when an export is opened.
 _APPENDED = re.compile(r"<pause_\d+>|<dont_know>|<row_\d+>")
@@ -178,7 +178,7 @@ class _Settings:
       if isinstance(template, str):
         return template
       if template is not None:
-        raise InputError(f"{path}: chat_template is {template!r}, but must be a string; fetch it again")
+        raise InputError(f"{path}: chat_template is {shown(template)}, but must be a string; fetch it again")
     return None
 
   def _of(self, names: Sequence[str]) -> dict[Path, dict[str, Any]]:
@@ -193,7 +193,9 @@ class _Settings:
       if named is not None and not (isinstance(named, str) and named in ids):
         if missing_ok:
           continue
-        raise InputError(f"{path}: {role}_token {named!r} is not in the vocabulary; give the tokenizer of this model")
+        raise InputError(
+          f"{path}: {role}_token {shown(named)} is not in the vocabulary; give the tokenizer of this model"
+        )
       if named is not None:
         return [ids[named]]
       numbers = [i for i in (number if isinstance(number, list) else [number]) if isinstance(i, int)]
