@@ -8,15 +8,20 @@ reference to the base under 'base'; a checkpoint without this entry contains all
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import pathlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from jaxtyping import PyTree
 
-from cyb_jax import hub
+from cyb_jax import hub, storage
 from cyb_jax.decoder import LoraConfig
 from cyb_jax.methods import Method
 from cyb_jax.methods.parameters import trained_part
+
+_HASHING_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,13 @@ class BaseReference:
   def pinned(self, path: str) -> str:
     """The path; if it is the repository of the reference without a revision, the revision is added."""
     return self.path if hub.in_hub(path) and self.path.startswith(f"{path}@") else path
+
+
+def checksum_of_files(files: Iterable[pathlib.Path]) -> str:
+  """A hexadecimal sha256 of the contents of files, whatever their names and their order."""
+  with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+    digests = sorted(pool.map(lambda path: storage.files(path.parent).digest(path.name, "sha256"), files))
+  return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 class DecoderSource(Protocol):

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -27,6 +25,7 @@ from cyb_jax.decoder import DecoderConfig, quantization
 from cyb_jax.decoder.config import matrix_shape
 from cyb_jax.errors import InputError, reading, shown
 from cyb_jax.interop import gguf, huggingface, llama2c
+from cyb_jax.interop.base import checksum_of_files
 from cyb_jax.interop.families import LeafPath, Tensor, same_layout
 from cyb_jax.interop.tensors import Fields, TensorFiles, TensorInfo, check
 from cyb_jax.methods import MethodConfig
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
   from cyb_jax.data import Tokenizer
 
 _TABLES = (("embedding",), ("unembedding",))
-_HASHING_THREADS = 8
 # The largest number of rows that pad a table in memory, in addition to its own number.
 _MOST_PADDING = 4096
 
@@ -132,10 +130,7 @@ class Source:
 
   def checksum(self) -> str:
     """A hexadecimal sha256 of the files with the weights, whatever their names; the files are read."""
-    files = sorted({info.file for info in self._all_infos()})
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-      digests = sorted(pool.map(lambda path: storage.files(path.parent).digest(path.name, "sha256"), files))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return checksum_of_files({info.file for info in self._all_infos()})
 
   def _all_infos(self) -> list[TensorInfo]:
     """The headers of all tensors of the decoder."""
