@@ -107,6 +107,30 @@ def test_by_hand_and_nothing_is_written(elsewhere):
   assert os.listdir(elsewhere / "here") == []
 
 
+@pytest.mark.parametrize(("scheme", "bytes_per_weight"), [("int8", 1), ("nf4", 0.5 + 4 / 64)])
+def test_a_quantised_model_of_1b_by_hand(scheme, bytes_per_weight):
+  """Parameters with their scales, and moments of the adapters and the new rows alone; no program is compiled."""
+  config = configs.default()
+  config.method.update(name="cyb", pauses=3, dont_know="token")
+  config.decoder.update(preset="llama_1b", scan_layers=True)
+  config.precision.params = scheme
+  config = configs.freeze(lora(config, lora_rank=8, lora_targets="query,value"))
+  found = estimate.outline(config, None)
+  state = found.strategy.abstract()
+  memory = estimate.memory_of(state, found.method, found.batch, 8, None, jax.devices()[0])
+  matrices = 16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192)
+  # int8 has one scale for each output: 4 bytes.
+  scales = 16 * 4 * (2048 + 512 + 512 + 2048 + 8192 + 8192 + 2048) if scheme == "int8" else 0
+  others = 2 * (128256 * 2048 + 33 * 2048)  # the table and the norms, bfloat16
+  trained = 4 * (16 * 8 * ((2048 + 2048) + (2048 + 512)) + 3 * 2048 + 2048)  # adapters, rows of pauses and <don't know>
+  constants = memory["parameters"] - (matrices * bytes_per_weight + scales + others + trained)
+  assert 0 <= constants <= 8
+  # Two moments, and the counters of Adam and of the schedule.
+  assert memory["moments"] == 2 * trained + 8
+  assert memory["gradients"] == trained
+  assert memory["parameters"] < 2**30 * (1.5 if scheme == "int8" else 1.1)
+
+
 @pytest.mark.parametrize("weights", [pytest.param("all", marks=pytest.mark.slow), "lora"])
 def test_executed_operations_equal_xlas_count(weights):
   """Within 5%: the entire step, including norms, softmax and optimizer, which aren't counted by hand."""
