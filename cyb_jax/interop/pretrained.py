@@ -24,6 +24,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from absl import logging
 from jaxtyping import Array, PyTree
 
@@ -283,7 +284,7 @@ def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: C
     if imported is not None:
       return imported
     value = fresh[path] if path in fresh else rows[path[0].key]
-    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+    return _put(value, leaf)
 
   return jax.tree_util.tree_map_with_path(pick, wanted)
 
@@ -372,8 +373,18 @@ def _placed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, An
     if isinstance(leaf, Mapping):
       placed[name] = _placed(value or {}, leaf)
     elif value is not None and value.shape == leaf.shape:
-      placed[name] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+      placed[name] = _put(value, leaf)
   return placed
+
+
+def _put(value: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+  """The array in the wanted dtype and sharding."""
+  value = value.astype(leaf.dtype)
+  if leaf.sharding is None or leaf.sharding.is_fully_addressable or not value.is_fully_addressable:
+    return jax.device_put(value, leaf.sharding)
+  # Every host has the entire array, and device_put would not accept an array that is on a single host's device.
+  host = np.asarray(value)
+  return jax.make_array_from_callback(host.shape, leaf.sharding, lambda index: host[index])
 
 
 def _at(tree: PyTree, path: tuple[Any, ...]) -> Any:
