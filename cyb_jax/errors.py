@@ -85,6 +85,17 @@ class Failed(Exception):
     self.result = result
 
 
+def shown(value: Any, most: int = 60) -> str:
+  """The `repr` of a value in a message, cut to `most` characters; values of foreign files may be of any size.
+
+  Example:
+    >>> shown("a" * 100, most=10)
+    "'aaaaaa..."
+  """
+  text = repr(value)
+  return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 # The smallest similarity of a suggested name; the smallest similarity of its group that counts, and its weight.
 _SIMILAR = 0.6
 _SIMILAR_GROUP = 0.75

@@ -80,6 +80,13 @@ def fetch(address: str, *, weights: bool = True) -> str:
   return str(folder)
 
 
+def pinned(address: str) -> str:
+  """The address with the commit of the fetched files as its revision, see `fetch`."""
+  name = address.removeprefix(SCHEME).partition("@")[0]
+  # The cache has a folder for each commit.
+  return f"{SCHEME}{name}@{os.path.basename(fetch(address))}"
+
+
 def _package(address: str) -> types.ModuleType:
   try:
     importlib.import_module("huggingface_hub.errors")

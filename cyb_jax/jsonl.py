@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
+# The largest number of lists and objects around a value; Python itself fails at a depth that depends on the caller.
+_MAX_DEPTH = 100
 # The escape of a surrogate, which may be unpaired.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -34,8 +37,8 @@ def loads(text: str | bytes) -> Any:
     text: a JSON text; bytes are UTF-8.
 
   Raises:
-    ValueError: the text is not JSON, not UTF-8, nested too deeply, or has a lone surrogate. Callers add the file and
-      the line.
+    ValueError: the text is not JSON, not UTF-8, nested in more than 100 levels, or has a lone surrogate. Callers add
+      the file and the line.
 
   Example:
     >>> loads(b'{"text": "caf\\u00e9"}')
@@ -53,9 +56,26 @@ def loads(text: str | bytes) -> Any:
     raise ValueError(f"invalid JSON: {error.msg} at character {error.pos}") from error
   except RecursionError as error:
     raise ValueError("nested too deeply") from error
+  check_depth(value)
   if isinstance(text, str) or _SURROGATE.search(decoded):
     _check_characters(value, "")
   return value
+
+
+def check_depth(value: Any) -> None:
+  """Raises ValueError if a value of `json.loads` has more than 100 levels of lists and objects."""
+  level = [value]
+  for _ in range(_MAX_DEPTH):
+    level = [item for each in level for item in _items(each) if isinstance(item, dict | list)]
+    if not level:
+      return
+  raise ValueError(f"nested too deeply, in more than {_MAX_DEPTH} levels")
+
+
+def _items(value: Any) -> Iterable[Any]:
+  if isinstance(value, dict):
+    return value.values()
+  return value if isinstance(value, list) else ()
 
 
 def _check_characters(value: Any, place: str) -> None:

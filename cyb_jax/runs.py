@@ -1,4 +1,4 @@
-"""Loads a trained run from its work directory."""
+"""A trained run, and what is read from its work directory; `interop.pretrained.load_run` loads it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import jax
 from jaxtyping import PyTree
 
 from cyb_jax import configs, storage
-from cyb_jax.checkpointing.workdir import ConfigRecord, check_fingerprint, checkpoints_in, read_config
+from cyb_jax.checkpointing.workdir import ConfigRecord, check_fingerprint, newest_meta, read_config
 from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, TokenStore, is_store, open_token_store, tasks, tokenizers
-from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import InputError
 from cyb_jax.methods import Method
-from cyb_jax.partitioning.mesh import data_shards, shardings
+from cyb_jax.partitioning.mesh import shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +49,11 @@ class Run:
     return tokenizers.text_boundaries(self.tokenizer, imported=self.imported)
 
 
-def load(
-  workdir: str | os.PathLike,
-  checkpoint: int | str = "last",
-  mesh: jax.sharding.Mesh | None = None,
-  cluster: Cluster = ALONE,
-) -> Run:
-  """Loads a run's parameters, without its optimizer state.
-
-  Args:
-    workdir: the run's folder.
-    checkpoint: a step, 'last', or 'best' (the lowest validation loss).
-    mesh: the mesh over which the parameters are sharded; None means the default device.
-    cluster: the hosts that load the run together; host 0 checks the checkpoint for all.
+def load_config(workdir: str | os.PathLike) -> Config:
+  """The config of a run that has saved a checkpoint.
 
   Raises:
-    InputError: there is no run or no such checkpoint, or the checkpoint is damaged. For 'last', damaged checkpoints are
-      skipped with a warning.
+    InputError: there is no run, or it has no checkpoint.
   """
   config = configs.freeze(configs.migrated(read_config(workdir)))
   with storage.starting(workdir):
@@ -74,19 +61,7 @@ def load(
       raise InputError(
         f"checkpoints: {workdir} contains no finished checkpoint; give the work directory of a run that has saved one"
       )
-    tokenizer = load_tokenizer(workdir)
-  method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else data_shards(mesh))
-  checkpoints = checkpoints_in(workdir, read_only=True)
-  abstract = abstract_params(method, mesh)
-  while True:
-    step = cluster.broadcast(checkpoints.find(checkpoint) if cluster.index == 0 else None)
-    try:
-      return Run(config, method, checkpoints.restore_params(step, abstract), tokenizer, step, checkpoints.meta(step))
-    except Exception:
-      # A training run may have deleted the checkpoint in the meantime; then there is a newer checkpoint. Several hosts
-      # may not all fail, so they end.
-      if cluster.count > 1 or step in checkpoints.steps():
-        raise
+  return config
 
 
 def load_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
@@ -116,16 +91,25 @@ def with_absolute_paths(source: Mapping[str, Any]) -> dict[str, Any]:
   return configs.with_paths(source, storage.absolute, tasks.with_absolute_paths)
 
 
-def config_record(config: Config) -> ConfigRecord:
+def config_record(config: Config, workdir: str | os.PathLike | None = None) -> ConfigRecord:
   """A config in the form in which a work directory records and compares it.
 
   Fields that `config` does not set are not compared with a run of an earlier version; see `as_started`.
+
+  Args:
+    config: the config.
+    workdir: the folder of the run. If its checkpoints refer to a base (`cyb_jax.interop.base`), `init_from` may differ,
+      because the base may have been moved, and its checksum is compared instead.
   """
   source = with_absolute_paths(config.source)
 
   def differences(recorded: Mapping[str, Any]) -> list[str]:
     # Version 0.1 did not make paths absolute.
     recorded = with_absolute_paths(recorded)
+    if recorded.get("init_from") != source.get("init_from") and workdir is not None:
+      meta = newest_meta(workdir)
+      if meta is not None and "base" in meta:
+        recorded["init_from"] = source.get("init_from")
     return configs.differences(configs.migrated(recorded), configs.continued(source, recorded))
 
   return ConfigRecord(configs.to_json(dataclasses.replace(config, source=source)), differences)

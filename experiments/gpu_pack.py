@@ -123,11 +123,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     raise InputError(f"--documents: {args.documents} must not be negative")
   if not (ROOT / "pyproject.toml").exists():
     raise InputError("a pack contains this package's source: run experiments/gpu_pack.py in a checkout")
+  try:
+    output.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"--output: {output} can't be written ({error.strerror}); give another folder") from None
   downloads = pathlib.Path(args.downloads or f"{output}.downloads")
   text = downloads / "text"
   counts = write_text(downloads, text, args.documents or None, args.c4_data_dir)
   stores = write_stores(text, downloads / "stores", args.vocabulary)
-  output.mkdir(parents=True, exist_ok=True)
   shutil.copyfile(archived(downloads / "stores", stores), output / "stores.tar.xz")
   packages = fetch_runtime(output / "wheels") if args.runtime else []
   copy_scripts(output)

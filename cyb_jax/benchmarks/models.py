@@ -37,9 +37,9 @@ def chosen() -> tuple[Any, Any, str]:
 
 
 def _loaded(workdir: str) -> tuple[Any, Any, str]:
-  from cyb_jax import runs
+  from cyb_jax.interop import pretrained
 
-  run = runs.load(workdir)
+  run = pretrained.load_run(workdir)
   return run.method, run.params, run.config.precision.matmul
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from absl import logging
 
-from cyb_jax import storage
+from cyb_jax import jsonl, storage
 from cyb_jax.errors import StorageError
 
 # The list of a checkpoint's files: {name: [size in bytes, hexadecimal sha256, or 'md5:' and a hexadecimal MD5 digest]}.
@@ -88,7 +87,7 @@ def _check(folder: storage.Place, quick: bool) -> None:
 
 def _read_checksums(folder: storage.Place) -> dict[str, _Entry]:
   try:
-    listed = json.loads(storage.read_bytes(folder / CHECKSUMS)).items()
+    listed = jsonl.loads(storage.read_bytes(folder / CHECKSUMS)).items()
     return {str(name): _Entry(int(size), *_kind(str(digest))) for name, (size, digest) in listed}
   except FileNotFoundError:
     raise _Damage(f"{CHECKSUMS} is missing") from None

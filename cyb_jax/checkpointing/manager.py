@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import jax
 from absl import logging
 from jaxtyping import PyTree
 
-from cyb_jax import storage
+from cyb_jax import jsonl, storage
 from cyb_jax.checkpointing import integrity
 from cyb_jax.checkpointing.backend import Backend
 from cyb_jax.checkpointing.bucket import BucketBackend
@@ -28,7 +27,7 @@ from cyb_jax.checkpointing.disk import DiskBackend
 from cyb_jax.checkpointing.selection import Inspection, lowest
 from cyb_jax.checkpointing.serialization import Reader, Writer
 from cyb_jax.distributed.cluster import ALONE, Cluster
-from cyb_jax.errors import InputError, StorageError, storage_cause
+from cyb_jax.errors import InputError, StorageError, shown, storage_cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Checkpoints:
         f"checkpoint {step} in {self.directory}: {name} is {saved.get(name, 'missing')}, but this config has"
         f" {wanted.get(name, 'no such array')}"
       )
-    with self._reading(step):
+    with self._reading_arrays(step):
       state, meta = self._reader.read(self._folder(step), abstract)
     logging.info("restored step %d from %s", step, self.directory)
     return Restored(step, state, meta)
@@ -200,7 +199,7 @@ class Checkpoints:
       step: one of `steps()` whose checkpoint is known to be undamaged; it isn't checked again.
       abstract: the parameters, as a tree of ShapeDtypeStruct with shardings.
     """
-    with self._reading(step):
+    with self._reading_arrays(step):
       return self._reader.read_params(self._folder(step), abstract)
 
   def meta(self, step: int) -> dict[str, Any]:
@@ -278,16 +277,46 @@ class Checkpoints:
     """The validation loss of a checkpoint, or None."""
     if not storage.names(self._folder(step) / "validation"):
       return None
-    return self._json(step, "validation")["loss"]
+    loss = self._json(step, "validation").get("loss")
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+      raise InputError(
+        f"checkpoint {step} in {self.directory}: validation/metadata has the loss {shown(loss)}, not a finite number;"
+        " restore the checkpoint from a copy"
+      )
+    return loss
 
   def _json(self, step: int, item: str) -> dict[str, Any]:
     # Orbax is not used here, because it synchronizes the hosts at every read, and host 0 inspects checkpoints alone.
     with self._reading(step):
-      return json.loads(storage.read_bytes(self._folder(step) / item / "metadata"))
+      content = storage.read_bytes(self._folder(step) / item / "metadata")
+    try:
+      value = jsonl.loads(content)
+    except ValueError as error:
+      raise self._unreadable(step, f"{item}/metadata: {error}") from error
+    if not isinstance(value, dict):
+      raise self._unreadable(step, f"{item}/metadata: {shown(value)} instead of a JSON object")
+    return value
 
   def _shapes(self, step: int) -> PyTree:
-    with self._reading(step):
+    with self._reading_arrays(step):
       return self._reader.shapes(self._folder(step))
+
+  @contextlib.contextmanager
+  def _reading_arrays(self, step: int) -> Iterator[None]:
+    """Converts orbax's errors of any type inside the `with` block to an InputError about the files of a checkpoint."""
+    try:
+      with self._reading(step):
+        yield
+    except (InputError, StorageError, MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      raise self._unreadable(step, f"{type(error).__name__}: {error}") from error
+
+  def _unreadable(self, step: int, reason: str) -> InputError:
+    return InputError(
+      f"checkpoint {step} in {self.directory} can't be read ({' '.join(reason.split())[:300]}); give another step, or"
+      " restore the checkpoint from a copy"
+    )
 
   def _reading(self, step: int) -> contextlib.AbstractContextManager[None]:
     return storage.bucket_errors(f"checkpoint {step} in {self.directory} can't be read")

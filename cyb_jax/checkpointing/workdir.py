@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 import tempfile
@@ -26,7 +25,7 @@ from absl import logging
 
 from cyb_jax import jsonl, storage
 from cyb_jax.checkpointing.manager import Checkpoints
-from cyb_jax.errors import InputError, reading, storage_cause
+from cyb_jax.errors import InputError, reading, shown, storage_cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +231,14 @@ def is_run(path: str | os.PathLike) -> bool:
   folder = storage.place(path)
   try:
     with storage.starting(path):
-      text = storage.read_bytes(folder / "config.json").decode()
+      text = storage.read_bytes(folder / "config.json")
   except InputError:
     raise
-  except (OSError, UnicodeDecodeError):
-    text = ""
+  except OSError:
+    text = b""
   try:
-    found = json.loads(text)
-  except json.JSONDecodeError:
+    found = jsonl.loads(text)
+  except ValueError:
     with reading(str(path)), storage.starting(path):
       return bool(storage.names(folder / "checkpoints"))
   return isinstance(found, dict) and {"method", "decoder", "train"} <= found.keys()
@@ -253,14 +252,16 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   """
   path = storage.place(workdir) / "config.json"
   with storage.starting(workdir):
-    text = storage.read_bytes(path).decode() if storage.exists(path) else None
+    text = storage.read_bytes(path) if storage.exists(path) else None
   if text is None:
     raise InputError(f"workdir: {workdir} contains no run (no config.json); give the work directory of a run")
   try:
-    found = json.loads(text)
-  except json.JSONDecodeError as error:
+    found = jsonl.loads(text)
+  except ValueError as error:
     raise InputError(f"workdir: {path} is not JSON ({error}); restore the file") from None
-  if isinstance(found, dict) and "architectures" in found:
+  if not isinstance(found, dict):
+    raise InputError(f"workdir: {path} contains {shown(found)} instead of a JSON object; restore the file")
+  if "architectures" in found:
     raise InputError(
       f"workdir: {workdir} contains a Hugging Face model, not a run; give it as --init_from, or give a run"
     )

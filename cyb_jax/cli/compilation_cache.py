@@ -15,6 +15,7 @@ import sys
 from absl import logging
 
 from cyb_jax import command_line
+from cyb_jax.errors import InputError
 from cyb_jax.storage.paths import in_bucket, user_cache
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
@@ -37,13 +38,20 @@ def enable(folder: str | None) -> None:
 
   Args:
     folder: the value of the flag: a folder or bucket; '': the cache is off; None: the folder of the variable
-      JAX_COMPILATION_CACHE_DIR if it is set, otherwise the user's.
+      JAX_COMPILATION_CACHE_DIR if it is set, otherwise the user's; without a user's folder that can be written, the
+      cache is off.
+
+  Raises:
+    InputError: the flag names a folder that can't be written.
   """
   if folder is None and _FOLDER in os.environ:
     return
+  requested = folder is not None
   if folder is None:
     folder = str(user_cache() / "compiled" / _machine())
   if folder and not in_bucket(folder) and not _is_writable(pathlib.Path(folder)):
+    if requested:
+      raise InputError(f"--compilation_cache: {folder} can't be written; give another folder, or '' for no cache")
     logging.info("%s can't be written: compiled programs are not kept; --compilation_cache=DIR sets a folder", folder)
     folder = ""
   _set(_FOLDER, folder)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from cyb_jax import command_line
-from cyb_jax.cli import flag_values, launching
+from cyb_jax.cli import flag_values, launching, models
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def define_flags() -> None:
   command_line.define_path("input", "", "The folder or file to convert.")
   command_line.define_path("workdir", "", "The run to export.")
   flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
+  models.define_base_flag()
   command_line.define_path("output", "", "The folder to write; it must be empty or not exist.")
   flags.DEFINE_string("dtype", "float32", "The number format of the written weights: float32 or bfloat16.")
   flags.DEFINE_string("tokenizer", "", "A tokenizer that replaces the tokenizer of --input; '': no replacement.")
@@ -59,7 +60,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     raise InputError(f"--to: {target!r} is unknown; give hf or peft")
   if args.dtype not in _DTYPES:
     raise InputError(f"--dtype: {args.dtype!r} is unknown; give one of {', '.join(_DTYPES)}")
-  unused = ("workdir", "checkpoint") if source else ("input", "tokenizer", *(("dtype",) if target == "peft" else ()))
+  unused = (
+    ("workdir", "checkpoint", "base") if source else ("input", "tokenizer", *(("dtype",) if target == "peft" else ()))
+  )
   for name in unused:
     if args[name].present:
       raise InputError(f"--{name}: {args[name].value!r} has no effect with --{'from' if source else 'to'}; omit it")
@@ -88,14 +91,13 @@ def _convert(kind: str, path: str, output: pathlib.Path) -> dict[str, Any]:
 
 
 def _export(workdir: str, output: pathlib.Path) -> dict[str, Any]:
-  from cyb_jax import runs
   from cyb_jax.decoder import merge_lora
   from cyb_jax.interop import pretrained
   from cyb_jax.methods import Exportable
 
   args = flags.FLAGS
   start = time.perf_counter()
-  run = runs.load(workdir, flag_values.checkpoint_flag())
+  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), base=args.base)
   if not isinstance(run.method, Exportable):
     raise InputError(
       f"--workdir: the method of {workdir} is {run.method.name!r}, which is not a plain decoder: programs that read a"

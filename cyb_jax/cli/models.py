@@ -26,6 +26,15 @@ def define_run_flags() -> None:
   """Defines the flags that specify a run."""
   command_line.define_path("workdir", None, "The run's folder.")
   flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
+  define_base_flag()
+
+
+def define_base_flag() -> None:
+  """Defines the flag for the base of a run, see `cyb_jax.interop.base`."""
+  command_line.define_path(
+    "base", "", "The model from which a run with a frozen decoder started, if it has been moved; '': where the run's"
+    " config.json says."
+  )  # fmt: skip
 
 
 def define_model_flags() -> None:
@@ -65,7 +74,7 @@ def open_model(config: Config | None = None, cluster: Cluster | None = None) -> 
     found = "--init_from is also given" if args.workdir else "not given"
     raise InputError(f"--workdir: {found}; give the run's folder as --workdir, or pretrained weights as --init_from")
   checkpoint = flag_values.checkpoint_flag()
-  from cyb_jax import configs, runs
+  from cyb_jax import configs
   from cyb_jax.checkpointing.workdir import read_config
   from cyb_jax.distributed.cluster import ALONE
   from cyb_jax.generation.abilities import with_prompt_pauses
@@ -75,8 +84,10 @@ def open_model(config: Config | None = None, cluster: Cluster | None = None) -> 
     if args.tokenizer:
       raise InputError(f"--tokenizer: {args.tokenizer!r} requires --init_from; omit it for a run")
     configs.freeze(configs.migrated(read_config(args.workdir)))
-    load = functools.partial(runs.load, args.workdir, checkpoint, cluster=cluster or ALONE)
+    load = functools.partial(pretrained.load_run, args.workdir, checkpoint, base=args.base, cluster=cluster or ALONE)
   else:
+    if args.base:
+      raise InputError(f"--base: {args.base!r} requires --workdir; omit it for pretrained weights")
     found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
     load = functools.partial(_load_pretrained, found, config)
 

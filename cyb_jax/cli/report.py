@@ -54,14 +54,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   flag_values.check_not_negative("limit", "batch_size", "text_windows")
   if args.compare and args.workdir:
     raise InputError(f"--compare: {','.join(args.compare)!r}, but --workdir = {args.workdir!r} is also given; give one")
+  if args.compare and args.base:
+    raise InputError(f"--base: {args.base!r} has no effect with --compare; set init_from in the config.json of the run")
   if args.compare:
     return _compare(list(args.compare))
   return _report(flag_values.required_flag("workdir", "give the run's folder, or several with --compare"))
 
 
 def _report(workdir: str) -> dict[str, Any]:
-  from cyb_jax import jsonl, runs
+  from cyb_jax import jsonl
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
+  from cyb_jax.interop import pretrained
   from cyb_jax.report import coloured, output, single
   from cyb_jax.training.metrics import read_metrics
 
@@ -71,16 +74,15 @@ def _report(workdir: str) -> dict[str, Any]:
   read_config(workdir)  # a folder without a run is reported first
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
   mesh = splits.reading_mesh()
-  run = runs.load(workdir, flag_values.checkpoint_flag(), mesh)
+  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), mesh, base=args.base)
   store = splits.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
   checkpoint = checkpoints_in(workdir, read_only=True).fingerprint(run.step)
   statistics = recorded_statistics(workdir, checkpoint) or _statistics(run, mesh, store, checkpoint)
   html, pictures = single.build(run.config.source, run.meta, statistics, read_metrics(workdir), windows)
   output.check_size(html)
-  output.write_folder(
-    folder, {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
-  )
+  files = {"index.html": html, "statistics.json": jsonl.dumps(statistics, indent=2) + "\n", **pictures}
+  output.write_folder(folder, files | coloured.files(windows))
   _send_to_trackers(run, workdir, folder)
   if args.text:
     _print(windows)
@@ -110,7 +112,7 @@ def _send_to_trackers(run: Run, workdir: str, folder: storage.Place) -> None:
 def _compare(workdirs: list[str]) -> dict[str, Any]:
   from cyb_jax import jsonl
   from cyb_jax.checkpointing.workdir import read_config
-  from cyb_jax.report import comparison, output, side_by_side
+  from cyb_jax.report import coloured, comparison, output, side_by_side
 
   args = flags.FLAGS
   if len(workdirs) < 2:
@@ -128,11 +130,11 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   comparison.check_comparable(candidates)
   groups = comparison.group_runs(candidates)
   numbers = comparison.compare(groups)
-  html, pictures = side_by_side.build(groups, numbers, _windows(side_by_side.pausing_group(groups)))
+  windows = _windows(side_by_side.pausing_group(groups))
+  html, pictures = side_by_side.build(groups, numbers, windows)
   output.check_size(html)
-  output.write_folder(
-    folder, {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
-  )
+  files = {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
+  output.write_folder(folder, files | coloured.files(windows))
   return {
     "report": str(folder / "index.html"),
     "figures": sorted(pictures),
@@ -147,14 +149,14 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
 
 def _windows(group: Group | None) -> list[Window]:
   """Windows of text, as the first run of a group evaluates them."""
-  from cyb_jax import runs
+  from cyb_jax.interop import pretrained
   from cyb_jax.report import coloured
 
   args = flags.FLAGS
   if group is None or not args.text_windows:
     return []
   mesh = splits.reading_mesh()
-  run = runs.load(group.runs[0].workdir, flag_values.checkpoint_flag(), mesh)
+  run = pretrained.load_run(group.runs[0].workdir, flag_values.checkpoint_flag(), mesh)
   store = splits.open_store(run.config, run.meta)
   return coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
 
@@ -174,6 +176,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   """
   from cyb_jax import configs, jsonl, runs
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
+  from cyb_jax.interop import pretrained
   from cyb_jax.report.comparison import Candidate
   from cyb_jax.training.metrics import read_metrics
 
@@ -186,7 +189,7 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
     mesh = splits.reading_mesh()
-    run = runs.load(workdir, step, mesh)
+    run = pretrained.load_run(workdir, step, mesh)
     statistics = _statistics(run, mesh, splits.open_store(run.config, run.meta), checkpoint)
     path = _report_folder(workdir) / "statistics.json"
     # An existing report folder without these statistics belongs to another report; the statistics are then not saved.

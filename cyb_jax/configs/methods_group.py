@@ -109,7 +109,7 @@ def written_method(method: MethodConfig) -> dict[str, Any]:
 def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
   """The group of a config.json without the options of other methods that version 0.1 wrote."""
   name = values.get("name", "cyb")
-  if name not in methods.METHODS:
+  if not isinstance(name, str) or name not in methods.METHODS:
     return dict(values)
   own = methods.option_names(name)
   return {

@@ -18,6 +18,7 @@ from typing import Any
 
 from cyb_jax.configs import lists, methods_group
 from cyb_jax.decoder import PRESETS
+from cyb_jax.errors import InputError, shown
 
 FORMAT = 3
 # Fields of earlier versions, and the fields that replace them.
@@ -26,16 +27,19 @@ REPLACED = {"train.tensorboard": "train.trackers"}
 
 def migrated(recorded: Mapping[str, Any]) -> dict[str, Any]:
   """Converts the nested dict of a config.json to a config of this version, which has no field `format`."""
+  written = recorded.get("format", 1)
+  if not isinstance(written, int):
+    raise InputError(f"config.format: {shown(written)} must be an integer; restore config.json")
   source = {name: value for name, value in recorded.items() if name != "format"}
   if isinstance(source.get("method"), Mapping):
     source["method"] = methods_group.migrated(source["method"])
   if isinstance(source.get("train"), Mapping) and "tensorboard" in source["train"]:
     values = {name: value for name, value in source["train"].items() if name != "tensorboard"}
     source["train"] = {"trackers": "tensorboard" if source["train"]["tensorboard"] else "", **values}
-  if recorded.get("format", 1) >= FORMAT:
+  if written >= FORMAT:
     return source
-  for (group, name), value in _earlier_values(source, recorded.get("format", 1)).items():
-    values = source.get(group, {})
+  for (group, name), value in _earlier_values(source, written).items():
+    values = _group(source, group)
     if _is_open(values.get(name)):
       source[group] = {**values, name: value}
   return source
@@ -69,17 +73,24 @@ _DEFAULTS = {("tuning", "new_rows"): "auto"}
 def _earlier_values(source: Mapping[str, Any], written: int) -> dict[tuple[str, str], Any]:
   """The values that missing fields had in the format `written` and later ones, by group and name."""
   values: dict[tuple[str, str], Any] = {}
-  decoder, method = source.get("decoder", {}), source.get("method", {})
+  decoder, method = _group(source, "decoder"), _group(source, "method")
   if decoder.get("preset") == "llama_1b":
     values["decoder", "rope_scaling"] = ""
   if written > 1:
     return values
   if source.get("init_from"):
     values["tuning", "new_rows"] = "mean"
-  layers = decoder.get("num_layers") or getattr(PRESETS.get(decoder.get("preset", "")), "num_layers", None)
-  if method.get("name") == "thoughtbubbles" and layers:
+  preset = decoder.get("preset")
+  layers = decoder.get("num_layers") or (PRESETS[preset].num_layers if preset in list(PRESETS) else None)
+  if method.get("name") == "thoughtbubbles" and isinstance(layers, int):
     values["method", "fork_layers"] = lists.written(sorted({-(-layers * part // 12) for part in (3, 7, 11)}))
   return values
+
+
+def _group(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  """The fields of a group; none if the group is no object, which `parsing.freeze` reports."""
+  values = source.get(name)
+  return values if isinstance(values, Mapping) else {}
 
 
 def _is_open(value: Any) -> bool:

@@ -211,7 +211,8 @@ class Config:
     precision: number formats.
     tuning: the selection of the trained parameters.
     init_from: the initial parameters: a run's folder or the weights of other projects (`cyb_jax.interop.pretrained`);
-      '': newly initialised parameters.
+      '': newly initialised parameters. If the decoder is frozen, it is also the base that the run's checkpoints need,
+      and may be changed to its new place when it has been moved (`cyb_jax.interop.base`).
     source: the nested dict from which this config was created; it is the content of config.json.
   """
 

@@ -17,6 +17,8 @@ r rank of adapters.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import jax
 
@@ -99,7 +101,14 @@ class Cost:
 
 
 def forward_cost(
-  config: DecoderConfig, *, tokens: int, slots: float, slots_read: float, hidden: bool = False, executed: bool = False
+  config: DecoderConfig,
+  *,
+  tokens: int,
+  slots: float,
+  slots_read: float,
+  hidden: bool = False,
+  shifting: bool = False,
+  executed: bool = False,
 ) -> Cost:
   """Returns the operations of one forward pass, per real token.
 
@@ -114,6 +123,7 @@ def forward_cost(
     slots: W, slots per token; fractional if a row has a fixed number of slots.
     slots_read: the number of a token's slots that are read out.
     hidden: whether the slots after the first slot of a token are keys for the slots of that token only.
+    shifting: see `local_keys`.
     executed: whether to count the operations of the compiled program. XLA's attention is assumed; cuDNN's attention
       skips the masked half.
   """
@@ -121,7 +131,7 @@ def forward_cost(
     config,
     slots=slots,
     keys=_keys(tokens, slots, hidden, executed),
-    local_keys=None if executed else local_keys(config, tokens, slots, hidden),
+    local_keys=local_keys(config, tokens, slots, hidden=hidden, shifting=shifting, executed=executed),
     slots_read=slots_read,
   )
 
@@ -133,7 +143,7 @@ def pass_cost(
   keys: float,
   local_keys: float | None = None,
   slots_read: float = 0.0,
-  layers: int | None = None,
+  layers: Sequence[int] | None = None,
   routing: float = 0.0,
 ) -> Cost:
   """Returns the operations, per real token, of slots that pass through layers once.
@@ -146,48 +156,85 @@ def pass_cost(
     keys: the average number of keys of a slot, see `causal_keys`.
     local_keys: the average number in local layers, see `local_keys`; None: `keys`.
     slots_read: the number of slots that are read out, per real token.
-    layers: the number of layers; None: all.
+    layers: the numbers of the layers, each as often as the slots pass through it; None: all layers once.
     routing: the number of parameters outside the decoder that a slot is multiplied by.
   """
-  layers = config.num_layers if layers is None else layers
+  layers = range(config.num_layers) if layers is None else layers
   return Cost(
-    matrices=slots * layers * 2 * sum(_matrices(config).values()),
-    attention=slots * layers * _attention(config, _mean_keys(config, keys, local_keys)),
+    matrices=slots * len(layers) * 2 * sum(_matrices(config).values()),
+    attention=slots * _attention(config, _keys_of_layers(config, keys, local_keys, layers)),
     readout=slots_read * _readout(config),
-    adapters=slots * layers * 2 * sum(_adapters(config).values()),
+    adapters=slots * len(layers) * 2 * sum(_adapters(config).values()),
     routing=slots * 2 * routing,
   )
 
 
-def local_keys(config: DecoderConfig, tokens: float, slots: float, hidden: bool = False) -> float | None:
-  """Returns the average number of keys of a slot in a layer with the config's window; None without a window.
+def local_keys(
+  config: DecoderConfig,
+  tokens: float,
+  slots: float = 1.0,
+  *,
+  hidden: bool = False,
+  shifting: bool = False,
+  executed: bool = False,
+) -> float | None:
+  """Returns the average number of keys of a slot in a layer with the config's window.
 
   Args:
     config: the decoder.
-    tokens, slots, hidden: as in `forward_cost`. The slots of a token have its position.
+    tokens, slots, hidden: as in `forward_cost`.
+    shifting: whether every slot has a position of its own, so that the window counts slots; otherwise the slots of a
+      token have its position.
+    executed: as in `forward_cost`.
+
+  Returns:
+    The number; None if it is the number in a layer without a window.
   """
-  if config.window is None:
+  if config.window is None or executed:
     return None
-  window = min(config.window, tokens)
+  window: float = config.window
+  if shifting and not hidden:
+    tokens, slots = tokens * slots, 1.0
+  elif shifting:
+    window = max(1.0, window / slots)
+  window = min(window, tokens)
   # Of the first slots of tokens, token t (from 1) sees min(t, window).
   of_tokens = (window * (window + 1) / 2 + (tokens - window) * window) / tokens
   before = (of_tokens - 1) * (1 if hidden else slots)
   return before + (slots + 1) / 2
 
 
-def _mean_keys(config: DecoderConfig, keys: float, local: float | None) -> float:
-  """Returns the average over layers."""
-  if local is None:
-    return keys
-  share = sum(config.is_global(number) for number in range(config.num_layers)) / config.num_layers
-  return share * keys + (1 - share) * local
+def last_local_keys(config: DecoderConfig, tokens: float) -> float | None:
+  """Returns `local_keys` of the last of `tokens` tokens with one slot each."""
+  return None if config.window is None else min(config.window, tokens)
+
+
+def total_keys(counts: Sequence[int], window: int | None, *, of_own: bool = True, hidden: bool = False) -> float:
+  """Returns the number of keys of all slots of a text together, in a layer.
+
+  Args:
+    counts: the number of slots of each token.
+    window: the number of tokens, its own included, that a token sees; None: all tokens before it.
+    of_own: whether a slot also sees the slots before it of its own token; loops do not.
+    hidden: whether the slots of other tokens count as one, because only one of them is a key.
+  """
+  ends, keys = [0, *itertools.accumulate(counts)], 0.0
+  for token, count in enumerate(counts):
+    first = 0 if window is None else max(0, token + 1 - window)
+    others = token - first if hidden else ends[token] - ends[first]
+    keys += count * others + (count * (count + 1) / 2 if of_own else count)
+  return keys
+
+
+def _keys_of_layers(config: DecoderConfig, keys: float, local: float | None, layers: Sequence[int]) -> float:
+  """Returns the sum of the keys over layers."""
+  return sum(keys if local is None or config.is_global(number) else local for number in layers)
 
 
 def causal_keys(length: float, executed: bool = False) -> float:
   """Returns the average number of keys of a slot in a row of `length` slots.
 
-  A slot attends to itself and to the slots before it. As executed, XLA computes the full square. Methods that pass no
-  `local_keys` count all keys in local layers too.
+  A slot attends to itself and to the slots before it. As executed, XLA computes the full square.
   """
   return length if executed else (length + 1) / 2
 
@@ -199,6 +246,7 @@ def train_cost(
   slots: float,
   slots_read: float,
   hidden: bool = False,
+  shifting: bool = False,
   executed: bool = False,
   frozen: bool = False,
 ) -> Cost:
@@ -210,14 +258,14 @@ def train_cost(
   results no gradient needs; with `remat` 'dots' attention.
 
   Args:
-    config, tokens, slots, slots_read, hidden, executed: as in `forward_cost`.
+    config, tokens, slots, slots_read, hidden, shifting, executed: as in `forward_cost`.
     frozen: whether the decoder's parameters are frozen while its adapters are trained.
   """
   return train_pass_cost(
     config,
     slots=slots,
     keys=_keys(tokens, slots, hidden, executed),
-    local_keys=None if executed else local_keys(config, tokens, slots, hidden),
+    local_keys=local_keys(config, tokens, slots, hidden=hidden, shifting=shifting, executed=executed),
     slots_read=slots_read,
     executed=executed,
     frozen=frozen,
@@ -231,7 +279,7 @@ def train_pass_cost(
   keys: float,
   local_keys: float | None = None,
   slots_read: float = 0.0,
-  layers: int | None = None,
+  layers: Sequence[int] | None = None,
   routing: float = 0.0,
   executed: bool = False,
   frozen: bool = False,
@@ -244,7 +292,7 @@ def train_pass_cost(
     scaled: whether the updates of the residual stream are multiplied by a factor that has a gradient
       (`Decoder.run_layers`). The gradient then also needs the results of the last products of layers.
   """
-  layers = config.num_layers if layers is None else layers
+  layers = range(config.num_layers) if layers is None else layers
   once = pass_cost(
     config, slots=slots, keys=keys, local_keys=local_keys, slots_read=slots_read, layers=layers, routing=routing
   )
@@ -258,28 +306,32 @@ def train_pass_cost(
       # A norm after a product needs its result for the gradient.
       needed = scaled or config.norm_placement != "before"
       last: tuple[str, ...] = () if needed else ("down", "out") if config.parallel_residual else ("down",)
-      matrices += once.matrices - slots * layers * 2 * sum(_matrices(config)[name] for name in last)
+      matrices += once.matrices - slots * len(layers) * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
       # If an adapter B A ends a layer, only its product with B is not recomputed: the gradient of B needs A x.
       rank = 0 if config.lora is None else config.lora.rank
       spared = sum(rank * config.d_model for name in last if name in _adapters(config))
-      adapters += once.adapters - slots * layers * 2 * spared
+      adapters += once.adapters - slots * len(layers) * 2 * spared
     elif config.remat == "dots":
       attention += once.attention
   return Cost(matrices, attention, readout, adapters, 3 * once.routing)
 
 
-def slot_flops(config: DecoderConfig, *, slots: float, keys: float, slots_read: float) -> float:
+def slot_flops(
+  config: DecoderConfig, *, slots: float, keys: float, slots_read: float, local_keys: float | None = None
+) -> float:
   """Returns the operations of the model for a number of slots with a known number of keys.
 
   Args:
     config: the decoder.
     slots: the number of slots that pass through the layers.
-    keys: the total number of keys of all slots; windows are not subtracted.
+    keys: the total number of keys of all slots.
     slots_read: the number of slots that are read out.
+    local_keys: the total number in layers with the config's window; None: `keys`.
   """
   matrices = 2 * (sum(_matrices(config).values()) + sum(_adapters(config).values()))
-  return config.num_layers * (slots * matrices + _attention(config, keys)) + slots_read * _readout(config)
+  attention = _attention(config, _keys_of_layers(config, keys, local_keys, range(config.num_layers)))
+  return config.num_layers * slots * matrices + attention + slots_read * _readout(config)
 
 
 def chip(device: jax.Device) -> Chip | None:

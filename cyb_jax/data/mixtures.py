@@ -24,7 +24,7 @@ from cyb_jax.data import store as stores
 from cyb_jax.data.mixture_batches import Source, of_source, period
 from cyb_jax.data.store import TokenStore
 from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 from cyb_jax.option_syntax import Item
 from cyb_jax.storage import absolute, streams, user_cache
 
@@ -103,13 +103,14 @@ def open_token_store(path: str | os.PathLike, *, verify: bool | Literal["auto"] 
   path = Path(path)
   if tokenizers.load(path).describe() != description["tokenizer"]:
     raise InputError(f"data.store: {path} has a different tokenizer than it was prepared with; prepare it again")
-  places = streams.read_json(epath.Path(path / _SOURCES)) or {}
+  found = streams.read_json(epath.Path(path / _SOURCES))
+  places = found if isinstance(found, dict) else {}
   sources = []
   for entry in description["mixture"]:
     place = places.get(entry["name"], "")
-    if not place or not stores.is_store(place):
+    if not isinstance(place, str) or not place or not stores.is_store(place):
       raise InputError(
-        f"data.store: {path}: its source {entry['name']!r} is not in {place!r}; prepare the mixture again"
+        f"data.store: {path}: its source {entry['name']!r} is not in {shown(place)}; prepare the mixture again"
       )
     store = open_token_store(place, verify=verify)
     if store.fingerprint != entry["fingerprint"]:

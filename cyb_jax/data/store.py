@@ -34,8 +34,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from cyb_jax import jsonl
 from cyb_jax.data import block_sample, chunks, locks, tokenizers
-from cyb_jax.errors import InputError, StorageError
+from cyb_jax.data.store_fields import check_fields
+from cyb_jax.errors import InputError, StorageError, shown
 from cyb_jax.progress import Meter
 from cyb_jax.storage import in_bucket, streams, user_cache
 from cyb_jax.storage.paths import absolute, unchecked_place
@@ -358,7 +360,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
   """
   file = unchecked_place(path) / DESCRIPTION
   try:
-    description = json.loads(streams.read(file) if in_bucket(path) else file.read_bytes())
+    description = jsonl.loads(streams.read(file) if in_bucket(path) else file.read_bytes())
   except OSError as error:
     raise InputError(
       f"data.store: {os.fspath(file)} cannot be read ({error.strerror or 'no such file'}); prepare a store with"
@@ -369,12 +371,14 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
   if not isinstance(description, dict) or description.get("format") != FORMAT:
     found = description.get("format") if isinstance(description, dict) else None
     raise InputError(
-      f"data.store: {os.fspath(file)} has format {found!r}, but this version reads {FORMAT}; prepare the store again"
+      f"data.store: {os.fspath(file)} has format {shown(found)}, but this version reads {FORMAT}; prepare the store"
+      " again"
     )
   if description.get("fingerprint") != fingerprint(description):
     raise InputError(
       f"data.store: {os.fspath(file)} was altered: its fingerprint does not match; prepare the store again"
     )
+  check_fields(description, os.fspath(file))
   return description
 
 

@@ -23,8 +23,9 @@ and all keys about d for a method that is not adaptive.
   at their last piece.
 `word_position`, `word_class` (by the lexicon of the package textblob; None without it; only words of one piece),
   `frequency` (by the number of occurrences of the type in the split): pauses of the input tokens.
-* `difficulty`: perplexity by difficulty of the target; with W > 1 also pauses, and the rate at which the most probable
-  token is the target.
+* `difficulty`: by difficulty of the target: perplexity, and the share of tokens whose most probable token is the target
+  (`accuracy`; of a mixture the share that is expected if a slot is drawn from s); with W > 1 also pauses, s, and the
+  accuracy of each slot.
 * `groups`: nats and tokens of documents by number modulo G <= 1,024, for paired bootstraps.
 
 Intervals are the central 95% of 1,000 resamples of these groups; a split with at most 1,024 documents has one document
@@ -144,11 +145,11 @@ def _difficulty(sums: Sums, num_slots: int) -> list[dict[str, Any]]:
       return (value(sums[name][level], bound) / count).tolist()
 
     row = {"difficulty": level, "count": count, "perplexity": math.exp(mean("nats", NATS))}
+    row["accuracy"] = mean("accuracy", SHARE)
     if num_slots > 1:
       row |= {
         "mean_pauses": mean("pauses", pauses_bound(num_slots)),
         "stopping": mean("stopping", SHARE),
-        "accuracy": mean("accuracy", SHARE),
         "slot_accuracy": (sums["slot_accuracy"][level] / count).tolist(),
       }
     rows.append(row)

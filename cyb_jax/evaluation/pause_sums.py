@@ -122,6 +122,8 @@ def first_pass(
       "nats": found.by_difficulty(fixed(found.nats, NATS)),
     }
   if method.num_slots == 1:
+    if found.level is not None:
+      sums["difficulty"]["accuracy"] = found.by_difficulty(fixed(_correct(found)[1], SHARE))
     return sums
   pauses = expected_pauses(found.output.log_stopping)
   sums["reading"] = _stopping_sums(found.output, found.real)

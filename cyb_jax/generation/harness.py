@@ -162,7 +162,7 @@ class CybLM(LM):
       if jax.device_count() > 1:
         mesh = make_mesh(ParallelismConfig())
       run = (
-        runs.load(workdir, checkpoint, mesh)
+        pretrained.load_run(workdir, checkpoint, mesh)
         if init_from is None
         else pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh)
       )
@@ -365,19 +365,16 @@ class CybLM(LM):
 
   def _cost(self, pacing: Pacing, prompt: int, pauses: list[int]) -> Score:
     """The cost of a prompt of `prompt` tokens and of the tokens generated after it, from the pauses before each."""
-    counts = [pacing.slots_run(count) for count in pauses]
-    before = (prompt - 1) * pacing.layout.prompt_slots
+    layout, counts = pacing.layout, [pacing.slots_run(count) for count in pauses]
     loops = self.run.method.num_slots if slots_share_cache_index(self.run.method) else 1
-    slots = loops * before + sum(counts)
-    if pacing.layout.keeps_pauses:
-      keys = slots * (slots + 1) / 2
-    else:
-      keys = loops * before * (before + 1) / 2 + sum(count * (prompt + number) for number, count in enumerate(counts))
-      if loops == 1:
-        # A token's hidden pauses are seen by its own later pauses.
-        keys += sum(count * (count - 1) / 2 for count in counts)
+    counts = [loops * layout.prompt_slots] * (prompt - 1) + counts
+    slots, config = sum(counts), self.run.method.cache_config
+    if layout.keeps_pauses and layout.shifts_positions:
+      counts = [1] * slots  # a window counts slots
+    options = {"of_own": loops == 1, "hidden": not layout.keeps_pauses}
+    keys, local = (flops.total_keys(counts, window, **options) for window in (None, config.window))
     read = sum(map(pacing.states_read, pauses))
-    cost = flops.slot_flops(self.run.method.cache_config, slots=slots, keys=keys, slots_read=read)
+    cost = flops.slot_flops(config, slots=slots, keys=keys, slots_read=read, local_keys=local)
     return Score(tokens=len(pauses), pauses=float(sum(pauses)), slots=float(slots), flops=cost)
 
   def _sampling(self, options: dict[str, Any]) -> SamplingOptions:

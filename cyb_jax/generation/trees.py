@@ -84,19 +84,41 @@ class Tree:
     }
     self.reads = (first + counts - width)[np.asarray(reader)][:, None] + np.arange(width)
     self.targets = np.asarray(targets)
-    keys = position + 1 + slot if method.hides_pauses else position * width + slot + 1
-    self.costs = _costs(method, branches, pauses, branch, keys)
+    keys, local = (_keys(method, position, slot, window) for window in (None, method.decoder.config.window))
+    self.costs = _costs(method, branches, pauses, branch, keys, local)
+
+
+def _keys(method: Decoding, position: np.ndarray, slot: np.ndarray, window: int | None) -> np.ndarray:
+  """i64[S], the number of keys that each slot sees in a layer.
+
+  Args:
+    method: the method.
+    position: the number of tokens before the slot's token.
+    slot: the number of slots of its token before it.
+    window: the number of positions that it sees, its own included; None: all.
+  """
+  width = method.num_slots
+  tokens, of_own = position, slot + 1
+  if window is not None and method.shifts_positions:
+    # The first slot of the token that is n tokens before has a position that is n * width + slot lower.
+    tokens, of_own = np.minimum(tokens, np.maximum(0, -(-(window - slot) // width) - 1)), np.minimum(of_own, window)
+    if not method.hides_pauses:
+      return np.minimum(position * width + slot + 1, window)
+  elif window is not None:
+    tokens = np.minimum(tokens, window - 1)
+  return tokens * (1 if method.hides_pauses else width) + of_own
 
 
 def _costs(
-  method: Decoding, branches: Sequence[Branch], pauses: int, branch: np.ndarray, keys: np.ndarray
+  method: Decoding, branches: Sequence[Branch], pauses: int, branch: np.ndarray, keys: np.ndarray, local: np.ndarray
 ) -> list[tuple[int, Score]]:
   """The cost of each continuation, with its share of the context.
 
   Args:
     method, branches, pauses: see `Tree`.
     branch: i32[S], the branch of each slot.
-    keys: i32[S], the number of keys that each slot sees.
+    keys: i64[S], the number of keys that each slot sees in a layer without a window.
+    local: i64[S], the same in a layer with the decoder's window.
   """
   shared = branch == 0
   share, times = 1 / len(branches), method.layer_passes
@@ -104,10 +126,12 @@ def _costs(
   for number, (request, continuation) in enumerate(branches, 1):
     own = branch == number
     slots = times * (share * shared.sum() + own.sum())
+    seen, seen_locally = (float(times * (share * x[shared].sum() + x[own].sum())) for x in (keys, local))
     operations = flops.slot_flops(
       method.decoder.config,
       slots=float(slots),
-      keys=float(times * (share * keys[shared].sum() + keys[own].sum())),
+      keys=seen,
+      local_keys=seen_locally,
       slots_read=method.num_slots * len(continuation),
     )
     costs.append((request, Score(tokens=len(continuation), pauses=pauses, slots=float(slots), flops=float(operations))))

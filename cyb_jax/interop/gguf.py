@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cyb_jax.decoder import DecoderConfig, rope_scaling
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 from cyb_jax.interop import families
 from cyb_jax.interop.families import Tensor
 from cyb_jax.interop.tensors import Fields, TensorInfo, package
@@ -44,17 +44,18 @@ class GgufFile:
   """
 
   def __init__(self, path: pathlib.Path):
+    self.path = path
     self._gguf = package("gguf", str(path))
     try:
       self._reader = _reader_class(self._gguf)(path)
-    except (ValueError, KeyError, IndexError, OSError) as error:
+    except Exception as error:  # the package checks little, so damage causes errors of many types
+      reason = " ".join(str(error).split())[:200] or type(error).__name__
       raise InputError(
-        f"{path}: not a complete GGUF file, {path.stat().st_size} bytes ({error}); download it again"
+        f"{path}: not a complete GGUF file, {path.stat().st_size} bytes ({reason}); download it again"
       ) from None
-    self.path = path
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
     parts = self.metadata("split.count").get("split.count", 1)
-    if parts > 1:
+    if isinstance(parts, int) and parts > 1:
       raise InputError(
         f"{path}: one of {parts} parts of a model; merge them (gguf-split --merge), and give the merged file"
       )
@@ -75,8 +76,19 @@ class GgufFile:
     return self.metadata("general.architecture").get("general.architecture")
 
   def metadata(self, prefix: str) -> dict[str, Any]:
-    """The fields whose names start with the prefix."""
-    return {name: field.contents() for name, field in self._reader.fields.items() if name.startswith(prefix)}
+    """The fields whose names start with the prefix.
+
+    Raises:
+      InputError: a string is not UTF-8.
+    """
+    found = {}
+    for name, field in self._reader.fields.items():
+      if name.startswith(prefix):
+        try:
+          found[name] = field.contents()
+        except (ValueError, LookupError) as error:
+          raise InputError(f"{self.path}: {shown(name)} is damaged ({error}); download the file again") from None
+    return found
 
   def _dequantises(self, kind: Any) -> bool:
     _, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
@@ -117,7 +129,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
   architecture = file.architecture
   if architecture not in ARCHITECTURES:
     raise InputError(
-      f"{file.path}: general.architecture = {architecture!r} is unsupported; this version loads"
+      f"{file.path}: general.architecture = {shown(architecture)} is unsupported; this version loads"
       f" {', '.join(ARCHITECTURES)}"
     )
   fields = Fields(file.path, file.metadata(f"{architecture}."), f"{architecture}.")
@@ -129,8 +141,9 @@ def read_config(file: GgufFile) -> DecoderConfig:
   fields.demand("attention.value_length", (size,), size)
   fields.demand("rope.dimension_count", (size,), size)
   tables = file.infos.get("token_embd.weight")
-  if tables is None:
-    raise InputError(f"{file.path}: the tensor token_embd.weight is missing")
+  if tables is None or len(tables.shape) != 2:
+    found = "is missing" if tables is None else f"has the shape {list(tables.shape)}"
+    raise InputError(f"{file.path}: the tensor token_embd.weight {found}; it must have two axes")
   has_bias = "blk.0.attn_q.bias" in file.infos
   style = {"attention_bias": "none"} | _STYLES[architecture]
   if has_bias:
@@ -140,7 +153,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
   try:
     config = DecoderConfig(
       vocab_size=tables.shape[0],
-      num_layers=fields.take("block_count", int),
+      num_layers=fields.layers("block_count"),
       d_model=width,
       num_heads=heads,
       num_kv_heads=fields.take("attention.head_count_kv", int, heads),
@@ -174,7 +187,7 @@ def _windows(fields: Fields, architecture: str, width_of_head: int, base: float)
     local = fields.take("rope.freq_base_swa", float, _LOCAL_BASE)
     style["local_rope_base"] = local
     style["soft_cap"] = fields.take("final_logit_softcapping", float, None)
-  if fields.take("block_count", int) == _SCALED_BY_WIDTH[architecture]:
+  if fields.layers("block_count") == _SCALED_BY_WIDTH[architecture]:
     style["query_scalar"] = float(width_of_head)
   return style
 
@@ -199,11 +212,13 @@ def _llama3(file: GgufFile, size: int, base: float) -> str:
     InputError: the divisors are of another scaling.
   """
   divisors = np.asarray(file.read(_DIVISORS), np.float64)
+  if divisors.shape != (size // 2,) or not size:
+    raise InputError(f"{file.path}: the tensor {_DIVISORS} has the shape {list(divisors.shape)}, but heads have {size}")
   plain = base ** -(np.arange(0, size, 2) / size)
   # The factor is the divisor of the longest wavelength. All published models have the same other numbers.
   numbers = {"factor": max(1.0, float(divisors[-1])), "context": _LLAMA3_CONTEXT}
   found = rope_scaling.scaling(f"{file.path}: {_DIVISORS}", "llama3", numbers)
-  if divisors.shape == plain.shape and np.allclose(plain / found.frequencies(size, base), divisors, rtol=1e-5):
+  if np.allclose(plain / found.frequencies(size, base), divisors, rtol=1e-5):
     return str(found)
   raise InputError(
     f"{file.path}: the tensor {_DIVISORS} scales RoPE's wavelengths in another way than Llama 3, which this version"

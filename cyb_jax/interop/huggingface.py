@@ -6,13 +6,13 @@ refused by name.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from cyb_jax import jsonl
 from cyb_jax.data import tokenizers
 from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError, reading
@@ -59,7 +59,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     InputError: the file can't be read, or does not hold an object.
   """
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = jsonl.loads(path.read_bytes())
   except (OSError, ValueError) as error:
     raise InputError(f"{path}: can't be read ({error}); it must hold a JSON object") from None
   if not isinstance(values, dict):
@@ -158,7 +158,13 @@ class SafetensorsFiles:
     # Opened for each tensor, because pages that were read count as memory until the memory map is closed.
     path = self.infos[name].file
     with package("safetensors", str(path)).safe_open(path, framework="numpy") as file:
-      return file.get_tensor(name)
+      try:
+        return file.get_tensor(name)
+      except Exception as error:  # of safetensors, for a dtype that numpy does not have
+        info = self.infos[name]
+        raise InputError(
+          f"{path}: the tensor {name} of dtype {info.dtype} can't be read ({error}); convert it to F32 or BF16"
+        ) from None
 
 
 def _no_weights(folder: pathlib.Path) -> str:

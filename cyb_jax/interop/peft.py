@@ -24,12 +24,14 @@ import numpy as np
 from cyb_jax import hub
 from cyb_jax.decoder import DecoderConfig, LoraConfig
 from cyb_jax.decoder.config import TARGETS, matrix_shape
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 from cyb_jax.interop import huggingface
 from cyb_jax.interop.families import LeafPath, same_layout
 from cyb_jax.interop.sources import Extras, Source, block, method_config, own_shapes
-from cyb_jax.interop.tensors import Fields, check, each
+from cyb_jax.interop.tensors import Fields, TensorInfo, check, each
 
+# The largest rank, far above the width of a matrix.
+_MOST_RANK = 1 << 20
 CONFIG, WEIGHTS, OWN_CONFIG = "adapter_config.json", "adapter_model.safetensors", "cyb_jax.json"
 PREFIX = "base_model.model."
 # Fields about training or the program that wrote the file, and fields that follow from the tensors.
@@ -127,6 +129,9 @@ class AdaptedSource(Source):
   def read_own(self, name: str) -> np.ndarray:
     return self.own_files.read(name)
 
+  def _all_infos(self) -> list[TensorInfo]:
+    return [*super()._all_infos(), *self.adapters.files.infos.values()]
+
 
 def _same(lora: LoraConfig | None, adapters: Adapters) -> bool:
   found = adapters.config
@@ -165,7 +170,9 @@ def open_adapters(folder: pathlib.Path, open_base: Callable[[str], Source]) -> A
   fields = Fields(path, huggingface.read_json(path))
   for name, accepted in _DEMANDS.items():
     fields.demand(name, accepted)
-  rank, alpha = fields.take("r", int), fields.take("lora_alpha", float)
+  rank, alpha = fields.count("r"), fields.take("lora_alpha", float)
+  if rank is None or rank > _MOST_RANK:
+    raise InputError(f"{path}: r = {shown(rank)} must be an integer from 1 to {_MOST_RANK}")
   if fields.take("use_rslora", bool, False):
     alpha *= math.sqrt(rank)  # https://arxiv.org/abs/2312.03732: the factor is alpha / sqrt(r)
   dora = fields.take("use_dora", bool, False)
@@ -246,7 +253,7 @@ def _with_own(source: AdaptedSource, folder: pathlib.Path) -> AdaptedSource:
   written = huggingface.read_json(path)
   fields = block(path, "cyb_jax", written)
   if fields.take("version", int) != 1:
-    raise InputError(f"{path}: version = {written['version']!r}; this version reads 1")
+    raise InputError(f"{path}: version = {shown(written['version'])}; this version reads 1")
   if fields.take("base", str) != fingerprint(source):
     raise InputError(
       f"{path}: the adapters were trained on another model than {source.path}; set base_model_name_or_path in"
@@ -255,7 +262,7 @@ def _with_own(source: AdaptedSource, folder: pathlib.Path) -> AdaptedSource:
   method, vocab_size = method_config(path, fields.take("method", dict)), fields.take("vocab_size", int)
   own = own_shapes(path, method, source.decoder)
   if fields.take("own", dict) != {name: list(shape) for name, shape in own.items()}:
-    raise InputError(f"{path}: own = {written['own']!r}, but its method has {own!r}; export the run again")
+    raise InputError(f"{path}: own = {shown(written['own'])}, but its method has {own!r}; export the run again")
   extras = Extras(
     method=method,
     vocab_size=vocab_size,

@@ -10,7 +10,8 @@ The initial parameters of a run are determined in this order:
    `cyb_jax.interop.new_rows`.
 5. If `method.calibration_batches` is set, the method is calibrated.
 
-Step, optimizer state and data order are new.
+Step, optimizer state and data order are new. If the decoder is frozen, `init_from` is also the base of the run's
+checkpoints, see `cyb_jax.interop.base`.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import numpy as np
 from absl import logging
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from cyb_jax import configs, hub, interop, runs, storage
-from cyb_jax.checkpointing.workdir import is_run, newest_meta, read_config
+from cyb_jax.checkpointing.workdir import checkpoints_in, is_run, newest_meta, read_config
 from cyb_jax.configs import Config
 from cyb_jax.data import Tokenizer, open_tokenizer
 from cyb_jax.decoder import DecoderConfig, LoraConfig, merge_lora, quantization
 from cyb_jax.decoder.lora import LEAVES
+from cyb_jax.distributed.cluster import ALONE, Cluster
 from cyb_jax.errors import InputError
-from cyb_jax.interop import new_rows
+from cyb_jax.interop import initial, new_rows
+from cyb_jax.interop.base import Base, BaseReference
 from cyb_jax.interop.peft import AdaptedSource
 from cyb_jax.methods import Calibrated, Method, MethodConfig, configure
+from cyb_jax.methods.parameters import trained_part
 from cyb_jax.partitioning.mesh import data_shards
 from cyb_jax.runs import Run
 
@@ -69,6 +71,20 @@ class Pretrained(abc.ABC):
   @abc.abstractmethod
   def tokenizer(self) -> Tokenizer | None:
     """The tokenizer of the source; None if it has no tokenizer."""
+
+  @property
+  @abc.abstractmethod
+  def reference(self) -> BaseReference:
+    """The identity of the source, for the checkpoints of runs that refer to it; all of its weights are read."""
+
+  @abc.abstractmethod
+  def decoder_params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
+    """The parameters of a decoder that the source has.
+
+    Args:
+      wanted: parameters of `params['decoder']`, at least one in each layer.
+      lora: see `params`.
+    """
 
   @abc.abstractmethod
   def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
@@ -140,16 +156,29 @@ class FromRun(Pretrained):
   def tokenizer(self) -> Tokenizer:
     return runs.load_tokenizer(self.path)
 
+  @functools.cached_property
+  def reference(self) -> BaseReference:
+    checkpoints = checkpoints_in(self.path, read_only=True)
+    # The parameters are then read from this checkpoint, even if the run has saved others in the meantime.
+    self.checkpoint = step = checkpoints.find(self.checkpoint)
+    return BaseReference(self.path, step, checkpoints.fingerprint(step))
+
+  def decoder_params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
+    del lora
+    return initial.placed(self._decoder(load_run(self.path, self.checkpoint), wanted), wanted)
+
   def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
     del lora
-    run = runs.load(self.path, self.checkpoint)
-    decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
-    scheme = quantization.scheme_of(wanted["decoder"])
-    if scheme is not None:
-      decoder = quantization.quantize_decoder(scheme, decoder, stacked=config.scan_layers)
-    found = run.params | {"decoder": decoder}
+    run = load_run(self.path, self.checkpoint)
+    found = run.params | {"decoder": self._decoder(run, wanted["decoder"])}
     _log_unused(found, wanted)
-    return _placed(found, wanted)
+    return initial.placed(found, wanted)
+
+  @staticmethod
+  def _decoder(run: Run, wanted: PyTree) -> PyTree:
+    decoder, config = merge_lora(run.params["decoder"], run.method.decoder.config)
+    scheme = quantization.scheme_of(wanted)
+    return decoder if scheme is None else quantization.quantize_decoder(scheme, decoder, stacked=config.scan_layers)
 
 
 class FromSource(Pretrained):
@@ -183,15 +212,26 @@ class FromSource(Pretrained):
     """The opened files."""
     return self._source
 
-  def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
-    source, decoder = self._source, wanted["decoder"]
+  @functools.cached_property
+  def reference(self) -> BaseReference:
+    path = hub.pinned(self.path) if hub.in_hub(self.path) else str(self.path)
+    return BaseReference(path, None, self._source.checksum())
+
+  def decoder_params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
+    source = self._source
     if isinstance(source, AdaptedSource):
       source = source.for_run(lora)
-      what = "merged" if source.merges else "trained further, because the run has adapters of the same form"
-      logging.info("init_from: the adapters of %s are %s", self.path, what)
     if not isinstance(source, AdaptedSource) or source.merges:
-      decoder = _without_adapters(decoder)
-    found = {"decoder": interop.load_decoder(source, decoder)}
+      # Files of other projects do not have those of LoRA.
+      wanted = trained_part(wanted, lambda path: path[-1] not in LEAVES)
+    return interop.load_decoder(source, wanted)
+
+  def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
+    if isinstance(self._source, AdaptedSource):
+      merges = self._source.for_run(lora).merges
+      what = "merged" if merges else "trained further, because the run has adapters of the same form"
+      logging.info("init_from: the adapters of %s are %s", self.path, what)
+    found = {"decoder": self.decoder_params(wanted["decoder"], lora)}
     if self.method is not None:
       shapes = self._source.extras.own
       own = {name: x for name, x in wanted.items() if name != "decoder" and shapes.get(name) == x.shape}
@@ -221,6 +261,88 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
       f"--checkpoint: {checkpoint!r} is given, but {path} is not a run and has no checkpoints; leave it out"
     )
   return FromSource(path, tokenizer)
+
+
+def load_run(
+  workdir: str | os.PathLike,
+  checkpoint: int | str = "last",
+  mesh: jax.sharding.Mesh | None = None,
+  *,
+  base: str = "",
+  cluster: Cluster = ALONE,
+) -> Run:
+  """Loads a run's parameters, without its optimizer state.
+
+  Args:
+    workdir: the run's folder.
+    checkpoint: a step, 'last', or 'best' (the lowest validation loss).
+    mesh: the mesh over which the parameters are sharded; None means the default device.
+    base: the model that the run started from, if it is no longer where `init_from` of its config.json says; see
+      `open_base`.
+    cluster: the hosts that load the run together; host 0 checks the checkpoint for all.
+
+  Raises:
+    InputError: there is no run or no such checkpoint, the checkpoint is damaged, or see `open_base`. For 'last',
+      damaged checkpoints are skipped with a warning.
+  """
+  config, tokenizer = runs.load_config(workdir), runs.load_tokenizer(workdir)
+  method = config.build_method(tokenizer.vocab_size, data_shards=1 if mesh is None else data_shards(mesh))
+  checkpoints = checkpoints_in(workdir, read_only=True)
+  wanted = runs.abstract_params(method, mesh)
+  while True:
+    step = cluster.broadcast(checkpoints.find(checkpoint) if cluster.index == 0 else None)
+    try:
+      meta = checkpoints.meta(step)
+      frozen = open_base(workdir, base or config.init_from, method, meta)
+      if frozen is None and base:
+        raise InputError(f"--base: {base!r} is given, but checkpoint {step} of {workdir} has all parameters; omit it")
+      if frozen is None:
+        return Run(config, method, checkpoints.restore_params(step, wanted), tokenizer, step, meta)
+      params = frozen.complete(checkpoints.restore_params(step, frozen.saved_part(wanted)), wanted)
+      config = dataclasses.replace(config, init_from=frozen.source.path)
+      return Run(config, method, params, tokenizer, step, meta)
+    except Exception:
+      # A training run may have deleted the checkpoint in the meantime; then there is a newer checkpoint. Several hosts
+      # may not all fail, so they end.
+      if cluster.count > 1 or step in checkpoints.steps():
+        raise
+
+
+def open_base(workdir: str | os.PathLike, path: str, method: Method, meta: Mapping[str, Any]) -> Base | None:
+  """Opens the base of a run's checkpoint, and compares its checksum.
+
+  Args:
+    workdir: the run's folder, for messages.
+    path: where the base is: `init_from` of the run, or another path.
+    method: the method of the run.
+    meta: the JSON object of the checkpoint.
+
+  Returns:
+    The base; None: the checkpoint has all parameters.
+
+  Raises:
+    InputError: the base can't be read, or has other weights than those that the run started from.
+  """
+  expected = BaseReference.of_checkpoint(meta)
+  if expected is None:
+    return None
+  path = storage.absolute(expected.pinned(path))
+  remedy = (
+    f"set init_from in {storage.place(workdir) / 'config.json'} to the model that the run started from, or give it as"
+    " --base (cyb-train: as --config.init_from)"
+  )
+  about = f"workdir: {workdir} has only the trained parameters; the others are those of its base, {path}, which"
+  try:
+    source = open_pretrained(path, checkpoint="last" if expected.checkpoint is None else expected.checkpoint)
+    found = source.reference
+  except InputError as error:
+    raise InputError(f"{about} can't be read ({error}); {remedy}") from None
+  if found.checksum != expected.checksum:
+    raise InputError(
+      f"{about} has other weights than at the start of the run (checksum {found.checksum[:12]}, not"
+      f" {expected.checksum[:12]}); {remedy}"
+    )
+  return Base(source, method)
 
 
 def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Mapping[str, Any]:
@@ -256,49 +378,6 @@ def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = 
   return dict(source) | {"decoder": decoder | filled}
 
 
-def parameters(pretrained: Pretrained, method: Method, wanted: PyTree, config: Config) -> PyTree:
-  """A run's parameters before its first step; see the docstring of this module.
-
-  Args:
-    pretrained: the source that the run starts from.
-    method: the run's method, over its vocabulary.
-    wanted: shapes, dtypes and shardings.
-    config: the run's config; `train.seed` and `tuning.new_rows` are read.
-
-  Returns:
-    Bare arrays, placed on the devices. Parameters of the source are not drawn first, so there is only one copy of them.
-  """
-  found = pretrained.params(wanted, method.decoder.config.lora)
-  absent = {name: leaf for name, leaf in wanted.items() if name not in found}
-  seed, choice = config.train.seed, config.tuning.new_rows
-  rows = new_rows.start(choice, method, absent, found["decoder"], pretrained.unused_ids, seed)
-  missing = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted) if _at(found, path) is None]
-  drawn = [path for path in missing if path[0].key not in rows]
-  for path in drawn:
-    if path[-1].key not in LEAVES:  # adapters are always freshly initialised
-      logging.info("init_from: %s is freshly initialised", jax.tree_util.keystr(path, simple=True, separator="."))
-  fresh = _drawn(method, seed, drawn)
-
-  def pick(path, leaf):
-    imported = _at(found, path)
-    if imported is not None:
-      return imported
-    value = fresh[path] if path in fresh else rows[path[0].key]
-    return _put(value, leaf)
-
-  return jax.tree_util.tree_map_with_path(pick, wanted)
-
-
-def _drawn(method: Method, seed: int, paths: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], Array]:
-  """Some of the fresh parameters of `training.init_state`; XLA removes the computation of the others."""
-
-  def draw():
-    params = nn.unbox(method.init(jax.random.fold_in(jax.random.key(seed), 0)))
-    return [_at(params, path) for path in paths]
-
-  return dict(zip(paths, jax.jit(draw)())) if paths else {}
-
-
 def load(
   path: str | Pretrained,
   config: Config | None = None,
@@ -306,6 +385,7 @@ def load(
   checkpoint: int | str = "last",
   dtype: str = "float32",
   mesh: jax.sharding.Mesh | None = None,
+  base: str = "",
 ) -> Run:
   """The initial run that training would start from.
 
@@ -316,13 +396,16 @@ def load(
     checkpoint: the checkpoint of a run that `path` names.
     dtype: the dtype of the decoder's parameters if `config` is None.
     mesh: the mesh of the parameters; None: the default device.
+    base: the base of a run that `path` names, see `load_run`; '': where the run's config says.
 
   Raises:
     InputError: see `open_pretrained` and `Pretrained.check`; or there is no tokenizer.
   """
   found = path if isinstance(path, Pretrained) else open_pretrained(path, checkpoint=checkpoint)
   if isinstance(found, FromRun) and config is None:
-    return runs.load(found.path, found.checkpoint, mesh)
+    return load_run(found.path, found.checkpoint, mesh, base=base)
+  if base:
+    raise InputError(f"--base: {base!r} is given, but {found.path} is not a run; omit it")
   own = found.tokenizer
   if own is None and config is not None and config.data.tokenizer:
     own = open_tokenizer(config.data.tokenizer, found.decoder.vocab_size)
@@ -335,7 +418,7 @@ def load(
     config, step = _own_config(found, dtype), found.step
   method = config.build_method(own.vocab_size, data_shards=1 if mesh is None else data_shards(mesh))
   found.check(method, own, config)
-  params = parameters(found, method, runs.abstract_params(method, mesh), config)
+  params = initial.parameters(found, method, runs.abstract_params(method, mesh), config)
   meta = _NOTHING_SPENT | {"source": {"kind": found.kind, "path": str(found.path)}}
   # Our exports and runs are not models of another project.
   imported = isinstance(found, FromSource) and found.method is None
@@ -356,45 +439,7 @@ def _own_config(found: FromSource, dtype: str) -> Config:
   return configs.freeze(config)
 
 
-def _without_adapters(decoder: Mapping[str, Any]) -> dict[str, Any]:
-  """The decoder's leaves without those of LoRA, which files of other projects do not have."""
-  return {
-    name: _without_adapters(leaf) if isinstance(leaf, Mapping) else leaf
-    for name, leaf in decoder.items()
-    if name not in LEAVES
-  }
-
-
-def _placed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-  """The arrays of `found` with the name and shape of a wanted array, in the wanted dtype and sharding."""
-  placed = {}
-  for name, leaf in wanted.items():
-    value = found.get(name)
-    if isinstance(leaf, Mapping):
-      placed[name] = _placed(value or {}, leaf)
-    elif value is not None and value.shape == leaf.shape:
-      placed[name] = _put(value, leaf)
-  return placed
-
-
-def _put(value: Array, leaf: jax.ShapeDtypeStruct) -> Array:
-  """The array in the wanted dtype and sharding."""
-  value = value.astype(leaf.dtype)
-  if leaf.sharding is None or leaf.sharding.is_fully_addressable or not value.is_fully_addressable:
-    return jax.device_put(value, leaf.sharding)
-  # Every host has the entire array, and device_put would not accept an array that is on a single host's device.
-  host = np.asarray(value)
-  return jax.make_array_from_callback(host.shape, leaf.sharding, lambda index: host[index])
-
-
-def _at(tree: PyTree, path: tuple[Any, ...]) -> Any:
-  """The leaf at a path of dict keys; None if there is no leaf."""
-  for key in path:
-    tree = tree.get(key.key) if isinstance(tree, Mapping) else None
-  return tree
-
-
 def _log_unused(found: PyTree, wanted: PyTree) -> None:
   for path, _ in jax.tree_util.tree_leaves_with_path(found):
-    if _at(wanted, path) is None:
+    if initial.leaf_at(wanted, path) is None:
       logging.info("init_from: %s is not used", jax.tree_util.keystr(path))

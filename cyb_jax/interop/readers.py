@@ -53,7 +53,7 @@ def qwen3(fields: Fields) -> DecoderConfig:
 def _qwen_window(fields: Fields) -> dict[str, Any]:
   """The window of layers from `max_window_layers` on."""
   window = fields.take("sliding_window", int, 4096)
-  first, layers = fields.take("max_window_layers", int, 28), fields.take("num_hidden_layers", int)
+  first, layers = fields.take("max_window_layers", int, 28), fields.layers("num_hidden_layers")
   used = fields.take("use_sliding_window", bool, False)
   are_global = layer_types.read(fields, layers, [not used or number < first for number in range(layers)])
   if all(are_global):
@@ -118,7 +118,7 @@ def _gemma_style(fields: Fields) -> dict[str, Any]:
 
 def _gemma_window(fields: Fields, every: int) -> dict[str, Any]:
   """The window of local layers; every `every`-th layer is global, unless the fields say otherwise."""
-  layers = fields.take("num_hidden_layers", int)
+  layers = fields.layers("num_hidden_layers")
   every = fields.take("_sliding_window_pattern", int, fields.take("sliding_window_pattern", int, every))
   are_global = layer_types.read(fields, layers, [(number + 1) % every == 0 for number in range(layers)])
   window = fields.count("sliding_window") if "sliding_window" in fields else 4096
@@ -149,7 +149,7 @@ def smollm3(fields: Fields) -> DecoderConfig:
   """SmolLM3."""
   fields.demand("use_sliding_window", (None, False))
   fields.take("sliding_window", int, None)
-  layers = fields.take("num_hidden_layers", int)
+  layers = fields.layers("num_hidden_layers")
   if not all(layer_types.read(fields, layers, [True] * layers)):
     raise InputError(f"{fields.where}: layer_types has 'sliding_attention', but use_sliding_window is not true")
   every = fields.take("no_rope_layer_interval", int, 4)
@@ -194,7 +194,7 @@ def _llama_style(
   return _config(
     fields,
     vocab_size=fields.take("vocab_size", int),
-    num_layers=fields.take("num_hidden_layers", int),
+    num_layers=fields.layers("num_hidden_layers"),
     d_model=width,
     num_heads=heads,
     num_kv_heads=fields.take("num_key_value_heads", int, kv_heads or heads),
@@ -216,7 +216,7 @@ def gpt_neox(fields: Fields) -> DecoderConfig:
     fields,
     **sizes,
     **_LAYERNORM,
-    num_layers=fields.take("num_hidden_layers", int),
+    num_layers=fields.layers("num_hidden_layers"),
     mlp_size=fields.take("intermediate_size", int),
     norm_epsilon=fields.take("layer_norm_eps", float, 1e-5),
     activation=_activation(fields, "hidden_act", "gelu"),
@@ -239,7 +239,7 @@ def gpt2(fields: Fields) -> DecoderConfig:
     fields,
     **sizes,
     **_LAYERNORM,
-    num_layers=fields.take("n_layer", int),
+    num_layers=fields.layers("n_layer"),
     mlp_size=fields.take("n_inner", int, 4 * sizes["d_model"]),
     norm_epsilon=fields.take("layer_norm_epsilon", float, 1e-5),
     activation=_activation(fields, "activation_function", "gelu_new"),

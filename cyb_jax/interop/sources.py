@@ -23,10 +23,11 @@ from cyb_jax import hub, methods, storage
 from cyb_jax.configs import methods_group
 from cyb_jax.decoder import DecoderConfig, quantization
 from cyb_jax.decoder.config import matrix_shape
-from cyb_jax.errors import InputError, reading
+from cyb_jax.errors import InputError, reading, shown
 from cyb_jax.interop import gguf, huggingface, llama2c
+from cyb_jax.interop.base import checksum_of_files
 from cyb_jax.interop.families import LeafPath, Tensor, same_layout
-from cyb_jax.interop.tensors import Fields, TensorFiles, check
+from cyb_jax.interop.tensors import Fields, TensorFiles, TensorInfo, check
 from cyb_jax.methods import MethodConfig
 from cyb_jax.progress import Meter
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
   from cyb_jax.data import Tokenizer
 
 _TABLES = (("embedding",), ("unembedding",))
+# The largest number of rows that pad a table in memory, in addition to its own number.
+_MOST_PADDING = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,14 @@ class Source:
     """The number of the decoder's rows that are vocabulary entries; all rows, unless the source is our export."""
     return self.decoder.vocab_size if self.extras is None else self.extras.vocab_size
 
+  def checksum(self) -> str:
+    """A hexadecimal sha256 of the files with the weights, whatever their names; the files are read."""
+    return checksum_of_files({info.file for info in self._all_infos()})
+
+  def _all_infos(self) -> list[TensorInfo]:
+    """The headers of all tensors of the decoder."""
+    return list(self.files.infos.values())
+
   def tokenizer(self) -> Tokenizer | None:
     """The tokenizer of the source; None if it has no tokenizer."""
     from cyb_jax.data import tokenizers
@@ -212,18 +223,18 @@ def _with_extras(source: Source, written: Any) -> Source:
   path = source.path / "config.json"
   fields = block(path, huggingface.CYB_JAX, written)
   if fields.take("version", int) != 1:
-    raise InputError(f"{path}: cyb_jax.version = {written['version']!r}; this version reads 1")
+    raise InputError(f"{path}: cyb_jax.version = {shown(written['version'])}; this version reads 1")
   config = method_config(path, fields.take("method", dict))
   rows, vocab_size = fields.take("rows", int), fields.take("vocab_size", int)
   table_rows = fields.take("table_rows", int, rows)
   pause_ids, dont_know_id = fields.take("pause_ids", list), fields.take("dont_know_id", int, None)
   appended = [*pause_ids, *(() if dont_know_id is None else (dont_know_id,))]
-  expected = list(range(rows, source.decoder.vocab_size))
-  valid = all(isinstance(x, int) for x in appended) and 0 < vocab_size <= rows <= table_rows
-  if appended != expected or not valid:
+  # The tables in memory are padded to a multiple of a small number.
+  valid = 0 < vocab_size <= rows <= table_rows <= 2 * rows + _MOST_PADDING
+  if not valid or appended != list(range(rows, source.decoder.vocab_size)):
     raise InputError(
-      f"{path}: cyb_jax: {rows} of {table_rows} rows, {vocab_size} vocabulary entries and the appended entries"
-      f" {appended} don't give vocab_size = {source.decoder.vocab_size}; export the run again"
+      f"{path}: cyb_jax: {shown(rows)} of {shown(table_rows)} rows, {shown(vocab_size)} vocabulary entries and the"
+      f" appended entries {shown(appended)} don't give vocab_size = {source.decoder.vocab_size}; export the run again"
     )
   pauses = getattr(config, "pauses", 0)
   if len(pause_ids) != pauses:
@@ -236,7 +247,9 @@ def _with_extras(source: Source, written: Any) -> Source:
   # A parameter that `own` does not list would be silently reinitialised.
   shapes = {name: list(shape) for name, shape in own.items()}
   if fields.take("own", dict) != shapes:
-    raise InputError(f"{path}: cyb_jax.own = {written['own']!r}, but its method has {shapes!r}; export the run again")
+    raise InputError(
+      f"{path}: cyb_jax.own = {shown(written['own'])}, but its method has {shapes!r}; export the run again"
+    )
   if (dont_know_id is not None) != ("dont_know" in own):
     raise InputError(
       f"{path}: cyb_jax.dont_know_id = {dont_know_id!r}, but its method has {sorted(own)}; export the run again"
@@ -262,7 +275,7 @@ def _with_extras(source: Source, written: Any) -> Source:
 def block(path: pathlib.Path, name: str, values: Any) -> Fields:
   """The fields of an object inside config.json."""
   if not isinstance(values, dict):
-    raise InputError(f"{path}: {name} = {values!r} must be an object; export the run again")
+    raise InputError(f"{path}: {name} = {shown(values)} must be an object; export the run again")
   return Fields(path, {f"{name}.{key}": value for key, value in values.items()}, f"{name}.")
 
 
@@ -277,7 +290,7 @@ def method_config(path: pathlib.Path, written: Any) -> MethodConfig:
   for name, value in values.items():
     if isinstance(value, list):
       if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
-        raise InputError(f"{path}: cyb_jax.method.{name} = {value!r} must be a list of numbers")
+        raise InputError(f"{path}: cyb_jax.method.{name} = {shown(value)} must be a list of numbers")
       values[name] = ":".join(f"{x!r}" for x in value)
   try:
     return methods_group.parse_method(methods_group.migrated(values))

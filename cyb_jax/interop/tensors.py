@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 from cyb_jax.interop.families import Tensor
 
 # The names of safetensors; other formats have other names, such as float16.
 _FLOATS = ("F32", "F16", "BF16")
+# The largest number of layers; published models have fewer than 200.
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +89,11 @@ def check(
   Raises:
     InputError: a tensor is missing or unknown, or has another shape or an unsupported dtype.
   """
-  expected = {name: tensor.shape for tensor, _, name in each(table, num_layers)}
-  for name, shape in expected.items():
-    info = files.infos.get(name)
+  expected = set()
+  # The first missing tensor ends the loop, because a config can name more layers than fit into memory.
+  for tensor, _, name in each(table, num_layers):
+    shape, info = tensor.shape, files.infos.get(name)
+    expected.add(name)
     if info is None:
       raise InputError(f"{where}: the tensor {name} {_shown(shape)} is missing, but the config requires it")
     if tuple(info.shape) != shape:
@@ -145,10 +149,11 @@ class Fields:
       if default is ...:
         raise InputError(f"{self.where}: {name} is missing; it must be given ({kind.__name__})")
       return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    # Larger integers are not floats.
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 1000:
       value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-      raise InputError(f"{self.where}: {name} = {value!r} must be of type {kind.__name__}")
+      raise InputError(f"{self.where}: {name} = {shown(value)} must be of type {kind.__name__}")
     return value
 
   def count(self, name: str) -> int | None:
@@ -159,7 +164,21 @@ class Fields:
     """
     value = self.take(name, int, None)
     if value is not None and value < 1:
-      raise InputError(f"{self.where}: {self._prefix}{name} = {value} must be at least 1")
+      raise InputError(f"{self.where}: {self._prefix}{name} = {shown(value)} must be at least 1")
+    return value
+
+  def layers(self, name: str) -> int:
+    """A field that is the number of layers.
+
+    Raises:
+      InputError: the value is not an int, is not positive, or no model has so many layers. The limit bounds the lists
+        with one entry for each layer, which are made before the tensors are compared with the config.
+    """
+    value = self.take(name, int)
+    if not 1 <= value <= _MOST_LAYERS:
+      raise InputError(
+        f"{self.where}: {self._prefix}{name} = {shown(value)} must be from 1 to {_MOST_LAYERS}; fetch the file again"
+      )
     return value
 
   def demand(self, name: str, accepted: Sequence[Any], default: Any = None) -> None:
@@ -168,7 +187,7 @@ class Fields:
     value = self._values.get(self._prefix + name, default)
     if value not in accepted:
       wanted = " or ".join(map(repr, accepted))
-      raise InputError(f"{self.where}: {self._prefix}{name} = {value!r}; this version only supports {wanted}")
+      raise InputError(f"{self.where}: {self._prefix}{name} = {shown(value)}; this version only supports {wanted}")
 
   def finish(self, harmless: Iterable[str] = ()) -> None:
     """Raises InputError if a field was not read, because it might change the model."""
@@ -176,10 +195,5 @@ class Fields:
       known = name in self._read or name.removeprefix(self._prefix) in harmless
       if not known and value is not None:
         raise InputError(
-          f"{self.where}: {name} = {_short(value)} is unknown and may change the model; remove it if it does not"
+          f"{self.where}: {name} = {shown(value)} is unknown and may change the model; remove it if it does not"
         )
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + "..."

@@ -205,6 +205,7 @@ class Cyb(StoppingMethod, ExportableSlotMethod):
       slots=slots,
       slots_read=slots,
       hidden=self.hides_pauses and not executed,
+      shifting=self.shifts_positions,
       executed=executed,
       frozen=self.backbone.is_frozen,
     ) + self.slot_model.heads_cost(slots).times(3)

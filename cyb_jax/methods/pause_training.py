@@ -221,15 +221,20 @@ class PauseTraining(CachedSlotMethod):
     rows = [row, row + self._drawn(sequence_length)] if self.config.pause_places == "random" else [row]
 
     def shape(row: int, executed: bool) -> dict[str, float]:
-      return {"slots": row / sequence_length, "keys": flops.causal_keys(row, executed), "slots_read": 1}
+      return {
+        "slots": row / sequence_length,
+        "keys": flops.causal_keys(row, executed),
+        # Every pause has a position of its own.
+        "local_keys": flops.local_keys(config, row, executed=executed),
+        "slots_read": 1,
+      }
 
     def forward(executed: bool) -> flops.Cost:
       costs = (flops.pass_cost(config, **shape(row, executed)) for row in rows)
       return sum(costs, flops.Cost()).times(1 / len(rows))
 
     slots = 1 if slots is None else slots
-    keys = flops.causal_keys(slots * sequence_length)
-    inference = flops.pass_cost(config, slots=slots, keys=keys, slots_read=1)
+    inference = flops.forward_cost(config, tokens=sequence_length, slots=slots, slots_read=1, shifting=True)
     is_frozen = self.backbone.is_frozen
     return MethodCosts(
       train=flops.train_pass_cost(config, **shape(row, False), executed=False, frozen=is_frozen),

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from cyb_jax.decoder import DecoderConfig
-from cyb_jax.errors import InputError, did_you_mean
+from cyb_jax.errors import InputError, did_you_mean, shown
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.baseline import BaselineConfig
 from cyb_jax.methods.constant_stop import ConstantStopConfig
@@ -50,8 +50,8 @@ def config_class(name: str) -> type[MethodConfig]:
   Raises:
     InputError: there is no method of this name.
   """
-  if name not in METHODS:
-    raise InputError(f"method.name: {name!r} is unknown; {did_you_mean(str(name), METHODS)}")
+  if not isinstance(name, str) or name not in METHODS:
+    raise InputError(f"method.name: {shown(name)} is unknown; {did_you_mean(str(name), METHODS)}")
   return METHODS[name]
 
 

@@ -13,6 +13,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -31,6 +32,12 @@ _TERMINAL = (227, 185, 143, 144, 102, 243, 60, 18)
 _DIGITS = "⁰¹²³⁴⁵⁶⁷"
 _LONGEST_TABLE = 512
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+PICTURE = "text.svg"
+# Of the SVG: width and height of a character, and the margin, in pixels.
+_SVG_CELL, _SVG_MARGIN = (8.4, 20), 10
+
+Word: TypeAlias = tuple[str, int | None]
+"""The text of a token, and its step of the colour scale; None: without a colour."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,50 +283,99 @@ def to_terminal(windows: Sequence[Window], columns: int, *, colour: bool) -> str
     out += _wrapped(legend, columns, colour)
   for window in windows:
     out += ["", f"window {window.index}"]
-    words: list[tuple[str, int | None]] = [(window.first, None)]
-    for piece, value in zip(window.pieces, window.pauses):
-      words.append((piece, None if scale is None else scale.step(value)))
-    out += _wrapped(words, columns, colour)
+    out += _wrapped(_words(window, scale), columns, colour)
   return "\n".join(out) + "\n"
 
 
-def _wrapped(words: Sequence[tuple[str, int | None]], columns: int, colour: bool) -> list[str]:
-  """Lines of tokens; a token that doesn't fit starts the next line, and a token wider than a line is split."""
-  lines, line, used = [], "", 0
+def to_svg(windows: Sequence[Window], columns: int = 96) -> str:
+  """The windows with a legend as an SVG picture, lines of `columns` characters of a monospaced font."""
+  scale = Scale.of(windows)
+  lines: list[list[Word]] = []
+  if scale is not None:
+    legend: list[Word] = [("Expected pauses before a token: ", None)]
+    for i in range(8):
+      legend += [(scale.border(i), i), (" ", None)]
+    lines += [*_lines(legend, columns), []]
+  for number, window in enumerate(windows):
+    lines += [[]] * bool(number) + _lines(_words(window, scale), columns)
+  size = f"{columns * _SVG_CELL[0] + 2 * _SVG_MARGIN:g} {len(lines) * _SVG_CELL[1] + 2 * _SVG_MARGIN:g}"
+  parts = [
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" role="img" font-size="14"'
+    ' font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace">',
+    "<title>Text, coloured by the expected number of pauses before each token: darker means more pauses.</title>",
+    '<rect width="100%" height="100%" fill="#ffffff"/>',
+  ]
+  for row, line in enumerate(lines):
+    x, y = _SVG_MARGIN, _SVG_MARGIN + row * _SVG_CELL[1]
+    for text, step in line:
+      across = width(text) * _SVG_CELL[0]
+      if step is not None:
+        parts.append(f'<rect x="{x:g}" y="{y:g}" width="{across:g}" height="{_SVG_CELL[1]}" fill="{_SCALE[step]}"/>')
+      if text.strip():
+        ink = "#ffffff" if step is not None and step >= 5 else "#000000"
+        # The length keeps the columns if the reader has another font.
+        parts.append(
+          f'<text x="{x:g}" y="{y + 15:g}" fill="{ink}" textLength="{across:g}" xml:space="preserve">'
+          f"{page.escape(text)}</text>"
+        )
+      x += across
+  return "\n".join([*parts, "</svg>"]) + "\n"
 
-  def end() -> None:
-    nonlocal line, used
-    lines.append(line)
-    line, used = "", 0
 
-  def put(text: str, step: int | None) -> None:
-    nonlocal line, used
-    used += width(text)
-    if colour and step is not None and text:
-      ink = 231 if step >= 5 else 16
-      text = f"\x1b[38;5;{ink};48;5;{_TERMINAL[step]}m{text}\x1b[0m"
-    line += text
+def files(windows: Sequence[Window]) -> dict[str, str]:
+  """The picture of the windows by its name in a report's folder; nothing for models with one slot."""
+  return {PICTURE: to_svg(windows)} if windows and windows[0].stopping.shape[-1] > 1 else {}
 
+
+def _words(window: Window, scale: Scale | None) -> list[Word]:
+  """The tokens of a window, with their steps of the scale."""
+  steps = [None if scale is None else scale.step(value) for value in window.pauses]
+  return [(window.first, None), *zip(window.pieces, steps)]
+
+
+def _wrapped(words: Sequence[Word], columns: int, colour: bool) -> list[str]:
+  """Lines for a terminal, with colours or with a digit after each token."""
+  return [
+    "".join(_painted(*word) if colour else word[0] for word in line) for line in _lines(words, columns, not colour)
+  ]
+
+
+def _painted(text: str, step: int | None) -> str:
+  if step is None or not text:
+    return text
+  return f"\x1b[38;5;{231 if step >= 5 else 16};48;5;{_TERMINAL[step]}m{text}\x1b[0m"
+
+
+def _lines(words: Sequence[Word], columns: int, marked: bool = False) -> list[list[Word]]:
+  """Lines of tokens; a token that doesn't fit starts the next line, and a token wider than a line is split.
+
+  Args:
+    words: the tokens, each with its step of the scale or None.
+    columns: the width of a line.
+    marked: whether a superscript digit after each token shows its step.
+  """
+  lines: list[list[Word]] = []
+  line: list[Word] = []
+  used = 0
   for word, step in words:
-    mark = _DIGITS[step] if step is not None and not colour else ""
-    broken = word.endswith("\n")
+    mark = _DIGITS[step] if step is not None and marked else ""
     text = word.rstrip("\n").replace("\n", "") + mark
     if used and used + width(text) > columns:
-      end()
+      lines.append(line)
+      line, used = [], 0
       if text.startswith(" ") and len(text) > len(mark) + 1:
         text = text[1:]
-    for character in text:
-      # Character by character, so that a wide character isn't split.
-      if used and used + width(character) > columns:
-        end()
-      put(character, step) if width(text) > columns else None
-    if width(text) <= columns:
-      put(text, step)
-    if broken:
-      end()
-  if line:
-    end()
-  return lines
+    # Character by character, so that a wide character isn't split.
+    for part in text if width(text) > columns else [text]:
+      if used and used + width(part) > columns:
+        lines.append(line)
+        line, used = [], 0
+      line.append((part, step))
+      used += width(part)
+    if word.endswith("\n"):
+      lines.append(line)
+      line, used = [], 0
+  return [*lines, line] if used else lines
 
 
 # Hover, focus and tap; the tab key stops once per window, and the arrow keys move inside a window.

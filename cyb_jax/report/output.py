@@ -67,7 +67,7 @@ def _ours(path: storage.Place) -> set[str]:
   except OSError:
     return {"statistics.json"}  # a comparison keeps this file without a page
   found = re.search(r'<meta name="generator" content="cyb-report: ([^"]*)">', page)
-  return {_PAGE, "statistics.json", "comparison.json", *found[1].split()} if found else set()
+  return {_PAGE, "statistics.json", "comparison.json", "text.svg", *found[1].split()} if found else set()
 
 
 def generator(pictures: Iterable[str]) -> str:

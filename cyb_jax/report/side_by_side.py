@@ -16,6 +16,11 @@ from cyb_jax.report.trade_off import Outcome
 
 # Types of tokens that are listed before the table.
 _LISTED_TYPES = 12
+# Values by known difficulty: the label of the axis, and a description.
+_BY_DIFFICULTY = {
+  "accuracy": ("correct answers", "The share of answers whose most probable token is correct"),
+  "mean_pauses": ("mean pauses", "Mean pauses (of a model that loops: the loops after the first one)"),
+}
 
 
 def build(
@@ -40,6 +45,7 @@ def build(
     _efficiency(groups, numbers),
     _latency(groups, numbers),
     _speed_accuracy(groups, numbers),
+    *_difficulty(groups),
     *_where(groups, windows),
     _paper(),
   ]
@@ -309,6 +315,45 @@ def _speed_accuracy(groups: Sequence[Group], numbers: Mapping[str, Any]) -> Sect
   )
   table = page.table("Perplexity against mean pauses", ("group", "by", "mean pauses", "perplexity"), rows, words=2)
   return Section(title, page.with_tables(picture, table), (picture,))
+
+
+def _difficulty(groups: Sequence[Group]) -> list[Section]:
+  """Accuracy and mean pauses by known difficulty of the answer; nothing for a task without known difficulty."""
+  found = {group.label: [_answers(run.statistics) for run in group.runs] for group in groups if group.causal}
+  # Records of version 0.2 have no accuracy for methods with one slot.
+  found = {label: runs for label, runs in found.items() if all(runs)}
+  if not found:
+    return []
+  # All runs are evaluated on the same text, so they have the same levels.
+  levels = [row["difficulty"] for row in next(iter(found.values()))[0]]
+  pictures, rows = [], []
+  for field, (y, caption) in _BY_DIFFICULTY.items():
+    values = {label: _over_seeds(runs, field) for label, runs in found.items() if field in runs[0][0]}
+    if not values:
+      continue
+    series = [(label, levels, *lines) for label, lines in values.items()]
+    means = {label: mean for label, (mean, *_) in values.items()}
+    words = "; ".join(f"{label} {figures.shares(mean)}" for label, mean in means.items())
+    png = figures.lines(series, x="difficulty of the answer", y=y, x_ticks=levels)
+    note = f"{caption}, by known difficulty of the answer: the mean over seeds, and the range of the seeds."
+    pictures.append(Picture(f"difficulty_{field.removeprefix('mean_')}", png, f"By difficulty: {words}", note))
+    rows += [(f"{label}, {y}", *mean) for label, mean in means.items()]
+  table = page.table("By difficulty of the answer", ("group", *map(str, levels)), rows)
+  body = "".join(page.with_tables(picture) for picture in pictures[:-1]) + page.with_tables(pictures[-1], table)
+  return [Section("Known difficulty", body, tuple(pictures))]
+
+
+def _answers(statistics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """The rows of a record that are about answers and have their accuracy."""
+  return [row for row in statistics["difficulty"] or [] if row["difficulty"] and "accuracy" in row]
+
+
+def _over_seeds(
+  runs: Sequence[Sequence[Mapping[str, Any]]], field: str
+) -> tuple[list[float], list[float], list[float]]:
+  """The mean, the lowest and the highest value over runs, by difficulty."""
+  values = np.array([[row[field] for row in rows] for rows in runs])
+  return values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist()
 
 
 def pausing_group(groups: Sequence[Group]) -> Group | None:

@@ -139,9 +139,10 @@ def difficulty(statistics: Statistics) -> Section:
   if not rows:
     return Section(title, page.absent("The difficulty of this task's tokens is unknown, so there is nothing to show."))
   if statistics["num_slots"] == 1:
-    found = [(row["difficulty"], row["count"], row["perplexity"]) for row in rows]
-    caption = "Perplexity by difficulty (0: tokens outside of answers)"
-    return Section(title, page.table(caption, ("difficulty", "tokens", "perplexity"), found))
+    # Records of version 0.2 have no accuracy for methods with one slot.
+    found = [(row["difficulty"], row["count"], row["perplexity"], row.get("accuracy")) for row in rows]
+    caption = "Perplexity and accuracy by difficulty (0: tokens outside of answers)"
+    return Section(title, page.table(caption, ("difficulty", "tokens", "perplexity", "accuracy"), found))
   answers = [row for row in rows if row["difficulty"]]
   levels = [row["difficulty"] for row in answers]
   slots = range(statistics["num_slots"])

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
+from cyb_jax import jsonl
 from cyb_jax.serving.errors import ApiError
 
 
@@ -44,10 +45,12 @@ async def read_json(http: HttpRequest, *, most: int, seconds: float) -> Any:
   except ClientDisconnect:
     raise ApiError("the client has gone", status=499) from None
   try:
-    return json.loads(bytes(body), parse_constant=_reject)
+    value = json.loads(bytes(body), parse_constant=_reject)
+    jsonl.check_depth(value)
   except (ValueError, RecursionError) as error:
     reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
     raise ApiError(f"body: it is no valid JSON ({reason[:200]}); send a JSON object") from None
+  return value
 
 
 def _reject(constant: str) -> NoReturn:

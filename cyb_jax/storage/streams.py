@@ -94,7 +94,7 @@ def read_json(path: epath.Path) -> Any:
   """The value in a JSON file; None if the file does not exist or is not JSON."""
   try:
     return json.loads(read(path))
-  except (FileNotFoundError, ValueError):
+  except (FileNotFoundError, ValueError, RecursionError):
     return None
 
 

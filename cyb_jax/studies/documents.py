@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cyb_jax import jsonl, runs
+from cyb_jax import jsonl
 from cyb_jax.data import TokenStore, open_task
 from cyb_jax.data.tasks import text_digest
 from cyb_jax.evaluation.bootstrap import GROUPS
 from cyb_jax.evaluation.windows import StatisticsWindows
+from cyb_jax.interop import pretrained
 from cyb_jax.runs import Run
 from cyb_jax.storage import atomic_write
 from cyb_jax.training.run_data import open_recorded_or_new_store
@@ -102,7 +103,7 @@ def _divided(task: str, percent: int) -> Iterator[tuple[str, str]]:
 
 def main(workdir: str) -> None:
   """Prints the losses of the last checkpoint of a run."""
-  run = runs.load(workdir)
+  run = pretrained.load_run(workdir)
   losses = document_losses(run, open_recorded_or_new_store(run.config, run.meta))
   sys.stdout.write(jsonl.dumps(losses) + "\n")
 

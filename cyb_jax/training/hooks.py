@@ -340,7 +340,8 @@ class Saver:
       logging.warning("step %d: not saved, because the last %d steps were not applied", run.step, in_a_row)
     else:
       self._log.flush()
-      self._checkpoints.save(run.step, self._strategy.global_state(run.state), meta, loss=run.loss)
+      state = run.plan.saved_part(self._strategy.global_state(run.state))
+      self._checkpoints.save(run.step, state, meta, loss=run.loss)
 
 
 class BlockingHooks:

@@ -58,10 +58,13 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   lines = storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else []
   for number, line in enumerate(lines, start=1):
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      if number < len(lines):
-        logging.warning("%s: line %d is invalid and is skipped", path, number)
+      row = jsonl.loads(line)
+    except ValueError:
+      row = None
+    if isinstance(row, dict):
+      rows.append(row)
+    elif number < len(lines):
+      logging.warning("%s: line %d is invalid and is skipped", path, number)
   return rows
 
 

@@ -23,10 +23,12 @@ from cyb_jax.distributed.agreement import own_facts
 from cyb_jax.distributed.cluster import Cluster
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
+from cyb_jax.interop.base import Base
 from cyb_jax.interop.pretrained import Pretrained
 from cyb_jax.methods import Method, Scheduled
 from cyb_jax.training.layout import mesh_of_run, methods_of_run
 from cyb_jax.training.run_data import abstract_batch, check_names, num_steps, open_batches, open_recorded_or_new_store
+from cyb_jax.training.step import TrainState
 from cyb_jax.training.trackers import check_installed
 
 
@@ -44,6 +46,7 @@ class RunPlan:
     steps: the total number of steps of the run.
     meta: the JSON object of the newest checkpoint; None if there is no checkpoint.
     start: the opened `init_from`; None if the run has a checkpoint or starts from newly initialised parameters.
+    base: the base to which the run's checkpoints refer; None if they contain all parameters.
     profile: the number of steps to trace.
   """
 
@@ -56,7 +59,12 @@ class RunPlan:
   steps: int
   meta: dict[str, Any] | None
   start: Pretrained | None
+  base: Base | None
   profile: int
+
+  def saved_part(self, state: TrainState) -> TrainState:
+    """The part of a global state that checkpoints contain; its leaves are of any kind."""
+    return state if self.base is None else dataclasses.replace(state, params=self.base.saved_part(state.params))
 
 
 def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, cluster: Cluster) -> RunPlan:
@@ -84,9 +92,12 @@ def preflight(config: Config, workdir: str | os.PathLike, *, profile: int, clust
     start.check(method, store.tokenizer, config)
   method.validate_data(store, config.data.sequence_length)
   _check_attention(config, method, mesh)
+  base = _base(config, workdir, method, meta, start)
+  # Hosts may have their bases in different folders.
+  cluster.agree({"checksum of init_from": None if base is None else base.source.reference.checksum}, seconds=None)
   if isinstance(method, Scheduled):
     method = method.with_steps(steps)
-  return RunPlan(config, cluster, mesh, method, evaluated, store, steps, meta, start, profile)
+  return RunPlan(config, cluster, mesh, method, evaluated, store, steps, meta, start, base, profile)
 
 
 def _agree(config: Config, workdir: str | os.PathLike, profile: int, cluster: Cluster) -> None:
@@ -99,7 +110,7 @@ def _agree(config: Config, workdir: str | os.PathLike, profile: int, cluster: Cl
   if profile and storage.in_bucket(workdir):
     raise InputError(f"--profile: {profile}, but no trace can be written to {workdir}; give a --workdir on a disk")
   if cluster.index == 0:  # the result is the same on all hosts, and some file systems allow only one writer at a time
-    check_workdir(workdir, runs.config_record(config))
+    check_workdir(workdir, runs.config_record(config, workdir))
   cluster.barrier()
 
 
@@ -110,6 +121,15 @@ def _check_start(config: Config) -> Pretrained | None:
   if not config.data.store:
     config.build_method().validate_data(_DeclaredData.of(config), config.data.sequence_length)
   return start
+
+
+def _base(
+  config: Config, workdir: str | os.PathLike, method: Method, meta: dict[str, Any] | None, start: Pretrained | None
+) -> Base | None:
+  """The base of the run, see `cyb_jax.interop.base`; a continued run saves the same parts as before."""
+  if meta is not None:
+    return pretrained.open_base(workdir, config.init_from, method, meta)
+  return None if start is None or config.tuning.weights == "all" else Base(start, method)
 
 
 def _open_store(config: Config, meta: dict[str, Any] | None, cluster: Cluster) -> TokenStore:

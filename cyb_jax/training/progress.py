@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from cyb_jax import __version__
@@ -64,4 +65,6 @@ class Progress:
         "store_path": str(store.path),
         "version": __version__,
       }
+      if self.plan.base is not None:
+        self._meta["base"] = dataclasses.asdict(self.plan.base.source.reference)
     return self._meta

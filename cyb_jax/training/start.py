@@ -12,7 +12,7 @@ from absl import logging
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.costs.memory import bytes_per_device, count_parameters
 from cyb_jax.evaluation import Evaluator
-from cyb_jax.interop import pretrained
+from cyb_jax.interop import initial
 from cyb_jax.methods import Calibrated
 from cyb_jax.training.preflight import RunPlan
 from cyb_jax.training.step import TrainState
@@ -52,13 +52,16 @@ def restore_or_start(
   if not steps:
     params = None
     if plan.start is not None:
-      params = pretrained.parameters(plan.start, plan.method, strategy.abstract().params, plan.config)
+      params = initial.parameters(plan.start, plan.method, strategy.abstract().params, plan.config)
     return Start(_calibrated(strategy.init(params), plan, strategy, evaluator, read), 0, 0)
-  meta = checkpoints.meta(steps[-1])
-  restored = checkpoints.restore(steps[-1], strategy.abstract())
+  meta, abstract = checkpoints.meta(steps[-1]), strategy.abstract()
+  restored = checkpoints.restore(steps[-1], plan.saved_part(abstract))
+  state = restored.state
+  if plan.base is not None:
+    state = dataclasses.replace(state, params=plan.base.complete(state.params, abstract.params))
   # Each host counts the tokens that it reads; the count of the checkpoint is added on host 0 only.
   tokens = meta["train_tokens"] if plan.cluster.index == 0 else 0
-  return Start(strategy.place(restored.state), restored.step, tokens)
+  return Start(strategy.place(state), restored.step, tokens)
 
 
 def _calibrated(

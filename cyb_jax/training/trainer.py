@@ -95,7 +95,7 @@ def _start_workdir(plan: RunPlan, workdir: str | os.PathLike, lock: Lock | None)
   """Writes the run's config and tokenizer to the work directory, on host 0; returns the work directory."""
   folder = storage.place(workdir)
   if lock is not None:
-    folder = start_workdir(workdir, runs.config_record(plan.config), plan.store.tokenizer, lock, plan.meta)
+    folder = start_workdir(workdir, runs.config_record(plan.config, workdir), plan.store.tokenizer, lock, plan.meta)
   plan.cluster.barrier()
   if not storage.in_bucket(folder):
     plan.cluster.same_folder(folder)
@@ -204,7 +204,7 @@ class Trainer:
       return
     record = self.evaluate(run, self.plan.config.train.last_eval_limit)
     log.write(record)
-    checkpoints.save(0, self._strategy.global_state(run.state), run.meta(), loss=record["loss"])
+    checkpoints.save(0, self.plan.saved_part(self._strategy.global_state(run.state)), run.meta(), loss=record["loss"])
 
   def _open_log(self, step: int) -> MetricsLog | NoLog:
     """The log, which continues after a step, on host 0; a log that writes nothing on the other hosts."""

@@ -9,7 +9,7 @@ import pytest
 from models import tiny_config
 
 from cyb_jax import configs, data
-from cyb_jax.benchmarks import timing, variants
+from cyb_jax.benchmarks import growth, timing, variants
 from cyb_jax.benchmarks import train as steps
 from cyb_jax.errors import InputError
 from cyb_jax.studies import settings
@@ -170,7 +170,7 @@ def test_the_vocabulary_of_a_config(tokenizer, vocab_size, expected):
   config = tiny_config()
   config.data.tokenizer = tokenizer
   config.decoder.vocab_size = vocab_size
-  assert steps._own_vocabulary(configs.freeze(config)) == expected
+  assert steps.own_vocabulary(configs.freeze(config)) == expected
 
 
 @pytest.mark.slow
@@ -190,14 +190,14 @@ def test_the_token_store_is_read_and_must_match(tmp_path):
     steps._open_batches(configs.freeze(config), str(store.path), 0)
   config.data.batch_size, config.decoder.vocab_size = 8, 64
   with pytest.raises(InputError, match=r"decoder\.vocab_size: 64 rows, but the tokenizer has 257"):
-    steps._Contender(configs.freeze(config), str(store.path), 0)
+    steps.Contender(configs.freeze(config), str(store.path), 0)
   config.data.batch_size = 12
   with pytest.raises(InputError, match=r"data\.batch_size: 12 is not divisible by 8 devices"):
-    steps._Contender(configs.freeze(config), "", 0)
+    steps.Contender(configs.freeze(config), "", 0)
 
 
 def test_bad_input(tmp_path):
-  parts = "readout, data, decode, scoring, serve, train, faults, sharding"
+  parts = "readout, data, decode, scoring, serve, train, faults, growth, sharding"
   assert f"'tempo' is unknown; there are {parts}" in cli.complaint("benchmark", "tempo")
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
@@ -219,6 +219,43 @@ def test_bad_input(tmp_path):
   assert "--workdir: give either --workdir or --config" in cli.complaint("benchmark", "decode")
   assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")
   assert "--read: 'mixture' is not one of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
+
+
+def test_growth_by_hand():
+  """Seconds 3 n^2 for the work 5 n, of which a second measurement is an outlier."""
+  rounds = {size: iter([0.0, 3.0 * size**2, 99.0, 3.0 * size**2]) for size in (2, 4, 16)}
+  points = [growth.Point(size, 5.0 * size, lambda mine=mine: next(mine)) for size, mine in rounds.items()]
+  found = growth.measure(points, 3)
+  assert (found["sizes"], found["work"], found["seconds"]) == ([2, 4, 16], [10, 20, 80], [12, 48, 768])
+  assert found["exponent"] == pytest.approx(2)
+  assert found["work_exponent"] == pytest.approx(1)
+  # By hand: y = 0, 1, 5 at x = 0, 1, 2 (powers of two): the slope is (5 - 0) / 2.
+  assert growth.exponent([1, 2, 4], [1, 2, 32]) == pytest.approx(2.5)
+
+
+@pytest.mark.slow
+def test_growth_of_every_part(tmp_path):
+  config = cli.write_config(tmp_path)
+  sizes = {"length": (16, 32), "slots": (1, 3), "decode": (8, 16), "prepare": (20, 60)}
+  sizes |= {"evaluate": (4, 8), "statistics": (4, 8)}
+  for part, (small, large) in sizes.items():
+    result, _ = cli.run(
+      "benchmark", "growth", f"--config={config}", f"--parts={part}", f"--sizes={small},{large}", "--repeats=1",
+      "--config.decoder.vocab_size=257",
+    )  # fmt: skip
+    (row,) = result["timing"]["rows"]
+    assert (row["part"], row["sizes"]) == (part, [small, large])
+    assert 0 < row["work"][0] < row["work"][1]
+    assert min(row["seconds"]) > 0
+
+
+def test_bad_flags_of_growth():
+  assert "--parts: 'lenght' is unknown; did you mean 'length'?" in cli.complaint(
+    "benchmark", "growth", "--parts=lenght"
+  )
+  assert "--sizes: needs a single part" in cli.complaint("benchmark", "growth", "--sizes=1,2")
+  complaint = cli.complaint("benchmark", "growth", "--parts=slots", "--sizes=4,4")
+  assert "--sizes: '4,4' must be at least two different whole numbers" in complaint
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import pytest
 from models import assert_trees_equal, tiny_config
 
 import cyb_jax
-from cyb_jax import configs, runs, storage, training
+from cyb_jax import configs, storage, training
 from cyb_jax.benchmarks.faults import first_difference
 from cyb_jax.checkpointing import bucket as backend
 from cyb_jax.checkpointing.manager import Checkpoints
@@ -226,7 +226,7 @@ def test_no_bucket(bucket, config):
   with pytest.raises(InputError, match=r"--profile: 3, but no trace can be written to gs://runs/run"):
     training.train(config, "gs://runs/run", profile=3)
   with pytest.raises(InputError, match=r"workdir: gs://runs/none contains no run"):
-    runs.load("gs://runs/none")
+    pretrained.load_run("gs://runs/none")
   assert not is_run("gs://runs/none")
 
 

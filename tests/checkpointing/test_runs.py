@@ -16,9 +16,10 @@ import pytest
 from models import assert_trees_equal, tiny_config
 
 import cyb_jax
-from cyb_jax import configs, data, runs, storage, training
+from cyb_jax import configs, data, storage, training
 from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
 from cyb_jax.errors import DivergedError, InputError, Interrupted
+from cyb_jax.interop import pretrained
 
 KEYS = {
   "method", "step", "split", "loss", "perplexity", "mean_pauses", "latency", "slot_perplexity", "oracle_perplexity",
@@ -53,10 +54,11 @@ def test_the_folder(workdir):
 def test_host_0_checks_a_checkpoint_for_all_hosts(workdir, monkeypatch):
   told = []
   first = types.SimpleNamespace(index=0, count=2, broadcast=lambda step: told.append(step) or step)
-  run = runs.load(workdir, "best", cluster=first)
+  run = pretrained.load_run(workdir, "best", cluster=first)
   assert told == [run.step]
   monkeypatch.setattr("cyb_jax.checkpointing.integrity.damage", None)  # another host reads no file to check it
-  other = runs.load(workdir, "best", cluster=types.SimpleNamespace(index=1, count=2, broadcast=lambda _: run.step))
+  second = types.SimpleNamespace(index=1, count=2, broadcast=lambda _: run.step)
+  other = pretrained.load_run(workdir, "best", cluster=second)
   assert other.step == run.step
   assert_trees_equal(other.params, run.params)
 

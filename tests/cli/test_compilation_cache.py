@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cyb_jax.cli import compilation_cache
+from cyb_jax.errors import InputError
 
 _PROGRAM = """
 import sys
@@ -73,7 +74,13 @@ def test_size_is_bounded_on_a_disk(variables, tmp_path):
   assert variables["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(compilation_cache.MAX_BYTES)
 
 
-def test_folder_that_cannot_be_made_turns_the_cache_off(variables, tmp_path):
-  (tmp_path / "file").write_text("")
-  compilation_cache.enable(str(tmp_path / "file" / "folder"))
+def test_folder_that_cannot_be_written(variables, tmp_path):
+  """An error if the flag names it; the user's own folder is left out silently."""
+  (tmp_path / "file").touch()
+  folder = tmp_path / "file" / "programs"
+  with pytest.raises(InputError, match=f"--compilation_cache: {folder} can't be written; give another folder"):
+    compilation_cache.enable(str(folder))
+  assert "JAX_COMPILATION_CACHE_DIR" not in variables
+  variables["XDG_CACHE_HOME"] = str(tmp_path / "file")
+  compilation_cache.enable(None)
   assert variables["JAX_COMPILATION_CACHE_DIR"] == ""

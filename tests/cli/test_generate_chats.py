@@ -8,7 +8,7 @@ import pytest
 from models import tiny_config
 from small_tokenizers import bpe
 
-from cyb_jax import configs, runs, training
+from cyb_jax import configs, training
 from cyb_jax.data import HuggingFaceTokenizer
 from cyb_jax.data.tokenizers import SpecialTokens
 from cyb_jax.generation import Sampler, SamplingOptions
@@ -85,7 +85,7 @@ def test_a_start_token_is_not_doubled(imported):
 
 def test_a_run_that_was_trained_on_chats(trained):
   """The run stores the template, and a reply ends at the end of its turn, although no file lists this entry."""
-  run = runs.load(trained)
+  run = pretrained.load_run(trained)
   assert run.tokenizer.chat_template == TEMPLATE
   assert run.boundaries.end_ids == (0,)
   record, _ = cli.run("generate", f"--workdir={trained}", "--chat", "--prompt=7?", *FLAGS)

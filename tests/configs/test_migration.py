@@ -7,6 +7,7 @@ from models import tiny_config
 
 from cyb_jax import configs, runs, training
 from cyb_jax.errors import InputError
+from cyb_jax.interop import pretrained
 
 
 def recorded(config):
@@ -132,4 +133,4 @@ def test_the_command_that_has_started_a_run_continues_it(tmp_path):
   for _ in range(2):
     assert training.train(configs.freeze(config), workdir) == first
     assert json.loads((workdir / "config.json").read_text())["tuning"]["new_rows"] == "mean"
-  assert runs.load(workdir).config.tuning.new_rows == "mean"
+  assert pretrained.load_run(workdir).config.tuning.new_rows == "mean"

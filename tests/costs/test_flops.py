@@ -51,6 +51,73 @@ def test_windows_by_hand():
   assert flops.forward_cost(config, tokens=3, slots=2, slots_read=0, executed=True).attention == 2 * 2 * 1024 * 6
   wide, plain = (flops.forward_cost(c, tokens=3, slots=2, slots_read=0) for c in (_config(window=9), _config()))
   assert wide.attention == pytest.approx(plain.attention)
+  # With positions of their own the six slots see 1, 2, 2, ... slots.
+  assert flops.local_keys(config, 3, 2, shifting=True) == pytest.approx(11 / 6)
+  assert flops.forward_cost(config, tokens=3, slots=2, slots_read=0, shifting=True).attention == pytest.approx(
+    2 * 1024 * (11 / 6 + everywhere)
+  )
+
+
+def _seen(positions, window=None):
+  """The mean number of keys of slots in order, by their positions."""
+  pairs = [
+    (i, j) for i, own in enumerate(positions) for j in range(i + 1) if window is None or own - positions[j] < window
+  ]
+  return len(pairs) / len(positions)
+
+
+@pytest.mark.parametrize(
+  ("options", "attention"),
+  [
+    # Three loops over 8 tokens.
+    (dict(name="looped", pauses=2), 3 * (_seen(range(8), 3) + _seen(range(8)))),
+    # Passes with 1 slot, 2 slots, and 3 slots that are refined twice.
+    (
+      dict(name="ponderlm2", pauses=2, jacobi=(2, 2)),
+      sum(n * (_seen(np.repeat(range(8), n), 3) + _seen(range(8 * n))) for n in (1, 2, 3, 3, 3)),
+    ),
+    # 8 streams in layer 1, which has the window, and 16 in layer 2, which has none.
+    (dict(name="thoughtbubbles", fork_layers=(2,), stream_budget=2.0), _seen(range(8), 3) + 2 * _seen(range(16))),
+    # The pauses are in the row, and have positions of their own.
+    (dict(name="pause_training"), _seen(range(8), 3) + _seen(range(8))),
+    (dict(name="tbys", pauses=1, pause_positions="shifting"), 2 * (_seen(range(16), 3) + _seen(range(16)))),
+    (dict(name="tbys", pauses=1), 2 * (_seen(np.repeat(range(8), 2), 3) + _seen(range(16)))),
+  ],
+)
+def test_windows_of_methods_by_counting(options, attention):
+  """The second of two layers is global; 4 N H = 1024 operations per key."""
+  method = build(configure(**options), _config(window=3, global_every=2))
+  costs = method.costs(8)
+  assert costs.forward.attention == pytest.approx(1024 * attention)
+  plain = build(configure(**options), _config()).costs(8)
+  assert costs.train.attention < plain.train.attention
+  assert costs.inference.attention < plain.inference.attention
+  # XLA computes the square.
+  assert (costs.train_executed, costs.forward_executed) == (plain.train_executed, plain.forward_executed)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 9])
+def test_keys_of_a_text_by_counting(window):
+  counts = [1, 3, 2, 1]
+  tokens = np.repeat(range(4), counts)
+  first = np.concatenate([[1], np.diff(tokens)]) > 0
+
+  def seen(own, others):
+    """`own`, `others`: whether slot j is a key of slot i of its own token, or of a later token."""
+    near = [(i, j) for i in range(7) for j in range(i + 1) if window is None or tokens[i] - tokens[j] < window]
+    return sum(own(i, j) if tokens[i] == tokens[j] else others(j) for i, j in near)
+
+  assert flops.total_keys(counts, window) == seen(lambda i, j: True, lambda j: True)
+  assert flops.total_keys(counts, window, hidden=True) == seen(lambda i, j: True, lambda j: first[j])
+  loops = flops.total_keys(counts, window, hidden=True, of_own=False)
+  assert loops == seen(lambda i, j: i == j, lambda j: first[j])
+
+
+def test_the_operations_of_slots_with_a_window():
+  config = _config(window=2, global_every=2)
+  everywhere = flops.slot_flops(config, slots=0, keys=10, slots_read=0)
+  assert everywhere == 2 * 1024 * 10
+  assert flops.slot_flops(config, slots=0, keys=10, local_keys=4, slots_read=0) == 1024 * (10 + 4)
 
 
 def test_frozen_decoder_by_hand():

@@ -161,6 +161,53 @@ def test_rules_of_transformers():
     assert "\n" not in str(caught.value)
 
 
+HOSTILE = [
+  "{% include '{file}' %}",
+  "{% import '{file}' as x %}",
+  "{% extends '{file}' %}",
+  "{% from '{file}' import x %}",
+  "{{ open('{file}').read() }}",
+  "{{ ''.__class__.__base__.__subclasses__() }}",
+  "{{ ''|attr('__class__') }}",
+  "{{ messages|map(attribute='__class__')|list }}",
+  "{{ '{0.__class__.__base__}'.format('') }}",
+  "{{ '{0.__class__.__base__}'.format_map({'0': ''}) }}",
+  "{{ ''.format.__globals__ }}",
+  "{{ cycler.__init__.__globals__.os.popen('cat {file}').read() }}",
+  "{{ lipsum.__globals__['os'].listdir('.') }}",
+  "{{ namespace.__init__.__globals__ }}",
+  "{{ raise_exception.__globals__ }}",
+  "{{ strftime_now.__globals__['datetime'].sys.modules }}",
+  "{{ self._TemplateReference__context.environment.loader }}",
+  "{% set _ = messages.append(1) %}{{ messages|length }}",
+  "{% set _ = messages[0].update({'content': 'b'}) %}{{ messages[0].content }}",
+  "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+  "{{ cycler() }}",
+  "{{ 5|dictsort }}",
+  "{{ range(10000000)|list }}",
+  "{{" + "(" * 500 + "1" + ")" * 500 + "}}",
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE, ids=lambda template: template[:40])
+def test_a_hostile_template_reaches_nothing(template, tmp_path):
+  """No file, no module, no class, no change of the messages, and no error of another type."""
+  secret = tmp_path / "secret.txt"
+  secret.write_text("treasure")
+  tokenizer = ByteTokenizer()
+  tokenizer.chat_template = template.replace("{file}", str(secret))
+  messages = [{"role": "user", "content": "a"}]
+  text, message = "", ""
+  try:
+    text = render_chat(tokenizer, messages)
+  except InputError as error:
+    message = str(error)
+  assert "\n" not in message
+  # What does not exist is rendered as an empty text.
+  assert text in ("", "[]", "[Undefined]")
+  assert messages == [{"role": "user", "content": "a"}]
+
+
 def test_bad_files(tmp_path, library):
   for number, (config, files, message) in enumerate((
     ({"chat_template": 3}, {}, r"tokenizer_config\.json: chat_template is 3"),

@@ -15,7 +15,7 @@ import pytest
 from cyb_jax.data import open_task, prepare, register
 from cyb_jax.data.tasks import split_of, text_digest
 from cyb_jax.data.tasks.reviews import packaged_reviews
-from cyb_jax.data.tasks.synthetic import write_lookups, write_parity, write_question, write_sums
+from cyb_jax.data.tasks.synthetic import write_hops, write_lookups, write_parity, write_question, write_sums
 from cyb_jax.errors import InputError
 
 C4 = pathlib.Path(__file__).resolve().parents[3] / "shared" / "tfds"
@@ -102,6 +102,23 @@ def test_parities_are_right():
     assert int(answer) == len(capitals) % 2
     seen.add((difficulty, answer))
   assert seen == {(m, answer) for m in (2, 3, 4, 5) for answer in "01"}
+
+
+def test_hops_by_hand():
+  lengths = set()
+  for seed in range(40):
+    text, ((position, difficulty),) = write_hops(np.random.default_rng(seed), 2, 5)
+    table, start, steps, answer = text[:10], text[10], int(text[11]), text[12:]
+    assert (steps, position) == (difficulty, 12)
+    # From every letter, ten steps visit all ten letters.
+    letter, visited = start, []
+    for _ in range(10):
+      letter = table[ord(letter) - ord("a")]
+      visited.append(letter)
+    assert sorted(visited) == list("abcdefghij")
+    assert answer == visited[difficulty - 1]
+    lengths.add(difficulty)
+  assert lengths == {2, 3, 4, 5}
 
 
 def test_only_the_answer_of_a_question_has_weight(tmp_path):

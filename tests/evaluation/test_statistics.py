@@ -501,6 +501,9 @@ def test_against_a_slow_reference(name):
     assert got["fused"] is False
     assert {key for key, value in got.items() if value is not None} - {"limit"} == given - {"limit"}
     check_perplexity_by_difficulty(got, rows)
+    for level in got["difficulty"]:
+      correct = [row["correct"] for row in rows if row["difficulty"] == level["difficulty"]]
+      np.testing.assert_allclose(level["accuracy"], np.mean(correct), **CLOSE)
     return
   check_latency(got["latency"], s)
   if rows[0]["trained"] is None:

@@ -19,6 +19,7 @@ from cyb_jax.decoder import DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.generation import scoring
 from cyb_jax.generation.scoring import Score, Scorer
+from cyb_jax.generation.trees import Tree
 from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh
 
@@ -202,6 +203,30 @@ def test_costs_by_hand(name, of_context):
     keys = 1 + 2 + 3 + sum(tokens + slot for tokens in (4, 5, 6) for slot in range(3))
   assert alone.flops == pytest.approx(cost(slots=alone.slots, keys=keys, slots_read=9))
   assert first.flops + second.flops == pytest.approx(alone.flops + cost(slots=0, keys=0, slots_read=3))
+
+
+@pytest.mark.parametrize("positions", ["token", "shifting"])
+@pytest.mark.parametrize("visibility", ["visible", "hidden"])
+def test_costs_with_a_window_by_counting(positions, visibility):
+  """Six tokens, of which the last three are read, in a decoder whose second layer is global."""
+  config = dataclasses.replace(TINY, num_layers=2, window=5, global_every=2)
+  options = configure(pauses=2, pause_positions=positions, pause_visibility=visibility)
+  method = methods.build(options, config, vocab_size=VOCABULARY)
+  ((_, score),) = Tree(method, (1, 2, 3, 4), [(0, (5, 6, 7))], 0).costs
+  hidden = visibility == "hidden"
+  counts = [1, 1, 1, 3, 3, 3] if hidden else [3] * 6
+  slots = [(token, slot) for token, count in enumerate(counts) for slot in range(count)]
+  keys = {"all": 0, "local": 0}
+  for token, slot in slots:
+    for other, at in slots[: slots.index((token, slot)) + 1]:
+      if hidden and other != token and at:
+        continue
+      distance = 3 * (token - other) + slot - at if positions == "shifting" else token - other
+      keys["all"] += 1
+      keys["local"] += distance < 5
+  assert keys["local"] < keys["all"]
+  expected = flops.slot_flops(config, slots=len(slots), keys=keys["all"], local_keys=keys["local"], slots_read=9)
+  assert score.flops == pytest.approx(expected)
 
 
 def test_many_branches_are_split_into_several_rows(exact):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cyb_jax import runs
 from cyb_jax.interop import pretrained
 
 GUIDE = cli.ROOT / "docs" / "guides" / "pretrained.md"
@@ -58,7 +57,7 @@ def test_a_chat_model_is_adapted_and_given_back(name, tmp_path):
   assert adapters["parameters"] < merged["parameters"] / 4
   # The run, its adapters on the base and the merged model are the same model.
   assert again["text"] == after["text"]
-  run = runs.load(str(tmp_path / "runs" / "chat"))
+  run = pretrained.load_run(str(tmp_path / "runs" / "chat"))
   ids = np.arange(5, 17)[None]
   batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": np.ones((1, 11), np.float32)}
 

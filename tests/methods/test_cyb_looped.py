@@ -20,6 +20,7 @@ from cyb_jax.data import ByteTokenizer, with_segment_ids
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator, evaluate_self_paced, evaluate_split
 from cyb_jax.generation import Sampler, SamplingOptions, Scorer
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import CachedDecoding, Calibrated, EarlyExit, Exportable, SlotInputs, configure
 from cyb_jax.partitioning.mesh import make_mesh
 from cyb_jax.stopping import hard_slot
@@ -340,7 +341,7 @@ def workdir(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_is_trained_evaluated_scored_and_generates(workdir):
-  run = runs.load(workdir)
+  run = pretrained.load_run(workdir)
   store = runs.open_recorded_store(run.meta)
   evaluator = Evaluator(run.method, one_device(), context="self_paced")
   record = evaluate_split(

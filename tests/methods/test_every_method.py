@@ -166,8 +166,9 @@ def test_methods_that_are_no_plain_decoder_are_not_exported(monkeypatch, tmp_pat
     "mean_slots",
   }
   run = types.SimpleNamespace(method=tiny("looped"))
-  monkeypatch.setattr("cyb_jax.runs.load", lambda *_: run)
+  monkeypatch.setattr("cyb_jax.interop.pretrained.load_run", lambda *_, **__: run)
   monkeypatch.setattr("cyb_jax.cli.flag_values.checkpoint_flag", lambda: None)
+  monkeypatch.setattr("cyb_jax.cli.convert.flags.FLAGS", types.SimpleNamespace(base=""))
   with pytest.raises(InputError, match=r"--workdir: the method of somewhere is 'looped', which is not a plain decoder"):
     convert._export("somewhere", tmp_path / "out")
   assert not (tmp_path / "out").exists()

@@ -23,9 +23,10 @@ from models import (
   with_part,
 )  # fmt: skip
 
-from cyb_jax import configs, losses, methods, runs, training
+from cyb_jax import configs, losses, methods, training
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
 from cyb_jax.pauses import draw_lengths, pack, packed_row_slots
@@ -463,7 +464,7 @@ def test_a_run_is_calibrated_once_and_keeps_the_offset(tmp_path, strategy, caplo
   config.train.update(steps=4, checkpoint_every=2, eval_every=0)
   training.train(configs.freeze(config), tmp_path / "run")
   assert caplog.text.count("calibrated: the median of d over 256 tokens") == 1
-  first, last = (float(runs.load(tmp_path / "run", step).params["dont_know_offset"]) for step in (2, 4))
+  first, last = (float(pretrained.load_run(tmp_path / "run", step).params["dont_know_offset"]) for step in (2, 4))
   assert first == last != 0
 
 
@@ -477,8 +478,8 @@ def test_a_fine_tuned_run_starts_at_its_prior(tmp_path):
   tuned.train.update(steps=1, eval_every=0, log_every=1)
   tuned.optimizer.learning_rate = 1e-30
   training.train(configs.freeze(tuned), tmp_path / "tuned")
-  run = runs.load(tmp_path / "tuned")
-  assert_trees_equal(run.params["decoder"], runs.load(tmp_path / "plain").params["decoder"])
+  run = pretrained.load_run(tmp_path / "tuned")
+  assert_trees_equal(run.params["decoder"], pretrained.load_run(tmp_path / "plain").params["decoder"])
   store = training.open_store(run.config)
   from cyb_jax.data import TrainBatches
 
@@ -493,12 +494,12 @@ def test_a_trained_offset_and_form_of_d_are_kept_or_refused(tmp_path):
   source = tiny_config(pauses=2, calibration_batches=1, dont_know_prior=0.6)
   source.train.update(steps=1, eval_every=0)
   training.train(configs.freeze(source), tmp_path / "source")
-  offset = float(runs.load(tmp_path / "source").params["dont_know_offset"])
+  offset = float(pretrained.load_run(tmp_path / "source").params["dont_know_offset"])
   on = tiny_config(pauses=2, calibration_batches=2, dont_know_prior=0.9)
   on.init_from = str(tmp_path / "source")
   on.train.update(steps=1, eval_every=0)
   training.train(configs.freeze(on), tmp_path / "on")
-  assert float(runs.load(tmp_path / "on").params["dont_know_offset"]) == offset
+  assert float(pretrained.load_run(tmp_path / "on").params["dont_know_offset"]) == offset
   for field, value, message in (
     ("calibration_batches", 0, r"method.calibration_batches: 0, but init_from = .* was calibrated; set it to 1"),
     ("dont_know", "unit", r"method.dont_know: 'unit', but init_from = .* was trained with 'token'"),

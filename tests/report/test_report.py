@@ -2,6 +2,7 @@
 through the program, and once in a browser."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import jax
 import numpy as np
@@ -19,11 +21,12 @@ from models import tiny_config
 from report_page import Page, call
 from statistics_example import HOSTILE, example
 
-from cyb_jax import configs, evaluation, runs, training
+from cyb_jax import configs, evaluation, training
 from cyb_jax.checkpointing.workdir import read_config
 from cyb_jax.cli import splits
 from cyb_jax.data import ByteTokenizer
 from cyb_jax.errors import InputError, StorageError
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import Adaptive
 from cyb_jax.report import coloured, comparison, facts, figures, output, page, side_by_side, single
 from cyb_jax.report.coloured import Window
@@ -174,6 +177,28 @@ def test_terminal_by_hand():
   assert "⁷" not in plain
 
 
+def test_svg_by_hand():
+  """Characters of 8.4 x 20 pixels in lines of 8 columns, after a legend and an empty line."""
+  window = fixed([0.0, 1.0, 0.5, 0.99], [" o&e", " two", "映画", "↵\n"])
+  root = xml.etree.ElementTree.fromstring(coloured.to_svg([window], 8))
+  names = {"s": "http://www.w3.org/2000/svg"}
+  texts = [(x.text, float(x.get("x")), x.get("fill")) for x in root.findall("s:text", names)][-5:]
+  black, white = "#000000", "#ffffff"
+  # " two" starts the second line without its space; the wide characters take four columns.
+  assert texts == [
+    ("^", 10, black), (" o&e", 18.4, black), ("two", 10, white), ("映画", 35.2, black), ("↵", 68.8, white),
+  ]  # fmt: skip
+  boxes = [(x.get("fill"), float(x.get("width"))) for x in root.findall("s:rect", names)[-4:]]
+  scale = coloured._SCALE
+  assert boxes == [(scale[0], 33.6), (scale[7], 25.2), (scale[4], 33.6), (scale[7], 8.4)]
+  height = float(root.get("viewBox").split()[3])
+  rows = {float(x.get("y")) for x in root.findall("s:text", names)}
+  assert max(rows) == height - 15  # a line of 20 pixels with its base line at 15, and a margin of 10
+  one = dataclasses.replace(window, stopping=window.stopping[:, :1])
+  assert coloured.files([one]) == coloured.files([]) == {}
+  assert set(coloured.files([window])) == {"text.svg"}
+
+
 def test_equal_pauses_are_not_coloured():
   window = fixed([1.0, 1.0], ["a", "b"])
   assert coloured.Scale.of([window]) is None
@@ -196,10 +221,44 @@ def test_one_slot_has_its_perplexity_by_difficulty():
   statistics = example(1)
   bare, _ = single.build(source(), META, statistics, METRICS, [])
   assert "The difficulty of this task&#x27;s tokens is unknown" in bare
-  statistics["difficulty"] = [{"difficulty": m, "count": 10, "perplexity": 2.5 + m} for m in range(3)]
+  rows = [{"difficulty": m, "count": 10, "perplexity": 2.5 + m, "accuracy": 0.75 - m / 4} for m in range(3)]
+  statistics["difficulty"] = rows
   text, _ = single.build(source(), META, statistics, METRICS, [])
-  assert "Perplexity by difficulty (0: tokens outside of answers)" in Page(text).text("caption")
+  assert "Perplexity and accuracy by difficulty (0: tokens outside of answers)" in Page(text).text("caption")
+  assert {"2.500", "3.500", "4.500", "0.7500", "0.2500"} <= set(Page(text).text("td"))
+  for row in rows:
+    del row["accuracy"]  # a record of version 0.2
+  text, _ = single.build(source(), META, statistics, METRICS, [])
   assert {"2.500", "3.500", "4.500"} <= set(Page(text).text("td"))
+
+
+def test_comparison_by_difficulty():
+  """The mean over seeds of accuracy and pauses; a task of unknown difficulty has no such section."""
+  runs = [candidate("a"), candidate("b", seed=1), candidate("c", loss="va", rho="1:1:1")]
+  groups = comparison.group_runs(runs)
+  assert side_by_side._difficulty(groups) == []
+  answers = [[(0.5, 0.25), (0.25, 1.0)], [(1.0, 0.75), (0.5, 2.0)], [(0.125, 0.0), (0.0, 0.0)]]
+  for run, rows in zip(runs, answers):
+    run.statistics["difficulty"] = [{"difficulty": 0, "count": 9, "perplexity": 3.0, "accuracy": 0.9, "mean_pauses": 0}]
+    for m, (accuracy, pauses) in enumerate(rows, start=1):
+      row = {"difficulty": m, "count": 5, "perplexity": 2.0, "accuracy": accuracy, "mean_pauses": pauses}
+      run.statistics["difficulty"].append(row)
+  (section,) = side_by_side._difficulty(groups)
+  cells = [text for name, text in Page(section.body).texts if name in ("th", "td")]
+  label, other = (group.label for group in groups)
+  for row in (
+    [f"{label}, correct answers", "0.7500", "0.3750"],
+    [f"{label}, mean pauses", "0.5000", "1.500"],
+    [f"{other}, correct answers", "0.1250", "0"],
+  ):
+    place = cells.index(row[0])
+    assert cells[place : place + 3] == row
+  assert [picture.name for picture in section.pictures] == ["difficulty_accuracy", "difficulty_pauses"]
+  # Methods with one slot have no pauses.
+  for run in runs:
+    for row in run.statistics["difficulty"]:
+      del row["mean_pauses"]
+  assert [p.name for p in side_by_side._difficulty(groups)[0].pictures] == ["difficulty_accuracy"]
 
 
 def test_spent_at_by_hand():
@@ -540,7 +599,7 @@ def test_through_main(workdirs, program, capsys, monkeypatch):
   record = program(workdir=folder, text="true", text_windows=2, limit=4)
   assert program.calls == [("validation", 4, 8)]
   written = {path.name for path in (folder / "report").iterdir()}
-  assert written == {"index.html", "statistics.json", *record["figures"]}
+  assert written == {"index.html", "statistics.json", "text.svg", *record["figures"]}
   text = (folder / "report" / "index.html").read_text()
   Page(text)
   assert record["bytes"] == len(text.encode())
@@ -585,7 +644,7 @@ def test_real_statistics_have_figures(workdirs, monkeypatch, tmp_path):
 
 def test_windows_hold_the_scores_of_the_method(workdirs):
   mesh = splits.reading_mesh()
-  run = runs.load(workdirs / "a", "last", mesh)
+  run = pretrained.load_run(workdirs / "a", "last", mesh)
   store = training.open_store(run.config)
   read = coloured.read_windows(run, mesh, store, split="validation", limit=None, count=1000)
   only = read[0]

@@ -600,13 +600,14 @@ def test_the_plans_match_the_readme():
 
 def in_process(_, module, *options):
   """Runs the programs of a study in this process."""
-  from cyb_jax import evaluation, runs
+  from cyb_jax import evaluation
   from cyb_jax.configs import ParallelismConfig
+  from cyb_jax.interop import pretrained
   from cyb_jax.partitioning.mesh import make_mesh
   from cyb_jax.training.run_data import open_recorded_or_new_store
 
   if module.endswith("documents"):
-    found = runs.load(options[0])
+    found = pretrained.load_run(options[0])
     return documents.document_losses(found, open_recorded_or_new_store(found.config, found.meta))
   given = dict(option.lstrip("-").split("=", 1) for option in options)
   workdir = given.pop("workdir")
@@ -615,7 +616,7 @@ def in_process(_, module, *options):
     config = comparisons.experiment(path).get_config(argument)
     fields = [f"{name.removeprefix('config.')}={value}" for name, value in given.items()]
     return training.train(resolve(command_line.override(config, fields)), workdir)
-  found = runs.load(workdir, mesh=(mesh := make_mesh(ParallelismConfig())))
+  found = pretrained.load_run(workdir, mesh=(mesh := make_mesh(ParallelismConfig())))
   store = open_recorded_or_new_store(found.config, found.meta)
   evaluator = evaluation.Evaluator(found.method, mesh, None, given["context"])
   options = {"split": given["split"], "limit": int(given["limit"]), "step": found.step, "meta": found.meta}

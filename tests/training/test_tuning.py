@@ -12,12 +12,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from models import TINY, VOCABULARY, assert_trees_close, assert_trees_equal, random_batch, tiny_config, with_part
 
-from cyb_jax import configs, methods, runs, training
+from cyb_jax import configs, methods, training
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.decoder import Decoder, LoraConfig, empty_cache, init_params, merge_lora
 from cyb_jax.decoder.config import TARGETS
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
+from cyb_jax.interop import pretrained
 from cyb_jax.methods import configure
 from cyb_jax.methods.parameters import trained_part, with_trained
 from cyb_jax.partitioning.mesh import data_shards, make_mesh
@@ -287,9 +288,9 @@ def test_a_run_from_a_run(base_run, tmp_path, monkeypatch):
     training.train(config, tmp_path / "killed")
   monkeypatch.setattr(Checkpoints, "save", save)
   assert training.train(config, tmp_path / "killed") == whole
-  a, b = (runs.load(tmp_path / name) for name in ("whole", "killed"))
+  a, b = (pretrained.load_run(tmp_path / name) for name in ("whole", "killed"))
   assert_trees_equal(a.params, b.params)
-  base = runs.load(base_run).params["decoder"]
+  base = pretrained.load_run(base_run).params["decoder"]
   kept = without_adapters(a.params["decoder"])
   assert_trees_equal(kept, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
   assert a.params["dont_know_offset"] != 0
@@ -299,7 +300,7 @@ def test_a_run_from_a_run(base_run, tmp_path, monkeypatch):
   following.train.update(steps=0, epochs=0.0, eval_every=0)
   training.train(configs.freeze(following), tmp_path / "next")
   merged, _ = merge_lora(a.params["decoder"], a.method.decoder.config)
-  assert_trees_equal(runs.load(tmp_path / "next").params["decoder"], merged)
+  assert_trees_equal(pretrained.load_run(tmp_path / "next").params["decoder"], merged)
 
 
 @pytest.mark.parametrize(

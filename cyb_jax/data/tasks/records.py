@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cyb_jax.data.tasks.interface import Document
-from cyb_jax.errors import InputError, did_you_mean
+from cyb_jax.errors import InputError, did_you_mean, shown
 
 # The options of every task that reads rows.
 DEFAULTS = {"text_key": "", "prompt_key": "", "answer_key": "", "messages_key": "", "separator": ""}
@@ -103,7 +103,7 @@ class RecordForm:
   def _value(self, option: str, row: Any, where: object) -> Any:
     key = getattr(self, option)
     if not isinstance(row, Mapping):
-      raise InputError(f"data.options.{option}={key!r}: {where} is {_shown(row)}, but must be an object with keys")
+      raise InputError(f"data.options.{option}={key!r}: {where} is {shown(row)}, but must be an object with keys")
     if key not in row:
       raise InputError(
         f"data.options.{option}={key!r}: {where} has no such key; {did_you_mean(key, sorted(map(str, row)))}"
@@ -131,10 +131,10 @@ def _chat_fault(messages: Any) -> str | None:
   """Why a value is not a chat, with a remedy; None if it is one."""
   needed = '{"role": ..., "content": ...}'
   if not isinstance(messages, list) or not messages:
-    return f"{_shown(messages)} is not a nonempty list of {needed}"
+    return f"{shown(messages)} is not a nonempty list of {needed}"
   for number, message in enumerate(messages, 1):
     if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
-      return f"message {number} is {_shown(message)}; give {needed}"
+      return f"message {number} is {shown(message)}; give {needed}"
     fault = text_fault(message.get("content"))
     # A message that calls tools may have no content.
     if fault and not (message.get("content") is None and message.get("tool_calls")):
@@ -151,7 +151,7 @@ def text_fault(value: Any) -> str | None:
   """Why a value is not a string, with a remedy; None if it is one."""
   if isinstance(value, str):
     return None
-  return f"{_shown(value)} is not a string; give a key whose value is a string in every row"
+  return f"{shown(value)} is not a string; give a key whose value is a string in every row"
 
 
 def answer_document(prompt: str, answer: str) -> Document:
@@ -163,8 +163,3 @@ def answer_document(prompt: str, answer: str) -> Document:
   weights = np.zeros(len(text), np.uint8)
   weights[len(context) :] = 1
   return Document(text.decode(), weights=weights)
-
-
-def _shown(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:60] + "..."

@@ -1,6 +1,6 @@
 """Generated tasks whose answers need a known number of steps.
 
-The tasks are `synthetic_lookups`, `synthetic_sums`, `synthetic_questions` and `synthetic_parity`.
+The tasks are `synthetic_lookups`, `synthetic_sums`, `synthetic_questions`, `synthetic_parity` and `synthetic_hops`.
 """
 
 from __future__ import annotations
@@ -159,9 +159,33 @@ def write_parity(rng: np.random.Generator, lowest: int, highest: int) -> tuple[s
   return text, [(len(text) - 1, steps)]
 
 
+def write_hops(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
+  """One document of `synthetic_hops`, and the (position, difficulty m) of its answer.
+
+  A permutation p of n = 2 * `highest` letters, written as p(a) p(b) p(c) ..; then a start, m, and the answer: p applied
+  m times to the start. p is a single cycle, so that no answer is its start, and no way backwards is shorter. Only the
+  answer has weight 1.
+
+      dcabb2a     n = 4, start b, m = 2: p(b) = c, p(c) = a
+
+  Every application is a lookup at a place that the previous one determines, so the work is sequential: the layers limit
+  m, and further slots at the same depth do not help.
+  """
+  order = rng.permutation(2 * highest)
+  following = np.empty_like(order)
+  following[order] = np.roll(order, -1)
+  steps, start = int(rng.integers(lowest, highest + 1)), int(rng.integers(2 * highest))
+  place = int(np.flatnonzero(order == start)[0])
+  answer = order[(place + steps) % len(order)]
+  letters = string.ascii_lowercase
+  text = "".join(letters[i] for i in following) + f"{letters[start]}{steps}{letters[answer]}"
+  return text, [(len(text) - 1, steps)]
+
+
 KINDS = {
   "synthetic_lookups": _kind("synthetic_lookups", write_lookups),
   "synthetic_sums": _kind("synthetic_sums", write_sums),
   "synthetic_questions": _kind("synthetic_questions", write_question, answers_only=True),
   "synthetic_parity": _kind("synthetic_parity", write_parity, answers_only=True),
+  "synthetic_hops": _kind("synthetic_hops", write_hops, answers_only=True),
 }

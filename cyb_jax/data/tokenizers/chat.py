@@ -57,8 +57,6 @@ def render_chat(
       " tokenizer_config.json has chat_template, or a GGUF file with tokenizer.chat_template)"
     )
   template = _compiled(tokenizer.chat_template, clock)
-  import jinja2
-
   try:
     return template.render(
       messages=[dict(message) for message in messages],
@@ -67,8 +65,9 @@ def render_chat(
       add_generation_prompt=add_generation_prompt,
       **tokenizer.special_tokens.names,
     )
-  except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-    reason = " ".join(str(error).split())[:200]
+  # A template is a program: its own mistakes raise errors of any type, such as AttributeError and RecursionError.
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise InputError(
       f"messages: the tokenizer's chat template rejects them ({reason}); give messages that the template accepts"
     ) from error
@@ -152,8 +151,11 @@ def _compiled(source: str, clock: bool) -> jinja2.Template:
     environment.globals["strftime_now"] = _strftime_now
   try:
     return environment.from_string(source)
-  except jinja2.TemplateError as error:
-    raise InputError(f"chat_template: it is not a valid Jinja template ({error}); fetch the tokenizer again") from error
+  except Exception as error:  # also of Python's compiler, such as RecursionError and SyntaxError
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    raise InputError(
+      f"chat_template: it is not a valid Jinja template ({reason}); fetch the tokenizer again"
+    ) from error
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
+from cyb_jax.errors import InputError, shown
 
 DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
@@ -29,6 +30,26 @@ def save_description(
   with open(os.path.join(directory, DESCRIPTION_FILE), "w", encoding="utf-8") as file:
     json.dump(content, file, indent=2)
     file.write("\n")
+
+
+def check_settings(description: Mapping[str, Any], where: str) -> None:
+  """Checks the numbers of a description: `vocab_size`, `end_id`, `start_id` and `adds_start`.
+
+  Args:
+    description: the description of a tokenizer, in a file that anyone may have changed.
+    where: the file, for the error.
+
+  Raises:
+    InputError: a number is missing, or has another type or a negative value.
+  """
+  for name, needed in (("vocab_size", True), ("end_id", True), ("start_id", False)):
+    value = description.get(name)
+    if (needed or value is not None) and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+      raise InputError(f"{where}: {name} = {shown(value)} must be an integer of at least 0; restore the file")
+  if not isinstance(description.get("adds_start", False), bool):
+    raise InputError(
+      f"{where}: adds_start = {shown(description['adds_start'])} must be true or false; restore the file"
+    )
 
 
 def files(description: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.sentencepiece_model import PieceType, bpe_model
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 
 _PREFIX = "tokenizer.ggml."
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -89,9 +89,11 @@ def open_gguf(path: Path, rows: int | None) -> Tokenizer:
     raise InputError(
       f"{path}: it contains no tokenizer (tokenizer.ggml.model, .tokens); give a GGUF file with a tokenizer"
     )
+  _check_types(path, found)
   if rows is None:
-    rows = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
-  types = found.setdefault("token_type", [PieceType.NORMAL] * len(found["tokens"]))
+    size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size")
+    rows = size if isinstance(size, int) else None
+  types = found.setdefault("token_type", [int(PieceType.NORMAL)] * len(found["tokens"]))
   if len(types) != len(found["tokens"]):
     raise InputError(f"{path}: tokenizer.ggml.token_type has {len(types)} values for {len(found['tokens'])} tokens")
   if found["model"] == "llama":
@@ -108,7 +110,20 @@ def open_gguf(path: Path, rows: int | None) -> Tokenizer:
     return _byte_level(path, found, end, special_tokens, rows)
   if found["model"] == "llama":
     return _sentencepiece(path, found, end, special_tokens, rows)
-  raise InputError(f"{path}: tokenizer.ggml.model {found['model']!r} is unknown; known are gpt2 and llama")
+  raise InputError(f"{path}: tokenizer.ggml.model {shown(found['model'])} is unknown; known are gpt2 and llama")
+
+
+def _check_types(path: Path, found: dict[str, Any]) -> None:
+  """Checks the types of the values that are read; a file may have a value of any type for any key."""
+  lists = {"tokens": (str, "strings"), "merges": (str, "strings"), "token_type": (int, "integers")}
+  for name, (kind, wanted) in (lists | {"scores": (float, "floats")}).items():
+    values = found.get(name)
+    if values is not None and not (isinstance(values, list) and all(isinstance(value, kind) for value in values)):
+      raise InputError(f"{path}: tokenizer.ggml.{name} must be a list of {wanted}; fetch it again")
+  for name in {*_END_TOKENS, *_TEMPLATE_TOKENS.values()}:
+    value = found.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+      raise InputError(f"{path}: tokenizer.ggml.{name} = {shown(value)} must be an integer; fetch it again")
 
 
 def _special_tokens(path: Path, found: dict[str, Any], template: str | None) -> SpecialTokens:
@@ -140,7 +155,7 @@ def _byte_level(
       path,
     )
   if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
-    raise InputError(f"{path}: tokenizer.ggml.pre {pre!r} is unknown; known are {', '.join(_PRE_TOKENIZERS)}")
+    raise InputError(f"{path}: tokenizer.ggml.pre {shown(pre)} is unknown; known are {', '.join(_PRE_TOKENIZERS)}")
   pre_tokenizer = _PRE_TOKENIZERS[pre]
   if not isinstance(found.get("merges"), list):
     raise InputError(f"{path}: tokenizer.ggml.merges are missing; fetch it again")

@@ -39,7 +39,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
       raise InputError(f"{path}: {found}; give a GGUF file of version 2 or 3, little-endian")
     try:
       return _Reader(content).pairs()
-    except (struct.error, IndexError, KeyError, OverflowError, MemoryError) as error:
+    except (struct.error, LookupError, OverflowError, MemoryError, RecursionError) as error:
       raise InputError(f"{path}: its metadata is truncated or damaged; fetch it again") from error
 
 

@@ -6,11 +6,12 @@ decode to no text. All other text is encoded in the same way as by the package.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from cyb_jax.data.tokenizers.description import HUGGINGFACE_FILE, save_descripti
 from cyb_jax.data.tokenizers.huggingface_export import start_template, write_folder
 from cyb_jax.data.tokenizers.interface import character_places, checked_rows, is_unused, surrogate
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 
 # The tokens that separate the documents in a model's training data, regardless of the token that ends its chats.
 DOCUMENT_JOINERS = ("<|endoftext|>", "<|end_of_text|>")
@@ -79,10 +80,12 @@ class HuggingFaceTokenizer:
     self._missing = byte_level.missing_bytes(own) if self._byte_level else set()
 
   def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+    with _encoding(self._name):
+      return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def encode_with_special(self, text: str) -> list[int]:
-    return self._with_special.encode(text, add_special_tokens=False).ids
+    with _encoding(self._name):
+      return self._with_special.encode(text, add_special_tokens=False).ids
 
   @functools.cached_property
   def _with_special(self):
@@ -94,14 +97,17 @@ class HuggingFaceTokenizer:
     return built
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    with _encoding(self._name):
+      return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
   def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], Int[np.ndarray, "N 2"]]]:
-    rows = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    with _encoding(self._name):
+      rows = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [(row.ids, _spans(row, text)) for text, row in zip(texts, rows, strict=True)]
 
   def encode_spans_with_special(self, text: str) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
-    row = self._with_special.encode(text, add_special_tokens=False)
+    with _encoding(self._name):
+      row = self._with_special.encode(text, add_special_tokens=False)
     return row.ids, _spans(row, text)
 
   def unencodable(self, text: str) -> str | None:
@@ -117,7 +123,8 @@ class HuggingFaceTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     kept = [i for i in map(int, ids) if i in self._names and i not in self._special]
-    return self._tokenizer.decode(kept, skip_special_tokens=False)
+    with _encoding(self._name):
+      return self._tokenizer.decode(kept, skip_special_tokens=False)
 
   def piece(self, token: int) -> str:
     name = self._names.get(int(token), f"<row_{token}>")
@@ -179,16 +186,16 @@ def entry_names(content: Mapping[str, Any], where: str) -> dict[int, str]:
   try:
     vocabulary = content["model"]["vocab"]
     pairs = vocabulary.items() if isinstance(vocabulary, Mapping) else ((p, i) for i, (p, _) in enumerate(vocabulary))
-    names = {int(i): name for name, i in pairs}
-    names |= {int(entry["id"]): entry["content"] for entry in content.get("added_tokens") or ()}
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    entries = [(int(i), name) for name, i in pairs]
+    entries += [(int(entry["id"]), entry["content"]) for entry in content.get("added_tokens") or ()]
+  except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
     raise InputError(
       f"{where}: it contains no tokenizer of the package tokenizers (model.vocab); give a tokenizer.json"
     ) from error
-  odd = next((name for name in names.values() if not isinstance(name, str)), None)
-  if odd is not None:
-    raise InputError(f"{where}: an entry is {odd!r}, but must be a string; fetch it again")
-  return dict(sorted(names.items()))
+  odd = [name for _, name in entries if not isinstance(name, str)]
+  if odd:
+    raise InputError(f"{where}: an entry is {shown(odd[0])}, but must be a string; fetch it again")
+  return dict(sorted(dict(entries).items()))
 
 
 def ids_by_name(names: Mapping[int, str]) -> dict[str, int]:
@@ -202,7 +209,8 @@ def component_types(component: Any) -> set[str]:
     return set().union(*map(component_types, component))
   if not isinstance(component, dict):
     return set()
-  return {component.get("type", "")}.union(*map(component_types, component.values()))
+  kind = component.get("type")
+  return {kind if isinstance(kind, str) else ""}.union(*map(component_types, component.values()))
 
 
 def build(content: Mapping[str, Any], where: str):
@@ -217,14 +225,8 @@ def build(content: Mapping[str, Any], where: str):
     raise InputError(
       f"{where}: reading it needs the package tokenizers; run pip install 'cyb_jax[pretrained]'"
     ) from error
-  try:
-    # The library raises plain Exceptions.
+  with _library(f"{where}: the package tokenizers can't read it", "give a complete tokenizer.json"):
     built = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
-  except Exception as error:
-    reason = " ".join(str(error).split())[:200]
-    raise InputError(
-      f"{where}: the package tokenizers can't read it ({reason}); give a complete tokenizer.json"
-    ) from error
   built.encode_special_tokens = True
   for entry in content["added_tokens"]:
     if built.token_to_id(entry["content"]) != entry["id"]:
@@ -235,13 +237,31 @@ def build(content: Mapping[str, Any], where: str):
   return built
 
 
+@contextlib.contextmanager
+def _library(what: str, remedy: str) -> Iterator[None]:
+  """Converts errors of the package tokenizers inside the `with` block to an InputError."""
+  try:
+    yield
+  except BaseException as error:
+    # The library raises plain Exceptions, and for a panic of its Rust code an exception that is no Exception.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    reason = " ".join(str(error).split())[:200]
+    raise InputError(f"{what} ({reason}); {remedy}") from error
+
+
 def first_added(content: Mapping[str, Any], where: str) -> int | None:
   """The id that the library itself puts before a text; None if it adds none."""
   if component_types(content.get("post_processor")) <= {"", "ByteLevel"}:
     return None
   built = build(dict(content) | {"added_tokens": content.get("added_tokens") or [], "truncation": None}, where)
-  plain, whole = (built.encode("a", add_special_tokens=added).ids for added in (False, True))
+  with _encoding(where):
+    plain, whole = (built.encode("a", add_special_tokens=added).ids for added in (False, True))
   return whole[0] if len(whole) > len(plain) and whole[:1] != plain[:1] else None
+
+
+def _encoding(where: str) -> contextlib.AbstractContextManager[None]:
+  return _library(f"{where}: the package tokenizers can't encode or decode with it", "give the file of a whole model")
 
 
 def _without_special(
@@ -265,7 +285,10 @@ def _without_special(
   if isinstance(model.get("unk_token"), str):
     model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
   added = [
-    entry | {"content": renamed[entry["content"]], "special": True} if entry["id"] in special else entry
+    # Two entries may have the same id, which `build` refuses.
+    entry | {"content": renamed.get(entry["content"], entry["content"]), "special": True}
+    if entry["id"] in special
+    else entry
     for entry in content.get("added_tokens") or ()
   ]
   disabled = dict.fromkeys(("post_processor", "truncation", "padding"))
@@ -274,7 +297,7 @@ def _without_special(
 
 def _list(value: Any, field: str, where: str) -> list:
   if not isinstance(value, list):
-    raise InputError(f"{where}: {field} is {value!r}, but must be a list; fetch it again")
+    raise InputError(f"{where}: {field} is {shown(value)}, but must be a list; fetch it again")
   return value
 
 
@@ -282,5 +305,5 @@ def _pair(merge: Any, where: str) -> Sequence[str]:
   """The two pieces of a merge, in the older format (one string) or the newer one (two strings)."""
   pair = merge.split(" ", 1) if isinstance(merge, str) else merge
   if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(piece, str) for piece in pair)):
-    raise InputError(f"{where}: model.merges contains {merge!r}, which is not a pair of pieces; fetch it again")
+    raise InputError(f"{where}: model.merges contains {shown(merge)}, which is not a pair of pieces; fetch it again")
   return pair

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cyb_jax.data.tokenizers.description import MODEL_FILE
+from cyb_jax import jsonl
+from cyb_jax.data.tokenizers.description import MODEL_FILE, check_settings
 from cyb_jax.data.tokenizers.huggingface import (
   DOCUMENT_JOINERS,
   HuggingFaceTokenizer,
@@ -20,7 +20,7 @@ from cyb_jax.data.tokenizers.huggingface import (
 from cyb_jax.data.tokenizers.interface import Tokenizer, document_tokens
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 
 # Entries that exports of this package append to a tokenizer; they are removed when an export is opened.
 _APPENDED = re.compile(r"<pause_\d+>|<dont_know>|<row_\d+>")
@@ -55,6 +55,8 @@ def open_huggingface(path: Path, rows: int | None) -> Tokenizer:
     return _open_sentencepiece(folder, settings, rows)
   content = _read_json(file)
   exported = settings.exported_tokenizer()
+  if exported is not None:
+    check_settings(exported, os.fspath(folder))
   content, rows = _without_appended(content, entry_names(content, os.fspath(file)), rows, exported)
   if exported and "post_processor" in exported:
     content["post_processor"] = exported["post_processor"]
@@ -176,7 +178,7 @@ class _Settings:
       if isinstance(template, str):
         return template
       if template is not None:
-        raise InputError(f"{path}: chat_template is {template!r}, but must be a string; fetch it again")
+        raise InputError(f"{path}: chat_template is {shown(template)}, but must be a string; fetch it again")
     return None
 
   def _of(self, names: Sequence[str]) -> dict[Path, dict[str, Any]]:
@@ -191,7 +193,9 @@ class _Settings:
       if named is not None and not (isinstance(named, str) and named in ids):
         if missing_ok:
           continue
-        raise InputError(f"{path}: {role}_token {named!r} is not in the vocabulary; give the tokenizer of this model")
+        raise InputError(
+          f"{path}: {role}_token {shown(named)} is not in the vocabulary; give the tokenizer of this model"
+        )
       if named is not None:
         return [ids[named]]
       numbers = [i for i in (number if isinstance(number, list) else [number]) if isinstance(i, int)]
@@ -218,7 +222,7 @@ def _text(token: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = jsonl.loads(path.read_bytes())
   except OSError as error:
     raise InputError(f"{path}: it can't be read ({error.strerror}); give a tokenizer.json") from error
   except ValueError as error:

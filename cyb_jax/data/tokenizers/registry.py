@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -10,9 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cyb_jax import hub
+from cyb_jax import hub, jsonl
 from cyb_jax.data.tokenizers.byte import ByteTokenizer
-from cyb_jax.data.tokenizers.description import DESCRIPTION_FILE, EXPORTED, MODEL_FILES, SPECIAL_TOKENS, files
+from cyb_jax.data.tokenizers.description import (
+  DESCRIPTION_FILE,
+  EXPORTED,
+  MODEL_FILES,
+  SPECIAL_TOKENS,
+  check_settings,
+  files,
+)
 from cyb_jax.data.tokenizers.gguf import open_gguf
 from cyb_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from cyb_jax.data.tokenizers.huggingface_folder import open_huggingface
@@ -20,7 +26,7 @@ from cyb_jax.data.tokenizers.interface import Tokenizer, checked_rows
 from cyb_jax.data.tokenizers.llama2c import open_llama2c
 from cyb_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from cyb_jax.data.tokenizers.special_tokens import SpecialTokens
-from cyb_jax.errors import InputError, reading
+from cyb_jax.errors import InputError, reading, shown
 from cyb_jax.storage import absolute, in_bucket, streams
 from cyb_jax.storage.paths import unchecked_place
 
@@ -136,7 +142,7 @@ def _open_folder(path: Path, rows: int | None) -> Tokenizer:
 def _is_description(path: Path) -> bool:
   """Whether a tokenizer.json is a description written by `save`, rather than a file of the package tokenizers."""
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = jsonl.loads(path.read_bytes())
   except (OSError, ValueError):
     return False
   return isinstance(content, dict) and "kind" in content and "model" not in content
@@ -150,8 +156,8 @@ def load(directory: str | os.PathLike) -> Tokenizer:
   """
   description_path = os.path.join(directory, DESCRIPTION_FILE)
   try:
-    with open(description_path, encoding="utf-8") as file:
-      description = json.load(file)
+    with open(description_path, "rb") as file:
+      description = jsonl.loads(file.read())
     kind = description["kind"]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(
@@ -164,7 +170,8 @@ def load(directory: str | os.PathLike) -> Tokenizer:
     tokenizer = _load_model(Path(directory), description, special_tokens)
   else:
     raise InputError(
-      f'{description_path}: kind {kind!r} is unknown; this version reads "bytes", "sentencepiece" and "huggingface"'
+      f"{description_path}: kind {shown(kind)} is unknown; this version reads 'bytes', 'sentencepiece' and"
+      " 'huggingface'"
     )
   if tokenizer.describe() != description:
     raise InputError(f"{description_path}: it does not match the tokenizer's model; restore both files")
@@ -182,6 +189,7 @@ def _load_model(
     special_tokens: the special tokens, which are stored with the description.
     rows: number of rows of the embedding; None means the vocab_size of the description.
   """
+  check_settings(description, os.fspath(directory / DESCRIPTION_FILE))
   file = directory / MODEL_FILES[description["kind"]]
   make: Callable[..., Tokenizer] = _MAKERS[description["kind"]]
   try:
@@ -201,5 +209,5 @@ def _load_model(
 # By kind: (bytes of the model's file, settings) -> tokenizer.
 _MAKERS: dict[str, Callable[..., Tokenizer]] = {
   "sentencepiece": SentencePieceTokenizer,
-  "huggingface": lambda model, **settings: HuggingFaceTokenizer(json.loads(model), **settings),
+  "huggingface": lambda model, **settings: HuggingFaceTokenizer(jsonl.loads(model), **settings),
 }

@@ -99,17 +99,23 @@ class SentencePieceTokenizer:
     self.chat_template = self.special_tokens.chat_template
     everything = list(range(self._pieces))
     self._unused = [i for i, piece in enumerate(processor.id_to_piece(everything)) if is_unused(piece)]
-    self._processor = self._with_control_pieces(processor, (*self._unused, self.separator_id, self.start_id))
+    self._processor = self._with_control_pieces(processor, (*self._unused, self.separator_id, self.start_id), name)
     self._control = {i for i, control in enumerate(self._processor.is_control(everything)) if control}
     self._escape = self._space_symbol()
 
-  def _with_control_pieces(self, processor, ids: Sequence[int]):
+  def _with_control_pieces(self, processor, ids: Sequence[int], name: str):
     """A processor for which these pieces are control pieces, so no text encodes to them."""
     import sentencepiece
 
     if all(processor.is_control(list(ids))):
       return processor
-    return sentencepiece.SentencePieceProcessor(model_proto=with_control(self.model, ids))
+    try:
+      return sentencepiece.SentencePieceProcessor(model_proto=with_control(self.model, ids))
+    except Exception as error:  # of the package, or of protobuf, which reads the model in another way
+      raise InputError(
+        f"{name}: the pieces {sorted(set(ids))[:8]} can't be control pieces ({' '.join(str(error).split())[:200]});"
+        " give a valid model, or the right ids of its end and start tokens"
+      ) from error
 
   def _space_symbol(self) -> list[int] | None:
     """Ids of the three bytes of U+2581; None if parts of a text cannot be encoded separately.

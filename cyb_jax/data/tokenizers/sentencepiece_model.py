@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 
 
 class PieceType(enum.IntEnum):
@@ -44,8 +44,14 @@ def bpe_model(pieces: Sequence[tuple[str, float, int]], bos: int, eos: int, wher
   from sentencepiece import sentencepiece_model_pb2
 
   proto = sentencepiece_model_pb2.ModelProto()
-  for piece, score, kind in pieces:
-    proto.pieces.add(piece=piece, score=score, type=kind)
+  for number, (piece, score, kind) in enumerate(pieces):
+    try:
+      proto.pieces.add(piece=piece, score=score, type=kind)
+    except (TypeError, ValueError) as error:
+      raise InputError(
+        f"{where}: entry {number} has the name {shown(piece)}, the score {shown(score)} and the type {shown(kind)},"
+        " which is no SentencePiece; fetch it again"
+      ) from error
   spec, names = proto.trainer_spec, [piece for piece, _, _ in pieces]
   unknown = [i for i, (_, _, kind) in enumerate(pieces) if kind == PieceType.UNKNOWN]
   if len(unknown) != 1 or not (0 <= bos < len(pieces) and 0 <= eos < len(pieces)):

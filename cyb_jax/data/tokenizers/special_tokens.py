@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 
 if TYPE_CHECKING:
   from cyb_jax.data.tokenizers.interface import Tokenizer
@@ -68,7 +68,7 @@ class SpecialTokens:
     valid = valid and all(isinstance(i, int) for i in values.get("end_ids", ()))
     valid = valid and all(isinstance(text, str) for text in values.get("names", {}).values())
     if not valid:
-      raise InputError(f"{where}: special_tokens = {values!r} is invalid; restore the file")
+      raise InputError(f"{where}: special_tokens = {shown(values)} is invalid; restore the file")
     return cls(**dict(values) | {"end_ids": tuple(values.get("end_ids", ()))})
 
 

@@ -107,25 +107,28 @@ class Loops(Plain):
     return sequence_length * self.loops
 
   def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
+    config = self.backbone.decoder_config
     return flops.train_pass_cost(
-      self.backbone.decoder_config,
+      config,
       slots=1,
       keys=flops.causal_keys(sequence_length, executed),
+      local_keys=flops.local_keys(config, sequence_length, executed=executed),
       slots_read=slots_read,
-      layers=self.loops * self.backbone.decoder_config.num_layers,
+      layers=[*range(config.num_layers)] * self.loops,
       executed=executed,
       frozen=self.backbone.is_frozen,
     )
 
   def forward_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
-    return self._loop_cost(flops.causal_keys(sequence_length, executed), self.loops, slots_read)
+    return self._loop_cost(sequence_length, self.loops, slots_read, executed)
 
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
     if slots is None or self.num_slots == 1:
       return super().inference_cost(sequence_length, slots_read=slots_read, slots=slots)
-    return self._loop_cost(flops.causal_keys(sequence_length), slots, slots_read)
+    return self._loop_cost(sequence_length, slots, slots_read, executed=False)
 
-  def _loop_cost(self, keys: float, loops: float, slots_read: float) -> flops.Cost:
+  def _loop_cost(self, length: int, loops: float, slots_read: float, executed: bool) -> flops.Cost:
     config = self.backbone.decoder_config
-    once = flops.pass_cost(config, slots=1, keys=keys)
+    local = flops.local_keys(config, length, executed=executed)
+    once = flops.pass_cost(config, slots=1, keys=flops.causal_keys(length, executed), local_keys=local)
     return once.times(loops) + flops.pass_cost(config, slots=0, keys=0, slots_read=slots_read)

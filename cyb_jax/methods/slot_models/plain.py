@@ -103,6 +103,7 @@ class Plain:
       slots=self.num_slots,
       slots_read=slots_read,
       hidden=self.hides_pauses,
+      shifting=self.shifts_positions,
       executed=executed,
       frozen=self.backbone.is_frozen,
     )
@@ -114,6 +115,7 @@ class Plain:
       slots=self.num_slots,
       slots_read=slots_read,
       hidden=self.hides_pauses,
+      shifting=self.shifts_positions,
       executed=executed,
     )
 
@@ -121,5 +123,10 @@ class Plain:
     if slots is None:
       return self.forward_cost(sequence_length, slots_read=slots_read, executed=False)
     return flops.forward_cost(
-      self.backbone.decoder_config, tokens=sequence_length, slots=slots, slots_read=slots_read, hidden=self.hides_pauses
+      self.backbone.decoder_config,
+      tokens=sequence_length,
+      slots=slots,
+      slots_read=slots_read,
+      hidden=self.hides_pauses,
+      shifting=self.shifts_positions,
     )

@@ -238,8 +238,14 @@ class ForkedStreams:
     config, total = self.backbone.decoder_config, flops.Cost()
     for length in range(1, sequence_length + 1):
       first, *forked = self._segments(length, int(self._counts(length)[-1]))
-      layers = first.last - first.first
-      total += flops.pass_cost(config, slots=1, keys=length, layers=layers, routing=2 * config.d_model)
+      total += flops.pass_cost(
+        config,
+        slots=1,
+        keys=length,
+        local_keys=flops.last_local_keys(config, length),
+        layers=range(first.first, first.last),
+        routing=2 * config.d_model,
+      )
       cost = self._pass(length, forked)
       total += dataclasses.replace(cost.times(length), readout=cost.readout)
     return total.times(1 / sequence_length)
@@ -277,8 +283,10 @@ class ForkedStreams:
         number,
         slots=streams / tokens,
         keys=flops.causal_keys(streams, executed),
+        # The streams of a token lie between its position and the next one.
+        local_keys=flops.local_keys(config, tokens, streams / tokens, executed=executed),
         slots_read=read / tokens if is_last else 0,
-        layers=last - first,
+        layers=range(first, last),
         routing=0 if is_last else 2 * config.d_model,
       )
     return total

@@ -191,8 +191,8 @@ class Thoughts(Plain):
     jacobi, config = self.jacobi[1], self.backbone.decoder_config
     cost = flops.pass_cost(config, slots=0, keys=0, slots_read=slots_read)
     for count, times in self._passes(jacobi):
-      keys = flops.causal_keys(count * sequence_length, executed)
-      cost += flops.pass_cost(config, slots=count, keys=keys).times(times)
+      keys = self._keys(sequence_length, count, executed)
+      cost += flops.pass_cost(config, slots=count, **keys).times(times)
     return cost + self.routing_cost(jacobi)
 
   def train_cost(self, sequence_length: int, *, slots_read: float, executed: bool) -> flops.Cost:
@@ -200,8 +200,8 @@ class Thoughts(Plain):
     options = {"executed": executed, "frozen": self.backbone.is_frozen}
     cost = flops.train_pass_cost(config, slots=0, keys=0, slots_read=slots_read, **options)
     for count, times in self._passes(self._mean_jacobi):
-      keys = flops.causal_keys(count * sequence_length, executed)
-      cost += flops.train_pass_cost(config, slots=count, keys=keys, **options).times(times)
+      keys = self._keys(sequence_length, count, executed)
+      cost += flops.train_pass_cost(config, slots=count, **keys, **options).times(times)
     return cost + self.routing_cost(self._mean_jacobi).times(3)
 
   def inference_cost(self, sequence_length: int, *, slots_read: float, slots: float | None) -> flops.Cost:
@@ -212,5 +212,12 @@ class Thoughts(Plain):
 
   def decoding_cost(self, sequence_length: int, slots: float) -> flops.Cost:
     """The cost of `slots` slots per token on a cache with one readout."""
-    keys = flops.causal_keys(slots * sequence_length)
-    return flops.pass_cost(self.backbone.decoder_config, slots=slots, keys=keys, slots_read=1)
+    keys = self._keys(sequence_length, slots, executed=False)
+    return flops.pass_cost(self.backbone.decoder_config, slots=slots, slots_read=1, **keys)
+
+  def _keys(self, length: int, slots: float, executed: bool) -> dict[str, Any]:
+    """The arguments `keys` and `local_keys` of `flops.pass_cost`; all slots of a token have its position."""
+    return {
+      "keys": flops.causal_keys(slots * length, executed),
+      "local_keys": flops.local_keys(self.backbone.decoder_config, length, slots, executed=executed),
+    }
