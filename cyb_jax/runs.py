@@ -79,7 +79,7 @@ def abstract_params(method: Method, mesh: jax.sharding.Mesh | None) -> PyTree:
   boxed = jax.eval_shape(method.init, jax.random.key(0))
   shapes = nn.unbox(boxed)
   if mesh is None:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda _: here, shapes)
   else:
     placed = shardings(boxed, mesh)

@@ -187,7 +187,7 @@ class Checkpoints:
 
   def read(self, step: int) -> Restored:
     """The checkpoint of a step with all of its arrays, as numpy arrays in nested dicts."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), self._shapes(step))
     restored = self.restore(step, abstract)
     return dataclasses.replace(restored, state=jax.device_get(restored.state))

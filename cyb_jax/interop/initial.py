@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from absl import logging
 from jaxtyping import Array, PyTree
 
@@ -47,7 +48,7 @@ def parameters(source: Pretrained, method: Method, wanted: PyTree, config: Confi
     if imported is not None:
       return imported
     value = fresh[path] if path in fresh else rows[path[0].key]
-    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+    return _put(value, leaf)
 
   return jax.tree_util.tree_map_with_path(pick, wanted)
 
@@ -70,7 +71,7 @@ def placed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any
     if isinstance(leaf, Mapping):
       arrays[name] = placed(value or {}, leaf)
     elif value is not None and value.shape == leaf.shape:
-      arrays[name] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+      arrays[name] = _put(value, leaf)
   return arrays
 
 
@@ -79,3 +80,13 @@ def leaf_at(tree: PyTree, path: tuple[Any, ...]) -> Any:
   for key in path:
     tree = tree.get(key.key) if isinstance(tree, Mapping) else None
   return tree
+
+
+def _put(value: Array, leaf: jax.ShapeDtypeStruct) -> Array:
+  """The array in the wanted dtype and sharding."""
+  value = value.astype(leaf.dtype)
+  if leaf.sharding is None or leaf.sharding.is_fully_addressable or not value.is_fully_addressable:
+    return jax.device_put(value, leaf.sharding)
+  # Every host has the entire array, and device_put would not accept an array that is on a single host's device.
+  host = np.asarray(value)
+  return jax.make_array_from_callback(host.shape, leaf.sharding, lambda index: host[index])

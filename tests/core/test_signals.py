@@ -93,3 +93,11 @@ def test_handlers_that_others_set_are_replaced():
       signal.signal(signal.SIGTERM, signal.SIG_DFL)
       signal.signal(signal.SIGINT, signal.SIG_DFL)
     assert [signal.getsignal(number) for number in signals_module.STOPPING] == handlers
+
+
+def test_the_end_of_a_process_is_announced_to_other_hosts(monkeypatch):
+  calls = []
+  monkeypatch.setattr(os, "_exit", lambda code: calls.append(code))
+  signals_module.end_process("signal 15: ended", lambda *announced: calls.append(announced))
+  signals_module.end_process("signal 15: ended")
+  assert calls == [("signal 15: ended", 75), 75, 75]
