@@ -119,24 +119,24 @@ def train() -> dict[str, Any]:
   }
 
 
-def _contenders(source: ml_collections.ConfigDict) -> list[_Contender]:
+def _contenders(source: ml_collections.ConfigDict) -> list[Contender]:
   """The config itself, and its variants from the flag `--variant`."""
   from cyb_jax.studies.resolution import resolve
 
   args = flags.FLAGS
-  contenders = [_Contender(resolve(source), args.store, args.vocabulary)]
+  contenders = [Contender(resolve(source), args.store, args.vocabulary)]
   for variant in args.variant:
     try:
       setting, fields = variants.split(variant)
       changed = source if setting is None else variants.with_setting(source, setting)
       config = resolve(command_line.override(changed, fields))
-      contenders.append(_Contender(config, args.store, args.vocabulary))
+      contenders.append(Contender(config, args.store, args.vocabulary))
     except InputError as error:
       raise InputError(f"--variant={variant}: {error}") from None
   return contenders
 
 
-def _in_turn(contenders: Sequence[_Contender]) -> list[list[Block]]:
+def _in_turn(contenders: Sequence[Contender]) -> list[list[Block]]:
   """The timed blocks of each contender, in turn, after one untimed block of each."""
   args = flags.FLAGS
   for contender in contenders:
@@ -145,7 +145,7 @@ def _in_turn(contenders: Sequence[_Contender]) -> list[list[Block]]:
 
 
 def _ratios(
-  names: Sequence[str], contenders: Sequence[_Contender], blocks: Sequence[Sequence[Block]]
+  names: Sequence[str], contenders: Sequence[Contender], blocks: Sequence[Sequence[Block]]
 ) -> list[dict[str, Any]]:
   """The tokens per second of each contender relative to the config itself, over the blocks."""
   per_token = [[x.median / contender.tokens for x in mine] for contender, mine in zip(contenders, blocks)]
@@ -214,7 +214,7 @@ def run_block(step: Callable[[], Any], steps: int, waited: Callable[[], float]) 
   return Block(tuple(np.diff(ready).tolist()), waits[-1] - waits[0])
 
 
-class _Contender:
+class Contender:
   """A measured config. Entering the context compiles its step and creates its state on the devices.
 
   Raises:
@@ -246,7 +246,7 @@ class _Contender:
     """The number of tokens in a batch."""
     return self.config.data.batch_size * self.config.data.sequence_length
 
-  def __enter__(self) -> _Contender:
+  def __enter__(self) -> Contender:
     import jax
 
     from cyb_jax.data import Prefetch
