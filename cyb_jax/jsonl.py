@@ -62,6 +62,25 @@ def loads(text: str | bytes) -> Any:
   return value
 
 
+def read_object(path: Any) -> dict[str, Any]:
+  """Returns the JSON object in a local file.
+
+  Args:
+    path: the path of the file, a pathlib.Path or an epath.Path.
+
+  Raises:
+    OSError: the file can't be read.
+    ValueError: as `loads`, or the file contains another value than an object. The message names the file.
+  """
+  try:
+    value = loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: a JSON {type(value).__name__} instead of an object")
+  return value
+
+
 def check_depth(value: Any) -> None:
   """Raises ValueError if a value of `json.loads` has more than 100 levels of lists and objects."""
   level = [value]

@@ -20,7 +20,9 @@ import pytest
 import skips
 from hypothesis import settings
 
-settings.register_profile("cyb_jax", deadline=None, max_examples=10, derandomize=True)
+# CYB_JAX_EXAMPLES=1000 searches longer, each time with other examples.
+EXAMPLES = os.environ.get("CYB_JAX_EXAMPLES")
+settings.register_profile("cyb_jax", deadline=None, max_examples=int(EXAMPLES or 10), derandomize=EXAMPLES is None)
 settings.load_profile("cyb_jax")
 
 

@@ -73,12 +73,12 @@ def serve() -> dict[str, Any]:
     raise InputError(f"--seconds: {args.seconds} must be positive")
   if not args.workdir:
     raise InputError("--workdir: not given; give the folder of a trained run")
-  with _server() as (port, process):
-    before = _resident(process.pid)
-    ask(port, 0)  # the first connection
+  with server(args.workdir, args.rows, args.chunk, max(256, 2 * args.clients)) as (port, process):
+    before = resident(process.pid)
+    ask(port, 0, args.new_tokens)  # the first connection
     logging.info("%d clients", args.clients)
     together, seconds = _phase(port, args.clients)
-    after = _resident(process.pid)
+    after = resident(process.pid)
     logging.info("%d answers; now one after the other", len(together))
     alone, alone_seconds = _phase(port, 1, numbers=sorted(together))
   lost = sum(not answer.complete for answer in (*together.values(), *alone.values()))
@@ -108,15 +108,18 @@ def serve() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[tuple[int, subprocess.Popen]]:
+def server(workdir: str, rows: int, chunk: int, queue: int) -> Iterator[tuple[int, subprocess.Popen]]:
   """(port, process) of a server that has compiled its programs.
+
+  Args:
+    workdir: the served run.
+    rows, chunk, queue: flags of cyb-serve.
 
   Raises:
     InputError: the server has refused the run.
   """
-  args = flags.FLAGS
-  command = [sys.executable, "-m", "cyb_jax.cli.serve", f"--workdir={args.workdir}", "--port=0", f"--rows={args.rows}",
-    f"--chunk={args.chunk}", f"--queue={max(256, 2 * args.clients)}"]  # fmt: skip
+  command = [sys.executable, "-m", "cyb_jax.cli.serve", f"--workdir={workdir}", "--port=0", f"--rows={rows}",
+    f"--chunk={chunk}", f"--queue={queue}"]  # fmt: skip
   with tempfile.TemporaryDirectory(prefix="cyb-serve-") as folder:
     log = pathlib.Path(folder) / "log"
     with log.open("w") as written:
@@ -164,7 +167,7 @@ def _phase(port: int, clients: int, numbers: list[int] | None = None) -> tuple[d
       if number is None:
         return
       try:
-        answers[number] = ask(port, number)
+        answers[number] = ask(port, number, flags.FLAGS.new_tokens)
       except (OSError, http.client.HTTPException, ValueError, LookupError):
         logging.exception("request %d is lost", number)
         answers[number] = Answer((), (), False)
@@ -177,21 +180,23 @@ def _phase(port: int, clients: int, numbers: list[int] | None = None) -> tuple[d
   return answers, time.perf_counter() - start
 
 
-def body_of(number: int) -> Mapping[str, Any]:
-  """The request with this number; lengths and texts vary."""
+def body_of(number: int, most_tokens: int) -> Mapping[str, Any]:
+  """The request with this number, for at most `most_tokens` tokens; lengths and texts vary."""
   rng = np.random.default_rng(number)
   prompt = " ".join(rng.choice(_WORDS, rng.integers(1, 3)).tolist())
-  new = int(rng.integers(1, flags.FLAGS.new_tokens, endpoint=True))
+  new = int(rng.integers(1, most_tokens, endpoint=True))
   return {"prompt": prompt, "max_tokens": new, "seed": number, "temperature": 0.8, "stream": True}
 
 
-def ask(port: int, number: int) -> Answer:
+def ask(port: int, number: int, most_tokens: int) -> Answer:
   """Sends a request and reads its stream."""
   connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
   tokens, arrivals, reason, complete = [], [], None, False
   with contextlib.closing(connection):
     start = time.perf_counter()
-    connection.request("POST", "/v1/completions", json.dumps(body_of(number)), {"Content-Type": "application/json"})
+    connection.request(
+      "POST", "/v1/completions", json.dumps(body_of(number, most_tokens)), {"Content-Type": "application/json"}
+    )
     answer = connection.getresponse()
     if answer.status != 200:
       raise ValueError(f"status {answer.status}: {answer.read(500)!r}")
@@ -241,7 +246,7 @@ def percentiles(values: list[float]) -> dict[str, float | None]:
   return {f"p{share}": float(np.percentile(values, share)) if values else None for share in _PERCENTILES}
 
 
-def _resident(pid: int) -> int | None:
+def resident(pid: int) -> int | None:
   """The bytes of memory that a process holds; None where the system doesn't tell."""
   try:
     status = pathlib.Path(f"/proc/{pid}/status").read_text()

@@ -6,6 +6,7 @@ cyb-benchmark train --config=experiments/NAME.py [--variant=baseline]   tokens/s
 cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
 cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests/s of downstream scoring, batched or not
 cyb-benchmark serve --workdir=DIR [--clients=64]                        cyb-serve with many clients, and with one
+cyb-benchmark memory [--workdir=DIR] [--seconds=8]                      growth of the resident memory, by activity
 cyb-benchmark faults [--kills=100]                                      a run that is killed, against an undisturbed run
 cyb-benchmark growth [--config=experiments/NAME.py]                     time against size: T, W, context, corpus, split
 cyb-benchmark sharding [--devices=8]                                    a step on every mesh, against one device
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cyb_jax.benchmarks import data, decode, faults, growth, readout, scoring, serve, sharding, train
+from cyb_jax.benchmarks import data, decode, faults, growth, memory, readout, scoring, serve, sharding, train
 from cyb_jax.cli import launching
 from cyb_jax.errors import InputError, did_you_mean
 
@@ -30,6 +31,7 @@ BENCHMARKS = {
   "scoring": (scoring.define_flags, scoring.scoring),
   "serve": (serve.define_flags, serve.serve),
   "train": (train.define_flags, train.train),
+  "memory": (memory.define_flags, memory.memory),
   "faults": (faults.define_flags, faults.faults),
   "growth": (growth.define_flags, growth.growth),
   "sharding": (sharding.define_flags, sharding.sharding),

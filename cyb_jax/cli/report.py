@@ -215,14 +215,12 @@ def recorded_statistics(workdir: str, checkpoint: str) -> dict[str, Any] | None:
     workdir: the run's folder.
     checkpoint: the fingerprint of the checkpoint; split and limit are those of the flags.
   """
-  import json
-
-  from cyb_jax import configs
+  from cyb_jax import configs, jsonl
   from cyb_jax.checkpointing.workdir import read_config
 
   limit = flags.FLAGS.limit or None
   try:
-    found = json.loads(storage.read_bytes(_report_folder(workdir) / "statistics.json"))
+    found = jsonl.loads(storage.read_bytes(_report_folder(workdir) / "statistics.json"))
     same = _PARTS <= set(found) and found["checkpoint"] == checkpoint and found["split"] == flags.FLAGS.split
     method = configs.freeze(configs.migrated(read_config(workdir))).build_method()
     paced = found["num_slots"] > 1 and _is_self_paced(method)

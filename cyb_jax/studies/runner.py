@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from cyb_jax import jsonl
-from cyb_jax.errors import Failed
+from cyb_jax.errors import Failed, InputError
 from cyb_jax.storage import atomic_write
 from cyb_jax.studies.options import Options
 from cyb_jax.studies.plan import Entry, Plan
@@ -220,7 +219,10 @@ def best_rate(perplexity_by_rate: Mapping[float, float]) -> float:
 def _kept(path: pathlib.Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
   """The content of a JSON file, which is created if it does not exist."""
   if path.exists():
-    return json.loads(path.read_text())
+    try:
+      return jsonl.read_object(path)
+    except ValueError as error:
+      raise InputError(f"--workdir: {error}; remove the file, and the study computes it again") from error
   record = make()
   atomic_write(path, jsonl.dumps(record, indent=2) + "\n")
   return record

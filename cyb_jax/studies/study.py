@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -104,11 +103,15 @@ def _claim(folder: pathlib.Path, options: Options) -> None:
   path = folder / "study.json"
   if path.exists():
     # An older version had neither sizes nor fields.
-    recorded = with_absolute_paths({"size": "", "fields": []} | json.loads(path.read_text()))
+    try:
+      found = jsonl.read_object(path)
+    except ValueError as error:
+      raise InputError(f"--workdir: {error}; remove the file, or give another folder") from error
+    recorded = with_absolute_paths({"size": "", "fields": []} | found)
     for name, value in recorded.items():
-      if options.identity[name] != value:
+      if options.identity.get(name) != value:
         raise InputError(
-          f"--{name}: {options.identity[name]!r}, but {folder} holds a study with {value!r}; give another --workdir"
+          f"--{name}: {options.identity.get(name)!r}, but {folder} holds a study with {value!r}; give another --workdir"
         )
   folder.mkdir(parents=True, exist_ok=True)
   atomic_write(path, jsonl.dumps(options.identity) + "\n")

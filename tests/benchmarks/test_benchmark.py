@@ -1,6 +1,7 @@
 """The benchmarks run, print the requested values, and reject unknown values."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from models import tiny_config
 
 from cyb_jax import configs, data
-from cyb_jax.benchmarks import growth, timing, variants
+from cyb_jax.benchmarks import growth, memory, timing, variants
 from cyb_jax.benchmarks import train as steps
 from cyb_jax.errors import InputError
 from cyb_jax.studies import settings
@@ -197,7 +198,7 @@ def test_the_token_store_is_read_and_must_match(tmp_path):
 
 
 def test_bad_input(tmp_path):
-  parts = "readout, data, decode, scoring, serve, train, faults, growth, sharding"
+  parts = "readout, data, decode, scoring, serve, train, memory, faults, growth, sharding"
   assert f"'tempo' is unknown; there are {parts}" in cli.complaint("benchmark", "tempo")
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
@@ -311,3 +312,29 @@ def test_serve(tmp_path):
   assert 0 < timing["together"]["seconds_to_first_token"]["p50"] <= timing["together"]["seconds_to_first_token"]["p99"]
   assert "no run" in cli.complaint("benchmark", *flags, f"--workdir={tmp_path}/none")
   assert cli.complaint("benchmark", "serve", "--clients=0").startswith("--clients: 0 must be at least 1")
+
+
+def test_growth_is_measured_after_the_warm_up():
+  """The first call keeps 64 MiB, which is no growth; afterwards every call keeps 4 MiB, or nothing."""
+  kept = [b"a" * (64 << 20)]
+  steady = memory._measure(lambda: b"b" * (8 << 20), os.getpid(), 0.05)
+  assert steady["repeats"] >= 8
+  assert abs(steady["growth_percent"]) < 1
+  growing = memory._measure(lambda: kept.append(b"a" * (4 << 20)), os.getpid(), 0.05)
+  grown = growing["bytes_at_end"] - growing["bytes_after_warm_up"]
+  assert grown > 16 << 20
+  assert growing["growth_percent"] == pytest.approx(100 * grown / growing["bytes_after_warm_up"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+  pytest.importorskip("uvicorn", reason="the extra serve isn't installed")
+  result, _ = cli.run("benchmark", "memory", "--seconds=1", "--most_growth=1000")
+  rows = result["timing"]["rows"]
+  assert [row["activity"] for row in rows] == ["training", "evaluation", "statistics", "preparation", "serving"]
+  for row in rows:
+    assert row["bytes_at_end"] > 1 << 20
+    assert row["repeats"] >= 8
+  assert "--activities: 'train' is unknown; did you mean 'training'?" in cli.complaint(
+    "benchmark", "memory", "--activities=train"
+  )

@@ -19,7 +19,9 @@ import pytest
 from foreign_readers import READERS
 
 from cyb_jax import jsonl
+from cyb_jax.cli import contexts
 from cyb_jax.errors import InputError
+from cyb_jax.studies import runner
 from cyb_jax.training.metrics import read_metrics
 
 # Cases that take a second or more.
@@ -164,6 +166,18 @@ def test_found_faults(seeds, tmp_path, case):
 def test_lines_of_metrics_that_are_no_objects_are_skipped(tmp_path):
   (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n[1]\n\xff\n{"step": 2}\n{"st')
   assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_damaged_records_of_studies_and_evaluations(tmp_path):
+  path = tmp_path / "record.json"
+  for content, message in ((b'{"a": 1', "invalid JSON"), (b"\xff", "not UTF-8"), (b"[1]", "a JSON list instead of")):
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"--workdir: .*record.json: {message}"):
+      runner._kept(path, dict)
+    (tmp_path / "evaluation.json").write_bytes(content)
+    assert contexts.measured(str(tmp_path), 3) is None
+  path.write_bytes(b'{"a": 1}')
+  assert runner._kept(path, dict) == {"a": 1}
 
 
 def test_json_has_a_limit_of_depth():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from cyb_jax import jsonl
 from cyb_jax.data.tasks import seqio_tasks
 from cyb_jax.data.tasks.interface import Piece, Source, TaskKind
 from cyb_jax.errors import InputError
@@ -20,8 +20,13 @@ from cyb_jax.storage import absolute
 def _open(options: Mapping[str, Any]):
   folder = _newest_version(options)
   version, data_dir = folder.name, os.fspath(folder.parent.parent.parent)
-  description = json.loads((folder / "dataset_info.json").read_text())
-  lengths = {split["name"]: [*map(int, split["shardLengths"])] for split in description.get("splits", ())}
+  try:
+    description = jsonl.read_object(folder / "dataset_info.json")
+    lengths = {split["name"]: [*map(int, split["shardLengths"])] for split in description.get("splits", ())}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(
+      f"data.options.data_dir: dataset_info.json of {folder} is damaged ({error}); prepare c4/en again"
+    ) from error
   documents = {split: sum(found) for split, found in lengths.items()}
 
   def task(splits):

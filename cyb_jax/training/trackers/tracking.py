@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -108,7 +107,7 @@ def log_report(names: str, workdir: storage.Place, report: storage.Place) -> Non
 def _read_ids(workdir: storage.Place) -> dict[str, Any]:
   path = workdir / IDS
   try:
-    found = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    found = jsonl.loads(storage.read_bytes(path)) if storage.exists(path) else {}
     return found if isinstance(found, dict) else {}
   except (OSError, ValueError) as error:
     logging.warning("%s can't be read, and trackers begin new runs: %s", path, error)
