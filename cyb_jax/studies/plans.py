@@ -173,9 +173,9 @@ SCRATCH = PlannedStudy(
     (
       Row(name="baseline_3x", setting="baseline", steps=3 * _SCRATCH_STEPS, seeds=3, rate_of="baseline"),
       # Plain models that cost at inference what ap_hidden costs at its own pace, about 1.55 slots per token.
-      _scratch("baseline_deeper", "baseline", 3, 1.6, fields=("decoder.num_layers=6",), rate_of="baseline"),
+      _scratch("baseline_deeper", "baseline", 3, 1.67, fields=("decoder.num_layers=6",), rate_of="baseline"),
       _scratch(
-        "baseline_wider", "baseline", 3, 1.6, fields=("decoder.d_model=80", "decoder.mlp_size=216"), rate_of="baseline"
+        "baseline_wider", "baseline", 3, 1.55, fields=("decoder.d_model=80", "decoder.mlp_size=216"), rate_of="baseline"
       ),
     ),
     (

@@ -588,7 +588,7 @@ def test_the_plans_match_the_readme():
   assert scratch["ap"].steps * plans.SCRATCH.step_tokens == 5_120_000
   assert scratch["baseline_3x"].steps == 3 * scratch["baseline"].steps
   assert [row.name for row in plans.SCRATCH.groups[0]] == ["baseline", "ap", "mos", "ap_hidden", "tbys3"]
-  three = {"baseline", "ap", "mos", "ap_hidden", "tbys3", "baseline_3x"}
+  three = {"baseline", "ap", "mos", "ap_hidden", "tbys3", "baseline_3x", "baseline_deeper", "baseline_wider"}
   assert {name for name, row in scratch.items() if row.seeds == 3} == three
   assert plans.SCRATCH.search_steps * plans.SCRATCH.step_tokens == 2_048_000
   tuned = {row.name: row.steps for row in plans.FINETUNE.rows}
