@@ -1,4 +1,4 @@
-"""Do further slots help where depth is missing? Lookups in sequence, by a model of two layers.
+"""Do further slots help where depth is missing? Lookups in sequence, by a model of one layer.
 
     for s in baseline ap looped cyb_looped; do
       cyb-train --config=experiments/synthetic_hops.py:$s --workdir=runs/hops/$s
@@ -30,13 +30,13 @@ def get_config(argument: str = ""):
     raise InputError(f"--config: the setting {setting!r} is unknown; {did_you_mean(setting, _METHODS)}")
   config = configs.default()
   config.method.update(_METHODS[setting])
-  config.decoder.update(preset="nano", num_layers=2, num_heads=4, num_kv_heads=4, head_size=16)
+  config.decoder.update(preset="nano", num_layers=1, num_heads=4, num_kv_heads=4, head_size=16)
   config.decoder.update(settings.PONDER_DECODER)
   config.data.task = "synthetic_hops"
-  config.data.options = "documents=50000,max_difficulty=5"
+  config.data.options = "documents=100000,max_difficulty=5"
   config.data.tokenizer = "bytes"
-  # A window has four documents of 23 tokens, with four answers each.
-  config.data.sequence_length = 92
+  # A window has seven documents of fourteen tokens.
+  config.data.sequence_length = 98
   config.data.document_mask = True
   config.data.batch_size = 16
   config.optimizer.learning_rate = 4e-3

@@ -22,8 +22,9 @@ from cyb_jax.studies.results_file import Entry
 _NOTE = (
   "Perplexity of the validation split: mean and standard deviation over seeds. Under the training omega: the"
   " perplexity under the step budget and recipe of training, if they differ. Difference: nats per token minus those"
-  " of `{reference}`, with a 95% interval over documents (paired bootstrap of the losses, averaged over seeds);"
-  " negative means that the row is better. Slots per token: in training. FLOPs: of inference with all slots and a"
+  " of `{reference}` with the same seeds, with a 95% interval over documents (paired bootstrap of the losses, averaged"
+  " over seeds); negative means that the row is better. By seed: the difference of each seed, which shows what the"
+  " interval does not, the luck of a training. Slots per token: in training. FLOPs: of inference with all slots and a"
   " cache, counted by hand per real token. Self-paced: only the pauses that the model requests run and stay in the"
   " context; the perplexity is that of the row times the ratio of the two contexts on {windows} windows. Tokens of"
   " `{reference}`: the number that it needs to reach the row's loss, by interpolation of its loss over the logarithm"
@@ -65,7 +66,7 @@ def text(plan: PlannedStudy, numbers: Mapping[str, Any]) -> str:
   rows = [_cells(row, has_training) for row in numbers["rows"]]
   header = (
     "row", "seeds", "rate", "perplexity", *["under the training omega"] * has_training,
-    f"difference to {plan.reference}, nats", "mean pauses", "slots per token",
+    f"difference to {plan.reference}, nats", "by seed", "mean pauses", "slots per token",
     "FLOPs", "self-paced", "pauses kept", "self-paced FLOPs", f"tokens of {plan.reference}", "front",
   )  # fmt: skip
   parts = [f"{gate}\n" for gate in numbers["gates"]]
@@ -121,7 +122,8 @@ def _finished(plan: PlannedStudy, results: Mapping[str, Entry], row: Row) -> lis
 def _row(
   plan: PlannedStudy, row: Row, finished: Mapping[str, Sequence[Entry]], documents: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-  entries, reference = finished[row.name], finished[plan.reference]
+  entries = finished[row.name]
+  reference = _same_seeds(entries, finished[plan.reference])
   perplexities = [entry["perplexity"] for entry in entries]
   compared = None if row.name == plan.reference else difference(entries, reference, documents)
   paced = _self_paced(entries)
@@ -135,6 +137,7 @@ def _row(
     "perplexity_seeds": perplexities,
     "difference": None if compared is None else compared[0],
     "interval": None if compared is None else compared[1],
+    "difference_seeds": None if compared is None else _by_seed(entries, reference),
     "training_perplexity": _training_perplexity(entries),
     "mean_pauses": _mean(entries, "mean_pauses"),
     "train_slots": _ratio(entries, "train_slots", "train_tokens"),
@@ -143,6 +146,22 @@ def _row(
     "reference_tokens": _reference_tokens(plan, finished, loss),
     "front": [],
   }
+
+
+def _same_seeds(entries: Sequence[Entry], reference: Sequence[Entry]) -> list[Entry]:
+  """The reference's entries with the seeds of a row, whose initialisation and order of the data are the row's; all
+  entries if a seed is missing.
+  """
+  by_seed = {entry["seed"]: entry for entry in reference}
+  seeds = [entry["seed"] for entry in entries]
+  return [by_seed[seed] for seed in seeds] if set(seeds) <= set(by_seed) else list(reference)
+
+
+def _by_seed(entries: Sequence[Entry], reference: Sequence[Entry]) -> list[float] | None:
+  """The difference in nats per token of each seed; None: the reference lacks a seed."""
+  if [entry["seed"] for entry in entries] != [entry["seed"] for entry in reference]:
+    return None
+  return [math.log(a["perplexity"] / b["perplexity"]) for a, b in zip(entries, reference)]
 
 
 def _training_perplexity(entries: Sequence[Entry]) -> float | None:
@@ -218,6 +237,7 @@ def _cells(row: Mapping[str, Any], has_training: bool) -> tuple[str, ...]:
   return (
     row["row"], seeds, f"{row['rate']:g}", trade_off.plus_minus(row["perplexity_seeds"]),
     *[number(row["training_perplexity"])] * has_training, compared,
+    " ".join(f"{value:+.3f}" for value in row["difference_seeds"] or ()),
     number(row["mean_pauses"], 3), number(row["train_slots"], 3), "-" if cost is None else trade_off.flops(cost),
     "" if paced is None else number(paced["perplexity"]), "" if paced is None else number(paced["pauses"], 3),
     "" if paced is None else trade_off.flops(paced["inference_flops"]), tokens, " ".join(row["front"]),

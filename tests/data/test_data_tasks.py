@@ -106,21 +106,18 @@ def test_parities_are_right():
 
 def test_hops_by_hand():
   lengths = set()
-  for seed in range(20):
-    text, answers = write_hops(np.random.default_rng(seed), 2, 5)
-    table, questions = text[:10], text[10:]
-    assert [position for position, _ in answers] == [12, 15, 18, 21] == [*range(12, len(text), 3)]
-    assert len(set(questions[::3])) == 4  # the starts
-    for start, steps, answer, (_, difficulty) in zip(questions[::3], questions[1::3], questions[2::3], answers):
-      # From every letter, ten steps visit all ten letters.
-      letter, visited = start, []
-      for _ in range(10):
-        letter = table[ord(letter) - ord("a")]
-        visited.append(letter)
-      assert sorted(visited) == list("abcdefghij")
-      assert answer == visited[difficulty - 1]
-      assert int(steps) == difficulty
-      lengths.add(difficulty)
+  for seed in range(40):
+    text, ((position, difficulty),) = write_hops(np.random.default_rng(seed), 2, 5)
+    table, start, steps, answer = text[:10], text[10], int(text[11]), text[12:]
+    assert (steps, position) == (difficulty, 12)
+    # From every letter, ten steps visit all ten letters.
+    letter, visited = start, []
+    for _ in range(10):
+      letter = table[ord(letter) - ord("a")]
+      visited.append(letter)
+    assert sorted(visited) == list("abcdefghij")
+    assert answer == visited[difficulty - 1]
+    lengths.add(difficulty)
   assert lengths == {2, 3, 4, 5}
 
 

@@ -333,8 +333,11 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
   assert ap["reference_tokens"]["tokens"] == pytest.approx(512 * math.sqrt(3))
   assert not ap["reference_tokens"]["extrapolation"]
   assert long["reference_tokens"] == {"tokens": pytest.approx(1536), "extrapolation": False}
-  # Documents of 2, 3 and 5 tokens; the means of the baseline over the two seeds are 5.5, 4 and 3.5.
-  assert ap["difference"] == pytest.approx((-0.5 * 2 - 0.5 * 5) / 10)
+  # Documents of 2, 3 and 5 tokens. The baseline has 5, 4 and 3.5 with the seed of `ap`, and ap 5, 4 and 3.
+  assert ap["difference"] == pytest.approx(-0.5 * 5 / 10)
+  assert ap["difference_seeds"] == [pytest.approx(0.0)]
+  assert long["difference_seeds"] == [pytest.approx(-0.05)]
+  assert baseline["difference_seeds"] is None
   assert ap["self_paced"]["perplexity"] == pytest.approx(math.exp(4.0) * 44 / 40)
   assert (ap["self_paced"]["pauses"], ap["self_paced"]["inference_flops"]) == (0.5, 1.5e6)
   # With all slots it costs as much as the baseline here and is better; self-paced it costs less. The row with more data
@@ -344,8 +347,14 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
   line = next(line for line in planned_tables.text(TINY, numbers).splitlines() if line.startswith("| ap "))
   cells = [cell.strip() for cell in line.split("|")[1:-1]]
   assert cells[:4] == ["ap", "1", "0.002", "54.60"]
-  assert cells[4].startswith("-0.3500 (")
-  assert cells[5:] == ["0.500", "2.00", "2M", "60.06", "0.500", "1.5M", "0.000887M", "I P"]
+  assert cells[4].startswith("-0.2500 (")
+  assert cells[5:] == ["+0.000", "0.500", "2.00", "2M", "60.06", "0.500", "1.5M", "0.000887M", "I P"]
+  # Without the seed of the row, all seeds of the baseline are compared.
+  results.runs["ap/seed0"]["seed"] = 7
+  changed = planned_tables.table(TINY, results.runs, results.documents)["rows"][1]
+  assert changed["difference"] == pytest.approx((-0.5 * 2 - 0.5 * 5) / 10)
+  assert changed["difference_seeds"] is None
+  results.runs["ap/seed0"]["seed"] = 0
   # This column exists only if a row is trained under another step budget.
   results.runs["ap/seed0"]["training_omega"] = {"perplexity": 50.0}
   numbers = planned_tables.table(TINY, results.runs, results.documents)

@@ -16,7 +16,6 @@ from cyb_jax.data.tasks.interface import Document, Piece, Source, TaskKind, cons
 from cyb_jax.errors import InputError, check_seed
 
 _PIECE_DOCUMENTS = 4096
-_QUESTIONS = 4  # about a permutation of `synthetic_hops`
 
 # (random number generator, lowest and highest difficulty) -> a text, and the (position, difficulty) of its answers.
 Write = Callable[[np.random.Generator, int, int], tuple[str, list[tuple[int, int]]]]
@@ -161,28 +160,26 @@ def write_parity(rng: np.random.Generator, lowest: int, highest: int) -> tuple[s
 
 
 def write_hops(rng: np.random.Generator, lowest: int, highest: int) -> tuple[str, list[tuple[int, int]]]:
-  """One document of `synthetic_hops`, and the (position, difficulty m) of its answers.
+  """One document of `synthetic_hops`, and the (position, difficulty m) of its answer.
 
-  A permutation p of n = 2 * `highest` letters, written as p(a) p(b) p(c) ..; then questions with different starts: a
-  start, m, and the answer, which is p applied m times to the start. p is a single cycle, so that no answer is its
-  start, and no way backwards is shorter. Only the answers have weight 1.
+  A permutation p of n = 2 * `highest` letters, written as p(a) p(b) p(c) ..; then a start, m, and the answer: p applied
+  m times to the start. p is a single cycle, so that no answer is its start, and no way backwards is shorter. Only the
+  answer has weight 1.
 
-      dcabb2ad1b     n = 4: from b, p(b) = c and p(c) = a; from d, p(d) = b
+      dcabb2a     n = 4, start b, m = 2: p(b) = c, p(c) = a
 
   Every application is a lookup at a place that the previous one determines, so the work is sequential: the layers limit
   m, and further slots at the same depth do not help.
   """
-  size = 2 * highest
-  order = rng.permutation(size)
+  order = rng.permutation(2 * highest)
   following = np.empty_like(order)
   following[order] = np.roll(order, -1)
+  steps, start = int(rng.integers(lowest, highest + 1)), int(rng.integers(2 * highest))
+  place = int(np.flatnonzero(order == start)[0])
+  answer = order[(place + steps) % len(order)]
   letters = string.ascii_lowercase
-  text, answers = "".join(letters[i] for i in following), []
-  for place in rng.permutation(size)[: min(size, _QUESTIONS)]:
-    steps = int(rng.integers(lowest, highest + 1))
-    text += f"{letters[order[place]]}{steps}{letters[order[(place + steps) % size]]}"
-    answers.append((len(text) - 1, steps))
-  return text, answers
+  text = "".join(letters[i] for i in following) + f"{letters[start]}{steps}{letters[answer]}"
+  return text, [(len(text) - 1, steps)]
 
 
 KINDS = {
