@@ -67,7 +67,7 @@ class Point(NamedTuple):
 
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", "experiments/quickstart.py", "A config file whose method has pauses.")
-  flags.DEFINE_list("parts", list(_SIZES), f"Of {', '.join(_SIZES)}.")
+  flags.DEFINE_list("parts", list(_SIZES), f"The parts to measure, of {', '.join(_SIZES)}.")
   flags.DEFINE_list("sizes", [], "Sizes in place of the default sizes, for a single part.")
   timing.define_flags()
 

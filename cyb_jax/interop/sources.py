@@ -230,7 +230,7 @@ def _with_extras(source: Source, written: Any) -> Source:
   pause_ids, dont_know_id = fields.take("pause_ids", list), fields.take("dont_know_id", int, None)
   appended = [*pause_ids, *(() if dont_know_id is None else (dont_know_id,))]
   # The tables in memory are padded to a multiple of a small number.
-  valid = 0 < vocab_size <= rows <= table_rows <= 2 * rows + _MOST_PADDING
+  valid = all(isinstance(x, int) for x in appended) and 0 < vocab_size <= rows <= table_rows <= 2 * rows + _MOST_PADDING
   if not valid or appended != list(range(rows, source.decoder.vocab_size)):
     raise InputError(
       f"{path}: cyb_jax: {shown(rows)} of {shown(table_rows)} rows, {shown(vocab_size)} vocabulary entries and the"

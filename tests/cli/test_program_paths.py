@@ -20,10 +20,10 @@ PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "co
 # Flags whose value is text and not a path. --tokenizer may also be a name, so the code that opens it expands the path.
 # The study's --config is expanded like that of the other programs (`command_line.installed`).
 NO_PATHS = {
-  "batch_sizes", "checkpoint", "config_help", "context", "coordinator", "dtype", "equal", "fields", "from",
-  "kept_pauses", "like", "mode", "omega", "option", "plan", "prompt", "prompt_pauses", "rates", "read", "reference",
-  "settings", "shard", "size", "split", "steps", "stop", "system", "task", "tasks", "to", "tokenizer", "topology",
-  "variant",
+  "activities", "batch_sizes", "checkpoint", "config_help", "context", "coordinator", "dtype", "equal", "fields",
+  "from", "kept_pauses", "like", "mode", "omega", "option", "parts", "plan", "prompt", "prompt_pauses", "rates",
+  "read", "reference", "settings", "shard", "size", "sizes", "split", "steps", "stop", "system", "task", "tasks",
+  "to", "tokenizer", "topology", "variant",
 }  # fmt: skip
 
 

@@ -78,8 +78,11 @@ def _seen(positions, window=None):
     ),
     # 8 streams in layer 1, which has the window, and 16 in layer 2, which has none.
     (dict(name="thoughtbubbles", fork_layers=(2,), stream_budget=2.0), _seen(range(8), 3) + 2 * _seen(range(16))),
-    # The pauses are in the row, and have positions of their own.
-    (dict(name="pause_training"), _seen(range(8), 3) + _seen(range(8))),
+    # A pass without pauses, and one over rows that also fit a pause, which has a position of its own.
+    (
+      dict(name="pause_training"),
+      sum(n / 8 * (_seen(range(n), 3) + _seen(range(n))) for n in (8, 9)) / 2,
+    ),
     (dict(name="tbys", pauses=1, pause_positions="shifting"), 2 * (_seen(range(16), 3) + _seen(range(16)))),
     (dict(name="tbys", pauses=1), 2 * (_seen(np.repeat(range(8), 2), 3) + _seen(range(16)))),
   ],

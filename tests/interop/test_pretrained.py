@@ -80,7 +80,7 @@ def new_rows(folders, caplog, choice, **method):
   config = started(folders / "hf", **{"pauses": 2} | method)
   config.tuning.new_rows = choice
   caplog.clear()
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")  # another test may have set the level of this logger
   run = pretrained.load(str(folders / "hf"), resolve(config))
   plain = entries(cyb_jax.load(folders / "plain").params)["decoder"]
   assert_trees_equal(run.params["decoder"], plain)
@@ -204,7 +204,7 @@ def test_a_run_may_start_from_a_run_with_adapters(tuned, folders):
 def test_a_run_continues_without_its_init_from(folders, tmp_path, caplog):
   shutil.copytree(folders / "hf", tmp_path / "hf")
   config = started(tmp_path / "hf", pauses=1)
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")  # another test may have set the level of this logger
   first = training.train(resolve(config, tmp_path / "run"), tmp_path / "run")
   assert "the median of d over" in caplog.text
   assert "method.calibration_batches would add" in caplog.text

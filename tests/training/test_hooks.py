@@ -68,6 +68,7 @@ def test_blocking_hooks_run_in_order_when_they_are_due(step, requested, calls):
   record = Recorder(seen, evaluate={"loss": 1.0, "perplexity": 2.0}, stops=requested, check=0)
   run.meta = lambda: seen.append("meta")
   run.state = types.SimpleNamespace(skipped_in_a_row=None)
+  run.plan.saved_part = lambda state: state
   interruption = hooks.Interruption(record, types.SimpleNamespace(received=[15] * requested), record)
   validation = hooks.Validation(record.evaluate, record, interruption)
   strategy = types.SimpleNamespace(global_state=lambda state: state)
