@@ -31,18 +31,8 @@ def get_config(argument: str = ""):
   config = configs.default()
   config.method.update(_METHODS[setting])
   config.decoder.update(preset="nano", num_layers=1, num_heads=4, num_kv_heads=4, head_size=16)
-  config.decoder.update(settings.PONDER_DECODER)
-  config.data.task = "synthetic_hops"
-  config.data.options = "documents=100000,max_difficulty=5"
-  config.data.tokenizer = "bytes"
   # A window has seven documents of fourteen tokens.
-  config.data.sequence_length = 98
-  config.data.document_mask = True
-  config.data.batch_size = 16
+  settings.on_questions(config, "synthetic_hops", "documents=100000,max_difficulty=5", 98)
   config.optimizer.learning_rate = 4e-3
-  config.optimizer.warmup_fraction = 0.02
-  config.optimizer.weight_decay = 0.0
   config.train.steps = 5_000
-  config.train.log_every = 200
-  config.train.checkpoint_every = 1_000
   return config

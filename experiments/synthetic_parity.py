@@ -32,18 +32,8 @@ def get_config(argument: str = ""):
   config = configs.default()
   config.method.update(_METHODS[setting])
   config.decoder.update(preset="nano", num_layers=2, d_model=16, num_heads=1, num_kv_heads=1, head_size=8, mlp_size=4)
-  config.decoder.update(settings.PONDER_DECODER)
-  config.data.task = "synthetic_parity"
-  config.data.options = "documents=60000"
-  config.data.tokenizer = "bytes"
   # A window has eight documents of eleven tokens.
-  config.data.sequence_length = 88
-  config.data.document_mask = True
-  config.data.batch_size = 16
+  settings.on_questions(config, "synthetic_parity", "documents=60000", 88)
   config.optimizer.learning_rate = 6e-3
-  config.optimizer.warmup_fraction = 0.02
-  config.optimizer.weight_decay = 0.0
   config.train.steps = _STEPS
-  config.train.log_every = 200
-  config.train.checkpoint_every = 1_000
   return config

@@ -20,7 +20,6 @@ import functools
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +29,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cyb_jax import command_line
-from cyb_jax.benchmarks import timing
+from cyb_jax.benchmarks import models, timing, variants
 from cyb_jax.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:  # otherwise imported where it is used, so that --help is fast
@@ -143,12 +142,6 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
   return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def _timed(function: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  function()
-  return time.perf_counter() - start
-
-
 @contextmanager
 def _steps(
   source: ml_collections.ConfigDict, sizes: Sequence[int], fields: Callable[[int], list[str]]
@@ -177,12 +170,8 @@ def _length(source: ml_collections.ConfigDict, sizes: Sequence[int]) -> Any:
 
 
 def _slots(source: ml_collections.ConfigDict, sizes: Sequence[int]) -> Any:
-  from cyb_jax import configs
-
   # A method with pauses is a plain model if it has none.
-  plain = command_line.override(source, [])
-  plain.method = configs.default().method
-  plain.method.name = "baseline"
+  plain = variants.with_setting(source, "baseline")
 
   @contextmanager
   def points() -> Iterator[list[Point]]:
@@ -201,16 +190,18 @@ def _decode(source: ml_collections.ConfigDict, sizes: Sequence[int]) -> Iterator
   """Seconds per token after prompts of each size."""
   import jax
 
+  from cyb_jax.benchmarks.train import own_vocabulary
   from cyb_jax.generation import Sampler, SamplingOptions, default_mode
+  from cyb_jax.studies.resolution import resolve
 
-  config, method, params = _fresh(source)
+  config, method, params = models.fresh(source, own_vocabulary(resolve(source)))
   sampler = Sampler(method, SamplingOptions(mode=default_mode(method)))
 
   def seconds(size: int) -> float:
     prompt = np.random.default_rng(0).integers(0, method.vocab_size, size).tolist()
     state = sampler.start(params, [prompt], max_new_tokens=_NEW_TOKENS)
     state = jax.block_until_ready(sampler.advance(params, state, 1))
-    spent = _timed(lambda: jax.block_until_ready(sampler.advance(params, state, _NEW_TOKENS * method.num_slots)))
+    spent = timing.timed(lambda: jax.block_until_ready(sampler.advance(params, state, _NEW_TOKENS * method.num_slots)))
     return spent / (_NEW_TOKENS - 1)
 
   with jax.default_matmul_precision(config.precision.matmul):
@@ -231,7 +222,7 @@ def _prepare(source: ml_collections.ConfigDict, sizes: Sequence[int]) -> Iterato
         return prepare("synthetic_sums", "bytes", pathlib.Path(folder) / "store", options=options, progress=False)
 
     tokens = {size: sum(map(store(size).num_tokens, ("train", "validation", "test"))) for size in sizes}
-    yield [Point(size, tokens[size], functools.partial(_timed, functools.partial(store, size))) for size in sizes]
+    yield [Point(size, tokens[size], functools.partial(timing.timed, functools.partial(store, size))) for size in sizes]
 
 
 @contextmanager
@@ -265,21 +256,9 @@ def _statistics(source: ml_collections.ConfigDict, sizes: Sequence[int]) -> Iter
 
 def _windows(sizes: Sequence[int], config: Config, evaluate: Callable[[int], Any]) -> list[Point]:
   length = config.data.sequence_length
-  return [Point(size, size * length, functools.partial(_timed, functools.partial(evaluate, size))) for size in sizes]
-
-
-def _fresh(source: ml_collections.ConfigDict, vocab_size: int | None = None) -> tuple[Config, Any, Any]:
-  """(config, method, fresh parameters)."""
-  import flax.linen as nn
-  import jax
-
-  from cyb_jax.benchmarks.train import own_vocabulary
-  from cyb_jax.studies.resolution import resolve
-
-  config = resolve(source)
-  method = config.build_method(vocab_size or own_vocabulary(config))
-  params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(config.train.seed))))()
-  return config, method, params
+  return [
+    Point(size, size * length, functools.partial(timing.timed, functools.partial(evaluate, size))) for size in sizes
+  ]
 
 
 @contextmanager
@@ -295,7 +274,7 @@ def _split_of(source: ml_collections.ConfigDict, windows: int) -> Iterator[tuple
     documents = 64 + windows * source.data.sequence_length // 100
     path = pathlib.Path(scratch) / "store"
     store = prepare("synthetic_sums", "bytes", path, options={"documents": documents}, progress=False)
-    config, method, params = _fresh(source, store.vocab_size)
+    config, method, params = models.fresh(source, store.vocab_size)
     mesh = make_mesh(config.parallelism)
     with jax.default_matmul_precision(config.precision.matmul):
       yield config, method, params, mesh, store

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from cyb_jax import command_line
 from cyb_jax.errors import InputError
+
+if TYPE_CHECKING:
+  import ml_collections
+
+  from cyb_jax.configs import Config
 
 
 def define_flags() -> None:
@@ -33,7 +38,10 @@ def source() -> str:
 def chosen() -> tuple[Any, Any, str]:
   """(method, parameters, precision of matrix products)."""
   args = flags.FLAGS
-  return _loaded(args.workdir) if args.workdir else _fresh(args.vocabulary)
+  if args.workdir:
+    return _loaded(args.workdir)
+  config, method, params = fresh(command_line.config_flag(), args.vocabulary or None)
+  return method, params, config.precision.matmul
 
 
 def _loaded(workdir: str) -> tuple[Any, Any, str]:
@@ -43,13 +51,14 @@ def _loaded(workdir: str) -> tuple[Any, Any, str]:
   return run.method, run.params, run.config.precision.matmul
 
 
-def _fresh(vocabulary: int) -> tuple[Any, Any, str]:
+def fresh(source: ml_collections.ConfigDict, vocab_size: int | None) -> tuple[Config, Any, Any]:
+  """(config, method, new parameters); the vocabulary size None is that of the decoder."""
   import flax.linen as nn
   import jax
 
   from cyb_jax.studies.resolution import resolve
 
-  config = resolve(command_line.config_flag())
-  method = config.build_method(vocabulary or None)
+  config = resolve(source)
+  method = config.build_method(vocab_size)
   params = jax.jit(lambda: nn.unbox(method.init(jax.random.key(config.train.seed))))()
-  return method, params, config.precision.matmul
+  return config, method, params

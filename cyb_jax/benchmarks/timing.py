@@ -42,14 +42,15 @@ def in_turn(functions: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
   return results
 
 
+def timed(function: Callable[[], Any]) -> float:
+  """Calls a function once, and returns the seconds."""
+  start = time.perf_counter()
+  function()
+  return time.perf_counter() - start
+
+
 def side_by_side(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
   """The median seconds of each function, called in turn after one warm-up call of each."""
-
-  def timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
   for function in functions.values():
     function()
   times = in_turn([lambda f=function: timed(f) for function in functions.values()], rounds)

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from cyb_jax import hub, storage
 from cyb_jax.decoder import LoraConfig
+from cyb_jax.errors import InputError, shown
 from cyb_jax.methods import Method
 from cyb_jax.methods.parameters import trained_part
 
@@ -40,8 +41,20 @@ class BaseReference:
 
   @classmethod
   def of_checkpoint(cls, meta: Mapping[str, Any]) -> BaseReference | None:
-    """The reference in the JSON object of a checkpoint; None: the checkpoint contains all parameters."""
-    return cls(**meta["base"]) if "base" in meta else None
+    """The reference in the JSON object of a checkpoint; None: the checkpoint contains all parameters.
+
+    Raises:
+      InputError: the object has another form.
+    """
+    if "base" not in meta:
+      return None
+    base = meta["base"]
+    valid = isinstance(base, dict) and base.keys() == {"path", "checkpoint", "checksum"}
+    if not valid or not all(isinstance(base[name], str) for name in ("path", "checksum")):
+      raise InputError(
+        f"checkpoint: base = {shown(base)} is no reference to a model; restore the checkpoint from a copy"
+      )
+    return cls(**base)
 
   def pinned(self, path: str) -> str:
     """The path; if it is the repository of the reference without a revision, the revision is added."""

@@ -301,6 +301,23 @@ def apply(
   config.data.fraction = thirds / 3
 
 
+def on_questions(config: ml_collections.ConfigDict, task: str, options: str, sequence_length: int) -> None:
+  """Sets the data and training of a tiny model on a generated task with answers of known difficulty, in place.
+
+  Args:
+    config: the config.
+    task: the task.
+    options: of the task.
+    sequence_length: a multiple of the tokens of a document, so that documents are complete.
+  """
+  config.decoder.update(PONDER_DECODER)
+  config.data.update(
+    task=task, options=options, tokenizer="bytes", sequence_length=sequence_length, document_mask=True, batch_size=16
+  )
+  config.optimizer.update(warmup_fraction=0.02, weight_decay=0.0)
+  config.train.update(log_every=200, checkpoint_every=1_000)
+
+
 def on_reviews(config: ml_collections.ConfigDict, size: str) -> None:
   """Sets the film reviews, windows and learning rate for a decoder of this size, and the logging periods."""
   small = size in ("nano", "tiny", "small")

@@ -190,7 +190,7 @@ def test_the_token_store_is_read_and_must_match(tmp_path):
   with pytest.raises(InputError, match=r"data\.batch_size=4096: an epoch has only"):
     steps._open_batches(configs.freeze(config), str(store.path), 0)
   config.data.batch_size, config.decoder.vocab_size = 8, 64
-  with pytest.raises(InputError, match=r"decoder\.vocab_size: 64 rows, but the tokenizer has 257"):
+  with pytest.raises(InputError, match=r"decoder\.vocab_size: 64, but the tokenizer has 257"):
     steps.Contender(configs.freeze(config), str(store.path), 0)
   config.data.batch_size = 12
   with pytest.raises(InputError, match=r"data\.batch_size: 12 is not divisible by 8 devices"):

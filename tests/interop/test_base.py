@@ -175,3 +175,9 @@ def test_a_repository_is_pinned():
   others = ("hf://someone/small@v2", "hf://someone/smaller", "hf://someone/smal", "/models/small")
   assert [reference.pinned(path) for path in others] == list(others)
   assert dataclasses.replace(reference, path="/models/small").pinned("/models/small") == "/models/small"
+
+
+@pytest.mark.parametrize("reference", [None, [], {"path": "x"}, {"path": 1, "checkpoint": None, "checksum": "y"}])
+def test_a_damaged_reference_is_refused(reference):
+  with pytest.raises(InputError, match=r"checkpoint: base = .* is no reference to a model; restore the checkpoint"):
+    BaseReference.of_checkpoint({"base": reference})

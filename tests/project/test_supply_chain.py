@@ -116,7 +116,7 @@ def test_nothing_executes_input():
     ("def f():\n  import dill.detect", "dill.detect"),
     ("import importlib\nimportlib.import_module('shelve')", "shelve"),
     ("import numpy as np\nnp.load(path)", "numpy.load"),
-    ("import numpy as np\nnp.load(path, allow_pickle=True)", "numpy.load"),
+    ("import numpy as np\nnp.load(path, allow_pickle=flag)", "numpy.load"),
     ("from numpy import load as read\nread(path, None, flag)", "numpy.load"),
     ("import yaml\nyaml.load(text, yaml.SafeLoader)", "yaml.load"),
     ("eval(text)", "eval"),
