@@ -137,6 +137,10 @@ def _as_json(value: Any) -> Any:
 _RUNS = (
   "train.eval_every=0", "train.checkpoint_every=250", "train.keep=1", "train.log_every=50", "train.trackers=",
 )  # fmt: skip
+# The start of PonderLM-2.
+_SMALL_START = (
+  "decoder.initializer=small", "decoder.scale_embeddings=True", "decoder.tied_embeddings=False",
+)  # fmt: skip
 _PRIOR = "method.dont_know_prior"
 # After 1,000 steps of the plan scratch with rate 1.6e-2, perplexity is 37.62 with these heads, and 39.85 with tanh.
 _IDENTITY_HEADS = ("method.head_activation=none",)
@@ -152,10 +156,10 @@ SCRATCH = PlannedStudy(
   name="scratch",
   config="experiments/reviews.py",
   size="nano",
-  # The start of PonderLM-2 for all; 32 windows of 64 tokens a step.
+  # 32 windows of 64 tokens a step.
   fields=(
     "data.tokenizer=sentencepiece:1024", "data.sequence_length=64", "data.batch_size=32", "data.fraction=1.0",
-    "decoder.initializer=small", "decoder.scale_embeddings=True", "decoder.tied_embeddings=False", *_RUNS,
+    *_SMALL_START, *_RUNS,
   ),
   step_tokens=32 * 64,
   # After 1,000 steps the best rate of `baseline` is 1.6e-2: perplexity 37.72; with 4e-3 42.07, with 8e-3 38.80 and with
@@ -234,7 +238,8 @@ FINETUNE = PlannedStudy(
     "decoder.preset=", "data.tokenizer=", "data.sequence_length=128", "data.batch_size=16", "data.fraction=1.0", *_RUNS,
   ),
   step_tokens=16 * 128,
-  rates=(1e-4, 3e-4, 1e-3),
+  # Pretraining ends at a rate of zero from a peak of 6e-3.
+  rates=(3e-4, 1e-3, 3e-3),
   search_steps=None,
   groups=(
     (
@@ -258,11 +263,11 @@ FINETUNE = PlannedStudy(
     config="experiments/reviews.py",
     argument="baseline,tiny",
     fields=(
-      "decoder.num_layers=4", "data.tokenizer=sentencepiece:8192", "data.sequence_length=128", "data.batch_size=16",
-      "data.fraction=1.0", *_RUNS,
+      "decoder.num_layers=4", *_SMALL_START, "data.tokenizer=sentencepiece:8192", "data.sequence_length=128",
+      "data.batch_size=16", "data.fraction=1.0", *_RUNS,
     ),
     lengths=(6_000, 12_000),
-    rate=2e-3,
+    rate=6e-3,
     limit=0.03,
     cost=1.0,
     task="imdb_reviews",
