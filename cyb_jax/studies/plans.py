@@ -226,48 +226,49 @@ def _tuned_row(
   return Row(name=name, setting=setting, steps=round(times * steps), seeds=seeds, cost=cost, **fields)
 
 
-_tuned = functools.partial(_tuned_row, 400)
+_tuned = functools.partial(_tuned_row, 600)
 
 
 FINETUNE = PlannedStudy(
   name="finetune",
   config="experiments/finetune_reviews.py",
-  size="tiny",
-  # The decoder and the tokenizer are those of the pretrained model; 16 windows of 128 tokens a step.
+  size="nano",
+  # The decoder and the tokenizer are those of the pretrained model; 32 windows of 64 tokens a step.
   fields=(
-    "decoder.preset=", "data.tokenizer=", "data.sequence_length=128", "data.batch_size=16", "data.fraction=1.0", *_RUNS,
+    "decoder.preset=", "data.tokenizer=", "data.sequence_length=64", "data.batch_size=32", "data.fraction=1.0", *_RUNS,
   ),
-  step_tokens=16 * 128,
-  # Pretraining ends at a rate of zero from a peak of 6e-3.
+  step_tokens=32 * 64,
+  # Pretraining ends at a rate of zero from a peak of 8e-3.
   rates=(3e-4, 1e-3, 3e-3),
   search_steps=None,
   groups=(
     (
       _tuned("baseline", "baseline", 1.0),
-      _tuned("ap", "ap", 4.4, fields=_IDENTITY_START, paced=True),
-      _tuned("mos", "mos", 2.6, fields=_IDENTITY_HEADS),
-      _tuned("tbys3", "tbys3", 2.8, fields=_IDENTITY_START),
+      _tuned("ap", "ap", 4.7, fields=_IDENTITY_START, paced=True),
+      _tuned("mos", "mos", 2.1, fields=_IDENTITY_HEADS),
+      _tuned("ap_hidden", "ap_hidden", 4.0, fields=_IDENTITY_START, paced=True),
+      _tuned("tbys3", "tbys3", 3.8, fields=_IDENTITY_START),
     ),
     (_tuned("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
     (
-      _tuned("ap_paper_start", "ap", 4.4, fields=_PAPER_START, paced=True),
-      _tuned("constant_stop", "constant_stop", 4.4, fields=_IDENTITY_START),
-      _tuned("tbys3_1.8x", "tbys3", 2.8, times=1.8, rate_of="tbys3", fields=_IDENTITY_START),
+      _tuned("ap_paper_start", "ap", 4.7, fields=_PAPER_START, paced=True),
+      _tuned("constant_stop", "constant_stop", 4.7, fields=_IDENTITY_START),
+      _tuned("tbys3_1.8x", "tbys3", 3.8, times=1.8, rate_of="tbys3", fields=_IDENTITY_START),
       _tuned("ap1", "ap1", 2.1, seeds=1, fields=_IDENTITY_START, paced=True),
     ),
   ),
   reference="baseline",
   longer="baseline_3x",
-  paced_windows=200,
+  paced_windows=400,
   pretraining=Pretraining(
     config="experiments/reviews.py",
-    argument="baseline,tiny",
+    argument="baseline,nano",
     fields=(
-      "decoder.num_layers=4", *_SMALL_START, "data.tokenizer=sentencepiece:8192", "data.sequence_length=128",
-      "data.batch_size=16", "data.fraction=1.0", *_RUNS,
+      *_SMALL_START, "data.tokenizer=sentencepiece:1024", "data.sequence_length=64", "data.batch_size=32",
+      "data.fraction=1.0", *_RUNS,
     ),
-    lengths=(6_000, 12_000),
-    rate=6e-3,
+    lengths=(15_000, 30_000),
+    rate=8e-3,
     limit=0.03,
     cost=1.0,
     task="imdb_reviews",
@@ -280,7 +281,7 @@ FINETUNE = PlannedStudy(
   ),
 )  # fmt: skip
 
-# Ten times the tokens of `finetune`, in steps that are eight times as large.
+# Seven times the tokens of `finetune`, in steps that are eight times as large.
 _on_gpu = functools.partial(_tuned_row, 500)
 # 64 windows of 256 tokens a step. A long step keeps a GPU busy, and a scanned layer compiles in a fraction of the time.
 # A run takes about a minute, so an interrupted run is cheaper to repeat than checkpoints are to write.
@@ -310,6 +311,7 @@ GPU = PlannedStudy(
       _on_gpu("constant_stop", "constant_stop", 4.4, fields=_IDENTITY_START),
       _on_gpu("ap_paper_start", "ap", 4.4, seeds=1, fields=_PAPER_START, paced=True),
       _on_gpu("tbys3_1.8x", "tbys3", 4.0, seeds=1, times=1.8, rate_of="tbys3", fields=_IDENTITY_START),
+      _on_gpu("ap_hidden", "ap_hidden", 4.0, seeds=1, rate_of="ap", fields=_IDENTITY_START, paced=True),
       _on_gpu("ap1", "ap1", 2.1, seeds=1, rate_of="ap", fields=_IDENTITY_START, paced=True),
     ),
   ),
@@ -329,7 +331,7 @@ GPU = PlannedStudy(
     percent=60,
   ),
   note=(
-    "The rows are those of the plan finetune at ten times the tokens. ap1 takes the rate of ap; the rates of"
+    "The rows are those of the plan finetune, for a larger model. ap_hidden and ap1 take the rate of ap; the rates of"
     " pretraining and the number of its passes are not searched."
   ),
 )  # fmt: skip
