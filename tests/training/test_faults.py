@@ -18,7 +18,8 @@ from models import tiny_config
 
 import cyb_jax
 from cyb_jax import configs, data, storage, training
-from cyb_jax.benchmarks.faults import PHASES, first_difference
+from cyb_jax.benchmarks.compared_runs import first_difference
+from cyb_jax.benchmarks.lives import PHASES
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.checkpointing.workdir import Lock, checkpoints_in
 from cyb_jax.errors import InputError, StorageError
