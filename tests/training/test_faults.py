@@ -1,6 +1,7 @@
 """Runs that are killed, or whose disk fails or is damaged, have the same results; permanent errors are reported."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -278,7 +279,8 @@ def test_a_line_of_metrics_that_fails_on_a_full_disk(tmp_path, config, whole, mo
     metrics = folder / "metrics.jsonl"
     disturbed_at(patch, 6, lambda: limits.enter_context(largest_files(metrics.stat().st_size + 9)))
     with pytest.raises(
-      StorageError, match=r"metrics.jsonl \(step 6\) can't be written: the file exceeds the size limit"
+      StorageError,
+      match=r"metrics.jsonl \(step 6\) can't be written: the file exceeds the size limit .* give the same command",
     ):
       training.train(config, folder)
   assert not metrics.read_text().endswith("\n")
@@ -379,8 +381,18 @@ def test_programs_report_a_full_disk_in_one_line(tmp_path, config):
   (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
   assert "checkpoint 6 can't be saved in" in line
   assert line.endswith(
-    "the file exceeds the size limit of the file system or the process; there is no earlier checkpoint"
+    "the file exceeds the size limit of the file system or the process; there is no earlier checkpoint, so the same"
+    " command starts again"
   )
+
+
+def test_a_clock_that_is_set_forward(tmp_path, monkeypatch):
+  """Orbax measures saves by the clock, here with 25 minutes between two readings."""
+  readings = itertools.count(time.time(), 1500.0)
+  with monkeypatch.context() as patch:
+    patch.setattr(time, "time", lambda: next(readings))
+    save(tmp_path, jnp.arange(3.0))
+  assert checkpoints_in(tmp_path, read_only=True).steps() == [1, 2]
 
 
 def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
