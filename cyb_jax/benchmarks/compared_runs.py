@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,14 @@ def write_config(folder: pathlib.Path, steps: int) -> pathlib.Path:
   return path
 
 
-def first_difference(reference: pathlib.Path, other: pathlib.Path) -> str | None:
-  """The first difference between two runs' folders, except times; None if they are equal."""
+def first_difference(reference: pathlib.Path, other: pathlib.Path, *, interrupted: Collection[int] = ()) -> str | None:
+  """The first difference between two runs' folders, except times; None if they are equal.
+
+  Args:
+    reference, other: the folders.
+    interrupted: the steps at which a signal has made the other run save; it may have these checkpoints in place of
+      older ones of the reference.
+  """
   from cyb_jax.checkpointing.workdir import checkpoints_in
   from cyb_jax.training.metrics import read_metrics
 
@@ -71,9 +77,11 @@ def first_difference(reference: pathlib.Path, other: pathlib.Path) -> str | None
   if len(ours) != len(theirs):
     return f"metrics.jsonl: {len(theirs)} lines, not {len(ours)}"
   ours, theirs = (checkpoints_in(x, read_only=True) for x in folders)
-  if ours.steps() != theirs.steps():
+  common, more = set(ours.steps()) & set(theirs.steps()), set(theirs.steps()) - set(ours.steps())
+  kept = interrupted and more <= set(interrupted) and theirs.steps()[-1:] == ours.steps()[-1:]
+  if ours.steps() != theirs.steps() and not kept:
     return f"checkpoints: {theirs.steps()}, not {ours.steps()}"
-  for step in ours.steps():
+  for step in sorted(common):
     for checkpoints in (ours, theirs):
       checkpoints.find(step)  # raises if it is damaged
     a, b = ours.read(step), theirs.read(step)

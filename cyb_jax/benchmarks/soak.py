@@ -112,6 +112,7 @@ class Scene:
     workdir: the folder of the run; `reference` is that of the undisturbed run, which comes first.
     rng, durations: see `lives.Life.reach`.
     cause: the kind of the fault that the next life continues after.
+    interrupted: the steps at which SIGTERM has made the run save.
     repeated: by kind of fault, the numbers of steps that the lives after it have run again.
   """
 
@@ -128,6 +129,7 @@ class Scene:
     self.rng, self.durations, self.hosts = rng, lives.Durations(), hosts
     self.workdir = self.reference = folder / "undisturbed"
     self.cause = ""
+    self.interrupted: set[int] = set()
     self.repeated: dict[str, list[int]] = collections.defaultdict(list)
     self.marker = folder / "disk_fails"
     self._server, self._config, self._folder, self._devices = server, config, folder, devices
@@ -136,6 +138,7 @@ class Scene:
   def begin(self, number: int) -> None:
     """Begins the run of a number, in a new folder."""
     self.workdir, self._reached, self.cause = self._folder / f"disturbed{number}", 0, ""
+    self.interrupted = set()
 
   @contextlib.contextmanager
   def life(self, **injected: Any) -> Iterator[lives.Life]:
@@ -226,6 +229,7 @@ def _terminate(scene: Scene) -> list[Answer]:
     scene.reach(life)
     life.signal(signal.SIGTERM, scene.some_host())
     life.wait(range(life.hosts), _PATIENCE)
+    scene.interrupted.update(int(step) for step in re.findall(r"saved at step (\d+) of", life.text(0)))
     return _answers(scene, life, {0: INTERRUPTED}, ALSO_INTERRUPTED)
 
 
@@ -478,7 +482,7 @@ class Watch:
     self.runs += 1
     difference: str | None = "it is not complete"
     if (scene.workdir / "evaluation.json").exists():
-      difference = compared_runs.first_difference(scene.reference, scene.workdir)
+      difference = compared_runs.first_difference(scene.reference, scene.workdir, interrupted=scene.interrupted)
     logging.info("run %d is complete: %s", self.runs, difference or "identical")
     if difference is not None:
       self.different += 1
