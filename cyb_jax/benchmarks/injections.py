@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # The seconds between two steps of the clock, and the largest step in seconds: a day.
@@ -93,6 +93,13 @@ def fail_disk(folder: str, marker: str, error: int, allows_removal: bool) -> Non
     if paths:
       raise OSError(error, os.strerror(error), os.fspath(paths[0]))
 
+  sys.addaudithook(hook)
+  io.open = builtins.open = _opener(fails, error)
+
+
+def _opener(fails: Callable[[Any], bool], error: int) -> Callable[..., Any]:
+  """The function `open`, whose unbuffered files fail with an error when `fails` is true of their names."""
+
   class OpenFile(io.FileIO):
     """An unbuffered file; the disk fills up in the middle of a write."""
 
@@ -113,5 +120,4 @@ def fail_disk(folder: str, marker: str, error: int, allows_removal: bool) -> Non
       return OpenFile(os.fspath(file), mode.replace("b", ""))
     return opened(file, mode, buffering, *args, **options)
 
-  sys.addaudithook(hook)
-  io.open = builtins.open = open_file
+  return open_file

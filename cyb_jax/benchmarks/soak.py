@@ -7,7 +7,6 @@ and returns the answer of each process: its exit code and its output, next to th
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import errno
 import pathlib
@@ -15,7 +14,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,154 +22,30 @@ from absl import flags, logging
 
 from cyb_jax import jsonl
 from cyb_jax.benchmarks import compared_runs, lives
-from cyb_jax.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_INTERRUPTED, Failed, InputError
+from cyb_jax.benchmarks.answers import (
+  ALSO_INTERRUPTED,
+  BEREFT,
+  COMPLETE,
+  DAMAGED,
+  DISK_FAILED,
+  INTERRUPTED,
+  KILLED,
+  NOT_KILLED,
+  REFUSED,
+  Answer,
+  Expected,
+)
+from cyb_jax.benchmarks.scene import Scene
+from cyb_jax.errors import Failed, InputError
 
 # The steps of a run, in which about one fault of each kind finds its place.
 _STEPS = 700
-# A message names its remedy by one of these words.
-_REMEDY = re.compile(r"\b(the same command|start |give |wait for|free )")
-_LINE_OF_A_LOG = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d|error: |[{]")
 # The seconds for which a process is stopped beyond the heartbeat.
 _BEYOND = 3.0
 # The seconds within which a process must have answered. Other programs may use the machine at the same time.
 _PATIENCE = 180.0
 _LONGEST_END = 1200.0
 _SHOWN_PROBLEMS = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Expected:
-  """What a process answers to a fault.
-
-  Attributes:
-    codes: the accepted exit codes.
-    says: a regular expression that its output must contain.
-  """
-
-  codes: tuple[int, ...]
-  says: str = ""
-
-
-KILLED = Expected((-signal.SIGKILL,))
-INTERRUPTED = Expected((EXIT_INTERRUPTED,), r"the same command continues")
-ALSO_INTERRUPTED = Expected((EXIT_INTERRUPTED,))
-REFUSED = Expected((EXIT_BAD_INPUT,), r"another run (is training|has just trained) in")
-# Before its first file is written, a run takes a disk that fails for an invalid folder.
-DISK_FAILED = Expected((EXIT_CRASH, EXIT_BAD_INPUT))
-DAMAGED = Expected((-signal.SIGKILL,), r"checkpoint \d+ is damaged: .*; it was moved to .*; \d+ is used instead")
-# A host whose fellow has died; jax may abort it.
-BEREFT = Expected((EXIT_CRASH, EXIT_BAD_INPUT, -signal.SIGABRT), r"error: ")
-COMPLETE = Expected((0,))
-# A process that still ran when it should have ended, so that the benchmark has killed it.
-NOT_KILLED = Expected(())
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  """The exit code and the output of a process, and those that are expected."""
-
-  code: int
-  text: str
-  expected: Expected
-  hosts: int = 1
-
-  def problem(self) -> str | None:
-    """What is wrong with the answer; None if nothing is."""
-    if not self.expected.codes:
-      return "the process has not ended in time"
-    if self.code not in self.expected.codes:
-      return f"exit code {self.code} instead of {' or '.join(map(str, self.expected.codes))}"
-    if "Traceback" in self.text:
-      return "a traceback"
-    lines = [line for line in self.text.splitlines() if line]
-    errors = [line for line in lines if line.startswith("error: ")]
-    wanted = int(self.code not in (0, -signal.SIGKILL, EXIT_INTERRUPTED))
-    # A host that ends because another host was interrupted reports the line of that host.
-    if len(errors) != wanted and not (self.hosts > 1 and self.code == EXIT_INTERRUPTED and len(errors) == 1):
-      return f"{len(errors)} error lines instead of {wanted}"
-    for line in errors:
-      if not _REMEDY.search(line):
-        return f"a message that names no remedy: {line}"
-    if not re.search(self.expected.says, self.text):
-      return f"no message of the form {self.expected.says!r}"
-    # The runtime prints lines of its own if a host has died.
-    stray = [line for line in lines if not _LINE_OF_A_LOG.match(line)] if self.hosts == 1 else []
-    return f"a message of several lines: {stray[0]}" if stray else None
-
-
-class Scene:
-  """A run that is disturbed: the command that starts and continues it, and the source of randomness.
-
-  Args:
-    server: the server of the lives.
-    config: the config file of the run.
-    folder: a folder for the runs.
-    rng: the source of randomness.
-    hosts, devices: see `lives.Server.life`.
-
-  Attributes:
-    workdir: the folder of the run; `reference` is that of the undisturbed run, which comes first.
-    rng, durations: see `lives.Life.reach`.
-    cause: the kind of the fault that the next life continues after.
-    interrupted: the steps at which SIGTERM has made the run save.
-    repeated: by kind of fault, the numbers of steps that the lives after it have run again.
-  """
-
-  def __init__(
-    self,
-    server: lives.Server,
-    config: pathlib.Path,
-    folder: pathlib.Path,
-    rng: np.random.Generator,
-    *,
-    hosts: int = 1,
-    devices: int = 0,
-  ):
-    self.rng, self.durations, self.hosts = rng, lives.Durations(), hosts
-    self.workdir = self.reference = folder / "undisturbed"
-    self.cause = ""
-    self.interrupted: set[int] = set()
-    self.repeated: dict[str, list[int]] = collections.defaultdict(list)
-    self.marker = folder / "disk_fails"
-    self._server, self._config, self._folder, self._devices = server, config, folder, devices
-    self._reached = 0
-
-  def begin(self, number: int) -> None:
-    """Begins the run of a number, in a new folder."""
-    self.workdir, self._reached, self.cause = self._folder / f"disturbed{number}", 0, ""
-    self.interrupted = set()
-
-  @contextlib.contextmanager
-  def life(self, **injected: Any) -> Iterator[lives.Life]:
-    """A life of the run, new or continued; see `lives.Server.life`."""
-    with self._server.life(
-      self._config, self.workdir, hosts=self.hosts, devices=self._devices, injected=injected
-    ) as life:
-      yield life
-    if life.first_step:
-      if self._reached:
-        self.repeated[self.cause].append(max(0, self._reached - life.first_step + 1))
-      self._reached = max(self._reached, life.last_step)
-
-  def reach(self, life: lives.Life, *, running: bool = False) -> bool:
-    """Waits for a random moment of a random phase; returns False if the life has ended before.
-
-    Args:
-      life: the life.
-      running: whether a step must have been done.
-    """
-    phases = {name: share for name, share in lives.PHASES.items() if not (running and name == "start_up")}
-    shares = np.array(list(phases.values()))
-    return life.reach(str(self.rng.choice(list(phases), p=shares / shares.sum())), self.rng, self.durations)
-
-  def some_host(self) -> int:
-    """A random host."""
-    return int(self.rng.integers(self.hosts))
-
-  def checkpoints(self) -> list[int]:
-    """The steps of the finished checkpoints, ascending."""
-    folder = self.workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
 
 def _answers(scene: Scene, life: lives.Life, expected: Mapping[int, Expected], rest: Expected) -> list[Answer]:

@@ -9,8 +9,8 @@ import cli
 import numpy as np
 import pytest
 
-from cyb_jax.benchmarks import soak
-from cyb_jax.benchmarks.soak import FAULTS, Answer
+from cyb_jax.benchmarks import answers, soak
+from cyb_jax.benchmarks.soak import FAULTS
 
 LOG = "I1130 13:00:00.000000 1 trainer.py:1] step 1/2\n"
 LINE = "error: workdir: another run is training in run; wait for its end, or give another folder\n"
@@ -19,22 +19,22 @@ LINE = "error: workdir: another run is training in run; wait for its end, or giv
 @pytest.mark.parametrize(
   ("code", "text", "expected", "problem"),
   [
-    (-9, LOG, soak.KILLED, None),
-    (2, LOG + LINE, soak.REFUSED, None),
-    (0, LOG + "{}\n", soak.COMPLETE, None),
-    (75, LOG + "I1130 13:00:00.000000 1 a.py:1] saved; the same command continues\n", soak.INTERRUPTED, None),
-    (75, LOG, soak.INTERRUPTED, "no message of the form"),
-    (1, LOG + LINE, soak.REFUSED, "exit code 1 instead of 2"),
-    (2, LOG + "error: workdir: another run is training in run\n", soak.REFUSED, "names no remedy: error: workdir"),
-    (2, LOG + LINE + LINE, soak.REFUSED, "2 error lines instead of 1"),
-    (-9, LOG + LINE, soak.KILLED, "1 error lines instead of 0"),
-    (1, LOG + "Traceback (most recent call last):\n", soak.DISK_FAILED, "a traceback"),
-    (2, LOG + LINE + "and more\n", soak.REFUSED, "a message of several lines: and more"),
-    (-9, LOG, soak.NOT_KILLED, "has not ended in time"),
+    (-9, LOG, answers.KILLED, None),
+    (2, LOG + LINE, answers.REFUSED, None),
+    (0, LOG + "{}\n", answers.COMPLETE, None),
+    (75, LOG + "I1130 13:00:00.000000 1 a.py:1] saved; the same command continues\n", answers.INTERRUPTED, None),
+    (75, LOG, answers.INTERRUPTED, "no message of the form"),
+    (1, LOG + LINE, answers.REFUSED, "exit code 1 instead of 2"),
+    (2, LOG + "error: workdir: another run is training in run\n", answers.REFUSED, "names no remedy: error: workdir"),
+    (2, LOG + LINE + LINE, answers.REFUSED, "2 error lines instead of 1"),
+    (-9, LOG + LINE, answers.KILLED, "1 error lines instead of 0"),
+    (1, LOG + "Traceback (most recent call last):\n", answers.DISK_FAILED, "a traceback"),
+    (2, LOG + LINE + "and more\n", answers.REFUSED, "a message of several lines: and more"),
+    (-9, LOG, answers.NOT_KILLED, "has not ended in time"),
   ],
 )
 def test_wrong_answers_are_found(code, text, expected, problem):
-  found = Answer(code, text, expected).problem()
+  found = answers.Answer(code, text, expected).problem()
   assert (found is None) if problem is None else (problem in found)
 
 
