@@ -21,13 +21,17 @@ def define_flags() -> None:
     "config", None, "A config file, experiments/NAME.py, for a model with fresh parameters; or give --workdir."
   )
   command_line.define_path("workdir", None, "A trained run, which pauses as it was trained to.")
+  command_line.define_base()
   flags.DEFINE_integer("vocabulary", 0, "With --config: the vocabulary size; 0: the size of the config or preset.")
 
 
 def check_flags() -> None:
-  """Raises InputError unless exactly one of --workdir and --config is given."""
-  if bool(flags.FLAGS.workdir) == (flags.FLAGS.config is not None):
+  """Raises InputError unless exactly one of --workdir and --config is given, and --base with --workdir alone."""
+  args = flags.FLAGS
+  if bool(args.workdir) == (args.config is not None):
     raise InputError("--workdir: give either --workdir or --config")
+  if args.base and not args.workdir:
+    raise InputError(f"--base: {args.base!r} requires --workdir; omit it for a model with fresh parameters")
 
 
 def source() -> str:
@@ -47,7 +51,7 @@ def chosen() -> tuple[Any, Any, str]:
 def _loaded(workdir: str) -> tuple[Any, Any, str]:
   from cyb_jax.interop import pretrained
 
-  run = pretrained.load_run(workdir)
+  run = pretrained.load_run(workdir, base=flags.FLAGS.base, base_option="--base")
   return run.method, run.params, run.config.precision.matmul
 
 
