@@ -1,19 +1,38 @@
-"""The measured model: the model of a trained run, or of a config with fresh parameters."""
+"""The measured model: the model of a trained run, or of a config with fresh parameters, and of variants of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from cyb_jax import command_line
+from cyb_jax.benchmarks import variants
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
   import ml_collections
 
   from cyb_jax.configs import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A measured model.
+
+  Attributes:
+    variant: the variant of the config; '': the run or the config itself.
+    method: its method.
+    params: the parameters.
+    matmul: the precision of matrix products.
+  """
+
+  variant: str
+  method: Any
+  params: Any
+  matmul: str
 
 
 def define_flags() -> None:
@@ -46,6 +65,25 @@ def chosen() -> tuple[Any, Any, str]:
     return _loaded(args.workdir)
   config, method, params = fresh(command_line.config_flag(), args.vocabulary or None)
   return method, params, config.precision.matmul
+
+
+def chosen_variants() -> list[Model]:
+  """The model of `chosen`, and those of the flag `--variant`; call `variants.define_flag` in addition.
+
+  Raises:
+    InputError: a variant is invalid, or a run has variants.
+  """
+  args = flags.FLAGS
+  if args.workdir:
+    if args.variant:
+      raise InputError(f"--variant: {args.variant[0]!r} requires --config; omit it for a run")
+    return [Model("", *_loaded(args.workdir))]
+  source, found = command_line.config_flag(), []
+  for variant in ("", *args.variant):
+    with variants.named(variant):
+      config, method, params = fresh(variants.applied(source, variant), args.vocabulary or None)
+      found.append(Model(variant, method, params, config.precision.matmul))
+  return found
 
 
 def _loaded(workdir: str) -> tuple[Any, Any, str]:
