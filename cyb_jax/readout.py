@@ -2,10 +2,14 @@
 
 Only three numbers are needed of the V logits of a slot: z_y of the target, z_dk of `<don't know>`, and l, the
 log-sum-exp over the vocabulary. A dense computation would store f32[slots, V] twice (value and gradient). This module
-instead scans over chunks of slots, each with the full vocabulary, and the backward pass recomputes the logits of each
-chunk. The gradient is exact and written by hand: with p = softmax(z) and cotangents g of (z_y, l),
+instead scans over chunks of slots, each with the full vocabulary. The gradient is exact and written by hand: with
+p = softmax(z) and cotangents g of (z_y, l),
 
     dz = g_l p + g_y onehot(y),    dh = dz U,    dU = sum over chunks of dz^T h.
+
+The backward pass recomputes the logits of each chunk, with two exceptions. If all of them fit into one chunk of an
+accelerator (`tiling.KEPT`), the forward pass keeps p. And if the unembedding is frozen, it keeps the two means that
+dh = g_l (p U) + g_y U_y needs, of the size of h, and the backward pass has no matrix product.
 
 Under a mesh of devices (`partitioning.rules`), each device processes its own slots and its own rows of the unembedding.
 The logits stay on their device, and the scan does not communicate. After the scan, three numbers of every slot (the
@@ -74,7 +78,8 @@ def slot_scores(
       (`jax.set_mesh`), the number of parts of the mesh replaces this argument.
     vocab_size: the number of token rows of `unembedding`; later rows are padding with probability 0. None means V.
     dont_know_bias: a scalar in nats that is added to z_dk after the soft cap (the bias of the unit form).
-    frozen: static; whether `unembedding` is not trained. Its gradient through the tokens' logits is then not computed.
+    frozen: static; whether `unembedding` is not trained. Its gradient through the tokens' logits is then not computed,
+      and the backward pass has no product with the unembedding.
 
   Returns:
     `SlotScores` of f32[..., len(slots)].
@@ -91,8 +96,16 @@ def slot_scores(
   tokens = _num_tokens(hidden, unembedding, targets, vocab_size)
   excluded = _excluded_row(dont_know, tokens)
   hidden = _chosen_slots(hidden, slots)
-  readout = _Readout(tokens if tokens < len(unembedding) else None, excluded, soft_cap, frozen, current_mesh())
-  tiling = Tiling.of(hidden.shape[:-1], len(unembedding), chunk_size, shards, readout.mesh)
+  mesh = current_mesh()
+  tiling = Tiling.of(hidden.shape[:-1], len(unembedding), chunk_size, shards, mesh)
+  readout = _Readout(
+    tokens=tokens if tokens < len(unembedding) else None,
+    excluded=excluded,
+    soft_cap=soft_cap,
+    frozen=frozen,
+    keeps_softmax=tiling.keeps_softmax(len(unembedding), mesh),
+    mesh=mesh,
+  )
   flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
   outputs = _chunked(readout, tiling.split(hidden), unembedding, tiling.split(flat_targets))
   target_logit, log_normalizer = (tiling.join(x) for x in outputs)
@@ -233,6 +246,7 @@ class _Readout:
     tokens: the number of rows before the padding; None if there is no padding.
     excluded: a row that is not a token; None if there is no such row.
     soft_cap, frozen: see `slot_scores`.
+    keeps_softmax: whether the forward pass keeps p for the backward pass.
     mesh: the mesh over which the readout is sharded, or None.
   """
 
@@ -240,6 +254,7 @@ class _Readout:
   excluded: int | None
   soft_cap: float | None
   frozen: bool
+  keeps_softmax: bool
   mesh: AbstractMesh | None
 
   def logits(
@@ -264,22 +279,48 @@ class _Readout:
       logits = jnp.where(column != self.excluded, logits, -jnp.inf)
     return logits, slope, column
 
-  def spread(self, function: Callable[..., Any], of_slots: Sequence[Array], table: Array, *, gives_table: bool) -> Any:
-    """Calls `function(self, spec of the table, *of_slots, table)` on the shards of each device, or without a mesh.
+  def before_cap(self, cotangent: Float[Array, "..."], target_logit: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the cotangent of the target's logit before the soft cap; 0 if the target is not a token."""
+    if self.soft_cap is None:
+      return cotangent
+    is_token = target_logit > -jnp.inf
+    return jnp.where(is_token, cotangent * (1.0 - (jnp.where(is_token, target_logit, 0.0) / self.soft_cap) ** 2), 0.0)
 
-    The width of the unembedding, which is split over fsdp, is gathered before the call. With `gives_table`, the second
-    result of `function` is the gradient of the table, which is scattered once after the call, not once per chunk.
+  def spread(
+    self,
+    function: Callable[..., Any],
+    of_slots: Sequence[Array],
+    table: Array,
+    *,
+    of_chunks: Array | None = None,
+    results: Sequence[str],
+  ) -> Any:
+    """Calls `function(self, spec of the table, *of_slots, [of_chunks], table)` on each device's shards.
+
+    The width of the unembedding, which is split over fsdp, is gathered before the call.
+
+    Args:
+      function: returns a tuple.
+      of_slots: arrays [G, C, J, ...].
+      table: [V, D], the unembedding.
+      of_chunks: an array [J, G, C, ...].
+      results: of each result of `function`, 'slots' for an array [G, C, J, ...], 'chunks' for [J, G, C, ...], or
+        'table' for the gradient of the table, which is scattered once after the call, not once per chunk.
     """
+    given = [*of_slots, *(() if of_chunks is None else (of_chunks,))]
     if self.mesh is None:
-      return function(self, PartitionSpec(None, None), *of_slots, table)
+      return function(self, PartitionSpec(None, None), *given, table)
     slots, rows = spec(of_slots[0].shape, ("batch",), self.mesh), spec(table.shape, ("vocab", "embed"), self.mesh)
+    specs = {"slots": slots, "chunks": PartitionSpec(None, *slots), "table": rows}
     spread = jax.shard_map(
       functools.partial(function, self, rows),
-      in_specs=(*(slots,) * len(of_slots), PartitionSpec(rows[0], None)),
-      out_specs=(slots, rows if gives_table else slots),
+      in_specs=(
+        *(slots,) * len(of_slots), *(() if of_chunks is None else (specs["chunks"],)), PartitionSpec(rows[0], None),
+      ),
+      out_specs=tuple(specs[result] for result in results),
       check_vma=False,
-    )
-    return spread(*of_slots, table)
+    )  # fmt: skip
+    return spread(*given, table)
 
 
 def _columns(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:
@@ -291,27 +332,44 @@ def _chunked(
   readout: _Readout, hidden: Float[Array, "G C J D"], unembedding: Float[Array, "V D"], targets: Int[Array, "G C J"]
 ) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"]]:
   """Returns (z_y, l) of every slot."""
-  return _chunked_forward(readout, hidden, unembedding, targets)[0]
+  table = unembedding.astype(hidden.dtype)
+  target_logit, log_normalizer = readout.spread(_read, (hidden, targets), table, results=("slots", "slots"))
+  return target_logit, log_normalizer
 
 
 def _chunked_forward(
   readout: _Readout, hidden: Array, unembedding: Array, targets: Array
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
+) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
   table = unembedding.astype(hidden.dtype)
-  outputs = readout.spread(_read, (hidden, targets), table, gives_table=False)
-  return outputs, (hidden, unembedding, targets, outputs[1])
+  if readout.frozen:
+    *outputs, mean, gap = readout.spread(_read_means, (hidden, targets), table, results=("slots",) * 4)
+    return tuple(outputs), (mean, gap, outputs[0])
+  read, results = (_read_and_keep, ("slots", "slots", "chunks")) if readout.keeps_softmax else (_read, ("slots",) * 2)
+  target_logit, log_normalizer, *kept = readout.spread(read, (hidden, targets), table, results=results)
+  outputs = target_logit, log_normalizer
+  return outputs, (hidden, unembedding, targets, *outputs, *kept)
 
 
 def _chunked_backward(
-  readout: _Readout, residuals: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array]
+  readout: _Readout, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array | None, None]:
-  hidden, unembedding, targets, log_normalizer = residuals
+  d_target, d_normalizer = cotangents
+  if readout.frozen:
+    mean, gap, target_logit = residuals
+    d_target = readout.before_cap(d_target, target_logit)
+    dtype = _sum_dtype(mean)
+    # g_l mean + g_y U_y: the two terms cancel where the target is nearly certain, so their difference was kept.
+    d_hidden = (d_normalizer + d_target)[..., None] * mean.astype(dtype) - d_target[..., None] * gap.astype(dtype)
+    return d_hidden.astype(mean.dtype), None, None
+  hidden, unembedding, targets, target_logit, log_normalizer, *kept = residuals
   # The cast is inside the custom gradient, so the gradient of an f32 unembedding is accumulated and returned in f32
   # even if activations are bf16.
   table = unembedding.astype(hidden.dtype)
-  of_slots = (hidden, targets, log_normalizer, *cotangents)
-  d_hidden, d_unembedding = readout.spread(_read_backward, of_slots, table, gives_table=True)
-  return d_hidden, None if d_unembedding is None else d_unembedding.astype(unembedding.dtype), None
+  of_slots = (hidden, targets, log_normalizer, readout.before_cap(d_target, target_logit), d_normalizer)
+  d_hidden, d_unembedding = readout.spread(
+    _read_backward, of_slots, table, of_chunks=kept[0] if kept else None, results=("slots", "table")
+  )
+  return d_hidden, d_unembedding.astype(unembedding.dtype), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -326,23 +384,94 @@ def _read(
   readout: _Readout, rows: PartitionSpec, hidden: Array, targets: Array, table: Array
 ) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"]]:
   """Returns (z_y, l) of slots; `rows` has the mesh axes that split the unembedding."""
+  target_logit, log_normalizer = _scan(readout, rows, hidden, targets, table, lambda *_: ())
+  log_normalizer, target_logit = _over_parts(rows, log_normalizer, target_logit)
+  return target_logit, log_normalizer
+
+
+def _read_and_keep(
+  readout: _Readout, rows: PartitionSpec, hidden: Array, targets: Array, table: Array
+) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"], Float[Array, "J G C V"]]:
+  """Returns (z_y, l, p) of slots, p times the derivative of the cap; the vocabulary must not be split."""
+
+  def softmax(chunk: Array, target: Array, shares: Array) -> tuple[Array]:
+    del chunk, target
+    return (shares,)
+
+  target_logit, log_normalizer, kept = _scan(readout, rows, hidden, targets, table, softmax)
+  return target_logit, log_normalizer, jnp.moveaxis(kept, 2, 0)
+
+
+def _read_means(
+  readout: _Readout, rows: PartitionSpec, hidden: Array, targets: Array, table: Array
+) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"], Float[Array, "G C J D"], Float[Array, "G C J D"]]:
+  """Returns (z_y, l, mean, mean - U_y) of slots: the mean of the rows is p U, where the cap's slope multiplies p."""
   first = _first_row(rows, table)
 
-  def read(_: None, j: Array) -> tuple[None, tuple[Array, Array]]:
+  def means(chunk: Array, target: Array, shares: Array) -> tuple[Array, Array]:
+    row = target - first
+    here = (row >= 0) & (row < len(table))
+    own = jnp.where(here[..., None], jnp.take(table, row, axis=0, mode="clip"), 0).astype(_sum_dtype(chunk))
+    # p_y - 1 is formed before anything is rounded to bf16: it is small where the target is nearly certain.
+    shares = jnp.where(_columns(shares) == row[..., None], shares - 1.0, shares).astype(table.dtype)
+    gap = jnp.einsum("gcv,vd->gcd", shares, table, preferred_element_type=own.dtype)
+    # The sums over parts of a vocabulary are rounded after all parts have been added.
+    return (gap, own) if rows[0] is not None else (gap.astype(chunk.dtype), (gap + own).astype(chunk.dtype))
+
+  target_logit, log_normalizer, gap, mean = _scan(readout, rows, hidden, targets, table, means)
+  if rows[0] is None:
+    return target_logit, log_normalizer, mean, gap
+  own, of_part = mean, log_normalizer
+  log_normalizer, target_logit = _over_parts(rows, log_normalizer, target_logit)
+  # p over all parts is `share` times p of this part.
+  log_share = (of_part - log_normalizer)[..., None]
+  gap, own = jax.lax.psum((jnp.exp(log_share) * gap + jnp.expm1(log_share) * own, own), rows[0])
+  return target_logit, log_normalizer, (gap + own).astype(hidden.dtype), gap.astype(hidden.dtype)
+
+
+def _scan(
+  readout: _Readout,
+  rows: PartitionSpec,
+  hidden: Array,
+  targets: Array,
+  table: Array,
+  keep: Callable[[Array, Array, Array], tuple[Array, ...]],
+) -> list[Array]:
+  """Returns (z_y, l, *keep(chunk, targets, p)) of slots over this device's part of the vocabulary, [G, C, J, ...] each;
+  p is multiplied by the derivative of the cap.
+  """
+  first = _first_row(rows, table)
+
+  def read(_: None, j: Array) -> tuple[None, tuple[Array, ...]]:
     chunk, target = (jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False) for x in (hidden, targets))
-    logits, _slope, column = readout.logits(chunk, table, first)
+    logits, slope, column = readout.logits(chunk, table, first)
     # A masked sum is used instead of a gather: it is fused, and each part of a split vocabulary contributes its term.
     target_logit = jnp.where(column == target[..., None], logits, 0.0).sum(-1)
-    return None, (target_logit, jax.nn.logsumexp(logits, axis=-1))
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    # A part of the vocabulary may consist of padding only (l = -inf).
+    shares = _shares(logits, jnp.where(log_normalizer > -jnp.inf, log_normalizer, 0.0), slope)
+    return None, (target_logit, log_normalizer, *keep(chunk, target, shares))
 
   _, outputs = jax.lax.scan(read, None, jnp.arange(hidden.shape[2]))
-  target_logit, log_normalizer = (jnp.moveaxis(x, 0, 2) for x in outputs)  # [J, G, C] -> [G, C, J]
-  if rows[0] is not None:
-    # A part of the vocabulary may consist of padding only (l = -inf), but not all parts do.
-    largest = jax.lax.pmax(log_normalizer, rows[0])
-    total, target_logit = jax.lax.psum((jnp.exp(log_normalizer - largest), target_logit), rows[0])
-    log_normalizer = largest + jnp.log(total)
-  return target_logit, log_normalizer
+  return [jnp.moveaxis(x, 0, 2) for x in outputs]  # [J, G, C] -> [G, C, J]
+
+
+def _shares(logits: Array, log_normalizer: Array, slope: Array | None) -> Float[Array, "... V"]:
+  """Returns p times the derivative of the cap."""
+  shares = jnp.exp(logits - log_normalizer[..., None])
+  return shares if slope is None else shares * slope
+
+
+def _over_parts(
+  rows: PartitionSpec, log_normalizer: Array, target_logit: Array
+) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"]]:
+  """Returns l and z_y over all parts of the vocabulary."""
+  if rows[0] is None:
+    return log_normalizer, target_logit
+  # A part of the vocabulary may consist of padding only (l = -inf), but not all parts do.
+  largest = jax.lax.pmax(log_normalizer, rows[0])
+  total, target_logit = jax.lax.psum((jnp.exp(log_normalizer - largest), target_logit), rows[0])
+  return largest + jnp.log(total), target_logit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,36 +508,37 @@ def _read_backward(
   log_normalizer: Array,
   target_cotangent: Array,
   normalizer_cotangent: Array,
-  table: Array,
-) -> tuple[Float[Array, "G C J D"], Float[Array, "V D"] | None]:
-  """Returns (dh, dU); dU is f32, or None if the unembedding is frozen."""
+  *kept_and_table: Array,
+) -> tuple[Float[Array, "G C J D"], Float[Array, "V D"]]:
+  """Returns (dh, dU); dU is f32. `target_cotangent` is that of the logit before the cap."""
+  *kept, table = kept_and_table
   first = _first_row(rows, table)
 
-  def read(carry: tuple[Array, Array | None], j: Array) -> tuple[tuple[Array, Array | None], None]:
+  def read(carry: tuple[Array, Array], of_chunk: tuple[Array, Array | None]) -> tuple[tuple[Array, Array], None]:
     d_hidden, d_table = carry
+    j, shares = of_chunk
     chunk, target, normalizer, d_target, d_normalizer = (
       jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False)
       for x in (hidden, targets, log_normalizer, target_cotangent, normalizer_cotangent)
     )
-    logits, slope, column = readout.logits(chunk, table, first)
-    d_logits = jnp.exp(logits - normalizer[..., None]) * d_normalizer[..., None]
+    if shares is None:
+      logits, slope, column = readout.logits(chunk, table, first)
+      shares = _shares(logits, normalizer, slope)
+    else:
+      column = _columns(shares)
+    d_logits = shares * d_normalizer[..., None]
     d_logits = d_logits + jnp.where(column == target[..., None], d_target[..., None], 0.0)
-    if slope is not None:
-      d_logits = d_logits * slope
     d_logits = d_logits.astype(hidden.dtype)
     d_chunk = jnp.einsum("gcv,vd->gcd", d_logits, table, preferred_element_type=_sum_dtype(hidden))
     d_hidden = jax.lax.dynamic_update_index_in_dim(d_hidden, d_chunk.astype(hidden.dtype), j, 2)
-    if d_table is not None:
-      d_table = table_sum.add(d_table, d_logits, chunk)
-    return (d_hidden, d_table), None
+    return (d_hidden, table_sum.add(d_table, d_logits, chunk)), None
 
   table_sum = _TableSum(transposed=target_platform() == "cpu")
-  sums = None if readout.frozen else table_sum.zeros(hidden, table)
-  (d_hidden, d_table), _ = jax.lax.scan(read, (jnp.zeros_like(hidden), sums), jnp.arange(hidden.shape[2]))
+  start = (jnp.zeros_like(hidden), table_sum.zeros(hidden, table))
+  of_chunks = (jnp.arange(hidden.shape[2]), kept[0] if kept else None)
+  (d_hidden, d_table), _ = jax.lax.scan(read, start, of_chunks)
   if rows[0] is not None:
     d_hidden = jax.lax.psum(d_hidden, rows[0])
-  if d_table is None:
-    return d_hidden, None
   d_table = table_sum.total(d_table)
   axes = () if readout.mesh is None else mesh_axes("batch", readout.mesh)
   if rows[1] is not None:

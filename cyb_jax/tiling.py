@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # at run time, the core needs only jax
 # Logits of one chunk: enough for full matrix tiles, and few enough for several copies in any device's memory; on a CPU,
 # as many as stay in the cache of a core.
 _CHUNK, _CPU_CHUNK = 2**26, 2**19
+# The most probabilities that the forward pass keeps for the backward pass: 256 MiB of f32.
+KEPT = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Tiling:
     per_shard = max(1, -(-math.prod(shape) // shards))
     chunk_size = min(chunk_size, per_shard)
     return cls(shape, shards, per_shard, chunk_size, chunks=-(-per_shard // chunk_size))
+
+  def keeps_softmax(self, rows: int, mesh: AbstractMesh | None) -> bool:
+    """Returns whether a device can keep the softmax of its slots over `rows` rows. Rows that are split are not kept."""
+    is_split = mesh is not None and parts("vocab", mesh) > 1
+    return self.chunk_size * self.chunks * rows <= KEPT and not is_split
 
   def split(self, x: Array) -> Array:
     """Reshapes an array with the leading axes `shape` to [G, C, J, ...]."""

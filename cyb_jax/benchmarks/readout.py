@@ -21,7 +21,7 @@ def define_flags() -> None:
 
 def readout() -> dict[str, Any]:
   """Measures XLA's temporary memory for value and gradient at full size, and the time of both readouts at a smaller
-  size, for which a dense readout fits into memory.
+  size, for which a dense readout fits into memory; with the unembedding trained, and frozen.
   """
   args, repeats = flags.FLAGS, timing.repeats()
   for name in ("slots", "timed_slots", "width", "vocabulary"):
@@ -34,7 +34,8 @@ def readout() -> dict[str, Any]:
     name: _compiled(function, args.slots).memory_analysis().temp_size_in_bytes for name, function in _readouts().items()
   }
   values = _values(args.timed_slots)
-  timed = {name: _compiled(function, args.timed_slots) for name, function in _readouts().items()}
+  functions = _readouts() | _readouts(frozen=True)
+  timed = {name: _compiled(function, args.timed_slots) for name, function in functions.items()}
   seconds = timing.side_by_side(
     {name: lambda p=program: jax.block_until_ready(p(*values)) for name, program in timed.items()}, repeats
   )
@@ -52,11 +53,14 @@ def readout() -> dict[str, Any]:
       "chunked_seconds": seconds["chunked"],
       "dense_seconds": seconds["dense"],
       "chunked_over_dense": seconds["chunked"] / seconds["dense"],
+      "frozen_chunked_seconds": seconds["frozen_chunked"],
+      "frozen_dense_seconds": seconds["frozen_dense"],
+      "frozen_chunked_over_dense": seconds["frozen_chunked"] / seconds["frozen_dense"],
     },
   }
 
 
-def _readouts() -> dict[str, Callable[..., Any]]:
+def _readouts(*, frozen: bool = False) -> dict[str, Callable[..., Any]]:
   """Functions (hidden, unembedding, dk row, targets) -> the sum of all scores, read out in chunks or densely."""
   import jax
   import jax.numpy as jnp
@@ -65,15 +69,17 @@ def _readouts() -> dict[str, Callable[..., Any]]:
   from cyb_jax.stopping import SlotScores
 
   def chunked(hidden, unembedding, row, targets):
-    scores = slot_scores(hidden, unembedding, targets, row, prior=0.9)
+    scores = slot_scores(hidden, unembedding, targets, row, prior=0.9, frozen=frozen)
     return sum(x.sum() for x in jax.tree.leaves(scores))
 
   def dense(hidden, unembedding, row, targets):
+    unembedding = jax.lax.stop_gradient(unembedding) if frozen else unembedding
     rows = jnp.concatenate([unembedding, row[None]])
     scores = SlotScores.from_logits(hidden @ rows.T, targets, -1, prior=0.9)
     return sum(x.sum() for x in jax.tree.leaves(scores))
 
-  return {"chunked": chunked, "dense": dense}
+  prefix = "frozen_" if frozen else ""
+  return {f"{prefix}chunked": chunked, f"{prefix}dense": dense}
 
 
 def _arguments(slots: int) -> tuple[Any, ...]:

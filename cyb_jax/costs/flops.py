@@ -8,7 +8,8 @@ are a few percent at most. There are two counts:
   appendix B).
 - executed: the operations of the compiled program. XLA's attention computes the full square and masks half of it (with
   hidden slots only the blocks of `decoder.attention.HiddenSlots`), and masks the keys before a window; rematerialised
-  layers run twice; the backward pass of the readout computes the logits again.
+  layers run twice; the backward pass of the readout computes the logits again, unless the unembedding is frozen. (Nor
+  does it if they are few, see `tiling.KEPT`, which depends on the batch and is not counted.)
 
 Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size, L layers, F mlp,
 r rank of adapters.
@@ -254,8 +255,8 @@ def train_cost(
 
   Each product of the forward pass has two products in the backward pass, for the gradients of its two factors. A matrix
   that is not trained has one, for the gradient of its input, because the pauses are trained through all layers. As
-  executed, recomputation counts too: the logits; with `remat` 'full' the layers except their last products, whose
-  results no gradient needs; with `remat` 'dots' attention.
+  executed, recomputation counts too: the logits of a trained unembedding; with `remat` 'full' the layers except their
+  last products, whose results no gradient needs; with `remat` 'dots' attention.
 
   Args:
     config, tokens, slots, slots_read, hidden, shifting, executed: as in `forward_cost`.
@@ -301,7 +302,7 @@ def train_pass_cost(
     trained * once.matrices, 3 * once.attention, trained * once.readout, 3 * once.adapters,
   )  # fmt: skip
   if executed:
-    readout += once.readout
+    readout += 0 if frozen else once.readout
     if config.remat == "full":
       # A norm after a product needs its result for the gradient.
       needed = scaled or config.norm_placement != "before"

@@ -23,6 +23,7 @@ def test_readout():
   assert result["temporary_bytes"] > 0
   assert result["dense_temporary_gib"] > 4096 * 1001 * 4 / 2**30
   assert result["timing"]["chunked_seconds"] > 0
+  assert result["timing"]["frozen_chunked_seconds"] > 0
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cyb_jax import losses
+from cyb_jax import losses, tiling
 from cyb_jax.readout import slot_scores, token_scores
 from cyb_jax.stopping import SlotScores
 
@@ -66,21 +66,32 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(params=["kept", "again"])
+def softmax(request, monkeypatch):
+  """The backward pass takes the softmax that the forward pass kept, or computes it again."""
+  monkeypatch.setattr(tiling, "KEPT", {"kept": 2**26, "again": 0}[request.param])
+  return request.param
+
+
+@pytest.mark.parametrize("path", ["kept", "again", "frozen"])
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, None])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_agrees_with_the_dense_readout(options, chunk_size, exact):
+def test_agrees_with_the_dense_readout(options, chunk_size, path, exact, monkeypatch):
+  monkeypatch.setattr(tiling, "KEPT", 2**26 if path == "kept" else 0)
+  frozen = path == "frozen"
   hidden, unembedding, targets, row = problem(1)
   options = dict(options)
   dont_know = options.pop("dont_know", row)
   arrays = (hidden, unembedding) if isinstance(dont_know, int) else (hidden, unembedding, dont_know)
 
   def ours(hidden, unembedding, dont_know=dont_know):
-    return slot_scores(hidden, unembedding, targets, dont_know, chunk_size=chunk_size, **options)
+    return slot_scores(hidden, unembedding, targets, dont_know, chunk_size=chunk_size, frozen=frozen, **options)
 
   def oracle(hidden, unembedding, dont_know=dont_know):
     return dense(hidden, unembedding, targets, dont_know, **options)
 
-  argnums = tuple(range(len(arrays)))
+  # Of a frozen unembedding that is its own `<don't know>` only the other gradients are defined.
+  argnums = (0, 2)[: len(arrays) - 1] if frozen else tuple(range(len(arrays)))
   got, got_grad = ours(*arrays), jax.grad(lambda *a: weighted(ours(*a)), argnums)(*arrays)
   with jax.enable_x64(True):
     doubles = [jnp.asarray(a, jnp.float64) for a in arrays]
@@ -163,7 +174,7 @@ def test_equals_from_logits(exact):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_by_finite_differences():
+def test_gradient_by_finite_differences(softmax):
   with jax.enable_x64(True):
     hidden, unembedding, targets, row = (jnp.asarray(x) for x in problem(3))
     arrays = [x.astype(jnp.float64) for x in (hidden, unembedding, row)]
@@ -190,16 +201,16 @@ def test_chosen_slots(slots, exact):
     np.testing.assert_allclose(a, b[..., list(slots)], rtol=1e-5, atol=1e-6)
 
 
-def flops(**options):
+def flops(argnums=(0, 1), chunk_size=1024, **options):
   hidden = jax.ShapeDtypeStruct((16, 8, 4, 32), jnp.float32)
   unembedding = jax.ShapeDtypeStruct((512, 32), jnp.float32)
   targets = jax.ShapeDtypeStruct((16, 8), jnp.int32)
   row = jax.ShapeDtypeStruct((32,), jnp.float32)
 
   def value(hidden, unembedding, targets, row):
-    return slot_scores(hidden, unembedding, targets, row, chunk_size=1024, **options).log_target.sum()
+    return slot_scores(hidden, unembedding, targets, row, chunk_size=chunk_size, **options).log_target.sum()
 
-  compiled = jax.jit(jax.grad(value, (0, 1))).lower(hidden, unembedding, targets, row).compile()
+  compiled = jax.jit(jax.grad(value, argnums)).lower(hidden, unembedding, targets, row).compile()
   return compiled.cost_analysis()["flops"]
 
 
@@ -207,7 +218,34 @@ def test_unused_slots_are_not_computed():
   assert flops(slots=(-1,)) < 0.3 * flops()
 
 
-def test_saturated_logits_have_finite_gradients():
+def test_products(softmax):
+  """Three products with the unembedding if the softmax is kept, or four; two if the unembedding is frozen."""
+  product = 2 * 16 * 8 * 4 * 32 * 512
+  # XLA shares the logits of the two passes of a single chunk, so there are two, and it counts the body of a loop once.
+  products = 2 * flops(chunk_size=256) / product
+  assert products == pytest.approx(3 if softmax == "kept" else 4, abs=0.4)
+  if softmax == "kept":
+    assert 2 * flops((0,), chunk_size=256, frozen=True) / product == pytest.approx(2, abs=0.4)
+
+
+def test_a_frozen_readout_of_certain_targets_in_bf16(exact):
+  """The gradient of a target that is nearly certain is a small difference of large means."""
+  hidden, unembedding, targets, _ = problem(10, leading=(64,), slots=1, width=16)
+  hidden = jnp.asarray(3.0 * unembedding[targets][:, None], jnp.bfloat16)
+  unembedding = jnp.asarray(unembedding, jnp.bfloat16)
+
+  def value(hidden, unembedding, **options):
+    return slot_scores(hidden, unembedding, targets, None, **options).log_target.sum()
+
+  ours = np.asarray(jax.grad(value)(hidden, unembedding, frozen=True), np.float64)
+  wanted = np.asarray(jax.grad(value)(hidden.astype(jnp.float32), unembedding.astype(jnp.float32)), np.float64)
+  scale = np.abs(wanted).max(-1)
+  assert scale.min() < 1e-6
+  certain = scale[:, 0] > 1e-30
+  np.testing.assert_array_less(np.abs(ours - wanted).max(-1)[certain], 0.02 * scale[certain])
+
+
+def test_saturated_logits_have_finite_gradients(softmax):
   hidden = jnp.full((1, 2, 4), 20.0)
   unembedding = jnp.array([[1.0] * 4, [-1.0] * 4, [0.0] * 4])
   for row in (jnp.ones(4), -jnp.ones(4)):
@@ -225,7 +263,7 @@ def test_without_dont_know():
   np.testing.assert_array_equal(scores.log_answer, 0.0)
 
 
-def test_bf16_gradient_of_f32_unembedding_is_summed_in_f32():
+def test_bf16_gradient_of_f32_unembedding_is_summed_in_f32(softmax):
   """Many small contributions to one row, which would be lost if the sum over chunks were in bf16."""
   hidden = jnp.full((4096, 1, 2), 0.01, jnp.bfloat16)
   unembedding = jnp.zeros((2, 2))

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import VOCABULARY, assert_trees_close, assert_trees_equal, random_batch, tiny_config, with_part
 
-from cyb_jax import configs, readout
+from cyb_jax import configs, readout, tiling
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs.memory import bytes_per_device
@@ -239,11 +239,13 @@ def laid(mesh, *shapes):
   return [jax.device_put(x, NamedSharding(mesh, P(*spec))) for x, spec in shapes]
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 2, 4), *slow((1, 1, 8))])
+@pytest.mark.parametrize("kept", [0, 2**26])
+@pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2), (1, 2, 4), *slow((1, 1, 8))])
 @pytest.mark.parametrize("dont_know", ["row", 3])
 @pytest.mark.slow
-def test_readout(mesh, dont_know, exact):
+def test_readout(mesh, dont_know, kept, exact, monkeypatch):
   """With padded rows, and with parts of the vocabulary without tokens; values and all gradients."""
+  monkeypatch.setattr(tiling, "KEPT", kept)
   mesh = make_mesh(ParallelismConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]))
   hidden, unembedding, targets, row = problem()
   targets[0, 0] = -100  # ignored
@@ -266,6 +268,29 @@ def test_readout(mesh, dont_know, exact):
   with jax.set_mesh(mesh):
     spread = run(*args)
   assert np.abs(whole[1][1]).max() > 0.1
+  assert_trees_close(spread, whole, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2, 1), (1, 2, 4)])
+def test_a_frozen_readout(mesh, exact):
+  """Of a vocabulary that is split too: the gradient of the hidden states."""
+  mesh = make_mesh(ParallelismConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]))
+  hidden, unembedding, targets, row = problem()
+  targets = np.minimum(targets, 29)
+  targets[0, 0] = -100
+
+  def run(hidden, unembedding, row, frozen=True):
+    def value(hidden):
+      options = {"vocab_size": 30, "soft_cap": 4.0, "chunk_size": 4, "prior": 0.9, "frozen": frozen}
+      scores = readout.slot_scores(hidden, unembedding, targets, row, **options)
+      return (scores.log_target * scores.log_dont_know).sum()
+
+    return jax.jit(jax.value_and_grad(value))(hidden)
+
+  whole = run(hidden, unembedding, row, frozen=False)
+  args = laid(mesh, (hidden, (("data", "fsdp"), None, None, None)), (unembedding, ("tensor", "fsdp")), (row, ("fsdp",)))
+  with jax.set_mesh(mesh):
+    spread = run(*args)
   assert_trees_close(spread, whole, rtol=1e-5, atol=2e-5)
 
 
