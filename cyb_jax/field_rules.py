@@ -47,9 +47,18 @@ def not_negative(zero: str) -> Rule:
   return Rule(NOT_NEGATIVE.accepts, f"{NOT_NEGATIVE.wanted}; 0 {zero}")
 
 
-def whole_number(minimum: int = 0, *, note: str = "") -> Rule:
-  """Accepts integers of at least `minimum`; `note` is added to the description."""
-  return Rule(lambda value: _is_integer(value) and value >= minimum, f"a whole number of at least {minimum}{note}")
+def whole_number(minimum: int = 0, maximum: float = math.inf, *, note: str = "") -> Rule:
+  """Accepts integers from `minimum` to `maximum`; `note` is added to the description."""
+  limit = "" if maximum == math.inf else f" and at most {maximum}"
+  return Rule(
+    lambda value: _is_integer(value) and minimum <= value <= maximum,
+    f"a whole number of at least {minimum}{limit}{note}",
+  )
+
+
+def number_of_pauses(minimum: int = 0, *, note: str = "") -> Rule:
+  """Accepts numbers of slots after a token's first; the maximum keeps arrays with one entry per slot small."""
+  return whole_number(minimum, 1000, note=note)
 
 
 def one_of(*accepted: str, wanted: str = "") -> Rule:

@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, shown
 
 
 def typed(path: str, value: Any, hint: Any) -> Any:
@@ -24,9 +24,13 @@ def typed(path: str, value: Any, hint: Any) -> Any:
   accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
   accepted = tuple(typing.get_origin(kind) or kind for kind in accepted)
   if float in accepted and isinstance(value, int | float) and not isinstance(value, bool):
-    if not math.isfinite(value):
-      raise InputError(f"{path}: {value!r} must be finite")
-    return float(value)
+    try:
+      number = float(value)
+    except OverflowError:  # an int beyond all floats
+      number = math.inf
+    if not math.isfinite(number):
+      raise InputError(f"{path}: {shown(value)} must be finite")
+    return number
   if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
     wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in accepted)
     raise InputError(f"{path}: {value!r} must be {wanted}")

@@ -123,6 +123,12 @@ def _reader_class(gguf: Any) -> type:
     def data(self, mapped: np.memmap) -> None:
       self._plain = mapped.view(np.ndarray)
 
+    def _get(self, offset: int, dtype: Any, count: int = 1, **options: Any) -> Any:
+      # A slice after the end is empty, so the package would read a damaged count of strings for hours.
+      if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self._plain):
+        raise ValueError("the file ends inside of its header or of a tensor")
+      return super()._get(offset, dtype, count, **options)
+
   return Reader
 
 
@@ -184,7 +190,7 @@ def _windows(fields: Fields, architecture: str, width_of_head: int, base: float)
   if architecture not in _EVERY:
     fields.demand("attention.sliding_window", (None, 0))
     return {}
-  every = fields.take("attention.sliding_window_pattern", int, _EVERY[architecture])
+  every = fields.count("attention.sliding_window_pattern", _EVERY[architecture])
   style: dict[str, Any] = {"window": fields.take("attention.sliding_window", int), "global_every": every}
   if architecture == "gemma2":
     style["attention_soft_cap"] = fields.take("attn_logit_softcapping", float, 50.0)

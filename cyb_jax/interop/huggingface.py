@@ -130,8 +130,9 @@ class SafetensorsFiles:
     except OSError as error:
       raise InputError(f"{path}: can't be read ({error})") from None
     except Exception as error:  # safetensors' own exception, if the header doesn't match the file
+      reason = " ".join(str(error).split())[:200]
       raise InputError(
-        f"{path}: not a complete safetensors file, {path.stat().st_size} bytes ({error}); download it again"
+        f"{path}: not a complete safetensors file, {path.stat().st_size} bytes ({reason}); download it again"
       ) from None
     present = set(file.keys())
     for name in sorted(present) if names is None else names:

@@ -119,7 +119,7 @@ def _gemma_style(fields: Fields) -> dict[str, Any]:
 def _gemma_window(fields: Fields, every: int) -> dict[str, Any]:
   """The window of local layers; every `every`-th layer is global, unless the fields say otherwise."""
   layers = fields.layers("num_hidden_layers")
-  every = fields.take("_sliding_window_pattern", int, fields.take("sliding_window_pattern", int, every))
+  every = fields.count("_sliding_window_pattern", fields.count("sliding_window_pattern", every))
   are_global = layer_types.read(fields, layers, [(number + 1) % every == 0 for number in range(layers)])
   window = fields.count("sliding_window") if "sliding_window" in fields else 4096
   if all(are_global):
@@ -152,7 +152,7 @@ def smollm3(fields: Fields) -> DecoderConfig:
   layers = fields.layers("num_hidden_layers")
   if not all(layer_types.read(fields, layers, [True] * layers)):
     raise InputError(f"{fields.where}: layer_types has 'sliding_attention', but use_sliding_window is not true")
-  every = fields.take("no_rope_layer_interval", int, 4)
+  every = fields.count("no_rope_layer_interval", 4)
   have_rope = fields.take("no_rope_layers", list, [int((number + 1) % every != 0) for number in range(layers)])
   if len(have_rope) < layers or any(rope not in (0, 1) for rope in have_rope):
     raise InputError(f"{fields.where}: no_rope_layers = {have_rope!r} must have 0 or 1 for each of the {layers} layers")
@@ -212,6 +212,8 @@ def gpt_neox(fields: Fields) -> DecoderConfig:
   """GPT-NeoX and Pythia."""
   sizes = _equal_heads(fields, "hidden_size", "num_attention_heads")
   rope = rope_json.read(fields, "rotary_emb_base", "rotary_pct", 0.25)
+  if not 0 <= rope.fraction <= 1:
+    raise InputError(f"{fields.where}: rotary_pct = {rope.fraction} must be from 0 to 1; fetch the file again")
   return _config(
     fields,
     **sizes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pathlib
 import re
 import types
@@ -140,7 +141,8 @@ class Fields:
     """A field's value; the default if the field is missing or null.
 
     Raises:
-      InputError: the value has another type, or there is neither a value nor a default.
+      InputError: the value has another type, is a float that is not finite or an int of more than 64 bits, or there is
+        neither a value nor a default.
     """
     name = self._prefix + name
     self._read.add(name)
@@ -154,15 +156,19 @@ class Fields:
       value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
       raise InputError(f"{self.where}: {name} = {shown(value)} must be of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+      raise InputError(f"{self.where}: {name} = {shown(value)} must be finite; fetch the file again")
+    if kind is int and abs(value) >= 1 << 63:
+      raise InputError(f"{self.where}: {name} = {shown(value)} must be an integer of 64 bits; fetch the file again")
     return value
 
-  def count(self, name: str) -> int | None:
-    """A field that is a positive count; None if it is missing or null.
+  def count(self, name: str, default: int | None = None) -> int | None:
+    """A field that is a positive count; the default if it is missing or null.
 
     Raises:
       InputError: the value is not an int, or is not positive.
     """
-    value = self.take(name, int, None)
+    value = self.take(name, int, default)
     if value is not None and value < 1:
       raise InputError(f"{self.where}: {self._prefix}{name} = {shown(value)} must be at least 1")
     return value

@@ -47,7 +47,7 @@ class MosConfig(MethodConfig):
 
   name: ClassVar[str] = "mos"
   RULES: ClassVar = {
-    "heads": whole_number(2, note="; with 1 it is 'baseline'"),
+    "heads": whole_number(2, 1000, note="; with 1 it is 'baseline'"),
     "head_activation": one_of("tanh", "none"),
   }
 

@@ -248,6 +248,7 @@ FINETUNE = PlannedStudy(
       _tuned("mos", "mos", 2.1, fields=_IDENTITY_HEADS),
       _tuned("ap_hidden", "ap_hidden", 4.0, fields=_IDENTITY_START, paced=True),
       _tuned("tbys3", "tbys3", 3.8, fields=_IDENTITY_START),
+      _tuned("ap_3x", "ap", 4.7, seeds=1, times=3.0, rate_of="ap", fields=_IDENTITY_START, paced=True),
     ),
     (_tuned("baseline_3x", "baseline", 1.0, times=3.0, rate_of="baseline"),),
     (
@@ -275,9 +276,9 @@ FINETUNE = PlannedStudy(
     percent=60,
   ),
   note=(
-    "tbys3_1.8x and baseline_3x take the rate of the same setting at 1x. All pauses but those of ap_paper_start carry"
-    " their token's embedding and start near zero, and the heads of mos have no activation and start near the identity,"
-    " so that training begins at nearly the pretrained model."
+    "tbys3_1.8x, ap_3x and baseline_3x take the rate of the same setting at 1x. All pauses but those of ap_paper_start"
+    " carry their token's embedding and start near zero, and the heads of mos have no activation and start near the"
+    " identity, so that training begins at nearly the pretrained model."
   ),
 )  # fmt: skip
 

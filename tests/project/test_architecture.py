@@ -26,7 +26,7 @@ MODULE_LINES = 450
 FUNCTION_LINES = 60
 
 # The units that each unit may import. Every row names only units of earlier rows, so no circle of units is possible.
-CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout", "tiling"}
+CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout", "chunked_readout", "tiling"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
 RUN = MODEL | FILES | {"hub", "signals", "progress", "configs", "checkpointing", "data", "runs"}
@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
   "pauses": set(),
   "partitioning": {"errors"},
   "tiling": {"partitioning"},
-  "readout": {"stopping", "tiling", "partitioning"},
+  "chunked_readout": {"partitioning"},
+  "readout": {"chunked_readout", "stopping", "tiling", "partitioning"},
   "decoder": CORE | {"partitioning", "option_syntax"},
   "costs": {"errors", "decoder"},
   "methods": MODEL - {"methods"},

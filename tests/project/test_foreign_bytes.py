@@ -95,6 +95,17 @@ def _gguf_arrays(depth):
   return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9) + inner
 
 
+def _gguf_endless():
+  """A GGUF file with one key, whose value is an array of 2^40 strings."""
+  return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 1 << 40)
+
+
+def _with_long_entry(content):
+  value = json.loads(content)
+  value["added_tokens"][0] |= {"content": "a" * 5000, "id": 0}
+  return json.dumps(value).encode()
+
+
 def _without_unknown(content):
   value = json.loads(content)
   del value["model"]["unk_id"]
@@ -146,6 +157,22 @@ FOUND = {
   "a format that is an object": ("run", "config.json", _json(format={}), "format: {} must be an integer"),
   "a group that is a list": ("run", "config.json", _json(format=1, decoder=[]), "decoder: .* must be a group"),
   "a method that is a list": ("run", "config.json", _json(method__name=[]), r"method.name: \[\] is unknown"),
+  "a tensor's type with a line end": (
+    "safetensors", "model/model.safetensors", _replaced(b'"F32"', b'"F\n2"'), r"file, .* bytes \([^\n]*\); "),
+  "a head size beyond floats": (
+    "huggingface_config", "qwen2/config.json", _json(head_dim=10**400), "head_dim = 10+... must be an integer of 64"),
+  "a pattern of no layers": (
+    "huggingface_config", "gemma3/config.json", _json(sliding_window_pattern=0, layer_types=None), "at least 1"),
+  "a share that is not a number": (
+    "huggingface_config", "pythia/config.json", _json(rotary_pct=float("nan")), "rotary_pct = nan must be finite"),
+  "a share beyond floats": (
+    "huggingface_config", "pythia/config.json", _json(rotary_pct=1e308), r"rotary_pct = 1e\+308 must be from 0 to 1"),
+  "a long entry": ("tokenizer_json", "unigram/tokenizer.json", _with_long_entry, r"the id 0 to 'a+\.\.\., but"),
+  "many pauses": ("run", "config.json", _json(method__pauses=2**31 - 1), "method.pauses: 2147483647 must be .* 1000"),
+  "an int beyond floats": ("run", "config.json", _json(optimizer__learning_rate=10**400), "10+... must be finite"),
+  "a column that is not UTF-8": (
+    "parquet", "snappy.parquet", lambda content: content.replace(b"text", b"te\xfft"), "is damaged or not"),
+  "a GGUF's endless array": ("gguf", "plain.gguf", _always(_gguf_endless()), "the file ends inside of its header"),
   "a deep request": ("request", "chat.json", _always(_nested(900)), "nested too deeply"),
 }  # fmt: skip
 

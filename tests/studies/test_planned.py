@@ -510,7 +510,7 @@ def test_costs_by_hand():
 def test_the_plan_of_a_gpu():
   """30M parameters in the layers, and the rows of `finetune` at 6.7 times the tokens."""
   rows, tuned = ({row.name: row for row in plan.rows} for plan in (plans.GPU, plans.FINETUNE))
-  assert rows.keys() == tuned.keys()
+  assert rows.keys() == tuned.keys() - {"ap_3x"}
   for name, row in rows.items():
     assert (row.setting, row.fields, row.paced) == (tuned[name].setting, tuned[name].fields, tuned[name].paced)
     assert row.steps * plans.GPU.step_tokens == pytest.approx(20 / 3 * tuned[name].steps * plans.FINETUNE.step_tokens)

@@ -140,7 +140,7 @@ class _Tables:
     try:
       with path.open("rb") as file, parquet.ParquetFile(file) as table:
         yield table
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
       reason = " ".join(str(error).split())[:200]
       raise InputError(
         f"data.options.{self.files.option}: {os.fspath(path)} is damaged or not a Parquet file ({reason}); fetch it"

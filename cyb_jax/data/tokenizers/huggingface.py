@@ -231,8 +231,8 @@ def build(content: Mapping[str, Any], where: str):
   for entry in content["added_tokens"]:
     if built.token_to_id(entry["content"]) != entry["id"]:
       raise InputError(
-        f"{where}: added_tokens assign the id {entry['id']} to {entry['content']!r}, but the package tokenizers assigns"
-        f" {built.token_to_id(entry['content'])}; give a complete tokenizer.json"
+        f"{where}: added_tokens assign the id {entry['id']} to {shown(entry['content'])}, but the package tokenizers"
+        f" assigns {built.token_to_id(entry['content'])}; give a complete tokenizer.json"
       )
   return built
 
