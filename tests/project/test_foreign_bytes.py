@@ -169,6 +169,7 @@ FOUND = {
     "huggingface_config", "pythia/config.json", _json(rotary_pct=1e308), r"rotary_pct = 1e\+308 must be from 0 to 1"),
   "a long entry": ("tokenizer_json", "unigram/tokenizer.json", _with_long_entry, r"the id 0 to 'a+\.\.\., but"),
   "many pauses": ("run", "config.json", _json(method__pauses=2**31 - 1), "method.pauses: 2147483647 must be .* 1000"),
+  "a scaling that is a number": ("run", "config.json", _json(decoder__rope_scaling=5), "rope_scaling: 5 must be"),
   "an int beyond floats": ("run", "config.json", _json(optimizer__learning_rate=10**400), "10+... must be finite"),
   "a column that is not UTF-8": (
     "parquet", "snappy.parquet", lambda content: content.replace(b"text", b"te\xfft"), "is damaged or not"),
