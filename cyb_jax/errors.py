@@ -301,7 +301,9 @@ def writing(what: str) -> Iterator[None]:
     cause = storage_cause(error)
     if cause is None and not isinstance(error, OSError):
       raise
-    raise StorageError(f"{what} can't be written: {cause or error}") from error
+    raise StorageError(
+      f"{what} can't be written: {cause or error}; when there is space and access, give the same command again"
+    ) from error
 
 
 @contextlib.contextmanager

@@ -269,7 +269,7 @@ class Checkpoints:
       before = (
         f"the same command continues from the checkpoint of step {steps[-1]}"
         if steps
-        else "there is no earlier checkpoint"
+        else "there is no earlier checkpoint, so the same command starts again"
       )
       raise StorageError(f"checkpoint {step} can't be saved in {self.directory}: {cause}; {before}") from error
 

@@ -15,6 +15,10 @@ from cyb_jax.storage import Place
 
 # The limit of arrays that are read or written concurrently; orbax's own limit for a standard checkpoint.
 _CONCURRENT_GB = 96
+# Orbax measures the time of a save by the system's clock, so with its own limit, 20 minutes, a save would fail when the
+# clock is set forward. Nothing depends on the limit: a bucket's requests and lost hosts have limits of their own. In
+# milliseconds, it fits into 32 bits.
+_SAVE_SECONDS = 20 * 86400
 
 
 class Writer:
@@ -27,7 +31,7 @@ class Writer:
 
   def __init__(self, retries: Mapping[str, Any] | None = None):
     # If creating folders in the background failed, orbax would wait for them for minutes.
-    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.options.AsyncOptions(timeout_secs=_SAVE_SECONDS, create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
       handler_registry=_handlers(retries), composite_options=ocp.CompositeOptions(async_options=options)
     )

@@ -187,7 +187,10 @@ def start_workdir(
       with storage.new_folder(path / "tokenizer") as folder:
         tokenizer.save(folder)
   except OSError as error:
-    raise InputError(f"workdir: {workdir} can't be written to: {storage_cause(error) or error}") from None
+    raise InputError(
+      f"workdir: {workdir} can't be written to: {storage_cause(error) or error}; give another folder, or make space and"
+      " access, and give the same command again"
+    ) from None
   return path
 
 

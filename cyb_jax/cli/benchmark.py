@@ -8,6 +8,7 @@ cyb-benchmark scoring --workdir=DIR [--requests=64]                     requests
 cyb-benchmark serve --workdir=DIR [--clients=64]                        cyb-serve with many clients, and with one
 cyb-benchmark memory [--workdir=DIR] [--seconds=8]                      growth of the resident memory, by activity
 cyb-benchmark faults [--kills=100]                                      a run that is killed, against an undisturbed run
+cyb-benchmark faults --plan=soak [--minutes=60]                         the same with signals, disks, clocks, damage
 cyb-benchmark growth [--config=experiments/NAME.py]                     time against size: T, W, context, corpus, split
 cyb-benchmark sharding [--devices=8]                                    a step on every mesh, against one device
 

@@ -18,6 +18,7 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,6 +147,8 @@ def _set_up_logging() -> None:
   python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
   logging.get_absl_handler().addFilter(_is_ours_or_warning)
   sys.unraisablehook = _unraisable_hook(sys.unraisablehook)
+  # When a save fails at its start, orbax leaves coroutines that it has not started yet.
+  warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

@@ -19,7 +19,7 @@ from models import assert_trees_equal, tiny_config
 
 import cyb_jax
 from cyb_jax import configs, storage, training
-from cyb_jax.benchmarks.faults import first_difference
+from cyb_jax.benchmarks.compared_runs import first_difference
 from cyb_jax.checkpointing import bucket as backend
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.checkpointing.workdir import checkpoints_in, is_run

@@ -1,12 +1,14 @@
 """Runs that are killed, or whose disk fails or is damaged, have the same results; permanent errors are reported."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
 
@@ -18,7 +20,8 @@ from models import tiny_config
 
 import cyb_jax
 from cyb_jax import configs, data, storage, training
-from cyb_jax.benchmarks.faults import PHASES, first_difference
+from cyb_jax.benchmarks.compared_runs import first_difference
+from cyb_jax.benchmarks.lives import PHASES
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.checkpointing.workdir import Lock, checkpoints_in
 from cyb_jax.errors import InputError, StorageError
@@ -53,9 +56,9 @@ def two_folders(tmp_path):
   return tmp_path / "a", tmp_path / "b"
 
 
-def save(folder, array):
+def save(folder, array, steps=(1, 2)):
   with contextlib.closing(checkpoints_in(folder, keep=2)) as checkpoints:
-    for step in (1, 2):
+    for step in steps:
       checkpoints.save(step, {"params": {"x": array + step}}, {"train_tokens": step})
 
 
@@ -76,6 +79,17 @@ def test_every_difference_is_found(two_folders):
   assert first_difference(a, b) == "metrics.jsonl: 1 lines, not 2"
   (b / "metrics.jsonl").write_text(text.replace("0.5", "0.25"))
   assert first_difference(a, b) == "metrics.jsonl, line 1, loss"
+
+
+def test_a_checkpoint_that_a_signal_has_added_is_no_difference(two_folders):
+  for folder, steps in zip(two_folders, ((1, 3), (2, 3))):
+    shutil.rmtree(folder / "checkpoints")
+    save(folder, jnp.arange(3.0), steps)
+  assert first_difference(*two_folders) == "checkpoints: [2, 3], not [1, 3]"
+  assert first_difference(*two_folders, interrupted={2, 7}) is None
+  assert first_difference(*two_folders, interrupted={1, 3}) == "checkpoints: [2, 3], not [1, 3]"
+  shutil.rmtree(two_folders[1] / "checkpoints" / "3")
+  assert first_difference(*two_folders, interrupted={2}) == "checkpoints: [2], not [1, 3]"
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +291,8 @@ def test_a_line_of_metrics_that_fails_on_a_full_disk(tmp_path, config, whole, mo
     metrics = folder / "metrics.jsonl"
     disturbed_at(patch, 6, lambda: limits.enter_context(largest_files(metrics.stat().st_size + 9)))
     with pytest.raises(
-      StorageError, match=r"metrics.jsonl \(step 6\) can't be written: the file exceeds the size limit"
+      StorageError,
+      match=r"metrics.jsonl \(step 6\) can't be written: the file exceeds the size limit .* give the same command",
     ):
       training.train(config, folder)
   assert not metrics.read_text().endswith("\n")
@@ -378,8 +393,40 @@ def test_programs_report_a_full_disk_in_one_line(tmp_path, config):
   (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
   assert "checkpoint 6 can't be saved in" in line
   assert line.endswith(
-    "the file exceeds the size limit of the file system or the process; there is no earlier checkpoint"
+    "the file exceeds the size limit of the file system or the process; there is no earlier checkpoint, so the same"
+    " command starts again"
   )
+
+
+def test_a_clock_that_is_set_forward(tmp_path, monkeypatch):
+  """Orbax measures saves by the clock, here with 25 minutes between two readings."""
+  readings = itertools.count(time.time(), 1500.0)
+  with monkeypatch.context() as patch:
+    patch.setattr(time, "time", lambda: next(readings))
+    save(tmp_path, jnp.arange(3.0))
+  assert checkpoints_in(tmp_path, read_only=True).steps() == [1, 2]
+
+
+LEAVES_A_COROUTINE = """
+from cyb_jax.cli import launching
+from cyb_jax.errors import StorageError
+
+async def write_fragment():
+  pass
+
+def main(argv):
+  write_fragment()
+  raise StorageError("the disk is full")
+
+launching.launch(main)
+"""
+
+
+def test_a_failed_save_has_one_line():
+  """Orbax leaves coroutines that Python would complain about."""
+  command = [sys.executable, "-c", LEAVES_A_COROUTINE]
+  done = subprocess.run(command, env=cli.environment(), capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (1, "error: the disk is full\n")
 
 
 def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
