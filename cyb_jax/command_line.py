@@ -51,6 +51,15 @@ def define_paths(name: str, default: list[str] | None, description: str) -> None
   flags.DEFINE(PathListParser(), name, default, description, serializer=flags.CsvListSerializer(","))
 
 
+def define_base(*, several: bool = False) -> None:
+  """Defines `--base`, the base of a run (`cyb_jax.interop.base`); its value is a path, or `several` a list of paths."""
+  text = "The model from which a run with a frozen decoder started, if it has been moved"
+  if several:
+    define_paths("base", [], f"{text}; with --compare one for all such runs, or one for each folder, '' for none.")
+  else:
+    define_path("base", "", f"{text}; '': where the run's config.json says.")
+
+
 def config_flag() -> ml_collections.ConfigDict:
   """The ConfigDict of the flag `--config`; see `_take_tokenizer_of_store`.
 

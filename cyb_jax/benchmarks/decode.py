@@ -3,7 +3,8 @@
 A step is one iteration of the sampler's loop: in mode self_paced one slot of every row, in mode constant all W slots of
 a token. For each mode and batch size the time from the prompts to N new tokens is measured, and the time to the first
 token. The modes alternate (A B C A B C and so on), so that drift of the machine affects all equally. They are compared
-with a decoder without a cache, which runs the training forward over all tokens of the row for each new token.
+with a decoder without a cache, which runs the training forward over all tokens of the row for each new token. Variants
+of a config (`--variant`) are measured in the same turns.
 
 A step is bound by memory bandwidth, not by arithmetic: every parameter and the full cache are read once, for a few
 slots. `bytes_per_step` counts these bytes, and `bandwidth_share` is their rate relative to a large matrix-vector
@@ -15,12 +16,12 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags, logging
 
-from cyb_jax.benchmarks import models, timing
+from cyb_jax.benchmarks import models, timing, variants
 from cyb_jax.errors import InputError
 
 _READ_BYTES = 1 << 28
@@ -29,6 +30,7 @@ _READ_COLUMNS = 1024
 
 def define_flags() -> None:
   models.define_flags()
+  variants.define_flag()
   flags.DEFINE_list("batch_sizes", "1,8,32", "The numbers of rows that are decoded together.")
   flags.DEFINE_integer("prompt_tokens", 32, "The number of tokens of each prompt, drawn uniformly.")
   flags.DEFINE_integer("new_tokens", 32, "The number of tokens that each row generates.")
@@ -37,7 +39,7 @@ def define_flags() -> None:
 
 
 def decode() -> dict[str, Any]:
-  """A row for each batch size and mode, and their ratios.
+  """A row for each batch size, variant and mode, and their ratios.
 
   Raises:
     InputError: the input is invalid; nothing was compiled.
@@ -50,28 +52,31 @@ def decode() -> dict[str, Any]:
 
   from cyb_jax.generation.abilities import check_decodes
 
-  method, params, matmul = models.chosen()
-  check_decodes(method)
+  chosen = models.chosen_variants()
+  for model in chosen:
+    with variants.named(model.variant):
+      check_decodes(model.method)
   bandwidth = _read_bandwidth(repeats)
-  rows, ratios = [], []
-  with jax.default_matmul_precision(matmul):
-    for size in batch_sizes:
-      mine, ratio = _measure(method, params, size, repeats, bandwidth)
-      rows += mine
-      ratios.append(ratio)
+  rows, ratios, of_variants = [], [], []
+  for size in batch_sizes:
+    mine, ratio, of_variant = _measure(chosen, size, repeats, bandwidth)
+    rows += mine
+    ratios.append(ratio)
+    of_variants += of_variant
   return {
     "benchmark": "decode",
     "source": models.source(),
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
-    "parameter_bytes": _bytes(params),
+    "parameter_bytes": _bytes(chosen[0].params),
+    "variants": [{"variant": x.variant, "parameter_bytes": _bytes(x.params)} for x in chosen[1:]],
     "peak_memory_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-    "num_slots": method.num_slots,
+    "num_slots": chosen[0].method.num_slots,
     "prompt_tokens": args.prompt_tokens,
     "new_tokens": args.new_tokens,
     "read": args.read,
     "repeats": repeats,
-    "timing": {"read_bytes_per_second": bandwidth, "rows": rows, "ratios": ratios},
+    "timing": {"read_bytes_per_second": bandwidth, "rows": rows, "ratios": ratios, "variants": of_variants},
   }
 
 
@@ -107,26 +112,48 @@ def _modes(method: Any) -> tuple[str, ...]:
 
 
 def _measure(
-  method: Any, params: Any, size: int, repeats: int, bandwidth: float
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-  """A row for each mode at a batch size, and the ratios between them."""
+  chosen: Sequence[models.Model], size: int, repeats: int, bandwidth: float
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
+  """A row for each variant and mode at a batch size, the ratios between modes, and those between variants."""
   import numpy as np
 
-  args = flags.FLAGS
-  drawn = np.random.default_rng(0).integers(0, method.vocab_size, (size, args.prompt_tokens))
+  args, itself = flags.FLAGS, chosen[0]
+  smallest = min(model.method.vocab_size for model in chosen)
+  drawn = np.random.default_rng(0).integers(0, smallest, (size, args.prompt_tokens))
   prompts = [row.tolist() for row in drawn]
-  generators = {mode: _Generator(method, params, prompts, mode, args.read, args.new_tokens) for mode in _modes(method)}
+  generators = {
+    (model.variant, mode): _Generator(model, prompts, mode, args.read, args.new_tokens)
+    for model in chosen
+    for mode in _modes(model.method)
+  }
   logging.info("batch size %d: compiled", size)
-  uncached = _uncached_forward(method, params, size, args.prompt_tokens + args.new_tokens)
-  functions: list[Callable[[], float]] = [uncached]
+  functions: list[Callable[[], float]] = [_uncached_forward(itself, size, args.prompt_tokens + args.new_tokens)]
   for generator in generators.values():
     functions += [generator.first_token, generator.all_tokens]
   rerun, *times = timing.in_turn(functions, repeats)
+  totals = dict(zip(generators, times[1::2]))
   rows = [
-    {"batch_size": size, "mode": mode, **generator.describe(first, total, bandwidth)}
-    for (mode, generator), first, total in zip(generators.items(), times[::2], times[1::2])
+    {"batch_size": size, "variant": key[0], "mode": key[1], **generator.describe(first, totals[key], bandwidth)}
+    for (key, generator), first in zip(generators.items(), times[::2])
   ]
-  return rows, _ratios(size, {row["mode"]: row for row in rows}, statistics.median(rerun))
+  ratios = _ratios(size, {row["mode"]: row for row in rows if not row["variant"]}, statistics.median(rerun))
+  return rows, ratios, _between_variants(size, totals)
+
+
+def _between_variants(size: int, seconds: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+  """The tokens per second of variants relative to the config itself, for the modes that both have.
+
+  Args:
+    size: the batch size.
+    seconds: the time of each round, from the prompts to the last token, by variant and mode.
+  """
+  ratios = []
+  for (variant, mode), mine in seconds.items():
+    if variant and ("", mode) in seconds:
+      median, lowest, highest = timing.ratio(seconds["", mode], mine)
+      numbers = {"tokens_per_second": median, "lowest": lowest, "highest": highest}
+      ratios.append({"batch_size": size, "variant": variant, "mode": mode, **numbers})
+  return ratios
 
 
 def _ratios(size: int, by_mode: dict[str, dict[str, Any]], rerun_seconds: float) -> dict[str, Any]:
@@ -143,14 +170,14 @@ def _ratios(size: int, by_mode: dict[str, dict[str, Any]], rerun_seconds: float)
 class _Generator:
   """One mode at one batch size; compiled on construction."""
 
-  def __init__(self, method: Any, params: Any, prompts: list[list[int]], mode: str, read: str, new: int):
+  def __init__(self, model: models.Model, prompts: list[list[int]], mode: str, read: str, new: int):
     import jax
 
     from cyb_jax.generation import Sampler, SamplingOptions
 
-    self._sampler = Sampler(method, SamplingOptions(mode=mode, read=read))
-    self._params, self._prompts, self._new = params, prompts, new
-    self._steps = new * method.num_slots
+    self._sampler = Sampler(model.method, SamplingOptions(mode=mode, read=read))
+    self._params, self._matmul, self._prompts, self._new = model.params, model.matmul, prompts, new
+    self._steps = new * model.method.num_slots
     self.all_tokens()
     self._done = jax.block_until_ready(self._state)
 
@@ -165,11 +192,12 @@ class _Generator:
   def _timed(self, context: int | None) -> float:
     import jax
 
-    start = time.perf_counter()
-    state = self._sampler.start(self._params, self._prompts, max_new_tokens=self._new, context=context)
-    self._state = self._sampler.advance(self._params, state, self._steps)
-    jax.block_until_ready(self._state.num_generated)
-    return time.perf_counter() - start
+    with jax.default_matmul_precision(self._matmul):
+      start = time.perf_counter()
+      state = self._sampler.start(self._params, self._prompts, max_new_tokens=self._new, context=context)
+      self._state = self._sampler.advance(self._params, state, self._steps)
+      jax.block_until_ready(self._state.num_generated)
+      return time.perf_counter() - start
 
   def describe(self, first: list[float], total: list[float], bandwidth: float) -> dict[str, Any]:
     """A row of the result, from the seconds of each round."""
@@ -200,12 +228,14 @@ class _Generator:
     }
 
 
-def _uncached_forward(method: Any, params: Any, rows: int, tokens: int) -> Callable[[], float]:
+def _uncached_forward(model: models.Model, rows: int, tokens: int) -> Callable[[], float]:
   """A function that measures the seconds of a decoder without a cache for one token: all slots of all tokens run, and
   one token is read.
   """
   import jax
   import jax.numpy as jnp
+
+  method, params = model.method, model.params
 
   @jax.jit
   def forward(params, tokens):
@@ -213,12 +243,12 @@ def _uncached_forward(method: Any, params: Any, rows: int, tokens: int) -> Calla
     return method.token_scores(params, hidden, jnp.arange(method.num_slots))
 
   batch = jnp.zeros((rows, tokens), jnp.int32)
-  jax.block_until_ready(forward(params, batch))
+  with jax.default_matmul_precision(model.matmul):
+    jax.block_until_ready(forward(params, batch))
 
   def timed() -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(forward(params, batch))
-    return time.perf_counter() - start
+    with jax.default_matmul_precision(model.matmul):
+      return timing.timed(lambda: jax.block_until_ready(forward(params, batch)))
 
   return timed
 

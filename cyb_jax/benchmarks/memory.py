@@ -48,6 +48,7 @@ _TINY = {
 
 def define_flags() -> None:
   command_line.define_path("workdir", None, "A trained run; without it, a tiny model on generated text.")
+  command_line.define_base()
   flags.DEFINE_float("seconds", 8.0, "The time of each activity, with its warm-up; longer runs find slower growth.")
   flags.DEFINE_float("most_growth", 1.0, "The benchmark fails if an activity's resident size grows by more percent.")
   flags.DEFINE_list("activities", list(_ACTIVITIES), "The activities, separated by commas.")
@@ -59,17 +60,20 @@ class _Subject:
 
   Attributes:
     workdir: its folder.
+    base: the place of its base, if this has been moved; otherwise ''.
     scratch: a folder for the files of the activities.
   """
 
   workdir: str
+  base: str
   scratch: pathlib.Path
 
   def opened(self) -> tuple[Any, Any]:
     """The run, and its token store."""
     from cyb_jax import runs
+    from cyb_jax.interop import pretrained
 
-    run = runs.load(self.workdir)
+    run = pretrained.load_run(self.workdir, base=self.base, base_option="--base")
     store = runs.open_recorded_store(run.meta)
     if store is None:
       raise InputError(f"--workdir: the token store of {self.workdir} does not exist; prepare it again")
@@ -93,12 +97,14 @@ def memory() -> dict[str, Any]:
   for name in args.activities:
     if name not in _ACTIVITIES:
       raise InputError(f"--activities: {name!r} is unknown; {did_you_mean(name, _ACTIVITIES)}")
+  if args.base and not args.workdir:
+    raise InputError(f"--base: {args.base!r} requires --workdir; omit it for the tiny model")
   if serve.resident(os.getpid()) is None:
     raise InputError("benchmark: this system has no /proc/PID/status, so the resident size is unknown; run it on Linux")
   rows = []
   with tempfile.TemporaryDirectory(prefix="cyb-memory-") as folder:
     scratch = pathlib.Path(folder)
-    subject = _Subject(args.workdir or _trained(scratch), scratch)
+    subject = _Subject(args.workdir or _trained(scratch), args.base, scratch)
     for name in args.activities:
       with _ACTIVITIES[name](subject) as (work, pid):
         rows.append({"activity": name} | _measure(work, pid, args.seconds))
@@ -205,7 +211,7 @@ def _preparation(subject: _Subject) -> _Activity:
 def _serving(subject: _Subject) -> _Activity:
   """Streamed answers of a server, which is a process of its own."""
   numbers = itertools.count()
-  with serve.server(subject.workdir, rows=4, chunk=4, queue=64) as (port, process):
+  with serve.server(subject.workdir, subject.base, rows=4, chunk=4, queue=64) as (port, process):
     yield lambda: [serve.ask(port, next(numbers), _NEW_TOKENS) for _ in range(4)], process.pid
 
 

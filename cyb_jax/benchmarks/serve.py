@@ -36,6 +36,7 @@ _PERCENTILES = (50, 99)
 
 def define_flags() -> None:
   command_line.define_path("workdir", None, "The trained run that is served.")
+  command_line.define_base()
   flags.DEFINE_integer("clients", 64, "The number of clients that stream at the same time.")
   flags.DEFINE_float("seconds", 60.0, "The time in which clients send requests, in each of the two phases.")
   flags.DEFINE_integer("new_tokens", 32, "The largest number of tokens of a request.")
@@ -73,7 +74,7 @@ def serve() -> dict[str, Any]:
     raise InputError(f"--seconds: {args.seconds} must be positive")
   if not args.workdir:
     raise InputError("--workdir: not given; give the folder of a trained run")
-  with server(args.workdir, args.rows, args.chunk, max(256, 2 * args.clients)) as (port, process):
+  with server(args.workdir, args.base, args.rows, args.chunk, max(256, 2 * args.clients)) as (port, process):
     before = resident(process.pid)
     ask(port, 0, args.new_tokens)  # the first connection
     logging.info("%d clients", args.clients)
@@ -108,18 +109,19 @@ def serve() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def server(workdir: str, rows: int, chunk: int, queue: int) -> Iterator[tuple[int, subprocess.Popen]]:
+def server(workdir: str, base: str, rows: int, chunk: int, queue: int) -> Iterator[tuple[int, subprocess.Popen]]:
   """(port, process) of a server that has compiled its programs.
 
   Args:
     workdir: the served run.
+    base: the place of its base, if this has been moved; otherwise ''.
     rows, chunk, queue: flags of cyb-serve.
 
   Raises:
     InputError: the server has refused the run.
   """
-  command = [sys.executable, "-m", "cyb_jax.cli.serve", f"--workdir={workdir}", "--port=0", f"--rows={rows}",
-    f"--chunk={chunk}", f"--queue={queue}"]  # fmt: skip
+  command = [sys.executable, "-m", "cyb_jax.cli.serve", f"--workdir={workdir}", f"--base={base}", "--port=0",
+    f"--rows={rows}", f"--chunk={chunk}", f"--queue={queue}"]  # fmt: skip
   with tempfile.TemporaryDirectory(prefix="cyb-serve-") as folder:
     log = pathlib.Path(folder) / "log"
     with log.open("w") as written:

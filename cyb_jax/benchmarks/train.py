@@ -49,13 +49,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file(
     "config", None, "The config file: experiments/NAME.py, or experiments/NAME.py:ARGUMENTS."
   )
-  flags.DEFINE_multi_string(
-    "variant",
-    [],
-    "A variant that is measured in addition to the config itself: a setting, whose method replaces the config's"
-    " ('baseline', 'tbys3', 'ap'), fields ('method.pauses=1,method.pause_visibility=hidden'), or a setting and fields"
-    " ('tbys3,data.batch_size=8'). May be given several times.",
-  )
+  variants.define_flag()
   command_line.define_path("store", "", "A token store; '': the store of data.store, or random tokens.")
   flags.DEFINE_integer(
     "vocabulary",
@@ -124,15 +118,10 @@ def _contenders(source: ml_collections.ConfigDict) -> list[Contender]:
   from cyb_jax.studies.resolution import resolve
 
   args = flags.FLAGS
-  contenders = [Contender(resolve(source), args.store, args.vocabulary)]
-  for variant in args.variant:
-    try:
-      setting, fields = variants.split(variant)
-      changed = source if setting is None else variants.with_setting(source, setting)
-      config = resolve(command_line.override(changed, fields))
-      contenders.append(Contender(config, args.store, args.vocabulary))
-    except InputError as error:
-      raise InputError(f"--variant={variant}: {error}") from None
+  contenders = []
+  for variant in ("", *args.variant):
+    with variants.named(variant):
+      contenders.append(Contender(resolve(variants.applied(source, variant)), args.store, args.vocabulary))
   return contenders
 
 

@@ -7,10 +7,15 @@ method.pauses=1,method.loss=va       only fields: the other options of the metho
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from absl import flags
+
+from cyb_jax import command_line
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +24,39 @@ if TYPE_CHECKING:
 # The name of a field has a dot; the name of a setting does not.
 _FIELD = re.compile(r"\w+(\.\w+)*=")
 _SETTING = re.compile(r"[\w@/]+")
+
+
+def define_flag() -> None:
+  flags.DEFINE_multi_string(
+    "variant",
+    [],
+    "A variant that is measured in addition to the config itself: a setting, whose method replaces the config's"
+    " ('baseline', 'tbys3', 'ap'), fields ('method.pauses=1,method.pause_visibility=hidden'), or a setting and fields"
+    " ('tbys3,data.batch_size=8'). May be given several times.",
+  )
+
+
+def applied(source: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
+  """The config of a variant; '' is the config itself.
+
+  Raises:
+    InputError: the variant is invalid.
+  """
+  if not variant:
+    return source
+  setting, fields = split(variant)
+  return command_line.override(source if setting is None else with_setting(source, setting), fields)
+
+
+@contextlib.contextmanager
+def named(variant: str) -> Iterator[None]:
+  """Errors of the `with` block name the variant; '' is the config itself."""
+  try:
+    yield
+  except InputError as error:
+    if not variant:
+      raise
+    raise InputError(f"--variant={variant}: {error}") from None
 
 
 def split(variant: str) -> tuple[str | None, list[str]]:

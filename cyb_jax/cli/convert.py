@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from cyb_jax import command_line
-from cyb_jax.cli import flag_values, launching, models
+from cyb_jax.cli import flag_values, launching
 from cyb_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def define_flags() -> None:
   command_line.define_path("input", "", "The folder or file to convert.")
   command_line.define_path("workdir", "", "The run to export.")
   flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
-  models.define_base_flag()
+  command_line.define_base()
   command_line.define_path("output", "", "The folder to write; it must be empty or not exist.")
   flags.DEFINE_string("dtype", "float32", "The number format of the written weights: float32 or bfloat16.")
   flags.DEFINE_string("tokenizer", "", "A tokenizer that replaces the tokenizer of --input; '': no replacement.")
@@ -97,7 +97,7 @@ def _export(workdir: str, output: pathlib.Path) -> dict[str, Any]:
 
   args = flags.FLAGS
   start = time.perf_counter()
-  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), base=args.base)
+  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), base=args.base, base_option="--base")
   if not isinstance(run.method, Exportable):
     raise InputError(
       f"--workdir: the method of {workdir} is {run.method.name!r}, which is not a plain decoder: programs that read a"

@@ -22,19 +22,11 @@ if TYPE_CHECKING:  # imported on use, so that errors in flags are reported quick
   from cyb_jax.runs import Run
 
 
-def define_run_flags() -> None:
-  """Defines the flags that specify a run."""
+def define_run_flags(*, several_bases: bool = False) -> None:
+  """Defines the flags that specify a run; `several_bases`: see `command_line.define_base`."""
   command_line.define_path("workdir", None, "The run's folder.")
   flags.DEFINE_string("checkpoint", "last", "The checkpoint of the run: last, best, or a step.")
-  define_base_flag()
-
-
-def define_base_flag() -> None:
-  """Defines the flag for the base of a run, see `cyb_jax.interop.base`."""
-  command_line.define_path(
-    "base", "", "The model from which a run with a frozen decoder started, if it has been moved; '': where the run's"
-    " config.json says."
-  )  # fmt: skip
+  command_line.define_base(several=several_bases)
 
 
 def define_model_flags() -> None:
@@ -84,11 +76,14 @@ def open_model(config: Config | None = None, cluster: Cluster | None = None) -> 
     if args.tokenizer:
       raise InputError(f"--tokenizer: {args.tokenizer!r} requires --init_from; omit it for a run")
     configs.freeze(configs.migrated(read_config(args.workdir)))
-    load = functools.partial(pretrained.load_run, args.workdir, checkpoint, base=args.base, cluster=cluster or ALONE)
+    cluster = cluster or ALONE
+    load = functools.partial(
+      pretrained.load_run, args.workdir, checkpoint, base=args.base, base_option="--base", cluster=cluster
+    )
   else:
-    if args.base:
-      raise InputError(f"--base: {args.base!r} requires --workdir; omit it for pretrained weights")
-    found = pretrained.open_pretrained(args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer)
+    found = pretrained.open_pretrained(
+      args.init_from, checkpoint=checkpoint, tokenizer=args.tokenizer, base=args.base, base_option="--base"
+    )
     load = functools.partial(_load_pretrained, found, config)
 
   def loaded(mesh: Mesh | None) -> Run:

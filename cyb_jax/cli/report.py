@@ -1,14 +1,15 @@
 """Reports on a run, or compares several runs: writes an HTML file, its figures, and a JSON file of the numbers.
 
 cyb-report --workdir=DIR [--split=test] [--checkpoint=best] [--limit=100] [--text] [--text_windows=3]
-cyb-report --compare=DIR,DIR,... [--output=DIR]
+cyb-report --compare=DIR,DIR,... [--output=DIR] [--base=PATH or --base=PATH,,...]
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
@@ -40,7 +41,7 @@ _SELF_PACED_KEYS = ("perplexity", "constant_perplexity", "mean_pauses", "context
 
 
 def define_flags() -> None:
-  models.define_run_flags()
+  models.define_run_flags(several_bases=True)
   splits.define_reading_flags()
   command_line.define_paths("compare", None, "Instead of --workdir: the folders of runs to compare.")
   command_line.define_path("output", None, "The report's folder; not given: WORKDIR/report, or report with --compare.")
@@ -54,8 +55,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   flag_values.check_not_negative("limit", "batch_size", "text_windows")
   if args.compare and args.workdir:
     raise InputError(f"--compare: {','.join(args.compare)!r}, but --workdir = {args.workdir!r} is also given; give one")
-  if args.compare and args.base:
-    raise InputError(f"--base: {args.base!r} has no effect with --compare; set init_from in the config.json of the run")
   if args.compare:
     return _compare(list(args.compare))
   return _report(flag_values.required_flag("workdir", "give the run's folder, or several with --compare"))
@@ -74,7 +73,10 @@ def _report(workdir: str) -> dict[str, Any]:
   read_config(workdir)  # a folder without a run is reported first
   folder = output.check_output(args.output or os.path.join(workdir, "report"))
   mesh = splits.reading_mesh()
-  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), mesh, base=args.base)
+  if len(args.base) > 1:
+    raise InputError(f"--base: {','.join(args.base)!r} has {len(args.base)} paths, but --workdir is one run; give one")
+  base = args.base[0] if args.base else ""
+  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), mesh, base=base, base_option="--base")
   store = splits.open_store(run.config, run.meta)
   windows = coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
   checkpoint = checkpoints_in(workdir, read_only=True).fingerprint(run.step)
@@ -123,14 +125,15 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
     read_config(workdir)
   folder = output.check_output(args.output or "report")
   # Errors in configs and checkpoints are reported before anything is computed.
-  unread = [_candidate(workdir, read=False) for workdir in workdirs]
+  unread = [_candidate(workdir, None) for workdir in workdirs]
   comparison.check_comparable(unread)
   comparison.group_runs(unread)
-  candidates = [_candidate(workdir) for workdir in workdirs]
+  bases = _bases(unread)
+  candidates = [_candidate(workdir, bases) for workdir in workdirs]
   comparison.check_comparable(candidates)
   groups = comparison.group_runs(candidates)
   numbers = comparison.compare(groups)
-  windows = _windows(side_by_side.pausing_group(groups))
+  windows = _windows(side_by_side.pausing_group(groups), bases)
   html, pictures = side_by_side.build(groups, numbers, windows)
   output.check_size(html)
   files = {"index.html": html, "comparison.json": jsonl.dumps(numbers, indent=2) + "\n", **pictures}
@@ -147,8 +150,28 @@ def _compare(workdirs: list[str]) -> dict[str, Any]:
   }
 
 
-def _windows(group: Group | None) -> list[Window]:
-  """Windows of text, as the first run of a group evaluates them."""
+def _bases(candidates: Sequence[Candidate]) -> dict[str, str]:
+  """The place of the base of each run by its folder, as the flag `--base` has them; '': where its config.json says.
+
+  Raises:
+    InputError: the flag has another number of paths, or no run needs its path.
+  """
+  given = flags.FLAGS.base
+  if len(given) == 1:
+    frozen = [x.workdir for x in candidates if "base" in x.meta]
+    if not frozen and given[0]:
+      raise InputError(f"--base: {given[0]!r} is given, but the checkpoints of all runs have all parameters; omit it")
+    return dict.fromkeys((x.workdir for x in candidates), "") | dict.fromkeys(frozen, given[0])
+  if given and len(given) != len(candidates):
+    raise InputError(
+      f"--base: {','.join(given)!r} has {len(given)} paths, but --compare has {len(candidates)} folders; give one path"
+      " for all runs with a frozen decoder, or one for each folder, '' where the run's config.json is right"
+    )
+  return {x.workdir: base for x, base in itertools.zip_longest(candidates, given, fillvalue="")}
+
+
+def _windows(group: Group | None, bases: Mapping[str, str]) -> list[Window]:
+  """Windows of text, as the first run of a group evaluates them; `bases`: see `_bases`."""
   from cyb_jax.interop import pretrained
   from cyb_jax.report import coloured
 
@@ -156,7 +179,8 @@ def _windows(group: Group | None) -> list[Window]:
   if group is None or not args.text_windows:
     return []
   mesh = splits.reading_mesh()
-  run = pretrained.load_run(group.runs[0].workdir, flag_values.checkpoint_flag(), mesh)
+  workdir = group.runs[0].workdir
+  run = pretrained.load_run(workdir, flag_values.checkpoint_flag(), mesh, base=bases[workdir], base_option="--base")
   store = splits.open_store(run.config, run.meta)
   return coloured.read_windows(run, mesh, store, split=args.split, limit=args.limit or None, count=args.text_windows)
 
@@ -165,14 +189,14 @@ def _report_folder(workdir: str) -> storage.Place:
   return storage.place(workdir) / "report"
 
 
-def _candidate(workdir: str, *, read: bool = True) -> Candidate:
+def _candidate(workdir: str, bases: Mapping[str, str] | None) -> Candidate:
   """A run with its statistics.
 
   Statistics in the folder of its own report are reused if they have the same checkpoint, split and limit.
 
   Args:
     workdir: the run's folder.
-    read: whether the statistics are read; otherwise they are empty.
+    bases: see `_bases`; None: the statistics are not read but empty.
   """
   from cyb_jax import configs, jsonl, runs
   from cyb_jax.checkpointing.workdir import checkpoints_in, read_config
@@ -183,13 +207,13 @@ def _candidate(workdir: str, *, read: bool = True) -> Candidate:
   checkpoints = checkpoints_in(workdir, read_only=True)
   step = checkpoints.find(flag_values.checkpoint_flag(), quick=True)
   meta = checkpoints.meta(step)
-  if not read:
+  if bases is None:
     return Candidate(workdir, configs.migrated(read_config(workdir)), meta, {}, [])
   checkpoint = checkpoints.fingerprint(step)
   statistics = recorded_statistics(workdir, checkpoint)
   if statistics is None:
     mesh = splits.reading_mesh()
-    run = pretrained.load_run(workdir, step, mesh)
+    run = pretrained.load_run(workdir, step, mesh, base=bases[workdir], base_option="--base")
     statistics = _statistics(run, mesh, splits.open_store(run.config, run.meta), checkpoint)
     path = _report_folder(workdir) / "statistics.json"
     # An existing report folder without these statistics belongs to another report; the statistics are then not saved.

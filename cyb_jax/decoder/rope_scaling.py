@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cyb_jax.errors import InputError, did_you_mean
+from cyb_jax.errors import InputError, did_you_mean, shown
 from cyb_jax.option_syntax import parse_options
 
 # The numbers of each kind, with their defaults; None: required.
@@ -87,8 +87,10 @@ def parse(field: str, text: str) -> RopeScaling | None:
     text: 'kind:name=number,name=number'.
 
   Raises:
-    InputError: the kind or a name is unknown, or a number is missing or out of range.
+    InputError: it is not a string, the kind or a name is unknown, or a number is missing or out of range.
   """
+  if not isinstance(text, str):
+    raise InputError(f"{field}: {shown(text)} must be a string, such as 'linear:factor=2'; '' for none")
   if not text:
     return None
   kind, _, options = text.partition(":")

@@ -110,6 +110,7 @@ class CybLM(LM):
     workdir: the run's folder.
     checkpoint: 'last', 'best' or a step.
     init_from: pretrained weights instead of a run's folder; see `cyb_jax.interop.pretrained`.
+    base: the model from which a run with a frozen decoder started, if it has been moved.
     run: a loaded run, instead of a folder or weights.
     batch_size: the number of rows that are generated together; 'auto' is 16. It does not affect scoring, which packs
       rows of slots.
@@ -139,6 +140,7 @@ class CybLM(LM):
     checkpoint: str | int = "last",
     *,
     init_from: str | None = None,
+    base: str = "",
     run: runs.Run | None = None,
     batch_size: str | int | None = None,
     max_length: int | None = None,
@@ -158,14 +160,15 @@ class CybLM(LM):
       raise InputError(
         "workdir: model_args needs exactly one of workdir=DIR, the run's folder, init_from=WEIGHTS, or a loaded run"
       )
+    if run is not None and base:
+      raise InputError(f"base: {base!r} is given, but a loaded run has all parameters; omit it")
     if run is None:
-      if jax.device_count() > 1:
-        mesh = make_mesh(ParallelismConfig())
-      run = (
-        pretrained.load_run(workdir, checkpoint, mesh)
-        if init_from is None
-        else pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh)
-      )
+      mesh = make_mesh(ParallelismConfig()) if jax.device_count() > 1 else mesh
+      moved = {"base": base, "base_option": "base in --model_args"}
+      if init_from is None:
+        run = pretrained.load_run(workdir, checkpoint, mesh, **moved)
+      else:
+        run = pretrained.load(init_from, checkpoint=checkpoint, mesh=mesh, **moved)
     check_seed("seed", seed)
     if pauses is not None:
       run = dataclasses.replace(run, method=with_prompt_pauses(run.method, pauses))

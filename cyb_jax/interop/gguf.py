@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,11 @@ class GgufFile:
       self._reader = _reader_class(self._gguf)(path)
     except Exception as error:  # the package checks little, so damage causes errors of many types
       reason = " ".join(str(error).split())[:200] or type(error).__name__
+      if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", reason):
+        raise InputError(
+          f"{path}: a tensor has the quantisation of number {unknown[1]}, which the installed package gguf does not"
+          " know; pip install --upgrade gguf, or download the model in another quantisation"
+        ) from None
       raise InputError(
         f"{path}: not a complete GGUF file, {path.stat().st_size} bytes ({reason}); download it again"
       ) from None

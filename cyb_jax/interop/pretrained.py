@@ -44,7 +44,7 @@ from cyb_jax.partitioning.mesh import data_shards
 from cyb_jax.runs import Run
 
 # Fields that do not change the function of a decoder, and adapters, which are merged into the imported matrices.
-_MANNER = ("attention", "dtype", "initializer", "lora", "param_dtype", "remat")
+MANNER = ("attention", "dtype", "initializer", "lora", "param_dtype", "remat")
 # The context length if a source does not state it, and its upper bound.
 _LONGEST_CONTEXT = 2048
 _NOTHING_SPENT = {"train_tokens": 0, "train_slots": 0, "train_flops": 0.0}
@@ -136,7 +136,7 @@ class Pretrained(abc.ABC):
       )
 
   # Fields of the decoder that may differ in a run that starts from the source.
-  _free_fields: tuple[str, ...] = _MANNER
+  _free_fields: tuple[str, ...] = MANNER
 
 
 class FromRun(Pretrained):
@@ -144,8 +144,9 @@ class FromRun(Pretrained):
 
   kind = "run"
 
-  def __init__(self, path: str, checkpoint: int | str = "last"):
+  def __init__(self, path: str, checkpoint: int | str = "last", base: str = "", base_option: str = ""):
     self.path, self.checkpoint = path, checkpoint
+    self._base = {"base": base, "base_option": base_option}
     if newest_meta(path) is None:
       raise InputError(f"init_from: {path} is a run without a checkpoint; give a run with a checkpoint")
     config = configs.freeze(configs.migrated(read_config(path)))
@@ -165,14 +166,18 @@ class FromRun(Pretrained):
 
   def decoder_params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
     del lora
-    return initial.placed(self._decoder(load_run(self.path, self.checkpoint), wanted), wanted)
+    return initial.placed(self._decoder(self.load(), wanted), wanted)
 
   def params(self, wanted: PyTree, lora: LoraConfig | None) -> PyTree:
     del lora
-    run = load_run(self.path, self.checkpoint)
+    run = self.load()
     found = run.params | {"decoder": self._decoder(run, wanted["decoder"])}
     _log_unused(found, wanted)
     return initial.placed(found, wanted)
+
+  def load(self, mesh: jax.sharding.Mesh | None = None) -> Run:
+    """The run on a mesh, see `load_run`."""
+    return load_run(self.path, self.checkpoint, mesh, **self._base)
 
   @staticmethod
   def _decoder(run: Run, wanted: PyTree) -> PyTree:
@@ -185,7 +190,7 @@ class FromSource(Pretrained):
   """Files in formats of other projects, including our exports."""
 
   # Stacked and separate layers are both supported.
-  _free_fields = (*_MANNER, "scan_layers")
+  _free_fields = (*MANNER, "scan_layers")
 
   def __init__(self, path: str, tokenizer: str = ""):
     self._source = interop.open_source(path)
@@ -239,7 +244,9 @@ class FromSource(Pretrained):
     return found
 
 
-def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str = "") -> Pretrained:
+def open_pretrained(
+  path: str, *, checkpoint: int | str = "last", tokenizer: str = "", base: str = "", base_option: str = ""
+) -> Pretrained:
   """Opens the source that `init_from` names.
 
   Args:
@@ -247,6 +254,7 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
       llama2.c binary.
     checkpoint: the checkpoint of a run.
     tokenizer: the tokenizer of a source without one, or a replacement of its tokenizer; see `open_tokenizer`.
+    base, base_option: the base of a run, see `load_run`; the option '' means that the user can't give a base here.
 
   Raises:
     InputError: the path does not exist, or can't be read.
@@ -255,7 +263,9 @@ def open_pretrained(path: str, *, checkpoint: int | str = "last", tokenizer: str
   if not hub.in_hub(path) and is_run(path):
     if tokenizer:
       raise InputError(f"--tokenizer: {tokenizer!r} is given, but {path} is a run, which has its own; leave it out")
-    return FromRun(path, checkpoint)
+    return FromRun(path, checkpoint, base, base_option)
+  if base:
+    raise InputError(f"{base_option}: {base!r} is given, but {path} is not a run; omit it")
   if checkpoint != "last":
     raise InputError(
       f"--checkpoint: {checkpoint!r} is given, but {path} is not a run and has no checkpoints; leave it out"
@@ -269,6 +279,7 @@ def load_run(
   mesh: jax.sharding.Mesh | None = None,
   *,
   base: str = "",
+  base_option: str = "base",
   cluster: Cluster = ALONE,
 ) -> Run:
   """Loads a run's parameters, without its optimizer state.
@@ -279,6 +290,7 @@ def load_run(
     mesh: the mesh over which the parameters are sharded; None means the default device.
     base: the model that the run started from, if it is no longer where `init_from` of its config.json says; see
       `open_base`.
+    base_option: what the user calls `base`, for messages; see `open_base`.
     cluster: the hosts that load the run together; host 0 checks the checkpoint for all.
 
   Raises:
@@ -293,9 +305,11 @@ def load_run(
     step = cluster.broadcast(checkpoints.find(checkpoint) if cluster.index == 0 else None)
     try:
       meta = checkpoints.meta(step)
-      frozen = open_base(workdir, base or config.init_from, method, meta)
+      frozen = open_base(workdir, base or config.init_from, method, meta, base_option)
       if frozen is None and base:
-        raise InputError(f"--base: {base!r} is given, but checkpoint {step} of {workdir} has all parameters; omit it")
+        raise InputError(
+          f"{base_option}: {base!r} is given, but checkpoint {step} of {workdir} has all parameters; omit it"
+        )
       if frozen is None:
         return Run(config, method, checkpoints.restore_params(step, wanted), tokenizer, step, meta)
       params = frozen.complete(checkpoints.restore_params(step, frozen.saved_part(wanted)), wanted)
@@ -308,7 +322,9 @@ def load_run(
         raise
 
 
-def open_base(workdir: str | os.PathLike, path: str, method: Method, meta: Mapping[str, Any]) -> Base | None:
+def open_base(
+  workdir: str | os.PathLike, path: str, method: Method, meta: Mapping[str, Any], option: str = "base"
+) -> Base | None:
   """Opens the base of a run's checkpoint, and compares its checksum.
 
   Args:
@@ -316,6 +332,7 @@ def open_base(workdir: str | os.PathLike, path: str, method: Method, meta: Mappi
     path: where the base is: `init_from` of the run, or another path.
     method: the method of the run.
     meta: the JSON object of the checkpoint.
+    option: the flag or argument with which the user gives another path, for messages; '': there is none.
 
   Returns:
     The base; None: the checkpoint has all parameters.
@@ -327,10 +344,9 @@ def open_base(workdir: str | os.PathLike, path: str, method: Method, meta: Mappi
   if expected is None:
     return None
   path = storage.absolute(expected.pinned(path))
-  remedy = (
-    f"set init_from in {storage.place(workdir) / 'config.json'} to the model that the run started from, or give it as"
-    " --base (cyb-train: as --config.init_from)"
-  )
+  remedy = f"set init_from in {storage.place(workdir) / 'config.json'} to the model that the run started from"
+  if option:
+    remedy += f", or give it as {option}"
   about = f"workdir: {workdir} has only the trained parameters; the others are those of its base, {path}, which"
   try:
     source = open_pretrained(path, checkpoint="last" if expected.checkpoint is None else expected.checkpoint)
@@ -345,39 +361,6 @@ def open_base(workdir: str | os.PathLike, path: str, method: Method, meta: Mappi
   return Base(source, method)
 
 
-def fill_decoder(source: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> Mapping[str, Any]:
-  """A nested config in which the decoder of `init_from` replaces an open decoder (`decoder.preset=''`).
-
-  Args:
-    source: see `configs.freeze`.
-    workdir: the run's folder; its config.json has the decoder of a run that has begun, so that `init_from` need not
-      exist when the run continues.
-
-  Raises:
-    InputError: `init_from` can't be read.
-  """
-  decoder = source.get("decoder", {})
-  open_decoder = isinstance(decoder, Mapping) and decoder.get("preset") == ""
-  if open_decoder and not source.get("init_from") and decoder.get("d_model") is None:
-    raise InputError(
-      "init_from: not set, but decoder.preset = '' is the decoder of init_from; set init_from, or a preset"
-    )
-  if not (open_decoder and isinstance(source.get("init_from"), str)):
-    return source
-  found: Mapping[str, Any] = {}
-  with storage.starting(workdir or ""):
-    held = workdir is not None and storage.exists(storage.place(workdir) / "config.json")
-  if held:
-    recorded = runs.with_absolute_paths(read_config(workdir))
-    if recorded.get("init_from") == runs.with_absolute_paths(source)["init_from"]:
-      found = recorded["decoder"]
-  if not found and source["init_from"]:
-    found = dataclasses.asdict(open_pretrained(source["init_from"]).decoder)
-    found = {name: value for name, value in found.items() if name in configs.DECODER_FIELDS and name not in _MANNER}
-  filled = {name: value for name, value in found.items() if decoder.get(name) is None}
-  return dict(source) | {"decoder": decoder | filled}
-
-
 def load(
   path: str | Pretrained,
   config: Config | None = None,
@@ -386,26 +369,28 @@ def load(
   dtype: str = "float32",
   mesh: jax.sharding.Mesh | None = None,
   base: str = "",
+  base_option: str = "base",
 ) -> Run:
   """The initial run that training would start from.
 
   Args:
-    path: see `open_pretrained`; or the result of `open_pretrained`.
+    path: see `open_pretrained`; or its result, which has `checkpoint`, `base` and `base_option` already.
     config: the config of the run; None: the source's own config. For imported weights it has the method 'baseline',
       without pauses and <don't know>, so that the logits equal those of the imported model.
     checkpoint: the checkpoint of a run that `path` names.
     dtype: the dtype of the decoder's parameters if `config` is None.
     mesh: the mesh of the parameters; None: the default device.
-    base: the base of a run that `path` names, see `load_run`; '': where the run's config says.
+    base, base_option: the base of a run that `path` names, see `load_run`.
 
   Raises:
     InputError: see `open_pretrained` and `Pretrained.check`; or there is no tokenizer.
   """
-  found = path if isinstance(path, Pretrained) else open_pretrained(path, checkpoint=checkpoint)
+  if isinstance(path, Pretrained):
+    found = path
+  else:
+    found = open_pretrained(path, checkpoint=checkpoint, base=base, base_option=base_option)
   if isinstance(found, FromRun) and config is None:
-    return load_run(found.path, found.checkpoint, mesh, base=base)
-  if base:
-    raise InputError(f"--base: {base!r} is given, but {found.path} is not a run; omit it")
+    return found.load(mesh)
   own = found.tokenizer
   if own is None and config is not None and config.data.tokenizer:
     own = open_tokenizer(config.data.tokenizer, found.decoder.vocab_size)
@@ -435,7 +420,7 @@ def _own_config(found: FromSource, dtype: str) -> Config:
   config.data.sequence_length = min(found.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
   config.decoder.preset = ""
   fields = dataclasses.asdict(found.decoder)
-  config.decoder.update({k: v for k, v in fields.items() if k in configs.DECODER_FIELDS and k not in _MANNER})
+  config.decoder.update({k: v for k, v in fields.items() if k in configs.DECODER_FIELDS and k not in MANNER})
   return configs.freeze(config)
 
 

@@ -212,6 +212,8 @@ def gpt_neox(fields: Fields) -> DecoderConfig:
   """GPT-NeoX and Pythia."""
   sizes = _equal_heads(fields, "hidden_size", "num_attention_heads")
   rope = rope_json.read(fields, "rotary_emb_base", "rotary_pct", 0.25)
+  if not 0 <= rope.fraction <= 1:
+    raise InputError(f"{fields.where}: rotary_pct = {rope.fraction} must be from 0 to 1; fetch the file again")
   return _config(
     fields,
     **sizes,

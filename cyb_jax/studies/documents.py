@@ -1,6 +1,7 @@
 """Documents in a planned study: the losses of a run by document, and the division of text by document.
 
-    python -m cyb_jax.studies.documents WORKDIR     prints the losses of a run as one JSON object
+    python -m cyb_jax.studies.documents WORKDIR [BASE]     prints the losses of a run as one JSON object; BASE is the
+                                                           model from which it started, if this has been moved
 
 Dimensions: B batch, T tokens, G groups of documents.
 """
@@ -101,12 +102,12 @@ def _divided(task: str, percent: int) -> Iterator[tuple[str, str]]:
     yield SPLIT, document.text
 
 
-def main(workdir: str) -> None:
+def main(workdir: str, base: str = "") -> None:
   """Prints the losses of the last checkpoint of a run."""
-  run = pretrained.load_run(workdir)
+  run = pretrained.load_run(workdir, base=base, base_option="BASE")
   losses = document_losses(run, open_recorded_or_new_store(run.config, run.meta))
   sys.stdout.write(jsonl.dumps(losses) + "\n")
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(*sys.argv[1:])

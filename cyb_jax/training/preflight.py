@@ -128,7 +128,7 @@ def _base(
 ) -> Base | None:
   """The base of the run, see `cyb_jax.interop.base`; a continued run saves the same parts as before."""
   if meta is not None:
-    return pretrained.open_base(workdir, config.init_from, method, meta)
+    return pretrained.open_base(workdir, config.init_from, method, meta, "--config.init_from")
   return None if start is None or config.tuning.weights == "all" else Base(start, method)
 
 

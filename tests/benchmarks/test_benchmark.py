@@ -10,7 +10,7 @@ import pytest
 from models import tiny_config
 
 from cyb_jax import configs, data
-from cyb_jax.benchmarks import growth, memory, timing, variants
+from cyb_jax.benchmarks import decode, growth, memory, timing, variants
 from cyb_jax.benchmarks import train as steps
 from cyb_jax.errors import InputError
 from cyb_jax.studies import settings
@@ -219,6 +219,11 @@ def test_bad_input(tmp_path):
     "--variant=baseline,method.pause=1: --config.method.pause: unknown field; did you mean method.pauses?"
   )
   assert "--workdir: give either --workdir or --config" in cli.complaint("benchmark", "decode")
+  message = cli.complaint("benchmark", "decode", config, "--vocabulary=29", "--variant=method.recpie=sampled")
+  assert message.startswith("--variant=method.recpie=sampled: --config.method.recpie: unknown field")
+  message = cli.complaint("benchmark", "decode", config, "--base=models/x")
+  assert message.startswith("--base: ")
+  assert message.endswith("requires --workdir; omit it for a model with fresh parameters")
   assert "--batch_sizes: '1,x' must be" in cli.complaint("benchmark", "decode", config, "--batch_sizes=1,x")
   assert "--read: 'mixture' is not one of" in cli.complaint("benchmark", "decode", config, "--read=mixture")
 
@@ -285,9 +290,9 @@ def test_decode(tmp_path):
   """Every mode, with counts computed by hand."""
   result, _ = cli.run(
     "benchmark", "decode", f"--config={cli.write_config(tmp_path)}", "--vocabulary=29", "--batch_sizes=1",
-    "--prompt_tokens=5", "--new_tokens=4", "--repeats=2",
+    "--prompt_tokens=5", "--new_tokens=4", "--repeats=2", "--variant=baseline,decoder.num_kv_heads=1",
   )  # fmt: skip
-  rows = result["timing"]["rows"]
+  *rows, other = result["timing"]["rows"]
   modes = ["self_paced", "constant", "none"]
   assert [(row["batch_size"], row["mode"]) for row in rows] == [(1, mode) for mode in modes]
   for row in rows:
@@ -296,6 +301,23 @@ def test_decode(tmp_path):
     assert row["bytes_per_step"] == result["parameter_bytes"] + row["cache_bytes"]
     assert row["steps"] == pytest.approx(4 * a_token if row["mode"] == "self_paced" else 4)
   assert [ratio["batch_size"] for ratio in result["timing"]["ratios"]] == [1]
+  # The variant has one mode, and half the keys and values.
+  (ratio,), (described,) = result["timing"]["variants"], result["variants"]
+  name = "baseline,decoder.num_kv_heads=1"
+  assert ratio["variant"] == other["variant"] == described["variant"] == name
+  assert ratio["mode"] == other["mode"] == "none"
+  assert ratio["lowest"] <= ratio["tokens_per_second"] <= ratio["highest"]
+  assert described["parameter_bytes"] < result["parameter_bytes"]
+  assert other["cache_bytes"] < rows[-1]["cache_bytes"]
+  assert other["bytes_per_step"] == described["parameter_bytes"] + other["cache_bytes"]
+
+
+def test_speeds_of_variants_by_hand():
+  seconds = {("", "none"): [2.0, 3.0, 4.0], ("", "constant"): [1.0] * 3, ("x", "none"): [1.0, 6.0, 4.0]}
+  seconds["x", "self_paced"] = [1.0] * 3
+  assert decode._between_variants(8, seconds) == [
+    {"batch_size": 8, "variant": "x", "mode": "none", "tokens_per_second": 1.0, "lowest": 0.5, "highest": 2.0}
+  ]
 
 
 @pytest.mark.slow

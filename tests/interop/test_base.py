@@ -1,24 +1,32 @@
 """Checkpoints of runs with a frozen decoder: what they contain, and the base from which the rest is read."""
 
+import ast
 import dataclasses
 import json
+import pathlib
 import shutil
+import types
 
+import cli
 import imported_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import report_page
 from models import assert_trees_equal, tiny_config
 
 import cyb_jax
 from cyb_jax import configs, training
 from cyb_jax.checkpointing.workdir import checkpoints_in
+from cyb_jax.cli import report
 from cyb_jax.decoder.lora import LEAVES
 from cyb_jax.errors import InputError
 from cyb_jax.interop import pretrained
 from cyb_jax.interop.base import BaseReference
 from cyb_jax.studies.resolution import resolve
+
+PACKAGE = pathlib.Path(cyb_jax.__file__).parent
 
 
 def tuned(base, **train):
@@ -84,7 +92,7 @@ def test_a_moved_base(folders, tmp_path):
   message = (
     f"workdir: {workdir} has only the trained parameters; the others are those of its base, {tmp_path}/gone, which"
     rf" can't be read \({tmp_path}/gone: no such folder or file.*\); set init_from in {workdir}/config\.json to the"
-    r" model that the run started from, or give it as --base \(cyb-train: as --config\.init_from\)"
+    r" model that the run started from, or give it as base$"
   )
   with pytest.raises(InputError, match=message):
     cyb_jax.load(str(workdir))
@@ -96,7 +104,7 @@ def test_a_moved_base(folders, tmp_path):
   path = workdir / "config.json"
   path.write_text(path.read_text().replace(str(tmp_path / "gone"), str(base)))
   assert_trees_equal(cyb_jax.load(str(workdir)).params, expected.params)
-  with pytest.raises(InputError, match=r"--base: .*moved' is given, but .*model is not a run; omit it"):
+  with pytest.raises(InputError, match=r"^base: .*moved' is given, but .*model is not a run; omit it"):
     cyb_jax.load(str(folders / "model"), base=str(base))
 
 
@@ -118,8 +126,135 @@ def test_another_base_is_refused(folders, tmp_path):
   message = rf"{base}, which has other weights than at the start of the run \(checksum \w{{12}}, not \w{{12}}\); set"
   with pytest.raises(InputError, match=message):
     cyb_jax.load(str(workdir), base=str(base))
-  with pytest.raises(InputError, match=message):
+  with pytest.raises(InputError, match=rf"{message} .*, or give it as --config\.init_from$"):
     training.train(resolve(tuned(base), workdir), workdir)
+
+
+def test_every_call_passes_the_place_of_the_base_on():
+  """Wherever the package loads a run, the base can have moved; the message names the option of the program at hand."""
+  calls = []
+  for path in sorted(PACKAGE.rglob("*.py")):
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)) if "pretrained.load_run" in text else ():
+      called = isinstance(node, ast.Call) and (node.func, *node.args)
+      if called and "pretrained.load_run" in map(ast.unparse, called):
+        names = {keyword.arg for keyword in node.keywords}
+        calls.append((path.name, None in names or {"base", "base_option"} <= names))
+  assert {name for name, _ in calls} >= {"models.py", "convert.py", "report.py", "harness.py", "memory.py"}
+  assert [name for name, passed in calls if not passed] == []
+
+
+REMEDY = " to the model that the run started from, or give it as --base"
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("generate", "--workdir=RUN", "--prompt=a"),
+    ("generate", "--init_from=RUN", "--prompt=a"),
+    ("evaluate", "--workdir=RUN"),
+    ("convert", "--to=hf", "--workdir=RUN", "--output=RUN/out"),
+    ("report", "--workdir=RUN"),
+    ("report", "--compare=RUN,OTHER", "--output=RUN/out"),
+    ("benchmark", "decode", "--workdir=RUN"),
+    ("benchmark", "memory", "--workdir=RUN", "--activities=evaluation"),
+    pytest.param(("benchmark", "serve", "--workdir=RUN"), marks=pytest.mark.slow),
+  ],
+  ids=" ".join,
+)
+def test_programs_name_their_option(folders, tmp_path, words):
+  workdir, _ = moved(folders, tmp_path)
+  other = another_seed(workdir)
+  program, *options = [word.replace("RUN", str(workdir)).replace("OTHER", str(other)) for word in words]
+  message = cli.complaint(program, *options)
+  assert f"its base, {tmp_path}/gone, which can't be read" in message
+  assert message.endswith(f"set init_from in {workdir}/config.json{REMEDY}")
+
+
+def another_seed(workdir):
+  """A copy of a run, as if it had another seed."""
+  folder = workdir.parent / "other"
+  shutil.copytree(workdir, folder)
+  config = json.loads((folder / "config.json").read_text())
+  config["train"]["seed"] = config["data"]["seed"] = 1
+  (folder / "config.json").write_text(json.dumps(config))
+  return folder
+
+
+def test_bases_of_compared_runs(folders, tmp_path, monkeypatch):
+  """One base for all runs with a frozen decoder, or one for each folder."""
+  workdir, base = moved(folders, tmp_path)
+  other = another_seed(workdir)
+  loaded = []
+
+  def compared(*folders, **given):
+    loaded.clear()
+    with pytest.raises(InputError) as error:
+      report_page.call(monkeypatch, compare=",".join(map(str, folders)), output=tmp_path / "report", **given)
+    return str(error.value)
+
+  def statistics(run, *_):
+    loaded.append(run.config.init_from)
+    if len(loaded) == 2:
+      raise InputError("both are loaded")
+    return {}
+
+  monkeypatch.setattr(report, "_statistics", statistics)
+  assert compared(workdir, other, base=base) == "both are loaded"
+  assert loaded == [str(base), str(base)]
+  assert "gone, which can't be read" in compared(workdir, other, base=f"{base},")
+  assert loaded == [str(base)]
+  shutil.copyfile(folders / "run" / "config.json", workdir / "config.json")
+  assert compared(workdir, other, base=f",{base}") == "both are loaded"
+  assert loaded == [str(folders / "model"), str(base)]
+  message = "--base: '/a,/b,/c' has 3 paths, but --compare has 2 folders; give one path for all runs with a frozen"
+  assert compared(workdir, other, base="/a,/b,/c").startswith(message)
+  meta = {str(workdir): {}, str(other): {"base": {}}}
+  candidates = [types.SimpleNamespace(workdir=folder, meta=found) for folder, found in meta.items()]
+  monkeypatch.setattr(report.flags, "FLAGS", types.SimpleNamespace(base=["there"]))
+  assert report._bases(candidates) == {str(workdir): "", str(other): "there"}
+  with pytest.raises(InputError, match="--base: 'there' is given, but the checkpoints of all runs have all parameters"):
+    report._bases(candidates[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["workdir", "init_from"])
+def test_a_program_reads_a_moved_base(folders, tmp_path, source):
+  workdir, base = moved(folders, tmp_path)
+  flags = ("--prompt=a", "--max_new_tokens=4", "--temperature=0")
+  expected, _ = cli.run("generate", f"--workdir={folders / 'run'}", *flags)
+  found, _ = cli.run("generate", f"--{source}={workdir}", f"--base={base}", *flags)
+  assert (found["text"], found["pauses"]) == (expected["text"], expected["pauses"])
+  message = cli.complaint("generate", f"--init_from={base}", f"--base={base}", *flags)
+  assert message == f"--base: '{base}' is given, but {base} is not a run; omit it"
+
+
+def test_the_harness_reads_a_moved_base(folders, tmp_path):
+  pytest.importorskip("lm_eval", reason="the extra harness isn't installed")
+  from cyb_jax.generation.harness import CybLM
+
+  workdir, base = moved(folders, tmp_path)
+  expected = cyb_jax.load(str(folders / "run"))
+  for source in ("workdir", "init_from"):
+    found = CybLM(**{source: str(workdir)}, base=str(base)).run
+    assert found.config.init_from == str(base)
+    assert_trees_equal(found.params, expected.params)
+    with pytest.raises(InputError, match=r"set init_from in .*, or give it as base in --model_args$"):
+      CybLM(**{source: str(workdir)})
+  with pytest.raises(InputError, match=r"^base: 'x' is given, but a loaded run has all parameters; omit it"):
+    CybLM(run=found, base="x")
+
+
+def test_the_base_of_a_base_is_named_by_its_config(folders, tmp_path):
+  """No option of the program gives the place of the base of another run."""
+  workdir, _ = moved(folders, tmp_path)
+  config = resolve(tuned(folders / "run"))
+  for start in (
+    lambda: training.train(dataclasses.replace(config, init_from=str(workdir)), tmp_path / "second"),
+    lambda: pretrained.load(pretrained.open_pretrained(str(workdir)), config),
+  ):
+    with pytest.raises(InputError, match=rf"set init_from in {workdir}/config\.json to the model .* started from$"):
+      start()
 
 
 def test_a_checkpoint_with_all_parameters_needs_no_base(folders, tmp_path):
@@ -136,9 +271,7 @@ def test_a_checkpoint_with_all_parameters_needs_no_base(folders, tmp_path):
   checkpoints.save(2, found.state | {"params": params}, meta)
   checkpoints.close()
   assert_trees_equal(cyb_jax.load(str(workdir)).params, params)
-  with pytest.raises(
-    InputError, match=r"--base: .*model' is given, but checkpoint 2 of .*run has all parameters; omit"
-  ):
+  with pytest.raises(InputError, match=r"^base: .*model' is given, but checkpoint 2 of .*run has all parameters; omit"):
     cyb_jax.load(str(workdir), base=str(folders / "model"))
   training.train(resolve(tuned(tmp_path / "gone"), workdir), workdir)
   assert "base" not in saved(workdir).meta

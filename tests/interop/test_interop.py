@@ -729,7 +729,7 @@ def test_the_config_of_qwen2_0_5b(tmp_path):
     ("gpt2", "scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx = True"),
     ("gpt2", "n_head", 5, "n_embd = 36 must be a multiple of n_head = 5"),
     ("llama", "attention_multiplier", 0.1, "attention_multiplier = 0.1 is unknown"),
-    ("llama", "quantization_config", {"bits": 4}, "quantization_config"),
+    ("llama", "quantization_config", {"quant_method": "new"}, r"quantization_config = .*'new'.* only supports None"),
     ("llama", "hidden_act", "relu2", "hidden_act = 'relu2' is not one of"),
     ("llama", "hidden_size", 37, r"\[67, 36\]; the config requires \[67, 37\]"),
     ("llama", "num_hidden_layers", 3, r"the tensor model\.layers\.2.* is missing"),
@@ -905,6 +905,28 @@ def test_an_inaccessible_folder_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"can't be read \(Permission denied\)") as error:
       opened(tmp_path / "m")
     assert str(tmp_path / "m") in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("number", "message"),
+  [
+    (200, "a tensor has the quantisation of number 200, which the installed package gguf does not know; pip install"),
+    (26, r"the tensor blk\.0\.attn_k\.weight has the dtype I32, which this version does not support"),
+  ],
+)
+def test_unknown_quantisations_of_gguf_files(number, message, tmp_path):
+  """Numbers of a format that the package does not know, and of one that it does not expand."""
+  _, config, _ = load(GOLDENS / "llama")
+  write_gguf(tmp_path / "m.gguf", tensors(GOLDENS / "llama"), config, "llama")
+  written = bytearray((tmp_path / "m.gguf").read_bytes())
+  name = b"blk.0.attn_k.weight"
+  # After the name: the number of axes (u32), two axes (u64), and the format (u32), which is 0, f32.
+  place = written.index(name) + len(name) + 4 + 2 * 8
+  assert written[place : place + 4] == bytes(4)
+  written[place : place + 4] = number.to_bytes(4, "little")
+  (tmp_path / "m.gguf").write_bytes(written)
+  with pytest.raises(InputError, match=rf"m\.gguf: {message}"):
+    interop.open_source(tmp_path / "m.gguf")
 
 
 def test_gguf_files_of_unsupported_models_are_refused(tmp_path):

@@ -165,8 +165,11 @@ FOUND = {
     "huggingface_config", "gemma3/config.json", _json(sliding_window_pattern=0, layer_types=None), "at least 1"),
   "a share that is not a number": (
     "huggingface_config", "pythia/config.json", _json(rotary_pct=float("nan")), "rotary_pct = nan must be finite"),
+  "a share beyond floats": (
+    "huggingface_config", "pythia/config.json", _json(rotary_pct=1e308), r"rotary_pct = 1e\+308 must be from 0 to 1"),
   "a long entry": ("tokenizer_json", "unigram/tokenizer.json", _with_long_entry, r"the id 0 to 'a+\.\.\., but"),
   "many pauses": ("run", "config.json", _json(method__pauses=2**31 - 1), "method.pauses: 2147483647 must be .* 1000"),
+  "a scaling that is a number": ("run", "config.json", _json(decoder__rope_scaling=5), "rope_scaling: 5 must be"),
   "an int beyond floats": ("run", "config.json", _json(optimizer__learning_rate=10**400), "10+... must be finite"),
   "a column that is not UTF-8": (
     "parquet", "snappy.parquet", lambda content: content.replace(b"text", b"te\xfft"), "is damaged or not"),
