@@ -16,8 +16,9 @@ PLANS: dict[str, Callable[[], dict[str, Any]]] = {"kills": kills.kills, "soak": 
 
 def define_flags() -> None:
   flags.DEFINE_string(
-    "plan", "kills", "kills: one run is killed --kills times. soak: runs are disturbed for --minutes by faults of many"
-    " kinds: kills, signals, stopped processes, disks that fail, steps of the clock, damaged files, two starters."
+    "plan", "kills", "What happens. kills: one run is killed --kills times; soak: runs are disturbed for --minutes by"
+    " faults of many kinds: kills, signals, stopped processes, disks that fail, steps of the clock, damaged files, two"
+    " starters."
   )  # fmt: skip
   flags.DEFINE_integer("kills", 100, "With --plan=kills: the number of kills.")
   flags.DEFINE_float(
