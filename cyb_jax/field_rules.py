@@ -56,8 +56,8 @@ def whole_number(minimum: int = 0, maximum: float = math.inf, *, note: str = "")
   )
 
 
-def number_of_pauses(minimum: int = 0, *, note: str = "") -> Rule:
-  """Accepts numbers of slots after a token's first; the maximum keeps arrays with one entry per slot small."""
+def number_of_slots(minimum: int = 0, *, note: str = "") -> Rule:
+  """Accepts numbers of a token's slots, or pauses; the maximum keeps arrays with one entry per slot small."""
   return whole_number(minimum, 1000, note=note)
 
 

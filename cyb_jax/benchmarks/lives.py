@@ -33,7 +33,7 @@ _LONGEST_LIFE = 1200.0
 # The seconds beyond the heartbeat within which the remaining hosts must exit.
 _MARGIN = 90.0
 HEARTBEAT = 10
-# A host whose fellow is killed before they have connected exits after this time.
+# If another host is killed before they have connected, a host exits after this time.
 _JOIN_TIMEOUT = 60
 
 

@@ -22,20 +22,20 @@ from absl import flags, logging
 
 from cyb_jax import jsonl
 from cyb_jax.benchmarks import compared_runs, lives
-from cyb_jax.benchmarks.answers import (
+from cyb_jax.benchmarks.disturbed_run import DisturbedRun
+from cyb_jax.benchmarks.fault_answers import (
   ALSO_INTERRUPTED,
-  BEREFT,
   COMPLETE,
   DAMAGED,
   DISK_FAILED,
   INTERRUPTED,
   KILLED,
   NOT_KILLED,
+  OTHER_HOST_DIED,
   REFUSED,
   Answer,
   Expected,
 )
-from cyb_jax.benchmarks.scene import Scene
 from cyb_jax.errors import Failed, InputError
 
 # The steps of a run, in which about one fault of each kind finds its place.
@@ -48,11 +48,11 @@ _LONGEST_END = 1200.0
 _SHOWN_PROBLEMS = 20
 
 
-def _answers(scene: Scene, life: lives.Life, expected: Mapping[int, Expected], rest: Expected) -> list[Answer]:
+def _answers(run: DisturbedRun, life: lives.Life, expected: Mapping[int, Expected], rest: Expected) -> list[Answer]:
   """The answers of all hosts of a life that has ended; hosts that still run are killed, which is a wrong answer.
 
   Args:
-    scene: the scene of the life.
+    run: the run that the life belongs to.
     life: the life.
     expected: the expected answers of some hosts.
     rest: that of the other hosts.
@@ -61,7 +61,7 @@ def _answers(scene: Scene, life: lives.Life, expected: Mapping[int, Expected], r
   answers = []
   for host, code in enumerate([life.kill_host(host) for host in range(life.hosts)]):
     wanted = expected.get(host, rest)
-    if code == 0 and (scene.workdir / "evaluation.json").exists():  # the run was complete before the fault
+    if code == 0 and (run.workdir / "evaluation.json").exists():  # the run was complete before the fault
       wanted = COMPLETE
     elif host in running:
       wanted = NOT_KILLED
@@ -80,112 +80,112 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
   return True
 
 
-def _killed(scene: Scene, life: lives.Life, *, says: str = "", running: bool = False) -> list[Answer]:
+def _killed(run: DisturbedRun, life: lives.Life, *, says: str = "", running: bool = False) -> list[Answer]:
   """The answers after one host is killed at a random moment; the others must then exit."""
-  scene.reach(life, running=running)
-  victim = scene.some_host()
+  run.reach(life, running=running)
+  victim = run.some_host()
   life.kill_host(victim)
   others = [host for host in range(life.hosts) if host != victim]
   life.wait(others, _PATIENCE)
-  answers = _answers(scene, life, {victim: KILLED}, BEREFT)
+  answers = _answers(run, life, {victim: KILLED}, OTHER_HOST_DIED)
   answers[0] = dataclasses.replace(answers[0], expected=dataclasses.replace(answers[0].expected, says=says))
   return answers
 
 
-def _kill(scene: Scene) -> list[Answer]:
-  with scene.life() as life:
-    return _killed(scene, life)
+def _kill(run: DisturbedRun) -> list[Answer]:
+  with run.life() as life:
+    return _killed(run, life)
 
 
-def _terminate(scene: Scene) -> list[Answer]:
-  with scene.life() as life:
+def _terminate(run: DisturbedRun) -> list[Answer]:
+  with run.life() as life:
     # Before its first line, a program may not have set the handlers of signals.
     _wait_until(lambda: life.has_logged, _PATIENCE)
-    scene.reach(life)
-    life.signal(signal.SIGTERM, scene.some_host())
+    run.reach(life)
+    life.signal(signal.SIGTERM, run.some_host())
     life.wait(range(life.hosts), _PATIENCE)
-    scene.interrupted.update(int(step) for step in re.findall(r"saved at step (\d+) of", life.text(0)))
-    return _answers(scene, life, {0: INTERRUPTED}, ALSO_INTERRUPTED)
+    run.interrupted.update(int(step) for step in re.findall(r"saved at step (\d+) of", life.text(0)))
+    return _answers(run, life, {0: INTERRUPTED}, ALSO_INTERRUPTED)
 
 
-def _stop(scene: Scene) -> list[Answer]:
+def _stop(run: DisturbedRun) -> list[Answer]:
   """Stops a process for longer than the heartbeat; the same command is started meanwhile, and the process continues."""
-  with scene.life() as life:
-    if not scene.reach(life):
-      return _answers(scene, life, {}, COMPLETE)
-    stopped = scene.some_host()
+  with run.life() as life:
+    if not run.reach(life):
+      return _answers(run, life, {}, COMPLETE)
+    stopped = run.some_host()
     life.signal(signal.SIGSTOP, stopped)
     until = time.monotonic() + lives.HEARTBEAT + _BEYOND
     others = [host for host in range(life.hosts) if host != stopped]
     if others:
       life.wait(others, _PATIENCE)
-    with scene.life() as second:
+    with run.life() as second:
       # The second start is refused if the stopped process holds the lock of the folder.
       _wait_until(lambda: second.last_step > 0 or second.wait(range(second.hosts), 0.0), _PATIENCE)
       time.sleep(max(0.0, until - time.monotonic()))
       life.signal(signal.SIGCONT, stopped)
       if others:
         life.wait([stopped], _PATIENCE)
-        answers = _answers(scene, life, {}, BEREFT)
+        answers = _answers(run, life, {}, OTHER_HOST_DIED)
         if second.wait(range(second.hosts), 0.0):
-          return answers + _refused(scene, second)
-        return answers + _killed(scene, second)
-      return _one_is_refused(scene, life, second)
+          return answers + _refused(run, second)
+        return answers + _killed(run, second)
+      return _one_is_refused(run, life, second)
 
 
-def _start_two(scene: Scene) -> list[Answer]:
-  with scene.life() as first:
-    time.sleep(scene.rng.random() * 1.2 * (scene.durations.median("start_up") or 1.0))
-    with scene.life() as second:
-      return _one_is_refused(scene, first, second)
+def _start_two(run: DisturbedRun) -> list[Answer]:
+  with run.life() as first:
+    time.sleep(run.rng.random() * 1.2 * (run.durations.median("start_up") or 1.0))
+    with run.life() as second:
+      return _one_is_refused(run, first, second)
 
 
-def _one_is_refused(scene: Scene, first: lives.Life, second: lives.Life) -> list[Answer]:
+def _one_is_refused(run: DisturbedRun, first: lives.Life, second: lives.Life) -> list[Answer]:
   """The answers of two lives of one run, of which one must be refused; the other is killed in the end."""
   everyone = range(first.hosts)
   _wait_until(lambda: first.wait(everyone, 0.0) or second.wait(everyone, 0.0), _PATIENCE)
   ended, other = (first, second) if first.wait(everyone, 0.0) else (second, first)
   if first.wait(everyone, 0.0) and not any(first.kill_host(host) for host in everyone):  # it has completed the run
     second.wait(everyone, _PATIENCE)
-    return _answers(scene, first, {}, COMPLETE) + _refused(scene, second)
-  return _refused(scene, ended) + _killed(scene, other)
+    return _answers(run, first, {}, COMPLETE) + _refused(run, second)
+  return _refused(run, ended) + _killed(run, other)
 
 
-def _refused(scene: Scene, life: lives.Life) -> list[Answer]:
-  return _answers(scene, life, {0: REFUSED}, Expected(REFUSED.codes))
+def _refused(run: DisturbedRun, life: lives.Life) -> list[Answer]:
+  return _answers(run, life, {0: REFUSED}, Expected(REFUSED.codes))
 
 
-def _failing_disk(number: int, *, allows_removal: bool) -> Callable[[Scene], list[Answer]]:
+def _failing_disk(number: int, *, allows_removal: bool) -> Callable[[DisturbedRun], list[Answer]]:
   """A fault: from a random moment on, writes in the run's folder fail with an error of a number."""
 
-  def inject(scene: Scene) -> list[Answer]:
-    places = {"folder": str(scene.workdir), "marker": str(scene.marker)}
+  def inject(run: DisturbedRun) -> list[Answer]:
+    places = {"folder": str(run.workdir), "marker": str(run.marker)}
     disk = places | {"error": number, "allows_removal": allows_removal}
-    with scene.life(disk=disk) as life:
+    with run.life(disk=disk) as life:
       try:
-        scene.reach(life)
-        scene.marker.touch()
+        run.reach(life)
+        run.marker.touch()
         life.wait(range(life.hosts), _PATIENCE)
-        return _answers(scene, life, {}, DISK_FAILED)
+        return _answers(run, life, {}, DISK_FAILED)
       finally:
         life.kill_now()
-        scene.marker.unlink(missing_ok=True)
+        run.marker.unlink(missing_ok=True)
 
   return inject
 
 
-def _set_clock(scene: Scene) -> list[Answer]:
-  with scene.life(clock=int(scene.rng.integers(2**31))) as life:
-    return _killed(scene, life, running=True)
+def _set_clock(run: DisturbedRun) -> list[Answer]:
+  with run.life(clock=int(run.rng.integers(2**31))) as life:
+    return _killed(run, life, running=True)
 
 
-def _flip_bit(scene: Scene) -> list[Answer]:
-  newest = scene.workdir / "checkpoints" / str(scene.checkpoints()[-1])
+def _flip_bit(run: DisturbedRun) -> list[Answer]:
+  newest = run.workdir / "checkpoints" / str(run.checkpoints()[-1])
   files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
-  flip(files[scene.rng.integers(len(files))], scene.rng)
-  scene.cause = "flipped_bit"
-  with scene.life() as life:
-    return _killed(scene, life, says=DAMAGED.says, running=True)
+  flip(files[run.rng.integers(len(files))], run.rng)
+  run.cause = "flipped_bit"
+  with run.life() as life:
+    return _killed(run, life, says=DAMAGED.says, running=True)
 
 
 def flip(path: pathlib.Path, rng: np.random.Generator) -> None:
@@ -195,11 +195,11 @@ def flip(path: pathlib.Path, rng: np.random.Generator) -> None:
   path.write_bytes(content)
 
 
-def _truncate(scene: Scene) -> list[Answer]:
-  truncate(scene.workdir / "metrics.jsonl", scene.checkpoints()[-1], scene.rng)
-  scene.cause = "truncated_line"
-  with scene.life() as life:
-    return _killed(scene, life)
+def _truncate(run: DisturbedRun) -> list[Answer]:
+  truncate(run.workdir / "metrics.jsonl", run.checkpoints()[-1], run.rng)
+  run.cause = "truncated_line"
+  with run.life() as life:
+    return _killed(run, life)
 
 
 def truncate(path: pathlib.Path, newest: int, rng: np.random.Generator) -> None:
@@ -226,11 +226,11 @@ class Fault:
   """A kind of fault.
 
   Attributes:
-    inject: runs one life of the scene's run or more, injects the fault, and returns the answers of all processes.
+    inject: runs one life of the run or more, injects the fault, and returns the answers of all processes.
     checkpoints: the number of finished checkpoints that the run must have.
   """
 
-  inject: Callable[[Scene], list[Answer]]
+  inject: Callable[[DisturbedRun], list[Answer]]
   checkpoints: int = 0
 
 
@@ -294,25 +294,25 @@ def soak() -> dict[str, Any]:
     config = compared_runs.write_config(folder, steps=_STEPS)
     with lives.server(folder) as server:
       rng = np.random.default_rng(args.kills_seed)
-      scene = Scene(server, config, folder, rng, hosts=args.hosts, devices=args.devices)
+      run = DisturbedRun(server, config, folder, rng, hosts=args.hosts, devices=args.devices)
       logging.info("training undisturbed")
-      with scene.life() as life:
-        life.end(scene.durations)
+      with run.life() as life:
+        life.end(run.durations)
       logging.info("undisturbed: %d steps in %.0f s", _STEPS, time.perf_counter() - start)
-      watch = Watch(scene)
+      watch = Watch(run)
       watch.disturb(time.monotonic() + 60 * args.minutes)
   result = {
     "benchmark": "faults",
     "plan": "soak",
-    "hosts": scene.hosts,
+    "hosts": run.hosts,
     "minutes": args.minutes,
     "runs": watch.runs,
     "steps": _STEPS,
-    "faults": {name: tally.record(scene.repeated[name]) for name, tally in watch.tallies.items()},
+    "faults": {name: tally.record(run.repeated[name]) for name, tally in watch.tallies.items()},
     "injected": sum(tally.injected for tally in watch.tallies.values()),
     "identical": watch.runs - watch.different,
     "problems": watch.problems[:_SHOWN_PROBLEMS],
-    "timing": {"seconds": time.perf_counter() - start, "start_up_seconds": scene.durations.median("start_up")},
+    "timing": {"seconds": time.perf_counter() - start, "start_up_seconds": run.durations.median("start_up")},
   }
   if watch.problems:
     raise Failed(f"soak: {len(watch.problems)} problems; the first: {watch.problems[0]}", result)
@@ -329,17 +329,17 @@ class Watch:
     problems: a line for each wrong answer and each difference.
   """
 
-  def __init__(self, scene: Scene) -> None:
+  def __init__(self, run: DisturbedRun) -> None:
     self.runs, self.different = 0, 0
     self.tallies = {name: Tally() for name in FAULTS}
     self.problems: list[str] = []
-    self._scene = scene
+    self._disturbed = run
     self._queue: list[str] = []
 
   def disturb(self, until: float) -> None:
     """Disturbs runs until a time of `time.monotonic`, and until every kind of fault was injected."""
     while not self._is_over(until):
-      self._scene.begin(self.runs)
+      self._disturbed.begin(self.runs)
       self._run(until)
 
   def _is_over(self, until: float) -> bool:
@@ -347,17 +347,17 @@ class Watch:
 
   def _run(self, until: float) -> None:
     """Disturbs one run until it is complete or the time is over; compares its folder."""
-    scene, complete = self._scene, False
+    run, complete = self._disturbed, False
     while not complete and not self._is_over(until):
       complete = self._inject(self._next())
     if not complete:
-      with scene.life() as life:
+      with run.life() as life:
         life.wait(range(life.hosts), _LONGEST_END)
-        self._judge("the last life", _answers(scene, life, {}, COMPLETE))
+        self._judge("the last life", _answers(run, life, {}, COMPLETE))
     self.runs += 1
     difference: str | None = "it is not complete"
-    if (scene.workdir / "evaluation.json").exists():
-      difference = compared_runs.first_difference(scene.reference, scene.workdir, interrupted=scene.interrupted)
+    if (run.workdir / "evaluation.json").exists():
+      difference = compared_runs.first_difference(run.reference, run.workdir, interrupted=run.interrupted)
     logging.info("run %d is complete: %s", self.runs, difference or "identical")
     if difference is not None:
       self.different += 1
@@ -367,19 +367,19 @@ class Watch:
     """The kind of the next fault: the next in a random order that the run can have now."""
     for _ in range(2):
       for name in self._queue:
-        if FAULTS[name].checkpoints <= len(self._scene.checkpoints()):
+        if FAULTS[name].checkpoints <= len(self._disturbed.checkpoints()):
           self._queue.remove(name)
           return name
-      self._queue += [str(name) for name in self._scene.rng.permutation(list(FAULTS))]
+      self._queue += [str(name) for name in self._disturbed.rng.permutation(list(FAULTS))]
     raise AssertionError("there are kinds of faults that need no checkpoint")
 
   def _inject(self, name: str) -> bool:
     """Injects a fault; returns whether the run is complete."""
-    scene, tally = self._scene, self.tallies[name]
-    answers = FAULTS[name].inject(scene)
-    scene.cause = name
+    run, tally = self._disturbed, self.tallies[name]
+    answers = FAULTS[name].inject(run)
+    run.cause = name
     codes = [answer.code for answer in answers]
-    complete = not any(codes[-scene.hosts :])
+    complete = not any(codes[-run.hosts :])
     if not any(codes):
       tally.missed += 1
       self._queue.insert(0, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from cyb_jax.field_rules import INNER_SHARE, number_of_pauses, or_none
+from cyb_jax.field_rules import INNER_SHARE, number_of_slots, or_none
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import ExportableSlotMethod
 from cyb_jax.methods.objectives.constant import ConstantShares
@@ -27,7 +27,7 @@ class ConstantStopConfig(PauseOptions):
 
   name: ClassVar[str] = "constant_stop"
   RULES: ClassVar = {
-    "pauses": number_of_pauses(1, note="; without pauses it is 'baseline'"),
+    "pauses": number_of_slots(1, note="; without pauses it is 'baseline'"),
     "dont_know_prior": or_none(INNER_SHARE, "for equal shares"),
   }
 

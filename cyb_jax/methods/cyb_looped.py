@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from jaxtyping import Array, Int
 
-from cyb_jax.field_rules import number_of_pauses
+from cyb_jax.field_rules import number_of_slots
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.objectives.stopping import StoppingOptions
 from cyb_jax.methods.slot_models.read_loops import LoopCache, ReadLoops
@@ -27,7 +27,7 @@ class CybLoopedConfig(StoppingOptions):
   """
 
   name: ClassVar[str] = "cyb_looped"
-  RULES: ClassVar = {"pauses": number_of_pauses(1, note="; without a second loop it is 'baseline'")}
+  RULES: ClassVar = {"pauses": number_of_slots(1, note="; without a second loop it is 'baseline'")}
 
   def build(self, backbone: Backbone) -> CybLooped:
     return CybLooped(self, backbone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from cyb_jax.field_rules import number_of_pauses
+from cyb_jax.field_rules import number_of_slots
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.objectives.last import LastSlot
@@ -22,7 +22,7 @@ class LoopedConfig(MethodConfig):
   """
 
   name: ClassVar[str] = "looped"
-  RULES: ClassVar = {"pauses": number_of_pauses(1, note="; without a second pass through the layers it is 'baseline'")}
+  RULES: ClassVar = {"pauses": number_of_slots(1, note="; without a second pass through the layers it is 'baseline'")}
 
   pauses: int = 3
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.costs import flops
-from cyb_jax.field_rules import one_of, whole_number
+from cyb_jax.field_rules import number_of_slots, one_of
 from cyb_jax.methods.backbone import Backbone, boxed
 from cyb_jax.methods.composite import CachedSlotMethod
 from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
@@ -47,7 +47,7 @@ class MosConfig(MethodConfig):
 
   name: ClassVar[str] = "mos"
   RULES: ClassVar = {
-    "heads": whole_number(2, 1000, note="; with 1 it is 'baseline'"),
+    "heads": number_of_slots(2, note="; with 1 it is 'baseline'"),
     "head_activation": one_of("tanh", "none"),
   }
 

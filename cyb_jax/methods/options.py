@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import ClassVar
 
-from cyb_jax.field_rules import Rule, check_fields, number_of_pauses
+from cyb_jax.field_rules import Rule, check_fields, number_of_slots
 
 if typing.TYPE_CHECKING:
   from cyb_jax.methods.backbone import Backbone
@@ -28,7 +28,7 @@ class MethodConfig:
   """
 
   name: ClassVar[str]
-  RULES: ClassVar[Mapping[str, Rule]] = {"pauses": number_of_pauses()}
+  RULES: ClassVar[Mapping[str, Rule]] = {"pauses": number_of_slots()}
 
   def __post_init__(self):
     check_fields("method", self, self.rules())

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from cyb_jax.field_rules import Rule, number_of_pauses
+from cyb_jax.field_rules import Rule, number_of_slots
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import SequentialSlotMethod
 from cyb_jax.methods.interface import Batch, Params, TokenLosses
@@ -30,7 +30,7 @@ class PonderOptions(MethodConfig):
   """
 
   RULES: ClassVar = {
-    "pauses": number_of_pauses(1, note="; without pauses it is 'baseline'"),
+    "pauses": number_of_slots(1, note="; without pauses it is 'baseline'"),
     "jacobi": Rule(
       lambda value: len(value) == 2 and 0 <= value[0] <= value[1],
       "the minimum and the maximum number of passes, such as '2:3'",

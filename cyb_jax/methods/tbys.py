@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from cyb_jax.field_rules import number_of_pauses
+from cyb_jax.field_rules import number_of_slots
 from cyb_jax.methods.backbone import Backbone
 from cyb_jax.methods.composite import ExportableSlotMethod
 from cyb_jax.methods.objectives.last import LastSlot
@@ -20,7 +20,7 @@ class TbysConfig(PauseOptions):
   """The options of `tbys`: the options of pauses."""
 
   name: ClassVar[str] = "tbys"
-  RULES: ClassVar = {"pauses": number_of_pauses(1, note="; without pauses it is 'baseline'")}
+  RULES: ClassVar = {"pauses": number_of_slots(1, note="; without pauses it is 'baseline'")}
 
   def build(self, backbone: Backbone) -> ExportableSlotMethod:
     slots = Pauses(backbone, self)

@@ -9,7 +9,7 @@ import cli
 import numpy as np
 import pytest
 
-from cyb_jax.benchmarks import answers, soak
+from cyb_jax.benchmarks import fault_answers, soak
 from cyb_jax.benchmarks.soak import FAULTS
 
 LOG = "I1130 13:00:00.000000 1 trainer.py:1] step 1/2\n"
@@ -19,22 +19,27 @@ LINE = "error: workdir: another run is training in run; wait for its end, or giv
 @pytest.mark.parametrize(
   ("code", "text", "expected", "problem"),
   [
-    (-9, LOG, answers.KILLED, None),
-    (2, LOG + LINE, answers.REFUSED, None),
-    (0, LOG + "{}\n", answers.COMPLETE, None),
-    (75, LOG + "I1130 13:00:00.000000 1 a.py:1] saved; the same command continues\n", answers.INTERRUPTED, None),
-    (75, LOG, answers.INTERRUPTED, "no message of the form"),
-    (1, LOG + LINE, answers.REFUSED, "exit code 1 instead of 2"),
-    (2, LOG + "error: workdir: another run is training in run\n", answers.REFUSED, "names no remedy: error: workdir"),
-    (2, LOG + LINE + LINE, answers.REFUSED, "2 error lines instead of 1"),
-    (-9, LOG + LINE, answers.KILLED, "1 error lines instead of 0"),
-    (1, LOG + "Traceback (most recent call last):\n", answers.DISK_FAILED, "a traceback"),
-    (2, LOG + LINE + "and more\n", answers.REFUSED, "a message of several lines: and more"),
-    (-9, LOG, answers.NOT_KILLED, "has not ended in time"),
+    (-9, LOG, fault_answers.KILLED, None),
+    (2, LOG + LINE, fault_answers.REFUSED, None),
+    (0, LOG + "{}\n", fault_answers.COMPLETE, None),
+    (75, LOG + "I1130 13:00:00.000000 1 a.py:1] saved; the same command continues\n", fault_answers.INTERRUPTED, None),
+    (75, LOG, fault_answers.INTERRUPTED, "no message of the form"),
+    (1, LOG + LINE, fault_answers.REFUSED, "exit code 1 instead of 2"),
+    (
+      2,
+      LOG + "error: workdir: another run is training in run\n",
+      fault_answers.REFUSED,
+      "names no remedy: error: workdir",
+    ),
+    (2, LOG + LINE + LINE, fault_answers.REFUSED, "2 error lines instead of 1"),
+    (-9, LOG + LINE, fault_answers.KILLED, "1 error lines instead of 0"),
+    (1, LOG + "Traceback (most recent call last):\n", fault_answers.DISK_FAILED, "a traceback"),
+    (2, LOG + LINE + "and more\n", fault_answers.REFUSED, "a message of several lines: and more"),
+    (-9, LOG, fault_answers.NOT_KILLED, "has not ended in time"),
   ],
 )
 def test_wrong_answers_are_found(code, text, expected, problem):
-  found = answers.Answer(code, text, expected).problem()
+  found = fault_answers.Answer(code, text, expected).problem()
   assert (found is None) if problem is None else (problem in found)
 
 

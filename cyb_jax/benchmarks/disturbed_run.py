@@ -13,7 +13,7 @@ import numpy as np
 from cyb_jax.benchmarks import lives
 
 
-class Scene:
+class DisturbedRun:
   """A run that is disturbed: the command that starts and continues it, and the source of randomness.
 
   Args:

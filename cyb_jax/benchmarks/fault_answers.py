@@ -33,8 +33,8 @@ REFUSED = Expected((EXIT_BAD_INPUT,), r"another run (is training|has just traine
 # Before its first file is written, a run takes a disk that fails for an invalid folder.
 DISK_FAILED = Expected((EXIT_CRASH, EXIT_BAD_INPUT))
 DAMAGED = Expected((-signal.SIGKILL,), r"checkpoint \d+ is damaged: .*; it was moved to .*; \d+ is used instead")
-# A host whose fellow has died; jax may abort it.
-BEREFT = Expected((EXIT_CRASH, EXIT_BAD_INPUT, -signal.SIGABRT), r"error: ")
+# A host when another host has died; jax may abort it.
+OTHER_HOST_DIED = Expected((EXIT_CRASH, EXIT_BAD_INPUT, -signal.SIGABRT), r"error: ")
 COMPLETE = Expected((0,))
 # A process that still ran when it should have ended, so that the benchmark has killed it.
 NOT_KILLED = Expected(())
