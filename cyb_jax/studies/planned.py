@@ -190,7 +190,11 @@ class PlannedRunner:
     if before is not None:  # a pretrained model whose folder was deleted
       if before["perplexity"] != entry["perplexity"]:
         found = before["perplexity"], entry["perplexity"]
-        logging.warning("%s: its perplexity was %s, and is %s now", run.key, *found)
+        logging.warning(
+          "%s: its perplexity was %s, and is %s now, so the rows that start from it now cannot be compared with earlier"
+          " ones; keep its folder, or compare them with a reference that starts from it too (`Row.compared_with`)",
+          run.key, *found,
+        )  # fmt: skip
       return
     decided = len(planned_runs.gates(self._plan, self._results.runs))
     self._results.add(run.key, entry, tokens)

@@ -48,7 +48,8 @@ def table(plan: PlannedStudy, results: Mapping[str, Entry], documents: Mapping[s
   """
   finished = {row.name: _finished(plan, results, row) for row in plan.rows}
   rows = [_row(plan, row, finished, documents) for row in plan.rows if finished[row.name]]
-  _mark_front([row for row in rows if plan.row(row["row"]).steps == plan.row(plan.reference).steps])
+  of_reference = [row for row in rows if row["compared_with"] == plan.reference]
+  _mark_front([row for row in of_reference if plan.row(row["row"]).steps == plan.row(plan.reference).steps])
   rates = {}
   for row in plan.rows:
     found = {
@@ -63,7 +64,7 @@ def table(plan: PlannedStudy, results: Mapping[str, Entry], documents: Mapping[s
 def text(plan: PlannedStudy, numbers: Mapping[str, Any]) -> str:
   """The tables of `table` as Markdown."""
   has_training = any(row["training_perplexity"] is not None for row in numbers["rows"])
-  rows = [_cells(row, has_training) for row in numbers["rows"]]
+  rows = [_cells(row, plan.reference, has_training) for row in numbers["rows"]]
   header = (
     "row", "seeds", "rate", "perplexity", *["under the training omega"] * has_training,
     f"difference to {plan.reference}, nats", "by seed", "mean pauses", "slots per token",
@@ -123,7 +124,7 @@ def _row(
   plan: PlannedStudy, row: Row, finished: Mapping[str, Sequence[Entry]], documents: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
   entries = finished[row.name]
-  reference = _same_seeds(entries, finished[plan.reference])
+  reference = _same_seeds(entries, finished[row.compared_with or plan.reference])
   perplexities = [entry["perplexity"] for entry in entries]
   compared = None if row.name == plan.reference else difference(entries, reference, documents)
   paced = _self_paced(entries)
@@ -143,7 +144,8 @@ def _row(
     "train_slots": _ratio(entries, "train_slots", "train_tokens"),
     "inference_flops": _mean(entries, "inference_flops"),
     "self_paced": paced,
-    "reference_tokens": _reference_tokens(plan, finished, loss),
+    "compared_with": row.compared_with or plan.reference,
+    "reference_tokens": None if row.compared_with else _reference_tokens(plan, finished, loss),
     "front": [],
   }
 
@@ -224,11 +226,13 @@ def _ratio(entries: Sequence[Entry], above: str, below: str) -> float | None:
   return found[0] / found[1] if found[0] is not None and found[1] else None
 
 
-def _cells(row: Mapping[str, Any], has_training: bool) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any], reference: str, has_training: bool) -> tuple[str, ...]:
   compared, paced, reached = "-", row["self_paced"], row["reference_tokens"]
   if row["interval"] is not None:
     low, high = row["interval"]
     compared = f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+  if row["compared_with"] != reference:
+    compared += f", to {row['compared_with']}"
   seeds = str(row["seeds"]) if row["seeds"] == row["of_seeds"] else f"{row['seeds']} of {row['of_seeds']}"
   cost = row["inference_flops"]
   tokens = ""

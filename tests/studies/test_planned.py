@@ -362,6 +362,25 @@ def test_the_table_by_hand(tmp_path, monkeypatch):
   assert (lines[0][5], lines[2][5], lines[3][5]) == ("under the training omega", "-", "50.00")
 
 
+def test_a_row_is_compared_with_its_own_reference(tmp_path, monkeypatch):
+  """The last row against `ap`: the documents' losses differ by 0.5 at 5 of 10 tokens."""
+  installed(monkeypatch)
+  *groups, last = TINY.groups
+  (row,) = last
+  plan = dataclasses.replace(TINY, groups=(*groups, (dataclasses.replace(row, compared_with="ap"),)))
+  run(plan, tmp_path / "study", tmp_path / "results.json")
+  results = ResultsFile(tmp_path / "results.json", plan)
+  numbers = planned_tables.table(plan, results.runs, results.documents)
+  ours, before = (found["rows"][-1] for found in (numbers, planned_tables.table(TINY, results.runs, results.documents)))
+  assert ours["row"] == row.name
+  assert before["difference"] == pytest.approx(0.0)
+  assert ours["difference"] == pytest.approx(0.5 * 5 / 10)
+  # How far another pretrained model is on the way of the reference is not known.
+  assert (ours["reference_tokens"], ours["front"]) == (None, [])
+  line = planned_tables.text(plan, numbers).splitlines()[2 + len(numbers["rows"]) - 1]
+  assert line.split("|")[5].strip().endswith("), to ap")
+
+
 def test_the_status_of_a_study(tmp_path, monkeypatch):
   folder = tmp_path / "study"
   text, state = planned_status.status(TINY, folder, {}, 2)
@@ -510,7 +529,7 @@ def test_costs_by_hand():
 def test_the_plan_of_a_gpu():
   """30M parameters in the layers, and the rows of `finetune` at 6.7 times the tokens."""
   rows, tuned = ({row.name: row for row in plan.rows} for plan in (plans.GPU, plans.FINETUNE))
-  assert rows.keys() == tuned.keys() - {"ap_3x"}
+  assert rows.keys() == tuned.keys() - {"ap_3x", "baseline_again"}
   for name, row in rows.items():
     assert (row.setting, row.fields, row.paced) == (tuned[name].setting, tuned[name].fields, tuned[name].paced)
     assert row.steps * plans.GPU.step_tokens == pytest.approx(20 / 3 * tuned[name].steps * plans.FINETUNE.step_tokens)
