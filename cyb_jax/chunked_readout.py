@@ -90,7 +90,7 @@ class ChunkedReadout:
   def spread(
     self,
     function: Callable[..., Any],
-    of_slots: Sequence[Array],
+    of_slots: Sequence[Any],
     table: Array,
     *,
     of_chunks: Array | None = None,
@@ -102,15 +102,16 @@ class ChunkedReadout:
 
     Args:
       function: returns a tuple.
-      of_slots: arrays [G, C, J, ...].
+      of_slots: trees of arrays [G, C, J, ...]; the first is an array.
       table: [V, D], the unembedding.
       of_chunks: an array [J, G, C, ...].
-      results: of each result of `function`, 'slots' for an array [G, C, J, ...], 'chunks' for [J, G, C, ...], or
-        'table' for the gradient of the table, which is scattered once after the call, not once per chunk.
+      results: of each result of `function`, 'slots' for a tree of arrays [G, C, J, ...], 'chunks' for an array
+        [J, G, C, ...], or 'table' for the gradient of the table, which is scattered once after the call, not once per
+        chunk.
     """
-    given = [*of_slots, *(() if of_chunks is None else (of_chunks,))]
+    given = [*of_slots, *(() if of_chunks is None else (of_chunks,)), table]
     if self.mesh is None:
-      return function(self, PartitionSpec(None, None), *given, table)
+      return function(self, PartitionSpec(None, None), *given)
     slots, rows = spec(of_slots[0].shape, ("batch",), self.mesh), spec(table.shape, ("vocab", "embed"), self.mesh)
     specs = {"slots": slots, "chunks": PartitionSpec(None, *slots), "table": rows}
     spread = jax.shard_map(
@@ -121,7 +122,7 @@ class ChunkedReadout:
       out_specs=tuple(specs[result] for result in results),
       check_vma=False,
     )  # fmt: skip
-    return spread(*given, table)
+    return spread(*given)
 
 
 def columns(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:
@@ -154,9 +155,10 @@ def _forward(
   return outputs, (hidden, unembedding, targets, *outputs, *kept)
 
 
-def _backward(
+def backward(
   readout: ChunkedReadout, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array | None, None]:
+  """Returns the cotangents of (hidden, unembedding, targets) from those of (z_y, l)."""
   d_target, d_normalizer = cotangents
   if readout.frozen:
     mean, gap, target_logit = residuals
@@ -176,10 +178,10 @@ def _backward(
   return d_hidden, d_unembedding.astype(unembedding.dtype), None
 
 
-target_logits.defvjp(_forward, _backward)
+target_logits.defvjp(_forward, backward)
 
 
-def _first_row(rows: PartitionSpec, table: Array) -> Int[Array, ""] | int:
+def first_row(rows: PartitionSpec, table: Array) -> Int[Array, ""] | int:
   """Returns the number of the first row of this device's part of the unembedding."""
   return 0 if rows[0] is None else jax.lax.axis_index(rows[0]) * len(table)
 
@@ -189,7 +191,7 @@ def _read(
 ) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"]]:
   """Returns (z_y, l) of slots; `rows` has the mesh axes that split the unembedding."""
   target_logit, log_normalizer = _scan(readout, rows, hidden, targets, table, lambda *_: ())
-  log_normalizer, target_logit = _over_parts(rows, log_normalizer, target_logit)
+  log_normalizer, target_logit = over_parts(rows, log_normalizer, target_logit)
   return target_logit, log_normalizer
 
 
@@ -210,7 +212,7 @@ def _read_means(
   readout: ChunkedReadout, rows: PartitionSpec, hidden: Array, targets: Array, table: Array
 ) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"], Float[Array, "G C J D"], Float[Array, "G C J D"]]:
   """Returns (z_y, l, mean, mean - U_y) of slots: the mean of the rows is p U, where the cap's slope multiplies p."""
-  first = _first_row(rows, table)
+  first = first_row(rows, table)
 
   def means(chunk: Array, target: Array, shares: Array) -> tuple[Array, Array]:
     row = target - first
@@ -226,7 +228,7 @@ def _read_means(
   if rows[0] is None:
     return target_logit, log_normalizer, mean, gap
   own, of_part = mean, log_normalizer
-  log_normalizer, target_logit = _over_parts(rows, log_normalizer, target_logit)
+  log_normalizer, target_logit = over_parts(rows, log_normalizer, target_logit)
   # p over all parts is `share` times p of this part.
   log_share = (of_part - log_normalizer)[..., None]
   gap, own = jax.lax.psum((jnp.exp(log_share) * gap + jnp.expm1(log_share) * own, own), rows[0])
@@ -244,29 +246,40 @@ def _scan(
   """Returns (z_y, l, *keep(chunk, targets, p)) of slots over this device's part of the vocabulary, [G, C, J, ...] each;
   p is multiplied by the derivative of the cap.
   """
-  first = _first_row(rows, table)
+  first = first_row(rows, table)
 
   def read(_: None, j: Array) -> tuple[None, tuple[Array, ...]]:
     chunk, target = (jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False) for x in (hidden, targets))
-    logits, slope, column = readout.logits(chunk, table, first)
-    # A masked sum is used instead of a gather: it is fused, and each part of a split vocabulary contributes its term.
-    target_logit = jnp.where(column == target[..., None], logits, 0.0).sum(-1)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    target_logit, log_normalizer, logits, slope, _column = read_slots(readout, chunk, target, table, first)
     # A part of the vocabulary may consist of padding only (l = -inf).
-    shares = _shares(logits, jnp.where(log_normalizer > -jnp.inf, log_normalizer, 0.0), slope)
+    shares = shares_of(logits, jnp.where(log_normalizer > -jnp.inf, log_normalizer, 0.0), slope)
     return None, (target_logit, log_normalizer, *keep(chunk, target, shares))
 
   _, outputs = jax.lax.scan(read, None, jnp.arange(hidden.shape[2]))
   return [jnp.moveaxis(x, 0, 2) for x in outputs]  # [J, G, C] -> [G, C, J]
 
 
-def _shares(logits: Array, log_normalizer: Array, slope: Array | None) -> Float[Array, "... V"]:
+def read_slots(
+  readout: ChunkedReadout,
+  chunk: Float[Array, "G C D"],
+  target: Int[Array, "G C"],
+  table: Float[Array, "V D"],
+  first: Int[Array, ""] | int,
+) -> tuple[Float[Array, "G C"], Float[Array, "G C"], Float[Array, "G C V"], Array | None, Array]:
+  """Returns (z_y, l) over these rows of the unembedding, and the results of `ChunkedReadout.logits`."""
+  logits, slope, column = readout.logits(chunk, table, first)
+  # A masked sum is used instead of a gather: it is fused, and each part of a split vocabulary contributes its term.
+  target_logit = jnp.where(column == target[..., None], logits, 0.0).sum(-1)
+  return target_logit, jax.nn.logsumexp(logits, axis=-1), logits, slope, column
+
+
+def shares_of(logits: Array, log_normalizer: Array, slope: Array | None) -> Float[Array, "... V"]:
   """Returns p times the derivative of the cap."""
   shares = jnp.exp(logits - log_normalizer[..., None])
   return shares if slope is None else shares * slope
 
 
-def _over_parts(
+def over_parts(
   rows: PartitionSpec, log_normalizer: Array, target_logit: Array
 ) -> tuple[Float[Array, "G C J"], Float[Array, "G C J"]]:
   """Returns l and z_y over all parts of the vocabulary."""
@@ -279,7 +292,7 @@ def _over_parts(
 
 
 @dataclasses.dataclass(frozen=True)
-class _TableSum:
+class TableSum:
   """The sum of dz^T h over chunks, for each shard.
 
   Attributes:
@@ -288,6 +301,11 @@ class _TableSum:
   """
 
   transposed: bool
+
+  @classmethod
+  def here(cls) -> TableSum:
+    """The sum that is fast on the device that the program is compiled for."""
+    return cls(transposed=target_platform() == "cpu")
 
   def zeros(self, hidden: Float[Array, "G C J D"], table: Float[Array, "V D"]) -> Array:
     shape = table.shape[::-1] if self.transposed else table.shape
@@ -316,7 +334,7 @@ def _read_backward(
 ) -> tuple[Float[Array, "G C J D"], Float[Array, "V D"]]:
   """Returns (dh, dU); dU is f32. `target_cotangent` is that of the logit before the cap."""
   *kept, table = kept_and_table
-  first = _first_row(rows, table)
+  first = first_row(rows, table)
 
   def read(carry: tuple[Array, Array], of_chunk: tuple[Array, Array | None]) -> tuple[tuple[Array, Array], None]:
     d_hidden, d_table = carry
@@ -327,7 +345,7 @@ def _read_backward(
     )
     if shares is None:
       logits, slope, column = readout.logits(chunk, table, first)
-      shares = _shares(logits, normalizer, slope)
+      shares = shares_of(logits, normalizer, slope)
     else:
       column = columns(shares)
     d_logits = shares * d_normalizer[..., None]
@@ -337,15 +355,19 @@ def _read_backward(
     d_hidden = jax.lax.dynamic_update_index_in_dim(d_hidden, d_chunk.astype(hidden.dtype), j, 2)
     return (d_hidden, table_sum.add(d_table, d_logits, chunk)), None
 
-  table_sum = _TableSum(transposed=target_platform() == "cpu")
+  table_sum = TableSum.here()
   start = (jnp.zeros_like(hidden), table_sum.zeros(hidden, table))
   of_chunks = (jnp.arange(hidden.shape[2]), kept[0] if kept else None)
   (d_hidden, d_table), _ = jax.lax.scan(read, start, of_chunks)
   if rows[0] is not None:
     d_hidden = jax.lax.psum(d_hidden, rows[0])
-  d_table = table_sum.total(d_table)
+  return d_hidden, over_batch(readout, rows, table_sum.total(d_table))
+
+
+def over_batch(readout: ChunkedReadout, rows: PartitionSpec, d_table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+  """Returns the sum of dU over the parts of the batch, of which each device keeps its part."""
   axes = () if readout.mesh is None else mesh_axes("batch", readout.mesh)
   if rows[1] is not None:
     d_table = jax.lax.psum_scatter(d_table, rows[1], scatter_dimension=1, tiled=True)
   rest = tuple(axis for axis in axes if axis != rows[1])
-  return d_hidden, jax.lax.psum(d_table, rest) if rest else d_table
+  return jax.lax.psum(d_table, rest) if rest else d_table

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 
+from cyb_jax import fused_readout
 from cyb_jax.chunked_readout import ChunkedReadout, columns, sum_dtype, target_logits
 from cyb_jax.partitioning.rules import constrain, current_mesh
 from cyb_jax.stopping import Form, SlotScores, prior_shift
@@ -80,30 +81,135 @@ def slot_scores(
     >>> print(scores.log_target.shape, f"{jnp.exp(scores.log_dont_know[0, 0, 0]):.3f}")
     (2, 5, 3) 0.750
   """
+  inputs = _inputs(
+    hidden, unembedding, targets, dont_know, form=form, prior=prior, soft_cap=soft_cap, slots=slots,
+    vocab_size=vocab_size, dont_know_bias=dont_know_bias, frozen=frozen,
+  )  # fmt: skip
+  hidden, readout = inputs.hidden, inputs.readout
+  tiling = Tiling.of(hidden.shape[:-1], len(unembedding), chunk_size, shards, readout.mesh)
+  readout = dataclasses.replace(readout, keeps_softmax=tiling.keeps_softmax(len(unembedding), readout.mesh))
+  flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
+  outputs = target_logits(readout, tiling.split(hidden), unembedding, tiling.split(flat_targets))
+  return inputs.scores(tuple(tiling.join(x) for x in outputs), targets)
+
+
+def weighted_loss(
+  token_loss: Callable[[SlotScores, Any], Float[Array, "..."]],
+  hidden: Float[Array, "... W D"],
+  unembedding: Float[Array, "V D"],
+  targets: Int[Array, "..."],
+  dont_know: Float[Array, "D"] | int | None,
+  weights: Float[Array, "..."],
+  arguments: Any = (),
+  *,
+  chunk_size: int | None = None,
+  shards: int = 1,
+  frozen: bool = False,
+  **options: Any,
+) -> tuple[Float[Array, ""], SlotScores]:
+  """Returns the sum over tokens of weight times loss, and the scores of every slot.
+
+  The sum equals `(weights * token_loss(slot_scores(...), arguments)).sum()`. Its gradients are formed in the forward
+  pass, chunk by chunk: three matrix products with the unembedding, where `slot_scores` needs four unless the softmax is
+  small. The scores can be differentiated too, at the cost of two more products. Only first derivatives exist.
+
+  Args:
+    token_loss: computes the loss of each token from its scores, such as `losses.cyb`; it must treat tokens
+      independently, and must not close over arrays that need a gradient.
+    hidden, unembedding, targets, dont_know: see `slot_scores`.
+    weights: f32[...], for instance 1 for a token that counts and 0 for padding.
+    arguments: the second argument of `token_loss`: a tree of arrays f32[..., *], whose leading axes are those of
+      `targets`, with anything else that the loss of a token depends on.
+    chunk_size, shards, frozen, options: see `slot_scores`, which has the same options.
+
+  Returns:
+    (f32[], `SlotScores` of f32[..., len(slots)]).
+
+  Raises:
+    ValueError: see `slot_scores`; or `weights` or `arguments` do not have the shape of `targets`.
+
+  Example:
+    >>> from cyb_jax import losses
+    >>> hidden, unembedding = jnp.zeros((2, 5, 3, 8)), jnp.zeros((10, 8))  # uniform logits: 2 rows, 5 tokens, 3 slots
+    >>> targets, weights = jnp.zeros((2, 5), int), jnp.ones((2, 5))
+    >>> total, scores = weighted_loss(lambda s, _: losses.cyb(s), hidden, unembedding, targets, jnp.zeros(8), weights)
+    >>> print(f"{total / weights.sum():.3f}", scores.log_target.shape)
+    2.303 (2, 5, 3)
+  """
+  _check_of_tokens({"weights": weights, "arguments": arguments}, targets)
+  if frozen:  # the gradient of the hidden states alone needs two products
+    scores = slot_scores(
+      hidden, unembedding, targets, dont_know, chunk_size=chunk_size, shards=shards, frozen=True, **options
+    )
+    return (weights * token_loss(scores, arguments)).sum(), scores
+  inputs = _inputs(hidden, unembedding, targets, dont_know, **options)
+  tiling = Tiling.of_tokens(inputs.hidden.shape[:-1], len(unembedding), chunk_size, shards, inputs.readout.mesh)
+  total, *outputs = fused_readout.weighted_loss(
+    fused_readout.WeightedLoss(inputs.readout, token_loss, inputs.form),
+    tiling.split(inputs.hidden),
+    unembedding,
+    jax.tree.map(tiling.split, (inputs.dont_know_logit, arguments)),
+    tiling.split(targets.astype(jnp.int32)),
+    tiling.split(weights),
+  )
+  return total, inputs.scores(tuple(tiling.join(x) for x in outputs), targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+  """The checked inputs of a readout.
+
+  Attributes:
+    hidden: [..., W, D], of the slots that are computed.
+    dont_know_logit: f32[..., W], z_dk with all terms that are added to it; None for a model that cannot abstain.
+    form: see `slot_scores`.
+    readout: the static part; it keeps no softmax.
+  """
+
+  hidden: Float[Array, "... W D"]
+  dont_know_logit: Float[Array, "... W"] | None
+  form: Form
+  readout: ChunkedReadout
+
+  def scores(self, outputs: tuple[Array, ...], targets: Int[Array, "..."]) -> SlotScores:
+    """Returns the scores from (z_y, l), f32[..., W] each."""
+    target_logit, log_normalizer = outputs
+    scores = SlotScores.from_readout(target_logit, self.dont_know_logit, log_normalizer, form=self.form)
+    return scores.without_ignored(targets)
+
+
+def _inputs(
+  hidden: Float[Array, "... W D"],
+  unembedding: Float[Array, "V D"],
+  targets: Int[Array, "..."],
+  dont_know: Float[Array, "D"] | int | None,
+  *,
+  form: Form = "token",
+  prior: float | None = None,
+  soft_cap: float | None = None,
+  slots: Sequence[int] | None = None,
+  vocab_size: int | None = None,
+  dont_know_bias: Float[Array, ""] | float = 0.0,
+  frozen: bool = False,
+) -> _Inputs:
+  """Checks the arguments of `slot_scores`."""
   tokens = _num_tokens(hidden, unembedding, targets, vocab_size)
   excluded = _excluded_row(dont_know, tokens)
   hidden = _chosen_slots(hidden, slots)
-  mesh = current_mesh()
-  tiling = Tiling.of(hidden.shape[:-1], len(unembedding), chunk_size, shards, mesh)
+  logit = None
+  if dont_know is not None:
+    row = cast("Array", dont_know) if excluded is None else _row(unembedding, excluded)
+    shift = prior_shift(form, prior, tokens + (excluded is None)) + dont_know_bias
+    logit = _dont_know_logit(hidden, row, form, soft_cap) + shift
   readout = ChunkedReadout(
     tokens=tokens if tokens < len(unembedding) else None,
     excluded=excluded,
     soft_cap=soft_cap,
     frozen=frozen,
-    keeps_softmax=tiling.keeps_softmax(len(unembedding), mesh),
-    mesh=mesh,
+    keeps_softmax=False,
+    mesh=current_mesh(),
   )
-  flat_targets = jnp.broadcast_to(targets[..., None], hidden.shape[:-1]).astype(jnp.int32)
-  outputs = target_logits(readout, tiling.split(hidden), unembedding, tiling.split(flat_targets))
-  target_logit, log_normalizer = (tiling.join(x) for x in outputs)
-  if dont_know is None:
-    never = jnp.full_like(target_logit, -jnp.inf)
-    return SlotScores(target_logit - log_normalizer, never, jnp.zeros_like(never)).without_ignored(targets)
-  row = cast("Array", dont_know) if excluded is None else _row(unembedding, excluded)
-  dont_know_logit = _dont_know_logit(hidden, row, form, soft_cap)
-  shift = prior_shift(form, prior, tokens + (excluded is None)) + dont_know_bias
-  scores = SlotScores.from_readout(target_logit, dont_know_logit, log_normalizer, form=form, shift=shift)
-  return scores.without_ignored(targets)
+  return _Inputs(hidden, logit, form, readout)
 
 
 def _num_tokens(hidden: Array, unembedding: Array, targets: Array, vocab_size: int | None) -> int:
@@ -117,6 +223,13 @@ def _num_tokens(hidden: Array, unembedding: Array, targets: Array, vocab_size: i
   if not 0 < tokens <= rows:
     raise ValueError(f"vocab_size: {tokens} is not in 1..{rows}, the rows of the unembedding")
   return tokens
+
+
+def _check_of_tokens(trees: dict[str, Any], targets: Array) -> None:
+  for name, tree in trees.items():
+    for x in jax.tree.leaves(tree):
+      if jnp.shape(x)[: targets.ndim] != targets.shape:
+        raise ValueError(f"{name}: shape {jnp.shape(x)}, but targets has the shape {targets.shape}")
 
 
 def _excluded_row(dont_know: object, tokens: int) -> int | None:

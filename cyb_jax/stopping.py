@@ -109,7 +109,7 @@ class SlotScores:
   def from_readout(
     cls,
     target_logit: Float[Array, "... W"],
-    dont_know_logit: Float[Array, "... W"],
+    dont_know_logit: Float[Array, "... W"] | None,
     log_normalizer: Float[Array, "... W"],
     *,
     form: Form = "token",
@@ -119,7 +119,8 @@ class SlotScores:
 
     Args:
       target_logit: f32[..., W], z_y, the logit of the target.
-      dont_know_logit: f32[..., W], z_dk, the logit of `<don't know>`.
+      dont_know_logit: f32[..., W], z_dk, the logit of `<don't know>`; None for a model that cannot abstain: d = 0
+        (log d = -inf, log a = 0).
       log_normalizer: f32[..., W], l, the log-sum-exp over the vocabulary without `<don't know>`.
       form: 'token': `<don't know>` competes with the vocabulary, d = sigmoid(z_dk + shift - l).
         'unit': `<don't know>` is a separate logistic unit, d = sigmoid(z_dk + shift).
@@ -137,6 +138,9 @@ class SlotScores:
       >>> print(f"{jnp.exp(scores.log_dont_know[1]):.3f} {jnp.exp(scores.log_target[1]):.3f}")
       0.250 0.333
     """
+    if dont_know_logit is None:
+      never = jnp.full_like(target_logit, -jnp.inf)
+      return cls(target_logit - log_normalizer, never, jnp.zeros_like(never))
     log_odds = dont_know_logit + shift
     if form == "token":
       log_odds = log_odds - log_normalizer

@@ -48,7 +48,7 @@ class Tiling:
   ) -> Tiling:
     """Returns the tiling of slots whose logits have `rows` columns; see `slot_scores` for the other arguments."""
     if chunk_size is None:
-      chunk_size = max(128, 2 ** int(math.log2((_CPU_CHUNK if target_platform() == "cpu" else _CHUNK) / rows)))
+      chunk_size = _slots_of_chunk(rows)
     elif chunk_size < 1:
       raise ValueError(f"chunk_size: {chunk_size} must be positive")
     if shards < 1:
@@ -58,6 +58,19 @@ class Tiling:
     per_shard = max(1, -(-math.prod(shape) // shards))
     chunk_size = min(chunk_size, per_shard)
     return cls(shape, shards, per_shard, chunk_size, chunks=-(-per_shard // chunk_size))
+
+  @classmethod
+  def of_tokens(
+    cls, shape: tuple[int, ...], rows: int, chunk_size: int | None, shards: int, mesh: AbstractMesh | None
+  ) -> Tiling:
+    """Returns the tiling of the tokens of slots with the leading shape [..., W]; see `of`.
+
+    `chunk_size` counts slots as in `of`, and a chunk has at least one token.
+    """
+    chunk_size = _slots_of_chunk(rows) if chunk_size is None else chunk_size
+    if chunk_size >= 1:
+      chunk_size = max(1, chunk_size // shape[-1])
+    return cls.of(shape[:-1], rows, chunk_size, shards, mesh)
 
   def keeps_softmax(self, rows: int, mesh: AbstractMesh | None) -> bool:
     """Returns whether a device can keep the softmax of its slots over `rows` rows. Rows that are split are not kept."""
@@ -76,8 +89,15 @@ class Tiling:
     return x.reshape(self.shards, self.chunk_size, self.chunks, *rest)
 
   def join(self, x: Array) -> Array:
-    """Reshapes an array [G, C, J] to `shape`: the inverse of `split`."""
-    return x.reshape(self.shards, -1)[:, : self.per_shard].reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
+    """Reshapes an array [G, C, J, ...] to `shape`: the inverse of `split`."""
+    rest = x.shape[3:]
+    x = x.reshape(self.shards, self.chunk_size * self.chunks, *rest)[:, : self.per_shard]
+    return x.reshape(self.shards * self.per_shard, *rest)[: math.prod(self.shape)].reshape(*self.shape, *rest)
+
+
+def _slots_of_chunk(rows: int) -> int:
+  """Returns the number of slots of a chunk whose logits have `rows` columns."""
+  return max(128, 2 ** int(math.log2((_CPU_CHUNK if target_platform() == "cpu" else _CHUNK) / rows)))
 
 
 def _padded(x: Array, length: int) -> Array:

@@ -20,8 +20,9 @@ def define_flags() -> None:
 
 
 def readout() -> dict[str, Any]:
-  """Measures XLA's temporary memory for value and gradient at full size, and the time of both readouts at a smaller
-  size, for which a dense readout fits into memory; with the unembedding trained, and frozen.
+  """Measures XLA's temporary memory for value and gradient of CYB-AP at full size, and the time at a smaller size, for
+  which dense logits fit into memory: of `weighted_loss` (fused), of `slot_scores` (chunked), and of dense logits; of
+  the last two with a frozen unembedding too.
   """
   args, repeats = flags.FLAGS, timing.repeats()
   for name in ("slots", "timed_slots", "width", "vocabulary"):
@@ -44,14 +45,17 @@ def readout() -> dict[str, Any]:
     "slots": args.slots,
     "width": args.width,
     "vocabulary": args.vocabulary,
-    "temporary_bytes": memory["chunked"],
-    "temporary_gib": memory["chunked"] / 2**30,
+    "temporary_bytes": memory["fused"],
+    "temporary_gib": memory["fused"] / 2**30,
+    "chunked_temporary_gib": memory["chunked"] / 2**30,
     "dense_temporary_gib": memory["dense"] / 2**30,
     "device": jax.devices()[0].device_kind,
     "timing": {
       "slots": args.timed_slots,
+      "fused_seconds": seconds["fused"],
       "chunked_seconds": seconds["chunked"],
       "dense_seconds": seconds["dense"],
+      "fused_over_dense": seconds["fused"] / seconds["dense"],
       "chunked_over_dense": seconds["chunked"] / seconds["dense"],
       "frozen_chunked_seconds": seconds["frozen_chunked"],
       "frozen_dense_seconds": seconds["frozen_dense"],
@@ -61,25 +65,31 @@ def readout() -> dict[str, Any]:
 
 
 def _readouts(*, frozen: bool = False) -> dict[str, Callable[..., Any]]:
-  """Functions (hidden, unembedding, dk row, targets) -> the sum of all scores, read out in chunks or densely."""
+  """Functions (hidden, unembedding, dk row, targets) -> the sum of CYB-AP's loss, by their names."""
   import jax
   import jax.numpy as jnp
 
-  from cyb_jax.readout import slot_scores
+  from cyb_jax import losses
+  from cyb_jax.readout import slot_scores, weighted_loss
   from cyb_jax.stopping import SlotScores
 
+  def fused(hidden, unembedding, row, targets):
+    def token_loss(scores, _):
+      return losses.cyb(scores)
+
+    return weighted_loss(token_loss, hidden, unembedding, targets, row, jnp.ones(targets.shape), prior=0.9)[0]
+
   def chunked(hidden, unembedding, row, targets):
-    scores = slot_scores(hidden, unembedding, targets, row, prior=0.9, frozen=frozen)
-    return sum(x.sum() for x in jax.tree.leaves(scores))
+    return losses.cyb(slot_scores(hidden, unembedding, targets, row, prior=0.9, frozen=frozen)).sum()
 
   def dense(hidden, unembedding, row, targets):
     unembedding = jax.lax.stop_gradient(unembedding) if frozen else unembedding
     rows = jnp.concatenate([unembedding, row[None]])
-    scores = SlotScores.from_logits(hidden @ rows.T, targets, -1, prior=0.9)
-    return sum(x.sum() for x in jax.tree.leaves(scores))
+    return losses.cyb(SlotScores.from_logits(hidden @ rows.T, targets, -1, prior=0.9)).sum()
 
-  prefix = "frozen_" if frozen else ""
-  return {f"{prefix}chunked": chunked, f"{prefix}dense": dense}
+  if frozen:
+    return {"frozen_chunked": chunked, "frozen_dense": dense}
+  return {"fused": fused, "chunked": chunked, "dense": dense}
 
 
 def _arguments(slots: int) -> tuple[Any, ...]:

@@ -8,8 +8,9 @@ are a few percent at most. There are two counts:
   appendix B).
 - executed: the operations of the compiled program. XLA's attention computes the full square and masks half of it (with
   hidden slots only the blocks of `decoder.attention.HiddenSlots`), and masks the keys before a window; rematerialised
-  layers run twice; the backward pass of the readout computes the logits again, unless the unembedding is frozen. (Nor
-  does it if they are few, see `tiling.KEPT`, which depends on the batch and is not counted.)
+  layers run twice; methods that train on `readout.slot_scores` compute the logits again for the backward pass, unless
+  the unembedding is frozen. (Nor do they if the logits are few, see `tiling.KEPT`, which depends on the batch and is
+  not counted.)
 
 Letters: T tokens, W slots, S = T*W flattened, D model, V vocabulary, N heads, G kv heads, H head size, L layers, F mlp,
 r rank of adapters.
@@ -250,17 +251,20 @@ def train_cost(
   shifting: bool = False,
   executed: bool = False,
   frozen: bool = False,
+  reads_twice: bool = False,
 ) -> Cost:
   """Returns the operations of one training step, per real token.
 
   Each product of the forward pass has two products in the backward pass, for the gradients of its two factors. A matrix
   that is not trained has one, for the gradient of its input, because the pauses are trained through all layers. As
-  executed, recomputation counts too: the logits of a trained unembedding; with `remat` 'full' the layers except their
-  last products, whose results no gradient needs; with `remat` 'dots' attention.
+  executed, recomputation counts too: with `reads_twice` the logits of a trained unembedding; with `remat` 'full' the
+  layers except their last products, whose results no gradient needs; with `remat` 'dots' attention.
 
   Args:
     config, tokens, slots, slots_read, hidden, shifting, executed: as in `forward_cost`.
     frozen: whether the decoder's parameters are frozen while its adapters are trained.
+    reads_twice: whether the backward pass computes the logits again: `readout.slot_scores` does, and
+      `readout.weighted_loss` does not.
   """
   return train_pass_cost(
     config,
@@ -270,6 +274,7 @@ def train_cost(
     slots_read=slots_read,
     executed=executed,
     frozen=frozen,
+    reads_twice=reads_twice,
   )
 
 
@@ -284,12 +289,13 @@ def train_pass_cost(
   routing: float = 0.0,
   executed: bool = False,
   frozen: bool = False,
+  reads_twice: bool = False,
   scaled: bool = False,
 ) -> Cost:
   """Returns `train_cost` of slots that pass through layers once; see `pass_cost` for the other arguments.
 
   Args:
-    executed, frozen: as in `train_cost`.
+    executed, frozen, reads_twice: as in `train_cost`.
     scaled: whether the updates of the residual stream are multiplied by a factor that has a gradient
       (`Decoder.run_layers`). The gradient then also needs the results of the last products of layers.
   """
@@ -302,7 +308,7 @@ def train_pass_cost(
     trained * once.matrices, 3 * once.attention, trained * once.readout, 3 * once.adapters,
   )  # fmt: skip
   if executed:
-    readout += 0 if frozen else once.readout
+    readout += once.readout if reads_twice and not frozen else 0
     if config.remat == "full":
       # A norm after a product needs its result for the gradient.
       needed = scaled or config.norm_placement != "before"

@@ -6,15 +6,15 @@ Dimensions: ... any leading shape (batch, tokens), W slots, D model, V vocabular
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.decoder import Decoder, DecoderConfig, SegmentMask
-from cyb_jax.methods.interface import Params
-from cyb_jax.readout import TokenScores, slot_scores, token_scores
+from cyb_jax.methods.interface import Batch, Params
+from cyb_jax.readout import TokenScores, slot_scores, token_scores, weighted_loss
 from cyb_jax.stopping import Form, SlotScores
 
 
@@ -70,6 +70,44 @@ class Backbone:
     """See `Decoder.embed`."""
     return self.apply(params, tokens, method="embed")
 
+  def weighted_loss(
+    self,
+    params: Params,
+    hidden: Float[Array, "B T W D"],
+    batch: Batch,
+    token_loss: Callable[[SlotScores, Any], Float[Array, "B T"]],
+    arguments: Any = (),
+    *,
+    slots: Sequence[int] | None = None,
+    dont_know: DontKnow | None = None,
+  ) -> tuple[Float[Array, ""], SlotScores]:
+    """The sum of weight times loss over a batch, and the scores at `slots`; see `readout.weighted_loss`."""
+    row, options = _readout_options(dont_know)
+    unembedding = self.apply(params, method="unembedding")
+    return weighted_loss(
+      token_loss,
+      hidden,
+      unembedding,
+      batch["targets"],
+      row,
+      batch["weights"],
+      arguments,
+      slots=slots,
+      **self._options,
+      **options,
+    )
+
+  @property
+  def _options(self) -> dict[str, Any]:
+    """The options of every readout of targets."""
+    return {
+      "soft_cap": self.decoder_config.soft_cap,
+      "chunk_size": self.chunk_size,
+      "shards": self.shards,
+      "vocab_size": self.vocab_size,
+      "frozen": self.is_frozen,
+    }
+
   def slot_scores(
     self,
     params: Params,
@@ -81,19 +119,8 @@ class Backbone:
   ) -> SlotScores:
     """Reads the target of every token at `slots` (None: all); see `readout.slot_scores`."""
     row, options = _readout_options(dont_know)
-    return slot_scores(
-      hidden,
-      self.apply(params, method="unembedding"),
-      targets,
-      row,
-      soft_cap=self.decoder_config.soft_cap,
-      slots=slots,
-      chunk_size=self.chunk_size,
-      shards=self.shards,
-      vocab_size=self.vocab_size,
-      frozen=self.is_frozen,
-      **options,
-    )
+    unembedding = self.apply(params, method="unembedding")
+    return slot_scores(hidden, unembedding, targets, row, slots=slots, **self._options, **options)
 
   def token_scores(
     self, params: Params, hidden: Float[Array, "... D"], dont_know: DontKnow | None = None

@@ -82,7 +82,7 @@ class SlotMethod:
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     del rng
-    return self.objective.loss(params, self.hidden(params, batch), batch["targets"], step)
+    return self.objective.loss(params, self.hidden(params, batch), batch, step)
 
   def evaluate(self, params: Params, batch: Batch, omega: Any = None) -> EvalOutput:
     return self.objective.evaluate(params, self.hidden(params, batch), batch["targets"], omega)

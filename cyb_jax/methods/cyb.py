@@ -208,6 +208,7 @@ class Cyb(StoppingMethod, ExportableSlotMethod):
       shifting=self.shifts_positions,
       executed=executed,
       frozen=self.backbone.is_frozen,
+      reads_twice=True,
     ) + self.slot_model.heads_cost(slots).times(3)
     if self.config.recipe == "on_policy":
       # The first pass reads only d, which needs no logits in unit form.

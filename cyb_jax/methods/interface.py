@@ -42,6 +42,9 @@ class TokenLosses:
     loss: f32[B, T], the training objective, nats.
     log_likelihood: f32[B, T], log-probability that the model gives the target, without discount or penalty.
     stopping: f32[B, T, W], the probability of reading each slot.
+    total: f32[], the sum of weight times `loss` over the batch, where its gradient is cheaper than that of `loss`
+      (`readout.weighted_loss`); None: it is not, or tokens are dropped (`kept`). Training takes the gradient of
+      `total`, so code that changes `loss` must also change `total` or set it to None.
     slots: f32[B, T], the number of slots of each token; None: W.
     kept: bool[B, T], False if the slots of a token did not fit into its row; the token then has no weight. None: the
       slots of all tokens fit.
@@ -50,8 +53,13 @@ class TokenLosses:
   loss: Float[Array, "B T"]
   log_likelihood: Float[Array, "B T"]
   stopping: Float[Array, "B T W"]
+  total: Float[Array, ""] | None = None
   slots: Float[Array, "B T"] | None = None
   kept: Bool[Array, "B T"] | None = None
+
+  def weighted_sum(self, weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Returns the sum of weight times loss, whose gradient is that of training; `weights`: without dropped tokens."""
+    return (self.loss * weights).sum() if self.total is None else self.total
 
 
 @jax.tree_util.register_dataclass
@@ -256,9 +264,7 @@ class Objective(Protocol):
   def init(self, rng: Array) -> Params:
     """The objective's parameters outside of the decoder, boxed."""
 
-  def loss(
-    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
-  ) -> TokenLosses:
+  def loss(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch, step: Any = None) -> TokenLosses:
     """The training objective, per token; `step`: see `Method.loss`."""
 
   def evaluate(

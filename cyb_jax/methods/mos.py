@@ -27,7 +27,7 @@ from cyb_jax.costs import flops
 from cyb_jax.field_rules import number_of_slots, one_of
 from cyb_jax.methods.backbone import Backbone, boxed
 from cyb_jax.methods.composite import CachedSlotMethod
-from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.options import MethodConfig
 from cyb_jax.methods.slot_models.heads import heads_cost, init_heads
 from cyb_jax.methods.slot_models.plain import Plain
@@ -89,12 +89,13 @@ class MixtureOfSoftmaxes:
     logits = jnp.matmul(hidden, params["mos_gate"], precision="highest") + params["mos_gate_bias"]
     return jax.nn.log_softmax(logits)
 
-  def loss(
-    self, params: Params, hidden: Float[Array, "B T 1 D"], targets: Int[Array, "B T"], step: Any = None
-  ) -> TokenLosses:
+  def loss(self, params: Params, hidden: Float[Array, "B T 1 D"], batch: Batch, step: Any = None) -> TokenLosses:
     del step
-    output = self.evaluate(params, hidden, targets)
-    return TokenLosses(loss=output.loss, log_likelihood=-output.loss, stopping=jnp.exp(output.log_stopping))
+    hidden = hidden[..., 0, :]
+    log_gate = self.log_gate(params, hidden)
+    total, heads = self.backbone.weighted_loss(params, self.outputs(params, hidden), batch, _token_loss, log_gate)
+    loss = _token_loss(heads, log_gate)
+    return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.ones_like(loss)[..., None], total=total)
 
   def evaluate(
     self, params: Params, hidden: Float[Array, "B T 1 D"], targets: Int[Array, "B T"], omega: Any = None
@@ -104,7 +105,7 @@ class MixtureOfSoftmaxes:
     hidden = hidden[..., 0, :]
     log_gate = self.log_gate(params, hidden)
     heads = self.backbone.slot_scores(params, self.outputs(params, hidden), targets)
-    log_target = jax.nn.logsumexp(log_gate + heads.log_target, -1, keepdims=True)
+    log_target = -_token_loss(heads, log_gate)[..., None]
     scores = SlotScores(log_target, jnp.full_like(log_target, -jnp.inf), jnp.zeros_like(log_target))
     shares = jnp.exp(log_gate)
     return EvalOutput(
@@ -119,6 +120,11 @@ class MixtureOfSoftmaxes:
     heads = self.backbone.token_scores(params, self.outputs(params, hidden))
     log_probs = jax.nn.logsumexp(self.log_gate(params, hidden)[..., None] + heads.log_probs, -2)
     return TokenScores(log_probs, heads.log_dont_know[..., 0], heads.log_answer[..., 0])
+
+
+def _token_loss(heads: SlotScores, log_gate: Float[Array, "... W"]) -> Float[Array, "..."]:
+  """-log sum_k pi_k t_k."""
+  return -jax.nn.logsumexp(log_gate + heads.log_target, -1)
 
 
 class Mos(CachedSlotMethod):

@@ -25,6 +25,7 @@ Dimensions: B batch, T tokens, S slots of a row, D model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -235,10 +236,12 @@ class PauseTraining(CachedSlotMethod):
 
     slots = 1 if slots is None else slots
     inference = flops.forward_cost(config, tokens=sequence_length, slots=slots, slots_read=1, shifting=True)
-    is_frozen = self.backbone.is_frozen
+    train = functools.partial(
+      flops.train_pass_cost, config, frozen=self.backbone.is_frozen, reads_twice=self.config.pause_places != "none"
+    )
     return MethodCosts(
-      train=flops.train_pass_cost(config, **shape(row, False), executed=False, frozen=is_frozen),
-      train_executed=flops.train_pass_cost(config, **shape(row, True), executed=True, frozen=is_frozen),
+      train=train(**shape(row, False), executed=False),
+      train_executed=train(**shape(row, True), executed=True),
       forward=forward(False),
       forward_executed=forward(True),
       inference=inference,

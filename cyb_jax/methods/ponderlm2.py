@@ -62,4 +62,4 @@ class PonderLM2(SequentialSlotMethod):
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
     hidden = self.slot_model.ponder(params, batch, self.slot_model.draw_passes(rng), is_pruned=False)
-    return self.objective.loss(params, hidden, batch["targets"])
+    return self.objective.loss(params, hidden, batch)

@@ -39,6 +39,7 @@ from cyb_jax.costs import flops
 from cyb_jax.decoder import Cache, KeyWeights, empty_cache
 from cyb_jax.errors import InputError
 from cyb_jax.field_rules import DECAY, NOT_NEGATIVE, SHARE, Rule, not_negative
+from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.backbone import Backbone, boxed
 from cyb_jax.methods.composite import SequentialSlotMethod
 from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
@@ -237,8 +238,17 @@ class PonderLM3(SequentialSlotMethod):
       params, penalty = self._at_full_depth(params, held), jnp.where(held, 0.0, 1.0)
     hidden = self.slot_model.ponder(params, batch, self.slot_model.draw_passes(rng), is_pruned=False)
     log_depth, _ = self.slot_model.log_depths(params, hidden[..., 0, :])
-    log_likelihood, loss = self._as_trained(params, hidden, batch["targets"], penalty)
-    return TokenLosses(loss=loss, log_likelihood=log_likelihood, stopping=jnp.exp(log_depth))
+    fused = self.slot_model.fuse(params, hidden, is_pruned=False)
+    total, scores = self.backbone.weighted_loss(
+      params, fused[..., None, :], batch, lambda scores, _: last_slot_cross_entropy(scores)
+    )
+    loss, penalties = last_slot_cross_entropy(scores), penalty * self._penalty(params, hidden)
+    return TokenLosses(
+      loss=penalties + loss,
+      log_likelihood=-loss,
+      stopping=jnp.exp(log_depth),
+      total=total + (batch["weights"] * penalties).sum(),
+    )
 
   def _at_full_depth(self, params: Params, held: Any) -> Params:
     """The parameters; if `held`, with a router that always gives every token full depth."""
@@ -249,12 +259,12 @@ class PonderLM3(SequentialSlotMethod):
     }
 
   def _as_trained(
-    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], penalty: float | Array = 1.0
+    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"]
   ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """(log-likelihood, objective) without pruning; `penalty`: a factor on the penalty."""
+    """(log-likelihood, objective) without pruning."""
     fused = self.slot_model.fuse(params, hidden, is_pruned=False)
     log_likelihood = self.backbone.slot_scores(params, fused[..., None, :], targets).log_target[..., 0]
-    return log_likelihood, penalty * self._penalty(params, hidden) - log_likelihood
+    return log_likelihood, self._penalty(params, hidden) - log_likelihood
 
   def _penalty(self, params: Params, hidden: Float[Array, "B T W D"]) -> Float[Array, "B T"]:
     _, log_weights = self.slot_model.log_depths(params, hidden[..., 0, :])

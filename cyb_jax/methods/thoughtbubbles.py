@@ -105,7 +105,8 @@ class Thoughtbubbles(SlotMethod):
       )
 
   def loss(self, params: Params, batch: Batch, rng: Array, step: Any = None) -> TokenLosses:
-    del rng, step
+    if not self._mixes:
+      return super().loss(params, batch, rng, step)
     output = self.evaluate(params, batch)
     return TokenLosses(loss=output.loss, log_likelihood=-output.loss, stopping=jnp.ones_like(output.log_stopping))
 

@@ -184,7 +184,7 @@ def _loss_sums(
   given = weights = batch["weights"]
   if losses.kept is not None:
     weights = given * losses.kept
-  loss = (losses.loss * weights).sum()
+  loss = losses.weighted_sum(weights)
   slots = method.num_slots if losses.slots is None else losses.slots
   return loss, {
     "tokens": weights.sum(),

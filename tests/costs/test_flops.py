@@ -33,8 +33,9 @@ def test_by_hand():
   # With hidden slots a slot sees 1.5 tokens and half a pause on average; as executed, both tokens and the pause.
   assert flops.forward_cost(config, **one, hidden=True).total == 2 * (156 + 32 * (1.5 + 0.5)) + 28
   assert flops.forward_cost(config, **one, hidden=True, executed=True).total == 2 * (156 + 32 * (2 + 1)) + 28
-  # As executed the logits are computed twice.
-  assert flops.train_cost(config, **one, executed=True).total == 3 * 2 * (156 + 32 * 4) + 4 * 28
+  # As executed the readout of the scores computes the logits twice.
+  assert flops.train_cost(config, **one, executed=True).total == 3 * 2 * (156 + 32 * 4) + 3 * 28
+  assert flops.train_cost(config, **one, executed=True, reads_twice=True).total == 3 * 2 * (156 + 32 * 4) + 4 * 28
 
 
 def test_windows_by_hand():
@@ -163,14 +164,14 @@ def test_executed_agrees_with_xla_if_the_decoder_is_frozen(fields, targets):
     configure(pauses=2, pause_visibility="hidden"), config, chunk_size=2**20, weights="lora" if targets else "new"
   )
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
-  rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+  rows, weights = jax.ShapeDtypeStruct((2, 16), jnp.int32), jax.ShapeDtypeStruct((2, 16), jnp.float32)
 
   def loss(part, params, batch):
-    return method.loss(with_trained(params, part), batch, jax.random.key(0)).loss.sum()
+    return method.loss(with_trained(params, part), batch, jax.random.key(0)).weighted_sum(batch["weights"])
 
   part = trained_part(params, method.is_trained)
   assert any(path[-1].key in LEAVES for path, _ in jax.tree_util.tree_leaves_with_path(part)) == bool(targets)
-  lowered = jax.jit(jax.grad(loss)).lower(part, params, {"tokens": rows, "targets": rows})
+  lowered = jax.jit(jax.grad(loss)).lower(part, params, {"tokens": rows, "targets": rows, "weights": weights})
   counted = lowered.compile().cost_analysis()["flops"] / (2 * 16)
   assert method.costs(16).train_executed.total == pytest.approx(counted, rel=0.03)
 

@@ -6,7 +6,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from models import TINY, VOCABULARY, initial_params, random_batch, tiny_config
+from models import TINY, VOCABULARY, assert_trees_close, initial_params, random_batch, tiny_config
 
 from cyb_jax import configs, methods, training
 from cyb_jax.cli import convert
@@ -74,6 +74,35 @@ def test_it_sees_no_later_token(name):
   before, after = loss(batch), loss(later)
   np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-5, atol=1e-5)
   assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-4
+
+
+_SLOW = {"cyb_looped", "looped", "ponderlm2", "ponderlm3"}
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in METHODS]
+)
+def test_the_gradient_of_the_sum_is_that_of_the_losses(name, exact):
+  method, batch, rng = tiny(name), random_batch(5, 2, 6), jax.random.key(1)
+  batch["weights"][0, 2] = 0.0
+  params = initial_params(method)
+
+  @jax.jit
+  def gradients(params):
+    def of_tokens(params):
+      losses = method.loss(params, batch, rng, 3)
+      kept = 1.0 if losses.kept is None else losses.kept
+      return (losses.loss * batch["weights"] * kept).sum()
+
+    def of_sum(params):
+      losses = method.loss(params, batch, rng, 3)
+      return losses.weighted_sum(batch["weights"] if losses.kept is None else batch["weights"] * losses.kept)
+
+    return jax.value_and_grad(of_sum)(params), jax.value_and_grad(of_tokens)(params)
+
+  of_sum, of_tokens = gradients(params)
+  assert_trees_close(of_sum, of_tokens, rtol=2e-5, atol=2e-5)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(of_sum[1])) > 1e-3
 
 
 # An accepted value of each option, as in a config.

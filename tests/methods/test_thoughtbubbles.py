@@ -449,11 +449,11 @@ def test_executed_agrees_with_xla(options, fields):
   decoder = DecoderConfig(vocab_size=512, **sizes | fields)
   method = methods.build(configure(**options), decoder, chunk_size=2**20)
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
-  rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-  batch = {"tokens": rows, "targets": rows}
+  rows, weights = jax.ShapeDtypeStruct((2, 16), jnp.int32), jax.ShapeDtypeStruct((2, 16), jnp.float32)
+  batch = {"tokens": rows, "targets": rows, "weights": weights}
 
   def loss(params, batch):
-    return method.loss(params, batch, jax.random.key(0)).loss.sum()
+    return method.loss(params, batch, jax.random.key(0)).weighted_sum(batch["weights"])
 
   def counted(function):
     return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"] / (2 * 16)
@@ -461,9 +461,9 @@ def test_executed_agrees_with_xla(options, fields):
   if "combine" in options:
     reading = counted(lambda params, batch: method.evaluate(params, batch).loss)
     assert method.costs(16).forward_executed.total == pytest.approx(reading, rel=0.03)
-  # XLA unrolls a scan of one chunk and then reuses the logits.
   cost = method.costs(16).train_executed
-  again = cost.readout / 4
+  # The mixture of streams needs the logits twice, but the softmax of so few slots is kept.
+  again = cost.readout / 4 if options.get("combine", "") != "states" and options["name"] == "thoughtbubbles" else 0
   assert cost.total - again == pytest.approx(counted(jax.grad(loss)), rel=0.03)
 
 

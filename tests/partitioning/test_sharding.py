@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import VOCABULARY, assert_trees_close, assert_trees_equal, random_batch, tiny_config, with_part
 
-from cyb_jax import configs, readout, tiling
+from cyb_jax import configs, losses, readout, tiling
 from cyb_jax.checkpointing.manager import Checkpoints
 from cyb_jax.configs import ParallelismConfig
 from cyb_jax.costs.memory import bytes_per_device
@@ -203,7 +203,7 @@ def collectives(text):
   return sent
 
 
-def test_the_loop_over_chunks_does_not_communicate_and_logits_are_never_sent():
+def test_the_loop_over_chunks_sends_three_numbers_of_a_slot_and_logits_are_never_sent():
   vocabulary, rows = 2000, 2048
   config = with_part(over(VARIANTS["ap"], "2-2-2"), "parallelism", chunk_size=64)
   mesh = make_mesh(config.parallelism)
@@ -212,14 +212,16 @@ def test_the_loop_over_chunks_does_not_communicate_and_logits_are_never_sent():
   batch = random_batch(0, 16, 64)
   program = strategy.compile_abstract({k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()})
   text = program.as_text()
-  # 4 x 64 x 3 slots of a device are twelve chunks, in the forward and the backward pass.
-  assert len(re.findall(r'known_trip_count":\{"n":"12"', text)) == 2
+  # 21 tokens have 63 slots, so 4 x 64 tokens of a device are thirteen chunks. The gradients need no second loop.
+  assert len(re.findall(r'known_trip_count":\{"n":"13"', text)) == 1
   sent = collectives(text)
-  # Scalars, weights and hidden states: the bodies of loops are separate computations.
-  assert {computation for computation, *_ in sent} == {"ENTRY"}
+  # The bodies of loops are separate computations: there the parts of the vocabulary are joined.
+  in_loops = [size for computation, size, _ in sent if computation != "ENTRY"]
+  assert in_loops
+  assert max(in_loops) == 63 * 4
   chunk = 64 * rows // 2 * 4
   table = rows // 2 * 16 * 4
-  hidden = 4 * 64 * 3 * 16 * 4
+  hidden = 13 * 63 * 16 * 4
   assert hidden < table < chunk
   largest = [line for _, size, line in sent if size > hidden]
   # The width of the table is gathered once, and no other communication is as large.
@@ -268,6 +270,38 @@ def test_readout(mesh, dont_know, kept, exact, monkeypatch):
   with jax.set_mesh(mesh):
     spread = run(*args)
   assert np.abs(whole[1][1]).max() > 0.1
+  assert_trees_close(spread, whole, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2, 1), (1, 2, 4), *slow((2, 2, 2), (1, 1, 8))])
+@pytest.mark.parametrize("dont_know", ["row", *slow(3, None)])
+def test_a_weighted_loss(mesh, dont_know, exact):
+  """With padded rows, and with parts of the vocabulary without tokens; the sum, the scores, and all gradients."""
+  mesh = make_mesh(ParallelismConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]))
+  hidden, unembedding, targets, row = problem()
+  targets = np.minimum(targets, 29)
+  targets[0, 0] = -100  # ignored
+  weights, gamma = np.random.default_rng(1).uniform(size=(2, 8, 5)).astype(np.float32)
+  weights[3] = 0.0
+
+  def value(hidden, unembedding, row, gamma):
+    return readout.weighted_loss(
+      lambda scores, gamma: gamma * losses.cyb(scores), hidden, unembedding, targets,
+      row if dont_know == "row" else dont_know, weights, gamma,
+      vocab_size=30, soft_cap=4.0, chunk_size=4, prior=0.9,
+    )  # fmt: skip
+
+  def run(*args):
+    return jax.jit(jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True))(*args)
+
+  arrays = hidden, unembedding, row, gamma
+  whole = run(*arrays)
+  rows = ("data", "fsdp")
+  args = laid(
+    mesh, (hidden, (rows, None, None, None)), (unembedding, ("tensor", "fsdp")), (row, ("fsdp",)), (gamma, (rows, None))
+  )
+  with jax.set_mesh(mesh):
+    spread = run(*args)
   assert_trees_close(spread, whole, rtol=1e-5, atol=2e-5)
 
 

@@ -26,7 +26,8 @@ MODULE_LINES = 450
 FUNCTION_LINES = 60
 
 # The units that each unit may import. Every row names only units of earlier rows, so no circle of units is possible.
-CORE = {"errors", "field_rules", "stopping", "losses", "pauses", "readout", "chunked_readout", "tiling"}
+READOUT = {"tiling", "chunked_readout", "fused_readout", "readout"}
+CORE = READOUT | {"errors", "field_rules", "stopping", "losses", "pauses"}
 MODEL = CORE | {"partitioning", "decoder", "costs", "methods"}
 FILES = {"errors", "jsonl", "nested", "option_syntax", "distributed", "storage"}
 RUN = MODEL | FILES | {"hub", "signals", "progress", "configs", "checkpointing", "data", "runs"}
@@ -47,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
   "partitioning": {"errors"},
   "tiling": {"partitioning"},
   "chunked_readout": {"partitioning"},
-  "readout": {"chunked_readout", "stopping", "tiling", "partitioning"},
+  "fused_readout": {"chunked_readout", "stopping"},
+  "readout": {"chunked_readout", "fused_readout", "stopping", "tiling", "partitioning"},
   "decoder": CORE | {"partitioning", "option_syntax"},
   "costs": {"errors", "decoder"},
   "methods": MODEL - {"methods"},

@@ -213,7 +213,7 @@ def test_adapters_are_split_like_their_matrices():
 def test_nonfinite_steps_are_not_applied():
   method = tuned().build_method(VOCABULARY)
   loss = method.loss
-  method.loss = lambda *a: dataclasses.replace(loss(*a), loss=loss(*a).loss + jnp.inf)
+  method.loss = lambda *a: dataclasses.replace(loss(*a), loss=loss(*a).loss + jnp.inf, total=None)
   optimizer = training.make_optimizer(tuned().optimizer, 10, 16)
   start = training.unbox(training.init_state(method, optimizer, 0))
   after = jax.jit(functools.partial(training.train_step, method=method, optimizer=optimizer, seed=0))(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.methods.backbone import Backbone, boxed
-from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution
 
@@ -33,16 +33,24 @@ class ConstantMixture:
     """Log of the shares."""
     raise NotImplementedError
 
-  def token_loss(self, scores: SlotScores, log_likelihood: Float[Array, "B T"]) -> Float[Array, "B T"]:
+  def token_loss(self, scores: SlotScores, log_likelihood: Float[Array, "..."]) -> Float[Array, "..."]:
     """The training objective, nats, from the scores and log sum_i s_i t_i."""
     raise NotImplementedError
 
-  def loss(
-    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
-  ) -> TokenLosses:
+  def loss(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch, step: Any = None) -> TokenLosses:
     del step
-    output = self.evaluate(params, hidden, targets)
-    return TokenLosses(loss=output.loss, log_likelihood=output.log_likelihood, stopping=jnp.exp(output.log_stopping))
+    log_shares = jnp.broadcast_to(self.log_shares(params), hidden.shape[:-1])
+    total, scores = self.backbone.weighted_loss(params, hidden, batch, self._loss_of_scores, log_shares)
+    log_likelihood = _mixture(scores, log_shares)
+    return TokenLosses(
+      loss=self.token_loss(scores, log_likelihood),
+      log_likelihood=log_likelihood,
+      stopping=jnp.exp(log_shares),
+      total=total,
+    )
+
+  def _loss_of_scores(self, scores: SlotScores, log_shares: Float[Array, "... W"]) -> Float[Array, "..."]:
+    return self.token_loss(scores, _mixture(scores, log_shares))
 
   def evaluate(
     self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], omega: Any = None
@@ -50,8 +58,8 @@ class ConstantMixture:
     del omega
     scores = self.backbone.slot_scores(params, hidden, targets)
     log_stopping = jnp.broadcast_to(self.log_shares(params), scores.log_target.shape)
-    log_likelihood = jax.nn.logsumexp(log_stopping + scores.log_target, -1)
-    return EvalOutput(loss=self.token_loss(scores, log_likelihood), scores=scores, log_stopping=log_stopping)
+    loss = self.token_loss(scores, _mixture(scores, log_stopping))
+    return EvalOutput(loss=loss, scores=scores, log_stopping=log_stopping)
 
   def token_scores(self, params: Params, hidden: Float[Array, "... D"], slot: Int[Array, "..."]) -> TokenScores:
     """When slots are read one by one, d_i is the share of the slots after i among the slots from i on."""
@@ -87,5 +95,10 @@ class ConstantShares(ConstantMixture):
   def log_shares(self, params: Params) -> Float[Array, "W"]:
     return jax.nn.log_softmax(self.scale * params["stopping_logits"])
 
-  def token_loss(self, scores: SlotScores, log_likelihood: Float[Array, "B T"]) -> Float[Array, "B T"]:
+  def token_loss(self, scores: SlotScores, log_likelihood: Float[Array, "..."]) -> Float[Array, "..."]:
     return -log_likelihood
+
+
+def _mixture(scores: SlotScores, log_shares: Float[Array, "... W"]) -> Float[Array, "..."]:
+  """log sum_i s_i t_i."""
+  return jax.nn.logsumexp(log_shares + scores.log_target, -1)

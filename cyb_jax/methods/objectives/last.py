@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.backbone import Backbone
-from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.readout import TokenScores
+from cyb_jax.stopping import SlotScores
 
 
 class LastSlot:
@@ -34,14 +35,15 @@ class LastSlot:
     del rng
     return {}
 
-  def loss(
-    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
-  ) -> TokenLosses:
+  def loss(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch, step: Any = None) -> TokenLosses:
     del step
-    slots = None if self.num_slots == 1 else (-1,)
-    loss = last_slot_cross_entropy(self.backbone.slot_scores(params, hidden, targets, slots=slots))
+    total, scores = self.backbone.weighted_loss(
+      params, hidden, batch, _token_loss, slots=None if self.num_slots == 1 else (-1,)
+    )
+    loss = last_slot_cross_entropy(scores)
     last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
-    return TokenLosses(loss=loss, log_likelihood=-loss, stopping=jnp.broadcast_to(last, (*loss.shape, len(last))))
+    stopping = jnp.broadcast_to(last, (*loss.shape, len(last)))
+    return TokenLosses(loss=loss, log_likelihood=-loss, stopping=stopping, total=total)
 
   def evaluate(
     self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], omega: Any = None
@@ -58,3 +60,7 @@ class LastSlot:
       return scores
     waits = slot < self.num_slots - 1
     return TokenScores(scores.log_probs, jnp.where(waits, 0.0, -jnp.inf), jnp.where(waits, -jnp.inf, 0.0))
+
+
+def _token_loss(scores: SlotScores, _: Any) -> Float[Array, "..."]:
+  return last_slot_cross_entropy(scores)

@@ -22,6 +22,6 @@ class MeanSlots(ConstantMixture):
     del params
     return jnp.full(self.num_slots, -math.log(self.num_slots))
 
-  def token_loss(self, scores: SlotScores, log_likelihood: Float[Array, "B T"]) -> Float[Array, "B T"]:
+  def token_loss(self, scores: SlotScores, log_likelihood: Float[Array, "..."]) -> Float[Array, "..."]:
     del log_likelihood
     return -scores.log_target.mean(-1)

@@ -22,7 +22,7 @@ from cyb_jax.decoder import unembedding_init
 from cyb_jax.errors import InputError
 from cyb_jax.field_rules import INNER_SHARE, NOT_NEGATIVE, Rule, checked_later, one_of, or_none, whole_number
 from cyb_jax.methods.backbone import Backbone, DontKnow, boxed, boxed_row
-from cyb_jax.methods.interface import EvalOutput, Params, TokenLosses
+from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
 from cyb_jax.methods.options import MethodConfig
 from cyb_jax.readout import TokenScores
 from cyb_jax.stopping import SlotScores, log_stopping_distribution, normalize
@@ -175,14 +175,22 @@ class StoppingTime:
       return losses.cyb_dp(scores, options.rho, options.alpha)
     return losses.cyb(scores, options.omega, options.gamma)
 
-  def loss(
-    self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"], step: Any = None
-  ) -> TokenLosses:
-    output = self.as_trained(self.warmed_up(self.scores(params, hidden, targets), step))
+  def loss(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch, step: Any = None) -> TokenLosses:
+    held = self._held(step)
+    total, scores = self.backbone.weighted_loss(
+      params,
+      hidden,
+      batch,
+      lambda scores, held: self.token_loss(self._held_at_prior(scores, held)),
+      None if held is None else jnp.broadcast_to(held, batch["targets"].shape),
+      dont_know=self.dont_know(params),
+    )
+    output = self.as_trained(self._held_at_prior(scores, held))
     return TokenLosses(
       loss=output.loss,
       log_likelihood=-losses.cyb(output.scores, self.options.omega),
       stopping=jnp.exp(output.log_stopping),
+      total=total,
     )
 
   def evaluate(
@@ -209,14 +217,22 @@ class StoppingTime:
 
   def warmed_up(self, scores: SlotScores, step: Any) -> SlotScores:
     """The scores, with d held at its prior during the first `stopping_warmup` steps."""
+    return self._held_at_prior(scores, self._held(step))
+
+  def _held(self, step: Any) -> Float[Array, ""] | None:
+    """1 if d is held at its prior in this step, otherwise 0; None: it never is."""
     if not self.options.stopping_warmup or step is None:
+      return None
+    return jnp.asarray(step < self.options.stopping_warmup, jnp.float32)
+
+  def _held_at_prior(self, scores: SlotScores, held: Float[Array, "..."] | None) -> SlotScores:
+    if held is None:
       return scores
-    prior = self.options.dont_know_prior
-    held = step < self.options.stopping_warmup
+    prior, is_held = self.options.dont_know_prior, held[..., None] > 0
     return SlotScores(
       log_target=scores.log_target,
-      log_dont_know=jnp.where(held, math.log(prior), scores.log_dont_know),
-      log_answer=jnp.where(held, math.log1p(-prior), scores.log_answer),
+      log_dont_know=jnp.where(is_held, math.log(prior), scores.log_dont_know),
+      log_answer=jnp.where(is_held, math.log1p(-prior), scores.log_answer),
     )
 
   def decisions(self, params: Params, hidden: Float[Array, "B T W D"], targets: Int[Array, "B T"]) -> SlotScores:

@@ -258,6 +258,7 @@ class ForkedStreams:
         self.backbone.decoder_config,
         executed=executed,
         frozen=self.backbone.is_frozen,
+        reads_twice=self.reads_streams,
         scaled=number > 0,
         **options,
       )
