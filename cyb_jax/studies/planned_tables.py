@@ -124,9 +124,10 @@ def _row(
   plan: PlannedStudy, row: Row, finished: Mapping[str, Sequence[Entry]], documents: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
   entries = finished[row.name]
-  reference = _same_seeds(entries, finished[row.compared_with or plan.reference])
+  compared_with = row.compared_with or plan.reference
+  reference = _same_seeds(entries, finished[compared_with])
   perplexities = [entry["perplexity"] for entry in entries]
-  compared = None if row.name == plan.reference else difference(entries, reference, documents)
+  compared = None if row.name == compared_with else difference(entries, reference, documents)
   paced = _self_paced(entries)
   loss = statistics.fmean(map(math.log, perplexities))
   return {
@@ -144,7 +145,7 @@ def _row(
     "train_slots": _ratio(entries, "train_slots", "train_tokens"),
     "inference_flops": _mean(entries, "inference_flops"),
     "self_paced": paced,
-    "compared_with": row.compared_with or plan.reference,
+    "compared_with": compared_with,
     "reference_tokens": None if row.compared_with else _reference_tokens(plan, finished, loss),
     "front": [],
   }
@@ -231,8 +232,8 @@ def _cells(row: Mapping[str, Any], reference: str, has_training: bool) -> tuple[
   if row["interval"] is not None:
     low, high = row["interval"]
     compared = f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
-  if row["compared_with"] != reference:
-    compared += f", to {row['compared_with']}"
+    if row["compared_with"] != reference:
+      compared += f", to {row['compared_with']}"
   seeds = str(row["seeds"]) if row["seeds"] == row["of_seeds"] else f"{row['seeds']} of {row['of_seeds']}"
   cost = row["inference_flops"]
   tokens = ""

@@ -25,7 +25,7 @@ class Row:
     seeds: the row is trained with the seeds 0 to seeds - 1.
     fields: of the config, 'a.b=value' each, in addition to those of the plan.
     rate_of: the row whose rate is taken; '': the row searches its own.
-    compared_with: the row that it is compared with; '': the reference of the plan.
+    compared_with: the row that it is compared with, its own name if with none; '': the reference of the plan.
     paced: whether the model decides how many slots it takes, and is evaluated at its own pace too.
     cost: of a training step, relative to the reference. It is only used to estimate times.
   """
@@ -257,7 +257,7 @@ FINETUNE = PlannedStudy(
     (
       # One seed: the rows above agree within 0.001 nats with every seed. Between the groups the model was pretrained
       # again by a later version, whose last bits differ, so these rows have a reference of their own.
-      _tuned("baseline_again", "baseline", 1.0, seeds=1, rate_of="baseline"),
+      _tuned("baseline_again", "baseline", 1.0, seeds=1, rate_of="baseline", **_AGAIN),
       _tuned("ap_paper_start", "ap", 4.7, seeds=1, fields=_PAPER_START, paced=True, **_AGAIN),
       _tuned("constant_stop", "constant_stop", 4.7, seeds=1, fields=_IDENTITY_START, **_AGAIN),
       _tuned("tbys3_1.8x", "tbys3", 3.8, seeds=1, times=1.8, rate_of="tbys3", fields=_IDENTITY_START, **_AGAIN),

