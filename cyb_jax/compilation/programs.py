@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from cyb_jax import configs, training
 from cyb_jax.costs import flops
+from cyb_jax.costs.memory import bytes_per_device
 from cyb_jax.decoder import splash
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
@@ -40,6 +41,8 @@ class Program:
     flops: the executed FLOPs of all devices together, given whether attention is a kernel.
     tokens: the number of tokens that one execution processes.
     about: further keys of its record.
+    model_flops: the model FLOPs of all devices together; None: not counted.
+    parameter_bytes: the bytes of the parameters on a device, which an execution reads at least once; None: not counted.
   """
 
   compile: Callable[[], jax.stages.Compiled]
@@ -47,11 +50,14 @@ class Program:
   flops: Callable[[bool], float]
   tokens: int
   about: Mapping[str, Any]
+  model_flops: float | None = None
+  parameter_bytes: int | None = None
 
 
 def train(run: Outline) -> Program:
   """The training step."""
   data = run.config.data
+  tokens = data.batch_size * data.sequence_length
 
   def compiled() -> jax.stages.Compiled:
     with _under(run):
@@ -64,9 +70,10 @@ def train(run: Outline) -> Program:
       products = (forwards + _KERNEL_BACKWARD) / (forwards + _XLA_BACKWARD)
       attention = executed.attention * products * _kernel_keys(run.method, data.sequence_length)
       executed = dataclasses.replace(executed, attention=attention)
-    return data.batch_size * data.sequence_length * executed.total
+    return tokens * executed.total
 
-  return Program(compiled, run.mesh.size, cost, data.batch_size * data.sequence_length, {"rows": data.batch_size})
+  model_flops = tokens * run.method.costs(data.sequence_length).train.total
+  return Program(compiled, run.mesh.size, cost, tokens, {"rows": data.batch_size}, model_flops)
 
 
 def evaluate(run: Outline) -> Program:
@@ -87,7 +94,9 @@ def evaluate(run: Outline) -> Program:
       executed = dataclasses.replace(executed, attention=executed.attention * _kernel_keys(method, length))
     return rows * length * costs.evaluation_passes * executed.total
 
-  return Program(compiled, run.mesh.size, cost, rows * length, {"rows": rows})
+  costs = method.costs(length)
+  model_flops = rows * length * costs.evaluation_passes * costs.forward.total
+  return Program(compiled, run.mesh.size, cost, rows * length, {"rows": rows}, model_flops)
 
 
 def decode(run: Outline, rows: int) -> Program:
@@ -132,7 +141,9 @@ def decode(run: Outline, rows: int) -> Program:
     "slots_at_once": at_once,
     "parameters": "sharded as in training" if sharded else "complete on one device",
   }
-  return Program(compiled, mesh.size if sharded else 1, cost, rows, about)
+  params = _params(run)
+  held = bytes_per_device(params) if sharded else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+  return Program(compiled, mesh.size if sharded else 1, cost, rows, about, parameter_bytes=held)
 
 
 def _kernel_keys(method: Method, tokens: int) -> float:

@@ -191,7 +191,20 @@ def _record(program: Program, chip: Chip, path: str | None) -> dict[str, Any]:
     "bound": bound.bound,
     "seconds": dataclasses.asdict(bound),
     "tokens_per_second": program.tokens / bound.seconds,
+    **_shares(program, chip, bound.seconds, moved.hbm_bytes),
   }
+
+
+def _shares(program: Program, chip: Chip, seconds: float, hbm_bytes: float) -> dict[str, float]:
+  """Shares of a step: `roofline_mfu`, the model FLOPs over what the chips could do in the time of the roofline, and
+  `traffic_over_parameters`, the bytes of the step over those of the parameters.
+  """
+  shares = {}
+  if program.model_flops is not None:
+    shares["roofline_mfu"] = program.model_flops / (program.devices * seconds * chip.peak_flops)
+  if program.parameter_bytes:
+    shares["traffic_over_parameters"] = hbm_bytes / program.parameter_bytes
+  return shares
 
 
 def _log_line(step: str, record: Mapping[str, Any], chip: Chip, seconds: float) -> str:

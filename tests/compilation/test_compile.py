@@ -348,6 +348,12 @@ def test_data_parallelism_sums_the_gradient_once(tmp_path):
   arguments = 3 * 4 * 8800
   assert arguments < result["train"]["memory"]["arguments"] < 3 * arguments  # arrays are padded to tiles
   assert result["train"]["flops"] * 4 == result["flops_per_token"]["train"]["executed"] * 8 * 16
+  model = result["flops_per_token"]["train"]["model"] * 8 * 16
+  assert result["train"]["roofline_mfu"] == pytest.approx(model / (4 * result["train"]["step_seconds"] * 197e12))
+  assert 0 < result["evaluate"]["roofline_mfu"] < 1
+  # A step of decoding reads the parameters at least once.
+  traffic = result["decode"]["hbm_traffic_bytes"]
+  assert result["decode"]["traffic_over_parameters"] == pytest.approx(traffic / (4 * 8800))
   assert result["train"]["open_loops"] == result["evaluate"]["open_loops"] == 0
   assert result["decode"]["capacity"] == 16 * 3
   assert os.listdir(tmp_path) == ["tiny.py"]
