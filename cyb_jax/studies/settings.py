@@ -46,6 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "ap_on_policy": _cyb(recipe="on_policy"),
   "ap_hidden": _cyb(pause_visibility="hidden"),
   "ap_heads": _cyb(slot_heads=True),
+  # The recipe with the lowest validation perplexity from scratch, see "Results of scratch" in experiments/README.md.
+  "ap_scratch": _cyb(slot_heads=True, dont_know_prior=0.5),
   # The pauses of earlier work: they share one embedding, and each has its own position.
   "ap_shared": _cyb(pause_shared=True, pause_positions="shifting"),
   # Controls: a mixture over slots with weights that do not depend on the token; independently trained slots.
@@ -96,6 +98,7 @@ MEANINGS: dict[str, str] = {
   "ap_on_policy": "CYB-AP that draws each token's number of slots from the model's own stopping distribution (ours)",
   "ap_hidden": "CYB-AP whose pauses are seen only by their own token (ours)",
   "ap_heads": "CYB-AP whose slots have their own projections, as the heads of mos do without pauses (ours)",
+  "ap_scratch": "ap_heads with a prior of 0.5 and PonderLM-2's initialisation: the best recipe from scratch (ours)",
   "ap_shared": "CYB-AP whose pauses share one embedding and have their own positions, as in earlier work",
   "constant_stop": "a control: a mixture over slots whose weights are the same for every token",
   "mean_slots": "a control: every slot is trained independently, and the mean of the slots is read",
@@ -119,7 +122,9 @@ MATCH_MEANINGS: dict[str, str] = {
 # The initialisation of PonderLM-2, as published.
 PONDER_DECODER = {"initializer": "small", "scale_embeddings": True, "tied_embeddings": False}
 # Fields of the decoder that a setting changes if it is trained from scratch.
-DECODERS: dict[str, dict[str, Any]] = dict.fromkeys(("ponderlm2", "ponderlm3", "baseline_small"), PONDER_DECODER)
+DECODERS: dict[str, dict[str, Any]] = dict.fromkeys(
+  ("ponderlm2", "ponderlm3", "baseline_small", "ap_scratch"), PONDER_DECODER
+)
 
 # The settings that represent their methods in a list with one setting per method; for other methods it is the first of
 # SETTINGS.

@@ -610,6 +610,22 @@ def test_jobs_share_cores_and_the_memory_of_a_gpu(monkeypatch):
   assert processes.environment(3) is None  # the user's choice
 
 
+def test_the_recipe_from_scratch_is_the_best_row(tmp_path):
+  """The setting `ap_scratch` trains what the row with the lowest perplexity trains, of those that decide for each token
+  and were trained on the same tokens.
+  """
+  path = pathlib.Path(comparisons.experiment("experiments/reviews.py").__file__).parent / "results/scratch.json"
+  entries = json.loads(path.read_text())["runs"]
+  first = {entry["row"]: entry["perplexity"] for key, entry in entries.items() if key.endswith("/seed0")}
+  rows = {row.name: row for row in plans.SCRATCH.rows if row.name in first and row.paced and row.name != "cyb_looped"}
+  best = rows[min(rows, key=first.__getitem__)]
+  get_config = comparisons.experiment("experiments/reviews.py").get_config
+  trained = command_line.override(get_config(f"{best.setting},nano"), [*plans.SCRATCH.fields, *best.fields])
+  ours = command_line.override(get_config("ap_scratch,nano"), list(plans.SCRATCH.fields))
+  ours, trained = resolve(ours), resolve(trained)
+  assert (ours.method, ours.decoder) == (trained.method, trained.decoder)
+
+
 def test_the_plans_match_the_readme():
   """5M and 15M tokens from scratch; 1, 1.8 and 3 times the fine-tuning tokens."""
   scratch = {row.name: row for row in plans.SCRATCH.rows}
