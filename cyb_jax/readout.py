@@ -111,7 +111,7 @@ def weighted_loss(
 
   The sum equals `(weights * token_loss(slot_scores(...), arguments)).sum()`. Its gradients are formed in the forward
   pass, chunk by chunk: three matrix products with the unembedding, where `slot_scores` needs four unless the softmax is
-  small. The scores can be differentiated too, at the cost of two more products. Only first derivatives exist.
+  small. The scores can be differentiated too, at the cost of three more products. Only first derivatives exist.
 
   Args:
     token_loss: computes the loss of each token from its scores, such as `losses.cyb`; it must treat tokens
@@ -148,9 +148,10 @@ def weighted_loss(
     fused_readout.WeightedLoss(inputs.readout, token_loss, inputs.form),
     tiling.split(inputs.hidden),
     unembedding,
-    jax.tree.map(tiling.split, (inputs.dont_know_logit, arguments)),
+    # Padding has a weight of 0. Its loss must be finite too, so its arguments are those of a token.
+    jax.tree.map(lambda x: tiling.split(x, mode="edge"), (inputs.dont_know_logit, arguments)),
     tiling.split(targets.astype(jnp.int32)),
-    tiling.split(weights),
+    tiling.split(jnp.asarray(weights, sum_dtype(inputs.hidden))),
   )
   return total, inputs.scores(tuple(tiling.join(x) for x in outputs), targets)
 

@@ -77,15 +77,18 @@ class Tiling:
     is_split = mesh is not None and parts("vocab", mesh) > 1
     return self.chunk_size * self.chunks * rows <= KEPT and not is_split
 
-  def split(self, x: Array) -> Array:
-    """Reshapes an array with the leading axes `shape` to [G, C, J, ...]."""
+  def split(self, x: Array, mode: str = "constant") -> Array:
+    """Reshapes an array with the leading axes `shape` to [G, C, J, ...].
+
+    With `mode` 'edge' the padding repeats the last row of its shard; by default it is zero.
+    """
     # The rows are padded, because a smaller last chunk would need a second, slower program. Each shard has its own
     # padding, so no row moves to another device.
     rest = x.shape[len(self.shape) :]
-    x = _padded(x.reshape(math.prod(self.shape), *rest), self.shards * self.per_shard).reshape(
+    x = _padded(x.reshape(math.prod(self.shape), *rest), self.shards * self.per_shard, mode).reshape(
       self.shards, self.per_shard, *rest
     )
-    x = jnp.moveaxis(_padded(jnp.moveaxis(x, 1, 0), self.chunk_size * self.chunks), 0, 1)
+    x = jnp.moveaxis(_padded(jnp.moveaxis(x, 1, 0), self.chunk_size * self.chunks, mode), 0, 1)
     return x.reshape(self.shards, self.chunk_size, self.chunks, *rest)
 
   def join(self, x: Array) -> Array:
@@ -100,5 +103,8 @@ def _slots_of_chunk(rows: int) -> int:
   return max(128, 2 ** int(math.log2((_CPU_CHUNK if target_platform() == "cpu" else _CHUNK) / rows)))
 
 
-def _padded(x: Array, length: int) -> Array:
-  return x if len(x) == length else jnp.pad(x, ((0, length - len(x)),) + ((0, 0),) * (x.ndim - 1))
+def _padded(x: Array, length: int, mode: str) -> Array:
+  if len(x) == length:
+    return x
+  # There is nothing to repeat in an empty array.
+  return jnp.pad(x, ((0, length - len(x)),) + ((0, 0),) * (x.ndim - 1), mode if len(x) else "constant")

@@ -223,6 +223,41 @@ def test_frozen(exact):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("chunk_size", "shards"), [(16, 1), (None, 1), (4, 4)])
+def test_padding_has_no_loss(chunk_size, shards):
+  """Chunks of four tokens and four shards have padding for six tokens, whose loss with arguments of zero would be
+  infinite.
+  """
+  hidden, unembedding, targets, row = problem(11)
+  weights, _ = tokens(targets)
+  ones = np.ones((*targets.shape, 4), np.float32)
+
+  def total(hidden, unembedding):
+    options = {"chunk_size": chunk_size, "shards": shards}
+    return weighted_loss(LOSSES["ap"], hidden, unembedding, targets, row, weights, ones, **options)[0]
+
+  def apart(hidden, unembedding):
+    return (weights * losses.cyb(slot_scores(hidden, unembedding, targets, row))).sum()
+
+  got, expected = (jax.value_and_grad(f, (0, 1))(hidden, unembedding) for f in (total, apart))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_is_a_weight():
+  hidden, unembedding, targets, row = problem(10)
+  mask = np.array([[True, False, True], [False, True, True]])
+
+  def gradient(weights):
+    def total(hidden):
+      return weighted_loss(lambda s, _: losses.cyb(s), hidden, unembedding, targets, row, weights)[0]
+
+    return jax.value_and_grad(total)(hidden)
+
+  for a, b in zip(gradient(mask), gradient(mask.astype(np.float32))):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_bad_shapes():
   hidden, unembedding, targets, row = problem(8)
   weights, factors = tokens(targets)
