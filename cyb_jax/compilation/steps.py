@@ -32,6 +32,9 @@ from cyb_jax.progress import track
 from cyb_jax.studies.resolution import resolve
 from cyb_jax.training.estimate import Knob, Outline
 
+# The instructions with the most HBM traffic that a record lists.
+_MOVES_SHOWN = 10
+
 
 def for_tpu(source: Mapping[str, Any]) -> Config:
   """Freezes a nested config as on a TPU, on any platform: 'auto' means bfloat16.
@@ -191,6 +194,9 @@ def _record(program: Program, chip: Chip, path: str | None) -> dict[str, Any]:
     "bound": bound.bound,
     "seconds": dataclasses.asdict(bound),
     "tokens_per_second": program.tokens / bound.seconds,
+    "largest_moves": [
+      dataclasses.asdict(move) | {"seconds": move.bytes / chip.hbm_bandwidth} for move in moved.moves[:_MOVES_SHOWN]
+    ],
     **_shares(program, chip, bound.seconds, moved.hbm_bytes),
   }
 

@@ -52,6 +52,23 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Move:
+  """An instruction that reads from or writes to HBM.
+
+  Attributes:
+    instruction: its name in the optimised HLO.
+    operation: the operation of the program that it comes from, as JAX names it; of a fusion that of its result.
+    times: the number of executions.
+    bytes: the bytes of all executions together.
+  """
+
+  instruction: str
+  operation: str
+  times: int
+  bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Traffic:
   """The traffic of a program on each device.
 
@@ -61,11 +78,13 @@ class Traffic:
       For an operand that is sliced or gathered from, only the read part counts; for an operand that is updated in
       place, only the written part. A kernel's operands count once, even if it reads them several times.
     open_loops: the number of loops with an unknown number of trips, which count once.
+    moves: the instructions that `hbm_bytes` counts, those with the most bytes first.
   """
 
   collectives: tuple[Collective, ...]
   hbm_bytes: int
   open_loops: int
+  moves: tuple[Move, ...] = ()
 
   @property
   def sent(self) -> float:
@@ -97,11 +116,14 @@ class _Walk:
     self.devices = math.prod(int(size[1]) for size in sizes if size)
     self.collectives: list[Collective] = []
     self.chained: dict[str, Collective] = {}
-    self.hbm_bytes = self.open_loops = 0
+    self.moves: list[Move] = []
+    self.open_loops = 0
 
   def result(self) -> Traffic:
     self._run(self.entry, 1)
-    return Traffic((*self.collectives, *self.chained.values()), self.hbm_bytes, self.open_loops)
+    moves = tuple(sorted(self.moves, key=lambda move: -move.bytes))
+    total = sum(move.bytes for move in moves)
+    return Traffic((*self.collectives, *self.chained.values()), total, self.open_loops, moves)
 
   def _run(self, name: str, times: int) -> None:
     computation = self.computations[name]
@@ -120,7 +142,9 @@ class _Walk:
         self.collectives.append(self._collective(computation, instruction, times))
       elif instruction.opcode == "fusion":
         self._fused(instruction.attribute("calls"), times)
-      self.hbm_bytes += times * self._moved(computation, instruction)
+      if moved := self._moved(computation, instruction):
+        operation = re.search(r'op_name="([^"]*)"', instruction.rest)
+        self.moves.append(Move(instruction.name, operation[1] if operation else "", times, times * moved))
 
   def _fused(self, name: str, times: int) -> None:
     """Counts the collectives in a fusion on TPUs.

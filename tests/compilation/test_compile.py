@@ -85,6 +85,11 @@ def test_attributes_may_span_several_lines():
   found = traffic(LOOP.replace("  %reduced =", kernel))
   assert found.by_kind() == traffic(LOOP).by_kind()
   assert found.hbm_bytes == traffic(LOOP).hbm_bytes + 5 * 2 * 32
+  # The largest are first. The loop's instructions run five times, and only the kernel names its operation.
+  assert [(move.instruction, move.operation, move.times, move.bytes) for move in found.moves] == [
+    ("kernel", "attend", 5, 320), ("reduced", "", 5, 320), ("next", "", 5, 40), ("copied", "", 5, 20),
+    ("first", "", 1, 8),
+  ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
