@@ -3,7 +3,9 @@
     cyb-train --config=experiments/reviews.py:baseline,tiny,1x2 --workdir=runs/plain
     cyb-train --config=experiments/finetune_reviews.py:ap --config.init_from=runs/plain --workdir=runs/tuned
 
-SETTING, SIZE and REGIME are as in reviews.py; size, tokenizer and data must equal those of the run in init_from.
+SETTING, SIZE and REGIME are as in reviews.py; size, tokenizer and data must equal those of the run in init_from. The
+default setting is ap_hidden, because a model with visible pauses reads worse at its own pace ("Results of finetune" in
+experiments/README.md).
 
 Two choices differ from the paper and are off in the configs of its runs. In a confident model, d starts far below the
 prior: method.calibration_batches = 4 adds a constant to the <don't know> logit so that the median of d over the first
@@ -20,7 +22,7 @@ from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):
-  setting, size, regime = settings.parse(argument, setting="ap", size="tiny", regime="1x1")
+  setting, size, regime = settings.parse(argument, setting="ap_hidden", size="tiny", regime="1x1")
   config = configs.default()
   settings.apply(config, setting, size, regime)
   settings.calibrate(config)

@@ -6,7 +6,7 @@
 WEIGHTS: a Hugging Face folder of SmolLM2-135M, its GGUF file, or a folder that cyb-convert has written. The decoder's
 shape is read from there; other models of the supported formats also work. SETTING is as in reviews.py. `lora` trains
 adapters of rank 8 on queries and values and the new rows (pauses and <don't know>) instead of all weights, for a CPU or
-a small device.
+a small device. The default is `ap_hidden,all`; see finetune_reviews.py.
 
 In a confident model, d starts far below the prior. It is therefore calibrated to a prior of 0.5, which differs from the
 paper; see finetune_reviews.py.
@@ -17,7 +17,7 @@ from cyb_jax.studies import settings
 
 
 def get_config(argument: str = ""):
-  setting, tuned = settings.parse_tuning(argument)
+  setting, tuned = settings.parse_tuning(argument, setting="ap_hidden")
   config = configs.default()
   settings.fine_tune(config, setting, tuned)
   config.data.task = "imdb_reviews"

@@ -210,13 +210,13 @@ def parse(argument: str | None, *, setting: str, size: str, regime: str) -> tupl
   )
 
 
-def parse_tuning(argument: str | None) -> tuple[str, str]:
-  """(setting, tuned weights) from 'SETTING,WEIGHTS'; the defaults are 'ap' and 'all'.
+def parse_tuning(argument: str | None, *, setting: str = "ap") -> tuple[str, str]:
+  """(setting, tuned weights) from 'SETTING,WEIGHTS'; the defaults are `setting` and 'all'.
 
   Raises:
     InputError: a name is unknown, or there is a third part.
   """
-  setting, tuned = _parts(argument, ("ap", "all"), "it must have at most the two SETTING,WEIGHTS")
+  setting, tuned = _parts(argument, (setting, "all"), "it must have at most the two SETTING,WEIGHTS")
   return _one_of("setting", setting, SETTINGS), _one_of("tuning.weights", tuned, WEIGHTS)
 
 
