@@ -138,9 +138,8 @@ def weighted_loss(
   """
   _check_of_tokens({"weights": weights, "arguments": arguments}, targets)
   if frozen:  # the gradient of the hidden states alone needs two products
-    scores = slot_scores(
-      hidden, unembedding, targets, dont_know, chunk_size=chunk_size, shards=shards, frozen=True, **options
-    )
+    options |= {"chunk_size": chunk_size, "shards": shards, "frozen": True}
+    scores = slot_scores(hidden, unembedding, targets, dont_know, **options)
     return (weights * token_loss(scores, arguments)).sum(), scores
   inputs = _inputs(hidden, unembedding, targets, dont_know, **options)
   tiling = Tiling.of_tokens(inputs.hidden.shape[:-1], len(unembedding), chunk_size, shards, inputs.readout.mesh)
@@ -148,8 +147,8 @@ def weighted_loss(
     fused_readout.WeightedLoss(inputs.readout, token_loss, inputs.form),
     tiling.split(inputs.hidden),
     unembedding,
-    # Padding has a weight of 0. Its loss must be finite too, so its arguments are those of a token.
-    jax.tree.map(lambda x: tiling.split(x, mode="edge"), (inputs.dont_know_logit, arguments)),
+    # The loss of padding must be finite, so its arguments are those of a token.
+    jax.tree.map(lambda x: tiling.split(x, "edge"), (inputs.dont_know_logit, arguments)),
     tiling.split(targets.astype(jnp.int32)),
     tiling.split(jnp.asarray(weights, sum_dtype(inputs.hidden))),
   )

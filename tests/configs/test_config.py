@@ -212,9 +212,12 @@ def test_the_papers_run_can_be_traced(setting):
 
   method = configs.freeze(gemma2b_c4.get_config(setting)).build_method()
   params = nn.unbox(jax.eval_shape(method.init, jax.random.key(0)))
-  rows = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-  batch = {"tokens": rows, "targets": rows}
-  gradient = jax.eval_shape(jax.grad(lambda p, b: method.loss(p, b, jax.random.key(0)).loss.sum()), params, batch)
+  rows, weights = (jax.ShapeDtypeStruct((2, 2048), dtype) for dtype in (jnp.int32, jnp.float32))
+
+  def loss(params, batch):
+    return method.loss(params, batch, jax.random.key(0)).weighted_sum(batch["weights"])
+
+  gradient = jax.eval_shape(jax.grad(loss), params, {"tokens": rows, "targets": rows, "weights": weights})
   assert jax.tree.structure(gradient) == jax.tree.structure(params)
   assert sum(x.size for x in jax.tree.leaves(params)) > 2.5e9
 
