@@ -43,7 +43,7 @@ from cyb_jax.losses import last_slot_cross_entropy
 from cyb_jax.methods.backbone import Backbone, boxed
 from cyb_jax.methods.composite import SequentialSlotMethod
 from cyb_jax.methods.interface import Batch, EvalOutput, Params, TokenLosses
-from cyb_jax.methods.objectives.last import LastSlot
+from cyb_jax.methods.objectives.last import LastSlot, cross_entropy
 from cyb_jax.methods.ponderlm2 import PonderOptions
 from cyb_jax.methods.slot_models.thoughts import Thoughts
 
@@ -239,9 +239,7 @@ class PonderLM3(SequentialSlotMethod):
     hidden = self.slot_model.ponder(params, batch, self.slot_model.draw_passes(rng), is_pruned=False)
     log_depth, _ = self.slot_model.log_depths(params, hidden[..., 0, :])
     fused = self.slot_model.fuse(params, hidden, is_pruned=False)
-    total, scores = self.backbone.weighted_loss(
-      params, fused[..., None, :], batch, lambda scores, _: last_slot_cross_entropy(scores)
-    )
+    total, scores = self.backbone.weighted_loss(params, fused[..., None, :], batch, cross_entropy)
     loss, penalties = last_slot_cross_entropy(scores), penalty * self._penalty(params, hidden)
     return TokenLosses(
       loss=penalties + loss,

@@ -610,7 +610,7 @@ def test_jobs_share_cores_and_the_memory_of_a_gpu(monkeypatch):
   assert processes.environment(3) is None  # the user's choice
 
 
-def test_the_recipe_from_scratch_is_the_best_row(tmp_path):
+def test_the_recipe_from_scratch_is_the_best_row():
   """The setting `ap_scratch` trains what the row with the lowest perplexity trains, of those that decide for each token
   and were trained on the same tokens.
   """

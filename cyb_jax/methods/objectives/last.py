@@ -38,7 +38,7 @@ class LastSlot:
   def loss(self, params: Params, hidden: Float[Array, "B T W D"], batch: Batch, step: Any = None) -> TokenLosses:
     del step
     total, scores = self.backbone.weighted_loss(
-      params, hidden, batch, _token_loss, slots=None if self.num_slots == 1 else (-1,)
+      params, hidden, batch, cross_entropy, slots=None if self.num_slots == 1 else (-1,)
     )
     loss = last_slot_cross_entropy(scores)
     last = jax.nn.one_hot(self.num_slots - 1, self.num_slots, dtype=loss.dtype)
@@ -62,5 +62,6 @@ class LastSlot:
     return TokenScores(scores.log_probs, jnp.where(waits, 0.0, -jnp.inf), jnp.where(waits, -jnp.inf, 0.0))
 
 
-def _token_loss(scores: SlotScores, _: Any) -> Float[Array, "..."]:
+def cross_entropy(scores: SlotScores, _: Any) -> Float[Array, "..."]:
+  """-log t of the last slot, as the token loss of `Backbone.weighted_loss`."""
   return last_slot_cross_entropy(scores)

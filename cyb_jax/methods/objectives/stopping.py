@@ -220,7 +220,9 @@ class StoppingTime:
     return self._held_at_prior(scores, self._held(step))
 
   def _held(self, step: Any) -> Float[Array, ""] | None:
-    """1 if d is held at its prior in this step, otherwise 0; None: it never is."""
+    """1 if d is held at its prior in this step, otherwise 0; None: it never is. It is an argument of the weighted loss,
+    and these are f32.
+    """
     if not self.options.stopping_warmup or step is None:
       return None
     return jnp.asarray(step < self.options.stopping_warmup, jnp.float32)
