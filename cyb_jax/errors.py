@@ -263,8 +263,10 @@ def _bucket_cause(error: BaseException) -> str | None:
   package, text = type(error).__module__.partition(".")[0], str(error)
   if package == "google":
     return f"signing in to the bucket failed ({text.splitlines()[0] if text else type(error).__name__})"
-  # The errors of asyncio have no error number.
-  if package in ("aiohttp", "fsspec", "requests") or isinstance(error, ConnectionError | TimeoutError):
+  # The errors of asyncio have no error number. Those of a disk have a file name, and orbax raises a TimeoutError if it
+  # waits in vain for another host.
+  lost = isinstance(error, ConnectionError | TimeoutError) and error.filename is None
+  if package in ("aiohttp", "fsspec", "requests") or (lost and not _is_of_jax(error.__cause__)):
     number = getattr(error, "errno", None)
     why = os.strerror(number) if number and number > 0 else text or type(error).__name__
     return f"the bucket can't be reached ({why})"
@@ -272,6 +274,10 @@ def _bucket_cause(error: BaseException) -> str | None:
     curl = re.search(r"CURL error ([^:\[]+)", text)
     return f"the bucket can't be reached ({curl[1] if curl else text.splitlines()[0].partition(' [')[0]})"
   return None
+
+
+def _is_of_jax(error: BaseException | None) -> bool:
+  return type(error).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
 def _http_status(error: BaseException) -> int | None:

@@ -60,8 +60,10 @@ class Answer:
     lines = [line for line in self.text.splitlines() if line]
     errors = [line for line in lines if line.startswith("error: ")]
     wanted = int(self.code not in (0, -signal.SIGKILL, EXIT_INTERRUPTED))
-    # A host that ends because another host was interrupted reports the line of that host.
-    if len(errors) != wanted and not (self.hosts > 1 and self.code == EXIT_INTERRUPTED and len(errors) == 1):
+    # A host that ends because another host was interrupted reports the line of that host, and a child process of a host
+    # that is killed reports the kill.
+    also = self.hosts > 1 and self.code in (-signal.SIGKILL, EXIT_INTERRUPTED)
+    if len(errors) != wanted and not (also and len(errors) == 1):
       return f"{len(errors)} error lines instead of {wanted}"
     for line in errors:
       if not _REMEDY.search(line):

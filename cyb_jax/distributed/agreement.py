@@ -14,7 +14,7 @@ import jax
 
 from cyb_jax import __version__, nested
 from cyb_jax.distributed.channel import Channel
-from cyb_jax.errors import InputError
+from cyb_jax.errors import InputError, writing
 
 # The number of seconds for which hosts wait for each other's facts when they start.
 _AGREE_SECONDS = 60
@@ -53,20 +53,23 @@ def same_folder(channel: Channel, folder: Any, *, seconds: float = 20.0) -> None
 
   Raises:
     InputError: some hosts don't see it.
+    StorageError: host 0 can't write to it.
   """
   if channel.count == 1:
     return
   token = channel.broadcast(os.urandom(16).hex())
   mark = folder / f".hosts.{token}"
   if channel.index == 0:
-    mark.write_text(token)
+    with writing(f"workdir: {folder}"):
+      mark.write_text(token)
   channel.barrier()
   until = time.monotonic() + seconds
   while not (seen := _exists(mark)) and time.monotonic() < until:
     time.sleep(0.2)
   missing = [host for host, sees in enumerate(channel.gather(seen)) if not sees]
   if channel.index == 0:
-    mark.unlink()
+    with writing(f"workdir: {folder}"):
+      mark.unlink()
   if missing:
     numbers = ", ".join(map(str, missing))
     raise InputError(

@@ -22,10 +22,13 @@ from cyb_jax.distributed.channel import KeyValueStore, first_line
 from cyb_jax.errors import HostLostError
 
 _POLL_SECONDS = 0.5
+# The store doesn't answer if host 0 has died.
+_ANNOUNCING_SECONDS = 5.0
 _ENDED = "cyb_jax/ended"
 _STOP = "cyb_jax/stop"
 # Words that identify a failed connection in errors of the runtime.
-_TRANSPORT = ("Gloo", "NCCL", "UNAVAILABLE", "Connection", "heartbeat", "DEADLINE")
+_COLLECTIVES = ("Gloo", "NCCL")
+_TRANSPORT = (*_COLLECTIVES, "UNAVAILABLE", "Connection", "heartbeat", "DEADLINE")
 
 
 class Watchdog:
@@ -69,12 +72,19 @@ class Watchdog:
       code: the exit code of all hosts.
     """
     self.leave()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      self._store.set(f"{_ENDED}/{self._index}", json.dumps([message, code]))
+    # The caller has reported the reason. If host 0 has died, jax aborts this process during the announcement.
+    self.dismiss_reporter()
+    announcement = threading.Thread(target=self._announce, args=(message, code), daemon=True)
+    announcement.start()
+    announcement.join(_ANNOUNCING_SECONDS)
     if self._index == 0:
       # The other hosts read the announcement from this process, so it must not exit before they have read it.
       time.sleep(4 * _POLL_SECONDS)
     self._exit(code)
+
+  def _announce(self, message: str, code: int) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      self._store.set(f"{_ENDED}/{self._index}", json.dumps([message, code]))
 
   def _exit(self, code: int) -> None:
     self.dismiss_reporter()
@@ -155,12 +165,23 @@ def lost_hosts(count: int) -> Iterator[None]:
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    if count == 1 or not any(word in str(error) for word in _TRANSPORT):
+  except Exception as error:
+    failure = _failed_connection(error)
+    if count == 1 or failure is None:
       raise
     # During this wait, a host that has failed can announce the reason, and the watchdog then ends this process.
     time.sleep(4 * _POLL_SECONDS)
     raise HostLostError(
-      f"hosts: another host has died or can't be reached ({first_line(error)}). The saved checkpoints are intact: start"
-      " all hosts again with the same command to continue"
+      f"hosts: another host has died or can't be reached ({first_line(failure)}). The saved checkpoints are intact:"
+      " start all hosts again with the same command to continue"
     ) from error
+
+
+def _failed_connection(error: BaseException) -> BaseException | None:
+  """The error of the runtime about a failed connection that an error is, or reports; None if there is none."""
+  if isinstance(error, TimeoutError) and error.__cause__ is not None:  # of orbax, which waits for all hosts
+    error = error.__cause__
+  # A collective outside a compiled function raises a ValueError, as TensorStore does for a bucket.
+  words = _TRANSPORT if isinstance(error, jax.errors.JaxRuntimeError) else _COLLECTIVES
+  known = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+  return error if known and any(word in str(error) for word in words) else None
