@@ -144,7 +144,9 @@ if message:
       self._process.stdin.flush()
 
   def dismiss(self) -> None:
-    """Ends the reporter; it prints nothing."""
+    """Ends the reporter; it prints nothing. It may be called again."""
+    if self._process.stdin.closed:
+      return
     self.set_message("")
     with contextlib.suppress(OSError):
       self._process.stdin.close()

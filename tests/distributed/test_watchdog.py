@@ -50,23 +50,14 @@ def test_a_disk_that_does_not_answer_is_not_a_bucket():
   assert storage_cause(TimeoutError()) == "the bucket can't be reached (TimeoutError)"
 
 
-class Reporter:
-  """Records whether it was dismissed."""
-
-  dismissed = False
-
-  def dismiss(self):
-    self.dismissed = True
-
-
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_host_ends_although_the_store_does_not_answer(monkeypatch, answers):
   """The reporter is dismissed before the announcement, during which jax may abort the process."""
-  reporter, left, told, codes = Reporter(), threading.Event(), [], []
+  reporter, left, told, codes = watchdog.ExitReporter("killed"), threading.Event(), [], []
 
   class Client:
     def key_value_set(self, key, value):
-      assert reporter.dismissed
+      assert reporter._process.poll() == 0
       if not answers:
         left.wait(60)
       told.append((key, json.loads(value)))
