@@ -189,7 +189,6 @@ SCRATCH = PlannedStudy(
       _scratch("ap_prior_0.9", "ap", 1, 4.7, fields=(f"{_PRIOR}=0.9",), rate_of="ap", paced=True),
       _scratch("ap_on_policy", "ap_on_policy", 1, 6.2, fields=(f"{_PRIOR}=0.5",), rate_of="ap", paced=True),
       _scratch("constant_stop", "constant_stop", 1, 4.7, rate_of="ap"),
-      _scratch("ap_heads", "ap_heads", 1, 4.8, fields=(f"{_PRIOR}=0.5",), rate_of="ap", paced=True),
       _scratch("wider@ap", "wider@ap", 1, 4.7, rate_of="baseline"),
       # d is held at the prior for the first fifth of the steps.
       _scratch(
@@ -200,9 +199,17 @@ SCRATCH = PlannedStudy(
       _scratch("ap_sampled", "ap_sampled", 1, 3.4, fields=(f"{_PRIOR}=0.5",), rate_of="ap", paced=True),
       _scratch("ap1", "ap1", 1, 2.1, fields=(f"{_PRIOR}=0.5",), rate_of="ap", paced=True),
       _scratch("mean_slots", "mean_slots", 1, 4.7, rate_of="ap"),
-      _scratch("cyb_looped", "cyb_looped", 1, 4.0, fields=(f"{_PRIOR}=0.5",), rate_of="ap", paced=True),
       _scratch("looped", "looped", 1, 3.0, rate_of="baseline"),
       _scratch("ponderlm2", "ponderlm2", 1, 6.1, rate_of="baseline"),
+    ),
+    (
+      # What was best with one seed, and the heads together with hidden pauses, which the model reads at its own pace.
+      _scratch("ap_heads", "ap_heads", 3, 4.8, fields=(f"{_PRIOR}=0.5",), rate_of="ap", paced=True),
+      _scratch("cyb_looped", "cyb_looped", 3, 4.0, fields=(f"{_PRIOR}=0.5",), rate_of="ap", paced=True),
+      _scratch(
+        "ap_hidden_heads", "ap_heads", 3, 4.1, fields=(f"{_PRIOR}=0.5", "method.pause_visibility=hidden"), rate_of="ap",
+        paced=True,
+      ),
     ),
   ),
   reference="baseline",
