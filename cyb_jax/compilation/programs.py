@@ -27,8 +27,6 @@ from cyb_jax.training.estimate import Outline
 
 # The default number of rows that are decoded together, unless the batch is split into more parts.
 _DECODED_ROWS = 8
-# Matrix products in the backward pass of attention per product of the forward pass: splash attention, and XLA.
-_KERNEL_BACKWARD, _XLA_BACKWARD = 7 / 2, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +64,9 @@ def train(run: Outline) -> Program:
   def cost(kernel: bool) -> float:
     executed = run.method.costs(data.sequence_length).train_executed
     if kernel:
-      forwards = 1 + (run.method.decoder.config.remat != "none")
-      products = (forwards + _KERNEL_BACKWARD) / (forwards + _XLA_BACKWARD)
+      # Of two products each in the forward passes, and of four in the backward pass of XLA's attention.
+      forwards = 2 * (1 + (run.method.decoder.config.remat != "none"))
+      products = (forwards + _backward_products(run.method, data.sequence_length)) / (forwards + 4)
       attention = executed.attention * products * _kernel_keys(run.method, data.sequence_length)
       executed = dataclasses.replace(executed, attention=attention)
     return tokens * executed.total
@@ -154,6 +153,13 @@ def _kernel_keys(method: Method, tokens: int) -> float:
     return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
   slots = method.costs(tokens).train_slots
   return splash.executed_keys(slots) / slots
+
+
+def _backward_products(method: Method, tokens: int) -> int:
+  """The number of products in the kernels' backward pass of attention. Layers with and without a window count alike."""
+  hidden = isinstance(method, CachedDecoding) and method.hides_pauses
+  slots = tokens * method.num_slots if hidden else round(method.costs(tokens).train_slots)
+  return splash.backward_products(slots, method.num_slots if hidden else 1, method.decoder.config.window)
 
 
 def _under(run: Outline):

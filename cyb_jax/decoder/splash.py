@@ -29,6 +29,10 @@ _LANES = 128
 # float32. Hidden slots need few blocks, most of them at the mask's edge: blocks of half the side waste half as much
 # computation on hidden keys.
 _LARGEST, _LARGEST_HIDDEN = 1024, 512
+# One backward kernel computes the weights once for all three gradients, but writes the queries' gradient once for each
+# block of keys, and visits hidden blocks too. So it is used where half of the blocks are visible, and up to this number
+# of blocks of keys, beyond which the copies would take too much memory.
+_MOST_COPIES = 8
 
 
 def attend(
@@ -107,7 +111,7 @@ def executed_keys(length: int, num_slots: int = 1) -> float:
   """The number of keys that the kernels of `attend` multiply with a slot's query, averaged over the S slots of a row.
 
   The kernels compute complete blocks, parts of which the mask then hides, and the padding of the last blocks. The
-  forward kernel computes 2 products with that many keys (weights and values); the two backward kernels compute 7.
+  forward kernel computes 2 products with that many keys, weights and values; see also `backward_products`.
 
   Args:
     length: S.
@@ -124,6 +128,22 @@ def executed_keys(length: int, num_slots: int = 1) -> float:
     own = (first // num_slots * num_slots + 1) // block if first % num_slots else row
     count += last // num_slots // block + 1 + row - own + 1
   return count * block**2 / length
+
+
+def backward_products(length: int, num_slots: int = 1, window: int | None = None) -> int:
+  """The number of products of the backward kernels with the keys of `executed_keys`.
+
+  One kernel computes the weights, their gradient, and the gradients of queries, keys and values: 5. Two kernels compute
+  the first two products twice: 7.
+
+  Args:
+    length, num_slots, window: as in `executed_keys` and `attend`.
+  """
+  return 5 if _backward_is_fused(length, num_slots, window) else 7
+
+
+def _backward_is_fused(length: int, num_slots: int, window: int | None) -> bool:
+  return num_slots == 1 and window is None and length <= _MOST_COPIES * _block(length, num_slots)
 
 
 def _axes() -> tuple[tuple[str, ...], str | None]:
@@ -166,10 +186,11 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, scale, soft_cap, 
   segments = None if segment_ids is None else kernels.SegmentIds(_pad(seen_from, rows), _pad(seen, mask.shape[1]))
   # Half a block of keys at a time, because the float32 weights of a whole block would fill the vector memory.
   part = block // 2 if block % (2 * _LANES) == 0 else block
+  fused = _backward_is_fused(length, num_slots, window)
   sizes = kernels.BlockSizes(
     block_q=block, block_kv=block, block_kv_compute=part,
     block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=part,
-    block_q_dq=block, block_kv_dq=block,
+    block_q_dq=None if fused else block, block_kv_dq=None if fused else block, use_fused_bwd_kernel=fused,
   )  # fmt: skip
   kernel = kernels.make_splash_mha(
     masks.MultiHeadMask([mask] * heads),
