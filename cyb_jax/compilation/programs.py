@@ -64,9 +64,11 @@ def train(run: Outline) -> Program:
   def cost(kernel: bool) -> float:
     executed = run.method.costs(data.sequence_length).train_executed
     if kernel:
-      # Of two products each in the forward passes, and of four in the backward pass of XLA's attention.
-      forwards = 2 * (1 + (run.method.decoder.config.remat != "none"))
-      products = (forwards + _backward_products(run.method, data.sequence_length)) / (forwards + 4)
+      # Of two products in each forward pass, and of four in the backward pass of XLA's attention. Only `remat` 'full'
+      # runs the kernel's forward pass twice, only 'none' that of XLA's attention once.
+      remat = run.method.decoder.config.remat
+      products = 2 * (1 + (remat == "full")) + _backward_products(run.method, data.sequence_length)
+      products /= 2 * (1 + (remat != "none")) + 4
       attention = executed.attention * products * _kernel_keys(run.method, data.sequence_length)
       executed = dataclasses.replace(executed, attention=attention)
     return tokens * executed.total

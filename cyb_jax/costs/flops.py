@@ -258,7 +258,8 @@ def train_cost(
   Each product of the forward pass has two products in the backward pass, for the gradients of its two factors. A matrix
   that is not trained has one, for the gradient of its input, because the pauses are trained through all layers. As
   executed, recomputation counts too: with `reads_twice` the logits of a trained unembedding; with `remat` 'full' the
-  layers except their last products, whose results no gradient needs; with `remat` 'dots' attention.
+  layers except their last products, whose results no gradient needs; with `remat` 'dots' XLA's attention and the
+  product with attention's output matrix.
 
   Args:
     config, tokens, slots, slots_read, hidden, shifting, executed: as in `forward_cost`.
@@ -309,18 +310,20 @@ def train_pass_cost(
   )  # fmt: skip
   if executed:
     readout += once.readout if reads_twice and not frozen else 0
+    # A norm after a product needs its result for the gradient.
+    needed = scaled or config.norm_placement != "before"
+    last: tuple[str, ...] = () if needed else ("down", "out") if config.parallel_residual else ("down",)
+    rank = 0 if config.lora is None else config.lora.rank
     if config.remat == "full":
-      # A norm after a product needs its result for the gradient.
-      needed = scaled or config.norm_placement != "before"
-      last: tuple[str, ...] = () if needed else ("down", "out") if config.parallel_residual else ("down",)
       matrices += once.matrices - slots * len(layers) * 2 * sum(_matrices(config)[name] for name in last)
       attention += once.attention
       # If an adapter B A ends a layer, only its product with B is not recomputed: the gradient of B needs A x.
-      rank = 0 if config.lora is None else config.lora.rank
       spared = sum(rank * config.d_model for name in last if name in _adapters(config))
       adapters += once.adapters - slots * len(layers) * 2 * spared
     elif config.remat == "dots":
       attention += once.attention
+      matrices += slots * len(layers) * 2 * _matrices(config)["out"] * ("out" not in last)
+      adapters += slots * len(layers) * 2 * rank * _sizes(config)["out"][0] * ("out" in _adapters(config))
   return Cost(matrices, attention, readout, adapters, 3 * once.routing)
 
 

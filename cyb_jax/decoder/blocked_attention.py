@@ -24,8 +24,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+# The name, for policies of jax.checkpoint, of a kernel's result and of its log-sum-exp.
+KERNEL_RESULTS = "attention"
 # Queries of a block, and attention weights that are computed together: they and their gradients fit into 2 MiB.
 _BLOCK_QUERIES = 64
 _BLOCK_WEIGHTS = 2**15
@@ -110,7 +113,8 @@ def _attend(width: int, rules: _Rules, query: Array, key: Array, value: Array, s
 def _attend_forward(width: int, rules: _Rules, query: Array, key: Array, value: Array, segment_ids: Array | None):
   layout = _Layout(query.shape, key.shape[2], width, rules.scale)
   rows = layout.rows(query, key, value, segment_ids)
-  out, normalizer = jax.lax.map(functools.partial(_forward, rules), rows)
+  results = jax.lax.map(functools.partial(_forward, rules), rows)
+  out, normalizer = checkpoint_name(results, KERNEL_RESULTS)
   return layout.join_queries(out, query.dtype), (rows, out, normalizer, segment_ids)
 
 

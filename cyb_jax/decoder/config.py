@@ -148,7 +148,8 @@ class DecoderConfig:
       other parameters are bfloat16.
     attention: the implementation of attention: 'auto', 'xla', 'blocks', 'cudnn' or 'splash', see `attention.attend`.
     remat: what the backward pass recomputes: 'none', nothing; 'full', everything except the layers' inputs; 'dots',
-      everything except the layers' inputs and the matrix products outside of attention.
+      everything except the layers' inputs, the results of the matrices but attention's output matrix, and those of the
+      kernels 'splash' and 'blocks'. Other attention is recomputed.
     scan_layers: whether one layer is compiled and scanned over parameters that are stacked on a leading axis 'layers'.
     lora: low-rank adapters of some matrices, see lora.py; None: none.
 

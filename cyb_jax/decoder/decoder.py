@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from cyb_jax.decoder.attention import KeyWeights, Mask
+from cyb_jax.decoder.blocked_attention import KERNEL_RESULTS
 from cyb_jax.decoder.cache import Cache, cache_mask
 from cyb_jax.decoder.config import DecoderConfig
 from cyb_jax.decoder.initializers import embedding_init, unembedding_init
@@ -26,10 +28,20 @@ from cyb_jax.decoder.rope import rope_factors
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.rules import constrain
 
-_REMAT_POLICIES = {
-  "full": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+
+def _is_kept(primitive: Any, *inputs: Any, **params: Any) -> bool:
+  """Whether `remat` 'dots' keeps a result for the backward pass: a policy of jax.checkpoint.
+
+  The only product that contracts two axes, heads and head size, is that of attention's output. A kernel's result is
+  kept in its place: it has the same size, and is far more expensive to compute again.
+  """
+  if jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params):
+    (contracted, _), _ = params["dimension_numbers"]
+    return len(contracted) == 1
+  return jax.checkpoint_policies.save_only_these_names(KERNEL_RESULTS)(primitive, *inputs, **params)
+
+
+_REMAT_POLICIES = {"full": None, "dots": _is_kept}
 # Factors of scaled inputs in addition to sqrt(D), so that these inputs start at a deviation of 1.
 _SCALES = {"small": math.sqrt(2.5)}
 

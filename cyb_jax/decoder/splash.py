@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from cyb_jax.decoder.blocked_attention import KERNEL_RESULTS
 from cyb_jax.partitioning.rules import RULES
 
 _BATCH_AXES, (_HEADS_AXIS,) = RULES["batch"], RULES["heads"]
@@ -197,6 +198,7 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, scale, soft_cap, 
     block_sizes=sizes,
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=KERNEL_RESULTS,
     attn_logits_soft_cap=soft_cap,
     interpret=interpret,
   )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from models import TINY, assert_trees_close
 
@@ -276,6 +277,24 @@ def test_no_square_array_is_stored_for_the_backward_pass(monkeypatch, remat):
   assert bool(squares(by_xla)) == (remat == "none")
 
 
+def kernels_in(jaxpr):
+  """The number of kernels in a jaxpr, without calls that have no results: compilers remove them."""
+  count = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      count += 1
+    elif equation.outvars:
+      count += sum(map(kernels_in, jaxprs_in_params(equation.params)))
+  return count
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("none", 3), ("dots", 3), ("full", 4)])
+def test_how_often_the_kernels_run(monkeypatch, remat, kernels):
+  """Forward, two backward, and with `remat` 'full' forward again."""
+  loss, args = loss_of_decoder(monkeypatch, interpreted, num_layers=1, remat=remat)
+  assert kernels_in(jax.make_jaxpr(jax.value_and_grad(loss))(*args).jaxpr) == kernels
+
+
 def chosen(implementation="auto", mask=None, *, length=256, keys=None, size=256, dtype="float32"):
   shapes = [jax.ShapeDtypeStruct((1, n, 1, size), dtype) for n in (length, keys or length)]
   return attention.choose_implementation(*shapes, mask=mask, implementation=implementation, interpret=False)
@@ -322,12 +341,12 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from cyb_jax.decoder import attention
+from cyb_jax.decoder import attention, decoder
 
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
 mesh = Mesh(np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
-def compiled(size, mask, implementation, segment_ids=None):
+def compiled(size, mask, implementation, segment_ids=None, kept=False):
   def loss(query, key, value, segment_ids):
     full_mask = mask if segment_ids is None else attention.HiddenSlots(mask.num_slots, segment_ids)
     return attention.attend(query, key, value, mask=full_mask, implementation=implementation).astype(jnp.float32).sum()
@@ -336,6 +355,8 @@ def compiled(size, mask, implementation, segment_ids=None):
     spec = NamedSharding(mesh, PartitionSpec("data", None, axis))
     return jax.ShapeDtypeStruct((2, 8192, heads, size), jnp.bfloat16, sharding=spec)
 
+  if kept:
+    loss = jax.checkpoint(loss, policy=decoder._is_kept)
   with jax.set_mesh(mesh):
     step = jax.jit(jax.grad(loss, (0, 1, 2)))
     program = step.lower(shape(4, "tensor"), shape(1, None), shape(1, None), segment_ids).compile()
@@ -344,6 +365,7 @@ def compiled(size, mask, implementation, segment_ids=None):
 segment_ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
 print(json.dumps({
   "causal": compiled(64, None, "auto"),
+  "kept": compiled(64, None, "auto", kept=True),
   "hidden": compiled(256, attention.HiddenSlots(4), "auto", segment_ids),
   "xla": compiled(256, None, "xla"),
 }))
@@ -366,6 +388,8 @@ def test_compiles_for_a_tpu():
   figures = json.loads(done.stdout.splitlines()[-1])
   # Forward, and backward; with hidden slots backward for queries and for keys and values.
   assert (figures["causal"][0], figures["hidden"][0]) == (2, 3)
+  # With `remat` 'dots' the forward kernel runs once.
+  assert figures["kept"][0] == 2
   assert figures["xla"][0] == 0
   # 2 heads on a device, 8,192 squared weights each.
   assert figures["xla"][1] > 2 * 8192**2 * 2
