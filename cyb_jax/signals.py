@@ -19,6 +19,8 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 # The number of seconds that the main thread has to run the handler of a signal before the process is ended.
 _GRACE_SECONDS = 2.0
+# The number of seconds after which a signal is sent again whose exception was lost.
+_AGAIN_SECONDS = 0.01
 
 
 class StopSignals:
@@ -48,17 +50,21 @@ class StopSignals:
     self._left = threading.Event()
     self._handled = threading.Event()
     self._wakeup: tuple[int, int | None] | None = None
+    self._report_unraisable = sys.unraisablehook
 
   def __enter__(self) -> StopSignals:
     # Only the main thread may set handlers; in other threads, for example of a notebook, other code handles signals.
     with contextlib.suppress(ValueError):
       for number in STOPPING:
         self._previous[number] = signal.signal(number, self._record)
+      self._report_unraisable, sys.unraisablehook = sys.unraisablehook, self._send_again
       self._start_thread()
     return self
 
   def __exit__(self, *_: object) -> None:
     self._left.set()
+    if self._previous:
+      sys.unraisablehook = self._report_unraisable
     for number, handler in self._previous.items():
       signal.signal(number, handler)
     if self._wakeup is not None:
@@ -97,6 +103,18 @@ class StopSignals:
       logging.warning("signal %d: %s", number, self._finishing)
     elif is_first:  # a second signal must not interrupt the cleaning up
       raise Interrupted(self._message(number))
+
+  def _send_again(self, lost: Any) -> None:
+    """Sends a signal again whose exception was raised where nothing can catch it, as in a callback of the garbage
+    collector or while an object is deleted. Python would write a traceback and go on.
+    """
+    if not isinstance(lost.exc_value, Interrupted):
+      self._report_unraisable(lost)
+      return
+    number = self.received.pop()
+    signal.signal(number, self._record)
+    # Not at once, because the handler would run in this function.
+    threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
 
   def _message(self, number: int) -> str:
     return f"signal {number}: {self._ending}"

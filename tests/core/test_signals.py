@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -41,6 +42,43 @@ def test_a_signal_ends_a_run_immediately_while_nothing_would_be_lost():
       os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == [signal.SIGTERM]
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Signalling:
+  """Sends a signal while it is deleted, where Python reports an exception and goes on."""
+
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0)  # the handler runs here
+
+
+def test_a_signal_is_not_lost_while_an_object_is_deleted(capsys):
+  before = sys.unraisablehook
+  signals = stop_signals()
+
+  def work():
+    signals.at_once = True
+    Signalling()
+    time.sleep(30)
+
+  with pytest.raises(Interrupted, match=r"^signal 15: nothing is lost$"), signals:
+    work()
+  assert signals.received == [signal.SIGTERM]
+  assert sys.unraisablehook == before
+  assert capsys.readouterr().err == ""
+
+
+def test_other_exceptions_that_nothing_can_catch_are_reported(monkeypatch):
+  reported = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda lost: reported.append(lost.exc_value))
+
+  class Failing:
+    def __del__(self):
+      raise ValueError("a fault")
+
+  with stop_signals():
+    Failing()
+  assert [str(error) for error in reported] == ["a fault"]
 
 
 @pytest.mark.parametrize("at_once", [True, False])
