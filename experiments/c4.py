@@ -32,6 +32,9 @@ def get_config(argument: str = ""):
     # Compiles one layer, saves only the input of each layer, and processes a few windows per chip at a time.
     config.decoder.scan_layers = True
     config.optimizer.accumulate = 4
+  elif not small:
+    # Half of the batch at a time, so that the kept results fit on 16 chips of v5e.
+    config.optimizer.accumulate = 2
   if not small:
     config.decoder.remat = "full" if large else "dots"
   return config
