@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cyb_jax import command_line
-from cyb_jax.cli import flag_values, launching
+from cyb_jax.cli import compilation_cache, flag_values, launching
 from cyb_jax.compilation import STEPS, topologies
 from cyb_jax.errors import Failed, InputError
 
@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   source = command_line.config_flag()
   topologies.check_topology(topology)
   topologies.check_libtpu()
+  compilation_cache.enable("")  # jax can't read a program back for a chip that is not here, and would warn of that
   from cyb_jax.methods import Decoding
   from cyb_jax.studies.resolution import resolve
 

@@ -339,6 +339,8 @@ def test_data_parallelism_sums_the_gradient_once(tmp_path):
   assert result["train"]["collectives"]["all-reduce"]["bytes"] == sums
   assert result["train"]["sent_bytes"] == sums * 2 * 3 / 4
   assert len(err.splitlines()) == 1  # libtpu's messages are suppressed
+  # Nor is there a warning that the program is in the cache of compiled programs, but can't be read.
+  assert len(compiled(tmp_path, *options, "--steps=train", "--config.parallelism.strategy=pmap")[1].splitlines()) == 1
   result, _ = compiled(tmp_path, *options)
   # A tied table has an input and an output gradient, which XLA may sum separately.
   assert result["train"]["collectives"]["all-reduce"]["bytes"] in (sums, sums + table)
@@ -367,8 +369,9 @@ def test_data_parallelism_sums_the_gradient_once(tmp_path):
 @needs_libtpu
 def test_sizes_that_do_not_divide_are_rejected_before_compilation(tmp_path):
   flags = (f"--config={cli.write_config(tmp_path)}", "--topology=v5e:2x2")
-  assert "don't make up 4 devices" in cli.complaint("compile", *flags, "--config.parallelism.fsdp=3")
-  assert "8 windows don't divide over 32 devices" in cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
+  assert "= 4, the number of devices" in cli.complaint("compile", *flags, "--config.parallelism.fsdp=3")
+  message = cli.complaint("compile", *flags, "--config.optimizer.accumulate=8")
+  assert message == "data.batch_size: 8 is not divisible by 32 devices; give 32"
   message = cli.complaint("compile", *flags, "--config.parallelism.fsdp=2", "--decode_batch=6")
   assert message == "--decode_batch: 6 rows don't divide over 4 devices; give a multiple of 4"
 
