@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, so that sharded steps can be compared with one device in the same process."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -7,10 +8,11 @@ import pathlib
 # is read before the backend starts.
 os.environ.setdefault("NPROC", "32")
 # Most of the tests' time is compilation: a fast compilation mode makes it several times shorter, and a cache keeps
-# compiled programs. The fusion emitters of XLA's CPU back end alone take half of the time that is left.
-FLAGS = (
-  "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
-)
+# compiled programs. The fusion emitters of XLA's CPU back end alone take half of the time that is left; they can be
+# switched off in jaxlib 0.10, and jaxlib 0.12 ends the process because it does not know the flag.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"

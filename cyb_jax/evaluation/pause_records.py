@@ -145,13 +145,12 @@ def _difficulty(sums: Sums, num_slots: int) -> list[dict[str, Any]]:
       return (value(sums[name][level], bound) / count).tolist()
 
     row = {"difficulty": level, "count": count, "perplexity": math.exp(mean("nats", NATS))}
-    row["accuracy"] = mean("accuracy", SHARE)
+    if "accuracy" in sums:
+      row["accuracy"] = mean("accuracy", SHARE)
     if num_slots > 1:
-      row |= {
-        "mean_pauses": mean("pauses", pauses_bound(num_slots)),
-        "stopping": mean("stopping", SHARE),
-        "slot_accuracy": (sums["slot_accuracy"][level] / count).tolist(),
-      }
+      row |= {"mean_pauses": mean("pauses", pauses_bound(num_slots)), "stopping": mean("stopping", SHARE)}
+    if "slot_accuracy" in sums:
+      row["slot_accuracy"] = (sums["slot_accuracy"][level] / count).tolist()
     rows.append(row)
   return rows
 

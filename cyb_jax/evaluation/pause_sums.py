@@ -21,7 +21,7 @@ from cyb_jax.evaluation.accumulation import Sums
 from cyb_jax.evaluation.bootstrap import GROUPS
 from cyb_jax.evaluation.fixed_point import fixed, total
 from cyb_jax.evaluation.token_types import bins_per_pause
-from cyb_jax.methods import Batch, EvalOutput, Method
+from cyb_jax.methods import Batch, Decoding, EvalOutput, Method
 from cyb_jax.stopping import expected_pauses, hard_slot, log_stopping_distribution
 
 # Bounds of the addends. A token of more than 1,024 nats, or of nan, counts as 1,024 nats.
@@ -122,7 +122,7 @@ def first_pass(
       "nats": found.by_difficulty(fixed(found.nats, NATS)),
     }
   if method.num_slots == 1:
-    if found.level is not None:
+    if found.level is not None and isinstance(method, Decoding):
       sums["difficulty"]["accuracy"] = found.by_difficulty(fixed(_correct(found)[1], SHARE))
     return sums
   pauses = expected_pauses(found.output.log_stopping)
@@ -178,14 +178,19 @@ def _type_sums(found: _Evaluated, pauses: Float[Array, "B T"], num_rows: int) ->
 
 
 def _answer_sums(found: _Evaluated, pauses: Float[Array, "B T"]) -> Sums:
-  """By difficulty of the target: pauses, s, and the number of tokens whose most probable token is the target."""
-  correct, accuracy = _correct(found)
-  return {
+  """By difficulty of the target: pauses, s, and the number of tokens whose most probable token is the target.
+
+  Only a method that decodes has the most probable tokens.
+  """
+  sums = {
     "pauses": found.by_difficulty(fixed(pauses, pauses_bound(found.method.num_slots))),
     "stopping": found.by_difficulty(fixed(found.stopping, SHARE)),
-    "accuracy": found.by_difficulty(fixed(accuracy, SHARE)),
-    "slot_accuracy": found.by_difficulty(correct),
   }
+  if isinstance(found.method, Decoding):
+    correct, accuracy = _correct(found)
+    sums["accuracy"] = found.by_difficulty(fixed(accuracy, SHARE))
+    sums["slot_accuracy"] = found.by_difficulty(correct)
+  return sums
 
 
 def _stopping_sums(reading: EvalOutput, real: Bool[Array, "B T"]) -> Sums:

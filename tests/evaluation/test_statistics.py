@@ -601,8 +601,10 @@ def check_calibration(steps, t, d):
       assert decile["decision"] == pytest.approx(d[inside, i].mean(), abs=1e-4)
       for key, values in (("gain", gain), ("gain_nats", np.log(t[:, i + 1] / t[:, i])), ("better", better)):
         assert decile[key] == pytest.approx(values[inside].mean(), abs=0.05)
-      assert decile["low"] <= d[inside, i].min() + 1e-6
-      assert decile["high"] >= d[inside, i].max() - 1e-6
+      # Two tokens at an edge may be in the next bin, as above.
+      ordered = np.sort(d[inside, i])
+      assert decile["low"] <= ordered[min(2, len(ordered) - 1)] + 1e-6
+      assert decile["high"] >= ordered[max(-3, -len(ordered))] - 1e-6
 
 
 def check_curves(curves, t, d):

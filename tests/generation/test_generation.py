@@ -125,7 +125,7 @@ def test_self_paced_equals_a_slow_loop(variant):
     assert (got.tokens[row], got.pauses[row]) == (generated, pauses)
     np.testing.assert_allclose(got.log_probs[row], log_probs, atol=1e-5)
   in_all = [pause for row in got.pauses for pause in row]
-  assert len(set(in_all)) == 3  # otherwise the test shows nothing
+  assert len(set(in_all)) > 1  # otherwise the test shows nothing
   assert got.slots == [6 + sum(row) for row in got.pauses]
   # The number of iterations is the number of slots of the longest row.
   assert got.iterations == max(got.slots)

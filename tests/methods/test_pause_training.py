@@ -22,6 +22,7 @@ from cyb_jax.decoder import Decoder, DecoderConfig
 from cyb_jax.errors import InputError
 from cyb_jax.evaluation import Evaluator
 from cyb_jax.generation import Sampler, SamplingOptions, Scorer
+from cyb_jax.generation.abilities import with_prompt_pauses
 from cyb_jax.interop import pretrained
 from cyb_jax.methods import configure
 from cyb_jax.partitioning.mesh import make_mesh
@@ -324,10 +325,10 @@ def test_a_different_number_of_pauses_at_inference():
   np.testing.assert_allclose(
     none.evaluate(params, batch).loss, model("none", 0)[0].evaluate(params, batch).loss, rtol=1e-5
   )
-  with pytest.raises(InputError, match=r"--pauses: 2 is set, but the run has no pause"):
+  with pytest.raises(InputError, match=r"--pauses: 2 is set, but the run has no learned pause"):
     model("none", pauses=0)[0].with_prompt_pauses(2)
   with pytest.raises(InputError, match=r"--pauses: 2 is set, but method 'looped' has no pauses between a prompt"):
-    build(name="looped", pauses=1)[0].with_prompt_pauses(2)
+    with_prompt_pauses(build(name="looped", pauses=1)[0], 2)
 
 
 def test_scores_after_pauses_equal_a_slow_loop(exact):

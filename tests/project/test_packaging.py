@@ -195,7 +195,7 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
   modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cyb_jax").rglob("*.py")}
   modules |= {f"cyb_jax/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")}
   assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == {
-    *modules, "cyb_jax/py.typed",
+    *modules, "cyb_jax/py.typed", *(f"cyb_jax/serving/page/{name}" for name in ("index.html", "page.js", "style.css")),
   }  # fmt: skip
   target = tmp_path / "site"
   subprocess.run(
