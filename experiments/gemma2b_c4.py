@@ -7,7 +7,8 @@ steps of 256 windows.
 
 CHIPS: the number of chips of the slice; parameters and AdamW's moments (28 GiB) are sharded over all of them. The batch
 is processed in 16 parts (`optimizer.accumulate`), so that every setting fits on 8 chips of v5p, and on 16 of v5e or
-v6e; launch/README.md has the memory of each setting. On 64 chips: --config.optimizer.accumulate=4.
+v6e; launch/README.md has the memory of each setting. On 64 chips: --config.optimizer.accumulate=4. On v5p
+--config.decoder.remat=dots recomputes less and is faster.
 
 GEMMA: the Hugging Face folder of google/gemma-2b, downloaded after accepting its licence; pauses and <don't know> are
 initialised from its `<unused*>` entries, as in the paper. RATE: one of RATES below, swept per setting and chosen on
