@@ -41,6 +41,7 @@ class Program:
     about: further keys of its record.
     model_flops: the model FLOPs of all devices together; None: not counted.
     parameter_bytes: the bytes of the parameters on a device, which an execution reads at least once; None: not counted.
+    iterates: whether an execution is one iteration of a loop, until the device finds that nothing is left to do.
   """
 
   compile: Callable[[], jax.stages.Compiled]
@@ -50,6 +51,7 @@ class Program:
   about: Mapping[str, Any]
   model_flops: float | None = None
   parameter_bytes: int | None = None
+  iterates: bool = False
 
 
 def train(run: Outline) -> Program:
@@ -67,9 +69,9 @@ def train(run: Outline) -> Program:
       # Of two products in each forward pass, and of four in the backward pass of XLA's attention. Only `remat` 'full'
       # runs the kernel's forward pass twice, only 'none' that of XLA's attention once.
       remat = run.method.decoder.config.remat
-      products = 2 * (1 + (remat == "full")) + _backward_products(run.method, data.sequence_length)
-      products /= 2 * (1 + (remat != "none")) + 4
-      attention = executed.attention * products * _kernel_keys(run.method, data.sequence_length)
+      keys, backward_products = _kernels(run, run.method, data.sequence_length)
+      products = (2 * (1 + (remat == "full")) + backward_products) / (2 * (1 + (remat != "none")) + 4)
+      attention = executed.attention * products * keys
       executed = dataclasses.replace(executed, attention=attention)
     return tokens * executed.total
 
@@ -92,7 +94,7 @@ def evaluate(run: Outline) -> Program:
     costs = method.costs(length)
     executed = costs.forward_executed
     if kernel:
-      executed = dataclasses.replace(executed, attention=executed.attention * _kernel_keys(method, length))
+      executed = dataclasses.replace(executed, attention=executed.attention * _kernels(run, method, length)[0])
     return rows * length * costs.evaluation_passes * executed.total
 
   costs = method.costs(length)
@@ -144,24 +146,25 @@ def decode(run: Outline, rows: int) -> Program:
   }
   params = _params(run)
   held = bytes_per_device(params) if sharded else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-  return Program(compiled, mesh.size if sharded else 1, cost, rows, about, parameter_bytes=held)
+  return Program(compiled, mesh.size if sharded else 1, cost, rows, about, parameter_bytes=held, iterates=True)
 
 
-def _kernel_keys(method: Method, tokens: int) -> float:
-  """The number of keys that the kernels multiply with a query, relative to XLA's attention."""
+def _kernels(run: Outline, method: Method, tokens: int) -> tuple[float, int]:
+  """The kernels' number of keys for each query, relative to XLA's attention, and their backward products.
+
+  Layers with and without a window count alike.
+  """
+  kind = run.mesh.devices.flat[0].device_kind
+  planned = functools.partial(splash.plan, window=method.decoder.config.window, device_kind=kind)
+  if isinstance(method, CachedDecoding) and method.hides_pauses:
+    found = planned(tokens * method.num_slots, method.num_slots)
+    return found.keys / (tokens + method.num_slots - 1), found.backward_products
+  slots = round(method.costs(tokens).train_slots)
+  found = planned(slots)
   if not isinstance(method, CachedDecoding) or method.layer_passes != 1:
-    return 1.0  # several passes over rows of different lengths have no single ratio, so XLA's attention is assumed
-  if method.hides_pauses:
-    return splash.executed_keys(tokens * method.num_slots, method.num_slots) / (tokens + method.num_slots - 1)
-  slots = method.costs(tokens).train_slots
-  return splash.executed_keys(slots) / slots
-
-
-def _backward_products(method: Method, tokens: int) -> int:
-  """The number of products in the kernels' backward pass of attention. Layers with and without a window count alike."""
-  hidden = isinstance(method, CachedDecoding) and method.hides_pauses
-  slots = tokens * method.num_slots if hidden else round(method.costs(tokens).train_slots)
-  return splash.backward_products(slots, method.num_slots if hidden else 1, method.decoder.config.window)
+    # Several passes over rows of different lengths have no single ratio, so XLA's attention is assumed.
+    return 1.0, found.backward_products
+  return found.keys / slots, found.backward_products
 
 
 def _under(run: Outline):

@@ -12,7 +12,8 @@ MODEL = (
   " in bfloat16, HBM bytes over its bandwidth, and bytes sent to other chips over the bandwidth of all of its links,"
   " with numbers from data sheets and perfect overlap. FLOPs are analytic and count matrix products. HBM bytes are the"
   " operands and results of the optimised HLO's instructions, except arrays that stay on the chip; a kernel's operands"
-  " count once. Bytes sent are those of ring algorithms. Loop bodies count as often as they run."
+  " count once, and the largest branch of a conditional. Bytes sent are those of ring algorithms. Loop bodies count as"
+  " often as they run. Decoding counts one iteration, without what runs before and after its loop."
 )
 
 
@@ -39,10 +40,12 @@ class Roofline:
     return max(values, key=values.get)
 
 
-def roofline(chip: Chip, flops: float, traffic: Traffic) -> Roofline:
-  """The roofline of a program with `flops` operations on each device."""
+def roofline(chip: Chip, flops: float, traffic: Traffic, *, iteration: bool = False) -> Roofline:
+  """The roofline of a program with `flops` operations on each device; of `iteration` only the loops that XLA can't
+  count.
+  """
   return Roofline(
     compute=flops / chip.peak_flops,
-    hbm=traffic.hbm_bytes / chip.hbm_bandwidth,
+    hbm=(traffic.loop_bytes if iteration else traffic.hbm_bytes) / chip.hbm_bandwidth,
     interconnect=traffic.sent / chip.link_bandwidth,
   )

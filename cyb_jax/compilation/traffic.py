@@ -60,12 +60,14 @@ class Move:
     operation: the operation of the program that it comes from, as JAX names it; of a fusion that of its result.
     times: the number of executions.
     bytes: the bytes of all executions together.
+    in_open_loop: whether it is in a loop with an unknown number of trips.
   """
 
   instruction: str
   operation: str
   times: int
   bytes: int
+  in_open_loop: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Traffic:
     hbm_bytes: bytes that instructions outside of fusions read from and write to HBM: their operands and results in HBM.
       For an operand that is sliced or gathered from, only the read part counts; for an operand that is updated in
       place, only the written part. A kernel's operands count once, even if it reads them several times.
+      Of a conditional, the branch with the most bytes counts.
     open_loops: the number of loops with an unknown number of trips, which count once.
     moves: the instructions that `hbm_bytes` counts, those with the most bytes first.
   """
@@ -85,6 +88,11 @@ class Traffic:
   hbm_bytes: int
   open_loops: int
   moves: tuple[Move, ...] = ()
+
+  @property
+  def loop_bytes(self) -> int:
+    """The part of `hbm_bytes` in loops with an unknown number of trips: the bytes of one iteration."""
+    return sum(move.bytes for move in self.moves if move.in_open_loop)
 
   @property
   def sent(self) -> float:
@@ -125,26 +133,34 @@ class _Walk:
     total = sum(move.bytes for move in moves)
     return Traffic((*self.collectives, *self.chained.values()), total, self.open_loops, moves)
 
-  def _run(self, name: str, times: int) -> None:
+  def _run(self, name: str, times: int, in_open_loop: bool = False) -> None:
     computation = self.computations[name]
     for instruction in computation:
       if instruction.opcode == "while":
         trips = self.loops.trips(computation, instruction)
         self.open_loops += trips is None
-        self._run(instruction.attribute("body"), times * (1 if trips is None else trips))
+        self._run(instruction.attribute("body"), times * (1 if trips is None else trips), in_open_loop or trips is None)
       elif instruction.opcode == "conditional":
-        # All branches count, because conditionals are few and small.
-        for branch in _branches(instruction):
-          self._run(branch, times)
+        self._run_largest(_branches(instruction), times, in_open_loop)
       elif instruction.opcode in ("call", "async-start"):
-        self._run(instruction.attribute("to_apply") or instruction.attribute("calls"), times)
+        self._run(instruction.attribute("to_apply") or instruction.attribute("calls"), times, in_open_loop)
       elif _COLLECTIVE.fullmatch(instruction.opcode):
         self.collectives.append(self._collective(computation, instruction, times))
       elif instruction.opcode == "fusion":
         self._fused(instruction.attribute("calls"), times)
       if moved := self._moved(computation, instruction):
         operation = re.search(r'op_name="([^"]*)"', instruction.rest)
-        self.moves.append(Move(instruction.name, operation[1] if operation else "", times, times * moved))
+        name_of_operation = operation[1] if operation else ""
+        self.moves.append(Move(instruction.name, name_of_operation, times, times * moved, in_open_loop))
+
+  def _run_largest(self, branches: list[str], times: int, in_open_loop: bool) -> None:
+    """Counts the branch of a conditional that moves the most bytes. The collectives of all branches count."""
+    before, largest = self.moves, []
+    for branch in branches:
+      self.moves = []
+      self._run(branch, times, in_open_loop)
+      largest = max(largest, self.moves, key=lambda moves: sum(move.bytes for move in moves))
+    self.moves = before + largest
 
   def _fused(self, name: str, times: int) -> None:
     """Counts the collectives in a fusion on TPUs.

@@ -21,19 +21,60 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from cyb_jax.decoder.blocked_attention import KERNEL_RESULTS
-from cyb_jax.partitioning.rules import RULES
+from cyb_jax.partitioning.rules import RULES, target_kind
 
 _BATCH_AXES, (_HEADS_AXIS,) = RULES["batch"], RULES["heads"]
 _LANES = 128
-# Every block of n queries reads the keys once, which is n operations per byte: with n of at least 600 on v6e (240 on
-# v5e) the kernel is not bound by memory. A block of 1,024 still fits into vector memory at head size 256, even in
-# float32. Hidden slots need few blocks, most of them at the mask's edge: blocks of half the side waste half as much
-# computation on hidden keys.
-_LARGEST, _LARGEST_HIDDEN = 1024, 512
+# Two sides of blocks. Small blocks waste less computation on hidden keys. Every block of n queries reads the keys once,
+# which is n operations per byte, so chips with more operations per byte of their memory's bandwidth need large ones; at
+# head size 256 a block of 1,024 still fits into vector memory, even in float32. Hidden slots need few blocks, most of
+# them at the mask's edge, so theirs are small.
+_SMALL, _LARGE = 512, 1024
+# The longest rows with small blocks: on these chips, which have at most 240 operations per byte, and on others.
+_LOW_INTENSITY = ("TPU v4", "TPU v5")
+_SMALL_UP_TO = {True: 4096, False: 2048}
 # One backward kernel computes the weights once for all three gradients, but writes the queries' gradient once for each
 # block of keys, and visits hidden blocks too. So it is used where half of the blocks are visible, and up to this number
 # of blocks of keys, beyond which the copies would take too much memory.
 _MOST_COPIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How the kernels compute attention over rows of S slots.
+
+  Attributes:
+    block: the side of a block.
+    keys: the number of keys that the kernels multiply with a slot's query, averaged over the slots of a row. The
+      kernels compute complete blocks, parts of which the mask then hides, and the padding of the last blocks. The
+      forward kernel computes 2 products with that many keys, weights and values.
+    backward_products: the number of products of the backward kernels with that many keys. One kernel computes the
+      weights, their gradient, and the gradients of queries, keys and values: 5. Two kernels compute the first two
+      products twice: 7.
+  """
+
+  block: int
+  keys: float
+  backward_products: int
+
+
+def plan(length: int, num_slots: int = 1, *, window: int | None = None, device_kind: str | None = None) -> Plan:
+  """The plan of `attend`.
+
+  Args:
+    length: S.
+    num_slots: W of hidden slots; 1: every slot sees the slots before it.
+    window: as in `attend`. The keys before a window count as if there were none.
+    device_kind: the kind of the devices, such as 'TPU v5 lite'; None: that of the traced program.
+  """
+  kind = target_kind() if device_kind is None else device_kind
+  if num_slots > 1:
+    block = _even_block(-(-length // num_slots), _SMALL)
+    return Plan(block, _executed_keys(length, num_slots, block), 7)
+  small = length <= _SMALL_UP_TO[kind.startswith(_LOW_INTENSITY)]
+  block = _even_block(length, _SMALL if small else _LARGE)
+  fused = window is None and length <= _MOST_COPIES * block
+  return Plan(block, _executed_keys(length, 1, block), 5 if fused else 7)
 
 
 def attend(
@@ -108,17 +149,8 @@ def uneven(query: Float[Array, "B S N H"]) -> str | None:
   return None
 
 
-def executed_keys(length: int, num_slots: int = 1) -> float:
-  """The number of keys that the kernels of `attend` multiply with a slot's query, averaged over the S slots of a row.
-
-  The kernels compute complete blocks, parts of which the mask then hides, and the padding of the last blocks. The
-  forward kernel computes 2 products with that many keys, weights and values; see also `backward_products`.
-
-  Args:
-    length: S.
-    num_slots: W of hidden slots; 1: every slot sees the slots before it.
-  """
-  block = _block(length, num_slots)
+def _executed_keys(length: int, num_slots: int, block: int) -> float:
+  """`Plan.keys` for a side of blocks."""
   rows = -(-length // block)
   if num_slots == 1:
     return rows * (rows + 1) / 2 * block**2 / length
@@ -131,22 +163,6 @@ def executed_keys(length: int, num_slots: int = 1) -> float:
   return count * block**2 / length
 
 
-def backward_products(length: int, num_slots: int = 1, window: int | None = None) -> int:
-  """The number of products of the backward kernels with the keys of `executed_keys`.
-
-  One kernel computes the weights, their gradient, and the gradients of queries, keys and values: 5. Two kernels compute
-  the first two products twice: 7.
-
-  Args:
-    length, num_slots, window: as in `executed_keys` and `attend`.
-  """
-  return 5 if _backward_is_fused(length, num_slots, window) else 7
-
-
-def _backward_is_fused(length: int, num_slots: int, window: int | None) -> bool:
-  return num_slots == 1 and window is None and length <= _MOST_COPIES * _block(length, num_slots)
-
-
 def _axes() -> tuple[tuple[str, ...], str | None]:
   """The axes of the current mesh over which the batch is split, and the axis over which the heads are split."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -154,9 +170,8 @@ def _axes() -> tuple[tuple[str, ...], str | None]:
   return tuple(axis for axis in _BATCH_AXES if axis in free), _HEADS_AXIS if _HEADS_AXIS in free else None
 
 
-def _block(length: int, num_slots: int) -> int:
+def _even_block(size: int, largest: int) -> int:
   """The side of a block: a multiple of the lanes, chosen so that the fewest blocks of equal size cover the row."""
-  size, largest = (length, _LARGEST) if num_slots == 1 else (-(-length // num_slots), _LARGEST_HIDDEN)
   return _round_up(-(-size // -(-size // largest)), _LANES)
 
 
@@ -167,7 +182,8 @@ def _round_up(size: int, step: int) -> int:
 def _attend_here(query, key, value, segment_ids, *, num_slots, scale, soft_cap, window, window_slots, interpret):
   """`attend` on one device, or on one device's part of the arrays."""
   length, heads = query.shape[1:3]
-  block = _block(length, num_slots)
+  planned = plan(length, num_slots, window=window)
+  block = planned.block
   rows = _round_up(length, block)
   query = (query.astype(jnp.float32) * scale).astype(query.dtype)
   seen_from = None if segment_ids is None else jnp.repeat(segment_ids, num_slots, 1)
@@ -187,7 +203,7 @@ def _attend_here(query, key, value, segment_ids, *, num_slots, scale, soft_cap, 
   segments = None if segment_ids is None else kernels.SegmentIds(_pad(seen_from, rows), _pad(seen, mask.shape[1]))
   # Half a block of keys at a time, because the float32 weights of a whole block would fill the vector memory.
   part = block // 2 if block % (2 * _LANES) == 0 else block
-  fused = _backward_is_fused(length, num_slots, window)
+  fused = planned.backward_products == 5
   sizes = kernels.BlockSizes(
     block_q=block, block_kv=block, block_kv_compute=part,
     block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=part,

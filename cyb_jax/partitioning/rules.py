@@ -54,6 +54,12 @@ def target_platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def target_kind() -> str:
+  """Returns the kind of device that the traced program will run on, such as 'TPU v5 lite'; see `target_platform`."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return str(jax.devices()[0].device_kind if device is None else device.device_kind)
+
+
 def mesh_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
   """Returns the mesh axes of size above 1 that split a logical axis; no mesh axis splits an axis named None."""
   return tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)

@@ -110,6 +110,41 @@ def test_trip_counts(old, new, count):
   assert found.open_loops == (count == 2)
 
 
+def test_what_one_iteration_of_an_open_loop_moves():
+  found = traffic(LOOP.replace("%limit = s32[]{:T(128)} constant(5)", "%limit = s32[]{:T(128)} rng()"))
+  # The counter's first copy runs before the loop.
+  assert found.loop_bytes == 2 * 32 + 4 + 2 * 4
+  assert found.hbm_bytes == found.loop_bytes + 2 * 4
+  assert traffic(LOOP).loop_bytes == 0
+  chip = flops.Chip(peak_flops=1.0, hbm_bytes=1, hbm_bandwidth=4.0, link_bandwidth=1.0)
+  assert roofline(chip, 0.0, found, iteration=True).hbm == 19
+  assert roofline(chip, 0.0, found).hbm == 21
+
+
+def test_the_largest_branch_of_a_conditional_counts():
+  branches = """
+%short (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  ROOT %negated.1 = f32[8]{0} negate(%x.1)
+}
+
+%long (x.2: f32[8]) -> f32[8] {
+  %x.2 = f32[8]{0} parameter(0)
+  %first.2 = f32[8]{0} negate(%x.2)
+  ROOT %second.2 = f32[8]{0} negate(%first.2)
+}
+
+ENTRY %main (p: s32[], x: f32[8]) -> f32[8] {
+  %p = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  ROOT %chosen = f32[8]{0} conditional(%p, %x, %x, %x), branch_computations={%short, %long, %short}
+}
+"""
+  found = traffic("HloModule jit_step\n" + branches)
+  assert found.hbm_bytes == 2 * 2 * 32
+  assert [move.instruction for move in found.moves] == ["first.2", "second.2"]
+
+
 def test_loops_that_count_down_and_nested_loops():
   down = LOOP.replace("constant(0)", "constant(9)").replace("constant(1)", "constant(-2)")
   down = down.replace("direction=LT", "direction=GT")

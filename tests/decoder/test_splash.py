@@ -52,8 +52,8 @@ def assert_same(args, weight, mask):
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 128, so that rows of a few hundred slots have several blocks."""
-  monkeypatch.setattr(splash, "_LARGEST", 128)
-  monkeypatch.setattr(splash, "_LARGEST_HIDDEN", 128)
+  monkeypatch.setattr(splash, "_SMALL", 128)
+  monkeypatch.setattr(splash, "_LARGE", 128)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,20 @@ def test_both_backward_passes(small_blocks, monkeypatch, fused):
   numbers = jnp.asarray(np.stack([np.arange(300) // 140, np.arange(300) // 290]), jnp.int32)
   assert_same(args, weight, attention.SegmentMask(numbers))
   assert [given["block_sizes"].use_fused_bwd_kernel for given in options] == [fused]
-  assert splash.backward_products(300) == (5 if fused else 7)
+  assert splash.plan(300).backward_products == (5 if fused else 7)
 
 
 def test_one_backward_kernel_by_hand():
   """Eight blocks of 1,024 keys; not with a window or hidden slots, whose kernels skip most blocks."""
-  assert [splash.backward_products(length) for length in (1, 1024, 8192, 8193)] == [5, 5, 5, 7]
-  assert splash.backward_products(1024, 4) == splash.backward_products(1024, 1, 128) == 7
+  assert [splash.plan(length).backward_products for length in (1, 1024, 8192, 8193)] == [5, 5, 5, 7]
+  assert splash.plan(1024, 4).backward_products == splash.plan(1024, window=128).backward_products == 7
+
+
+@pytest.mark.parametrize(
+  ("device_kind", "blocks"), [("TPU v5 lite", [512, 512, 512, 1024]), ("TPU v6 lite", [512, 512, 1024, 1024])]
+)
+def test_blocks_of_a_chip(device_kind, blocks):
+  assert [splash.plan(n, device_kind=device_kind).block for n in (1024, 2048, 4096, 8192)] == blocks
 
 
 def test_documents(small_blocks):
@@ -129,12 +136,12 @@ def test_bfloat16_keeps_its_dtype_and_stays_finite():
     (8192, 4, 56 * 512**2 / 8192),
   ],
 )
-def test_executed_keys_by_hand(length, num_slots, keys):
-  assert splash.executed_keys(length, num_slots) == pytest.approx(keys)
+def test_keys_by_hand(length, num_slots, keys):
+  assert splash.plan(length, num_slots).keys == pytest.approx(keys)
 
 
 @pytest.mark.parametrize(("tokens", "num_slots"), [(1, 2), (50, 3), (300, 2), (513, 4), (129, 7), (400, 5), (1, 300)])
-def test_executed_keys_equal_the_kernel_s_count(tokens, num_slots):
+def test_keys_equal_the_kernel_s_count(tokens, num_slots):
   length = tokens * num_slots
   seen = {}
 
@@ -146,7 +153,7 @@ def test_executed_keys_equal_the_kernel_s_count(tokens, num_slots):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(splash.kernels, "make_splash_mha", make)
     jax.eval_shape(functools.partial(splash.attend, num_slots=num_slots), *arrays(0, 1, length, 1, 1, 8)[0])
-  assert splash.executed_keys(length, num_slots) == pytest.approx(seen["area"] / length)
+  assert splash.plan(length, num_slots).keys == pytest.approx(seen["area"] / length)
 
 
 def test_hidden_mask_by_hand():

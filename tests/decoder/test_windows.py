@@ -79,8 +79,8 @@ def test_every_implementation(monkeypatch, implementation, case):
   [(200, 2, False, 30, 1.5), (300, 1, False, 100, None), (150, 3, True, 40, 1.5), (130, 4, True, 1, None)],
 )
 def test_splash_over_several_blocks(monkeypatch, tokens, width, hidden, size, soft_cap):
-  monkeypatch.setattr(splash, "_LARGEST", 128)
-  monkeypatch.setattr(splash, "_LARGEST_HIDDEN", 128)
+  monkeypatch.setattr(splash, "_SMALL", 128)
+  monkeypatch.setattr(splash, "_LARGE", 128)
   _compare("splash", tokens, width, hidden, size, None, soft_cap)
 
 
