@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
-from cyb_jax.decoder import blocked_attention
+from cyb_jax.decoder import blocked_attention, hidden_attention
 from cyb_jax.decoder.config import ATTENTION_IMPLEMENTATIONS
 from cyb_jax.errors import InputError
 from cyb_jax.partitioning.rules import current_mesh, target_platform
@@ -142,11 +142,11 @@ def attend(
       is [B or 1, 1, S, C], True where the query (third axis) may see the key (fourth); it includes causality, and every
       query must see a key. With `HiddenSlots` XLA holds [B, N, S, T + K] attention weights instead of [B, N, S, S].
     implementation: 'xla' holds all [B, N, S, C] attention weights; 'cudnn' is flash attention on NVIDIA GPUs for 16-bit
-      floats; 'splash' is flash attention on TPUs and 'blocks' flash attention in plain JAX, which suits CPUs; both take
-      every mask except boolean ones. 'auto' is the platform's kernel where the kernel is supported and skips work
-      (cuDNN: without a mask; 'blocks': rows of 128 slots or more, on one device), else 'xla'. The choice is made while
-      tracing; the platform is that of the mesh in whose context the call is traced (`jax.set_mesh`, pmap), else
-      `jax.default_backend()`.
+      floats, with hidden slots only without segments and windows; 'splash' is flash attention on TPUs and 'blocks'
+      flash attention in plain JAX, which suits CPUs; both take every mask except boolean ones. 'auto' is the
+      platform's kernel where the kernel is supported and skips work (cuDNN: without a mask or with hidden slots;
+      'blocks': rows of 128 slots or more, on one device), else 'xla'. The choice is made while tracing; the platform
+      is that of the mesh in whose context the call is traced (`jax.set_mesh`, pmap), else `jax.default_backend()`.
     weights: weights of the keys; they require XLA's attention and a mask other than `HiddenSlots`. None: all keys have
       the same weight.
     window: a sliding window, in addition to the mask. 'blocks' and 'splash' need its `num_slots` and skip the keys
@@ -170,6 +170,9 @@ def attend(
   )
   if implementation in ("blocks", "splash"):
     return _attend_kernel(query, key, value, mask, implementation, interpret, **rules)
+  if isinstance(mask, HiddenSlots) and implementation == "cudnn":
+    causal = functools.partial(jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn")
+    return hidden_attention.attend(query, key, value, mask.num_slots, causal, scale=scale)
   if isinstance(mask, HiddenSlots):
     return _attend_hidden(query, key, value, mask, **rules)
   return _attend_dense(query, key, value, mask, implementation, **rules)
@@ -302,9 +305,9 @@ def choose_implementation(
   if implementation == "blocks":
     objection = _structure_objection(query, key, mask, window)
   elif implementation == "cudnn":
-    objection = _cudnn_objection(query.dtype, query.shape[-1])
-    if isinstance(mask, HiddenSlots):
-      objection = "does not support hidden slots"
+    objection = _cudnn_objection(query.dtype, query.shape[-1], mask)
+    if isinstance(mask, HiddenSlots) and (mask.segment_ids is not None or window is not None):
+      objection = "supports hidden slots only without document_mask and without decoder.window"
     elif soft_cap is not None:
       objection = "does not support attention_soft_cap"
   elif implementation == "splash":
@@ -317,8 +320,11 @@ def choose_implementation(
     return "blocks" if fits and _structure_objection(query, key, mask, window) is None else "xla"
   else:
     # cuDNN turns a mask into a dense bias and skips no work; XLA is then as fast and supports every shape.
-    fits = mask is None and soft_cap is None and (window is None or window.num_slots == 1)
-    fits = fits and _cudnn_objection(query.dtype, query.shape[-1]) is None
+    if isinstance(mask, HiddenSlots):
+      fits = mask.segment_ids is None and window is None
+    else:
+      fits = mask is None and (window is None or window.num_slots == 1)
+    fits = fits and soft_cap is None and _cudnn_objection(query.dtype, query.shape[-1], mask) is None
     return "cudnn" if fits else "xla"
   if objection is not None:
     raise InputError(f"decoder.attention: {implementation!r} {objection}; use 'auto' or 'xla'")
@@ -419,7 +425,7 @@ def _splash_objection(
   return None
 
 
-def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:
+def _cudnn_objection(dtype: jnp.dtype, head_size: int, mask: Mask) -> str | None:
   """Why cuDNN's flash attention cannot run here, or None.
 
   The limits are those of https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html
@@ -435,6 +441,9 @@ def _cudnn_objection(dtype: jnp.dtype, head_size: int) -> str | None:
   if capability < 8.0:
     return f"needs compute capability 8.0 or newer, not {capability}"
   largest = 256 if capability >= 9.0 else 128
-  if head_size % 8 or head_size > largest:
+  if isinstance(mask, HiddenSlots):
+    if hidden_attention.kernel_head_size(head_size) > largest:
+      return f"needs a head size of at most {largest - hidden_attention.EXTRA} here for hidden slots, not {head_size}"
+  elif head_size % 8 or head_size > largest:
     return f"needs a head size that is a multiple of 8 and at most {largest} here, not {head_size}"
   return None

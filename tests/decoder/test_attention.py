@@ -176,12 +176,6 @@ def test_hidden_slots_stay_finite_and_keep_the_dtype(implementation):
   assert np.isfinite(gradient.astype(jnp.float32)).all()
 
 
-def test_cudnn_refuses_hidden_slots():
-  x = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
-  with pytest.raises(InputError, match=r"decoder\.attention: 'cudnn' does not support hidden slots"):
-    attention.attend(x, x, x, mask=attention.HiddenSlots(2), implementation="cudnn")
-
-
 class _Device:
   def __init__(self, capability):
     self.compute_capability = capability

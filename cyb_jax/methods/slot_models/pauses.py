@@ -105,7 +105,9 @@ class Pauses(Plain):
       positions = jnp.arange(length * self.num_slots, dtype=jnp.int32)[None]
     segment_ids = batch.get("segment_ids")
     # A structured mask where one exists: it avoids materialising the [S, S] mask, which no kernel supports.
-    if self.hides_pauses and self.backbone.decoder_config.attention != "cudnn":
+    config = self.backbone.decoder_config
+    structured = config.attention != "cudnn" or (segment_ids is None and config.window is None)
+    if self.hides_pauses and structured:
       mask = HiddenSlots(self.num_slots, segment_ids)
     elif segment_ids is not None and not self.hides_pauses:
       mask = SegmentMask(jnp.repeat(segment_ids, self.num_slots, 1))
