@@ -6,9 +6,10 @@ token. The modes alternate (A B C A B C and so on), so that drift of the machine
 with a decoder without a cache, which runs the training forward over all tokens of the row for each new token. Variants
 of a config (`--variant`) are measured in the same turns.
 
-A step is bound by memory bandwidth, not by arithmetic: every parameter and the full cache are read once, for a few
-slots. `bytes_per_step` counts these bytes, and `bandwidth_share` is their rate relative to a large matrix-vector
-product on the same device; it exceeds 1 if a small model stays in the processor's cache.
+A step is bound by memory bandwidth, not by arithmetic: every parameter and the filled part of the cache (see
+`cache.parts`) are read once, for a few slots. `bytes_per_step` counts these bytes, averaged over steps, and
+`bandwidth_share` is their rate relative to a large matrix-vector product on the same device; it exceeds 1 if a small
+model stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -178,6 +179,9 @@ class _Generator:
     self._sampler = Sampler(model.method, SamplingOptions(mode=mode, read=read))
     self._params, self._matmul, self._prompts, self._new = model.params, model.matmul, prompts, new
     self._steps = new * model.method.num_slots
+    started = self._sampler.start(self._params, self._prompts, max_new_tokens=self._new)
+    self._first = int(started.cache_index.max()) + 1
+    del started
     self.all_tokens()
     self._done = jax.block_until_ready(self._state)
 
@@ -201,6 +205,7 @@ class _Generator:
 
   def describe(self, first: list[float], total: list[float], bandwidth: float) -> dict[str, Any]:
     """A row of the result, from the seconds of each round."""
+    from cyb_jax.decoder.cache import mean_part
     from cyb_jax.generation.pacing import Constant
 
     state, rows = self._done, len(self._prompts)
@@ -213,7 +218,9 @@ class _Generator:
     between = [(b - a) for a, b in zip(first, total)]
     steps = iterations - (1 if constant else 1 + int(state.pauses[:, 0].max()))
     per_step = statistics.median(between) / steps if steps else seconds
-    moved = _bytes(self._params) + state.cache.nbytes
+    capacity = state.cache.capacity
+    read = mean_part(capacity, min(self._first, capacity), min(int(state.cache_index.max()), capacity))
+    moved = _bytes(self._params) + state.cache.nbytes * read / capacity
     return {
       "tokens_per_second": tokens / seconds,
       "slots_per_second": slots / seconds,

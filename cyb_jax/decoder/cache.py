@@ -13,13 +13,18 @@ Letters: B batch, Q slots that are run together, C capacity, G kv heads, H head 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.decoder.config import DecoderConfig
+
+# Parts of a cache: the most, the shortest, and the number that their sizes are multiples of.
+_MOST_PARTS, _SHORTEST_PART, _MULTIPLE = 4, 512, 64
 
 
 @jax.tree_util.register_dataclass
@@ -110,6 +115,39 @@ def cache_mask(
   if first is not None:
     seen &= entry >= first[:, None, None]
   return seen[:, None]
+
+
+def parts(capacity: int) -> tuple[int, ...]:
+  """The numbers of entries, from the front, that attention can read instead of all; the last one is the capacity.
+
+  A program has a branch for each part, so there are few. A short cache is read completely: reading it takes less time
+  than choosing a branch.
+  """
+  sizes = [capacity]
+  while len(sizes) < _MOST_PARTS and sizes[0] >= 2 * _SHORTEST_PART:
+    sizes.insert(0, -(-sizes[0] // (2 * _MULTIPLE)) * _MULTIPLE)
+  return tuple(sizes)
+
+
+def mean_part(capacity: int, first: int, last: int) -> float:
+  """The mean number of entries that attention reads, over steps that fill a cache from `first` to `last` entries."""
+  return float(np.mean([next(size for size in parts(capacity) if size >= n) for n in range(first, last + 1)]))
+
+
+def read_filled(attend: Callable[[int], Array], start: Int[Array, "B"], count: int, capacity: int) -> Array:
+  """Attention over the smallest part of a cache that has every row's new slots and those before them.
+
+  Args:
+    attend: attention over the first n entries, for a static n of `parts`.
+    start: i32[B], the index of each row's first new slot.
+    count: Q.
+    capacity: C.
+  """
+  sizes = parts(capacity)
+  if len(sizes) == 1:
+    return attend(capacity)
+  number = jnp.searchsorted(jnp.asarray(sizes), start.max() + count)
+  return jax.lax.switch(number, [functools.partial(attend, size) for size in sizes])
 
 
 def write(cached: Float[Array, "B C G H"], new: Float[Array, "B Q G H"], start: Int[Array, "B"]) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.decoder import attention, quantization
-from cyb_jax.decoder.cache import write
+from cyb_jax.decoder.cache import read_filled, write
 from cyb_jax.decoder.config import DecoderConfig
 from cyb_jax.decoder.contraction import contract
 from cyb_jax.decoder.initializers import matrix_init
@@ -181,9 +181,16 @@ class Attention(nn.Module):
       if self.config.window is not None:
         implementation = "xla"
       return self.out(attend(key, value, context.positions, None, implementation)), cached
+
     # A few queries against all cache entries, most of which are masked: only XLA's attention supports that.
-    key_positions = None if positions is None else positions[:, :, 0, 0]
-    return self.out(attend(keys, values, key_positions, context.mask, "xla")), cached
+    def attend_first(size):
+      seen = dataclasses.replace(context, key_weights=_first_weights(context.key_weights, size))
+      key_positions = None if positions is None else positions[:, :size, 0, 0]
+      mask = context.mask[..., :size]
+      return attend(keys[:, :size], values[:, :size], key_positions, mask, "xla", context=seen)
+
+    attended = read_filled(attend_first, start, query.shape[1], keys.shape[1])
+    return self.out(attended), cached
 
   def _attend(self, query, key, value, key_positions, mask, implementation, *, is_global, context):
     """`attention.attend` with the window of local layers; `key_positions` is None without a window."""
@@ -205,6 +212,10 @@ class Attention(nn.Module):
     if isinstance(is_global, bool):
       return attend(window=None if is_global else window)
     return jax.lax.cond(is_global, attend, functools.partial(attend, window=window))
+
+
+def _first_weights(weights: attention.KeyWeights | None, size: int) -> attention.KeyWeights | None:
+  return None if weights is None else jax.tree.map(lambda x: x[:, :size], weights)
 
 
 def _chosen(is_global: bool | Bool[Array, ""], of_global: Rope | None, of_local: Rope | None) -> Rope | None:

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cyb_jax.decoder import PRESETS, Decoder, DecoderConfig, empty_cache, init_params, num_params, preset
+from cyb_jax.decoder import cache as cache_module
 from cyb_jax.decoder.cache import cache_mask, write
 from cyb_jax.errors import InputError
 
@@ -497,8 +498,12 @@ def test_bad_fields(field, value, wanted):
     ("gpt2_learned", False), ("local_without_rope", True),
   ],
 )  # fmt: skip
-def test_slots_run_on_a_cache_equal_slots_run_together(style, scan_layers, exact):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_slots_run_on_a_cache_equal_slots_run_together(monkeypatch, style, scan_layers, in_parts, exact):
   """Slots run in pieces; rows hold different numbers of slots; one slot is dropped; the first entries are hidden."""
+  if in_parts:  # of 1, 2, 4 and all 7 entries
+    monkeypatch.setattr(cache_module, "_SHORTEST_PART", 1)
+    monkeypatch.setattr(cache_module, "_MULTIPLE", 1)
   decoder, params = _make(**_STYLES[style])
   inputs, positions = _normal(0, 2, 6, 12), jnp.array([[0, 0, 1, 1, 2, 2]] * 2)
   full = _apply(decoder, params, inputs, positions)
@@ -521,6 +526,40 @@ def test_slots_run_on_a_cache_equal_slots_run_together(style, scan_layers, exact
   assert not np.allclose(hidden[0, 0], full[0, 5], atol=1e-2)
   with pytest.raises(ValueError, match="cache: capacity 7 is too small for 8 new slots"):
     extend(jnp.zeros((2, 8, 12)), jnp.zeros((2, 8), int), cache, None)
+
+
+@pytest.mark.parametrize(
+  ("capacity", "parts"),
+  [
+    (1, (1,)),
+    (1023, (1023,)),
+    (1024, (512, 1024)),
+    (4104, (576, 1088, 2112, 4104)),
+    (40_000, (5056, 10048, 20032, 40_000)),
+  ],
+)
+def test_parts_of_a_cache_by_hand(capacity, parts):
+  assert cache_module.parts(capacity) == parts
+
+
+def test_the_smallest_part_with_all_new_slots_is_read():
+  """Rows whose last new slot has the index 511 read 512 of 1,024 entries; one slot more reads all."""
+
+  def read(*start):
+    return int(cache_module.read_filled(jnp.asarray, jnp.array(start), 3, 1024))
+
+  assert [read(0, 509), read(509, 0), read(510, 0), read(0, 1021)] == [512, 512, 1024, 1024]
+  assert cache_module.mean_part(1024, 511, 514) == (512 + 512 + 1024 + 1024) / 4
+
+
+def test_entries_behind_the_filled_part_are_not_read():
+  """NaN behind the part that is read stays unseen, also as a product with a weight of 0."""
+  decoder, params = _make()
+  cache = empty_cache(decoder.config, 2, 1024)
+  poisoned = jax.tree.map(lambda x: x.at[:, 512:].set(jnp.nan), cache)
+  inputs, positions = _normal(0, 2, 1, 12), jnp.zeros((2, 1), jnp.int32)
+  hidden, _ = _apply(decoder, params, inputs, positions, poisoned, jnp.array([0, 511]), method="extend")
+  assert np.isfinite(hidden).all()
 
 
 def test_cache_mask_by_hand():
