@@ -149,6 +149,7 @@ def _set_up_logging() -> None:
   sys.unraisablehook = _unraisable_hook(sys.unraisablehook)
   # When a save fails at its start, orbax leaves coroutines that it has not started yet.
   warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+  warnings.showwarning = _log_warning
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -161,6 +162,14 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
   # When a save fails, orbax logs a traceback in each of its threads in addition to raising the error.
   raised = record.exc_info is not None and f"{os.sep}orbax{os.sep}" in record.pathname
   return record.levelno >= python_logging.WARNING and not raised
+
+
+def _log_warning(
+  message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+  """Python's warnings, in one line of the log. By default a warning is followed by the line of code that caused it."""
+  del file, line
+  logging.warning("%s: %s (%s, line %d)", category.__name__, " ".join(str(message).split()), filename, lineno)
 
 
 def _unraisable_hook(report: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,9 +1,11 @@
 """The persistent cache of compiled programs."""
 
 import os
+import re
 import subprocess
 import sys
 
+import cli
 import pytest
 
 from cyb_jax.cli import compilation_cache
@@ -84,3 +86,14 @@ def test_folder_that_cannot_be_written(variables, tmp_path):
   variables["XDG_CACHE_HOME"] = str(tmp_path / "file")
   compilation_cache.enable(None)
   assert variables["JAX_COMPILATION_CACHE_DIR"] == ""
+
+
+def test_a_warning_of_a_library_is_one_line():
+  """Such as jax's, if another process holds the lock of the compilation cache."""
+  code = (
+    "import warnings; from cyb_jax.cli import launching; launching._set_up_logging(); warnings.warn('held\\n by 7')"
+  )
+  done = subprocess.run([sys.executable, "-c", code], env=cli.environment(), capture_output=True, text=True, check=True)
+  before, line = done.stderr.splitlines()
+  assert before == "WARNING: Logging before flag parsing goes to stderr."  # absl's, because no program runs here
+  assert re.search(r"\] UserWarning: held by 7 \(<string>, line 1\)$", line), line
