@@ -54,11 +54,12 @@ train() {
     "--steps=$STEPS" "--blocks=$BLOCKS" "${@/#/--config.}"
 }
 
-# Attention is cuDNN's where rows are plainly causal (baseline and visible pauses), and XLA's with hidden pauses.
+# Attention is cuDNN's: rows are causal, or hidden pauses are heads of causal rows.
+measure attention attention "--batch_size=$PAUSE_WINDOWS" "--tokens=$LENGTH" --implementations=auto,xla \
+  "--repeats=$REPEATS"
 train train_w1 baseline "$WINDOWS"
 train train_w4_visible ap "$PAUSE_WINDOWS"
-# XLA keeps the attention weights of hidden pauses, so they are recomputed layer by layer.
-train train_w4_hidden ap "$PAUSE_WINDOWS" method.pause_visibility=hidden decoder.remat=dots
+train train_w4_hidden ap "$PAUSE_WINDOWS" method.pause_visibility=hidden
 measure readout readout "--slots=$SLOTS" "--timed_slots=$TIMED_SLOTS" "--width=$WIDTH" "--vocabulary=$VOCABULARY" \
   "--repeats=$REPEATS"
 for rows in ${ROWS//,/ }; do

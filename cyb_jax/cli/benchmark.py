@@ -1,6 +1,7 @@
 """Runs a benchmark and prints the measurements as JSON.
 
 cyb-benchmark readout [--slots=131072 --width=768 --vocabulary=50304]   memory against a dense readout, and time
+cyb-benchmark attention [--tokens=1024 --num_slots=4]                   attention alone, visible and hidden pauses
 cyb-benchmark data [--store=DIR]                                        tokens/s of reading batches
 cyb-benchmark train --config=experiments/NAME.py [--variant=baseline]   tokens/s, MFU, memory of the training step
 cyb-benchmark decode --workdir=DIR [--batch_sizes=1,8,32]               tokens/s and slots/s of generation, by mode
@@ -20,13 +21,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cyb_jax.benchmarks import data, decode, faults, growth, memory, readout, scoring, serve, sharding, train
+from cyb_jax.benchmarks import attention, data, decode, faults, growth, memory, readout, scoring, serve, sharding, train
 from cyb_jax.cli import launching
 from cyb_jax.errors import InputError, did_you_mean
 
 # By name: the function that defines the benchmark's own flags, and the function that runs it.
 BENCHMARKS = {
   "readout": (readout.define_flags, readout.readout),
+  "attention": (attention.define_flags, attention.attention),
   "data": (data.define_flags, data.data),
   "decode": (decode.define_flags, decode.decode),
   "scoring": (scoring.define_flags, scoring.scoring),

@@ -26,6 +26,38 @@ def test_readout():
   assert result["timing"]["frozen_chunked_seconds"] > 0
 
 
+def test_attention():
+  result, _ = cli.run(
+    "benchmark", "attention", "--tokens=40", "--num_slots=4", "--heads=2", "--kv_heads=1", "--head_size=8",
+    "--implementations=auto,xla", "--repeats=1",
+  )  # fmt: skip
+  kinds = ["none", "visible", "hidden"]
+  assert [row["pauses"] for row in result["rows"]] == 2 * kinds
+  assert [row["slots"] for row in result["rows"]] == 2 * [40, 160, 160]
+  # Rows of 40 slots are too short for blocks.
+  assert [row["implementation"] for row in result["rows"]] == ["xla", "blocks", "blocks", "xla", "xla", "xla"]
+  _, visible, hidden = result["rows"][3:]
+  # XLA holds a square of attention weights for each head, or with hidden pauses only the keys that are seen.
+  assert visible["temporary_bytes"] > 2 * 160**2 * 4 > hidden["temporary_bytes"] / 2
+  for row, times in zip(result["rows"], result["timing"]["rows"], strict=True):
+    assert 0 < times["forward_seconds"]
+    assert (times["visible_over_this"] == 1) is (row["pauses"] == "visible")
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--tokens=0", "--tokens: 0 must be at least 1"),
+    ("--kv_heads=5", "--kv_heads: 5 must divide --heads=12"),
+    ("--dtype=int8", "--dtype: 'int8' is not one of"),
+    ("--implementations=flash", "'flash' is not one of auto, xla, blocks, cudnn, splash"),
+    ("--implementations=cudnn", "'cudnn' needs an NVIDIA GPU, this program is for 'cpu'"),
+  ],
+)
+def test_attention_refuses(flag, message):
+  assert message in cli.complaint("benchmark", "attention", flag)
+
+
 @pytest.mark.slow
 def test_data():
   result, _ = cli.run("benchmark", "data", "--sequence_length=16", "--batch_size=4", "--repeats=1")
@@ -199,7 +231,7 @@ def test_the_token_store_is_read_and_must_match(tmp_path):
 
 
 def test_bad_input(tmp_path):
-  parts = "readout, data, decode, scoring, serve, train, memory, faults, growth, sharding"
+  parts = "readout, attention, data, decode, scoring, serve, train, memory, faults, growth, sharding"
   assert f"'tempo' is unknown; there are {parts}" in cli.complaint("benchmark", "tempo")
   assert "--slots: 3 must be a positive multiple of 4" in cli.complaint("benchmark", "readout", "--slots=3")
   assert "--repeats: 0" in cli.complaint("benchmark", "data", "--repeats=0")
