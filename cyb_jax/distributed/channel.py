@@ -68,7 +68,10 @@ class KeyValueStore:
         return self._client.blocking_key_value_get(key, int(1000 * min(left, _REQUEST_SECONDS)) + 1)
       except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-          raise HostLostError(f"hosts: the coordinator, host 0, can't be reached ({first_line(error)})") from None
+          raise HostLostError(
+            f"hosts: host 0 has died or can't be reached ({first_line(error)}). What was saved is intact: start all"
+            " hosts again with the same command"
+          ) from None
         if until is not None and time.monotonic() >= until:
           return None
 
@@ -109,7 +112,8 @@ class Channel:
     missing = ", ".join(str(host) for host, text in enumerate(texts) if text is None)
     if missing:
       raise HostLostError(
-        f"hosts: {missing} of {self.count} haven't sent {what} within {seconds:.0f} seconds; see their logs"
+        f"hosts: {missing} of {self.count} haven't sent {what} within {seconds:.0f} seconds; see their logs, and start"
+        " all hosts again with the same command"
       )
     return [json.loads(text) for text in texts if text is not None]
 

@@ -106,7 +106,10 @@ def test_a_host_that_sends_nothing_is_reported():
   assert second is None
   for error in (first, third):
     assert isinstance(error, HostLostError)  # the folder may be shared at the next start
-    assert str(error) == "hosts: 1 of 3 haven't sent their settings within 0 seconds; see their logs"
+    assert str(error) == (
+      "hosts: 1 of 3 haven't sent their settings within 0 seconds; see their logs, and start all hosts again with the"
+      " same command"
+    )
 
 
 def test_folders_that_are_not_shared(tmp_path):

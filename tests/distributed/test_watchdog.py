@@ -81,3 +81,19 @@ def test_a_folder_that_host_0_cannot_write(tmp_path):
   channel = Channel(KeyValueStore(Client()), 0, 2)
   with pytest.raises(StorageError, match=r"workdir: .*missing can't be written: .* give the same command again"):
     same_folder(channel, tmp_path / "missing")
+
+
+def test_host_0_has_died_while_another_host_waits_for_its_message():
+  class Client:
+    def key_value_set(self, key, value):
+      pass
+
+    def blocking_key_value_get(self, key, milliseconds):
+      raise jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed\nAdditional GRPC error information: ...")
+
+  message = (
+    r"^hosts: host 0 has died or can't be reached \(UNAVAILABLE: Socket closed\)\. What was saved is intact: start all"
+    r" hosts again with the same command$"
+  )
+  with pytest.raises(HostLostError, match=message):
+    Channel(KeyValueStore(Client()), 1, 2).broadcast()
