@@ -177,6 +177,11 @@ class JitStrategy(Strategy):
     return self.abstract(), placed
 
 
+def devices_by_host(mesh: Mesh) -> list[jax.Device]:
+  """The devices of a mesh, those of a host together as pmap requires; a mesh follows the links between the chips."""
+  return sorted(mesh.devices.flat, key=lambda device: device.process_index)
+
+
 class PmapStrategy(Strategy):
   """pmap: every device has a copy of the state and a part of the batch; psum reduces the sums.
 
@@ -185,7 +190,7 @@ class PmapStrategy(Strategy):
 
   def __init__(self, config: Config, method: Method, optimizer: optax.GradientTransformation, mesh: Mesh):
     super().__init__(config, method, optimizer, mesh)
-    self._devices = list(mesh.devices.flat)
+    self._devices = devices_by_host(mesh)
     self._local = [device for device in self._devices if device.process_index == jax.process_index()]
     self._replicated = replicated(mesh)
     self._step = jax.pmap(

@@ -365,6 +365,14 @@ def compiled(folder, *options, expect=0):
 
 
 @needs_libtpu
+def test_pmap_on_several_hosts(tmp_path):
+  """In the order of the mesh, which follows the links between chips, the chips of a host are not neighbours."""
+  options = ("--topology=v5e:4x4", "--config.data.batch_size=16", "--config.parallelism.strategy=pmap")
+  result, _ = compiled(tmp_path, *options, "--steps=train")
+  assert (result["hosts"], result["devices"], result["fits"]) == (4, 16, True)
+
+
+@needs_libtpu
 def test_data_parallelism_sums_the_gradient_once(tmp_path):
   """In f32: 8,800 parameters; also tokens, loss, log-likelihood, three shares, slots, dropped tokens."""
   options = ("--config.precision.activations=float32", "--config.decoder.attention=xla")

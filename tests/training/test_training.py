@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from cyb_jax.partitioning.mesh import data_shards, make_mesh
 from cyb_jax.training import build_strategy, make_optimizer, train_step
 from cyb_jax.training.metrics import MetricsLog, summarize
 from cyb_jax.training.step import Totals, TrainState
+from cyb_jax.training.strategies import devices_by_host
 
 CONFIG = configs.freeze(tiny_config(pauses=2))
 
@@ -270,3 +272,14 @@ def test_tensorboard_reads_the_events(tmp_path):
       number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
       values[value.tag] = (event.step, number)
   assert values == {"train/loss": (3, 1.5), "train/latency/0": (3, 0.25), "train/latency/1": (3, 0.75)}
+
+
+def test_the_devices_of_a_host_are_together_in_pmap():
+  # A mesh of 2 x 4 chips in which each host has a square of 2 x 2.
+  hosts = np.array([[0, 0, 1, 1], [0, 0, 1, 1]])
+  chips = np.empty(hosts.shape, object)
+  for place, host in np.ndenumerate(hosts):
+    chips[place] = types.SimpleNamespace(process_index=host, id=place)
+  ordered = devices_by_host(types.SimpleNamespace(devices=chips))
+  assert [chip.process_index for chip in ordered] == [0] * 4 + [1] * 4
+  assert [chip.id for chip in ordered[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
