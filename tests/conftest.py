@@ -50,6 +50,13 @@ def _own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _released():
+  """Compiled programs of a module are not kept for the next one, because they would fill gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 def pytest_terminal_summary(terminalreporter):
   """Says at the end of a run what would run the skipped tests."""
   skips.report(terminalreporter)
