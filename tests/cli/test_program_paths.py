@@ -21,9 +21,9 @@ PROGRAMS = ("prepare", "train", "evaluate", "report", "generate", "convert", "co
 # The study's --config is expanded like that of the other programs (`command_line.installed`).
 NO_PATHS = {
   "activities", "batch_sizes", "checkpoint", "config_help", "context", "coordinator", "dtype", "equal", "fields",
-  "from", "kept_pauses", "like", "mode", "omega", "option", "parts", "plan", "prompt", "prompt_pauses", "rates",
-  "read", "reference", "settings", "shard", "size", "sizes", "split", "steps", "stop", "system", "task", "tasks",
-  "to", "tokenizer", "topology", "variant",
+  "from", "implementations", "kept_pauses", "like", "mode", "omega", "option", "parts", "plan", "prompt",
+  "prompt_pauses", "rates", "read", "reference", "settings", "shard", "size", "sizes", "split", "steps", "stop",
+  "system", "task", "tasks", "to", "tokenizer", "topology", "variant",
 }  # fmt: skip
 
 
