@@ -102,7 +102,7 @@ class Cloud(FakeCloud):
       time.sleep(0.02)
 
   def trains(self):
-    return (self.folder / "flags-1").exists()
+    return all((self.folder / f"flags-{worker}").exists() for worker in range(2))
 
 
 @pytest.fixture
