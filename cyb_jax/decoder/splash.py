@@ -30,13 +30,14 @@ _LANES = 128
 # head size 256 a block of 1,024 still fits into vector memory, even in float32. Hidden slots need few blocks, most of
 # them at the mask's edge, so theirs are small.
 _SMALL, _LARGE = 512, 1024
-# The longest rows with small blocks: on these chips, which have at most 240 operations per byte, and on others.
+# These chips have at most 240 operations per byte; the settings below are for them and for others.
 _LOW_INTENSITY = ("TPU v4", "TPU v5")
+# The longest rows with small blocks.
 _SMALL_UP_TO = {True: 4096, False: 2048}
 # One backward kernel computes the weights once for all three gradients, but writes the queries' gradient once for each
 # block of keys, and visits hidden blocks too. So it is used where half of the blocks are visible, and up to this number
-# of blocks of keys, beyond which the copies would take too much memory.
-_MOST_COPIES = 8
+# of blocks of keys, beyond which the copies would take too much memory, or too much bandwidth.
+_MOST_COPIES = {True: 8, False: 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,9 @@ def plan(length: int, num_slots: int = 1, *, window: int | None = None, device_k
   if num_slots > 1:
     block = _even_block(-(-length // num_slots), _SMALL)
     return Plan(block, _executed_keys(length, num_slots, block), 7)
-  small = length <= _SMALL_UP_TO[kind.startswith(_LOW_INTENSITY)]
-  block = _even_block(length, _SMALL if small else _LARGE)
-  fused = window is None and length <= _MOST_COPIES * block
+  low = kind.startswith(_LOW_INTENSITY)
+  block = _even_block(length, _SMALL if length <= _SMALL_UP_TO[low] else _LARGE)
+  fused = window is None and length <= _MOST_COPIES[low] * block
   return Plan(block, _executed_keys(length, 1, block), 5 if fused else 7)
 
 

@@ -68,7 +68,7 @@ def test_causal(small_blocks, length, heads, groups, size):
 @pytest.mark.parametrize("fused", [True, False])
 def test_both_backward_passes(small_blocks, monkeypatch, fused):
   """One backward kernel for all gradients, and two beyond a number of blocks, both with documents."""
-  monkeypatch.setattr(splash, "_MOST_COPIES", 3 if fused else 2)
+  monkeypatch.setattr(splash, "_MOST_COPIES", {False: 3 if fused else 2})
   made, options = splash.kernels.make_splash_mha, []
   monkeypatch.setattr(splash.kernels, "make_splash_mha", lambda *a, **k: options.append(k) or made(*a, **k))
   args, weight = arrays(2, 2, 300, 4, 2, 64)
@@ -80,7 +80,9 @@ def test_both_backward_passes(small_blocks, monkeypatch, fused):
 
 def test_one_backward_kernel_by_hand():
   """Eight blocks of 1,024 keys; not with a window or hidden slots, whose kernels skip most blocks."""
-  assert [splash.plan(length).backward_products for length in (1, 1024, 8192, 8193)] == [5, 5, 5, 7]
+  lengths = (1, 1024, 4096, 8192, 8193)
+  for kind, products in (("TPU v5p", [5, 5, 5, 5, 7]), ("TPU v6 lite", [5, 5, 5, 7, 7])):
+    assert [splash.plan(length, device_kind=kind).backward_products for length in lengths] == products
   assert splash.plan(1024, 4).backward_products == splash.plan(1024, window=128).backward_products == 7
 
 
