@@ -296,7 +296,8 @@ def token_scores(
     logits = jnp.where(columns(logits) < tokens, logits, -jnp.inf)
   logits = constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
   log_normalizer = jax.nn.logsumexp(logits, -1)
-  log_probs = (logits - log_normalizer[..., None])[..., :tokens]
+  # Not the logits minus the normaliser, which in float32 has a coarse last bit if the logits are large.
+  log_probs = jax.nn.log_softmax(logits, -1)[..., :tokens]
   if dont_know is None:
     zeros = jnp.zeros_like(log_normalizer)
     return TokenScores(log_probs, zeros - jnp.inf, zeros)

@@ -390,3 +390,10 @@ def test_ignored_labels_have_no_loss_and_no_gradient(form):
   together = jax.grad(lambda u: loss(hidden, u)[1].sum())(unembedding)
   alone = jax.grad(lambda u: jnp.where(ignored, 0, loss(hidden, u)[1]).sum())(unembedding)
   np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_probabilities_of_large_logits_sum_to_one():
+  """Two words with the logits 1000 and 990: 1000 + log(1 + e^-10) is 1000 in float32, which would lose e^-10."""
+  scores = token_scores(jnp.array([[1000.0]]), jnp.array([[1.0], [0.99]]), jnp.array([0.0]), form="unit")
+  np.testing.assert_allclose(np.exp(np.asarray(scores.log_probs, np.float64)).sum(-1), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(scores.log_probs[0, 0], -np.log1p(np.exp(-10.0)), rtol=1e-3)
