@@ -205,7 +205,7 @@ class _Generator:
 
   def describe(self, first: list[float], total: list[float], bandwidth: float) -> dict[str, Any]:
     """A row of the result, from the seconds of each round."""
-    from cyb_jax.decoder.cache import mean_part
+    from cyb_jax.decoder.cache import mean_part, parts
     from cyb_jax.generation.pacing import Constant
 
     state, rows = self._done, len(self._prompts)
@@ -219,7 +219,8 @@ class _Generator:
     steps = iterations - (1 if constant else 1 + int(state.pauses[:, 0].max()))
     per_step = statistics.median(between) / steps if steps else seconds
     capacity = state.cache.capacity
-    read = mean_part(capacity, min(self._first, capacity), min(int(state.cache_index.max()), capacity))
+    sizes = parts(capacity, state.cache.entry_bytes)
+    read = mean_part(sizes, min(self._first, capacity), min(int(state.cache_index.max()), capacity))
     moved = _bytes(self._params) + state.cache.nbytes * read / capacity
     return {
       "tokens_per_second": tokens / seconds,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,6 +26,8 @@ from cyb_jax.decoder.config import DecoderConfig
 
 # Parts of a cache: the most, the shortest, and the number that their sizes are multiples of.
 _MOST_PARTS, _SHORTEST_PART, _MULTIPLE = 4, 512, 64
+# The bytes of a layer's keys, or values, that are read in less time than it takes to choose a part.
+_SMALL_BYTES = 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +78,12 @@ class Cache:
     return jax.tree.leaves(self.keys)[0].shape[-3]
 
   @property
+  def entry_bytes(self) -> int:
+    """The bytes of the keys with one index, of all rows in a layer."""
+    keys = jax.tree.leaves(self.keys)[0]
+    return keys.dtype.itemsize * math.prod(keys.shape[-4:]) // self.capacity
+
+  @property
   def nbytes(self) -> int:
     """The bytes of all layers together."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
@@ -117,35 +126,44 @@ def cache_mask(
   return seen[:, None]
 
 
-def parts(capacity: int) -> tuple[int, ...]:
+def parts(capacity: int, entry_bytes: int) -> tuple[int, ...]:
   """The numbers of entries, from the front, that attention can read instead of all; the last one is the capacity.
 
-  A program has a branch for each part, so there are few. A short cache is read completely: reading it takes less time
+  A program has a branch for each part, so there are few. A small cache is read completely: reading it takes less time
   than choosing a branch.
+
+  Args:
+    capacity: C.
+    entry_bytes: the bytes of the keys with one index, of all rows in a layer; see `Cache.entry_bytes`.
   """
+  shortest = max(_SHORTEST_PART, _SMALL_BYTES // entry_bytes)
   sizes = [capacity]
-  while len(sizes) < _MOST_PARTS and sizes[0] >= 2 * _SHORTEST_PART:
+  while len(sizes) < _MOST_PARTS and sizes[0] >= 2 * shortest:
     sizes.insert(0, -(-sizes[0] // (2 * _MULTIPLE)) * _MULTIPLE)
   return tuple(sizes)
 
 
-def mean_part(capacity: int, first: int, last: int) -> float:
-  """The mean number of entries that attention reads, over steps that fill a cache from `first` to `last` entries."""
-  return float(np.mean([next(size for size in parts(capacity) if size >= n) for n in range(first, last + 1)]))
+def mean_part(sizes: Sequence[int], first: int, last: int) -> float:
+  """The mean number of entries that attention reads, over steps that fill a cache from `first` to `last` entries.
+
+  Args:
+    sizes: the `parts`.
+    first, last: at most the last one of the parts.
+  """
+  return float(np.mean([next(size for size in sizes if size >= n) for n in range(first, last + 1)]))
 
 
-def read_filled(attend: Callable[[int], Array], start: Int[Array, "B"], count: int, capacity: int) -> Array:
+def read_filled(attend: Callable[[int], Array], start: Int[Array, "B"], count: int, sizes: Sequence[int]) -> Array:
   """Attention over the smallest part of a cache that has every row's new slots and those before them.
 
   Args:
     attend: attention over the first n entries, for a static n of `parts`.
     start: i32[B], the index of each row's first new slot.
     count: Q.
-    capacity: C.
+    sizes: the `parts`.
   """
-  sizes = parts(capacity)
   if len(sizes) == 1:
-    return attend(capacity)
+    return attend(sizes[0])
   number = jnp.searchsorted(jnp.asarray(sizes), start.max() + count)
   return jax.lax.switch(number, [functools.partial(attend, size) for size in sizes])
 

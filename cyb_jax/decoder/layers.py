@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cyb_jax.decoder import attention, quantization
-from cyb_jax.decoder.cache import read_filled, write
+from cyb_jax.decoder.cache import parts, read_filled, write
 from cyb_jax.decoder.config import DecoderConfig
 from cyb_jax.decoder.contraction import contract
 from cyb_jax.decoder.initializers import matrix_init
@@ -189,7 +189,8 @@ class Attention(nn.Module):
       mask = context.mask[..., :size]
       return attend(keys[:, :size], values[:, :size], key_positions, mask, "xla", context=seen)
 
-    attended = read_filled(attend_first, start, query.shape[1], keys.shape[1])
+    sizes = parts(keys.shape[1], keys.dtype.itemsize * keys.size // keys.shape[1])
+    attended = read_filled(attend_first, start, query.shape[1], sizes)
     return self.out(attended), cached
 
   def _attend(self, query, key, value, key_positions, mask, implementation, *, is_global, context):

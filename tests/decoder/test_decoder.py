@@ -503,6 +503,7 @@ def test_slots_run_on_a_cache_equal_slots_run_together(monkeypatch, style, scan_
   """Slots run in pieces; rows hold different numbers of slots; one slot is dropped; the first entries are hidden."""
   if in_parts:  # of 1, 2, 4 and all 7 entries
     monkeypatch.setattr(cache_module, "_SHORTEST_PART", 1)
+    monkeypatch.setattr(cache_module, "_SMALL_BYTES", 1)
     monkeypatch.setattr(cache_module, "_MULTIPLE", 1)
   decoder, params = _make(**_STYLES[style])
   inputs, positions = _normal(0, 2, 6, 12), jnp.array([[0, 0, 1, 1, 2, 2]] * 2)
@@ -539,23 +540,28 @@ def test_slots_run_on_a_cache_equal_slots_run_together(monkeypatch, style, scan_
   ],
 )
 def test_parts_of_a_cache_by_hand(capacity, parts):
-  assert cache_module.parts(capacity) == parts
+  assert cache_module.parts(capacity, 2048) == parts
+  # Half as many bytes for each entry need twice as many entries.
+  assert cache_module.parts(1024, 1024) == (1024,)
+  assert cache_module.parts(2048, 1024) == (1024, 2048)
 
 
 def test_the_smallest_part_with_all_new_slots_is_read():
   """Rows whose last new slot has the index 511 read 512 of 1,024 entries; one slot more reads all."""
 
   def read(*start):
-    return int(cache_module.read_filled(jnp.asarray, jnp.array(start), 3, 1024))
+    return int(cache_module.read_filled(jnp.asarray, jnp.array(start), 3, (512, 1024)))
 
   assert [read(0, 509), read(509, 0), read(510, 0), read(0, 1021)] == [512, 512, 1024, 1024]
-  assert cache_module.mean_part(1024, 511, 514) == (512 + 512 + 1024 + 1024) / 4
+  assert cache_module.mean_part((512, 1024), 511, 514) == (512 + 512 + 1024 + 1024) / 4
 
 
-def test_entries_behind_the_filled_part_are_not_read():
+def test_entries_behind_the_filled_part_are_not_read(monkeypatch):
   """NaN behind the part that is read stays unseen, also as a product with a weight of 0."""
+  monkeypatch.setattr(cache_module, "_SMALL_BYTES", 1)
   decoder, params = _make()
   cache = empty_cache(decoder.config, 2, 1024)
+  assert cache.entry_bytes == 2 * decoder.config.num_kv_heads * decoder.config.head_size * 4
   poisoned = jax.tree.map(lambda x: x.at[:, 512:].set(jnp.nan), cache)
   inputs, positions = _normal(0, 2, 1, 12), jnp.zeros((2, 1), jnp.int32)
   hidden, _ = _apply(decoder, params, inputs, positions, poisoned, jnp.array([0, 511]), method="extend")
