@@ -52,6 +52,8 @@ def attention() -> dict[str, Any]:
     for implementation in args.implementations
     for pauses in ("none", "visible", "hidden")
   ]
+  for contender in contenders:
+    contender.compile()
   rounds = timing.in_turn([one.seconds for one in contenders], repeats)
   times = [[statistics.median(values) for values in zip(*mine)] for mine in rounds]
   visible = {one.requested: both for one, (_, both) in zip(contenders, times) if one.pauses == "visible"}
@@ -73,7 +75,11 @@ def attention() -> dict[str, Any]:
 
 
 class _Contender:
-  """One implementation with one kind of pauses; compiled, and run once, on construction."""
+  """One implementation with one kind of pauses.
+
+  Raises:
+    InputError: the implementation is unknown, or cannot run here.
+  """
 
   def __init__(self, implementation: str, pauses: str, dtype: str):
     import jax
@@ -87,15 +93,15 @@ class _Contender:
       jax.random.normal(key, (args.batch_size, length, heads, args.head_size), jnp.dtype(dtype))
       for key, heads in zip(keys, (args.heads, args.kv_heads, args.kv_heads))
     ]
-    chosen, *functions = _functions(implementation, pauses, self._arrays)
-    self._programs = [jax.jit(function).lower(*self._arrays).compile() for function in functions]
-    self.about = {
-      "requested": implementation,
-      "implementation": chosen,
-      "pauses": pauses,
-      "slots": length,
-      "temporary_bytes": self._programs[1].memory_analysis().temp_size_in_bytes,
-    }
+    chosen, *self._functions = _functions(implementation, pauses, self._arrays)
+    self.about = {"requested": implementation, "implementation": chosen, "pauses": pauses, "slots": length}
+
+  def compile(self) -> None:
+    """Compiles both functions, and runs them once."""
+    import jax
+
+    self._programs = [jax.jit(function).lower(*self._arrays).compile() for function in self._functions]
+    self.about["temporary_bytes"] = self._programs[1].memory_analysis().temp_size_in_bytes
     self.seconds()
 
   def seconds(self) -> tuple[float, float]:

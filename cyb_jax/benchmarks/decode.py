@@ -205,6 +205,8 @@ class _Generator:
 
   def describe(self, first: list[float], total: list[float], bandwidth: float) -> dict[str, Any]:
     """A row of the result, from the seconds of each round."""
+    import jax
+
     from cyb_jax.decoder.cache import mean_part, parts
     from cyb_jax.generation.pacing import Constant
 
@@ -219,7 +221,7 @@ class _Generator:
     steps = iterations - (1 if constant else 1 + int(state.pauses[:, 0].max()))
     per_step = statistics.median(between) / steps if steps else seconds
     capacity = state.cache.capacity
-    sizes = parts(capacity, state.cache.entry_bytes)
+    sizes = parts(jax.tree.leaves(state.cache.keys)[0])
     read = mean_part(sizes, min(self._first, capacity), min(int(state.cache_index.max()), capacity))
     moved = _bytes(self._params) + state.cache.nbytes * read / capacity
     return {

@@ -40,12 +40,10 @@ class Roofline:
     return max(values, key=values.get)
 
 
-def roofline(chip: Chip, flops: float, traffic: Traffic, *, iteration: bool = False) -> Roofline:
-  """The roofline of a program with `flops` operations on each device; of `iteration` only the loops that XLA can't
-  count.
-  """
+def roofline(chip: Chip, flops: float, traffic: Traffic) -> Roofline:
+  """The roofline of a program with `flops` operations on each device."""
   return Roofline(
     compute=flops / chip.peak_flops,
-    hbm=(traffic.loop_bytes if iteration else traffic.hbm_bytes) / chip.hbm_bandwidth,
+    hbm=traffic.hbm_bytes / chip.hbm_bandwidth,
     interconnect=traffic.sent / chip.link_bandwidth,
   )

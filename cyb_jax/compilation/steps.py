@@ -22,7 +22,7 @@ from cyb_jax.compilation.memory import CLASSES, memory_by_class, refused_bytes
 from cyb_jax.compilation.programs import Program
 from cyb_jax.compilation.roofline import MODEL, roofline
 from cyb_jax.compilation.topologies import open_topology
-from cyb_jax.compilation.traffic import Traffic, traffic
+from cyb_jax.compilation.traffic import traffic
 from cyb_jax.configs import Config
 from cyb_jax.costs import flops
 from cyb_jax.costs.flops import Chip
@@ -173,10 +173,11 @@ def _record(program: Program, chip: Chip, path: str | None) -> dict[str, Any]:
     with open(path, "w") as file:
       file.write(text)
   memory, moved = memory_by_class(compiled), traffic(text)
+  if program.iterates:
+    moved = moved.iteration()
   kernel = "tpu_custom_call" in text
   each = program.flops(kernel) / program.devices
-  bound = roofline(chip, each, moved, iteration=program.iterates)
-  largest = [move for move in moved.moves if move.in_open_loop or not program.iterates][:_MOVES_SHOWN]
+  bound = roofline(chip, each, moved)
   return {
     "fits": memory["peak"] <= chip.hbm_bytes,
     "memory": memory,
@@ -188,28 +189,29 @@ def _record(program: Program, chip: Chip, path: str | None) -> dict[str, Any]:
     "collectives": moved.by_kind(),
     "sent_bytes": moved.sent,
     "hbm_traffic_bytes": moved.hbm_bytes,
-    "loop_traffic_bytes": moved.loop_bytes if moved.open_loops else None,
     "open_loops": moved.open_loops,
     "flops": each,
-    "arithmetic_intensity": each / (moved.loop_bytes if program.iterates else moved.hbm_bytes),
+    "arithmetic_intensity": each / moved.hbm_bytes,
     "step_seconds": bound.seconds,
     "bound": bound.bound,
     "seconds": dataclasses.asdict(bound),
     "tokens_per_second": program.tokens / bound.seconds,
-    "largest_moves": [dataclasses.asdict(move) | {"seconds": move.bytes / chip.hbm_bandwidth} for move in largest],
-    **_shares(program, chip, bound.seconds, moved),
+    "largest_moves": [
+      dataclasses.asdict(move) | {"seconds": move.bytes / chip.hbm_bandwidth} for move in moved.moves[:_MOVES_SHOWN]
+    ],
+    **_shares(program, chip, bound.seconds, moved.hbm_bytes),
   }
 
 
-def _shares(program: Program, chip: Chip, seconds: float, moved: Traffic) -> dict[str, float]:
+def _shares(program: Program, chip: Chip, seconds: float, hbm_bytes: float) -> dict[str, float]:
   """Shares of a step: `roofline_mfu`, the model FLOPs over what the chips could do in the time of the roofline, and
-  `traffic_over_parameters`, the bytes of an iteration of decoding over those of the parameters.
+  `traffic_over_parameters`, the bytes of the step over those of the parameters.
   """
   shares = {}
   if program.model_flops is not None:
     shares["roofline_mfu"] = program.model_flops / (program.devices * seconds * chip.peak_flops)
   if program.parameter_bytes:
-    shares["traffic_over_parameters"] = moved.loop_bytes / program.parameter_bytes
+    shares["traffic_over_parameters"] = hbm_bytes / program.parameter_bytes
   return shares
 
 

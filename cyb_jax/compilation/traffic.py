@@ -89,10 +89,15 @@ class Traffic:
   open_loops: int
   moves: tuple[Move, ...] = ()
 
-  @property
-  def loop_bytes(self) -> int:
-    """The part of `hbm_bytes` in loops with an unknown number of trips: the bytes of one iteration."""
-    return sum(move.bytes for move in self.moves if move.in_open_loop)
+  def iteration(self) -> Traffic:
+    """The traffic to memory of one iteration of the loops with an unknown number of trips, and all collectives.
+
+    Without such loops it is this traffic.
+    """
+    if not self.open_loops:
+      return self
+    moves = tuple(move for move in self.moves if move.in_open_loop)
+    return dataclasses.replace(self, hbm_bytes=sum(move.bytes for move in moves), moves=moves)
 
   @property
   def sent(self) -> float:

@@ -78,12 +78,6 @@ class Cache:
     return jax.tree.leaves(self.keys)[0].shape[-3]
 
   @property
-  def entry_bytes(self) -> int:
-    """The bytes of the keys with one index, of all rows in a layer."""
-    keys = jax.tree.leaves(self.keys)[0]
-    return keys.dtype.itemsize * math.prod(keys.shape[-4:]) // self.capacity
-
-  @property
   def nbytes(self) -> int:
     """The bytes of all layers together."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
@@ -126,16 +120,17 @@ def cache_mask(
   return seen[:, None]
 
 
-def parts(capacity: int, entry_bytes: int) -> tuple[int, ...]:
+def parts(keys: Float[Array, "*L B C G H"]) -> tuple[int, ...]:
   """The numbers of entries, from the front, that attention can read instead of all; the last one is the capacity.
 
   A program has a branch for each part, so there are few. A small cache is read completely: reading it takes less time
   than choosing a branch.
 
   Args:
-    capacity: C.
-    entry_bytes: the bytes of the keys with one index, of all rows in a layer; see `Cache.entry_bytes`.
+    keys: the keys of a layer, or of all layers; only their shape and dtype are used.
   """
+  batch, capacity, *head = keys.shape[-4:]
+  entry_bytes = keys.dtype.itemsize * batch * math.prod(head)  # of one index, in a layer
   shortest = max(_SHORTEST_PART, _SMALL_BYTES // entry_bytes)
   sizes = [capacity]
   while len(sizes) < _MOST_PARTS and sizes[0] >= 2 * shortest:

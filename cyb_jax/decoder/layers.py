@@ -184,14 +184,13 @@ class Attention(nn.Module):
 
     # A few queries against all cache entries, most of which are masked: only XLA's attention supports that.
     def attend_first(size):
-      seen = dataclasses.replace(context, key_weights=_first_weights(context.key_weights, size))
+      weights = jax.tree.map(lambda x: x[:, :size], context.key_weights)
+      seen = dataclasses.replace(context, key_weights=weights)
       key_positions = None if positions is None else positions[:, :size, 0, 0]
       mask = context.mask[..., :size]
       return attend(keys[:, :size], values[:, :size], key_positions, mask, "xla", context=seen)
 
-    sizes = parts(keys.shape[1], keys.dtype.itemsize * keys.size // keys.shape[1])
-    attended = read_filled(attend_first, start, query.shape[1], sizes)
-    return self.out(attended), cached
+    return self.out(read_filled(attend_first, start, query.shape[1], parts(keys))), cached
 
   def _attend(self, query, key, value, key_positions, mask, implementation, *, is_global, context):
     """`attention.attend` with the window of local layers; `key_positions` is None without a window."""
@@ -213,10 +212,6 @@ class Attention(nn.Module):
     if isinstance(is_global, bool):
       return attend(window=None if is_global else window)
     return jax.lax.cond(is_global, attend, functools.partial(attend, window=window))
-
-
-def _first_weights(weights: attention.KeyWeights | None, size: int) -> attention.KeyWeights | None:
-  return None if weights is None else jax.tree.map(lambda x: x[:, :size], weights)
 
 
 def _chosen(is_global: bool | Bool[Array, ""], of_global: Rope | None, of_local: Rope | None) -> Rope | None:

@@ -113,12 +113,13 @@ def test_trip_counts(old, new, count):
 def test_what_one_iteration_of_an_open_loop_moves():
   found = traffic(LOOP.replace("%limit = s32[]{:T(128)} constant(5)", "%limit = s32[]{:T(128)} rng()"))
   # The counter's first copy runs before the loop.
-  assert found.loop_bytes == 2 * 32 + 4 + 2 * 4
-  assert found.hbm_bytes == found.loop_bytes + 2 * 4
-  assert traffic(LOOP).loop_bytes == 0
-  chip = flops.Chip(peak_flops=1.0, hbm_bytes=1, hbm_bandwidth=4.0, link_bandwidth=1.0)
-  assert roofline(chip, 0.0, found, iteration=True).hbm == 19
-  assert roofline(chip, 0.0, found).hbm == 21
+  assert found.iteration().hbm_bytes == 2 * 32 + 4 + 2 * 4
+  assert found.hbm_bytes == found.iteration().hbm_bytes + 2 * 4
+  assert {move.instruction for move in found.moves} - {move.instruction for move in found.iteration().moves} == {
+    "first"
+  }
+  assert found.iteration().collectives == found.collectives
+  assert traffic(LOOP).iteration() == traffic(LOOP)  # all trips are counted
 
 
 def test_the_largest_branch_of_a_conditional_counts():

@@ -540,10 +540,13 @@ def test_slots_run_on_a_cache_equal_slots_run_together(monkeypatch, style, scan_
   ],
 )
 def test_parts_of_a_cache_by_hand(capacity, parts):
-  assert cache_module.parts(capacity, 2048) == parts
+  def of(batch, capacity, *layers):
+    return cache_module.parts(jax.ShapeDtypeStruct((*layers, batch, capacity, 4, 16), jnp.float32))
+
+  assert of(8, capacity) == of(8, capacity, 3) == parts
   # Half as many bytes for each entry need twice as many entries.
-  assert cache_module.parts(1024, 1024) == (1024,)
-  assert cache_module.parts(2048, 1024) == (1024, 2048)
+  assert of(4, 1024) == (1024,)
+  assert of(4, 2048) == (1024, 2048)
 
 
 def test_the_smallest_part_with_all_new_slots_is_read():
@@ -561,7 +564,6 @@ def test_entries_behind_the_filled_part_are_not_read(monkeypatch):
   monkeypatch.setattr(cache_module, "_SMALL_BYTES", 1)
   decoder, params = _make()
   cache = empty_cache(decoder.config, 2, 1024)
-  assert cache.entry_bytes == 2 * decoder.config.num_kv_heads * decoder.config.head_size * 4
   poisoned = jax.tree.map(lambda x: x.at[:, 512:].set(jnp.nan), cache)
   inputs, positions = _normal(0, 2, 1, 12), jnp.zeros((2, 1), jnp.int32)
   hidden, _ = _apply(decoder, params, inputs, positions, poisoned, jnp.array([0, 511]), method="extend")
